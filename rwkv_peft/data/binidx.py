@@ -1,0 +1,145 @@
+"""The .bin/.idx container of the field (Megatron MMIDIDX), reader and writer side by side.
+
+    NAME.bin   all rows behind one another, little-endian, no padding
+    NAME.idx   9 bytes magic, u64 version 1, u8 dtype code, u64 rows N, u64 D, i32 sizes [N] in tokens,
+               i64 byte offsets [N] into .bin, i64 document index [D] (0..N here: each row is a document)
+
+Tokens are uint16; roles (who said each token) are a second pair of files with uint8. Byte-compatible with RWKV-LM and
+json2binidx_tool. Source of the layout: shared research, read from RWKV-PEFT's rwkvt/dataset/binidx.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+
+from ..atomic import clear_leftovers, sync, sync_folder, temporary
+from ..errors import UserError
+
+MAGIC = b"MMIDIDX\0\0"
+DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float64, 8: np.uint16}
+CODES = {np.dtype(np.uint8): 1, np.dtype(np.uint16): 8}
+HEADER = len(MAGIC) + 8 + 1 + 8 + 8
+
+
+def index_bytes(sizes: np.ndarray, dtype) -> bytes:
+    """The content of an .idx file for rows of these sizes (tokens) stored one after another."""
+    dtype = np.dtype(dtype)
+    sizes = np.asarray(sizes, dtype=np.int64)
+    offsets = np.zeros(len(sizes), dtype=np.int64)
+    np.cumsum(sizes[:-1] * dtype.itemsize, out=offsets[1:])
+    documents = np.arange(len(sizes) + 1, dtype=np.int64)
+    head = MAGIC + struct.pack("<QBQQ", 1, CODES[dtype], len(sizes), len(documents))
+    return head + sizes.astype("<i4").tobytes() + offsets.astype("<i8").tobytes() + documents.astype("<i8").tobytes()
+
+
+class Reader:
+    """Rows of a .bin/.idx pair, mapped, never copied as a whole. Refuses a pair that does not fit together.
+
+    prefix: path without ending. sizes: int32 [N]. row(i): the tokens of row i as a read-only view.
+    """
+
+    def __init__(self, prefix: str | os.PathLike):
+        bin_path, idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+        for path in (idx_path, bin_path):
+            if not path.is_file():
+                raise UserError(f"{path}: there is no such file. Make it with ./make_tokenize.sh, or correct DATA_PATH.")
+        index = idx_path.read_bytes()
+        if len(index) < HEADER or index[: len(MAGIC)] != MAGIC:
+            raise UserError(f"{idx_path}: is not an .idx file (it does not begin with MMIDIDX). Tokenize the data again.")
+        version, code, rows, documents = struct.unpack_from("<QBQQ", index, len(MAGIC))
+        if version != 1 or code not in DTYPES:
+            raise UserError(f"{idx_path}: has version {version} and dtype code {code}; known are version 1, codes 1 to 8.")
+        self.dtype = np.dtype(DTYPES[code]).newbyteorder("<")
+        wanted = HEADER + 12 * rows + 8 * documents
+        if len(index) != wanted:
+            raise UserError(
+                f"{idx_path}: has {len(index):,} bytes, but its header ({rows:,} rows) asks for {wanted:,}. "
+                "It was cut off or damaged; tokenize the data again."
+            )
+        self.sizes = np.frombuffer(index, "<i4", rows, HEADER)
+        self.offsets = np.frombuffer(index, "<i8", rows, HEADER + 4 * rows)
+        have = bin_path.stat().st_size
+        need = int(self.sizes.sum(dtype=np.int64)) * self.dtype.itemsize
+        if have != need:
+            raise UserError(
+                f"{bin_path}: has {have:,} bytes, but {idx_path.name} describes {need:,}. "
+                "One of the two was cut off or belongs to other data; tokenize the data again."
+            )
+        starts = np.zeros(rows, dtype=np.int64)
+        np.cumsum(self.sizes[:-1].astype(np.int64) * self.dtype.itemsize, out=starts[1:])
+        if (self.sizes < 0).any() or not np.array_equal(self.offsets, starts):
+            bad = int(np.flatnonzero((self.sizes < 0) | (self.offsets != starts))[0])
+            raise UserError(f"{idx_path}: row {bad} points to the wrong place in the .bin. Tokenize the data again.")
+        self.path = bin_path
+        self.tokens = np.memmap(bin_path, dtype=self.dtype, mode="r") if have else np.zeros(0, self.dtype)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def row(self, i: int) -> np.ndarray:
+        start = int(self.offsets[i]) // self.dtype.itemsize
+        return self.tokens[start : start + int(self.sizes[i])]
+
+
+class Writer:
+    """Writes pairs under temporary names; `commit` gives all of them their final names, or none is touched.
+
+    Use as a context manager. Without commit (an error, Ctrl-C) the temporary files go away and older files stay whole.
+    """
+
+    def __init__(self, prefix: str | os.PathLike, streams: dict[str, np.dtype]):
+        """streams: ending between prefix and .bin ("" or ".roles") -> dtype."""
+        self.prefix, self.streams = str(prefix), {ending: np.dtype(d) for ending, d in streams.items()}
+        self.files = {}
+        self.sizes: list[int] = []
+
+    def __enter__(self) -> Writer:
+        for ending in self.streams:
+            for kind in ("bin", "idx"):
+                clear_leftovers(self.final(ending, kind))
+            # closed by commit or by discard
+            self.files[ending] = open(temporary(self.final(ending, "bin")), "wb")  # noqa: SIM115
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        self.discard()
+
+    def final(self, ending: str, kind: str) -> Path:
+        return Path(f"{self.prefix}{ending}.{kind}")
+
+    def add(self, rows: dict[str, np.ndarray]) -> None:
+        """One row: the same number of values for every stream."""
+        for ending, values in rows.items():
+            # not tofile: it hides why a write failed (a full disk)
+            self.files[ending].write(values.astype(self.streams[ending].newbyteorder("<"), copy=False).tobytes())
+        self.sizes.append(len(next(iter(rows.values()))))
+
+    def commit(self) -> None:
+        """Flush everything to the disk, then rename. The .idx of the tokens comes last: a pair without it is refused."""
+        for ending, file in self.files.items():
+            sync(file)
+            file.close()
+            with open(temporary(self.final(ending, "idx")), "wb") as index:
+                index.write(index_bytes(self.sizes, self.streams[ending]))
+                sync(index)
+        mark = self.final("", "idx")
+        with contextlib.suppress(FileNotFoundError):
+            mark.unlink()
+        for ending in sorted(self.streams, reverse=True):
+            for kind in ("bin", "idx"):
+                if self.final(ending, kind) != mark:
+                    os.replace(temporary(self.final(ending, kind)), self.final(ending, kind))
+        os.replace(temporary(mark), mark)
+        sync_folder(mark.parent)
+
+    def discard(self) -> None:
+        for ending, file in self.files.items():
+            file.close()
+            for kind in ("bin", "idx"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(temporary(self.final(ending, kind)))

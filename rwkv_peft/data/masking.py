@@ -1,0 +1,64 @@
+"""Which tokens a row is trained on: roles (facts, written down when tokenizing) + LOSS_MASK (policy) -> weights.
+
+All arrays are numpy. A row of n tokens has n-1 targets: token t predicts token t+1, so weights[t] belongs to ids[t+1].
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..roles import Role
+
+MASKS = ("none", "pad", "qa", "last")
+
+
+def roles_of_tokens(lengths: np.ndarray, spans, end_of_doc: bool) -> np.ndarray:
+    """Who said each token, uint8 [n]: an answer's token if any of its bytes is in an answer, else who said its first byte.
+
+    lengths: bytes per token [n] (0 for the end-of-document token, which belongs to whoever spoke last).
+    spans: consecutive spans that cover the text. end_of_doc: the last token is the end of the document.
+    """
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    borders = np.array([span.start for span in spans], dtype=np.int64)
+    roles = np.array([span.role for span in spans], dtype=np.uint8)
+    if not len(roles):
+        return np.zeros(len(lengths), dtype=np.uint8)
+    first = np.maximum(np.searchsorted(borders, starts, side="right") - 1, 0)
+    last = np.maximum(np.searchsorted(borders, np.maximum(ends, 1) - 1, side="right") - 1, 0)
+    out = roles[first]
+    out[roles[last] == Role.ASSISTANT] = Role.ASSISTANT
+    if end_of_doc:
+        out[-1] = roles[-1]
+    return out
+
+
+def target_weights(roles: np.ndarray, mask: str, starts_document: np.ndarray | None = None) -> np.ndarray:
+    """1 where the target is trained, else 0: float32 [n-1] for roles [n].
+
+    mask: none (every target), pad (every target inside its document), qa (what assistants said), last (only the last
+    answer of each document). starts_document: bool [n], True at the first token of a document; only windows that cross
+    documents need it.
+    """
+    n = len(roles)
+    starts = np.zeros(n, dtype=bool) if starts_document is None else starts_document
+    if mask == "none":
+        return np.ones(n - 1, dtype=np.float32)
+    inside = ~starts[1:]
+    if mask == "pad":
+        return inside.astype(np.float32)
+    answers = roles == Role.ASSISTANT
+    if mask == "last":
+        answers &= in_last_answer(answers, starts)
+    return (answers[1:] & inside).astype(np.float32)
+
+
+def in_last_answer(answers: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """True inside the last run of answer tokens of every document, bool [n]."""
+    document = np.cumsum(starts)
+    # a new run begins where an answer follows a non-answer or a new document
+    begins = answers & np.concatenate([[True], ~answers[:-1] | starts[1:]])
+    run = np.cumsum(begins)
+    newest = np.zeros(document[-1] + 1 if len(document) else 1, dtype=np.int64)
+    np.maximum.at(newest, document[answers], run[answers])
+    return answers & (run == newest[document])

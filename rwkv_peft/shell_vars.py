@@ -1,0 +1,160 @@
+"""Bash variables -> one typed, frozen dataclass; every problem at once, each with its line in the script.
+
+The script hands its variables over through the environment (`set -a`); its own text gives line numbers and shows typos.
+There are no defaults here: a value that is not in the script is a problem.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+import re
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+from .errors import Problem, Problems
+
+T = TypeVar("T")
+
+ASSIGNMENT = re.compile(r"^\s*(?:export\s+|declare\s+(?:-\w+\s+)*|readonly\s+)?([A-Za-z_]\w*)\+?=(.*)$")
+
+
+def var(name: str, *, ge=None, gt=None, le=None, lt=None, later: Mapping[str, str] | None = None) -> Any:
+    """A dataclass field that is read from the bash variable `name`.
+
+    ge, gt, le, lt bound a number. later: value -> why this version refuses it (a value of the field that is not built
+    yet is named and refused, never accepted and ignored).
+    """
+    return dataclasses.field(metadata={"var": name, "ge": ge, "gt": gt, "le": le, "lt": lt, "later": later or {}})
+
+
+class Script:
+    """A bash script of settings: its text for line numbers, the environment for the values it set."""
+
+    def __init__(self, path: str | os.PathLike, environment: Mapping[str, str] | None = None):
+        self.path = Path(path)
+        raw = self.path.read_bytes()
+        if b"\r\n" in raw:
+            raise Problems(Problem(self.path.name, f"has Windows line ends; run: sed -i 's/\\r$//' {self.path.name}"))
+        self.text = raw.decode("utf-8", "replace")
+        self.environment = os.environ if environment is None else environment
+        self.lines: dict[str, int] = {}
+        for number, line in enumerate(self.text.splitlines(), 1):
+            if found := ASSIGNMENT.match(line):
+                self.lines[found[1]] = number
+
+    def read(self, cls: type[T], retired: Mapping[str, str] | None = None) -> T:
+        """The dataclass with every value of the script in it, or Problems with all that is wrong.
+
+        retired: names of the field's older scripts -> what to use instead.
+        """
+        hints = typing.get_type_hints(cls)
+        fields = {f.metadata["var"]: f for f in dataclasses.fields(cls)}
+        problems = [
+            Problem(name, (retired or {}).get(name) or "is not a setting" + did_you_mean(name, fields))
+            for name in self.lines
+            if name not in fields and not name.startswith("_")
+        ]
+        values = {}
+        for name, field in fields.items():
+            if name not in self.environment:
+                problems.append(Problem(name, f"is not set in {self.path.name}"))
+                continue
+            try:
+                values[field.name] = convert(self.environment[name], hints[field.name], field.metadata)
+            except ValueError as error:
+                problems.append(Problem(name, str(error)))
+        # a dataclass may add `problems(values)`: what no single value can tell. It sees only the values that are sound
+        if hasattr(cls, "problems"):
+            problems += cls.problems(types.SimpleNamespace(**{f.name: values.get(f.name) for f in fields.values()}))
+        if problems:
+            raise Problems(*problems)
+        return cls(**values)
+
+    def report(self, found: Problems) -> str:
+        """The problems as a table: line, NAME=value, what is wrong; in the order of the script."""
+        rows = sorted(found.problems, key=lambda p: self.lines.get(p.name, 0))
+        many = "1 problem" if len(rows) == 1 else f"{len(rows)} problems"
+        shown = [self.setting(p.name) for p in rows]
+        width = min(max(map(len, shown)), 40)
+        lines = [f"{self.path.name} has {many}:"]
+        for problem, setting in zip(rows, shown, strict=True):
+            number = self.lines.get(problem.name)
+            lines.append(f"  {f'line {number:>3}' if number else '        '}  {setting:<{width}}  {problem.message}")
+        return "\n".join(lines)
+
+    def setting(self, name: str) -> str:
+        if name in self.environment:
+            value = self.environment[name].replace("\n", "\\n")
+            return f"{name}={value if len(value) <= 60 else value[:57] + '...'}"
+        return name
+
+
+def did_you_mean(word: str, known) -> str:
+    by_upper = {str(k).upper(): str(k) for k in known}
+    near = difflib.get_close_matches(word.upper(), by_upper, n=1, cutoff=0.6)
+    return f"; did you mean {by_upper[near[0]]}?" if near else ""
+
+
+def convert(text: str, kind: Any, bounds: Mapping[str, Any]) -> Any:
+    """text as a value of type kind, or ValueError in the user's words.
+
+    Understood: str, int, float, bool (0 or 1), Literal[...] of words, and Union of these (Literal["auto"] | int).
+    """
+    text = text.strip() if kind is not str else text
+    if text in bounds["later"]:
+        raise ValueError(bounds["later"][text])
+    origin = typing.get_origin(kind)
+    if origin in (Union, types.UnionType):
+        words = [w for k in typing.get_args(kind) if typing.get_origin(k) is Literal for w in typing.get_args(k)]
+        if text in words:
+            return text
+        others = [k for k in typing.get_args(kind) if typing.get_origin(k) is not Literal]
+        try:
+            return convert(text, others[0], bounds)
+        except ValueError as error:
+            words = [w or '""' for w in words]
+            raise ValueError(f"{error}, or {' or '.join(words)}") from None
+    if origin is Literal:
+        words = typing.get_args(kind)
+        if text in words:
+            return text
+        offered = [w or '""' for w in words]
+        raise ValueError(f"must be one of {', '.join(offered)}{did_you_mean(text, words)}")
+    if kind is str:
+        return text
+    if kind is bool:
+        if text not in ("0", "1"):
+            raise ValueError("must be 0 or 1")
+        return text == "1"
+    if kind is int:
+        if not re.fullmatch(r"[+-]?\d+", text):
+            raise ValueError("must be a whole number")
+        return check_bounds(int(text), bounds)
+    if kind is float:
+        try:
+            number = float(text)
+        except ValueError:
+            raise ValueError("must be a number, like 2e-5") from None
+        if not math.isfinite(number):
+            raise ValueError("must be a finite number, like 2e-5")
+        return check_bounds(number, bounds)
+    raise TypeError(f"shell_vars cannot read a {kind}")
+
+
+def check_bounds(number, bounds: Mapping[str, Any]):
+    ge, gt, le, lt = bounds["ge"], bounds["gt"], bounds["le"], bounds["lt"]
+    if ge is not None and number < ge:
+        raise ValueError(f"must be {ge} or more")
+    if gt is not None and number <= gt:
+        raise ValueError(f"must be more than {gt}")
+    if le is not None and number > le:
+        raise ValueError(f"must be {le} or less")
+    if lt is not None and number >= lt:
+        raise ValueError(f"must be less than {lt}")
+    return number

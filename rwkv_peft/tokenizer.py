@@ -1,0 +1,115 @@
+"""The RWKV World vocabulary: text -> ids and back, greedy longest match over UTF-8 bytes.
+
+Ids 1..65529 are in the vocabulary file that the `rwkv` package carries; 0 ends a document and has no bytes;
+65530..65535 are reserved. Encoding is done by pyrwkv-tokenizer where it is installed, else by the Python trie below;
+both give the same ids (tests/test_tokenizer.py).
+"""
+
+from __future__ import annotations
+
+import ast
+import codecs
+import functools
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+
+from .errors import UserError
+
+END_OF_DOC = 0
+VOCAB_SIZE = 65536  # rows of emb and head: the vocabulary and the reserved ids
+
+
+def vocabulary_file() -> Path:
+    """The file rwkv_vocab_v20230424.txt, found without importing the package that carries it."""
+    for package, name in (("rwkv", "rwkv_vocab_v20230424.txt"), ("pyrwkv_tokenizer", "rwkv_vocab_v20230424.txt")):
+        spec = importlib.util.find_spec(package)
+        for folder in (spec.submodule_search_locations or []) if spec else []:
+            if (path := Path(folder) / name).is_file():
+                return path
+    raise UserError("The World vocabulary is missing. Install it: pip install rwkv==0.8.32")
+
+
+@functools.cache
+def token_bytes() -> tuple[bytes, ...]:
+    """The bytes of every id, [65536]; b'' for 0 and for the reserved ids."""
+    table = [b""] * VOCAB_SIZE
+    with open(vocabulary_file(), encoding="utf-8") as file:
+        for line in file:
+            # each line: id, Python literal of the token (str or bytes), length in bytes
+            first, last = line.index(" "), line.rindex(" ")
+            token = ast.literal_eval(line[first:last].strip())
+            token = token.encode("utf-8") if isinstance(token, str) else token
+            if len(token) != int(line[last:]):
+                raise UserError(f"{vocabulary_file()}: the entry of id {line[:first]} is damaged; install rwkv again.")
+            table[int(line[:first])] = token
+    return tuple(table)
+
+
+@functools.cache
+def token_lengths() -> np.ndarray:
+    """Bytes per id, int64 [65536]."""
+    return np.array([len(b) for b in token_bytes()], dtype=np.int64)
+
+
+def decode(ids) -> str:
+    """ids -> text; bytes that are no UTF-8 become U+FFFD. Ids outside the vocabulary have no bytes."""
+    return decode_bytes(ids).decode("utf-8", "replace")
+
+
+def decode_bytes(ids) -> bytes:
+    table = token_bytes()
+    return b"".join(table[i] for i in ids)
+
+
+class PythonEncoder:
+    """The definition: at every byte take the longest token that starts there."""
+
+    def __init__(self):
+        # first byte -> {token: id}, and the lengths that occur with that byte, longest first
+        self.tokens: list[dict[bytes, int]] = [{} for _ in range(256)]
+        for i, token in enumerate(token_bytes()):
+            if token:
+                self.tokens[token[0]][token] = i
+        self.lengths = [sorted({len(t) for t in tokens}, reverse=True) for tokens in self.tokens]
+
+    def encode(self, text: str) -> list[int]:
+        data, ids, at = text.encode("utf-8"), [], 0
+        while at < len(data):
+            tokens = self.tokens[data[at]]
+            for length in self.lengths[data[at]]:
+                found = tokens.get(data[at : at + length])
+                if found is not None and at + length <= len(data):
+                    ids.append(found)
+                    at += length
+                    break
+        return ids
+
+
+@functools.cache
+def encoder():
+    """An object with .encode(str) -> list of ids: the fast library, or the Python one where it has no wheel."""
+    try:
+        import pyrwkv_tokenizer
+    except ImportError:
+        return PythonEncoder()
+    return pyrwkv_tokenizer.RWKVTokenizer()
+
+
+def encode(text: str) -> list[int]:
+    """text -> ids. Raises UnicodeEncodeError for half surrogates, which no file can hold."""
+    return encoder().encode(text)
+
+
+class Utf8Stream:
+    """Turns ids that arrive one by one into text that never holds half a character."""
+
+    def __init__(self):
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        return self.decoder.decode(token_bytes()[token])
+
+    def finish(self) -> str:
+        return self.decoder.decode(b"", final=True)
