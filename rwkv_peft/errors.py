@@ -55,6 +55,14 @@ def door(report_problems=None) -> Iterator[None]:
         # the reader of our output has left (| head): no message can reach it, and Python's own flush must not complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_USER)
+    except ModuleNotFoundError as error:
+        if error.name.partition(".")[0] in ("rwkv_peft", "json2binidx", "merge"):
+            raise
+        leave(
+            f"The Python package {error.name} is missing. Run ./test.sh or ./quickstart.sh once: they make .venv with all "
+            "that is needed. Or: pip install -r requirements.txt",
+            EXIT_USER,
+        )
     except OSError as error:
         leave(*describe_os_error(error))
     except MemoryError:

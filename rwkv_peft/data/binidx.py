@@ -19,6 +19,7 @@ import numpy as np
 
 from ..atomic import clear_leftovers, sync, sync_folder, temporary
 from ..errors import UserError
+from ..project import shown
 
 MAGIC = b"MMIDIDX\0\0"
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float64, 8: np.uint16}
@@ -47,18 +48,18 @@ class Reader:
         bin_path, idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
         for path in (idx_path, bin_path):
             if not path.is_file():
-                raise UserError(f"{path}: there is no such file. Make it with ./make_tokenize.sh, or correct DATA_PATH.")
+                raise UserError(f"{shown(path)}: there is no such file. Make it with ./make_tokenize.sh, or correct DATA_PATH.")
         index = idx_path.read_bytes()
         if len(index) < HEADER or index[: len(MAGIC)] != MAGIC:
-            raise UserError(f"{idx_path}: is not an .idx file (it does not begin with MMIDIDX). Tokenize the data again.")
+            raise UserError(f"{shown(idx_path)}: is not an .idx file (it does not begin with MMIDIDX). Tokenize the data again.")
         version, code, rows, documents = struct.unpack_from("<QBQQ", index, len(MAGIC))
         if version != 1 or code not in DTYPES:
-            raise UserError(f"{idx_path}: has version {version} and dtype code {code}; known are version 1, codes 1 to 8.")
+            raise UserError(f"{shown(idx_path)}: has version {version} and dtype code {code}; known are version 1, codes 1 to 8.")
         self.dtype = np.dtype(DTYPES[code]).newbyteorder("<")
         wanted = HEADER + 12 * rows + 8 * documents
         if len(index) != wanted:
             raise UserError(
-                f"{idx_path}: has {len(index):,} bytes, but its header ({rows:,} rows) asks for {wanted:,}. "
+                f"{shown(idx_path)}: has {len(index):,} bytes, but its header ({rows:,} rows) asks for {wanted:,}. "
                 "It was cut off or damaged; tokenize the data again."
             )
         self.sizes = np.frombuffer(index, "<i4", rows, HEADER)
@@ -67,14 +68,14 @@ class Reader:
         need = int(self.sizes.sum(dtype=np.int64)) * self.dtype.itemsize
         if have != need:
             raise UserError(
-                f"{bin_path}: has {have:,} bytes, but {idx_path.name} describes {need:,}. "
+                f"{shown(bin_path)}: has {have:,} bytes, but {idx_path.name} describes {need:,}. "
                 "One of the two was cut off or belongs to other data; tokenize the data again."
             )
         starts = np.zeros(rows, dtype=np.int64)
         np.cumsum(self.sizes[:-1].astype(np.int64) * self.dtype.itemsize, out=starts[1:])
         if (self.sizes < 0).any() or not np.array_equal(self.offsets, starts):
             bad = int(np.flatnonzero((self.sizes < 0) | (self.offsets != starts))[0])
-            raise UserError(f"{idx_path}: row {bad} points to the wrong place in the .bin. Tokenize the data again.")
+            raise UserError(f"{shown(idx_path)}: row {bad} points to the wrong place in the .bin. Tokenize the data again.")
         self.path = bin_path
         self.tokens = np.memmap(bin_path, dtype=self.dtype, mode="r") if have else np.zeros(0, self.dtype)
 

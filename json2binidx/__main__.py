@@ -1,0 +1,150 @@
+"""Door 1, ./make_tokenize.sh: JSON lines -> data/NAME.bin/.idx and NAME.roles.bin/.idx (who said each token).
+
+usage: ./make_tokenize.sh FILE [EPOCHS] [MAX_TOKENS] [--no-eof]
+
+  FILE         a .jsonl file: its name in data/, or any path. Every line is one of
+                 {"text": "User: Hi\\n\\nAssistant: Hello!"}
+                 {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
+                 {"conversations": [...]}    the same; "from" and "value" are understood as well
+  EPOCHS       how often all rows are written, newly shuffled each time (1). training.sh shuffles anyway
+  MAX_TOKENS   leave out rows with more tokens than this, the end of the document included (0: none)
+  --no-eof     do not end rows with token 0. Without it the model does not learn to stop
+  --help       this text
+
+The files appear beside FILE when everything was fine; otherwise earlier files stay as they are.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from rwkv_peft import project
+from rwkv_peft.errors import UserError, door, leave
+from rwkv_peft.shell_vars import Script, var
+
+SHOW = 10  # problems and dropped lines that are listed; the rest are counted
+
+
+@dataclass(frozen=True)
+class TokenizeConfig:
+    """The variables of make_tokenize.sh."""
+
+    seed: int = var("SEED", ge=0, le=2**31 - 1)
+
+
+def main(arguments: list[str]) -> None:
+    if not arguments or "--help" in arguments or "-h" in arguments:
+        print(__doc__)
+        return
+    script = None
+    with door(lambda found: script.report(found) if script else str(found)):
+        script = Script(arguments[0])
+        seed = script.read(TokenizeConfig).seed
+        source, epochs, max_tokens, end_of_doc = command_line(arguments[1:])
+        tokenize(source, epochs, max_tokens, end_of_doc, seed)
+
+
+def command_line(arguments: list[str]) -> tuple[Path, int, int, bool]:
+    flags = [a for a in arguments if a.startswith("--")]
+    words = [a for a in arguments if not a.startswith("--")]
+    unknown = [f for f in flags if f != "--no-eof"]
+    if unknown:
+        raise UserError(f"{unknown[0]}: is not an option; there is --no-eof. See ./make_tokenize.sh --help")
+    if not 1 <= len(words) <= 3:
+        leave(__doc__, 2)
+    numbers = {}
+    for name, least, default, word in zip(("EPOCHS", "MAX_TOKENS"), (1, 0), (1, 0), [*words[1:], None, None], strict=False):
+        if word is not None and (not word.isascii() or not word.isdigit() or int(word) < least):
+            raise UserError(f"{name}={word}: must be a whole number, {least} or more. See ./make_tokenize.sh --help")
+        numbers[name] = default if word is None else int(word)
+    source = project.find(words[0], "data")
+    if not source.exists():
+        there = ", ".join(sorted(p.name for p in (project.ROOT / "data").glob("*.jsonl"))) or "no .jsonl file"
+        raise UserError(f"{project.shown(source)}: there is no such file. In data/ there is: {there}.")
+    if not source.is_file():
+        raise UserError(f"{project.shown(source)}: is not a file.")
+    if source.suffix != ".jsonl":
+        raise UserError(f"{project.shown(source)}: must end in .jsonl (one JSON object per line).")
+    return source, numbers["EPOCHS"], numbers["MAX_TOKENS"], "--no-eof" not in flags
+
+
+def tokenize(source: Path, epochs: int, max_tokens: int, end_of_doc: bool, seed: int) -> None:
+    import tempfile
+    from collections import Counter
+
+    import numpy as np
+    from tqdm import tqdm
+
+    from rwkv_peft.data.binidx import Writer
+    from rwkv_peft.roles import Role
+
+    from .advice import advice
+    from .encode import encode
+    from .records import RowError, lines, parse, rendered
+
+    prefix, shown = source.with_suffix(""), project.shown(source)
+    sizes: list[int] = []
+    schemas: Counter[str] = Counter()
+    wrong: list[str] = []
+    dropped: list[tuple[int, int]] = []  # line, tokens
+    answers = 0
+    # rows are encoded once, into files without a name that vanish with us; repeats only copy
+    with tempfile.TemporaryFile(dir=source.parent) as ids_file, tempfile.TemporaryFile(dir=source.parent) as roles_file:
+        bar = tqdm(total=source.stat().st_size, unit="B", unit_scale=True, desc=source.name, disable=not sys.stderr.isatty())
+        with bar:
+            for number, line, read in lines(source):
+                bar.update(read - bar.n)
+                try:
+                    schema, text, spans = rendered(parse(line))
+                    ids, roles = encode(text, spans, end_of_doc)
+                except RowError as error:
+                    wrong.append(f"{shown}:{number}: {error}")
+                    continue
+                if wrong:  # nothing will be written: only look for more problems
+                    continue
+                schemas[schema] += 1
+                if max_tokens and len(ids) > max_tokens:
+                    dropped.append((number, len(ids)))
+                    continue
+                ids_file.write(ids.astype("<u2").tobytes())
+                roles_file.write(roles.tobytes())
+                sizes.append(len(ids))
+                answers += bool((roles == Role.ASSISTANT).any())
+        if wrong:
+            listed = "\n".join(wrong[:SHOW])
+            more = f"\n... and {len(wrong) - SHOW} more" if len(wrong) > SHOW else ""
+            raise UserError(f"{listed}{more}\n{shown} has {len(wrong)} rows that cannot be used; nothing was written.")
+        report_dropped(dropped, max_tokens)
+        if not sizes:
+            why = "every row was dropped" if dropped else "it has no rows"
+            raise UserError(f"{shown}: {why}; nothing was written, earlier files are untouched.")
+        ids_file.flush()
+        roles_file.flush()
+        all_ids = np.memmap(ids_file, dtype="<u2", mode="r")
+        all_roles = np.memmap(roles_file, dtype=np.uint8, mode="r")
+        starts = np.concatenate([[0], np.cumsum(sizes)])
+        random = np.random.default_rng(seed)
+        with Writer(prefix, {"": np.uint16, ".roles": np.uint8}) as writer:
+            for _ in range(epochs):
+                for i in random.permutation(len(sizes)):
+                    row = slice(starts[i], starts[i + 1])
+                    writer.add({"": all_ids[row], ".roles": all_roles[row]})
+            writer.commit()
+    kinds = ", ".join(f"{n:,} {schema}" for schema, n in schemas.items())
+    print(f"{shown}: {len(sizes) + len(dropped):,} rows ({kinds}), {len(sizes):,} kept, {answers:,} with an Assistant turn")
+    print(f"wrote {project.shown(prefix)}.bin/.idx and .roles.bin/.idx: {len(sizes) * epochs:,} rows, {sum(sizes) * epochs:,} tokens")
+    name = prefix.name if prefix.parent == project.ROOT / "data" else str(prefix.resolve())
+    print(advice(name, max(sizes), len(sizes) * epochs, end_of_doc, answers > 0))
+
+
+def report_dropped(dropped: list[tuple[int, int]], max_tokens: int) -> None:
+    if dropped:
+        listed = ", ".join(f"line {line} ({size:,} tokens)" for line, size in dropped[:SHOW])
+        more = f" and {len(dropped) - SHOW} more" if len(dropped) > SHOW else ""
+        print(f"dropped {len(dropped):,} rows with more than MAX_TOKENS={max_tokens} tokens: {listed}{more}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

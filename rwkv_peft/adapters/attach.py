@@ -1,0 +1,54 @@
+"""A method on a model: what is wrapped, what is trained, what of it goes into files and comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..model.arch import LINEARS, whole_tensors
+from .base import file_name, inject
+from .registry import ADAPTERS
+
+
+def adapt(model: nn.Module, method: str, parts: Iterable[str], rank: int, alpha: float, dropout: float) -> None:
+    """Freeze the model; wrap the linears of att and ffn if they are among the parts, train the others whole in float32."""
+    parts = tuple(parts)
+    model.requires_grad_(False)
+    for name in whole_tensors([n for n, _ in model.named_parameters()], parts):
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(model.get_parameter(name).detach().float()))
+    layers = [f"blocks.{i}.{x}" for i in range(len(model.blocks)) for part in parts for x in LINEARS.get(part, ())]
+    inject(model, layers, lambda linear: ADAPTERS[method](linear, rank, alpha, dropout))
+
+
+def train_everything(model: nn.Module) -> None:
+    """FINETUNE_MODE=full: every weight, kept in float32 while it is trained."""
+    for module in model.modules():
+        for leaf, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, leaf, nn.Parameter(parameter.detach().float()))
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What training changes, under the names it has in files."""
+    return {file_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def load_trained(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Put a checkpoint's tensors into the model. UserError unless names and shapes are exactly those that are trained."""
+    wanted = trained(model)
+    wrong = [f"{n} is missing" for n in wanted if n not in tensors]
+    wrong += [f"{n} does not belong to this setting" for n in tensors if n not in wanted]
+    wrong += [
+        f"{n} is {list(t.shape)} instead of {list(wanted[n].shape)}"
+        for n, t in tensors.items()
+        if n in wanted and t.shape != wanted[n].shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"{where}: does not fit (rank, parts and base must be those of its run): {'; '.join(wrong[:3])}{more}.")
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(tensors[name])

@@ -1,0 +1,256 @@
+"""Checkpoint files: what is in one (without loading it), mapped reading, atomic writing, and rewriting record by record.
+
+A .pth is a zip archive: NAME/data.pkl says which tensor lies in which record, NAME/data/K are the records. Reading the
+pickle here executes nothing: only the few names that describe tensors are understood, anything else is refused.
+
+Beside each checkpoint of a run lies a sidecar of the same name with .json: what made it, so that nothing is typed twice.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import hashlib
+import io
+import json
+import os
+import pickle
+import shutil
+import struct
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .atomic import writing
+from .errors import UserError
+from .project import shown
+
+COPY_BYTES = 1 << 22  # read, hash and copy in pieces of 4 MB
+ALIGNMENT = 64  # torch places every record at a multiple of this, so that it can be mapped
+
+DTYPES = {
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as its file describes it: dtype, shape, and the record that holds it (whole: nothing else is in it)."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    record: str
+    whole: bool
+
+    @property
+    def bytes(self) -> int:
+        return functools.reduce(int.__mul__, self.shape, 1) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class _Storage:
+    dtype: torch.dtype
+    key: str
+    size: int
+
+
+class _Describe(pickle.Unpickler):
+    """Reads data.pkl of a .pth as descriptions; refuses everything that is not a plain tensor."""
+
+    def find_class(self, module: str, name: str):
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return describe_tensor
+        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return lambda data, *_: data
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module in ("torch", "torch.storage") and name in DTYPES:
+            return DTYPES[name]
+        raise pickle.UnpicklingError(f"it wants to load {module}.{name}")
+
+    def persistent_load(self, pid):
+        kind, dtype, key, _device, size = pid
+        if kind != "storage" or not isinstance(dtype, torch.dtype):
+            raise pickle.UnpicklingError("it holds something other than plain tensors")
+        return _Storage(dtype, str(key), int(size))
+
+
+def describe_tensor(storage: _Storage, offset: int, shape, stride, *_rest) -> Stored:
+    contiguous, expected = True, 1
+    for n, s in zip(reversed(shape), reversed(stride), strict=True):
+        contiguous &= n == 1 or s == expected
+        expected *= n
+    whole = offset == 0 and contiguous and expected == storage.size
+    return Stored(storage.dtype, tuple(shape), f"data/{storage.key}", whole)
+
+
+def describe(path: str | os.PathLike) -> dict[str, Stored]:
+    """What a .pth holds, name -> description, without reading a weight. UserError if it is no checkpoint of tensors."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{shown(path)}: there is no such file.{nearby(path)}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            pickles = [n for n in archive.namelist() if n.endswith("/data.pkl")]
+            if len(pickles) != 1:
+                raise UserError(f"{shown(path)}: is a zip file, but no torch checkpoint (no data.pkl in it).")
+            content = _Describe(io.BytesIO(archive.read(pickles[0]))).load()
+    except zipfile.BadZipFile:
+        with open(path, "rb") as file:
+            legacy = file.read(2) == b"\x80\x02"
+        old = "It may be a checkpoint of torch before 1.6; load and save it with a newer torch." if legacy else ""
+        raise UserError(f"{shown(path)}: is no .pth checkpoint, or it was cut off (download it again). {old}".rstrip()) from None
+    except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, TypeError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{shown(path)}: holds more than plain tensors ({error}). It was not loaded, and nothing in it was run."
+        ) from None
+    if not isinstance(content, dict) or not all(isinstance(v, Stored) for v in content.values()):
+        raise UserError(f"{shown(path)}: is not a dictionary of tensors, so it is no model and no adapter.")
+    return dict(content)
+
+
+def nearby(path: Path) -> str:
+    """A sentence about what lies in the folder instead, for messages."""
+    there = sorted(p.name for p in path.parent.glob("*.pth")) if path.parent.is_dir() else []
+    return f" In {shown(path.parent)}/ there is: {', '.join(there[:8])}." if there else ""
+
+
+def load(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The tensors of a .pth, mapped: nothing is read until it is used."""
+    described = describe(path)
+    tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return {name: tensors[name].detach() for name in described}
+
+
+def save(path: str | os.PathLike, tensors: Mapping[str, Tensor]) -> None:
+    """Write a checkpoint; it has its name only when it is whole."""
+    path = Path(path)
+    need_space(path.parent, sum(t.numel() * t.element_size() for t in tensors.values()))
+    # clone: a view would drag its whole storage into the file
+    plain = {name: t.detach().to("cpu").clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+    try:
+        with writing(path) as file:
+            torch.save(plain, file)
+    except RuntimeError as error:  # torch's way to say that a write failed
+        if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, "No space left on device", str(path)) from None
+
+
+def rewrite(source: str | os.PathLike, target: str | os.PathLike, change: Callable[[str, Tensor], Tensor]) -> None:
+    """Copy a checkpoint with some tensors changed, record by record: one tensor in memory at a time.
+
+    change: (name, tensor of the source) -> the tensor to write, or the same object to copy its bytes. A changed tensor is
+    written in the dtype and shape of the source; key set, shapes, dtypes and pickle stay the source's.
+    """
+    described = describe(source)
+    need_space(Path(target).parent, os.path.getsize(source))
+    tensors = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
+    owners: dict[str, list[str]] = {}
+    for name, stored in described.items():
+        owners.setdefault(stored.record, []).append(name)
+    if any(len(names) > 1 or not described[names[0]].whole for names in owners.values()):
+        # tensors that share a record cannot be changed one by one: such files are rare, and small enough to load
+        save(target, {n: fitted(n, change(n, t), t) for n, t in tensors.items()})
+        return
+    with zipfile.ZipFile(source) as old, writing(target) as file, zipfile.ZipFile(file, "w") as new:
+        for info in old.infolist():
+            _, _, record = info.filename.partition("/")
+            names = owners.get(record)
+            if names is None:
+                copy_record(old, info, new)
+                continue
+            tensor = tensors[names[0]]
+            changed = change(names[0], tensor)
+            if changed is tensor:
+                copy_record(old, info, new)
+            else:
+                write_record(new, info.filename, fitted(names[0], changed, tensor))
+
+
+def fitted(name: str, changed: Tensor, original: Tensor) -> Tensor:
+    if changed.shape != original.shape:
+        raise ValueError(f"{name} would change its shape from {list(original.shape)} to {list(changed.shape)}")
+    return changed.to(original.dtype)
+
+
+def aligned(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
+    """An entry whose content will begin at a multiple of 64 bytes, as torch writes them."""
+    info = zipfile.ZipInfo(name)
+    info.compress_type = zipfile.ZIP_STORED
+    # local header: 30 bytes, name, 20 bytes that zip64 adds, then our padding field (4 bytes head)
+    begin = archive.fp.tell() + 30 + len(name.encode()) + 20 + 4
+    padding = -begin % ALIGNMENT
+    info.extra = struct.pack("<HH", 0x4246, padding) + b"Z" * padding  # "FB": torch's own mark for it
+    return info
+
+
+def copy_record(old: zipfile.ZipFile, info: zipfile.ZipInfo, new: zipfile.ZipFile) -> None:
+    with old.open(info) as source, new.open(aligned(new, info.filename), "w", force_zip64=True) as target:
+        shutil.copyfileobj(source, target, COPY_BYTES)
+
+
+def write_record(new: zipfile.ZipFile, name: str, tensor: Tensor) -> None:
+    data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    with new.open(aligned(new, name), "w", force_zip64=True) as target:
+        for begin in range(0, len(data), COPY_BYTES):
+            target.write(data[begin : begin + COPY_BYTES].data)
+
+
+def need_space(folder: Path, size: int) -> None:
+    """Refuse before anything is written if the disk cannot hold it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < size * 1.02 + (1 << 20):
+        raise UserError(
+            f"{shown(folder)}: {free / 1e9:.2f} GB are free, {size / 1e9:.2f} GB are needed. Nothing was written; free some space."
+        )
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """The content hash of a file (about 1 GB/s)."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(COPY_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def sidecar_path(path: str | os.PathLike) -> Path:
+    return Path(path).with_suffix(".json")
+
+
+def write_json(path: str | os.PathLike, content: Mapping[str, Any]) -> None:
+    with writing(path, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+
+
+def read_sidecar(path: str | os.PathLike, wanted: tuple[str, ...]) -> dict[str, Any]:
+    """The sidecar of a checkpoint, with at least the wanted keys. UserError if it is missing or unreadable."""
+    sidecar = sidecar_path(path)
+    if not sidecar.is_file():
+        raise UserError(f"{shown(sidecar)}: is missing. It is written with every checkpoint and says how {shown(path)} was made.")
+    try:
+        content = json.loads(sidecar.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise UserError(f"{shown(sidecar)}: is not readable as JSON ({error}).") from None
+    missing = [key for key in wanted if not isinstance(content, dict) or key not in content]
+    if missing:
+        raise UserError(f"{shown(sidecar)}: does not say {', '.join(missing)}; it is not a sidecar of this kit.")
+    return content

@@ -1,0 +1,149 @@
+"""What training.sh may say: names, types, bounds and cross-rules, in the order of the script. Values live in the script.
+
+A value or a variable of the field that this version does not have yet is refused by name, with what to do instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Literal
+
+from .errors import Problem
+from .shell_vars import var
+
+NOT_YET = "is not part of this version yet; it has {}"
+
+
+def later(words: str, has: str) -> dict[str, str]:
+    return {word: NOT_YET.format(has) for word in words.split()}
+
+
+def reserved(name: str, belongs_to: str):
+    """A variable of the field's script whose feature is still to come: it must stay empty."""
+    return var(name, only_empty=f"belongs to {belongs_to}, which this version does not have yet; leave it empty")
+
+
+# variables of older scripts: what became of them
+RETIRED = {
+    "FLA": "is retired; choose the kernels with OP",
+    "DEEPSPEED_STRATEGY": "is called STRATEGY here",
+    "EPOCH_BEGIN": "is retired: it only renamed files and loaded nothing; go on from a checkpoint with lora_load",
+    "LOAD": "is retired; use lora_load",
+}
+
+LORA_PARTS = ("att", "ffn", "time", "ln")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All that training.sh says, in its order."""
+
+    finetune_mode: Literal["lora", "full"] = var(
+        "FINETUNE_MODE",
+        later=later("pissa dora bone miss disha bat lisa state_tuning state none peft", "lora and full"),
+    )
+    model_path: str = var("MODEL_PATH")
+    data_path: str = var("DATA_PATH")
+    run_name: str = var("RUN_NAME")
+
+    model_version: Literal["auto", "v7"] = var("MODEL_VERSION", later=later("v4 v5 v6", "v7"))
+    n_layer: Literal["auto"] | int = var("N_LAYER", ge=1)
+    embd_size: Literal["auto"] | int = var("EMBD_SIZE", ge=1)
+    vocab_size: Literal["auto"] | int = var("VOCAB_SIZE", ge=1)
+
+    ctx_len: Literal["auto"] | int = var("CTX_LEN", ge=1)
+    dataload: Literal["pack", "pad", "only", "get"] = var("DATALOAD", later=later("bucket", "pack, pad, only and get"))
+    loss_mask: Literal["qa", "last", "pad", "none"] = var("LOSS_MASK", later=later("se", "qa, last, pad and none"))
+    data_shuffle: bool = var("DATA_SHUFFLE")
+    seed: int = var("SEED", ge=0, le=2**31 - 1)
+    train_type: Literal["none"] = var("TRAIN_TYPE", later=later("infctx state", "none"))
+    chunk_ctx: str = reserved("CHUNK_CTX", "TRAIN_TYPE=infctx")
+
+    epoch_count: int = var("EPOCH_COUNT", ge=1)
+    epoch_steps: Literal["auto"] | int = var("EPOCH_STEPS", ge=1)
+    epoch_save: int = var("EPOCH_SAVE", ge=1)
+    micro_bsz: Literal["auto"] | int = var("MICRO_BSZ", ge=1)
+    mini_bsz: int = var("MINI_BSZ", ge=1)
+
+    lr_init: float = var("LR_INIT", ge=0)
+    lr_final: float = var("LR_FINAL", ge=0)
+    lr_schedule: Literal["cos", "wsd", "exp", "linear", "constant"] = var("LR_SCHEDULE")
+    warmup_steps: int = var("WARMUP_STEPS", ge=0)
+    beta1: float = var("BETA1", ge=0, lt=1)
+    beta2: float = var("BETA2", ge=0, lt=1)
+    adam_eps: float = var("ADAM_EPS", gt=0)
+    weight_decay: float = var("WEIGHT_DECAY", ge=0)
+    grad_clip: float = var("GRAD_CLIP", ge=0)
+
+    lora_r: int = var("lora_r", ge=1)
+    lora_alpha: float = var("lora_alpha", gt=0)
+    lora_dropout: float = var("lora_dropout", ge=0, lt=1)
+    lora_parts: str = var("lora_parts")
+    emb_finetune: bool = var("EMB_FINETUNE")
+    lora_load: str = var("lora_load")
+
+    precision: Literal["auto", "bf16", "fp16", "fp32", "tf32"] = var("PRECISION")
+    quant: Literal["none"] = var("QUANT", later=later("int8 4bit nf4 fp4 fp8", "none"))
+    op: Literal["auto", "torch", "reference", "cuda", "fla", "triton", "cpu"] = var("OP")
+    grad_cp: bool = var("GRAD_CP")
+    gpu_count: int = var("GPU_COUNT", ge=1)
+    strategy: Literal["auto", "single", "ddp"] = var(
+        "STRATEGY",
+        later=later(
+            "fsdp deepspeed_stage_1 deepspeed_stage_2 deepspeed_stage_3 deepspeed_stage_2_offload "
+            "deepspeed_stage_3_offload",
+            "auto, single and ddp",
+        ),
+    )
+    wandb: str = var("WANDB")
+
+    pissa_load: str = reserved("pissa_load", "FINETUNE_MODE=pissa")
+    pissa_init: str = reserved("pissa_init", "FINETUNE_MODE=pissa")
+    pissa_r: str = reserved("pissa_r", "FINETUNE_MODE=pissa")
+    svd_niter: str = reserved("svd_niter", "FINETUNE_MODE=pissa")
+    disha_load: str = reserved("disha_load", "FINETUNE_MODE=bone and bat")
+    disha_r: str = reserved("disha_r", "FINETUNE_MODE=bone and bat")
+    lisa_r: str = reserved("lisa_r", "FINETUNE_MODE=lisa")
+    lisa_k: str = reserved("lisa_k", "FINETUNE_MODE=lisa")
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What LoRA touches: att and ffn get adapters, the others are trained whole."""
+        words = tuple(word.strip() for word in self.lora_parts.split(",") if word.strip())
+        return words + (("emb", "head") if self.emb_finetune else ())
+
+    @staticmethod
+    def problems(given: SimpleNamespace) -> list[Problem]:
+        """What no single variable can tell. given: the values that are sound, None where one is not."""
+        found = []
+
+        def rule(broken, name: str, message: str) -> None:
+            if broken:
+                found.append(Problem(name, message))
+
+        for name, value in (("MODEL_PATH", given.model_path), ("DATA_PATH", given.data_path)):
+            rule(value is not None and not value.strip(), name, "is empty; give a name in model/ or data/, or a path")
+        rule(
+            given.run_name and (given.run_name in (".", "..", "latest") or "/" in given.run_name or given.run_name[0] == "-"),
+            "RUN_NAME",
+            'must be a plain folder name (no "/", not latest, not starting with "-")',
+        )
+        words = [word.strip() for word in (given.lora_parts or "").split(",")]
+        if given.lora_parts is not None:
+            wrong = [word for word in words if word not in LORA_PARTS]
+            rule(wrong, "lora_parts", f"must be words of {', '.join(LORA_PARTS)}, with commas between")
+            rule(not wrong and not {"att", "ffn"} & set(words), "lora_parts", "must name att or ffn, or LoRA has no layer")
+        full = given.finetune_mode == "full"
+        rule(
+            full and given.emb_finetune,
+            "EMB_FINETUNE",
+            "must be 0 with FINETUNE_MODE=full, which trains emb and head anyway",
+        )
+        rule(full and given.lora_load, "lora_load", 'must be "" with FINETUNE_MODE=full; put the checkpoint into MODEL_PATH')
+        exp = given.lr_schedule == "exp" and given.lr_init is not None and given.lr_final is not None
+        rule(exp and not given.lr_init, "LR_INIT", "must be more than 0 with LR_SCHEDULE=exp")
+        rule(exp and not given.lr_final, "LR_FINAL", "must be more than 0 with LR_SCHEDULE=exp")
+        many = given.gpu_count is not None and given.gpu_count > 1
+        rule(many and given.strategy == "single", "STRATEGY", f"must be auto or ddp with GPU_COUNT={given.gpu_count}")
+        return found

@@ -1,0 +1,88 @@
+"""Where things lie: the project's folders, the names that settings use for files in them, and the runs in output/."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from pathlib import Path
+
+from .errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+OUTPUT = ROOT / "output"
+
+
+def find(name: str, folder: str) -> Path:
+    """A file that a setting names: in ROOT/folder, or a path from here, or from the project. May not exist."""
+    given = Path(name).expanduser()
+    places = [ROOT / folder / given, Path.cwd() / given, ROOT / given]
+    return next((p for p in places if p.exists()), places[0] if given.name == name else places[1])
+
+
+def model_file(name: str) -> Path:
+    """MODEL_PATH -> the file; the ending .pth may be left out."""
+    path = find(name, "model")
+    if not path.exists() and not name.endswith(".pth") and find(name + ".pth", "model").exists():
+        return find(name + ".pth", "model")
+    return path
+
+
+def data_prefix(name: str) -> Path:
+    """DATA_PATH -> path without ending: sample, sample.bin, sample.jsonl and data/sample all mean data/sample."""
+    name = re.sub(r"\.(bin|idx|jsonl)$", "", name)
+    found = find(name + ".idx", "data")
+    if not found.exists() and find(name + ".bin", "data").exists():
+        found = find(name + ".bin", "data")
+    return found.with_name(found.name[: -len(".idx")])
+
+
+def shown(path: str | os.PathLike) -> str:
+    """A path as the user would write it: from the project if it lies there."""
+    absolute = Path(os.path.abspath(path))
+    return str(absolute.relative_to(ROOT)) if absolute.is_relative_to(ROOT) else str(path)
+
+
+def is_taken(folder: Path) -> bool:
+    """Whether a run has left results there. A folder with settings only (stopped before its first step) may be used."""
+    return any(folder.glob("rwkv-*.pth")) or (folder / "loss.jsonl").exists()
+
+
+def point_latest(folder: Path) -> None:
+    """output/latest -> the newest run. A hint for people and for merge.sh; file systems without links go without."""
+    link, fresh = folder.parent / "latest", folder.parent / f".latest-{os.getpid()}"
+    with contextlib.suppress(OSError):
+        fresh.symlink_to(folder.name)
+        os.replace(fresh, link)
+
+
+def run_folder(name: str) -> Path:
+    """The folder of the run `name`, or of the newest run for "". UserError if there is none."""
+    if name:
+        folder = OUTPUT / name if (OUTPUT / name).is_dir() else Path(name)
+        if not folder.is_dir():
+            there = ", ".join(sorted(p.name for p in OUTPUT.glob("*") if p.is_dir() and not p.is_symlink())) or "nothing"
+            raise UserError(f"RUN={name}: there is no such run. In {shown(OUTPUT)}/ there is: {there}.")
+        return folder
+    if (OUTPUT / "latest").is_dir():
+        return (OUTPUT / "latest").resolve()
+    runs = [p.parent for p in OUTPUT.glob("*/run.json")]
+    if not runs:
+        raise UserError(f"There is no run in {shown(OUTPUT)}/ yet. Train first: ./training.sh")
+    return max(runs, key=lambda p: (p / "run.json").stat().st_mtime)
+
+
+def saved_epochs(folder: Path) -> list[int]:
+    return sorted(int(m[1]) for p in folder.glob("rwkv-*.pth") if (m := re.fullmatch(r"rwkv-(\d+)\.pth", p.name)))
+
+
+def epoch_file(folder: Path, epoch: int | None) -> Path:
+    """The checkpoint of an epoch of a run, None for the newest. UserError naming what there is."""
+    epochs = saved_epochs(folder)
+    if not epochs:
+        raise UserError(f"{shown(folder)}: this run has saved no checkpoint yet.")
+    if epoch is None:
+        epoch = epochs[-1]
+    if epoch not in epochs:
+        raise UserError(f"{shown(folder)}: has no epoch {epoch}; it has {', '.join(map(str, epochs))}.")
+    return folder / f"rwkv-{epoch}.pth"

@@ -1,0 +1,431 @@
+"""Door 2, ./training.sh: script -> settings -> base -> data -> model -> training. Reads like a table of contents.
+
+usage: ./training.sh [--dry-run]
+
+  --dry-run   check everything, print the settings, the plan and two samples with what is trained marked, and stop
+  --help      this text
+
+The settings are the variables in the script itself. Results go to output/<RUN_NAME>/:
+  rwkv-N.pth + rwkv-N.json   what was trained, after epoch N, and how: ./merge.sh N folds it into the base
+  loss.jsonl, loss.png       every optimizer step; run.json: the settings as they were resolved
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+
+from . import project
+from .config import RETIRED, TrainConfig
+from .errors import EXIT_MEMORY, Problem, Problems, UserError, door, leave
+from .shell_vars import Script
+
+AUTO_BATCH_TOKENS = 4096  # MICRO_BSZ=auto: about this many tokens at once ...
+AUTO_LEAST_STEPS = 16  # ... but an epoch has at least this many optimizer steps, if the data allow it
+
+
+def main(arguments: list[str]) -> None:
+    if "--help" in arguments or "-h" in arguments:
+        print(__doc__)
+        return
+    unknown = [a for a in arguments[1:] if a != "--dry-run"]
+    if not arguments or unknown:
+        leave(f"unknown: {' '.join(unknown)}\n{__doc__}" if unknown else __doc__, 2)
+    script = None
+    with door(lambda found: script.report(found) if script else str(found)):
+        script = Script(arguments[0])
+        config = script.read(TrainConfig, RETIRED)
+        run(config, dry_run="--dry-run" in arguments)
+
+
+def run(config: TrainConfig, dry_run: bool) -> None:
+    rank, main_process = int(os.environ.get("LOCAL_RANK", 0)), "LOCAL_RANK" not in os.environ
+    # heavy imports come after the settings are known to be sound: a typo answers in a fraction of a second
+    import warnings
+
+    import torch
+
+    from . import checkpoint
+    from .adapters import attach
+    from .data.loading import Batches, InOrder
+    from .model import arch
+    from .model.rwkv import build
+    from .ops import dispatch
+    from .training import strategy
+
+    say = print if main_process else lambda *_a, **_k: None
+    base = project.model_file(config.model_path)
+    stored, geometry, prefix = open_files(config, base)
+    op, wkv7 = dispatch.wkv7(config.op)
+    precision = strategy.precision(config.precision)
+    machine = strategy.trainer_arguments(precision, config.gpu_count, config.strategy)
+    data, plan = plan_run(config, prefix, geometry)
+    steps = plan.optimizer_steps * config.epoch_count
+    full = config.finetune_mode == "full"
+
+    folder = choose_folder(config, prefix)
+    dtype = strategy.DTYPES[precision]
+    trained_values = count_trained(config, geometry, stored)
+    settings = resolved(config, op, precision, data.ctx_len, plan, geometry, folder.name)
+    print_plan(config, settings, base, geometry, data, plan, steps, trained_values, stored, dtype, say)
+    if dry_run:
+        print_samples(data, min(2, data.rows))
+        say("\nThis was a dry run: nothing was trained, nothing was written.")
+        return
+
+    import pytorch_lightning as pl
+    from torch.utils.data import DataLoader
+
+    from .training.callbacks import LossFile, Progress, Save, StepRecorder, StopOnSignal, wandb_sink
+    from .training.module import TrainingModule
+    from .training.optim import parameter_groups
+
+    torch.manual_seed(config.seed)
+    base_sha256 = checkpoint.sha256(base) if main_process else ""
+    tensors = checkpoint.load(base)
+    model = build(geometry, tensors, wkv7, dtype, config.grad_cp, keep=torch.float32 if full else dtype)
+    if full:
+        attach.train_everything(model)
+    else:
+        attach.adapt(model, config.finetune_mode, config.parts, config.lora_r, config.lora_alpha, config.lora_dropout)
+    if config.lora_load:
+        load_lora(config, model, base, base_sha256, say)
+    trained = attach.trained(model)
+    torch.manual_seed(config.seed + rank)  # dropout differs between ranks, the weights do not
+
+    def write(epoch: int, finished: bool) -> Path:
+        path = folder / f"rwkv-{epoch}.pth"
+        sidecar = describe_run(config, geometry, base, base_sha256, precision, epoch, trainer.global_step, finished)
+        checkpoint.write_json(checkpoint.sidecar_path(path), sidecar)
+        if full:
+            checkpoint.rewrite(base, path, lambda name, tensor: trained[name].detach().cpu() if name in trained else tensor)
+        else:
+            checkpoint.save(path, trained)
+        return Path(project.shown(path))
+
+    callbacks, sinks = [], []
+    if main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_json(folder / "run.json", settings)
+        project.point_latest(folder)
+        progress = Progress(steps, config.epoch_count)
+        sinks = [LossFile(folder / "loss.jsonl"), progress]
+        if config.wandb and (sink := wandb_sink(config.wandb, folder.name, folder, settings, progress.say)):
+            sinks.append(sink)
+        say = progress.say
+    stop = StopOnSignal(say)
+    save = Save(config.epoch_save, config.epoch_count, folder, write, say)
+    callbacks = [StepRecorder(sinks), stop, save]
+    module = TrainingModule(
+        model,
+        parameter_groups(trained.items(), config.weight_decay, arch.decays, arch.lr_scale),
+        steps,
+        config.lr_schedule,
+        config.lr_init,
+        config.lr_final,
+        config.warmup_steps,
+        (config.beta1, config.beta2),
+        config.adam_eps,
+        config.grad_clip,
+    )
+    warnings.filterwarnings("ignore", module="pytorch_lightning")  # hints about workers and loggers we do not use
+    trainer = pl.Trainer(
+        **machine,
+        max_epochs=config.epoch_count,
+        accumulate_grad_batches=config.mini_bsz,
+        use_distributed_sampler=False,  # ours gives every rank its rows; Lightning's would shuffle them again
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=callbacks,
+    )
+    batches = Batches(data, plan, rank)
+    loader = DataLoader(batches, batch_size=None, sampler=InOrder(len(batches)))
+    began = time.monotonic()
+    try:
+        trainer.fit(module, loader)
+    except torch.OutOfMemoryError as error:
+        leave(out_of_memory(config, settings, error), EXIT_MEMORY)
+    finally:
+        for sink in sinks:
+            getattr(sink, "close", lambda: None)()
+    if not main_process:
+        return
+    finish(config, folder, save.newest, stop.received, time.monotonic() - began)
+
+
+def open_files(config: TrainConfig, base: Path):
+    """What the base holds, its geometry, and the prefix of the data; all that is wrong with the files at once."""
+    from . import checkpoint
+    from .model import arch
+
+    found, stored, geometry = [], {}, None
+    try:
+        stored = checkpoint.describe(base)
+        geometry = arch.detect({name: s.shape for name, s in stored.items()}, project.shown(base))
+    except UserError as error:
+        found.append(Problem("MODEL_PATH", str(error)))
+    if geometry:
+        sizes = {"N_LAYER": geometry.n_layer, "EMBD_SIZE": geometry.n_embd, "VOCAB_SIZE": geometry.vocab_size}
+        given = {"N_LAYER": config.n_layer, "EMBD_SIZE": config.embd_size, "VOCAB_SIZE": config.vocab_size}
+        found += [
+            Problem(name, f"but {project.shown(base)} has {sizes[name]}; use auto")
+            for name, value in given.items()
+            if value not in ("auto", sizes[name])
+        ]
+    prefix = project.data_prefix(config.data_path)
+    missing = [ending for ending in (".bin", ".idx") if not Path(f"{prefix}{ending}").is_file()]
+    if missing:
+        source = Path(f"{prefix}.jsonl")
+        hint = f"; make it: ./make_tokenize.sh {source.name}" if source.is_file() else "; see DATA_PATH in the script"
+        found.append(Problem("DATA_PATH", f"{project.shown(prefix)}{' and '.join(missing)}: there is no such file{hint}"))
+    if config.run_name and project.is_taken(project.OUTPUT / config.run_name):
+        there = project.shown(project.OUTPUT / config.run_name)
+        found.append(Problem("RUN_NAME", f"{there} holds an earlier run, which is never overwritten; choose another name"))
+    if config.lora_load and not lora_file(config).is_file():
+        found.append(Problem("lora_load", f"{config.lora_load}: there is no such file"))
+    if found:
+        raise Problems(*found)
+    return stored, geometry, prefix
+
+
+def plan_run(config: TrainConfig, prefix: Path, geometry):
+    from .data.binidx import Reader
+    from .data.loading import Data
+    from .data.sampling import Plan
+
+    reader = Reader(prefix)
+    roles = Reader(f"{prefix}.roles") if Path(f"{prefix}.roles.idx").is_file() else roles_from_text
+    if roles is roles_from_text and config.loss_mask in ("qa", "last") and "LOCAL_RANK" not in os.environ:
+        print(f"{prefix.name} has no .roles file: who said what is found by the headings User: and Assistant: in the text.")
+    ctx_len = None if config.ctx_len == "auto" else config.ctx_len
+    data = Data(
+        reader, roles, config.dataload, config.loss_mask, ctx_len, config.seed, config.data_shuffle, geometry.vocab_size
+    )
+    micro_bsz = config.micro_bsz
+    if micro_bsz == "auto":
+        several = data.rows // (AUTO_LEAST_STEPS * config.mini_bsz * config.gpu_count)
+        micro_bsz = max(1, min(AUTO_BATCH_TOKENS // data.ctx_len, several))
+    epoch_steps = None if config.epoch_steps == "auto" else config.epoch_steps
+    return data, Plan(data.rows, epoch_steps, micro_bsz, config.mini_bsz, config.gpu_count)
+
+
+def roles_from_text(ids):
+    """Roles of a document whose file has none, from the headings in its text."""
+    from . import templates, tokenizer
+    from .data.masking import roles_of_tokens
+
+    spans = templates.spans_of_text(tokenizer.decode_bytes(ids.tolist()))
+    return roles_of_tokens(tokenizer.token_lengths()[ids], spans, end_of_doc=len(ids) > 0 and ids[-1] == 0)
+
+
+def choose_folder(config: TrainConfig, prefix: Path) -> Path:
+    """output/RUN_NAME, or a name that no run has."""
+    if config.run_name:
+        return project.OUTPUT / config.run_name
+    name = f"{prefix.name}-{config.finetune_mode}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder, n = project.OUTPUT / name, 2
+    while folder.exists():
+        folder, n = project.OUTPUT / f"{name}-{n}", n + 1
+    return folder
+
+
+def lora_file(config: TrainConfig) -> Path:
+    return project.find(config.lora_load, "output")
+
+
+def load_lora(config: TrainConfig, model, base: Path, base_sha256: str, say) -> None:
+    """Start from the adapter of an earlier run, if it was trained on this base with this rank and alpha."""
+    from . import checkpoint
+    from .adapters import attach
+
+    path = lora_file(config)
+    if checkpoint.sidecar_path(path).is_file():
+        sidecar = checkpoint.read_sidecar(path, ("method", "rank", "alpha", "base", "base_sha256"))
+        wrong = []
+        if sidecar["method"] != config.finetune_mode:
+            wrong.append(Problem("lora_load", f"{config.lora_load} holds a {sidecar['method']} run"))
+        if sidecar["rank"] != config.lora_r:
+            wrong.append(Problem("lora_r", f"must be {sidecar['rank']}, the rank of {config.lora_load}"))
+        if sidecar["alpha"] != config.lora_alpha:
+            wrong.append(Problem("lora_alpha", f"must be {sidecar['alpha']:g}, the alpha of {config.lora_load}"))
+        if base_sha256 and sidecar["base_sha256"] != base_sha256:
+            wrong.append(Problem("MODEL_PATH", f"{config.lora_load} was trained on {sidecar['base']}, not on {base.name}"))
+        if wrong:
+            raise Problems(*wrong)
+    else:
+        say(f"{config.lora_load} has no sidecar: that its alpha is {config.lora_alpha:g} and its base {base.name} is taken on trust.")
+    attach.load_trained(model, checkpoint.load(path), project.shown(path))
+    say(f"starts from {project.shown(path)} (weights; the optimizer starts anew)")
+
+
+def count_trained(config: TrainConfig, geometry, stored) -> int:
+    from .model import arch
+
+    shapes = arch.shapes(geometry)
+    if config.finetune_mode == "full":
+        return sum(math.prod(s) for s in shapes.values())
+    whole = sum(math.prod(shapes[n]) for n in arch.whole_tensors(shapes, config.parts))
+    adapted = [f"blocks.{i}.{x}.weight" for i in range(geometry.n_layer) for p in config.parts for x in arch.LINEARS.get(p, ())]
+    return whole + sum(config.lora_r * sum(shapes[n]) for n in adapted)
+
+
+def resolved(config: TrainConfig, op, precision, ctx_len, plan, geometry, run_name) -> dict:
+    """run.json: every setting of the script by its name, with auto replaced by what it became."""
+    import dataclasses
+
+    values = {f.metadata["var"]: getattr(config, f.name) for f in dataclasses.fields(config)}
+    became = {
+        "RUN_NAME": run_name, "MODEL_VERSION": "v7", "N_LAYER": geometry.n_layer, "EMBD_SIZE": geometry.n_embd,
+        "VOCAB_SIZE": geometry.vocab_size, "CTX_LEN": ctx_len, "EPOCH_STEPS": plan.micro_batches,
+        "MICRO_BSZ": plan.micro_bsz, "OP": op, "PRECISION": precision,
+        "STRATEGY": "ddp" if config.gpu_count > 1 or config.strategy == "ddp" else "single",
+    }  # fmt: skip
+    return values | became
+
+
+def describe_run(config, geometry, base: Path, base_sha256, precision, epoch: int, step: int, finished: bool) -> dict:
+    """The sidecar of a checkpoint."""
+    import pytorch_lightning
+    import torch
+
+    from . import __version__
+
+    full = config.finetune_mode == "full"
+    return {
+        "method": config.finetune_mode,
+        "rank": None if full else config.lora_r,
+        "alpha": None if full else config.lora_alpha,
+        "dropout": None if full else config.lora_dropout,
+        "parts": None if full else list(config.parts),
+        "base": base.name,
+        "base_path": str(base.resolve()),
+        "base_sha256": base_sha256,
+        "geometry": geometry.as_dict(),
+        "quant": config.quant,
+        "precision": precision,
+        "epoch": epoch,
+        "epoch_finished": finished,
+        "step": step,
+        "versions": {
+            "kit": __version__,
+            "torch": torch.__version__,
+            "lightning": pytorch_lightning.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def print_plan(config, settings, base, geometry, data, plan, steps, trained_values, stored, dtype, say) -> None:
+    """The run header: what was read, what auto became, how long it is, what it needs."""
+    from .data.sampling import AUTO_CTX_LIMIT
+    from .model import arch
+    from .training import strategy
+    from .training.estimate import memory_bytes
+
+    facts, total = data.facts(), sum(math.prod(s.shape) for s in stored.values())
+    device = strategy.device_kind()
+    memory = memory_bytes(
+        arch.shapes(geometry), trained_values, plan.micro_bsz * data.ctx_len, geometry.n_layer, geometry.n_embd,
+        dtype.itemsize, config.grad_cp, config.finetune_mode == "full", device,
+    )  # fmt: skip
+    say(f"model     {project.shown(base)}: {arch.SUPPORTED}, {geometry.n_layer} layers, width {geometry.n_embd}, "
+        f"vocabulary {geometry.vocab_size}, {total / 1e6:,.1f} M parameters")  # fmt: skip
+    method = config.finetune_mode
+    if method == "lora":
+        method += f" r={config.lora_r} alpha={config.lora_alpha:g} on {config.lora_parts}"
+        method += ", emb and head" if config.emb_finetune else ""
+    say(f"method    {method}: {trained_values / 1e6:,.2f} M trained values ({trained_values / total:.1%} of the model's)")
+    say(f"data      {project.shown(data.reader.path)}: {facts.documents:,} rows, {facts.tokens:,} tokens; one pass trains "
+        f"{facts.targets:,} of them (LOSS_MASK={config.loss_mask})")  # fmt: skip
+    if facts.trained_documents < facts.documents and config.dataload != "get":
+        say(f"          {facts.documents - facts.trained_documents:,} rows have nothing to train under this mask: left out")
+    if facts.truncated:
+        advice = f"CTX_LEN=auto takes up to {AUTO_CTX_LIMIT}" if config.ctx_len != "auto" else "set CTX_LEN to take more"
+        say(f"          {facts.truncated:,} rows are longer than CTX_LEN={data.ctx_len}: {facts.lost:,} tokens at their ends "
+            f"are not trained ({advice})")  # fmt: skip
+    shuffled = "shuffled" if config.data_shuffle else "in file order"
+    say(f"batches   DATALOAD={config.dataload}, CTX_LEN={data.ctx_len}: {data.rows:,} rows a pass, {shuffled}; "
+        f"MICRO_BSZ={plan.micro_bsz} x MINI_BSZ={plan.accumulate} x GPU_COUNT={plan.world}")  # fmt: skip
+    say(f"length    {config.epoch_count} epochs x EPOCH_STEPS={plan.micro_batches} micro-batches = {steps:,} optimizer steps; "
+        f"LR {config.lr_init:g} -> {config.lr_init if config.lr_schedule == 'constant' else config.lr_final:g} "
+        f"({config.lr_schedule}, {config.warmup_steps} warm-up)")  # fmt: skip
+    if config.warmup_steps >= steps:
+        say(f"          WARMUP_STEPS={config.warmup_steps} is as long as the whole run: the rate only rises")
+    say(f"machine   {strategy.device_words()}; PRECISION={settings['PRECISION']}, OP={settings['OP']}, "
+        f"STRATEGY={settings['STRATEGY']}; about {memory / 2**30:.1f} GB {'GPU ' if device == 'cuda' else ''}memory (estimate)")  # fmt: skip
+    say(f"output    output/{settings['RUN_NAME']}/")
+
+
+def print_samples(data, count: int) -> None:
+    """The first sequences of the first epoch, as text, with what is trained marked."""
+    colour = sys.stdout.isatty()
+    begin, end = ("\033[32m", "\033[0m") if colour else ("[[", "]]")
+    print(f"\nThe first {count} samples of the run; what is {'green' if colour else 'in [[double brackets]]'} is trained:")
+    for number in range(count):
+        tokens, weights = data.row(number)[0]
+        print(f"\n--- sample {number + 1}: {len(tokens)} tokens, {int(weights.sum())} trained")
+        print(marked(tokens, weights, begin, end))
+
+
+def marked(tokens, weights, begin: str, end: str) -> str:
+    """The text of a sequence with marks around every run of trained tokens; <end> is token 0."""
+    from . import tokenizer
+
+    text, run, trained_run = "", [], False
+
+    def flush() -> str:
+        words = tokenizer.decode(run) if run != [0] else ""
+        ends = "<end>" * sum(1 for t in run if t == 0)
+        return f"{begin}{words}{ends}{end}" if trained_run else words + ends
+
+    for token, trained in zip(tokens.tolist(), [False, *(weights > 0).tolist()], strict=True):
+        if run and trained != trained_run:
+            text += flush()
+            run = []
+        run, trained_run = [*run, token], trained
+    return text + flush()
+
+
+def out_of_memory(config: TrainConfig, settings: dict, error: Exception) -> str:
+    advice = []
+    if not config.grad_cp:
+        advice.append("GRAD_CP=1 (much less memory, a third more time)")
+    if settings["MICRO_BSZ"] > 1:
+        advice.append(f"MICRO_BSZ={settings['MICRO_BSZ'] // 2} and MINI_BSZ={config.mini_bsz * 2} (the same result)")
+    advice.append(f"CTX_LEN={max(16, settings['CTX_LEN'] // 2)} (longer rows are cut)")
+    if config.finetune_mode == "full":
+        advice.append("FINETUNE_MODE=lora")
+    else:
+        advice.append(f"lora_r={max(1, config.lora_r // 2)}")
+    listed = "\n".join(f"  {i}. {a}" for i, a in enumerate(advice, 1))
+    return f"Out of memory: {str(error).splitlines()[0]}\nWhat to change, in this order:\n{listed}"
+
+
+def finish(config: TrainConfig, folder: Path, newest: Path | None, received: int, seconds: float) -> None:
+    """The last words: where the result is and what to do with it."""
+    from .training.callbacks import clock
+
+    there = project.shown(folder)
+    if received:
+        if newest is None:
+            leave(f"Stopped before the first step: there was nothing to save in {there}.", 128 + received)
+        setting = "MODEL_PATH" if config.finetune_mode == "full" else "lora_load"
+        leave(
+            f"Stopped; what was learnt so far is saved. To go on from it, set {setting}={newest} "
+            "(and a new RUN_NAME, if one is set) and run the script again; the optimizer and the schedule start anew.",
+            128 + received,
+        )
+    print(f"done in {clock(seconds)}: {newest}, {there}/loss.png")
+    number = newest.stem.removeprefix("rwkv-")
+    print(f"next: RUN={folder.name} ./merge.sh {number}      or try it: ./chat.sh --adapter {newest}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,195 @@
+"""What happens between optimizer steps: the record of each step, the files of the run, and Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from tqdm import tqdm
+
+from .plot import draw_loss
+
+SMOOTHING = 0.9  # of the loss that the progress line shows
+SPEED_SMOOTHING = 0.8  # of seconds per step, for tokens/s and the time left
+
+
+@dataclass(frozen=True)
+class Record:
+    """One optimizer step. loss: mean over its trained targets. tokens: inputs without filling; targets: trained ones."""
+
+    step: int  # from 1
+    epoch: int  # from 0, as in file names
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens: int
+    targets: int
+    tokens_per_s: float
+    targets_per_s: float
+    seconds: float  # since training began
+
+
+class StepRecorder(pl.Callback):
+    """Makes a Record of every optimizer step on rank 0 and hands it to the sinks."""
+
+    def __init__(self, sinks: list[Callable[[Record], None]]):
+        self.sinks = sinks
+
+    def on_train_start(self, trainer, module) -> None:
+        self.begin = self.last = time.monotonic()
+        self.step, self.tokens, self.pace = trainer.global_step, 0, None
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        self.tokens += batch.tokens
+        if trainer.global_step == self.step:
+            return
+        self.step = trainer.global_step
+        sums = torch.tensor([float(module.step_loss), float(self.tokens)], dtype=torch.float64)
+        if trainer.world_size > 1:
+            sums = trainer.strategy.reduce(sums.to(trainer.strategy.root_device), reduce_op="sum").cpu()
+        loss, tokens = float(sums[0]), int(sums[1])
+        module.step_loss, self.tokens = None, 0
+        now = time.monotonic()
+        taken, self.last = max(now - self.last, 1e-9), now
+        self.pace = taken if self.pace is None else SPEED_SMOOTHING * self.pace + (1 - SPEED_SMOOTHING) * taken
+        if not trainer.is_global_zero:
+            return
+        # the scheduler has moved on already: its previous value is what this step used
+        rate = module.rate_of(self.step - 1)
+        record = Record(
+            self.step, trainer.current_epoch, loss, rate, float(module.grad_norm), tokens, batch.step_targets,
+            tokens / self.pace, batch.step_targets / self.pace, now - self.begin,
+        )  # fmt: skip
+        for sink in self.sinks:
+            sink(record)
+
+
+class Progress:
+    """A bar with loss, rate, tokens per second and time left; plain lines, about twenty a run, where there is no terminal."""
+
+    def __init__(self, steps: int, epochs: int):
+        self.steps, self.epochs, self.smooth = steps, epochs, None
+        self.bar = tqdm(total=steps, dynamic_ncols=True, unit="step") if sys.stderr.isatty() else None
+        self.every = max(1, steps // 20)
+
+    def __call__(self, record: Record) -> None:
+        first = self.smooth is None
+        self.smooth = record.loss if first else SMOOTHING * self.smooth + (1 - SMOOTHING) * record.loss
+        # tokens/s: all inputs, and those that are trained
+        speed = f"{record.tokens_per_s:,.0f} tokens/s ({record.targets_per_s:,.0f} trained)"
+        if self.bar:
+            self.bar.set_description(f"epoch {record.epoch + 1}/{self.epochs}", refresh=False)
+            self.bar.set_postfix_str(f"loss {self.smooth:.3f}, lr {record.lr:.2e}, {speed}", refresh=False)
+            self.bar.update(1)
+        elif first or record.step % self.every == 0 or record.step == self.steps:
+            left = (self.steps - record.step) * record.seconds / record.step
+            print(
+                f"epoch {record.epoch + 1}/{self.epochs}  step {record.step}/{self.steps}  loss {self.smooth:.3f}  "
+                f"lr {record.lr:.2e}  {speed}  {clock(left)} left",
+                flush=True,
+            )
+
+    def say(self, message: str) -> None:
+        if self.bar:
+            self.bar.write(message)
+        else:
+            print(message, flush=True)
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.close()
+
+
+def clock(seconds: float) -> str:
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
+
+
+class LossFile:
+    """loss.jsonl: one object per optimizer step, readable at any moment."""
+
+    def __init__(self, path: Path):
+        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+
+    def __call__(self, record: Record) -> None:
+        self.file.write(json.dumps(asdict(record)) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class Save(pl.Callback):
+    """Writes a checkpoint every `every` epochs, after the last one, and when the run is stopped.
+
+    write: (epoch, finished) -> the path it wrote; called on rank 0 only. say: where to tell the user.
+    """
+
+    def __init__(self, every: int, epochs: int, folder: Path, write: Callable[[int, bool], Path], say: Callable[[str], None]):
+        self.every, self.epochs, self.folder, self.write, self.say = every, epochs, folder, write, say
+        self.newest: Path | None = None
+
+    def on_train_epoch_end(self, trainer, module) -> None:
+        epoch, finished = trainer.current_epoch, not trainer.should_stop
+        due = (epoch + 1) % self.every == 0 or epoch + 1 == self.epochs or not finished
+        if due and trainer.is_global_zero and trainer.global_step:
+            self.newest = self.write(epoch, finished)
+            draw_loss(self.folder)
+            self.say(f"saved {self.newest}")
+        if trainer.world_size > 1:
+            trainer.strategy.barrier()
+
+
+class StopOnSignal(pl.Callback):
+    """Ctrl-C or SIGTERM: finish the micro-batch, save, leave. A second Ctrl-C leaves at once."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self, say: Callable[[str], None]):
+        self.say, self.received = say, 0
+
+    def on_train_start(self, trainer, module) -> None:
+        self.before = {number: signal.signal(number, self.receive) for number in self.SIGNALS}
+
+    def receive(self, number, _frame) -> None:
+        if self.received:
+            os._exit(128 + number)
+        self.received = number
+        # a signal handler must not wait for locks that the main program may hold: write, do not print
+        os.write(2, b"\nStopping after this batch and saving. Ctrl-C again leaves at once, without saving.\n")
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        stop = bool(self.received)
+        if trainer.world_size > 1:
+            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
+            self.received = self.received or (signal.SIGINT if stop else 0)
+        trainer.should_stop = trainer.should_stop or stop
+
+    def on_train_end(self, trainer, module) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def wandb_sink(project: str, name: str, folder: Path, settings: dict, warn: Callable[[str], None]):
+    """A sink that sends records to wandb, or None with one warning where wandb cannot start: training goes on."""
+    try:
+        import wandb
+
+        run = wandb.init(project=project, name=name, dir=str(folder), config=settings)
+    except Exception as error:  # whatever a tracker does, it must not stop training
+        warn(f"wandb did not start ({str(error).splitlines()[0] if str(error) else type(error).__name__}); training goes on.")
+        return None
+
+    def sink(record: Record) -> None:
+        run.log(asdict(record), step=record.step)
+
+    sink.close = run.finish
+    return sink

@@ -1,0 +1,70 @@
+"""The training step, for Lightning: sum of the cross entropy of trained targets, divided by their number in the step."""
+
+from __future__ import annotations
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from ..data.loading import Batch
+from ..ops.loss import linear_cross_entropy
+from .optim import adamw
+from .schedule import learning_rate
+
+
+class TrainingModule(pl.LightningModule):
+    """model: an RWKV. groups: the optimizer's parameter groups. steps: optimizer steps of the whole run."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: list[dict],
+        steps: int,
+        lr_schedule: str,
+        lr_init: float,
+        lr_final: float,
+        warmup_steps: int,
+        betas: tuple[float, float],
+        adam_eps: float,
+        grad_clip: float,
+    ):
+        super().__init__()
+        self.model, self.groups, self.steps = model, groups, steps
+        self.rate = (lr_schedule, lr_init, lr_final, warmup_steps)
+        self.betas, self.adam_eps, self.grad_clip = betas, adam_eps, grad_clip
+        self.step_loss: Tensor | None = None  # this rank's share of the step's loss so far
+        self.grad_norm: Tensor | None = None
+
+    def training_step(self, batch: Batch, _index: int) -> Tensor:
+        x, _ = self.model.features(batch.ids, cu_seqlens=batch.cu_seqlens)
+        rows = x[0].index_select(0, batch.positions)
+        loss = linear_cross_entropy(rows, self.model.head.weight, batch.targets) / max(batch.step_targets, 1)
+        share = loss.detach()
+        self.step_loss = share if self.step_loss is None else self.step_loss + share
+        # Lightning divides by the number of accumulated batches and averages over ranks; the division is already done
+        return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        parameters = [p for group in self.groups for p in group["params"]]
+        limit = self.grad_clip or float("inf")
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+
+    def configure_optimizers(self):
+        optimizer = adamw(self.groups, *self.betas, self.adam_eps)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": LambdaLR(optimizer, self.rate_of), "interval": "step"},
+        }
+
+    def rate_of(self, step: int) -> float:
+        """The learning rate of optimizer step `step`, from 0."""
+        name, first, last, warmup = self.rate
+        return learning_rate(step, self.steps, name, first, last, warmup)
+
+    def transfer_batch_to_device(self, batch: Batch, device, _index: int) -> Batch:
+        def move(x: Tensor) -> Tensor:
+            return x.to(device, non_blocking=True)
+
+        moved = move(batch.ids), move(batch.positions), move(batch.targets)
+        return Batch(moved[0], batch.cu_seqlens, moved[1], moved[2], batch.step_targets, batch.tokens)

@@ -1,0 +1,29 @@
+"""AdamW over the trained tensors: weight decay and learning-rate factors by what a tensor is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+
+def parameter_groups(
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    weight_decay: float,
+    decays: Callable[[str, tuple[int, ...]], bool],
+    lr_scale: Callable[[str], float],
+) -> list[dict]:
+    """One group per combination of decay and rate factor; `lr` holds the factor, a schedule multiplies it.
+
+    parameters: (name in files, parameter). decays, lr_scale: the facts about names (model.arch).
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in parameters:
+        key = (weight_decay if decays(name, tuple(parameter.shape)) else 0.0, lr_scale(name))
+        groups.setdefault(key, []).append(parameter)
+    return [{"params": params, "weight_decay": decay, "lr": scale} for (decay, scale), params in groups.items()]
+
+
+def adamw(groups: list[dict], beta1: float, beta2: float, eps: float) -> torch.optim.AdamW:
+    return torch.optim.AdamW(groups, lr=1.0, betas=(beta1, beta2), eps=eps, fused=True)

@@ -1,0 +1,43 @@
+"""loss.png: the loss of every optimizer step, raw and smoothed, with the learning rate."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ..atomic import writing
+
+SMOOTHING = 0.95
+
+
+def draw_loss(folder: Path) -> Path:
+    """Draw folder/loss.jsonl as folder/loss.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    records = [json.loads(line) for line in (folder / "loss.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps, losses = [r["step"] for r in records], [r["loss"] for r in records]
+    smooth: list[float] = []
+    for loss in losses:
+        smooth.append(loss if not smooth else SMOOTHING * smooth[-1] + (1 - SMOOTHING) * loss)
+    figure, axes = plt.subplots(figsize=(9, 5), dpi=110, layout="constrained")
+    axes.plot(steps, losses, color="#9ec5e8", linewidth=1, label="each step")
+    axes.plot(steps, smooth, color="#1f5f99", linewidth=2, label="smoothed")
+    for before, after in zip(records, records[1:], strict=False):
+        if after["epoch"] != before["epoch"]:
+            axes.axvline(before["step"] + 0.5, color="#cccccc", linewidth=0.8, zorder=0)
+    axes.set(title=folder.name, xlabel="optimizer step (grey lines: epochs)", ylabel="loss per trained token")
+    axes.grid(alpha=0.25)
+    rates = axes.twinx()
+    rates.plot(steps, [r["lr"] for r in records], color="#c98a3c", linewidth=1, linestyle="--", label="learning rate")
+    rates.set_ylabel("learning rate")
+    rates.set_ylim(bottom=0)
+    lines, labels = axes.get_legend_handles_labels()
+    more_lines, more_labels = rates.get_legend_handles_labels()
+    axes.legend(lines + more_lines, labels + more_labels, loc="upper right")
+    with writing(folder / "loss.png") as file:
+        figure.savefig(file, format="png")
+    plt.close(figure)
+    return folder / "loss.png"

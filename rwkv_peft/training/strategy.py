@@ -1,0 +1,63 @@
+"""What the machine can do, and what that makes of PRECISION, GPU_COUNT and STRATEGY."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from pytorch_lightning.plugins.precision import MixedPrecision
+
+from ..errors import Problem, Problems
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
+
+
+def device_kind() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device_words() -> str:
+    if device_kind() == "cuda":
+        gpu = torch.cuda.get_device_properties(0)
+        return f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GB"
+    return f"CPU, {torch.get_num_threads()} threads (no CUDA device was found)"
+
+
+def cpu_has_bf16(cpuinfo: str | None = None) -> bool:
+    """Whether the processor multiplies bf16 itself. Where it does not, bf16 is about ten times slower than fp32."""
+    if cpuinfo is None:
+        path = Path("/proc/cpuinfo")
+        cpuinfo = path.read_text() if path.is_file() else ""
+    return re.search(r"^(flags|Features)\s*:.*\b(amx_bf16|avx512_bf16|bf16)\b", cpuinfo, re.M) is not None
+
+
+def precision(wanted: str) -> str:
+    """auto -> what this machine computes best. Raises Problems for what it cannot do."""
+    on_gpu = device_kind() == "cuda"
+    if wanted == "auto":
+        if on_gpu:
+            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        return "bf16" if cpu_has_bf16() else "fp32"
+    if wanted == "tf32" and not on_gpu:
+        raise Problems(Problem("PRECISION", "is for NVIDIA GPUs, and none was found; use auto or fp32"))
+    return wanted
+
+
+def trainer_arguments(precision: str, gpu_count: int, strategy: str) -> dict:
+    """The arguments of Lightning's Trainer that concern the machine.
+
+    The model casts by itself, so Lightning computes as it is; only fp16 needs it, to scale gradients out of underflow.
+    """
+    kind = device_kind()
+    if kind == "cuda" and gpu_count > torch.cuda.device_count():
+        raise Problems(Problem("GPU_COUNT", f"is more than the {torch.cuda.device_count()} GPUs of this machine"))
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    arguments = {
+        "accelerator": "gpu" if kind == "cuda" else "cpu",
+        "devices": gpu_count,
+        "strategy": "ddp" if gpu_count > 1 or strategy == "ddp" else "auto",
+    }
+    if precision == "fp16":
+        arguments["plugins"] = [MixedPrecision("16-mixed", kind, torch.amp.GradScaler(kind))]
+    return arguments

@@ -1,0 +1,200 @@
+#!/usr/bin/env bash
+# Fine-tune an RWKV-7 model: set the values below, then run ./training.sh
+#   ./training.sh --dry-run   shows what would happen and two samples, then stops      先看计划和样本，不训练
+#   ./training.sh --help      tells the rest
+# A copy of this file under any name, anywhere in the project, works as well: one file per experiment.
+# 修改下面的值，然后运行 ./training.sh。可以复制本文件到项目内任意位置、任意名字，一个实验一个文件。
+[ -n "${BASH_VERSION:-}" ] || { echo "Run this with bash: bash $0" >&2; exit 2; }
+set -euo pipefail
+# the project is the first folder at or above this file that holds the kit
+_root="$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
+while [ ! -f "$_root/rwkv_peft/run.sh" ]; do
+  [ "$_root" != / ] || { echo "$0: there is no rwkv_peft/ at or above this file; keep it inside the project." >&2; exit 2; }
+  _root="$(dirname -- "$_root")"
+done
+set -a # every variable below is handed to Python                              以下变量都会传给 Python
+
+############################################ What to train  训练什么 ############################################
+
+# How to fine-tune. 微调方法
+#   lora   small matrices beside the frozen weights: little memory, the usual choice    低显存，一般选它
+#   full   every weight: most memory, for pretraining and large data sets               全参，显存最大，用于预训练
+FINETUNE_MODE=lora
+
+# The base model: a name in model/, or any path (spaces are fine). Version and sizes are read from the file.
+# 底模：model/ 下的文件名，或任意路径（可含空格）。版本与尺寸自动读取。
+MODEL_PATH="rwkv7-tiny.pth"
+
+# The tokenized data: the name that ./make_tokenize.sh printed, in data/, without ending; or any path.
+# 数据：make_tokenize.sh 生成的名字（data/ 下，不带后缀），或任意路径。
+DATA_PATH="sample"
+
+# The folder of this run under output/. Empty: data, method and time of the start. An existing run is never overwritten.
+# 本次训练在 output/ 下的文件夹名；留空自动命名。已有的结果绝不会被覆盖。
+RUN_NAME=""
+
+# The model's version and sizes. auto reads them from the file; a number is only checked against it.
+# 模型版本与尺寸：auto 从文件读取；填数字则仅用于核对。
+MODEL_VERSION=auto
+# Number of layers. 层数
+N_LAYER=auto
+# Width. 宽度
+EMBD_SIZE=auto
+# Vocabulary rows. 词表大小
+VOCAB_SIZE=auto
+
+############################################### Data  数据 ######################################################
+
+# Longest piece of text that is trained in one go, in tokens. Longer rows are cut, and the start-up says how many.
+#   auto   the longest row, at most 4096 (packs: at least 512)
+#   Memory grows with it. make_tokenize.sh prints max_length.      显存随它增长；auto 取最长样本，最多 4096
+CTX_LEN=auto
+
+# How rows become batches. 组批方式
+#   pack   several rows behind one another up to CTX_LEN, kept apart: no padding, fastest    多条拼接、互相隔离，最快
+#   pad    one row per place, filled up to the longest of the batch                          每条一格，补齐
+#   only   one row per place, as long as it is                                               每条一格，不补齐
+#   get    pieces of CTX_LEN tokens that ignore where rows end (pretraining)                 不分行，用于预训练
+DATALOAD=pack
+
+# Which tokens the model learns. 哪些部分计入损失
+#   qa     what the Assistant says, in every turn          只学 Assistant 的每一轮回答
+#   last   only the last answer of a row                   只学最后一轮回答
+#   pad    all text of a row                               学整条文本
+#   none   all text; with DATALOAD=get also across rows    全部，get 模式下跨行也学
+# qa and last need turns: "User: ...", a blank line, "Assistant: ...". Rows without an Assistant are left out, and counted.
+LOSS_MASK=qa
+
+# 1: a new order every epoch, the same for the same SEED. 0: the order of the file. 每轮是否打乱
+DATA_SHUFFLE=1
+
+# Any whole number; the same number gives the same run. 随机种子，相同种子结果相同
+SEED=42
+
+# Way through long texts: none. (infctx is to come; CHUNK_CTX belongs to it and stays empty.) 目前只支持 none
+TRAIN_TYPE=none
+# Length of infctx chunks: stays empty for now. infctx 分块长度，暂时留空
+CHUNK_CTX=""
+
+########################################### How long  训练多久 ###################################################
+
+# How many epochs. 1-3 for thousands of rows, more for a few hundred. 轮数：数千条 1-3 轮，几百条可更多
+EPOCH_COUNT=3
+
+# Micro-batches per epoch and GPU. auto: every row once. Smaller: shorter epochs that go on through the data in turn.
+# make_tokenize.sh lists numbers that divide evenly, but any number works.   每轮微批数；auto 每条恰好一次，任意数字均可
+EPOCH_STEPS=auto
+
+# Save every so many epochs; the last one is always saved. 每多少轮保存一次，最后一轮总会保存
+EPOCH_SAVE=1
+
+# Rows that go through one GPU at once. More is faster and takes more memory.
+#   out of memory? halve it and double MINI_BSZ: the result is the same. auto: about 4096 tokens at once
+#   显存不足就减半，并把 MINI_BSZ 加倍，结果不变
+MICRO_BSZ=auto
+
+# Micro-batches per optimizer step. Rows per step = MICRO_BSZ * MINI_BSZ * GPU_COUNT: 4-8 for under 1000 rows,
+# 8-16 for under 5000, 32 and more above. (A pack holds several rows.)     梯度累积次数
+MINI_BSZ=1
+
+######################################### Learning rate  学习率 ##################################################
+
+# First and last learning rate. lora: 1e-4 to 5e-5 for 0.1B-3B, 2e-5 above; full: 1e-5. 初始与最终学习率
+LR_INIT=1e-4
+# The last one; LR_SCHEDULE says how it gets there. 最终学习率
+LR_FINAL=1e-5
+
+# The way from LR_INIT to LR_FINAL, over the whole run. 学习率曲线
+#   cos        half a cosine: the usual choice              余弦，常用
+#   wsd        constant, then down in the last tenth        恒定，最后十分之一下降
+#   exp        the same factor every step                   指数
+#   linear     a straight line                              直线
+#   constant   LR_INIT all the way; LR_FINAL is not used    恒定
+LR_SCHEDULE=cos
+
+# Optimizer steps from 0 up to LR_INIT at the start. 预热步数
+WARMUP_STEPS=10
+
+# Adam's memory of gradients, and of their squares. 0.9 and 0.99 suit fine-tuning. Adam 动量
+BETA1=0.9
+# ... of their squares. 二阶动量
+BETA2=0.99
+
+# Adam's smallest divisor. 数值稳定项
+ADAM_EPS=1e-8
+
+# Pull towards zero, on large matrices only (never norms, mixes, decays). 0 for LoRA, 0.1 for pretraining. 权重衰减
+WEIGHT_DECAY=0
+
+# Largest length of the gradient; longer ones are scaled down. 0: no limit. 梯度裁剪，0 为不裁剪
+GRAD_CLIP=1.0
+
+############################################# LoRA  #############################################################
+
+# Rank: size of the added matrices. 16-32 for a style, 64-128 for knowledge. 秩：风格 16-32，知识 64-128
+lora_r=64
+
+# Strength: the change is multiplied by lora_alpha / lora_r. Twice the rank is usual; merge.sh reads it from the checkpoint.
+# 强度，通常为秩的两倍；合并时自动读取，无需再填
+lora_alpha=128
+
+# Share of the adapter's inputs dropped at random while training. 0-0.1. 丢弃率
+lora_dropout=0.01
+
+# What is trained: att and ffn get adapters on all their matrices; time (mixes, decays) and ln (norms) are trained whole.
+# 训练哪些部分：att、ffn 加适配器；time、ln 直接训练
+lora_parts="att,ffn,ln"
+
+# 1: train the embedding and the head as well (large: saved whole with every checkpoint). 是否同时训练词嵌入与输出头
+EMB_FINETUNE=0
+
+# Start from the LoRA of an earlier run: a path, like output/RUN/rwkv-2.pth. Rank, alpha and base must be the same.
+# 从已有 LoRA 继续：填路径，秩、alpha、底模须一致
+lora_load=""
+
+########################################### Machine  机器 ########################################################
+
+# Numbers to compute in. auto: bf16 where the processor has it, else fp32 (GPUs: fp16). 计算精度
+#   bf16   half the memory, the usual choice    fp32   exact and slow
+#   fp16   for GPUs without bf16                tf32   fp32 with faster, coarser products (GPUs)
+PRECISION=auto
+
+# Compressed base weights: none. (int8, nf4 ... are to come.) 量化，目前只支持 none
+QUANT=none
+
+# Which implementation computes WKV: auto; torch (everywhere); reference (the slow definition). 算子
+OP=auto
+
+# 1: compute activations again in the backward pass: much less memory, about a third more time. 梯度检查点，省显存
+GRAD_CP=1
+
+# GPUs on this machine (without a GPU: processes). 显卡数量（无显卡时为进程数）
+GPU_COUNT=1
+
+# How several GPUs work together: auto (ddp for more than one), single, ddp. 多卡策略
+STRATEGY=auto
+
+# Name of a wandb project; empty: no wandb. WANDB_MODE=offline in your shell keeps it on this machine. wandb 项目名，空则不用
+WANDB=""
+
+################################ Methods to come  尚未支持的方法（请留空）#########################################
+
+# PiSSA, MiSS/Bone/Bat and LISA are not part of this version. Their variables must stay empty. 以下变量暂须留空
+pissa_load=""
+# first singular values of a PiSSA run
+pissa_init=""
+# rank of PiSSA
+pissa_r=""
+# accuracy of its decomposition
+svd_niter=""
+# checkpoint to go on from, Bone and Bat
+disha_load=""
+# rank of Bone and Bat
+disha_r=""
+# layers that LISA trains at once
+lisa_r=""
+# steps between its choices
+lisa_k=""
+
+set +a
+exec "$_root/rwkv_peft/run.sh" rwkv_peft.train "${BASH_SOURCE[0]}" "$@"
