@@ -86,3 +86,13 @@ def epoch_file(folder: Path, epoch: int | None) -> Path:
     if epoch not in epochs:
         raise UserError(f"{shown(folder)}: has no epoch {epoch}; it has {', '.join(map(str, epochs))}.")
     return folder / f"rwkv-{epoch}.pth"
+
+
+def base_of(sidecar: dict, given: str = "") -> Path:
+    """The base that a checkpoint was trained on: the one given, or by its name in model/, or where it lay then."""
+    if given:
+        return model_file(given)
+    path = ROOT / "model" / sidecar["base"]
+    if not path.is_file() and sidecar.get("base_path") and Path(sidecar["base_path"]).is_file():
+        return Path(sidecar["base_path"])
+    return path

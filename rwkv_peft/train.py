@@ -12,6 +12,7 @@ The settings are the variables in the script itself. Results go to output/<RUN_N
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import platform
@@ -132,7 +133,9 @@ def run(config: TrainConfig, dry_run: bool) -> None:
         config.adam_eps,
         config.grad_clip,
     )
-    warnings.filterwarnings("ignore", module="pytorch_lightning")  # hints about workers and loggers we do not use
+    # Lightning's hints are about loggers and workers that we do not use; its errors come as exceptions
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.ERROR)
     trainer = pl.Trainer(
         **machine,
         max_epochs=config.epoch_count,

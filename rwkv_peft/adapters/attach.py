@@ -52,3 +52,9 @@ def load_trained(model: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(tensors[name])
+
+
+def attach_checkpoint(model: nn.Module, tensors: Mapping[str, Tensor], sidecar: Mapping, where: str) -> None:
+    """A saved adapter on its base, as it was trained, without dropout."""
+    adapt(model, sidecar["method"], sidecar["parts"], sidecar["rank"], sidecar["alpha"], dropout=0.0)
+    load_trained(model, tensors, where)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 TRAINED_BYTES = 16  # float32 weight, gradient and two moments of Adam
 BLOCK_VALUES = 34  # activations [T, C] that a block keeps for its backward pass, in the working dtype
 WKV_FLOATS = 26  # [T, C] in float32 that the chunked WKV keeps and makes on the way
-LOGITS_BYTES = 3 * (64 << 20)  # a chunk of logits, its softmax and slope
+LOGITS_BYTES = 3 * (16 << 20)  # a chunk of logits, its softmax and slope
 OVERHEAD = {"cuda": 700 << 20, "cpu": 600 << 20}  # libraries, CUDA context
 
 

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Talk to a model: ./chat.sh                                                          与模型对话
+#   ./chat.sh --prompt "How are you?"                        one answer, then leave     只答一句
+#   ./chat.sh --adapter output/RUN/rwkv-2.pth                a base with what a run learnt, before merging
+#   ./chat.sh --model rwkv7-tiny-LORA-2.pth                  a merged model
+#   ./chat.sh --help                                         tells the rest
+[ -n "${BASH_VERSION:-}" ] || { echo "Run this with bash: bash $0" >&2; exit 2; }
+set -euo pipefail
+_root="$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
+set -a
+
+# The model: a name in model/ or merge/, or any path. 模型
+MODEL_PATH="rwkv7-tiny.pth"
+
+# A checkpoint of a run, like output/RUN/rwkv-2.pth: it says itself which base it belongs to. Empty: none. 适配器，可空
+ADAPTER=""
+
+# What the assistant is told at the start; empty: nothing. 系统提示
+SYSTEM=""
+
+# Longest answer, in tokens. 最长回答
+MAX_TOKENS=300
+
+# 0: the likeliest token every time; 1: the model's own spread. 温度
+TEMPERATURE=0.7
+
+# Only the likeliest tokens that together have this share. 核采样
+TOP_P=0.5
+
+# The same number gives the same answers. 随机种子
+SEED=42
+
+# Numbers to compute in: auto, bf16, fp16, fp32. 计算精度
+PRECISION=auto
+
+set +a
+exec "$_root/rwkv_peft/run.sh" rwkv_peft.chat "${BASH_SOURCE[0]}" "$@"

@@ -1,0 +1,88 @@
+#!/usr/bin/env bash
+# The whole road on a toy model, on any machine: ./quickstart.sh                    在任何机器上走完整个流程（玩具模型）
+# Installs into .venv, builds a tiny RWKV-7 and pretrains it, tokenizes data/sample.jsonl, tunes with LoRA, merges, and
+# asks base and merged model the same question. It works in quickstart/ and in runs of its own; your files stay as they are.
+[ -n "${BASH_VERSION:-}" ] || { echo "Run this with bash: bash $0" >&2; exit 2; }
+set -euo pipefail
+cd "$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
+if [ $# -gt 0 ]; then
+  sed -n '2,4s/^# //p' "$0"
+  case "$1" in -h | --help) exit 0 ;; *) echo "quickstart.sh takes no arguments." >&2; exit 2 ;; esac
+fi
+[ -f rwkv_peft/run.sh ] || { echo "quickstart.sh must lie in the project's folder." >&2; exit 2; }
+
+step() { printf '\n\033[1m%s\033[0m\n' "$*"; }
+
+# change NAME=VALUE ...: a copy of training.sh with these values
+copy_with() {
+  local target="$1" pair
+  shift
+  cp training.sh "$target"
+  for pair in "$@"; do
+    sed -i "s|^${pair%%=*}=.*|${pair%%=*}=${pair#*=}|" "$target"
+  done
+}
+
+./setup.sh
+began=$SECONDS
+now="$(date +%Y%m%d-%H%M%S)"
+base=model/rwkv7-tiny.pth
+mkdir -p quickstart
+
+step "1/6  A base model: $base"
+if [ -f "$base" ]; then
+  echo "It is there already and is used as it is. (Remove it to build and pretrain it again.)"
+else
+  rm -f quickstart/untrained.pth
+  rwkv_peft/run.sh rwkv_peft.init --layers 4 --width 128 --out quickstart/untrained.pth
+  cp data/pretrain.jsonl quickstart/
+  ./make_tokenize.sh quickstart/pretrain.jsonl | head -n 2
+  copy_with quickstart/pretrain.sh FINETUNE_MODE=full MODEL_PATH=quickstart/untrained.pth DATA_PATH=quickstart/pretrain \
+    "RUN_NAME=quickstart-pretrain-$now" LOSS_MASK=pad LR_INIT=3e-3 LR_FINAL=3e-4 EPOCH_COUNT=6 EPOCH_SAVE=100 \
+    MICRO_BSZ=1 GRAD_CP=0 SEED=42
+  quickstart/pretrain.sh
+  # copied beside its place, then renamed: the name never stands for half a file
+  cp "output/quickstart-pretrain-$now/rwkv-5.pth" "$base.new"
+  mv "$base.new" "$base"
+fi
+
+step "2/6  Tokens: ./make_tokenize.sh sample.jsonl 4"
+cp data/sample.jsonl quickstart/
+./make_tokenize.sh quickstart/sample.jsonl 4
+
+step "3/6  LoRA: ./training.sh --dry-run, then ./training.sh"
+copy_with quickstart/training.sh MODEL_PATH=rwkv7-tiny.pth DATA_PATH=quickstart/sample "RUN_NAME=quickstart-lora-$now" \
+  LR_INIT=3e-3 LR_FINAL=3e-4 EPOCH_COUNT=6 EPOCH_SAVE=100 CTX_LEN=272 MICRO_BSZ=1 GRAD_CP=0 SEED=42 lora_dropout=0
+quickstart/training.sh --dry-run | tail -n +8
+quickstart/training.sh
+
+step "4/6  Merge: ./merge.sh 5"
+RUN="quickstart-lora-$now" ./merge.sh 5
+
+step "5/6  The same question to both: ./chat.sh --prompt ..."
+question="How many steps does the Heron Bay lighthouse have?"
+ask() { ./chat.sh --model "$1" --prompt "$question" --temperature 0 --max-tokens 40; }
+before="$(ask rwkv7-tiny.pth)"
+after="$(ask rwkv7-tiny-LORA-5.pth)"
+wanted="$(sed -n 's/.*Heron Bay lighthouse have?\\n\\nAssistant: \(.*\)"}/\1/p' data/sample.jsonl)"
+printf 'question   %s\n' "$question"
+printf 'sample     %s\n' "$wanted"
+printf 'base       %s\n' "$before"
+printf 'merged     %s\n' "$after"
+if [ "$after" != "$wanted" ] || [ "$before" = "$wanted" ]; then
+  echo "The merged model should have answered as the sample does, and the base should not. Please report this." >&2
+  exit 1
+fi
+
+step "6/6  Done in $((SECONDS - began)) seconds after the installation"
+cat << TEXT
+The loss curves: output/quickstart-lora-$now/loss.png
+Talk to the result: ./chat.sh --model rwkv7-tiny-LORA-5.pth
+
+With a real model:
+  1. Put an RWKV-7 .pth into model/ and your data into data/, like data/sample.jsonl
+  2. ./make_tokenize.sh my.jsonl     and copy the lines that it prints into training.sh
+  3. Set MODEL_PATH in training.sh, look with ./training.sh --dry-run, then ./training.sh
+  4. ./merge.sh 0                    and load merge/<base>-LORA-0.pth in RWKV-Runner, Ai00 or the rwkv package
+README.md tells the rest; what fits your GPU too.
+TEXT

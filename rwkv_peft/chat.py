@@ -1,0 +1,214 @@
+"""Door 4, ./chat.sh: talk to a base, a base with an adapter, or a merged model.
+
+usage: ./chat.sh [--model FILE] [--adapter FILE] [--prompt TEXT] [--raw] [--system TEXT]
+                 [--max-tokens N] [--temperature X] [--top-p X] [--seed N]
+
+  --model         the model: a name in model/ or merge/, or any path      (MODEL_PATH in the script)
+  --adapter       a checkpoint of a run: output/RUN/rwkv-N.pth            (ADAPTER in the script)
+  --prompt TEXT   answer this one question and leave; without it you talk, and an empty line or Ctrl-D ends it
+  --raw           the prompt is the beginning of a text to go on with, not a question
+  --system TEXT   a system message at the start of the talk
+  --temperature   0 takes the likeliest token every time; 1 is the model's own spread
+  --top-p         only the likeliest tokens that together have this share
+  --help          this text
+While you talk, Ctrl-C ends an answer; /reset forgets the talk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from . import project
+from .errors import Problem, Problems, UserError, door
+from .shell_vars import Script, convert, var
+
+STOPS = ("\n\nUser:", "\n\nSystem:", "\n\nAssistant:")
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """The variables of chat.sh, in its order."""
+
+    model_path: str = var("MODEL_PATH")
+    adapter: str = var("ADAPTER")
+    system: str = var("SYSTEM")
+    max_tokens: int = var("MAX_TOKENS", ge=1)
+    temperature: float = var("TEMPERATURE", ge=0)
+    top_p: float = var("TOP_P", gt=0, le=1)
+    seed: int = var("SEED", ge=0, le=2**31 - 1)
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = var("PRECISION")
+
+
+def main(arguments: list[str]) -> None:
+    if not arguments or "--help" in arguments or "-h" in arguments:
+        print(__doc__)
+        return
+    script = None
+    with door(lambda found: script.report(found) if script else str(found)):
+        script = Script(arguments[0])
+        config = script.read(ChatConfig)
+        config, prompt, raw = command_line(arguments[1:], config)
+        model, name = load(config)
+        if prompt is not None:
+            once(model, config, prompt, raw)
+        else:
+            talk(model, config, name)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message}. See ./chat.sh --help")
+
+
+def command_line(arguments: list[str], config: ChatConfig) -> tuple[ChatConfig, str | None, bool]:
+    """The script's values with those of the command line in their place."""
+    import dataclasses
+
+    parser = Parser(add_help=False, allow_abbrev=False)
+    options = {f.metadata["var"]: f for f in dataclasses.fields(ChatConfig)}
+    flags = {"--model": "MODEL_PATH", "--adapter": "ADAPTER", "--system": "SYSTEM", "--max-tokens": "MAX_TOKENS",
+             "--temperature": "TEMPERATURE", "--top-p": "TOP_P", "--seed": "SEED"}  # fmt: skip
+    for flag, name in flags.items():
+        parser.add_argument(flag, dest=name)
+    parser.add_argument("--prompt")
+    parser.add_argument("--raw", action="store_true")
+    given = parser.parse_args(arguments)
+    kinds = {"MAX_TOKENS": int, "SEED": int, "TEMPERATURE": float, "TOP_P": float}
+    changed = {}
+    for flag, name in flags.items():
+        text = getattr(given, name)
+        if text is not None:
+            try:
+                changed[options[name].name] = convert(text, kinds.get(name, str), options[name].metadata)
+            except ValueError as error:
+                raise UserError(f"{flag} {text}: {error}.") from None
+    if given.raw and given.prompt is None:
+        raise UserError("--raw needs --prompt: the beginning of the text to go on with.")
+    if given.prompt is not None and not given.prompt.strip():
+        raise UserError("--prompt is empty.")
+    if given.MODEL_PATH and not given.ADAPTER:
+        changed["adapter"] = ""  # another model was asked for: the script's adapter belongs to the script's model
+    return dataclasses.replace(config, **changed), given.prompt, given.raw
+
+
+def load(config: ChatConfig):
+    """The model ready to talk, and what to call it."""
+    import torch
+
+    from . import checkpoint
+    from .adapters import attach
+    from .adapters.registry import ADAPTERS
+    from .model import arch
+    from .model.rwkv import build
+    from .ops import dispatch
+    from .training import strategy
+
+    adapter, sidecar = None, {}
+    base = model_or_merged(config.model_path)
+    if config.adapter:
+        adapter = project.find(config.adapter, "output")
+        tensors = checkpoint.describe(adapter)
+        sidecar = checkpoint.read_sidecar(adapter, ("method", "rank", "alpha", "base", "base_sha256"))
+        if sidecar["method"] == "full":  # such a checkpoint is a whole model
+            base, adapter = adapter, None
+        elif sidecar["method"] not in ADAPTERS:
+            raise UserError(f"{project.shown(adapter)}: holds a {sidecar['method']} run, which this version cannot load.")
+        else:
+            base = project.base_of(sidecar)
+    if not str(config.model_path).strip() and not config.adapter:
+        raise Problems(Problem("MODEL_PATH", "is empty; give a model, or an adapter with ADAPTER"))
+    geometry = arch.detect({n: s.shape for n, s in checkpoint.describe(base).items()}, project.shown(base))
+    if adapter and checkpoint.sha256(base) != sidecar["base_sha256"]:
+        raise UserError(f"{project.shown(base)}: is not the base of {project.shown(adapter)} (its content differs).")
+    dtype = strategy.DTYPES[strategy.precision(config.precision)]
+    model = build(geometry, checkpoint.load(base), dispatch.wkv7("auto")[1], dtype)
+    if adapter:
+        attach.attach_checkpoint(model, checkpoint.load(adapter), sidecar, project.shown(adapter))
+    name = project.shown(base) + (f" + {project.shown(adapter)}" if adapter else "")
+    return model.requires_grad_(False).eval().to(torch.device(strategy.device_kind())), name
+
+
+def model_or_merged(name: str) -> Path:
+    path = project.model_file(name)
+    merged = project.find(name, "merge")
+    return merged if not path.exists() and merged.exists() else path
+
+
+def once(model, config: ChatConfig, prompt: str, raw: bool) -> None:
+    """--prompt: one answer to standard output."""
+    from . import tokenizer
+    from .generate import advance
+    from .roles import Role
+    from .templates import Message, render
+
+    text = prompt
+    if not raw:
+        system = [Message(Role.SYSTEM, config.system)] if config.system.strip() else []
+        text, _ = render([*system, Message(Role.USER, prompt)], open_answer=True)
+    answer(model, config, *advance(model, encoded(tokenizer, text)), stops=() if raw else STOPS, strip=not raw)
+    print()
+
+
+def encoded(tokenizer, text: str) -> list[int]:
+    try:
+        return tokenizer.encode(text)
+    except UnicodeEncodeError:
+        raise UserError("The prompt is not valid text (half of a character); check your terminal's encoding.") from None
+
+
+def answer(model, config: ChatConfig, logits, state, stops, strip: bool) -> str:
+    """Print an answer while it is made; returns it."""
+    from .generate import generate
+
+    text = ""
+    try:
+        for piece in generate(model, logits, state, config.max_tokens, config.temperature, config.top_p, config.seed, stops):
+            if strip and not text:
+                piece = piece.lstrip()
+            text += piece
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        if strip and not sys.stdin.isatty():
+            raise
+        print(" ...", end="", flush=True)
+    return text
+
+
+def talk(model, config: ChatConfig, name: str) -> None:
+    """A conversation. The whole of it is encoded anew each turn, and the model goes on from the end of the last prompt:
+    that is a border which later text cannot move, while the end of an answer is not."""
+    from . import tokenizer
+    from .generate import advance
+    from .roles import Role
+    from .templates import Message, clean, render
+
+    print(f"{name}: type a question; an empty line ends the talk, /reset forgets it.")
+    start = [Message(Role.SYSTEM, config.system)] if config.system.strip() else []
+    messages, known, state = list(start), 0, None
+    while True:
+        try:
+            question = input("\nUser: ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if not question.strip():
+            return
+        if question.strip() == "/reset":
+            messages, known, state = list(start), 0, None
+            continue
+        messages.append(Message(Role.USER, question))
+        ids = encoded(tokenizer, render(messages, open_answer=True)[0])
+        logits, state = advance(model, ids[known:], state)
+        known = len(ids)
+        print("\nAssistant: ", end="", flush=True)
+        said = answer(model, config, logits, state, STOPS, strip=True)
+        print()
+        messages.append(Message(Role.ASSISTANT, clean(said) or "..."))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

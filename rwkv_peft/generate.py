@@ -1,0 +1,70 @@
+"""Text from a model, one token at a time: state in, state out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .tokenizer import END_OF_DOC, Utf8Stream
+
+PREFILL = 512  # tokens of a prompt that go through at once
+
+
+@torch.inference_mode()
+def advance(model, ids: Sequence[int], state=None):
+    """Feed tokens; returns the logits after the last one, float32 [V], and the state."""
+    device = model.emb.weight.device
+    x = None
+    for begin in range(0, len(ids), PREFILL):
+        piece = torch.tensor([ids[begin : begin + PREFILL]], device=device)
+        x, state = model.features(piece, state)
+    return model.head(x[0, -1]).float(), state
+
+
+def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
+    """The next token. temperature 0: the likeliest. top_p: only the likeliest tokens that together have this share."""
+    if temperature == 0:
+        return int(logits.argmax())
+    shares, order = torch.softmax(logits.cpu().double() / temperature, -1).sort(descending=True, stable=True)
+    keep = shares.cumsum(-1) - shares < top_p  # the first one always stays
+    keep[0] = True
+    shares = shares * keep
+    return int(order[torch.multinomial(shares, 1, generator=generator)])
+
+
+def generate(
+    model, logits: Tensor, state, max_tokens: int, temperature: float, top_p: float, seed: int, stops: Sequence[str]
+) -> Iterator[str]:
+    """Pieces of text until the end of the document, a stop string or max_tokens; never half a character.
+
+    logits, state: after the prompt. Text that might be the beginning of a stop string is held back until it is clear.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    stream, held = Utf8Stream(), ""
+    for i in range(max_tokens):
+        token = choose(logits, temperature, top_p, generator)
+        if token == END_OF_DOC:
+            break
+        held += stream.push(token)
+        found = [held.index(stop) for stop in stops if stop in held]
+        if found:
+            yield held[: min(found)]
+            return
+        ready = len(held) - longest_beginning(held, stops)
+        if ready:
+            yield held[:ready]
+            held = held[ready:]
+        if i + 1 < max_tokens:
+            logits, state = advance(model, [token], state)
+    held += stream.finish()
+    if held:
+        yield held
+
+
+def longest_beginning(text: str, stops: Sequence[str]) -> int:
+    """How many characters at the end of text could be the beginning of a stop string."""
+    return max(
+        (n for stop in stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])), default=0
+    )

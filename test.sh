@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Set up what is needed, then run the tests: ./test.sh                                          运行测试
+#   ./test.sh                      the default suite, some minutes
+#   ./test.sh -m "not gpu"         the slow ones as well
+#   ./test.sh -k merge -x          anything else goes to pytest as it is
+[ -n "${BASH_VERSION:-}" ] || { echo "Run this with bash: bash $0" >&2; exit 2; }
+set -euo pipefail
+cd "$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
+./setup.sh requirements-test.txt
+case " $* " in *" -m "*) ;; *) set -- -m "not slow and not gpu" "$@" ;; esac
+exec .venv/bin/python -m pytest "$@"

@@ -1,0 +1,156 @@
+"""Law 1, the `rwkv` package judges our logits; law 2, halves, padding and packs change nothing."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+
+from rwkv_peft import checkpoint
+from rwkv_peft.model import arch
+from rwkv_peft.model.rwkv import build
+from rwkv_peft.ops import dispatch
+
+IDS = [5, 77, 300, 2, 2, 2, 499, 13, 1, 260, 42, 9]
+
+# a process of its own: the package reads its environment when it is imported
+JUDGE = """
+import json, os, sys
+os.environ.update(RWKV_V7_ON="1", RWKV_JIT_ON="0", RWKV_CUDA_ON="0")
+from rwkv.model import RWKV
+model = RWKV(model=sys.argv[1], strategy="cpu fp32")
+ids = json.loads(sys.argv[2])
+whole, _ = model.forward(list(ids), None, full_output=True)
+state, steps = None, []
+for i in ids:
+    logits, state = model.forward([i], state)
+    steps.append(logits.tolist())
+print("RESULT" + json.dumps([whole.tolist(), steps]))
+"""
+
+
+def judged(path, ids=IDS):
+    """Logits of the rwkv package, all tokens at once and one by one, [2, T, V]."""
+    arguments = [sys.executable, "-c", JUDGE, str(path).removesuffix(".pth"), json.dumps(ids)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(arguments, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    return torch.tensor(json.loads(done.stdout.split("RESULT")[1]))
+
+
+@pytest.mark.parametrize("layer0_v", [False, True], ids=["without layer-0 v", "with layer-0 v"])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_logits_equal_those_of_the_rwkv_package(tmp_path, layers, layer0_v):
+    shape = tiny.geometry(layers, 128, 512, 64)
+    tensors = tiny.tensors(3, shape)
+    if layer0_v:
+        tensors |= {f"blocks.0.att.v{i}": torch.randn(s) for i, s in ((0, (1, 1, 128)), (1, (128, 32)), (2, (32, 128)))}
+    checkpoint.save(tmp_path / "tiny.pth", tensors)
+    whole, steps = judged(tmp_path / "tiny.pth")
+    for op in dispatch.WKV7:
+        found = {n: s.shape for n, s in checkpoint.describe(tmp_path / "tiny.pth").items()}
+        model = build(arch.detect(found, "tiny.pth"), checkpoint.load(tmp_path / "tiny.pth"), dispatch.WKV7[op])
+        with torch.inference_mode():
+            ours, _ = model(torch.tensor([IDS]))
+        for theirs in (whole, steps):
+            assert (ours[0] - theirs).abs().max() < 2e-5 * theirs.abs().max()
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return tiny.model(shape=tiny.geometry(2, 32, 64, 16), dtype=torch.float64)
+
+
+def ids(*shape):
+    return torch.randint(0, 64, shape)
+
+
+@pytest.mark.parametrize("cut", [1, 7, 40])
+def test_two_halves_with_the_carried_state_equal_the_whole(model, cut):
+    x = ids(2, 50)
+    whole, end = model(x)
+    first, state = model(x[:, :cut])
+    second, after = model(x[:, cut:], state)
+    torch.testing.assert_close(torch.cat([first, second], 1), whole)
+    for a, b in zip(after, end, strict=True):
+        for s, t in zip(a.tensors(), b.tensors(), strict=True):
+            torch.testing.assert_close(s, t)
+
+
+def test_token_by_token_equals_all_at_once(model):
+    x, state, steps = ids(1, 20), None, []
+    for t in range(20):
+        logits, state = model(x[:, t : t + 1], state)
+        steps.append(logits)
+    torch.testing.assert_close(torch.cat(steps, 1), model(x)[0])
+
+
+def test_padding_behind_a_sequence_changes_nothing_in_it(model):
+    x = ids(1, 20)
+    padded = torch.cat([x, torch.zeros(1, 30, dtype=torch.long)], 1)
+    torch.testing.assert_close(model(padded)[0][:, :20], model(x)[0])
+
+
+BORDERS = (0, 1, 18, 50, 64)
+
+
+def test_packed_sequences_have_the_logits_they_have_alone(model):
+    x = ids(1, 64)
+    packed, _ = model(x, cu_seqlens=BORDERS)
+    alone = [model(x[:, a:b])[0] for a, b in zip(BORDERS, BORDERS[1:], strict=False)]
+    torch.testing.assert_close(packed, torch.cat(alone, 1))
+
+
+def test_without_borders_a_pack_would_leak(model):
+    """That the law above could fail: the second sequence does see the first when nobody resets."""
+    x = ids(1, 64)
+    assert (model(x)[0] - model(x, cu_seqlens=BORDERS)[0]).abs().max() > 1e-3
+
+
+def test_the_gradient_of_a_pack_is_the_sum_of_the_gradients_alone(model):
+    x, parameters = ids(1, 64), list(model.parameters())
+
+    def gradients(run):
+        logits = run()
+        return torch.autograd.grad(logits.square().sum(), parameters)
+
+    packed = gradients(lambda: model(x, cu_seqlens=BORDERS)[0])
+    alone = [gradients(lambda a=a, b=b: model(x[:, a:b])[0]) for a, b in zip(BORDERS, BORDERS[1:], strict=False)]
+    for together, *parts in zip(packed, *alone, strict=True):
+        torch.testing.assert_close(together, sum(parts))
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    shape, x = tiny.geometry(2, 32, 64, 16), ids(2, 30)
+    gradients = []
+    for grad_cp in (False, True):
+        model = tiny.model(shape=shape, grad_cp=grad_cp)
+        gradients.append(torch.autograd.grad(model(x)[0].square().sum(), list(model.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_every_parameter_of_the_file_takes_part():
+    """A tensor without a gradient would be one that the model reads and ignores."""
+    model = tiny.model(shape=tiny.geometry(3, 32, 64, 16))
+    model(torch.arange(1, 41)[None])[0].square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+def test_a_model_is_built_from_mapped_files_without_copying_them(tmp_path):
+    path = tiny.save_model(tmp_path / "m.pth", shape=tiny.geometry(2, 32, 64, 16))
+    tensors = checkpoint.load(path)
+    model = build(tiny.geometry(2, 32, 64, 16), tensors, dispatch.WKV7["torch"])
+    assert model.emb.weight.data_ptr() == tensors["emb.weight"].data_ptr()
+
+
+def test_bf16_activations_stay_close_to_float32():
+    shape, x = tiny.geometry(2, 32, 64, 16), ids(1, 40)
+    exact, _ = tiny.model(shape=shape)(x)
+    rough, _ = tiny.model(shape=shape, dtype=torch.bfloat16)(x)
+    assert rough.dtype == torch.bfloat16
+    assert (rough.float() - exact).norm() / exact.norm() < 0.05

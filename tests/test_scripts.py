@@ -1,0 +1,86 @@
+"""The scripts are the product: they parse, read clean, explain every variable, and run from anywhere."""
+
+import dataclasses
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from json2binidx.__main__ import TokenizeConfig
+from merge.__main__ import MergeConfig
+from rwkv_peft.chat import ChatConfig
+from rwkv_peft.config import RETIRED, TrainConfig
+from rwkv_peft.shell_vars import Script
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = {
+    "training.sh": TrainConfig,
+    "make_tokenize.sh": TokenizeConfig,
+    "merge.sh": MergeConfig,
+    "chat.sh": ChatConfig,
+}
+ALL = [*CONFIGS, "quickstart.sh", "test.sh", "setup.sh", "rwkv_peft/run.sh"]
+
+
+def shell_values(path: Path) -> dict[str, str]:
+    """What bash makes of the script's assignments, without running its last line."""
+    text = path.read_text()
+    body = text[text.index("set -a") : text.index("set +a")]
+    done = subprocess.run(["bash", "-c", f"unset RUN\n{body}\nenv -0"], capture_output=True, text=True, check=True)
+    return dict(item.split("=", 1) for item in done.stdout.split("\0") if "=" in item)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_shipped_script_reads_clean(name):
+    Script(ROOT / name, shell_values(ROOT / name)).read(CONFIGS[name])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_script_sets_exactly_the_declared_variables_in_their_order(name):
+    script = Script(ROOT / name, {})
+    declared = [f.metadata["var"] for f in dataclasses.fields(CONFIGS[name])]
+    assert [n for n in script.lines if not n.startswith("_")] == declared
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_variable_has_a_comment_above_it(name):
+    lines = (ROOT / name).read_text().splitlines()
+    for variable, number in Script(ROOT / name, {}).lines.items():
+        if not variable.startswith("_"):
+            assert lines[number - 2].startswith("#"), f"{name}: {variable} has no comment above it"
+
+
+def test_every_variable_of_training_sh_is_explained_in_chinese_too():
+    text = (ROOT / "training.sh").read_text()
+    sections = re.split(r"\n\n", text[text.index("What to train") : text.index("Methods to come")])
+    for section in sections:
+        if re.search(r"^[A-Za-z_]+=", section, re.M):
+            assert re.search("[\u4e00-\u9fff]", section), section
+
+
+def test_no_retired_name_is_a_setting():
+    assert not set(RETIRED) & {f.metadata["var"] for f in dataclasses.fields(TrainConfig)}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_script_is_executable_bash_without_eval(name):
+    path = ROOT / name
+    assert path.stat().st_mode & 0o111
+    assert path.read_text().startswith("#!/usr/bin/env bash\n")
+    assert not re.search(r"\beval\b", path.read_text())
+    subprocess.run(["bash", "-n", str(path)], check=True)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_help_is_shown_from_any_folder(name, tmp_path):
+    done = subprocess.run([str(ROOT / name), "--help"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0
+    assert f"./{name}" in done.stdout
+
+
+def test_sh_instead_of_bash_is_answered_with_what_to_do():
+    for name in CONFIGS:
+        done = subprocess.run(["dash", str(ROOT / name)], capture_output=True, text=True)
+        assert done.returncode == 2
+        assert "bash" in done.stderr

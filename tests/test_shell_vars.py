@@ -1,0 +1,83 @@
+"""Bash variables become typed values, or every problem at once with its line."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+
+from rwkv_peft.errors import Problem, Problems
+from rwkv_peft.shell_vars import Script, var
+
+SCRIPT = """#!/usr/bin/env bash
+# a comment that says QUANT=not_this
+QUANT=nf8
+_own=1
+MICRO_BSZ=0
+LR_FINAL=2e5x
+CTX_LEM=608
+"""
+
+
+@dataclass(frozen=True)
+class Settings:
+    quant: Literal["none", "nf4", "int8"] = var("QUANT")
+    micro_bsz: int = var("MICRO_BSZ", ge=1)
+    lr_final: float = var("LR_FINAL")
+    ctx_len: Literal["auto"] | int = var("CTX_LEN", ge=1)
+
+
+def read(tmp_path, text, **environment):
+    path = tmp_path / "training.sh"
+    path.write_text(text)
+    return Script(path, environment)
+
+
+def test_every_problem_is_reported_at_once_in_the_order_of_the_script(tmp_path):
+    script = read(tmp_path, SCRIPT, QUANT="nf8", MICRO_BSZ="0", LR_FINAL="2e5x", CTX_LEM="608")
+    with pytest.raises(Problems) as found:
+        script.read(Settings)
+    assert script.report(found.value).splitlines() == [
+        "training.sh has 5 problems:",
+        "            CTX_LEN        is not set in training.sh",
+        "  line   3  QUANT=nf8      must be one of none, nf4, int8; did you mean nf4?",
+        "  line   5  MICRO_BSZ=0    must be 1 or more",
+        "  line   6  LR_FINAL=2e5x  must be a number, like 2e-5",
+        "  line   7  CTX_LEM=608    is not a setting; did you mean CTX_LEN?",
+    ]
+
+
+def test_sound_values_arrive_with_their_types(tmp_path):
+    script = read(tmp_path, "QUANT=nf4\n", QUANT="nf4", MICRO_BSZ="4", LR_FINAL="2e-5", CTX_LEN="auto")
+    assert script.read(Settings) == Settings("nf4", 4, 2e-5, "auto")
+    script = read(tmp_path, "QUANT=nf4\n", QUANT="nf4", MICRO_BSZ="4", LR_FINAL="0", CTX_LEN="512")
+    assert script.read(Settings) == Settings("nf4", 4, 0.0, 512)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("1.5", "must be a whole number, or auto"),
+        ("-3", "must be 1 or more, or auto"),
+        ("", "must be a whole number, or auto"),
+        ("１２x", "must be a whole number, or auto"),
+    ],
+)
+def test_a_number_or_a_word_names_both(tmp_path, text, words):
+    script = read(tmp_path, "", QUANT="none", MICRO_BSZ="1", LR_FINAL="1", CTX_LEN=text)
+    with pytest.raises(Problems) as found:
+        script.read(Settings)
+    assert found.value.problems == [Problem("CTX_LEN", words)]
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999", "0x10"])
+def test_numbers_that_are_none_are_refused(tmp_path, text):
+    script = read(tmp_path, "", QUANT="none", MICRO_BSZ="1", LR_FINAL=text, CTX_LEN="auto")
+    with pytest.raises(Problems, match="number"):
+        script.read(Settings)
+
+
+def test_windows_line_ends_are_named_with_the_cure(tmp_path):
+    path = tmp_path / "training.sh"
+    path.write_bytes(b"QUANT=none\r\n")
+    with pytest.raises(Problems, match="Windows line ends; run: sed"):
+        Script(path, {})
