@@ -1,0 +1,226 @@
+"""Checkpoints: nothing is executed, nothing is torn, and a rewrite is the naive one bit for bit."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from rwkv_peft import checkpoint
+from rwkv_peft.atomic import writing
+from rwkv_peft.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+TENSORS = {
+    "emb.weight": torch.randn(7, 5, dtype=torch.bfloat16),
+    "a.b": torch.randn(3),
+    "half": torch.randn(2, 2).half(),
+    "ints": torch.arange(5),
+    "scalar": torch.tensor(2.5),
+}
+
+
+class Evil:
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+def test_describe_tells_names_shapes_and_formats_without_loading(tmp_path):
+    checkpoint.save(tmp_path / "x.pth", TENSORS)
+    described = checkpoint.describe(tmp_path / "x.pth")
+    assert {n: (s.shape, s.dtype) for n, s in described.items()} == {n: (tuple(t.shape), t.dtype) for n, t in TENSORS.items()}
+    assert all(s.whole for s in described.values())
+    loaded = checkpoint.load(tmp_path / "x.pth")
+    assert all(torch.equal(loaded[n], t) for n, t in TENSORS.items())
+
+
+def evil_file(path: Path, kind: str, canary: Path) -> None:
+    code = Evil(f"touch '{canary}'")
+    if kind == "in a torch file":
+        torch.save({"emb.weight": torch.zeros(2), "x": code}, path)
+    elif kind == "as the whole file":
+        torch.save(code, path)
+    elif kind == "as a bare pickle":
+        path.write_bytes(pickle.dumps(code))
+
+
+@pytest.mark.parametrize("kind", ["in a torch file", "as the whole file", "as a bare pickle"])
+def test_code_in_a_file_is_refused_and_never_run(tmp_path, kind, monkeypatch):
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # even where the environment would allow it
+    canary = tmp_path / "canary"
+    evil_file(tmp_path / "x.pth", kind, canary)
+    for read in (checkpoint.describe, checkpoint.load):
+        with pytest.raises(UserError, match="holds more than plain tensors|is no .pth checkpoint"):
+            read(tmp_path / "x.pth")
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda p: None, "there is no such file"),
+        (lambda p: p.write_bytes(b""), "is no .pth checkpoint"),
+        (lambda p: p.write_text("hello"), "is no .pth checkpoint"),
+        (lambda p: torch.save([torch.zeros(1)], p), "is not a dictionary of tensors"),
+        (lambda p: torch.save({"x": "words"}, p), "is not a dictionary of tensors"),
+        (lambda p: torch.save({"x": {"y": torch.zeros(1)}}, p), "is not a dictionary of tensors"),
+        (lambda p: zipfile.ZipFile(p, "w").writestr("a.txt", "x"), "no data.pkl in it|is no .pth"),
+    ],
+)
+def test_what_is_no_checkpoint_says_so(tmp_path, make, words):
+    make(tmp_path / "x.pth")
+    with pytest.raises(UserError, match=words):
+        checkpoint.describe(tmp_path / "x.pth")
+
+
+def test_a_truncated_checkpoint_is_refused(tmp_path):
+    checkpoint.save(tmp_path / "x.pth", TENSORS)
+    whole = (tmp_path / "x.pth").read_bytes()
+    for size in range(0, len(whole), 97):
+        (tmp_path / "x.pth").write_bytes(whole[:size])
+        with pytest.raises(UserError):
+            checkpoint.describe(tmp_path / "x.pth")
+
+
+def double(name, tensor):
+    return tensor * 2 if name in ("emb.weight", "half", "scalar") else tensor
+
+
+def naive_rewrite(source, target, change):
+    tensors = torch.load(source, weights_only=True)
+    torch.save({n: change(n, t).to(t.dtype) for n, t in tensors.items()}, target)
+
+
+def contents(path):
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None  # checksums are right
+        return {i.filename.partition("/")[2]: archive.read(i) for i in archive.infolist()}
+
+
+def test_a_rewrite_equals_the_naive_one_bit_for_bit(tmp_path):
+    checkpoint.save(tmp_path / "x.pth", TENSORS)
+    checkpoint.rewrite(tmp_path / "x.pth", tmp_path / "ours.pth", double)
+    naive_rewrite(tmp_path / "x.pth", tmp_path / "naive.pth", double)
+    ours, naive = contents(tmp_path / "ours.pth"), contents(tmp_path / "naive.pth")
+    skip = {".data/serialization_id", ".format_version"}
+    assert {k: v for k, v in ours.items() if k not in skip} == {k: v for k, v in naive.items() if k not in skip}
+    for mmap in (False, True):
+        loaded = torch.load(tmp_path / "ours.pth", weights_only=True, mmap=mmap)
+        assert all(torch.equal(loaded[n], double(n, t)) for n, t in TENSORS.items())
+
+
+def test_records_lie_at_multiples_of_64_so_that_others_can_map_them(tmp_path):
+    checkpoint.save(tmp_path / "x.pth", TENSORS)
+    checkpoint.rewrite(tmp_path / "x.pth", tmp_path / "y.pth", double)
+    raw = (tmp_path / "y.pth").read_bytes()
+    for info in zipfile.ZipFile(tmp_path / "y.pth").infolist():
+        at = info.header_offset
+        name, extra = (int.from_bytes(raw[at + o : at + o + 2], "little") for o in (26, 28))
+        assert (at + 30 + name + extra) % 64 == 0, info.filename
+
+
+def test_tensors_that_share_a_record_are_rewritten_as_well(tmp_path):
+    whole = torch.arange(12.0).view(3, 4)
+    torch.save({"whole": whole, "row": whole[1], "turned": whole.T}, tmp_path / "x.pth")
+    checkpoint.rewrite(tmp_path / "x.pth", tmp_path / "y.pth", lambda n, t: t + 1 if n == "row" else t)
+    loaded = checkpoint.load(tmp_path / "y.pth")
+    assert torch.equal(loaded["whole"], whole) and torch.equal(loaded["row"], whole[1] + 1)
+    assert torch.equal(loaded["turned"], whole.T)
+
+
+def test_a_change_of_shape_is_a_bug_and_leaves_no_file(tmp_path):
+    checkpoint.save(tmp_path / "x.pth", TENSORS)
+    with pytest.raises(ValueError, match="a.b would change its shape"):
+        checkpoint.rewrite(tmp_path / "x.pth", tmp_path / "y.pth", lambda n, t: t[:1] if n == "a.b" else t)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.pth"]
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    (tmp_path / "x").write_text("old")
+    with pytest.raises(RuntimeError), writing(tmp_path / "x", "w") as file:
+        file.write("new")
+        raise RuntimeError
+    assert (tmp_path / "x").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+KILLED = """
+import sys, torch
+from pathlib import Path
+from rwkv_peft import checkpoint
+folder, i = Path(sys.argv[1]), 0
+while True:
+    i += 1
+    checkpoint.save(folder / "x.pth", {"i": torch.full((500_000,), float(i))})
+    print(i, flush=True)
+"""
+
+
+def test_killed_at_any_instant_the_last_finished_checkpoint_loads(tmp_path):
+    for kill in range(12):
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        finished = int(process.stdout.readline())
+        time.sleep(0.003 * kill)
+        process.send_signal(signal.SIGKILL)
+        rest = process.stdout.read().split()
+        process.wait()
+        values = checkpoint.load(tmp_path / "x.pth")["i"]
+        assert values.min() == values.max() and values[0] >= max([finished, *map(int, rest)])
+    checkpoint.save(tmp_path / "x.pth", {"i": torch.zeros(1)})
+    assert [p.name for p in tmp_path.iterdir()] == ["x.pth"]  # what the killed ones left is cleared
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+import torch
+from rwkv_peft import checkpoint
+from rwkv_peft.errors import door
+base, target = map(Path, sys.argv[1:3])
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+with door():
+    if sys.argv[3] == "save":
+        checkpoint.save(target, {"x": torch.zeros(200_000)})
+    else:
+        checkpoint.rewrite(base, target, lambda n, t: t + 1)
+"""
+
+
+@pytest.mark.parametrize("way", ["save", "rewrite"])
+def test_a_full_disk_leaves_the_old_file_whole_and_says_so(tmp_path, way):
+    checkpoint.save(tmp_path / "base.pth", {"x": torch.ones(200_000)})
+    (tmp_path / "target.pth").write_text("old")
+    arguments = [sys.executable, "-c", FULL, str(tmp_path / "base.pth"), str(tmp_path / "target.pth"), way]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 3, done.stderr
+    assert "No space left on the disk" in done.stderr and "Traceback" not in done.stderr
+    assert (tmp_path / "target.pth").read_text() == "old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base.pth", "target.pth"]
+
+
+def test_a_disk_that_is_too_small_is_noticed_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: checkpoint.shutil._ntuple_diskusage(10, 10, 1000))
+    with pytest.raises(UserError, match="0.00 GB are free, 0.01 GB are needed. Nothing was written"):
+        checkpoint.save(tmp_path / "x.pth", {"x": torch.zeros(2_000_000)})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [(None, "is missing"), ("{", "not readable as JSON"), ("[1]", "does not say"), ("{}", "does not say")]
+)
+def test_a_sidecar_that_cannot_be_used_says_why(tmp_path, content, words):
+    if content:
+        (tmp_path / "x.json").write_text(content)
+    with pytest.raises(UserError, match=words):
+        checkpoint.read_sidecar(tmp_path / "x.pth", ("method", "rank"))
