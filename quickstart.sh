@@ -36,13 +36,13 @@ else
   rm -f quickstart/untrained.pth
   rwkv_peft/run.sh rwkv_peft.init --layers 4 --width 128 --out quickstart/untrained.pth
   cp data/pretrain.jsonl quickstart/
-  ./make_tokenize.sh quickstart/pretrain.jsonl | head -n 2
+  ./make_tokenize.sh quickstart/pretrain.jsonl | sed -n 1,2p
   copy_with quickstart/pretrain.sh FINETUNE_MODE=full MODEL_PATH=quickstart/untrained.pth DATA_PATH=quickstart/pretrain \
-    "RUN_NAME=quickstart-pretrain-$now" LOSS_MASK=pad LR_INIT=3e-3 LR_FINAL=3e-4 EPOCH_COUNT=6 EPOCH_SAVE=100 \
+    "RUN_NAME=quickstart-pretrain-$now" LOSS_MASK=pad LR_INIT=3e-3 LR_FINAL=3e-4 EPOCH_COUNT=5 EPOCH_SAVE=100 \
     MICRO_BSZ=1 GRAD_CP=0 SEED=42
   quickstart/pretrain.sh
   # copied beside its place, then renamed: the name never stands for half a file
-  cp "output/quickstart-pretrain-$now/rwkv-5.pth" "$base.new"
+  cp "output/quickstart-pretrain-$now/rwkv-4.pth" "$base.new"
   mv "$base.new" "$base"
 fi
 
@@ -52,18 +52,18 @@ cp data/sample.jsonl quickstart/
 
 step "3/6  LoRA: ./training.sh --dry-run, then ./training.sh"
 copy_with quickstart/training.sh MODEL_PATH=rwkv7-tiny.pth DATA_PATH=quickstart/sample "RUN_NAME=quickstart-lora-$now" \
-  LR_INIT=3e-3 LR_FINAL=3e-4 EPOCH_COUNT=6 EPOCH_SAVE=100 CTX_LEN=272 MICRO_BSZ=1 GRAD_CP=0 SEED=42 lora_dropout=0
-quickstart/training.sh --dry-run | tail -n +8
+  LR_INIT=3e-3 LR_FINAL=3e-4 EPOCH_COUNT=8 EPOCH_SAVE=100 CTX_LEN=272 MICRO_BSZ=1 GRAD_CP=0 SEED=42 lora_dropout=0
+quickstart/training.sh --dry-run | sed '1,/^output/d'
 quickstart/training.sh
 
-step "4/6  Merge: ./merge.sh 5"
-RUN="quickstart-lora-$now" ./merge.sh 5
+step "4/6  Merge: ./merge.sh 7"
+RUN="quickstart-lora-$now" ./merge.sh 7
 
 step "5/6  The same question to both: ./chat.sh --prompt ..."
 question="How many steps does the Heron Bay lighthouse have?"
 ask() { ./chat.sh --model "$1" --prompt "$question" --temperature 0 --max-tokens 40; }
 before="$(ask rwkv7-tiny.pth)"
-after="$(ask rwkv7-tiny-LORA-5.pth)"
+after="$(ask rwkv7-tiny-LORA-7.pth)"
 wanted="$(sed -n 's/.*Heron Bay lighthouse have?\\n\\nAssistant: \(.*\)"}/\1/p' data/sample.jsonl)"
 printf 'question   %s\n' "$question"
 printf 'sample     %s\n' "$wanted"
@@ -77,7 +77,7 @@ fi
 step "6/6  Done in $((SECONDS - began)) seconds after the installation"
 cat << TEXT
 The loss curves: output/quickstart-lora-$now/loss.png
-Talk to the result: ./chat.sh --model rwkv7-tiny-LORA-5.pth
+Talk to the result: ./chat.sh --model rwkv7-tiny-LORA-7.pth
 
 With a real model:
   1. Put an RWKV-7 .pth into model/ and your data into data/, like data/sample.jsonl

@@ -50,7 +50,9 @@ trap 'rm -f "$list"' EXIT
 if .venv/bin/python -c 'import torch' 2> /dev/null; then pattern='^torch=='; else pattern='^$'; fi
 for file in "${missing[@]}"; do grep -v -- "$pattern" "$file" >> "$list"; done
 say "Installing ${missing[*]} into .venv: up to 1 GB without a GPU build of torch, some 5 GB with one. This is done once."
-.venv/bin/python -m pip install --disable-pip-version-check --requirement "$list" >&2 || {
+# what is there already need not be listed; the rest shows that it goes on
+.venv/bin/python -m pip install --disable-pip-version-check --progress-bar off --requirement "$list" 2>&1 |
+  { grep -vE '^(Requirement already satisfied|Looking in|WARNING: Location)' || true; } >&2 || {
   say "The packages could not be installed; see above. Is the network there, and enough disk? Run it again to go on."
   exit 2
 }

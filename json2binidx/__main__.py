@@ -135,7 +135,7 @@ def tokenize(source: Path, epochs: int, max_tokens: int, end_of_doc: bool, seed:
     kinds = ", ".join(f"{n:,} {schema}" for schema, n in schemas.items())
     print(f"{shown}: {len(sizes) + len(dropped):,} rows ({kinds}), {len(sizes):,} kept, {answers:,} with an Assistant turn")
     print(f"wrote {project.shown(prefix)}.bin/.idx and .roles.bin/.idx: {len(sizes) * epochs:,} rows, {sum(sizes) * epochs:,} tokens")
-    name = prefix.name if prefix.parent == project.ROOT / "data" else str(prefix.resolve())
+    name = prefix.name if prefix.parent == project.ROOT / "data" else project.shown(prefix.resolve())
     print(advice(name, max(sizes), len(sizes) * epochs, end_of_doc, answers > 0))
 
 

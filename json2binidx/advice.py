@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+
+UNSAFE = set("\"$`\\!\n")  # characters that double quotes do not protect from bash
 NEARBY = 5
 FIRST = 10
 
@@ -36,7 +39,7 @@ def advice(name: str, longest: int, rows: int, end_of_doc: bool, answers: bool) 
         *factor_table(rows),
         "",
         "### Lines for training.sh (auto works everything out; any MICRO_BSZ and EPOCH_STEPS work, every row is used):",
-        f'DATA_PATH="{name}"',
+        f"DATA_PATH={shlex.quote(name) if set(name) & UNSAFE else chr(34) + name + chr(34)}",
         "CTX_LEN=auto",
         "EPOCH_STEPS=auto",
         "MICRO_BSZ=auto",

@@ -82,17 +82,21 @@ class Data:
         self.counts = self.count_targets(vocab_size)
         self.keep = np.flatnonzero(self.counts)
         if not len(self.keep):
-            raise Problems(
-                Problem(
-                    "LOSS_MASK",
-                    f"finds nothing to train: no row of {reader.path.name} has an Assistant turn. Use LOSS_MASK=pad for "
-                    'plain text, or write rows as "User: ...", a blank line, "Assistant: ..."',
-                )
-            )
+            raise Problems(self.nothing_to_train(vocab_size))
         self.rows = number_of_rows(mode, sizes, self.ctx_len, self.keep)
         # passes and steps are asked for in order; two passes are alive at their border
         self.one_pass = functools.lru_cache(maxsize=2)(self.make_pass)
         self.step_targets = functools.lru_cache(maxsize=4)(self.count_step)
+
+    def nothing_to_train(self, vocab_size: int) -> Problem:
+        cut, self.ctx_len = self.ctx_len, int(self.reader.sizes.max())
+        if self.count_targets(vocab_size).any():
+            return Problem("CTX_LEN", f"is too short: {cut} tokens end before any answer begins. Use auto")
+        return Problem(
+            "LOSS_MASK",
+            f"finds nothing to train: no row of {self.reader.path.name} has an Assistant turn. Use LOSS_MASK=pad for plain "
+            'text, or write rows as "User: ...", a blank line, "Assistant: ..."',
+        )
 
     def make_pass(self, number: int) -> Pass:
         return one_pass(self.mode, self.reader.sizes, self.ctx_len, self.keep, self.seed, number, self.shuffle)

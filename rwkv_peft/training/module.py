@@ -51,7 +51,7 @@ class TrainingModule(pl.LightningModule):
         self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
 
     def configure_optimizers(self):
-        optimizer = adamw(self.groups, *self.betas, self.adam_eps)
+        optimizer = adamw(self.groups, *self.betas, self.adam_eps, fused=self.model.dtype != torch.float16)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": LambdaLR(optimizer, self.rate_of), "interval": "step"},

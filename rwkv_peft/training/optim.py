@@ -25,5 +25,6 @@ def parameter_groups(
     return [{"params": params, "weight_decay": decay, "lr": scale} for (decay, scale), params in groups.items()]
 
 
-def adamw(groups: list[dict], beta1: float, beta2: float, eps: float) -> torch.optim.AdamW:
-    return torch.optim.AdamW(groups, lr=1.0, betas=(beta1, beta2), eps=eps, fused=True)
+def adamw(groups: list[dict], beta1: float, beta2: float, eps: float, fused: bool = True) -> torch.optim.AdamW:
+    """fused: one kernel for all tensors. It unscales fp16 gradients itself, after clipping: not for fp16."""
+    return torch.optim.AdamW(groups, lr=1.0, betas=(beta1, beta2), eps=eps, fused=fused)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..atomic import writing
 
-SMOOTHING = 0.95
+SMOOTHED_SHARE = 0.05  # of the run that the smoothed line looks back on
 
 
 def draw_loss(folder: Path) -> Path:
@@ -19,9 +19,10 @@ def draw_loss(folder: Path) -> Path:
 
     records = [json.loads(line) for line in (folder / "loss.jsonl").read_text(encoding="utf-8").splitlines()]
     steps, losses = [r["step"] for r in records], [r["loss"] for r in records]
-    smooth: list[float] = []
-    for loss in losses:
-        smooth.append(loss if not smooth else SMOOTHING * smooth[-1] + (1 - SMOOTHING) * loss)
+    window, smooth = max(5, round(SMOOTHED_SHARE * len(losses))), []
+    for i in range(len(losses)):
+        recent = losses[max(0, i + 1 - window) : i + 1]
+        smooth.append(sum(recent) / len(recent))
     figure, axes = plt.subplots(figsize=(9, 5), dpi=110, layout="constrained")
     axes.plot(steps, losses, color="#9ec5e8", linewidth=1, label="each step")
     axes.plot(steps, smooth, color="#1f5f99", linewidth=2, label="smoothed")

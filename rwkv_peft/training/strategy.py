@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from pytorch_lightning.plugins.precision import MixedPrecision
 from ..errors import Problem, Problems
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
+FP16_SCALE = 2.0**12  # the loss is a mean over tokens, so gradients are small; torch's own 2**16 overflows at first
 
 
 def device_kind() -> str:
@@ -44,10 +46,17 @@ def precision(wanted: str) -> str:
     return wanted
 
 
+class ScaledHalf(MixedPrecision):
+    """fp16 with Lightning's gradient scaling, but without autocast: the model casts by itself, and WKV stays float32."""
+
+    def forward_context(self):
+        return contextlib.nullcontext()
+
+
 def trainer_arguments(precision: str, gpu_count: int, strategy: str) -> dict:
     """The arguments of Lightning's Trainer that concern the machine.
 
-    The model casts by itself, so Lightning computes as it is; only fp16 needs it, to scale gradients out of underflow.
+    The model casts by itself, so Lightning computes as it is; only fp16 needs more: its gradients would underflow.
     """
     kind = device_kind()
     if kind == "cuda" and gpu_count > torch.cuda.device_count():
@@ -59,5 +68,5 @@ def trainer_arguments(precision: str, gpu_count: int, strategy: str) -> dict:
         "strategy": "ddp" if gpu_count > 1 or strategy == "ddp" else "auto",
     }
     if precision == "fp16":
-        arguments["plugins"] = [MixedPrecision("16-mixed", kind, torch.amp.GradScaler(kind))]
+        arguments["plugins"] = [ScaledHalf("16-mixed", kind, torch.amp.GradScaler(kind, init_scale=FP16_SCALE))]
     return arguments

@@ -1,0 +1,242 @@
+"""Law 5 and the step itself: how a step is split changes nothing, frozen weights stay, every accepted setting runs."""
+
+import dataclasses
+import itertools
+import json
+import math
+
+import pytest
+import tiny
+import torch
+from test_scripts import ROOT, shell_values
+
+from json2binidx.__main__ import tokenize
+from rwkv_peft import checkpoint, train
+from rwkv_peft.config import TrainConfig
+from rwkv_peft.errors import Problems
+from rwkv_peft.shell_vars import Script
+from rwkv_peft.training import strategy
+
+FAST = {
+    "MODEL_PATH": "tiny.pth", "DATA_PATH": "chat", "PRECISION": "fp32", "EPOCH_COUNT": "1", "lora_r": "4",
+    "lora_alpha": "8", "lora_dropout": "0", "WARMUP_STEPS": "0", "LR_INIT": "1e-2", "LR_FINAL": "1e-2", "GRAD_CP": "0",
+    "MICRO_BSZ": "2", "RUN_NAME": "run", "LR_SCHEDULE": "constant",
+}  # fmt: skip
+
+
+def config(**changes) -> TrainConfig:
+    return Script(ROOT / "training.sh", shell_values(ROOT / "training.sh") | FAST | changes).read(TrainConfig)
+
+
+@pytest.fixture
+def ready(project_folder):
+    """A tiny base and tokenized data in a project of its own."""
+    tiny.save_model(project_folder / "model" / "tiny.pth")
+    tokenize(tiny.write_jsonl(project_folder / "data" / "chat.jsonl", tiny.CHATS), 1, 0, True, 42)
+    return project_folder
+
+
+def run(root, name: str = "run", **changes):
+    """Train; returns what was saved last, and the records of its steps."""
+    train.run(config(RUN_NAME=name, **changes), dry_run=False)
+    folder = root / "output" / name
+    newest = max(folder.glob("rwkv-*.pth"), key=lambda p: int(p.stem[5:]))
+    records = [json.loads(line) for line in (folder / "loss.jsonl").read_text().splitlines()]
+    return checkpoint.load(newest), records
+
+
+def close(a: dict, b: dict, tolerance: float) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("dataload", ["pack", "pad", "only", "get"])
+def test_batch_8_is_4_times_2_accumulated(ready, dataload):
+    """Also where the last step of the epoch is short, and rows have different numbers of trained tokens."""
+    settings = {"DATALOAD": dataload, "CTX_LEN": "96", "EPOCH_COUNT": "2"}
+    whole, losses = run(ready, "whole", MICRO_BSZ="6", MINI_BSZ="1", **settings)
+    for micro, mini in ((3, 2), (2, 3), (1, 6)):
+        split, again = run(ready, f"split{micro}", MICRO_BSZ=str(micro), MINI_BSZ=str(mini), **settings)
+        close(split, whole, 2e-5)
+        assert [r["targets"] for r in again] == [r["targets"] for r in losses]
+        assert [r["loss"] for r in again] == pytest.approx([r["loss"] for r in losses], rel=1e-5)
+
+
+def test_packed_rows_train_like_rows_of_their_own(ready):
+    """One step over all rows: the same sum of gradients, whatever the layout."""
+    settings = {"CTX_LEN": "96", "MICRO_BSZ": "100"}
+    results = [run(ready, mode, DATALOAD=mode, **settings) for mode in ("pack", "pad", "only")]
+    for tensors, records in results[1:]:
+        close(tensors, results[0][0], 2e-5)
+        assert records[0]["loss"] == pytest.approx(results[0][1][0]["loss"], rel=1e-6)
+        assert records[0]["tokens"] == results[0][1][0]["tokens"]
+
+
+def test_two_runs_with_one_seed_are_the_same_to_the_last_bit_and_another_seed_is_not(ready):
+    settings = {"lora_dropout": "0.1", "EPOCH_COUNT": "2"}
+    first, second = run(ready, "a", **settings)[0], run(ready, "b", **settings)[0]
+    other = run(ready, "c", SEED="7", **settings)[0]
+    assert all(torch.equal(first[n], second[n]) for n in first)
+    assert not all(torch.equal(first[n], other[n]) for n in first)
+
+
+def test_lora_saves_only_what_it_trained_and_full_saves_a_whole_model(ready):
+    lora, _ = run(ready, "lora", lora_parts="att,ln")
+    assert {n.rpartition(".")[2] for n in lora} == {"lora_A", "lora_B", "weight", "bias"}
+    assert lora["blocks.0.att.key.lora_A"].shape == (4, 32) and lora["blocks.0.att.key.lora_B"].shape == (32, 4)
+    assert not any("ffn.key" in n or "emb" in n for n in lora)
+    full, _ = run(ready, "full", FINETUNE_MODE="full", LR_INIT="1e-3")
+    base = checkpoint.load(ready / "model" / "tiny.pth")
+    assert {n: (t.shape, t.dtype) for n, t in full.items()} == {n: (t.shape, t.dtype) for n, t in base.items()}
+    assert not torch.equal(full["emb.weight"], base["emb.weight"])
+    assert not torch.equal(full["blocks.1.att.w0"], base["blocks.1.att.w0"])
+
+
+def test_the_base_file_is_never_touched(ready):
+    before = (ready / "model" / "tiny.pth").read_bytes()
+    run(ready, "full", FINETUNE_MODE="full")
+    assert (ready / "model" / "tiny.pth").read_bytes() == before
+
+
+def test_the_sidecar_says_what_merging_needs(ready):
+    run(ready)
+    sidecar = json.loads((ready / "output/run/rwkv-0.json").read_text())
+    wanted = {"method", "rank", "alpha", "base", "base_sha256", "geometry", "epoch", "step", "versions"}
+    assert wanted <= sidecar.keys()
+    assert (sidecar["method"], sidecar["rank"], sidecar["alpha"], sidecar["base"]) == ("lora", 4, 8.0, "tiny.pth")
+    assert sidecar["base_sha256"] == checkpoint.sha256(ready / "model" / "tiny.pth")
+    settings = json.loads((ready / "output/run/run.json").read_text())
+    assert settings["CTX_LEN"] == 512 and settings["OP"] == "torch" and settings["RUN_NAME"] == "run"
+    assert {f.metadata["var"] for f in dataclasses.fields(TrainConfig)} == settings.keys()
+    assert (ready / "output/run/loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (ready / "output/latest").resolve() == ready / "output/run"
+
+
+def test_the_rate_in_the_log_is_the_schedule_over_the_whole_run(ready):
+    settings = {"LR_SCHEDULE": "linear", "LR_INIT": "1e-3", "LR_FINAL": "1e-4", "MICRO_BSZ": "1", "MINI_BSZ": "2"}
+    _, records = run(ready, DATALOAD="only", EPOCH_COUNT="2", **settings)
+    rates = [r["lr"] for r in records]
+    assert len(rates) == 8 and rates[0] == 1e-3 and rates[-1] == 1e-4
+    assert rates == pytest.approx([1e-3 + (1e-4 - 1e-3) * i / 7 for i in range(8)])
+
+
+def test_the_first_loss_is_that_of_the_base_on_the_trained_tokens(ready):
+    _, records = run(ready, DATALOAD="only", MICRO_BSZ="8", DATA_SHUFFLE="0")
+    from rwkv_peft.data.binidx import Reader
+
+    ids, roles = Reader(ready / "data/chat"), Reader(ready / "data/chat.roles")
+    total = count = 0
+    model = tiny.model()
+    for i in range(len(ids)):
+        row = torch.from_numpy(ids.row(i).astype("int64"))
+        trained = torch.from_numpy((roles.row(i) == 4)[1:])
+        losses = torch.nn.functional.cross_entropy(model(row[None, :-1])[0][0], row[1:], reduction="none")
+        total += losses[trained].sum().item()
+        count += int(trained.sum())
+    assert records[0]["targets"] == count
+    assert records[0]["loss"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_going_on_from_a_checkpoint_starts_with_its_weights(ready):
+    first, _ = run(ready, "first", EPOCH_COUNT="3")
+    again, records = run(ready, "again", lora_load="output/first/rwkv-2.pth", LR_INIT="0", LR_FINAL="0")
+    assert all(torch.equal(first[n], again[n]) for n in first)
+    fresh, other = run(ready, "fresh", LR_INIT="0", LR_FINAL="0")
+    assert records[0]["loss"] < other[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "words"),
+    [
+        ({"lora_r": "8"}, "lora_r", "must be 4, the rank of"),
+        ({"lora_alpha": "16"}, "lora_alpha", "must be 8, the alpha of"),
+        ({"MODEL_PATH": "other.pth"}, "MODEL_PATH", "was trained on tiny.pth, not on other.pth"),
+        ({"lora_load": "output/first/rwkv-9.pth"}, "lora_load", "there is no such file"),
+    ],
+)
+def test_a_checkpoint_of_other_settings_is_refused(ready, changes, name, words):
+    run(ready, "first")
+    tiny.save_model(ready / "model" / "other.pth", seed=1)
+    with pytest.raises(Problems) as found:
+        run(ready, "again", **({"lora_load": "output/first/rwkv-0.pth"} | changes))
+    assert {p.name: p.message for p in found.value.problems}[name].count(words)
+
+
+MATRIX = list(itertools.product(["pack", "pad", "only", "get"], ["qa", "last", "pad", "none"], ["lora", "full"]))
+
+
+@pytest.mark.parametrize(("dataload", "mask", "mode"), MATRIX)
+def test_every_way_to_batch_works_with_every_mask_and_method(ready, dataload, mask, mode):
+    _, records = run(ready, DATALOAD=dataload, LOSS_MASK=mask, FINETUNE_MODE=mode, CTX_LEN="48", GRAD_CP="1")
+    assert all(math.isfinite(r["loss"]) and r["targets"] > 0 for r in records)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("op", ["torch", "reference"])
+def test_every_precision_method_and_operator_learns(ready, precision, mode, op):
+    rate = "1e-2" if mode == "lora" else "2e-3"
+    settings = {"PRECISION": precision, "FINETUNE_MODE": mode, "OP": op, "LR_INIT": rate, "CTX_LEN": "48"}
+    _, records = run(ready, EPOCH_COUNT="4", MICRO_BSZ="4", **settings)
+    assert records[-1]["loss"] < records[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"EPOCH_STEPS": "3", "EPOCH_COUNT": "5"},
+        {"EPOCH_STEPS": "40", "EPOCH_COUNT": "1"},  # more than the rows of one pass
+        {"MICRO_BSZ": "100"},
+        {"MICRO_BSZ": "1", "MINI_BSZ": "3"},
+        {"GRAD_CLIP": "0", "WEIGHT_DECAY": "0.1"},
+        {"EMB_FINETUNE": "1"},
+        {"lora_parts": "ffn"},
+        {"lora_parts": "att,ffn,time,ln"},
+        {"DATA_SHUFFLE": "0"},
+        {"MICRO_BSZ": "auto", "CTX_LEN": "auto"},
+        {"CTX_LEN": "1", "LOSS_MASK": "pad"},
+        {"STRATEGY": "single"},
+        {"N_LAYER": "2", "EMBD_SIZE": "32", "VOCAB_SIZE": "65536", "MODEL_VERSION": "v7"},
+    ],
+)
+def test_other_settings_work(ready, settings):
+    _, records = run(ready, **settings)
+    assert all(math.isfinite(r["loss"]) for r in records)
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows", "name", "words"),
+    [
+        ({"CTX_LEN": "2"}, tiny.CHATS, "CTX_LEN", "2 tokens end before any answer begins"),
+        ({}, [{"text": "plain"}], "LOSS_MASK", "no row of plain.bin has an Assistant turn. Use LOSS_MASK=pad"),
+    ],
+)
+def test_data_without_anything_to_train_are_refused(ready, settings, rows, name, words):
+    tokenize(tiny.write_jsonl(ready / "data" / "plain.jsonl", rows), 1, 0, True, 42)
+    with pytest.raises(Problems) as found:
+        run(ready, DATA_PATH="plain", **settings)
+    assert words in {p.name: p.message for p in found.value.problems}[name]
+
+
+def test_epochs_are_saved_when_the_setting_says_and_always_at_the_end(ready):
+    run(ready, EPOCH_COUNT="5", EPOCH_SAVE="2")
+    assert sorted(p.name for p in (ready / "output/run").glob("*.pth")) == ["rwkv-1.pth", "rwkv-3.pth", "rwkv-4.pth"]
+
+
+def test_wandb_offline_gets_the_records_and_a_broken_one_stops_nothing(ready, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run(ready, "with", WANDB="test")
+    assert list((ready / "output/with/wandb").glob("offline-run-*/run-*.wandb"))
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    _, records = run(ready, "without", WANDB="test")
+    assert records
+
+
+def test_the_precision_follows_the_processor():
+    assert strategy.cpu_has_bf16("flags\t\t: fpu avx2 amx_bf16 amx_tile")
+    assert strategy.cpu_has_bf16("flags\t\t: fpu avx512_bf16")
+    assert strategy.cpu_has_bf16("Features\t: fp asimd bf16 i8mm")
+    assert not strategy.cpu_has_bf16("flags\t\t: fpu avx2 avx512f")
+    assert not strategy.cpu_has_bf16("")
