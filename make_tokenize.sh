@@ -15,4 +15,4 @@ SEED=42
 
 set +a
 if [ $# -eq 0 ]; then set -- --help; fi
-exec "$_root/rwkv_peft/run.sh" json2binidx "${BASH_SOURCE[0]}" "$@"
+exec "$_root/rwkv_peft/run.sh" json2binidx.__main__ "${BASH_SOURCE[0]}" "$@"

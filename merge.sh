@@ -16,4 +16,4 @@ RUN="${RUN:-}"
 MODEL_PATH=""
 
 set +a
-exec "$_root/rwkv_peft/run.sh" merge "${BASH_SOURCE[0]}" "$@"
+exec "$_root/rwkv_peft/run.sh" merge.__main__ "${BASH_SOURCE[0]}" "$@"

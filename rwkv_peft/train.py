@@ -25,6 +25,8 @@ from .config import RETIRED, TrainConfig
 from .errors import EXIT_MEMORY, Problem, Problems, UserError, door, leave
 from .shell_vars import Script
 
+# Lightning starts one more process for every further GPU, with this set: those are quiet and write nothing
+MAIN_PROCESS = "LOCAL_RANK" not in os.environ
 AUTO_BATCH_TOKENS = 4096  # MICRO_BSZ=auto: about this many tokens at once ...
 AUTO_LEAST_STEPS = 16  # ... but an epoch has at least this many optimizer steps, if the data allow it
 
@@ -44,7 +46,7 @@ def main(arguments: list[str]) -> None:
 
 
 def run(config: TrainConfig, dry_run: bool) -> None:
-    rank, main_process = int(os.environ.get("LOCAL_RANK", 0)), "LOCAL_RANK" not in os.environ
+    rank = int(os.environ.get("LOCAL_RANK", 0))
     # heavy imports come after the settings are known to be sound: a typo answers in a fraction of a second
     import warnings
 
@@ -58,7 +60,7 @@ def run(config: TrainConfig, dry_run: bool) -> None:
     from .ops import dispatch
     from .training import strategy
 
-    say = print if main_process else lambda *_a, **_k: None
+    say = print if MAIN_PROCESS else lambda *_a, **_k: None
     base = project.model_file(config.model_path)
     stored, geometry, prefix = open_files(config, base)
     op, wkv7 = dispatch.wkv7(config.op)
@@ -86,7 +88,7 @@ def run(config: TrainConfig, dry_run: bool) -> None:
     from .training.optim import parameter_groups
 
     torch.manual_seed(config.seed)
-    base_sha256 = checkpoint.sha256(base) if main_process else ""
+    base_sha256 = checkpoint.sha256(base) if MAIN_PROCESS else ""
     tensors = checkpoint.load(base)
     model = build(geometry, tensors, wkv7, dtype, config.grad_cp, keep=torch.float32 if full else dtype)
     if full:
@@ -109,7 +111,7 @@ def run(config: TrainConfig, dry_run: bool) -> None:
         return Path(project.shown(path))
 
     callbacks, sinks = [], []
-    if main_process:
+    if MAIN_PROCESS:
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.write_json(folder / "run.json", settings)
         project.point_latest(folder)
@@ -158,7 +160,7 @@ def run(config: TrainConfig, dry_run: bool) -> None:
     finally:
         for sink in sinks:
             getattr(sink, "close", lambda: None)()
-    if not main_process:
+    if not MAIN_PROCESS:
         return
     finish(config, folder, save.newest, stop.received, time.monotonic() - began)
 
@@ -188,7 +190,7 @@ def open_files(config: TrainConfig, base: Path):
         source = Path(f"{prefix}.jsonl")
         hint = f"; make it: ./make_tokenize.sh {source.name}" if source.is_file() else "; see DATA_PATH in the script"
         found.append(Problem("DATA_PATH", f"{project.shown(prefix)}{' and '.join(missing)}: there is no such file{hint}"))
-    if config.run_name and project.is_taken(project.OUTPUT / config.run_name):
+    if config.run_name and MAIN_PROCESS and project.is_taken(project.OUTPUT / config.run_name):
         there = project.shown(project.OUTPUT / config.run_name)
         found.append(Problem("RUN_NAME", f"{there} holds an earlier run, which is never overwritten; choose another name"))
     if config.lora_load and not lora_file(config).is_file():
@@ -205,7 +207,7 @@ def plan_run(config: TrainConfig, prefix: Path, geometry):
 
     reader = Reader(prefix)
     roles = Reader(f"{prefix}.roles") if Path(f"{prefix}.roles.idx").is_file() else roles_from_text
-    if roles is roles_from_text and config.loss_mask in ("qa", "last") and "LOCAL_RANK" not in os.environ:
+    if roles is roles_from_text and config.loss_mask in ("qa", "last") and MAIN_PROCESS:
         print(f"{prefix.name} has no .roles file: who said what is found by the headings User: and Assistant: in the text.")
     ctx_len = None if config.ctx_len == "auto" else config.ctx_len
     data = Data(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-DOORS = ["rwkv_peft.train", "rwkv_peft.chat", "rwkv_peft.init", "json2binidx", "merge"]
+DOORS = ["rwkv_peft.train", "rwkv_peft.chat", "rwkv_peft.init", "rwkv_peft.run", "json2binidx", "merge"]
 MAKERS = ["rwkv_peft.config", "rwkv_peft.adapters", "rwkv_peft.training", "rwkv_peft.generate"]
 MATERIALS = ["rwkv_peft." + r for r in ("shell_vars", "tokenizer", "templates", "checkpoint", "data", "model", "ops")]
 GROUND = ["rwkv_peft." + r for r in ("errors", "roles", "atomic", "project")]

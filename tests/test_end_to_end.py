@@ -1,0 +1,114 @@
+"""The scripts, used as a user does: from another folder, with a space in every path, copied, stopped, run twice."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+import tiny
+
+QUICK = {"MODEL_PATH": "tiny.pth", "PRECISION": "fp32", "EPOCH_COUNT": "2", "MICRO_BSZ": "4", "lora_r": "4", "lora_alpha": "8"}
+
+
+def test_tokenize_train_merge_chat_by_script_with_spaces_everywhere(kit):
+    tiny.save_model(kit.root / "model" / "my tiny.pth")
+    kit.data("my chat.jsonl", *tiny.CHATS)
+    made = kit.run("make_tokenize.sh", "my chat.jsonl", "4").stdout
+    for label in (
+        "### append_eof = True", "### max_length = ", "### max_length_power_of_two = ", "### data_line_count = 32",
+        "### The first ten factors of the five numbers nearby (±5):", 'DATA_PATH="my chat"',
+        "32: MICRO_BSZ=[1, 2, 4, 8, 16, 32] EPOCH_STEPS=[32, 16, 8, 4, 2, 1]",
+    ):  # fmt: skip
+        assert label in made
+    settings = QUICK | {"MODEL_PATH": "my tiny.pth", "DATA_PATH": "my chat", "RUN_NAME": "a run", "LR_INIT": "3e-2", "WARMUP_STEPS": "0"}
+    copy = kit.set(to="experiments/first try/my training.sh", **settings)
+    dry = kit.run(copy, "--dry-run").stdout
+    assert "model/my tiny.pth: RWKV-7 (x070), 2 layers" in dry and "Assistant:[[ " in dry and "nothing was trained" in dry
+    assert not any((kit.root / "output").iterdir())
+    said = kit.run(copy).stdout
+    assert "saved output/a run/rwkv-1.pth" in said and "tokens/s" in said
+    again = kit.run(copy, ok=False)
+    assert "RUN_NAME=a run  output/a run holds an earlier run, which is never overwritten" in again.stderr
+    merged = kit.run("merge.sh", "1").stdout
+    assert "wrote     merge/my tiny-LORA-1.pth" in merged and "answer alike" in merged
+    assert "RUN=no such: there is no such run" in kit.run("merge.sh", "1", ok=False, RUN="no such").stderr
+    assert "has no epoch 7; it has 0, 1" in kit.run("merge.sh", "7", ok=False, RUN="a run").stderr
+    ask = ["--prompt", "Sea?", "--max-tokens", "8", "--temperature", "0"]
+    tuned = kit.run("chat.sh", "--adapter", "output/a run/rwkv-1.pth", *ask).stdout
+    whole = kit.run("chat.sh", "--model", "my tiny-LORA-1.pth", *ask).stdout
+    base = kit.run("chat.sh", "--model", "my tiny.pth", *ask).stdout
+    assert tuned == whole != base
+    sampled = ["--prompt", "Sea?", "--max-tokens", "8", "--temperature", "1", "--top-p", "1", "--model", "my tiny.pth"]
+    assert kit.run("chat.sh", *sampled, "--seed", "1").stdout == kit.run("chat.sh", *sampled, "--seed", "1").stdout
+
+
+def test_a_run_without_a_name_gets_one_of_its_own(shared_kit):
+    names = []
+    for _ in range(2):
+        said = shared_kit.run("training.sh", "--dry-run").stdout
+        names.append(said.split("output    output/")[1].split("/")[0])
+    assert names[0].startswith("chat-lora-2")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_signal_saves_and_says_how_to_go_on(kit, number, code):
+    tiny.save_model(kit.root / "model" / "tiny.pth")
+    kit.data("chat.jsonl", *tiny.CHATS)
+    kit.run("make_tokenize.sh", "chat.jsonl")
+    kit.set(**(QUICK | {"DATA_PATH": "chat", "RUN_NAME": "r", "EPOCH_COUNT": "100000", "EPOCH_SAVE": "100000"}))
+    process = subprocess.Popen(
+        [str(kit.root / "training.sh")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
+    )  # fmt: skip
+    log = kit.root / "output/r/loss.jsonl"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") > 3):
+        time.sleep(0.1)
+    os.killpg(process.pid, number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert "Traceback" not in err
+    [saved] = (kit.root / "output/r").glob("rwkv-*.pth")
+    assert f"set lora_load=output/r/{saved.name}" in err
+    sidecar = json.loads(saved.with_suffix(".json").read_text())
+    assert sidecar["epoch_finished"] is False and sidecar["step"] == log.read_text().count("\n")
+    kit.set(to="on.sh", lora_load=f"output/r/{saved.name}", RUN_NAME="on", EPOCH_COUNT="1")
+    assert f"starts from output/r/{saved.name}" in kit.run("on.sh").stdout
+    assert "(stopped early)" in kit.run("merge.sh", RUN="r").stdout
+
+
+def test_the_kit_beside_the_script_is_used_not_one_in_the_current_folder(kit, tmp_path):
+    """Two copies of the project on one machine must not mix."""
+    (tmp_path / "rwkv_peft").mkdir()
+    (tmp_path / "rwkv_peft/__init__.py").write_text("raise SystemExit('the wrong kit')")
+    done = subprocess.run([kit.root / "training.sh", "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "the wrong kit" not in done.stderr
+
+
+def test_two_ranks_of_4_are_one_of_8(kit):
+    """Law 5 across processes, on CPU with gloo."""
+    import torch
+
+    from rwkv_peft import checkpoint
+
+    tiny.save_model(kit.root / "model" / "tiny.pth")
+    kit.data("chat.jsonl", *tiny.CHATS)
+    kit.run("make_tokenize.sh", "chat.jsonl", "3")
+    common = QUICK | {"DATA_PATH": "chat", "lora_dropout": "0", "DATALOAD": "only", "WARMUP_STEPS": "0", "LR_INIT": "1e-2"}
+    kit.set(to="one.sh", **(common | {"RUN_NAME": "one", "MICRO_BSZ": "8"}))
+    kit.set(to="two.sh", **(common | {"RUN_NAME": "two", "MICRO_BSZ": "4", "GPU_COUNT": "2"}))
+    kit.run("one.sh")
+    said = kit.run("two.sh")
+    assert said.stdout.count("done in") == 1  # only one process speaks
+    one, two = (checkpoint.load(kit.root / f"output/{name}/rwkv-1.pth") for name in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
+    records = [
+        [json.loads(line) for line in (kit.root / f"output/{name}/loss.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    for a, b in zip(*records, strict=True):
+        assert a["targets"] == b["targets"] and a["tokens"] == b["tokens"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)

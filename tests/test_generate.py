@@ -1,0 +1,111 @@
+"""Decoding: whole characters, stops that never show, the same seed the same words, and talks that go on exactly."""
+
+import builtins
+
+import pytest
+import tiny
+import torch
+
+from rwkv_peft import chat, tokenizer
+from rwkv_peft.generate import advance, choose, generate
+from rwkv_peft.roles import Role
+from rwkv_peft.templates import Message, render
+
+
+def follow(text: str, end: bool = True):
+    """A model that says text, byte by byte, whatever it is asked."""
+    ids = [tokenizer.token_bytes().index(bytes([b])) for b in text.encode()] + ([0] if end else [])
+
+    class Model:
+        emb = torch.nn.Module()
+        at = 0
+
+        def features(self, x, state=None):
+            self.at += 1
+            return torch.zeros(1, x.shape[1], 1), state
+
+        def head(self, x):
+            return torch.nn.functional.one_hot(torch.tensor(ids[min(self.at, len(ids) - 1)]), 65536).float()
+
+    model = Model()
+    model.emb.weight = torch.zeros(1)
+    return model, torch.nn.functional.one_hot(torch.tensor(ids[0]), 65536).float()
+
+
+def say(text, stops=(), max_tokens=200, **options):
+    model, logits = follow(text, **options)
+    return list(generate(model, logits, None, max_tokens, 0, 1.0, 0, stops))
+
+
+def test_characters_arrive_whole():
+    pieces = say("海鸥🕊 fly")
+    assert "".join(pieces) == "海鸥🕊 fly" and pieces[0] == "海"
+    assert not any("\ufffd" in p for p in pieces)
+
+
+def test_an_answer_stops_before_the_stop_string_and_shows_nothing_of_it():
+    assert "".join(say("Blue.\n\nUser: next", chat.STOPS)) == "Blue."
+    assert "".join(say("a\n\nUse it", chat.STOPS)) == "a\n\nUse it"
+    assert "".join(say("ends with\n\nUs", chat.STOPS)) == "ends with\n\nUs"
+
+
+def test_max_tokens_is_the_most():
+    assert "".join(say("abcdef", max_tokens=3)) == "abc"
+    assert "".join(say("海海", max_tokens=4)) == "海\ufffd"
+
+
+def test_sampling_takes_only_the_share_it_may_and_the_seed_decides():
+    logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05]))
+    generator = torch.Generator().manual_seed(1)
+    seen = [choose(logits, 1.0, 0.75, generator) for _ in range(300)]
+    assert set(seen) == {0, 1} and 100 < seen.count(0) < 260
+    again = torch.Generator().manual_seed(1)
+    assert [choose(logits, 1.0, 0.75, again) for _ in range(300)] == seen
+    assert choose(logits, 0, 1.0, generator) == 0
+    assert choose(logits, 1.0, 1e-9, generator) == 0
+
+
+def test_a_prompt_in_pieces_is_the_prompt_at_once(monkeypatch):
+    model, ids = tiny.model(shape=tiny.geometry(2, 32, 64, 16)), list(range(1, 60))
+    whole, _ = advance(model, ids)
+    monkeypatch.setattr("rwkv_peft.generate.PREFILL", 7)
+    torch.testing.assert_close(advance(model, ids)[0], whole, rtol=1e-4, atol=1e-4)
+
+
+def test_a_talk_goes_on_from_exactly_what_the_whole_conversation_would_give(monkeypatch, capsys):
+    """Each turn continues the state of the last prompt; the ids are those of the conversation encoded as one."""
+    model, fed = tiny.model(), []
+    questions = iter(["你好。", "And?", "/reset", "Again", ""])
+    monkeypatch.setattr(builtins, "input", lambda _="": next(questions))
+    monkeypatch.setattr(chat, "answer", lambda *a, **k: "好的。")
+    original = advance
+
+    def watch(m, ids, state=None):
+        fed.append((list(ids), state is None))
+        return original(m, ids, state)
+
+    monkeypatch.setattr("rwkv_peft.generate.advance", watch)
+    config = chat.ChatConfig("", "", "Be brief.", 5, 0.0, 1.0, 0, "fp32")
+    chat.talk(model, config, "tiny")
+    turn = [Message(Role.SYSTEM, "Be brief."), Message(Role.USER, "你好。"), Message(Role.ASSISTANT, "好的。")]
+    second = render([*turn, Message(Role.USER, "And?")], open_answer=True)[0]
+    assert fed[0][0] + fed[1][0] == tokenizer.encode(second)
+    assert [fresh for _, fresh in fed] == [True, False, True]
+    assert "forgets it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--temperature", "hot"], "--temperature hot: must be a number"),
+        (["--top-p", "0"], "--top-p 0: must be more than 0"),
+        (["--max-tokens", "0"], "--max-tokens 0: must be 1 or more"),
+        (["--prompt", " "], "--prompt is empty"),
+        (["--raw"], "--raw needs --prompt"),
+        (["--modle", "x"], "unrecognized arguments: --modle x"),
+    ],
+)
+def test_a_wrong_option_is_named(arguments, words):
+    config = chat.ChatConfig("m", "", "", 5, 0.0, 1.0, 0, "fp32")
+    with pytest.raises(chat.UserError, match=words):
+        chat.command_line(arguments, config)

@@ -1,0 +1,180 @@
+"""Law 8 and the merge door: streaming = naive, names and formats of the base, and refusal of what does not belong."""
+
+import json
+import shutil
+
+import pytest
+import tiny
+import torch
+
+from merge.__main__ import merge
+from merge.fold import fold
+from rwkv_peft import checkpoint, project
+from rwkv_peft.adapters import attach
+from rwkv_peft.adapters.registry import ADAPTERS
+from rwkv_peft.errors import UserError
+from rwkv_peft.model.rwkv import build
+from rwkv_peft.ops import dispatch
+
+SHAPE = tiny.geometry(2, 32, 64, 16)
+PARTS = ("att", "ffn", "ln")
+
+
+@pytest.fixture
+def run(project_folder, request):
+    """A base with extra tensors, and a run on it whose adapter is not fresh."""
+    dtype = getattr(request, "param", torch.float32)
+    base = project_folder / "model" / "base.pth"
+    extra = {"blocks.0.att.v0": torch.randn(1, 1, 32), "note": torch.arange(3)}
+    tensors = {n: t.to(dtype) for n, t in tiny.tensors(0, SHAPE).items()} | extra
+    checkpoint.save(base, tensors)
+    model = build(SHAPE, checkpoint.load(base), dispatch.WKV7["torch"])
+    attach.adapt(model, "lora", PARTS, 4, 8.0, 0.0)
+    for p in attach.trained(model).values():
+        torch.nn.init.normal_(p, std=0.2)
+    folder = project_folder / "output" / "r"
+    folder.mkdir()
+    checkpoint.save(folder / "rwkv-3.pth", attach.trained(model))
+    write_sidecar(folder, base)
+    (folder / "run.json").write_text("{}")
+    project.point_latest(folder)
+    return folder, base, model
+
+
+def write_sidecar(folder, base, **changes):
+    content = {
+        "method": "lora", "rank": 4, "alpha": 8.0, "parts": PARTS, "base": "base.pth",
+        "base_sha256": checkpoint.sha256(base), "geometry": SHAPE.as_dict(), "epoch": 3, "step": 9, "versions": {},
+    }  # fmt: skip
+    checkpoint.write_json(folder / "rwkv-3.json", content | changes)
+
+
+@pytest.mark.parametrize("run", [torch.float32, torch.bfloat16], indirect=True, ids=["fp32", "bf16"])
+def test_the_merged_file_is_the_naive_merge_bit_for_bit_and_answers_like_the_adapter(run, capsys):
+    folder, base, model = run
+    merge(folder / "rwkv-3.pth", "")
+    target = project.ROOT / "merge" / "base-LORA-3.pth"
+    merged, before = checkpoint.load(target), checkpoint.load(base)
+    assert list(merged) == list(before)
+    adapter = checkpoint.load(folder / "rwkv-3.pth")
+    for name, old in before.items():
+        layer = name.removesuffix(".weight")
+        if layer + ".lora_A" in adapter:
+            tensors = {t: adapter[f"{layer}.{t}"] for t in ADAPTERS["lora"].tensors}
+            naive = ADAPTERS["lora"].merge(old, tensors, {"rank": 4, "alpha": 8.0}).to(old.dtype)
+        else:
+            naive = adapter.get(name, old).to(old.dtype)
+        assert torch.equal(merged[name], naive) and merged[name].dtype == old.dtype
+    x = torch.arange(1, 41)[None]
+    ours, _ = build(SHAPE, merged, dispatch.WKV7["torch"])(x)
+    tuned, _ = model.eval()(x)
+    limit = 1e-5 if before["emb.weight"].dtype == torch.float32 else 0.03
+    assert (ours - tuned).abs().max() <= limit * tuned.abs().max()
+    said = capsys.readouterr().out
+    assert "same content" in said and "read back" in said and "answer alike" in said
+
+
+def refusals():
+    def other_base(folder, base):
+        checkpoint.save(base, {n: t + 1 for n, t in checkpoint.load(base).items()})
+
+    def wrong_rank(folder, base):
+        write_sidecar(folder, base, rank=8)
+
+    def unknown_method(folder, base):
+        write_sidecar(folder, base, method="pissa")
+
+    def not_an_adapter(folder, base):
+        shutil.copy(base, folder / "rwkv-3.pth")
+
+    def missing_half(folder, base):
+        tensors = dict(checkpoint.load(folder / "rwkv-3.pth"))
+        tensors.pop("blocks.0.att.key.lora_B")
+        checkpoint.save(folder / "rwkv-3.pth", tensors)
+
+    def extra_layer(folder, base):
+        tensors = checkpoint.load(folder / "rwkv-3.pth")
+        checkpoint.save(folder / "rwkv-3.pth", tensors | {"blocks.7.ln1.weight": torch.ones(32)})
+
+    def not_a_number(folder, base):
+        tensors = checkpoint.load(folder / "rwkv-3.pth")
+        checkpoint.save(folder / "rwkv-3.pth", tensors | {"ln_out.bias": torch.full((32,), float("nan"))})
+
+    def no_sidecar(folder, base):
+        (folder / "rwkv-3.json").unlink()
+
+    def no_base(folder, base):
+        base.unlink()
+
+    return {
+        other_base: "is not the file that the run was trained on",
+        wrong_rank: r"has rank \[4\] inside, but its sidecar says 8",
+        unknown_method: "holds a pissa run, which this version cannot merge",
+        not_an_adapter: "holds no lora_A, lora_B",
+        missing_half: "does not fit the base: blocks.0.att.key",
+        extra_layer: "does not fit the base: blocks.7.ln1.weight",
+        not_a_number: "ln_out.bias holds NaN or infinity",
+        no_sidecar: "rwkv-3.json: is missing",
+        no_base: "there is no such file",
+    }
+
+
+@pytest.mark.parametrize(("spoil", "words"), refusals().items(), ids=lambda x: getattr(x, "__name__", ""))
+def test_what_does_not_belong_together_is_refused_and_nothing_is_written(run, spoil, words):
+    folder, base, _ = run
+    spoil(folder, base)
+    with pytest.raises(UserError, match=words):
+        merge(folder / "rwkv-3.pth", "")
+    assert not list((project.ROOT / "merge").glob("*"))
+
+
+def test_a_result_that_does_not_read_back_is_removed(run, monkeypatch):
+    folder, _, _ = run
+    original = checkpoint.rewrite
+
+    def flip_a_bit(source, target, change):
+        original(source, target, change)
+        raw = bytearray(target.read_bytes())
+        at = raw.find(checkpoint.load(source)["blocks.0.att.w1"].numpy().tobytes())
+        raw[at] ^= 1
+        target.write_bytes(bytes(raw))
+
+    monkeypatch.setattr(checkpoint, "rewrite", flip_a_bit)
+    with pytest.raises(UserError, match="1 tensors are not what they should be when read back; removed"):
+        merge(folder / "rwkv-3.pth", "")
+    assert not list((project.ROOT / "merge").glob("*"))
+
+
+def test_an_earlier_result_stays_whole_when_a_merge_fails(run):
+    folder, _, _ = run
+    merge(folder / "rwkv-3.pth", "")
+    target = project.ROOT / "merge" / "base-LORA-3.pth"
+    before = target.read_bytes()
+    checkpoint.save(folder / "rwkv-3.pth", {"strange": torch.zeros(1)})
+    with pytest.raises(UserError):
+        merge(folder / "rwkv-3.pth", "")
+    assert target.read_bytes() == before
+
+
+def test_a_full_run_is_merged_into_a_whole_model(run):
+    folder, base, _ = run
+    trained = {n: t + 0.5 if t.is_floating_point() else t for n, t in checkpoint.load(base).items()}
+    checkpoint.save(folder / "rwkv-3.pth", trained)
+    write_sidecar(folder, base, method="full", rank=None, alpha=None, parts=None)
+    merge(folder / "rwkv-3.pth", "")
+    merged = checkpoint.load(project.ROOT / "merge" / "base-FULL-3.pth")
+    assert all(torch.equal(merged[n], trained[n]) for n in trained)
+
+
+def test_merging_holds_one_tensor_at_a_time(run):
+    """The change is asked for one tensor after another, in the order of the file, each once."""
+    folder, base, _ = run
+    sidecar = json.loads((folder / "rwkv-3.json").read_text())
+    change, seen = fold(checkpoint.load(folder / "rwkv-3.pth"), sidecar, checkpoint.describe(base), "x"), []
+
+    def watch(name, tensor):
+        seen.append(name)
+        return change(name, tensor)
+
+    checkpoint.rewrite(base, folder / "out.pth", watch)
+    assert sorted(seen) == sorted(checkpoint.describe(base)) and len(seen) == len(set(seen))
