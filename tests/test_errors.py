@@ -1,0 +1,241 @@
+"""Law 10: bad input never ends in a traceback. The words say where, what and what to do; the code is not 0; files stay."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+
+GOOD = json.dumps(tiny.CHATS[0], ensure_ascii=False).encode()
+LINES_57 = b"\n".join([GOOD] * 56)
+
+
+def bad_rows():
+    return {
+        "broken json": (LINES_57 + b'\n{"text": "x"', r"data/bad.jsonl:57: is not valid JSON: unexpected end of data, column 13"),
+        "no text": (b'{"txt": "x"}', r"data/bad.jsonl:1: has none of the keys messages, conversations, text; it has 'txt'"),
+        "not utf-8": (GOOD + b'\n{"text": "\xff\xfe"}', "data/bad.jsonl:2: is not valid UTF-8; save the file as UTF-8"),
+        "utf-16": (GOOD.decode().encode("utf-16"), "data/bad.jsonl: is UTF-16. Save it as UTF-8"),
+        "a list": (b"[1, 2]", "data/bad.jsonl:1: must be a JSON object"),
+        "a number": (b"7", "data/bad.jsonl:1: must be a JSON object like"),
+        "text is null": (b'{"text": null}', 'data/bad.jsonl:1: its "text" must be a string, not null'),
+        "text is a list": (b'{"text": ["a"]}', 'its "text" must be a string, not a list'),
+        "text is empty": (b'{"text": " "}', 'data/bad.jsonl:1: its "text" is empty'),
+        "half a surrogate": (b'{"text": "\\ud800"}', "data/bad.jsonl:1: is not valid JSON"),
+        "nan": (b'{"text": NaN}', "data/bad.jsonl:1: is not valid JSON"),
+        "deep": (b'{"text": ' + b"[" * 5000 + b"]" * 5000 + b"}", "data/bad.jsonl:1: "),
+        "role": (b'{"messages": [{"role": "x", "content": "y"}]}', "data/bad.jsonl:1: message 1 has the role 'x'"),
+        "no file content": (b"", "data/bad.jsonl: it has no rows; nothing was written"),
+        "blank lines": (b"\n\n\n", "data/bad.jsonl: it has no rows; nothing was written"),
+        "a very long line": (b'{"text": "' + b"a" * (50 << 20) + b'"}', "data/bad.jsonl:1: is longer than 32 MB"),
+    }
+
+
+@pytest.fixture(scope="module")
+def kit(tmp_path_factory):
+    from conftest import Kit
+
+    return Kit(tmp_path_factory.mktemp("errors") / "my kit")
+
+
+@pytest.mark.parametrize(("content", "words"), bad_rows().values(), ids=bad_rows())
+def test_a_bad_row_is_named_with_its_line_and_earlier_files_stay(kit, content, words):
+    data = kit.root / "data"
+    for ending in ("bin", "idx", "roles.bin", "roles.idx"):
+        (data / f"bad.{ending}").write_text("earlier")
+    (data / "bad.jsonl").write_bytes(content)
+    done = kit.run("make_tokenize.sh", "bad.jsonl", ok=False)
+    assert words in done.stderr
+    assert done.returncode == 2
+    assert len(done.stderr) < 3000
+    assert sorted(p.name for p in data.iterdir() if p.read_bytes() == b"earlier") == [
+        "bad.bin", "bad.idx", "bad.roles.bin", "bad.roles.idx",
+    ]  # fmt: skip
+    assert len(list(data.iterdir())) == 5
+
+
+def test_all_bad_rows_are_told_at_once(kit):
+    (kit.root / "data/many.jsonl").write_bytes(b"\n".join([GOOD, b"{", GOOD, b"[]", b"7"]))
+    done = kit.run("make_tokenize.sh", "many.jsonl", ok=False)
+    assert [line.partition(": ")[0] for line in done.stderr.splitlines()[:3]] == [f"data/many.jsonl:{n}" for n in (2, 4, 5)]
+    assert "has 3 rows that cannot be used; nothing was written" in done.stderr
+
+
+def test_rows_above_max_tokens_are_dropped_with_their_lines_and_dropping_all_is_an_error(kit):
+    kit.data("long.jsonl", *tiny.CHATS)
+    said = kit.run("make_tokenize.sh", "long.jsonl", "1", "40").stdout
+    assert "dropped 1 rows with more than MAX_TOKENS=40 tokens: line 5 (" in said
+    before = (kit.root / "data/long.bin").read_bytes()
+    done = kit.run("make_tokenize.sh", "long.jsonl", "1", "2", ok=False)
+    assert "every row was dropped; nothing was written, earlier files are untouched" in done.stderr
+    assert (kit.root / "data/long.bin").read_bytes() == before
+
+
+def test_no_eof_leaves_the_end_of_documents_out(kit):
+    from rwkv_peft.data.binidx import Reader
+
+    kit.data("eof.jsonl", *tiny.CHATS)
+    assert "### append_eof = False" in kit.run("make_tokenize.sh", "eof.jsonl", "--no-eof").stdout
+    assert 0 not in Reader(kit.root / "data/eof").tokens
+    kit.run("make_tokenize.sh", "eof.jsonl")
+    assert (Reader(kit.root / "data/eof").tokens == 0).sum() == len(tiny.CHATS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nothing.jsonl"], "data/nothing.jsonl: there is no such file. In data/ there is:"),
+        (["x.jsonl", "0"], "EPOCHS=0: must be a whole number, 1 or more"),
+        (["x.jsonl", "1", "4096k"], "MAX_TOKENS=4096k: must be a whole number, 0 or more"),
+        (["x.jsonl", "--noeof"], "--noeof: is not an option; there is --no-eof"),
+        (["../my kit"], "is not a file"),
+        (["x.txt"], "must end in .jsonl"),
+        (["x.jsonl", "1", "2", "3"], "usage: ./make_tokenize.sh"),
+    ],
+)
+def test_wrong_arguments_of_make_tokenize_are_named(kit, arguments, words):
+    (kit.root / "data/x.txt").write_text("x")
+    (kit.root / "data/x.jsonl").write_bytes(GOOD)
+    assert words in kit.run("make_tokenize.sh", *arguments, ok=False).stderr
+
+
+def training(shared_kit, name="wrong.sh", **settings):
+    return shared_kit.run(shared_kit.set(to=name, **settings), ok=False).stderr
+
+
+def test_typos_and_wrong_values_are_told_together_with_their_lines(shared_kit):
+    script = shared_kit.root / shared_kit.set(to="typo.sh", MICRO_BSZ="0", LR_FINAL="2e5x", QUANT="nf4")
+    script.write_text(script.read_text().replace("\nSEED=", "\nSEDE=1\nSEED="))
+    said = shared_kit.run("typo.sh", ok=False).stderr.splitlines()
+    lines = {line.split("=")[0]: n for n, line in enumerate(script.read_text().splitlines(), 1) if "=" in line}
+    assert said[0] == "typo.sh has 4 problems:"
+    for name, words in (
+        ("SEDE", "is not a setting; did you mean SEED?"),
+        ("MICRO_BSZ", "must be 1 or more, or auto"),
+        ("LR_FINAL", "must be a number, like 2e-5"),
+        ("QUANT", "is not part of this version yet; it has none"),
+    ):
+        [row] = [row for row in said if f" {name}=" in row]
+        assert row.startswith(f"  line {lines[name]:>3}  {name}=") and row.endswith(words)
+
+
+def test_a_retired_name_says_what_became_of_it(shared_kit):
+    script = shared_kit.root / shared_kit.set(to="old.sh")
+    script.write_text(script.read_text().replace("\nSEED=", "\nDEEPSPEED_STRATEGY=deepspeed_stage_1\nSEED="))
+    assert "is called STRATEGY here" in shared_kit.run("old.sh", ok=False).stderr
+
+
+def test_what_only_the_files_can_tell_comes_in_the_same_form(shared_kit):
+    said = training(shared_kit, N_LAYER="24", EMBD_SIZE="2048", DATA_PATH="nothing", lora_load="x.pth")
+    assert "N_LAYER=24" in said and "but model/tiny.pth has 2; use auto" in said
+    assert "but model/tiny.pth has 32; use auto" in said
+    assert "data/nothing.bin and .idx: there is no such file" in said
+    assert "x.pth: there is no such file" in said
+    assert "wrong.sh has 4 problems:" in said
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch '" + os.environ["CANARY"] + "'",)
+
+
+def models(folder):
+    """Files that are no RWKV-7 -> the words."""
+    torch.save({"blocks.0.att.time_maa_x": torch.zeros(1)}, folder / "v6.pth")
+    torch.save({"x": torch.zeros(1)}, folder / "other.pth")
+    torch.save({"emb.weight": torch.zeros(1), "x": Evil()}, folder / "evil.pth")
+    (folder / "pickle.pth").write_bytes(pickle.dumps(Evil()))
+    (folder / "half.pth").write_bytes((folder / "tiny.pth").read_bytes()[:5000])
+    (folder / "empty.pth").write_bytes(b"")
+    return {
+        "v6.pth": "is RWKV-6 (x060); this version of the kit works with RWKV-7 (x070) only",
+        "other.pth": "is not an RWKV model",
+        "evil.pth": "holds more than plain tensors",
+        "pickle.pth": "is no .pth checkpoint",
+        "half.pth": "is no .pth checkpoint, or it was cut off",
+        "empty.pth": "is no .pth checkpoint",
+        "missing.pth": "there is no such file. In model/ there is:",
+    }
+
+
+@pytest.mark.parametrize("name", ["v6.pth", "other.pth", "evil.pth", "pickle.pth", "half.pth", "empty.pth", "missing.pth"])
+def test_a_base_that_is_none_is_refused_and_nothing_in_it_is_run(shared_kit, tmp_path, monkeypatch, name):
+    monkeypatch.setenv("CANARY", str(tmp_path / "canary"))
+    words = models(shared_kit.root / "model")[name]
+    done = shared_kit.run(shared_kit.set(to="wrong.sh", MODEL_PATH=name), ok=False, TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD="1")
+    assert f"MODEL_PATH={name}" in done.stderr and words in done.stderr
+    assert not (tmp_path / "canary").exists()
+
+
+def test_torn_and_foreign_data_are_refused(shared_kit):
+    data = shared_kit.root / "data"
+    for ending in ("bin", "idx", "roles.bin", "roles.idx"):
+        (data / f"torn.{ending}").write_bytes((data / f"chat.{ending}").read_bytes())
+    (data / "torn.bin").write_bytes((data / "chat.bin").read_bytes()[:-100])
+    assert "data/torn.bin: has" in (said := training(shared_kit, DATA_PATH="torn")) and "cut off" in said
+    (data / "torn.bin").write_bytes((data / "chat.bin").read_bytes())
+    from rwkv_peft.data.binidx import index_bytes
+
+    (data / "torn.roles.bin").write_bytes(b"12345")
+    (data / "torn.roles.idx").write_bytes(index_bytes([2, 3], "uint8"))
+    assert "describes other rows than" in training(shared_kit, DATA_PATH="torn")
+
+
+def test_a_foreign_file_without_roles_trains_by_its_headings_and_says_so(shared_kit):
+    data = shared_kit.root / "data"
+    for ending in ("bin", "idx"):
+        (data / f"foreign.{ending}").write_bytes((data / f"chat.{ending}").read_bytes())
+    ours = shared_kit.run("training.sh", "--dry-run").stdout
+    theirs = shared_kit.run(shared_kit.set(to="foreign.sh", DATA_PATH="foreign"), "--dry-run").stdout
+    assert "foreign has no .roles file: who said what is found by the headings" in theirs
+    pick = lambda text: text.split("one pass trains ")[1].split()[0]  # noqa: E731
+    assert pick(ours) == pick(theirs)
+    assert ours.split("--- sample 1")[1] == theirs.split("--- sample 1")[1]
+
+
+def test_a_token_outside_the_vocabulary_is_named(shared_kit):
+    tiny.save_model(shared_kit.root / "model" / "small.pth", shape=tiny.geometry(vocab=512))
+    said = training(shared_kit, MODEL_PATH="small.pth")
+    assert "data/chat.bin: row 0 holds token" in said and "vocabulary ends at 511" in said
+
+
+def test_an_unknown_option_is_refused(shared_kit):
+    assert "unknown: --dry" in shared_kit.run("training.sh", "--dry", ok=False).stderr
+
+
+def test_ctrl_c_while_tokenizing_leaves_nothing(tmp_path):
+    """The signal comes while rows are read."""
+    from conftest import ROOT
+
+    code = (
+        "import os, signal, sys\nsys.path.insert(0, sys.argv[1])\n"
+        "import json2binidx.encode as e, json2binidx.__main__ as m\n"
+        "original, seen = e.encode, []\n"
+        "def encode(*a, **k):\n    seen.append(1)\n"
+        "    if len(seen) == 3: os.kill(os.getpid(), signal.SIGINT)\n    return original(*a, **k)\n"
+        "e.encode = encode\n"
+        "m.main([sys.argv[1] + '/make_tokenize.sh', sys.argv[2]])\n"
+    )
+    path = tiny.write_jsonl(tmp_path / "x.jsonl", tiny.CHATS)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT), str(path)], capture_output=True, text=True, env=os.environ | {"SEED": "1"}
+    )
+    assert done.returncode == 130 and "Stopped by Ctrl-C" in done.stderr and "Traceback" not in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["x.jsonl"]
+
+
+def test_a_missing_package_is_named_with_the_cure():
+    from conftest import ROOT
+
+    code = (
+        "import sys\nsys.modules['orjson'] = None\nsys.path.insert(0, sys.argv[1])\n"
+        "import json2binidx.__main__ as m\nm.main([sys.argv[1] + '/make_tokenize.sh', 'sample.jsonl'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, env=os.environ | {"SEED": "1"}
+    )
+    assert done.returncode == 2 and "The Python package orjson is missing. Run ./test.sh or ./quickstart.sh" in done.stderr
