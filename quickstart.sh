@@ -13,7 +13,7 @@ fi
 
 step() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 
-# change NAME=VALUE ...: a copy of training.sh with these values
+# copy_with FILE NAME=VALUE ...: a copy of training.sh with these values
 copy_with() {
   local target="$1" pair
   shift
@@ -22,6 +22,13 @@ copy_with() {
     sed -i "s|^${pair%%=*}=.*|${pair%%=*}=${pair#*=}|" "$target"
   done
 }
+
+# every setting that matters is set here: whatever you have made of training.sh, the toy run is the same
+common=(RUN_NAME= MODEL_VERSION=auto N_LAYER=auto EMBD_SIZE=auto VOCAB_SIZE=auto DATALOAD=pack DATA_SHUFFLE=1 SEED=42
+  TRAIN_TYPE=none CHUNK_CTX= EPOCH_STEPS=auto EPOCH_SAVE=100 MICRO_BSZ=1 MINI_BSZ=1 LR_INIT=3e-3 LR_FINAL=3e-4
+  LR_SCHEDULE=cos WARMUP_STEPS=10 BETA1=0.9 BETA2=0.99 ADAM_EPS=1e-8 WEIGHT_DECAY=0 GRAD_CLIP=1.0 lora_r=64
+  lora_alpha=128 lora_dropout=0 lora_parts=att,ffn,ln EMB_FINETUNE=0 lora_load= PRECISION=auto QUANT=none OP=auto
+  GRAD_CP=0 GPU_COUNT=1 STRATEGY=auto WANDB=)
 
 ./setup.sh
 began=$SECONDS
@@ -37,9 +44,8 @@ else
   rwkv_peft/run.sh rwkv_peft.init --layers 4 --width 128 --out quickstart/untrained.pth
   cp data/pretrain.jsonl quickstart/
   ./make_tokenize.sh quickstart/pretrain.jsonl | sed -n 1,2p
-  copy_with quickstart/pretrain.sh FINETUNE_MODE=full MODEL_PATH=quickstart/untrained.pth DATA_PATH=quickstart/pretrain \
-    "RUN_NAME=quickstart-pretrain-$now" LOSS_MASK=pad LR_INIT=3e-3 LR_FINAL=3e-4 EPOCH_COUNT=5 EPOCH_SAVE=100 \
-    MICRO_BSZ=1 GRAD_CP=0 SEED=42
+  copy_with quickstart/pretrain.sh "${common[@]}" FINETUNE_MODE=full MODEL_PATH=quickstart/untrained.pth \
+    DATA_PATH=quickstart/pretrain "RUN_NAME=quickstart-pretrain-$now" LOSS_MASK=pad CTX_LEN=512 EPOCH_COUNT=5
   quickstart/pretrain.sh
   # copied beside its place, then renamed: the name never stands for half a file
   cp "output/quickstart-pretrain-$now/rwkv-4.pth" "$base.new"
@@ -51,8 +57,8 @@ cp data/sample.jsonl quickstart/
 ./make_tokenize.sh quickstart/sample.jsonl 4
 
 step "3/6  LoRA: ./training.sh --dry-run, then ./training.sh"
-copy_with quickstart/training.sh MODEL_PATH=rwkv7-tiny.pth DATA_PATH=quickstart/sample "RUN_NAME=quickstart-lora-$now" \
-  LR_INIT=3e-3 LR_FINAL=3e-4 EPOCH_COUNT=8 EPOCH_SAVE=100 CTX_LEN=272 MICRO_BSZ=1 GRAD_CP=0 SEED=42 lora_dropout=0
+copy_with quickstart/training.sh "${common[@]}" FINETUNE_MODE=lora MODEL_PATH=rwkv7-tiny.pth \
+  DATA_PATH=quickstart/sample "RUN_NAME=quickstart-lora-$now" LOSS_MASK=qa CTX_LEN=272 EPOCH_COUNT=8
 quickstart/training.sh --dry-run | sed '1,/^output/d'
 quickstart/training.sh
 

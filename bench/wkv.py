@@ -66,16 +66,22 @@ def main() -> None:
             forward_and_backward(wkv, x, dy, ds)
             times[name].append(1e3 * (time.perf_counter() - begin))
     print(f"WKV-7 forward + backward with s0 and sT gradients, B=1 T={given.tokens} H={given.heads} N=64 float32")
-    print(f"{platform.machine()}, {given.threads} threads, torch {torch.__version__}, {given.rounds} interleaved rounds")
+    print(
+        f"{platform.machine()}, {given.threads} threads, torch {torch.__version__}, {given.rounds} interleaved rounds"
+    )
     medians = {name: statistics.median(t) for name, t in times.items()}
     for name, t in times.items():
-        print(f"  {name:<24} {medians[name]:9.1f} ms  ({min(t):.1f} to {max(t):.1f})  largest relative error {errors[name]:.1e}")
+        print(
+            f"  {name:<24} {medians[name]:9.1f} ms  ({min(t):.1f} to {max(t):.1f})  largest relative error {errors[name]:.1e}"
+        )
     peer = medians["naive loop + autograd"]
     for name in candidates:
         if name.startswith("OP="):
             print(f"ratio: {name} is {peer / medians[name]:.1f} times as fast as the naive loop")
     if given.json:
-        given.json.write_text(json.dumps({"medians_ms": medians, "times_ms": times, "errors": errors, **vars(given)}, default=str))
+        given.json.write_text(
+            json.dumps({"medians_ms": medians, "times_ms": times, "errors": errors, **vars(given)}, default=str)
+        )
 
 
 if __name__ == "__main__":

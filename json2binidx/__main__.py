@@ -55,7 +55,9 @@ def command_line(arguments: list[str]) -> tuple[Path, int, int, bool]:
     if not 1 <= len(words) <= 3:
         leave(__doc__, 2)
     numbers = {}
-    for name, least, default, word in zip(("EPOCHS", "MAX_TOKENS"), (1, 0), (1, 0), [*words[1:], None, None], strict=False):
+    for name, least, default, word in zip(
+        ("EPOCHS", "MAX_TOKENS"), (1, 0), (1, 0), [*words[1:], None, None], strict=False
+    ):
         if word is not None and (not word.isascii() or not word.isdigit() or int(word) < least):
             raise UserError(f"{name}={word}: must be a whole number, {least} or more. See ./make_tokenize.sh --help")
         numbers[name] = default if word is None else int(word)
@@ -92,7 +94,9 @@ def tokenize(source: Path, epochs: int, max_tokens: int, end_of_doc: bool, seed:
     answers = 0
     # rows are encoded once, into files without a name that vanish with us; repeats only copy
     with tempfile.TemporaryFile(dir=source.parent) as ids_file, tempfile.TemporaryFile(dir=source.parent) as roles_file:
-        bar = tqdm(total=source.stat().st_size, unit="B", unit_scale=True, desc=source.name, disable=not sys.stderr.isatty())
+        bar = tqdm(
+            total=source.stat().st_size, unit="B", unit_scale=True, desc=source.name, disable=not sys.stderr.isatty()
+        )
         with bar:
             for number, line, read in lines(source):
                 bar.update(read - bar.n)
@@ -133,10 +137,11 @@ def tokenize(source: Path, epochs: int, max_tokens: int, end_of_doc: bool, seed:
                     writer.add({"": all_ids[row], ".roles": all_roles[row]})
             writer.commit()
     kinds = ", ".join(f"{n:,} {schema}" for schema, n in schemas.items())
-    print(f"{shown}: {len(sizes) + len(dropped):,} rows ({kinds}), {len(sizes):,} kept, {answers:,} with an Assistant turn")
-    print(f"wrote {project.shown(prefix)}.bin/.idx and .roles.bin/.idx: {len(sizes) * epochs:,} rows, {sum(sizes) * epochs:,} tokens")
+    read, rows, tokens = len(sizes) + len(dropped), len(sizes) * epochs, sum(sizes) * epochs
+    print(f"{shown}: {read:,} rows ({kinds}), {len(sizes):,} kept, {answers:,} with an Assistant turn")
+    print(f"wrote {project.shown(prefix)}.bin/.idx and .roles.bin/.idx: {rows:,} rows, {tokens:,} tokens")
     name = prefix.name if prefix.parent == project.ROOT / "data" else project.shown(prefix.resolve())
-    print(advice(name, max(sizes), len(sizes) * epochs, end_of_doc, answers > 0))
+    print(advice(name, max(sizes), rows, end_of_doc, answers > 0))
 
 
 def report_dropped(dropped: list[tuple[int, int]], max_tokens: int) -> None:

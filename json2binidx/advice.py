@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 
-UNSAFE = set("\"$`\\!\n")  # characters that double quotes do not protect from bash
+UNSAFE = set('"$`\\!\n')  # characters that double quotes do not protect from bash
 NEARBY = 5
 FIRST = 10
 

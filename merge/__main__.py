@@ -66,7 +66,9 @@ def merge(adapter: Path, model_path: str) -> None:
     geometry = arch.detect({n: s.shape for n, s in described.items()}, project.shown(base))
     say = f"run       {project.shown(adapter)}: {method}"
     say += "" if method == "full" else f" r={sidecar['rank']} alpha={sidecar['alpha']:g}"
-    print(f"{say}, epoch {epoch}, step {sidecar['step']}{'' if sidecar.get('epoch_finished', True) else ' (stopped early)'}")
+    print(
+        f"{say}, epoch {epoch}, step {sidecar['step']}{'' if sidecar.get('epoch_finished', True) else ' (stopped early)'}"
+    )
     print(f"base      {project.shown(base)}", end="", flush=True)
     if checkpoint.sha256(base) != sidecar["base_sha256"]:
         print()

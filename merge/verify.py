@@ -32,7 +32,9 @@ def verify(base: Path, target: Path, adapter: Path, change: Change, sidecar: dic
         wrong += not bool(torch.isfinite(new[name]).all())
     if wrong or not same:
         target.unlink()
-        raise UserError(f"{target}: {wrong} tensors are not what they should be when read back; removed. Is the disk sound?")
+        raise UserError(
+            f"{target}: {wrong} tensors are not what they should be when read back; removed. Is the disk sound?"
+        )
     untouched = len(old) - changed
     yield f"{len(old)} tensors read back: {changed} changed as the formula says, {untouched} identical to the base, all finite"
     if sidecar["method"] != "full" and base.stat().st_size <= LOGITS_LIMIT:

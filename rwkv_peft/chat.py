@@ -111,12 +111,14 @@ def load(config: ChatConfig):
     base = model_or_merged(config.model_path)
     if config.adapter:
         adapter = project.find(config.adapter, "output")
-        tensors = checkpoint.describe(adapter)
+        checkpoint.describe(adapter)  # refuses what is no checkpoint before its sidecar is asked for
         sidecar = checkpoint.read_sidecar(adapter, ("method", "rank", "alpha", "base", "base_sha256"))
         if sidecar["method"] == "full":  # such a checkpoint is a whole model
             base, adapter = adapter, None
         elif sidecar["method"] not in ADAPTERS:
-            raise UserError(f"{project.shown(adapter)}: holds a {sidecar['method']} run, which this version cannot load.")
+            raise UserError(
+                f"{project.shown(adapter)}: holds a {sidecar['method']} run, which this version cannot load."
+            )
         else:
             base = project.base_of(sidecar)
     if not str(config.model_path).strip() and not config.adapter:
@@ -166,7 +168,9 @@ def answer(model, config: ChatConfig, logits, state, stops, strip: bool) -> str:
 
     text = ""
     try:
-        for piece in generate(model, logits, state, config.max_tokens, config.temperature, config.top_p, config.seed, stops):
+        for piece in generate(
+            model, logits, state, config.max_tokens, config.temperature, config.top_p, config.seed, stops
+        ):
             if strip and not text:
                 piece = piece.lstrip()
             text += piece

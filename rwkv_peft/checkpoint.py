@@ -114,7 +114,9 @@ def describe(path: str | os.PathLike) -> dict[str, Stored]:
         with open(path, "rb") as file:
             legacy = file.read(2) == b"\x80\x02"
         old = "It may be a checkpoint of torch before 1.6; load and save it with a newer torch." if legacy else ""
-        raise UserError(f"{shown(path)}: is no .pth checkpoint, or it was cut off (download it again). {old}".rstrip()) from None
+        raise UserError(
+            f"{shown(path)}: is no .pth checkpoint, or it was cut off (download it again). {old}".rstrip()
+        ) from None
     except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, TypeError, ValueError, KeyError) as error:
         raise UserError(
             f"{shown(path)}: holds more than plain tensors ({error}). It was not loaded, and nothing in it was run."
@@ -218,7 +220,8 @@ def need_space(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < size * 1.02 + (1 << 20):
         raise UserError(
-            f"{shown(folder)}: {free / 1e9:.2f} GB are free, {size / 1e9:.2f} GB are needed. Nothing was written; free some space."
+            f"{shown(folder)}: {free / 1e9:.2f} GB are free, {size / 1e9:.2f} GB are needed. "
+            "Nothing was written; free some space."
         )
 
 
@@ -245,7 +248,9 @@ def read_sidecar(path: str | os.PathLike, wanted: tuple[str, ...]) -> dict[str, 
     """The sidecar of a checkpoint, with at least the wanted keys. UserError if it is missing or unreadable."""
     sidecar = sidecar_path(path)
     if not sidecar.is_file():
-        raise UserError(f"{shown(sidecar)}: is missing. It is written with every checkpoint and says how {shown(path)} was made.")
+        raise UserError(
+            f"{shown(sidecar)}: is missing. It is written with every checkpoint and says how {shown(path)} was made."
+        )
     try:
         content = json.loads(sidecar.read_text(encoding="utf-8"))
     except (ValueError, UnicodeDecodeError) as error:

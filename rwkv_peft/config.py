@@ -125,7 +125,8 @@ class TrainConfig:
         for name, value in (("MODEL_PATH", given.model_path), ("DATA_PATH", given.data_path)):
             rule(value is not None and not value.strip(), name, "is empty; give a name in model/ or data/, or a path")
         rule(
-            given.run_name and (given.run_name in (".", "..", "latest") or "/" in given.run_name or given.run_name[0] == "-"),
+            given.run_name
+            and (given.run_name in (".", "..", "latest") or "/" in given.run_name or given.run_name[0] == "-"),
             "RUN_NAME",
             'must be a plain folder name (no "/", not latest, not starting with "-")',
         )
@@ -133,14 +134,22 @@ class TrainConfig:
         if given.lora_parts is not None:
             wrong = [word for word in words if word not in LORA_PARTS]
             rule(wrong, "lora_parts", f"must be words of {', '.join(LORA_PARTS)}, with commas between")
-            rule(not wrong and not {"att", "ffn"} & set(words), "lora_parts", "must name att or ffn, or LoRA has no layer")
+            rule(
+                not wrong and not {"att", "ffn"} & set(words),
+                "lora_parts",
+                "must name att or ffn, or LoRA has no layer",
+            )
         full = given.finetune_mode == "full"
         rule(
             full and given.emb_finetune,
             "EMB_FINETUNE",
             "must be 0 with FINETUNE_MODE=full, which trains emb and head anyway",
         )
-        rule(full and given.lora_load, "lora_load", 'must be "" with FINETUNE_MODE=full; put the checkpoint into MODEL_PATH')
+        rule(
+            full and given.lora_load,
+            "lora_load",
+            'must be "" with FINETUNE_MODE=full; put the checkpoint into MODEL_PATH',
+        )
         exp = given.lr_schedule == "exp" and given.lr_init is not None and given.lr_final is not None
         rule(exp and not given.lr_init, "LR_INIT", "must be more than 0 with LR_SCHEDULE=exp")
         rule(exp and not given.lr_final, "LR_FINAL", "must be more than 0 with LR_SCHEDULE=exp")

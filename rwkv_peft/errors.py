@@ -75,7 +75,10 @@ def describe_os_error(error: OSError) -> tuple[str, int]:
     """The words and the exit code for what the operating system refused."""
     where = f" while writing {error.filename}" if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"No space left on the disk{where}. Earlier files are untouched; free some space and run it again.", EXIT_DISK
+        return (
+            f"No space left on the disk{where}. Earlier files are untouched; free some space and run it again.",
+            EXIT_DISK,
+        )
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return f"{error.filename}: {error.strerror}. The folder or file cannot be used with your rights.", EXIT_DISK
     if error.errno == errno.ENOENT and error.filename:

@@ -98,10 +98,14 @@ def initial_tensors(geometry, seed: int) -> dict:
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m rwkv_peft.init", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", required=True, type=Path, help="the .pth to write; an existing file is not overwritten")
+    parser.add_argument(
+        "--out", required=True, type=Path, help="the .pth to write; an existing file is not overwritten"
+    )
     parser.add_argument("--layers", type=positive, default=12)
     parser.add_argument("--width", type=positive, default=768)
-    parser.add_argument("--vocab", type=positive, default=65536, help="rows of emb and head (65536: the World vocabulary)")
+    parser.add_argument(
+        "--vocab", type=positive, default=65536, help="rows of emb and head (65536: the World vocabulary)"
+    )
     parser.add_argument("--head-size", type=positive, default=64)
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--seed", type=int, default=42)

@@ -61,7 +61,9 @@ def run_folder(name: str) -> Path:
     if name:
         folder = OUTPUT / name if (OUTPUT / name).is_dir() else Path(name)
         if not folder.is_dir():
-            there = ", ".join(sorted(p.name for p in OUTPUT.glob("*") if p.is_dir() and not p.is_symlink())) or "nothing"
+            there = (
+                ", ".join(sorted(p.name for p in OUTPUT.glob("*") if p.is_dir() and not p.is_symlink())) or "nothing"
+            )
             raise UserError(f"RUN={name}: there is no such run. In {shown(OUTPUT)}/ there is: {there}.")
         return folder
     if (OUTPUT / "latest").is_dir():

@@ -13,7 +13,6 @@ The settings are the variables in the script itself. Results go to output/<RUN_N
 from __future__ import annotations
 
 import logging
-import math
 import os
 import platform
 import sys
@@ -58,7 +57,7 @@ def run(config: TrainConfig, dry_run: bool) -> None:
     from .model import arch
     from .model.rwkv import build
     from .ops import dispatch
-    from .training import strategy
+    from .training import report, strategy
 
     say = print if MAIN_PROCESS else lambda *_a, **_k: None
     base = project.model_file(config.model_path)
@@ -72,11 +71,12 @@ def run(config: TrainConfig, dry_run: bool) -> None:
 
     folder = choose_folder(config, prefix)
     dtype = strategy.DTYPES[precision]
-    trained_values = count_trained(config, geometry, stored)
+    trained_values = attach.count_trained(arch.shapes(geometry), full, config.parts, config.lora_r)
     settings = resolved(config, op, precision, data.ctx_len, plan, geometry, folder.name)
-    print_plan(config, settings, base, geometry, data, plan, steps, trained_values, stored, dtype, say)
+    header = report.plan_lines(config, settings, base, geometry, data, plan, steps, trained_values, stored, dtype)
+    say("\n".join(header))
     if dry_run:
-        print_samples(data, min(2, data.rows))
+        report.print_samples(data, min(2, data.rows))
         say("\nThis was a dry run: nothing was trained, nothing was written.")
         return
 
@@ -105,7 +105,9 @@ def run(config: TrainConfig, dry_run: bool) -> None:
         sidecar = describe_run(config, geometry, base, base_sha256, precision, epoch, trainer.global_step, finished)
         checkpoint.write_json(checkpoint.sidecar_path(path), sidecar)
         if full:
-            checkpoint.rewrite(base, path, lambda name, tensor: trained[name].detach().cpu() if name in trained else tensor)
+            checkpoint.rewrite(
+                base, path, lambda name, tensor: trained[name].detach().cpu() if name in trained else tensor
+            )
         else:
             checkpoint.save(path, trained)
         return Path(project.shown(path))
@@ -156,13 +158,13 @@ def run(config: TrainConfig, dry_run: bool) -> None:
     try:
         trainer.fit(module, loader)
     except torch.OutOfMemoryError as error:
-        leave(out_of_memory(config, settings, error), EXIT_MEMORY)
+        leave(report.out_of_memory(config, settings, error), EXIT_MEMORY)
     finally:
         for sink in sinks:
             getattr(sink, "close", lambda: None)()
     if not MAIN_PROCESS:
         return
-    finish(config, folder, save.newest, stop.received, time.monotonic() - began)
+    report.finish(config, folder, save.newest, stop.received, time.monotonic() - began)
 
 
 def open_files(config: TrainConfig, base: Path):
@@ -189,10 +191,14 @@ def open_files(config: TrainConfig, base: Path):
     if missing:
         source = Path(f"{prefix}.jsonl")
         hint = f"; make it: ./make_tokenize.sh {source.name}" if source.is_file() else "; see DATA_PATH in the script"
-        found.append(Problem("DATA_PATH", f"{project.shown(prefix)}{' and '.join(missing)}: there is no such file{hint}"))
+        found.append(
+            Problem("DATA_PATH", f"{project.shown(prefix)}{' and '.join(missing)}: there is no such file{hint}")
+        )
     if config.run_name and MAIN_PROCESS and project.is_taken(project.OUTPUT / config.run_name):
         there = project.shown(project.OUTPUT / config.run_name)
-        found.append(Problem("RUN_NAME", f"{there} holds an earlier run, which is never overwritten; choose another name"))
+        found.append(
+            Problem("RUN_NAME", f"{there} holds an earlier run, which is never overwritten; choose another name")
+        )
     if config.lora_load and not lora_file(config).is_file():
         found.append(Problem("lora_load", f"{config.lora_load}: there is no such file"))
     if found:
@@ -208,7 +214,9 @@ def plan_run(config: TrainConfig, prefix: Path, geometry):
     reader = Reader(prefix)
     roles = Reader(f"{prefix}.roles") if Path(f"{prefix}.roles.idx").is_file() else roles_from_text
     if roles is roles_from_text and config.loss_mask in ("qa", "last") and MAIN_PROCESS:
-        print(f"{prefix.name} has no .roles file: who said what is found by the headings User: and Assistant: in the text.")
+        print(
+            f"{prefix.name} has no .roles file: who said what is found by the headings User: and Assistant: in the text."
+        )
     ctx_len = None if config.ctx_len == "auto" else config.ctx_len
     data = Data(
         reader, roles, config.dataload, config.loss_mask, ctx_len, config.seed, config.data_shuffle, geometry.vocab_size
@@ -261,24 +269,15 @@ def load_lora(config: TrainConfig, model, base: Path, base_sha256: str, say) -> 
         if sidecar["alpha"] != config.lora_alpha:
             wrong.append(Problem("lora_alpha", f"must be {sidecar['alpha']:g}, the alpha of {config.lora_load}"))
         if base_sha256 and sidecar["base_sha256"] != base_sha256:
-            wrong.append(Problem("MODEL_PATH", f"{config.lora_load} was trained on {sidecar['base']}, not on {base.name}"))
+            wrong.append(
+                Problem("MODEL_PATH", f"{config.lora_load} was trained on {sidecar['base']}, not on {base.name}")
+            )
         if wrong:
             raise Problems(*wrong)
     else:
-        say(f"{config.lora_load} has no sidecar: that its alpha is {config.lora_alpha:g} and its base {base.name} is taken on trust.")
+        say(f"{config.lora_load} has no sidecar: its alpha ({config.lora_alpha:g}) and base are taken on trust.")
     attach.load_trained(model, checkpoint.load(path), project.shown(path))
     say(f"starts from {project.shown(path)} (weights; the optimizer starts anew)")
-
-
-def count_trained(config: TrainConfig, geometry, stored) -> int:
-    from .model import arch
-
-    shapes = arch.shapes(geometry)
-    if config.finetune_mode == "full":
-        return sum(math.prod(s) for s in shapes.values())
-    whole = sum(math.prod(shapes[n]) for n in arch.whole_tensors(shapes, config.parts))
-    adapted = [f"blocks.{i}.{x}.weight" for i in range(geometry.n_layer) for p in config.parts for x in arch.LINEARS.get(p, ())]
-    return whole + sum(config.lora_r * sum(shapes[n]) for n in adapted)
 
 
 def resolved(config: TrainConfig, op, precision, ctx_len, plan, geometry, run_name) -> dict:
@@ -325,111 +324,6 @@ def describe_run(config, geometry, base: Path, base_sha256, precision, epoch: in
             "python": platform.python_version(),
         },
     }
-
-
-def print_plan(config, settings, base, geometry, data, plan, steps, trained_values, stored, dtype, say) -> None:
-    """The run header: what was read, what auto became, how long it is, what it needs."""
-    from .data.sampling import AUTO_CTX_LIMIT
-    from .model import arch
-    from .training import strategy
-    from .training.estimate import memory_bytes
-
-    facts, total = data.facts(), sum(math.prod(s.shape) for s in stored.values())
-    device = strategy.device_kind()
-    memory = memory_bytes(
-        arch.shapes(geometry), trained_values, plan.micro_bsz * data.ctx_len, geometry.n_layer, geometry.n_embd,
-        dtype.itemsize, config.grad_cp, config.finetune_mode == "full", device,
-    )  # fmt: skip
-    say(f"model     {project.shown(base)}: {arch.SUPPORTED}, {geometry.n_layer} layers, width {geometry.n_embd}, "
-        f"vocabulary {geometry.vocab_size}, {total / 1e6:,.1f} M parameters")  # fmt: skip
-    method = config.finetune_mode
-    if method == "lora":
-        method += f" r={config.lora_r} alpha={config.lora_alpha:g} on {config.lora_parts}"
-        method += ", emb and head" if config.emb_finetune else ""
-    say(f"method    {method}: {trained_values / 1e6:,.2f} M trained values ({trained_values / total:.1%} of the model's)")
-    say(f"data      {project.shown(data.reader.path)}: {facts.documents:,} rows, {facts.tokens:,} tokens; one pass trains "
-        f"{facts.targets:,} of them (LOSS_MASK={config.loss_mask})")  # fmt: skip
-    if facts.trained_documents < facts.documents and config.dataload != "get":
-        say(f"          {facts.documents - facts.trained_documents:,} rows have nothing to train under this mask: left out")
-    if facts.truncated:
-        advice = f"CTX_LEN=auto takes up to {AUTO_CTX_LIMIT}" if config.ctx_len != "auto" else "set CTX_LEN to take more"
-        say(f"          {facts.truncated:,} rows are longer than CTX_LEN={data.ctx_len}: {facts.lost:,} tokens at their ends "
-            f"are not trained ({advice})")  # fmt: skip
-    shuffled = "shuffled" if config.data_shuffle else "in file order"
-    say(f"batches   DATALOAD={config.dataload}, CTX_LEN={data.ctx_len}: {data.rows:,} rows a pass, {shuffled}; "
-        f"MICRO_BSZ={plan.micro_bsz} x MINI_BSZ={plan.accumulate} x GPU_COUNT={plan.world}")  # fmt: skip
-    say(f"length    {config.epoch_count} epochs x EPOCH_STEPS={plan.micro_batches} micro-batches = {steps:,} optimizer steps; "
-        f"LR {config.lr_init:g} -> {config.lr_init if config.lr_schedule == 'constant' else config.lr_final:g} "
-        f"({config.lr_schedule}, {config.warmup_steps} warm-up)")  # fmt: skip
-    if config.warmup_steps >= steps:
-        say(f"          WARMUP_STEPS={config.warmup_steps} is as long as the whole run: the rate only rises")
-    say(f"machine   {strategy.device_words()}; PRECISION={settings['PRECISION']}, OP={settings['OP']}, "
-        f"STRATEGY={settings['STRATEGY']}; about {memory / 2**30:.1f} GB {'GPU ' if device == 'cuda' else ''}memory (estimate)")  # fmt: skip
-    say(f"output    output/{settings['RUN_NAME']}/")
-
-
-def print_samples(data, count: int) -> None:
-    """The first sequences of the first epoch, as text, with what is trained marked."""
-    colour = sys.stdout.isatty()
-    begin, end = ("\033[32m", "\033[0m") if colour else ("[[", "]]")
-    print(f"\nThe first {count} samples of the run; what is {'green' if colour else 'in [[double brackets]]'} is trained:")
-    for number in range(count):
-        tokens, weights = data.row(number)[0]
-        print(f"\n--- sample {number + 1}: {len(tokens)} tokens, {int(weights.sum())} trained")
-        print(marked(tokens, weights, begin, end))
-
-
-def marked(tokens, weights, begin: str, end: str) -> str:
-    """The text of a sequence with marks around every run of trained tokens; <end> is token 0."""
-    from . import tokenizer
-
-    text, run, trained_run = "", [], False
-
-    def flush() -> str:
-        words = tokenizer.decode(run) if run != [0] else ""
-        ends = "<end>" * sum(1 for t in run if t == 0)
-        return f"{begin}{words}{ends}{end}" if trained_run else words + ends
-
-    for token, trained in zip(tokens.tolist(), [False, *(weights > 0).tolist()], strict=True):
-        if run and trained != trained_run:
-            text += flush()
-            run = []
-        run, trained_run = [*run, token], trained
-    return text + flush()
-
-
-def out_of_memory(config: TrainConfig, settings: dict, error: Exception) -> str:
-    advice = []
-    if not config.grad_cp:
-        advice.append("GRAD_CP=1 (much less memory, a third more time)")
-    if settings["MICRO_BSZ"] > 1:
-        advice.append(f"MICRO_BSZ={settings['MICRO_BSZ'] // 2} and MINI_BSZ={config.mini_bsz * 2} (the same result)")
-    advice.append(f"CTX_LEN={max(16, settings['CTX_LEN'] // 2)} (longer rows are cut)")
-    if config.finetune_mode == "full":
-        advice.append("FINETUNE_MODE=lora")
-    else:
-        advice.append(f"lora_r={max(1, config.lora_r // 2)}")
-    listed = "\n".join(f"  {i}. {a}" for i, a in enumerate(advice, 1))
-    return f"Out of memory: {str(error).splitlines()[0]}\nWhat to change, in this order:\n{listed}"
-
-
-def finish(config: TrainConfig, folder: Path, newest: Path | None, received: int, seconds: float) -> None:
-    """The last words: where the result is and what to do with it."""
-    from .training.callbacks import clock
-
-    there = project.shown(folder)
-    if received:
-        if newest is None:
-            leave(f"Stopped before the first step: there was nothing to save in {there}.", 128 + received)
-        setting = "MODEL_PATH" if config.finetune_mode == "full" else "lora_load"
-        leave(
-            f"Stopped; what was learnt so far is saved. To go on from it, set {setting}={newest} "
-            "(and a new RUN_NAME, if one is set) and run the script again; the optimizer and the schedule start anew.",
-            128 + received,
-        )
-    print(f"done in {clock(seconds)}: {newest}, {there}/loss.png")
-    number = newest.stem.removeprefix("rwkv-")
-    print(f"next: RUN={folder.name} ./merge.sh {number}      or try it: ./chat.sh --adapter {newest}")
 
 
 if __name__ == "__main__":

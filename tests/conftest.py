@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import pytest  # noqa: E402
-import torch  # noqa: E402
 import tiny  # noqa: E402
+import torch  # noqa: E402
 
 torch.set_num_threads(1)
 SCRIPTS = ("make_tokenize.sh", "training.sh", "merge.sh", "chat.sh")

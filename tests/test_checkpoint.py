@@ -37,7 +37,9 @@ class Evil:
 def test_describe_tells_names_shapes_and_formats_without_loading(tmp_path):
     checkpoint.save(tmp_path / "x.pth", TENSORS)
     described = checkpoint.describe(tmp_path / "x.pth")
-    assert {n: (s.shape, s.dtype) for n, s in described.items()} == {n: (tuple(t.shape), t.dtype) for n, t in TENSORS.items()}
+    assert {n: (s.shape, s.dtype) for n, s in described.items()} == {
+        n: (tuple(t.shape), t.dtype) for n, t in TENSORS.items()
+    }
     assert all(s.whole for s in described.values())
     loaded = checkpoint.load(tmp_path / "x.pth")
     assert all(torch.equal(loaded[n], t) for n, t in TENSORS.items())
@@ -217,7 +219,8 @@ def test_a_disk_that_is_too_small_is_noticed_before_anything_is_written(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), [(None, "is missing"), ("{", "not readable as JSON"), ("[1]", "does not say"), ("{}", "does not say")]
+    ("content", "words"),
+    [(None, "is missing"), ("{", "not readable as JSON"), ("[1]", "does not say"), ("{}", "does not say")],
 )
 def test_a_sidecar_that_cannot_be_used_says_why(tmp_path, content, words):
     if content:

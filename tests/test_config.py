@@ -20,9 +20,7 @@ def problems(**changes) -> dict[str, str]:
     return {}
 
 
-REFUSED = [
-    (f.metadata["var"], value) for f in dataclasses.fields(TrainConfig) for value in f.metadata.get("later", {})
-]
+REFUSED = [(f.metadata["var"], value) for f in dataclasses.fields(TrainConfig) for value in f.metadata.get("later", {})]
 
 
 @pytest.mark.parametrize(("name", "value"), REFUSED)
@@ -30,7 +28,9 @@ def test_a_value_to_come_is_refused_by_name_and_told_what_there_is(name, value):
     assert "is not part of this version yet; it has" in problems(**{name: value})[name]
 
 
-@pytest.mark.parametrize("name", [f.metadata["var"] for f in dataclasses.fields(TrainConfig) if f.metadata["only_empty"]])
+@pytest.mark.parametrize(
+    "name", [f.metadata["var"] for f in dataclasses.fields(TrainConfig) if f.metadata["only_empty"]]
+)
 def test_a_variable_to_come_must_stay_empty(name):
     assert "leave it empty" in problems(**{name: "64"})[name]
 

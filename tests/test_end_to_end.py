@@ -9,7 +9,14 @@ import time
 import pytest
 import tiny
 
-QUICK = {"MODEL_PATH": "tiny.pth", "PRECISION": "fp32", "EPOCH_COUNT": "2", "MICRO_BSZ": "4", "lora_r": "4", "lora_alpha": "8"}
+QUICK = {
+    "MODEL_PATH": "tiny.pth",
+    "PRECISION": "fp32",
+    "EPOCH_COUNT": "2",
+    "MICRO_BSZ": "4",
+    "lora_r": "4",
+    "lora_alpha": "8",
+}
 
 
 def test_tokenize_train_merge_chat_by_script_with_spaces_everywhere(kit):
@@ -22,10 +29,18 @@ def test_tokenize_train_merge_chat_by_script_with_spaces_everywhere(kit):
         "32: MICRO_BSZ=[1, 2, 4, 8, 16, 32] EPOCH_STEPS=[32, 16, 8, 4, 2, 1]",
     ):  # fmt: skip
         assert label in made
-    settings = QUICK | {"MODEL_PATH": "my tiny.pth", "DATA_PATH": "my chat", "RUN_NAME": "a run", "LR_INIT": "3e-2", "WARMUP_STEPS": "0"}
+    settings = QUICK | {
+        "MODEL_PATH": "my tiny.pth",
+        "DATA_PATH": "my chat",
+        "RUN_NAME": "a run",
+        "LR_INIT": "3e-2",
+        "WARMUP_STEPS": "0",
+    }
     copy = kit.set(to="experiments/first try/my training.sh", **settings)
     dry = kit.run(copy, "--dry-run").stdout
-    assert "model/my tiny.pth: RWKV-7 (x070), 2 layers" in dry and "Assistant:[[ " in dry and "nothing was trained" in dry
+    assert (
+        "model/my tiny.pth: RWKV-7 (x070), 2 layers" in dry and "Assistant:[[ " in dry and "nothing was trained" in dry
+    )
     assert not any((kit.root / "output").iterdir())
     said = kit.run(copy).stdout
     assert "saved output/a run/rwkv-1.pth" in said and "tokens/s" in said
@@ -96,7 +111,13 @@ def test_two_ranks_of_4_are_one_of_8(kit):
     tiny.save_model(kit.root / "model" / "tiny.pth")
     kit.data("chat.jsonl", *tiny.CHATS)
     kit.run("make_tokenize.sh", "chat.jsonl", "3")
-    common = QUICK | {"DATA_PATH": "chat", "lora_dropout": "0", "DATALOAD": "only", "WARMUP_STEPS": "0", "LR_INIT": "1e-2"}
+    common = QUICK | {
+        "DATA_PATH": "chat",
+        "lora_dropout": "0",
+        "DATALOAD": "only",
+        "WARMUP_STEPS": "0",
+        "LR_INIT": "1e-2",
+    }
     kit.set(to="one.sh", **(common | {"RUN_NAME": "one", "MICRO_BSZ": "8"}))
     kit.set(to="two.sh", **(common | {"RUN_NAME": "two", "MICRO_BSZ": "4", "GPU_COUNT": "2"}))
     kit.run("one.sh")

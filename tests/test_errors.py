@@ -16,8 +16,14 @@ LINES_57 = b"\n".join([GOOD] * 56)
 
 def bad_rows():
     return {
-        "broken json": (LINES_57 + b'\n{"text": "x"', r"data/bad.jsonl:57: is not valid JSON: unexpected end of data, column 13"),
-        "no text": (b'{"txt": "x"}', r"data/bad.jsonl:1: has none of the keys messages, conversations, text; it has 'txt'"),
+        "broken json": (
+            LINES_57 + b'\n{"text": "x"',
+            r"data/bad.jsonl:57: is not valid JSON: unexpected end of data, column 13",
+        ),
+        "no text": (
+            b'{"txt": "x"}',
+            r"data/bad.jsonl:1: has none of the keys messages, conversations, text; it has 'txt'",
+        ),
         "not utf-8": (GOOD + b'\n{"text": "\xff\xfe"}', "data/bad.jsonl:2: is not valid UTF-8; save the file as UTF-8"),
         "utf-16": (GOOD.decode().encode("utf-16"), "data/bad.jsonl: is UTF-16. Save it as UTF-8"),
         "a list": (b"[1, 2]", "data/bad.jsonl:1: must be a JSON object"),
@@ -61,7 +67,9 @@ def test_a_bad_row_is_named_with_its_line_and_earlier_files_stay(kit, content, w
 def test_all_bad_rows_are_told_at_once(kit):
     (kit.root / "data/many.jsonl").write_bytes(b"\n".join([GOOD, b"{", GOOD, b"[]", b"7"]))
     done = kit.run("make_tokenize.sh", "many.jsonl", ok=False)
-    assert [line.partition(": ")[0] for line in done.stderr.splitlines()[:3]] == [f"data/many.jsonl:{n}" for n in (2, 4, 5)]
+    assert [line.partition(": ")[0] for line in done.stderr.splitlines()[:3]] == [
+        f"data/many.jsonl:{n}" for n in (2, 4, 5)
+    ]
     assert "has 3 rows that cannot be used; nothing was written" in done.stderr
 
 
@@ -162,11 +170,15 @@ def models(folder):
     }
 
 
-@pytest.mark.parametrize("name", ["v6.pth", "other.pth", "evil.pth", "pickle.pth", "half.pth", "empty.pth", "missing.pth"])
+@pytest.mark.parametrize(
+    "name", ["v6.pth", "other.pth", "evil.pth", "pickle.pth", "half.pth", "empty.pth", "missing.pth"]
+)
 def test_a_base_that_is_none_is_refused_and_nothing_in_it_is_run(shared_kit, tmp_path, monkeypatch, name):
     monkeypatch.setenv("CANARY", str(tmp_path / "canary"))
     words = models(shared_kit.root / "model")[name]
-    done = shared_kit.run(shared_kit.set(to="wrong.sh", MODEL_PATH=name), ok=False, TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD="1")
+    done = shared_kit.run(
+        shared_kit.set(to="wrong.sh", MODEL_PATH=name), ok=False, TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD="1"
+    )
     assert f"MODEL_PATH={name}" in done.stderr and words in done.stderr
     assert not (tmp_path / "canary").exists()
 
@@ -222,7 +234,10 @@ def test_ctrl_c_while_tokenizing_leaves_nothing(tmp_path):
     )
     path = tiny.write_jsonl(tmp_path / "x.jsonl", tiny.CHATS)
     done = subprocess.run(
-        [sys.executable, "-c", code, str(ROOT), str(path)], capture_output=True, text=True, env=os.environ | {"SEED": "1"}
+        [sys.executable, "-c", code, str(ROOT), str(path)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"SEED": "1"},
     )
     assert done.returncode == 130 and "Stopped by Ctrl-C" in done.stderr and "Traceback" not in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["x.jsonl"]
@@ -238,4 +253,6 @@ def test_a_missing_package_is_named_with_the_cure():
     done = subprocess.run(
         [sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, env=os.environ | {"SEED": "1"}
     )
-    assert done.returncode == 2 and "The Python package orjson is missing. Run ./test.sh or ./quickstart.sh" in done.stderr
+    assert (
+        done.returncode == 2 and "The Python package orjson is missing. Run ./test.sh or ./quickstart.sh" in done.stderr
+    )

@@ -57,5 +57,7 @@ def test_the_tokenizing_door_never_imports_torch():
     import subprocess
     import sys
 
-    code = "import sys, json2binidx.__main__, json2binidx.encode, rwkv_peft.data.binidx; assert 'torch' not in sys.modules"
+    code = (
+        "import sys, json2binidx.__main__, json2binidx.encode, rwkv_peft.data.binidx; assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -19,7 +19,9 @@ def test_value_and_gradients_equal_the_definition(chunk):
     exact = torch.nn.functional.cross_entropy(x @ weight.T, targets, reduction="sum")
     found = linear_cross_entropy(x, weight, targets, chunk)
     torch.testing.assert_close(found, exact)
-    for a, b in zip(torch.autograd.grad(found * 3, [x, weight]), torch.autograd.grad(exact * 3, [x, weight]), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(found * 3, [x, weight]), torch.autograd.grad(exact * 3, [x, weight]), strict=True
+    ):
         torch.testing.assert_close(a, b)
 
 

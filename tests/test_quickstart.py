@@ -23,7 +23,9 @@ def test_quickstart_teaches_the_sample_and_leaves_the_users_files_alone(tmp_path
     (root / ".venv/bin").symlink_to(f"{sys.prefix}/bin")
     (root / ".venv/lib").symlink_to(f"{sys.prefix}/lib")
     shutil.copy(f"{sys.prefix}/pyvenv.cfg", root / ".venv") if (ROOT / ".venv/pyvenv.cfg").exists() else None
-    done = subprocess.run(["bash", "-c", 'echo "$(cksum < requirements.txt) requirements.txt"'], cwd=root, capture_output=True)
+    done = subprocess.run(
+        ["bash", "-c", 'echo "$(cksum < requirements.txt) requirements.txt"'], cwd=root, capture_output=True
+    )
     (root / ".venv/installed").write_bytes(done.stdout)
     (root / "training.sh").write_text((root / "training.sh").read_text().replace("\nSEED=42", "\nSEED=7"))
     (root / "data/sample.bin").write_text("mine")

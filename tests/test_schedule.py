@@ -57,7 +57,12 @@ def test_the_shortest_runs_have_rates_too(name, steps):
 
 
 def test_groups_decay_large_matrices_only_and_scale_what_the_recipe_scales():
-    sizes = {"head.weight": (9, 4), "blocks.0.att.w0": (1, 1, 4), "blocks.0.ln1.weight": (4,), "blocks.0.att.w1": (4, 2)}
+    sizes = {
+        "head.weight": (9, 4),
+        "blocks.0.att.w0": (1, 1, 4),
+        "blocks.0.ln1.weight": (4,),
+        "blocks.0.att.w1": (4, 2),
+    }
     parameters = {n: nn.Parameter(torch.ones(s)) for n, s in sizes.items()}
     groups = parameter_groups(parameters.items(), 0.1, arch.decays, arch.lr_scale)
     by_parameter = {id(p): (g["weight_decay"], g["lr"]) for g in groups for p in g["params"]}

@@ -9,7 +9,9 @@ from rwkv_peft.roles import Role
 from rwkv_peft.templates import Message, clean, messages_of, render, spans_of_text
 
 TURNS = st.lists(
-    st.tuples(st.sampled_from([Role.USER, Role.ASSISTANT]), st.text(min_size=1, max_size=60).filter(lambda t: clean(t))),
+    st.tuples(
+        st.sampled_from([Role.USER, Role.ASSISTANT]), st.text(min_size=1, max_size=60).filter(lambda t: clean(t))
+    ),
     min_size=1,
     max_size=6,
 )

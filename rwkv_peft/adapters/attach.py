@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -48,7 +49,9 @@ def load_trained(model: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"{where}: does not fit (rank, parts and base must be those of its run): {'; '.join(wrong[:3])}{more}.")
+        raise UserError(
+            f"{where}: does not fit (rank, parts and base must be those of its run): {'; '.join(wrong[:3])}{more}."
+        )
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(tensors[name])
@@ -58,3 +61,12 @@ def attach_checkpoint(model: nn.Module, tensors: Mapping[str, Tensor], sidecar: 
     """A saved adapter on its base, as it was trained, without dropout."""
     adapt(model, sidecar["method"], sidecar["parts"], sidecar["rank"], sidecar["alpha"], dropout=0.0)
     load_trained(model, tensors, where)
+
+
+def count_trained(shapes: Mapping[str, tuple[int, ...]], full: bool, parts: Iterable[str], rank: int) -> int:
+    """How many values such a run trains, from the base's shapes alone."""
+    if full:
+        return sum(math.prod(s) for s in shapes.values())
+    linears = tuple(f"{x}.weight" for part in parts for x in LINEARS.get(part, ()))
+    wrapped = sum(rank * sum(shape) for name, shape in shapes.items() if linears and name.endswith(linears))
+    return wrapped + sum(math.prod(shapes[n]) for n in whole_tensors(shapes, parts))

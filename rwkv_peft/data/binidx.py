@@ -48,13 +48,19 @@ class Reader:
         bin_path, idx_path = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
         for path in (idx_path, bin_path):
             if not path.is_file():
-                raise UserError(f"{shown(path)}: there is no such file. Make it with ./make_tokenize.sh, or correct DATA_PATH.")
+                raise UserError(
+                    f"{shown(path)}: there is no such file. Make it with ./make_tokenize.sh, or correct DATA_PATH."
+                )
         index = idx_path.read_bytes()
         if len(index) < HEADER or index[: len(MAGIC)] != MAGIC:
-            raise UserError(f"{shown(idx_path)}: is not an .idx file (it does not begin with MMIDIDX). Tokenize the data again.")
+            raise UserError(
+                f"{shown(idx_path)}: is not an .idx file (it does not begin with MMIDIDX). Tokenize the data again."
+            )
         version, code, rows, documents = struct.unpack_from("<QBQQ", index, len(MAGIC))
         if version != 1 or code not in DTYPES:
-            raise UserError(f"{shown(idx_path)}: has version {version} and dtype code {code}; known are version 1, codes 1 to 8.")
+            raise UserError(
+                f"{shown(idx_path)}: has version {version} and dtype code {code}; known are version 1, codes 1 to 8."
+            )
         self.dtype = np.dtype(DTYPES[code]).newbyteorder("<")
         wanted = HEADER + 12 * rows + 8 * documents
         if len(index) != wanted:
@@ -75,7 +81,9 @@ class Reader:
         np.cumsum(self.sizes[:-1].astype(np.int64) * self.dtype.itemsize, out=starts[1:])
         if (self.sizes < 0).any() or not np.array_equal(self.offsets, starts):
             bad = int(np.flatnonzero((self.sizes < 0) | (self.offsets != starts))[0])
-            raise UserError(f"{shown(idx_path)}: row {bad} points to the wrong place in the .bin. Tokenize the data again.")
+            raise UserError(
+                f"{shown(idx_path)}: row {bad} points to the wrong place in the .bin. Tokenize the data again."
+            )
         self.path = bin_path
         self.tokens = np.memmap(bin_path, dtype=self.dtype, mode="r") if have else np.zeros(0, self.dtype)
 

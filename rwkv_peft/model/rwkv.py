@@ -40,9 +40,7 @@ class RWKV(nn.Module):
 
     def zero_state(self, sequences: int) -> list[BlockState]:
         like = torch.empty(0, dtype=self.dtype, device=self.emb.weight.device)
-        return [
-            BlockState.zeros(sequences, self.geometry.n_head, self.geometry.head_size, like) for _ in self.blocks
-        ]
+        return [BlockState.zeros(sequences, self.geometry.n_head, self.geometry.head_size, like) for _ in self.blocks]
 
     def features(
         self, ids: Tensor, state: Sequence[BlockState] | None = None, cu_seqlens: Sequence[int] | None = None

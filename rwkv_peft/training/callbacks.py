@@ -133,7 +133,9 @@ class Save(pl.Callback):
     write: (epoch, finished) -> the path it wrote; called on rank 0 only. say: where to tell the user.
     """
 
-    def __init__(self, every: int, epochs: int, folder: Path, write: Callable[[int, bool], Path], say: Callable[[str], None]):
+    def __init__(
+        self, every: int, epochs: int, folder: Path, write: Callable[[int, bool], Path], say: Callable[[str], None]
+    ):
         self.every, self.epochs, self.folder, self.write, self.say = every, epochs, folder, write, say
         self.newest: Path | None = None
 
@@ -185,7 +187,9 @@ def wandb_sink(project: str, name: str, folder: Path, settings: dict, warn: Call
 
         run = wandb.init(project=project, name=name, dir=str(folder), config=settings)
     except Exception as error:  # whatever a tracker does, it must not stop training
-        warn(f"wandb did not start ({str(error).splitlines()[0] if str(error) else type(error).__name__}); training goes on.")
+        warn(
+            f"wandb did not start ({str(error).splitlines()[0] if str(error) else type(error).__name__}); training goes on."
+        )
         return None
 
     def sink(record: Record) -> None:
