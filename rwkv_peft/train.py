@@ -73,7 +73,7 @@ def run(config: TrainConfig, dry_run: bool) -> None:
     dtype = strategy.DTYPES[precision]
     trained_values = attach.count_trained(arch.shapes(geometry), full, config.parts, config.lora_r)
     settings = resolved(config, op, precision, data.ctx_len, plan, geometry, folder.name)
-    header = report.plan_lines(config, settings, base, geometry, data, plan, steps, trained_values, stored, dtype)
+    header = report.plan_lines(settings, base, geometry, data, plan, steps, trained_values, stored, dtype)
     say("\n".join(header))
     if dry_run:
         report.print_samples(data, min(2, data.rows))
@@ -158,13 +158,13 @@ def run(config: TrainConfig, dry_run: bool) -> None:
     try:
         trainer.fit(module, loader)
     except torch.OutOfMemoryError as error:
-        leave(report.out_of_memory(config, settings, error), EXIT_MEMORY)
+        leave(report.out_of_memory(settings, error), EXIT_MEMORY)
     finally:
         for sink in sinks:
             getattr(sink, "close", lambda: None)()
     if not MAIN_PROCESS:
         return
-    report.finish(config, folder, save.newest, stop.received, time.monotonic() - began)
+    report.finish(full, folder, save.newest, stop.received, time.monotonic() - began)
 
 
 def open_files(config: TrainConfig, base: Path):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import shlex
 import sys
 from pathlib import Path
 
 from .. import project, tokenizer
-from ..config import TrainConfig
 from ..data.sampling import AUTO_CTX_LIMIT
 from ..errors import leave
 from ..model import arch
@@ -17,44 +17,48 @@ from .callbacks import clock
 from .estimate import memory_bytes
 
 
-def plan_lines(config, settings, base, geometry, data, plan, steps, trained_values, stored, dtype) -> list[str]:
-    """The run header: what was read, what auto became, how long it is, what it needs."""
+def plan_lines(settings, base, geometry, data, plan, steps, trained_values, stored, dtype) -> list[str]:
+    """The run header: what was read, what auto became, how long it is, what it needs.
+
+    settings: those of run.json, by their names in the script.
+    """
     facts, total = data.facts(), sum(math.prod(s.shape) for s in stored.values())
-    device, full = strategy.device_kind(), config.finetune_mode == "full"
+    device, full = strategy.device_kind(), settings["FINETUNE_MODE"] == "full"
     tokens = plan.micro_bsz * data.ctx_len
     memory = memory_bytes(
         arch.shapes(geometry), trained_values, tokens, geometry.n_layer, geometry.n_embd, dtype.itemsize,
-        config.grad_cp, full, device,
+        settings["GRAD_CP"], full, device,
     )  # fmt: skip
-    method = config.finetune_mode
+    method = settings["FINETUNE_MODE"]
     if not full:
-        parts = ", ".join(config.parts)
-        method += f" r={config.lora_r} alpha={config.lora_alpha:g} on {parts}"
-    last = config.lr_init if config.lr_schedule == "constant" else config.lr_final
+        parts = settings["lora_parts"] + (",emb,head" if settings["EMB_FINETUNE"] else "")
+        method += f" r={settings['lora_r']} alpha={settings['lora_alpha']:g} on {parts}"
+    last = settings["LR_INIT"] if settings["LR_SCHEDULE"] == "constant" else settings["LR_FINAL"]
     rows = [
         ("model", f"{project.shown(base)}: {arch.SUPPORTED}, {geometry.n_layer} layers, width {geometry.n_embd}, "
                   f"vocabulary {geometry.vocab_size}, {total / 1e6:,.1f} M parameters"),
         ("method", f"{method}: {trained_values / 1e6:,.2f} M trained values ({trained_values / total:.1%} of the model's)"),
         ("data", f"{project.shown(data.reader.path)}: {facts.documents:,} rows, {facts.tokens:,} tokens; one pass trains "
-                 f"{facts.targets:,} of them (LOSS_MASK={config.loss_mask})"),
+                 f"{facts.targets:,} of them (LOSS_MASK={settings['LOSS_MASK']})"),
     ]  # fmt: skip
     left_out = facts.documents - facts.trained_documents
-    if left_out and config.dataload != "get":
+    if left_out and settings["DATALOAD"] != "get":
         rows.append(("", f"{left_out:,} rows have nothing to train under this mask: left out"))
     if facts.truncated:
-        auto = config.ctx_len == "auto"
+        auto = data.ctx_len >= AUTO_CTX_LIMIT
         advice = "set CTX_LEN to take more" if auto else f"CTX_LEN=auto takes up to {AUTO_CTX_LIMIT}"
         rows.append(("", f"{facts.truncated:,} rows are longer than CTX_LEN={data.ctx_len}: {facts.lost:,} tokens at their "
                          f"ends are not trained ({advice})"))  # fmt: skip
     rows += [
-        ("batches", f"DATALOAD={config.dataload}, CTX_LEN={data.ctx_len}: {data.rows:,} rows a pass, "
-                    f"{'shuffled' if config.data_shuffle else 'in file order'}; "
+        ("batches", f"DATALOAD={settings['DATALOAD']}, CTX_LEN={data.ctx_len}: {data.rows:,} rows a pass, "
+                    f"{'shuffled' if settings['DATA_SHUFFLE'] else 'in file order'}; "
                     f"MICRO_BSZ={plan.micro_bsz} x MINI_BSZ={plan.accumulate} x GPU_COUNT={plan.world}"),
-        ("length", f"{config.epoch_count} epochs x EPOCH_STEPS={plan.micro_batches} micro-batches = {steps:,} optimizer "
-                   f"steps; LR {config.lr_init:g} -> {last:g} ({config.lr_schedule}, {config.warmup_steps} warm-up)"),
+        ("length", f"{settings['EPOCH_COUNT']} epochs x EPOCH_STEPS={plan.micro_batches} micro-batches = {steps:,} optimizer "
+                   f"steps; LR {settings['LR_INIT']:g} -> {last:g} ({settings['LR_SCHEDULE']}, "
+                   f"{settings['WARMUP_STEPS']} warm-up)"),
     ]  # fmt: skip
-    if config.warmup_steps >= steps:
-        rows.append(("", f"WARMUP_STEPS={config.warmup_steps} is as long as the whole run: the rate only rises"))
+    if settings["WARMUP_STEPS"] >= steps:
+        rows.append(("", f"WARMUP_STEPS={settings['WARMUP_STEPS']} is as long as the whole run: the rate only rises"))
     kind = "GPU memory" if device == "cuda" else "memory"
     rows += [
         ("machine", f"{strategy.device_words()}; PRECISION={settings['PRECISION']}, OP={settings['OP']}, "
@@ -95,29 +99,30 @@ def marked(tokens, weights, begin: str, end: str) -> str:
     return text
 
 
-def out_of_memory(config: TrainConfig, settings: dict, error: Exception) -> str:
+def out_of_memory(settings: dict, error: Exception) -> str:
     advice = []
-    if not config.grad_cp:
+    if not settings["GRAD_CP"]:
         advice.append("GRAD_CP=1 (much less memory, a third more time)")
     if settings["MICRO_BSZ"] > 1:
-        advice.append(f"MICRO_BSZ={settings['MICRO_BSZ'] // 2} and MINI_BSZ={config.mini_bsz * 2} (the same result)")
+        advice.append(
+            f"MICRO_BSZ={settings['MICRO_BSZ'] // 2} and MINI_BSZ={settings['MINI_BSZ'] * 2} (the same result)"
+        )
     advice.append(f"CTX_LEN={max(16, settings['CTX_LEN'] // 2)} (longer rows are cut)")
-    if config.finetune_mode == "full":
+    if settings["FINETUNE_MODE"] == "full":
         advice.append("FINETUNE_MODE=lora")
     else:
-        advice.append(f"lora_r={max(1, config.lora_r // 2)}")
+        advice.append(f"lora_r={max(1, settings['lora_r'] // 2)}")
     listed = "\n".join(f"  {i}. {a}" for i, a in enumerate(advice, 1))
     return f"Out of memory: {str(error).splitlines()[0]}\nWhat to change, in this order:\n{listed}"
 
 
-def finish(config: TrainConfig, folder: Path, newest: Path | None, received: int, seconds: float) -> None:
+def finish(full: bool, folder: Path, newest: Path | None, received: int, seconds: float) -> None:
     """The last words: where the result is and what to do with it."""
-
     there = project.shown(folder)
     if received:
         if newest is None:
             leave(f"Stopped before the first step: there was nothing to save in {there}.", 128 + received)
-        setting = "MODEL_PATH" if config.finetune_mode == "full" else "lora_load"
+        setting = "MODEL_PATH" if full else "lora_load"
         leave(
             f"Stopped; what was learnt so far is saved. To go on from it, set {setting}={newest} "
             "(and a new RUN_NAME, if one is set) and run the script again; the optimizer and the schedule start anew.",
@@ -125,4 +130,5 @@ def finish(config: TrainConfig, folder: Path, newest: Path | None, received: int
         )
     print(f"done in {clock(seconds)}: {newest}, {there}/loss.png")
     number = newest.stem.removeprefix("rwkv-")
-    print(f"next: RUN={folder.name} ./merge.sh {number}      or try it: ./chat.sh --adapter {newest}")
+    name, path = shlex.quote(folder.name), shlex.quote(str(newest))
+    print(f"next: RUN={name} ./merge.sh {number}      or try it: ./chat.sh --adapter {path}")
