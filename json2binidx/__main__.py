@@ -1,4 +1,4 @@
-"""Door 1, ./make_tokenize.sh: JSON lines -> data/NAME.bin/.idx and NAME.roles.bin/.idx (who said each token).
+"""./make_tokenize.sh: JSON lines -> data/NAME.bin/.idx and NAME.roles.bin/.idx (who said each token).
 
 usage: ./make_tokenize.sh FILE [EPOCHS] [MAX_TOKENS] [--no-eof]
 
@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rwkv_peft import project
-from rwkv_peft.errors import UserError, door, leave
-from rwkv_peft.shell_vars import Script, var
+from rwkv_peft.errors import UserError, leave
+from rwkv_peft.shell_vars import enter, var
 
 SHOW = 10  # problems and dropped lines that are listed; the rest are counted
 
@@ -35,15 +35,12 @@ class TokenizeConfig:
 
 
 def main(arguments: list[str]) -> None:
-    if not arguments or "--help" in arguments or "-h" in arguments:
-        print(__doc__)
-        return
-    script = None
-    with door(lambda found: script.report(found) if script else str(found)):
-        script = Script(arguments[0])
-        seed = script.read(TokenizeConfig).seed
-        source, epochs, max_tokens, end_of_doc = command_line(arguments[1:])
-        tokenize(source, epochs, max_tokens, end_of_doc, seed)
+    enter(arguments, __doc__, TokenizeConfig, command)
+
+
+def command(config: TokenizeConfig, typed: list[str]) -> None:
+    source, epochs, max_tokens, end_of_doc = command_line(typed)
+    tokenize(source, epochs, max_tokens, end_of_doc, config.seed)
 
 
 def command_line(arguments: list[str]) -> tuple[Path, int, int, bool]:

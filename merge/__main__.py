@@ -1,4 +1,4 @@
-"""Door 3, ./merge.sh: fold what a run learnt into its base -> merge/<base>-<METHOD>-<epoch>.pth
+"""./merge.sh: fold what a run learnt into its base -> merge/<base>-<METHOD>-<epoch>.pth
 
 usage: [RUN=name] ./merge.sh [EPOCH]
 
@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rwkv_peft import project
-from rwkv_peft.errors import UserError, door, leave
-from rwkv_peft.shell_vars import Script, var
+from rwkv_peft.errors import UserError, leave
+from rwkv_peft.shell_vars import enter, var
 
 
 @dataclass(frozen=True)
@@ -31,21 +31,18 @@ class MergeConfig:
 
 
 def main(arguments: list[str]) -> None:
-    if not arguments or "--help" in arguments or "-h" in arguments:
-        print(__doc__)
-        return
-    script = None
-    with door(lambda found: script.report(found) if script else str(found)):
-        script = Script(arguments[0])
-        config = script.read(MergeConfig)
-        if len(arguments) > 2:
-            leave(__doc__, 2)
-        epoch = None
-        if arguments[1:]:
-            if not (arguments[1].isascii() and arguments[1].isdigit()):
-                raise UserError(f"{arguments[1]}: is no epoch; give a number like 0. See ./merge.sh --help")
-            epoch = int(arguments[1])
-        merge(project.epoch_file(project.run_folder(config.run), epoch), config.model_path)
+    enter(arguments, __doc__, MergeConfig, command)
+
+
+def command(config: MergeConfig, typed: list[str]) -> None:
+    if len(typed) > 1:
+        leave(__doc__, 2)
+    epoch = None
+    if typed:
+        if not (typed[0].isascii() and typed[0].isdigit()):
+            raise UserError(f"{typed[0]}: is no epoch; give a number like 0. See ./merge.sh --help")
+        epoch = int(typed[0])
+    merge(project.epoch_file(project.run_folder(config.run), epoch), config.model_path)
 
 
 def merge(adapter: Path, model_path: str) -> None:

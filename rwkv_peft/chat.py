@@ -1,4 +1,4 @@
-"""Door 4, ./chat.sh: talk to a base, a base with an adapter, or a merged model.
+"""./chat.sh: talk to a base, a base with an adapter, or a merged model.
 
 usage: ./chat.sh [--model FILE] [--adapter FILE] [--prompt TEXT] [--raw] [--system TEXT]
                  [--max-tokens N] [--temperature X] [--top-p X] [--seed N]
@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Literal
 
 from . import project
-from .errors import Problem, Problems, UserError, door
-from .shell_vars import Script, convert, var
+from .errors import Problem, Problems, UserError
+from .shell_vars import convert, enter, var
 
 STOPS = ("\n\nUser:", "\n\nSystem:", "\n\nAssistant:")
 
@@ -44,19 +44,16 @@ class ChatConfig:
 
 
 def main(arguments: list[str]) -> None:
-    if not arguments or "--help" in arguments or "-h" in arguments:
-        print(__doc__)
-        return
-    script = None
-    with door(lambda found: script.report(found) if script else str(found)):
-        script = Script(arguments[0])
-        config = script.read(ChatConfig)
-        config, prompt, raw = command_line(arguments[1:], config)
-        model, name = load(config)
-        if prompt is not None:
-            once(model, config, prompt, raw)
-        else:
-            talk(model, config, name)
+    enter(arguments, __doc__, ChatConfig, command)
+
+
+def command(config: ChatConfig, typed: list[str]) -> None:
+    config, prompt, raw = command_line(typed, config)
+    model, name = load(config)
+    if prompt is not None:
+        once(model, config, prompt, raw)
+    else:
+        talk(model, config, name)
 
 
 class Parser(argparse.ArgumentParser):

@@ -13,11 +13,11 @@ import os
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
-from .errors import Problem, Problems
+from .errors import Problem, Problems, door
 
 T = TypeVar("T")
 
@@ -96,6 +96,20 @@ class Script:
             value = self.environment[name].replace("\n", "\\n")
             return f"{name}={value if len(value) <= 60 else value[:57] + '...'}"
         return name
+
+
+def enter(arguments: list[str], usage: str, cls: type[T], body: Callable[[T, list[str]], None], retired=None) -> None:
+    """What every script's command does: show its usage, or read its settings and go on, with errors as sentences.
+
+    arguments: the script's path, then what the user typed. body: (settings, what the user typed).
+    """
+    if not arguments or {"-h", "--help"} & set(arguments[1:]):
+        print(usage)
+        return
+    script = None
+    with door(lambda found: script.report(found) if script else str(found)):
+        script = Script(arguments[0])
+        body(script.read(cls, retired), arguments[1:])
 
 
 def did_you_mean(word: str, known) -> str:

@@ -1,4 +1,4 @@
-"""Door 2, ./training.sh: script -> settings -> base -> data -> model -> training. Reads like a table of contents.
+"""./training.sh: fine-tune a model as the variables in the script say.
 
 usage: ./training.sh [--dry-run]
 
@@ -21,8 +21,8 @@ from pathlib import Path
 
 from . import project
 from .config import RETIRED, TrainConfig
-from .errors import EXIT_MEMORY, Problem, Problems, UserError, door, leave
-from .shell_vars import Script
+from .errors import EXIT_MEMORY, Problem, Problems, UserError, leave
+from .shell_vars import enter
 
 # Lightning starts one more process for every further GPU, with this set: those are quiet and write nothing
 MAIN_PROCESS = "LOCAL_RANK" not in os.environ
@@ -31,17 +31,14 @@ AUTO_LEAST_STEPS = 16  # ... but an epoch has at least this many optimizer steps
 
 
 def main(arguments: list[str]) -> None:
-    if "--help" in arguments or "-h" in arguments:
-        print(__doc__)
-        return
-    unknown = [a for a in arguments[1:] if a != "--dry-run"]
-    if not arguments or unknown:
-        leave(f"unknown: {' '.join(unknown)}\n{__doc__}" if unknown else __doc__, 2)
-    script = None
-    with door(lambda found: script.report(found) if script else str(found)):
-        script = Script(arguments[0])
-        config = script.read(TrainConfig, RETIRED)
-        run(config, dry_run="--dry-run" in arguments)
+    enter(arguments, __doc__, TrainConfig, command, RETIRED)
+
+
+def command(config: TrainConfig, typed: list[str]) -> None:
+    unknown = [word for word in typed if word != "--dry-run"]
+    if unknown:
+        raise UserError(f"{unknown[0]}: is not an option; there is --dry-run. See ./training.sh --help")
+    run(config, dry_run=bool(typed))
 
 
 def run(config: TrainConfig, dry_run: bool) -> None:
