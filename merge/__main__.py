@@ -50,7 +50,7 @@ def merge(adapter: Path, model_path: str) -> None:
     from rwkv_peft.adapters.registry import ADAPTERS
     from rwkv_peft.model import arch
 
-    from .fold import fold, whole
+    from .fold import fold, replace
     from .verify import verify
 
     wanted = ("method", "rank", "alpha", "base", "base_sha256", "geometry", "epoch", "step", "versions")
@@ -60,7 +60,7 @@ def merge(adapter: Path, model_path: str) -> None:
         raise UserError(f"{project.shown(adapter)}: holds a {method} run, which this version cannot merge.")
     base = project.base_of(sidecar, model_path)
     described = checkpoint.describe(base)
-    geometry = arch.detect({n: s.shape for n, s in described.items()}, project.shown(base))
+    arch.detect({n: s.shape for n, s in described.items()}, project.shown(base))
     say = f"run       {project.shown(adapter)}: {method}"
     say += "" if method == "full" else f" r={sidecar['rank']} alpha={sidecar['alpha']:g}"
     print(
@@ -78,10 +78,10 @@ def merge(adapter: Path, model_path: str) -> None:
     if target.exists():
         print(f"replaces  {project.shown(target)}, an earlier result of that name")
     tensors = checkpoint.load(adapter)
-    change = whole(tensors) if method == "full" else fold(tensors, sidecar, described, project.shown(adapter))
+    change = replace(tensors) if method == "full" else fold(tensors, sidecar, described, project.shown(adapter))
     checkpoint.rewrite(base, target, change)
     print(f"wrote     {project.shown(target)}: {target.stat().st_size / 1e6:,.1f} MB")
-    for line in verify(base, target, adapter, change, sidecar, geometry):
+    for line in verify(base, target, tensors, change, sidecar):
         print(f"checked   {line}")
     print(f"next      ./chat.sh --model {target.name}      or load it in RWKV-Runner, Ai00 or the rwkv package")
 

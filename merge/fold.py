@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from rwkv_peft.adapters.registry import ADAPTERS
-from rwkv_peft.checkpoint import Stored
+from rwkv_peft.checkpoint import Change, Stored
 from rwkv_peft.errors import UserError
-
-Change = Callable[[str, Tensor], Tensor]
 
 
 def fold(tensors: Mapping[str, Tensor], sidecar: dict, base: Mapping[str, Stored], where: str) -> Change:
@@ -42,14 +40,16 @@ def fold(tensors: Mapping[str, Tensor], sidecar: dict, base: Mapping[str, Stored
     if bad:
         raise UserError(f"{where}: {bad[0]} holds NaN or infinity; this training went wrong, take an earlier epoch.")
 
-    def change(name: str, tensor: Tensor) -> Tensor:
+    def change(name: str):
         if name in layers:
-            return method.merge(tensor, layers[name], sidecar)
-        return whole.get(name, tensor)
+            return lambda weight: method.merge(weight, layers[name], sidecar)
+        if name in whole:
+            return lambda _: whole[name]
+        return None
 
     return change
 
 
-def whole(tensors: Mapping[str, Tensor]) -> Change:
-    """The change for a full run: every tensor is replaced."""
-    return lambda name, tensor: tensors.get(name, tensor)
+def replace(tensors: Mapping[str, Tensor]) -> Change:
+    """The change for a full run: every tensor that it trained is replaced."""
+    return lambda name: (lambda _: tensors[name]) if name in tensors else None

@@ -124,7 +124,7 @@ def load(config: ChatConfig):
     if adapter and checkpoint.sha256(base) != sidecar["base_sha256"]:
         raise UserError(f"{project.shown(base)}: is not the base of {project.shown(adapter)} (its content differs).")
     dtype = strategy.DTYPES[strategy.precision(config.precision)]
-    model = build(geometry, checkpoint.load(base), dispatch.wkv7("auto")[1], dtype)
+    model = build(geometry, checkpoint.load(base), dispatch.wkv7("auto")[1], dtype, keep=dtype)
     if adapter:
         attach.attach_checkpoint(model, checkpoint.load(adapter), sidecar, project.shown(adapter))
     name = project.shown(base) + (f" + {project.shown(adapter)}" if adapter else "")

@@ -8,6 +8,7 @@ Beside each checkpoint of a run lies a sidecar of the same name with .json: what
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import hashlib
@@ -19,7 +20,7 @@ import shutil
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,35 +155,76 @@ def save(path: str | os.PathLike, tensors: Mapping[str, Tensor]) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(path)) from None
 
 
-def rewrite(source: str | os.PathLike, target: str | os.PathLike, change: Callable[[str, Tensor], Tensor]) -> None:
-    """Copy a checkpoint with some tensors changed, record by record: one tensor in memory at a time.
+class Archive:
+    """A .pth opened for reading one tensor at a time: memory holds that tensor and nothing of the rest.
 
-    change: (name, tensor of the source) -> the tensor to write, or the same object to copy its bytes. A changed tensor is
-    written in the dtype and shape of the source; key set, shapes, dtypes and pickle stay the source's.
+    Unlike a mapped file it checks what it reads: every record carries a checksum.
     """
-    described = describe(source)
+
+    def __init__(self, path: str | os.PathLike):
+        self.path, self.described = Path(path), describe(path)
+
+    def __enter__(self) -> Archive:
+        self.zip = zipfile.ZipFile(self.path)
+        self.folder = next(n for n in self.zip.namelist() if n.endswith("/data.pkl")).removesuffix("data.pkl")
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        self.zip.close()
+
+    def tensor(self, name: str) -> Tensor:
+        stored = self.described[name]
+        if not stored.whole:  # a view into a record that others use as well
+            return load(self.path)[name]
+        data = bytearray(stored.bytes)
+        with self.checked(name), self.zip.open(self.folder + stored.record) as record:
+            record.readinto(data)
+        return torch.frombuffer(data, dtype=stored.dtype).view(stored.shape) if data else torch.empty(stored.shape)
+
+    def pieces(self, name: str) -> Iterator[bytes]:
+        """The bytes of a tensor's record, a few MB at a time."""
+        with self.checked(name), self.zip.open(self.folder + self.described[name].record) as record:
+            while piece := record.read(COPY_BYTES):
+                yield piece
+
+    @contextlib.contextmanager
+    def checked(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except zipfile.BadZipFile:
+            raise UserError(
+                f"{shown(self.path)}: {name} is damaged (its checksum is wrong). Get the file again."
+            ) from None
+
+
+# what becomes of a tensor: None for "as it is", else a function from the source's tensor to the new one
+Change = Callable[[str], Callable[[Tensor], Tensor] | None]
+
+
+def rewrite(source: str | os.PathLike, target: str | os.PathLike, change: Change) -> None:
+    """Copy a checkpoint with some tensors changed, record by record: memory holds the one that changes.
+
+    A changed tensor is written in the dtype and shape of the source; key set, shapes, dtypes and pickle stay the
+    source's, and so do the bytes of all that does not change.
+    """
     need_space(Path(target).parent, os.path.getsize(source))
-    tensors = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
-    owners: dict[str, list[str]] = {}
-    for name, stored in described.items():
-        owners.setdefault(stored.record, []).append(name)
-    if any(len(names) > 1 or not described[names[0]].whole for names in owners.values()):
-        # tensors that share a record cannot be changed one by one: such files are rare, and small enough to load
-        save(target, {n: fitted(n, change(n, t), t) for n, t in tensors.items()})
-        return
-    with zipfile.ZipFile(source) as old, writing(target) as file, zipfile.ZipFile(file, "w") as new:
-        for info in old.infolist():
-            _, _, record = info.filename.partition("/")
-            names = owners.get(record)
-            if names is None:
-                copy_record(old, info, new)
-                continue
-            tensor = tensors[names[0]]
-            changed = change(names[0], tensor)
-            if changed is tensor:
-                copy_record(old, info, new)
-            else:
-                write_record(new, info.filename, fitted(names[0], changed, tensor))
+    with Archive(source) as old:
+        owners: dict[str, list[str]] = {}
+        for name, stored in old.described.items():
+            owners.setdefault(stored.record, []).append(name)
+        if any(len(names) > 1 or not old.described[names[0]].whole for names in owners.values()):
+            # tensors that share a record cannot be changed one by one: such files are rare, and small enough to load
+            save(target, {n: fitted(n, make(t), t) if (make := change(n)) else t for n, t in load(source).items()})
+            return
+        with writing(target) as file, zipfile.ZipFile(file, "w") as new:
+            for info in old.zip.infolist():
+                names = owners.get(info.filename.removeprefix(old.folder))
+                make = change(names[0]) if names else None
+                if make is None:
+                    copy_record(old.zip, info, new)
+                else:
+                    tensor = old.tensor(names[0])
+                    write_record(new, info.filename, fitted(names[0], make(tensor), tensor))
 
 
 def fitted(name: str, changed: Tensor, original: Tensor) -> Tensor:

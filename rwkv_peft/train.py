@@ -103,7 +103,7 @@ def run(config: TrainConfig, dry_run: bool) -> None:
         checkpoint.write_json(checkpoint.sidecar_path(path), sidecar)
         if full:
             checkpoint.rewrite(
-                base, path, lambda name, tensor: trained[name].detach().cpu() if name in trained else tensor
+                base, path, lambda name: (lambda _: trained[name].detach().cpu()) if name in trained else None
             )
         else:
             checkpoint.save(path, trained)

@@ -47,7 +47,7 @@ def test_tokenize_train_merge_chat_by_script_with_spaces_everywhere(kit):
     again = kit.run(copy, ok=False)
     assert "RUN_NAME=a run  output/a run holds an earlier run, which is never overwritten" in again.stderr
     merged = kit.run("merge.sh", "1").stdout
-    assert "wrote     merge/my tiny-LORA-1.pth" in merged and "answer alike" in merged
+    assert "wrote     merge/my tiny-LORA-1.pth" in merged and "answers as base + adapter" in merged
     assert "RUN=no such: there is no such run" in kit.run("merge.sh", "1", ok=False, RUN="no such").stderr
     assert "has no epoch 7; it has 0, 1" in kit.run("merge.sh", "7", ok=False, RUN="a run").stderr
     ask = ["--prompt", "Sea?", "--max-tokens", "8", "--temperature", "0"]

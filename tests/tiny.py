@@ -51,7 +51,7 @@ def tensors(seed: int = 0, shape: Geometry | None = None) -> dict[str, torch.Ten
 
 def model(seed: int = 0, shape: Geometry | None = None, wkv=chunked.wkv7, **options) -> RWKV:
     shape = shape or geometry()
-    return build(shape, tensors(seed, shape), wkv, **options)
+    return build(shape, tensors(seed, shape), wkv, keep=options.get("dtype"), **options)
 
 
 def save_model(path: Path, seed: int = 0, shape: Geometry | None = None, dtype=torch.float32) -> Path:

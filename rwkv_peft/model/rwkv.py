@@ -81,11 +81,12 @@ def build(
 ) -> RWKV:
     """A model with the weights of a file, made without random numbers first: mapped tensors go straight in.
 
-    tensors: name -> tensor (may be mapped from the disk; never written to). keep: dtype of the weights, default `dtype`.
+    tensors: name -> tensor (may be mapped from the disk; never written to). keep: dtype that the weights are kept in;
+    None leaves each as it is in the file.
     """
     with torch.device("meta"):
         model = RWKV(geometry, wkv, dtype, grad_cp)
     names = set(model.state_dict())
-    weights = {n: t.to(keep or dtype) for n, t in tensors.items() if n in names}
+    weights = {n: t if keep is None else t.to(keep) for n, t in tensors.items() if n in names}
     model.load_state_dict(weights, strict=True, assign=True)
     return model
