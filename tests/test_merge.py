@@ -6,6 +6,7 @@ import shutil
 import pytest
 import tiny
 import torch
+from test_rwkv7 import IDS, judged
 
 from merge.__main__ import merge
 from merge.fold import fold
@@ -72,6 +73,18 @@ def test_the_merged_file_is_the_naive_merge_bit_for_bit_and_answers_like_the_ada
     assert (ours - tuned).abs().max() <= limit * tuned.abs().max()
     said = capsys.readouterr().out
     assert "same content" in said and "read back" in said and "answers as base + adapter" in said
+
+
+def test_the_rwkv_package_loads_a_rewritten_file_and_reads_the_same_logits(tmp_path):
+    """The file that we write record by record, in the hands of a real client."""
+    shape = tiny.geometry(2, 128, 512, 64)
+    checkpoint.save(tmp_path / "base.pth", tiny.tensors(0, shape))
+    change = lambda name: (lambda t: t * 1.5) if "att.key" in name else None  # noqa: E731
+    checkpoint.rewrite(tmp_path / "base.pth", tmp_path / "merged.pth", change)
+    whole, _ = judged(tmp_path / "merged.pth")
+    ours, _ = build(shape, checkpoint.load(tmp_path / "merged.pth"), dispatch.WKV7["torch"])(torch.tensor([IDS]))
+    base, _ = build(shape, checkpoint.load(tmp_path / "base.pth"), dispatch.WKV7["torch"])(torch.tensor([IDS]))
+    assert (ours[0] - whole).abs().max() < 2e-5 * whole.abs().max() < (base[0] - whole).abs().max()
 
 
 def refusals():

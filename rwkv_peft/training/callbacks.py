@@ -77,7 +77,8 @@ class Progress:
 
     def __init__(self, steps: int, epochs: int):
         self.steps, self.epochs, self.smooth = steps, epochs, None
-        self.bar = tqdm(total=steps, dynamic_ncols=True, unit="step") if sys.stderr.isatty() else None
+        form = "{desc} |{bar:16}| {n_fmt}/{total_fmt}, {remaining} left"
+        self.bar = tqdm(total=steps, dynamic_ncols=True, bar_format=form) if sys.stderr.isatty() else None
         self.every = max(1, steps // 20)
 
     def __call__(self, record: Record) -> None:
@@ -86,8 +87,8 @@ class Progress:
         # tokens/s: all inputs, and those that are trained
         speed = f"{record.tokens_per_s:,.0f} tokens/s ({record.targets_per_s:,.0f} trained)"
         if self.bar:
-            self.bar.set_description(f"epoch {record.epoch + 1}/{self.epochs}", refresh=False)
-            self.bar.set_postfix_str(f"loss {self.smooth:.3f}, lr {record.lr:.2e}, {speed}", refresh=False)
+            state = f"epoch {record.epoch + 1}/{self.epochs}  loss {self.smooth:.3f}  lr {record.lr:.2e}  {speed}"
+            self.bar.set_description_str(state, refresh=False)
             self.bar.update(1)
         elif first or record.step % self.every == 0 or record.step == self.steps:
             left = (self.steps - record.step) * record.seconds / record.step
