@@ -63,11 +63,16 @@ quickstart/training.sh --dry-run | sed '1,/^output/d'
 quickstart/training.sh
 
 step "4/6  Merge: ./merge.sh 7"
-RUN="quickstart-lora-$now" ./merge.sh 7
+# an earlier toy result makes room; anything of yours is kept under another name by merge.sh itself
+if grep -qs '"run": "quickstart-lora-' merge/rwkv7-tiny-LORA-7.json; then rm -f merge/rwkv7-tiny-LORA-7.{pth,json}; fi
+RUN="quickstart-lora-$now" MODEL_PATH='' rwkv_peft/run.sh merge.__main__ merge.sh 7
 
 step "5/6  The same question to both: ./chat.sh --prompt ..."
 question="How many steps does the Heron Bay lighthouse have?"
-ask() { ./chat.sh --model "$1" --prompt "$question" --temperature 0 --max-tokens 40; }
+ask() { # whatever you have made of chat.sh
+  MODEL_PATH="$1" ADAPTER='' SYSTEM='' MAX_TOKENS=40 TEMPERATURE=0 TOP_P=1 SEED=1 PRECISION=auto \
+    rwkv_peft/run.sh rwkv_peft.chat chat.sh --prompt "$question"
+}
 before="$(ask rwkv7-tiny.pth)"
 after="$(ask rwkv7-tiny-LORA-7.pth)"
 wanted="$(sed -n 's/.*Heron Bay lighthouse have?\\n\\nAssistant: \(.*\)"}/\1/p' data/sample.jsonl)"

@@ -24,7 +24,7 @@ for file in "${files[@]}"; do
 done
 [ ${#missing[@]} -gt 0 ] || exit 0
 
-if ! [ -x .venv/bin/python ] || ! .venv/bin/python -m pip --version > /dev/null 2>&1; then
+if ! [ -x .venv/bin/python ]; then
   # the folder that holds a torch worth keeping, or nothing
   kept="$("$python" - << 'PYTHON' 2> /dev/null || true
 import pathlib, torch
@@ -33,7 +33,7 @@ if tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2]) >= (2, 
 PYTHON
 )"
   say "Making .venv with $("$python" --version)"
-  "$python" -m venv --clear .venv || {
+  "$python" -m venv .venv || {
     say "Python could not make a virtual environment. On Debian and Ubuntu: sudo apt install python3-venv"
     exit 2
   }
@@ -44,10 +44,17 @@ pathlib.Path(sysconfig.get_path("purelib"), "torch_of_active_environment.pth").w
   fi
 fi
 
-# a torch that can be imported now is the one to keep: leave it out of the list
+# a virtual environment of uv's has no pip; what is in it stays
+.venv/bin/python -m pip --version > /dev/null 2>&1 || .venv/bin/python -m ensurepip > /dev/null || {
+  say ".venv has no pip, and Python could not put it there. On Debian and Ubuntu: sudo apt install python3-venv"
+  exit 2
+}
+
+# a torch that is new enough is the one to keep: leave it out of the list
+new_enough='import sys, torch; sys.exit(tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2]) < (2, 10))'
 list="$(mktemp)"
 trap 'rm -f "$list"' EXIT
-if .venv/bin/python -c 'import torch' 2> /dev/null; then pattern='^torch=='; else pattern='^$'; fi
+if .venv/bin/python -c "$new_enough" 2> /dev/null; then pattern='^torch=='; else pattern='^$'; fi
 for file in "${missing[@]}"; do grep -v -- "$pattern" "$file" >> "$list"; done
 say "Installing ${missing[*]} into .venv: up to 1 GB without a GPU build of torch, some 5 GB with one. This is done once."
 # what is there already need not be listed; the rest shows that it goes on

@@ -13,6 +13,7 @@ shapes and number formats of the result are the base's. The result is read back 
 
 from __future__ import annotations
 
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,44 +47,70 @@ def command(config: MergeConfig, typed: list[str]) -> None:
 
 
 def merge(adapter: Path, model_path: str) -> None:
-    from rwkv_peft import checkpoint
+    import os
+
+    from rwkv_peft import bases, checkpoint
     from rwkv_peft.adapters.registry import ADAPTERS
-    from rwkv_peft.model import arch
+    from rwkv_peft.atomic import clear_leftovers, sync_folder, temporary
 
     from .fold import fold, replace
     from .verify import verify
 
     wanted = ("method", "rank", "alpha", "base", "base_sha256", "geometry", "epoch", "step", "versions")
-    sidecar = checkpoint.read_sidecar(adapter, wanted)
+    sidecar, where = checkpoint.read_sidecar(adapter, wanted), project.shown(adapter)
     method, epoch = sidecar["method"], sidecar["epoch"]
     if method not in ADAPTERS and method != "full":
-        raise UserError(f"{project.shown(adapter)}: holds a {method} run, which this version cannot merge.")
-    base = project.base_of(sidecar, model_path)
-    described = checkpoint.describe(base)
-    arch.detect({n: s.shape for n, s in described.items()}, project.shown(base))
-    say = f"run       {project.shown(adapter)}: {method}"
-    say += "" if method == "full" else f" r={sidecar['rank']} alpha={sidecar['alpha']:g}"
-    print(
-        f"{say}, epoch {epoch}, step {sidecar['step']}{'' if sidecar.get('epoch_finished', True) else ' (stopped early)'}"
-    )
-    print(f"base      {project.shown(base)}", end="", flush=True)
-    if checkpoint.sha256(base) != sidecar["base_sha256"]:
-        print()
-        raise UserError(
-            f"{project.shown(base)}: is not the file that the run was trained on (its content differs from "
-            f"{sidecar['base']} then). Put the right one into model/, or name it with MODEL_PATH in merge.sh."
-        )
-    print(": the file that the run was trained on (same content)")
-    target = project.ROOT / "merge" / f"{base.stem}-{method.upper()}-{epoch}.pth"
-    if target.exists():
-        print(f"replaces  {project.shown(target)}, an earlier result of that name")
+        raise UserError(f"{where}: holds a {method} run, which this version cannot merge.")
+    checkpoint.describe(adapter)  # refuses what is no checkpoint before the base is read
+    made = method if method == "full" else f"{method} r={sidecar['rank']} alpha={sidecar['alpha']:g}"
+    early = "" if sidecar.get("epoch_finished", True) else " (stopped early)"
+    print(f"run       {where}: {made}, epoch {epoch}, step {sidecar['step']}{early}")
+    base = bases.base_of(sidecar, adapter, model_path)
+    described, _ = bases.inspect(base)
+    print(f"base      {project.shown(base)}: the file that the run was trained on (same content)")
     tensors = checkpoint.load(adapter)
-    change = replace(tensors) if method == "full" else fold(tensors, sidecar, described, project.shown(adapter))
-    checkpoint.rewrite(base, target, change)
-    print(f"wrote     {project.shown(target)}: {target.stat().st_size / 1e6:,.1f} MB")
-    for line in verify(base, target, tensors, change, sidecar):
+    change = replace(tensors, where) if method == "full" else fold(tensors, sidecar, described, where)
+    target = project.ROOT / "merge" / f"{base.stem}-{method.upper()}-{epoch}.pth"
+    clear_leftovers(target)
+    fresh = temporary(target)  # it gets its name when it is known to be right
+    try:
+        checkpoint.rewrite(base, fresh, change)
+        checks = list(verify(base, fresh, tensors, change, sidecar))
+        make_room(target, run=adapter.parent.name)
+        checkpoint.write_json(
+            checkpoint.sidecar_path(target), {"run": adapter.parent.name, "checkpoint": where, **sidecar}
+        )
+        os.replace(fresh, target)
+        sync_folder(target.parent)
+    finally:
+        fresh.unlink(missing_ok=True)
+    for line in checks:
         print(f"checked   {line}")
-    print(f"next      ./chat.sh --model {target.name}      or load it in RWKV-Runner, Ai00 or the rwkv package")
+    print(f"wrote     {project.shown(target)}: {target.stat().st_size / 1e6:,.1f} MB")
+    print(
+        f"next      ./chat.sh --model {shlex.quote(target.name)}      or load it in RWKV-Runner, Ai00 or the rwkv package"
+    )
+
+
+def make_room(target: Path, run: str) -> None:
+    """Keep a result of that name that another run has left: it gets that run's name behind its own."""
+    import json
+
+    if not target.exists():
+        return
+    note, other = target.with_suffix(".json"), "earlier"
+    if note.is_file():
+        other = json.loads(note.read_text(encoding="utf-8")).get("run", other)
+    if other == run:
+        print(f"replaces  {project.shown(target)}, made from the same run before")
+        return
+    number, kept = 2, target.with_name(f"{target.stem}.{other}.pth")
+    while kept.exists():
+        number, kept = number + 1, target.with_name(f"{target.stem}.{other}-{number}.pth")
+    target.rename(kept)
+    if note.is_file():
+        note.rename(kept.with_suffix(".json"))
+    print(f"kept      the result of another run that had this name, as {project.shown(kept)}")
 
 
 if __name__ == "__main__":

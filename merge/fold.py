@@ -36,9 +36,7 @@ def fold(tensors: Mapping[str, Tensor], sidecar: dict, base: Mapping[str, Stored
     ranks = {parts["lora_A"].shape[0] for parts in layers.values() if "lora_A" in parts}
     if ranks - {sidecar["rank"]}:
         raise UserError(f"{where}: has rank {sorted(ranks)} inside, but its sidecar says {sidecar['rank']}.")
-    bad = [n for n, t in tensors.items() if not torch.isfinite(t).all()]
-    if bad:
-        raise UserError(f"{where}: {bad[0]} holds NaN or infinity; this training went wrong, take an earlier epoch.")
+    must_be_finite(tensors, where)
 
     def change(name: str):
         if name in layers:
@@ -50,6 +48,13 @@ def fold(tensors: Mapping[str, Tensor], sidecar: dict, base: Mapping[str, Stored
     return change
 
 
-def replace(tensors: Mapping[str, Tensor]) -> Change:
+def must_be_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    bad = [n for n, t in tensors.items() if not torch.isfinite(t).all()]
+    if bad:
+        raise UserError(f"{where}: {bad[0]} holds NaN or infinity; this training went wrong, take an earlier epoch.")
+
+
+def replace(tensors: Mapping[str, Tensor], where: str) -> Change:
     """The change for a full run: every tensor that it trained is replaced."""
+    must_be_finite(tensors, where)
     return lambda name: (lambda _: tensors[name]) if name in tensors else None

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rwkv_peft import checkpoint, project
+from rwkv_peft import checkpoint
 from rwkv_peft.adapters.registry import ADAPTERS
 from rwkv_peft.checkpoint import Change
 from rwkv_peft.errors import UserError
@@ -25,7 +25,7 @@ ROUNDINGS = 4  # allowed difference of outputs, in roundings of the base's numbe
 
 
 def verify(base: Path, target: Path, tensors: Mapping[str, Tensor], change: Change, sidecar: dict) -> Iterator[str]:
-    """Sentences about what was checked. UserError, and the result is removed, if anything is not as it should be."""
+    """Sentences about what was checked. UserError if anything is not as it should be."""
     described, wanted = checkpoint.describe(target), checkpoint.describe(base)
     same = {n: (s.shape, s.dtype) for n, s in described.items()} == {n: (s.shape, s.dtype) for n, s in wanted.items()}
     changed, wrong, worst = 0, [] if same else ["the list of tensors"], 0.0
@@ -46,10 +46,9 @@ def verify(base: Path, target: Path, tensors: Mapping[str, Tensor], change: Chan
             if not sound:
                 wrong.append(name)
     if wrong:
-        target.unlink()
         raise UserError(
-            f"{project.shown(target)}: {wrong[0]} and {len(wrong) - 1} others are not what they should be when read back; "
-            "the file was removed. Is the disk sound?"
+            f"{wrong[0]} and {len(wrong) - 1} others are not what they should be when the result is read back from the disk; "
+            "it was removed. Is the disk sound?"
         )
     same = len(wanted) - changed
     yield f"{len(wanted)} tensors read back: {changed} changed as the formula says, {same} identical to the base"

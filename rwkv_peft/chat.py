@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 from . import project
-from .errors import Problem, Problems, UserError
+from .errors import UserError
 from .shell_vars import convert, enter, var
 
 STOPS = ("\n\nUser:", "\n\nSystem:", "\n\nAssistant:")
@@ -48,8 +48,8 @@ def main(arguments: list[str]) -> None:
 
 
 def command(config: ChatConfig, typed: list[str]) -> None:
-    config, prompt, raw = command_line(typed, config)
-    model, name = load(config)
+    config, prompt, raw, base_was_named = command_line(typed, config)
+    model, name = load(config, base_was_named)
     if prompt is not None:
         once(model, config, prompt, raw)
     else:
@@ -61,7 +61,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}. See ./chat.sh --help")
 
 
-def command_line(arguments: list[str], config: ChatConfig) -> tuple[ChatConfig, str | None, bool]:
+def command_line(arguments: list[str], config: ChatConfig) -> tuple[ChatConfig, str | None, bool, bool]:
     """The script's values with those of the command line in their place."""
     import dataclasses
 
@@ -89,23 +89,23 @@ def command_line(arguments: list[str], config: ChatConfig) -> tuple[ChatConfig, 
         raise UserError("--prompt is empty.")
     if given.MODEL_PATH and not given.ADAPTER:
         changed["adapter"] = ""  # another model was asked for: the script's adapter belongs to the script's model
-    return dataclasses.replace(config, **changed), given.prompt, given.raw
+    return dataclasses.replace(config, **changed), given.prompt, given.raw, given.MODEL_PATH is not None
 
 
-def load(config: ChatConfig):
-    """The model ready to talk, and what to call it."""
+def load(config: ChatConfig, base_was_named: bool):
+    """The model ready to talk, and what to call it.
+
+    base_was_named: --model was typed beside an adapter: it must be the adapter's base. Else the sidecar says which.
+    """
     import torch
 
-    from . import checkpoint
+    from . import bases, checkpoint, machine
     from .adapters import attach
     from .adapters.registry import ADAPTERS
-    from .model import arch
     from .model.rwkv import build
     from .ops import dispatch
-    from .training import strategy
 
-    adapter, sidecar = None, {}
-    base = model_or_merged(config.model_path)
+    base, adapter, sidecar = model_or_merged(config.model_path), None, {}
     if config.adapter:
         adapter = project.find(config.adapter, "output")
         checkpoint.describe(adapter)  # refuses what is no checkpoint before its sidecar is asked for
@@ -117,18 +117,16 @@ def load(config: ChatConfig):
                 f"{project.shown(adapter)}: holds a {sidecar['method']} run, which this version cannot load."
             )
         else:
-            base = project.base_of(sidecar)
-    if not str(config.model_path).strip() and not config.adapter:
-        raise Problems(Problem("MODEL_PATH", "is empty; give a model, or an adapter with ADAPTER"))
-    geometry = arch.detect({n: s.shape for n, s in checkpoint.describe(base).items()}, project.shown(base))
-    if adapter and checkpoint.sha256(base) != sidecar["base_sha256"]:
-        raise UserError(f"{project.shown(base)}: is not the base of {project.shown(adapter)} (its content differs).")
-    dtype = strategy.DTYPES[strategy.precision(config.precision)]
+            base = bases.base_of(sidecar, adapter, config.model_path if base_was_named else "")
+    elif not config.model_path.strip():
+        raise UserError("No model is named: give --model FILE or --adapter FILE, or MODEL_PATH in chat.sh.")
+    _, geometry = bases.inspect(base)
+    dtype = machine.DTYPES[machine.precision(config.precision)]
     model = build(geometry, checkpoint.load(base), dispatch.wkv7("auto")[1], dtype, keep=dtype)
     if adapter:
         attach.attach_checkpoint(model, checkpoint.load(adapter), sidecar, project.shown(adapter))
     name = project.shown(base) + (f" + {project.shown(adapter)}" if adapter else "")
-    return model.requires_grad_(False).eval().to(torch.device(strategy.device_kind())), name
+    return model.requires_grad_(False).eval().to(torch.device(machine.device_kind())), name
 
 
 def model_or_merged(name: str) -> Path:
@@ -144,23 +142,16 @@ def once(model, config: ChatConfig, prompt: str, raw: bool) -> None:
     from .roles import Role
     from .templates import Message, render
 
-    text = prompt
+    text = prompt.encode("utf-8", "replace").decode()  # bytes that are no text arrive as half characters
     if not raw:
         system = [Message(Role.SYSTEM, config.system)] if config.system.strip() else []
-        text, _ = render([*system, Message(Role.USER, prompt)], open_answer=True)
-    answer(model, config, *advance(model, encoded(tokenizer, text)), stops=() if raw else STOPS, strip=not raw)
+        text, _ = render([*system, Message(Role.USER, text)], open_answer=True)
+    answer(model, config, *advance(model, tokenizer.encode(text)), stops=() if raw else STOPS, strip=not raw)
     print()
 
 
-def encoded(tokenizer, text: str) -> list[int]:
-    try:
-        return tokenizer.encode(text)
-    except UnicodeEncodeError:
-        raise UserError("The prompt is not valid text (half of a character); check your terminal's encoding.") from None
-
-
-def answer(model, config: ChatConfig, logits, state, stops, strip: bool) -> str:
-    """Print an answer while it is made; returns it."""
+def answer(model, config: ChatConfig, logits, state, stops, strip: bool, talking: bool = False) -> str:
+    """Print an answer while it is made; returns it. talking: Ctrl-C ends the answer, not the program."""
     from .generate import generate
 
     text = ""
@@ -173,7 +164,7 @@ def answer(model, config: ChatConfig, logits, state, stops, strip: bool) -> str:
             text += piece
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
-        if strip and not sys.stdin.isatty():
+        if not talking:
             raise
         print(" ...", end="", flush=True)
     return text
@@ -192,7 +183,7 @@ def talk(model, config: ChatConfig, name: str) -> None:
     messages, known, state = list(start), 0, None
     while True:
         try:
-            question = input("\nUser: ")
+            question = input("\nUser: ").encode("utf-8", "replace").decode()
         except (EOFError, KeyboardInterrupt):
             print()
             return
@@ -202,11 +193,11 @@ def talk(model, config: ChatConfig, name: str) -> None:
             messages, known, state = list(start), 0, None
             continue
         messages.append(Message(Role.USER, question))
-        ids = encoded(tokenizer, render(messages, open_answer=True)[0])
+        ids = tokenizer.encode(render(messages, open_answer=True)[0])
         logits, state = advance(model, ids[known:], state)
         known = len(ids)
         print("\nAssistant: ", end="", flush=True)
-        said = answer(model, config, logits, state, STOPS, strip=True)
+        said = answer(model, config, logits, state, STOPS, strip=True, talking=True)
         print()
         messages.append(Message(Role.ASSISTANT, clean(said) or "..."))
 

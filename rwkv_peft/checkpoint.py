@@ -19,6 +19,7 @@ import pickle
 import shutil
 import struct
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -34,6 +35,12 @@ from .project import shown
 
 COPY_BYTES = 1 << 22  # read, hash and copy in pieces of 4 MB
 ALIGNMENT = 64  # torch places every record at a multiple of this, so that it can be mapped
+
+# what a damaged zip or pickle raises, one way or another
+UNREADABLE = (
+    pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeError, ValueError, RuntimeError, zlib.error,
+    ArithmeticError, AssertionError, struct.error, zipfile.BadZipFile,
+)  # fmt: skip
 
 DTYPES = {
     "FloatStorage": torch.float32,
@@ -103,6 +110,8 @@ def describe_tensor(storage: _Storage, offset: int, shape, stride, *_rest) -> St
 def describe(path: str | os.PathLike) -> dict[str, Stored]:
     """What a .pth holds, name -> description, without reading a weight. UserError if it is no checkpoint of tensors."""
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{shown(path)}: is a folder, not a .pth file.{nearby(path / 'x')}")
     if not path.is_file():
         raise UserError(f"{shown(path)}: there is no such file.{nearby(path)}")
     try:
@@ -111,6 +120,7 @@ def describe(path: str | os.PathLike) -> dict[str, Stored]:
             if len(pickles) != 1:
                 raise UserError(f"{shown(path)}: is a zip file, but no torch checkpoint (no data.pkl in it).")
             content = _Describe(io.BytesIO(archive.read(pickles[0]))).load()
+            sizes = {i.filename: i.file_size for i in archive.infolist() if i.compress_type == zipfile.ZIP_STORED}
     except zipfile.BadZipFile:
         with open(path, "rb") as file:
             legacy = file.read(2) == b"\x80\x02"
@@ -118,12 +128,18 @@ def describe(path: str | os.PathLike) -> dict[str, Stored]:
         raise UserError(
             f"{shown(path)}: is no .pth checkpoint, or it was cut off (download it again). {old}".rstrip()
         ) from None
-    except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, TypeError, ValueError, KeyError) as error:
+    except UNREADABLE as error:
         raise UserError(
             f"{shown(path)}: holds more than plain tensors ({error}). It was not loaded, and nothing in it was run."
         ) from None
     if not isinstance(content, dict) or not all(isinstance(v, Stored) for v in content.values()):
         raise UserError(f"{shown(path)}: is not a dictionary of tensors, so it is no model and no adapter.")
+    folder = pickles[0].removesuffix("data.pkl")
+    for name, stored in content.items():
+        if sizes.get(folder + stored.record, -1) < stored.bytes or stored.bytes < 0:
+            raise UserError(
+                f"{shown(path)}: the record of {name} is missing, too short or compressed. Get the file again."
+            )
     return dict(content)
 
 
@@ -136,8 +152,12 @@ def nearby(path: Path) -> str:
 def load(path: str | os.PathLike) -> dict[str, Tensor]:
     """The tensors of a .pth, mapped: nothing is read until it is used."""
     described = describe(path)
-    tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    return {name: tensors[name].detach() for name in described}
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return {name: tensors[name].detach() for name in described}
+    except UNREADABLE as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{shown(path)}: is damaged ({reason}). Get the file again.") from None
 
 
 def save(path: str | os.PathLike, tensors: Mapping[str, Tensor]) -> None:

@@ -7,25 +7,32 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .tokenizer import END_OF_DOC, Utf8Stream
+from .errors import UserError
+from .tokenizer import END_OF_DOC, VOCAB_SIZE, Utf8Stream
 
+COLDEST = 1e-4  # below this, the likeliest token has all of the share
 PREFILL = 512  # tokens of a prompt that go through at once
 
 
 @torch.inference_mode()
 def advance(model, ids: Sequence[int], state=None):
     """Feed tokens; returns the logits after the last one, float32 [V], and the state."""
-    device = model.emb.weight.device
+    rows, device = model.emb.weight.shape[0], model.emb.weight.device
+    if max(ids) >= rows:
+        raise UserError(f"The model's vocabulary ends at {rows - 1}, but the text needs token {max(ids)}.")
     x = None
     for begin in range(0, len(ids), PREFILL):
         piece = torch.tensor([ids[begin : begin + PREFILL]], device=device)
         x, state = model.features(piece, state)
-    return model.head(x[0, -1]).float(), state
+    # rows behind the vocabulary stand for nothing
+    return model.head(x[0, -1]).float()[:VOCAB_SIZE], state
 
 
 def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
     """The next token. temperature 0: the likeliest. top_p: only the likeliest tokens that together have this share."""
-    if temperature == 0:
+    if not bool(torch.isfinite(logits).all()):
+        raise UserError("The model's answer is not a number: its weights hold NaN or infinity. Take an earlier epoch.")
+    if temperature < COLDEST:
         return int(logits.argmax())
     shares, order = torch.softmax(logits.cpu().double() / temperature, -1).sort(descending=True, stable=True)
     keep = shares.cumsum(-1) - shares < top_p  # the first one always stays
@@ -58,7 +65,6 @@ def generate(
             held = held[ready:]
         if i + 1 < max_tokens:
             logits, state = advance(model, [token], state)
-    held += stream.finish()
     if held:
         yield held
 

@@ -24,6 +24,8 @@ def rank(factor: float, width: int) -> int:
 def new_geometry(layers: int, width: int, vocab: int, head_size: int = 64):
     from .model.arch import Geometry
 
+    if head_size < 2:
+        raise UserError(f"--head-size {head_size}: must be 2 or more (64 for every released model).")
     if width % head_size:
         raise UserError(f"--width {width}: must be a multiple of --head-size {head_size}.")
     return Geometry(
@@ -108,7 +110,7 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--head-size", type=positive, default=64)
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--seed", type=positive, default=42)
     given = parser.parse_args(arguments)
     with door():
         import torch
@@ -128,8 +130,8 @@ def main(arguments: list[str]) -> None:
 
 def positive(text: str) -> int:
     number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
+    if not 1 <= number < 2**31:
+        raise argparse.ArgumentTypeError("must be 1 or more, and less than 2147483648")
     return number
 
 

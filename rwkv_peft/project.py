@@ -15,7 +15,9 @@ OUTPUT = ROOT / "output"
 
 def find(name: str, folder: str) -> Path:
     """A file that a setting names: in ROOT/folder, or a path from here, or from the project. May not exist."""
-    given = Path(name).expanduser()
+    given = Path(name)
+    with contextlib.suppress(RuntimeError):  # a user that does not exist
+        given = given.expanduser()
     places = [ROOT / folder / given, Path.cwd() / given, ROOT / given]
     return next((p for p in places if p.exists()), places[0] if given.name == name else places[1])
 
@@ -30,11 +32,11 @@ def model_file(name: str) -> Path:
 
 def data_prefix(name: str) -> Path:
     """DATA_PATH -> path without ending: sample, sample.bin, sample.jsonl and data/sample all mean data/sample."""
-    name = re.sub(r"\.(bin|idx|jsonl)$", "", name)
+    name = re.sub(r"\.(bin|idx|jsonl)$", "", name.rstrip("/"))
     found = find(name + ".idx", "data")
     if not found.exists() and find(name + ".bin", "data").exists():
         found = find(name + ".bin", "data")
-    return found.with_name(found.name[: -len(".idx")])
+    return Path(str(found)[: -len(".idx")])
 
 
 def shown(path: str | os.PathLike) -> str:
@@ -88,13 +90,3 @@ def epoch_file(folder: Path, epoch: int | None) -> Path:
     if epoch not in epochs:
         raise UserError(f"{shown(folder)}: has no epoch {epoch}; it has {', '.join(map(str, epochs))}.")
     return folder / f"rwkv-{epoch}.pth"
-
-
-def base_of(sidecar: dict, given: str = "") -> Path:
-    """The base that a checkpoint was trained on: the one given, or by its name in model/, or where it lay then."""
-    if given:
-        return model_file(given)
-    path = ROOT / "model" / sidecar["base"]
-    if not path.is_file() and sidecar.get("base_path") and Path(sidecar["base_path"]).is_file():
-        return Path(sidecar["base_path"])
-    return path

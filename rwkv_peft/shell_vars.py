@@ -6,11 +6,13 @@ There are no defaults here: a value that is not in the script is a problem.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
 import os
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -65,7 +67,7 @@ class Script:
         ]
         values = {}
         for name, field in fields.items():
-            if name not in self.environment:
+            if name not in self.lines or name not in self.environment:
                 problems.append(Problem(name, f"is not set in {self.path.name}"))
                 continue
             try:
@@ -107,6 +109,9 @@ def enter(arguments: list[str], usage: str, cls: type[T], body: Callable[[T, lis
         print(usage)
         return
     script = None
+    for stream in (sys.stdout, sys.stderr, sys.stdin):
+        with contextlib.suppress(AttributeError):  # not a real stream (tests)
+            stream.reconfigure(errors="replace")  # a terminal that knows no Chinese shows "?" instead of ending the run
     with door(lambda found: script.report(found) if script else str(found)):
         script = Script(arguments[0])
         body(script.read(cls, retired), arguments[1:])

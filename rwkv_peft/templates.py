@@ -71,7 +71,7 @@ def render(messages: Sequence[Message], open_answer: bool = False) -> tuple[str,
 
 
 # a heading stands at the start of the text or after a blank line, with a half- or full-width colon
-HEADING = re.compile("(?:\\A|(?<=\n\n))(System|User|Assistant)(?::|：)".encode())
+HEADING = re.compile("(?:\\A|(?<=\n\n)|(?<=\n\r\n))(System|User|Assistant)(?::|：)".encode())
 ROLE_OF_HEADING = {word.encode(): role for role, word in HEADINGS.items()}
 
 

@@ -103,13 +103,10 @@ def encode(text: str) -> list[int]:
 
 
 class Utf8Stream:
-    """Turns ids that arrive one by one into text that never holds half a character."""
+    """Turns ids that arrive one by one into text; half a character waits for its rest, and is dropped if none comes."""
 
     def __init__(self):
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
         return self.decoder.decode(token_bytes()[token])
-
-    def finish(self) -> str:
-        return self.decoder.decode(b"", final=True)

@@ -12,6 +12,7 @@ The settings are the variables in the script itself. Results go to output/<RUN_N
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import platform
@@ -24,8 +25,9 @@ from .config import RETIRED, TrainConfig
 from .errors import EXIT_MEMORY, Problem, Problems, UserError, leave
 from .shell_vars import enter
 
-# Lightning starts one more process for every further GPU, with this set: those are quiet and write nothing
-MAIN_PROCESS = "LOCAL_RANK" not in os.environ
+# Lightning starts one more process for every further GPU, numbered from 1: those are quiet and write nothing
+RANK = int(os.environ.get("LOCAL_RANK", 0))
+MAIN_PROCESS = RANK == 0
 AUTO_BATCH_TOKENS = 4096  # MICRO_BSZ=auto: about this many tokens at once ...
 AUTO_LEAST_STEPS = 16  # ... but an epoch has at least this many optimizer steps, if the data allow it
 
@@ -38,17 +40,18 @@ def command(config: TrainConfig, typed: list[str]) -> None:
     unknown = [word for word in typed if word != "--dry-run"]
     if unknown:
         raise UserError(f"{unknown[0]}: is not an option; there is --dry-run. See ./training.sh --help")
-    run(config, dry_run=bool(typed))
+    with contextlib.ExitStack() as cleanup:
+        run(config, bool(typed), cleanup)
 
 
-def run(config: TrainConfig, dry_run: bool) -> None:
-    rank = int(os.environ.get("LOCAL_RANK", 0))
+def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> None:
+    """cleanup: what to do whether training ends well or not."""
     # heavy imports come after the settings are known to be sound: a typo answers in a fraction of a second
     import warnings
 
     import torch
 
-    from . import checkpoint
+    from . import checkpoint, machine
     from .adapters import attach
     from .data.loading import Batches, InOrder
     from .model import arch
@@ -60,14 +63,18 @@ def run(config: TrainConfig, dry_run: bool) -> None:
     base = project.model_file(config.model_path)
     stored, geometry, prefix = open_files(config, base)
     op, wkv7 = dispatch.wkv7(config.op)
-    precision = strategy.precision(config.precision)
-    machine = strategy.trainer_arguments(precision, config.gpu_count, config.strategy)
+    precision = machine.precision(config.precision)
+    trainer_arguments = strategy.trainer_arguments(precision, config.gpu_count, config.strategy)
     data, plan = plan_run(config, prefix, geometry)
     steps = plan.optimizer_steps * config.epoch_count
     full = config.finetune_mode == "full"
 
-    folder = choose_folder(config, prefix)
-    dtype = strategy.DTYPES[precision]
+    if MAIN_PROCESS and not dry_run:
+        folder = claim_folder(config, prefix)
+        cleanup.callback(release_folder, folder)
+    else:
+        folder = choose_folder(config, prefix)
+    dtype = machine.DTYPES[precision]
     trained_values = attach.count_trained(arch.shapes(geometry), full, config.parts, config.lora_r)
     settings = resolved(config, op, precision, data.ctx_len, plan, geometry, folder.name)
     header = report.plan_lines(settings, base, geometry, data, plan, steps, trained_values, stored, dtype)
@@ -80,10 +87,12 @@ def run(config: TrainConfig, dry_run: bool) -> None:
     import pytorch_lightning as pl
     from torch.utils.data import DataLoader
 
-    from .training.callbacks import LossFile, Progress, Save, StepRecorder, StopOnSignal, wandb_sink
+    from .training.callbacks import TOO_HIGH, LossFile, Progress, Save, StepRecorder, StopOnSignal, wandb_sink
     from .training.module import TrainingModule
     from .training.optim import parameter_groups
 
+    if MAIN_PROCESS:
+        checkpoint.need_space(folder, base.stat().st_size if full else 4 * trained_values)
     torch.manual_seed(config.seed)
     base_sha256 = checkpoint.sha256(base) if MAIN_PROCESS else ""
     tensors = checkpoint.load(base)
@@ -95,10 +104,13 @@ def run(config: TrainConfig, dry_run: bool) -> None:
     if config.lora_load:
         load_lora(config, model, base, base_sha256, say)
     trained = attach.trained(model)
-    torch.manual_seed(config.seed + rank)  # dropout differs between ranks, the weights do not
+    torch.manual_seed(config.seed + RANK)  # dropout differs between ranks, the weights do not
 
     def write(epoch: int, finished: bool) -> Path:
         path = folder / f"rwkv-{epoch}.pth"
+        bad = next((name for name, p in trained.items() if not torch.isfinite(p).all()), None)
+        if bad:
+            raise UserError(f"{bad} has become NaN or infinite, so {project.shown(path)} was not written. {TOO_HIGH}")
         sidecar = describe_run(config, geometry, base, base_sha256, precision, epoch, trainer.global_step, finished)
         checkpoint.write_json(checkpoint.sidecar_path(path), sidecar)
         if full:
@@ -111,13 +123,15 @@ def run(config: TrainConfig, dry_run: bool) -> None:
 
     callbacks, sinks = [], []
     if MAIN_PROCESS:
-        folder.mkdir(parents=True, exist_ok=True)
         checkpoint.write_json(folder / "run.json", settings)
         project.point_latest(folder)
         progress = Progress(steps, config.epoch_count)
         sinks = [LossFile(folder / "loss.jsonl"), progress]
+        for sink in sinks:
+            cleanup.callback(sink.close)
         if config.wandb and (sink := wandb_sink(config.wandb, folder.name, folder, settings, progress.say)):
             sinks.append(sink)
+            cleanup.callback(sink.close)
         say = progress.say
     stop = StopOnSignal(say)
     save = Save(config.epoch_save, config.epoch_count, folder, write, say)
@@ -138,7 +152,7 @@ def run(config: TrainConfig, dry_run: bool) -> None:
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.ERROR)
     trainer = pl.Trainer(
-        **machine,
+        **trainer_arguments,
         max_epochs=config.epoch_count,
         accumulate_grad_batches=config.mini_bsz,
         use_distributed_sampler=False,  # ours gives every rank its rows; Lightning's would shuffle them again
@@ -149,16 +163,17 @@ def run(config: TrainConfig, dry_run: bool) -> None:
         enable_model_summary=False,
         callbacks=callbacks,
     )
-    batches = Batches(data, plan, rank)
+    batches = Batches(data, plan, RANK)
     loader = DataLoader(batches, batch_size=None, sampler=InOrder(len(batches)))
     began = time.monotonic()
     try:
         trainer.fit(module, loader)
-    except torch.OutOfMemoryError as error:
-        leave(report.out_of_memory(settings, error), EXIT_MEMORY)
-    finally:
-        for sink in sinks:
-            getattr(sink, "close", lambda: None)()
+    except RuntimeError as error:
+        # torch's words for an empty host; a GPU has an exception of its own
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            leave(report.out_of_memory(settings, error), EXIT_MEMORY)
+        raise
+    cleanup.close()
     if not MAIN_PROCESS:
         return
     report.finish(full, folder, save.newest, stop.received, time.monotonic() - began)
@@ -166,13 +181,11 @@ def run(config: TrainConfig, dry_run: bool) -> None:
 
 def open_files(config: TrainConfig, base: Path):
     """What the base holds, its geometry, and the prefix of the data; all that is wrong with the files at once."""
-    from . import checkpoint
-    from .model import arch
+    from . import bases
 
     found, stored, geometry = [], {}, None
     try:
-        stored = checkpoint.describe(base)
-        geometry = arch.detect({name: s.shape for name, s in stored.items()}, project.shown(base))
+        stored, geometry = bases.inspect(base)
     except UserError as error:
         found.append(Problem("MODEL_PATH", str(error)))
     if geometry:
@@ -246,6 +259,30 @@ def choose_folder(config: TrainConfig, prefix: Path) -> Path:
     return folder
 
 
+def claim_folder(config: TrainConfig, prefix: Path) -> Path:
+    """The same, made ours: of two runs that want one name at the same instant, one gets it."""
+    while True:
+        folder = choose_folder(config, prefix)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            (folder / "loss.jsonl").open("x").close()
+            return folder
+        except FileExistsError:
+            if config.run_name:
+                message = f"{project.shown(folder)} has just been taken by another run; choose another name"
+                raise Problems(Problem("RUN_NAME", message)) from None
+
+
+def release_folder(folder: Path) -> None:
+    """Leave nothing behind of a run that never took a step."""
+    log = folder / "loss.jsonl"
+    if log.is_file() and not log.stat().st_size:
+        log.unlink()
+        (folder / "run.json").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # something else is in it
+            folder.rmdir()
+
+
 def lora_file(config: TrainConfig) -> Path:
     return project.find(config.lora_load, "output")
 
@@ -260,7 +297,7 @@ def load_lora(config: TrainConfig, model, base: Path, base_sha256: str, say) -> 
         sidecar = checkpoint.read_sidecar(path, ("method", "rank", "alpha", "base", "base_sha256"))
         wrong = []
         if sidecar["method"] != config.finetune_mode:
-            wrong.append(Problem("lora_load", f"{config.lora_load} holds a {sidecar['method']} run"))
+            raise Problems(Problem("lora_load", f"holds a {sidecar['method']} run, not a {config.finetune_mode} one"))
         if sidecar["rank"] != config.lora_r:
             wrong.append(Problem("lora_r", f"must be {sidecar['rank']}, the rank of {config.lora_load}"))
         if sidecar["alpha"] != config.lora_alpha:

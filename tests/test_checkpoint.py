@@ -1,5 +1,6 @@
 """Checkpoints: nothing is executed, nothing is torn, and a rewrite is the naive one bit for bit."""
 
+import contextlib
 import os
 import pickle
 import signal
@@ -91,6 +92,36 @@ def test_a_truncated_checkpoint_is_refused(tmp_path):
         (tmp_path / "x.pth").write_bytes(whole[:size])
         with pytest.raises(UserError):
             checkpoint.describe(tmp_path / "x.pth")
+
+
+def test_damaged_checkpoints_never_end_in_a_traceback(tmp_path):
+    import random
+
+    checkpoint.save(tmp_path / "x.pth", TENSORS)
+    whole, pick = (tmp_path / "x.pth").read_bytes(), random.Random(0)
+    for _ in range(600):
+        raw = bytearray(whole)
+        for _ in range(pick.choice([1, 1, 4])):
+            raw[pick.randrange(len(raw))] ^= 1 << pick.randrange(8)
+        (tmp_path / "y.pth").write_bytes(bytes(raw))
+        with contextlib.suppress(UserError):  # refused in words; a flip in the numbers themselves shows in no header
+            checkpoint.load(tmp_path / "y.pth")
+
+
+@pytest.mark.parametrize("kind", ["short", "missing", "compressed"])
+def test_a_record_that_is_not_whole_is_named(tmp_path, kind):
+    checkpoint.save(tmp_path / "x.pth", {"a": torch.ones(50), "b": torch.ones(9)})
+    with zipfile.ZipFile(tmp_path / "x.pth") as old, zipfile.ZipFile(tmp_path / "y.pth", "w") as new:
+        for info in old.infolist():
+            data = old.read(info)
+            if info.filename.endswith("data/0"):
+                if kind == "missing":
+                    continue
+                data = data[:20] if kind == "short" else data
+            packed = zipfile.ZIP_DEFLATED if kind == "compressed" else zipfile.ZIP_STORED
+            new.writestr(info.filename, data, packed)
+    with pytest.raises(UserError, match="the record of a is missing, too short or compressed"):
+        checkpoint.describe(tmp_path / "y.pth")
 
 
 def double(name):

@@ -52,6 +52,8 @@ def test_tokenize_train_merge_chat_by_script_with_spaces_everywhere(kit):
     assert "has no epoch 7; it has 0, 1" in kit.run("merge.sh", "7", ok=False, RUN="a run").stderr
     ask = ["--prompt", "Sea?", "--max-tokens", "8", "--temperature", "0"]
     tuned = kit.run("chat.sh", "--adapter", "output/a run/rwkv-1.pth", *ask).stdout
+    wrong = kit.run("chat.sh", "--model", "nothing.pth", "--adapter", "output/a run/rwkv-1.pth", *ask, ok=False)
+    assert "model/nothing.pth: there is no such file" in wrong.stderr
     whole = kit.run("chat.sh", "--model", "my tiny-LORA-1.pth", *ask).stdout
     base = kit.run("chat.sh", "--model", "my tiny.pth", *ask).stdout
     assert tuned == whole != base
@@ -60,11 +62,19 @@ def test_tokenize_train_merge_chat_by_script_with_spaces_everywhere(kit):
 
 
 def test_a_run_without_a_name_gets_one_of_its_own(shared_kit):
-    names = []
-    for _ in range(2):
-        said = shared_kit.run("training.sh", "--dry-run").stdout
-        names.append(said.split("output    output/")[1].split("/")[0])
-    assert names[0].startswith("chat-lora-2")
+    """Also when two start in the same second: both are started at once here."""
+    script = str(shared_kit.root / "training.sh")
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    both = [subprocess.Popen([script], stdout=subprocess.PIPE, text=True, env=env) for _ in range(2)]
+    names = [p.communicate(timeout=120)[0].split("output    output/")[1].split("/")[0] for p in both]
+    assert [p.returncode for p in both] == [0, 0]
+    assert names[0] != names[1] and all(name.startswith("chat-lora-2") for name in names)
+    for name in names:
+        steps = [
+            json.loads(line)["step"]
+            for line in (shared_kit.root / f"output/{name}/loss.jsonl").read_text().splitlines()
+        ]
+        assert steps == list(range(1, len(steps) + 1))
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -86,7 +96,7 @@ def test_a_stop_signal_saves_and_says_how_to_go_on(kit, number, code):
     assert process.returncode == code, err
     assert "Traceback" not in err
     [saved] = (kit.root / "output/r").glob("rwkv-*.pth")
-    assert f"set lora_load=output/r/{saved.name}" in err
+    assert f'set lora_load="output/r/{saved.name}"' in err
     sidecar = json.loads(saved.with_suffix(".json").read_text())
     assert sidecar["epoch_finished"] is False and sidecar["step"] == log.read_text().count("\n")
     kit.set(to="on.sh", lora_load=f"output/r/{saved.name}", RUN_NAME="on", EPOCH_COUNT="1")
@@ -102,15 +112,16 @@ def test_the_kit_beside_the_script_is_used_not_one_in_the_current_folder(kit, tm
     assert done.returncode == 0 and "the wrong kit" not in done.stderr
 
 
-def test_two_ranks_of_4_are_one_of_8(kit):
-    """Law 5 across processes, on CPU with gloo."""
+@pytest.mark.parametrize(("rows", "split"), [("3", ("4", "1")), ("1", ("3", "2"))], ids=["even", "uneven"])
+def test_two_ranks_of_4_are_one_of_8(kit, rows, split):
+    """Law 5 across processes, on CPU with gloo; also where the last step leaves a rank without rows."""
     import torch
 
     from rwkv_peft import checkpoint
 
     tiny.save_model(kit.root / "model" / "tiny.pth")
     kit.data("chat.jsonl", *tiny.CHATS)
-    kit.run("make_tokenize.sh", "chat.jsonl", "3")
+    kit.run("make_tokenize.sh", "chat.jsonl", rows)
     common = QUICK | {
         "DATA_PATH": "chat",
         "lora_dropout": "0",
@@ -118,8 +129,10 @@ def test_two_ranks_of_4_are_one_of_8(kit):
         "WARMUP_STEPS": "0",
         "LR_INIT": "1e-2",
     }
-    kit.set(to="one.sh", **(common | {"RUN_NAME": "one", "MICRO_BSZ": "8"}))
-    kit.set(to="two.sh", **(common | {"RUN_NAME": "two", "MICRO_BSZ": "4", "GPU_COUNT": "2"}))
+    micro, mini = split
+    whole = str(2 * int(micro) * int(mini))
+    kit.set(to="one.sh", **(common | {"RUN_NAME": "one", "MICRO_BSZ": whole}))
+    kit.set(to="two.sh", **(common | {"RUN_NAME": "two", "MICRO_BSZ": micro, "MINI_BSZ": mini, "GPU_COUNT": "2"}))
     kit.run("one.sh")
     said = kit.run("two.sh")
     assert said.stdout.count("done in") == 1  # only one process speaks

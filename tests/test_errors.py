@@ -215,6 +215,25 @@ def test_a_token_outside_the_vocabulary_is_named(shared_kit):
     assert "data/chat.bin: row 0 holds token" in said and "vocabulary ends at 511" in said
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"DATA_PATH": "."}, "there is no such file"),
+        ({"DATA_PATH": "chat/nothing/"}, "there is no such file"),
+        ({"MODEL_PATH": "~nosuch.pth"}, "there is no such file"),
+        ({"MODEL_PATH": "../model"}, "is a folder, not a .pth file"),
+    ],
+)
+def test_odd_paths_are_answered(shared_kit, settings, words):
+    assert words in training(shared_kit, **settings)
+
+
+def test_chat_with_a_vocabulary_that_is_too_small_for_the_text_says_so(shared_kit):
+    tiny.save_model(shared_kit.root / "model" / "small.pth", shape=tiny.geometry(vocab=512))
+    said = shared_kit.run("chat.sh", "--model", "small.pth", "--prompt", "hello", ok=False).stderr
+    assert "The model's vocabulary ends at 511" in said
+
+
 def test_an_unknown_option_is_refused(shared_kit):
     assert "--dry: is not an option; there is --dry-run" in shared_kit.run("training.sh", "--dry", ok=False).stderr
 

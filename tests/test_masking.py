@@ -7,7 +7,7 @@ from test_templates import TURNS
 
 from json2binidx.encode import encode
 from rwkv_peft import tokenizer
-from rwkv_peft.data.masking import MASKS, target_weights
+from rwkv_peft.data.masking import target_weights
 from rwkv_peft.roles import Role
 from rwkv_peft.templates import Message, render, spans_of_text
 
@@ -66,7 +66,7 @@ def test_documents_of_a_window_keep_their_own_last_answer():
     assert target_weights(roles, "none", first).all()
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", ["none", "pad", "qa", "last"])
 def test_weights_have_one_place_per_target(mask):
     assert target_weights(np.zeros(5, dtype=np.uint8), mask).shape == (4,)
     assert target_weights(np.zeros(1, dtype=np.uint8), mask).shape == (0,)

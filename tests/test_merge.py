@@ -44,7 +44,7 @@ def run(project_folder, request):
 
 def write_sidecar(folder, base, **changes):
     content = {
-        "method": "lora", "rank": 4, "alpha": 8.0, "parts": PARTS, "base": "base.pth",
+        "method": "lora", "rank": 4, "alpha": 8.0, "base": "base.pth",
         "base_sha256": checkpoint.sha256(base), "geometry": SHAPE.as_dict(), "epoch": 3, "step": 9, "versions": {},
     }  # fmt: skip
     checkpoint.write_json(folder / "rwkv-3.json", content | changes)
@@ -120,7 +120,7 @@ def refusals():
         base.unlink()
 
     return {
-        other_base: "is not the file that the run was trained on",
+        other_base: r"is not the file that .*rwkv-3.pth was trained on",
         wrong_rank: r"has rank \[4\] inside, but its sidecar says 8",
         unknown_method: "holds a pissa run, which this version cannot merge",
         not_an_adapter: "holds no lora_A, lora_B",
@@ -154,7 +154,8 @@ def test_a_result_that_does_not_read_back_is_removed(run, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "rewrite", flip_a_bit)
     with pytest.raises(
-        UserError, match="blocks.0.att.w1 and 0 others are not what they should be when read back; the file was removed"
+        UserError,
+        match="blocks.0.att.w1 and 0 others are not what they should be when the result is read back",
     ):
         merge(folder / "rwkv-3.pth", "")
     assert not list((project.ROOT / "merge").glob("*"))
@@ -182,11 +183,34 @@ def test_an_earlier_result_stays_whole_when_a_merge_fails(run):
     assert target.read_bytes() == before
 
 
+def test_a_result_of_another_run_is_kept_under_its_name(run, capsys):
+    folder, base, _ = run
+    merge(folder / "rwkv-3.pth", "")
+    first = (project.ROOT / "merge" / "base-LORA-3.pth").read_bytes()
+    merge(folder / "rwkv-3.pth", "")
+    assert "made from the same run before" in capsys.readouterr().out
+    other = folder.rename(folder.with_name("other"))
+    checkpoint.save(other / "rwkv-3.pth", {n: t * 2 for n, t in checkpoint.load(other / "rwkv-3.pth").items()})
+    merge(other / "rwkv-3.pth", "")
+    assert (project.ROOT / "merge" / "base-LORA-3.r.pth").read_bytes() == first
+    assert (project.ROOT / "merge" / "base-LORA-3.pth").read_bytes() != first
+
+
+def test_a_base_is_found_where_it_lay_even_if_model_holds_another_of_its_name(run, tmp_path):
+    folder, base, _ = run
+    elsewhere = tmp_path / "base.pth"
+    shutil.copy(base, elsewhere)
+    write_sidecar(folder, base, base_path=str(elsewhere))
+    checkpoint.save(base, {n: t + 1 for n, t in checkpoint.load(base).items()})
+    merge(folder / "rwkv-3.pth", "")
+    assert (project.ROOT / "merge" / "base-LORA-3.pth").is_file()
+
+
 def test_a_full_run_is_merged_into_a_whole_model(run):
     folder, base, _ = run
     trained = {n: t + 0.5 if t.is_floating_point() else t for n, t in checkpoint.load(base).items()}
     checkpoint.save(folder / "rwkv-3.pth", trained)
-    write_sidecar(folder, base, method="full", rank=None, alpha=None, parts=None)
+    write_sidecar(folder, base, method="full", rank=None, alpha=None)
     merge(folder / "rwkv-3.pth", "")
     merged = checkpoint.load(project.ROOT / "merge" / "base-FULL-3.pth")
     assert all(torch.equal(merged[n], trained[n]) for n in trained)

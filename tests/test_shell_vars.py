@@ -18,6 +18,9 @@ CTX_LEM=608
 """
 
 
+ALL = "QUANT=\nMICRO_BSZ=\nLR_FINAL=\nCTX_LEN=\n"
+
+
 @dataclass(frozen=True)
 class Settings:
     quant: Literal["none", "nf4", "int8"] = var("QUANT")
@@ -47,9 +50,9 @@ def test_every_problem_is_reported_at_once_in_the_order_of_the_script(tmp_path):
 
 
 def test_sound_values_arrive_with_their_types(tmp_path):
-    script = read(tmp_path, "QUANT=nf4\n", QUANT="nf4", MICRO_BSZ="4", LR_FINAL="2e-5", CTX_LEN="auto")
+    script = read(tmp_path, ALL, QUANT="nf4", MICRO_BSZ="4", LR_FINAL="2e-5", CTX_LEN="auto")
     assert script.read(Settings) == Settings("nf4", 4, 2e-5, "auto")
-    script = read(tmp_path, "QUANT=nf4\n", QUANT="nf4", MICRO_BSZ="4", LR_FINAL="0", CTX_LEN="512")
+    script = read(tmp_path, ALL, QUANT="nf4", MICRO_BSZ="4", LR_FINAL="0", CTX_LEN="512")
     assert script.read(Settings) == Settings("nf4", 4, 0.0, 512)
 
 
@@ -63,7 +66,7 @@ def test_sound_values_arrive_with_their_types(tmp_path):
     ],
 )
 def test_a_number_or_a_word_names_both(tmp_path, text, words):
-    script = read(tmp_path, "", QUANT="none", MICRO_BSZ="1", LR_FINAL="1", CTX_LEN=text)
+    script = read(tmp_path, ALL, QUANT="none", MICRO_BSZ="1", LR_FINAL="1", CTX_LEN=text)
     with pytest.raises(Problems) as found:
         script.read(Settings)
     assert found.value.problems == [Problem("CTX_LEN", words)]
@@ -71,7 +74,7 @@ def test_a_number_or_a_word_names_both(tmp_path, text, words):
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999", "0x10"])
 def test_numbers_that_are_none_are_refused(tmp_path, text):
-    script = read(tmp_path, "", QUANT="none", MICRO_BSZ="1", LR_FINAL=text, CTX_LEN="auto")
+    script = read(tmp_path, ALL, QUANT="none", MICRO_BSZ="1", LR_FINAL=text, CTX_LEN="auto")
     with pytest.raises(Problems, match="number"):
         script.read(Settings)
 
@@ -81,3 +84,9 @@ def test_windows_line_ends_are_named_with_the_cure(tmp_path):
     path.write_bytes(b"QUANT=none\r\n")
     with pytest.raises(Problems, match="Windows line ends; run: sed"):
         Script(path, {})
+
+
+def test_a_value_that_only_the_shell_has_is_not_taken(tmp_path):
+    script = read(tmp_path, ALL.replace("CTX_LEN=\n", ""), QUANT="none", MICRO_BSZ="1", LR_FINAL="1", CTX_LEN="512")
+    with pytest.raises(Problems, match="CTX_LEN: is not set in training.sh"):
+        script.read(Settings)

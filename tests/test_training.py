@@ -11,11 +11,10 @@ import torch
 from test_scripts import ROOT, shell_values
 
 from json2binidx.__main__ import tokenize
-from rwkv_peft import checkpoint, train
+from rwkv_peft import checkpoint, machine, train
 from rwkv_peft.config import TrainConfig
-from rwkv_peft.errors import Problems
+from rwkv_peft.errors import Problems, UserError
 from rwkv_peft.shell_vars import Script
-from rwkv_peft.training import strategy
 
 FAST = {
     "MODEL_PATH": "tiny.pth", "DATA_PATH": "chat", "PRECISION": "fp32", "EPOCH_COUNT": "1", "lora_r": "4",
@@ -38,7 +37,7 @@ def ready(project_folder):
 
 def run(root, name: str = "run", **changes):
     """Train; returns what was saved last, and the records of its steps."""
-    train.run(config(RUN_NAME=name, **changes), dry_run=False)
+    train.command(config(RUN_NAME=name, **changes), [])
     folder = root / "output" / name
     newest = max(folder.glob("rwkv-*.pth"), key=lambda p: int(p.stem[5:]))
     records = [json.loads(line) for line in (folder / "loss.jsonl").read_text().splitlines()]
@@ -219,6 +218,41 @@ def test_data_without_anything_to_train_are_refused(ready, settings, rows, name,
     assert words in {p.name: p.message for p in found.value.problems}[name]
 
 
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_a_run_that_becomes_nan_stops_with_words_and_saves_nothing_of_it(ready, mode):
+    with pytest.raises(UserError, match="training has gone wrong and stops. LR_INIT is too high|has become NaN"):
+        run(ready, FINETUNE_MODE=mode, LR_INIT="1e9", LR_FINAL="1e9", GRAD_CLIP="0", EPOCH_COUNT="30", EPOCH_SAVE="30")
+    assert not list((ready / "output/run").glob("*.pth"))
+    assert "NaN" not in (ready / "output/run/loss.jsonl").read_text()
+
+
+def test_a_run_that_never_took_a_step_leaves_no_folder(ready):
+    tiny.save_model(ready / "model" / "other.pth", seed=1)
+    run(ready, "first")
+    with pytest.raises(Problems):
+        run(ready, "second", lora_load="output/first/rwkv-0.pth", lora_r="2")
+    assert not (ready / "output/second").exists()
+
+
+def test_the_last_answer_of_a_window_is_the_last_of_its_whole_document(ready):
+    from rwkv_peft import tokenizer
+    from rwkv_peft.data.binidx import Reader
+    from rwkv_peft.data.loading import Data
+
+    text = "User: one\n\nAssistant: FIRST ANSWER here it is\n\nUser: two\n\nAssistant: LAST"
+    tokenize(tiny.write_jsonl(ready / "data" / "w.jsonl", [{"text": text}]), 1, 0, True, 42)
+    prefix = ready / "data" / "w"
+    data = Data(Reader(prefix), Reader(f"{prefix}.roles"), "get", "last", 6, 1, True, 65536)
+    said = sorted(
+        tokenizer.decode(tokens[1:][weights > 0].tolist()).strip()
+        for i in range(data.rows)
+        for tokens, weights in data.row(i)
+    )
+    assert "".join(said) == "LAST"
+    trained = sum(int(w.sum()) for i in range(data.rows) for _, w in data.row(i))
+    assert trained == data.facts().targets
+
+
 def test_epochs_are_saved_when_the_setting_says_and_always_at_the_end(ready):
     run(ready, EPOCH_COUNT="5", EPOCH_SAVE="2")
     assert sorted(p.name for p in (ready / "output/run").glob("*.pth")) == ["rwkv-1.pth", "rwkv-3.pth", "rwkv-4.pth"]
@@ -235,8 +269,8 @@ def test_wandb_offline_gets_the_records_and_a_broken_one_stops_nothing(ready, mo
 
 
 def test_the_precision_follows_the_processor():
-    assert strategy.cpu_has_bf16("flags\t\t: fpu avx2 amx_bf16 amx_tile")
-    assert strategy.cpu_has_bf16("flags\t\t: fpu avx512_bf16")
-    assert strategy.cpu_has_bf16("Features\t: fp asimd bf16 i8mm")
-    assert not strategy.cpu_has_bf16("flags\t\t: fpu avx2 avx512f")
-    assert not strategy.cpu_has_bf16("")
+    assert machine.cpu_has_bf16("flags\t\t: fpu avx2 amx_bf16 amx_tile")
+    assert machine.cpu_has_bf16("flags\t\t: fpu avx512_bf16")
+    assert machine.cpu_has_bf16("Features\t: fp asimd bf16 i8mm")
+    assert not machine.cpu_has_bf16("flags\t\t: fpu avx2 avx512f")
+    assert not machine.cpu_has_bf16("")

@@ -17,11 +17,17 @@ from .registry import ADAPTERS
 def adapt(model: nn.Module, method: str, parts: Iterable[str], rank: int, alpha: float, dropout: float) -> None:
     """Freeze the model; wrap the linears of att and ffn if they are among the parts, train the others whole in float32."""
     parts = tuple(parts)
+    layers = [f"blocks.{i}.{x}" for i in range(len(model.blocks)) for part in parts for x in LINEARS.get(part, ())]
+    whole = whole_tensors([n for n, _ in model.named_parameters()], parts)
+    wrap(model, method, layers, whole, rank, alpha, dropout)
+
+
+def wrap(model: nn.Module, method: str, layers, whole, rank: int, alpha: float, dropout: float) -> None:
+    """Freeze the model; put adapters on these layers, and train these tensors whole in float32."""
     model.requires_grad_(False)
-    for name in whole_tensors([n for n, _ in model.named_parameters()], parts):
+    for name in whole:
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(model.get_parameter(name).detach().float()))
-    layers = [f"blocks.{i}.{x}" for i in range(len(model.blocks)) for part in parts for x in LINEARS.get(part, ())]
     inject(model, layers, lambda linear: ADAPTERS[method](linear, rank, alpha, dropout))
 
 
@@ -58,8 +64,15 @@ def load_trained(model: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
 
 
 def attach_checkpoint(model: nn.Module, tensors: Mapping[str, Tensor], sidecar: Mapping, where: str) -> None:
-    """A saved adapter on its base, as it was trained, without dropout."""
-    adapt(model, sidecar["method"], sidecar["parts"], sidecar["rank"], sidecar["alpha"], dropout=0.0)
+    """A saved adapter on its base, as it was trained, without dropout. What it wraps is told by its tensors' names."""
+    leaves = ADAPTERS[sidecar["method"]].tensors
+    layers = sorted({n.rpartition(".")[0] for n in tensors if n.rpartition(".")[2] in leaves})
+    whole = [n for n in tensors if n.rpartition(".")[2] not in leaves]
+    known = dict(model.named_parameters())
+    strange = [n for n in (*(f"{layer}.weight" for layer in layers), *whole) if n not in known]
+    if strange:
+        raise UserError(f"{where}: does not fit its base, which has no {strange[0]}.")
+    wrap(model, sidecar["method"], layers, whole, sidecar["rank"], sidecar["alpha"], dropout=0.0)
     load_trained(model, tensors, where)
 
 

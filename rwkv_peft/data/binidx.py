@@ -136,15 +136,8 @@ class Writer:
             with open(temporary(self.final(ending, "idx")), "wb") as index:
                 index.write(index_bytes(self.sizes, self.streams[ending]))
                 sync(index)
-        mark = self.final("", "idx")
-        with contextlib.suppress(FileNotFoundError):
-            mark.unlink()
-        for ending in sorted(self.streams, reverse=True):
-            for kind in ("bin", "idx"):
-                if self.final(ending, kind) != mark:
-                    os.replace(temporary(self.final(ending, kind)), self.final(ending, kind))
-        os.replace(temporary(mark), mark)
-        sync_folder(mark.parent)
+        names = [self.final(e, kind) for e in sorted(self.streams, reverse=True) for kind in ("bin", "idx")]
+        put_in_place(names)  # ends with the .idx of the tokens
 
     def discard(self) -> None:
         for ending, file in self.files.items():
@@ -152,3 +145,28 @@ class Writer:
             for kind in ("bin", "idx"):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(temporary(self.final(ending, kind)))
+
+
+def put_in_place(names: list[Path]) -> None:
+    """Give temporary files their names, all or none. The last one is the mark without which readers refuse the rest: it
+    goes first and comes back last, so that a kill in between never leaves an old and a new file that seem to belong together.
+    """
+    kept: dict[Path, Path] = {}
+    placed: list[Path] = []
+    try:
+        for name in reversed(names):
+            if name.exists():
+                os.replace(name, old := Path(f"{temporary(name)}.old"))
+                kept[name] = old
+        for name in names:
+            os.replace(temporary(name), name)
+            placed.append(name)
+    except BaseException:
+        for name in reversed(placed):
+            name.unlink()
+        for name, old in reversed(kept.items()):
+            os.replace(old, name)
+        raise
+    for old in kept.values():
+        old.unlink()
+    sync_folder(names[-1].parent)

@@ -5,6 +5,7 @@ Every batch can be computed from its number alone, so any worker, rank or resume
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -110,8 +111,9 @@ class Data:
             end = max(begin + 1, int(np.searchsorted(self.starts, self.starts[begin] + COUNT_TOKENS, side="right")) - 1)
             span = slice(self.starts[begin], self.starts[end])
             tokens = self.reader.tokens[span]
-            if len(tokens) and int(tokens.max()) >= vocab_size:
-                bad = int(np.flatnonzero(tokens >= vocab_size)[0])
+            outside = (tokens >= vocab_size) | (tokens < 0)
+            if outside.any():
+                bad = int(np.flatnonzero(outside)[0])
                 row = int(np.searchsorted(self.starts, self.starts[begin] + bad, side="right")) - 1
                 raise UserError(
                     f"{self.reader.path}: row {row} holds token {int(tokens[bad])}, but the model's vocabulary ends at "
@@ -140,15 +142,14 @@ class Data:
 
     def weights(self, start: int, stop: int) -> np.ndarray:
         """float32 [stop - start - 1] for the targets of a piece."""
-        first = np.zeros(stop - start, dtype=bool)
-        inside = self.starts[np.searchsorted(self.starts, start) : np.searchsorted(self.starts, stop)]
-        first[inside - start] = True
-        if self.mask == "last" and self.mode != "get":
-            # the last answer of the document, also where the context cuts it off: look at all of it
-            document = int(np.searchsorted(self.starts, start, side="right")) - 1
-            end = int(self.starts[document + 1])
-            return target_weights(self.roles_between(start, end), self.mask)[: stop - start - 1]
-        return target_weights(self.roles_between(start, stop), self.mask, first)
+        begin, end = start, stop
+        if self.mask == "last":  # which answer is the last of its document shows only in the whole of it
+            begin = int(self.starts[np.searchsorted(self.starts, start, side="right") - 1])
+            end = int(self.starts[np.searchsorted(self.starts, stop, side="left")])
+        first = np.zeros(end - begin, dtype=bool)
+        inside = self.starts[np.searchsorted(self.starts, begin) : np.searchsorted(self.starts, end)]
+        first[inside - begin] = True
+        return target_weights(self.roles_between(begin, end), self.mask, first)[start - begin : stop - begin - 1]
 
     def row(self, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """Tokens [n] and weights [n-1] of every piece of a row of the endless stream."""
@@ -219,7 +220,8 @@ class Batches(Dataset):
         rows = [self.data.row(n) for n in mine]
         if not rows:  # this rank has nothing left in the epoch's last step: run something, count nothing
             rows = [[(tokens, np.zeros_like(weights)) for tokens, weights in self.data.row(step[0])]]
-        return make_batch(rows, self.data.step_targets(step), fill=self.data.mode == "pad")
+        batch = make_batch(rows, self.data.step_targets(step), fill=self.data.mode == "pad")
+        return batch if mine else dataclasses.replace(batch, tokens=0)
 
 
 class InOrder(Sampler):

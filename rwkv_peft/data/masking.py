@@ -9,8 +9,6 @@ import numpy as np
 
 from ..roles import Role
 
-MASKS = ("none", "pad", "qa", "last")
-
 
 def roles_of_tokens(lengths: np.ndarray, spans, end_of_doc: bool) -> np.ndarray:
     """Who said each token, uint8 [n]: an answer's token if any of its bytes is in an answer, else who said its first byte.

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-MODES = ("pack", "pad", "only", "get")
 AUTO_CTX_LIMIT = 4096  # the longest context that CTX_LEN=auto takes
 AUTO_PACK_CTX = 512  # packs of short documents are at least this long: a fuller row costs the same and loses less
 

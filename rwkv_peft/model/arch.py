@@ -34,7 +34,6 @@ WHOLE = {
     "emb": r"emb\.weight",
     "head": r"head\.weight",
 }
-PARTS = (*LINEARS, *WHOLE)
 
 # learning-rate factors of the official recipe (RWKV-LM train_temp): everything else has 1
 LR_SCALES = {r"blocks\.\d+\.att\.w0": 2.0}

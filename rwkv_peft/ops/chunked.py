@@ -16,6 +16,7 @@ Letters: M chunks of all sequences, L tokens per chunk, H heads, N head size, S 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,7 +41,7 @@ def wkv7(r, w, k, v, a, b, s0: Tensor | None = None, cu_seqlens: Sequence[int] |
     return y.view(batch, tokens, heads, size), end
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Chunks:
     """Where the tokens of the sequences lie among M chunks of L. Sequences are whole chunks; the last is filled up."""
 
@@ -52,6 +53,7 @@ class Chunks:
     active: list[Tensor]  # active[j]: those sequences
 
 
+@functools.lru_cache(maxsize=8)  # every layer, and the backward pass, asks for the same one
 def plan_chunks(spans: Sequence[tuple[int, int]], length: int, device) -> Chunks:
     counts = [-(-(end - begin) // length) for begin, end in spans]
     firsts, total = [], 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
@@ -15,7 +16,12 @@ import pytorch_lightning as pl
 import torch
 from tqdm import tqdm
 
+from ..errors import UserError
 from .plot import draw_loss
+
+TOO_HIGH = (
+    "LR_INIT is too high (take a third of it, and GRAD_CLIP=1), or the base itself holds NaN. Earlier epochs are whole."
+)
 
 SMOOTHING = 0.9  # of the loss that the progress line shows
 SPEED_SMOOTHING = 0.8  # of seconds per step, for tokens/s and the time left
@@ -27,7 +33,7 @@ class Record:
 
     step: int  # from 1
     epoch: int  # from 0, as in file names
-    loss: float
+    loss: float | None  # None for a step without a trained token (DATALOAD=get)
     lr: float
     grad_norm: float
     tokens: int
@@ -57,6 +63,8 @@ class StepRecorder(pl.Callback):
             sums = trainer.strategy.reduce(sums.to(trainer.strategy.root_device), reduce_op="sum").cpu()
         loss, tokens = float(sums[0]), int(sums[1])
         module.step_loss, self.tokens = None, 0
+        if not math.isfinite(loss):
+            raise UserError(f"\nThe loss of step {self.step} is {loss}: training has gone wrong and stops. {TOO_HIGH}")
         now = time.monotonic()
         taken, self.last = max(now - self.last, 1e-9), now
         self.pace = taken if self.pace is None else SPEED_SMOOTHING * self.pace + (1 - SPEED_SMOOTHING) * taken
@@ -64,8 +72,9 @@ class StepRecorder(pl.Callback):
             return
         # the scheduler has moved on already: its previous value is what this step used
         rate = module.rate_of(self.step - 1)
+        shown = loss if batch.step_targets else None
         record = Record(
-            self.step, trainer.current_epoch, loss, rate, float(module.grad_norm), tokens, batch.step_targets,
+            self.step, trainer.current_epoch, shown, rate, float(module.grad_norm), tokens, batch.step_targets,
             tokens / self.pace, batch.step_targets / self.pace, now - self.begin,
         )  # fmt: skip
         for sink in self.sinks:
@@ -83,11 +92,13 @@ class Progress:
 
     def __call__(self, record: Record) -> None:
         first = self.smooth is None
-        self.smooth = record.loss if first else SMOOTHING * self.smooth + (1 - SMOOTHING) * record.loss
+        if record.loss is not None:
+            self.smooth = record.loss if first else SMOOTHING * self.smooth + (1 - SMOOTHING) * record.loss
+        loss = "-" if self.smooth is None else f"{self.smooth:.3f}"
         # tokens/s: all inputs, and those that are trained
         speed = f"{record.tokens_per_s:,.0f} tokens/s ({record.targets_per_s:,.0f} trained)"
         if self.bar:
-            state = f"epoch {record.epoch + 1}/{self.epochs}  loss {self.smooth:.3f}  lr {record.lr:.2e}  {speed}"
+            state = f"epoch {record.epoch + 1}/{self.epochs}  loss {loss}  lr {record.lr:.2e}  {speed}"
             self.bar.set_description_str(state, refresh=False)
             self.bar.update(1)
         elif first or record.step % self.every == 0 or record.step == self.steps:
@@ -152,9 +163,9 @@ class Save(pl.Callback):
 
 
 class StopOnSignal(pl.Callback):
-    """Ctrl-C or SIGTERM: finish the micro-batch, save, leave. A second Ctrl-C leaves at once."""
+    """Ctrl-C, SIGTERM or a closed terminal: finish the micro-batch, save, leave. A second Ctrl-C leaves at once."""
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self, say: Callable[[str], None]):
         self.say, self.received = say, 0
@@ -193,8 +204,25 @@ def wandb_sink(project: str, name: str, folder: Path, settings: dict, warn: Call
         )
         return None
 
-    def sink(record: Record) -> None:
-        run.log(asdict(record), step=record.step)
+    return WandbSink(run, warn)
 
-    sink.close = run.finish
-    return sink
+
+class WandbSink:
+    """Hands records to a wandb run until it fails; then says so once and is quiet."""
+
+    def __init__(self, run, warn: Callable[[str], None]):
+        self.run, self.warn = run, warn
+
+    def __call__(self, record: Record) -> None:
+        self.guarded(lambda: self.run.log(asdict(record), step=record.step))
+
+    def close(self) -> None:
+        self.guarded(lambda: self.run.finish())
+
+    def guarded(self, action: Callable[[], None]) -> None:
+        if self.run is not None:
+            try:
+                action()
+            except Exception as error:  # whatever a tracker does, it must not stop training
+                self.run = None
+                self.warn(f"wandb failed ({type(error).__name__}: {error}); training goes on without it.")

@@ -18,6 +18,7 @@ def draw_loss(folder: Path) -> Path:
     import matplotlib.pyplot as plt
 
     records = [json.loads(line) for line in (folder / "loss.jsonl").read_text(encoding="utf-8").splitlines()]
+    records = [r for r in records if r["loss"] is not None]
     steps, losses = [r["step"] for r in records], [r["loss"] for r in records]
     window, smooth = max(5, round(SMOOTHED_SHARE * len(losses))), []
     for i in range(len(losses)):

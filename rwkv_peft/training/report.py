@@ -11,8 +11,8 @@ from pathlib import Path
 from .. import project, tokenizer
 from ..data.sampling import AUTO_CTX_LIMIT
 from ..errors import leave
+from ..machine import device_kind, device_words
 from ..model import arch
-from . import strategy
 from .callbacks import clock
 from .estimate import memory_bytes
 
@@ -23,8 +23,8 @@ def plan_lines(settings, base, geometry, data, plan, steps, trained_values, stor
     settings: those of run.json, by their names in the script.
     """
     facts, total = data.facts(), sum(math.prod(s.shape) for s in stored.values())
-    device, full = strategy.device_kind(), settings["FINETUNE_MODE"] == "full"
-    tokens = plan.micro_bsz * data.ctx_len
+    device, full = device_kind(), settings["FINETUNE_MODE"] == "full"
+    tokens = min(plan.micro_bsz * data.ctx_len, facts.tokens)
     memory = memory_bytes(
         arch.shapes(geometry), trained_values, tokens, geometry.n_layer, geometry.n_embd, dtype.itemsize,
         settings["GRAD_CP"], full, device,
@@ -61,7 +61,7 @@ def plan_lines(settings, base, geometry, data, plan, steps, trained_values, stor
         rows.append(("", f"WARMUP_STEPS={settings['WARMUP_STEPS']} is as long as the whole run: the rate only rises"))
     kind = "GPU memory" if device == "cuda" else "memory"
     rows += [
-        ("machine", f"{strategy.device_words()}; PRECISION={settings['PRECISION']}, OP={settings['OP']}, "
+        ("machine", f"{device_words()}; PRECISION={settings['PRECISION']}, OP={settings['OP']}, "
                     f"STRATEGY={settings['STRATEGY']}; about {memory / 2**30:.1f} GB {kind} (estimate)"),
         ("output", f"output/{settings['RUN_NAME']}/"),
     ]  # fmt: skip
@@ -124,7 +124,7 @@ def finish(full: bool, folder: Path, newest: Path | None, received: int, seconds
             leave(f"Stopped before the first step: there was nothing to save in {there}.", 128 + received)
         setting = "MODEL_PATH" if full else "lora_load"
         leave(
-            f"Stopped; what was learnt so far is saved. To go on from it, set {setting}={newest} "
+            f'Stopped; what was learnt so far is saved. To go on from it, set {setting}="{newest}" '
             "(and a new RUN_NAME, if one is set) and run the script again; the optimizer and the schedule start anew.",
             128 + received,
         )

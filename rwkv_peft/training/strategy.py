@@ -1,49 +1,16 @@
-"""What the machine can do, and what that makes of PRECISION, GPU_COUNT and STRATEGY."""
+"""What GPU_COUNT, STRATEGY and PRECISION make of Lightning's Trainer."""
 
 from __future__ import annotations
 
 import contextlib
-import re
-from pathlib import Path
 
 import torch
 from pytorch_lightning.plugins.precision import MixedPrecision
 
 from ..errors import Problem, Problems
+from ..machine import device_kind
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 FP16_SCALE = 2.0**12  # the loss is a mean over tokens, so gradients are small; torch's own 2**16 overflows at first
-
-
-def device_kind() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def device_words() -> str:
-    if device_kind() == "cuda":
-        gpu = torch.cuda.get_device_properties(0)
-        return f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GB"
-    return f"CPU, {torch.get_num_threads()} threads (no CUDA device was found)"
-
-
-def cpu_has_bf16(cpuinfo: str | None = None) -> bool:
-    """Whether the processor multiplies bf16 itself. Where it does not, bf16 is about ten times slower than fp32."""
-    if cpuinfo is None:
-        path = Path("/proc/cpuinfo")
-        cpuinfo = path.read_text() if path.is_file() else ""
-    return re.search(r"^(flags|Features)\s*:.*\b(amx_bf16|avx512_bf16|bf16)\b", cpuinfo, re.M) is not None
-
-
-def precision(wanted: str) -> str:
-    """auto -> what this machine computes best. Raises Problems for what it cannot do."""
-    on_gpu = device_kind() == "cuda"
-    if wanted == "auto":
-        if on_gpu:
-            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        return "bf16" if cpu_has_bf16() else "fp32"
-    if wanted == "tf32" and not on_gpu:
-        raise Problems(Problem("PRECISION", "is for NVIDIA GPUs, and none was found; use auto or fp32"))
-    return wanted
 
 
 class ScaledHalf(MixedPrecision):
@@ -68,5 +35,6 @@ def trainer_arguments(precision: str, gpu_count: int, strategy: str) -> dict:
         "strategy": "ddp" if gpu_count > 1 or strategy == "ddp" else "auto",
     }
     if precision == "fp16":
-        arguments["plugins"] = [ScaledHalf("16-mixed", kind, torch.amp.GradScaler(kind, init_scale=FP16_SCALE))]
+        scaler = torch.amp.GradScaler(kind, init_scale=FP16_SCALE)
+        arguments["plugins"] = [ScaledHalf("16-mixed", kind, scaler)]
     return arguments

@@ -1,0 +1,41 @@
+"""The file of a base model: is it one, how large is it, and which file does a checkpoint belong to?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from . import checkpoint, project
+from .errors import UserError
+from .model import arch
+from .model.arch import Geometry
+
+
+def inspect(path: Path) -> tuple[dict[str, checkpoint.Stored], Geometry]:
+    """What a model file holds, and its geometry, without reading a weight. UserError if it is no RWKV-7."""
+    stored = checkpoint.describe(path)
+    geometry = arch.detect({name: s.shape for name, s in stored.items()}, project.shown(path))
+    odd = [name for name in arch.shapes(geometry) if not stored[name].dtype.is_floating_point]
+    if odd:
+        raise UserError(f"{project.shown(path)}: {odd[0]} holds {stored[odd[0]].dtype}, not floating-point numbers.")
+    return stored, geometry
+
+
+def base_of(sidecar: dict, adapter: Path, given: str = "") -> Path:
+    """The very file that a checkpoint was trained on, found by its content.
+
+    given: where the user says it is; else it is looked for by its name in model/, and where it lay at that time.
+    UserError if none of these is that file.
+    """
+    places = [project.model_file(given)] if given else [project.ROOT / "model" / sidecar["base"]]
+    if not given and sidecar.get("base_path"):
+        places.append(Path(sidecar["base_path"]))
+    there = [place for place in places if place.is_file()]
+    for place in there:
+        if checkpoint.sha256(place) == sidecar["base_sha256"]:
+            return place
+    if not there:
+        inspect(places[0])  # says that it is missing
+    raise UserError(
+        f"{project.shown(there[0])}: is not the file that {project.shown(adapter)} was trained on (its content differs from "
+        f"{sidecar['base']} then). Put the right one into model/, or name it with MODEL_PATH."
+    )

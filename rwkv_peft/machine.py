@@ -1,0 +1,43 @@
+"""What the machine can compute in, and what PRECISION=auto becomes on it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+from .errors import Problem, Problems
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
+
+
+def device_kind() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device_words() -> str:
+    if device_kind() == "cuda":
+        gpu = torch.cuda.get_device_properties(0)
+        return f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GB"
+    return f"CPU, {torch.get_num_threads()} threads (no CUDA device was found)"
+
+
+def cpu_has_bf16(cpuinfo: str | None = None) -> bool:
+    """Whether the processor multiplies bf16 itself. Where it does not, bf16 is about ten times slower than fp32."""
+    if cpuinfo is None:
+        path = Path("/proc/cpuinfo")
+        cpuinfo = path.read_text() if path.is_file() else ""
+    return re.search(r"^(flags|Features)\s*:.*\b(amx_bf16|avx512_bf16|bf16)\b", cpuinfo, re.M) is not None
+
+
+def precision(wanted: str) -> str:
+    """auto -> what this machine computes best. Raises Problems for what it cannot do."""
+    on_gpu = device_kind() == "cuda"
+    if wanted == "auto":
+        if on_gpu:
+            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        return "bf16" if cpu_has_bf16() else "fp32"
+    if wanted == "tf32" and not on_gpu:
+        raise Problems(Problem("PRECISION", "is for NVIDIA GPUs, and none was found; use auto or fp32"))
+    return wanted
