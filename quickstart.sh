@@ -34,7 +34,7 @@ common=(RUN_NAME= MODEL_VERSION=auto N_LAYER=auto EMBD_SIZE=auto VOCAB_SIZE=auto
 began=$SECONDS
 now="$(date +%Y%m%d-%H%M%S)"
 base=model/rwkv7-tiny.pth
-mkdir -p quickstart
+mkdir -p quickstart model
 
 step "1/6  A base model: $base"
 if [ -f "$base" ]; then

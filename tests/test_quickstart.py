@@ -13,6 +13,7 @@ SHIPPED = ["setup.sh", "quickstart.sh", "make_tokenize.sh", "training.sh", "merg
 @pytest.mark.slow
 def test_quickstart_teaches_the_sample_and_leaves_the_users_files_alone(tmp_path):
     root = tmp_path / "a fresh clone"
+    # as a downloaded archive may be: without the folders that hold nothing but the user's files
     for folder in ("rwkv_peft", "json2binidx", "data", "merge"):
         keep = shutil.ignore_patterns("__pycache__", "*.pth", "*.bin", "*.idx")
         shutil.copytree(ROOT / folder, root / folder, ignore=keep)
