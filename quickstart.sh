@@ -11,7 +11,9 @@ if [ $# -gt 0 ]; then
 fi
 [ -f rwkv_peft/run.sh ] || { echo "quickstart.sh must lie in the project's folder." >&2; exit 2; }
 
-step() { printf '\n\033[1m%s\033[0m\n' "$*"; }
+step() { # bold on a terminal
+  if [ -t 1 ]; then printf '\n\033[1m%s\033[0m\n' "$*"; else printf '\n%s\n' "$*"; fi
+}
 
 # copy_with FILE NAME=VALUE ...: a copy of training.sh with these values
 copy_with() {
@@ -36,7 +38,7 @@ now="$(date +%Y%m%d-%H%M%S)"
 base=model/rwkv7-tiny.pth
 mkdir -p quickstart model
 
-step "1/6  A base model: $base"
+step "1/6  A base model: $base, built and pretrained on data/pretrain.jsonl"
 if [ -f "$base" ]; then
   echo "It is there already and is used as it is. (Remove it to build and pretrain it again.)"
 else
@@ -52,22 +54,22 @@ else
   mv "$base.new" "$base"
 fi
 
-step "2/6  Tokens: ./make_tokenize.sh sample.jsonl 4"
+step "2/6  Tokens: ./make_tokenize.sh quickstart/sample.jsonl 4 (a copy of data/sample.jsonl)"
 cp data/sample.jsonl quickstart/
 ./make_tokenize.sh quickstart/sample.jsonl 4
 
-step "3/6  LoRA: ./training.sh --dry-run, then ./training.sh"
+step "3/6  LoRA: quickstart/training.sh (a copy of ./training.sh with the toy's settings): two samples, then the run"
 copy_with quickstart/training.sh "${common[@]}" FINETUNE_MODE=lora MODEL_PATH=rwkv7-tiny.pth \
   DATA_PATH=quickstart/sample "RUN_NAME=quickstart-lora-$now" LOSS_MASK=qa CTX_LEN=272 EPOCH_COUNT=8
 quickstart/training.sh --dry-run | sed '1,/^output/d'
 quickstart/training.sh
 
-step "4/6  Merge: ./merge.sh 7"
+step "4/6  Merge: RUN=quickstart-lora-$now ./merge.sh 7 (epochs count from 0: this is the last of 8)"
 # an earlier toy result makes room; anything of yours is kept under another name by merge.sh itself
 if grep -qs '"run": "quickstart-lora-' merge/rwkv7-tiny-LORA-7.json; then rm -f merge/rwkv7-tiny-LORA-7.{pth,json}; fi
 RUN="quickstart-lora-$now" MODEL_PATH='' rwkv_peft/run.sh merge.__main__ merge.sh 7
 
-step "5/6  The same question to both: ./chat.sh --prompt ..."
+step "5/6  The same question to both: ./chat.sh --model ... --temperature 0 --prompt ..."
 question="How many steps does the Heron Bay lighthouse have?"
 ask() { # whatever you have made of chat.sh
   MODEL_PATH="$1" ADAPTER='' SYSTEM='' MAX_TOKENS=40 TEMPERATURE=0 TOP_P=1 SEED=1 PRECISION=auto \
@@ -94,6 +96,6 @@ With a real model:
   1. Put an RWKV-7 .pth into model/ and your data into data/, like data/sample.jsonl
   2. ./make_tokenize.sh my.jsonl     and copy the lines that it prints into training.sh
   3. Set MODEL_PATH in training.sh, look with ./training.sh --dry-run, then ./training.sh
-  4. ./merge.sh 0                    and load merge/<base>-LORA-0.pth in RWKV-Runner, Ai00 or the rwkv package
+  4. ./merge.sh                      and load the file that it names in RWKV-Runner or with the rwkv package
 README.md tells the rest; what fits your GPU too.
 TEXT

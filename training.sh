@@ -46,7 +46,7 @@ VOCAB_SIZE=auto
 ############################################### Data  数据 ######################################################
 
 # Longest piece of text that is trained in one go, in tokens. Longer rows are cut, and the start-up says how many.
-#   auto   the longest row, at most 4096 (packs: at least 512)
+#   auto   the longest row, at most 4096; packs of short rows are 512, or less where the data are few
 #   Memory grows with it. make_tokenize.sh prints max_length.      显存随它增长；auto 取最长样本，最多 4096
 CTX_LEN=auto
 
@@ -88,13 +88,13 @@ EPOCH_STEPS=auto
 # Save every so many epochs; the last one is always saved. 每多少轮保存一次，最后一轮总会保存
 EPOCH_SAVE=1
 
-# Rows that go through one GPU at once. More is faster and takes more memory.
-#   out of memory? halve it and double MINI_BSZ: the result is the same. auto: about 4096 tokens at once
-#   显存不足就减半，并把 MINI_BSZ 加倍，结果不变
+# Rows (with DATALOAD=pack: packs) that go through one GPU at once. More is faster and takes more memory.
+#   auto: about 4096 tokens at once, and at least 16 optimizer steps an epoch if the data allow it
+#   out of memory? halve it and double MINI_BSZ: the result is the same.       显存不足就减半，并把 MINI_BSZ 加倍，结果不变
 MICRO_BSZ=auto
 
-# Micro-batches per optimizer step. Rows per step = MICRO_BSZ * MINI_BSZ * GPU_COUNT: 4-8 for under 1000 rows,
-# 8-16 for under 5000, 32 and more above. (A pack holds several rows.)     梯度累积次数
+# Micro-batches per optimizer step: MICRO_BSZ * MINI_BSZ * GPU_COUNT rows or packs make one step. Aim at 4-8 rows a step
+# for under 1000 rows, 8-16 for under 5000, 32 and more above; a pack holds several rows, so 1 is often enough.  梯度累积次数
 MINI_BSZ=1
 
 ######################################### Learning rate  学习率 ##################################################

@@ -17,12 +17,14 @@ The files appear beside FILE when everything was fine; otherwise earlier files s
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from rwkv_peft import project
 from rwkv_peft.errors import UserError, leave
 from rwkv_peft.shell_vars import enter, var
+from rwkv_peft.words import count, did_you_mean, listed
 
 SHOW = 10  # problems and dropped lines that are listed; the rest are counted
 
@@ -48,7 +50,10 @@ def command_line(arguments: list[str]) -> tuple[Path, int, int, bool]:
     words = [a for a in arguments if not a.startswith("--")]
     unknown = [f for f in flags if f != "--no-eof"]
     if unknown:
-        raise UserError(f"{unknown[0]}: is not an option; there is --no-eof. See ./make_tokenize.sh --help")
+        meant = did_you_mean(unknown[0], ["--no-eof"])
+        raise UserError(
+            f"{unknown[0]}: is not an option{meant or '.'} There is --no-eof; see ./make_tokenize.sh --help"
+        )
     if not 1 <= len(words) <= 3:
         leave(__doc__, 2)
     numbers = {}
@@ -60,8 +65,11 @@ def command_line(arguments: list[str]) -> tuple[Path, int, int, bool]:
         numbers[name] = default if word is None else int(word)
     source = project.find(words[0], "data")
     if not source.exists():
-        there = ", ".join(sorted(p.name for p in (project.ROOT / "data").glob("*.jsonl"))) or "no .jsonl file"
-        raise UserError(f"{project.shown(source)}: there is no such file. In data/ there is: {there}.")
+        there = [p.name for p in (project.ROOT / "data").glob("*.jsonl")]
+        raise UserError(
+            f"{project.shown(source)}: there is no such file{did_you_mean(source.name, there) or '.'} "
+            f"In data/ there is: {listed(there)}."
+        )
     if not source.is_file():
         raise UserError(f"{project.shown(source)}: is not a file.")
     if source.suffix != ".jsonl":
@@ -78,16 +86,18 @@ def tokenize(source: Path, epochs: int, max_tokens: int, end_of_doc: bool, seed:
 
     from rwkv_peft.data.binidx import Writer
     from rwkv_peft.roles import Role
+    from rwkv_peft.templates import overlooked_heading
 
     from .advice import advice
     from .encode import encode
-    from .records import RowError, lines, parse, rendered
+    from .records import FORMS, RowError, lines, parse, rendered
 
     prefix, shown = source.with_suffix(""), project.shown(source)
     sizes: list[int] = []
     schemas: Counter[str] = Counter()
     wrong: list[str] = []
     dropped: list[tuple[int, int]] = []  # line, tokens
+    overlooked: list[tuple[int, str]] = []  # line, what looks like a heading there and is none
     answers = 0
     # rows are encoded once, into files without a name that vanish with us; repeats only copy
     with tempfile.TemporaryFile(dir=source.parent) as ids_file, tempfile.TemporaryFile(dir=source.parent) as roles_file:
@@ -106,6 +116,8 @@ def tokenize(source: Path, epochs: int, max_tokens: int, end_of_doc: bool, seed:
                 if wrong:  # nothing will be written: only look for more problems
                     continue
                 schemas[schema] += 1
+                if schema == "text" and (heading := overlooked_heading(text.encode("utf-8"), spans)):
+                    overlooked.append((number, heading))
                 if max_tokens and len(ids) > max_tokens:
                     dropped.append((number, len(ids)))
                     continue
@@ -114,9 +126,10 @@ def tokenize(source: Path, epochs: int, max_tokens: int, end_of_doc: bool, seed:
                 sizes.append(len(ids))
                 answers += bool((roles == Role.ASSISTANT).any())
         if wrong:
-            listed = "\n".join(wrong[:SHOW])
+            first = "\n".join(wrong[:SHOW])
             more = f"\n... and {len(wrong) - SHOW} more" if len(wrong) > SHOW else ""
-            raise UserError(f"{listed}{more}\n{shown} has {len(wrong)} rows that cannot be used; nothing was written.")
+            many = count(len(wrong), "row")
+            raise UserError(f"{first}{more}\n{shown} has {many} that cannot be used; nothing was written.\n{FORMS}")
         report_dropped(dropped, max_tokens)
         if not sizes:
             why = "every row was dropped" if dropped else "it has no rows"
@@ -135,17 +148,31 @@ def tokenize(source: Path, epochs: int, max_tokens: int, end_of_doc: bool, seed:
             writer.commit()
     kinds = ", ".join(f"{n:,} {schema}" for schema, n in schemas.items())
     read, rows, tokens = len(sizes) + len(dropped), len(sizes) * epochs, sum(sizes) * epochs
-    print(f"{shown}: {read:,} rows ({kinds}), {len(sizes):,} kept, {answers:,} with an Assistant turn")
-    print(f"wrote {project.shown(prefix)}.bin/.idx and .roles.bin/.idx: {rows:,} rows, {tokens:,} tokens")
+    print(f"read      {shown}: {count(read, 'row')} ({kinds}), {len(sizes):,} kept, {answers:,} with an Assistant turn")
+    print(
+        f"wrote     {project.shown(prefix)}.bin/.idx and .roles.bin/.idx: {count(rows, 'row')}, {count(tokens, 'token')}"
+    )
     name = prefix.name if prefix.parent == project.ROOT / "data" else project.shown(prefix.resolve())
-    print(advice(name, max(sizes), rows, end_of_doc, answers > 0))
+    if overlooked:
+        where = at_lines(overlooked)
+        print(
+            f"careful   {count(len(overlooked), 'row')} with what looks like a turn but is read as part of the text before it: "
+            f'{where}. A turn begins with exactly "User:", "Assistant:" or "System:", behind an empty line (\\n\\n in the JSON).'
+        )
+    print(advice(name, max(sizes), rows, end_of_doc, answers > 0 or len(overlooked) > 0))
 
 
 def report_dropped(dropped: list[tuple[int, int]], max_tokens: int) -> None:
     if dropped:
-        listed = ", ".join(f"line {line} ({size:,} tokens)" for line, size in dropped[:SHOW])
-        more = f" and {len(dropped) - SHOW} more" if len(dropped) > SHOW else ""
-        print(f"dropped {len(dropped):,} rows with more than MAX_TOKENS={max_tokens} tokens: {listed}{more}")
+        where = at_lines((line, f"{size:,} tokens") for line, size in dropped)
+        print(f"dropped   {count(len(dropped), 'row')} with more than MAX_TOKENS={max_tokens} tokens: {where}")
+
+
+def at_lines(found: Iterable[tuple[int, str]]) -> str:
+    """line 5 (its note), line 9 (its note) and 3 more."""
+    found = list(found)
+    more = f" and {len(found) - SHOW:,} more" if len(found) > SHOW else ""
+    return ", ".join(f"line {line} ({note})" for line, note in found[:SHOW]) + more
 
 
 if __name__ == "__main__":

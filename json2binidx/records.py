@@ -69,6 +69,11 @@ def kind(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
+FORMS = """Every line must be one whole JSON object, with no comma behind it and no [ ] around the file, like one of these:
+  {"text": "User: Hi\\n\\nAssistant: Hello!"}
+  {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}"""
+
+
 def from_text(row: dict[str, Any]) -> tuple[str, list[Span]]:
     """{"text": ...}: taken as it is; turns are found by their headings."""
     text = row["text"]

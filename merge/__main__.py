@@ -2,8 +2,8 @@
 
 usage: [RUN=name] ./merge.sh [EPOCH]
 
-  EPOCH        which epoch of the run: the N of output/<run>/rwkv-N.pth (the newest, if left out)
-  RUN=name     which run: a folder in output/ (the newest, if left out)
+  EPOCH        which epoch of the run: the N of output/<run>/rwkv-N.pth, counted from 0 (the last one, if left out)
+  RUN=name     which run: a folder in output/ (the newest that has saved something, if left out)
   --help       this text
 
 Method, rank, alpha and base are read from the checkpoint's sidecar rwkv-N.json; that the base is the very file the run
@@ -41,7 +41,7 @@ def command(config: MergeConfig, typed: list[str]) -> None:
     epoch = None
     if typed:
         if not (typed[0].isascii() and typed[0].isdigit()):
-            raise UserError(f"{typed[0]}: is no epoch; give a number like 0. See ./merge.sh --help")
+            raise UserError(f"{typed[0]}: is no epoch; give a number, 0 for the first. See ./merge.sh --help")
         epoch = int(typed[0])
     merge(project.epoch_file(project.run_folder(config.run), epoch), config.model_path)
 
@@ -64,7 +64,7 @@ def merge(adapter: Path, model_path: str) -> None:
     checkpoint.describe(adapter)  # refuses what is no checkpoint before the base is read
     made = method if method == "full" else f"{method} r={sidecar['rank']} alpha={sidecar['alpha']:g}"
     early = "" if sidecar.get("epoch_finished", True) else " (stopped early)"
-    print(f"run       {where}: {made}, epoch {epoch}, step {sidecar['step']}{early}")
+    print(f"run       {where}: {made}, step {sidecar['step']}{early}")
     base = bases.base_of(sidecar, adapter, model_path)
     described, _ = bases.inspect(base)
     print(f"base      {project.shown(base)}: the file that the run was trained on (same content)")
@@ -88,7 +88,7 @@ def merge(adapter: Path, model_path: str) -> None:
         print(f"checked   {line}")
     print(f"wrote     {project.shown(target)}: {target.stat().st_size / 1e6:,.1f} MB")
     print(
-        f"next      ./chat.sh --model {shlex.quote(target.name)}      or load it in RWKV-Runner, Ai00 or the rwkv package"
+        f"next      ./chat.sh --model {shlex.quote(target.name)}      or load it in RWKV-Runner or with the rwkv package"
     )
 
 

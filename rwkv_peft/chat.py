@@ -4,19 +4,20 @@ usage: ./chat.sh [--model FILE] [--adapter FILE] [--prompt TEXT] [--raw] [--syst
                  [--max-tokens N] [--temperature X] [--top-p X] [--seed N]
 
   --model         the model: a name in model/ or merge/, or any path      (MODEL_PATH in the script)
-  --adapter       a checkpoint of a run: output/RUN/rwkv-N.pth            (ADAPTER in the script)
-  --prompt TEXT   answer this one question and leave; without it you talk, and an empty line or Ctrl-D ends it
+  --adapter       what a run learnt: output/RUN/rwkv-N.pth, or output/RUN for its last epoch (ADAPTER in the script)
+  --prompt TEXT   answer this one question and leave; without it you talk, and an empty line, /quit or Ctrl-D ends it
   --raw           the prompt is the beginning of a text to go on with, not a question
   --system TEXT   a system message at the start of the talk
   --temperature   0 takes the likeliest token every time; 1 is the model's own spread
   --top-p         only the likeliest tokens that together have this share
   --help          this text
-While you talk, Ctrl-C ends an answer; /reset forgets the talk.
+While you talk, Ctrl-C ends an answer, /reset forgets the talk, and the arrow keys bring back earlier questions.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,9 @@ from typing import Literal
 from . import project
 from .errors import UserError
 from .shell_vars import convert, enter, var
+from .words import did_you_mean, listed
 
+COMMANDS = "/reset forgets the talk, /quit or an empty line ends it, Ctrl-C ends an answer"
 STOPS = ("\n\nUser:", "\n\nSystem:", "\n\nAssistant:")
 
 
@@ -105,10 +108,9 @@ def load(config: ChatConfig, base_was_named: bool):
     from .model.rwkv import build
     from .ops import dispatch
 
-    base, adapter, sidecar = model_or_merged(config.model_path), None, {}
+    base, adapter, sidecar = None, None, {}
     if config.adapter:
-        adapter = project.find(config.adapter, "output")
-        checkpoint.describe(adapter)  # refuses what is no checkpoint before its sidecar is asked for
+        adapter = adapter_file(config.adapter)
         sidecar = checkpoint.read_sidecar(adapter, ("method", "rank", "alpha", "base", "base_sha256"))
         if sidecar["method"] == "full":  # such a checkpoint is a whole model
             base, adapter = adapter, None
@@ -120,6 +122,8 @@ def load(config: ChatConfig, base_was_named: bool):
             base = bases.base_of(sidecar, adapter, config.model_path if base_was_named else "")
     elif not config.model_path.strip():
         raise UserError("No model is named: give --model FILE or --adapter FILE, or MODEL_PATH in chat.sh.")
+    else:
+        base = model_or_merged(config.model_path)
     _, geometry = bases.inspect(base)
     dtype = machine.DTYPES[machine.precision(config.precision)]
     model = build(geometry, checkpoint.load(base), dispatch.wkv7("auto")[1], dtype, keep=dtype)
@@ -131,8 +135,27 @@ def load(config: ChatConfig, base_was_named: bool):
 
 def model_or_merged(name: str) -> Path:
     path = project.model_file(name)
-    merged = project.find(name, "merge")
-    return merged if not path.exists() and merged.exists() else path
+    merged = project.find(name if name.endswith(".pth") else f"{name}.pth", "merge")
+    if path.exists() or merged.exists():
+        return path if path.exists() else merged
+    there = [p.name for folder in ("model", "merge") for p in (project.ROOT / folder).glob("*.pth")]
+    raise UserError(
+        f"{name}: there is no such model{did_you_mean(name, there) or '.'} In model/ and merge/ there is: {listed(there)}."
+    )
+
+
+def adapter_file(name: str) -> Path:
+    """ADAPTER -> the checkpoint; a run's folder stands for its last epoch. UserError if it is a model of its own."""
+    from . import checkpoint
+
+    path = project.find(name, "output")
+    if path.is_dir():
+        return project.epoch_file(path, None)
+    holds = checkpoint.describe(path)
+    full = checkpoint.sidecar_path(path).is_file() and checkpoint.read_sidecar(path, ("method",))["method"] == "full"
+    if "head.weight" in holds and "blocks.0.att.r_k" in holds and not full:
+        raise UserError(f"{project.shown(path)}: is a whole model, not an adapter. Use it with --model (MODEL_PATH).")
+    return path
 
 
 def once(model, config: ChatConfig, prompt: str, raw: bool) -> None:
@@ -173,28 +196,42 @@ def answer(model, config: ChatConfig, logits, state, stops, strip: bool, talking
 def talk(model, config: ChatConfig, name: str) -> None:
     """A conversation. The whole of it is encoded anew each turn, and the model goes on from the end of the last prompt:
     that is a border which later text cannot move, while the end of an answer is not."""
+    with contextlib.suppress(ImportError):  # gives input() its line editing and the arrow keys
+        import readline  # noqa: F401
+
     from . import tokenizer
     from .generate import advance
     from .roles import Role
     from .templates import Message, clean, render
 
-    print(f"{name}: type a question; an empty line ends the talk, /reset forgets it.")
+    print(f"{name}: type a question. {COMMANDS}.")
     start = [Message(Role.SYSTEM, config.system)] if config.system.strip() else []
     messages, known, state = list(start), 0, None
     while True:
         try:
-            question = input("\nUser: ").encode("utf-8", "replace").decode()
+            print()
+            question = input("User: ").encode("utf-8", "replace").decode()
         except (EOFError, KeyboardInterrupt):
             print()
             return
-        if not question.strip():
+        word = question.strip()
+        if word in ("", "/quit", "/exit"):
             return
-        if question.strip() == "/reset":
+        if word == "/reset":
             messages, known, state = list(start), 0, None
+            print("The talk is forgotten.")
+            continue
+        if word in ("/help", "/?"):
+            print(COMMANDS)
             continue
         messages.append(Message(Role.USER, question))
         ids = tokenizer.encode(render(messages, open_answer=True)[0])
-        logits, state = advance(model, ids[known:], state)
+        try:
+            logits, state = advance(model, ids[known:], state)
+        except KeyboardInterrupt:
+            messages.pop()
+            print("\nStopped before the answer began; this question is forgotten.")
+            continue
         known = len(ids)
         print("\nAssistant: ", end="", flush=True)
         said = answer(model, config, logits, state, STOPS, strip=True, talking=True)

@@ -32,6 +32,7 @@ from torch import Tensor
 from .atomic import writing
 from .errors import UserError
 from .project import shown
+from .words import listed
 
 COPY_BYTES = 1 << 22  # read, hash and copy in pieces of 4 MB
 ALIGNMENT = 64  # torch places every record at a multiple of this, so that it can be mapped
@@ -145,8 +146,8 @@ def describe(path: str | os.PathLike) -> dict[str, Stored]:
 
 def nearby(path: Path) -> str:
     """A sentence about what lies in the folder instead, for messages."""
-    there = sorted(p.name for p in path.parent.glob("*.pth")) if path.parent.is_dir() else []
-    return f" In {shown(path.parent)}/ there is: {', '.join(there[:8])}." if there else ""
+    there = [p.name for p in path.parent.glob("*.pth")] if path.parent.is_dir() else []
+    return f" In {shown(path.parent)}/ there is: {listed(there)}." if there else ""
 
 
 def load(path: str | os.PathLike) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from .errors import UserError
+from .words import did_you_mean, listed
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "output"
@@ -39,6 +40,11 @@ def data_prefix(name: str) -> Path:
     return Path(str(found)[: -len(".idx")])
 
 
+def data_names() -> list[str]:
+    """What DATA_PATH may say for the tokenized files in data/."""
+    return [p.stem for p in (ROOT / "data").glob("*.idx") if not p.stem.endswith(".roles")]
+
+
 def shown(path: str | os.PathLike) -> str:
     """A path as the user would write it: from the project if it lies there."""
     absolute = Path(os.path.abspath(path))
@@ -59,20 +65,22 @@ def point_latest(folder: Path) -> None:
 
 
 def run_folder(name: str) -> Path:
-    """The folder of the run `name`, or of the newest run for "". UserError if there is none."""
+    """The folder of the run `name`; for "" that of the newest run that has saved something. UserError if there is none."""
     if name:
         folder = OUTPUT / name if (OUTPUT / name).is_dir() else Path(name)
         if not folder.is_dir():
-            there = (
-                ", ".join(sorted(p.name for p in OUTPUT.glob("*") if p.is_dir() and not p.is_symlink())) or "nothing"
+            there = [p.name for p in OUTPUT.glob("*") if p.is_dir() and not p.is_symlink()]
+            raise UserError(
+                f"RUN={name}: there is no such run{did_you_mean(name, there) or '.'} "
+                f"In {shown(OUTPUT)}/ there is: {listed(there)}."
             )
-            raise UserError(f"RUN={name}: there is no such run. In {shown(OUTPUT)}/ there is: {there}.")
         return folder
-    if (OUTPUT / "latest").is_dir():
+    if saved_epochs(OUTPUT / "latest"):
         return (OUTPUT / "latest").resolve()
-    runs = [p.parent for p in OUTPUT.glob("*/run.json")]
+    # the link is missing, or its run was ended before it had anything to save
+    runs = [p.parent for p in OUTPUT.glob("*/run.json") if saved_epochs(p.parent)]
     if not runs:
-        raise UserError(f"There is no run in {shown(OUTPUT)}/ yet. Train first: ./training.sh")
+        raise UserError(f"No run in {shown(OUTPUT)}/ has saved a checkpoint yet. Train first: ./training.sh")
     return max(runs, key=lambda p: (p / "run.json").stat().st_mtime)
 
 
@@ -88,5 +96,5 @@ def epoch_file(folder: Path, epoch: int | None) -> Path:
     if epoch is None:
         epoch = epochs[-1]
     if epoch not in epochs:
-        raise UserError(f"{shown(folder)}: has no epoch {epoch}; it has {', '.join(map(str, epochs))}.")
+        raise UserError(f"{shown(folder)}: has no rwkv-{epoch}.pth; it has the epochs {listed(map(str, epochs))}.")
     return folder / f"rwkv-{epoch}.pth"

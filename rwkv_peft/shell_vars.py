@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import math
 import os
 import re
+import shlex
 import sys
 import types
 import typing
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 from .errors import Problem, Problems, door
+from .words import count, did_you_mean
 
 T = TypeVar("T")
 
@@ -45,13 +46,22 @@ class Script:
         self.path = Path(path)
         raw = self.path.read_bytes()
         if b"\r\n" in raw:
-            raise Problems(Problem(self.path.name, f"has Windows line ends; run: sed -i 's/\\r$//' {self.path.name}"))
+            raise Problems(
+                Problem(self.path.name, f"has Windows line ends; run: sed -i 's/\\r$//' {shlex.quote(str(self.path))}")
+            )
         self.text = raw.decode("utf-8", "replace")
         self.environment = os.environ if environment is None else environment
         self.lines: dict[str, int] = {}
+        self.twice: dict[str, int] = {}  # where a name was set before; bash takes the last line, but who reads it?
+        plain: dict[str, int] = {}  # not indented: not part of an `if`
         for number, line in enumerate(self.text.splitlines(), 1):
             if found := ASSIGNMENT.match(line):
-                self.lines[found[1]] = number
+                name = found[1]
+                self.lines[name] = number
+                if not line[0].isspace():
+                    if name in plain:
+                        self.twice[name] = plain[name]
+                    plain[name] = number
 
     def read(self, cls: type[T], retired: Mapping[str, str] | None = None) -> T:
         """The dataclass with every value of the script in it, or Problems with all that is wrong.
@@ -64,6 +74,11 @@ class Script:
             Problem(name, (retired or {}).get(name) or "is not a setting" + did_you_mean(name, fields))
             for name in self.lines
             if name not in fields and not name.startswith("_")
+        ]
+        problems += [
+            Problem(name, f"is set in line {first} as well; keep one of the two")
+            for name, first in self.twice.items()
+            if name in fields
         ]
         values = {}
         for name, field in fields.items():
@@ -84,10 +99,9 @@ class Script:
     def report(self, found: Problems) -> str:
         """The problems as a table: line, NAME=value, what is wrong; in the order of the script."""
         rows = sorted(found.problems, key=lambda p: self.lines.get(p.name, 0))
-        many = "1 problem" if len(rows) == 1 else f"{len(rows)} problems"
         shown = [self.setting(p.name) for p in rows]
         width = min(max(map(len, shown)), 40)
-        lines = [f"{self.path.name} has {many}:"]
+        lines = [f"{self.path.name} has {count(len(rows), 'problem')}:"]
         for problem, setting in zip(rows, shown, strict=True):
             number = self.lines.get(problem.name)
             lines.append(f"  {f'line {number:>3}' if number else '        '}  {setting:<{width}}  {problem.message}")
@@ -115,12 +129,6 @@ def enter(arguments: list[str], usage: str, cls: type[T], body: Callable[[T, lis
     with door(lambda found: script.report(found) if script else str(found)):
         script = Script(arguments[0])
         body(script.read(cls, retired), arguments[1:])
-
-
-def did_you_mean(word: str, known) -> str:
-    by_upper = {str(k).upper(): str(k) for k in known}
-    near = difflib.get_close_matches(word.upper(), by_upper, n=1, cutoff=0.6)
-    return f"; did you mean {by_upper[near[0]]}?" if near else ""
 
 
 def convert(text: str, kind: Any, bounds: Mapping[str, Any]) -> Any:

@@ -89,6 +89,17 @@ def spans_of_text(data: bytes) -> list[Span]:
     return spans
 
 
+# what looks like a turn's beginning to a reader: the word at the start of a line, in any case
+LIKE_A_HEADING = re.compile("^[ \t]*(?:system|user|assistant)[ \t]*(?::|：)".encode(), re.I | re.M)
+
+
+def overlooked_heading(data: bytes, spans: Sequence[Span]) -> str:
+    """The first line of a ready text that looks like a heading but is none (no blank line before it, say); or ""."""
+    known = {span.start for span in spans if span.role is Role.HEADING}
+    found = next((m for m in LIKE_A_HEADING.finditer(data) if m.start() not in known), None)
+    return found[0].decode("utf-8").strip() if found else ""
+
+
 def messages_of(rows: object) -> list[Message]:
     """Messages from [{"role": ..., "content": ...}, ...] (or "from"/"value"). Raises UserError with the reason."""
     if not isinstance(rows, list) or not rows:

@@ -2,20 +2,22 @@
 
 usage: ./training.sh [--dry-run]
 
-  --dry-run   check everything, print the settings, the plan and two samples with what is trained marked, and stop
+  --dry-run   check everything, print the plan and two samples with what is trained marked, and stop
   --help      this text
 
-The settings are the variables in the script itself. Results go to output/<RUN_NAME>/:
-  rwkv-N.pth + rwkv-N.json   what was trained, after epoch N, and how: ./merge.sh N folds it into the base
+The settings are the variables in the script itself, each with its explanation. Results go to output/<RUN_NAME>/:
+  rwkv-N.pth + rwkv-N.json   what was trained, after epoch N (counted from 0), and how: ./merge.sh N folds it into the base
   loss.jsonl, loss.png       every optimizer step; run.json: the settings as they were resolved
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import platform
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -24,8 +26,10 @@ from . import project
 from .config import RETIRED, TrainConfig
 from .errors import EXIT_MEMORY, Problem, Problems, UserError, leave
 from .shell_vars import enter
+from .words import did_you_mean, listed
 
 # Lightning starts one more process for every further GPU, numbered from 1: those are quiet and write nothing
+SAMPLES = 2  # that a dry run shows
 RANK = int(os.environ.get("LOCAL_RANK", 0))
 MAIN_PROCESS = RANK == 0
 AUTO_BATCH_TOKENS = 4096  # MICRO_BSZ=auto: about this many tokens at once ...
@@ -39,7 +43,11 @@ def main(arguments: list[str]) -> None:
 def command(config: TrainConfig, typed: list[str]) -> None:
     unknown = [word for word in typed if word != "--dry-run"]
     if unknown:
-        raise UserError(f"{unknown[0]}: is not an option; there is --dry-run. See ./training.sh --help")
+        meant = did_you_mean(unknown[0], ["--dry-run"])
+        raise UserError(
+            f"{unknown[0]}: is not an option{meant or '.'} There is --dry-run; the settings are in the script itself. "
+            "See ./training.sh --help"
+        )
     with contextlib.ExitStack() as cleanup:
         run(config, bool(typed), cleanup)
 
@@ -78,9 +86,11 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
     trained_values = attach.count_trained(arch.shapes(geometry), full, config.parts, config.lora_r)
     settings = resolved(config, op, precision, data.ctx_len, plan, geometry, folder.name)
     header = report.plan_lines(settings, base, geometry, data, plan, steps, trained_values, stored, dtype)
+    if dry_run:
+        header = report.setting_lines(settings, script_values(config)) + header
     say("\n".join(header))
     if dry_run:
-        report.print_samples(data, min(2, data.rows))
+        report.print_samples(data, SAMPLES)
         say("\nThis was a dry run: nothing was trained, nothing was written.")
         return
 
@@ -133,7 +143,7 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
             sinks.append(sink)
             cleanup.callback(sink.close)
         say = progress.say
-    stop = StopOnSignal(say)
+    stop = StopOnSignal(lambda: release_folder(folder) if MAIN_PROCESS else None)
     save = Save(config.epoch_save, config.epoch_count, folder, write, say)
     callbacks = [StepRecorder(sinks), stop, save]
     module = TrainingModule(
@@ -200,7 +210,10 @@ def open_files(config: TrainConfig, base: Path):
     missing = [ending for ending in (".bin", ".idx") if not Path(f"{prefix}{ending}").is_file()]
     if missing:
         source = Path(f"{prefix}.jsonl")
-        hint = f"; make it: ./make_tokenize.sh {source.name}" if source.is_file() else "; see DATA_PATH in the script"
+        there = project.data_names()
+        hint = f"{did_you_mean(prefix.name, there) or '.'} Tokenized data in data/: {listed(there)}"
+        if source.is_file():
+            hint = f"; make it: ./make_tokenize.sh {shlex.quote(source.name)}"
         found.append(
             Problem("DATA_PATH", f"{project.shown(prefix)}{' and '.join(missing)}: there is no such file{hint}")
         )
@@ -274,13 +287,15 @@ def claim_folder(config: TrainConfig, prefix: Path) -> Path:
 
 
 def release_folder(folder: Path) -> None:
-    """Leave nothing behind of a run that never took a step."""
+    """Leave nothing behind of a run that never took a step, and no link to it."""
     log = folder / "loss.jsonl"
     if log.is_file() and not log.stat().st_size:
         log.unlink()
         (folder / "run.json").unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # something else is in it
             folder.rmdir()
+            if os.readlink(project.OUTPUT / "latest") == folder.name:
+                (project.OUTPUT / "latest").unlink()
 
 
 def lora_file(config: TrainConfig) -> Path:
@@ -316,16 +331,18 @@ def load_lora(config: TrainConfig, model, base: Path, base_sha256: str, say) -> 
 
 def resolved(config: TrainConfig, op, precision, ctx_len, plan, geometry, run_name) -> dict:
     """run.json: every setting of the script by its name, with auto replaced by what it became."""
-    import dataclasses
-
-    values = {f.metadata["var"]: getattr(config, f.name) for f in dataclasses.fields(config)}
     became = {
         "RUN_NAME": run_name, "MODEL_VERSION": "v7", "N_LAYER": geometry.n_layer, "EMBD_SIZE": geometry.n_embd,
         "VOCAB_SIZE": geometry.vocab_size, "CTX_LEN": ctx_len, "EPOCH_STEPS": plan.micro_batches,
         "MICRO_BSZ": plan.micro_bsz, "OP": op, "PRECISION": precision,
         "STRATEGY": "ddp" if config.gpu_count > 1 or config.strategy == "ddp" else "single",
     }  # fmt: skip
-    return values | became
+    return script_values(config) | became
+
+
+def script_values(config: TrainConfig) -> dict:
+    """The settings by their names in the script."""
+    return {f.metadata["var"]: getattr(config, f.name) for f in dataclasses.fields(config)}
 
 
 def describe_run(config, geometry, base: Path, base_sha256, precision, epoch: int, step: int, finished: bool) -> dict:

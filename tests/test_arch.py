@@ -47,7 +47,7 @@ def found(**changes):
     ("shapes", "words"),
     [
         ({"x": (1,)}, "is not an RWKV model"),
-        ({"blocks.0.att.key.lora_A": (8, 32)}, "looks like an adapter"),
+        ({"blocks.0.att.key.lora_A": (8, 32)}, "is an adapter"),
         ({"blocks.0.att.time_maa_x": (1, 1, 32)}, r"is RWKV-6 \(x060\); this version of the kit works with RWKV-7"),
         ({"blocks.0.att.time_mix_g": (1, 1, 32)}, r"is RWKV-5 \(x052\)"),
         (found(blocks__1__att__key__weight=None), "blocks.1.att.key.weight is missing"),

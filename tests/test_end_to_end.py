@@ -43,17 +43,32 @@ def test_tokenize_train_merge_chat_by_script_with_spaces_everywhere(kit):
     )
     assert not any((kit.root / "output").iterdir())
     said = kit.run(copy).stdout
-    assert "saved output/a run/rwkv-1.pth" in said and "tokens/s" in said
+    assert "saved output/a run/rwkv-1.pth (epoch 2 of 2)" in said and "tokens/s" in said
     again = kit.run(copy, ok=False)
     assert "RUN_NAME=a run  output/a run holds an earlier run, which is never overwritten" in again.stderr
     merged = kit.run("merge.sh", "1").stdout
     assert "wrote     merge/my tiny-LORA-1.pth" in merged and "answers as base + adapter" in merged
+    (kit.root / "output/empty").mkdir()
+    (kit.root / "output/latest").unlink()
+    (kit.root / "output/latest").symlink_to("empty")  # a run that was ended before it had anything to save
+    assert "run       output/a run/rwkv-1.pth" in kit.run("merge.sh").stdout
     assert "RUN=no such: there is no such run" in kit.run("merge.sh", "1", ok=False, RUN="no such").stderr
-    assert "has no epoch 7; it has 0, 1" in kit.run("merge.sh", "7", ok=False, RUN="a run").stderr
+    assert "has no rwkv-7.pth; it has the epochs 0, 1" in kit.run("merge.sh", "7", ok=False, RUN="a run").stderr
     ask = ["--prompt", "Sea?", "--max-tokens", "8", "--temperature", "0"]
     tuned = kit.run("chat.sh", "--adapter", "output/a run/rwkv-1.pth", *ask).stdout
     wrong = kit.run("chat.sh", "--model", "nothing.pth", "--adapter", "output/a run/rwkv-1.pth", *ask, ok=False)
     assert "model/nothing.pth: there is no such file" in wrong.stderr
+    assert kit.run("chat.sh", "--adapter", "a run", *ask).stdout == tuned
+    for mistaken, words in (
+        (["--model", "output/a run/rwkv-1.pth"], "is an adapter (what a run learnt), not a model"),
+        (["--adapter", "merge/my tiny-LORA-1.pth"], "is a whole model, not an adapter. Use it with --model"),
+        (["--adapter", "model/my tiny.pth"], "is a whole model, not an adapter. Use it with --model"),
+        (
+            ["--model", "my tinny.pth"],
+            "there is no such model; did you mean my tiny.pth? In model/ and merge/ there is:",
+        ),
+    ):
+        assert words in kit.run("chat.sh", *mistaken, *ask, ok=False).stderr
     whole = kit.run("chat.sh", "--model", "my tiny-LORA-1.pth", *ask).stdout
     base = kit.run("chat.sh", "--model", "my tiny.pth", *ask).stdout
     assert tuned == whole != base

@@ -73,10 +73,20 @@ def test_all_bad_rows_are_told_at_once(kit):
     assert "has 3 rows that cannot be used; nothing was written" in done.stderr
 
 
+def test_a_forgotten_empty_line_before_a_turn_is_told_with_its_line(kit):
+    kit.data("joined.jsonl", tiny.CHATS[0], {"text": "User: Hi\nAssistant: Hello"})
+    said = kit.run("make_tokenize.sh", "joined.jsonl").stdout
+    assert "1 row with what looks like a turn but is read as part of the text before it: line 2 (Assistant:)" in said
+    kit.data("joined.jsonl", {"text": "User: Hi\nAssistant: Hello"})
+    assert (
+        "LOSS_MASK=qa" in kit.run("make_tokenize.sh", "joined.jsonl").stdout
+    )  # the data are to be mended, not the mask
+
+
 def test_rows_above_max_tokens_are_dropped_with_their_lines_and_dropping_all_is_an_error(kit):
     kit.data("long.jsonl", *tiny.CHATS)
     said = kit.run("make_tokenize.sh", "long.jsonl", "1", "40").stdout
-    assert "dropped 1 rows with more than MAX_TOKENS=40 tokens: line 5 (" in said
+    assert "dropped   1 row with more than MAX_TOKENS=40 tokens: line 5 (" in said
     before = (kit.root / "data/long.bin").read_bytes()
     done = kit.run("make_tokenize.sh", "long.jsonl", "1", "2", ok=False)
     assert "every row was dropped; nothing was written, earlier files are untouched" in done.stderr
@@ -97,9 +107,10 @@ def test_no_eof_leaves_the_end_of_documents_out(kit):
     ("arguments", "words"),
     [
         (["nothing.jsonl"], "data/nothing.jsonl: there is no such file. In data/ there is:"),
+        (["xx.jsonl"], "data/xx.jsonl: there is no such file; did you mean x.jsonl? In data/ there is:"),
         (["x.jsonl", "0"], "EPOCHS=0: must be a whole number, 1 or more"),
         (["x.jsonl", "1", "4096k"], "MAX_TOKENS=4096k: must be a whole number, 0 or more"),
-        (["x.jsonl", "--noeof"], "--noeof: is not an option; there is --no-eof"),
+        (["x.jsonl", "--noeof"], "--noeof: is not an option; did you mean --no-eof? There is --no-eof"),
         (["../my kit"], "is not a file"),
         (["x.txt"], "must end in .jsonl"),
         (["x.jsonl", "1", "2", "3"], "usage: ./make_tokenize.sh"),
@@ -141,7 +152,7 @@ def test_what_only_the_files_can_tell_comes_in_the_same_form(shared_kit):
     said = training(shared_kit, N_LAYER="24", EMBD_SIZE="2048", DATA_PATH="nothing", lora_load="x.pth")
     assert "N_LAYER=24" in said and "but model/tiny.pth has 2; use auto" in said
     assert "but model/tiny.pth has 32; use auto" in said
-    assert "data/nothing.bin and .idx: there is no such file" in said
+    assert "data/nothing.bin and .idx: there is no such file. Tokenized data in data/: chat" in said
     assert "x.pth: there is no such file" in said
     assert "wrong.sh has 4 problems:" in said
 
@@ -222,6 +233,7 @@ def test_a_token_outside_the_vocabulary_is_named(shared_kit):
         ({"DATA_PATH": "chat/nothing/"}, "there is no such file"),
         ({"MODEL_PATH": "~nosuch.pth"}, "there is no such file"),
         ({"MODEL_PATH": "../model"}, "is a folder, not a .pth file"),
+        ({"DATA_PATH": "chaat"}, "there is no such file; did you mean chat?"),
     ],
 )
 def test_odd_paths_are_answered(shared_kit, settings, words):
@@ -235,7 +247,8 @@ def test_chat_with_a_vocabulary_that_is_too_small_for_the_text_says_so(shared_ki
 
 
 def test_an_unknown_option_is_refused(shared_kit):
-    assert "--dry: is not an option; there is --dry-run" in shared_kit.run("training.sh", "--dry", ok=False).stderr
+    said = shared_kit.run("training.sh", "--dry", ok=False).stderr
+    assert "--dry: is not an option; did you mean --dry-run? There is --dry-run" in said
 
 
 def test_ctrl_c_while_tokenizing_leaves_nothing(tmp_path):

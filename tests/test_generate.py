@@ -91,7 +91,27 @@ def test_a_talk_goes_on_from_exactly_what_the_whole_conversation_would_give(monk
     second = render([*turn, Message(Role.USER, "And?")], open_answer=True)[0]
     assert fed[0][0] + fed[1][0] == tokenizer.encode(second)
     assert [fresh for _, fresh in fed] == [True, False, True]
-    assert "forgets it" in capsys.readouterr().out
+    assert "The talk is forgotten" in capsys.readouterr().out
+
+
+def test_ctrl_c_while_a_question_is_read_forgets_it_and_the_talk_goes_on(monkeypatch, capsys):
+    model, fed, original = tiny.model(), [], advance
+    questions = iter(["Hi", "A very long one", "/help", "And?", "/quit"])
+    monkeypatch.setattr(builtins, "input", lambda _="": next(questions))
+    monkeypatch.setattr(chat, "answer", lambda *a, **k: "Yes.")
+
+    def interrupted(m, ids, state=None):
+        fed.append(list(ids))
+        if len(fed) == 2:
+            raise KeyboardInterrupt
+        return original(m, ids, state)
+
+    monkeypatch.setattr("rwkv_peft.generate.advance", interrupted)
+    chat.talk(model, chat.ChatConfig("", "", "", 5, 0.0, 1.0, 0, "fp32"), "tiny")
+    turn = [Message(Role.USER, "Hi"), Message(Role.ASSISTANT, "Yes."), Message(Role.USER, "And?")]
+    assert fed[0] + fed[2] == tokenizer.encode(render(turn, open_answer=True)[0])
+    said = capsys.readouterr().out
+    assert "this question is forgotten" in said and said.count(chat.COMMANDS) == 2
 
 
 @pytest.mark.parametrize(

@@ -117,4 +117,13 @@ def test_short_epochs_go_on_through_the_data_in_turn():
     ("mode", "longest", "ctx_len"), [("pad", 100, 112), ("pack", 100, 512), ("pack", 700, 704), ("only", 99999, 4096)]
 )
 def test_the_automatic_context_takes_the_longest_row_within_limits(mode, longest, ctx_len):
-    assert auto_ctx_len(mode, np.array([10, longest])) == ctx_len
+    assert auto_ctx_len(mode, np.array([longest] * 200)) == ctx_len
+
+
+@pytest.mark.parametrize("mode", ["pack", "get"])
+@pytest.mark.parametrize("documents", [1, 17, 40, 100, 1000])
+def test_the_automatic_context_leaves_small_data_sixteen_rows_a_pass_where_documents_are_short(mode, documents):
+    sizes = np.full(documents, 33, dtype=np.int32)
+    ctx_len = auto_ctx_len(mode, sizes)
+    rows = number_of_rows(mode, sizes, ctx_len, np.arange(documents))
+    assert rows >= min(documents, 16) and ctx_len <= 512

@@ -79,6 +79,16 @@ def test_numbers_that_are_none_are_refused(tmp_path, text):
         script.read(Settings)
 
 
+def test_a_setting_that_is_made_twice_is_named_with_both_lines(tmp_path):
+    values = {"QUANT": "none", "MICRO_BSZ": "1", "LR_FINAL": "1", "CTX_LEN": "auto"}
+    script = read(tmp_path, ALL + "MICRO_BSZ=4\n", **values)
+    with pytest.raises(Problems) as found:
+        script.read(Settings)
+    assert found.value.problems == [Problem("MICRO_BSZ", "is set in line 2 as well; keep one of the two")]
+    assert "  line   5  MICRO_BSZ=1" in script.report(found.value)
+    read(tmp_path, ALL + "if true; then\n  MICRO_BSZ=4\nfi\n", **values).read(Settings)  # a shell's own choice is fine
+
+
 def test_windows_line_ends_are_named_with_the_cure(tmp_path):
     path = tmp_path / "training.sh"
     path.write_bytes(b"QUANT=none\r\n")

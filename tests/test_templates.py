@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from rwkv_peft.errors import UserError
 from rwkv_peft.roles import Role
-from rwkv_peft.templates import Message, clean, messages_of, render, spans_of_text
+from rwkv_peft.templates import Message, clean, messages_of, overlooked_heading, render, spans_of_text
 
 TURNS = st.lists(
     st.tuples(
@@ -84,6 +84,21 @@ def test_headings_stand_at_the_start_or_after_a_blank_line(text, roles):
 def test_conversations_that_cannot_be_used_say_why(rows, words):
     with pytest.raises(UserError, match=words):
         messages_of(rows)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("User: a\nAssistant: b", "Assistant:"),
+        ("User: a\n\nassistant: b", "assistant:"),
+        ("User: a\n\n Assistant： b", "Assistant："),
+        ("User: a\n\nAssistant: the User: said", ""),
+        ("System: s\n\nUser: a\n\nAssistant: b", ""),
+        ("plain text", ""),
+    ],
+)
+def test_what_only_looks_like_a_turn_is_noticed(text, found):
+    assert overlooked_heading(text.encode(), spans_of_text(text.encode())) == found
 
 
 def test_the_names_of_other_data_sets_are_understood():

@@ -106,7 +106,7 @@ def test_the_sidecar_says_what_merging_needs(ready):
     assert (sidecar["method"], sidecar["rank"], sidecar["alpha"], sidecar["base"]) == ("lora", 4, 8.0, "tiny.pth")
     assert sidecar["base_sha256"] == checkpoint.sha256(ready / "model" / "tiny.pth")
     settings = json.loads((ready / "output/run/run.json").read_text())
-    assert settings["CTX_LEN"] == 512 and settings["OP"] == "torch" and settings["RUN_NAME"] == "run"
+    assert settings["CTX_LEN"] == 64 and settings["OP"] == "torch" and settings["RUN_NAME"] == "run"
     assert {f.metadata["var"] for f in dataclasses.fields(TrainConfig)} == settings.keys()
     assert (ready / "output/run/loss.png").read_bytes().startswith(b"\x89PNG")
     assert (ready / "output/latest").resolve() == ready / "output/run"
@@ -251,6 +251,36 @@ def test_the_last_answer_of_a_window_is_the_last_of_its_whole_document(ready):
     assert "".join(said) == "LAST"
     trained = sum(int(w.sum()) for i in range(data.rows) for _, w in data.row(i))
     assert trained == data.facts().targets
+
+
+def test_the_progress_line_shows_the_plain_mean_of_the_last_steps(capsys):
+    from rwkv_peft.training.callbacks import Progress, Record
+
+    progress = Progress(steps=8, epochs=1)
+    for step in range(1, 9):
+        progress(Record(step, 0, float(step), 1e-4, 1.0, 10, 10, 1.0, 1.0, 1.0))
+    losses = [line.split("loss ")[1].split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert losses == ["1.000", "1.500", "2.000", "2.500", "3.000", "4.000", "5.000", "6.000"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"EPOCH_COUNT": "2", "DATALOAD": "only"}, "steps will hardly change a model"),
+        ({"EPOCH_COUNT": "1", "WARMUP_STEPS": "100"}, "WARMUP_STEPS=100 is as long as the whole run"),
+        ({"EPOCH_COUNT": "10", "WARMUP_STEPS": "6", "DATALOAD": "only"}, "of the run; a tenth of it is enough"),
+        ({"GPU_COUNT": "64"}, "GPU_COUNT=64 starts 64 processes, but this machine has"),
+    ],
+)
+def test_the_plan_warns_of_what_will_not_go_well(ready, capsys, settings, words):
+    train.command(config(**({"MICRO_BSZ": "4"} | settings)), ["--dry-run"])
+    assert words in capsys.readouterr().out
+
+
+def test_a_dry_run_prints_every_setting_and_what_auto_became(ready, capsys):
+    train.command(config(CTX_LEN="auto"), ["--dry-run"])
+    said = " ".join(capsys.readouterr().out.split("model ")[0].split())
+    assert "CTX_LEN=64(auto)" in said and "FINETUNE_MODE=lora" in said and "lora_dropout=" in said
 
 
 def test_epochs_are_saved_when_the_setting_says_and_always_at_the_end(ready):

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 
 AUTO_CTX_LIMIT = 4096  # the longest context that CTX_LEN=auto takes
-AUTO_PACK_CTX = 512  # packs of short documents are at least this long: a fuller row costs the same and loses less
+AUTO_PACK_CTX = 512  # packs of short documents are this long: a fuller row costs the same and loses less ...
+AUTO_LEAST_ROWS = 16  # ... but a pass has at least so many of them, if the longest document allows it
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,11 @@ class Pass:
 
 
 def auto_ctx_len(mode: str, sizes: np.ndarray) -> int:
-    """The longest document, rounded up to 16, up to 4096; packs have at least 512."""
+    """The longest document, rounded up to 16, up to 4096. Packs are at least 512 long, where the data fill 16 such."""
     longest = int(sizes.max()) - 1 if len(sizes) else 1
-    least = AUTO_PACK_CTX if mode in ("pack", "get") else 16
-    return min(max(-(-longest // 16) * 16, least), AUTO_CTX_LIMIT)
+    fair_share = int(sizes.sum(dtype=np.int64)) // AUTO_LEAST_ROWS // 16 * 16
+    least = min(AUTO_PACK_CTX, fair_share) if mode in ("pack", "get") else 16
+    return min(max(-(-longest // 16) * 16, least, 16), AUTO_CTX_LIMIT)
 
 
 def number_of_rows(mode: str, sizes: np.ndarray, ctx_len: int, keep: np.ndarray) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from ..errors import UserError
+from ..words import listed
 
 # a tensor that only this version has -> what the version is called
 MARKERS = {
@@ -93,9 +94,12 @@ def detect(found: Mapping[str, tuple[int, ...]], where: str) -> Geometry:
     """
     version = next((v for marker, v in MARKERS.items() if marker in found), None)
     if version is None:
-        adapter = any(name.endswith(("lora_A", "lora_B")) for name in found)
-        hint = " It looks like an adapter: merge it with ./merge.sh, or give it as lora_load." if adapter else ""
-        raise UserError(f"{where}: is not an RWKV model (none of {', '.join(MARKERS)} is in it).{hint}")
+        if any(name.endswith(("lora_A", "lora_B")) for name in found):
+            raise UserError(
+                f"{where}: is an adapter (what a run learnt), not a model. Talk to it with ./chat.sh --adapter, fold it into "
+                "its base with ./merge.sh, or go on from it with lora_load."
+            )
+        raise UserError(f"{where}: is not an RWKV model; it holds {listed(found, 3)}.")
     if version != SUPPORTED:
         raise UserError(f"{where}: is {version}; this version of the kit works with {SUPPORTED} only.")
     if any(name.endswith((".ffn.s_emb", ".ffn.s_emb.weight")) for name in found):

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,13 +18,13 @@ import torch
 from tqdm import tqdm
 
 from ..errors import UserError
-from .plot import draw_loss
+from ..words import clock
+from .plot import draw_loss, looks_back
 
 TOO_HIGH = (
     "LR_INIT is too high (take a third of it, and GRAD_CLIP=1), or the base itself holds NaN. Earlier epochs are whole."
 )
 
-SMOOTHING = 0.9  # of the loss that the progress line shows
 SPEED_SMOOTHING = 0.8  # of seconds per step, for tokens/s and the time left
 
 
@@ -82,29 +83,34 @@ class StepRecorder(pl.Callback):
 
 
 class Progress:
-    """A bar with loss, rate, tokens per second and time left; plain lines, about twenty a run, where there is no terminal."""
+    """A bar with loss, rate, tokens per second and time left; plain lines, about twenty a run, where there is no terminal.
+
+    The loss is the mean of the last twentieth of the run's steps (at least 5); loss.jsonl has every single one.
+    """
 
     def __init__(self, steps: int, epochs: int):
-        self.steps, self.epochs, self.smooth = steps, epochs, None
+        self.steps, self.epochs = steps, epochs
+        self.recent: deque[float] = deque(
+            maxlen=looks_back(steps)
+        )  # a plain mean, as in loss.png: it does not lag behind
         form = "{desc} |{bar:16}| {n_fmt}/{total_fmt}, {remaining} left"
         self.bar = tqdm(total=steps, dynamic_ncols=True, bar_format=form) if sys.stderr.isatty() else None
         self.every = max(1, steps // 20)
 
     def __call__(self, record: Record) -> None:
-        first = self.smooth is None
         if record.loss is not None:
-            self.smooth = record.loss if first else SMOOTHING * self.smooth + (1 - SMOOTHING) * record.loss
-        loss = "-" if self.smooth is None else f"{self.smooth:.3f}"
+            self.recent.append(record.loss)
+        loss = f"{sum(self.recent) / len(self.recent):.3f}" if self.recent else "-"
         # tokens/s: all inputs, and those that are trained
         speed = f"{record.tokens_per_s:,.0f} tokens/s ({record.targets_per_s:,.0f} trained)"
         if self.bar:
             state = f"epoch {record.epoch + 1}/{self.epochs}  loss {loss}  lr {record.lr:.2e}  {speed}"
             self.bar.set_description_str(state, refresh=False)
             self.bar.update(1)
-        elif first or record.step % self.every == 0 or record.step == self.steps:
+        elif record.step == 1 or record.step % self.every == 0 or record.step == self.steps:
             left = (self.steps - record.step) * record.seconds / record.step
             print(
-                f"epoch {record.epoch + 1}/{self.epochs}  step {record.step}/{self.steps}  loss {self.smooth:.3f}  "
+                f"epoch {record.epoch + 1}/{self.epochs}  step {record.step}/{self.steps}  loss {loss}  "
                 f"lr {record.lr:.2e}  {speed}  {clock(left)} left",
                 flush=True,
             )
@@ -118,11 +124,6 @@ class Progress:
     def close(self) -> None:
         if self.bar:
             self.bar.close()
-
-
-def clock(seconds: float) -> str:
-    hours, rest = divmod(int(seconds), 3600)
-    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
 
 
 class LossFile:
@@ -157,24 +158,29 @@ class Save(pl.Callback):
         if due and trainer.is_global_zero and trainer.global_step:
             self.newest = self.write(epoch, finished)
             draw_loss(self.folder)
-            self.say(f"saved {self.newest}")
+            self.say(f"saved {self.newest} (epoch {epoch + 1} of {self.epochs}{'' if finished else ', not finished'})")
         if trainer.world_size > 1:
             trainer.strategy.barrier()
 
 
 class StopOnSignal(pl.Callback):
-    """Ctrl-C, SIGTERM or a closed terminal: finish the micro-batch, save, leave. A second Ctrl-C leaves at once."""
+    """Ctrl-C, SIGTERM or a closed terminal: finish the micro-batch, save, leave. A second Ctrl-C leaves at once.
+
+    abandon: what to tidy up before leaving at once.
+    """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-    def __init__(self, say: Callable[[str], None]):
-        self.say, self.received = say, 0
+    def __init__(self, abandon: Callable[[], None]):
+        self.abandon, self.received = abandon, 0
 
     def on_train_start(self, trainer, module) -> None:
         self.before = {number: signal.signal(number, self.receive) for number in self.SIGNALS}
 
     def receive(self, number, _frame) -> None:
         if self.received:
+            self.abandon()
+            os.write(2, b"\nLeft at once. Checkpoints that were saved before are whole.\n")
             os._exit(128 + number)
         self.received = number
         # a signal handler must not wait for locks that the main program may hold: write, do not print

@@ -22,14 +22,15 @@ def memory_bytes(
     grad_cp: bool,
     full: bool,
     device: str,
+    mapped: int = 0,
 ) -> int:
     """Peak bytes on the device.
 
     shapes: all tensors of the base. trained: number of trained values. tokens: of one micro-batch. itemsize: bytes of a
-    value in the working dtype.
+    value in the working dtype. mapped: bytes of the base's file that stay in host memory beside converted weights.
     """
     frozen = 0 if full else sum(math.prod(s) for s in shapes.values()) * itemsize
     casts = trained * itemsize if full and itemsize < 4 else 0
     block = tokens * n_embd * (BLOCK_VALUES * itemsize + WKV_FLOATS * 4)
     kept = n_layer * tokens * n_embd * 2 * itemsize + block if grad_cp else n_layer * block
-    return frozen + casts + trained * TRAINED_BYTES + kept + LOGITS_BYTES + OVERHEAD[device]
+    return frozen + casts + trained * TRAINED_BYTES + kept + LOGITS_BYTES + OVERHEAD[device] + mapped

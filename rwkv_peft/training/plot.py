@@ -7,7 +7,13 @@ from pathlib import Path
 
 from ..atomic import writing
 
-SMOOTHED_SHARE = 0.05  # of the run that the smoothed line looks back on
+SMOOTHED_SHARE = 0.05  # of the run that the smoothed line looks back on ...
+SMOOTHED_LEAST = 5  # ... but at least so many steps
+
+
+def looks_back(steps: int) -> int:
+    """How many steps the smoothed loss is the mean of."""
+    return max(SMOOTHED_LEAST, round(SMOOTHED_SHARE * steps))
 
 
 def draw_loss(folder: Path) -> Path:
@@ -20,16 +26,16 @@ def draw_loss(folder: Path) -> Path:
     records = [json.loads(line) for line in (folder / "loss.jsonl").read_text(encoding="utf-8").splitlines()]
     records = [r for r in records if r["loss"] is not None]
     steps, losses = [r["step"] for r in records], [r["loss"] for r in records]
-    window, smooth = max(5, round(SMOOTHED_SHARE * len(losses))), []
+    window, smooth = looks_back(len(losses)), []
     for i in range(len(losses)):
         recent = losses[max(0, i + 1 - window) : i + 1]
         smooth.append(sum(recent) / len(recent))
     figure, axes = plt.subplots(figsize=(9, 5), dpi=110, layout="constrained")
     axes.plot(steps, losses, color="#9ec5e8", linewidth=1, label="each step")
     axes.plot(steps, smooth, color="#1f5f99", linewidth=2, label="smoothed")
-    for before, after in zip(records, records[1:], strict=False):
-        if after["epoch"] != before["epoch"]:
-            axes.axvline(before["step"] + 0.5, color="#cccccc", linewidth=0.8, zorder=0)
+    borders = [a["step"] + 0.5 for a, b in zip(records, records[1:], strict=False) if a["epoch"] != b["epoch"]]
+    for step in borders:  # fainter the more there are: they are a scale, not the picture
+        axes.axvline(step, color="#bbbbbb", linewidth=0.8, alpha=min(1.0, 12 / len(borders)), zorder=0)
     axes.set(title=folder.name, xlabel="optimizer step (grey lines: epochs)", ylabel="loss per trained token")
     axes.grid(alpha=0.25)
     rates = axes.twinx()

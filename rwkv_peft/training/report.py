@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import shlex
 import sys
+import textwrap
 from pathlib import Path
 
 from .. import project, tokenizer
@@ -13,8 +15,11 @@ from ..data.sampling import AUTO_CTX_LIMIT
 from ..errors import leave
 from ..machine import device_kind, device_words
 from ..model import arch
-from .callbacks import clock
+from ..words import clock, count
 from .estimate import memory_bytes
+
+FEW_STEPS = 30  # fewer optimizer steps than this are worth a word
+LONG_WARMUP = 0.25  # ... and so is a warm-up that takes more of the run than this
 
 
 def plan_lines(settings, base, geometry, data, plan, steps, trained_values, stored, dtype) -> list[str]:
@@ -28,6 +33,7 @@ def plan_lines(settings, base, geometry, data, plan, steps, trained_values, stor
     memory = memory_bytes(
         arch.shapes(geometry), trained_values, tokens, geometry.n_layer, geometry.n_embd, dtype.itemsize,
         settings["GRAD_CP"], full, device,
+        mapped=sum(s.bytes for s in stored.values() if full or s.dtype != dtype) if device == "cpu" else 0,
     )  # fmt: skip
     method = settings["FINETUNE_MODE"]
     if not full:
@@ -38,27 +44,38 @@ def plan_lines(settings, base, geometry, data, plan, steps, trained_values, stor
         ("model", f"{project.shown(base)}: {arch.SUPPORTED}, {geometry.n_layer} layers, width {geometry.n_embd}, "
                   f"vocabulary {geometry.vocab_size}, {total / 1e6:,.1f} M parameters"),
         ("method", f"{method}: {trained_values / 1e6:,.2f} M trained values ({trained_values / total:.1%} of the model's)"),
-        ("data", f"{project.shown(data.reader.path)}: {facts.documents:,} rows, {facts.tokens:,} tokens; one pass trains "
+        ("data", f"{project.shown(data.reader.path)}: {count(facts.documents, 'row')}, {facts.tokens:,} tokens; one pass trains "
                  f"{facts.targets:,} of them (LOSS_MASK={settings['LOSS_MASK']})"),
     ]  # fmt: skip
     left_out = facts.documents - facts.trained_documents
     if left_out and settings["DATALOAD"] != "get":
-        rows.append(("", f"{left_out:,} rows have nothing to train under this mask: left out"))
+        rows.append(("", f"{count(left_out, 'row')} with nothing to train under this mask: left out"))
     if facts.truncated:
         auto = data.ctx_len >= AUTO_CTX_LIMIT
         advice = "set CTX_LEN to take more" if auto else f"CTX_LEN=auto takes up to {AUTO_CTX_LIMIT}"
-        rows.append(("", f"{facts.truncated:,} rows are longer than CTX_LEN={data.ctx_len}: {facts.lost:,} tokens at their "
-                         f"ends are not trained ({advice})"))  # fmt: skip
+        rows.append(("", f"{count(facts.truncated, 'row')} longer than CTX_LEN={data.ctx_len}: {facts.lost:,} tokens at the "
+                         f"end are not trained ({advice})"))  # fmt: skip
+    what = {"pack": "pack", "get": "window"}.get(settings["DATALOAD"], "row")
     rows += [
-        ("batches", f"DATALOAD={settings['DATALOAD']}, CTX_LEN={data.ctx_len}: {data.rows:,} rows a pass, "
+        ("batches", f"DATALOAD={settings['DATALOAD']}, CTX_LEN={data.ctx_len}: {count(data.rows, what)} a pass, "
                     f"{'shuffled' if settings['DATA_SHUFFLE'] else 'in file order'}; "
                     f"MICRO_BSZ={plan.micro_bsz} x MINI_BSZ={plan.accumulate} x GPU_COUNT={plan.world}"),
-        ("length", f"{settings['EPOCH_COUNT']} epochs x EPOCH_STEPS={plan.micro_batches} micro-batches = {steps:,} optimizer "
-                   f"steps; LR {settings['LR_INIT']:g} -> {last:g} ({settings['LR_SCHEDULE']}, "
+        ("length", f"{count(settings['EPOCH_COUNT'], 'epoch')} x EPOCH_STEPS={plan.micro_batches} micro-batches = "
+                   f"{count(steps, 'optimizer step')}; LR {settings['LR_INIT']:g} -> {last:g} ({settings['LR_SCHEDULE']}, "
                    f"{settings['WARMUP_STEPS']} warm-up)"),
     ]  # fmt: skip
+    if steps < FEW_STEPS:
+        rows.append(("", f"{count(steps, 'step')} will hardly change a model: take a larger EPOCH_COUNT, or a smaller "
+                         "MICRO_BSZ, MINI_BSZ or CTX_LEN"))  # fmt: skip
     if settings["WARMUP_STEPS"] >= steps:
         rows.append(("", f"WARMUP_STEPS={settings['WARMUP_STEPS']} is as long as the whole run: the rate only rises"))
+    elif settings["WARMUP_STEPS"] > steps * LONG_WARMUP:
+        rows.append(("", f"WARMUP_STEPS={settings['WARMUP_STEPS']} is {settings['WARMUP_STEPS'] / steps:.0%} of the run; a "
+                         "tenth of it is enough"))  # fmt: skip
+    cores = os.cpu_count() or 1
+    if device == "cpu" and plan.world > cores:
+        rows.append(("", f"GPU_COUNT={plan.world} starts {plan.world} processes, but this machine has {count(cores, 'core')} "
+                         "and no GPU: 1 is faster"))  # fmt: skip
     kind = "GPU memory" if device == "cuda" else "memory"
     rows += [
         ("machine", f"{device_words()}; PRECISION={settings['PRECISION']}, OP={settings['OP']}, "
@@ -68,16 +85,41 @@ def plan_lines(settings, base, geometry, data, plan, steps, trained_values, stor
     return [f"{label:<10}{text}" for label, text in rows]
 
 
-def print_samples(data, count: int) -> None:
-    """The first sequences of the first epoch, as text, with what is trained marked."""
+def setting_lines(settings: dict, given: dict) -> list[str]:
+    """All settings as run.json will hold them. given: those of the script, to tell what auto has become."""
+    words = [
+        f"{name}={shown(value)}" + ("(auto)" if given[name] == "auto" else "")
+        for name, value in settings.items()
+        if value != ""
+    ]
+    return textwrap.wrap(
+        " ".join(words), 110, initial_indent="settings  ", subsequent_indent=" " * 10, break_on_hyphens=False
+    )
+
+
+def shown(value) -> str:
+    """A setting's value as the script would say it."""
+    if isinstance(value, bool):
+        return str(int(value))
+    return f"{value:g}" if isinstance(value, float) else shlex.quote(str(value))
+
+
+def print_samples(data, most: int) -> None:
+    """The first different rows of the first epoch, one by one as they are trained, with what is trained marked."""
     colour = sys.stdout.isatty()
     begin, end = ("\033[32m", "\033[0m") if colour else ("[[", "]]")
     where = "green" if colour else "in [[double brackets]]"
-    print(f"\nThe first {count} samples of the run; what is {where} is trained:")
-    for number in range(count):
-        tokens, weights = data.row(number)[0]
-        print(f"\n--- sample {number + 1}: {len(tokens)} tokens, {int(weights.sum())} trained")
+    print(f"\nThe first samples of the run; what is {where} is trained:")
+    seen: set[bytes] = set()  # repeats of a row often share a pack
+    for tokens, weights in itertools.chain.from_iterable(map(data.row, range(data.rows))):
+        if tokens.tobytes() in seen:
+            continue
+        number = len(seen) + 1
+        seen.add(tokens.tobytes())
+        print(f"\n--- sample {number}: {len(tokens)} tokens, {int(weights.sum())} trained")
         print(marked(tokens, weights, begin, end))
+        if len(seen) == most:
+            break
 
 
 def marked(tokens, weights, begin: str, end: str) -> str:

@@ -1,0 +1,37 @@
+"""Small pieces of the sentences that the user reads: counts, lists, times, and what a mistyped word may have meant."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from pathlib import PurePath
+
+LISTED = 8  # names that a message lists; the rest are counted
+
+
+def count(n: int, noun: str) -> str:
+    """1 row, 2 rows, 1,000 rows."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def listed(names: Iterable[str], most: int = LISTED) -> str:
+    """a, b and 3 more; numbers in names count as numbers (x-2 before x-10). Nothing at all is called "nothing"."""
+    ordered = sorted(
+        names, key=lambda n: [(not p.isdigit(), int(p) if p.isdigit() else p) for p in re.split(r"(\d+)", n)]
+    )
+    more = f" and {len(ordered) - most:,} more" if len(ordered) > most else ""
+    return ", ".join(ordered[:most]) + more or "nothing"
+
+
+def did_you_mean(word: str, known: Iterable[object]) -> str:
+    """The words "; did you mean SEED?" for the nearest known word, or nothing. Case and the endings of files do not count."""
+    by_stem = {PurePath(str(k)).stem.upper(): str(k) for k in known}
+    near = difflib.get_close_matches(PurePath(word).stem.upper(), by_stem, n=1, cutoff=0.6)
+    return f"; did you mean {by_stem[near[0]]}?" if near else ""
+
+
+def clock(seconds: float) -> str:
+    """1:05 or 2:00:00."""
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"

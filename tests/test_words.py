@@ -1,0 +1,28 @@
+"""What messages are made of: counts, lists, times, and guesses at mistyped words."""
+
+import pytest
+
+from rwkv_peft.words import clock, count, did_you_mean, listed
+
+
+@pytest.mark.parametrize(("n", "words"), [(0, "0 rows"), (1, "1 row"), (2, "2 rows"), (1234, "1,234 rows")])
+def test_one_is_a_row_and_others_are_rows(n, words):
+    assert count(n, "row") == words
+
+
+def test_a_list_is_in_the_order_that_people_count_in_and_its_end_is_counted():
+    assert listed(["run-10", "run-9", "a", "run-2"]) == "a, run-2, run-9, run-10"
+    assert listed(map(str, range(20)), most=3) == "0, 1, 2 and 17 more"
+    assert listed(["10", "9", "x", "1x"]) == "1x, 9, 10, x"
+    assert listed([]) == "nothing"
+
+
+def test_a_near_word_is_offered_and_a_far_one_is_not():
+    assert did_you_mean("smaple.jsonl", ["pretrain.jsonl", "sample.jsonl"]) == "; did you mean sample.jsonl?"
+    assert did_you_mean("lora_R", ["lora_r", "lora_alpha"]) == "; did you mean lora_r?"
+    assert did_you_mean("zzz", ["sample"]) == ""
+    assert did_you_mean("nothing.jsonl", ["x.jsonl", "long.jsonl"]) == ""
+
+
+def test_times_are_minutes_and_hours():
+    assert (clock(5), clock(65), clock(3661.9)) == ("0:05", "1:05", "1:01:01")
