@@ -59,8 +59,8 @@ for file in "${missing[@]}"; do grep -v -- "$pattern" "$file" >> "$list"; done
 say "Installing ${missing[*]} into .venv: up to 1 GB without a GPU build of torch, some 5 GB with one. This is done once."
 # a line for each package shows that it goes on; the log has everything
 .venv/bin/python -m pip install --disable-pip-version-check --progress-bar off --log .venv/install.log \
-  --requirement "$list" 2>&1 | { grep -E '^ *(Collecting|Installing|Building|ERROR|error)' || true; } |
-  sed -e 's/ (from .*//' -e 's/^\(Installing collected packages\):.*/\1 .../' >&2 || {
+  --requirement "$list" 2>&1 |
+  sed -unE 's/^(Installing collected packages):.*/\1 .../p; t; s/ \(from .*//; /^ *(Collecting|Building|ERROR|error)/p' >&2 || {
   say "The packages could not be installed: see above, and .venv/install.log for all of it. Is the network there, and"
   say "enough disk? Run it again to go on."
   exit 2
