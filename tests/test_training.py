@@ -277,6 +277,12 @@ def test_the_plan_warns_of_what_will_not_go_well(ready, capsys, settings, words)
     assert words in capsys.readouterr().out
 
 
+def test_bf16_on_a_processor_without_it_is_warned_of(ready, capsys, monkeypatch):
+    monkeypatch.setattr("rwkv_peft.training.report.cpu_has_bf16", lambda: False)
+    train.command(config(PRECISION="bf16"), ["--dry-run"])
+    assert "no instructions for bf16" in capsys.readouterr().out
+
+
 def test_a_dry_run_prints_every_setting_and_what_auto_became(ready, capsys):
     train.command(config(CTX_LEN="auto"), ["--dry-run"])
     said = " ".join(capsys.readouterr().out.split("model ")[0].split())

@@ -13,7 +13,7 @@ from pathlib import Path
 from .. import project, tokenizer
 from ..data.sampling import AUTO_CTX_LIMIT
 from ..errors import leave
-from ..machine import device_kind, device_words
+from ..machine import cpu_has_bf16, device_kind, device_words
 from ..model import arch
 from ..words import clock, count
 from .estimate import memory_bytes
@@ -72,6 +72,9 @@ def plan_lines(settings, base, geometry, data, plan, steps, trained_values, stor
     elif settings["WARMUP_STEPS"] > steps * LONG_WARMUP:
         rows.append(("", f"WARMUP_STEPS={settings['WARMUP_STEPS']} is {settings['WARMUP_STEPS'] / steps:.0%} of the run; a "
                          "tenth of it is enough"))  # fmt: skip
+    if device == "cpu" and settings["PRECISION"] == "bf16" and not cpu_has_bf16():
+        rows.append(("", "this processor has no instructions for bf16, which makes it about ten times slower than fp32: use "
+                         "PRECISION=auto"))  # fmt: skip
     cores = os.cpu_count() or 1
     if device == "cpu" and plan.world > cores:
         rows.append(("", f"GPU_COUNT={plan.world} starts {plan.world} processes, but this machine has {count(cores, 'core')} "
