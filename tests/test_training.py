@@ -277,6 +277,18 @@ def test_the_plan_warns_of_what_will_not_go_well(ready, capsys, settings, words)
     assert words in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["我的数据", "costs $5 to $^6"])
+@pytest.mark.filterwarnings("error")
+def test_a_run_may_have_any_name_and_its_picture_is_drawn_without_a_warning(project_folder, name):
+    from rwkv_peft.training.plot import draw_loss
+
+    folder = project_folder / "output" / name
+    folder.mkdir()
+    rows = [{"step": n, "epoch": n // 3, "loss": 9.0 - n, "lr": 1e-4} for n in range(1, 8)]
+    (folder / "loss.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    assert draw_loss(folder).read_bytes().startswith(b"\x89PNG")
+
+
 def test_bf16_on_a_processor_without_it_is_warned_of(ready, capsys, monkeypatch):
     monkeypatch.setattr("rwkv_peft.training.report.cpu_has_bf16", lambda: False)
     train.command(config(PRECISION="bf16"), ["--dry-run"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 from ..atomic import writing
@@ -16,11 +17,38 @@ def looks_back(steps: int) -> int:
     return max(SMOOTHED_LEAST, round(SMOOTHED_SHARE * steps))
 
 
+# fonts that have the Chinese letters of a run's name, where one of them is installed; the last is Windows' own under WSL
+CHINESE_FONTS = (
+    "Noto Sans CJK SC",
+    "Source Han Sans SC",
+    "WenQuanYi Zen Hei",
+    "WenQuanYi Micro Hei",
+    "Microsoft YaHei",
+)
+WINDOWS_FONT = Path("/mnt/c/Windows/Fonts/msyh.ttc")
+
+
+def fonts() -> list[str]:
+    """matplotlib's own font, then the first of ours that is there."""
+    from matplotlib import font_manager
+
+    if WINDOWS_FONT.is_file():
+        font_manager.fontManager.addfont(WINDOWS_FONT)
+    installed = set(font_manager.get_font_names())
+    return ["DejaVu Sans", *[name for name in CHINESE_FONTS if name in installed][:1]]
+
+
 def draw_loss(folder: Path) -> Path:
     """Draw folder/loss.jsonl as folder/loss.png."""
     import matplotlib
 
     matplotlib.use("Agg")
+    with warnings.catch_warnings(), matplotlib.rc_context({"font.family": fonts()}):
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # no font here has that letter: a box does
+        return draw(folder)
+
+
+def draw(folder: Path) -> Path:
     import matplotlib.pyplot as plt
 
     records = [json.loads(line) for line in (folder / "loss.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -36,7 +64,8 @@ def draw_loss(folder: Path) -> Path:
     borders = [a["step"] + 0.5 for a, b in zip(records, records[1:], strict=False) if a["epoch"] != b["epoch"]]
     for step in borders:  # fainter the more there are: they are a scale, not the picture
         axes.axvline(step, color="#bbbbbb", linewidth=0.8, alpha=min(1.0, 12 / len(borders)), zorder=0)
-    axes.set(title=folder.name, xlabel="optimizer step (grey lines: epochs)", ylabel="loss per trained token")
+    axes.set_title(folder.name, parse_math=False)  # a name with dollar signs is no formula
+    axes.set(xlabel="optimizer step (grey lines: epochs)", ylabel="loss per trained token")
     axes.grid(alpha=0.25)
     rates = axes.twinx()
     rates.plot(steps, [r["lr"] for r in records], color="#c98a3c", linewidth=1, linestyle="--", label="learning rate")
