@@ -65,7 +65,7 @@ DATALOAD=pack
 # qa and last need turns: "User: ...", a blank line, "Assistant: ...". Rows without an Assistant are left out, and counted.
 LOSS_MASK=qa
 
-# 1: a new order every epoch, the same for the same SEED. 0: the order of the file. 每轮是否打乱
+# 1: a new order every epoch, the same for the same SEED. 0: the order of the file (pack: the same packs every epoch). 是否打乱
 DATA_SHUFFLE=1
 
 # Any whole number; the same number gives the same run. 随机种子，相同种子结果相同
@@ -82,7 +82,8 @@ CHUNK_CTX=""
 EPOCH_COUNT=3
 
 # Micro-batches per epoch and GPU. auto: every row once. Smaller: shorter epochs that go on through the data in turn.
-# make_tokenize.sh lists numbers that divide evenly, but any number works.   每轮微批数；auto 每条恰好一次，任意数字均可
+# make_tokenize.sh lists numbers that divide the rows evenly (for DATALOAD=pad and only; pack counts packs), but any number
+# works.                                                              每轮微批数；auto 每条恰好一次，任意数字均可
 EPOCH_STEPS=auto
 
 # Save every so many epochs; the last one is always saved. 每多少轮保存一次，最后一轮总会保存
@@ -90,7 +91,8 @@ EPOCH_SAVE=1
 
 # Rows (with DATALOAD=pack: packs) that go through one GPU at once. More is faster and takes more memory.
 #   auto: about 4096 tokens at once, and at least 16 optimizer steps an epoch if the data allow it
-#   out of memory? halve it and double MINI_BSZ: the result is the same.       显存不足就减半，并把 MINI_BSZ 加倍，结果不变
+#   out of memory? halve it and double MINI_BSZ (and EPOCH_STEPS, if that is a number): the result is the same
+#   显存不足就减半，并把 MINI_BSZ 加倍（EPOCH_STEPS 若为数字也加倍），结果不变
 MICRO_BSZ=auto
 
 # Micro-batches per optimizer step: MICRO_BSZ * MINI_BSZ * GPU_COUNT rows or packs make one step. Aim at 4-8 rows a step
@@ -100,6 +102,7 @@ MINI_BSZ=1
 ######################################### Learning rate  学习率 ##################################################
 
 # First and last learning rate. lora: 1e-4 to 5e-5 for 0.1B-3B, 2e-5 above; full: 1e-5. 初始与最终学习率
+# (The decay bias w0 learns at twice the rate, as in the official trainer; it is trained by full and by lora_parts=time.)
 LR_INIT=1e-4
 # The last one; LR_SCHEDULE says how it gets there. 最终学习率
 LR_FINAL=1e-5

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rwkv_peft import project
+from rwkv_peft.atomic import need_space
 from rwkv_peft.errors import UserError, leave
 from rwkv_peft.shell_vars import enter, var
 from rwkv_peft.words import count, did_you_mean, listed
@@ -60,8 +61,10 @@ def command_line(arguments: list[str]) -> tuple[Path, int, int, bool]:
     for name, least, default, word in zip(
         ("EPOCHS", "MAX_TOKENS"), (1, 0), (1, 0), [*words[1:], None, None], strict=False
     ):
-        if word is not None and (not word.isascii() or not word.isdigit() or int(word) < least):
-            raise UserError(f"{name}={word}: must be a whole number, {least} or more. See ./make_tokenize.sh --help")
+        if word is not None and (not word.isascii() or not word.isdigit() or len(word) > 9 or int(word) < least):
+            raise UserError(
+                f"{name}={word[:20]}: must be a whole number, {least} to 999999999. See ./make_tokenize.sh --help"
+            )
         numbers[name] = default if word is None else int(word)
     source = project.find(words[0], "data")
     if not source.exists():
@@ -74,6 +77,11 @@ def command_line(arguments: list[str]) -> tuple[Path, int, int, bool]:
         raise UserError(f"{project.shown(source)}: is not a file.")
     if source.suffix != ".jsonl":
         raise UserError(f"{project.shown(source)}: must end in .jsonl (one JSON object per line).")
+    if source.stem.endswith(".roles"):
+        other = source.name.replace(".roles", "")
+        raise UserError(
+            f"{project.shown(source)}: would write over what belongs to {other}; take a name without .roles."
+        )
     return source, numbers["EPOCHS"], numbers["MAX_TOKENS"], "--no-eof" not in flags
 
 
@@ -139,9 +147,12 @@ def tokenize(source: Path, epochs: int, max_tokens: int, end_of_doc: bool, seed:
         all_ids = np.memmap(ids_file, dtype="<u2", mode="r")
         all_roles = np.memmap(roles_file, dtype=np.uint8, mode="r")
         starts = np.concatenate([[0], np.cumsum(sizes)])
+        # ids, roles, and two indexes
+        need_space(source.parent, epochs * (3 * int(starts[-1]) + 2 * 12 * len(sizes)))
         random = np.random.default_rng(seed)
+        repeats = tqdm(range(epochs), desc="repeats", disable=epochs == 1 or not sys.stderr.isatty())
         with Writer(prefix, {"": np.uint16, ".roles": np.uint8}) as writer:
-            for _ in range(epochs):
+            for _ in repeats:
                 for i in random.permutation(len(sizes)):
                     row = slice(starts[i], starts[i + 1])
                     writer.add({"": all_ids[row], ".roles": all_roles[row]})
@@ -156,7 +167,7 @@ def tokenize(source: Path, epochs: int, max_tokens: int, end_of_doc: bool, seed:
     if overlooked:
         where = at_lines(overlooked)
         print(
-            f"careful   {count(len(overlooked), 'row')} with what looks like a turn but is read as part of the text before it: "
+            f"careful   {count(len(overlooked), 'row')} with what looks like a turn but is not written as the models know it: "
             f'{where}. A turn begins with exactly "User:", "Assistant:" or "System:", behind an empty line (\\n\\n in the JSON).'
         )
     print(advice(name, max(sizes), rows, end_of_doc, answers > 0 or len(overlooked) > 0))

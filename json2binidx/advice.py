@@ -37,6 +37,7 @@ def advice(name: str, longest: int, rows: int, end_of_doc: bool, answers: bool) 
         f"### data_line_count = {rows}",
         f"### The first ten factors of the five numbers nearby (±{NEARBY}):",
         *factor_table(rows),
+        "(rows of DATALOAD=pad and only; with pack, several rows share a place and auto counts the packs)",
         "",
         "### Lines for training.sh (auto works everything out; any MICRO_BSZ and EPOCH_STEPS work, every row is used):",
         f"DATA_PATH={shlex.quote(name) if set(name) & UNSAFE else chr(34) + name + chr(34)}",

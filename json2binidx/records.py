@@ -106,8 +106,9 @@ SCHEMAS: dict[str, Callable[[dict[str, Any]], tuple[str, list[Span]]]] = {
 
 def rendered(row: dict[str, Any]) -> tuple[str, str, list[Span]]:
     """The schema's name, the text, and its spans."""
-    for key, handler in SCHEMAS.items():
-        if key in row:
-            return key, *handler(row)
+    there = [key for key in SCHEMAS if key in row]
+    if there:  # exports of both kinds have all the columns, and null in those that are not used
+        key = next((key for key in there if row[key] is not None), there[0])
+        return key, *SCHEMAS[key](row)
     has = ", ".join(map(repr, list(row)[:6])) or "nothing"
     raise RowError(f"has none of the keys {', '.join(SCHEMAS)}; it has {has}")

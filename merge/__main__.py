@@ -13,6 +13,7 @@ shapes and number formats of the result are the base's. The result is read back 
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ def command(config: MergeConfig, typed: list[str]) -> None:
         leave(__doc__, 2)
     epoch = None
     if typed:
-        if not (typed[0].isascii() and typed[0].isdigit()):
+        if not (typed[0].isascii() and typed[0].isdigit() and len(typed[0]) < 10):
             raise UserError(f"{typed[0]}: is no epoch; give a number, 0 for the first. See ./merge.sh --help")
         epoch = int(typed[0])
     merge(project.epoch_file(project.run_folder(config.run), epoch), config.model_path)
@@ -69,17 +70,16 @@ def merge(adapter: Path, model_path: str) -> None:
     described, _ = bases.inspect(base)
     print(f"base      {project.shown(base)}: the file that the run was trained on (same content)")
     tensors = checkpoint.load(adapter)
-    change = replace(tensors, where) if method == "full" else fold(tensors, sidecar, described, where)
+    change = replace(tensors, described, where) if method == "full" else fold(tensors, sidecar, described, where)
     target = project.ROOT / "merge" / f"{base.stem}-{method.upper()}-{epoch}.pth"
     clear_leftovers(target)
     fresh = temporary(target)  # it gets its name when it is known to be right
     try:
         checkpoint.rewrite(base, fresh, change)
         checks = list(verify(base, fresh, tensors, change, sidecar))
-        make_room(target, run=adapter.parent.name)
-        checkpoint.write_json(
-            checkpoint.sidecar_path(target), {"run": adapter.parent.name, "checkpoint": where, **sidecar}
-        )
+        source = {"run": adapter.parent.name, "checkpoint": where, "checkpoint_sha256": checkpoint.sha256(adapter)}
+        make_room(target, source["checkpoint_sha256"])
+        checkpoint.write_json(checkpoint.sidecar_path(target), source | sidecar)
         os.replace(fresh, target)
         sync_folder(target.parent)
     finally:
@@ -92,25 +92,27 @@ def merge(adapter: Path, model_path: str) -> None:
     )
 
 
-def make_room(target: Path, run: str) -> None:
-    """Keep a result of that name that another run has left: it gets that run's name behind its own."""
+def make_room(target: Path, sha256: str) -> None:
+    """Keep a result of that name unless it came from this very checkpoint: it gets its run's name behind its own."""
     import json
 
     if not target.exists():
         return
-    note, other = target.with_suffix(".json"), "earlier"
-    if note.is_file():
-        other = json.loads(note.read_text(encoding="utf-8")).get("run", other)
-    if other == run:
-        print(f"replaces  {project.shown(target)}, made from the same run before")
+    note, made = target.with_suffix(".json"), None
+    with contextlib.suppress(OSError, ValueError):
+        made = json.loads(note.read_text(encoding="utf-8"))
+    made = made if isinstance(made, dict) else {}
+    if made.get("checkpoint_sha256") == sha256:
+        print(f"replaces  {project.shown(target)}, made from the same checkpoint before")
         return
+    other = Path(str(made.get("run") or "earlier")).name
     number, kept = 2, target.with_name(f"{target.stem}.{other}.pth")
     while kept.exists():
         number, kept = number + 1, target.with_name(f"{target.stem}.{other}-{number}.pth")
     target.rename(kept)
     if note.is_file():
         note.rename(kept.with_suffix(".json"))
-    print(f"kept      the result of another run that had this name, as {project.shown(kept)}")
+    print(f"kept      the earlier result of this name, as {project.shown(kept)}")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,10 @@ def must_be_finite(tensors: Mapping[str, Tensor], where: str) -> None:
         raise UserError(f"{where}: {bad[0]} holds NaN or infinity; this training went wrong, take an earlier epoch.")
 
 
-def replace(tensors: Mapping[str, Tensor], where: str) -> Change:
-    """The change for a full run: every tensor that it trained is replaced."""
+def replace(tensors: Mapping[str, Tensor], base: Mapping[str, Stored], where: str) -> Change:
+    """The change for a full run: every tensor that it trained is replaced. UserError if the base has no place for one."""
+    strange = [n for n, t in tensors.items() if n not in base or t.shape != base[n].shape]
+    if strange:
+        raise UserError(f"{where}: is no full run of this base: {', '.join(strange[:4])}.")
     must_be_finite(tensors, where)
     return lambda name: (lambda _: tensors[name]) if name in tensors else None

@@ -21,7 +21,7 @@ from rwkv_peft.errors import UserError
 from rwkv_peft.model.layers import Linear
 
 PROBES = 16  # random inputs that each changed layer is asked
-ROUNDINGS = 4  # allowed difference of outputs, in roundings of the base's number format
+ROUNDINGS = 4  # allowed difference of outputs, in roundings of the base's number format (seen: 0.5, whatever the width)
 
 
 def verify(base: Path, target: Path, tensors: Mapping[str, Tensor], change: Change, sidecar: dict) -> Iterator[str]:
@@ -38,7 +38,11 @@ def verify(base: Path, target: Path, tensors: Mapping[str, Tensor], change: Chan
                 before, changed = old.tensor(name), changed + 1
                 after = read(new, name)
                 sound = after is not None and torch.equal(after, make(before).to(before.dtype))
-                sound = sound and bool(torch.isfinite(after).all())
+                if sound and not bool(torch.isfinite(after).all()):
+                    raise UserError(
+                        f"{name} would hold NaN or infinity: what the run learnt is too large for the base's numbers, or "
+                        "alpha is. Nothing was written; take an earlier epoch."
+                    )
                 if sound and (layer := adapter_of(name, tensors, sidecar)):
                     difference = compare(before, after, layer, sidecar)
                     worst = max(worst, difference)
@@ -83,13 +87,14 @@ def adapter_of(name: str, tensors: Mapping[str, Tensor], sidecar: dict) -> dict[
 
 
 def compare(before: Tensor, after: Tensor, layer: Mapping[str, Tensor], sidecar: dict) -> float:
-    """Relative difference between the merged layer's outputs and those of the base's layer with its adapter."""
+    """Difference between the merged layer's outputs and those of the base's layer with its adapter, relative to the larger
+    of the base's outputs and these (an adapter may undo its base). In float64: what is left is the rounding of the file."""
     linear = Linear(before.shape[1], before.shape[0])
-    linear.weight = nn.Parameter(before.float())
+    linear.weight = nn.Parameter(before)  # layers compute in the dtype of their input
     adapted = ADAPTERS[sidecar["method"]](linear, sidecar["rank"], sidecar["alpha"])
-    x = torch.randn(PROBES, before.shape[1], generator=torch.Generator().manual_seed(0))
+    x = torch.randn(PROBES, before.shape[1], generator=torch.Generator().manual_seed(0)).double()
     with torch.no_grad():
         for leaf, tensor in layer.items():
             getattr(adapted, leaf).copy_(tensor)
-        ours, theirs = F.linear(x, after.float()), adapted.eval()(x)
-        return float((ours - theirs).norm() / theirs.norm().clamp_min(1e-30))
+        base, ours, theirs = linear(x), F.linear(x, after.double()), adapted.eval()(x)
+        return float((ours - theirs).norm() / max(base.norm(), theirs.norm()).clamp_min(1e-30))

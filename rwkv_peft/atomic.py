@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+from .errors import UserError
 
 
 def temporary(path: str | os.PathLike) -> Path:
@@ -44,6 +47,16 @@ def writing(path: str | os.PathLike, mode: str = "wb", **kwargs) -> Iterator:
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
+
+
+def need_space(folder: Path, size: int) -> None:
+    """Refuse before anything is written if the disk cannot hold `size` bytes. Makes the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < size * 1.02 + (1 << 20):
+        raise UserError(
+            f"{folder}: {free / 1e9:.2f} GB are free, {size / 1e9:.2f} GB are needed. Nothing was written; free some space."
+        )
 
 
 def clear_leftovers(path: Path) -> None:

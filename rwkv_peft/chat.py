@@ -76,7 +76,11 @@ def command_line(arguments: list[str], config: ChatConfig) -> tuple[ChatConfig, 
         parser.add_argument(flag, dest=name)
     parser.add_argument("--prompt")
     parser.add_argument("--raw", action="store_true")
-    given = parser.parse_args(arguments)
+    words = list(arguments)
+    for i, word in reversed(list(enumerate(words[:-1]))):  # "--prompt -5+3?": what follows is its value, whatever it is
+        if word in (*flags, "--prompt") and not words[i + 1].startswith("--"):
+            words[i : i + 2] = [f"{word}={words[i + 1]}"]
+    given = parser.parse_args(words)
     kinds = {"MAX_TOKENS": int, "SEED": int, "TEMPERATURE": float, "TOP_P": float}
     changed = {}
     for flag, name in flags.items():
@@ -148,7 +152,7 @@ def adapter_file(name: str) -> Path:
     """ADAPTER -> the checkpoint; a run's folder stands for its last epoch. UserError if it is a model of its own."""
     from . import checkpoint
 
-    path = project.find(name, "output")
+    path = project.run_folder("") if name in ("latest", "output/latest") else project.find(name, "output")
     if path.is_dir():
         return project.epoch_file(path, None)
     holds = checkpoint.describe(path)

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .atomic import writing
+from .atomic import need_space, writing
 from .errors import UserError
 from .project import shown
 from .words import listed
@@ -222,20 +222,21 @@ class Archive:
 Change = Callable[[str], Callable[[Tensor], Tensor] | None]
 
 
-def rewrite(source: str | os.PathLike, target: str | os.PathLike, change: Change) -> None:
+def rewrite(source: str | os.PathLike | Archive, target: str | os.PathLike, change: Change) -> None:
     """Copy a checkpoint with some tensors changed, record by record: memory holds the one that changes.
 
+    source: a path, or an archive that is open already (it then does not matter what has become of its path).
     A changed tensor is written in the dtype and shape of the source; key set, shapes, dtypes and pickle stay the
     source's, and so do the bytes of all that does not change.
     """
-    need_space(Path(target).parent, os.path.getsize(source))
-    with Archive(source) as old:
+    with contextlib.nullcontext(source) if isinstance(source, Archive) else Archive(source) as old:
+        need_space(Path(target).parent, sum(info.file_size for info in old.zip.infolist()))
         owners: dict[str, list[str]] = {}
         for name, stored in old.described.items():
             owners.setdefault(stored.record, []).append(name)
         if any(len(names) > 1 or not old.described[names[0]].whole for names in owners.values()):
             # tensors that share a record cannot be changed one by one: such files are rare, and small enough to load
-            save(target, {n: fitted(n, make(t), t) if (make := change(n)) else t for n, t in load(source).items()})
+            save(target, {n: fitted(n, make(t), t) if (make := change(n)) else t for n, t in load(old.path).items()})
             return
         with writing(target) as file, zipfile.ZipFile(file, "w") as new:
             for info in old.zip.infolist():
@@ -277,17 +278,6 @@ def write_record(new: zipfile.ZipFile, name: str, tensor: Tensor) -> None:
             target.write(data[begin : begin + COPY_BYTES].data)
 
 
-def need_space(folder: Path, size: int) -> None:
-    """Refuse before anything is written if the disk cannot hold it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if free < size * 1.02 + (1 << 20):
-        raise UserError(
-            f"{shown(folder)}: {free / 1e9:.2f} GB are free, {size / 1e9:.2f} GB are needed. "
-            "Nothing was written; free some space."
-        )
-
-
 def sha256(path: str | os.PathLike) -> str:
     """The content hash of a file (about 1 GB/s)."""
     digest = hashlib.sha256()
@@ -316,9 +306,32 @@ def read_sidecar(path: str | os.PathLike, wanted: tuple[str, ...]) -> dict[str, 
         )
     try:
         content = json.loads(sidecar.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UserError(f"{shown(sidecar)}: is not readable as JSON ({error}).") from None
     missing = [key for key in wanted if not isinstance(content, dict) or key not in content]
     if missing:
         raise UserError(f"{shown(sidecar)}: does not say {', '.join(missing)}; it is not a sidecar of this kit.")
+    wrong = [
+        key for key in content if key in SIDECAR and not SIDECAR[key](content[key], content.get("method") == "full")
+    ]
+    if wrong:
+        raise UserError(f"{shown(sidecar)}: {wrong[0]} cannot be {content[wrong[0]]!r}. Was the file edited?")
     return content
+
+
+def whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+# what a sidecar's values must be; a full run has no rank and no alpha
+SIDECAR: dict[str, Callable[[Any, bool], bool]] = {
+    "method": lambda value, full: isinstance(value, str),
+    "rank": lambda value, full: value is None if full else whole(value, 1),
+    "alpha": lambda value, full: value is None if full else isinstance(value, (int, float)) and 0 < value <= 1e9,
+    "base": lambda value, full: isinstance(value, str) and value == Path(value).name != "",
+    "base_path": lambda value, full: isinstance(value, str),
+    "base_sha256": lambda value, full: isinstance(value, str),
+    "geometry": lambda value, full: isinstance(value, dict),
+    "epoch": lambda value, full: whole(value, 0),
+    "step": lambda value, full: whole(value, 0),
+}

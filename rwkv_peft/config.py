@@ -10,8 +10,10 @@ from types import SimpleNamespace
 from typing import Literal
 
 from .errors import Problem
+from .project import is_text
 from .shell_vars import var
 
+MOST = 10**9  # of anything that is counted
 NOT_YET = "is not part of this version yet; it has {}"
 
 
@@ -48,11 +50,11 @@ class TrainConfig:
     run_name: str = var("RUN_NAME")
 
     model_version: Literal["auto", "v7"] = var("MODEL_VERSION", later=later("v4 v5 v6", "v7"))
-    n_layer: Literal["auto"] | int = var("N_LAYER", ge=1)
-    embd_size: Literal["auto"] | int = var("EMBD_SIZE", ge=1)
-    vocab_size: Literal["auto"] | int = var("VOCAB_SIZE", ge=1)
+    n_layer: Literal["auto"] | int = var("N_LAYER", ge=1, le=MOST)
+    embd_size: Literal["auto"] | int = var("EMBD_SIZE", ge=1, le=MOST)
+    vocab_size: Literal["auto"] | int = var("VOCAB_SIZE", ge=1, le=MOST)
 
-    ctx_len: Literal["auto"] | int = var("CTX_LEN", ge=1)
+    ctx_len: Literal["auto"] | int = var("CTX_LEN", ge=1, le=MOST)
     dataload: Literal["pack", "pad", "only", "get"] = var("DATALOAD", later=later("bucket", "pack, pad, only and get"))
     loss_mask: Literal["qa", "last", "pad", "none"] = var("LOSS_MASK", later=later("se", "qa, last, pad and none"))
     data_shuffle: bool = var("DATA_SHUFFLE")
@@ -60,24 +62,24 @@ class TrainConfig:
     train_type: Literal["none"] = var("TRAIN_TYPE", later=later("infctx state", "none"))
     chunk_ctx: str = reserved("CHUNK_CTX", "TRAIN_TYPE=infctx")
 
-    epoch_count: int = var("EPOCH_COUNT", ge=1)
-    epoch_steps: Literal["auto"] | int = var("EPOCH_STEPS", ge=1)
-    epoch_save: int = var("EPOCH_SAVE", ge=1)
-    micro_bsz: Literal["auto"] | int = var("MICRO_BSZ", ge=1)
-    mini_bsz: int = var("MINI_BSZ", ge=1)
+    epoch_count: int = var("EPOCH_COUNT", ge=1, le=MOST)
+    epoch_steps: Literal["auto"] | int = var("EPOCH_STEPS", ge=1, le=MOST)
+    epoch_save: int = var("EPOCH_SAVE", ge=1, le=MOST)
+    micro_bsz: Literal["auto"] | int = var("MICRO_BSZ", ge=1, le=MOST)
+    mini_bsz: int = var("MINI_BSZ", ge=1, le=MOST)
 
     lr_init: float = var("LR_INIT", ge=0)
     lr_final: float = var("LR_FINAL", ge=0)
     lr_schedule: Literal["cos", "wsd", "exp", "linear", "constant"] = var("LR_SCHEDULE")
-    warmup_steps: int = var("WARMUP_STEPS", ge=0)
+    warmup_steps: int = var("WARMUP_STEPS", ge=0, le=MOST)
     beta1: float = var("BETA1", ge=0, lt=1)
     beta2: float = var("BETA2", ge=0, lt=1)
     adam_eps: float = var("ADAM_EPS", gt=0)
     weight_decay: float = var("WEIGHT_DECAY", ge=0)
     grad_clip: float = var("GRAD_CLIP", ge=0)
 
-    lora_r: int = var("lora_r", ge=1)
-    lora_alpha: float = var("lora_alpha", gt=0)
+    lora_r: int = var("lora_r", ge=1, le=MOST)
+    lora_alpha: float = var("lora_alpha", gt=0, le=MOST)
     lora_dropout: float = var("lora_dropout", ge=0, lt=1)
     lora_parts: str = var("lora_parts")
     emb_finetune: bool = var("EMB_FINETUNE")
@@ -87,7 +89,7 @@ class TrainConfig:
     quant: Literal["none"] = var("QUANT", later=later("int8 4bit nf4 fp4 fp8", "none"))
     op: Literal["auto", "torch", "reference", "cuda", "fla", "triton", "cpu"] = var("OP")
     grad_cp: bool = var("GRAD_CP")
-    gpu_count: int = var("GPU_COUNT", ge=1)
+    gpu_count: int = var("GPU_COUNT", ge=1, le=MOST)
     strategy: Literal["auto", "single", "ddp"] = var(
         "STRATEGY",
         later=later(
@@ -130,6 +132,7 @@ class TrainConfig:
             "RUN_NAME",
             'must be a plain folder name (no "/", not latest, not starting with "-")',
         )
+        rule(given.run_name and not is_text(given.run_name), "RUN_NAME", "is not UTF-8; choose another name")
         words = [word.strip() for word in (given.lora_parts or "").split(",")]
         if given.lora_parts is not None:
             wrong = [word for word in words if word not in LORA_PARTS]

@@ -89,6 +89,19 @@ def describe_os_error(error: OSError) -> tuple[str, int]:
 
 
 def leave(message: str, code: int) -> None:
-    print(message, file=sys.stderr)
-    sys.stderr.flush()
+    with unheard():
+        print(message, file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def unheard() -> Iterator[None]:
+    """Say something even if nobody listens any more (a closed terminal, | head): work goes on, in silence from here."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EIO, errno.EPIPE):
+            raise
+        with open(os.devnull, "wb") as nowhere:
+            for stream in (sys.stdout, sys.stderr):
+                os.dup2(nowhere.fileno(), stream.fileno())

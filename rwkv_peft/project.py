@@ -16,11 +16,22 @@ OUTPUT = ROOT / "output"
 
 def find(name: str, folder: str) -> Path:
     """A file that a setting names: in ROOT/folder, or a path from here, or from the project. May not exist."""
+    if not is_text(name):
+        raise UserError(f"{name.encode(errors='replace').decode()}: this name is not UTF-8; rename the file.")
     given = Path(name)
     with contextlib.suppress(RuntimeError):  # a user that does not exist
         given = given.expanduser()
     places = [ROOT / folder / given, Path.cwd() / given, ROOT / given]
     return next((p for p in places if p.exists()), places[0] if given.name == name else places[1])
+
+
+def is_text(name: str) -> bool:
+    """Whether a name can be written into files and shown: names of other encodings arrive as half characters."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def model_file(name: str) -> Path:
@@ -33,7 +44,9 @@ def model_file(name: str) -> Path:
 
 def data_prefix(name: str) -> Path:
     """DATA_PATH -> path without ending: sample, sample.bin, sample.jsonl and data/sample all mean data/sample."""
-    name = re.sub(r"\.(bin|idx|jsonl)$", "", name.rstrip("/"))
+    name = name.rstrip("/")
+    if not any(find(name + ending, "data").exists() for ending in (".idx", ".bin")):  # a name may end in .bin itself
+        name = re.sub(r"\.(bin|idx|jsonl)$", "", name)
     found = find(name + ".idx", "data")
     if not found.exists() and find(name + ".bin", "data").exists():
         found = find(name + ".bin", "data")
@@ -53,7 +66,8 @@ def shown(path: str | os.PathLike) -> str:
 
 def is_taken(folder: Path) -> bool:
     """Whether a run has left results there. A folder with settings only (stopped before its first step) may be used."""
-    return any(folder.glob("rwkv-*.pth")) or (folder / "loss.jsonl").exists()
+    log = folder / "loss.jsonl"
+    return any(folder.glob("rwkv-*.pth")) or (log.exists() and log.stat().st_size > 0)
 
 
 def point_latest(folder: Path) -> None:

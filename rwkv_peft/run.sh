@@ -9,4 +9,7 @@ python="$root/.venv/bin/python"
 # program shares the cores; not spinning at all halves the speed of small steps where none does. Tokens/s of the quickstart's
 # LoRA on 2 cores, alone and beside one busy process: no spin 960 and 1500, 5000 turns 2010 and 670, 20000 turns 2200 and 430.
 [ -n "${OMP_WAIT_POLICY:-}" ] || export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-5000}"
+# notebooks export a picture backend of their own, and other launchers a rank: neither is meant for us
+export MPLBACKEND=Agg
+unset LOCAL_RANK
 exec "$python" "$root/rwkv_peft/run.py" "$@"

@@ -23,6 +23,7 @@ from .errors import Problem, Problems, door
 from .words import count, did_you_mean
 
 T = TypeVar("T")
+DIGITS = 18  # of the longest whole number that a setting may be
 
 ASSIGNMENT = re.compile(r"^\s*(?:export\s+|declare\s+(?:-\w+\s+)*|readonly\s+)?([A-Za-z_]\w*)\+?=(.*)$")
 
@@ -167,6 +168,8 @@ def convert(text: str, kind: Any, bounds: Mapping[str, Any]) -> Any:
     if kind is int:
         if not re.fullmatch(r"[+-]?\d+", text):
             raise ValueError("must be a whole number")
+        if len(text) > DIGITS:
+            raise ValueError("is too large")
         return check_bounds(int(text), bounds)
     if kind is float:
         try:

@@ -94,8 +94,9 @@ LIKE_A_HEADING = re.compile("^[ \t]*(?:system|user|assistant)[ \t]*(?::|：)".en
 
 
 def overlooked_heading(data: bytes, spans: Sequence[Span]) -> str:
-    """The first line of a ready text that looks like a heading but is none (no blank line before it, say); or ""."""
-    known = {span.start for span in spans if span.role is Role.HEADING}
+    """The first line of a ready text that looks like a heading but is not what the models know as one: no blank line
+    before it, another case, a full-width colon (which does count as a turn here, for who says what). Or ""."""
+    known = {span.start for span in spans if span.role is Role.HEADING and data[span.end - 1 : span.end] == b":"}
     found = next((m for m in LIKE_A_HEADING.finditer(data) if m.start() not in known), None)
     return found[0].decode("utf-8").strip() if found else ""
 

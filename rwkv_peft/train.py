@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import logging
 import os
 import platform
@@ -23,6 +24,7 @@ import time
 from pathlib import Path
 
 from . import project
+from .atomic import need_space
 from .config import RETIRED, TrainConfig
 from .errors import EXIT_MEMORY, Problem, Problems, UserError, leave
 from .shell_vars import enter
@@ -73,12 +75,13 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
     op, wkv7 = dispatch.wkv7(config.op)
     precision = machine.precision(config.precision)
     trainer_arguments = strategy.trainer_arguments(precision, config.gpu_count, config.strategy)
+    base_sha256 = check_lora(config, base) if config.lora_load else ""
     data, plan = plan_run(config, prefix, geometry)
     steps = plan.optimizer_steps * config.epoch_count
     full = config.finetune_mode == "full"
 
     if MAIN_PROCESS and not dry_run:
-        folder = claim_folder(config, prefix)
+        folder = claim_folder(config, prefix, cleanup)
         cleanup.callback(release_folder, folder)
     else:
         folder = choose_folder(config, prefix)
@@ -102,9 +105,12 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
     from .training.optim import parameter_groups
 
     if MAIN_PROCESS:
-        checkpoint.need_space(folder, base.stat().st_size if full else 4 * trained_values)
+        need_space(folder, base.stat().st_size if full else 4 * trained_values)
     torch.manual_seed(config.seed)
-    base_sha256 = checkpoint.sha256(base) if MAIN_PROCESS else ""
+    # a full run writes itself into a copy of the base: held open, it stays what it is even if another file takes its name
+    held = cleanup.enter_context(checkpoint.Archive(base))
+    if MAIN_PROCESS:
+        base_sha256 = base_sha256 or checkpoint.sha256(base)
     tensors = checkpoint.load(base)
     model = build(geometry, tensors, wkv7, dtype, config.grad_cp, keep=torch.float32 if full else dtype)
     if full:
@@ -112,7 +118,8 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
     else:
         attach.adapt(model, config.finetune_mode, config.parts, config.lora_r, config.lora_alpha, config.lora_dropout)
     if config.lora_load:
-        load_lora(config, model, base, base_sha256, say)
+        attach.load_trained(model, checkpoint.load(lora_file(config)), project.shown(lora_file(config)))
+        say(f"starts from {project.shown(lora_file(config))} (weights; the optimizer starts anew)")
     trained = attach.trained(model)
     torch.manual_seed(config.seed + RANK)  # dropout differs between ranks, the weights do not
 
@@ -125,7 +132,7 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
         checkpoint.write_json(checkpoint.sidecar_path(path), sidecar)
         if full:
             checkpoint.rewrite(
-                base, path, lambda name: (lambda _: trained[name].detach().cpu()) if name in trained else None
+                held, path, lambda name: (lambda _: trained[name].detach().cpu()) if name in trained else None
             )
         else:
             checkpoint.save(path, trained)
@@ -143,7 +150,7 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
             sinks.append(sink)
             cleanup.callback(sink.close)
         say = progress.say
-    stop = StopOnSignal(lambda: release_folder(folder) if MAIN_PROCESS else None)
+    stop = StopOnSignal(lambda: abandon_folder(folder) if MAIN_PROCESS else None)
     save = Save(config.epoch_save, config.epoch_count, folder, write, say)
     callbacks = [StepRecorder(sinks), stop, save]
     module = TrainingModule(
@@ -177,7 +184,8 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
     loader = DataLoader(batches, batch_size=None, sampler=InOrder(len(batches)))
     began = time.monotonic()
     try:
-        trainer.fit(module, loader)
+        with stop.listening():
+            trainer.fit(module, loader)
     except RuntimeError as error:
         # torch's words for an empty host; a GPU has an exception of its own
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
@@ -272,18 +280,37 @@ def choose_folder(config: TrainConfig, prefix: Path) -> Path:
     return folder
 
 
-def claim_folder(config: TrainConfig, prefix: Path) -> Path:
-    """The same, made ours: of two runs that want one name at the same instant, one gets it."""
+def claim_folder(config: TrainConfig, prefix: Path, cleanup: contextlib.ExitStack) -> Path:
+    """The same, made ours until cleanup: of two runs that want one name at the same instant, one gets it.
+
+    The mark is a lock on loss.jsonl, which vanishes with its process, so a run that was killed blocks nobody.
+    """
     while True:
         folder = choose_folder(config, prefix)
         folder.mkdir(parents=True, exist_ok=True)
+        file = cleanup.enter_context(open(folder / "loss.jsonl", "a"))  # noqa: SIM115 (closed by cleanup)
         try:
-            (folder / "loss.jsonl").open("x").close()
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken = file.tell() > 0
+        except BlockingIOError:
+            taken = True
+        except OSError:  # a file system without locks
+            taken = False
+        if not taken:
             return folder
-        except FileExistsError:
-            if config.run_name:
-                message = f"{project.shown(folder)} has just been taken by another run; choose another name"
-                raise Problems(Problem("RUN_NAME", message)) from None
+        if config.run_name:
+            message = f"{project.shown(folder)} has just been taken by another run; choose another name"
+            raise Problems(Problem("RUN_NAME", message))
+
+
+def abandon_folder(folder: Path) -> None:
+    """What leaving in the middle of a save must not leave behind: half a file, or a sidecar without its checkpoint."""
+    for half in folder.glob(f"*.tmp-{os.getpid()}"):
+        half.unlink()
+    for sidecar in folder.glob("rwkv-*.json"):
+        if not sidecar.with_suffix(".pth").exists():
+            sidecar.unlink()
+    release_folder(folder)
 
 
 def release_folder(folder: Path) -> None:
@@ -299,15 +326,20 @@ def release_folder(folder: Path) -> None:
 
 
 def lora_file(config: TrainConfig) -> Path:
-    return project.find(config.lora_load, "output")
+    path = project.find(config.lora_load, "output")
+    return project.epoch_file(path, None) if path.is_dir() else path
 
 
-def load_lora(config: TrainConfig, model, base: Path, base_sha256: str, say) -> None:
-    """Start from the adapter of an earlier run, if it was trained on this base with this rank and alpha."""
+def check_lora(config: TrainConfig, base: Path) -> str:
+    """Whether lora_load was trained on this base with this rank and alpha; Problems if not. Returns the base's SHA-256."""
     from . import checkpoint
-    from .adapters import attach
 
     path = lora_file(config)
+    base_sha256 = checkpoint.sha256(base)
+    try:
+        checkpoint.describe(path)  # refuses what is no checkpoint before its sidecar is asked for
+    except UserError as error:
+        raise Problems(Problem("lora_load", str(error))) from None
     if checkpoint.sidecar_path(path).is_file():
         sidecar = checkpoint.read_sidecar(path, ("method", "rank", "alpha", "base", "base_sha256"))
         wrong = []
@@ -317,16 +349,15 @@ def load_lora(config: TrainConfig, model, base: Path, base_sha256: str, say) -> 
             wrong.append(Problem("lora_r", f"must be {sidecar['rank']}, the rank of {config.lora_load}"))
         if sidecar["alpha"] != config.lora_alpha:
             wrong.append(Problem("lora_alpha", f"must be {sidecar['alpha']:g}, the alpha of {config.lora_load}"))
-        if base_sha256 and sidecar["base_sha256"] != base_sha256:
+        if sidecar["base_sha256"] != base_sha256:
             wrong.append(
                 Problem("MODEL_PATH", f"{config.lora_load} was trained on {sidecar['base']}, not on {base.name}")
             )
         if wrong:
             raise Problems(*wrong)
-    else:
-        say(f"{config.lora_load} has no sidecar: its alpha ({config.lora_alpha:g}) and base are taken on trust.")
-    attach.load_trained(model, checkpoint.load(path), project.shown(path))
-    say(f"starts from {project.shown(path)} (weights; the optimizer starts anew)")
+    elif MAIN_PROCESS:
+        print(f"{config.lora_load} has no sidecar: its alpha ({config.lora_alpha:g}) and base are taken on trust.")
+    return base_sha256
 
 
 def resolved(config: TrainConfig, op, precision, ctx_len, plan, geometry, run_name) -> dict:

@@ -99,6 +99,16 @@ def test_without_commit_earlier_files_stay_and_nothing_else_is_left(tmp_path):
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
+def test_a_full_disk_is_not_left_fuller(tmp_path):
+    """The last flush fails again when the file is closed; /dev/full is such a disk."""
+    with pytest.raises(OSError, match="No space left"), Writer(tmp_path / "x", {"": np.uint16}) as writer:
+        writer.files[""].close()
+        writer.files[""] = open("/dev/full", "wb")  # noqa: SIM115
+        writer.add({"": np.zeros(10, np.uint16)})
+        writer.commit()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_a_killed_writer_left_is_cleared_by_the_next(tmp_path):
     (tmp_path / "x.bin.tmp-999999999").write_bytes(b"half")
     write(tmp_path / "x")

@@ -77,9 +77,9 @@ def test_tokenize_train_merge_chat_by_script_with_spaces_everywhere(kit):
 
 
 def test_a_run_without_a_name_gets_one_of_its_own(shared_kit):
-    """Also when two start in the same second: both are started at once here."""
+    """Also when two start in the same second: both are started at once here, from a shell like a notebook's."""
     script = str(shared_kit.root / "training.sh")
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "module://matplotlib_inline", "LOCAL_RANK": "x"}
     both = [subprocess.Popen([script], stdout=subprocess.PIPE, text=True, env=env) for _ in range(2)]
     names = [p.communicate(timeout=120)[0].split("output    output/")[1].split("/")[0] for p in both]
     assert [p.returncode for p in both] == [0, 0]
@@ -117,6 +117,57 @@ def test_a_stop_signal_saves_and_says_how_to_go_on(kit, number, code):
     kit.set(to="on.sh", lora_load=f"output/r/{saved.name}", RUN_NAME="on", EPOCH_COUNT="1")
     assert f"starts from output/r/{saved.name}" in kit.run("on.sh").stdout
     assert "(stopped early)" in kit.run("merge.sh", RUN="r").stdout
+
+
+def started(kit, settings, **options) -> subprocess.Popen:
+    """training.sh with these settings, as soon as it has taken some steps."""
+    tiny.save_model(kit.root / "model" / "tiny.pth")
+    kit.data("chat.jsonl", *tiny.CHATS)
+    kit.run("make_tokenize.sh", "chat.jsonl")
+    kit.set(**(QUICK | {"DATA_PATH": "chat", "RUN_NAME": "r", "EPOCH_SAVE": "100000"} | settings))
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([str(kit.root / "training.sh")], env=env, start_new_session=True, **options)
+    log, deadline = kit.root / "output/r/loss.jsonl", time.monotonic() + 60
+    while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") > 3):
+        time.sleep(0.1)
+    return process
+
+
+def test_a_terminal_that_is_closed_ends_the_run_with_its_work_saved(kit):
+    import pty
+
+    ours, theirs = pty.openpty()
+    process = started(kit, {"EPOCH_COUNT": "100000"}, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    os.close(ours)
+    os.killpg(process.pid, signal.SIGHUP)
+    assert process.wait(timeout=60) == 128 + signal.SIGHUP
+    assert (kit.root / "output/r/rwkv-0.pth").is_file() or list((kit.root / "output/r").glob("rwkv-*.pth"))
+
+
+def test_a_reader_that_leaves_does_not_end_the_run_and_nohup_is_respected(kit):
+    process = started(
+        kit, {"EPOCH_COUNT": "40"}, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    )  # fmt: skip
+    process.stdout.close()
+    os.killpg(process.pid, signal.SIGHUP)
+    assert process.wait(timeout=100) == 0
+    assert (kit.root / "output/r/rwkv-39.pth").is_file()
+
+
+def test_a_second_ctrl_c_leaves_nothing_half_written(kit):
+    process = started(kit, {"EPOCH_COUNT": "100000"}, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    folder = kit.root / "output/r"
+    (folder / f"rwkv-0.pth.tmp-{process.pid}").write_bytes(b"half")
+    (folder / "rwkv-0.json").write_text("{}")
+    os.killpg(process.pid, signal.SIGSTOP)  # both arrive before the batch ends
+    os.killpg(process.pid, signal.SIGINT)
+    os.kill(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGCONT)
+    said = process.communicate(timeout=60)[1].decode()
+    assert process.returncode > 128 and "Left at once" in said
+    assert not list(folder.glob("*.tmp-*")) and not (folder / "rwkv-0.json").exists()
 
 
 def test_the_kit_beside_the_script_is_used_not_one_in_the_current_folder(kit, tmp_path):

@@ -29,6 +29,7 @@ def bad_rows():
         "a list": (b"[1, 2]", "data/bad.jsonl:1: must be a JSON object"),
         "a number": (b"7", "data/bad.jsonl:1: must be a JSON object like"),
         "text is null": (b'{"text": null}', 'data/bad.jsonl:1: its "text" must be a string, not null'),
+        "both columns, both null": (b'{"messages": null, "text": null}', "data/bad.jsonl:1: its conversation must be"),
         "text is a list": (b'{"text": ["a"]}', 'its "text" must be a string, not a list'),
         "text is empty": (b'{"text": " "}', 'data/bad.jsonl:1: its "text" is empty'),
         "half a surrogate": (b'{"text": "\\ud800"}', "data/bad.jsonl:1: is not valid JSON"),
@@ -76,7 +77,7 @@ def test_all_bad_rows_are_told_at_once(kit):
 def test_a_forgotten_empty_line_before_a_turn_is_told_with_its_line(kit):
     kit.data("joined.jsonl", tiny.CHATS[0], {"text": "User: Hi\nAssistant: Hello"})
     said = kit.run("make_tokenize.sh", "joined.jsonl").stdout
-    assert "1 row with what looks like a turn but is read as part of the text before it: line 2 (Assistant:)" in said
+    assert "1 row with what looks like a turn but is not written as the models know it: line 2 (Assistant:)" in said
     kit.data("joined.jsonl", {"text": "User: Hi\nAssistant: Hello"})
     assert (
         "LOSS_MASK=qa" in kit.run("make_tokenize.sh", "joined.jsonl").stdout
@@ -108,18 +109,33 @@ def test_no_eof_leaves_the_end_of_documents_out(kit):
     [
         (["nothing.jsonl"], "data/nothing.jsonl: there is no such file. In data/ there is:"),
         (["xx.jsonl"], "data/xx.jsonl: there is no such file; did you mean x.jsonl? In data/ there is:"),
-        (["x.jsonl", "0"], "EPOCHS=0: must be a whole number, 1 or more"),
-        (["x.jsonl", "1", "4096k"], "MAX_TOKENS=4096k: must be a whole number, 0 or more"),
+        (["x.jsonl", "0"], "EPOCHS=0: must be a whole number, 1 to 999999999"),
+        (["x.jsonl", "1", "4096k"], "MAX_TOKENS=4096k: must be a whole number, 0 to 999999999"),
         (["x.jsonl", "--noeof"], "--noeof: is not an option; did you mean --no-eof? There is --no-eof"),
         (["../my kit"], "is not a file"),
         (["x.txt"], "must end in .jsonl"),
+        (["x.jsonl", "9" * 5000], "must be a whole number, 1 to 999999999"),
+        (["x.roles.jsonl"], "would write over what belongs to x.jsonl"),
         (["x.jsonl", "1", "2", "3"], "usage: ./make_tokenize.sh"),
     ],
 )
 def test_wrong_arguments_of_make_tokenize_are_named(kit, arguments, words):
     (kit.root / "data/x.txt").write_text("x")
+    (kit.root / "data/x.roles.jsonl").write_bytes(GOOD)
     (kit.root / "data/x.jsonl").write_bytes(GOOD)
     assert words in kit.run("make_tokenize.sh", *arguments, ok=False).stderr
+
+
+def test_a_name_that_is_not_utf8_is_refused(kit):
+    said = kit.run("make_tokenize.sh", "caf\udce9.jsonl", ok=False).stderr
+    assert "caf?.jsonl: this name is not UTF-8; rename the file" in said
+
+
+def test_tokenizing_asks_for_the_room_it_needs_before_it_writes(kit):
+    kit.data("x.jsonl", *tiny.CHATS)
+    said = kit.run("make_tokenize.sh", "x.jsonl", "999999999", ok=False).stderr
+    assert "GB are needed. Nothing was written" in said
+    assert not (kit.root / "data/x.bin").exists()
 
 
 def training(shared_kit, name="wrong.sh", **settings):

@@ -114,6 +114,13 @@ def test_ctrl_c_while_a_question_is_read_forgets_it_and_the_talk_goes_on(monkeyp
     assert "this question is forgotten" in said and said.count(chat.COMMANDS) == 2
 
 
+def test_a_prompt_may_begin_with_a_minus():
+    config = chat.ChatConfig("m", "", "", 5, 0.0, 1.0, 0, "fp32")
+    assert chat.command_line(["--prompt", "-5+3?", "--seed", "7"], config)[1] == "-5+3?"
+    with pytest.raises(chat.UserError, match="--prompt: expected one argument"):
+        chat.command_line(["--prompt", "--raw"], config)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

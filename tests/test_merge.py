@@ -10,6 +10,7 @@ from test_rwkv7 import IDS, judged
 
 from merge.__main__ import merge
 from merge.fold import fold
+from merge.verify import ROUNDINGS, compare
 from rwkv_peft import checkpoint, project
 from rwkv_peft.adapters import attach
 from rwkv_peft.adapters.registry import ADAPTERS
@@ -42,10 +43,10 @@ def run(project_folder, request):
     return folder, base, model
 
 
-def write_sidecar(folder, base, **changes):
+def write_sidecar(folder, file, /, **changes):
     content = {
         "method": "lora", "rank": 4, "alpha": 8.0, "base": "base.pth",
-        "base_sha256": checkpoint.sha256(base), "geometry": SHAPE.as_dict(), "epoch": 3, "step": 9, "versions": {},
+        "base_sha256": checkpoint.sha256(file), "geometry": SHAPE.as_dict(), "epoch": 3, "step": 9, "versions": {},
     }  # fmt: skip
     checkpoint.write_json(folder / "rwkv-3.json", content | changes)
 
@@ -113,6 +114,24 @@ def refusals():
         tensors = checkpoint.load(folder / "rwkv-3.pth")
         checkpoint.save(folder / "rwkv-3.pth", tensors | {"ln_out.bias": torch.full((32,), float("nan"))})
 
+    def called_full(folder, base):
+        write_sidecar(folder, base, method="full", rank=None, alpha=None)
+
+    def rank_in_quotes(folder, base):
+        write_sidecar(folder, base, rank="4")
+
+    def no_alpha(folder, base):
+        write_sidecar(folder, base, alpha=None)
+
+    def epoch_that_is_a_path(folder, base):
+        write_sidecar(folder, base, epoch="../../x")
+
+    def base_that_is_a_path(folder, base):
+        write_sidecar(folder, base, base="../model/base.pth")
+
+    def huge_alpha(folder, base):
+        write_sidecar(folder, base, alpha=1e300)
+
     def no_sidecar(folder, base):
         (folder / "rwkv-3.json").unlink()
 
@@ -127,6 +146,12 @@ def refusals():
         missing_half: "does not fit the base: blocks.0.att.key",
         extra_layer: "does not fit the base: blocks.7.ln1.weight",
         not_a_number: "ln_out.bias holds NaN or infinity",
+        called_full: "is no full run of this base: blocks.0.att.receptance.lora_A",
+        rank_in_quotes: "rank cannot be '4'. Was the file edited",
+        no_alpha: "alpha cannot be None",
+        epoch_that_is_a_path: "epoch cannot be '../../x'",
+        base_that_is_a_path: "base cannot be '../model/base.pth'",
+        huge_alpha: "alpha cannot be 1e\\+300",
         no_sidecar: "rwkv-3.json: is missing",
         no_base: "there is no such file",
     }
@@ -188,12 +213,33 @@ def test_a_result_of_another_run_is_kept_under_its_name(run, capsys):
     merge(folder / "rwkv-3.pth", "")
     first = (project.ROOT / "merge" / "base-LORA-3.pth").read_bytes()
     merge(folder / "rwkv-3.pth", "")
-    assert "made from the same run before" in capsys.readouterr().out
+    assert "made from the same checkpoint before" in capsys.readouterr().out
     other = folder.rename(folder.with_name("other"))
     checkpoint.save(other / "rwkv-3.pth", {n: t * 2 for n, t in checkpoint.load(other / "rwkv-3.pth").items()})
     merge(other / "rwkv-3.pth", "")
     assert (project.ROOT / "merge" / "base-LORA-3.r.pth").read_bytes() == first
-    assert (project.ROOT / "merge" / "base-LORA-3.pth").read_bytes() != first
+    assert (second := (project.ROOT / "merge" / "base-LORA-3.pth").read_bytes()) != first
+    # a run of the same name that was trained anew is another run, too; and a damaged note is no reason to stop
+    checkpoint.save(other / "rwkv-3.pth", {n: t * 3 for n, t in checkpoint.load(other / "rwkv-3.pth").items()})
+    merge(other / "rwkv-3.pth", "")
+    assert (project.ROOT / "merge" / "base-LORA-3.other.pth").read_bytes() == second
+    (project.ROOT / "merge" / "base-LORA-3.json").write_text("[")
+    merge(other / "rwkv-3.pth", "")
+    assert (project.ROOT / "merge" / "base-LORA-3.earlier.pth").is_file()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("undone", [False, True], ids=["a change", "a change that undoes the base"])
+def test_a_right_merge_passes_its_check_at_real_widths(dtype, undone):
+    before = (torch.randn(1536, 768) / 30).to(dtype)
+    layer = {"lora_A": torch.randn(64, 768) / 30, "lora_B": torch.randn(1536, 64) / 30}
+    if undone:
+        left, values, right = torch.linalg.svd(torch.randn(1536, 64) @ torch.randn(64, 768) / 300, full_matrices=False)
+        layer = {"lora_A": -right[:64], "lora_B": (left * values)[:, :64] / 2}
+        before = (2 * layer["lora_B"] @ -layer["lora_A"]).to(dtype)
+    sidecar = {"method": "lora", "rank": 64, "alpha": 128.0}
+    after = ADAPTERS["lora"].merge(before, layer, sidecar).to(dtype)
+    assert compare(before, after, layer, sidecar) < ROUNDINGS / 2 * torch.finfo(dtype).eps
 
 
 def test_a_base_is_found_where_it_lay_even_if_model_holds_another_of_its_name(run, tmp_path):

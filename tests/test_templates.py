@@ -94,6 +94,7 @@ def test_conversations_that_cannot_be_used_say_why(rows, words):
         ("User: a\n\n Assistant： b", "Assistant："),
         ("User: a\n\nAssistant: the User: said", ""),
         ("System: s\n\nUser: a\n\nAssistant: b", ""),
+        ("User：a\n\nAssistant: b", "User："),
         ("plain text", ""),
     ],
 )

@@ -269,12 +269,53 @@ def test_the_progress_line_shows_the_plain_mean_of_the_last_steps(capsys):
         ({"EPOCH_COUNT": "2", "DATALOAD": "only"}, "steps will hardly change a model"),
         ({"EPOCH_COUNT": "1", "WARMUP_STEPS": "100"}, "WARMUP_STEPS=100 is as long as the whole run"),
         ({"EPOCH_COUNT": "10", "WARMUP_STEPS": "6", "DATALOAD": "only"}, "of the run; a tenth of it is enough"),
+        ({"EPOCH_STEPS": "64"}, "EPOCH_STEPS makes an epoch"),
         ({"GPU_COUNT": "64"}, "GPU_COUNT=64 starts 64 processes, but this machine has"),
     ],
 )
 def test_the_plan_warns_of_what_will_not_go_well(ready, capsys, settings, words):
     train.command(config(**({"MICRO_BSZ": "4"} | settings)), ["--dry-run"])
     assert words in capsys.readouterr().out
+
+
+def test_a_full_run_is_saved_even_if_another_file_takes_the_name_of_its_base(ready, monkeypatch):
+    from rwkv_peft.training.callbacks import StepRecorder
+
+    original = StepRecorder.on_train_start
+
+    def replaced(self, *arguments):
+        tiny.save_model(ready / "model" / "other.pth", shape=tiny.geometry(1, 32, 64, 16))
+        (ready / "model" / "other.pth").replace(ready / "model" / "tiny.pth")
+        return original(self, *arguments)
+
+    before = checkpoint.describe(ready / "model" / "tiny.pth")
+    monkeypatch.setattr(StepRecorder, "on_train_start", replaced)
+    saved, _ = run(ready, FINETUNE_MODE="full")
+    assert {n: t.shape for n, t in saved.items()} == {n: s.shape for n, s in before.items()}
+
+
+def test_a_picture_that_cannot_be_drawn_stops_nothing(ready, monkeypatch, capsys):
+    def broken(folder):
+        raise ValueError("no ink")
+
+    monkeypatch.setattr("rwkv_peft.training.callbacks.draw_loss", broken)
+    run(ready, EPOCH_COUNT="2")
+    assert "loss.png could not be drawn (ValueError: no ink); training goes on" in capsys.readouterr().out
+
+
+def test_a_folder_that_a_killed_run_has_left_empty_may_be_used(ready):
+    (ready / "output/run").mkdir()
+    (ready / "output/run/loss.jsonl").touch()
+    run(ready)
+
+
+def test_a_dry_run_refuses_a_checkpoint_that_does_not_fit(ready):
+    run(ready, "first")
+    with pytest.raises(Problems, match="lora_r: must be 4"):
+        train.command(config(lora_load="output/first", lora_r="8"), ["--dry-run"])
+    (ready / "output/junk.pth").write_text("x")
+    with pytest.raises(Problems, match="lora_load: .*is no .pth checkpoint"):
+        train.command(config(lora_load="junk.pth"), ["--dry-run"])
 
 
 @pytest.mark.parametrize("name", ["我的数据", "costs $5 to $^6"])

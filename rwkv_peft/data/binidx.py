@@ -141,7 +141,8 @@ class Writer:
 
     def discard(self) -> None:
         for ending, file in self.files.items():
-            file.close()
+            with contextlib.suppress(OSError):  # a full disk refuses what is still to be flushed: it is to go anyway
+                file.close()
             for kind in ("bin", "idx"):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(temporary(self.final(ending, kind)))

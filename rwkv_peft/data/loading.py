@@ -82,7 +82,7 @@ class Data:
         np.cumsum(sizes, out=self.starts[1:])
         self.counts = self.count_targets(vocab_size)
         self.keep = np.flatnonzero(self.counts)
-        if not len(self.keep):
+        if not len(self.keep) and (mode, mask) != ("get", "none"):
             raise Problems(self.nothing_to_train(vocab_size))
         self.rows = number_of_rows(mode, sizes, self.ctx_len, self.keep)
         # passes and steps are asked for in order; two passes are alive at their border
@@ -90,6 +90,8 @@ class Data:
         self.step_targets = functools.lru_cache(maxsize=4)(self.count_step)
 
     def nothing_to_train(self, vocab_size: int) -> Problem:
+        if self.mask in ("pad", "none"):
+            return Problem("DATA_PATH", f"has nothing to train: every row of {self.reader.path.name} is a single token")
         cut, self.ctx_len = self.ctx_len, int(self.reader.sizes.max())
         if self.count_targets(vocab_size).any():
             return Problem("CTX_LEN", f"is too short: {cut} tokens end before any answer begins. Use auto")

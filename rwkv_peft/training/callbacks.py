@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -9,7 +10,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,12 +18,13 @@ import pytorch_lightning as pl
 import torch
 from tqdm import tqdm
 
-from ..errors import UserError
+from ..errors import UserError, unheard
 from ..words import clock
 from .plot import draw_loss, looks_back
 
 TOO_HIGH = (
-    "LR_INIT is too high (take a third of it, and GRAD_CLIP=1), or the base itself holds NaN. Earlier epochs are whole."
+    "LR_INIT is too high (take a third of it, and GRAD_CLIP=1), another setting is extreme (lora_alpha, ADAM_EPS, "
+    "WEIGHT_DECAY), or the base itself holds NaN. Earlier epochs are whole."
 )
 
 SPEED_SMOOTHING = 0.8  # of seconds per step, for tokens/s and the time left
@@ -98,6 +100,10 @@ class Progress:
         self.every = max(1, steps // 20)
 
     def __call__(self, record: Record) -> None:
+        with unheard():
+            self.show(record)
+
+    def show(self, record: Record) -> None:
         if record.loss is not None:
             self.recent.append(record.loss)
         loss = f"{sum(self.recent) / len(self.recent):.3f}" if self.recent else "-"
@@ -116,14 +122,16 @@ class Progress:
             )
 
     def say(self, message: str) -> None:
-        if self.bar:
-            self.bar.write(message)
-        else:
-            print(message, flush=True)
+        with unheard():
+            if self.bar:
+                self.bar.write(message)
+            else:
+                print(message, flush=True)
 
     def close(self) -> None:
-        if self.bar:
-            self.bar.close()
+        with unheard():
+            if self.bar:
+                self.bar.close()
 
 
 class LossFile:
@@ -157,16 +165,22 @@ class Save(pl.Callback):
         due = (epoch + 1) % self.every == 0 or epoch + 1 == self.epochs or not finished
         if due and trainer.is_global_zero and trainer.global_step:
             self.newest = self.write(epoch, finished)
-            draw_loss(self.folder)
+            self.draw()
             self.say(f"saved {self.newest} (epoch {epoch + 1} of {self.epochs}{'' if finished else ', not finished'})")
         if trainer.world_size > 1:
             trainer.strategy.barrier()
+
+    def draw(self) -> None:
+        try:
+            draw_loss(self.folder)
+        except Exception as error:  # a picture is no reason to end a training
+            self.say(f"loss.png could not be drawn ({type(error).__name__}: {error}); training goes on.")
 
 
 class StopOnSignal(pl.Callback):
     """Ctrl-C, SIGTERM or a closed terminal: finish the micro-batch, save, leave. A second Ctrl-C leaves at once.
 
-    abandon: what to tidy up before leaving at once.
+    A signal that whoever started us ignores (nohup) stays ignored. abandon: what to tidy up before leaving at once.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -174,17 +188,38 @@ class StopOnSignal(pl.Callback):
     def __init__(self, abandon: Callable[[], None]):
         self.abandon, self.received = abandon, 0
 
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """From before the trainer's preparations until its end."""
+        before = {n: signal.getsignal(n) for n in self.SIGNALS}
+        self.heard = [n for n, handler in before.items() if handler is not signal.SIG_IGN]
+        self.listen()
+        try:
+            yield
+        finally:
+            for number in self.heard:
+                signal.signal(number, before[number])
+
+    def listen(self) -> None:
+        for number in self.heard:
+            signal.signal(number, self.receive)
+
     def on_train_start(self, trainer, module) -> None:
-        self.before = {number: signal.signal(number, self.receive) for number in self.SIGNALS}
+        self.listen()  # Lightning has put a handler of its own before ours by now
 
     def receive(self, number, _frame) -> None:
         if self.received:
             self.abandon()
-            os.write(2, b"\nLeft at once. Checkpoints that were saved before are whole.\n")
+            self.tell(b"\nLeft at once. Checkpoints that were saved before are whole.\n")
             os._exit(128 + number)
         self.received = number
-        # a signal handler must not wait for locks that the main program may hold: write, do not print
-        os.write(2, b"\nStopping after this batch and saving. Ctrl-C again leaves at once, without saving.\n")
+        self.tell(b"\nStopping after this batch and saving. Ctrl-C again leaves at once, without saving.\n")
+
+    @staticmethod
+    def tell(message: bytes) -> None:
+        """A signal handler must not wait for locks that the main program may hold: write, do not print."""
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(2, message)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         stop = bool(self.received)
@@ -192,10 +227,6 @@ class StopOnSignal(pl.Callback):
             stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
             self.received = self.received or (signal.SIGINT if stop else 0)
         trainer.should_stop = trainer.should_stop or stop
-
-    def on_train_end(self, trainer, module) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
 
 def wandb_sink(project: str, name: str, folder: Path, settings: dict, warn: Callable[[str], None]):

@@ -58,12 +58,15 @@ def plan_lines(settings, base, geometry, data, plan, steps, trained_values, stor
     what = {"pack": "pack", "get": "window"}.get(settings["DATALOAD"], "row")
     rows += [
         ("batches", f"DATALOAD={settings['DATALOAD']}, CTX_LEN={data.ctx_len}: {count(data.rows, what)} a pass, "
-                    f"{'shuffled' if settings['DATA_SHUFFLE'] else 'in file order'}; "
+                    f"{'shuffled' if settings['DATA_SHUFFLE'] else 'not shuffled'}; "
                     f"MICRO_BSZ={plan.micro_bsz} x MINI_BSZ={plan.accumulate} x GPU_COUNT={plan.world}"),
         ("length", f"{count(settings['EPOCH_COUNT'], 'epoch')} x EPOCH_STEPS={plan.micro_batches} micro-batches = "
                    f"{count(steps, 'optimizer step')}; LR {settings['LR_INIT']:g} -> {last:g} ({settings['LR_SCHEDULE']}, "
                    f"{settings['WARMUP_STEPS']} warm-up)"),
     ]  # fmt: skip
+    if plan.rows_per_epoch > plan.rows:
+        rows.append(("", f"EPOCH_STEPS makes an epoch {plan.rows_per_epoch / plan.rows:.1f} passes over the data; auto makes "
+                         "it one"))  # fmt: skip
     if steps < FEW_STEPS:
         rows.append(("", f"{count(steps, 'step')} will hardly change a model: take a larger EPOCH_COUNT, or a smaller "
                          "MICRO_BSZ, MINI_BSZ or CTX_LEN"))  # fmt: skip
@@ -150,7 +153,8 @@ def out_of_memory(settings: dict, error: Exception) -> str:
         advice.append("GRAD_CP=1 (much less memory, a third more time)")
     if settings["MICRO_BSZ"] > 1:
         advice.append(
-            f"MICRO_BSZ={settings['MICRO_BSZ'] // 2} and MINI_BSZ={settings['MINI_BSZ'] * 2} (the same result)"
+            f"MICRO_BSZ={settings['MICRO_BSZ'] // 2} and MINI_BSZ={settings['MINI_BSZ'] * 2}, and twice EPOCH_STEPS if it is "
+            "a number (the same result)"
         )
     advice.append(f"CTX_LEN={max(16, settings['CTX_LEN'] // 2)} (longer rows are cut)")
     if settings["FINETUNE_MODE"] == "full":
