@@ -19,7 +19,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from rwkv_peft import project
+from rwkv_peft import project, runs
 from rwkv_peft.errors import UserError, leave
 from rwkv_peft.shell_vars import enter, var
 
@@ -44,7 +44,7 @@ def command(config: MergeConfig, typed: list[str]) -> None:
         if not (typed[0].isascii() and typed[0].isdigit() and len(typed[0]) < 10):
             raise UserError(f"{typed[0]}: is no epoch; give a number, 0 for the first. See ./merge.sh --help")
         epoch = int(typed[0])
-    merge(project.epoch_file(project.run_folder(config.run), epoch), config.model_path)
+    merge(runs.epoch_file(runs.run_folder(config.run), epoch), config.model_path)
 
 
 def merge(adapter: Path, model_path: str) -> None:

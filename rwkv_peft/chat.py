@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from . import project
+from . import project, runs
 from .errors import UserError
 from .shell_vars import convert, enter, var
 from .words import did_you_mean, listed
@@ -152,9 +152,9 @@ def adapter_file(name: str) -> Path:
     """ADAPTER -> the checkpoint; a run's folder stands for its last epoch. UserError if it is a model of its own."""
     from . import checkpoint
 
-    path = project.run_folder("") if name in ("latest", "output/latest") else project.find(name, "output")
+    path = runs.run_folder("") if name in ("latest", "output/latest") else project.find(name, "output")
     if path.is_dir():
-        return project.epoch_file(path, None)
+        return runs.epoch_file(path, None)
     holds = checkpoint.describe(path)
     full = checkpoint.sidecar_path(path).is_file() and checkpoint.read_sidecar(path, ("method",))["method"] == "full"
     if "head.weight" in holds and "blocks.0.att.r_k" in holds and not full:

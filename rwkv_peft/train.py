@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import logging
 import os
 import platform
@@ -23,7 +22,7 @@ import sys
 import time
 from pathlib import Path
 
-from . import project
+from . import project, runs
 from .atomic import need_space
 from .config import RETIRED, TrainConfig
 from .errors import EXIT_MEMORY, Problem, Problems, UserError, leave
@@ -80,11 +79,12 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
     steps = plan.optimizer_steps * config.epoch_count
     full = config.finetune_mode == "full"
 
+    stem = f"{prefix.name}-{config.finetune_mode}"
     if MAIN_PROCESS and not dry_run:
-        folder = claim_folder(config, prefix, cleanup)
-        cleanup.callback(release_folder, folder)
+        folder = runs.claim(config.run_name, stem, cleanup)
+        cleanup.callback(runs.release, folder)
     else:
-        folder = choose_folder(config, prefix)
+        folder = runs.choose(config.run_name, stem)
     dtype = machine.DTYPES[precision]
     trained_values = attach.count_trained(arch.shapes(geometry), full, config.parts, config.lora_r)
     settings = resolved(config, op, precision, data.ctx_len, plan, geometry, folder.name)
@@ -141,7 +141,7 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
     callbacks, sinks = [], []
     if MAIN_PROCESS:
         checkpoint.write_json(folder / "run.json", settings)
-        project.point_latest(folder)
+        runs.point_latest(folder)
         progress = Progress(steps, config.epoch_count)
         sinks = [LossFile(folder / "loss.jsonl"), progress]
         for sink in sinks:
@@ -150,7 +150,7 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
             sinks.append(sink)
             cleanup.callback(sink.close)
         say = progress.say
-    stop = StopOnSignal(lambda: abandon_folder(folder) if MAIN_PROCESS else None)
+    stop = StopOnSignal(lambda: runs.abandon(folder) if MAIN_PROCESS else None)
     save = Save(config.epoch_save, config.epoch_count, folder, write, say)
     callbacks = [StepRecorder(sinks), stop, save]
     module = TrainingModule(
@@ -225,7 +225,7 @@ def open_files(config: TrainConfig, base: Path):
         found.append(
             Problem("DATA_PATH", f"{project.shown(prefix)}{' and '.join(missing)}: there is no such file{hint}")
         )
-    if config.run_name and MAIN_PROCESS and project.is_taken(project.OUTPUT / config.run_name):
+    if config.run_name and MAIN_PROCESS and runs.is_taken(project.OUTPUT / config.run_name):
         there = project.shown(project.OUTPUT / config.run_name)
         found.append(
             Problem("RUN_NAME", f"{there} holds an earlier run, which is never overwritten; choose another name")
@@ -269,65 +269,9 @@ def roles_from_text(ids):
     return roles_of_tokens(tokenizer.token_lengths()[ids], spans, end_of_doc=len(ids) > 0 and ids[-1] == 0)
 
 
-def choose_folder(config: TrainConfig, prefix: Path) -> Path:
-    """output/RUN_NAME, or a name that no run has."""
-    if config.run_name:
-        return project.OUTPUT / config.run_name
-    name = f"{prefix.name}-{config.finetune_mode}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder, n = project.OUTPUT / name, 2
-    while folder.exists():
-        folder, n = project.OUTPUT / f"{name}-{n}", n + 1
-    return folder
-
-
-def claim_folder(config: TrainConfig, prefix: Path, cleanup: contextlib.ExitStack) -> Path:
-    """The same, made ours until cleanup: of two runs that want one name at the same instant, one gets it.
-
-    The mark is a lock on loss.jsonl, which vanishes with its process, so a run that was killed blocks nobody.
-    """
-    while True:
-        folder = choose_folder(config, prefix)
-        folder.mkdir(parents=True, exist_ok=True)
-        file = cleanup.enter_context(open(folder / "loss.jsonl", "a"))  # noqa: SIM115 (closed by cleanup)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            taken = file.tell() > 0
-        except BlockingIOError:
-            taken = True
-        except OSError:  # a file system without locks
-            taken = False
-        if not taken:
-            return folder
-        if config.run_name:
-            message = f"{project.shown(folder)} has just been taken by another run; choose another name"
-            raise Problems(Problem("RUN_NAME", message))
-
-
-def abandon_folder(folder: Path) -> None:
-    """What leaving in the middle of a save must not leave behind: half a file, or a sidecar without its checkpoint."""
-    for half in folder.glob(f"*.tmp-{os.getpid()}"):
-        half.unlink()
-    for sidecar in folder.glob("rwkv-*.json"):
-        if not sidecar.with_suffix(".pth").exists():
-            sidecar.unlink()
-    release_folder(folder)
-
-
-def release_folder(folder: Path) -> None:
-    """Leave nothing behind of a run that never took a step, and no link to it."""
-    log = folder / "loss.jsonl"
-    if log.is_file() and not log.stat().st_size:
-        log.unlink()
-        (folder / "run.json").unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # something else is in it
-            folder.rmdir()
-            if os.readlink(project.OUTPUT / "latest") == folder.name:
-                (project.OUTPUT / "latest").unlink()
-
-
 def lora_file(config: TrainConfig) -> Path:
     path = project.find(config.lora_load, "output")
-    return project.epoch_file(path, None) if path.is_dir() else path
+    return runs.epoch_file(path, None) if path.is_dir() else path
 
 
 def check_lora(config: TrainConfig, base: Path) -> str:

@@ -11,7 +11,7 @@ MAKERS = ["rwkv_peft.config", "rwkv_peft.adapters", "rwkv_peft.training", "rwkv_
 MATERIALS = [
     "rwkv_peft." + r for r in ("shell_vars", "tokenizer", "templates", "checkpoint", "data", "model", "ops", "machine")
 ]
-GROUND = ["rwkv_peft." + r for r in ("errors", "words", "roles", "atomic", "project")]
+GROUND = ["rwkv_peft." + r for r in ("errors", "words", "roles", "atomic", "project", "runs")]
 FLOORS = [GROUND, MATERIALS, MAKERS, DOORS]
 
 

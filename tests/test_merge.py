@@ -11,7 +11,7 @@ from test_rwkv7 import IDS, judged
 from merge.__main__ import merge
 from merge.fold import fold
 from merge.verify import ROUNDINGS, compare
-from rwkv_peft import checkpoint, project
+from rwkv_peft import checkpoint, project, runs
 from rwkv_peft.adapters import attach
 from rwkv_peft.adapters.registry import ADAPTERS
 from rwkv_peft.errors import UserError
@@ -39,7 +39,7 @@ def run(project_folder, request):
     checkpoint.save(folder / "rwkv-3.pth", attach.trained(model))
     write_sidecar(folder, base)
     (folder / "run.json").write_text("{}")
-    project.point_latest(folder)
+    runs.point_latest(folder)
     return folder, base, model
 
 

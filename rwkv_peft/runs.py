@@ -1,0 +1,124 @@
+"""The runs in output/: a folder of its own for each, whose it is, which is the newest, and what it has saved."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import time
+from pathlib import Path
+
+from . import project
+from .errors import Problem, Problems, UserError
+from .words import did_you_mean, listed
+
+
+def choose(name: str, stem: str) -> Path:
+    """output/name, or for "" a folder that no run has: stem and the time."""
+    if name:
+        return project.OUTPUT / name
+    name = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder, n = project.OUTPUT / name, 2
+    while folder.exists():
+        folder, n = project.OUTPUT / f"{name}-{n}", n + 1
+    return folder
+
+
+def claim(name: str, stem: str, cleanup: contextlib.ExitStack) -> Path:
+    """The same, made ours until cleanup: of two runs that want one name at the same instant, one gets it.
+
+    The mark is a lock on loss.jsonl, which vanishes with its process, so a run that was killed blocks nobody.
+    """
+    while True:
+        folder = choose(name, stem)
+        folder.mkdir(parents=True, exist_ok=True)
+        file = cleanup.enter_context(open(folder / "loss.jsonl", "a"))  # noqa: SIM115 (closed by cleanup)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken = file.tell() > 0
+        except BlockingIOError:
+            taken = True
+        except OSError:  # a file system without locks
+            taken = False
+        if not taken:
+            return folder
+        if name:
+            message = f"{project.shown(folder)} has just been taken by another run; choose another name"
+            raise Problems(Problem("RUN_NAME", message))
+
+
+def is_taken(folder: Path) -> bool:
+    """Whether a run has left results there. A folder with settings only (stopped before its first step) may be used."""
+    log = folder / "loss.jsonl"
+    return any(folder.glob("rwkv-*.pth")) or (log.exists() and log.stat().st_size > 0)
+
+
+def point_latest(folder: Path) -> None:
+    """output/latest -> the newest run. A hint for people and for merge.sh; file systems without links go without."""
+    link, fresh = folder.parent / "latest", folder.parent / f".latest-{os.getpid()}"
+    with contextlib.suppress(OSError):
+        fresh.symlink_to(folder.name)
+        os.replace(fresh, link)
+
+
+def abandon(folder: Path) -> None:
+    """What leaving in the middle of a save must not leave behind: half a file, or a sidecar without its checkpoint."""
+    for half in folder.glob(f"*.tmp-{os.getpid()}"):
+        half.unlink()
+    for sidecar in folder.glob("rwkv-*.json"):
+        if not sidecar.with_suffix(".pth").exists():
+            sidecar.unlink()
+    release(folder)
+
+
+def release(folder: Path) -> None:
+    """Leave nothing behind of a run that never took a step, and no link to it."""
+    log = folder / "loss.jsonl"
+    if log.is_file() and not log.stat().st_size:
+        log.unlink()
+        (folder / "run.json").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # something else is in it
+            folder.rmdir()
+            if os.readlink(project.OUTPUT / "latest") == folder.name:
+                (project.OUTPUT / "latest").unlink()
+
+
+def run_folder(name: str) -> Path:
+    """The folder of the run `name`; for "" that of the newest run that has saved something. UserError if there is none."""
+    if name:
+        folder = project.OUTPUT / name if (project.OUTPUT / name).is_dir() else Path(name)
+        if not folder.is_dir():
+            there = [p.name for p in project.OUTPUT.glob("*") if p.is_dir() and not p.is_symlink()]
+            raise UserError(
+                f"RUN={name}: there is no such run{did_you_mean(name, there) or '.'} "
+                f"In {project.shown(project.OUTPUT)}/ there is: {listed(there)}."
+            )
+        return folder
+    if saved_epochs(project.OUTPUT / "latest"):
+        return (project.OUTPUT / "latest").resolve()
+    # the link is missing, or its run was ended before it had anything to save
+    runs = [p.parent for p in project.OUTPUT.glob("*/run.json") if saved_epochs(p.parent)]
+    if not runs:
+        raise UserError(
+            f"No run in {project.shown(project.OUTPUT)}/ has saved a checkpoint yet. Train first: ./training.sh"
+        )
+    return max(runs, key=lambda p: (p / "run.json").stat().st_mtime)
+
+
+def saved_epochs(folder: Path) -> list[int]:
+    return sorted(int(m[1]) for p in folder.glob("rwkv-*.pth") if (m := re.fullmatch(r"rwkv-(\d+)\.pth", p.name)))
+
+
+def epoch_file(folder: Path, epoch: int | None) -> Path:
+    """The checkpoint of an epoch of a run, None for the newest. UserError naming what there is."""
+    epochs = saved_epochs(folder)
+    if not epochs:
+        raise UserError(f"{project.shown(folder)}: this run has saved no checkpoint yet.")
+    if epoch is None:
+        epoch = epochs[-1]
+    if epoch not in epochs:
+        raise UserError(
+            f"{project.shown(folder)}: has no rwkv-{epoch}.pth; it has the epochs {listed(map(str, epochs))}."
+        )
+    return folder / f"rwkv-{epoch}.pth"
