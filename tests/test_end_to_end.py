@@ -141,8 +141,9 @@ def test_a_terminal_that_is_closed_ends_the_run_with_its_work_saved(kit):
     os.close(theirs)
     os.close(ours)
     os.killpg(process.pid, signal.SIGHUP)
+    os.killpg(process.pid, signal.SIGHUP)  # the kernel says it, and the shell does
     assert process.wait(timeout=60) == 128 + signal.SIGHUP
-    assert (kit.root / "output/r/rwkv-0.pth").is_file() or list((kit.root / "output/r").glob("rwkv-*.pth"))
+    assert len(list((kit.root / "output/r").glob("rwkv-*.pth"))) == 1
 
 
 def test_a_reader_that_leaves_does_not_end_the_run_and_nohup_is_respected(kit):
@@ -154,20 +155,6 @@ def test_a_reader_that_leaves_does_not_end_the_run_and_nohup_is_respected(kit):
     os.killpg(process.pid, signal.SIGHUP)
     assert process.wait(timeout=100) == 0
     assert (kit.root / "output/r/rwkv-39.pth").is_file()
-
-
-def test_a_second_ctrl_c_leaves_nothing_half_written(kit):
-    process = started(kit, {"EPOCH_COUNT": "100000"}, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
-    folder = kit.root / "output/r"
-    (folder / f"rwkv-0.pth.tmp-{process.pid}").write_bytes(b"half")
-    (folder / "rwkv-0.json").write_text("{}")
-    os.killpg(process.pid, signal.SIGSTOP)  # both arrive before the batch ends
-    os.killpg(process.pid, signal.SIGINT)
-    os.kill(process.pid, signal.SIGTERM)
-    os.killpg(process.pid, signal.SIGCONT)
-    said = process.communicate(timeout=60)[1].decode()
-    assert process.returncode > 128 and "Left at once" in said
-    assert not list(folder.glob("*.tmp-*")) and not (folder / "rwkv-0.json").exists()
 
 
 def test_the_kit_beside_the_script_is_used_not_one_in_the_current_folder(kit, tmp_path):

@@ -294,6 +294,34 @@ def test_a_full_run_is_saved_even_if_another_file_takes_the_name_of_its_base(rea
     assert {n: t.shape for n, t in saved.items()} == {n: s.shape for n, s in before.items()}
 
 
+def test_only_a_second_ctrl_c_leaves_at_once_and_nothing_half_written(project_folder, monkeypatch, capfd):
+    import os
+    import signal
+
+    from rwkv_peft import runs
+    from rwkv_peft.training.callbacks import StopOnSignal
+
+    class Left(BaseException):
+        pass
+
+    def leave(code):
+        raise Left(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    folder = project_folder / "output" / "run"
+    folder.mkdir()
+    for name in ("loss.jsonl", "rwkv-0.pth", "rwkv-0.json", "rwkv-1.json", f"rwkv-1.pth.tmp-{os.getpid()}"):
+        (folder / name).write_text("x")
+    stop = StopOnSignal(lambda: runs.abandon(folder))
+    for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
+        stop.receive(number, None)
+    assert capfd.readouterr().err.count("Stopping after this batch") == 1
+    with pytest.raises(Left, match="130"):
+        stop.receive(signal.SIGINT, None)
+    assert "Left at once" in capfd.readouterr().err
+    assert sorted(p.name for p in folder.iterdir()) == ["loss.jsonl", "rwkv-0.json", "rwkv-0.pth"]
+
+
 def test_a_picture_that_cannot_be_drawn_stops_nothing(ready, monkeypatch, capsys):
     def broken(folder):
         raise ValueError("no ink")

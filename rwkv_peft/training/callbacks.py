@@ -208,11 +208,13 @@ class StopOnSignal(pl.Callback):
         self.listen()  # Lightning has put a handler of its own before ours by now
 
     def receive(self, number, _frame) -> None:
-        if self.received:
+        if self.received == number == signal.SIGINT:
             self.abandon()
             self.tell(b"\nLeft at once. Checkpoints that were saved before are whole.\n")
             os._exit(128 + number)
-        self.received = number
+        already, self.received = self.received, number
+        if already:  # a closing terminal says it more than once, by the kernel and by the shell
+            return
         self.tell(b"\nStopping after this batch and saving. Ctrl-C again leaves at once, without saving.\n")
 
     @staticmethod
