@@ -24,7 +24,7 @@ from pathlib import Path
 from rwkv_peft import project
 from rwkv_peft.atomic import need_space
 from rwkv_peft.errors import UserError, leave
-from rwkv_peft.shell_vars import enter, var
+from rwkv_peft.shell_vars import enter, var, whole_number
 from rwkv_peft.words import count, did_you_mean, listed
 
 SHOW = 10  # problems and dropped lines that are listed; the rest are counted
@@ -57,16 +57,9 @@ def command_line(arguments: list[str]) -> tuple[Path, int, int, bool]:
         )
     if not 1 <= len(words) <= 3:
         leave(__doc__, 2)
-    numbers = {}
-    for name, least, default, word in zip(
-        ("EPOCHS", "MAX_TOKENS"), (1, 0), (1, 0), [*words[1:], None, None], strict=False
-    ):
-        if word is not None and (not word.isascii() or not word.isdigit() or len(word) > 9 or int(word) < least):
-            raise UserError(
-                f"{name}={word[:20]}: must be a whole number, {least} to 999999999. See ./make_tokenize.sh --help"
-            )
-        numbers[name] = default if word is None else int(word)
-    source = project.find(words[0], "data")
+    name, epochs, max_tokens = words + ["1", "0"][len(words) - 1 :]
+    epochs, max_tokens = whole_number("EPOCHS", epochs, 1), whole_number("MAX_TOKENS", max_tokens, 0)
+    source = project.find(name, "data")
     if not source.exists():
         there = [p.name for p in (project.ROOT / "data").glob("*.jsonl")]
         raise UserError(
@@ -82,7 +75,7 @@ def command_line(arguments: list[str]) -> tuple[Path, int, int, bool]:
         raise UserError(
             f"{project.shown(source)}: would write over what belongs to {other}; take a name without .roles."
         )
-    return source, numbers["EPOCHS"], numbers["MAX_TOKENS"], "--no-eof" not in flags
+    return source, epochs, max_tokens, "--no-eof" not in flags
 
 
 def tokenize(source: Path, epochs: int, max_tokens: int, end_of_doc: bool, seed: int) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from rwkv_peft import project, runs
 from rwkv_peft.errors import UserError, leave
-from rwkv_peft.shell_vars import enter, var
+from rwkv_peft.shell_vars import enter, var, whole_number
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,7 @@ def main(arguments: list[str]) -> None:
 def command(config: MergeConfig, typed: list[str]) -> None:
     if len(typed) > 1:
         leave(__doc__, 2)
-    epoch = None
-    if typed:
-        if not (typed[0].isascii() and typed[0].isdigit() and len(typed[0]) < 10):
-            raise UserError(f"{typed[0]}: is no epoch; give a number, 0 for the first. See ./merge.sh --help")
-        epoch = int(typed[0])
+    epoch = whole_number("EPOCH", typed[0], 0) if typed else None
     merge(runs.epoch_file(runs.run_folder(config.run), epoch), config.model_path)
 
 

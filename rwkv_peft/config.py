@@ -11,9 +11,8 @@ from typing import Literal
 
 from .errors import Problem
 from .project import is_text
-from .shell_vars import var
+from .shell_vars import MOST, var
 
-MOST = 10**9  # of anything that is counted
 NOT_YET = "is not part of this version yet; it has {}"
 
 

@@ -32,20 +32,22 @@ def claim(name: str, stem: str, cleanup: contextlib.ExitStack) -> Path:
     """
     while True:
         folder = choose(name, stem)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=bool(name))
+        except FileExistsError:  # another run without a name was faster
+            continue
         file = cleanup.enter_context(open(folder / "loss.jsonl", "a"))  # noqa: SIM115 (closed by cleanup)
+        taken = file.tell() > 0
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            taken = file.tell() > 0
         except BlockingIOError:
             taken = True
         except OSError:  # a file system without locks
-            taken = False
-        if not taken:
-            return folder
-        if name:
+            pass
+        if taken:
             message = f"{project.shown(folder)} has just been taken by another run; choose another name"
             raise Problems(Problem("RUN_NAME", message))
+        return folder
 
 
 def is_taken(folder: Path) -> bool:

@@ -19,10 +19,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
-from .errors import Problem, Problems, door
+from .errors import Problem, Problems, UserError, door
 from .words import count, did_you_mean
 
 T = TypeVar("T")
+MOST = 10**9  # of anything that is counted
 DIGITS = 18  # of the longest whole number that a setting may be
 
 ASSIGNMENT = re.compile(r"^\s*(?:export\s+|declare\s+(?:-\w+\s+)*|readonly\s+)?([A-Za-z_]\w*)\+?=(.*)$")
@@ -180,6 +181,14 @@ def convert(text: str, kind: Any, bounds: Mapping[str, Any]) -> Any:
             raise ValueError("must be a finite number, like 2e-5")
         return check_bounds(number, bounds)
     raise TypeError(f"shell_vars cannot read a {kind}")
+
+
+def whole_number(name: str, text: str, least: int) -> int:
+    """A number typed behind a command. name: what to call it. UserError in the words that a setting would get."""
+    try:
+        return convert(text, int, var(name, ge=least, le=MOST).metadata)
+    except ValueError as error:
+        raise UserError(f"{name}={text[:20]}: {error}. --help tells the rest.") from None
 
 
 def check_bounds(number, bounds: Mapping[str, Any]):

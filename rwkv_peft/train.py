@@ -74,7 +74,7 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
     op, wkv7 = dispatch.wkv7(config.op)
     precision = machine.precision(config.precision)
     trainer_arguments = strategy.trainer_arguments(precision, config.gpu_count, config.strategy)
-    base_sha256 = check_lora(config, base) if config.lora_load else ""
+    base_sha256 = check_lora(config, base) if config.lora_load and MAIN_PROCESS else ""
     data, plan = plan_run(config, prefix, geometry)
     steps = plan.optimizer_steps * config.epoch_count
     full = config.finetune_mode == "full"
@@ -108,7 +108,7 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
         need_space(folder, base.stat().st_size if full else 4 * trained_values)
     torch.manual_seed(config.seed)
     # a full run writes itself into a copy of the base: held open, it stays what it is even if another file takes its name
-    held = cleanup.enter_context(checkpoint.Archive(base))
+    held = cleanup.enter_context(checkpoint.Archive(base)) if full else None
     if MAIN_PROCESS:
         base_sha256 = base_sha256 or checkpoint.sha256(base)
     tensors = checkpoint.load(base)
@@ -299,7 +299,7 @@ def check_lora(config: TrainConfig, base: Path) -> str:
             )
         if wrong:
             raise Problems(*wrong)
-    elif MAIN_PROCESS:
+    else:
         print(f"{config.lora_load} has no sidecar: its alpha ({config.lora_alpha:g}) and base are taken on trust.")
     return base_sha256
 

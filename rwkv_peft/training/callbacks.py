@@ -94,7 +94,7 @@ class Progress:
         self.steps, self.epochs = steps, epochs
         self.recent: deque[float] = deque(
             maxlen=looks_back(steps)
-        )  # a plain mean, as in loss.png: it does not lag behind
+        )  # losses; their plain mean is loss.png's smooth line
         form = "{desc} |{bar:16}| {n_fmt}/{total_fmt}, {remaining} left"
         self.bar = tqdm(total=steps, dynamic_ncols=True, bar_format=form) if sys.stderr.isatty() else None
         self.every = max(1, steps // 20)
