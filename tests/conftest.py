@@ -101,3 +101,13 @@ def shared_kit(tmp_path_factory) -> Kit:
     kit.run("make_tokenize.sh", "chat.jsonl")
     kit.set(MODEL_PATH="tiny.pth", DATA_PATH="chat", PRECISION="fp32", EPOCH_COUNT="1")
     return kit
+
+
+@pytest.fixture
+def ready(project_folder):
+    """A tiny base and tokenized data in a project of its own."""
+    from json2binidx.__main__ import tokenize
+
+    tiny.save_model(project_folder / "model" / "tiny.pth")
+    tokenize(tiny.write_jsonl(project_folder / "data" / "chat.jsonl", tiny.CHATS), 1, 0, True, 42)
+    return project_folder

@@ -1,0 +1,28 @@
+"""Training in this process: the shipped script's values with changes, and what a run has left."""
+
+import json
+
+from test_scripts import ROOT, shell_values
+
+from rwkv_peft import checkpoint, train
+from rwkv_peft.config import TrainConfig
+from rwkv_peft.shell_vars import Script
+
+FAST = {
+    "MODEL_PATH": "tiny.pth", "DATA_PATH": "chat", "PRECISION": "fp32", "EPOCH_COUNT": "1", "lora_r": "4",
+    "lora_alpha": "8", "lora_dropout": "0", "WARMUP_STEPS": "0", "LR_INIT": "1e-2", "LR_FINAL": "1e-2", "GRAD_CP": "0",
+    "MICRO_BSZ": "2", "RUN_NAME": "run", "LR_SCHEDULE": "constant",
+}  # fmt: skip
+
+
+def config(**changes) -> TrainConfig:
+    return Script(ROOT / "training.sh", shell_values(ROOT / "training.sh") | FAST | changes).read(TrainConfig)
+
+
+def run(root, name: str = "run", **changes):
+    """Train; returns what was saved last, and the records of its steps."""
+    train.command(config(RUN_NAME=name, **changes), [])
+    folder = root / "output" / name
+    newest = max(folder.glob("rwkv-*.pth"), key=lambda p: int(p.stem[5:]))
+    records = [json.loads(line) for line in (folder / "loss.jsonl").read_text().splitlines()]
+    return checkpoint.load(newest), records

@@ -1,0 +1,134 @@
+"""What the user sees of a run, and what it leaves: plan, progress, picture, checkpoints, folder."""
+
+import json
+
+import pytest
+import tiny
+from inprocess import config, run
+
+from rwkv_peft import train
+from rwkv_peft.errors import Problems
+
+
+def test_a_run_that_never_took_a_step_leaves_no_folder(ready):
+    tiny.save_model(ready / "model" / "other.pth", seed=1)
+    run(ready, "first")
+    with pytest.raises(Problems):
+        run(ready, "second", lora_load="output/first/rwkv-0.pth", lora_r="2")
+    assert not (ready / "output/second").exists()
+
+
+def test_the_progress_line_shows_the_plain_mean_of_the_last_steps(capsys):
+    from rwkv_peft.training.callbacks import Progress, Record
+
+    progress = Progress(steps=8, epochs=1)
+    for step in range(1, 9):
+        progress(Record(step, 0, float(step), 1e-4, 1.0, 10, 10, 1.0, 1.0, 1.0))
+    losses = [line.split("loss ")[1].split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert losses == ["1.000", "1.500", "2.000", "2.500", "3.000", "4.000", "5.000", "6.000"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"EPOCH_COUNT": "2", "DATALOAD": "only"}, "steps will hardly change a model"),
+        ({"EPOCH_COUNT": "1", "WARMUP_STEPS": "100"}, "WARMUP_STEPS=100 is as long as the whole run"),
+        ({"EPOCH_COUNT": "10", "WARMUP_STEPS": "6", "DATALOAD": "only"}, "of the run; a tenth of it is enough"),
+        ({"EPOCH_STEPS": "64"}, "EPOCH_STEPS makes an epoch"),
+        ({"GPU_COUNT": "64"}, "GPU_COUNT=64 starts 64 processes, but this machine has"),
+    ],
+)
+def test_the_plan_warns_of_what_will_not_go_well(ready, capsys, settings, words):
+    train.command(config(**({"MICRO_BSZ": "4"} | settings)), ["--dry-run"])
+    assert words in capsys.readouterr().out
+
+
+def test_only_a_second_ctrl_c_leaves_at_once_and_nothing_half_written(project_folder, monkeypatch, capfd):
+    import os
+    import signal
+
+    from rwkv_peft import runs
+    from rwkv_peft.training.callbacks import StopOnSignal
+
+    class Left(BaseException):
+        pass
+
+    def leave(code):
+        raise Left(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    folder = project_folder / "output" / "run"
+    folder.mkdir()
+    for name in ("loss.jsonl", "rwkv-0.pth", "rwkv-0.json", "rwkv-1.json", f"rwkv-1.pth.tmp-{os.getpid()}"):
+        (folder / name).write_text("x")
+    stop = StopOnSignal(lambda: runs.abandon(folder))
+    for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
+        stop.receive(number, None)
+    assert capfd.readouterr().err.count("Stopping after this batch") == 1
+    with pytest.raises(Left, match="130"):
+        stop.receive(signal.SIGINT, None)
+    assert "Left at once" in capfd.readouterr().err
+    assert sorted(p.name for p in folder.iterdir()) == ["loss.jsonl", "rwkv-0.json", "rwkv-0.pth"]
+
+
+def test_a_picture_that_cannot_be_drawn_stops_nothing(ready, monkeypatch, capsys):
+    def broken(folder):
+        raise ValueError("no ink")
+
+    monkeypatch.setattr("rwkv_peft.training.callbacks.draw_loss", broken)
+    run(ready, EPOCH_COUNT="2")
+    assert "loss.png could not be drawn (ValueError: no ink); training goes on" in capsys.readouterr().out
+
+
+def test_a_folder_that_a_killed_run_has_left_empty_may_be_used(ready):
+    (ready / "output/run").mkdir()
+    (ready / "output/run/loss.jsonl").touch()
+    run(ready)
+
+
+def test_a_dry_run_refuses_a_checkpoint_that_does_not_fit(ready):
+    run(ready, "first")
+    with pytest.raises(Problems, match="lora_r: must be 4"):
+        train.command(config(lora_load="output/first", lora_r="8"), ["--dry-run"])
+    (ready / "output/junk.pth").write_text("x")
+    with pytest.raises(Problems, match="lora_load: .*is no .pth checkpoint"):
+        train.command(config(lora_load="junk.pth"), ["--dry-run"])
+
+
+@pytest.mark.parametrize("name", ["我的数据", "costs $5 to $^6"])
+@pytest.mark.filterwarnings("error")
+def test_a_run_may_have_any_name_and_its_picture_is_drawn_without_a_warning(project_folder, name):
+    from rwkv_peft.training.plot import draw_loss
+
+    folder = project_folder / "output" / name
+    folder.mkdir()
+    rows = [{"step": n, "epoch": n // 3, "loss": 9.0 - n, "lr": 1e-4} for n in range(1, 8)]
+    (folder / "loss.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    assert draw_loss(folder).read_bytes().startswith(b"\x89PNG")
+
+
+def test_bf16_on_a_processor_without_it_is_warned_of(ready, capsys, monkeypatch):
+    monkeypatch.setattr("rwkv_peft.training.report.cpu_has_bf16", lambda: False)
+    train.command(config(PRECISION="bf16"), ["--dry-run"])
+    assert "no instructions for bf16" in capsys.readouterr().out
+
+
+def test_a_dry_run_prints_every_setting_and_what_auto_became(ready, capsys):
+    train.command(config(CTX_LEN="auto"), ["--dry-run"])
+    said = " ".join(capsys.readouterr().out.split("model ")[0].split())
+    assert "CTX_LEN=64(auto)" in said and "FINETUNE_MODE=lora" in said and "lora_dropout=" in said
+
+
+def test_epochs_are_saved_when_the_setting_says_and_always_at_the_end(ready):
+    run(ready, EPOCH_COUNT="5", EPOCH_SAVE="2")
+    assert sorted(p.name for p in (ready / "output/run").glob("*.pth")) == ["rwkv-1.pth", "rwkv-3.pth", "rwkv-4.pth"]
+
+
+def test_wandb_offline_gets_the_records_and_a_broken_one_stops_nothing(ready, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run(ready, "with", WANDB="test")
+    assert list((ready / "output/with/wandb").glob("offline-run-*/run-*.wandb"))
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    _, records = run(ready, "without", WANDB="test")
+    assert records
