@@ -14,6 +14,8 @@ class Role(enum.IntEnum):
     SYSTEM = 2
     USER = 3
     ASSISTANT = 4
+    TOOL = 5  # what a tool gave back
+    UNTRAINED = 6  # said by the assistant, but not to be learnt: weight 0, or the history under MASK_HISTORY
 
 
 @dataclass(frozen=True)
