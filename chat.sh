@@ -15,6 +15,9 @@ MODEL_PATH="rwkv7-tiny.pth"
 # A checkpoint of a run, like output/RUN/rwkv-2.pth: it says itself which base it belongs to. Empty: none. 适配器，可空
 ADAPTER=""
 
+# The template that the model was trained with, as in make_tokenize.sh. 对话模板，须与训练时一致
+PROMPT_TYPE=rwkv-world
+
 # What the assistant is told at the start; empty: nothing. 系统提示
 SYSTEM=""
 

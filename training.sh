@@ -25,8 +25,9 @@ FINETUNE_MODE=lora
 # 底模：model/ 下的文件名，或任意路径（可含空格）。版本与尺寸自动读取。
 MODEL_PATH="rwkv7-tiny.pth"
 
-# The tokenized data: the name that ./make_tokenize.sh printed, in data/, without ending; or any path.
-# 数据：make_tokenize.sh 生成的名字（data/ 下，不带后缀），或任意路径。
+# The tokenized data: the name that ./make_tokenize.sh printed, in data/, without ending; or any path. A mixture of several:
+# names with weights, like "chat:0.7 my code:0.3": of 10 rows (packs), 7 and 3; each file goes round as often as that takes.
+# 数据：make_tokenize.sh 生成的名字（data/ 下，不带后缀），或任意路径。混合多份数据："chat:0.7 code:0.3"，按行数比例
 DATA_PATH="sample"
 
 # The folder of this run under output/. Empty: data, method and time of the start. An existing run is never overwritten.
@@ -45,25 +46,56 @@ VOCAB_SIZE=auto
 
 ############################################### Data  数据 ######################################################
 
-# Longest piece of text that is trained in one go, in tokens. Longer rows are cut, and the start-up says how many.
+# Longest piece of text that is trained in one go, in tokens. OVERLONG says what becomes of longer rows.
 #   auto   the longest row, at most 4096; packs of short rows are 512, or less where the data are few
 #   Memory grows with it. make_tokenize.sh prints max_length.      显存随它增长；auto 取最长样本，最多 4096
 CTX_LEN=auto
 
+# What becomes of rows that are longer; the start-up says how many there are. Not for get and concat, which cut nothing off.
+#   truncate        the first CTX_LEN tokens, and the end-of-text token behind them      保留开头，并保留结束符
+#   truncate-left   the last CTX_LEN tokens                                              保留结尾
+#   drop            left out                                                             丢弃整条
+#   split           several pieces, every token once                                     切成多段，全部使用
+OVERLONG=truncate
+
 # How rows become batches. 组批方式
 #   pack   several rows behind one another up to CTX_LEN, kept apart: no padding, fastest    多条拼接、互相隔离，最快
+#   bucket one row per place, rows of like length together: little padding                   长度相近的分桶，少量补齐
 #   pad    one row per place, filled up to the longest of the batch                          每条一格，补齐
 #   only   one row per place, as long as it is                                               每条一格，不补齐
 #   get    pieces of CTX_LEN tokens that ignore where rows end (pretraining)                 不分行，用于预训练
 DATALOAD=pack
 
+# DATALOAD=pack: how rows lie in a pack. 拼接方式
+#   isolated   each begins with an empty state, as if it were alone                     互相隔离，微调用
+#   concat     all in one long text, an end-of-text token between, cut at CTX_LEN       首尾相连不重置，预训练用
+PACK=isolated
+
+# DATALOAD=bucket: the longest row of each bucket, rising multiples of 16, like "64 128 256 512"; the last one is the context.
+#   auto: up to 6, chosen so that little is filled up                                    各桶的最大长度，auto 自动选择
+TRAIN_LENGTHS=auto
+# Rows of each bucket that go through one GPU at once, like "32 16 8 4". auto: TOKEN_BUDGET / length. 各桶的微批大小
+TRAIN_BATCH_SIZES=auto
+# Tokens that go through one GPU at once. auto: about 4096, and at least 16 optimizer steps an epoch. 每个微批的词元数
+TOKEN_BUDGET=auto
+
+# DATALOAD=get, 1: take the windows in RWKV-LM's order (magic prime); it leaves out the last few. 是否按 RWKV-LM 的质数顺序取样
+MAGIC_PRIME=0
+
 # Which tokens the model learns. 哪些部分计入损失
 #   qa     what the Assistant says, in every turn          只学 Assistant 的每一轮回答
 #   last   only the last answer of a row                   只学最后一轮回答
 #   pad    all text of a row                               学整条文本
-#   none   all text; with DATALOAD=get also across rows    全部，get 模式下跨行也学
+#   none   all text; with get and concat also across rows  全部，get 与 concat 模式下跨行也学
+#   se     what stands between MASK_START and MASK_END     只学两个标记之间的部分
 # qa and last need turns: "User: ...", a blank line, "Assistant: ...". Rows without an Assistant are left out, and counted.
 LOSS_MASK=qa
+
+# LOSS_MASK=se: text before and behind what is learnt, like "Assistant:" and "\n\n" (\n: new line, \t: tab); else empty.
+# The end is learnt too, and so is the end of a row that comes first. Roles do not matter.       se 模式的起始标记
+MASK_START=""
+# ... and the text that ends it. 结束标记
+MASK_END=""
 
 # 1: a new order every epoch, the same for the same SEED. 0: the order of the file (pack: the same packs every epoch). 是否打乱
 DATA_SHUFFLE=1
@@ -89,7 +121,7 @@ EPOCH_STEPS=auto
 # Save every so many epochs; the last one is always saved. 每多少轮保存一次，最后一轮总会保存
 EPOCH_SAVE=1
 
-# Rows (with DATALOAD=pack: packs) that go through one GPU at once. More is faster and takes more memory.
+# Rows (with DATALOAD=pack: packs) that go through one GPU at once. More is faster and takes more memory. bucket: auto.
 #   auto: about 4096 tokens at once, and at least 16 optimizer steps an epoch if the data allow it
 #   out of memory? halve it and double MINI_BSZ (and EPOCH_STEPS, if that is a number): the result is the same
 #   显存不足就减半，并把 MINI_BSZ 加倍（EPOCH_STEPS 若为数字也加倍），结果不变
@@ -176,6 +208,9 @@ GPU_COUNT=1
 
 # How several GPUs work together: auto (ddp for more than one), single, ddp. 多卡策略
 STRATEGY=auto
+
+# Processes per GPU that prepare batches while it computes. auto: 1, without a GPU 0. 每卡的数据加载进程数
+NUM_WORKERS=auto
 
 # Name of a wandb project; empty: no wandb. WANDB_MODE=offline in your shell keeps it on this machine. wandb 项目名，空则不用
 WANDB=""

@@ -1,183 +1,129 @@
-"""./make_tokenize.sh: JSON lines -> data/NAME.bin/.idx and NAME.roles.bin/.idx (who said each token).
+"""./make_tokenize.sh: text of any format -> data/NAME.bin/.idx and NAME.roles.bin/.idx (who said each token).
 
-usage: ./make_tokenize.sh FILE [EPOCHS] [MAX_TOKENS] [--no-eof]
+usage: ./make_tokenize.sh FILE [EPOCHS] [MAX_TOKENS] [--no-eof] [--preview N] [--SETTING VALUE ...]
 
-  FILE         a .jsonl file: its name in data/, or any path. Every line is one of
-                 {"text": "User: Hi\\n\\nAssistant: Hello!"}
-                 {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
-                 {"conversations": [...]}    the same; "from" and "value" are understood as well
+  FILE         a file or a folder: a name in data/, or any path. Formats, known by the ending: .jsonl .json .csv .tsv
+               .parquet .arrow .txt, and packed ones (.jsonl.gz, .jsonl.zst, ...). A folder may hold them mixed
   EPOCHS       how often all rows are written, newly shuffled each time (1). training.sh shuffles anyway
-  MAX_TOKENS   leave out rows with more tokens than this, the end of the document included (0: none)
+  MAX_TOKENS   the longest row, its terminator included (0: no limit); OVERLONG says what happens to longer ones
   --no-eof     do not end rows with token 0. Without it the model does not learn to stop
+  --preview N  show the first N rows token by token, what is learnt marked; write nothing
+  --SETTING    any variable of the script for this one call: --prompt-type rwkv-g1, --strict 1, --eot both, ...
   --help       this text
 
-The files appear beside FILE when everything was fine; otherwise earlier files stay as they are.
+Rows, found by their columns (MAP_KEYS gives other names, HANDLER forces one kind):
+  {"text": "User: Hi\\n\\nAssistant: Hello!"}                                             as it is
+  {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
+        also "conversations"; "from" and "value"; tools, tool_calls, reasoning_content, "weight": 0 (not to be learnt)
+  {"instruction": "...", "input": "...", "output": "...", "system": "...", "history": [["...", "..."]]}
+  {"prompt": "...", "completion": "..."}      also prompt/response, question/answer, query/response
+
+The files appear beside FILE when everything was fine; otherwise earlier files stay as they are. Beside them: NAME.report.json
+and NAME.lengths.png (what the data are like), NAME.rejects.jsonl (rows that cannot be used, with file, line and reason).
+The same call again finds its own result and does nothing. `python -m json2binidx` is the same command without bash, with the
+values of make_tokenize.sh; `python -m json2binidx.inspect NAME` shows and checks any .bin/.idx pair.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rwkv_peft import project
-from rwkv_peft.atomic import need_space
-from rwkv_peft.errors import UserError, leave
-from rwkv_peft.shell_vars import enter, var, whole_number
-from rwkv_peft.words import count, did_you_mean, listed
+from rwkv_peft.errors import UserError, door, leave
+from rwkv_peft.shell_vars import enter, values_as_written, whole_number
+from rwkv_peft.words import did_you_mean, listed
 
-SHOW = 10  # problems and dropped lines that are listed; the rest are counted
+if TYPE_CHECKING:
+    from .config import TokenizeConfig
 
-
-@dataclass(frozen=True)
-class TokenizeConfig:
-    """The variables of make_tokenize.sh."""
-
-    seed: int = var("SEED", ge=0, le=2**31 - 1)
+OWN = ("--no-eof", "--preview")
 
 
-def main(arguments: list[str]) -> None:
-    enter(arguments, __doc__, TokenizeConfig, command)
+def main(arguments: list[str], environment: dict[str, str] | None = None) -> None:
+    with door():  # a package that is missing is told in words as well
+        from .config import TokenizeConfig
+
+        enter(arguments, __doc__, TokenizeConfig, command, environment=environment, options=True)
 
 
 def command(config: TokenizeConfig, typed: list[str]) -> None:
-    source, epochs, max_tokens, end_of_doc = command_line(typed)
-    tokenize(source, epochs, max_tokens, end_of_doc, config.seed)
+    options = [f"--{f.metadata['var'].lower().replace('_', '-')}" for f in dataclasses.fields(config)]
+    words, end_of_doc, most = command_line(typed, options)
+    source = find(words[0])
+    epochs = whole_number("EPOCHS", words[1], 1) if len(words) > 1 else 1
+    if len(words) > 2:
+        config = dataclasses.replace(config, max_tokens=whole_number("MAX_TOKENS", words[2], 0))
+    if most:
+        from .preview import preview
+
+        preview(source, config, end_of_doc, most)
+    else:
+        from .tokenize import tokenize
+
+        tokenize(source, config, epochs, end_of_doc)
 
 
-def command_line(arguments: list[str]) -> tuple[Path, int, int, bool]:
-    flags = [a for a in arguments if a.startswith("--")]
-    words = [a for a in arguments if not a.startswith("--")]
-    unknown = [f for f in flags if f != "--no-eof"]
-    if unknown:
-        meant = did_you_mean(unknown[0], ["--no-eof"])
-        raise UserError(
-            f"{unknown[0]}: is not an option{meant or '.'} There is --no-eof; see ./make_tokenize.sh --help"
-        )
+def command_line(typed: list[str], settings: list[str]) -> tuple[list[str], bool, int]:
+    """FILE and the numbers behind it; whether rows end with token 0; how many rows --preview shows (0: no preview).
+
+    settings: the options that stand for settings, which have been taken already.
+    """
+    words, end_of_doc, most = [], True, 0
+    rest = list(typed)
+    while rest:
+        word = rest.pop(0)
+        if word == "--no-eof":
+            end_of_doc = False
+        elif word == "--preview":
+            most = whole_number("--preview", rest.pop(0), 1) if rest and rest[0].isdigit() else 5
+        elif word.startswith("--preview="):
+            most = whole_number("--preview", word.partition("=")[2], 1)
+        elif word.startswith("--"):
+            raise UserError(
+                f"{word}: is not an option{did_you_mean(word, [*OWN, *settings]) or '.'} There are {', '.join(OWN)}, and every "
+                "setting of the script; see ./make_tokenize.sh --help"
+            )
+        else:
+            words.append(word)
     if not 1 <= len(words) <= 3:
         leave(__doc__, 2)
-    name, epochs, max_tokens = words + ["1", "0"][len(words) - 1 :]
-    epochs, max_tokens = whole_number("EPOCHS", epochs, 1), whole_number("MAX_TOKENS", max_tokens, 0)
+    return words, end_of_doc, most
+
+
+def find(name: str) -> Path:
+    """The file or folder, or UserError if it cannot be read."""
+    from rwkv_peft.rows import files
+
     source = project.find(name, "data")
+    shown = project.shown(source)
     if not source.exists():
-        there = [p.name for p in (project.ROOT / "data").glob("*.jsonl")]
+        there = [
+            p.name for p in (project.ROOT / "data").glob("*") if files.format_of(p) and not p.name.endswith(files.OURS)
+        ]
         raise UserError(
-            f"{project.shown(source)}: there is no such file{did_you_mean(source.name, there) or '.'} "
-            f"In data/ there is: {listed(there)}."
+            f"{shown}: there is no such file{did_you_mean(source.name, there) or '.'} In data/ there is: {listed(there)}."
         )
-    if not source.is_file():
-        raise UserError(f"{project.shown(source)}: is not a file.")
-    if source.suffix != ".jsonl":
-        raise UserError(f"{project.shown(source)}: must end in .jsonl (one JSON object per line).")
-    if source.stem.endswith(".roles"):
-        other = source.name.replace(".roles", "")
+    if source.is_dir():
+        if not files.find(source)[0]:
+            raise UserError(f"{shown}: holds no file that can be read ({', '.join(files.READERS)}).")
+    elif not source.is_file():
+        raise UserError(f"{shown}: is not a file.")
+    elif not files.format_of(source):
         raise UserError(
-            f"{project.shown(source)}: would write over what belongs to {other}; take a name without .roles."
+            f"{shown}: must end in one of {', '.join(files.READERS)} (or one of these with .gz or .zst behind it)."
         )
-    return source, epochs, max_tokens, "--no-eof" not in flags
-
-
-def tokenize(source: Path, epochs: int, max_tokens: int, end_of_doc: bool, seed: int) -> None:
-    import tempfile
-    from collections import Counter
-
-    import numpy as np
-    from tqdm import tqdm
-
-    from rwkv_peft.data.binidx import Writer
-    from rwkv_peft.roles import Role
-    from rwkv_peft.templates import overlooked_heading
-
-    from .advice import advice
-    from .encode import encode
-    from .records import FORMS, RowError, lines, parse, rendered
-
-    prefix, shown = source.with_suffix(""), project.shown(source)
-    sizes: list[int] = []
-    schemas: Counter[str] = Counter()
-    wrong: list[str] = []
-    dropped: list[tuple[int, int]] = []  # line, tokens
-    overlooked: list[tuple[int, str]] = []  # line, what looks like a heading there and is none
-    answers = 0
-    # rows are encoded once, into files without a name that vanish with us; repeats only copy
-    with tempfile.TemporaryFile(dir=source.parent) as ids_file, tempfile.TemporaryFile(dir=source.parent) as roles_file:
-        bar = tqdm(
-            total=source.stat().st_size, unit="B", unit_scale=True, desc=source.name, disable=not sys.stderr.isatty()
-        )
-        with bar:
-            for number, line, read in lines(source):
-                bar.update(read - bar.n)
-                try:
-                    schema, text, spans = rendered(parse(line))
-                    ids, roles = encode(text, spans, end_of_doc)
-                except RowError as error:
-                    wrong.append(f"{shown}:{number}: {error}")
-                    continue
-                if wrong:  # nothing will be written: only look for more problems
-                    continue
-                schemas[schema] += 1
-                if schema == "text" and (heading := overlooked_heading(text.encode("utf-8"), spans)):
-                    overlooked.append((number, heading))
-                if max_tokens and len(ids) > max_tokens:
-                    dropped.append((number, len(ids)))
-                    continue
-                ids_file.write(ids.astype("<u2").tobytes())
-                roles_file.write(roles.tobytes())
-                sizes.append(len(ids))
-                answers += bool((roles == Role.ASSISTANT).any())
-        if wrong:
-            first = "\n".join(wrong[:SHOW])
-            more = f"\n... and {len(wrong) - SHOW} more" if len(wrong) > SHOW else ""
-            many = count(len(wrong), "row")
-            raise UserError(f"{first}{more}\n{shown} has {many} that cannot be used; nothing was written.\n{FORMS}")
-        report_dropped(dropped, max_tokens)
-        if not sizes:
-            why = "every row was dropped" if dropped else "it has no rows"
-            raise UserError(f"{shown}: {why}; nothing was written, earlier files are untouched.")
-        ids_file.flush()
-        roles_file.flush()
-        all_ids = np.memmap(ids_file, dtype="<u2", mode="r")
-        all_roles = np.memmap(roles_file, dtype=np.uint8, mode="r")
-        starts = np.concatenate([[0], np.cumsum(sizes)])
-        # ids, roles, and two indexes
-        need_space(source.parent, epochs * (3 * int(starts[-1]) + 2 * 12 * len(sizes)))
-        random = np.random.default_rng(seed)
-        repeats = tqdm(range(epochs), desc="repeats", disable=epochs == 1 or not sys.stderr.isatty())
-        with Writer(prefix, {"": np.uint16, ".roles": np.uint8}) as writer:
-            for _ in repeats:
-                for i in random.permutation(len(sizes)):
-                    row = slice(starts[i], starts[i + 1])
-                    writer.add({"": all_ids[row], ".roles": all_roles[row]})
-            writer.commit()
-    kinds = ", ".join(f"{n:,} {schema}" for schema, n in schemas.items())
-    read, rows, tokens = len(sizes) + len(dropped), len(sizes) * epochs, sum(sizes) * epochs
-    print(f"read      {shown}: {count(read, 'row')} ({kinds}), {len(sizes):,} kept, {answers:,} with an Assistant turn")
-    print(
-        f"wrote     {project.shown(prefix)}.bin/.idx and .roles.bin/.idx: {count(rows, 'row')}, {count(tokens, 'token')}"
-    )
-    name = prefix.name if prefix.parent == project.ROOT / "data" else project.shown(prefix.resolve())
-    if overlooked:
-        where = at_lines(overlooked)
-        print(
-            f"careful   {count(len(overlooked), 'row')} with what looks like a turn but is not written as the models know it: "
-            f'{where}. A turn begins with exactly "User:", "Assistant:" or "System:", behind an empty line (\\n\\n in the JSON).'
-        )
-    print(advice(name, max(sizes), rows, end_of_doc, answers > 0 or len(overlooked) > 0))
-
-
-def report_dropped(dropped: list[tuple[int, int]], max_tokens: int) -> None:
-    if dropped:
-        where = at_lines((line, f"{size:,} tokens") for line, size in dropped)
-        print(f"dropped   {count(len(dropped), 'row')} with more than MAX_TOKENS={max_tokens} tokens: {where}")
-
-
-def at_lines(found: Iterable[tuple[int, str]]) -> str:
-    """line 5 (its note), line 9 (its note) and 3 more."""
-    found = list(found)
-    more = f" and {len(found) - SHOW:,} more" if len(found) > SHOW else ""
-    return ", ".join(f"line {line} ({note})" for line, note in found[:SHOW]) + more
+    stem = files.stem_of(source).name if source.is_file() else source.name
+    for part in (".roles", ".valid"):
+        if stem.endswith(part):
+            raise UserError(
+                f"{shown}: would write over what belongs to {stem.removesuffix(part)}; take a name without {part}."
+            )
+    return source
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    script = project.ROOT / "make_tokenize.sh"
+    main([str(script), *sys.argv[1:]], values_as_written(script))

@@ -19,7 +19,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from rwkv_peft import project, runs
+from rwkv_peft import hashing, project, runs
 from rwkv_peft.errors import UserError, leave
 from rwkv_peft.shell_vars import enter, var, whole_number
 
@@ -48,7 +48,7 @@ def merge(adapter: Path, model_path: str) -> None:
 
     from rwkv_peft import bases, checkpoint
     from rwkv_peft.adapters.registry import ADAPTERS
-    from rwkv_peft.atomic import clear_leftovers, sync_folder, temporary
+    from rwkv_peft.atomic import clear_leftovers, sync_folder, temporary, write_json
 
     from .fold import fold, replace
     from .verify import verify
@@ -73,9 +73,9 @@ def merge(adapter: Path, model_path: str) -> None:
     try:
         checkpoint.rewrite(base, fresh, change)
         checks = list(verify(base, fresh, tensors, change, sidecar))
-        source = {"run": adapter.parent.name, "checkpoint": where, "checkpoint_sha256": checkpoint.sha256(adapter)}
+        source = {"run": adapter.parent.name, "checkpoint": where, "checkpoint_sha256": hashing.sha256(adapter)}
         make_room(target, source["checkpoint_sha256"])
-        checkpoint.write_json(checkpoint.sidecar_path(target), source | sidecar)
+        write_json(checkpoint.sidecar_path(target), source | sidecar)
         os.replace(fresh, target)
         sync_folder(target.parent)
     finally:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from .errors import UserError
 
@@ -47,6 +49,12 @@ def writing(path: str | os.PathLike, mode: str = "wb", **kwargs) -> Iterator:
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
+
+
+def write_json(path: str | os.PathLike, content: Mapping[str, Any]) -> None:
+    with writing(path, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False)
+        file.write("\n")
 
 
 def need_space(folder: Path, size: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import checkpoint, project
+from . import checkpoint, hashing, project
 from .errors import UserError
 from .model import arch
 from .model.arch import Geometry
@@ -31,7 +31,7 @@ def base_of(sidecar: dict, adapter: Path, given: str = "") -> Path:
         places.append(Path(sidecar["base_path"]))
     there = [place for place in places if place.is_file()]
     for place in there:
-        if checkpoint.sha256(place) == sidecar["base_sha256"]:
+        if hashing.sha256(place) == sidecar["base_sha256"]:
             return place
     if not there:
         inspect(places[0])  # says that it is missing

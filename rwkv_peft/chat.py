@@ -1,13 +1,14 @@
 """./chat.sh: talk to a base, a base with an adapter, or a merged model.
 
 usage: ./chat.sh [--model FILE] [--adapter FILE] [--prompt TEXT] [--raw] [--system TEXT]
-                 [--max-tokens N] [--temperature X] [--top-p X] [--seed N]
+                 [--prompt-type NAME] [--max-tokens N] [--temperature X] [--top-p X] [--seed N]
 
   --model         the model: a name in model/ or merge/, or any path      (MODEL_PATH in the script)
   --adapter       what a run learnt: output/RUN/rwkv-N.pth, or output/RUN for its last epoch (ADAPTER in the script)
   --prompt TEXT   answer this one question and leave; without it you talk, and an empty line, /quit or Ctrl-D ends it
   --raw           the prompt is the beginning of a text to go on with, not a question
   --system TEXT   a system message at the start of the talk
+  --prompt-type   the template that the model was trained with, as in make_tokenize.sh   (PROMPT_TYPE in the script)
   --temperature   0 takes the likeliest token every time; 1 is the model's own spread
   --top-p         only the likeliest tokens that together have this share
   --help          this text
@@ -26,10 +27,10 @@ from typing import Literal
 from . import project, runs
 from .errors import UserError
 from .shell_vars import convert, enter, var
+from .templates.named import template
 from .words import did_you_mean, listed
 
 COMMANDS = "/reset forgets the talk, /quit or an empty line ends it, Ctrl-C ends an answer"
-STOPS = ("\n\nUser:", "\n\nSystem:", "\n\nAssistant:")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class ChatConfig:
 
     model_path: str = var("MODEL_PATH")
     adapter: str = var("ADAPTER")
+    prompt_type: str = var("PROMPT_TYPE")
     system: str = var("SYSTEM")
     max_tokens: int = var("MAX_TOKENS", ge=1)
     temperature: float = var("TEMPERATURE", ge=0)
@@ -52,6 +54,7 @@ def main(arguments: list[str]) -> None:
 
 def command(config: ChatConfig, typed: list[str]) -> None:
     config, prompt, raw, base_was_named = command_line(typed, config)
+    template(config.prompt_type)  # a name that is none is told before a model is loaded
     model, name = load(config, base_was_named)
     if prompt is not None:
         once(model, config, prompt, raw)
@@ -70,7 +73,8 @@ def command_line(arguments: list[str], config: ChatConfig) -> tuple[ChatConfig, 
 
     parser = Parser(add_help=False, allow_abbrev=False)
     options = {f.metadata["var"]: f for f in dataclasses.fields(ChatConfig)}
-    flags = {"--model": "MODEL_PATH", "--adapter": "ADAPTER", "--system": "SYSTEM", "--max-tokens": "MAX_TOKENS",
+    flags = {"--model": "MODEL_PATH", "--adapter": "ADAPTER", "--system": "SYSTEM",
+             "--prompt-type": "PROMPT_TYPE", "--max-tokens": "MAX_TOKENS",
              "--temperature": "TEMPERATURE", "--top-p": "TOP_P", "--seed": "SEED"}  # fmt: skip
     for flag, name in flags.items():
         parser.add_argument(flag, dest=name)
@@ -167,13 +171,15 @@ def once(model, config: ChatConfig, prompt: str, raw: bool) -> None:
     from . import tokenizer
     from .generate import advance
     from .roles import Role
-    from .templates import Message, render
+    from .templates.template import Message
 
+    form = template(config.prompt_type)
     text = prompt.encode("utf-8", "replace").decode()  # bytes that are no text arrive as half characters
     if not raw:
         system = [Message(Role.SYSTEM, config.system)] if config.system.strip() else []
-        text, _ = render([*system, Message(Role.USER, text)], open_answer=True)
-    answer(model, config, *advance(model, tokenizer.encode(text)), stops=() if raw else STOPS, strip=not raw)
+        text = form.prompt([*system, Message(Role.USER, text)])
+    stops = () if raw else form.stops()
+    answer(model, config, *advance(model, tokenizer.encode(text)), stops=stops, strip=not raw)
     print()
 
 
@@ -206,8 +212,9 @@ def talk(model, config: ChatConfig, name: str) -> None:
     from . import tokenizer
     from .generate import advance
     from .roles import Role
-    from .templates import Message, clean, render
+    from .templates.template import Message, split_thought
 
+    form = template(config.prompt_type)
     print(f"{name}: type a question. {COMMANDS}.")
     start = [Message(Role.SYSTEM, config.system)] if config.system.strip() else []
     messages, known, state = list(start), 0, None
@@ -229,7 +236,7 @@ def talk(model, config: ChatConfig, name: str) -> None:
             print(COMMANDS)
             continue
         messages.append(Message(Role.USER, question))
-        ids = tokenizer.encode(render(messages, open_answer=True)[0])
+        ids = tokenizer.encode(form.prompt(messages))
         try:
             logits, state = advance(model, ids[known:], state)
         except KeyboardInterrupt:
@@ -237,10 +244,11 @@ def talk(model, config: ChatConfig, name: str) -> None:
             print("\nStopped before the answer began; this question is forgotten.")
             continue
         known = len(ids)
-        print("\nAssistant: ", end="", flush=True)
-        said = answer(model, config, logits, state, STOPS, strip=True, talking=True)
+        print(f"\nAssistant: {form.opening}", end="", flush=True)
+        said = answer(model, config, logits, state, form.stops(), strip=True, talking=True)
         print()
-        messages.append(Message(Role.ASSISTANT, clean(said) or "..."))
+        think, words = split_thought(form.opening + said)
+        messages.append(Message(Role.ASSISTANT, words.strip() or "...", think))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import hashlib
 import io
 import json
 import os
@@ -278,23 +277,8 @@ def write_record(new: zipfile.ZipFile, name: str, tensor: Tensor) -> None:
             target.write(data[begin : begin + COPY_BYTES].data)
 
 
-def sha256(path: str | os.PathLike) -> str:
-    """The content hash of a file (about 1 GB/s)."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(COPY_BYTES):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
 def sidecar_path(path: str | os.PathLike) -> Path:
     return Path(path).with_suffix(".json")
-
-
-def write_json(path: str | os.PathLike, content: Mapping[str, Any]) -> None:
-    with writing(path, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
-        file.write("\n")
 
 
 def read_sidecar(path: str | os.PathLike, wanted: tuple[str, ...]) -> dict[str, Any]:

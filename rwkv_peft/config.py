@@ -11,7 +11,7 @@ from typing import Literal
 
 from .errors import Problem
 from .project import is_text
-from .shell_vars import MOST, var
+from .shell_vars import MOST, convert, var
 
 NOT_YET = "is not part of this version yet; it has {}"
 
@@ -33,6 +33,8 @@ RETIRED = {
     "LOAD": "is retired; use lora_load",
 }
 
+MOST_WORKERS = 64
+EDGE = 16  # TRAIN_LENGTHS are multiples of this: GPU kernels want it
 LORA_PARTS = ("att", "ffn", "time", "ln")
 
 
@@ -54,8 +56,16 @@ class TrainConfig:
     vocab_size: Literal["auto"] | int = var("VOCAB_SIZE", ge=1, le=MOST)
 
     ctx_len: Literal["auto"] | int = var("CTX_LEN", ge=1, le=MOST)
-    dataload: Literal["pack", "pad", "only", "get"] = var("DATALOAD", later=later("bucket", "pack, pad, only and get"))
-    loss_mask: Literal["qa", "last", "pad", "none"] = var("LOSS_MASK", later=later("se", "qa, last, pad and none"))
+    overlong: Literal["truncate", "truncate-left", "drop", "split"] = var("OVERLONG")
+    dataload: Literal["pack", "bucket", "pad", "only", "get"] = var("DATALOAD")
+    pack: Literal["isolated", "concat"] = var("PACK")
+    train_lengths: str = var("TRAIN_LENGTHS")
+    train_batch_sizes: str = var("TRAIN_BATCH_SIZES")
+    token_budget: Literal["auto"] | int = var("TOKEN_BUDGET", ge=1, le=MOST)
+    magic_prime: bool = var("MAGIC_PRIME")
+    loss_mask: Literal["qa", "last", "pad", "none", "se"] = var("LOSS_MASK")
+    mask_start: str = var("MASK_START")
+    mask_end: str = var("MASK_END")
     data_shuffle: bool = var("DATA_SHUFFLE")
     seed: int = var("SEED", ge=0, le=2**31 - 1)
     train_type: Literal["none"] = var("TRAIN_TYPE", later=later("infctx state", "none"))
@@ -97,6 +107,7 @@ class TrainConfig:
             "auto, single and ddp",
         ),
     )
+    num_workers: Literal["auto"] | int = var("NUM_WORKERS", ge=0, le=MOST_WORKERS)
     wandb: str = var("WANDB")
 
     pissa_load: str = reserved("pissa_load", "FINETUNE_MODE=pissa")
@@ -113,6 +124,16 @@ class TrainConfig:
         """What LoRA touches: att and ffn get adapters, the others are trained whole."""
         words = tuple(word.strip() for word in self.lora_parts.split(",") if word.strip())
         return words + (("emb", "head") if self.emb_finetune else ())
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """TRAIN_LENGTHS; empty for auto."""
+        return numbers(self.train_lengths)
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """TRAIN_BATCH_SIZES; empty for auto."""
+        return numbers(self.train_batch_sizes)
 
     @staticmethod
     def problems(given: SimpleNamespace) -> list[Problem]:
@@ -132,6 +153,7 @@ class TrainConfig:
             'must be a plain folder name (no "/", not latest, not starting with "-")',
         )
         rule(given.run_name and not is_text(given.run_name), "RUN_NAME", "is not UTF-8; choose another name")
+        found += data_problems(given)
         words = [word.strip() for word in (given.lora_parts or "").split(",")]
         if given.lora_parts is not None:
             wrong = [word for word in words if word not in LORA_PARTS]
@@ -158,3 +180,93 @@ class TrainConfig:
         many = given.gpu_count is not None and given.gpu_count > 1
         rule(many and given.strategy == "single", "STRATEGY", f"must be auto or ddp with GPU_COUNT={given.gpu_count}")
         return found
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """Whole numbers with spaces or commas between, none for "" and auto. ValueError in the user's words."""
+    words = text.replace(",", " ").split()
+    if words in ([], ["auto"]):
+        return ()
+    bounds = var("", ge=1, le=MOST).metadata
+    return tuple(convert(word, int, bounds) for word in words)
+
+
+def data_problems(given: SimpleNamespace) -> list[Problem]:
+    """What does not go together in the settings of the data; a setting that would do nothing is refused as well."""
+    found = []
+
+    def rule(broken, name: str, message: str) -> None:
+        if broken:
+            found.append(Problem(name, message))
+
+    mode, lists = given.dataload, {}
+    for name, text in (("TRAIN_LENGTHS", given.train_lengths), ("TRAIN_BATCH_SIZES", given.train_batch_sizes)):
+        try:
+            lists[name] = numbers(text or "")
+        except ValueError as error:
+            found.append(Problem(name, f'{error}, several with spaces between, like "64 128 256", or auto'))
+    lengths, sizes = lists.get("TRAIN_LENGTHS", ()), lists.get("TRAIN_BATCH_SIZES", ())
+    if mode is not None and mode != "bucket":
+        for name, used in (("TRAIN_LENGTHS", lengths), ("TRAIN_BATCH_SIZES", sizes)):
+            rule(used, name, f"belongs to DATALOAD=bucket; must be auto with DATALOAD={mode}")
+        rule(
+            given.token_budget not in (None, "auto"),
+            "TOKEN_BUDGET",
+            f"belongs to DATALOAD=bucket; must be auto with DATALOAD={mode}, where MICRO_BSZ says how much goes at once",
+        )
+    if mode == "bucket":
+        rule(
+            given.micro_bsz not in (None, "auto"),
+            "MICRO_BSZ",
+            "must be auto with DATALOAD=bucket, where every bucket has its own: set TOKEN_BUDGET or TRAIN_BATCH_SIZES",
+        )
+        rule(list(lengths) != sorted(set(lengths)), "TRAIN_LENGTHS", "must rise from number to number")
+        rule(any(n % EDGE for n in lengths), "TRAIN_LENGTHS", f"must be multiples of {EDGE}")
+        rule(
+            sizes and not lengths,
+            "TRAIN_BATCH_SIZES",
+            "has one number for each of TRAIN_LENGTHS, which is auto: set both",
+        )
+        rule(
+            sizes and lengths and len(sizes) != len(lengths),
+            "TRAIN_BATCH_SIZES",
+            f"must have {len(lengths)} numbers, one for each of TRAIN_LENGTHS; it has {len(sizes)}",
+        )
+        rule(
+            sizes and given.token_budget not in (None, "auto"),
+            "TOKEN_BUDGET",
+            "must be auto where TRAIN_BATCH_SIZES says how much goes at once",
+        )
+        rule(
+            lengths and isinstance(given.ctx_len, int) and given.ctx_len > lengths[-1],
+            "CTX_LEN",
+            f"must be auto, or {lengths[-1] if lengths else 0} (the last of TRAIN_LENGTHS) or less",
+        )
+        steps, mini = given.epoch_steps, given.mini_bsz
+        rule(
+            steps not in (None, "auto") and mini and steps % mini,
+            "EPOCH_STEPS",
+            f"must be a multiple of MINI_BSZ={mini} with DATALOAD=bucket, whose steps are whole, or auto",
+        )
+    rule(given.pack == "concat" and mode not in (None, "pack"), "PACK", f"must be isolated with DATALOAD={mode}")
+    rule(
+        given.magic_prime and mode not in (None, "get"),
+        "MAGIC_PRIME",
+        f"must be 0 with DATALOAD={mode}; it belongs to get",
+    )
+    rule(
+        given.magic_prime and given.data_shuffle is False,
+        "MAGIC_PRIME",
+        "must be 0 with DATA_SHUFFLE=0: it is an order of its own",
+    )
+    whole = "get" if mode == "get" else "pack and PACK=concat" if (mode, given.pack) == ("pack", "concat") else ""
+    rule(
+        whole and given.overlong not in (None, "truncate"),
+        "OVERLONG",
+        f"must be truncate with DATALOAD={whole}, which cuts nothing off anyway",
+    )
+    for name, text in (("MASK_START", given.mask_start), ("MASK_END", given.mask_end)):
+        rule(text and given.loss_mask not in (None, "se"), name, 'belongs to LOSS_MASK=se; must be "" with others')
+        rule(text == "" and given.loss_mask == "se", name, "is empty; LOSS_MASK=se needs it")
+        rule(text and not is_text(text), name, "is not UTF-8")
+    return found

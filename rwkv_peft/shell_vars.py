@@ -116,10 +116,45 @@ class Script:
         return name
 
 
-def enter(arguments: list[str], usage: str, cls: type[T], body: Callable[[T, list[str]], None], retired=None) -> None:
+def values_as_written(path: Path) -> dict[str, str]:
+    """What a script sets, read without bash (which is not everywhere): plain assignments, quotes and comments are understood."""
+    found = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if assignment := ASSIGNMENT.match(line):
+            with contextlib.suppress(ValueError):  # a quote that goes on in the next line
+                found[assignment[1]] = "".join(shlex.split(assignment[2], comments=True)[:1])
+    return found
+
+
+def take_options(arguments: list[str], cls: type) -> tuple[dict[str, str], list[str]]:
+    """Options behind a command that stand for settings, like --prompt-type chatml for PROMPT_TYPE; and the other words."""
+    flags = {"--" + f.metadata["var"].lower().replace("_", "-"): f.metadata["var"] for f in dataclasses.fields(cls)}
+    found, rest, words = {}, [], list(arguments)
+    while words:
+        word = words.pop(0)
+        flag, equals, value = word.partition("=")
+        if flag not in flags:
+            rest.append(word)
+        elif equals or words:
+            found[flags[flag]] = value if equals else words.pop(0)
+        else:
+            raise UserError(f"{flag} wants a value behind it. See --help")
+    return found, rest
+
+
+def enter(
+    arguments: list[str],
+    usage: str,
+    cls: type[T],
+    body: Callable[[T, list[str]], None],
+    retired=None,
+    environment: Mapping[str, str] | None = None,
+    options: bool = False,
+) -> None:
     """What every script's command does: show its usage, or read its settings and go on, with errors as sentences.
 
-    arguments: the script's path, then what the user typed. body: (settings, what the user typed).
+    arguments: the script's path, then what the user typed. body: (settings, what the user typed). environment: the values
+    that the script set, if not those of this process. options: settings may be typed behind the command as well.
     """
     if not arguments or {"-h", "--help"} & set(arguments[1:]):
         print(usage)
@@ -129,8 +164,10 @@ def enter(arguments: list[str], usage: str, cls: type[T], body: Callable[[T, lis
         with contextlib.suppress(AttributeError):  # not a real stream (tests)
             stream.reconfigure(errors="replace")  # a terminal that knows no Chinese shows "?" instead of ending the run
     with door(lambda found: script.report(found) if script else str(found)):
-        script = Script(arguments[0])
-        body(script.read(cls, retired), arguments[1:])
+        typed, rest = take_options(arguments[1:], cls) if options else ({}, arguments[1:])
+        values = os.environ if environment is None else environment
+        script = Script(arguments[0], {**values, **typed} if typed else values)
+        body(script.read(cls, retired), rest)
 
 
 def convert(text: str, kind: Any, bounds: Mapping[str, Any]) -> Any:

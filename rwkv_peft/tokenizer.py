@@ -11,6 +11,8 @@ import ast
 import codecs
 import functools
 import importlib.util
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,15 +37,15 @@ def vocabulary_file() -> Path:
 def token_bytes() -> tuple[bytes, ...]:
     """The bytes of every id, [65536]; b'' for 0 and for the reserved ids."""
     table = [b""] * VOCAB_SIZE
-    with open(vocabulary_file(), encoding="utf-8") as file:
-        for line in file:
-            # each line: id, Python literal of the token (str or bytes), length in bytes
-            first, last = line.index(" "), line.rindex(" ")
-            token = ast.literal_eval(line[first:last].strip())
-            token = token.encode("utf-8") if isinstance(token, str) else token
-            if len(token) != int(line[last:]):
-                raise UserError(f"{vocabulary_file()}: the entry of id {line[:first]} is damaged; install rwkv again.")
-            table[int(line[:first])] = token
+    lines = vocabulary_file().read_text(encoding="utf-8").split("\n")  # a token may be a line break of another kind
+    # each line: id, Python literal of the token (str or bytes), length in bytes
+    parts = [(line.partition(" ")[0], *line.partition(" ")[2].rstrip().rpartition(" ")[::2]) for line in lines if line]
+    tokens = ast.literal_eval("[" + ",".join(literal for _, literal, _ in parts) + "]")  # at once: it takes half the time
+    for (number, _, length), token in zip(parts, tokens, strict=True):
+        token = token.encode("utf-8") if isinstance(token, str) else token
+        if len(token) != int(length):
+            raise UserError(f"{vocabulary_file()}: the entry of id {number} is damaged; install rwkv again.")
+        table[int(number)] = token
     return tuple(table)
 
 
@@ -61,6 +63,29 @@ def decode(ids) -> str:
 def decode_bytes(ids) -> bytes:
     table = token_bytes()
     return b"".join(table[i] for i in ids)
+
+
+def marked(ids: Sequence[int], trained: Sequence[bool], begin: str = "[[", end: str = "]]", border: str = "") -> str:
+    """The text of ids with marks around every run of trained ones; <end> is token 0. Nothing in it can steer a terminal.
+
+    ids, trained: [n]. border: what stands between tokens; with one, bytes that are half a character show as \\xe4.
+    """
+    table, out = token_bytes(), []
+    for is_trained, group in itertools.groupby(zip(trained, ids, strict=True), key=lambda pair: bool(pair[0])):
+        tokens = [table[i] or (b"<end>" if i == END_OF_DOC else b"<%d>" % i) for _, i in group]
+        if border:
+            words = border.join(visible(token.decode("utf-8", "backslashreplace"), border) for token in tokens)
+        else:
+            words = visible(b"".join(tokens).decode("utf-8", "replace"), border)
+        out.append(f"{begin}{words}{end}" if is_trained else words)
+    return border.join(out)
+
+
+def visible(text: str, border: str) -> str:
+    """Control characters as their numbers; where tokens are told apart, line breaks as \\n as well."""
+    if border:
+        text = text.replace("\n", "\\n")
+    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
 
 
 class PythonEncoder:

@@ -17,13 +17,15 @@ import dataclasses
 import logging
 import os
 import platform
+import re
 import shlex
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 
-from . import project, runs
-from .atomic import need_space
+from . import hashing, project, runs
+from .atomic import need_space, write_json
 from .config import RETIRED, TrainConfig
 from .errors import EXIT_MEMORY, Problem, Problems, UserError, leave
 from .shell_vars import enter
@@ -35,6 +37,7 @@ RANK = int(os.environ.get("LOCAL_RANK", 0))
 MAIN_PROCESS = RANK == 0
 AUTO_BATCH_TOKENS = 4096  # MICRO_BSZ=auto: about this many tokens at once ...
 AUTO_LEAST_STEPS = 16  # ... but an epoch has at least this many optimizer steps, if the data allow it
+MOST_NAME = 80  # characters of a mixture's names in the name of a run
 
 
 def main(arguments: list[str]) -> None:
@@ -62,7 +65,8 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
 
     from . import checkpoint, machine
     from .adapters import attach
-    from .data.loading import Batches, InOrder
+    from .data.loading import Batches
+    from .data.workers import end_workers, make_loader
     from .model import arch
     from .model.rwkv import build
     from .ops import dispatch
@@ -70,16 +74,16 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
 
     say = print if MAIN_PROCESS else lambda *_a, **_k: None
     base = project.model_file(config.model_path)
-    stored, geometry, prefix = open_files(config, base)
+    stored, geometry, files = open_files(config, base)
     op, wkv7 = dispatch.wkv7(config.op)
     precision = machine.precision(config.precision)
     trainer_arguments = strategy.trainer_arguments(precision, config.gpu_count, config.strategy)
     base_sha256 = check_lora(config, base) if config.lora_load and MAIN_PROCESS else ""
-    data, plan = plan_run(config, prefix, geometry)
+    data, plan = plan_run(config, files, geometry)
     steps = plan.optimizer_steps * config.epoch_count
     full = config.finetune_mode == "full"
 
-    stem = f"{prefix.name}-{config.finetune_mode}"
+    stem = f"{'+'.join(prefix.name for prefix, _ in files)[:MOST_NAME]}-{config.finetune_mode}"
     if MAIN_PROCESS and not dry_run:
         folder = runs.claim(config.run_name, stem, cleanup)
         cleanup.callback(runs.release, folder)
@@ -87,7 +91,8 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
         folder = runs.choose(config.run_name, stem)
     dtype = machine.DTYPES[precision]
     trained_values = attach.count_trained(arch.shapes(geometry), full, config.parts, config.lora_r)
-    settings = resolved(config, op, precision, data.ctx_len, plan, geometry, folder.name)
+    workers = config.num_workers if config.num_workers != "auto" else int(machine.device_kind() == "cuda")
+    settings = resolved(config, op, precision, data, plan, geometry, folder.name, workers)
     header = report.plan_lines(settings, base, geometry, data, plan, steps, trained_values, stored, dtype)
     if dry_run:
         header = report.setting_lines(settings, script_values(config)) + header
@@ -98,7 +103,6 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
         return
 
     import pytorch_lightning as pl
-    from torch.utils.data import DataLoader
 
     from .training.callbacks import TOO_HIGH, LossFile, Progress, Save, StepRecorder, StopOnSignal, wandb_sink
     from .training.module import TrainingModule
@@ -110,7 +114,7 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
     # a full run writes itself into a copy of the base: held open, it stays what it is even if another file takes its name
     held = cleanup.enter_context(checkpoint.Archive(base)) if full else None
     if MAIN_PROCESS:
-        base_sha256 = base_sha256 or checkpoint.sha256(base)
+        base_sha256 = base_sha256 or hashing.sha256(base)
     tensors = checkpoint.load(base)
     model = build(geometry, tensors, wkv7, dtype, config.grad_cp, keep=torch.float32 if full else dtype)
     if full:
@@ -129,7 +133,7 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
         if bad:
             raise UserError(f"{bad} has become NaN or infinite, so {project.shown(path)} was not written. {TOO_HIGH}")
         sidecar = describe_run(config, geometry, base, base_sha256, precision, epoch, trainer.global_step, finished)
-        checkpoint.write_json(checkpoint.sidecar_path(path), sidecar)
+        write_json(checkpoint.sidecar_path(path), sidecar)
         if full:
             checkpoint.rewrite(
                 held, path, lambda name: (lambda _: trained[name].detach().cpu()) if name in trained else None
@@ -140,7 +144,7 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
 
     callbacks, sinks = [], []
     if MAIN_PROCESS:
-        checkpoint.write_json(folder / "run.json", settings)
+        write_json(folder / "run.json", settings)
         runs.point_latest(folder)
         progress = Progress(steps, config.epoch_count)
         sinks = [LossFile(folder / "loss.jsonl"), progress]
@@ -165,7 +169,7 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
         config.adam_eps,
         config.grad_clip,
     )
-    # Lightning's hints are about loggers and workers that we do not use; its errors come as exceptions
+    # Lightning's hints are about loggers and workers that we have settled; its errors come as exceptions
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.ERROR)
     trainer = pl.Trainer(
@@ -180,8 +184,8 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
         enable_model_summary=False,
         callbacks=callbacks,
     )
-    batches = Batches(data, plan, RANK)
-    loader = DataLoader(batches, batch_size=None, sampler=InOrder(len(batches)))
+    loader = make_loader(Batches(data, plan, RANK), workers)
+    cleanup.callback(end_workers, loader)
     began = time.monotonic()
     try:
         with stop.listening():
@@ -198,7 +202,7 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
 
 
 def open_files(config: TrainConfig, base: Path):
-    """What the base holds, its geometry, and the prefix of the data; all that is wrong with the files at once."""
+    """What the base holds, its geometry, and the prefixes and weights of the data; all that is wrong with the files at once."""
     from . import bases
 
     found, stored, geometry = [], {}, None
@@ -214,17 +218,8 @@ def open_files(config: TrainConfig, base: Path):
             for name, value in given.items()
             if value not in ("auto", sizes[name])
         ]
-    prefix = project.data_prefix(config.data_path)
-    missing = [ending for ending in (".bin", ".idx") if not Path(f"{prefix}{ending}").is_file()]
-    if missing:
-        source = Path(f"{prefix}.jsonl")
-        there = project.data_names()
-        hint = f"{did_you_mean(prefix.name, there) or '.'} Tokenized data in data/: {listed(there)}"
-        if source.is_file():
-            hint = f"; make it: ./make_tokenize.sh {shlex.quote(source.name)}"
-        found.append(
-            Problem("DATA_PATH", f"{project.shown(prefix)}{' and '.join(missing)}: there is no such file{hint}")
-        )
+    files, wrong = data_files(config.data_path)
+    found += [Problem("DATA_PATH", message) for message in wrong]
     if config.run_name and MAIN_PROCESS and runs.is_taken(project.OUTPUT / config.run_name):
         there = project.shown(project.OUTPUT / config.run_name)
         found.append(
@@ -234,39 +229,127 @@ def open_files(config: TrainConfig, base: Path):
         found.append(Problem("lora_load", f"{config.lora_load}: there is no such file"))
     if found:
         raise Problems(*found)
-    return stored, geometry, prefix
+    return stored, geometry, files
 
 
-def plan_run(config: TrainConfig, prefix: Path, geometry):
-    from .data.binidx import Reader
+def data_files(text: str):
+    """DATA_PATH -> prefixes and weights of the tokenized files, and what is wrong with them."""
+    from .data import mixture
+
+    if not missing_data(project.data_prefix(text)):  # a file whose very name looks like a mixture
+        return [(project.data_prefix(text), Fraction(1))], []
+    try:
+        names = mixture.parse(text)
+    except ValueError as error:
+        return [], [str(error)]
+    files = [(project.data_prefix(name), weight) for name, weight in names]
+    wrong = [missing for prefix, _ in files if (missing := missing_data(prefix))]
+    prefixes = [os.path.abspath(prefix) for prefix, _ in files]
+    wrong += [
+        f"names {project.shown(prefix)} more than once; give each file one weight"
+        for prefix in sorted({p for p in prefixes if prefixes.count(p) > 1})
+    ]
+    return files, wrong
+
+
+def missing_data(prefix: Path) -> str:
+    """What to say if a tokenized file is not there, else ""."""
+    missing = [ending for ending in (".bin", ".idx") if not Path(f"{prefix}{ending}").is_file()]
+    if not missing:
+        return ""
+    source = Path(f"{prefix}.jsonl")
+    there = project.data_names()
+    hint = f"{did_you_mean(prefix.name, there) or '.'} Tokenized data in data/: {listed(there)}"
+    if source.is_file():
+        hint = f"; make it: ./make_tokenize.sh {shlex.quote(source.name)}"
+    return f"{project.shown(prefix)}{' and '.join(missing)}: there is no such file{hint}"
+
+
+def plan_run(config: TrainConfig, files, geometry):
+    """The data as batches will be made of them, and how they become epochs and steps. files: prefixes and weights."""
+    from .data import buckets
     from .data.loading import Data
-    from .data.sampling import Plan
 
-    reader = Reader(prefix)
-    roles = Reader(f"{prefix}.roles") if Path(f"{prefix}.roles.idx").is_file() else roles_from_text
-    if roles is roles_from_text and config.loss_mask in ("qa", "last") and MAIN_PROCESS:
-        print(
-            f"{prefix.name} has no .roles file: who said what is found by the headings User: and Assistant: in the text."
-        )
-    ctx_len = None if config.ctx_len == "auto" else config.ctx_len
+    mode = "concat" if config.pack == "concat" else "magic" if config.magic_prime else config.dataload
+    ctx_len, limit = config.ctx_len if config.ctx_len != "auto" else None, "CTX_LEN"
+    if config.lengths and not ctx_len:
+        ctx_len, limit = config.lengths[-1], "TRAIN_LENGTHS"
+    budget = config.token_budget if config.token_budget != "auto" else None
+
+    def choose(lengths):
+        return buckets.choose(lengths, config.lengths, config.batch_sizes, budget, config.mini_bsz, config.gpu_count)
+
     data = Data(
-        reader, roles, config.dataload, config.loss_mask, ctx_len, config.seed, config.data_shuffle, geometry.vocab_size
+        open_sources(config, files, geometry.vocab_size),
+        mode,
+        "qa" if config.loss_mask == "se" else config.loss_mask,
+        ctx_len,
+        config.overlong,
+        config.seed,
+        config.data_shuffle,
+        choose if mode == "bucket" else None,
+        limit,
     )
     micro_bsz = config.micro_bsz
     if micro_bsz == "auto":
         several = data.rows // (AUTO_LEAST_STEPS * config.mini_bsz * config.gpu_count)
         micro_bsz = max(1, min(AUTO_BATCH_TOKENS // data.ctx_len, several))
     epoch_steps = None if config.epoch_steps == "auto" else config.epoch_steps
-    return data, Plan(data.rows, epoch_steps, micro_bsz, config.mini_bsz, config.gpu_count)
+    return data, data.make_plan(epoch_steps, micro_bsz, config.mini_bsz, config.gpu_count)
 
 
-def roles_from_text(ids):
-    """Roles of a document whose file has none, from the headings in its text."""
-    from . import templates, tokenizer
+def open_sources(config: TrainConfig, files, vocab_size: int) -> list:
+    """The tokenized files with the roles that LOSS_MASK asks for: those written down, or found in the text."""
+    from .data.binidx import Reader
+    from .data.masking import Markers
+    from .data.sources import Source
+    from .templates.headings import spans_of_text
+
+    sources, missing = [], []
+    for prefix, weight in files:
+        reader, roles = Reader(prefix), None
+        markers = Markers(unescaped(config.mask_start), unescaped(config.mask_end))
+        if config.loss_mask == "se":
+            roles = roles_by(markers.spans)
+        elif config.loss_mask in ("qa", "last"):
+            if Path(f"{prefix}.roles.idx").is_file():
+                roles = Reader(f"{prefix}.roles")
+            else:
+                roles = roles_by(spans_of_text)
+                if MAIN_PROCESS:
+                    print(
+                        f"{prefix.name} has no .roles file: who said what is found by the headings User: and Assistant: in "
+                        "the text."
+                    )
+        sources.append(Source(reader, roles, vocab_size, weight))
+        if config.loss_mask == "se" and not markers.starts:
+            missing.append(Problem("MASK_START", f"is nowhere in {prefix.name}.bin"))
+        elif config.loss_mask == "se" and not markers.ends:
+            missing.append(Problem("MASK_END", f"is nowhere behind a MASK_START in {prefix.name}.bin"))
+    if missing:
+        raise Problems(*missing)
+    return sources
+
+
+def unescaped(text: str) -> bytes:
+    """The bytes that MASK_START and MASK_END mean."""
+    marks = {"\\n": "\n", "\\t": "\t", "\\\\": "\\"}
+    return re.sub(r"\\[nt\\]", lambda found: marks[found[0]], text).encode()
+
+
+def roles_by(find_spans):
+    """A function from the tokens of a document to its roles. find_spans: from its bytes to spans that cover them."""
+    import numpy as np
+
+    from . import tokenizer
     from .data.masking import roles_of_tokens
 
-    spans = templates.spans_of_text(tokenizer.decode_bytes(ids.tolist()))
-    return roles_of_tokens(tokenizer.token_lengths()[ids], spans, end_of_doc=len(ids) > 0 and ids[-1] == 0)
+    def roles(ids):
+        ids = np.where(ids < tokenizer.VOCAB_SIZE, ids, tokenizer.END_OF_DOC)  # others have no bytes
+        spans = find_spans(tokenizer.decode_bytes(ids.tolist()))
+        return roles_of_tokens(tokenizer.token_lengths()[ids], spans, end_of_doc=len(ids) > 0 and ids[-1] == 0)
+
+    return roles
 
 
 def lora_file(config: TrainConfig) -> Path:
@@ -279,7 +362,7 @@ def check_lora(config: TrainConfig, base: Path) -> str:
     from . import checkpoint
 
     path = lora_file(config)
-    base_sha256 = checkpoint.sha256(base)
+    base_sha256 = hashing.sha256(base)
     try:
         checkpoint.describe(path)  # refuses what is no checkpoint before its sidecar is asked for
     except UserError as error:
@@ -304,14 +387,20 @@ def check_lora(config: TrainConfig, base: Path) -> str:
     return base_sha256
 
 
-def resolved(config: TrainConfig, op, precision, ctx_len, plan, geometry, run_name) -> dict:
+def resolved(config: TrainConfig, op, precision, data, plan, geometry, run_name, workers) -> dict:
     """run.json: every setting of the script by its name, with auto replaced by what it became."""
     became = {
         "RUN_NAME": run_name, "MODEL_VERSION": "v7", "N_LAYER": geometry.n_layer, "EMBD_SIZE": geometry.n_embd,
-        "VOCAB_SIZE": geometry.vocab_size, "CTX_LEN": ctx_len, "EPOCH_STEPS": plan.micro_batches,
+        "VOCAB_SIZE": geometry.vocab_size, "CTX_LEN": data.ctx_len, "EPOCH_STEPS": plan.micro_batches,
         "MICRO_BSZ": plan.micro_bsz, "OP": op, "PRECISION": precision,
-        "STRATEGY": "ddp" if config.gpu_count > 1 or config.strategy == "ddp" else "single",
+        "STRATEGY": "ddp" if config.gpu_count > 1 or config.strategy == "ddp" else "single", "NUM_WORKERS": workers,
     }  # fmt: skip
+    if data.buckets:
+        edges, sizes = data.buckets.edges, data.buckets.sizes
+        became |= {
+            "TRAIN_LENGTHS": " ".join(map(str, edges)), "TRAIN_BATCH_SIZES": " ".join(map(str, sizes)),
+            "CTX_LEN": min(data.ctx_len, edges[-1]), "MICRO_BSZ": "auto",
+        }  # fmt: skip
     return script_values(config) | became
 
 

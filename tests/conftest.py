@@ -106,8 +106,8 @@ def shared_kit(tmp_path_factory) -> Kit:
 @pytest.fixture
 def ready(project_folder):
     """A tiny base and tokenized data in a project of its own."""
-    from json2binidx.__main__ import tokenize
+    from inprocess import tokenize
 
     tiny.save_model(project_folder / "model" / "tiny.pth")
-    tokenize(tiny.write_jsonl(project_folder / "data" / "chat.jsonl", tiny.CHATS), 1, 0, True, 42)
+    tokenize(tiny.write_jsonl(project_folder / "data" / "chat.jsonl", tiny.CHATS))
     return project_folder

@@ -4,6 +4,8 @@ import json
 
 from test_scripts import ROOT, shell_values
 
+from json2binidx.config import TokenizeConfig
+from json2binidx.tokenize import tokenize as make
 from rwkv_peft import checkpoint, train
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.shell_vars import Script
@@ -13,6 +15,12 @@ FAST = {
     "lora_alpha": "8", "lora_dropout": "0", "WARMUP_STEPS": "0", "LR_INIT": "1e-2", "LR_FINAL": "1e-2", "GRAD_CP": "0",
     "MICRO_BSZ": "2", "RUN_NAME": "run", "LR_SCHEDULE": "constant",
 }  # fmt: skip
+
+
+def tokenize(path, epochs: int = 1, end_of_doc: bool = True, **changes) -> dict:
+    """make_tokenize.sh's values with changes; returns the report."""
+    values = shell_values(ROOT / "make_tokenize.sh") | {"WORKERS": "1"} | changes
+    return make(path, Script(ROOT / "make_tokenize.sh", values).read(TokenizeConfig), epochs, end_of_doc)
 
 
 def config(**changes) -> TrainConfig:

@@ -56,6 +56,46 @@ def test_a_variable_to_come_must_stay_empty(name):
         ({"BETA1": "1"}, "BETA1", "must be less than 1"),
         ({"MICRO_BSZ": "0"}, "MICRO_BSZ", "must be 1 or more, or auto"),
         ({"DATALOAD": "pak"}, "DATALOAD", "did you mean pack?"),
+        ({"DATALOAD": "pad", "TRAIN_LENGTHS": "64 128"}, "TRAIN_LENGTHS", "belongs to DATALOAD=bucket; must be auto"),
+        ({"TRAIN_BATCH_SIZES": "8"}, "TRAIN_BATCH_SIZES", "belongs to DATALOAD=bucket"),
+        ({"TOKEN_BUDGET": "4096"}, "TOKEN_BUDGET", "belongs to DATALOAD=bucket"),
+        ({"DATALOAD": "bucket", "MICRO_BSZ": "4"}, "MICRO_BSZ", "must be auto with DATALOAD=bucket"),
+        ({"DATALOAD": "bucket", "TRAIN_LENGTHS": "128 64"}, "TRAIN_LENGTHS", "must rise"),
+        ({"DATALOAD": "bucket", "TRAIN_LENGTHS": "64 64"}, "TRAIN_LENGTHS", "must rise"),
+        ({"DATALOAD": "bucket", "TRAIN_LENGTHS": "64 100"}, "TRAIN_LENGTHS", "must be multiples of 16"),
+        (
+            {"DATALOAD": "bucket", "TRAIN_LENGTHS": "64 x"},
+            "TRAIN_LENGTHS",
+            "must be a whole number, several with spaces",
+        ),
+        ({"DATALOAD": "bucket", "TRAIN_LENGTHS": "0 16"}, "TRAIN_LENGTHS", "must be 1 or more"),
+        ({"DATALOAD": "bucket", "TRAIN_BATCH_SIZES": "8 4"}, "TRAIN_BATCH_SIZES", "which is auto: set both"),
+        (
+            {"DATALOAD": "bucket", "TRAIN_LENGTHS": "64,128", "TRAIN_BATCH_SIZES": "8"},
+            "TRAIN_BATCH_SIZES",
+            "must have 2 numbers, one for each of TRAIN_LENGTHS; it has 1",
+        ),
+        (
+            {"DATALOAD": "bucket", "TRAIN_LENGTHS": "64", "TRAIN_BATCH_SIZES": "8", "TOKEN_BUDGET": "512"},
+            "TOKEN_BUDGET",
+            "must be auto where TRAIN_BATCH_SIZES",
+        ),
+        ({"DATALOAD": "bucket", "TRAIN_LENGTHS": "64", "CTX_LEN": "128"}, "CTX_LEN", "must be auto, or 64"),
+        (
+            {"DATALOAD": "bucket", "EPOCH_STEPS": "7", "MINI_BSZ": "2"},
+            "EPOCH_STEPS",
+            "must be a multiple of MINI_BSZ=2",
+        ),
+        ({"DATALOAD": "pad", "PACK": "concat"}, "PACK", "must be isolated with DATALOAD=pad"),
+        ({"MAGIC_PRIME": "1"}, "MAGIC_PRIME", "must be 0 with DATALOAD=pack"),
+        ({"DATALOAD": "get", "MAGIC_PRIME": "1", "DATA_SHUFFLE": "0"}, "MAGIC_PRIME", "must be 0 with DATA_SHUFFLE=0"),
+        ({"DATALOAD": "get", "OVERLONG": "drop"}, "OVERLONG", "must be truncate with DATALOAD=get"),
+        ({"PACK": "concat", "OVERLONG": "split"}, "OVERLONG", "must be truncate with DATALOAD=pack and PACK=concat"),
+        ({"LOSS_MASK": "se", "MASK_END": "x"}, "MASK_START", "is empty; LOSS_MASK=se needs it"),
+        ({"LOSS_MASK": "se", "MASK_START": "x"}, "MASK_END", "is empty; LOSS_MASK=se needs it"),
+        ({"MASK_START": "x"}, "MASK_START", "belongs to LOSS_MASK=se"),
+        ({"LOSS_MASK": "se", "MASK_START": "\udce9", "MASK_END": "x"}, "MASK_START", "is not UTF-8"),
+        ({"NUM_WORKERS": "1000"}, "NUM_WORKERS", "must be 64 or less"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(changes, name, words):
@@ -65,3 +105,12 @@ def test_settings_that_do_not_go_together_are_refused(changes, name, words):
 def test_a_broken_value_does_not_hide_what_is_wrong_with_others():
     found = problems(FINETUNE_MODE="full", EMB_FINETUNE="1", LR_INIT="x", CTX_LEN="0")
     assert set(found) == {"EMB_FINETUNE", "LR_INIT", "CTX_LEN"}
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [("", ()), ("auto", ()), ("64", (64,)), ("64 128,256", (64, 128, 256)), (" 16 , 32 ", (16, 32))],
+)
+def test_lists_of_numbers_have_spaces_or_commas_between(text, numbers):
+    given = Script(ROOT / "training.sh", SHIPPED | {"DATALOAD": "bucket", "TRAIN_LENGTHS": text}).read(TrainConfig)
+    assert given.lengths == numbers and given.batch_sizes == ()

@@ -22,7 +22,7 @@ def bad_rows():
         ),
         "no text": (
             b'{"txt": "x"}',
-            r"data/bad.jsonl:1: has none of the keys messages, conversations, text; it has 'txt'",
+            "data/bad.jsonl:1: has none of the keys messages, conversations, instruction with output, text; it has 'txt'",
         ),
         "not utf-8": (GOOD + b'\n{"text": "\xff\xfe"}', "data/bad.jsonl:2: is not valid UTF-8; save the file as UTF-8"),
         "utf-16": (GOOD.decode().encode("utf-16"), "data/bad.jsonl: is UTF-16. Save it as UTF-8"),
@@ -55,7 +55,7 @@ def test_a_bad_row_is_named_with_its_line_and_earlier_files_stay(kit, content, w
     for ending in ("bin", "idx", "roles.bin", "roles.idx"):
         (data / f"bad.{ending}").write_text("earlier")
     (data / "bad.jsonl").write_bytes(content)
-    done = kit.run("make_tokenize.sh", "bad.jsonl", ok=False)
+    done = kit.run("make_tokenize.sh", "bad.jsonl", "--strict", "1", ok=False)
     assert words in done.stderr
     assert done.returncode == 2
     assert len(done.stderr) < 3000
@@ -65,13 +65,27 @@ def test_a_bad_row_is_named_with_its_line_and_earlier_files_stay(kit, content, w
     assert len(list(data.iterdir())) == 5
 
 
-def test_all_bad_rows_are_told_at_once(kit):
+def test_bad_rows_are_left_out_counted_and_told_with_their_lines(kit):
     (kit.root / "data/many.jsonl").write_bytes(b"\n".join([GOOD, b"{", GOOD, b"[]", b"7"]))
-    done = kit.run("make_tokenize.sh", "many.jsonl", ok=False)
-    assert [line.partition(": ")[0] for line in done.stderr.splitlines()[:3]] == [
-        f"data/many.jsonl:{n}" for n in (2, 4, 5)
+    said = kit.run("make_tokenize.sh", "many.jsonl").stdout
+    assert "read      data/many.jsonl: 5 rows (2 text), 2 kept" in said
+    assert "rejected  3 rows (2 wrong type, 1 not JSON), all of them in data/many.rejects.jsonl:" in said
+    assert [word for word in said.split() if word.startswith("data/many.jsonl:")][1:] == [
+        f"data/many.jsonl:{n}:" for n in (2, 4, 5)
     ]
-    assert "has 3 rows that cannot be used; nothing was written" in done.stderr
+    found = [json.loads(line) for line in (kit.root / "data/many.rejects.jsonl").read_text().splitlines()]
+    assert [(r["file"], r["line"], r["reason"], r["row"]) for r in found] == [
+        ("data/many.jsonl", 2, "not JSON", "{"), ("data/many.jsonl", 4, "wrong type", "[]"),
+        ("data/many.jsonl", 5, "wrong type", "7"),
+    ]  # fmt: skip
+
+
+def test_a_file_without_a_good_row_tells_its_first_ones_and_writes_nothing(kit):
+    (kit.root / "data/all.jsonl").write_bytes(b"\n".join([b"{"] * 12))
+    said = kit.run("make_tokenize.sh", "all.jsonl", ok=False).stderr.splitlines()
+    assert [line.partition(": ")[0] for line in said[:10]] == [f"data/all.jsonl:{n}" for n in range(1, 11)]
+    assert said[10] == "... and 2 more" and "has no row that can be used; nothing was written" in said[11]
+    assert [p.name for p in (kit.root / "data").glob("all.*")] == ["all.jsonl"]
 
 
 def test_a_forgotten_empty_line_before_a_turn_is_told_with_its_line(kit):
@@ -87,10 +101,13 @@ def test_a_forgotten_empty_line_before_a_turn_is_told_with_its_line(kit):
 def test_rows_above_max_tokens_are_dropped_with_their_lines_and_dropping_all_is_an_error(kit):
     kit.data("long.jsonl", *tiny.CHATS)
     said = kit.run("make_tokenize.sh", "long.jsonl", "1", "40").stdout
-    assert "dropped   1 row with more than MAX_TOKENS=40 tokens: line 5 (" in said
+    assert "dropped   1 row (1 longer than MAX_TOKENS): line 5 (" in said
     before = (kit.root / "data/long.bin").read_bytes()
     done = kit.run("make_tokenize.sh", "long.jsonl", "1", "2", ok=False)
-    assert "every row was dropped; nothing was written, earlier files are untouched" in done.stderr
+    assert (
+        "every row was dropped (longer than MAX_TOKENS); nothing was written, earlier files are untouched"
+        in done.stderr
+    )
     assert (kit.root / "data/long.bin").read_bytes() == before
 
 
@@ -111,16 +128,28 @@ def test_no_eof_leaves_the_end_of_documents_out(kit):
         (["xx.jsonl"], "data/xx.jsonl: there is no such file; did you mean x.jsonl? In data/ there is:"),
         (["x.jsonl", "0"], "EPOCHS=0: must be 1 or more"),
         (["x.jsonl", "1", "4096k"], "MAX_TOKENS=4096k: must be a whole number"),
-        (["x.jsonl", "--noeof"], "--noeof: is not an option; did you mean --no-eof? There is --no-eof"),
-        (["../my kit"], "is not a file"),
-        (["x.txt"], "must end in .jsonl"),
+        (["x.jsonl", "--noeof"], "--noeof: is not an option; did you mean --no-eof? There are --no-eof, --preview"),
+        (["../output"], "holds no file that can be read (.jsonl, .json, .csv"),
+        (["x.md"], "must end in one of .jsonl, .json, .csv"),
+        (["x.jsonl", "--prompt-type", "rwkv-wrld"], "line  25  PROMPT_TYPE=rwkv-wrld  must be one of rwkv-world, "),
+        (["x.jsonl", "--prompt-type"], "--prompt-type wants a value behind it"),
+        (["x.jsonl", "--eot", "none"], "EOT=none  must be one of doc, blank, both, x17"),
+        (["x.jsonl", "--map-keys", '{"promt": "x"}'], "has the key 'promt'; did you mean prompt?"),
+        (
+            ["x.jsonl", "--map-keys", '{"text": "body"}'],
+            "MAP_KEYS names the column 'body', but no row of data/x.jsonl has it",
+        ),
+        (["x.jsonl", "--overlong", "split", "--target-length", "9"], "limits single turns, which cannot be split"),
+        (["x.jsonl", "--valid-percent", "50"], "would hold out all of 1 different rows"),
+        (["x.jsonl", "--workers", "0"], "WORKERS=0  must be 1 or more, or auto"),
+        (["x.jsonl", "--handler", "Alpaca"], "did you mean alpaca?"),
         (["x.jsonl", "9" * 5000], "EPOCHS=99999999999999999999: is too large"),
-        (["x.roles.jsonl"], "would write over what belongs to x.jsonl"),
+        (["x.roles.jsonl"], "would write over what belongs to x; take a name"),
         (["x.jsonl", "1", "2", "3"], "usage: ./make_tokenize.sh"),
     ],
 )
 def test_wrong_arguments_of_make_tokenize_are_named(kit, arguments, words):
-    (kit.root / "data/x.txt").write_text("x")
+    (kit.root / "data/x.md").write_text("x")
     (kit.root / "data/x.roles.jsonl").write_bytes(GOOD)
     (kit.root / "data/x.jsonl").write_bytes(GOOD)
     assert words in kit.run("make_tokenize.sh", *arguments, ok=False).stderr
@@ -273,12 +302,13 @@ def test_ctrl_c_while_tokenizing_leaves_nothing(tmp_path):
 
     code = (
         "import os, signal, sys\nsys.path.insert(0, sys.argv[1])\n"
-        "import json2binidx.encode as e, json2binidx.__main__ as m\n"
-        "original, seen = e.encode, []\n"
-        "def encode(*a, **k):\n    seen.append(1)\n"
-        "    if len(seen) == 3: os.kill(os.getpid(), signal.SIGINT)\n    return original(*a, **k)\n"
-        "e.encode = encode\n"
-        "m.main([sys.argv[1] + '/make_tokenize.sh', sys.argv[2]])\n"
+        "import json2binidx.tokenize as t, json2binidx.__main__ as m\n"
+        "from rwkv_peft.shell_vars import values_as_written\n"
+        "original = t.Stored.add\n"
+        "def add(*a):\n    original(*a)\n    os.kill(os.getpid(), signal.SIGINT)\n"
+        "t.Stored.add = add\n"
+        "script = sys.argv[1] + '/make_tokenize.sh'\n"
+        "m.main([script, sys.argv[2]], values_as_written(__import__('pathlib').Path(script)))\n"
     )
     path = tiny.write_jsonl(tmp_path / "x.jsonl", tiny.CHATS)
     done = subprocess.run(

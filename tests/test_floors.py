@@ -7,11 +7,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 DOORS = ["rwkv_peft.train", "rwkv_peft.chat", "rwkv_peft.init", "rwkv_peft.run", "json2binidx", "merge"]
-MAKERS = ["rwkv_peft.config", "rwkv_peft.adapters", "rwkv_peft.training", "rwkv_peft.generate", "rwkv_peft.bases"]
+MAKERS = ["rwkv_peft." + r for r in ("config", "rows", "adapters", "training", "generate", "bases")]
 MATERIALS = [
-    "rwkv_peft." + r for r in ("shell_vars", "tokenizer", "templates", "checkpoint", "data", "model", "ops", "machine")
+    "rwkv_peft." + r
+    for r in ("shell_vars", "tokenizer", "templates", "checkpoint", "data", "model", "ops", "machine", "pictures")
 ]
-GROUND = ["rwkv_peft." + r for r in ("errors", "words", "roles", "atomic", "project", "runs")]
+GROUND = ["rwkv_peft." + r for r in ("errors", "words", "roles", "atomic", "hashing", "project", "runs")]
 FLOORS = [GROUND, MATERIALS, MAKERS, DOORS]
 
 
@@ -60,7 +61,7 @@ def test_the_tokenizing_door_never_imports_torch():
     import sys
 
     code = (
-        "import sys, json2binidx.__main__, json2binidx.encode, rwkv_peft.data.binidx; assert 'torch' not in sys.modules"
+        "import sys, json2binidx.__main__, json2binidx.tokenize, json2binidx.preview; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
@@ -68,4 +69,4 @@ def test_the_tokenizing_door_never_imports_torch():
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_the_environment_is_read_at_the_door_only(path):
     if path.name not in ("train.py", "shell_vars.py"):
-        assert "environ" not in path.read_text()
+        assert "os.environ" not in path.read_text() and "getenv" not in path.read_text()

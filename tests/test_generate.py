@@ -9,7 +9,8 @@ import torch
 from rwkv_peft import chat, tokenizer
 from rwkv_peft.generate import advance, choose, generate
 from rwkv_peft.roles import Role
-from rwkv_peft.templates import Message, render
+from rwkv_peft.templates.presets import PRESETS
+from rwkv_peft.templates.template import Message
 
 
 def follow(text: str, end: bool = True):
@@ -44,9 +45,9 @@ def test_characters_arrive_whole():
 
 
 def test_an_answer_stops_before_the_stop_string_and_shows_nothing_of_it():
-    assert "".join(say("Blue.\n\nUser: next", chat.STOPS)) == "Blue."
-    assert "".join(say("a\n\nUse it", chat.STOPS)) == "a\n\nUse it"
-    assert "".join(say("ends with\n\nUs", chat.STOPS)) == "ends with\n\nUs"
+    assert "".join(say("Blue.\n\nUser: next", PRESETS["rwkv-world"].stops())) == "Blue."
+    assert "".join(say("a\n\nUse it", PRESETS["rwkv-world"].stops())) == "a\n\nUse it"
+    assert "".join(say("ends with\n\nUs", PRESETS["rwkv-world"].stops())) == "ends with\n\nUs"
 
 
 def test_max_tokens_is_the_most():
@@ -85,10 +86,10 @@ def test_a_talk_goes_on_from_exactly_what_the_whole_conversation_would_give(monk
         return original(m, ids, state)
 
     monkeypatch.setattr("rwkv_peft.generate.advance", watch)
-    config = chat.ChatConfig("", "", "Be brief.", 5, 0.0, 1.0, 0, "fp32")
+    config = chat.ChatConfig("", "", "rwkv-world", "Be brief.", 5, 0.0, 1.0, 0, "fp32")
     chat.talk(model, config, "tiny")
     turn = [Message(Role.SYSTEM, "Be brief."), Message(Role.USER, "你好。"), Message(Role.ASSISTANT, "好的。")]
-    second = render([*turn, Message(Role.USER, "And?")], open_answer=True)[0]
+    second = PRESETS["rwkv-world"].prompt([*turn, Message(Role.USER, "And?")])
     assert fed[0][0] + fed[1][0] == tokenizer.encode(second)
     assert [fresh for _, fresh in fed] == [True, False, True]
     assert "The talk is forgotten" in capsys.readouterr().out
@@ -107,15 +108,15 @@ def test_ctrl_c_while_a_question_is_read_forgets_it_and_the_talk_goes_on(monkeyp
         return original(m, ids, state)
 
     monkeypatch.setattr("rwkv_peft.generate.advance", interrupted)
-    chat.talk(model, chat.ChatConfig("", "", "", 5, 0.0, 1.0, 0, "fp32"), "tiny")
+    chat.talk(model, chat.ChatConfig("", "", "rwkv-world", "", 5, 0.0, 1.0, 0, "fp32"), "tiny")
     turn = [Message(Role.USER, "Hi"), Message(Role.ASSISTANT, "Yes."), Message(Role.USER, "And?")]
-    assert fed[0] + fed[2] == tokenizer.encode(render(turn, open_answer=True)[0])
+    assert fed[0] + fed[2] == tokenizer.encode(PRESETS["rwkv-world"].prompt(turn))
     said = capsys.readouterr().out
     assert "this question is forgotten" in said and said.count(chat.COMMANDS) == 2
 
 
 def test_a_prompt_may_begin_with_a_minus():
-    config = chat.ChatConfig("m", "", "", 5, 0.0, 1.0, 0, "fp32")
+    config = chat.ChatConfig("m", "", "rwkv-world", "", 5, 0.0, 1.0, 0, "fp32")
     assert chat.command_line(["--prompt", "-5+3?", "--seed", "7"], config)[1] == "-5+3?"
     with pytest.raises(chat.UserError, match="--prompt: expected one argument"):
         chat.command_line(["--prompt", "--raw"], config)
@@ -133,6 +134,6 @@ def test_a_prompt_may_begin_with_a_minus():
     ],
 )
 def test_a_wrong_option_is_named(arguments, words):
-    config = chat.ChatConfig("m", "", "", 5, 0.0, 1.0, 0, "fp32")
+    config = chat.ChatConfig("m", "", "rwkv-world", "", 5, 0.0, 1.0, 0, "fp32")
     with pytest.raises(chat.UserError, match=words):
         chat.command_line(arguments, config)

@@ -2,14 +2,17 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from test_templates import TURNS
 
-from json2binidx.encode import encode
 from rwkv_peft import tokenizer
-from rwkv_peft.data.masking import target_weights
+from rwkv_peft.data.masking import roles_of_tokens, target_weights
 from rwkv_peft.roles import Role
-from rwkv_peft.templates import Message, render, spans_of_text
+from rwkv_peft.templates.headings import spans_of_text
+
+
+def encode(text: str):
+    """ids and roles of a ready text, as training finds them in files without roles."""
+    ids = np.array([*tokenizer.encode(text), 0], dtype=np.uint16)
+    return ids, roles_of_tokens(tokenizer.token_lengths()[ids], spans_of_text(text.encode()), end_of_doc=True)
 
 
 def trained_text(ids, roles, mask: str) -> str:
@@ -19,7 +22,7 @@ def trained_text(ids, roles, mask: str) -> str:
 
 def test_answers_are_trained_from_their_space_to_their_blank_line():
     text = "User: 在吗？\n\nAssistant: 在的。\n\nUser: 再见\n\nAssistant: 再见。"
-    ids, roles = encode(text, spans_of_text(text.encode()), end_of_doc=True)
+    ids, roles = encode(text)
     assert trained_text(ids, roles, "qa") == " 在的。\n\n 再见。"
     assert target_weights(roles, "qa")[-1] == 1  # and the end of the document
     assert trained_text(ids, roles, "last") == " 再见。"
@@ -29,29 +32,14 @@ def test_answers_are_trained_from_their_space_to_their_blank_line():
 
 def test_a_colon_that_joins_the_answer_does_not_lose_it():
     text = 'User: say it\n\nAssistant:"It"'  # one token holds the colon and the quote
-    ids, roles = encode(text, spans_of_text(text.encode()), end_of_doc=True)
+    ids, roles = encode(text)
     assert trained_text(ids, roles, "qa").endswith('"It"')
 
 
 def test_a_conversation_that_ends_with_the_user_does_not_train_its_end():
     text = "User: a\n\nAssistant: b\n\nUser: c"
-    _, roles = encode(text, spans_of_text(text.encode()), end_of_doc=True)
+    _, roles = encode(text)
     assert roles[-1] == Role.USER and target_weights(roles, "qa")[-1] == 0
-
-
-@settings(max_examples=300, deadline=None)
-@given(TURNS)
-def test_a_token_is_trained_if_and_only_if_its_bytes_touch_an_answer(turns):
-    text, spans = render([Message(role, content) for role, content in turns])
-    data = text.encode("utf-8", "surrogatepass")
-    if data != text.encode("utf-8", "ignore"):
-        return
-    ids, roles = encode(text, spans, end_of_doc=False)
-    ends = np.cumsum(tokenizer.token_lengths()[ids])
-    for i, end in enumerate(ends):
-        touched = any(s.start < end and ends[i] - len(tokenizer.token_bytes()[ids[i]]) < s.end
-                      for s in spans if s.role is Role.ASSISTANT)  # fmt: skip
-        assert (roles[i] == Role.ASSISTANT) == touched
 
 
 def test_documents_of_a_window_keep_their_own_last_answer():

@@ -11,7 +11,7 @@ from test_rwkv7 import IDS, judged
 from merge.__main__ import merge
 from merge.fold import fold
 from merge.verify import ROUNDINGS, compare
-from rwkv_peft import checkpoint, project, runs
+from rwkv_peft import atomic, checkpoint, hashing, project, runs
 from rwkv_peft.adapters import attach
 from rwkv_peft.adapters.registry import ADAPTERS
 from rwkv_peft.errors import UserError
@@ -46,9 +46,9 @@ def run(project_folder, request):
 def write_sidecar(folder, file, /, **changes):
     content = {
         "method": "lora", "rank": 4, "alpha": 8.0, "base": "base.pth",
-        "base_sha256": checkpoint.sha256(file), "geometry": SHAPE.as_dict(), "epoch": 3, "step": 9, "versions": {},
+        "base_sha256": hashing.sha256(file), "geometry": SHAPE.as_dict(), "epoch": 3, "step": 9, "versions": {},
     }  # fmt: skip
-    checkpoint.write_json(folder / "rwkv-3.json", content | changes)
+    atomic.write_json(folder / "rwkv-3.json", content | changes)
 
 
 @pytest.mark.parametrize("run", [torch.float32, torch.bfloat16], indirect=True, ids=["fp32", "bf16"])

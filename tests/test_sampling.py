@@ -6,71 +6,153 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from written import MODES, data, documents, source
 
-from rwkv_peft.data.sampling import Plan, auto_ctx_len, best_fit, number_of_rows, one_pass
+from rwkv_peft.data.overlong import cut
+from rwkv_peft.data.sampling import Plan, auto_ctx_len, take_groups
+from rwkv_peft.data.windows import is_prime, magic_prime
 
-MODES = ("pack", "pad", "only", "get")
-SIZES = st.lists(st.integers(2, 80), min_size=1, max_size=40).map(lambda x: np.array(x, dtype=np.int32))
-
-
-def make(mode, sizes, ctx_len, number=0, seed=1, shuffle=True):
-    return one_pass(mode, sizes, ctx_len, np.arange(len(sizes)), seed, number, shuffle)
+SIZES = st.lists(st.integers(2, 80), min_size=1, max_size=40)
+OVERLONG = ("truncate", "truncate-left", "drop", "split")
 
 
-@settings(max_examples=100, deadline=None)
-@given(sizes=SIZES, ctx_len=st.integers(1, 90), number=st.integers(0, 3), mode=st.sampled_from(["pack", "pad", "only"]))
-def test_every_document_is_in_a_pass_exactly_once_and_cut_only_at_the_context(sizes, ctx_len, number, mode):
-    one = make(mode, sizes, ctx_len, number)
-    starts = np.concatenate([[0], np.cumsum(sizes)])
-    assert sorted(one.documents) == list(range(len(sizes)))
-    for document, (a, b) in zip(one.documents, one.pieces, strict=True):
-        assert a == starts[document] and b - a == min(sizes[document], ctx_len + 1)
-    for i in range(len(one)):
-        assert sum(b - a - 1 for a, b in one.row(i)) <= ctx_len
+def targets(sequences):
+    """The tokens that are targets, with how often each is."""
+    return Counter(int(t) for tokens, _ in sequences for t in tokens[1:])
 
 
 @settings(max_examples=100, deadline=None)
-@given(sizes=SIZES, ctx_len=st.integers(1, 90), number=st.integers(0, 3), shuffle=st.booleans())
-def test_windows_cover_every_target_of_the_file_exactly_once(sizes, ctx_len, number, shuffle):
-    one = make("get", sizes, ctx_len, number, shuffle=shuffle)
-    targets = Counter(t for a, b in one.pieces for t in range(a + 1, b))
-    assert targets == Counter(range(1, int(sizes.sum())))
-    assert all(sum(b - a - 1 for a, b in one.row(i)) <= ctx_len for i in range(len(one)))
+@given(sizes=SIZES, ctx_len=st.integers(1, 90), overlong=st.sampled_from(OVERLONG), zero=st.booleans())
+def test_exactly_the_context_fits_and_overlong_says_what_becomes_of_more(sizes, ctx_len, overlong, zero):
+    ids, _ = documents(sizes, ended=float(zero))
+    tokens, starts = np.concatenate(ids), np.concatenate([[0], np.cumsum(sizes)])
+    items = cut(np.array(sizes), starts, tokens, ctx_len, overlong)
+    pieces = {}
+    for document, start, stop, ended in zip(items.document, items.start, items.stop(), items.ended, strict=True):
+        piece = [*tokens[start:stop].tolist(), *([0] if ended else [])]
+        assert 2 <= len(piece) <= ctx_len + 1
+        pieces.setdefault(int(document), []).append(piece)
+    for i, document in enumerate(ids):
+        whole, n = document.tolist(), ctx_len + 1
+        if len(whole) <= n:
+            assert pieces[i] == [whole]
+        elif overlong == "truncate":
+            assert pieces[i] == [[*whole[: n - 1], 0] if zero else whole[:n]]
+        elif overlong == "truncate-left":
+            assert pieces[i] == [whole[-n:]]
+        elif overlong == "drop":
+            assert i not in pieces
+        else:  # every target once, from the token before it
+            assert sum((piece[1:] for piece in pieces[i]), []) == whole[1:]
+            assert [piece[0] for piece in pieces[i][1:]] == [piece[-1] for piece in pieces[i][:-1]]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    sizes=SIZES, ctx_len=st.integers(1, 90), number=st.integers(0, 3), mode=st.sampled_from(MODES[:-1]),
+    overlong=st.sampled_from(["truncate", "split"]), shuffle=st.booleans(),
+)  # fmt: skip
+def test_a_pass_uses_everything_exactly_once_and_no_row_is_longer_than_the_context(
+    sizes, ctx_len, number, mode, overlong, shuffle
+):
+    ids, _ = documents(sizes, ended=0)
+    given = data([source(ids)], mode, "none", ctx_len, overlong, shuffle)
+    rows = [given.row(number * given.rows + i) for i in range(given.rows)]
+    assert all(sum(len(tokens) - 1 for tokens, _ in row) <= ctx_len for row in rows)
+    seen = targets(sequence for row in rows for sequence in row)
+    if mode == "get":
+        wanted = Counter(np.concatenate(ids)[1:].tolist())
+    elif mode == "concat":  # the first token of the pass is the only one that is no target
+        wanted = Counter(np.concatenate(ids).tolist()) + Counter({0: len(ids)})
+        [first] = wanted - seen
+        assert first in [document[0] for document in ids]
+        wanted[first] -= 1
+        wanted = +wanted
+    else:
+        limit = None if overlong == "split" else ctx_len + 1
+        wanted = Counter(int(t) for document in ids for t in document[1:limit])
+    assert seen == wanted
 
 
 @settings(max_examples=60, deadline=None)
-@given(sizes=SIZES, ctx_len=st.integers(80, 200), mode=st.sampled_from(MODES))
+@given(sizes=SIZES, ctx_len=st.integers(1, 90), shuffle=st.booleans())
+def test_concat_ends_every_document_with_one_token_0_and_loses_nothing_between_rows(sizes, ctx_len, shuffle):
+    ids, _ = documents(sizes, ended=0.5)
+    given = data([source(ids)], "concat", "none", ctx_len, shuffle=shuffle)
+    rows = [given.row(i) for i in range(given.rows)]
+    assert all(len(row) == 1 for row in rows)
+    text = [int(rows[0][0][0][0]), *(int(t) for [(tokens, _)] in rows for t in tokens[1:])]
+    assert all(len(row[0][0]) == ctx_len + 1 for row in rows[:-1])
+    found, at = [], 0
+    for place, token in enumerate(text):
+        if token == 0:
+            found.append(tuple(text[at:place]))
+            at = place + 1
+    assert at == len(text)
+    wanted = [tuple(t for t in document.tolist() if t) for document in ids]
+    assert sorted(found) == sorted(wanted)
+    assert shuffle or found == wanted
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes=SIZES, ctx_len=st.integers(80, 200), mode=st.sampled_from(MODES[:-1]))
 def test_every_pass_has_the_same_number_of_rows(sizes, ctx_len, mode):
-    expected = number_of_rows(mode, sizes, ctx_len, np.arange(len(sizes)))
-    assert {len(make(mode, sizes, ctx_len, number)) for number in range(4)} == {expected}
+    given = data([source(documents(sizes)[0])], mode, "pad", ctx_len)
+    for number in (1, 2):
+        for row in (number * given.rows, (number + 1) * given.rows - 1):
+            assert given.row(row)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_the_same_seed_gives_the_same_pass_and_another_pass_another_order(mode):
-    sizes = np.arange(5, 45, dtype=np.int32)
-    same, again, other = make(mode, sizes, 60, 0), make(mode, sizes, 60, 0), make(mode, sizes, 60, 1)
-    assert np.array_equal(same.pieces, again.pieces) and np.array_equal(same.first, again.first)
-    assert not np.array_equal(same.pieces, other.pieces)
+@pytest.mark.parametrize("mode", MODES[:-1])
+def test_the_same_seed_gives_the_same_pass_and_another_pass_or_seed_another_order(mode):
+    file = source(documents(range(5, 45))[0])
+    first, again, other = (data([file], mode, ctx_len=60, seed=seed) for seed in (1, 1, 2))
+
+    def order(given, number):
+        return [tokens.tolist() for i in range(given.rows) for tokens, _ in given.row(number * given.rows + i)]
+
+    assert order(first, 0) == order(again, 0)
+    assert order(first, 0) != order(first, 1)
+    assert order(first, 0) != order(other, 0)
 
 
 @pytest.mark.parametrize("mode", ["pad", "only"])
 def test_without_shuffle_rows_come_in_the_order_of_the_file(mode):
-    sizes = np.array([9, 3, 5], dtype=np.int32)
-    assert make(mode, sizes, 20, 3, shuffle=False).documents.tolist() == [0, 1, 2]
+    ids, _ = documents([9, 3, 5], ended=0)
+    given = data([source(ids)], mode, ctx_len=20, shuffle=False)
+    assert [given.row(i)[0][0].tolist() for i in range(6)] == [d.tolist() for d in ids] * 2
 
 
-def test_exactly_the_context_fits_into_a_row():
-    for length in (15, 16):
-        assert len(best_fit(np.array([length]), 16)) == 1
-    assert sorted(map(len, best_fit(np.array([16, 8, 8, 1]), 16))) == [1, 1, 2]
+def test_magic_prime_takes_the_windows_of_rwkv_lm_in_its_order():
+    """As RWKV-LM's dataset.py writes it: ii = 1 + sample, i = factor * ii^3 % p, with p from its make_data.py."""
+    size, ctx_len = 1000, 16
+    p = max(n for n in range(1, size // ctx_len) if n % 3 == 2 and is_prime(n))
+    assert p == 59 and magic_prime(size // ctx_len) == p
+    given = data([source([np.arange(1, size + 1)])], "magic", "none", ctx_len)
+    factor, begins = int(p * ((5**0.5) - 1) / 2), []
+    for sample in range(2 * p):
+        ii = 1 + sample
+        begin = ((factor * ii * ii * ii) % p) * ctx_len
+        [(tokens, weights)] = given.row(sample)
+        assert tokens.tolist() == list(range(begin + 1, begin + ctx_len + 2)) and weights.all()
+        begins.append(begin)
+    assert sorted(begins[:p]) == [ctx_len * i for i in range(p)] and begins[:p] == begins[p:]
+    assert given.rows == p and given.facts().targets == p * ctx_len
+
+
+@pytest.mark.parametrize(("windows", "p"), [(2, 0), (3, 2), (5, 2), (6, 5), (12, 11), (62, 59)])
+def test_the_magic_prime_is_below_the_number_of_windows(windows, p):
+    assert magic_prime(windows) == p
 
 
 @settings(max_examples=60, deadline=None)
-@given(lengths=st.lists(st.integers(1, 100), min_size=1, max_size=80))
-def test_packing_is_close_to_the_fewest_rows_possible(lengths):
-    rows = len(best_fit(np.array(lengths), 100))
-    least = -(-sum(lengths) // 100)
-    assert rows <= 11 / 9 * max(least, sum(1 for n in lengths if n > 50)) + 1  # the known bound of best fit decreasing
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=20), st.randoms())
+def test_groups_are_taken_whole(sizes, random):
+    first = np.concatenate([[0], np.cumsum(sizes)])
+    which = np.array(random.sample(range(len(sizes)), len(sizes)))
+    values, borders = take_groups(np.arange(first[-1]), first, which)
+    groups = [values[a:b].tolist() for a, b in zip(borders[:-1], borders[1:], strict=True)]
+    assert groups == [list(range(first[i], first[i + 1])) for i in which]
 
 
 @settings(max_examples=100, deadline=None)
@@ -120,10 +202,8 @@ def test_the_automatic_context_takes_the_longest_row_within_limits(mode, longest
     assert auto_ctx_len(mode, np.array([longest] * 200)) == ctx_len
 
 
-@pytest.mark.parametrize("mode", ["pack", "get"])
-@pytest.mark.parametrize("documents", [1, 17, 40, 100, 1000])
-def test_the_automatic_context_leaves_small_data_sixteen_rows_a_pass_where_documents_are_short(mode, documents):
-    sizes = np.full(documents, 33, dtype=np.int32)
-    ctx_len = auto_ctx_len(mode, sizes)
-    rows = number_of_rows(mode, sizes, ctx_len, np.arange(documents))
-    assert rows >= min(documents, 16) and ctx_len <= 512
+@pytest.mark.parametrize("mode", ["pack", "get", "concat"])
+@pytest.mark.parametrize("number", [1, 17, 40, 100, 1000])
+def test_the_automatic_context_leaves_small_data_sixteen_rows_a_pass_where_documents_are_short(mode, number):
+    given = data([source([np.arange(1, 34)] * number)], mode, ctx_len=None)
+    assert given.rows >= min(number, 16) and given.ctx_len <= 512

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from json2binidx.__main__ import TokenizeConfig
+from json2binidx.config import TokenizeConfig
 from merge.__main__ import MergeConfig
 from rwkv_peft.chat import ChatConfig
 from rwkv_peft.config import RETIRED, TrainConfig

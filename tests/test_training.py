@@ -5,13 +5,14 @@ import itertools
 import json
 import math
 
+import numpy as np
 import pytest
 import tiny
 import torch
-from inprocess import run
+from inprocess import run, tokenize
+from written import write
 
-from json2binidx.__main__ import tokenize
-from rwkv_peft import checkpoint, machine
+from rwkv_peft import checkpoint, hashing, machine, tokenizer
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.errors import Problems, UserError
 
@@ -22,10 +23,12 @@ def close(a: dict, b: dict, tolerance: float) -> None:
         torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("dataload", ["pack", "pad", "only", "get"])
+@pytest.mark.parametrize("dataload", ["pack", "pad", "only", "get", "concat"])
 def test_batch_8_is_4_times_2_accumulated(ready, dataload):
     """Also where the last step of the epoch is short, and rows have different numbers of trained tokens."""
     settings = {"DATALOAD": dataload, "CTX_LEN": "96", "EPOCH_COUNT": "2"}
+    if dataload == "concat":
+        settings |= {"DATALOAD": "pack", "PACK": "concat", "CTX_LEN": "24"}
     whole, losses = run(ready, "whole", MICRO_BSZ="6", MINI_BSZ="1", **settings)
     for micro, mini in ((3, 2), (2, 3), (1, 6)):
         split, again = run(ready, f"split{micro}", MICRO_BSZ=str(micro), MINI_BSZ=str(mini), **settings)
@@ -76,7 +79,7 @@ def test_the_sidecar_says_what_merging_needs(ready):
     wanted = {"method", "rank", "alpha", "base", "base_sha256", "geometry", "epoch", "step", "versions"}
     assert wanted <= sidecar.keys()
     assert (sidecar["method"], sidecar["rank"], sidecar["alpha"], sidecar["base"]) == ("lora", 4, 8.0, "tiny.pth")
-    assert sidecar["base_sha256"] == checkpoint.sha256(ready / "model" / "tiny.pth")
+    assert sidecar["base_sha256"] == hashing.sha256(ready / "model" / "tiny.pth")
     settings = json.loads((ready / "output/run/run.json").read_text())
     assert settings["CTX_LEN"] == 64 and settings["OP"] == "torch" and settings["RUN_NAME"] == "run"
     assert {f.metadata["var"] for f in dataclasses.fields(TrainConfig)} == settings.keys()
@@ -134,13 +137,70 @@ def test_a_checkpoint_of_other_settings_is_refused(ready, changes, name, words):
     assert {p.name: p.message for p in found.value.problems}[name].count(words)
 
 
-MATRIX = list(itertools.product(["pack", "pad", "only", "get"], ["qa", "last", "pad", "none"], ["lora", "full"]))
+WAYS = {
+    "pack": {}, "concat": {"DATALOAD": "pack", "PACK": "concat"}, "bucket": {"MICRO_BSZ": "auto"}, "pad": {}, "only": {},
+    "get": {}, "magic": {"DATALOAD": "get", "MAGIC_PRIME": "1", "CTX_LEN": "32"},
+}  # fmt: skip
+MASKS = ["qa", "last", "pad", "none", "se"]
+MATRIX = [*itertools.product(WAYS, MASKS, ["lora"]), *itertools.product(WAYS, ["qa"], ["full"])]
 
 
 @pytest.mark.parametrize(("dataload", "mask", "mode"), MATRIX)
 def test_every_way_to_batch_works_with_every_mask_and_method(ready, dataload, mask, mode):
-    _, records = run(ready, DATALOAD=dataload, LOSS_MASK=mask, FINETUNE_MODE=mode, CTX_LEN="48", GRAD_CP="1")
-    assert all(math.isfinite(r["loss"]) and r["targets"] > 0 for r in records)
+    settings = {"DATALOAD": dataload, "CTX_LEN": "48"} | WAYS[dataload]
+    if mask == "se":
+        settings |= {"MASK_START": "Assistant:", "MASK_END": r"\n\n"}
+    _, records = run(ready, LOSS_MASK=mask, FINETUNE_MODE=mode, GRAD_CP="1", **settings)
+    assert sum(r["targets"] for r in records) > 0
+    assert all(math.isfinite(r["loss"]) for r in records if r["targets"])
+
+
+@pytest.mark.parametrize(
+    ("dataload", "overlong"), [("pack", "truncate"), ("bucket", "truncate-left"), ("pad", "drop"), ("only", "split")]
+)
+def test_every_way_with_long_rows_works(ready, dataload, overlong):
+    _, records = run(ready, CTX_LEN="24", OVERLONG=overlong, **({"DATALOAD": dataload} | WAYS[dataload]))
+    assert all(math.isfinite(r["loss"]) for r in records)
+
+
+def test_rows_in_buckets_train_like_rows_of_one_length(ready):
+    """One step over all rows that are in one bucket, however much is filled up."""
+    bucket = {"DATALOAD": "bucket", "MICRO_BSZ": "auto", "TRAIN_LENGTHS": "96", "TRAIN_BATCH_SIZES": "8"}
+    filled, first = run(ready, "bucket", **bucket)
+    plain, second = run(ready, "only", DATALOAD="only", MICRO_BSZ="8")
+    close(filled, plain, 2e-5)
+    assert [r["targets"] for r in first] == [r["targets"] for r in second]
+    split, third = run(ready, "split", **(bucket | {"TRAIN_BATCH_SIZES": "2", "MINI_BSZ": "4"}))
+    close(split, plain, 2e-5)
+    assert [r["targets"] for r in third] == [r["targets"] for r in second]
+
+
+def test_se_trains_what_roles_say_where_the_markers_are_those_of_the_layout(ready):
+    settings = {"DATALOAD": "only", "MICRO_BSZ": "8"}
+    roles, first = run(ready, "qa", **settings)
+    markers, second = run(ready, "se", LOSS_MASK="se", MASK_START="Assistant:", MASK_END=r"\n\n", **settings)
+    assert [r["targets"] for r in first] == [r["targets"] for r in second]
+    assert all(torch.equal(roles[n], markers[n]) for n in roles)
+    _, third = run(ready, "more", LOSS_MASK="se", MASK_START="Assistant:", MASK_END=r"\n\nUser", **settings)
+    assert third[0]["targets"] == first[0]["targets"] + 2  # the word User itself, before the second turns
+
+
+def test_a_worker_changes_nothing(ready):
+    settings = {"EPOCH_COUNT": "3", "MICRO_BSZ": "1"}
+    alone, _ = run(ready, "alone", NUM_WORKERS="0", **settings)
+    helped, _ = run(ready, "helped", NUM_WORKERS="1", **settings)
+    assert all(torch.equal(alone[n], helped[n]) for n in alone)
+
+
+@pytest.mark.parametrize("dataload", WAYS)
+def test_a_mixture_trains_in_every_way(ready, dataload):
+    said = tokenizer.encode("User: Say no.\n\nAssistant: No, no, no, never ever.")
+    write(ready / "data" / "my no", [np.array([*said, 0])] * 8)  # without roles: found by its headings
+    settings = {"DATALOAD": dataload, "CTX_LEN": "24"} | WAYS[dataload]
+    _, records = run(ready, "mix", DATA_PATH="chat:3 my no:1.0", EPOCH_COUNT="2", **settings)
+    assert all(math.isfinite(r["loss"]) for r in records if r["targets"])
+    given = json.loads((ready / "output/mix/run.json").read_text())
+    assert given["DATA_PATH"] == "chat:3 my no:1.0"
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
@@ -180,11 +240,41 @@ def test_other_settings_work(ready, settings):
     ("settings", "rows", "name", "words"),
     [
         ({"CTX_LEN": "2"}, tiny.CHATS, "CTX_LEN", "2 tokens end before any answer begins"),
+        (
+            {"CTX_LEN": "2", "OVERLONG": "drop"},
+            tiny.CHATS,
+            "CTX_LEN",
+            "OVERLONG=drop leaves out every row of plain.bin",
+        ),
+        (
+            {"DATALOAD": "bucket", "MICRO_BSZ": "auto", "TRAIN_LENGTHS": "16", "OVERLONG": "drop"},
+            tiny.CHATS[4:5],
+            "TRAIN_LENGTHS",
+            "is too short: OVERLONG=drop leaves out every row",
+        ),
+        (
+            {"DATALOAD": "get", "MAGIC_PRIME": "1", "CTX_LEN": "200"},
+            tiny.CHATS,
+            "MAGIC_PRIME",
+            "needs 3 windows or more; plain.bin has 1 window of CTX_LEN=200 tokens. Use 0",
+        ),
+        (
+            {"LOSS_MASK": "se", "MASK_START": "Q:", "MASK_END": "A:"},
+            tiny.CHATS,
+            "MASK_START",
+            "is nowhere in plain.bin",
+        ),
+        (
+            {"LOSS_MASK": "se", "MASK_START": "User:", "MASK_END": "A:"},
+            tiny.CHATS,
+            "MASK_END",
+            "is nowhere behind a MASK_START in plain.bin",
+        ),
         ({}, [{"text": "plain"}], "LOSS_MASK", "no row of plain.bin has an Assistant turn. Use LOSS_MASK=pad"),
     ],
 )
 def test_data_without_anything_to_train_are_refused(ready, settings, rows, name, words):
-    tokenize(tiny.write_jsonl(ready / "data" / "plain.jsonl", rows), 1, 0, True, 42)
+    tokenize(tiny.write_jsonl(ready / "data" / "plain.jsonl", rows))
     with pytest.raises(Problems) as found:
         run(ready, DATA_PATH="plain", **settings)
     assert words in {p.name: p.message for p in found.value.problems}[name]
@@ -202,11 +292,13 @@ def test_the_last_answer_of_a_window_is_the_last_of_its_whole_document(ready):
     from rwkv_peft import tokenizer
     from rwkv_peft.data.binidx import Reader
     from rwkv_peft.data.loading import Data
+    from rwkv_peft.data.sources import Source
 
     text = "User: one\n\nAssistant: FIRST ANSWER here it is\n\nUser: two\n\nAssistant: LAST"
-    tokenize(tiny.write_jsonl(ready / "data" / "w.jsonl", [{"text": text}]), 1, 0, True, 42)
+    tokenize(tiny.write_jsonl(ready / "data" / "w.jsonl", [{"text": text}]))
     prefix = ready / "data" / "w"
-    data = Data(Reader(prefix), Reader(f"{prefix}.roles"), "get", "last", 6, 1, True, 65536)
+    source = Source(Reader(prefix), Reader(f"{prefix}.roles"), 65536)
+    data = Data([source], "get", "last", 6, "truncate", 1, True)
     said = sorted(
         tokenizer.decode(tokens[1:][weights > 0].tolist()).strip()
         for i in range(data.rows)

@@ -10,10 +10,13 @@ json2binidx_tool. Source of the layout: shared research, read from RWKV-PEFT's r
 
 from __future__ import annotations
 
+import array
 import contextlib
 import os
 import struct
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,18 +27,61 @@ from ..project import shown
 MAGIC = b"MMIDIDX\0\0"
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float64, 8: np.uint16}
 CODES = {np.dtype(np.uint8): 1, np.dtype(np.uint16): 8}
+INDEX_ROWS = 1 << 20  # of an index that are in memory at once
 HEADER = len(MAGIC) + 8 + 1 + 8 + 8
 
 
 def index_bytes(sizes: np.ndarray, dtype) -> bytes:
     """The content of an .idx file for rows of these sizes (tokens) stored one after another."""
-    dtype = np.dtype(dtype)
-    sizes = np.asarray(sizes, dtype=np.int64)
-    offsets = np.zeros(len(sizes), dtype=np.int64)
-    np.cumsum(sizes[:-1] * dtype.itemsize, out=offsets[1:])
-    documents = np.arange(len(sizes) + 1, dtype=np.int64)
-    head = MAGIC + struct.pack("<QBQQ", 1, CODES[dtype], len(sizes), len(documents))
-    return head + sizes.astype("<i4").tobytes() + offsets.astype("<i8").tobytes() + documents.astype("<i8").tobytes()
+    return b"".join(index_parts(np.asarray(sizes), dtype))
+
+
+def index_parts(sizes: np.ndarray, dtype) -> Iterator[bytes]:
+    """index_bytes piece by piece: for millions of rows the whole would take much memory for nothing."""
+    dtype, rows = np.dtype(dtype), len(sizes)
+    yield MAGIC + struct.pack("<QBQQ", 1, CODES[dtype], rows, rows + 1)
+    for begin in range(0, rows, INDEX_ROWS):
+        yield sizes[begin : begin + INDEX_ROWS].astype("<i4").tobytes()
+    offset = 0
+    for begin in range(0, rows, INDEX_ROWS):
+        ends = offset + np.cumsum(sizes[begin : begin + INDEX_ROWS].astype(np.int64) * dtype.itemsize)
+        yield np.append(offset, ends[:-1]).astype("<i8").tobytes()
+        offset = int(ends[-1])
+    for begin in range(0, rows + 1, INDEX_ROWS):
+        yield np.arange(begin, min(begin + INDEX_ROWS, rows + 1), dtype="<i8").tobytes()
+
+
+class Header(NamedTuple):
+    """The first HEADER bytes of an .idx as they stand there, and where they say that the rest lies. Nothing is checked."""
+
+    magic: bytes
+    version: int
+    code: int  # of the token's dtype, a key of DTYPES
+    rows: int
+    documents: int  # entries of the document index
+
+    @classmethod
+    def parse(cls, index: bytes) -> Header:
+        """index: at least the first HEADER bytes of the file."""
+        return cls._make(struct.unpack_from("<9sQBQQ", index))
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the tokens, little-endian. KeyError for a code that nobody knows."""
+        return np.dtype(DTYPES[self.code]).newbyteorder("<")
+
+    @property
+    def offsets_at(self) -> int:
+        return HEADER + 4 * self.rows
+
+    @property
+    def documents_at(self) -> int:
+        return HEADER + 12 * self.rows
+
+    @property
+    def end(self) -> int:
+        """Bytes that the .idx should have."""
+        return self.documents_at + 8 * self.documents
 
 
 class Reader:
@@ -56,20 +102,20 @@ class Reader:
             raise UserError(
                 f"{shown(idx_path)}: is not an .idx file (it does not begin with MMIDIDX). Tokenize the data again."
             )
-        version, code, rows, documents = struct.unpack_from("<QBQQ", index, len(MAGIC))
-        if version != 1 or code not in DTYPES:
+        header = Header.parse(index)
+        if header.version != 1 or header.code not in DTYPES:
             raise UserError(
-                f"{shown(idx_path)}: has version {version} and dtype code {code}; known are version 1, codes 1 to 8."
+                f"{shown(idx_path)}: has version {header.version} and dtype code {header.code}; "
+                "known are version 1, codes 1 to 8."
             )
-        self.dtype = np.dtype(DTYPES[code]).newbyteorder("<")
-        wanted = HEADER + 12 * rows + 8 * documents
-        if len(index) != wanted:
+        self.dtype, rows = header.dtype, header.rows
+        if len(index) != header.end:
             raise UserError(
-                f"{shown(idx_path)}: has {len(index):,} bytes, but its header ({rows:,} rows) asks for {wanted:,}. "
+                f"{shown(idx_path)}: has {len(index):,} bytes, but its header ({rows:,} rows) asks for {header.end:,}. "
                 "It was cut off or damaged; tokenize the data again."
             )
         self.sizes = np.frombuffer(index, "<i4", rows, HEADER)
-        self.offsets = np.frombuffer(index, "<i8", rows, HEADER + 4 * rows)
+        self.offsets = np.frombuffer(index, "<i8", rows, header.offsets_at)
         have = bin_path.stat().st_size
         need = int(self.sizes.sum(dtype=np.int64)) * self.dtype.itemsize
         if have != need:
@@ -102,10 +148,10 @@ class Writer:
     """
 
     def __init__(self, prefix: str | os.PathLike, streams: dict[str, np.dtype]):
-        """streams: ending between prefix and .bin ("" or ".roles") -> dtype."""
+        """streams: ending between prefix and .bin ("" or ".roles") -> dtype. The stream "" is the one that marks them all."""
         self.prefix, self.streams = str(prefix), {ending: np.dtype(d) for ending, d in streams.items()}
         self.files = {}
-        self.sizes: list[int] = []
+        self.sizes = {ending: array.array("i") for ending in self.streams}
 
     def __enter__(self) -> Writer:
         for ending in self.streams:
@@ -122,22 +168,30 @@ class Writer:
         return Path(f"{self.prefix}{ending}.{kind}")
 
     def add(self, rows: dict[str, np.ndarray]) -> None:
-        """One row: the same number of values for every stream."""
+        """One row: its values for each of some streams."""
         for ending, values in rows.items():
             # not tofile: it hides why a write failed (a full disk)
-            self.files[ending].write(values.astype(self.streams[ending].newbyteorder("<"), copy=False).tobytes())
-        self.sizes.append(len(next(iter(rows.values()))))
+            content = values.astype(self.streams[ending].newbyteorder("<"), copy=False).tobytes()
+            self.extend(ending, content, [len(values)])
 
-    def commit(self) -> None:
-        """Flush everything to the disk, then rename. The .idx of the tokens comes last: a pair without it is refused."""
+    def extend(self, ending: str, content: bytes, sizes: Sequence[int]) -> None:
+        """Rows of one stream behind one another, as the bytes of the file; sizes: values of each."""
+        self.files[ending].write(content)
+        self.sizes[ending].extend(sizes)
+
+    def commit(self, remove: Sequence[Path] = ()) -> None:
+        """Flush everything to the disk, then rename. The .idx of "" comes last: a pair without it is refused.
+
+        remove: files of an earlier run that do not belong to these; they go in the same moment.
+        """
         for ending, file in self.files.items():
             sync(file)
             file.close()
             with open(temporary(self.final(ending, "idx")), "wb") as index:
-                index.write(index_bytes(self.sizes, self.streams[ending]))
+                index.writelines(index_parts(np.frombuffer(self.sizes[ending], np.int32), self.streams[ending]))
                 sync(index)
         names = [self.final(e, kind) for e in sorted(self.streams, reverse=True) for kind in ("bin", "idx")]
-        put_in_place(names)  # ends with the .idx of the tokens
+        put_in_place(names, remove)  # ends with the .idx of ""
 
     def discard(self) -> None:
         for ending, file in self.files.items():
@@ -148,14 +202,15 @@ class Writer:
                     os.unlink(temporary(self.final(ending, kind)))
 
 
-def put_in_place(names: list[Path]) -> None:
-    """Give temporary files their names, all or none. The last one is the mark without which readers refuse the rest: it
-    goes first and comes back last, so that a kill in between never leaves an old and a new file that seem to belong together.
+def put_in_place(names: list[Path], remove: Sequence[Path] = ()) -> None:
+    """Give temporary files their names and take the files of `remove` away, all or none. The last name is the mark without
+    which readers refuse the rest: it goes first and comes back last, so that a kill in between never leaves an old and a new
+    file that seem to belong together.
     """
     kept: dict[Path, Path] = {}
     placed: list[Path] = []
     try:
-        for name in reversed(names):
+        for name in (*reversed(names), *remove):
             if name.exists():
                 os.replace(name, old := Path(f"{temporary(name)}.old"))
                 kept[name] = old

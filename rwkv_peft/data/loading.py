@@ -7,20 +7,30 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
-from ..errors import Problem, Problems, UserError
-from .binidx import Reader
-from .masking import target_weights
-from .sampling import Pass, Plan, auto_ctx_len, number_of_rows, one_pass
+from ..errors import Problem, Problems
+from ..words import count
+from .buckets import STEP, BucketPlan, BucketRows, Buckets, bucket_plan
+from .mixture import Turns, whole_numbers
+from .packing import Packs
+from .parts import Facts, Part, item_part, window_part
+from .sampling import ItemRows, Piece, Plan, auto_ctx_len
+from .sources import Source
 
-COUNT_TOKENS = 1 << 22  # documents are looked through in blocks of about this many tokens
+ITEM_MODES = ("pack", "pad", "only", "bucket")  # documents stay whole, and OVERLONG says what becomes of long ones
+FILL_TO = {"pad": 1, "bucket": STEP}  # rows of a micro-batch are made as long as its longest, rounded up to this
+FILLING = 16  # inputs of what a process runs that has no row left in a step
+NO_ANSWER = (
+    "finds nothing to train: no row of {} has an Assistant turn. Use LOSS_MASK=pad for plain text, or write rows as "
+    '"User: ...", a blank line, "Assistant: ..."'
+)
 
 
 @dataclass
@@ -41,168 +51,193 @@ class Batch:
     tokens: int
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What is known of the data before training, for the plan that the user sees."""
-
-    documents: int
-    trained_documents: int  # that have a target under this mask
-    tokens: int
-    targets: int  # trained in one pass
-    truncated: int  # documents longer than the context
-    lost: int  # tokens behind their ends
-
-
 class Data:
-    """A tokenized file under one sampling mode and one mask.
+    """Tokenized files under one sampling mode and one mask. rows: of one pass over all of them.
 
-    roles: Reader of NAME.roles, or a function from the tokens of a document to its roles for files that have none.
+    mode: one of pack, pad, only, bucket, get, magic (get with MAGIC_PRIME=1), concat (pack with PACK=concat).
+    mask: none, pad, qa, last; for se the roles say ASSISTANT for what stands between the markers, and the mask is qa.
+    ctx_len: None for auto. choose_buckets: from the lengths of all rows to Buckets; only bucket asks for it. limit: the
+    setting that says how long a row may be, for messages.
     """
 
     def __init__(
         self,
-        reader: Reader,
-        roles: Reader | Callable[[np.ndarray], np.ndarray],
+        sources: Sequence[Source],
         mode: str,
         mask: str,
         ctx_len: int | None,
+        overlong: str,
         seed: int,
         shuffle: bool,
-        vocab_size: int,
+        choose_buckets: Callable[[np.ndarray], Buckets] | None = None,
+        limit: str = "CTX_LEN",
     ):
-        self.reader, self.roles, self.mode, self.mask = reader, roles, mode, mask
-        self.seed, self.shuffle = seed, shuffle
-        if isinstance(roles, Reader) and not np.array_equal(roles.sizes, reader.sizes):
-            raise UserError(f"{roles.path}: describes other rows than {reader.path}. Tokenize the data again.")
-        sizes = reader.sizes
-        if not len(sizes) or sizes.sum(dtype=np.int64) < 2:
-            raise UserError(f"{reader.path}: holds no text to train on.")
-        self.ctx_len = ctx_len or auto_ctx_len(mode, sizes)
-        self.starts = np.zeros(len(sizes) + 1, dtype=np.int64)
-        np.cumsum(sizes, out=self.starts[1:])
-        self.counts = self.count_targets(vocab_size)
-        self.keep = np.flatnonzero(self.counts)
-        if not len(self.keep) and (mode, mask) != ("get", "none"):
-            raise Problems(self.nothing_to_train(vocab_size))
-        self.rows = number_of_rows(mode, sizes, self.ctx_len, self.keep)
-        # passes and steps are asked for in order; two passes are alive at their border
-        self.one_pass = functools.lru_cache(maxsize=2)(self.make_pass)
+        self.sources, self.mode, self.mask, self.overlong = list(sources), mode, mask, overlong
+        self.ctx_len = ctx_len or auto_ctx_len(mode, np.concatenate([source.sizes for source in sources]))
+        if mask == "last":
+            for source in sources:
+                source.need_last_answers()
+        self.parts = [
+            item_part(source, mask, self.ctx_len, overlong)
+            if mode in ITEM_MODES
+            else window_part(source, mode, mask, self.ctx_len, (seed, k), shuffle)
+            for k, source in enumerate(sources)
+        ]
+        self.refuse_what_is_empty(limit)
+        self.buckets = choose_buckets(np.concatenate([p.items.length for p in self.parts])) if choose_buckets else None
+        self.streams = [part.windows or self.make_rows(part, (seed, k), shuffle) for k, part in enumerate(self.parts)]
+        self.rows = sum(stream.rows for stream in self.streams)
+        self.turns = Turns(whole_numbers([source.weight for source in sources]))
         self.step_targets = functools.lru_cache(maxsize=4)(self.count_step)
 
-    def nothing_to_train(self, vocab_size: int) -> Problem:
-        if self.mask in ("pad", "none"):
-            return Problem("DATA_PATH", f"has nothing to train: every row of {self.reader.path.name} is a single token")
-        cut, self.ctx_len = self.ctx_len, int(self.reader.sizes.max())
-        if self.count_targets(vocab_size).any():
-            return Problem("CTX_LEN", f"is too short: {cut} tokens end before any answer begins. Use auto")
-        return Problem(
-            "LOSS_MASK",
-            f"finds nothing to train: no row of {self.reader.path.name} has an Assistant turn. Use LOSS_MASK=pad for plain "
-            'text, or write rows as "User: ...", a blank line, "Assistant: ..."',
-        )
+    def make_rows(self, part: Part, key: tuple[int, ...], shuffle: bool) -> ItemRows:
+        if self.mode == "pack":
+            return Packs(part.items, self.ctx_len, key, shuffle)
+        if self.mode == "bucket":
+            return BucketRows(part.items, self.buckets, key, shuffle)
+        return ItemRows(part.items, len(part.items), key, shuffle)
 
-    def make_pass(self, number: int) -> Pass:
-        return one_pass(self.mode, self.reader.sizes, self.ctx_len, self.keep, self.seed, number, self.shuffle)
-
-    def count_targets(self, vocab_size: int) -> np.ndarray:
-        """Trained targets per document within the context, int64 [N]; also checks that every id is in the vocabulary."""
-        sizes, counts = self.reader.sizes, np.zeros(len(self.reader), dtype=np.int64)
-        limit = int(sizes.max()) if self.mode == "get" else self.ctx_len + 1
-        begin = 0
-        while begin < len(sizes):
-            end = max(begin + 1, int(np.searchsorted(self.starts, self.starts[begin] + COUNT_TOKENS, side="right")) - 1)
-            span = slice(self.starts[begin], self.starts[end])
-            tokens = self.reader.tokens[span]
-            outside = (tokens >= vocab_size) | (tokens < 0)
-            if outside.any():
-                bad = int(np.flatnonzero(outside)[0])
-                row = int(np.searchsorted(self.starts, self.starts[begin] + bad, side="right")) - 1
-                raise UserError(
-                    f"{self.reader.path}: row {row} holds token {int(tokens[bad])}, but the model's vocabulary ends at "
-                    f"{vocab_size - 1}. The data were made with another vocabulary."
+    def refuse_what_is_empty(self, limit: str) -> None:
+        found = []
+        for part in self.parts:
+            name, facts = part.source.path.name, part.facts
+            if part.windows and not part.windows.rows:
+                windows = f"{count(facts.tokens // self.ctx_len, 'window')} of CTX_LEN={self.ctx_len} tokens"
+                found.append(Problem("MAGIC_PRIME", f"needs 3 windows or more; {name} has {windows}. Use 0"))
+            elif facts.targets:
+                continue
+            elif facts.overlong and self.overlong == "drop":
+                what = f"OVERLONG=drop leaves out every row of {name} that has something to train"
+                found.append(Problem(limit, f"is too short: {what}. Use auto"))
+            elif facts.overlong:
+                found.append(
+                    Problem(limit, f"is too short: {self.ctx_len} tokens end before any answer begins. Use auto")
                 )
-            first = np.zeros(len(tokens), dtype=bool)
-            first[self.starts[begin:end] - self.starts[begin]] = True
-            weights = np.zeros(len(tokens))
-            if len(tokens) > 1:
-                mask = "pad" if self.mask == "none" else self.mask
-                weights[1:] = target_weights(self.roles_between(span.start, span.stop), mask, first)
-            place = np.arange(len(tokens)) - np.repeat(self.starts[begin:end] - self.starts[begin], sizes[begin:end])
-            document = np.repeat(np.arange(begin, end), sizes[begin:end])
-            counts[begin:end] = np.bincount(document - begin, weights * (place < limit), minlength=end - begin)
-            begin = end
-        return counts
+            elif self.mask in ("pad", "none"):
+                found.append(Problem("DATA_PATH", f"has nothing to train: every row of {name} is a single token"))
+            else:
+                found.append(Problem("LOSS_MASK", NO_ANSWER.format(name)))
+        if found:
+            raise Problems(*found)
 
-    def roles_between(self, start: int, stop: int) -> np.ndarray:
-        if isinstance(self.roles, Reader):
-            return np.asarray(self.roles.tokens[start:stop])
-        # a foreign file: look at whole documents, a role depends on the heading before it
-        first = int(np.searchsorted(self.starts, start, side="right")) - 1
-        last = int(np.searchsorted(self.starts, stop, side="left"))
-        found = np.concatenate([self.roles(self.reader.row(i)) for i in range(first, last)])
-        return found[start - self.starts[first] : stop - self.starts[first]]
+    def make_plan(self, epoch_steps: int | None, micro_bsz: int, accumulate: int, world: int) -> Plan:
+        """epoch_steps: micro-batches per rank and epoch, None for one pass. micro_bsz: bucket has its own."""
+        if self.mode == "bucket":
+            return bucket_plan(self.streams, [float(source.weight) for source in self.sources], epoch_steps)
+        return Plan(self.rows, epoch_steps, micro_bsz, accumulate, world)
 
-    def weights(self, start: int, stop: int) -> np.ndarray:
-        """float32 [stop - start - 1] for the targets of a piece."""
-        begin, end = start, stop
-        if self.mask == "last":  # which answer is the last of its document shows only in the whole of it
-            begin = int(self.starts[np.searchsorted(self.starts, start, side="right") - 1])
-            end = int(self.starts[np.searchsorted(self.starts, stop, side="left")])
-        first = np.zeros(end - begin, dtype=bool)
-        inside = self.starts[np.searchsorted(self.starts, begin) : np.searchsorted(self.starts, end)]
-        first[inside - begin] = True
-        return target_weights(self.roles_between(begin, end), self.mask, first)[start - begin : stop - begin - 1]
+    def passes(self, plan: Plan, epochs: int) -> list[float]:
+        """How often a run of so many epochs goes through each source."""
+        if isinstance(plan, BucketPlan):
+            drawn, each, turns = plan.optimizer_steps * epochs, [stream.steps for stream in self.streams], plan.turns
+        else:
+            drawn, each, turns = plan.rows_per_epoch * epochs, [stream.rows for stream in self.streams], self.turns
+        return [turns.count(k, drawn) / whole for k, whole in enumerate(each)]
+
+    def locate(self, number: int) -> tuple[int, int]:
+        """Row `number` of the run is which row of which source: (source, row)."""
+        if self.mode == "bucket":  # whose turn it is, is a matter of steps: see BucketPlan
+            row, source = divmod(number, len(self.sources))
+            return source, row
+        return self.turns.locate(number)
+
+    def parts_of(self, number: int) -> tuple[list[Piece], list[np.ndarray], list[np.ndarray]]:
+        """The pieces of a row of the endless stream, their tokens, and whether each is trained as a target."""
+        k, row = self.locate(number)
+        pieces, source = self.streams[k].row(row), self.sources[k]
+        return pieces, source.text(pieces), source.trained(pieces, self.mask)
 
     def row(self, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Tokens [n] and weights [n-1] of every piece of a row of the endless stream."""
-        turn, i = divmod(number, self.rows)
-        pieces = self.one_pass(turn).row(i)
-        return [(self.reader.tokens[a:b].astype(np.int64), self.weights(a, b)) for a, b in pieces]
+        """Tokens [n] and weights [n-1] of every sequence of a row of the endless stream."""
+        pieces, text, trained = self.parts_of(number)
+        lengths = sequence_lengths(pieces)
+        borders = np.cumsum(lengths)[:-1]
+        both = np.split(np.concatenate(text), borders), np.split(np.concatenate(trained), borders)
+        return [(tokens.astype(np.int64), flags[1:].astype(np.float32)) for tokens, flags in zip(*both, strict=True)]
+
+    def count_row(self, number: int) -> int:
+        """Trained targets of a row."""
+        k, row = self.locate(number)
+        stream = self.streams[k]
+        if isinstance(stream, ItemRows):
+            return int(self.parts[k].counts[stream.items_of(row)].sum())
+        pieces = stream.row(row)
+        flags = self.sources[k].trained(pieces, self.mask)
+        # the first token of a sequence is no target
+        return sum(int(np.count_nonzero(f)) - (not p.joined and bool(f[0])) for p, f in zip(pieces, flags, strict=True))
 
     def count_step(self, rows: range) -> int:
         """Trained targets of all the rows of an optimizer step."""
-        total = 0
-        for number in rows:
-            turn, i = divmod(number, self.rows)
-            one = self.one_pass(turn)
-            if self.mode == "get":
-                total += sum(int(self.weights(a, b).sum()) for a, b in one.row(i))
-            else:
-                total += int(self.counts[one.documents[one.first[i] : one.first[i + 1]]].sum())
-        return total
+        return sum(map(self.count_row, rows))
 
     def facts(self) -> Facts:
-        sizes = self.reader.sizes.astype(np.int64)
-        over = np.zeros(0, dtype=np.int64) if self.mode == "get" else sizes[self.keep] - (self.ctx_len + 1)
-        targets = int(self.counts.sum())
-        if self.mode == "get" and self.mask == "none":
-            targets = int(sizes.sum()) - 1
-        return Facts(
-            len(sizes), len(self.keep), int(sizes.sum()), targets, int((over > 0).sum()), int(over[over > 0].sum())
-        )
+        """Of all sources together."""
+        return Facts(*map(sum, zip(*(dataclasses.astuple(part.facts) for part in self.parts), strict=True)))
+
+    def batch(self, rows: Sequence[int], step_targets: int) -> Batch:
+        """Rows as they are trained; in pad and bucket filled up to one length with token 0."""
+        lengths, text, trained = [], [], []
+        for number in rows:
+            pieces, *both = self.parts_of(number)
+            lengths += sequence_lengths(pieces)
+            text += both[0]
+            trained += both[1]
+        return make_batch(np.array(lengths), text, trained, step_targets, FILL_TO.get(self.mode))
+
+    def filling(self, number: int, step_targets: int) -> Batch:
+        """What a rank runs that has no row left in a step, of which nothing counts: the beginning of a row."""
+        pieces, text, trained = self.parts_of(number)
+        length = min(sequence_lengths(pieces)[0], FILLING + 1)
+        first = [np.concatenate(text)[:length]], [np.concatenate(trained)[:length]]
+        batch = make_batch(np.array([length]), *first, step_targets, None)
+        nothing = torch.zeros(0, dtype=torch.long)
+        return dataclasses.replace(batch, positions=nothing, targets=nothing, tokens=0)
 
 
-def make_batch(rows: list[list[tuple[np.ndarray, np.ndarray]]], step_targets: int, fill: bool) -> Batch:
-    """rows: pieces (tokens, weights) of every row. fill: make all pieces as long as the longest, with token 0."""
-    pieces = [piece for row in rows for piece in row]
-    longest = max(len(tokens) for tokens, _ in pieces) - 1
-    ids, targets, weights, borders, real = [], [], [], [0], 0
-    for tokens, weight in pieces:
-        length = longest if fill else len(tokens) - 1
-        filling = (0, length - (len(tokens) - 1))
-        ids.append(np.pad(tokens[:-1], filling))
-        targets.append(np.pad(tokens[1:], filling))
-        weights.append(np.pad(weight, filling))
-        borders.append(borders[-1] + length)
-        real += len(tokens) - 1
-    flat_targets, positions = np.concatenate(targets), np.flatnonzero(np.concatenate(weights))
+def sequence_lengths(pieces: Sequence[Piece]) -> list[int]:
+    """Tokens of each sequence."""
+    lengths: list[int] = []
+    for _, start, stop, ended, joined in pieces:
+        if joined:
+            lengths[-1] += stop - start + ended
+        else:
+            lengths.append(stop - start + ended)
+    return lengths
+
+
+def make_batch(
+    lengths: np.ndarray, text: list[np.ndarray], trained: list[np.ndarray], step_targets: int, fill_to: int | None
+) -> Batch:
+    """lengths: tokens of each sequence [S]. text, trained: the tokens of all of them and whether each counts as a target, in
+    parts. fill_to: make all sequences as long as the longest, rounded up to this, with token 0; None: leave them."""
+    tokens, flags = np.concatenate(text), np.concatenate(trained)
+    ends = np.cumsum(lengths)
+    keep = np.ones(len(tokens), dtype=bool)
+    keep[ends - 1] = False  # the last token of a sequence is no input
+    ids = tokens[keep].astype(np.int64)
+    flags[ends - lengths] = False  # its first token is no target
+    trained_tokens = np.flatnonzero(flags)
+    # the target at place p of the text is predicted by the input before it; each sequence before has one input less
+    sequence = np.searchsorted(ends, trained_tokens, side="right")
+    positions = trained_tokens - 1 - sequence
+    inputs = lengths - 1
+    borders = np.zeros(len(lengths) + 1, dtype=np.int64)
+    if fill_to is None:
+        np.cumsum(inputs, out=borders[1:])
+    else:
+        width = -(-int(inputs.max()) // fill_to) * fill_to
+        borders = np.arange(len(lengths) + 1) * width
+        moved = borders[:-1] - (np.cumsum(inputs) - inputs)  # how far filling pushes each sequence
+        filled = np.zeros(int(borders[-1]), dtype=np.int64)
+        filled[np.arange(len(ids)) + np.repeat(moved, inputs)] = ids
+        ids, positions = filled, positions + moved[sequence]
     return Batch(
-        ids=torch.from_numpy(np.concatenate(ids))[None],
-        cu_seqlens=tuple(borders),
+        ids=torch.from_numpy(ids)[None],
+        cu_seqlens=tuple(borders.tolist()),
         positions=torch.from_numpy(positions),
-        targets=torch.from_numpy(flat_targets[positions]),
+        targets=torch.from_numpy(tokens[trained_tokens].astype(np.int64)),
         step_targets=step_targets,
-        tokens=real,
+        tokens=int(inputs.sum()),
     )
 
 
@@ -219,24 +254,5 @@ class Batches(Dataset):
         epoch, number = divmod(i, self.plan.micro_batches)
         mine = self.plan.rows_of_micro_batch(epoch, number, self.rank)
         step = self.plan.rows_of_step(epoch, number // self.plan.accumulate)
-        rows = [self.data.row(n) for n in mine]
-        if not rows:  # this rank has nothing left in the epoch's last step: run something, count nothing
-            rows = [[(tokens, np.zeros_like(weights)) for tokens, weights in self.data.row(step[0])]]
-        batch = make_batch(rows, self.data.step_targets(step), fill=self.data.mode == "pad")
-        return batch if mine else dataclasses.replace(batch, tokens=0)
-
-
-class InOrder(Sampler):
-    """The numbers of an epoch's micro-batches; Lightning calls set_epoch before each epoch."""
-
-    def __init__(self, length: int):
-        self.length, self.epoch = length, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(self.epoch * self.length, (self.epoch + 1) * self.length))
+        targets = self.data.step_targets(step)
+        return self.data.batch(mine, targets) if mine else self.data.filling(step[0], targets)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..roles import Role
+from ..roles import Role, Span
 
 
 def roles_of_tokens(lengths: np.ndarray, spans, end_of_doc: bool) -> np.ndarray:
@@ -22,10 +22,10 @@ def roles_of_tokens(lengths: np.ndarray, spans, end_of_doc: bool) -> np.ndarray:
     roles = np.array([span.role for span in spans], dtype=np.uint8)
     if not len(roles):
         return np.zeros(len(lengths), dtype=np.uint8)
-    first = np.maximum(np.searchsorted(borders, starts, side="right") - 1, 0)
-    last = np.maximum(np.searchsorted(borders, np.maximum(ends, 1) - 1, side="right") - 1, 0)
-    out = roles[first]
-    out[roles[last] == Role.ASSISTANT] = Role.ASSISTANT
+    out = roles[np.maximum(np.searchsorted(borders, starts, side="right") - 1, 0)]
+    for role in (Role.UNTRAINED, Role.ASSISTANT):  # the token that an answer begins in may have begun before it
+        at = np.searchsorted(starts, borders[roles == role], side="right") - 1
+        out[at[out[at] != Role.ASSISTANT]] = role
     if end_of_doc:
         out[-1] = roles[-1]
     return out
@@ -34,9 +34,9 @@ def roles_of_tokens(lengths: np.ndarray, spans, end_of_doc: bool) -> np.ndarray:
 def target_weights(roles: np.ndarray, mask: str, starts_document: np.ndarray | None = None) -> np.ndarray:
     """1 where the target is trained, else 0: float32 [n-1] for roles [n].
 
-    mask: none (every target), pad (every target inside its document), qa (what assistants said), last (only the last
-    answer of each document). starts_document: bool [n], True at the first token of a document; only windows that cross
-    documents need it.
+    mask: none (every target), pad (every target inside its document), qa (what assistants said and is to be learnt, so not
+    Role.UNTRAINED), last (only the last of these answers in each document). starts_document: bool [n], True at the first
+    token of a document; only windows that cross documents need it.
     """
     n = len(roles)
     starts = np.zeros(n, dtype=bool) if starts_document is None else starts_document
@@ -60,3 +60,31 @@ def in_last_answer(answers: np.ndarray, starts: np.ndarray) -> np.ndarray:
     newest = np.zeros(document[-1] + 1 if len(document) else 1, dtype=np.int64)
     np.maximum.at(newest, document[answers], run[answers])
     return answers & (run == newest[document])
+
+
+class Markers:
+    """LOSS_MASK=se: what stands between a start marker and the next end marker is trained, the end marker too.
+
+    start, end: bytes, not empty. starts, ends: how many of them were found so far.
+    """
+
+    def __init__(self, start: bytes, end: bytes):
+        self.start, self.end = start, end
+        self.starts = self.ends = 0
+
+    def spans(self, data: bytes) -> list[Span]:
+        """Consecutive spans that cover a document's text: ASSISTANT between the markers, TEXT elsewhere.
+
+        The last one, which the end of the document belongs to, is ASSISTANT where no end marker came any more.
+        """
+        spans, at = [], 0
+        while (found := data.find(self.start, at)) >= 0:
+            begin = found + len(self.start)
+            spans.append(Span(at, begin, Role.TEXT))
+            stop = data.find(self.end, begin)
+            self.starts, self.ends = self.starts + 1, self.ends + (stop >= 0)
+            if stop < 0:
+                return [*spans, Span(begin, len(data), Role.ASSISTANT)]
+            at = stop + len(self.end)
+            spans.append(Span(begin, at, Role.ASSISTANT))
+        return [*spans, Span(at, len(data), Role.TEXT)]

@@ -1,144 +1,111 @@
-"""Which tokens are row i of pass p over the data: pure numpy, seeded by (seed, pass) only.
+"""Which tokens are row n of a file's endless stream of rows, and how rows become epochs, steps and micro-batches.
 
-A row is what MICRO_BSZ counts. It consists of pieces, each a run of tokens [start, stop) that is one sequence: the first
-stop-start-1 tokens are inputs, the last stop-start-1 are targets. A pass uses every document exactly once.
+Pure numpy, seeded by (seed, source, pass) only, and every row can be computed from its number. A row is what MICRO_BSZ
+counts. It consists of pieces of documents; pieces that are joined make one sequence: its tokens but the last are inputs, its
+tokens but the first are targets. The stream goes through the file again and again; a pass uses everything exactly once.
 
-    get    windows of CTX_LEN targets over the whole file, documents or not; the grid is moved every pass
-    pad    one document a row; rows of a batch are filled up to its longest
-    only   one document a row, as long as it is
-    pack   several documents a row, as many as fit into CTX_LEN, each kept apart from the others
+    pad, only   one document a row (here)
+    pack        several documents a row, each a sequence of its own (packing.py)
+    bucket      one document a row, rows of like length behind one another (buckets.py)
+    get, magic  windows of CTX_LEN targets over the whole file (windows.py)
+    concat      the same over the documents in a new order every pass (windows.py)
 """
 
 from __future__ import annotations
 
-import bisect
+import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+
+from .overlong import Items
 
 AUTO_CTX_LIMIT = 4096  # the longest context that CTX_LEN=auto takes
 AUTO_PACK_CTX = 512  # packs of short documents are this long: a fuller row costs the same and loses less ...
 AUTO_LEAST_ROWS = 16  # ... but a pass has at least so many of them, if the longest document allows it
+FILLED = ("pack", "concat", "get", "magic")  # modes whose rows are CTX_LEN long, whatever the documents
 
 
-@dataclass(frozen=True)
-class Pass:
-    """One pass: pieces [P, 2] (start and stop token in the .bin), and which of them make row i: first[i]..first[i+1]."""
+class Piece(NamedTuple):
+    """Tokens start..stop of the .bin (stop not included), all of one document."""
 
-    pieces: np.ndarray
-    first: np.ndarray
-    documents: np.ndarray  # [P] the document of each piece; -1 for windows that ignore documents
-
-    def __len__(self) -> int:
-        return len(self.first) - 1
-
-    def row(self, i: int) -> np.ndarray:
-        return self.pieces[self.first[i] : self.first[i + 1]]
+    document: int
+    start: int
+    stop: int
+    ended: bool  # a token 0 is put behind them: the end of the document
+    joined: bool  # they go on in the sequence of the piece before, at the beginning of another document
 
 
 def auto_ctx_len(mode: str, sizes: np.ndarray) -> int:
     """The longest document, rounded up to 16, up to 4096. Packs are at least 512 long, where the data fill 16 such."""
     longest = int(sizes.max()) - 1 if len(sizes) else 1
     fair_share = int(sizes.sum(dtype=np.int64)) // AUTO_LEAST_ROWS // 16 * 16
-    least = min(AUTO_PACK_CTX, fair_share) if mode in ("pack", "get") else 16
+    least = min(AUTO_PACK_CTX, fair_share) if mode in FILLED else 16
     return min(max(-(-longest // 16) * 16, least, 16), AUTO_CTX_LIMIT)
 
 
-def number_of_rows(mode: str, sizes: np.ndarray, ctx_len: int, keep: np.ndarray) -> int:
-    """How many rows a pass has; the same for every pass."""
-    if mode == "get":
-        return max(0, -(-(int(sizes.sum(dtype=np.int64)) - 1) // ctx_len))
-    if mode == "pack":
-        return len(best_fit(np.minimum(sizes[keep] - 1, ctx_len), ctx_len))
-    return len(keep)
+@dataclass(frozen=True)
+class Pass:
+    """One pass over items. order: the items, int32 [I], row after row. first: row i is order[first[i]..first[i+1]]; None
+    where every row is one item."""
+
+    order: np.ndarray
+    first: np.ndarray | None = None
+
+    def row(self, i: int) -> np.ndarray:
+        return self.order[i : i + 1] if self.first is None else self.order[self.first[i] : self.first[i + 1]]
 
 
-def one_pass(
-    mode: str, sizes: np.ndarray, ctx_len: int, keep: np.ndarray, seed: int, number: int, shuffle: bool
-) -> Pass:
-    """Pass `number` over the data.
+def take_groups(values: np.ndarray, first: np.ndarray, which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Groups of an array in another order, and their new borders. first: group i is values[first[i]..first[i+1]]."""
+    sizes = np.diff(first)[which]
+    borders = np.zeros(len(which) + 1, dtype=np.int64)
+    np.cumsum(sizes, out=borders[1:])
+    return values[np.repeat(first[which] - borders[:-1], sizes) + np.arange(borders[-1])], borders
 
-    sizes: tokens per document [N]. keep: the documents that take part (those with a target to train). shuffle: a new
-    order every pass; without it rows come in the order of the file.
+
+class ItemRows:
+    """DATALOAD=pad and only, and the common part of all modes whose rows are made of items: one item a row, shuffled.
+
+    rows: in a pass, the same in every pass. key: what the order is drawn from, together with the number of the pass.
     """
-    random = np.random.default_rng([seed, number])
-    if mode == "get":
-        return windows(int(sizes.sum(dtype=np.int64)), ctx_len, random, shuffle)
-    starts = np.zeros(len(sizes), dtype=np.int64)
-    np.cumsum(sizes[:-1], out=starts[1:])
-    lengths = np.minimum(sizes.astype(np.int64), ctx_len + 1)
-    order = random.permutation(keep) if shuffle else keep
-    if mode == "pack":
-        rows = [order[row] for row in best_fit(lengths[order] - 1, ctx_len)]
-        rows = [rows[i] for i in random.permutation(len(rows))] if shuffle else sorted(rows, key=lambda r: r[0])
-        documents = np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
-        first = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
-    else:
-        documents, first = order, np.arange(len(order) + 1)
-    pieces = np.stack([starts[documents], starts[documents] + lengths[documents]], axis=1)
-    return Pass(pieces, first, documents)
 
+    def __init__(self, items: Items, rows: int, key: tuple[int, ...], shuffle: bool):
+        self.items, self.rows, self.key, self.shuffle = items, rows, key, shuffle
+        # rows are asked for in order; two passes are alive at their border
+        self.one_pass = functools.lru_cache(maxsize=2)(self.make_pass)
 
-def windows(tokens: int, ctx_len: int, random: np.random.Generator, shuffle: bool) -> Pass:
-    """Every target of the file once: a grid of CTX_LEN targets from a random offset, closed to a ring.
+    def random(self, number: int) -> np.random.Generator:
+        return np.random.default_rng([*self.key, number])
 
-    The window that runs over the end of the file is cut there and goes on at its beginning, as a second piece.
-    """
-    targets = tokens - 1
-    count = -(-targets // ctx_len)
-    offset = int(random.integers(ctx_len)) % targets if shuffle else 0
-    order = random.permutation(count) if shuffle else np.arange(count)
-    pieces, first = [], [0]
-    for i in order:
-        begin = offset + int(i) * ctx_len
-        end = min(begin + ctx_len, offset + targets)
-        for start, stop in ((begin, min(end, targets)), (max(begin, targets) - targets, end - targets)):
-            if start < stop:
-                pieces.append((start, stop + 1))
-        first.append(len(pieces))
-    return Pass(np.array(pieces, dtype=np.int64), np.array(first), np.full(len(pieces), -1))
+    def make_pass(self, number: int) -> Pass:
+        rows = np.arange(self.rows, dtype=np.int32)
+        return Pass(self.random(number).permutation(rows) if self.shuffle else rows)
 
+    def items_of(self, number: int) -> np.ndarray:
+        """The items of row `number` of the endless stream."""
+        turn, i = divmod(number, self.rows)
+        return self.one_pass(turn).row(i)
 
-def best_fit(lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
-    """Rows of at most `capacity`, the longest items first, each into the fullest row that still has room for it.
-
-    lengths: [n], none above capacity. Returns for every row the positions of its items. How many rows there are depends
-    on the lengths alone, not on their order; among equal lengths the order decides who goes where.
-    """
-    rows: list[list[int]] = []
-    room: dict[int, list[int]] = {}  # free space -> rows that have exactly that much
-    spaces: list[int] = []  # the keys of room, sorted
-    for i in np.argsort(-lengths, kind="stable"):
-        length = int(lengths[i])
-        at = bisect.bisect_left(spaces, length)
-        if at == len(spaces):
-            row, free = len(rows), capacity
-            rows.append([])
-        else:
-            free = spaces[at]
-            row = room[free].pop()
-            if not room[free]:
-                del room[free]
-                spaces.pop(at)
-        rows[row].append(int(i))
-        left = free - length
-        if left > 0:
-            if left not in room:
-                room[left] = []
-                bisect.insort(spaces, left)
-            room[left].append(row)
-    return [np.array(row, dtype=np.int64) for row in rows]
+    def row(self, number: int) -> list[Piece]:
+        items, pieces = self.items, []
+        for i in self.items_of(number).tolist():
+            start, ended = int(items.start[i]), bool(items.ended[i])
+            stop = start + int(items.length[i]) + 1 - ended
+            pieces.append(Piece(int(items.document[i]), start, stop, ended, False))
+        return pieces
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How the endless stream of rows (pass after pass) is cut into epochs, optimizer steps and micro-batches.
+    """How the endless stream of rows is cut into epochs, optimizer steps and micro-batches.
 
     An optimizer step takes micro_bsz * accumulate * world consecutive rows, whatever the split: so batch 8 is 4 x 2
     accumulated is 2 ranks x 4. A short last step of an epoch is filled up with rows of weight zero.
     """
 
-    rows: int  # in one pass
+    rows: int  # in one pass over everything
     epoch_steps: int | None  # micro-batches per rank and epoch; None: one pass is one epoch
     micro_bsz: int
     accumulate: int
@@ -158,15 +125,26 @@ class Plan:
         """Per epoch."""
         return -(-self.micro_batches // self.accumulate)
 
+    @property
+    def passes_per_epoch(self) -> float:
+        return self.rows_per_epoch / self.rows
+
+    def most_tokens(self, ctx_len: int) -> int:
+        """Inputs of the largest micro-batch."""
+        return self.micro_bsz * ctx_len
+
     def rows_of_step(self, epoch: int, step: int) -> range:
-        """Numbers in the endless stream: row n is row n % rows of pass n // rows."""
+        """Numbers of rows in the endless stream."""
         size = self.micro_bsz * self.accumulate * self.world
         begin, end = epoch * self.rows_per_epoch, (epoch + 1) * self.rows_per_epoch
         return range(begin + step * size, min(begin + (step + 1) * size, end))
 
+    def micro_bsz_of_step(self, _epoch: int, _step: int) -> int:
+        return self.micro_bsz
+
     def rows_of_micro_batch(self, epoch: int, number: int, rank: int) -> range:
-        """Those of micro-batch `number` (counted within the epoch) on one rank; may be empty at an epoch's end."""
+        """Those of micro-batch `number` (counted within the epoch) on one rank; may be empty where a step is short."""
         step, part = divmod(number, self.accumulate)
-        rows = self.rows_of_step(epoch, step)
-        begin = (part * self.world + rank) * self.micro_bsz
-        return rows[begin : begin + self.micro_bsz]
+        rows, size = self.rows_of_step(epoch, step), self.micro_bsz_of_step(epoch, step)
+        begin = (part * self.world + rank) * size
+        return rows[begin : begin + size]

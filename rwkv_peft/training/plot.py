@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 
 from ..atomic import writing
+from ..pictures import figure
 
 SMOOTHED_SHARE = 0.05  # of the run that the smoothed line looks back on ...
 SMOOTHED_LEAST = 5  # ... but at least so many steps
@@ -17,40 +17,8 @@ def looks_back(steps: int) -> int:
     return max(SMOOTHED_LEAST, round(SMOOTHED_SHARE * steps))
 
 
-# fonts that have the Chinese letters of a run's name, where one of them is installed; the last is Windows' own under WSL
-CHINESE_FONTS = (
-    "Noto Sans CJK SC",
-    "Source Han Sans SC",
-    "WenQuanYi Zen Hei",
-    "WenQuanYi Micro Hei",
-    "Microsoft YaHei",
-)
-WINDOWS_FONT = Path("/mnt/c/Windows/Fonts/msyh.ttc")
-
-
-def fonts() -> list[str]:
-    """matplotlib's own font, then the first of ours that is there."""
-    from matplotlib import font_manager
-
-    if WINDOWS_FONT.is_file():
-        font_manager.fontManager.addfont(WINDOWS_FONT)
-    installed = set(font_manager.get_font_names())
-    return ["DejaVu Sans", *[name for name in CHINESE_FONTS if name in installed][:1]]
-
-
 def draw_loss(folder: Path) -> Path:
     """Draw folder/loss.jsonl as folder/loss.png."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    with warnings.catch_warnings(), matplotlib.rc_context({"font.family": fonts()}):
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # no font here has that letter: a box does
-        return draw(folder)
-
-
-def draw(folder: Path) -> Path:
-    import matplotlib.pyplot as plt
-
     records = [json.loads(line) for line in (folder / "loss.jsonl").read_text(encoding="utf-8").splitlines()]
     records = [r for r in records if r["loss"] is not None]
     steps, losses = [r["step"] for r in records], [r["loss"] for r in records]
@@ -58,23 +26,24 @@ def draw(folder: Path) -> Path:
     for i in range(len(losses)):
         recent = losses[max(0, i + 1 - window) : i + 1]
         smooth.append(sum(recent) / len(recent))
-    figure, axes = plt.subplots(figsize=(9, 5), dpi=110, layout="constrained")
-    axes.plot(steps, losses, color="#9ec5e8", linewidth=1, label="each step")
-    axes.plot(steps, smooth, color="#1f5f99", linewidth=2, label="smoothed")
-    borders = [a["step"] + 0.5 for a, b in zip(records, records[1:], strict=False) if a["epoch"] != b["epoch"]]
-    for step in borders:  # fainter the more there are: they are a scale, not the picture
-        axes.axvline(step, color="#bbbbbb", linewidth=0.8, alpha=min(1.0, 12 / len(borders)), zorder=0)
-    axes.set_title(folder.name, parse_math=False)  # a name with dollar signs is no formula
-    axes.set(xlabel="optimizer step (grey lines: epochs)", ylabel="loss per trained token")
-    axes.grid(alpha=0.25)
-    rates = axes.twinx()
-    rates.plot(steps, [r["lr"] for r in records], color="#c98a3c", linewidth=1, linestyle="--", label="learning rate")
-    rates.set_ylabel("learning rate")
-    rates.set_ylim(bottom=0)
-    lines, labels = axes.get_legend_handles_labels()
-    more_lines, more_labels = rates.get_legend_handles_labels()
-    axes.legend(lines + more_lines, labels + more_labels, loc="upper right")
-    with writing(folder / "loss.png") as file:
-        figure.savefig(file, format="png")
-    plt.close(figure)
+    with figure(9, 5) as (drawing, axes):
+        axes.plot(steps, losses, color="#9ec5e8", linewidth=1, label="each step")
+        axes.plot(steps, smooth, color="#1f5f99", linewidth=2, label="smoothed")
+        borders = [a["step"] + 0.5 for a, b in zip(records, records[1:], strict=False) if a["epoch"] != b["epoch"]]
+        for step in borders:  # fainter the more there are: they are a scale, not the picture
+            axes.axvline(step, color="#bbbbbb", linewidth=0.8, alpha=min(1.0, 12 / len(borders)), zorder=0)
+        axes.set_title(folder.name, parse_math=False)  # a name with dollar signs is no formula
+        axes.set(xlabel="optimizer step (grey lines: epochs)", ylabel="loss per trained token")
+        axes.grid(alpha=0.25)
+        rates = axes.twinx()
+        rates.plot(
+            steps, [r["lr"] for r in records], color="#c98a3c", linewidth=1, linestyle="--", label="learning rate"
+        )
+        rates.set_ylabel("learning rate")
+        rates.set_ylim(bottom=0)
+        lines, labels = axes.get_legend_handles_labels()
+        more_lines, more_labels = rates.get_legend_handles_labels()
+        axes.legend(lines + more_lines, labels + more_labels, loc="upper right")
+        with writing(folder / "loss.png") as file:
+            drawing.savefig(file, format="png")
     return folder / "loss.png"

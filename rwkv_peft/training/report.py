@@ -19,6 +19,7 @@ from ..words import clock, count
 from .estimate import memory_bytes
 
 FEW_STEPS = 30  # fewer optimizer steps than this are worth a word
+ROW = {"pack": "pack", "concat": "window", "get": "window", "magic": "window"}  # what a row is called in each mode
 LONG_WARMUP = 0.25  # ... and so is a warm-up that takes more of the run than this
 
 
@@ -29,7 +30,7 @@ def plan_lines(settings, base, geometry, data, plan, steps, trained_values, stor
     """
     facts, total = data.facts(), sum(math.prod(s.shape) for s in stored.values())
     device, full = device_kind(), settings["FINETUNE_MODE"] == "full"
-    tokens = min(plan.micro_bsz * data.ctx_len, facts.tokens)
+    tokens = min(plan.most_tokens(data.ctx_len), facts.tokens)
     memory = memory_bytes(
         arch.shapes(geometry), trained_values, tokens, geometry.n_layer, geometry.n_embd, dtype.itemsize,
         settings["GRAD_CP"], full, device,
@@ -44,28 +45,18 @@ def plan_lines(settings, base, geometry, data, plan, steps, trained_values, stor
         ("model", f"{project.shown(base)}: {arch.SUPPORTED}, {geometry.n_layer} layers, width {geometry.n_embd}, "
                   f"vocabulary {geometry.vocab_size}, {total / 1e6:,.1f} M parameters"),
         ("method", f"{method}: {trained_values / 1e6:,.2f} M trained values ({trained_values / total:.1%} of the model's)"),
-        ("data", f"{project.shown(data.reader.path)}: {count(facts.documents, 'row')}, {facts.tokens:,} tokens; one pass trains "
-                 f"{facts.targets:,} of them (LOSS_MASK={settings['LOSS_MASK']})"),
-    ]  # fmt: skip
-    left_out = facts.documents - facts.trained_documents
-    if left_out and settings["DATALOAD"] != "get":
-        rows.append(("", f"{count(left_out, 'row')} with nothing to train under this mask: left out"))
-    if facts.truncated:
-        auto = data.ctx_len >= AUTO_CTX_LIMIT
-        advice = "set CTX_LEN to take more" if auto else f"CTX_LEN=auto takes up to {AUTO_CTX_LIMIT}"
-        rows.append(("", f"{count(facts.truncated, 'row')} longer than CTX_LEN={data.ctx_len}: {facts.lost:,} tokens at the "
-                         f"end are not trained ({advice})"))  # fmt: skip
-    what = {"pack": "pack", "get": "window"}.get(settings["DATALOAD"], "row")
-    rows += [
-        ("batches", f"DATALOAD={settings['DATALOAD']}, CTX_LEN={data.ctx_len}: {count(data.rows, what)} a pass, "
+        *data_rows(data, facts, plan, settings),
+        ("batches", f"DATALOAD={settings['DATALOAD']}, CTX_LEN={settings['CTX_LEN']}: "
+                    f"{count(data.rows, ROW.get(data.mode, 'row'))} a pass, "
                     f"{'shuffled' if settings['DATA_SHUFFLE'] else 'not shuffled'}; "
-                    f"MICRO_BSZ={plan.micro_bsz} x MINI_BSZ={plan.accumulate} x GPU_COUNT={plan.world}"),
+                    f"MICRO_BSZ={settings['MICRO_BSZ']} x MINI_BSZ={plan.accumulate} x GPU_COUNT={plan.world}"),
+        *batch_rows(data, plan),
         ("length", f"{count(settings['EPOCH_COUNT'], 'epoch')} x EPOCH_STEPS={plan.micro_batches} micro-batches = "
                    f"{count(steps, 'optimizer step')}; LR {settings['LR_INIT']:g} -> {last:g} ({settings['LR_SCHEDULE']}, "
                    f"{settings['WARMUP_STEPS']} warm-up)"),
     ]  # fmt: skip
-    if plan.rows_per_epoch > plan.rows:
-        rows.append(("", f"EPOCH_STEPS makes an epoch {plan.rows_per_epoch / plan.rows:.1f} passes over the data; auto makes "
+    if plan.passes_per_epoch > 1:
+        rows.append(("", f"EPOCH_STEPS makes an epoch {plan.passes_per_epoch:.1f} passes over the data; auto makes "
                          "it one"))  # fmt: skip
     if steps < FEW_STEPS:
         rows.append(("", f"{count(steps, 'step')} will hardly change a model: take a larger EPOCH_COUNT, or a smaller "
@@ -91,10 +82,55 @@ def plan_lines(settings, base, geometry, data, plan, steps, trained_values, stor
     return [f"{label:<10}{text}" for label, text in rows]
 
 
+def data_rows(data, facts, plan, settings) -> list[tuple[str, str]]:
+    """What was read, and what of it is not trained and why."""
+    names = " + ".join(project.shown(source.path) for source in data.sources)
+    rows = [("data", f"{names}: {count(facts.documents, 'row')}, {facts.tokens:,} tokens; one pass trains "
+                     f"{facts.targets:,} of them (LOSS_MASK={settings['LOSS_MASK']})")]  # fmt: skip
+    if len(data.sources) > 1:
+        whole, passes = sum(source.weight for source in data.sources), data.passes(plan, settings["EPOCH_COUNT"])
+        rows += [
+            ("", f"{source.name}: {count(len(source), 'row')}, {float(source.weight / whole):.1%} of what is drawn; the run "
+                 f"goes through it {rounds:.2f} times")
+            for source, rounds in zip(data.sources, passes, strict=True)
+        ]  # fmt: skip
+    if facts.untrained:
+        rows.append(("", f"{count(facts.untrained, 'row')} with nothing to train under this mask: left out"))
+    if facts.overlong:
+        advice = (
+            "set CTX_LEN to take more"
+            if data.ctx_len >= AUTO_CTX_LIMIT
+            else f"CTX_LEN=auto takes up to {AUTO_CTX_LIMIT}"
+        )
+        what = {
+            "truncate": f"{facts.lost:,} tokens at the end are not trained ({advice})",
+            "truncate-left": f"{facts.lost:,} tokens at the beginning are not used ({advice})",
+            "drop": f"left out with their {facts.lost:,} tokens (OVERLONG=drop; {advice})",
+            "split": f"cut into {count(facts.pieces, 'piece')} (OVERLONG=split)",
+        }[data.overlong]
+        rows.append(("", f"{count(facts.overlong, 'row')} longer than CTX_LEN={data.ctx_len}: {what}"))
+        if facts.emptied and data.overlong != "drop":
+            rows.append(("", f"{count(facts.emptied, 'row')} of those with nothing left to train: left out"))
+    return rows
+
+
+def batch_rows(data, plan) -> list[tuple[str, str]]:
+    """What the mode of sampling decides by itself."""
+    if data.buckets:
+        pairs = zip(data.buckets.edges, data.buckets.sizes, strict=True)
+        return [("", f"buckets, longest row x rows at once: {', '.join(f'{edge} x {size}' for edge, size in pairs)}; "
+                     f"{count(plan.steps, 'optimizer step')} a pass")]  # fmt: skip
+    if data.mode == "magic":
+        return [("", f"MAGIC_PRIME {stream.rows:,}: {count(stream.windows - stream.rows, 'window')} at the end of "
+                     f"{source.path.name} left out")
+                for source, stream in zip(data.sources, data.streams, strict=True)]  # fmt: skip
+    return []
+
+
 def setting_lines(settings: dict, given: dict) -> list[str]:
     """All settings as run.json will hold them. given: those of the script, to tell what auto has become."""
     words = [
-        f"{name}={shown(value)}" + ("(auto)" if given[name] == "auto" else "")
+        f"{name}={shown(value)}" + ("(auto)" if given[name] == "auto" != value else "")
         for name, value in settings.items()
         if value != ""
     ]
@@ -123,35 +159,22 @@ def print_samples(data, most: int) -> None:
         number = len(seen) + 1
         seen.add(tokens.tobytes())
         print(f"\n--- sample {number}: {len(tokens)} tokens, {int(weights.sum())} trained")
-        print(marked(tokens, weights, begin, end))
+        print(tokenizer.marked(tokens.tolist(), [False, *(weights > 0).tolist()], begin, end))
         if len(seen) == most:
             break
-
-
-def marked(tokens, weights, begin: str, end: str) -> str:
-    """The text of a sequence with marks around every run of trained tokens; <end> is token 0.
-
-    tokens: [n]; weights: [n-1], of the targets tokens[1:].
-    """
-    flags = [False, *(weights > 0).tolist()]
-    text = ""
-    for trained, group in itertools.groupby(zip(flags, tokens.tolist(), strict=True), key=lambda pair: pair[0]):
-        documents = [[]]
-        for _, token in group:
-            if token == tokenizer.END_OF_DOC:
-                documents.append([])
-            else:
-                documents[-1].append(token)
-        words = "<end>".join(tokenizer.decode(ids) for ids in documents)
-        text += f"{begin}{words}{end}" if trained else words
-    return text
 
 
 def out_of_memory(settings: dict, error: Exception) -> str:
     advice = []
     if not settings["GRAD_CP"]:
         advice.append("GRAD_CP=1 (much less memory, a third more time)")
-    if settings["MICRO_BSZ"] > 1:
+    if settings["DATALOAD"] == "bucket":
+        sizes = zip(settings["TRAIN_LENGTHS"].split(), settings["TRAIN_BATCH_SIZES"].split(), strict=True)
+        most = max(int(length) * int(rows) for length, rows in sizes)
+        advice.append(
+            f"TOKEN_BUDGET={most // 2} with TRAIN_LENGTHS=auto and TRAIN_BATCH_SIZES=auto, and twice MINI_BSZ"
+        )
+    elif settings["MICRO_BSZ"] > 1:
         advice.append(
             f"MICRO_BSZ={settings['MICRO_BSZ'] // 2} and MINI_BSZ={settings['MINI_BSZ'] * 2}, and twice EPOCH_STEPS if it is "
             "a number (the same result)"

@@ -1,0 +1,73 @@
+"""What make_tokenize.sh may say: names, types, bounds and cross-rules, in the order of the script. Values live in the script."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Literal
+
+from rwkv_peft.errors import Problem, Problems, UserError
+from rwkv_peft.rows.limits import Limits
+from rwkv_peft.rows.recipe import Recipe
+from rwkv_peft.rows.schemas import HANDLERS, columns
+from rwkv_peft.shell_vars import MOST, var
+from rwkv_peft.templates.named import template
+
+
+@dataclass(frozen=True)
+class TokenizeConfig:
+    """The variables of make_tokenize.sh."""
+
+    prompt_type: str = var("PROMPT_TYPE")
+    eot: Literal["doc", "blank", "both", "x17"] = var("EOT")
+    handler: Literal[tuple(HANDLERS)] = var("HANDLER")
+    map_keys: str = var("MAP_KEYS")
+    txt_mode: Literal["file", "line", "paragraph"] = var("TXT_MODE")
+    repair: bool = var("REPAIR")
+    strict: bool = var("STRICT")
+
+    expand: bool = var("EXPAND")
+    mask_history: bool = var("MASK_HISTORY")
+
+    max_tokens: int = var("MAX_TOKENS", ge=0, le=MOST)
+    source_length: int = var("SOURCE_LENGTH", ge=0, le=MOST)
+    target_length: int = var("TARGET_LENGTH", ge=0, le=MOST)
+    overlong: Literal["drop", "truncate", "truncate-left", "split"] = var("OVERLONG")
+
+    valid_percent: float = var("VALID_PERCENT", ge=0, lt=100)
+    seed: int = var("SEED", ge=0, le=2**31 - 1)
+    workers: Literal["auto"] | int = var("WORKERS", ge=1, le=1024)
+    overwrite_cache: bool = var("OVERWRITE_CACHE")
+
+    @staticmethod
+    def problems(given: SimpleNamespace) -> list[Problem]:
+        """What no single variable can tell. given: the values that are sound, None where one is not."""
+        found = []
+        for check, value in ((template, given.prompt_type), (columns, given.map_keys)):
+            try:
+                if value is not None:
+                    check(value)
+            except Problems as problems:
+                found += problems.problems
+            except UserError as error:
+                found.append(Problem("PROMPT_TYPE", str(error)))
+        if given.overlong == "split" and (given.source_length or given.target_length):
+            which = "SOURCE_LENGTH" if given.source_length else "TARGET_LENGTH"
+            found.append(
+                Problem(which, "limits single turns, which cannot be split; use drop, truncate or truncate-left")
+            )
+        for name, value in (("SOURCE_LENGTH", given.source_length), ("TARGET_LENGTH", given.target_length)):
+            if given.max_tokens and value and value > given.max_tokens:
+                found.append(Problem(name, f"is more than MAX_TOKENS={given.max_tokens}, which limits the whole row"))
+        if given.expand and given.mask_history:
+            found.append(Problem("MASK_HISTORY", "must be 0 with EXPAND=1, which makes a row for every answer"))
+        return found
+
+
+def recipe(config: TokenizeConfig, end_of_doc: bool) -> Recipe:
+    """How rows become tokens under these settings."""
+    limits = Limits(config.max_tokens, config.source_length, config.target_length, config.overlong)
+    return Recipe(
+        template(config.prompt_type), config.eot, end_of_doc, config.handler, columns(config.map_keys), config.repair,
+        config.expand, config.mask_history, limits,
+    )  # fmt: skip

@@ -1,0 +1,48 @@
+"""NAME.lengths.png: how long rows are, with the contexts that DATALOAD=bucket and pack would take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from rwkv_peft.atomic import writing
+from rwkv_peft.pictures import figure
+
+BARS = 60
+FAR = 1.5  # lines further out than this many times the longest bar are left out
+TAIL = 0.995  # rows that the picture shows; the few longest are told in words
+
+
+def draw_lengths(prefix: Path, sizes: np.ndarray, ctx_len: int, bucket_edges: Sequence[int]) -> Path:
+    """Draw the lengths of rows (tokens), with what CTX_LEN=auto and TRAIN_LENGTHS=auto become; return the picture's path."""
+    path = Path(f"{prefix}.lengths.png")
+    longest = int(sizes.max())
+    right = max(int(np.quantile(sizes, TAIL)), 16)
+    right = longest if longest < 1.5 * right else right
+    edges = np.unique(np.linspace(0, right + 1, min(BARS, right + 1) + 1).round())
+    with figure(9, 4.2) as (drawing, axes):
+        rows, _ = np.histogram(np.minimum(sizes, right), bins=edges)
+        axes.stairs(
+            rows, edges, fill=True, color="#4878a8", edgecolor="white", linewidth=0.7
+        )  # one shape: quick to draw
+        lines = [n for n in (ctx_len, *bucket_edges) if n <= right * FAR]
+        axes.set_xlim(0, max(right, *lines, 0) * 1.02)
+        axes.set_xlabel(
+            "tokens of a row"
+            + (f" (the longest has {longest:,}; the last bar holds all above)" if longest > right else "")
+        )
+        axes.set_ylabel("rows")
+        axes.set_title(f"{prefix.name}: {len(sizes):,} rows, {int(sizes.sum(dtype=np.int64)):,} tokens, "
+                       f"median {int(np.median(sizes)):,}, mean {sizes.mean():,.0f}", parse_math=False)  # fmt: skip
+        for i, edge in enumerate(e for e in bucket_edges if e in lines):
+            label = None if i else "TRAIN_LENGTHS=auto of DATALOAD=bucket"
+            axes.axvline(edge, color="#c44e52", linewidth=1, linestyle=":", label=label)
+        if ctx_len in lines:
+            axes.axvline(ctx_len, color="#55a868", linewidth=1.5, label=f"CTX_LEN=auto of DATALOAD=pack: {ctx_len:,}")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False)
+        with writing(path) as file:
+            drawing.savefig(file, format="png")
+    return path

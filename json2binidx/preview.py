@@ -1,0 +1,55 @@
+"""--preview N: the first rows as they would be written, token by token, with what is learnt marked. Writes nothing."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from rwkv_peft import project, tokenizer
+from rwkv_peft.errors import UserError
+from rwkv_peft.roles import Role
+from rwkv_peft.rows import files
+from rwkv_peft.rows.recipe import Cook
+from rwkv_peft.words import count
+
+from .config import TokenizeConfig, recipe
+
+MOST = 600  # tokens of a row that are shown, from its beginning and its end
+COLOURS = {"begin": "\033[32m", "end": "\033[0m", "border": "\033[2m|\033[22m"}
+MARKS = {"begin": "[[", "end": "]]", "border": "|"}
+
+
+def preview(source: Path, config: TokenizeConfig, end_of_doc: bool, most: int) -> None:
+    """Print the first `most` rows, and what cannot be used on the way to them."""
+    paths, _ = files.find(source)
+    cook = Cook(recipe(config, end_of_doc))
+    marks = COLOURS if sys.stdout.isatty() else MARKS
+    how = "green" if marks is COLOURS else "in [[double brackets]]"
+    print(
+        f"PROMPT_TYPE={config.prompt_type}, EOT={config.eot}. Tokens with | between; LOSS_MASK=qa trains what is {how}."
+    )
+    shown = 0
+    for path in paths:
+        for block in files.blocks(path, config.txt_mode):
+            made = cook.block(block)
+            for reject in made.rejects[: most - shown]:
+                print(f"\n--- {reject.file}:{reject.line}: cannot be used: {reject.message}")
+            starts = np.concatenate([[0], np.cumsum(made.sizes)])
+            for i in range(min(most - shown, len(made.sizes))):
+                row = slice(starts[i], starts[i + 1])
+                show(block.file, int(made.lines[i]), made.ids[row], made.roles[row], marks)
+                shown += 1
+            if shown == most:
+                return
+    if not shown:
+        raise UserError(f"{project.shown(source)}: holds no row that can be used.")
+
+
+def show(file: str, line: int, ids: np.ndarray, roles: np.ndarray, marks: dict[str, str]) -> None:
+    learnt = roles == Role.ASSISTANT
+    print(f"\n--- {file}:{line}: {count(len(ids), 'token')}, {int(learnt.sum())} of them learnt")
+    parts = [slice(None)] if len(ids) <= MOST else [slice(MOST // 2), slice(-MOST // 2, None)]
+    texts = [tokenizer.marked(ids[part].tolist(), learnt[part].tolist(), **marks) for part in parts]
+    print(f"\n... {len(ids) - MOST:,} tokens ...\n".join(texts))

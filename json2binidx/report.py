@@ -1,0 +1,227 @@
+"""NAME.report.json: what was read, what became of it, how long rows are, and what that means for training. And its words."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rwkv_peft import __version__, project
+from rwkv_peft.data import buckets, packing
+from rwkv_peft.data.sampling import auto_ctx_len
+from rwkv_peft.rows.recipe import Place
+from rwkv_peft.words import count, listed
+
+from .advice import factor_table, power_of_two
+from .tally import SHOW, Tally, script_shares
+
+UNSAFE = set('"$`\\!\n')  # characters that double quotes do not protect from bash
+BATCHES = (4, 8)  # micro-batch sizes for which the filling of DATALOAD=pad is told
+SAMPLE = 20_000  # rows that are looked at for the shares of filling
+BINS = 40
+
+
+def make(
+    tally: Tally,
+    source: Path,
+    files: Sequence[Path],
+    other: Sequence[Path],
+    settings: Mapping[str, Any],
+    valid_rows: int,
+) -> dict:
+    sizes = np.frombuffer(tally.sizes, np.int32)
+    counts = tally.counts
+    epochs = settings["EPOCHS"]
+    train = len(sizes) - valid_rows
+    # training sees every row `epochs` times; where there are many, that changes nothing of what is worked out here
+    seen = np.tile(sizes, epochs) if len(sizes) * epochs <= SAMPLE else sizes
+    dialogues = {name: counts[name] for name in ("turns", "system", "tools", "thoughts") if counts[name]}
+    return {
+        "made_by": __version__,
+        "source": project.shown(source),
+        "read_files": [project.shown(path) for path in files],
+        "left_out_files": [project.shown(path) for path in other],
+        "settings": dict(settings),
+        # kept + rejected + dropped = read
+        "rows": {
+            "read": counts["read"],
+            "kept": counts["kept"],
+            "with_answer": counts["with an answer"],
+            "rejected": tally.group("rejected: "),
+            "dropped": tally.group("dropped: "),
+            "schemas": tally.group("schema: "),
+            "made": len(sizes),  # several of a row with EXPAND=1 and OVERLONG=split
+            "pieces_without_answer": counts["pieces without an answer"],
+            "lost_some_answers": counts["rows that lost some of their answers"],
+            "held_out": valid_rows,
+            "written": train * epochs,
+        },
+        "tokens": {"once": int(sizes.sum(dtype=np.int64)), "learnt_with_qa": tally.learnt},
+        "mojibake": {"repaired": counts["repaired"], "lossy": counts["lossy"]},
+        "content": dialogues | {"duplicates": len(sizes) - len(np.unique(np.frombuffer(tally.hashes, np.uint64)))},
+        "scripts": script_shares(tally.scripts),
+        "lengths": lengths(sizes),
+        "filling": filling(seen, settings["SEED"]),
+        "advice": advice(seen, train * epochs, settings["EOF"], tally),
+        "places": {
+            "rejected": [[r.file, r.line, r.message] for r in tally.rejects],
+            **{what: [list(place) for place in found] for what, found in tally.places.items()},
+        },
+    }
+
+
+def lengths(sizes: np.ndarray) -> dict[str, Any]:
+    """Tokens of a row, its terminator included."""
+    quantiles = np.quantile(sizes, [0, 0.5, 0.95, 0.99, 1]).round().astype(int).tolist()
+    histogram, edges = np.histogram(sizes, bins=min(BINS, max(1, quantiles[-1])))
+    return {
+        **dict(zip(("shortest", "median", "p95", "p99", "longest"), quantiles, strict=True)),
+        "mean": round(float(sizes.mean()), 1),
+        "histogram": {"edges": [round(e, 1) for e in edges.tolist()], "rows": histogram.tolist()},
+    }
+
+
+def filling(sizes: np.ndarray, seed: int) -> dict[str, float]:
+    """The share of computed tokens that is nothing but filling, for each DATALOAD, with CTX_LEN=auto."""
+    random = np.random.default_rng([seed, 2])
+    some = sizes if len(sizes) <= SAMPLE else random.choice(sizes, SAMPLE, replace=False)
+    some = np.maximum(some.astype(np.int64) - 1, 1)  # inputs
+    found: dict[str, float] = {"only": 0.0, "get": 0.0}
+    for batch in BATCHES:
+        if len(some) >= batch:
+            rows = random.permutation(some)[: len(some) // batch * batch].reshape(-1, batch)
+            found[f"pad, MICRO_BSZ={batch}"] = 1 - rows.sum() / (rows.max(axis=1).sum() * batch)
+    edges = np.array(buckets.best_edges(some))
+    found["bucket"] = 1 - some.sum() / edges[np.searchsorted(edges, some)].sum()
+    ctx_len = auto_ctx_len("pack", sizes)
+    cut = np.minimum(some, ctx_len)
+    found["pack"] = 1 - cut.sum() / (packing.places(cut, ctx_len)[1] * ctx_len)
+    return {name: round(float(share), 4) for name, share in found.items()}
+
+
+def advice(sizes: np.ndarray, rows: int, end_of_doc: bool, tally: Tally) -> dict[str, Any]:
+    answers = tally.counts["with an answer"] > 0 or "overlooked" in tally.places
+    return {
+        "append_eof": end_of_doc,
+        "max_length": int(sizes.max()),
+        "max_length_power_of_two": power_of_two(int(sizes.max())),
+        "data_line_count": rows,
+        "CTX_LEN": auto_ctx_len("pack", sizes),
+        "TRAIN_LENGTHS": list(buckets.best_edges(np.maximum(sizes.astype(np.int64) - 1, 1))),
+        "LOSS_MASK": "qa" if answers else "pad",
+    }
+
+
+def say(content: Mapping[str, Any], prefix: Path) -> None:
+    """The report in words; its last lines are those that training.sh wants."""
+    rows, places, tokens = content["rows"], content["places"], content["tokens"]
+    several = len(content["read_files"]) > 1
+    shown = project.shown(prefix)
+
+    def line(head: str, words: str) -> None:
+        print(f"{head:<9} {words}")
+
+    def where(what: str) -> str:
+        return at_places([Place(*place) for place in places.get(what, [])], several)
+
+    kinds = ", ".join(f"{n:,} {schema}" for schema, n in rows["schemas"].items())
+    files = f" in {len(content['read_files'])} files" if several else ""
+    line("read", f"{content['source']}: {count(rows['read'], 'row')}{files} ({kinds}), {rows['kept']:,} kept, "
+                 f"{rows['with_answer']:,} with an Assistant turn")  # fmt: skip
+    if content["left_out_files"]:
+        line("", f"not read: {listed(content['left_out_files'])}")
+    if rejected := sum(rows["rejected"].values()):
+        line(
+            "rejected", f"{count(rejected, 'row')} ({reasons(rows['rejected'])}), all of them in {shown}.rejects.jsonl:"
+        )
+        for file, number, message in places["rejected"]:
+            line("", f"{file}:{number}: {message}")
+        if rejected > len(places["rejected"]):
+            line("", f"... and {rejected - len(places['rejected']):,} more")
+    if dropped := sum(rows["dropped"].values()):
+        line("dropped", f"{count(dropped, 'row')} ({reasons(rows['dropped'])}): {where('dropped')}{more(dropped)}")
+    for name, words in (("pieces_without_answer", "piece"), ("lost_some_answers", "row")):
+        if rows[name]:
+            lost = "without an answer left out" if words == "piece" else "kept without some of their answers"
+            line("", f"{count(rows[name], words)} {lost}")
+    mojibake = content["mojibake"]
+    if mojibake["repaired"]:
+        line("repaired", f"{count(mojibake['repaired'], 'row')} of mojibake (UTF-8 that was read as cp1252 and saved again): "
+                         f"{where('repaired')}{more(mojibake['repaired'])}")  # fmt: skip
+    if mojibake["lossy"]:
+        line("careful", f"{count(mojibake['lossy'], 'row')} of mojibake that cannot be undone, taken as they are: "
+                        f"{where('lossy')}{more(mojibake['lossy'])}")  # fmt: skip
+    if overlooked := places.get("overlooked"):
+        line("careful", f"{'at least ' * (len(overlooked) >= SHOW)}{count(len(overlooked), 'row')} with what looks like a turn "
+                        f"but is not written as the models know it: {where('overlooked')}. A turn begins with exactly "
+                        '"User:", "Assistant:" or "System:", behind an empty line (\\n\\n in the JSON).')  # fmt: skip
+    length, facts = content["lengths"], content["content"]
+    line("rows", f"{length['shortest']} to {length['longest']:,} tokens, median {length['median']:,}, mean {length['mean']:,}, "
+                 f"95% up to {length['p95']:,}; "
+                 f"{share(tokens['learnt_with_qa'], tokens['once'])} of the tokens are answers")  # fmt: skip
+    turns = f"{facts['turns'] / max(rows['with_answer'], 1):.1f} answers a dialogue; " if facts.get("turns") else ""
+    others = {"system": "with a system text", "tools": "with tools", "thoughts": "thoughts", "duplicates": "duplicates"}
+    found = [f"{facts[name]:,} {words}" for name, words in others.items() if facts.get(name)]
+    scripts = [f"{name} {part:.0%}" for name, part in content["scripts"].items() if part >= 0.005]
+    line("", f"{turns}{'; '.join(found) or 'no duplicates'}; {', '.join(scripts[:4])}")
+    line(
+        "filling",
+        "computed for nothing: " + ", ".join(f"{name} {part:.0%}" for name, part in content["filling"].items()),
+    )
+    made = "" if rows["made"] == rows["kept"] else f" (made of {count(rows['kept'], 'row')})"
+    line("wrote", f"{shown}.bin/.idx and .roles.bin/.idx: {count(rows['written'], 'row')}{made}, "
+                  f"{tokens['once'] * content['settings']['EPOCHS']:,} tokens"
+                  if not rows["held_out"] else
+                  f"{shown}.bin/.idx and .roles.bin/.idx: {count(rows['written'], 'row')}{made}")  # fmt: skip
+    if rows["held_out"]:
+        line("", f"{shown}.valid.bin/.idx: {count(rows['held_out'], 'row')} held out, none of them in the other file")
+    line("", f"{shown}.report.json, {prefix.name}.lengths.png: all of this, and the lengths as a picture")
+    print(labels(content["advice"], data_path(prefix)))
+
+
+def reasons(found: Mapping[str, int]) -> str:
+    return ", ".join(f"{n:,} {reason}" for reason, n in found.items())
+
+
+def share(part: int, whole: int) -> str:
+    return f"{part / whole:.0%}" if whole else "0%"
+
+
+def more(total: int) -> str:
+    return f" and {total - SHOW:,} more" if total > SHOW else ""
+
+
+def at_places(found: Sequence[Place], several: bool) -> str:
+    """line 5 (its note), line 9 (its note); with the file where there are several."""
+    return ", ".join(
+        (f"{p.file}:{p.line}" if several else f"line {p.line}") + (f" ({p.note})" if p.note else "") for p in found
+    )
+
+
+def data_path(prefix: Path) -> str:
+    """What to write behind DATA_PATH= for these files."""
+    name = prefix.name if prefix.parent == project.ROOT / "data" else project.shown(prefix.resolve())
+    return shlex.quote(name) if set(name) & UNSAFE else f'"{name}"'
+
+
+def labels(facts: Mapping[str, Any], name: str) -> str:
+    """The numbers that training.sh wants, with the labels of the field's tool."""
+    plain = "   # no row has an Assistant turn: learn all of the text"
+    return "\n".join([
+        f"### append_eof = {facts['append_eof']}",
+        f"### max_length = {facts['max_length']}",
+        f"### max_length_power_of_two = {facts['max_length_power_of_two']}",
+        f"### data_line_count = {facts['data_line_count']}",
+        *factor_table(facts["data_line_count"]),
+        "",
+        "### Lines for training.sh (auto works everything out; any MICRO_BSZ and EPOCH_STEPS work, every row is used):",
+        f"DATA_PATH={name}",
+        f"CTX_LEN=auto          # becomes {facts['CTX_LEN']} with DATALOAD=pack",
+        "EPOCH_STEPS=auto",
+        "MICRO_BSZ=auto",
+        f"LOSS_MASK={facts['LOSS_MASK']}" + ("" if facts["LOSS_MASK"] == "qa" else plain),
+        f"TRAIN_LENGTHS=auto    # becomes {' '.join(map(str, facts['TRAIN_LENGTHS']))} with DATALOAD=bucket",
+    ])  # fmt: skip

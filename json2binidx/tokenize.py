@@ -1,0 +1,251 @@
+"""Files of rows -> NAME.bin/.idx and NAME.roles.bin/.idx, NAME.report.json, NAME.rejects.jsonl, NAME.lengths.png.
+
+Rows are encoded once, into files without a name that vanish with us; repeats and the held-out part only copy. Final names
+are given when everything has been written; until then earlier files stay as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from tqdm import tqdm
+
+from rwkv_peft import project
+from rwkv_peft.atomic import clear_leftovers, need_space, temporary, write_json
+from rwkv_peft.data.binidx import Writer
+from rwkv_peft.errors import UserError
+from rwkv_peft.rows import files
+from rwkv_peft.rows.files import Block
+from rwkv_peft.rows.recipe import Cooked, Recipe
+from rwkv_peft.words import listed
+
+from . import cache, report
+from .config import TokenizeConfig, recipe
+from .picture import draw_lengths
+from .tally import Tally
+from .workers import cooked, number_of_workers
+
+FORMS = """A line of .jsonl must be one whole JSON object, with no comma behind it and no [ ] around the file, like one of these:
+  {"text": "User: Hi\\n\\nAssistant: Hello!"}
+  {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
+  {"instruction": "Say hello", "output": "Hello!"}
+Other columns are named with MAP_KEYS; ./make_tokenize.sh --help tells the rest."""
+ROWS = 4096  # that are copied at once
+IN_MEMORY = 64 << 20  # bytes of tokens up to which copying reads from memory
+
+
+def tokenize(source: Path, config: TokenizeConfig, epochs: int, end_of_doc: bool) -> dict:
+    """Make the files that training wants of a file or folder of rows. Returns what NAME.report.json holds.
+
+    UserError if nothing can be used, or STRICT=1 and anything cannot.
+    """
+    prefix = files.stem_of(source) if source.is_file() else source.resolve()
+    found, other = files.find(source)
+    if not found:
+        raise UserError(f"{project.shown(source)}: holds no file that can be read ({', '.join(files.READERS)}).")
+    made_from = recipe(config, end_of_doc)
+    settings = {
+        "EPOCHS": epochs, "EOF": end_of_doc, "EOT": config.eot, "HANDLER": config.handler, "MAP_KEYS": config.map_keys,
+        "TXT_MODE": config.txt_mode, "REPAIR": config.repair, "EXPAND": config.expand,
+        "MASK_HISTORY": config.mask_history, "MAX_TOKENS": config.max_tokens, "SOURCE_LENGTH": config.source_length,
+        "TARGET_LENGTH": config.target_length, "OVERLONG": config.overlong, "VALID_PERCENT": config.valid_percent,
+        "SEED": config.seed, "PROMPT_TYPE": config.prompt_type,
+    }  # fmt: skip
+    key = cache.key(found, settings, repr(made_from.template))
+    report_file = Path(f"{prefix}.report.json")
+    known = None if config.overwrite_cache else cache.fresh(report_file, key)
+    if known and not (config.strict and known["rows"]["rejected"]):
+        print(f"unchanged {project.shown(prefix)}: made from the same data with the same settings; nothing to encode")
+        report.say(known, prefix)
+        return known
+    tally = Tally()
+    rejects = Path(f"{prefix}.rejects.jsonl")
+    with contextlib.ExitStack() as open_files:
+        stored = Stored(*(open_files.enter_context(tempfile.TemporaryFile(dir=prefix.parent)) for _ in range(2)))
+        rejected = open_files.enter_context(Rejects(rejects))
+        for one in progress(found, made_from, config):
+            if one.rejects and config.strict:
+                stop(one, source)
+            stored.add(one)
+            tally.add(one)
+            rejected.add(one)
+        check(tally, made_from, source)
+        names = write(prefix, stored, tally, epochs, config.valid_percent, config.seed)
+        rejected.keep()
+    # drawn before the report, whose presence says that all is there
+    content = report.make(tally, source, found, other, settings, stored.valid_rows)
+    advice = content["advice"]
+    picture = draw_lengths(prefix, np.frombuffer(tally.sizes, np.int32), advice["CTX_LEN"], advice["TRAIN_LENGTHS"])
+    content = {
+        "key": key,
+        **content,
+        "files": cache.describe([*names, *([rejects] if rejects.is_file() else []), picture]),
+    }
+    write_json(report_file, content)
+    report.say(content, prefix)
+    return content
+
+
+def progress(found: Sequence[Path], made_from: Recipe, config: TokenizeConfig) -> Iterator[Cooked]:
+    """Every cooked block, with a bar that shows how far reading is."""
+    total = sum(path.stat().st_size for path in found)
+    workers = number_of_workers(config.workers, total)
+
+    def blocks() -> Iterator[Block]:
+        for path in found:
+            yield from files.blocks(path, config.txt_mode)
+
+    before, at, name = 0, 0, ""
+    sizes = {project.shown(path): path.stat().st_size for path in found}
+    label = found[0].name if len(found) == 1 else f"{len(found)} files"
+    with tqdm(total=total, unit="B", unit_scale=True, desc=label, disable=not sys.stderr.isatty()) as bar:
+        for one in cooked(blocks(), made_from, workers):
+            if one.file != name:
+                before, name, at = before + sizes.get(name, 0), one.file, 0
+            at = max(at, one.read)
+            bar.update(before + at - bar.n)
+            yield one
+
+
+def stop(one: Cooked, source: Path) -> None:
+    first = one.rejects[0]
+    raise UserError(
+        f"{first.file}:{first.line}: {first.message}\nSTRICT=1 stops at the first row that cannot be used; nothing was "
+        f"written.\n{FORMS}"
+    )
+
+
+def check(tally: Tally, made_from: Recipe, source: Path) -> None:
+    """UserError if there is nothing to write, or a column that MAP_KEYS names is nowhere."""
+    shown = project.shown(source)
+    nowhere = [name for name in made_from.columns.named if name not in tally.seen]
+    if nowhere and tally.counts["read"]:
+        raise UserError(f"MAP_KEYS names the column {nowhere[0]!r}, but no row of {shown} has it; nothing was written.")
+    if tally.sizes:
+        return
+    if not tally.counts["read"]:
+        raise UserError(f"{shown}: it has no rows; nothing was written, earlier files are untouched.")
+    if not tally.rejects:
+        why = listed(tally.group("dropped: "))
+        raise UserError(f"{shown}: every row was dropped ({why}); nothing was written, earlier files are untouched.")
+    first = "\n".join(f"{r.file}:{r.line}: {r.message}" for r in tally.rejects)
+    more = sum(tally.group("rejected: ").values()) - len(tally.rejects)
+    more = f"\n... and {more:,} more" if more else ""
+    raise UserError(f"{first}{more}\n{shown} has no row that can be used; nothing was written.\n{FORMS}")
+
+
+class Rejects:
+    """NAME.rejects.jsonl, written as rows are rejected; it gets its name with `keep`, and there is none without rejects."""
+
+    def __init__(self, path: Path):
+        self.path, self.file = path, None
+
+    def __enter__(self) -> Rejects:
+        clear_leftovers(self.path)
+        return self
+
+    def add(self, one: Cooked) -> None:
+        if one.rejects and not self.file:
+            self.file = open(temporary(self.path), "w", encoding="utf-8")  # noqa: SIM115 - closed on leaving
+        for reject in one.rejects:
+            self.file.write(json.dumps(reject._asdict(), ensure_ascii=False).encode("utf-8", "replace").decode() + "\n")
+
+    def keep(self) -> None:
+        if self.file:
+            self.file.close()
+            os.replace(temporary(self.path), self.path)
+        else:
+            self.path.unlink(missing_ok=True)
+
+    def __exit__(self, *_exception) -> None:
+        if self.file:
+            self.file.close()
+            temporary(self.path).unlink(missing_ok=True)
+
+
+class Stored:
+    """The encoded rows, one after another, in two files without a name."""
+
+    def __init__(self, ids: IO[bytes], roles: IO[bytes]):
+        self.ids, self.roles, self.valid_rows = ids, roles, 0
+
+    def add(self, one: Cooked) -> None:
+        self.ids.write(one.ids.astype("<u2", copy=False).tobytes())
+        self.roles.write(one.roles.tobytes())
+
+    def readers(self):
+        """Functions (first byte, behind the last) -> bytes, for ids and roles."""
+        for file in (self.ids, self.roles):
+            file.flush()
+            if os.fstat(file.fileno()).st_size <= IN_MEMORY:
+                file.seek(0)
+                content = memoryview(file.read())
+                yield content.__getitem__
+            else:  # not mapped: touching all of it in random order would count as memory of this process
+                yield file.fileno()
+
+
+def write(prefix: Path, stored: Stored, tally: Tally, epochs: int, valid_percent: float, seed: int) -> list[Path]:
+    """NAME.bin/.idx with roles, every row `epochs` times in a new order each; NAME.valid with what is held out, once."""
+    sizes = np.frombuffer(tally.sizes, np.int32)
+    starts = np.zeros(len(sizes) + 1, np.int64)
+    np.cumsum(sizes, out=starts[1:])
+    held_out = valid_rows(np.frombuffer(tally.hashes, np.uint64), valid_percent, seed)
+    stored.valid_rows = int(held_out.sum())
+    need_space(prefix.parent, epochs * (3 * int(starts[-1]) + 2 * 20 * len(sizes)))
+    streams = {"": np.dtype(np.uint16), ".roles": np.dtype(np.uint8)}
+    held = {".valid": np.dtype(np.uint16), ".valid.roles": np.dtype(np.uint8)} if held_out.any() else {}
+    ids, roles = stored.readers()
+    random = np.random.default_rng(seed)
+    repeats = tqdm(range(epochs), desc="repeats", disable=epochs == 1 or not sys.stderr.isatty())
+    train = np.flatnonzero(~held_out)
+    with Writer(prefix, streams | held) as writer:
+
+        def copy(which: np.ndarray, ending: str) -> None:
+            for begin in range(0, len(which), ROWS):
+                some = which[begin : begin + ROWS]
+                for width, end, reader in ((2, ending, ids), (1, f"{ending}.roles", roles)):
+                    writer.extend(
+                        end, gathered(reader, width * starts[some], width * starts[some + 1]), sizes[some].tolist()
+                    )
+
+        for _ in repeats:
+            copy(train[random.permutation(len(train))], "")
+        if held:
+            copy(np.flatnonzero(held_out), ".valid")
+        every = [writer.final(e, kind) for e in (".valid", ".valid.roles") for kind in ("bin", "idx")]
+        writer.commit(remove=[] if held else every)
+        return [writer.final(e, kind) for e in writer.streams for kind in ("bin", "idx")]
+
+
+def gathered(reader, begins: np.ndarray, ends: np.ndarray) -> bytes:
+    """The bytes of rows behind one another. reader: a slicing function, or the number of an open file."""
+    pairs = zip(begins.tolist(), ends.tolist(), strict=True)
+    if isinstance(reader, int):
+        return b"".join([os.pread(reader, end - begin, begin) for begin, end in pairs])
+    return b"".join([reader(slice(begin, end)) for begin, end in pairs])
+
+
+def valid_rows(hashes: np.ndarray, percent: float, seed: int) -> np.ndarray:
+    """Which rows are held out, bool [rows]: that share of the different contents, at least one; equal rows go together.
+
+    UserError if nothing would be left to train.
+    """
+    if not percent:
+        return np.zeros(len(hashes), dtype=bool)
+    contents = np.unique(hashes)
+    count = max(1, round(len(contents) * percent / 100))
+    if count >= len(contents):
+        raise UserError(
+            f"VALID_PERCENT={percent:g} would hold out all of {len(contents)} different rows; nothing was written."
+        )
+    chosen = np.random.default_rng([seed, 1]).permutation(contents)[:count]
+    return np.isin(hashes, chosen)

@@ -1,0 +1,79 @@
+"""Blocks of rows -> cooked blocks in the same order, on one core or on many; the bytes are the same."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+from rwkv_peft.errors import UserError
+from rwkv_peft.rows.files import Block
+from rwkv_peft.rows.recipe import Cook, Cooked, Recipe
+
+SHARE = 16 << 20  # bytes that are worth a further process: starting one takes about a second
+AHEAD = 3  # blocks per worker that may wait, so that none stands idle and memory stays small
+
+
+def number_of_workers(wanted: int | str, size: int) -> int:
+    """WORKERS, with auto resolved: every core, as far as there is work for it. size: bytes to read."""
+    if wanted != "auto":
+        return wanted
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, size // SHARE))
+
+
+def cooked(blocks: Iterable[Block], recipe: Recipe, workers: int) -> Iterator[Cooked]:
+    """Every block cooked, in the order of the blocks."""
+    if workers == 1:
+        cook = Cook(recipe)
+        with no_garbage_hunts():
+            yield from map(cook.block, blocks)
+        return
+    # spawn, not fork: a child of fork would inherit locks of threads that it does not have
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, prepare, (recipe,))
+    waiting: deque = deque()
+    try:
+        for block in blocks:
+            waiting.append(pool.submit(cook_block, block))
+            if len(waiting) >= AHEAD * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise UserError(
+            "A worker was ended from outside, most likely because the memory was full. WORKERS=1 needs the least."
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class no_garbage_hunts:  # noqa: N801 - reads as what it does
+    """Without the collector of reference cycles: rows make none, and looking for them costs a tenth of the time."""
+
+    def __enter__(self) -> None:
+        self.was_on = gc.isenabled()
+        gc.disable()
+
+    def __exit__(self, *_exception) -> None:
+        if self.was_on:
+            gc.enable()
+
+
+COOK: Cook | None = None  # of this worker
+
+
+def prepare(recipe: Recipe) -> None:
+    global COOK
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends the workers
+    gc.disable()
+    COOK = Cook(recipe)
+
+
+def cook_block(block: Block) -> Cooked:
+    return COOK.block(block)

@@ -1,0 +1,63 @@
+"""Who prepares batches: this process as they are asked for, or workers that live as long as the run."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+AHEAD = 4  # batches that a worker prepares in advance
+
+
+class InOrder(Sampler):
+    """The numbers of an epoch's micro-batches; Lightning calls set_epoch before each epoch."""
+
+    def __init__(self, length: int):
+        self.length, self.epoch = length, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.epoch * self.length, (self.epoch + 1) * self.length))
+
+
+def make_loader(batches: Dataset, workers: int) -> DataLoader:
+    """Batches in order, prepared by `workers` processes that live as long as the run; 0: by this one, as they are asked for.
+
+    Workers are forked: they share the mapped files and all that is known of them, instead of getting copies.
+    """
+    if not workers:
+        return DataLoader(batches, batch_size=None, sampler=InOrder(len(batches)))
+    return DataLoader(
+        batches,
+        batch_size=None,
+        sampler=InOrder(len(batches)),
+        num_workers=workers,
+        persistent_workers=True,
+        prefetch_factor=AHEAD,
+        multiprocessing_context="fork",
+        worker_init_fn=leave_signals_to_the_run,
+    )
+
+
+def leave_signals_to_the_run(_worker: int) -> None:
+    """Ctrl-C and a closing terminal reach every process; whether and when to stop is for the training process to decide.
+
+    A worker ends when it is told to, and within seconds by itself when its run is gone.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def end_workers(loader: DataLoader) -> None:
+    """End the workers now, however the run ended."""
+    iterator, loader._iterator = loader._iterator, None
+    if hasattr(iterator, "_shutdown_workers"):
+        with contextlib.suppress(Exception):  # one that is gone already
+            iterator._shutdown_workers()

@@ -1,0 +1,70 @@
+"""The short way for the rows that most data consist of: conversations of nothing but roles and words.
+
+`schemas.Reader.read` and `Template.render` are the definition; this gives what they give together, or None where a row has
+more to it (tools, thoughts, weights, second texts, suspicious letters) and must go the long way. Binding test:
+tests/test_rows.py.
+"""
+
+from __future__ import annotations
+
+from ..roles import Role
+from ..templates.template import THINK, Ending, Template
+from .encode import Pieces
+from .schemas import HANDLERS, ROLE_NAMES, Columns, Row
+
+SPEAKERS = (Role.SYSTEM, Role.USER, Role.ASSISTANT)
+
+
+class Quick:
+    """conversation(row) -> (schema, pieces), or None."""
+
+    def __init__(self, template: Template, ending: Ending, columns: Columns, handler: str):
+        self.columns = columns.messages if HANDLERS[handler] in ("auto", "messages") else ()
+        if columns.named or template.answer_in_user or template.opening or template.think != "keep":
+            self.columns = ()
+        if template.format_prefix or template.default_system or not template.strip:
+            self.columns = ()
+        self.system, self.tools = columns.system, columns.tools
+        self.speakers = {}
+        for name, role in ROLE_NAMES.items():
+            if role in SPEAKERS:
+                heading, lead, tail = template.patterns[role]
+                end = tail + ending.answer if role is Role.ASSISTANT else tail
+                self.speakers[name] = role, heading, lead, end + template.format_separator, template.cleaners[role]
+        self.separator, self.last = len(template.format_separator), ending.last
+
+    def conversation(self, row: Row, doctor: bool) -> tuple[str, Pieces] | None:
+        """doctor: letters outside ASCII are to be looked at, which is the long way."""
+        for column in self.columns:
+            messages = row.get(column)
+            if messages is not None:
+                break
+        else:
+            return None
+        if type(messages) is not list or not messages or row.get(self.system) or row.get(self.tools):
+            return None
+        try:
+            who, what, schema = ("from", "value", "sharegpt") if "from" in messages[0] else ("role", "content", column)
+            texts: list[str] = []
+            roles: list[Role] = []
+            for one in messages:
+                content = one[what]
+                role, heading, lead, end, cleaner = self.speakers[one[who]]
+                content = cleaner(content) if "\n" in content or "\r" in content else content.strip()
+                if not content or len(one) != 2 or (doctor and not content.isascii()):
+                    return None
+                if role is Role.ASSISTANT and THINK in content:
+                    return None
+                if heading:
+                    texts.append(heading)
+                    roles.append(Role.HEADING)
+                texts.append(lead + content + end)
+                roles.append(role)
+        except (KeyError, TypeError, AttributeError):
+            return None  # not what it seemed; the long way says why
+        if Role.ASSISTANT not in roles:
+            return None
+        texts[-1] = texts[-1][: len(texts[-1]) - self.separator] + self.last
+        if not texts[-1]:
+            return None
+        return schema, Pieces(texts, roles)

@@ -1,0 +1,352 @@
+"""How the rows of a block become tokens: read, rendered, encoded, kept within limits; and what is counted on the way.
+
+A Recipe is all that decides it, so it can be sent to other processes and hashed. One block in, one Cooked out; blocks do not
+know of one another, so any number of workers gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import orjson
+
+from ..roles import Role
+from ..templates.headings import overlooked_heading, spans_of_text
+from ..templates.template import ENDINGS, Dialogue, Ending, Template
+from .encode import NO_ROWS, Pieces, Tokens, encode_row, encode_rows
+from .files import LINE_LIMIT, NOT_UTF8, Block, is_utf8, too_long
+from .limits import Limits, TooLong, cut_row, cut_turns, within_turns
+from .quick import Quick
+from .schemas import Columns, Reader, Row, RowError, kind
+
+NOTHING_TO_LEARN = "nothing to learn"  # all answers have weight 0, or were cut away
+RAW_LIMIT = 2000  # characters of a rejected row that are kept
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings of make_tokenize.sh that decide what a row becomes."""
+
+    template: Template
+    eot: str = "doc"
+    end_of_doc: bool = True  # False: no token 0 behind rows, whatever EOT says
+    handler: str = "auto"
+    columns: Columns = Columns()
+    repair: bool = True
+    expand: bool = False
+    mask_history: bool = False
+    limits: Limits = Limits()
+
+    @property
+    def ending(self) -> Ending:
+        ending = ENDINGS[self.eot]
+        return dataclasses.replace(ending, token=ending.token and self.end_of_doc)
+
+
+class Reject(NamedTuple):
+    """A row that cannot be used: its place, why (counted), the sentence, and its beginning."""
+
+    file: str
+    line: int
+    reason: str
+    message: str
+    row: str
+
+
+class Place(NamedTuple):
+    """A row that something is to be said about."""
+
+    file: str
+    line: int
+    note: str
+
+
+@dataclass
+class Cooked:
+    """What a block has become. ids uint16 [n], roles uint8 [n]; sizes int32 and hashes uint64 [rows that are written];
+    lines int64: where each comes from. counts: rows by what happened to them ("read", "kept", "dropped: ...", ...)."""
+
+    ids: np.ndarray
+    roles: np.ndarray
+    sizes: np.ndarray
+    hashes: np.ndarray
+    lines: np.ndarray
+    counts: Counter[str]
+    scripts: np.ndarray  # see encode.scripts
+    file: str = ""
+    read: int = 0
+    rejects: list[Reject] = field(default_factory=list)
+    places: dict[str, list[Place]] = field(default_factory=dict)  # "dropped", "overlooked", "repaired", "lossy"
+    seen: frozenset[str] = frozenset()  # columns of MAP_KEYS that were met
+
+
+class Rows(NamedTuple):
+    """Rows to write. ids uint16 [n], roles uint8 [n], first [rows + 1], lines int64 [rows]; scripts as in Cooked."""
+
+    ids: np.ndarray
+    roles: np.ndarray
+    first: np.ndarray
+    lines: np.ndarray
+    scripts: np.ndarray
+
+
+class Draft(NamedTuple):
+    """A row on its way: which of its block's it is, its line in the file (several may stand in one), its text in pieces, and
+    what it was rendered from: a dialogue, the unread row where that is a plain conversation (a parsed one would take memory
+    for nothing), or None for a ready text."""
+
+    row: int
+    line: int
+    pieces: Pieces
+    source: Dialogue | bytes | Row | None
+
+
+def items(block: Block) -> Iterator[tuple[int, bytes | Row | RowError]]:
+    """The rows of a block with their numbers; blank lines are none."""
+    if not isinstance(block.data, bytes):
+        yield from block.data
+        return
+    for number, line in enumerate(block.data.split(b"\n"), block.first):
+        if line and not line.isspace():
+            yield number, (line if len(line) <= LINE_LIMIT else too_long("Every line must be one JSON object"))
+
+
+def parse(item: bytes | Row | RowError) -> Row:
+    """The row itself. RowError if it is none."""
+    if isinstance(item, RowError):
+        raise item
+    if not isinstance(item, bytes):
+        return item
+    try:
+        row = orjson.loads(item)
+    except orjson.JSONDecodeError as error:
+        if not is_utf8(item.decode("utf-8", "surrogateescape")):
+            raise NOT_UTF8 from None
+        raise RowError("not JSON", f"is not valid JSON: {error.msg}, column {error.colno}") from None
+    if not isinstance(row, dict):
+        raise RowError("wrong type", f'must be a JSON object like {{"text": "..."}}, not {kind(row)}')
+    return row
+
+
+class Cook:
+    """Turns blocks into tokens by a recipe."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe, self.template, self.ending = recipe, recipe.template, recipe.ending
+        self.reader = Reader(recipe.columns, recipe.handler, recipe.repair)
+        self.words = self.template.headings
+        self.quick = Quick(self.template, self.ending, recipe.columns, recipe.handler)
+        if recipe.expand or recipe.mask_history:  # these look at single answers
+            self.quick.columns = ()
+        ending = self.ending
+        patterns = self.template.patterns
+        self.tails = {int(r): patterns[r].tail + ending.last for r in (Role.SYSTEM, Role.USER, Role.TOOL)}
+        answer = patterns[Role.ASSISTANT].tail + ending.answer + ending.last
+        self.tails |= {Role.TEXT: ending.answer + ending.last, Role.ASSISTANT: answer, Role.UNTRAINED: answer}
+
+    def block(self, block: Block) -> Cooked:
+        counts: Counter[str] = Counter()
+        rejects: list[Reject] = []
+        places: dict[str, list[Place]] = {}
+        drafts: list[Draft] = []
+        repair = self.recipe.repair
+
+        def note(what: str, line: int, words: str = "") -> None:
+            places.setdefault(what, []).append(Place(block.file, line, words))
+
+        quick, schemas, row = self.quick.conversation, [], -1
+        for row, (line, item) in enumerate(items(block)):
+            try:
+                content = parse(item)
+                # what was read as cp1252 holds letters from À to ÿ: rows without one need no doctor
+                doctor = repair and (type(item) is not bytes or b"\xc3" in item or b"\\u00" in item)
+                if plain := quick(content, doctor):
+                    schemas.append(plain[0])
+                    drafts.append(Draft(row, line, plain[1], item))
+                else:
+                    self.reader.repair = doctor
+                    drafts += self.drafts(row, line, content, counts, note)
+            except RowError as error:
+                counts[f"rejected: {error.reason}"] += 1
+                rejects.append(Reject(block.file, line, error.reason, error.message, beginning(item)))
+        counts["read"] = row + 1
+        for schema, rows in Counter(schemas).items():
+            counts[f"schema: {schema}"] += rows
+        made = self.encoded(drafts, block, counts, rejects, note)
+        sizes = np.diff(made.first).astype(np.int32)
+        return Cooked(
+            made.ids, made.roles, sizes, hashes_of(made.ids, sizes), made.lines, counts, made.scripts,
+            block.file, block.read, rejects, places, frozenset(self.reader.seen),
+        )  # fmt: skip
+
+    def drafts(self, number: int, line: int, row: Row, counts: Counter[str], note) -> list[Draft]:
+        """The texts that a row gives: one, or one for every answer with EXPAND."""
+        schema, found = self.reader.read(row)
+        for verdict in self.reader.verdicts:
+            counts[verdict] += 1
+            note(verdict, line)
+        counts[f"schema: {schema}"] += 1
+        if isinstance(found, str):
+            return [self.text_draft(number, line, found, note)]
+        messages = found.messages
+        counts["tools"] += bool(found.tools)
+        if not (self.recipe.expand or self.recipe.mask_history):
+            return [Draft(number, line, Pieces(*self.template.render(found, self.ending)), found)]
+        answers = [i for i, m in enumerate(messages) if m.role is Role.ASSISTANT]
+        if self.recipe.expand:
+            # the same question many times, with one answer more to learn each time
+            whole = found
+            several = [
+                dataclasses.replace(whole, messages=learn_only(messages[: i + 1], i))
+                for i in answers
+                if messages[i].learn
+            ]
+        else:
+            several = [dataclasses.replace(found, messages=learn_only(messages, answers[-1]))]
+        if not several:
+            counts[f"dropped: {NOTHING_TO_LEARN}"] += 1
+            note("dropped", line, NOTHING_TO_LEARN)
+        return [Draft(number, line, Pieces(*self.template.render(d, self.ending)), d) for d in several]
+
+    def text_draft(self, number: int, line: int, text: str, note) -> Draft:
+        """A ready text is taken as it is; only its end is made."""
+        data = text.encode("utf-8")
+        spans = spans_of_text(data, self.words)
+        if heading := overlooked_heading(data, spans, self.words):
+            note("overlooked", line, heading)
+        if text.isascii():
+            texts = [text[span.start : span.end] for span in spans]
+        else:
+            texts = [data[span.start : span.end].decode("utf-8") for span in spans]
+        end = self.ending.answer + self.ending.last
+        texts[-1] = texts[-1].removesuffix(end) + end
+        return Draft(number, line, Pieces(texts, [span.role for span in spans]), None)
+
+    def encoded(self, drafts: list[Draft], block: Block, counts, rejects, note) -> Rows:
+        """The rows to write, within all limits; counts and notes what is left out."""
+        token, limits = self.ending.token, self.recipe.limits
+        try:
+            found = encode_rows([d.pieces for d in drafts], token) if drafts else NO_ROWS
+        except RowError:  # one of them cannot be encoded: find it, and do without
+            bad = set()
+            for draft in drafts:
+                try:
+                    if draft.row not in bad:
+                        encode_row(draft.pieces, token)
+                except RowError as error:
+                    bad.add(draft.row)
+                    counts[f"rejected: {error.reason}"] += 1
+                    rejects.append(Reject(block.file, draft.line, error.reason, error.message, ""))
+            drafts = [d for d in drafts if d.row not in bad]
+            found = encode_rows([d.pieces for d in drafts], token) if drafts else NO_ROWS
+        counts["turns"] = found.turns
+        counts["system"] = found.systems
+        lines = np.array([d.line for d in drafts], dtype=np.int64)
+        rows = np.array([d.row for d in drafts], dtype=np.int64)
+        trouble = ~found.answered & np.array([d.source is not None for d in drafts], dtype=bool)
+        if limits.max_tokens:
+            trouble |= np.diff(found.first) > limits.max_tokens
+        long_turns = self.long_turns(drafts, found.pieces)
+        trouble[list(long_turns)] = True
+        # rows without trouble are taken over in runs, the others one by one
+        ids, roles, sizes, places, kept, learnt, begin = [], [], [], [], [], [], 0
+        lost: dict[int, tuple[int, str, str]] = {}  # row -> its line, why, and how long it is
+        for i in [*np.flatnonzero(trouble).tolist(), len(drafts)]:
+            a, b = found.first[begin], found.first[i]
+            ids.append(found.ids[a:b])
+            roles.append(found.roles[a:b])
+            sizes.append(np.diff(found.first[begin : i + 1]))
+            places.append(lines[begin:i])
+            kept.append(rows[begin:i])
+            learnt.append(rows[begin:i][found.answered[begin:i]])
+            begin = i + 1
+            if i == len(drafts):
+                break
+            tokens = Tokens(found.ids[b : found.first[i + 1]], found.roles[b : found.first[i + 1]])
+            for cut in self.within_limits(drafts[i], tokens, i in long_turns, counts, lost):
+                ids.append(cut.ids)
+                roles.append(cut.roles)
+                sizes.append(np.array([len(cut.ids)]))
+                places.append(lines[i : i + 1])
+                kept.append(rows[i : i + 1])
+                if (cut.roles == Role.ASSISTANT).any():
+                    learnt.append(rows[i : i + 1])
+        made = Rows(
+            np.concatenate(ids), np.concatenate(roles), np.append(0, np.cumsum(np.concatenate(sizes))),
+            np.concatenate(places), found.scripts,
+        )  # fmt: skip
+        # with EXPAND every answer of a row may go its own way: a row counts once, as kept if anything of it was
+        kept = set(np.concatenate(kept).tolist())
+        counts["kept"] += len(kept)
+        counts["with an answer"] += len(np.unique(np.concatenate(learnt)))
+        left = set(lost) & kept
+        counts["rows that lost some of their answers"] += len(left)
+        for row in sorted(set(lost) - left):
+            line, reason, words = lost[row]
+            counts[f"dropped: {reason}"] += 1
+            note("dropped", line, words)
+        return made
+
+    def long_turns(self, drafts: list[Draft], counts: np.ndarray) -> set[int]:
+        """Which drafts have a turn above its limit. counts: tokens that begin in each piece of all drafts."""
+        limits = self.recipe.limits
+        if not (limits.source or limits.target):
+            return set()
+        ends = np.cumsum([len(d.pieces.texts) for d in drafts]).tolist()
+        return {
+            i
+            for i, (d, end) in enumerate(zip(drafts, ends, strict=True))
+            if d.source is not None
+            and not within_turns(d.pieces, counts[end - len(d.pieces.texts) : end].tolist(), self.ending.token, limits)
+        }
+
+    def within_limits(self, draft: Draft, tokens: Tokens, long_turn: bool, counts, lost) -> list[Tokens]:
+        """A row that breaks a limit, or has nothing to learn, as the policy wants it; none if it is to be left out."""
+        limits, token = self.recipe.limits, self.ending.token
+        try:
+            if long_turn:
+                source = draft.source
+                dialogue = source if isinstance(source, Dialogue) else self.reader.read(parse(source))[1]
+                tokens = encode_row(cut_turns(self.template, dialogue, self.ending, token, limits), token)
+            rows = cut_row(tokens, self.tails, token, limits) if limits.max_tokens else [tokens]
+        except TooLong as why:
+            lost.setdefault(draft.row, (draft.line, f"longer than {why}", f"{len(tokens.ids):,} tokens"))
+            return []
+        if draft.source is not None:
+            learnt = [row for row in rows if (row.roles == Role.ASSISTANT).any()]
+            if not learnt:
+                lost.setdefault(draft.row, (draft.line, NOTHING_TO_LEARN, NOTHING_TO_LEARN))
+            else:
+                counts["pieces without an answer"] += len(rows) - len(learnt)
+            rows = learnt
+        return rows
+
+
+def learn_only(messages, which: int):
+    """The messages with only answer `which` to be learnt, if it was at all."""
+    return tuple(
+        m._replace(learn=m.learn and i == which) if m.role is Role.ASSISTANT else m for i, m in enumerate(messages)
+    )
+
+
+def beginning(item: Any) -> str:
+    """The first characters of a row that cannot be used, for the file of rejects."""
+    if isinstance(item, RowError):
+        return ""
+    text = item.decode("utf-8", "replace") if isinstance(item, bytes) else str(item)
+    return text[:RAW_LIMIT]
+
+
+def hashes_of(ids: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """A 64-bit hash of every row's tokens, uint64 [rows]: equal rows have equal ones, in every process."""
+    data, found, at = memoryview(ids.astype("<u2", copy=False)).cast("B"), [], 0
+    for size in sizes.tolist():
+        found.append(hashlib.blake2b(data[2 * at : 2 * (at + size)], digest_size=8).digest())
+        at += size
+    return np.frombuffer(b"".join(found), "<u8")
