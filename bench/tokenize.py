@@ -1,10 +1,11 @@
 """Chat data in JSONL -> .bin/.idx with roles: our pipeline beside one on the `rwkv` package's Python tokenizer, on one core,
 interleaved in one run.
 
-usage: python bench/tokenize.py [--megabytes 24] [--peer-megabytes 3] [--rounds 5] [--workers N] [--json FILE]
+usage: python bench/tokenize.py [--megabytes 256] [--peer-megabytes 3] [--rounds 5] [--workers N] [--json FILE]
 
 The data are dialogues in English and Chinese, made of the sentences of data/sample.jsonl and data/pretrain.jsonl in a seeded
-order, about 1 kB a row. Both sides read, render, encode, find the answers, check by decoding, and write ids and who said each.
+order: one to three questions of one sentence or paragraph, with answers of 2 to 8 of them.
+Both sides read, render, encode, find the answers, check by decoding, and write ids and who said each.
 The peer is what the field's converters do: json.loads, the turns' text, TRIE_TOKENIZER.encode, decode and compare, write; it
 works on a part of the same rows, because it takes long. Megabytes are of JSONL; times are of warm runs.
 """
@@ -37,6 +38,7 @@ from rwkv_peft.roles import Role
 from rwkv_peft.shell_vars import Script, values_as_written
 
 ROOT = Path(__file__).resolve().parent.parent
+SENTENCES = (2, 4, 8)  # of an answer
 
 
 def sentences() -> list[str]:
@@ -54,18 +56,19 @@ def sentences() -> list[str]:
     return [s.strip() for s in found if s.strip()]
 
 
-def write_chats(path: Path, size: int) -> int:
-    """About `size` bytes of dialogues; returns how many exactly."""
-    order, known, written = random.Random(0), sentences(), 0
+def write_chats(path: Path, size: int) -> tuple[int, int, int]:
+    """About `size` bytes of dialogues; returns how many exactly, of how many rows and messages."""
+    order, known, written, rows, turns = random.Random(0), sentences(), 0, 0, 0
     with open(path, "wb") as file:
         while written < size:
             messages = []
             for _ in range(order.choice((1, 1, 2, 3))):
                 messages.append({"role": "user", "content": order.choice(known)})
-                answer = "\n".join(order.choices(known, k=order.choice((1, 2, 4))))
+                answer = "\n".join(order.choices(known, k=order.choice(SENTENCES)))
                 messages.append({"role": "assistant", "content": answer})
             written += file.write(json.dumps({"messages": messages}, ensure_ascii=False).encode() + b"\n")
-    return written
+            rows, turns = rows + 1, turns + len(messages)
+    return written, rows, turns
 
 
 def peer(path: Path, prefix: Path, tokenizer) -> None:
@@ -90,7 +93,7 @@ def peer(path: Path, prefix: Path, tokenizer) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--megabytes", type=int, default=24)
+    parser.add_argument("--megabytes", type=int, default=256)
     parser.add_argument("--peer-megabytes", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=1)
@@ -106,10 +109,8 @@ def main() -> None:
     speeds: dict[str, list[float]] = {"ours": [], "peer": []}
     with tempfile.TemporaryDirectory() as folder:
         ours, theirs = Path(folder) / "chats.jsonl", Path(folder) / "peer.jsonl"
-        sizes = {
-            "ours": write_chats(ours, given.megabytes * 10**6),
-            "peer": write_chats(theirs, given.peer_megabytes * 10**6),
-        }
+        written, rows, turns = write_chats(ours, given.megabytes * 10**6)
+        sizes = {"ours": written, "peer": write_chats(theirs, given.peer_megabytes * 10**6)[0]}
         for round_ in range(given.rounds + 1):
             for name, run in (
                 ("ours", lambda: tokenize(ours, config, 1, True)),
@@ -125,6 +126,7 @@ def main() -> None:
     cores = given.workers
     print(f"JSONL chats -> .bin/.idx with roles, report and picture; {platform.machine()}, {os.cpu_count()} cores, "
           f"Python {platform.python_version()}, {given.rounds} interleaved rounds")  # fmt: skip
+    print(f"  {rows:,} rows, {written / rows:,.0f} bytes and {turns / rows:.1f} messages each")
     for name, words in (("ours", f"make_tokenize.sh, WORKERS={cores}"), ("peer", "Python tokenizer, 1 process")):
         found = speeds[name]
         print(

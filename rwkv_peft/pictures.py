@@ -38,6 +38,6 @@ def figure(width: float, height: float) -> Iterator:
 
     with warnings.catch_warnings(), matplotlib.rc_context({"font.family": fonts()}):
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # no font here has that letter: a box does
-        drawing = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+        drawing = Figure(figsize=(width, height), dpi=DPI)
         FigureCanvasAgg(drawing)
         yield drawing, drawing.subplots()

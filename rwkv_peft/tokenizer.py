@@ -40,7 +40,9 @@ def token_bytes() -> tuple[bytes, ...]:
     lines = vocabulary_file().read_text(encoding="utf-8").split("\n")  # a token may be a line break of another kind
     # each line: id, Python literal of the token (str or bytes), length in bytes
     parts = [(line.partition(" ")[0], *line.partition(" ")[2].rstrip().rpartition(" ")[::2]) for line in lines if line]
-    tokens = ast.literal_eval("[" + ",".join(literal for _, literal, _ in parts) + "]")  # at once: it takes half the time
+    tokens = ast.literal_eval(
+        "[" + ",".join(literal for _, literal, _ in parts) + "]"
+    )  # at once: it takes half the time
     for (number, _, length), token in zip(parts, tokens, strict=True):
         token = token.encode("utf-8") if isinstance(token, str) else token
         if len(token) != int(length):

@@ -138,7 +138,15 @@ def is_the_text(ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray, data: 
 def encode_rows(rows: Sequence[Pieces], end_of_doc: bool) -> Encoded:
     """All rows at once. RowError if any cannot be encoded: then one by one tells which."""
     # a NUL behind every row is a piece of its own and belongs to the last speaker; it becomes the end of the document
-    texts = [text for row in rows for text in (*row.texts, NUL)]
+    texts: list[str] = []
+    said: list[Role] = []
+    nuls: list[int] = []  # which pieces these are
+    for some, roles in rows:
+        texts += some
+        said += roles
+        nuls.append(len(texts))
+        texts.append(NUL)
+        said.append(roles[-1])
     joined = "".join(texts)
     tokens = encoded(joined)
     ids = np.fromiter(tokens, np.intp, len(tokens))  # as wide as indices are: it is used as one several times
@@ -148,7 +156,7 @@ def encode_rows(rows: Sequence[Pieces], end_of_doc: bool) -> Encoded:
     if len(data) != len(joined):  # from characters to bytes
         begins = np.flatnonzero(np.frombuffer(data, np.int8) >= CONTINUATION_END)
         piece_ends = np.append(begins, len(data))[piece_ends]
-    speakers = np.frombuffer(b"".join([bytes((*row.roles, row.roles[-1])) for row in rows]), np.uint8)
+    speakers = np.frombuffer(bytes(said), np.uint8)
     lengths = lengths_of_tokens().take(ids)
     starts = np.cumsum(lengths, dtype=np.int32) - lengths
     if not is_the_text(ids, starts, lengths, data):
@@ -161,7 +169,7 @@ def encode_rows(rows: Sequence[Pieces], end_of_doc: bool) -> Encoded:
     for kind in (Role.UNTRAINED, Role.ASSISTANT):
         at = piece_tokens[into[speakers[into] == kind] - 1] - 1
         roles[at[roles[at] != Role.ASSISTANT]] = kind
-    of_row = np.cumsum([len(row.texts) + 1 for row in rows]) - 1  # the pieces that are NULs
+    of_row = np.array(nuls)
     separators = piece_tokens[of_row] - 1
     ids = ids.astype(np.uint16)
     if end_of_doc:
@@ -172,13 +180,13 @@ def encode_rows(rows: Sequence[Pieces], end_of_doc: bool) -> Encoded:
         keep[separators] = False
         ids, roles = ids[keep], roles[keep]
         first = np.concatenate([[0], separators - np.arange(len(rows))])
-    said = np.ones(len(texts), dtype=bool)
-    said[of_row] = False
+    spoken = np.ones(len(texts), dtype=bool)
+    spoken[of_row] = False
     begins = np.concatenate([[0], of_row[:-1] + 1])
     learnt = speakers == Role.ASSISTANT
     answered = np.add.reduceat(learnt, begins, dtype=np.int64) > 0
-    turns = int((learnt | (speakers == Role.UNTRAINED))[said].sum())
-    systems = int((speakers[said] == Role.SYSTEM).sum())
+    turns = int((learnt | (speakers == Role.UNTRAINED))[spoken].sum())
+    systems = int((speakers[spoken] == Role.SYSTEM).sum())
     return Encoded(
-        ids, roles, first, answered, counts[said], turns, systems, scripts(np.frombuffer(data, np.uint8))
+        ids, roles, first, answered, counts[spoken], turns, systems, scripts(np.frombuffer(data, np.uint8))
     )  # fmt: skip

@@ -108,35 +108,30 @@ def json_lines(path: Path) -> Iterator[Block]:
     """Lines of a .jsonl file in blocks of whole lines."""
     name = shown(path)
     with unpacked(path) as (file, read):
-        number, left = 1, b""
+        number = 1
         while piece := file.read(BLOCK):
-            piece = left + piece if left else piece
+            if not piece.endswith(b"\n"):
+                piece += file.readline(LINE_LIMIT + 1)
             end = piece.rfind(b"\n") + 1
-            if end:
-                whole, left = piece[:end], piece[end:]
+            is_too_long = len(piece) - end > LINE_LIMIT
+            whole = piece[:end] if is_too_long else piece
+            if whole:
                 yield Block(name, number, whole, read())
                 number += whole.count(b"\n")
-            elif len(piece) > LINE_LIMIT:
+            if is_too_long:
                 yield Block(name, number, [(number, too_long("Every line must be one JSON object"))], read())
-                left = rest_of_line(file)
+                skip_line(file)
                 number += 1
-            else:
-                left = piece
-        if left.strip():
-            yield Block(name, number, left, read())
 
 
 def too_long(law: str) -> RowError:
     return RowError("too long", f"is longer than {LINE_LIMIT >> 20} MB. {law}; split this one into several rows")
 
 
-def rest_of_line(file: IO[bytes]) -> bytes:
-    """Skip to behind the next line break; returns what was read beyond it."""
-    while piece := file.read(BLOCK):
-        _, found, behind = piece.partition(b"\n")
-        if found:
-            return behind
-    return b""
+def skip_line(file: IO[bytes]) -> None:
+    """Go to behind the next line break."""
+    while (rest := file.readline(LINE_LIMIT)) and not rest.endswith(b"\n"):
+        pass
 
 
 # a JSON text is cut at its brackets; strings are stepped over as a whole; a lone quote begins a string that was cut
@@ -343,8 +338,7 @@ def documents(file: IO[bytes], mode: str) -> Iterator[tuple[int, Row | RowError]
             yield begun if held else number, too_long(f"Every {mode} is one document")
             held, size = [], 0
             if not line.endswith(b"\n"):
-                while (rest := file.readline(LINE_LIMIT)) and not rest.endswith(b"\n"):
-                    pass
+                skip_line(file)
             continue
         if mode == "line":
             if line.strip():

@@ -30,7 +30,15 @@ class Quick:
             if role in SPEAKERS:
                 heading, lead, tail = template.patterns[role]
                 end = tail + ending.answer if role is Role.ASSISTANT else tail
-                self.speakers[name] = role, heading, lead, end + template.format_separator, template.cleaners[role]
+                pair = [Role.HEADING, role] if heading else [role]
+                self.speakers[name] = (
+                    role,
+                    pair,
+                    heading,
+                    lead,
+                    end + template.format_separator,
+                    template.cleaners[role],
+                )
         self.separator, self.last = len(template.format_separator), ending.last
 
     def conversation(self, row: Row, doctor: bool) -> tuple[str, Pieces] | None:
@@ -49,17 +57,16 @@ class Quick:
             roles: list[Role] = []
             for one in messages:
                 content = one[what]
-                role, heading, lead, end, cleaner = self.speakers[one[who]]
+                role, pair, heading, lead, end, cleaner = self.speakers[one[who]]
                 content = cleaner(content) if "\n" in content or "\r" in content else content.strip()
                 if not content or len(one) != 2 or (doctor and not content.isascii()):
                     return None
-                if role is Role.ASSISTANT and THINK in content:
+                if role is Role.ASSISTANT and content.startswith(THINK):
                     return None
                 if heading:
                     texts.append(heading)
-                    roles.append(Role.HEADING)
-                texts.append(lead + content + end)
-                roles.append(role)
+                texts.append(f"{lead}{content}{end}")
+                roles += pair
         except (KeyError, TypeError, AttributeError):
             return None  # not what it seemed; the long way says why
         if Role.ASSISTANT not in roles:

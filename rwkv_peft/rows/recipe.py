@@ -164,8 +164,9 @@ class Cook:
         for row, (line, item) in enumerate(items(block)):
             try:
                 content = parse(item)
-                # what was read as cp1252 holds letters from À to ÿ: rows without one need no doctor
-                doctor = repair and (type(item) is not bytes or b"\xc3" in item or b"\\u00" in item)
+                # what was read as cp1252 holds letters from À to ÿ, which are C3 and another byte: rows without one need no
+                # doctor. (A row in ASCII may hold them as \u00e9; no writer does both.)
+                doctor = repair and (type(item) is not bytes or item.isascii() or b"\xc3" in item)
                 if plain := quick(content, doctor):
                     schemas.append(plain[0])
                     drafts.append(Draft(row, line, plain[1], item))

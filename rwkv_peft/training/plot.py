@@ -27,6 +27,7 @@ def draw_loss(folder: Path) -> Path:
         recent = losses[max(0, i + 1 - window) : i + 1]
         smooth.append(sum(recent) / len(recent))
     with figure(9, 5) as (drawing, axes):
+        drawing.set_layout_engine("constrained")
         axes.plot(steps, losses, color="#9ec5e8", linewidth=1, label="each step")
         axes.plot(steps, smooth, color="#1f5f99", linewidth=2, label="smoothed")
         borders = [a["step"] + 0.5 for a, b in zip(records, records[1:], strict=False) if a["epoch"] != b["epoch"]]
