@@ -30,7 +30,12 @@ common=(RUN_NAME= MODEL_VERSION=auto N_LAYER=auto EMBD_SIZE=auto VOCAB_SIZE=auto
   TRAIN_TYPE=none CHUNK_CTX= EPOCH_STEPS=auto EPOCH_SAVE=100 MICRO_BSZ=1 MINI_BSZ=1 LR_INIT=3e-3 LR_FINAL=3e-4
   LR_SCHEDULE=cos WARMUP_STEPS=10 BETA1=0.9 BETA2=0.99 ADAM_EPS=1e-8 WEIGHT_DECAY=0 GRAD_CLIP=1.0 lora_r=64
   lora_alpha=128 lora_dropout=0 lora_parts=att,ffn,ln EMB_FINETUNE=0 lora_load= PRECISION=auto QUANT=none OP=auto
-  GRAD_CP=0 GPU_COUNT=1 STRATEGY=auto WANDB=)
+  GRAD_CP=0 GPU_COUNT=1 STRATEGY=auto WANDB=
+  OVERLONG=truncate PACK=isolated TRAIN_LENGTHS=auto TRAIN_BATCH_SIZES=auto TOKEN_BUDGET=auto MAGIC_PRIME=0 MASK_START=
+  MASK_END= STREAMING=0 MAX_STEPS=0 NUM_WORKERS=auto)
+# ... and of make_tokenize.sh
+plain=(--prompt-type rwkv-world --eot doc --handler auto --map-keys '' --strict 0 --expand 0 --mask-history 0 --max-tokens 0
+  --source-length 0 --target-length 0 --valid-percent 0 --seed 42)
 
 ./setup.sh
 began=$SECONDS
@@ -45,7 +50,7 @@ else
   rm -f quickstart/untrained.pth
   rwkv_peft/run.sh rwkv_peft.init --layers 4 --width 128 --out quickstart/untrained.pth
   cp data/pretrain.jsonl quickstart/
-  ./make_tokenize.sh quickstart/pretrain.jsonl | sed -n 1,2p
+  ./make_tokenize.sh quickstart/pretrain.jsonl "${plain[@]}" | sed -n 1,2p
   copy_with quickstart/pretrain.sh "${common[@]}" FINETUNE_MODE=full MODEL_PATH=quickstart/untrained.pth \
     DATA_PATH=quickstart/pretrain "RUN_NAME=quickstart-pretrain-$now" LOSS_MASK=pad CTX_LEN=512 EPOCH_COUNT=5
   quickstart/pretrain.sh
@@ -56,7 +61,7 @@ fi
 
 step "2/6  Tokens: ./make_tokenize.sh quickstart/sample.jsonl 4 (a copy of data/sample.jsonl)"
 cp data/sample.jsonl quickstart/
-./make_tokenize.sh quickstart/sample.jsonl 4
+./make_tokenize.sh quickstart/sample.jsonl 4 "${plain[@]}"
 
 step "3/6  LoRA: quickstart/training.sh (a copy of ./training.sh with the toy's settings): two samples, then the run"
 copy_with quickstart/training.sh "${common[@]}" FINETUNE_MODE=lora MODEL_PATH=rwkv7-tiny.pth \
@@ -72,7 +77,7 @@ RUN="quickstart-lora-$now" MODEL_PATH='' rwkv_peft/run.sh merge.__main__ merge.s
 step "5/6  The same question to both: ./chat.sh --model ... --temperature 0 --prompt ..."
 question="How many steps does the Heron Bay lighthouse have?"
 ask() { # whatever you have made of chat.sh
-  MODEL_PATH="$1" ADAPTER='' SYSTEM='' MAX_TOKENS=40 TEMPERATURE=0 TOP_P=1 SEED=1 PRECISION=auto \
+  MODEL_PATH="$1" ADAPTER='' PROMPT_TYPE=rwkv-world SYSTEM='' MAX_TOKENS=40 TEMPERATURE=0 TOP_P=1 SEED=1 PRECISION=auto \
     rwkv_peft/run.sh rwkv_peft.chat chat.sh --prompt "$question"
 }
 before="$(ask rwkv7-tiny.pth)"

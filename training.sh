@@ -103,6 +103,14 @@ DATA_SHUFFLE=1
 # Any whole number; the same number gives the same run. 随机种子，相同种子结果相同
 SEED=42
 
+# 1: train straight from rows, encoded on the way as make_tokenize.sh says. DATA_PATH is then a file or folder of rows, like
+# "my.jsonl" or "big.parquet", or a pipe. Set CTX_LEN and MAX_STEPS, and EPOCH_COUNT=1.        边读边编码，直接训练原始数据
+STREAMING=0
+# STREAMING=1: how many optimizer steps the run has; files are read again when they end. Else 0. 总步数
+MAX_STEPS=0
+# STREAMING=1: rows that wait to be shuffled; more is better mixed and takes more memory. 打乱缓冲区的行数
+STREAM_BUFFER=20000
+
 # Way through long texts: none. (infctx is to come; CHUNK_CTX belongs to it and stays empty.) 目前只支持 none
 TRAIN_TYPE=none
 # Length of infctx chunks: stays empty for now. infctx 分块长度，暂时留空

@@ -31,10 +31,10 @@ from pathlib import Path
 
 import numpy as np
 
-from json2binidx.config import TokenizeConfig
 from json2binidx.tokenize import tokenize
 from rwkv_peft.data.binidx import Writer
 from rwkv_peft.roles import Role
+from rwkv_peft.rows.settings import TokenizeConfig
 from rwkv_peft.shell_vars import Script, values_as_written
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -37,14 +37,14 @@ from rwkv_peft.shell_vars import enter, values_as_written, whole_number
 from rwkv_peft.words import did_you_mean, listed
 
 if TYPE_CHECKING:
-    from .config import TokenizeConfig
+    from rwkv_peft.rows.settings import TokenizeConfig
 
 OWN = ("--no-eof", "--preview")
 
 
 def main(arguments: list[str], environment: dict[str, str] | None = None) -> None:
     with door():  # a package that is missing is told in words as well
-        from .config import TokenizeConfig
+        from rwkv_peft.rows.settings import TokenizeConfig
 
         enter(arguments, __doc__, TokenizeConfig, command, environment=environment, options=True)
 

@@ -12,9 +12,8 @@ from rwkv_peft.errors import UserError
 from rwkv_peft.roles import Role
 from rwkv_peft.rows import files
 from rwkv_peft.rows.recipe import Cook
+from rwkv_peft.rows.settings import TokenizeConfig, recipe
 from rwkv_peft.words import count
-
-from .config import TokenizeConfig, recipe
 
 MOST = 600  # tokens of a row that are shown, from its beginning and its end
 COLOURS = {"begin": "\033[32m", "end": "\033[0m", "border": "\033[2m|\033[22m"}

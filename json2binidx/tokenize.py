@@ -25,10 +25,10 @@ from rwkv_peft.errors import UserError
 from rwkv_peft.rows import files
 from rwkv_peft.rows.files import Block
 from rwkv_peft.rows.recipe import Cooked, Recipe
+from rwkv_peft.rows.settings import TokenizeConfig, recipe
 from rwkv_peft.words import listed
 
 from . import cache, report
-from .config import TokenizeConfig, recipe
 from .picture import draw_lengths
 from .tally import Tally
 from .workers import cooked, number_of_workers

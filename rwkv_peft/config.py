@@ -68,6 +68,9 @@ class TrainConfig:
     mask_end: str = var("MASK_END")
     data_shuffle: bool = var("DATA_SHUFFLE")
     seed: int = var("SEED", ge=0, le=2**31 - 1)
+    streaming: bool = var("STREAMING")
+    max_steps: int = var("MAX_STEPS", ge=0, le=MOST)
+    stream_buffer: int = var("STREAM_BUFFER", ge=1, le=MOST)
     train_type: Literal["none"] = var("TRAIN_TYPE", later=later("infctx state", "none"))
     chunk_ctx: str = reserved("CHUNK_CTX", "TRAIN_TYPE=infctx")
 
@@ -153,7 +156,7 @@ class TrainConfig:
             'must be a plain folder name (no "/", not latest, not starting with "-")',
         )
         rule(given.run_name and not is_text(given.run_name), "RUN_NAME", "is not UTF-8; choose another name")
-        found += data_problems(given)
+        found += data_problems(given) + stream_problems(given)
         words = [word.strip() for word in (given.lora_parts or "").split(",")]
         if given.lora_parts is not None:
             wrong = [word for word in words if word not in LORA_PARTS]
@@ -189,6 +192,34 @@ def numbers(text: str) -> tuple[int, ...]:
         return ()
     bounds = var("", ge=1, le=MOST).metadata
     return tuple(convert(word, int, bounds) for word in words)
+
+
+def stream_problems(given: SimpleNamespace) -> list[Problem]:
+    """What STREAMING=1 wants and cannot do, and what belongs to it alone."""
+    if not given.streaming:
+        wrong = given.streaming is False and given.max_steps
+        message = (
+            "belongs to STREAMING=1; must be 0 without it, where EPOCH_COUNT and EPOCH_STEPS say how long a run is"
+        )
+        return [Problem("MAX_STEPS", message)] if wrong else []
+    rules = (
+        (given.max_steps == 0, "MAX_STEPS", "must say how many optimizer steps a run with STREAMING=1 has"),
+        (
+            given.ctx_len == "auto",
+            "CTX_LEN",
+            "must be a number with STREAMING=1: nobody knows the longest row beforehand",
+        ),
+        (given.dataload in ("bucket", "get"), "DATALOAD", "must be pack, pad or only with STREAMING=1"),
+        (given.pack == "concat", "PACK", "must be isolated with STREAMING=1"),
+        (
+            given.epoch_count not in (None, 1),
+            "EPOCH_COUNT",
+            "must be 1 with STREAMING=1, where MAX_STEPS says how long it is",
+        ),
+        (given.epoch_steps not in (None, "auto"), "EPOCH_STEPS", "must be auto with STREAMING=1; set MAX_STEPS"),
+        (given.num_workers not in (None, "auto", 0, 1), "NUM_WORKERS", "must be auto, 0 or 1 with STREAMING=1"),
+    )
+    return [Problem(name, message) for broken, name, message in rules if broken]
 
 
 def data_problems(given: SimpleNamespace) -> list[Problem]:

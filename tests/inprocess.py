@@ -4,10 +4,10 @@ import json
 
 from test_scripts import ROOT, shell_values
 
-from json2binidx.config import TokenizeConfig
 from json2binidx.tokenize import tokenize as make
 from rwkv_peft import checkpoint, train
 from rwkv_peft.config import TrainConfig
+from rwkv_peft.rows.settings import TokenizeConfig
 from rwkv_peft.shell_vars import Script
 
 FAST = {

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from json2binidx.config import TokenizeConfig
 from merge.__main__ import MergeConfig
 from rwkv_peft.chat import ChatConfig
 from rwkv_peft.config import RETIRED, TrainConfig
+from rwkv_peft.rows.settings import TokenizeConfig
 from rwkv_peft.shell_vars import Script
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -176,22 +176,32 @@ class Data:
 
     def batch(self, rows: Sequence[int], step_targets: int) -> Batch:
         """Rows as they are trained; in pad and bucket filled up to one length with token 0."""
-        lengths, text, trained = [], [], []
-        for number in rows:
-            pieces, *both = self.parts_of(number)
-            lengths += sequence_lengths(pieces)
-            text += both[0]
-            trained += both[1]
-        return make_batch(np.array(lengths), text, trained, step_targets, FILL_TO.get(self.mode))
+        return join_rows(map(self.parts_of, rows), step_targets, FILL_TO.get(self.mode))
 
     def filling(self, number: int, step_targets: int) -> Batch:
         """What a rank runs that has no row left in a step, of which nothing counts: the beginning of a row."""
         pieces, text, trained = self.parts_of(number)
         length = min(sequence_lengths(pieces)[0], FILLING + 1)
         first = [np.concatenate(text)[:length]], [np.concatenate(trained)[:length]]
-        batch = make_batch(np.array([length]), *first, step_targets, None)
-        nothing = torch.zeros(0, dtype=torch.long)
-        return dataclasses.replace(batch, positions=nothing, targets=nothing, tokens=0)
+        return nothing_of(make_batch(np.array([length]), *first, step_targets, None))
+
+
+def nothing_of(batch: Batch) -> Batch:
+    """A batch that is run and of which nothing counts."""
+    nothing = torch.zeros(0, dtype=torch.long)
+    return dataclasses.replace(batch, positions=nothing, targets=nothing, tokens=0)
+
+
+def join_rows(
+    rows: Iterable[tuple[list[Piece], list[np.ndarray], list[np.ndarray]]], step_targets: int, fill_to
+) -> Batch:
+    """Rows as Data.parts_of gives them, in one batch."""
+    lengths, text, trained = [], [], []
+    for pieces, tokens, flags in rows:
+        lengths += sequence_lengths(pieces)
+        text += tokens
+        trained += flags
+    return make_batch(np.array(lengths), text, trained, step_targets, fill_to)
 
 
 def sequence_lengths(pieces: Sequence[Piece]) -> list[int]:

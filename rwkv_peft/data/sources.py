@@ -19,8 +19,9 @@ ZERO = np.zeros(1, dtype=np.uint16)  # the end of a document that the file does 
 
 
 class Source:
-    """A tokenized file. reader: its tokens. roles: NAME.roles, or a function from the tokens of a document to its roles for
-    files that have none (it is asked once for every document), or None where the mask does not ask who said what.
+    """A tokenized file. reader: its tokens. roles: NAME.roles, the roles of all tokens, or a function from the tokens of a
+    document to its roles for files that have none (it is asked once for every document), or None where the mask does not ask
+    who said what.
 
     name: what to call it. weight: its share in a mixture. starts: first token of every document, and the end, int64 [N + 1].
     """
@@ -28,7 +29,7 @@ class Source:
     def __init__(
         self,
         reader: Reader,
-        roles: Reader | Callable[[np.ndarray], np.ndarray] | None,
+        roles: Reader | np.ndarray | Callable[[np.ndarray], np.ndarray] | None,
         vocab_size: int,
         weight: Fraction = Fraction(1),
     ):
@@ -46,6 +47,8 @@ class Source:
             if not np.array_equal(roles.sizes, self.sizes):
                 raise UserError(f"{roles.path}: describes other rows than {self.path}. Tokenize the data again.")
             self.roles = np.asarray(roles.tokens)
+        elif isinstance(roles, np.ndarray):
+            self.roles = roles
         else:
             self.roles = roles and self.find_roles(roles)
         self.last_answer: np.ndarray | None = None  # made by need_last_answers

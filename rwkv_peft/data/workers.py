@@ -6,7 +6,7 @@ import contextlib
 import signal
 from collections.abc import Iterator
 
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 AHEAD = 4  # batches that a worker prepares in advance
 
@@ -32,12 +32,13 @@ def make_loader(batches: Dataset, workers: int) -> DataLoader:
 
     Workers are forked: they share the mapped files and all that is known of them, instead of getting copies.
     """
+    sampler = None if isinstance(batches, IterableDataset) else InOrder(len(batches))  # a stream has its own order
     if not workers:
-        return DataLoader(batches, batch_size=None, sampler=InOrder(len(batches)))
+        return DataLoader(batches, batch_size=None, sampler=sampler)
     return DataLoader(
         batches,
         batch_size=None,
-        sampler=InOrder(len(batches)),
+        sampler=sampler,
         num_workers=workers,
         persistent_workers=True,
         prefetch_factor=AHEAD,

@@ -93,7 +93,7 @@ def unpacked(path: Path) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
                 raise UserError(f"{shown(path)}: is UTF-16. Save it as UTF-8 (in an editor: Save as, encoding UTF-8).")
             if file.peek(3)[:3] == codecs.BOM_UTF8:
                 file.read(3)
-            yield file, raw.tell
+            yield file, raw.tell if raw.seekable() else lambda: 0  # nobody knows how far a pipe is
         except (EOFError, OSError, zlib.error) as error:
             if isinstance(error, OSError) and error.errno is not None and not isinstance(error, gzip.BadGzipFile):
                 raise

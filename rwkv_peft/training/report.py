@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import shlex
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 from .. import project, tokenizer
@@ -23,14 +23,14 @@ ROW = {"pack": "pack", "concat": "window", "get": "window", "magic": "window"}  
 LONG_WARMUP = 0.25  # ... and so is a warm-up that takes more of the run than this
 
 
-def plan_lines(settings, base, geometry, data, plan, steps, trained_values, stored, dtype) -> list[str]:
+def plan_lines(settings, base, geometry, lines, tokens, plan, steps, trained_values, stored, dtype) -> list[str]:
     """The run header: what was read, what auto became, how long it is, what it needs.
 
-    settings: those of run.json, by their names in the script.
+    settings: those of run.json, by their names in the script. lines: data_lines or stream_lines. tokens: inputs of the
+    largest micro-batch.
     """
-    facts, total = data.facts(), sum(math.prod(s.shape) for s in stored.values())
+    total = sum(math.prod(s.shape) for s in stored.values())
     device, full = device_kind(), settings["FINETUNE_MODE"] == "full"
-    tokens = min(plan.most_tokens(data.ctx_len), facts.tokens)
     memory = memory_bytes(
         arch.shapes(geometry), trained_values, tokens, geometry.n_layer, geometry.n_embd, dtype.itemsize,
         settings["GRAD_CP"], full, device,
@@ -45,12 +45,7 @@ def plan_lines(settings, base, geometry, data, plan, steps, trained_values, stor
         ("model", f"{project.shown(base)}: {arch.SUPPORTED}, {geometry.n_layer} layers, width {geometry.n_embd}, "
                   f"vocabulary {geometry.vocab_size}, {total / 1e6:,.1f} M parameters"),
         ("method", f"{method}: {trained_values / 1e6:,.2f} M trained values ({trained_values / total:.1%} of the model's)"),
-        *data_rows(data, facts, plan, settings),
-        ("batches", f"DATALOAD={settings['DATALOAD']}, CTX_LEN={settings['CTX_LEN']}: "
-                    f"{count(data.rows, ROW.get(data.mode, 'row'))} a pass, "
-                    f"{'shuffled' if settings['DATA_SHUFFLE'] else 'not shuffled'}; "
-                    f"MICRO_BSZ={settings['MICRO_BSZ']} x MINI_BSZ={plan.accumulate} x GPU_COUNT={plan.world}"),
-        *batch_rows(data, plan),
+        *lines,
         ("length", f"{count(settings['EPOCH_COUNT'], 'epoch')} x EPOCH_STEPS={plan.micro_batches} micro-batches = "
                    f"{count(steps, 'optimizer step')}; LR {settings['LR_INIT']:g} -> {last:g} ({settings['LR_SCHEDULE']}, "
                    f"{settings['WARMUP_STEPS']} warm-up)"),
@@ -80,6 +75,36 @@ def plan_lines(settings, base, geometry, data, plan, steps, trained_values, stor
         ("output", f"output/{settings['RUN_NAME']}/"),
     ]  # fmt: skip
     return [f"{label:<10}{text}" for label, text in rows]
+
+
+def data_lines(data, plan, settings) -> list[tuple[str, str]]:
+    """What was read, and how it becomes batches."""
+    return [
+        *data_rows(data, data.facts(), plan, settings),
+        ("batches", f"DATALOAD={settings['DATALOAD']}, CTX_LEN={settings['CTX_LEN']}: "
+                    f"{count(data.rows, ROW.get(data.mode, 'row'))} a pass, "
+                    f"{'shuffled' if settings['DATA_SHUFFLE'] else 'not shuffled'}; {at_once(plan, settings)}"),
+        *batch_rows(data, plan),
+    ]  # fmt: skip
+
+
+def at_once(plan, settings) -> str:
+    return f"MICRO_BSZ={settings['MICRO_BSZ']} x MINI_BSZ={plan.accumulate} x GPU_COUNT={plan.world}"
+
+
+def stream_lines(files, tokenizing, buffer: int, plan, settings) -> list[tuple[str, str]]:
+    """The same for STREAMING=1. tokenizing: the settings of make_tokenize.sh. buffer: rows that wait to be shuffled."""
+    size = sum(path.stat().st_size for path in files if path.is_file())
+    names = ", ".join(project.shown(path) for path in files[:3]) + (
+        f" and {len(files) - 3} more" if len(files) > 3 else ""
+    )
+    what = f"{size / 1e6:,.1f} MB of rows, again and again" if size else "a pipe, until it ends"
+    order = f"shuffled among {buffer:,} rows" if buffer > 1 else "in the order of the files"
+    return [
+        ("data", f"{names}: {what}, encoded on the way as make_tokenize.sh says (PROMPT_TYPE={tokenizing.prompt_type}, "
+                 f"EOT={tokenizing.eot}); LOSS_MASK={settings['LOSS_MASK']}"),
+        ("batches", f"DATALOAD={settings['DATALOAD']}, CTX_LEN={settings['CTX_LEN']}, {order}; {at_once(plan, settings)}"),
+    ]  # fmt: skip
 
 
 def data_rows(data, facts, plan, settings) -> list[tuple[str, str]]:
@@ -146,14 +171,14 @@ def shown(value) -> str:
     return f"{value:g}" if isinstance(value, float) else shlex.quote(str(value))
 
 
-def print_samples(data, most: int) -> None:
-    """The first different rows of the first epoch, one by one as they are trained, with what is trained marked."""
+def print_samples(sequences: Iterator, most: int) -> None:
+    """The first different sequences of the run as they are trained, with what is trained marked."""
     colour = sys.stdout.isatty()
     begin, end = ("\033[32m", "\033[0m") if colour else ("[[", "]]")
     where = "green" if colour else "in [[double brackets]]"
     print(f"\nThe first samples of the run; what is {where} is trained:")
     seen: set[bytes] = set()  # repeats of a row often share a pack
-    for tokens, weights in itertools.chain.from_iterable(map(data.row, range(data.rows))):
+    for tokens, weights in sequences:
         if tokens.tobytes() in seen:
             continue
         number = len(seen) + 1

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Literal
 
-from rwkv_peft.errors import Problem, Problems, UserError
-from rwkv_peft.rows.limits import Limits
-from rwkv_peft.rows.recipe import Recipe
-from rwkv_peft.rows.schemas import HANDLERS, columns
-from rwkv_peft.shell_vars import MOST, var
-from rwkv_peft.templates.named import template
+from ..errors import Problem, Problems, UserError
+from ..shell_vars import MOST, var
+from ..templates.named import template
+from .limits import Limits
+from .recipe import Recipe
+from .schemas import HANDLERS, columns
 
 
 @dataclass(frozen=True)

@@ -17,26 +17,21 @@ import dataclasses
 import logging
 import os
 import platform
-import re
-import shlex
-import sys
 import time
-from fractions import Fraction
 from pathlib import Path
 
-from . import hashing, project, runs
-from .atomic import need_space, write_json
-from .config import RETIRED, TrainConfig
-from .errors import EXIT_MEMORY, Problem, Problems, UserError, leave
-from .shell_vars import enter
-from .words import did_you_mean, listed
+from .. import hashing, project, runs
+from ..atomic import need_space, write_json
+from ..config import RETIRED, TrainConfig
+from ..errors import EXIT_MEMORY, Problem, Problems, UserError, leave
+from ..shell_vars import enter
+from ..words import did_you_mean
+from .data import Planned, data_files, plan_run, plan_stream, stream_source
 
 # Lightning starts one more process for every further GPU, numbered from 1: those are quiet and write nothing
 SAMPLES = 2  # that a dry run shows
 RANK = int(os.environ.get("LOCAL_RANK", 0))
 MAIN_PROCESS = RANK == 0
-AUTO_BATCH_TOKENS = 4096  # MICRO_BSZ=auto: about this many tokens at once ...
-AUTO_LEAST_STEPS = 16  # ... but an epoch has at least this many optimizer steps, if the data allow it
 MOST_NAME = 80  # characters of a mixture's names in the name of a run
 
 
@@ -63,14 +58,13 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
 
     import torch
 
-    from . import checkpoint, machine
-    from .adapters import attach
-    from .data.loading import Batches
-    from .data.workers import end_workers, make_loader
-    from .model import arch
-    from .model.rwkv import build
-    from .ops import dispatch
-    from .training import report, strategy
+    from .. import checkpoint, machine
+    from ..adapters import attach
+    from ..data.workers import end_workers, make_loader
+    from ..model import arch
+    from ..model.rwkv import build
+    from ..ops import dispatch
+    from ..training import report, strategy
 
     say = print if MAIN_PROCESS else lambda *_a, **_k: None
     base = project.model_file(config.model_path)
@@ -79,11 +73,13 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
     precision = machine.precision(config.precision)
     trainer_arguments = strategy.trainer_arguments(precision, config.gpu_count, config.strategy)
     base_sha256 = check_lora(config, base) if config.lora_load and MAIN_PROCESS else ""
-    data, plan = plan_run(config, files, geometry)
+    data = (plan_stream if config.streaming else plan_run)(config, files, geometry.vocab_size, say)
+    plan = data.plan
     steps = plan.optimizer_steps * config.epoch_count
     full = config.finetune_mode == "full"
 
-    stem = f"{'+'.join(prefix.name for prefix, _ in files)[:MOST_NAME]}-{config.finetune_mode}"
+    names = [files.name.partition(".")[0]] if config.streaming else [prefix.name for prefix, _ in files]
+    stem = f"{'+'.join(names)[:MOST_NAME]}-{config.finetune_mode}"
     if MAIN_PROCESS and not dry_run:
         folder = runs.claim(config.run_name, stem, cleanup)
         cleanup.callback(runs.release, folder)
@@ -93,20 +89,23 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
     trained_values = attach.count_trained(arch.shapes(geometry), full, config.parts, config.lora_r)
     workers = config.num_workers if config.num_workers != "auto" else int(machine.device_kind() == "cuda")
     settings = resolved(config, op, precision, data, plan, geometry, folder.name, workers)
-    header = report.plan_lines(settings, base, geometry, data, plan, steps, trained_values, stored, dtype)
+    lines = data.lines(settings)
+    header = report.plan_lines(
+        settings, base, geometry, lines, data.most_tokens, plan, steps, trained_values, stored, dtype
+    )
     if dry_run:
         header = report.setting_lines(settings, script_values(config)) + header
     say("\n".join(header))
     if dry_run:
-        report.print_samples(data, SAMPLES)
+        report.print_samples(data.sequences(), SAMPLES)
         say("\nThis was a dry run: nothing was trained, nothing was written.")
         return
 
     import pytorch_lightning as pl
 
-    from .training.callbacks import TOO_HIGH, LossFile, Progress, Save, StepRecorder, StopOnSignal, wandb_sink
-    from .training.module import TrainingModule
-    from .training.optim import parameter_groups
+    from ..training.callbacks import TOO_HIGH, LossFile, Progress, Save, StepRecorder, StopOnSignal, wandb_sink
+    from ..training.module import TrainingModule
+    from ..training.optim import parameter_groups
 
     if MAIN_PROCESS:
         need_space(folder, base.stat().st_size if full else 4 * trained_values)
@@ -184,7 +183,7 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
         enable_model_summary=False,
         callbacks=callbacks,
     )
-    loader = make_loader(Batches(data, plan, RANK), workers)
+    loader = make_loader(data.batches(RANK), workers)
     cleanup.callback(end_workers, loader)
     began = time.monotonic()
     try:
@@ -198,12 +197,15 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
     cleanup.close()
     if not MAIN_PROCESS:
         return
+    if config.streaming and trainer.global_step < steps and not stop.received:
+        print(f"The stream ended after {trainer.global_step} of MAX_STEPS={steps} steps.")
     report.finish(full, folder, save.newest, stop.received, time.monotonic() - began)
 
 
 def open_files(config: TrainConfig, base: Path):
-    """What the base holds, its geometry, and the prefixes and weights of the data; all that is wrong with the files at once."""
-    from . import bases
+    """What the base holds, its geometry, and the data: prefixes and weights, or what is streamed. Problems with all that is
+    wrong with the files."""
+    from .. import bases
 
     found, stored, geometry = [], {}, None
     try:
@@ -218,7 +220,7 @@ def open_files(config: TrainConfig, base: Path):
             for name, value in given.items()
             if value not in ("auto", sizes[name])
         ]
-    files, wrong = data_files(config.data_path)
+    files, wrong = (stream_source if config.streaming else data_files)(config.data_path)
     found += [Problem("DATA_PATH", message) for message in wrong]
     if config.run_name and MAIN_PROCESS and runs.is_taken(project.OUTPUT / config.run_name):
         there = project.shown(project.OUTPUT / config.run_name)
@@ -232,126 +234,6 @@ def open_files(config: TrainConfig, base: Path):
     return stored, geometry, files
 
 
-def data_files(text: str):
-    """DATA_PATH -> prefixes and weights of the tokenized files, and what is wrong with them."""
-    from .data import mixture
-
-    if not missing_data(project.data_prefix(text)):  # a file whose very name looks like a mixture
-        return [(project.data_prefix(text), Fraction(1))], []
-    try:
-        names = mixture.parse(text)
-    except ValueError as error:
-        return [], [str(error)]
-    files = [(project.data_prefix(name), weight) for name, weight in names]
-    wrong = [missing for prefix, _ in files if (missing := missing_data(prefix))]
-    prefixes = [os.path.abspath(prefix) for prefix, _ in files]
-    wrong += [
-        f"names {project.shown(prefix)} more than once; give each file one weight"
-        for prefix in sorted({p for p in prefixes if prefixes.count(p) > 1})
-    ]
-    return files, wrong
-
-
-def missing_data(prefix: Path) -> str:
-    """What to say if a tokenized file is not there, else ""."""
-    missing = [ending for ending in (".bin", ".idx") if not Path(f"{prefix}{ending}").is_file()]
-    if not missing:
-        return ""
-    source = Path(f"{prefix}.jsonl")
-    there = project.data_names()
-    hint = f"{did_you_mean(prefix.name, there) or '.'} Tokenized data in data/: {listed(there)}"
-    if source.is_file():
-        hint = f"; make it: ./make_tokenize.sh {shlex.quote(source.name)}"
-    return f"{project.shown(prefix)}{' and '.join(missing)}: there is no such file{hint}"
-
-
-def plan_run(config: TrainConfig, files, geometry):
-    """The data as batches will be made of them, and how they become epochs and steps. files: prefixes and weights."""
-    from .data import buckets
-    from .data.loading import Data
-
-    mode = "concat" if config.pack == "concat" else "magic" if config.magic_prime else config.dataload
-    ctx_len, limit = config.ctx_len if config.ctx_len != "auto" else None, "CTX_LEN"
-    if config.lengths and not ctx_len:
-        ctx_len, limit = config.lengths[-1], "TRAIN_LENGTHS"
-    budget = config.token_budget if config.token_budget != "auto" else None
-
-    def choose(lengths):
-        return buckets.choose(lengths, config.lengths, config.batch_sizes, budget, config.mini_bsz, config.gpu_count)
-
-    data = Data(
-        open_sources(config, files, geometry.vocab_size),
-        mode,
-        "qa" if config.loss_mask == "se" else config.loss_mask,
-        ctx_len,
-        config.overlong,
-        config.seed,
-        config.data_shuffle,
-        choose if mode == "bucket" else None,
-        limit,
-    )
-    micro_bsz = config.micro_bsz
-    if micro_bsz == "auto":
-        several = data.rows // (AUTO_LEAST_STEPS * config.mini_bsz * config.gpu_count)
-        micro_bsz = max(1, min(AUTO_BATCH_TOKENS // data.ctx_len, several))
-    epoch_steps = None if config.epoch_steps == "auto" else config.epoch_steps
-    return data, data.make_plan(epoch_steps, micro_bsz, config.mini_bsz, config.gpu_count)
-
-
-def open_sources(config: TrainConfig, files, vocab_size: int) -> list:
-    """The tokenized files with the roles that LOSS_MASK asks for: those written down, or found in the text."""
-    from .data.binidx import Reader
-    from .data.masking import Markers
-    from .data.sources import Source
-    from .templates.headings import spans_of_text
-
-    sources, missing = [], []
-    for prefix, weight in files:
-        reader, roles = Reader(prefix), None
-        markers = Markers(unescaped(config.mask_start), unescaped(config.mask_end))
-        if config.loss_mask == "se":
-            roles = roles_by(markers.spans)
-        elif config.loss_mask in ("qa", "last"):
-            if Path(f"{prefix}.roles.idx").is_file():
-                roles = Reader(f"{prefix}.roles")
-            else:
-                roles = roles_by(spans_of_text)
-                if MAIN_PROCESS:
-                    print(
-                        f"{prefix.name} has no .roles file: who said what is found by the headings User: and Assistant: in "
-                        "the text."
-                    )
-        sources.append(Source(reader, roles, vocab_size, weight))
-        if config.loss_mask == "se" and not markers.starts:
-            missing.append(Problem("MASK_START", f"is nowhere in {prefix.name}.bin"))
-        elif config.loss_mask == "se" and not markers.ends:
-            missing.append(Problem("MASK_END", f"is nowhere behind a MASK_START in {prefix.name}.bin"))
-    if missing:
-        raise Problems(*missing)
-    return sources
-
-
-def unescaped(text: str) -> bytes:
-    """The bytes that MASK_START and MASK_END mean."""
-    marks = {"\\n": "\n", "\\t": "\t", "\\\\": "\\"}
-    return re.sub(r"\\[nt\\]", lambda found: marks[found[0]], text).encode()
-
-
-def roles_by(find_spans):
-    """A function from the tokens of a document to its roles. find_spans: from its bytes to spans that cover them."""
-    import numpy as np
-
-    from . import tokenizer
-    from .data.masking import roles_of_tokens
-
-    def roles(ids):
-        ids = np.where(ids < tokenizer.VOCAB_SIZE, ids, tokenizer.END_OF_DOC)  # others have no bytes
-        spans = find_spans(tokenizer.decode_bytes(ids.tolist()))
-        return roles_of_tokens(tokenizer.token_lengths()[ids], spans, end_of_doc=len(ids) > 0 and ids[-1] == 0)
-
-    return roles
-
-
 def lora_file(config: TrainConfig) -> Path:
     path = project.find(config.lora_load, "output")
     return runs.epoch_file(path, None) if path.is_dir() else path
@@ -359,7 +241,7 @@ def lora_file(config: TrainConfig) -> Path:
 
 def check_lora(config: TrainConfig, base: Path) -> str:
     """Whether lora_load was trained on this base with this rank and alpha; Problems if not. Returns the base's SHA-256."""
-    from . import checkpoint
+    from .. import checkpoint
 
     path = lora_file(config)
     base_sha256 = hashing.sha256(base)
@@ -387,7 +269,7 @@ def check_lora(config: TrainConfig, base: Path) -> str:
     return base_sha256
 
 
-def resolved(config: TrainConfig, op, precision, data, plan, geometry, run_name, workers) -> dict:
+def resolved(config: TrainConfig, op, precision, data: Planned, plan, geometry, run_name, workers) -> dict:
     """run.json: every setting of the script by its name, with auto replaced by what it became."""
     became = {
         "RUN_NAME": run_name, "MODEL_VERSION": "v7", "N_LAYER": geometry.n_layer, "EMBD_SIZE": geometry.n_embd,
@@ -414,7 +296,7 @@ def describe_run(config, geometry, base: Path, base_sha256, precision, epoch: in
     import pytorch_lightning
     import torch
 
-    from . import __version__
+    from .. import __version__
 
     full = config.finetune_mode == "full"
     return {
@@ -439,7 +321,3 @@ def describe_run(config, geometry, base: Path, base_sha256, precision, epoch: in
             "python": platform.python_version(),
         },
     }
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -1,0 +1,126 @@
+"""STREAMING=1: batches from documents that come one after another, without a file of tokens.
+
+Documents are taken in chunks; a chunk is batched as a small file would be, and used up before the next one comes. So packing,
+OVERLONG and the masks are those of files. What follows from a number of steps is always the same: to go on from micro-batch n,
+the stream is gone through again up to there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from torch.utils.data import IterableDataset
+
+from ..errors import Problems
+from .loading import FILL_TO, Batch, Data, join_rows, nothing_of
+from .sampling import Plan
+from .sources import Source
+
+CHUNK = (
+    64  # contexts of tokens that are batched together: the fuller packs are, the fewer are left open at a chunk's end
+)
+PATIENCE = 50  # chunks in a row without anything to train
+
+
+class Chunk(NamedTuple):
+    """Some documents, in the form in which Source takes a file."""
+
+    path: Path
+    sizes: np.ndarray
+    tokens: np.ndarray
+
+
+class Row(NamedTuple):
+    data: Data
+    number: int
+
+
+class Stream(IterableDataset):
+    """The micro-batches of one rank, from number `first` on.
+
+    documents: begins the stream anew; gives ids and roles of each. make_data: from a Source to the Data of its one pass.
+    find_roles: from the tokens of a document to its roles, where the mask wants others than those that were written down.
+    """
+
+    def __init__(
+        self,
+        name: Path,
+        documents: Callable[[], Iterator],
+        make_data: Callable[[Source, int], Data],
+        find_roles: Callable[[np.ndarray], np.ndarray] | None,
+        vocab_size: int,
+        ctx_len: int,
+        plan: Plan,
+        rank: int,
+        first: int = 0,
+    ):
+        self.name, self.documents, self.make_data, self.find_roles = name, documents, make_data, find_roles
+        self.vocab_size, self.ctx_len, self.plan, self.rank, self.first = vocab_size, ctx_len, plan, rank, first
+
+    def chunks(self) -> Iterator[Source]:
+        held, size = [], 0
+        for document in self.documents():
+            held.append(document)
+            size += len(document.ids)
+            if size >= CHUNK * self.ctx_len:
+                yield self.source(held)
+                held, size = [], 0
+        if held:
+            yield self.source(held)
+
+    def source(self, documents: list) -> Source:
+        ids = np.concatenate([d.ids for d in documents])
+        chunk = Chunk(self.name, np.array([len(d.ids) for d in documents], dtype=np.int32), ids)
+        return Source(chunk, self.find_roles or np.concatenate([d.roles for d in documents]), self.vocab_size)
+
+    def rows(self) -> Iterator[Row]:
+        """Every row of the stream: of each chunk, one pass. Problems if there is nothing to train for long."""
+        empty = 0
+        for number, source in enumerate(self.chunks()):
+            try:
+                data = self.make_data(source, number)
+            except Problems:
+                empty += 1
+                if empty == PATIENCE or (number == 0 and source.starts[-1] < CHUNK * self.ctx_len):
+                    raise
+                continue
+            empty = 0
+            for row in range(data.rows):
+                yield Row(data, row)
+
+    def steps(self) -> Iterator[list[Row]]:
+        """The rows of every optimizer step, over all ranks; the last one may be short."""
+        size = self.plan.micro_bsz * self.plan.accumulate * self.plan.world
+        step: list[Row] = []
+        for row in self.rows():
+            step.append(row)
+            if len(step) == size:
+                yield step
+                step = []
+        if step:
+            yield step
+
+    def __iter__(self) -> Iterator[Batch]:
+        plan = self.plan
+        for number, step in zip(range(plan.optimizer_steps), self.steps(), strict=False):
+            if (number + 1) * plan.accumulate <= self.first:
+                continue
+            targets = sum(data.count_row(row) for data, row in step)
+            for part in range(plan.accumulate):
+                if number * plan.accumulate + part < self.first:
+                    continue
+                begin = (part * plan.world + self.rank) * plan.micro_bsz
+                mine = step[begin : begin + plan.micro_bsz]
+                yield self.batch(mine, targets) if mine else nothing_of(self.batch(step[:1], targets))
+
+    def batch(self, rows: list[Row], step_targets: int) -> Batch:
+        parts = (data.parts_of(number) for data, number in rows)
+        return join_rows(parts, step_targets, FILL_TO.get(rows[0].data.mode))
+
+    def sequences(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Tokens and weights of every sequence, for a look at them."""
+        for data, number in self.rows():
+            yield from data.row(number)

@@ -1,0 +1,77 @@
+"""Rows of files as tokens, encoded on the way, in a shuffled order that needs no more than a buffer. Endless for files, which
+are read again and again; a pipe is read once."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import UserError
+from ..project import shown
+from . import files
+from .encode import Tokens
+from .files import Block
+from .recipe import Cook, Recipe, items
+from .schemas import Row, RowError
+
+TOGETHER = 256  # rows that are encoded at once
+TOLD = 10  # rejected rows that are told; a run may go through millions
+
+
+@dataclass(frozen=True)
+class RowStream:
+    """Documents from files, in the same order for the same seed. buffer: rows that wait for their turn (1: file order)."""
+
+    paths: Sequence[Path]
+    recipe: Recipe
+    txt_mode: str
+    seed: int
+    buffer: int
+    say: Callable[[str], None]
+
+    def documents(self) -> Iterator[Tokens]:
+        """Every row that can be used, pass after pass. UserError if a whole pass has none."""
+        cook, told = Cook(self.recipe), 0
+        for number in itertools.count():
+            used, reject = 0, None
+            rows = shuffled(self.rows(), np.random.default_rng([self.seed, number]), self.buffer)
+            while some := list(itertools.islice(rows, TOGETHER)):
+                # a row's place in this list stands for its file and line, which the list knows
+                made = cook.block(Block("", 0, [(i, item) for i, (_, _, item) in enumerate(some)], 0))
+                for reject in made.rejects:
+                    told += 1
+                    if number == 0 and told <= TOLD:
+                        file, line, _ = some[reject.line]
+                        self.say(f"left out  {file}:{line}: {reject.message}")
+                used += len(made.sizes)
+                ends = np.cumsum(made.sizes)
+                for begin, end in zip((ends - made.sizes).tolist(), ends.tolist(), strict=True):
+                    yield Tokens(made.ids[begin:end], made.roles[begin:end])
+            if not used:
+                why = f": {reject.message}" if reject else ""
+                raise UserError(f"{shown(self.paths[0])}: holds no row that can be used{why}.")
+            if number == 0 and told > TOLD:
+                self.say(f"left out  {told:,} rows of the first pass; the first {TOLD} are told above")
+            if not all(path.is_file() for path in self.paths):  # a pipe is empty now
+                return
+
+    def rows(self) -> Iterator[tuple[str, int, bytes | Row | RowError]]:
+        """File, number and content of every row, in the order of the files."""
+        for path in self.paths:
+            for block in files.blocks(path, self.txt_mode):
+                for number, item in items(block):
+                    yield block.file, number, item
+
+
+def shuffled(rows: Iterator, random: np.random.Generator, buffer: int) -> Iterator:
+    """Each row takes a random place among the `buffer` that wait, and the one that was there goes."""
+    waiting = list(itertools.islice(rows, buffer))
+    for row in rows:
+        place = int(random.integers(len(waiting)))
+        yield waiting[place]
+        waiting[place] = row
+    yield from (waiting[i] for i in random.permutation(len(waiting)))

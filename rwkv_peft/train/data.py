@@ -1,0 +1,251 @@
+"""DATA_PATH and what belongs to it, opened and planned: tokenized files, alone or mixed, and how they become batches."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .. import project
+from ..config import TrainConfig
+from ..errors import Problem, Problems, UserError
+from ..shell_vars import Script, values_as_written
+from ..words import did_you_mean, listed
+
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset
+
+    from ..data.buckets import Buckets
+    from ..data.sampling import Plan
+
+TOKENIZE = Path(__file__).resolve().parent.parent.parent / "make_tokenize.sh"  # how a stream becomes tokens
+AUTO_BATCH_TOKENS = 4096  # MICRO_BSZ=auto: about this many tokens at once ...
+AUTO_LEAST_STEPS = 16  # ... but an epoch has at least this many optimizer steps, if the data allow it
+
+
+def data_files(text: str):
+    """DATA_PATH -> prefixes and weights of the tokenized files, and what is wrong with them."""
+    from ..data import mixture
+
+    if not missing_data(project.data_prefix(text)):  # a file whose very name looks like a mixture
+        return [(project.data_prefix(text), Fraction(1))], []
+    try:
+        names = mixture.parse(text)
+    except ValueError as error:
+        return [], [str(error)]
+    files = [(project.data_prefix(name), weight) for name, weight in names]
+    wrong = [missing for prefix, _ in files if (missing := missing_data(prefix))]
+    prefixes = [os.path.abspath(prefix) for prefix, _ in files]
+    wrong += [
+        f"names {project.shown(prefix)} more than once; give each file one weight"
+        for prefix in sorted({p for p in prefixes if prefixes.count(p) > 1})
+    ]
+    return files, wrong
+
+
+def missing_data(prefix: Path) -> str:
+    """What to say if a tokenized file is not there, else ""."""
+    missing = [ending for ending in (".bin", ".idx") if not Path(f"{prefix}{ending}").is_file()]
+    if not missing:
+        return ""
+    source = Path(f"{prefix}.jsonl")
+    there = project.data_names()
+    hint = f"{did_you_mean(prefix.name, there) or '.'} Tokenized data in data/: {listed(there)}"
+    if source.is_file():
+        hint = f"; make it: ./make_tokenize.sh {shlex.quote(source.name)}"
+    return f"{project.shown(prefix)}{' and '.join(missing)}: there is no such file{hint}"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a run trains on, and how it is cut into epochs and steps.
+
+    ctx_len: the longest sequence. buckets: those of DATALOAD=bucket. most_tokens: inputs of the largest micro-batch.
+    lines: from the settings to the rows of the plan that the user sees. batches: from a rank to its micro-batches.
+    sequences: what is trained, to look at: tokens [n] and weights [n-1] of one after another.
+    """
+
+    plan: Plan
+    ctx_len: int
+    buckets: Buckets | None
+    most_tokens: int
+    lines: Callable[[dict], list[tuple[str, str]]]
+    batches: Callable[[int], Dataset]
+    sequences: Callable[[], Iterator]
+
+
+def plan_run(config: TrainConfig, files, vocab_size: int, say) -> Planned:
+    """The data as batches will be made of them. files: prefixes and weights, as data_files gives them."""
+    from ..data import buckets
+    from ..data.loading import Batches, Data
+    from ..training import report
+
+    mode = "concat" if config.pack == "concat" else "magic" if config.magic_prime else config.dataload
+    ctx_len, limit = config.ctx_len if config.ctx_len != "auto" else None, "CTX_LEN"
+    if config.lengths and not ctx_len:
+        ctx_len, limit = config.lengths[-1], "TRAIN_LENGTHS"
+    budget = config.token_budget if config.token_budget != "auto" else None
+
+    def choose(lengths):
+        return buckets.choose(lengths, config.lengths, config.batch_sizes, budget, config.mini_bsz, config.gpu_count)
+
+    data = Data(
+        open_sources(config, files, vocab_size, say),
+        mode,
+        mask_of(config),
+        ctx_len,
+        config.overlong,
+        config.seed,
+        config.data_shuffle,
+        choose if mode == "bucket" else None,
+        limit,
+    )
+    micro_bsz = config.micro_bsz
+    if micro_bsz == "auto":
+        several = data.rows // (AUTO_LEAST_STEPS * config.mini_bsz * config.gpu_count)
+        micro_bsz = max(1, min(AUTO_BATCH_TOKENS // data.ctx_len, several))
+    epoch_steps = None if config.epoch_steps == "auto" else config.epoch_steps
+    plan = data.make_plan(epoch_steps, micro_bsz, config.mini_bsz, config.gpu_count)
+    return Planned(
+        plan,
+        data.ctx_len,
+        data.buckets,
+        min(plan.most_tokens(data.ctx_len), data.facts().tokens),
+        lambda settings: report.data_lines(data, plan, settings),
+        lambda rank: Batches(data, plan, rank),
+        lambda: itertools.chain.from_iterable(map(data.row, range(data.rows))),
+    )
+
+
+def mask_of(config: TrainConfig) -> str:
+    """LOSS_MASK=se is qa with roles that the markers tell."""
+    return "qa" if config.loss_mask == "se" else config.loss_mask
+
+
+def plan_stream(config: TrainConfig, source: Path, vocab_size: int, say) -> Planned:
+    """Batches straight from a file or folder of rows, encoded on the way as make_tokenize.sh says."""
+    from ..data.loading import Data
+    from ..data.masking import Markers
+    from ..data.sampling import Plan
+    from ..data.streaming import Stream
+    from ..rows import files
+    from ..rows.settings import TokenizeConfig, recipe
+    from ..rows.stream import RowStream
+    from ..training import report
+
+    script = Script(TOKENIZE, values_as_written(TOKENIZE))
+    try:
+        tokenizing = script.read(TokenizeConfig)
+    except Problems as problems:  # of another script than the one that runs
+        raise UserError(script.report(problems)) from None
+    micro_bsz = max(1, AUTO_BATCH_TOKENS // config.ctx_len) if config.micro_bsz == "auto" else config.micro_bsz
+    rows = config.max_steps * micro_bsz * config.mini_bsz * config.gpu_count
+    plan = Plan(rows, None, micro_bsz, config.mini_bsz, config.gpu_count)
+    markers = Markers(unescaped(config.mask_start), unescaped(config.mask_end))
+    found = files.find(source)[0]
+    buffer = config.stream_buffer if config.data_shuffle else 1
+    stream = RowStream(found, recipe(tokenizing, True), tokenizing.txt_mode, config.seed, buffer, say)
+
+    def make_data(part, number: int) -> Data:
+        return Data(
+            [part],
+            config.dataload,
+            mask_of(config),
+            config.ctx_len,
+            config.overlong,
+            (config.seed, number),
+            config.data_shuffle,
+        )
+
+    def batches(rank: int) -> Stream:
+        find = roles_by(markers.spans) if config.loss_mask == "se" else None
+        return Stream(source, stream.documents, make_data, find, vocab_size, config.ctx_len, plan, rank)
+
+    return Planned(
+        plan,
+        config.ctx_len,
+        None,
+        plan.most_tokens(config.ctx_len),
+        lambda settings: report.stream_lines(found, tokenizing, buffer, plan, settings),
+        batches,
+        lambda: batches(0).sequences(),
+    )
+
+
+def stream_source(name: str) -> tuple[Path, list[str]]:
+    """DATA_PATH with STREAMING=1: a file, a pipe or a folder of rows; and what is wrong with it."""
+    from ..rows import files
+
+    source = project.find(name, "data")
+    shown = project.shown(source)
+    if not source.exists():
+        there = [
+            p.name for p in (project.ROOT / "data").glob("*") if files.format_of(p) and not p.name.endswith(files.OURS)
+        ]
+        hint = f"{did_you_mean(source.name, there) or '.'} STREAMING=1 reads rows; in data/ there is: {listed(there)}"
+        return source, [f"{shown}: there is no such file{hint}"]
+    if source.is_dir():
+        return source, [] if files.find(source)[0] else [
+            f"{shown}: holds no file that can be read ({', '.join(files.READERS)})"
+        ]
+    if not files.format_of(source):
+        return source, [f"{shown}: must end in one of {', '.join(files.READERS)}, which STREAMING=1 can read"]
+    return source, []
+
+
+def open_sources(config: TrainConfig, files, vocab_size: int, say) -> list:
+    """The tokenized files with the roles that LOSS_MASK asks for: those written down, or found in the text."""
+    from ..data.binidx import Reader
+    from ..data.masking import Markers
+    from ..data.sources import Source
+    from ..templates.headings import spans_of_text
+
+    sources, missing = [], []
+    for prefix, weight in files:
+        reader, roles = Reader(prefix), None
+        markers = Markers(unescaped(config.mask_start), unescaped(config.mask_end))
+        if config.loss_mask == "se":
+            roles = roles_by(markers.spans)
+        elif config.loss_mask in ("qa", "last"):
+            if Path(f"{prefix}.roles.idx").is_file():
+                roles = Reader(f"{prefix}.roles")
+            else:
+                roles = roles_by(spans_of_text)
+                say(
+                    f"{prefix.name} has no .roles file: who said what is found by the headings User: and Assistant: in the text."
+                )
+        sources.append(Source(reader, roles, vocab_size, weight))
+        if config.loss_mask == "se" and not markers.starts:
+            missing.append(Problem("MASK_START", f"is nowhere in {prefix.name}.bin"))
+        elif config.loss_mask == "se" and not markers.ends:
+            missing.append(Problem("MASK_END", f"is nowhere behind a MASK_START in {prefix.name}.bin"))
+    if missing:
+        raise Problems(*missing)
+    return sources
+
+
+def unescaped(text: str) -> bytes:
+    """The bytes that MASK_START and MASK_END mean."""
+    marks = {"\\n": "\n", "\\t": "\t", "\\\\": "\\"}
+    return re.sub(r"\\[nt\\]", lambda found: marks[found[0]], text).encode()
+
+
+def roles_by(find_spans):
+    """A function from the tokens of a document to its roles. find_spans: from its bytes to spans that cover them."""
+    import numpy as np
+
+    from .. import tokenizer
+    from ..data.masking import roles_of_tokens
+
+    def roles(ids):
+        ids = np.where(ids < tokenizer.VOCAB_SIZE, ids, tokenizer.END_OF_DOC)  # others have no bytes
+        spans = find_spans(tokenizer.decode_bytes(ids.tolist()))
+        return roles_of_tokens(tokenizer.token_lengths()[ids], spans, end_of_doc=len(ids) > 0 and ids[-1] == 0)
+
+    return roles
