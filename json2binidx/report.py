@@ -61,7 +61,7 @@ def make(
         },
         "tokens": {"once": int(sizes.sum(dtype=np.int64)), "learnt_with_qa": tally.learnt},
         "mojibake": {"repaired": counts["repaired"], "lossy": counts["lossy"]},
-        "content": dialogues | {"duplicates": len(sizes) - len(np.unique(np.frombuffer(tally.hashes, np.uint64)))},
+        "content": dialogues | {"duplicates": duplicates(np.frombuffer(tally.hashes, np.uint64))},
         "scripts": script_shares(tally.scripts),
         "lengths": lengths(sizes),
         "filling": filling(seen, settings["SEED"]),
@@ -73,9 +73,16 @@ def make(
     }
 
 
+def duplicates(hashes: np.ndarray) -> int:
+    """Rows whose content is that of another, but for one of each kind."""
+    ordered = np.sort(hashes)
+    return int(np.count_nonzero(ordered[1:] == ordered[:-1]))
+
+
 def lengths(sizes: np.ndarray) -> dict[str, Any]:
     """Tokens of a row, its terminator included."""
-    quantiles = np.quantile(sizes, [0, 0.5, 0.95, 0.99, 1]).round().astype(int).tolist()
+    ordered = np.sort(sizes)
+    quantiles = [int(ordered[round(q * (len(sizes) - 1))]) for q in (0, 0.5, 0.95, 0.99, 1)]
     histogram, edges = np.histogram(sizes, bins=min(BINS, max(1, quantiles[-1])))
     return {
         **dict(zip(("shortest", "median", "p95", "p99", "longest"), quantiles, strict=True)),
@@ -87,7 +94,7 @@ def lengths(sizes: np.ndarray) -> dict[str, Any]:
 def filling(sizes: np.ndarray, seed: int) -> dict[str, float]:
     """The share of computed tokens that is nothing but filling, for each DATALOAD, with CTX_LEN=auto."""
     random = np.random.default_rng([seed, 2])
-    some = sizes if len(sizes) <= SAMPLE else random.choice(sizes, SAMPLE, replace=False)
+    some = sizes if len(sizes) <= SAMPLE else sizes[random.integers(len(sizes), size=SAMPLE)]
     some = np.maximum(some.astype(np.int64) - 1, 1)  # inputs
     found: dict[str, float] = {"only": 0.0, "get": 0.0}
     for batch in BATCHES:

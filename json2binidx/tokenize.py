@@ -18,7 +18,7 @@ from typing import IO
 import numpy as np
 from tqdm import tqdm
 
-from rwkv_peft import project
+from rwkv_peft import project, tokenizer
 from rwkv_peft.atomic import clear_leftovers, need_space, temporary, write_json
 from rwkv_peft.data.binidx import Writer
 from rwkv_peft.errors import UserError
@@ -39,6 +39,7 @@ FORMS = """A line of .jsonl must be one whole JSON object, with no comma behind 
   {"instruction": "Say hello", "output": "Hello!"}
 Other columns are named with MAP_KEYS; ./make_tokenize.sh --help tells the rest."""
 ROWS = 4096  # that are copied at once
+MANY = 500_000  # rows from which on their own sizes and places take memory that the vocabulary must make room for
 IN_MEMORY = 64 << 20  # bytes of tokens up to which copying reads from memory
 
 
@@ -77,6 +78,8 @@ def tokenize(source: Path, config: TokenizeConfig, epochs: int, end_of_doc: bool
             stored.add(one)
             tally.add(one)
             rejected.add(one)
+        if len(tally.sizes) > MANY:
+            tokenizer.unload()
         check(tally, made_from, source)
         names = write(prefix, stored, tally, epochs, config.valid_percent, config.seed)
         rejected.keep()
@@ -105,6 +108,7 @@ def progress(found: Sequence[Path], made_from: Recipe, config: TokenizeConfig) -
 
     before, at, name = 0, 0, ""
     sizes = {project.shown(path): path.stat().st_size for path in found}
+    tqdm.monitor_interval = 0  # a thread of its own, which processes that are forked must not meet
     label = found[0].name if len(found) == 1 else f"{len(found)} files"
     with tqdm(total=total, unit="B", unit_scale=True, desc=label, disable=not sys.stderr.isatty()) as bar:
         for one in cooked(blocks(), made_from, workers):
@@ -206,7 +210,7 @@ def write(prefix: Path, stored: Stored, tally: Tally, epochs: int, valid_percent
     ids, roles = stored.readers()
     random = np.random.default_rng(seed)
     repeats = tqdm(range(epochs), desc="repeats", disable=epochs == 1 or not sys.stderr.isatty())
-    train = np.flatnonzero(~held_out)
+    train = np.flatnonzero(~held_out).astype(np.int32)  # there may be many millions of rows
     with Writer(prefix, streams | held) as writer:
 
         def copy(which: np.ndarray, ending: str) -> None:
@@ -218,7 +222,7 @@ def write(prefix: Path, stored: Stored, tally: Tally, epochs: int, valid_percent
                     )
 
         for _ in repeats:
-            copy(train[random.permutation(len(train))], "")
+            copy(random.permutation(train), "")
         if held:
             copy(np.flatnonzero(held_out), ".valid")
         every = [writer.final(e, kind) for e in (".valid", ".valid.roles") for kind in ("bin", "idx")]

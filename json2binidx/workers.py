@@ -6,6 +6,7 @@ import gc
 import multiprocessing
 import os
 import signal
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -34,8 +35,12 @@ def cooked(blocks: Iterable[Block], recipe: Recipe, workers: int) -> Iterator[Co
         with no_garbage_hunts():
             yield from map(cook.block, blocks)
         return
-    # spawn, not fork: a child of fork would inherit locks of threads that it does not have
-    context = multiprocessing.get_context("spawn")
+    # children of fork share what is loaded already, the vocabulary above all: 150 MB and a second for each otherwise. This is
+    # safe here: nothing has started threads (the library's encode_batch would; a child could wait for them for ever)
+    global COOK
+    if sys.platform == "linux":
+        COOK = load(recipe)
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     pool = ProcessPoolExecutor(workers, context, prepare, (recipe,))
     waiting: deque = deque()
     try:
@@ -51,6 +56,7 @@ def cooked(blocks: Iterable[Block], recipe: Recipe, workers: int) -> Iterator[Co
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+        COOK = None
 
 
 class no_garbage_hunts:  # noqa: N801 - reads as what it does
@@ -68,11 +74,19 @@ class no_garbage_hunts:  # noqa: N801 - reads as what it does
 COOK: Cook | None = None  # of this worker
 
 
+def load(recipe: Recipe) -> Cook:
+    """A cook with all that it needs in memory."""
+    cook = Cook(recipe)
+    cook.block(Block("", 0, [(0, {"text": "User: Hi\n\nAssistant: Hello"})], 0))
+    return cook
+
+
 def prepare(recipe: Recipe) -> None:
+    """A worker begins. Ctrl-C is for the parent, which ends the workers."""
     global COOK
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends the workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     gc.disable()
-    COOK = Cook(recipe)
+    COOK = COOK if COOK and COOK.recipe == recipe else load(recipe)
 
 
 def cook_block(block: Block) -> Cooked:

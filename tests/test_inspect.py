@@ -110,8 +110,10 @@ def test_it_shows_lengths_ends_and_what_qa_trains(pair, capsys):
         in out
     )
     assert "3 of 3 rows with token 0" in out and "valid UTF-8 in every row" in out
-    assert "Assistant:[[ Salt, wind.<0>]]" in out and "Assistant:[[ 盐、风和海鸥。<0>]]" in out  # found by the headings
-    assert "row 2: " in out and "  plain<0>" in out
+    assert (
+        "Assistant:[[ Salt, wind.<end>]]" in out and "Assistant:[[ 盐、风和海鸥。<end>]]" in out
+    )  # found by the headings
+    assert "row 2: " in out and "  plain<end>" in out
 
 
 def test_the_roles_file_decides_what_is_marked(pair, capsys):

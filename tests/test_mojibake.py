@@ -1,6 +1,7 @@
 """Mojibake: every reversible damage is undone byte-exactly, what lost bytes is reported, clean text is never touched."""
 
 import random
+import re
 
 import pytest
 from hypothesis import assume, given, settings
@@ -126,6 +127,7 @@ def test_random_words_with_the_punctuation_of_their_language_are_clean(language,
     word = st.text(WORD_LETTERS[language], min_size=1, max_size=8)
     piece = st.tuples(st.sampled_from(BEGINS), word, st.sampled_from(ENDS)).map("".join)
     text = " ".join(data.draw(st.lists(piece, min_size=1, max_size=8)))
+    assume(not re.search("[À-ÿ][Œœ]", text))  # no word has a ligature behind an accent, and "âœ…" is a broken tick
     assert doctor(text) == (text, CLEAN)
 
 
