@@ -9,6 +9,10 @@ import sys
 import pytest
 import tiny
 import torch
+from inprocess import config
+
+from rwkv_peft import train
+from rwkv_peft.errors import Problems
 
 GOOD = json.dumps(tiny.CHATS[0], ensure_ascii=False).encode()
 LINES_57 = b"\n".join([GOOD] * 56)
@@ -226,10 +230,18 @@ def models(folder):
     }
 
 
-@pytest.mark.parametrize(
-    "name", ["v6.pth", "other.pth", "evil.pth", "pickle.pth", "half.pth", "empty.pth", "missing.pth"]
-)
-def test_a_base_that_is_none_is_refused_and_nothing_in_it_is_run(shared_kit, tmp_path, monkeypatch, name):
+@pytest.mark.parametrize("name", ["v6.pth", "other.pth", "half.pth", "empty.pth", "missing.pth"])
+def test_a_base_that_is_none_is_refused(ready, tmp_path, monkeypatch, name):
+    monkeypatch.setenv("CANARY", str(tmp_path / "canary"))
+    words = models(ready / "model")[name]
+    with pytest.raises(Problems) as found:
+        train.command(config(MODEL_PATH=name), [])
+    [problem] = found.value.problems
+    assert problem.name == "MODEL_PATH" and words in problem.message
+
+
+@pytest.mark.parametrize("name", ["evil.pth", "pickle.pth"])
+def test_a_base_that_would_run_something_is_refused_and_runs_nothing(shared_kit, tmp_path, monkeypatch, name):
     monkeypatch.setenv("CANARY", str(tmp_path / "canary"))
     words = models(shared_kit.root / "model")[name]
     done = shared_kit.run(
@@ -281,8 +293,11 @@ def test_a_token_outside_the_vocabulary_is_named(shared_kit):
         ({"DATA_PATH": "chaat"}, "there is no such file; did you mean chat?"),
     ],
 )
-def test_odd_paths_are_answered(shared_kit, settings, words):
-    assert words in training(shared_kit, **settings)
+def test_odd_paths_are_answered(ready, settings, words):
+    with pytest.raises(Problems) as found:
+        train.command(config(**settings), [])
+    [problem] = found.value.problems
+    assert problem.name in settings and words in problem.message
 
 
 def test_chat_with_a_vocabulary_that_is_too_small_for_the_text_says_so(shared_kit):

