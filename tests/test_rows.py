@@ -229,7 +229,7 @@ def dialogue(turns) -> Dialogue:
     return Dialogue(tuple(Message(role, content) for role, content in turns))
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=5000, deadline=None)
 @given(DIALOGUES, st.sampled_from(sorted(PRESETS)), st.sampled_from(sorted(ENDINGS)))
 def test_ids_are_the_encoding_of_the_whole_text_and_a_token_is_learnt_if_its_bytes_touch_an_answer(turns, name, eot):
     pieces = Pieces(*PRESETS[name].render(dialogue(turns), ENDINGS[eot]))
@@ -392,3 +392,28 @@ def test_mojibake_is_repaired_before_it_is_encoded_and_counted():
     made = cook({"messages": bad})
     assert made.ids.tolist() == cook(SAME["messages"]).ids.tolist() and made.counts["repaired"] == 1
     assert cook({"messages": bad}, repair=False).ids.tolist() != made.ids.tolist()
+
+
+def test_expanding_learns_the_same_as_learning_all_answers_of_a_row_but_for_their_ends():
+    """On a causal model what follows an answer does not change its loss."""
+    import tiny
+    import torch
+
+    turns = [("user", "Count"), ("assistant", "One, two"), ("user", "And?"), ("assistant", "Three 四")]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    model = tiny.model()
+
+    def loss(made) -> float:
+        total = 0.0
+        for ids, roles in rows_of(made):
+            tokens = torch.from_numpy(ids.astype(np.int64))
+            with torch.no_grad():
+                logits = model(tokens[None, :-1])[0][0]
+            losses = torch.nn.functional.cross_entropy(logits.float(), tokens[1:], reduction="none")
+            words = (roles[1:] == A) & (ids[1:] != 0) & (ids[1:] != 261)  # not the end of the row or of the turn
+            total += float(losses[torch.from_numpy(words)].double().sum())
+        return total
+
+    whole, expanded = cook(row), cook(row, expand=True)
+    assert len(expanded.sizes) == 2
+    assert loss(whole) == pytest.approx(loss(expanded), rel=1e-5)
