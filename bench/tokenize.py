@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import sys
 
-sys.path[0] = __file__.rpartition("bench")[0]  # the kit, instead of this folder: our name hides a module of Python's own
+sys.path[0] = __file__.rpartition("bench")[
+    0
+]  # the kit, instead of this folder: our name hides a module of Python's own
 
 # ruff: noqa: E402
 import argparse

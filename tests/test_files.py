@@ -170,6 +170,14 @@ def test_a_file_in_utf_16_says_what_to_do(tmp_path):
             rows_in(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["x.jsonl", "x.csv", "x.txt"])
+def test_a_file_of_chinese_windows_is_told_how_to_convert(tmp_path, name):
+    text = {"x.jsonl": '{"text": "你好，世界"}', "x.csv": "text,other\n你好，世界,x", "x.txt": "你好，世界"}[name]
+    (tmp_path / name).write_bytes(text.encode("gb18030"))
+    [(_, error)] = rows_in(tmp_path / name)
+    assert error.reason == "not UTF-8" and "iconv -f GB18030 -t UTF-8" in error.message
+
+
 def test_a_line_above_the_limit_is_rejected_and_the_next_one_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "LINE_LIMIT", 5000)
     monkeypatch.setattr(files, "BLOCK", 1000)

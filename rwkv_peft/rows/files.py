@@ -29,7 +29,6 @@ LINE_LIMIT = 32 << 20  # bytes; a longer line is a file without line breaks, not
 ROWS = 512  # of a table that are worked on at once
 FIELDS_LIMIT = 1 << 27
 
-NOT_UTF8 = RowError("not UTF-8", "is not valid UTF-8; save the file as UTF-8")
 TXT_MODES = ("file", "line", "paragraph")
 
 
@@ -267,9 +266,18 @@ def table_rows(rows, header: list[str]) -> Iterator[tuple[int, Row | RowError]]:
                 RowError("not CSV", f"has {count(len(cells), 'cell')}, but the first line names {len(header)}"),
             )
         elif any(not cell.isascii() and not is_utf8(cell) for cell in cells):
-            yield number, NOT_UTF8
+            yield number, not_utf8(",".join(cells).encode("utf-8", "surrogateescape"))
         else:
             yield number, dict(zip(header, (cell or None for cell in cells), strict=True))
+
+
+def not_utf8(data: bytes) -> RowError:
+    """What to say of a row in another encoding; Chinese Windows and its Excel write GB18030."""
+    words = "is not valid UTF-8; save the file as UTF-8"
+    with contextlib.suppress(UnicodeDecodeError):
+        if any("\u4e00" <= c <= "\u9fff" for c in data.decode("gb18030")):
+            words += ". It looks like GB18030: iconv -f GB18030 -t UTF-8 OLD > NEW"
+    return RowError("not UTF-8", words)
 
 
 def is_utf8(text: str) -> bool:
@@ -359,7 +367,7 @@ def text_row(data: bytes) -> Row | RowError:
     try:
         return {"text": data.decode("utf-8")}
     except UnicodeDecodeError:
-        return NOT_UTF8
+        return not_utf8(data)
 
 
 def grouped(path: Path, rows: Iterator[tuple[int, Row | RowError]], read: Callable[[], int]) -> Iterator[Block]:

@@ -20,7 +20,7 @@ from ..roles import Role
 from ..templates.headings import overlooked_heading, spans_of_text
 from ..templates.template import ENDINGS, Dialogue, Ending, Template
 from .encode import NO_ROWS, Pieces, Tokens, encode_row, encode_rows
-from .files import LINE_LIMIT, NOT_UTF8, Block, is_utf8, too_long
+from .files import LINE_LIMIT, Block, is_utf8, not_utf8, too_long
 from .limits import Limits, TooLong, cut_row, cut_turns, within_turns
 from .quick import Quick
 from .schemas import Columns, Reader, Row, RowError, kind
@@ -127,7 +127,7 @@ def parse(item: bytes | Row | RowError) -> Row:
         row = orjson.loads(item)
     except orjson.JSONDecodeError as error:
         if not is_utf8(item.decode("utf-8", "surrogateescape")):
-            raise NOT_UTF8 from None
+            raise not_utf8(item) from None
         raise RowError("not JSON", f"is not valid JSON: {error.msg}, column {error.colno}") from None
     if not isinstance(row, dict):
         raise RowError("wrong type", f'must be a JSON object like {{"text": "..."}}, not {kind(row)}')
