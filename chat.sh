@@ -15,7 +15,7 @@ MODEL_PATH="rwkv7-tiny.pth"
 # A checkpoint of a run, like output/RUN/rwkv-2.pth: it says itself which base it belongs to. Empty: none. 适配器，可空
 ADAPTER=""
 
-# The template that the model was trained with, as in make_tokenize.sh. 对话模板，须与训练时一致
+# The template to talk in, as in make_tokenize.sh; where a run or merged model tells its own, that is used. 对话模板，默认与训练一致
 PROMPT_TYPE=rwkv-world
 
 # What the assistant is told at the start; empty: nothing. 系统提示

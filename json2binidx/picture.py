@@ -15,7 +15,7 @@ FAR = 1.5  # lines further out than this many times the longest bar are left out
 TAIL = 0.995  # rows that the picture shows; the few longest are told in words
 
 
-def draw_lengths(prefix: Path, sizes: np.ndarray, ctx_len: int, bucket_edges: Sequence[int]) -> Path:
+def draw_lengths(prefix: Path, sizes: np.ndarray, median: int, ctx_len: int, bucket_edges: Sequence[int]) -> Path:
     """Draw the lengths of rows (tokens), with what CTX_LEN=auto and TRAIN_LENGTHS=auto become; return the picture's path."""
     path = Path(f"{prefix}.lengths.png")
     longest = int(sizes.max())
@@ -35,7 +35,7 @@ def draw_lengths(prefix: Path, sizes: np.ndarray, ctx_len: int, bucket_edges: Se
         )
         axes.set_ylabel("rows")
         axes.set_title(f"{prefix.name}: {len(sizes):,} rows, {int(sizes.sum(dtype=np.int64)):,} tokens, "
-                       f"median {int(np.median(sizes)):,}, mean {sizes.mean():,.0f}", parse_math=False)  # fmt: skip
+                       f"median {median:,}, mean {sizes.mean():,.0f}", parse_math=False)  # fmt: skip
         for i, edge in enumerate(e for e in bucket_edges if e in lines):
             label = None if i else "TRAIN_LENGTHS=auto of DATALOAD=bucket"
             axes.axvline(edge, color="#c44e52", linewidth=1, linestyle=":", label=label)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from rwkv_peft import __version__, project
-from rwkv_peft.data import buckets, packing
+from rwkv_peft.data import buckets
 from rwkv_peft.data.sampling import auto_ctx_len
 from rwkv_peft.rows.recipe import Place
 from rwkv_peft.words import count, listed
@@ -22,6 +22,14 @@ UNSAFE = set('"$`\\!\n')  # characters that double quotes do not protect from ba
 BATCHES = (4, 8)  # micro-batch sizes for which the filling of DATALOAD=pad is told
 SAMPLE = 20_000  # rows that are looked at for the shares of filling
 BINS = 40
+WORLD = (
+    "rwkv-world",
+    "rwkv-g1",
+    "rwkv-g1-think",
+    "rwkv-g1-fakethink",
+    "rwkv-g1-tools",
+    "rwkv-g1-rag",
+)  # User: and Assistant:
 
 
 def make(
@@ -96,16 +104,13 @@ def filling(sizes: np.ndarray, seed: int) -> dict[str, float]:
     random = np.random.default_rng([seed, 2])
     some = sizes if len(sizes) <= SAMPLE else sizes[random.integers(len(sizes), size=SAMPLE)]
     some = np.maximum(some.astype(np.int64) - 1, 1)  # inputs
-    found: dict[str, float] = {"only": 0.0, "get": 0.0}
+    found: dict[str, float] = {"pack": 0.0, "only": 0.0, "get": 0.0}  # these fill up nothing
     for batch in BATCHES:
         if len(some) >= batch:
             rows = random.permutation(some)[: len(some) // batch * batch].reshape(-1, batch)
-            found[f"pad, MICRO_BSZ={batch}"] = 1 - rows.sum() / (rows.max(axis=1).sum() * batch)
+            found[f"pad (MICRO_BSZ={batch})"] = 1 - rows.sum() / (rows.max(axis=1).sum() * batch)
     edges = np.array(buckets.best_edges(some))
     found["bucket"] = 1 - some.sum() / edges[np.searchsorted(edges, some)].sum()
-    ctx_len = auto_ctx_len("pack", sizes)
-    cut = np.minimum(some, ctx_len)
-    found["pack"] = 1 - cut.sum() / (packing.places(cut, ctx_len)[1] * ctx_len)
     return {name: round(float(share), 4) for name, share in found.items()}
 
 
@@ -119,11 +124,12 @@ def advice(sizes: np.ndarray, rows: int, end_of_doc: bool, tally: Tally) -> dict
         "CTX_LEN": auto_ctx_len("pack", sizes),
         "TRAIN_LENGTHS": list(buckets.best_edges(np.maximum(sizes.astype(np.int64) - 1, 1))),
         "LOSS_MASK": "qa" if answers else "pad",
+        "without_answer": tally.counts["kept"] - tally.counts["with an answer"],
     }
 
 
-def say(content: Mapping[str, Any], prefix: Path) -> None:
-    """The report in words; its last lines are those that training.sh wants."""
+def say(content: Mapping[str, Any], prefix: Path, made: bool = True) -> None:
+    """The report in words; its last lines are those that training.sh wants. made: now, not by an earlier call."""
     rows, places, tokens = content["rows"], content["places"], content["tokens"]
     several = len(content["read_files"]) > 1
     shown = project.shown(prefix)
@@ -165,6 +171,12 @@ def say(content: Mapping[str, Any], prefix: Path) -> None:
         line("careful", f"{'at least ' * (len(overlooked) >= SHOW)}{count(len(overlooked), 'row')} with what looks like a turn "
                         f"but is not written as the models know it: {where('overlooked')}. A turn begins with exactly "
                         '"User:", "Assistant:" or "System:", behind an empty line (\\n\\n in the JSON).')  # fmt: skip
+    texts, template = rows["schemas"].get("text", 0), content["settings"]["PROMPT_TYPE"]
+    if texts and rows["with_answer"] and template not in WORLD:
+        line(
+            "careful",
+            f"{count(texts, 'row')} with text are taken as they are: PROMPT_TYPE={template} changes dialogues only",
+        )
     length, facts = content["lengths"], content["content"]
     line("rows", f"{length['shortest']} to {length['longest']:,} tokens, median {length['median']:,}, mean {length['mean']:,}, "
                  f"95% up to {length['p95']:,}; "
@@ -174,15 +186,15 @@ def say(content: Mapping[str, Any], prefix: Path) -> None:
     found = [f"{facts[name]:,} {words}" for name, words in others.items() if facts.get(name)]
     scripts = [f"{name} {part:.0%}" for name, part in content["scripts"].items() if part >= 0.005]
     line("", f"{turns}{'; '.join(found) or 'no duplicates'}; {', '.join(scripts[:4])}")
+    filled = [f"{name} {part:.0%}" for name, part in content["filling"].items() if part]
+    none = [name for name, part in content["filling"].items() if not part]
+    line("filling", f"computed for nothing: {', '.join([*filled, ', '.join(none[:-1]) + f' and {none[-1]} nothing'])}")
+    of = "" if rows["made"] == rows["kept"] else f" (made of {count(rows['kept'], 'row')})"
     line(
-        "filling",
-        "computed for nothing: " + ", ".join(f"{name} {part:.0%}" for name, part in content["filling"].items()),
-    )
-    made = "" if rows["made"] == rows["kept"] else f" (made of {count(rows['kept'], 'row')})"
-    line("wrote", f"{shown}.bin/.idx and .roles.bin/.idx: {count(rows['written'], 'row')}{made}, "
+        "wrote" if made else "there is", f"{shown}.bin/.idx and .roles.bin/.idx: {count(rows['written'], 'row')}{of}, "
                   f"{tokens['once'] * content['settings']['EPOCHS']:,} tokens"
                   if not rows["held_out"] else
-                  f"{shown}.bin/.idx and .roles.bin/.idx: {count(rows['written'], 'row')}{made}")  # fmt: skip
+                  f"{shown}.bin/.idx and .roles.bin/.idx: {count(rows['written'], 'row')}{of}")  # fmt: skip
     if rows["held_out"]:
         line("", f"{shown}.valid.bin/.idx: {count(rows['held_out'], 'row')} held out, none of them in the other file")
     line("", f"{shown}.report.json, {prefix.name}.lengths.png: all of this, and the lengths as a picture")
@@ -217,6 +229,10 @@ def data_path(prefix: Path) -> str:
 def labels(facts: Mapping[str, Any], name: str) -> str:
     """The numbers that training.sh wants, with the labels of the field's tool."""
     plain = "   # no row has an Assistant turn: learn all of the text"
+    alone = facts["without_answer"]
+    left_out = (
+        f"          # leaves out {count(alone, 'row')} without an Assistant turn; pad takes all text" if alone else ""
+    )
     return "\n".join([
         f"### append_eof = {facts['append_eof']}",
         f"### max_length = {facts['max_length']}",
@@ -229,6 +245,6 @@ def labels(facts: Mapping[str, Any], name: str) -> str:
         f"CTX_LEN=auto          # becomes {facts['CTX_LEN']} with DATALOAD=pack",
         "EPOCH_STEPS=auto",
         "MICRO_BSZ=auto",
-        f"LOSS_MASK={facts['LOSS_MASK']}" + ("" if facts["LOSS_MASK"] == "qa" else plain),
+        f"LOSS_MASK={facts['LOSS_MASK']}" + (left_out if facts["LOSS_MASK"] == "qa" else plain),
         f"TRAIN_LENGTHS=auto    # becomes {' '.join(map(str, facts['TRAIN_LENGTHS']))} with DATALOAD=bucket",
     ])  # fmt: skip

@@ -38,6 +38,8 @@ FORMS = """A line of .jsonl must be one whole JSON object, with no comma behind 
   {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
   {"instruction": "Say hello", "output": "Hello!"}
 Other columns are named with MAP_KEYS; ./make_tokenize.sh --help tells the rest."""
+COLUMNS = """Columns are known by their names: text; instruction and output; prompt and completion; question and answer; messages.
+Other names are told like this:  --map-keys '{"prompt": "Frage", "response": "Antwort"}'      (MAP_KEYS in the script)"""
 ROWS = 4096  # that are copied at once
 MANY = 500_000  # rows from which on their own sizes and places take memory that the vocabulary must make room for
 IN_MEMORY = 64 << 20  # bytes of tokens up to which copying reads from memory
@@ -65,8 +67,9 @@ def tokenize(source: Path, config: TokenizeConfig, epochs: int, end_of_doc: bool
     known = None if config.overwrite_cache else cache.fresh(report_file, key)
     if known and not (config.strict and known["rows"]["rejected"]):
         print(f"unchanged {project.shown(prefix)}: made from the same data with the same settings; nothing to encode")
-        report.say(known, prefix)
+        report.say(known, prefix, made=False)
         return known
+    replaced = made_from_other(report_file, project.shown(source))
     tally = Tally()
     rejects = Path(f"{prefix}.rejects.jsonl")
     with contextlib.ExitStack() as open_files:
@@ -86,15 +89,26 @@ def tokenize(source: Path, config: TokenizeConfig, epochs: int, end_of_doc: bool
     # drawn before the report, whose presence says that all is there
     content = report.make(tally, source, found, other, settings, stored.valid_rows)
     advice = content["advice"]
-    picture = draw_lengths(prefix, np.frombuffer(tally.sizes, np.int32), advice["CTX_LEN"], advice["TRAIN_LENGTHS"])
+    sizes, median = np.frombuffer(tally.sizes, np.int32), content["lengths"]["median"]
+    picture = draw_lengths(prefix, sizes, median, advice["CTX_LEN"], advice["TRAIN_LENGTHS"])
     content = {
         "key": key,
         **content,
         "files": cache.describe([*names, *([rejects] if rejects.is_file() else []), picture]),
     }
     write_json(report_file, content)
+    if replaced:
+        print(f"replaced  {project.shown(prefix)}.bin/.idx, which had been made from {replaced}")
     report.say(content, prefix)
     return content
+
+
+def made_from_other(report_file: Path, source: str) -> str:
+    """The file that earlier tokens of this name were made from, if it was another one."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        earlier = json.loads(report_file.read_text(encoding="utf-8"))["source"]
+        return earlier if earlier != source else ""
+    return ""
 
 
 def progress(found: Sequence[Path], made_from: Recipe, config: TokenizeConfig) -> Iterator[Cooked]:
@@ -140,10 +154,14 @@ def check(tally: Tally, made_from: Recipe, source: Path) -> None:
     if not tally.rejects:
         why = listed(tally.group("dropped: "))
         raise UserError(f"{shown}: every row was dropped ({why}); nothing was written, earlier files are untouched.")
-    first = "\n".join(f"{r.file}:{r.line}: {r.message}" for r in tally.rejects)
-    more = sum(tally.group("rejected: ").values()) - len(tally.rejects)
+    told: dict[str, str] = {}  # what is wrong with many rows is said once
+    for reject in tally.rejects:
+        told.setdefault(reject.message, f"{reject.file}:{reject.line}: {reject.message}")
+    more = sum(tally.group("rejected: ").values()) - len(told)
     more = f"\n... and {more:,} more" if more else ""
-    raise UserError(f"{first}{more}\n{shown} has no row that can be used; nothing was written.\n{FORMS}")
+    forms = FORMS if any(r.file.endswith((".jsonl", ".json", ".gz", ".zst")) for r in tally.rejects) else COLUMNS
+    first = "\n".join(told.values())
+    raise UserError(f"{first}{more}\n{shown} has no row that can be used; nothing was written.\n{forms}")
 
 
 class Rejects:

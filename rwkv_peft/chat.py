@@ -4,11 +4,11 @@ usage: ./chat.sh [--model FILE] [--adapter FILE] [--prompt TEXT] [--raw] [--syst
                  [--prompt-type NAME] [--max-tokens N] [--temperature X] [--top-p X] [--seed N]
 
   --model         the model: a name in model/ or merge/, or any path      (MODEL_PATH in the script)
-  --adapter       what a run learnt: output/RUN/rwkv-N.pth, or output/RUN for its last epoch (ADAPTER in the script)
+  --adapter       what a run learnt: output/RUN/rwkv-N.pth, output/RUN for its last epoch, or latest (ADAPTER in the script)
   --prompt TEXT   answer this one question and leave; without it you talk, and an empty line, /quit or Ctrl-D ends it
   --raw           the prompt is the beginning of a text to go on with, not a question
   --system TEXT   a system message at the start of the talk
-  --prompt-type   the template that the model was trained with, as in make_tokenize.sh   (PROMPT_TYPE in the script)
+  --prompt-type   the template to talk in, as in make_tokenize.sh; else that of the run, or PROMPT_TYPE in the script
   --temperature   0 takes the likeliest token every time; 1 is the model's own spread
   --top-p         only the likeliest tokens that together have this share
   --help          this text
@@ -19,13 +19,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from . import project, runs
-from .errors import UserError
+from .errors import Problems, UserError
 from .shell_vars import convert, enter, var
 from .templates.named import template
 from .words import did_you_mean, listed
@@ -54,8 +55,21 @@ def main(arguments: list[str]) -> None:
 
 def command(config: ChatConfig, typed: list[str]) -> None:
     config, prompt, raw, base_was_named = command_line(typed, config)
-    template(config.prompt_type)  # a name that is none is told before a model is loaded
-    model, name = load(config, base_was_named)
+    try:
+        template(config.prompt_type)  # a name that is none is told before a model is loaded
+    except Problems as found:
+        if "--prompt-type" not in " ".join(typed):
+            raise
+        raise UserError(f"--prompt-type {config.prompt_type}: {found.problems[0].message}.") from None
+    model, name, trained_with = load(config, base_was_named)
+    if (
+        trained_with
+        and trained_with != config.prompt_type
+        and not raw
+        and not any(w.startswith("--prompt-type") for w in typed)
+    ):
+        print(f"PROMPT_TYPE={trained_with}: what it was trained with. --prompt-type takes another.", file=sys.stderr)
+        config = dataclasses.replace(config, prompt_type=trained_with)
     if prompt is not None:
         once(model, config, prompt, raw)
     else:
@@ -69,8 +83,6 @@ class Parser(argparse.ArgumentParser):
 
 def command_line(arguments: list[str], config: ChatConfig) -> tuple[ChatConfig, str | None, bool, bool]:
     """The script's values with those of the command line in their place."""
-    import dataclasses
-
     parser = Parser(add_help=False, allow_abbrev=False)
     options = {f.metadata["var"]: f for f in dataclasses.fields(ChatConfig)}
     flags = {"--model": "MODEL_PATH", "--adapter": "ADAPTER", "--system": "SYSTEM",
@@ -104,7 +116,7 @@ def command_line(arguments: list[str], config: ChatConfig) -> tuple[ChatConfig, 
 
 
 def load(config: ChatConfig, base_was_named: bool):
-    """The model ready to talk, and what to call it.
+    """The model ready to talk, what to call it, and the template that it was trained with ("" if nobody knows).
 
     base_was_named: --model was typed beside an adapter: it must be the adapter's base. Else the sidecar says which.
     """
@@ -138,7 +150,11 @@ def load(config: ChatConfig, base_was_named: bool):
     if adapter:
         attach.attach_checkpoint(model, checkpoint.load(adapter), sidecar, project.shown(adapter))
     name = project.shown(base) + (f" + {project.shown(adapter)}" if adapter else "")
-    return model.requires_grad_(False).eval().to(torch.device(machine.device_kind())), name
+    if not sidecar and checkpoint.sidecar_path(base).is_file():  # a merged model
+        with contextlib.suppress(UserError):
+            sidecar = checkpoint.read_sidecar(base, ("prompt_type",))
+    model = model.requires_grad_(False).eval().to(torch.device(machine.device_kind()))
+    return model, name, sidecar.get("prompt_type") or ""
 
 
 def model_or_merged(name: str) -> Path:
@@ -179,6 +195,8 @@ def once(model, config: ChatConfig, prompt: str, raw: bool) -> None:
         system = [Message(Role.SYSTEM, config.system)] if config.system.strip() else []
         text = form.prompt([*system, Message(Role.USER, text)])
     stops = () if raw else form.stops()
+    if form.opening and not raw:
+        print(form.opening, end="")  # the answer goes on from it
     answer(model, config, *advance(model, tokenizer.encode(text)), stops=stops, strip=not raw)
     print()
 

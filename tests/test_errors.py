@@ -26,7 +26,8 @@ def bad_rows():
         ),
         "no text": (
             b'{"txt": "x"}',
-            "data/bad.jsonl:1: has none of the keys messages, conversations, instruction with output, text; it has 'txt'",
+            "data/bad.jsonl:1: has none of the keys messages, conversations, instruction with output, prompt with completion, "
+            "text; it has 'txt'",
         ),
         "not utf-8": (GOOD + b'\n{"text": "\xff\xfe"}', "data/bad.jsonl:2: is not valid UTF-8; save the file as UTF-8"),
         "utf-16": (GOOD.decode().encode("utf-16"), "data/bad.jsonl: is UTF-16. Save it as UTF-8"),

@@ -135,7 +135,6 @@ def test_a_text_file_is_one_document_or_one_for_every_line_or_paragraph(tmp_path
         ("x.jsonl", b'{"text": "a"}\n\n{"text": \n{"text": "b"}\n', 3),
         ("x.json", b'[\n{"text": "a"},\n\n{"text" "b"},\n{"text": "c"}]', 4),
         ("x.json", b'[{"text": "a"},\n"b",\n{"text": "c"}]', 3),
-        ("x.json", b'[{"text": "a"}, {"text": "b"},\n{"text": "c"', 2),
         ("x.csv", b"text,other\na,b\nc\nd,e\n", 3),
         ("x.csv", b'text,other\n"a\nb",c\n"d"e,f\ng,h\n', 4),
         ("x.csv", b"text,other\na,b\n\xff,c\nd,e\n", 3),
@@ -149,6 +148,26 @@ def test_one_bad_row_is_told_with_its_line_and_spoils_only_itself(tmp_path, name
     [(line, error)] = [(n, row) for n, row in found if isinstance(row, RowError)]
     assert line == place and error.reason in ("not JSON", "not CSV", "not UTF-8", "wrong type")
     assert any(isinstance(row, dict) for _, row in found)
+
+
+@pytest.mark.parametrize("quote", ['"bad,foo', '"bad', 'x,"y'])
+def test_a_quote_that_is_never_closed_spoils_one_line_of_a_table(tmp_path, quote):
+    good = [f'"row {i}, with a comma","answer {i}"' for i in range(300)]
+    path = tmp_path / "x.csv"
+    path.write_text("\n".join(["question,answer", *good[:100], quote, *good[100:]]) + "\n")
+    found = rows_in(path)
+    wrong = [(n, row) for n, row in found if isinstance(row, RowError)]
+    rows = [row for _, row in found if isinstance(row, dict)]
+    assert [n for n, _ in wrong] == [102] and wrong[0][1].reason == "not CSV"
+    assert rows == [{"question": f"row {i}, with a comma", "answer": f"answer {i}"} for i in range(300)]
+    assert [n for n, row in found if isinstance(row, dict)] == [*range(2, 102), *range(103, 303)]
+
+
+def test_an_object_that_never_ends_stops_a_json_file_because_nothing_behind_it_can_be_told_apart(tmp_path):
+    for content in (b'[{"text": "a"},\n{"text": "b},\n{"text": "c"}]', b'[{"text": "a"},\n{"text": "b"'):
+        (tmp_path / "x.json").write_bytes(content)
+        with pytest.raises(UserError, match="x.json:2: the object that begins here never ends"):
+            rows_in(tmp_path / "x.json")
 
 
 @pytest.mark.parametrize("kind", [".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow"])

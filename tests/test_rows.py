@@ -140,7 +140,7 @@ def test_a_handler_reads_its_own_kind_and_refuses_the_others(handler):
         (
             {"txt": "x"},
             "unknown columns",
-            "has none of the keys messages, conversations, instruction with output, text; it has",
+            "has none of the keys messages, conversations, instruction with output, prompt with completion, text; it has",
         ),
         ([1], "wrong type", "must be a JSON object"),
     ],

@@ -119,7 +119,14 @@ def test_the_same_call_twice_encodes_once_and_says_the_same(data, monkeypatch, c
     assert tokenize(path) == first and contents(data / "x") == before and len(calls) == 1
     again = capsys.readouterr().out
     assert again.startswith("unchanged data/x: made from the same data with the same settings; nothing to encode\n")
-    assert again.partition("\n")[2] == said
+    assert again.partition("\n")[2] == said.replace("\nwrote     ", "\nthere is  ")
+
+
+def test_tokens_of_another_file_are_not_replaced_in_silence(data, capsys):
+    tokenize(write(data, ".jsonl"))
+    assert "replaced" not in capsys.readouterr().out
+    tokenize(write(data, ".csv"))
+    assert "replaced  data/x.bin/.idx, which had been made from data/x.jsonl\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("what", ["content", "setting", "vocabulary", "template", "code", "result", "epochs", "forced"])
@@ -222,7 +229,7 @@ def test_the_report_tells_duplicates_turns_scripts_lengths_and_filling(data):
     sizes = Reader(data / "x").sizes
     assert (made["lengths"]["longest"], made["lengths"]["median"]) == (sizes.max(), round(float(np.median(sizes))))
     assert sum(made["lengths"]["histogram"]["rows"]) == len(sizes) == made["rows"]["made"]
-    assert made["filling"]["only"] == 0 < made["filling"]["pad, MICRO_BSZ=4"] < 1
+    assert made["filling"]["only"] == 0 < made["filling"]["pad (MICRO_BSZ=4)"] < 1
     assert json.loads((data / "x.report.json").read_text()) == made
     assert (data / "x.lengths.png").read_bytes().startswith(b"\x89PNG")
 

@@ -13,6 +13,7 @@ import gzip
 import io
 import re
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,13 +204,13 @@ def json_array(path: Path) -> Iterator[Block]:
                     "Rows must be objects in a list."
                 )
         if start is not None:
-            found.append((line, RowError("not JSON", "is not valid JSON: the file ends inside this object")))
-        else:
-            look_between(len(text))
-            if depth > 0:
-                found.append(
-                    (line_at(len(text)), RowError("not JSON", "is not valid JSON: the file ends inside its list"))
-                )
+            raise UserError(
+                f"{name}:{line}: the object that begins here never ends: a quote or a bracket is missing in it, or the file was "
+                "cut off. What comes behind it cannot be told apart; mend it, or write one object per line (.jsonl)."
+            )
+        look_between(len(text))
+        if depth > 0:
+            found.append((line_at(len(text)), RowError("not JSON", "is not valid JSON: the file ends inside its list")))
         if found:
             yield Block(name, found[0][0], found, read())
 
@@ -244,31 +245,62 @@ def table(path: Path) -> Iterator[Block]:
         header = next(csv.reader([first], delimiter=marks), [])
         if not any(header):
             raise UserError(f"{shown(path)}: its first line must name the columns.")
-        rows = csv.reader(text, delimiter=marks, strict=True)
-        yield from grouped(path, table_rows(rows, header), read)
+        yield from grouped(path, table_rows(RowLines(text), header, marks), read)
 
 
-def table_rows(rows, header: list[str]) -> Iterator[tuple[int, Row | RowError]]:
+class RowLines:
+    """The lines of a table, one by one, with those of the row at hand kept: they can be given back."""
+
+    def __init__(self, lines: Iterator[str]):
+        self.lines, self.again = lines, deque()
+        self.begin()
+
+    def begin(self) -> None:
+        """A new row begins."""
+        self.row: list[str] = []
+        self.size = 0
+
+    def __iter__(self) -> RowLines:
+        return self
+
+    def __next__(self) -> str:
+        line = self.again.popleft() if self.again else next(self.lines)
+        self.row.append(line)
+        self.size += len(line)
+        if self.size > LINE_LIMIT:
+            raise csv.Error("a quote that is opened here is never closed")
+        return line
+
+    def give_back_all_but_one(self) -> None:
+        """Only the first line of the row is at fault: the others are rows of their own."""
+        self.again.extendleft(reversed(self.row[1:]))
+
+
+def table_rows(lines: RowLines, header: list[str], marks: str) -> Iterator[tuple[int, Row | RowError]]:
+    """Rows with their lines (the header is line 1). A quote that is not closed spoils its own line and no other."""
+    number, rows = 2, csv.reader(lines, delimiter=marks, strict=True)
     while True:
-        number = rows.line_num + 2  # the header is line 1, and rows counts from what follows
+        lines.begin()
+        wrong, cells = "", []
         try:
             cells = next(rows)
+            if cells and len(cells) != len(header):
+                wrong = f"has {count(len(cells), 'cell')}, but the first line names {len(header)}"
         except StopIteration:
             return
         except csv.Error as error:
-            yield number, RowError("not CSV", f"is not valid CSV: {error}")
+            ends = "unexpected end" in str(error)
+            wrong = f"is not valid CSV: {'a quote that is opened here is never closed' if ends else error}"
+        if wrong:
+            yield number, RowError("not CSV", wrong)
+            lines.give_back_all_but_one()
+            number, rows = number + 1, csv.reader(lines, delimiter=marks, strict=True)
             continue
-        if not cells:
-            continue
-        if len(cells) != len(header):
-            yield (
-                number,
-                RowError("not CSV", f"has {count(len(cells), 'cell')}, but the first line names {len(header)}"),
-            )
-        elif any(not cell.isascii() and not is_utf8(cell) for cell in cells):
+        if any(not cell.isascii() and not is_utf8(cell) for cell in cells):
             yield number, not_utf8(",".join(cells).encode("utf-8", "surrogateescape"))
-        else:
+        elif cells:
             yield number, dict(zip(header, (cell or None for cell in cells), strict=True))
+        number += len(lines.row)
 
 
 def not_utf8(data: bytes) -> RowError:
@@ -397,7 +429,7 @@ OURS = (".rejects.jsonl", ".report.json")  # what make_tokenize.sh leaves beside
 
 
 def format_of(path: Path) -> str:
-    """The ending that says how a file is read (.jsonl.gz is .jsonl), or ""."""
+    """The ending that says how a file is read (.jsonl.gz is .jsonl; a pipe without one is .jsonl), or ""."""
     suffixes = [s.lower() for s in path.suffixes]
     if suffixes and suffixes[-1] in PACKED:
         return (
@@ -405,7 +437,9 @@ def format_of(path: Path) -> str:
             if len(suffixes) > 1 and suffixes[-2] in READERS and suffixes[-2] not in (".parquet", ".arrow")
             else ""
         )
-    return suffixes[-1] if suffixes and suffixes[-1] in READERS else ""
+    if suffixes and suffixes[-1] in READERS:
+        return suffixes[-1]
+    return ".jsonl" if path.is_fifo() else ""
 
 
 def stem_of(path: Path) -> Path:

@@ -157,9 +157,10 @@ class Reader:
         if empty:
             return empty
         has = ", ".join(map(repr, list(row)[:6])) or "nothing"
-        known = [*self.columns.messages[:2], " with ".join(filter(None, self.columns.pairs[0][::2])), self.columns.text]
+        pairs = [" with ".join(filter(None, pair[::2])) for pair in self.columns.pairs[:2]]
+        known = [*self.columns.messages[:2], *pairs, self.columns.text]
         if wanted != "auto":
-            known = {"messages": self.columns.messages[:2], "pair": known[-2:-1], "text": known[-1:]}[wanted]
+            known = {"messages": self.columns.messages[:2], "pair": pairs, "text": known[-1:]}[wanted]
         raise RowError("unknown columns", f"has none of the keys {', '.join(known)}; it has {has}")
 
     def string(self, value: str) -> str:
@@ -209,6 +210,8 @@ class Reader:
         if not question:
             question, material = material, ""
         found.append(Message(Role.USER, question, material=material))
+        if row[response] is None:
+            raise RowError("empty", f'its "{response}" is empty')
         think, words = split_thought(self.text(row[response], response))
         found.append(Message(Role.ASSISTANT, words, think=self.optional(row, self.columns.think) or think))
         return Dialogue(tuple(found), tools_text(row.get(self.columns.tools)))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import json
 import os
 import re
 import shlex
@@ -68,7 +70,8 @@ class Planned:
 
     ctx_len: the longest sequence. buckets: those of DATALOAD=bucket. most_tokens: inputs of the largest micro-batch.
     lines: from the settings to the rows of the plan that the user sees. batches: from a rank to its micro-batches.
-    sequences: what is trained, to look at: tokens [n] and weights [n-1] of one after another.
+    sequences: what is trained, to look at: tokens [n] and weights [n-1] of one after another. templates: the PROMPT_TYPEs
+    that the data were made with, as far as they tell.
     """
 
     plan: Plan
@@ -78,6 +81,7 @@ class Planned:
     lines: Callable[[dict], list[tuple[str, str]]]
     batches: Callable[[int], Dataset]
     sequences: Callable[[], Iterator]
+    templates: tuple[str, ...]
 
 
 def plan_run(config: TrainConfig, files, vocab_size: int, say) -> Planned:
@@ -112,15 +116,24 @@ def plan_run(config: TrainConfig, files, vocab_size: int, say) -> Planned:
         micro_bsz = max(1, min(AUTO_BATCH_TOKENS // data.ctx_len, several))
     epoch_steps = None if config.epoch_steps == "auto" else config.epoch_steps
     plan = data.make_plan(epoch_steps, micro_bsz, config.mini_bsz, config.gpu_count)
+    templates = tuple(sorted({found for prefix, _ in files if (found := template_of(prefix))}))
     return Planned(
         plan,
         data.ctx_len,
         data.buckets,
         min(plan.most_tokens(data.ctx_len), data.facts().tokens),
-        lambda settings: report.data_lines(data, plan, settings),
+        lambda settings: report.data_lines(data, plan, settings) + report.template_lines(templates),
         lambda rank: Batches(data, plan, rank),
         lambda: itertools.chain.from_iterable(map(data.row, range(data.rows))),
+        templates,
     )
+
+
+def template_of(prefix: Path) -> str:
+    """The PROMPT_TYPE that tokenized data were made with, as NAME.report.json tells; "" where there is none."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return str(json.loads(Path(f"{prefix}.report.json").read_text(encoding="utf-8"))["settings"]["PROMPT_TYPE"])
+    return ""
 
 
 def mask_of(config: TrainConfig) -> str:
@@ -175,6 +188,7 @@ def plan_stream(config: TrainConfig, source: Path, vocab_size: int, say) -> Plan
         lambda settings: report.stream_lines(found, tokenizing, buffer, plan, settings),
         batches,
         lambda: batches(0).sequences(),
+        (tokenizing.prompt_type,),
     )
 
 
@@ -184,6 +198,8 @@ def stream_source(name: str) -> tuple[Path, list[str]]:
 
     source = project.find(name, "data")
     shown = project.shown(source)
+    if not source.exists() and re.search(r":[\d.]+(\s|$)", name):
+        return source, ["mixes files, which STREAMING=1 cannot; tokenize them, or put them into one folder"]
     if not source.exists():
         there = [
             p.name for p in (project.ROOT / "data").glob("*") if files.format_of(p) and not p.name.endswith(files.OURS)

@@ -20,6 +20,7 @@ from .estimate import memory_bytes
 
 FEW_STEPS = 30  # fewer optimizer steps than this are worth a word
 ROW = {"pack": "pack", "concat": "window", "get": "window", "magic": "window"}  # what a row is called in each mode
+FILLED_BY_CTX = ("pack", "get")  # rows as long as the context: a shorter one gives more of them
 LONG_WARMUP = 0.25  # ... and so is a warm-up that takes more of the run than this
 
 
@@ -54,8 +55,7 @@ def plan_lines(settings, base, geometry, lines, tokens, plan, steps, trained_val
         rows.append(("", f"EPOCH_STEPS makes an epoch {plan.passes_per_epoch:.1f} passes over the data; auto makes "
                          "it one"))  # fmt: skip
     if steps < FEW_STEPS:
-        rows.append(("", f"{count(steps, 'step')} will hardly change a model: take a larger EPOCH_COUNT, or a smaller "
-                         "MICRO_BSZ, MINI_BSZ or CTX_LEN"))  # fmt: skip
+        rows.append(("", f"{count(steps, 'step')} will hardly change a model: take {more_steps(settings, plan)}"))
     if settings["WARMUP_STEPS"] >= steps:
         rows.append(("", f"WARMUP_STEPS={settings['WARMUP_STEPS']} is as long as the whole run: the rate only rises"))
     elif settings["WARMUP_STEPS"] > steps * LONG_WARMUP:
@@ -75,6 +75,23 @@ def plan_lines(settings, base, geometry, lines, tokens, plan, steps, trained_val
         ("output", f"output/{settings['RUN_NAME']}/"),
     ]  # fmt: skip
     return [f"{label:<10}{text}" for label, text in rows]
+
+
+def template_lines(templates) -> list[tuple[str, str]]:
+    """A word where the data were made with several templates: no chat can use them all at once."""
+    return (
+        [("", f"these data were made with different templates: {', '.join(templates)}")] if len(templates) > 1 else []
+    )
+
+
+def more_steps(settings, plan) -> str:
+    """What gives a run more steps, of what is not as it should be already."""
+    if settings["STREAMING"]:
+        return "a larger MAX_STEPS"
+    larger = "a larger EPOCH_COUNT" + (" or EPOCH_STEPS" if plan.epoch_steps else "")
+    smaller = [name for name in ("MICRO_BSZ", "MINI_BSZ") if settings[name] not in (1, "auto")]
+    smaller += ["CTX_LEN"] if settings["DATALOAD"] in FILLED_BY_CTX else []
+    return larger + (f", or a smaller {' or '.join(smaller)}" if smaller else "")
 
 
 def data_lines(data, plan, settings) -> list[tuple[str, str]]:
