@@ -10,27 +10,31 @@ the memory that is held per document (the index file itself is 20 bytes).
 
 from __future__ import annotations
 
+import sys
+
+sys.path[0] = __file__.rpartition("bench")[
+    0
+]  # the kit, instead of this folder: tokenize.py here hides a module of Python's own
+
+# ruff: noqa: E402
 import argparse
 import functools
 import json
 import platform
 import statistics
-import sys
 import tempfile
 import time
 import tracemalloc
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import numpy as np
+import torch
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-
-from rwkv_peft.data import buckets  # noqa: E402
-from rwkv_peft.data.binidx import Reader, index_bytes  # noqa: E402
-from rwkv_peft.data.loading import Batches, Data  # noqa: E402
-from rwkv_peft.data.sources import Source  # noqa: E402
-from rwkv_peft.roles import Role  # noqa: E402
+from rwkv_peft.data import buckets
+from rwkv_peft.data.binidx import Reader, index_bytes
+from rwkv_peft.data.loading import Batches, Data
+from rwkv_peft.data.sources import Source
+from rwkv_peft.roles import Role
 
 MODES = ("pack", "concat", "pad", "only", "bucket", "get", "magic")
 TOKENS = 16_384  # of a micro-batch

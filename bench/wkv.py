@@ -9,19 +9,23 @@ autograd: the form that rwkvtune and RWKV-LM's demo run on a CPU.
 
 from __future__ import annotations
 
+import sys
+
+sys.path[0] = __file__.rpartition("bench")[
+    0
+]  # the kit, instead of this folder: tokenize.py here hides a module of Python's own
+
+# ruff: noqa: E402
 import argparse
 import json
 import platform
 import statistics
-import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
 
-import torch  # noqa: E402
-
-from rwkv_peft.ops import dispatch, reference  # noqa: E402
+from rwkv_peft.ops import dispatch, reference
 
 
 def inputs(tokens: int, heads: int, size: int = 64):

@@ -27,6 +27,7 @@ values of make_tokenize.sh; `python -m json2binidx.inspect NAME` shows and check
 from __future__ import annotations
 
 import dataclasses
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,6 +44,9 @@ OWN = ("--no-eof", "--preview")
 
 
 def main(arguments: list[str], environment: dict[str, str] | None = None) -> None:
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a closed terminal or a scheduler: leave, but tidily
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, lambda received, _frame: sys.exit(128 + received))
     with door():  # a package that is missing is told in words as well
         from rwkv_peft.rows.settings import TokenizeConfig
 

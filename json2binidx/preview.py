@@ -15,6 +15,8 @@ from rwkv_peft.rows.recipe import Cook
 from rwkv_peft.rows.settings import TokenizeConfig, recipe
 from rwkv_peft.words import count
 
+from .tally import Tally
+
 MOST = 600  # tokens of a row that are shown, from its beginning and its end
 COLOURS = {"begin": "\033[32m", "end": "\033[0m", "border": "\033[2m|\033[22m"}
 MARKS = {"begin": "[[", "end": "]]", "border": "|"}
@@ -29,10 +31,11 @@ def preview(source: Path, config: TokenizeConfig, end_of_doc: bool, most: int) -
     print(
         f"PROMPT_TYPE={config.prompt_type}, EOT={config.eot}. Tokens with | between; LOSS_MASK=qa trains what is {how}."
     )
-    shown = 0
+    shown, tally = 0, Tally()
     for path in paths:
         for block in files.blocks(path, config.txt_mode):
             made = cook.block(block)
+            tally.add(made)
             for reject in made.rejects[: most - shown]:
                 print(f"\n--- {reject.file}:{reject.line}: cannot be used: {reject.message}")
             starts = np.concatenate([[0], np.cumsum(made.sizes)])
@@ -43,7 +46,10 @@ def preview(source: Path, config: TokenizeConfig, end_of_doc: bool, most: int) -
             if shown == most:
                 return
     if not shown:
-        raise UserError(f"{project.shown(source)}: holds no row that can be used.")
+        why = ", ".join(
+            f"{n:,} {reason}" for what in ("rejected: ", "dropped: ") for reason, n in tally.group(what).items()
+        )
+        raise UserError(f"{project.shown(source)}: holds no row that can be used{f' ({why})' if why else ''}.")
 
 
 def show(file: str, line: int, ids: np.ndarray, roles: np.ndarray, marks: dict[str, str]) -> None:

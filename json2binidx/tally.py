@@ -15,12 +15,14 @@ SHOW = 10  # places that are listed; the rest are counted
 
 
 class Tally:
-    """Sums over all blocks. sizes: tokens of every row that is written, in order; hashes: of their content."""
+    """Sums over all blocks. sizes: tokens of every row that is written, in order; hashes: of their content; documents: of
+    all that was made of the same row."""
 
-    def __init__(self):
+    def __init__(self, keep_documents: bool = False):
+        self.keep_documents = keep_documents  # only the held-out part asks which rows were made of the same one
         self.counts: Counter[str] = Counter()
         self.scripts = np.zeros(257, np.int64)
-        self.sizes, self.hashes = array.array("i"), array.array("Q")
+        self.sizes, self.hashes, self.documents = array.array("i"), array.array("Q"), array.array("Q")
         self.learnt = 0  # tokens that LOSS_MASK=qa trains
         self.rejects: list[Reject] = []
         self.places: dict[str, list[Place]] = {}
@@ -31,6 +33,8 @@ class Tally:
         self.scripts += one.scripts
         self.sizes.frombytes(one.sizes.astype(np.int32).tobytes())
         self.hashes.frombytes(one.hashes.astype(np.uint64).tobytes())
+        if self.keep_documents:
+            self.documents.frombytes(one.documents.astype(np.uint64).tobytes())
         self.learnt += int(np.count_nonzero(one.roles == Role.ASSISTANT))
         self.rejects += one.rejects[: SHOW - len(self.rejects)]
         for what, found in one.places.items():

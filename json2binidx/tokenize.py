@@ -70,7 +70,7 @@ def tokenize(source: Path, config: TokenizeConfig, epochs: int, end_of_doc: bool
         report.say(known, prefix, made=False)
         return known
     replaced = made_from_other(report_file, project.shown(source))
-    tally = Tally()
+    tally = Tally(keep_documents=config.valid_percent > 0)
     rejects = Path(f"{prefix}.rejects.jsonl")
     with contextlib.ExitStack() as open_files:
         stored = Stored(*(open_files.enter_context(tempfile.TemporaryFile(dir=prefix.parent)) for _ in range(2)))
@@ -189,7 +189,8 @@ class Rejects:
 
     def __exit__(self, *_exception) -> None:
         if self.file:
-            self.file.close()
+            with contextlib.suppress(OSError):  # a full disk refuses what is still to be flushed: it is to go anyway
+                self.file.close()
             temporary(self.path).unlink(missing_ok=True)
 
 
@@ -220,7 +221,7 @@ def write(prefix: Path, stored: Stored, tally: Tally, epochs: int, valid_percent
     sizes = np.frombuffer(tally.sizes, np.int32)
     starts = np.zeros(len(sizes) + 1, np.int64)
     np.cumsum(sizes, out=starts[1:])
-    held_out = valid_rows(np.frombuffer(tally.hashes, np.uint64), valid_percent, seed)
+    held_out = valid_rows(np.frombuffer(tally.documents, np.uint64), len(sizes), valid_percent, seed)
     stored.valid_rows = int(held_out.sum())
     need_space(prefix.parent, epochs * (3 * int(starts[-1]) + 2 * 20 * len(sizes)))
     streams = {"": np.dtype(np.uint16), ".roles": np.dtype(np.uint8)}
@@ -256,13 +257,14 @@ def gathered(reader, begins: np.ndarray, ends: np.ndarray) -> bytes:
     return b"".join([reader(slice(begin, end)) for begin, end in pairs])
 
 
-def valid_rows(hashes: np.ndarray, percent: float, seed: int) -> np.ndarray:
-    """Which rows are held out, bool [rows]: that share of the different contents, at least one; equal rows go together.
+def valid_rows(hashes: np.ndarray, rows: int, percent: float, seed: int) -> np.ndarray:
+    """Which rows are held out, bool [rows]: that share of the different contents, at least one; equal rows go together, and
+    all that was made of one row.
 
     UserError if nothing would be left to train.
     """
     if not percent:
-        return np.zeros(len(hashes), dtype=bool)
+        return np.zeros(rows, dtype=bool)
     contents = np.unique(hashes)
     count = max(1, round(len(contents) * percent / 100))
     if count >= len(contents):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import multiprocessing
 import os
@@ -17,6 +18,7 @@ from rwkv_peft.rows.files import Block
 from rwkv_peft.rows.recipe import Cook, Cooked, Recipe
 
 SHARE = 16 << 20  # bytes that are worth a further process: starting one takes about a second
+PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 AHEAD = 3  # blocks per worker that may wait, so that none stands idle and memory stays small
 
 
@@ -35,8 +37,8 @@ def cooked(blocks: Iterable[Block], recipe: Recipe, workers: int) -> Iterator[Co
         with no_garbage_hunts():
             yield from map(cook.block, blocks)
         return
-    # children of fork share what is loaded already, the vocabulary above all: 150 MB and a second for each otherwise. This is
-    # safe here: nothing has started threads (the library's encode_batch would; a child could wait for them for ever)
+    # children of fork share what is loaded already, the vocabulary above all: 230 MB and a second for each otherwise. They are
+    # started before anything is read, when no library has started threads that a child would wait for in vain
     global COOK
     if sys.platform == "linux":
         COOK = load(recipe)
@@ -44,6 +46,7 @@ def cooked(blocks: Iterable[Block], recipe: Recipe, workers: int) -> Iterator[Co
     pool = ProcessPoolExecutor(workers, context, prepare, (recipe,))
     waiting: deque = deque()
     try:
+        pool.submit(int).result()
         for block in blocks:
             waiting.append(pool.submit(cook_block, block))
             if len(waiting) >= AHEAD * workers:
@@ -55,7 +58,9 @@ def cooked(blocks: Iterable[Block], recipe: Recipe, workers: int) -> Iterator[Co
             "A worker was ended from outside, most likely because the memory was full. WORKERS=1 needs the least."
         ) from None
     finally:
+        impatient = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would find the pool half shut
         pool.shutdown(cancel_futures=True)
+        signal.signal(signal.SIGINT, impatient)
         COOK = None
 
 
@@ -85,6 +90,10 @@ def prepare(recipe: Recipe) -> None:
     """A worker begins. Ctrl-C is for the parent, which ends the workers."""
     global COOK
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    if sys.platform == "linux":  # a worker does not outlive its parent, however that ends
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     gc.disable()
     COOK = COOK if COOK and COOK.recipe == recipe else load(recipe)
 

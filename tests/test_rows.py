@@ -209,6 +209,35 @@ def test_mask_history_learns_the_last_answer_only_and_expand_every_answer_in_a_r
     assert made.counts["kept"] == made.counts["read"] == 1 and made.lines.tolist() == [1, 1]
 
 
+def test_ready_texts_are_masked_and_expanded_like_the_same_dialogue():
+    for options in ({"mask_history": True}, {"expand": True}):
+        ready, made = cook(SAME["text"], **options), cook(SAME["messages"], **options)
+        assert ready.ids.tolist() == made.ids.tolist() and ready.roles.tolist() == made.roles.tolist()
+
+
+def test_a_column_that_is_mapped_to_one_part_does_not_play_its_usual_one_as_well():
+    for keys in ('{"prompt": "input", "response": "target"}', '{"prompt": "input", "response": "output"}'):
+        made = cook({"input": "Q", "target": "A", "output": "A"}, columns=columns(keys))
+        assert tokenizer.decode(made.ids[:-1]) == "User: Q\n\nAssistant: A"
+
+
+def test_a_limit_of_a_turn_keeps_what_fits_and_never_leaves_an_empty_turn():
+    answer = {"role": "assistant", "content": "hello world", "think": "some long thought of many words"}
+    row = {"messages": [CHAT[0], answer]}
+    for most in range(1, 24):
+        for name, template in (("rwkv-g1", PRESETS["rwkv-g1"]), ("empty", PRESETS["empty"])):
+            for policy in ("truncate", "truncate-left"):
+                made = cook(row, template=template, limits=Limits(target=most, policy=policy))
+                assert made.counts["kept"] + made.counts["dropped: longer than TARGET_LENGTH"] == 1, name
+                if made.counts["kept"]:
+                    assert (made.roles == A).sum() <= most
+                    assert learnt(made)[0].replace("<think>", "").replace("</think>", "").replace("<end>", "").strip()
+    made = cook(
+        {"instruction": "hello world", "input": "x", "output": "ok"}, limits=Limits(source=1, policy="truncate")
+    )
+    assert made.counts["dropped: longer than SOURCE_LENGTH"] == 1
+
+
 @pytest.mark.parametrize(("eot", "end"), [("doc", [0]), ("blank", [261]), ("both", [261, 0]), ("x17", [24])])
 @pytest.mark.parametrize("row", [{"text": "Hi"}, {"messages": [CHAT[0], {"role": "assistant", "content": "Hi"}]}])
 def test_a_row_ends_with_its_terminator_once(eot, end, row):

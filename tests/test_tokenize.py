@@ -211,6 +211,19 @@ def test_held_out_rows_are_never_trained_on_whatever_the_repeats(data, percent):
     assert not list(data.glob("x.valid.*"))  # what would now be trained on must not be called held out
 
 
+@pytest.mark.parametrize("options", [{"EXPAND": "1"}, {"MAX_TOKENS": "12", "OVERLONG": "split"}])
+def test_all_that_is_made_of_a_row_is_held_out_with_it(data, options):
+    def chat(i):
+        return {
+            "messages": [{"role": r, "content": f"{w} {i} " * 3} for w in ("one", "two") for r in ("user", "assistant")]
+        }
+
+    tokenize(tiny.write_jsonl(data / "x.jsonl", [chat(i) for i in range(100, 130)]), VALID_PERCENT="20", **options)
+    parts = {name: " ".join(tokenizer.decode(row) for row in rows_of(data / name)) for name in ("x", "x.valid")}
+    numbers = {name: {i for i in range(100, 130) if str(i) in text} for name, text in parts.items()}
+    assert len(numbers["x.valid"]) == 6 and not numbers["x"] & numbers["x.valid"]
+
+
 def test_a_prefix_of_many_rows_is_copied_from_the_disk_as_from_memory(data, monkeypatch):
     path = tiny.write_jsonl(data / "x.jsonl", many(50))
     tokenize(path, 2)

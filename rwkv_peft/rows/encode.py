@@ -60,7 +60,7 @@ def encoded(text: str) -> list[int]:
 class Encoded(NamedTuple):
     """Many rows. ids uint16 [n], roles uint8 [n] of all of them; first [rows + 1]: where each begins;
     answered bool [rows]: whether the row has something to learn; pieces: tokens that begin in each piece of text, over all
-    rows; turns: how many answers there are; systems: how many system texts; scripts: see below."""
+    rows; turns: how many answers there are; untrained: those not to be learnt; systems: system texts; scripts: see below."""
 
     ids: np.ndarray
     roles: np.ndarray
@@ -68,6 +68,7 @@ class Encoded(NamedTuple):
     answered: np.ndarray
     pieces: np.ndarray
     turns: int
+    untrained: int
     systems: int
     scripts: np.ndarray
 
@@ -88,6 +89,7 @@ NO_ROWS = Encoded(
     np.zeros(1, np.int64),
     NONE.astype(bool),
     NONE,
+    0,
     0,
     0,
     np.zeros(257, np.int64),
@@ -185,8 +187,9 @@ def encode_rows(rows: Sequence[Pieces], end_of_doc: bool) -> Encoded:
     begins = np.concatenate([[0], of_row[:-1] + 1])
     learnt = speakers == Role.ASSISTANT
     answered = np.add.reduceat(learnt, begins, dtype=np.int64) > 0
-    turns = int((learnt | (speakers == Role.UNTRAINED))[spoken].sum())
+    untrained = int((speakers == Role.UNTRAINED)[spoken].sum())
+    turns = int(learnt[spoken].sum()) + untrained
     systems = int((speakers[spoken] == Role.SYSTEM).sum())
     return Encoded(
-        ids, roles, first, answered, counts[spoken], turns, systems, scripts(np.frombuffer(data, np.uint8))
+        ids, roles, first, answered, counts[spoken], turns, untrained, systems, scripts(np.frombuffer(data, np.uint8))
     )  # fmt: skip

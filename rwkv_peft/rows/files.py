@@ -240,12 +240,26 @@ def table(path: Path) -> Iterator[Block]:
     csv.field_size_limit(FIELDS_LIMIT)
     with unpacked(path) as (file, read):
         text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
-        first = text.readline()
-        marks = "\t" if ".tsv" in path.suffixes else max(",;\t", key=first.count)
-        header = next(csv.reader([first], delimiter=marks), [])
-        if not any(header):
-            raise UserError(f"{shown(path)}: its first line must name the columns.")
-        yield from grouped(path, table_rows(RowLines(text), header, marks), read)
+        lines, number = RowLines(text), 2
+        first = next(lines, "")
+        told = re.fullmatch(r"sep=(.)\s*", first)  # Excel's way to say what stands between cells
+        if told:
+            first, number = next(lines, ""), 3
+        bare = re.sub(r'"[^"]*"', "", first)
+        marks = told[1] if told else "\t" if ".tsv" in path.suffixes else max(",;\t", key=bare.count)
+        lines.again.append(first)
+        lines.begin()
+        try:
+            header = next(csv.reader(lines, delimiter=marks, strict=True), [])
+        except csv.Error as error:
+            raise UserError(
+                f"{shown(path)}: its first line, which names the columns, is not valid CSV: {error}."
+            ) from None
+        twice = sorted({name for name in header if header.count(name) > 1})
+        if not any(header) or twice:
+            wrong = f"names {twice[0]!r} twice" if twice else "must name the columns"
+            raise UserError(f"{shown(path)}: its first line {wrong}.")
+        yield from grouped(path, table_rows(lines, header, marks, number - 1 + len(lines.row)), read)
 
 
 class RowLines:
@@ -276,9 +290,9 @@ class RowLines:
         self.again.extendleft(reversed(self.row[1:]))
 
 
-def table_rows(lines: RowLines, header: list[str], marks: str) -> Iterator[tuple[int, Row | RowError]]:
-    """Rows with their lines (the header is line 1). A quote that is not closed spoils its own line and no other."""
-    number, rows = 2, csv.reader(lines, delimiter=marks, strict=True)
+def table_rows(lines: RowLines, header: list[str], marks: str, number: int) -> Iterator[tuple[int, Row | RowError]]:
+    """Rows with their lines, from line `number` on. A quote that is not closed spoils its own line and no other."""
+    rows = csv.reader(lines, delimiter=marks, strict=True)
     while True:
         lines.begin()
         wrong, cells = "", []
@@ -331,11 +345,11 @@ def columnar(path: Path) -> Iterator[Block]:
         ) from None
 
     def batches():
-        if path.suffix == ".parquet":
-            with pq.ParquetFile(path, memory_map=True) as file:
+        if path.suffix.lower() == ".parquet":
+            with pq.ParquetFile(path) as file:
                 yield from file.iter_batches(batch_size=ROWS)
             return
-        with pa.memory_map(str(path)) as source:
+        with pa.OSFile(str(path)) as source:  # not mapped: a damaged file would end the process without a word
             try:  # files that may be read from any place, or streams (what the `datasets` package writes)
                 reader = pa.ipc.open_file(source)
                 yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
@@ -347,11 +361,12 @@ def columnar(path: Path) -> Iterator[Block]:
     size = path.stat().st_size
     try:
         for batch in batches():
+            batch.validate(full=True)
             for begin in range(0, batch.num_rows, ROWS):
                 rows = batch.slice(begin, ROWS).to_pylist()
                 yield Block(shown(path), number, list(enumerate(rows, number)), 0)
                 number += len(rows)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, ValueError, SystemError, OverflowError) as error:
         raise UserError(f"{shown(path)}: cannot be read as {path.suffix[1:]}: {str(error).splitlines()[0]}.") from None
     yield Block(shown(path), number, [], size)
 

@@ -60,7 +60,8 @@ def cut_turns(template: Template, dialogue: Dialogue, ending: Ending, end_of_doc
         pieces = Pieces(*template.render(Dialogue(tuple(messages)), ending))
         counts = tokens_of_pieces(pieces)
         said = [(n, role) for n, role in zip(counts, pieces.roles, strict=True) if role is not Role.HEADING]
-        assert len(said) == len(messages)
+        if len(said) != len(messages):  # a template without headings shows nothing of an empty turn
+            raise TooLong(limits.name(Role.ASSISTANT if limits.target else Role.USER))
         said[-1] = (said[-1][0] + end_of_doc, said[-1][1])
         over = [(i, n - limits.of_turn(role)) for i, (n, role) in enumerate(said) if 0 < limits.of_turn(role) < n]
         if not over:
@@ -81,12 +82,17 @@ def tokens_of_pieces(pieces: Pieces) -> list[int]:
 def shortened(message: Message, excess: int, policy: str) -> Message | None:
     """The message without `excess` tokens of its words, or of its second text or thought where those are not enough."""
     for part in ("content", "material", "think"):
-        if words := getattr(message, part):
-            left = shortened_text(words, excess, policy)
-            if left or part != "content":
-                return message._replace(**{part: left})
-            message = message._replace(content="")
-    return None
+        words = getattr(message, part)
+        if not words or words.isspace():
+            continue
+        size = len(encoded(words))
+        left = shortened_text(words, excess, policy) if excess < size else ""
+        message = message._replace(**{part: left})
+        excess -= size
+        if left or excess <= 0:
+            break
+    # an answer may be a thought alone; a turn of nothing at all is none
+    return message if any(getattr(message, part).strip() for part in ("content", "material", "think")) else None
 
 
 def shortened_text(text: str, excess: int, policy: str) -> str:

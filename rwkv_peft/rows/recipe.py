@@ -70,12 +70,14 @@ class Place(NamedTuple):
 @dataclass
 class Cooked:
     """What a block has become. ids uint16 [n], roles uint8 [n]; sizes int32 and hashes uint64 [rows that are written];
-    lines int64: where each comes from. counts: rows by what happened to them ("read", "kept", "dropped: ...", ...)."""
+    documents uint64: a hash of all that was made of the same row; lines int64: where each comes from. counts: rows by what
+    happened to them ("read", "kept", "dropped: ...", ...)."""
 
     ids: np.ndarray
     roles: np.ndarray
     sizes: np.ndarray
     hashes: np.ndarray
+    documents: np.ndarray
     lines: np.ndarray
     counts: Counter[str]
     scripts: np.ndarray  # see encode.scripts
@@ -87,12 +89,14 @@ class Cooked:
 
 
 class Rows(NamedTuple):
-    """Rows to write. ids uint16 [n], roles uint8 [n], first [rows + 1], lines int64 [rows]; scripts as in Cooked."""
+    """Rows to write. ids uint16 [n], roles uint8 [n], first [rows + 1], lines int64 [rows]; rows int64: which of the block's
+    rows each was made of; scripts as in Cooked."""
 
     ids: np.ndarray
     roles: np.ndarray
     first: np.ndarray
     lines: np.ndarray
+    rows: np.ndarray
     scripts: np.ndarray
 
 
@@ -181,8 +185,9 @@ class Cook:
             counts[f"schema: {schema}"] += rows
         made = self.encoded(drafts, block, counts, rejects, note)
         sizes = np.diff(made.first).astype(np.int32)
+        hashes = hashes_of(made.ids, sizes)
         return Cooked(
-            made.ids, made.roles, sizes, hashes_of(made.ids, sizes), made.lines, counts, made.scripts,
+            made.ids, made.roles, sizes, hashes, documents_of(hashes, made.rows), made.lines, counts, made.scripts,
             block.file, block.read, rejects, places, frozenset(self.reader.seen),
         )  # fmt: skip
 
@@ -194,7 +199,7 @@ class Cook:
             note(verdict, line)
         counts[f"schema: {schema}"] += 1
         if isinstance(found, str):
-            return [self.text_draft(number, line, found, note)]
+            return self.text_drafts(number, line, found, note)
         messages = found.messages
         counts["tools"] += bool(found.tools)
         if not (self.recipe.expand or self.recipe.mask_history):
@@ -215,8 +220,8 @@ class Cook:
             note("dropped", line, NOTHING_TO_LEARN)
         return [Draft(number, line, Pieces(*self.template.render(d, self.ending)), d) for d in several]
 
-    def text_draft(self, number: int, line: int, text: str, note) -> Draft:
-        """A ready text is taken as it is; only its end is made."""
+    def text_drafts(self, number: int, line: int, text: str, note) -> list[Draft]:
+        """A ready text is taken as it is; only its end is made, and which of its answers are to be learnt."""
         data = text.encode("utf-8")
         spans = spans_of_text(data, self.words)
         if heading := overlooked_heading(data, spans, self.words):
@@ -226,8 +231,20 @@ class Cook:
         else:
             texts = [data[span.start : span.end].decode("utf-8") for span in spans]
         end = self.ending.answer + self.ending.last
-        texts[-1] = texts[-1].removesuffix(end) + end
-        return Draft(number, line, Pieces(texts, [span.role for span in spans]), None)
+        roles = [span.role for span in spans]
+        answers = [i for i, role in enumerate(roles) if role is Role.ASSISTANT]
+        if not answers or not (self.recipe.expand or self.recipe.mask_history):
+            several = [(texts, roles)]
+        else:
+            ends = [i + 1 for i in answers] if self.recipe.expand else [len(texts)]
+            several = [(texts[:e], [Role.UNTRAINED if i in answers and i < answers[-1] and i < e - 1 else role
+                                    for i, role in enumerate(roles[:e])]) for e in ends]  # fmt: skip
+        drafts = []
+        for some, said in several:
+            some = list(some)
+            some[-1] = some[-1].removesuffix("\n\n" if len(some) < len(texts) else end) + end
+            drafts.append(Draft(number, line, Pieces(some, said), None))
+        return drafts
 
     def encoded(self, drafts: list[Draft], block: Block, counts, rejects, note) -> Rows:
         """The rows to write, within all limits; counts and notes what is left out."""
@@ -246,8 +263,11 @@ class Cook:
                     rejects.append(Reject(block.file, draft.line, error.reason, error.message, ""))
             drafts = [d for d in drafts if d.row not in bad]
             found = encode_rows([d.pieces for d in drafts], token) if drafts else NO_ROWS
-        counts["turns"] = found.turns
-        counts["system"] = found.systems
+        # with EXPAND a row is there several times, each with one answer to learn, and its system text every time
+        counts["turns"] = found.turns - found.untrained if self.recipe.expand else found.turns
+        counts["system"] = (
+            len({d.row for d in drafts if Role.SYSTEM in d.pieces.roles}) if self.recipe.expand else found.systems
+        )
         lines = np.array([d.line for d in drafts], dtype=np.int64)
         rows = np.array([d.row for d in drafts], dtype=np.int64)
         trouble = ~found.answered & np.array([d.source is not None for d in drafts], dtype=bool)
@@ -280,10 +300,10 @@ class Cook:
                     learnt.append(rows[i : i + 1])
         made = Rows(
             np.concatenate(ids), np.concatenate(roles), np.append(0, np.cumsum(np.concatenate(sizes))),
-            np.concatenate(places), found.scripts,
+            np.concatenate(places), np.concatenate(kept), found.scripts,
         )  # fmt: skip
         # with EXPAND every answer of a row may go its own way: a row counts once, as kept if anything of it was
-        kept = set(np.concatenate(kept).tolist())
+        kept = set(made.rows.tolist())
         counts["kept"] += len(kept)
         counts["with an answer"] += len(np.unique(np.concatenate(learnt)))
         left = set(lost) & kept
@@ -342,6 +362,14 @@ def beginning(item: Any) -> str:
         return ""
     text = item.decode("utf-8", "replace") if isinstance(item, bytes) else str(item)
     return text[:RAW_LIMIT]
+
+
+def documents_of(hashes: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """One hash for all that was made of the same row, uint64 [written]: equal rows have equal ones."""
+    if not len(rows):
+        return hashes
+    begins = np.flatnonzero(np.append(True, rows[1:] != rows[:-1]))
+    return np.repeat(np.add.reduceat(hashes, begins), np.diff(np.append(begins, len(rows))))
 
 
 def hashes_of(ids: np.ndarray, sizes: np.ndarray) -> np.ndarray:

@@ -40,7 +40,7 @@ ROLE_NAMES = {
     "assistant": Role.ASSISTANT, "gpt": Role.ASSISTANT, "bot": Role.ASSISTANT, "model": Role.ASSISTANT,
     "chatgpt": Role.ASSISTANT, "ai": Role.ASSISTANT,
     "tool": Role.TOOL, "observation": Role.TOOL, "function": Role.TOOL, "function_response": Role.TOOL,
-    "ipython": Role.TOOL,
+    "ipython": Role.TOOL, "tool_response": Role.TOOL,
 }  # fmt: skip
 PLAIN_ROLES = {name: role for name, role in ROLE_NAMES.items() if role in (Role.USER, Role.ASSISTANT)}
 CALLS = ("function_call", "tool_call")  # roles of a message that is a tool call of the assistant
@@ -103,7 +103,9 @@ def columns(map_keys: str) -> Columns:
         found["messages"] = (given["messages"],)
     if {"prompt", "query", "response"} & set(given):
         usual = dict(zip(("prompt", "query", "response"), PAIRS[0], strict=True))
-        found["pairs"] = (tuple(given.get(part, name) for part, name in usual.items()),)
+        # a column that plays a part of its own plays no other one besides
+        free = {part: "" if name in given.values() else name for part, name in usual.items()}
+        found["pairs"] = (tuple(given.get(part, free[part]) for part in usual),)
     return Columns(**found, named=tuple(name for name in given.values() if name))
 
 
@@ -274,8 +276,8 @@ class Reader:
         if role is Role.ASSISTANT:
             if name in CALLS:
                 call, content = call_text(i, content), ""
-            elif one.get("tool_calls"):
-                call, content = call_text(i, one["tool_calls"]), content or ""
+            elif calls := one.get("tool_calls") or one.get("function_call"):  # the latter is OpenAI's older form
+                call, content = call_text(i, calls), content or ""
         if not isinstance(content, str):
             raise RowError("wrong type", f"message {i} ({name}) has no text in content")
         empty = not content or content.isspace()

@@ -168,7 +168,7 @@ class Template:
         """Texts that end an answer when the model goes on with the next turn by itself."""
         headings = {self.patterns[r].heading for r in (Role.USER, Role.SYSTEM, Role.ASSISTANT)}
         border = "" if self.answer_in_user else self.format_separator
-        return (*self.stop_words, *sorted(border + h for h in headings if h.strip()))
+        return (*self.stop_words, ENDINGS["x17"].answer, *sorted(border + h for h in headings if h.strip()))
 
     def render(
         self, dialogue: Dialogue, ending: Ending = ENDINGS["doc"], open_answer: bool = False
@@ -276,9 +276,9 @@ class Template:
             written.append("".join(says[p] if i % 2 else p for i, p in enumerate(parts)))
         return "\n".join(written)
 
-    def prompt(self, messages: Sequence[Message], tools: str = "") -> str:
+    def prompt(self, messages: Sequence[Message], tools: str = "", ending: Ending = ENDINGS["doc"]) -> str:
         """What a client sends for an answer to these messages."""
-        return "".join(self.render(Dialogue(tuple(messages), tools), open_answer=True)[0])
+        return "".join(self.render(Dialogue(tuple(messages), tools), ending, open_answer=True)[0])
 
 
 def spans_of(texts: Sequence[str], roles: Sequence[Role]) -> list[Span]:
