@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 
@@ -312,29 +313,43 @@ def test_an_unknown_option_is_refused(shared_kit):
     assert "--dry: is not an option; did you mean --dry-run? There is --dry-run" in said
 
 
-def test_ctrl_c_while_tokenizing_leaves_nothing(tmp_path):
-    """The signal comes while rows are read."""
+def is_running(pid: str) -> bool:
+    """Whether the process is there and more than a name that its parent has not asked about."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_whatever_stops_tokenizing_leaves_nothing_and_nobody(tmp_path, number, code, workers):
+    """The signal comes while rows are read, and some have been rejected."""
     from conftest import ROOT
 
-    code = (
-        "import os, signal, sys\nsys.path.insert(0, sys.argv[1])\n"
+    script = ROOT / "make_tokenize.sh"
+    program = (
+        "import multiprocessing, os, sys\nsys.path.insert(0, sys.argv[1])\n"
         "import json2binidx.tokenize as t, json2binidx.__main__ as m\n"
-        "from rwkv_peft.shell_vars import values_as_written\n"
-        "original = t.Stored.add\n"
-        "def add(*a):\n    original(*a)\n    os.kill(os.getpid(), signal.SIGINT)\n"
-        "t.Stored.add = add\n"
-        "script = sys.argv[1] + '/make_tokenize.sh'\n"
-        "m.main([script, sys.argv[2]], values_as_written(__import__('pathlib').Path(script)))\n"
+        "from pathlib import Path\nfrom rwkv_peft.shell_vars import values_as_written\n"
+        "original = t.Rejects.add\n"
+        "def add(*a):\n    original(*a)\n    print(*[c.pid for c in multiprocessing.active_children()])\n"
+        "    sys.stdout.flush()\n    os.kill(os.getpid(), int(sys.argv[3]))\n"
+        "t.Rejects.add = add\n"
+        "m.main([sys.argv[2], sys.argv[4], '--workers', sys.argv[5]], values_as_written(Path(sys.argv[2])))\n"
     )
-    path = tiny.write_jsonl(tmp_path / "x.jsonl", tiny.CHATS)
+    path = tiny.write_jsonl(tmp_path / "x.jsonl", [*tiny.CHATS, {"oops": 1}])
     done = subprocess.run(
-        [sys.executable, "-c", code, str(ROOT), str(path)],
+        [sys.executable, "-c", program, str(ROOT), str(script), str(int(number)), str(path), workers],
         capture_output=True,
         text=True,
-        env=os.environ | {"SEED": "1"},
     )
-    assert done.returncode == 130 and "Stopped by Ctrl-C" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["x.jsonl"]
+    children = done.stdout.split()
+    assert len(children) == (2 if workers == "2" else 0)
+    assert not any(is_running(pid) for pid in children)
 
 
 def test_a_missing_package_is_named_with_the_cure():
