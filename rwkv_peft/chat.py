@@ -29,6 +29,7 @@ from . import project, runs
 from .errors import Problems, UserError
 from .shell_vars import convert, enter, var
 from .templates.named import template
+from .templates.template import ENDINGS, Ending
 from .words import did_you_mean, listed
 
 COMMANDS = "/reset forgets the talk, /quit or an empty line ends it, Ctrl-C ends an answer"
@@ -61,7 +62,8 @@ def command(config: ChatConfig, typed: list[str]) -> None:
         if "--prompt-type" not in " ".join(typed):
             raise
         raise UserError(f"--prompt-type {config.prompt_type}: {found.problems[0].message}.") from None
-    model, name, trained_with = load(config, base_was_named)
+    model, name, run = load(config, base_was_named)
+    trained_with, ending = run.get("prompt_type"), ENDINGS.get(run.get("eot"), ENDINGS["doc"])
     if (
         trained_with
         and trained_with != config.prompt_type
@@ -73,7 +75,7 @@ def command(config: ChatConfig, typed: list[str]) -> None:
     if prompt is not None:
         once(model, config, prompt, raw)
     else:
-        talk(model, config, name)
+        talk(model, config, name, ending)
 
 
 class Parser(argparse.ArgumentParser):
@@ -116,7 +118,7 @@ def command_line(arguments: list[str], config: ChatConfig) -> tuple[ChatConfig, 
 
 
 def load(config: ChatConfig, base_was_named: bool):
-    """The model ready to talk, what to call it, and the template that it was trained with ("" if nobody knows).
+    """The model ready to talk, what to call it, and what its run tells of itself (nothing, if nobody knows).
 
     base_was_named: --model was typed beside an adapter: it must be the adapter's base. Else the sidecar says which.
     """
@@ -154,7 +156,7 @@ def load(config: ChatConfig, base_was_named: bool):
         with contextlib.suppress(UserError):
             sidecar = checkpoint.read_sidecar(base, ("prompt_type",))
     model = model.requires_grad_(False).eval().to(torch.device(machine.device_kind()))
-    return model, name, sidecar.get("prompt_type") or ""
+    return model, name, sidecar
 
 
 def model_or_merged(name: str) -> Path:
@@ -221,9 +223,9 @@ def answer(model, config: ChatConfig, logits, state, stops, strip: bool, talking
     return text
 
 
-def talk(model, config: ChatConfig, name: str) -> None:
-    """A conversation. The whole of it is encoded anew each turn, and the model goes on from the end of the last prompt:
-    that is a border which later text cannot move, while the end of an answer is not."""
+def talk(model, config: ChatConfig, name: str, ending: Ending = ENDINGS["doc"]) -> None:
+    """A conversation. The whole of it is encoded anew each turn, and the model goes on from the end of the last prompt: that
+    is a border which later text cannot move, while the end of an answer is not. ending: how turns of the training data end."""
     with contextlib.suppress(ImportError):  # gives input() its line editing and the arrow keys
         import readline  # noqa: F401
 
@@ -254,7 +256,7 @@ def talk(model, config: ChatConfig, name: str) -> None:
             print(COMMANDS)
             continue
         messages.append(Message(Role.USER, question))
-        ids = tokenizer.encode(form.prompt(messages))
+        ids = tokenizer.encode(form.prompt(messages, ending=ending))
         try:
             logits, state = advance(model, ids[known:], state)
         except KeyboardInterrupt:

@@ -90,3 +90,33 @@ def test_a_mixture_names_its_run_and_its_run_json_says_what_auto_became(mixed):
     assert [r["targets"] for r in records] == [
         json.loads(line)["targets"] for line in (folder / "loss.jsonl").read_text().splitlines()
     ]
+
+
+def test_a_run_remembers_the_template_of_its_data_and_chat_talks_in_it(ready, capsys, monkeypatch):
+    from inprocess import run, tokenize
+
+    from rwkv_peft import chat, checkpoint
+
+    tokenize(ready / "data" / "chat.jsonl", PROMPT_TYPE="rwkv-qa", EOT="both")
+    run(ready, "qa")
+    sidecar = checkpoint.read_sidecar(ready / "output" / "qa" / "rwkv-0.pth", ("prompt_type", "eot"))
+    assert (sidecar["prompt_type"], sidecar["eot"]) == ("rwkv-qa", "both")
+    asked = []
+    monkeypatch.setattr(chat, "once", lambda model, config, prompt, raw: asked.append(config.prompt_type))
+    settings = chat.ChatConfig("", "output/qa", "rwkv-world", "", 5, 0.0, 1.0, 0, "fp32")
+    capsys.readouterr()
+    chat.command(settings, ["--prompt", "Hi"])
+    assert "PROMPT_TYPE=rwkv-qa: what it was trained with." in capsys.readouterr().err
+    chat.command(settings, ["--prompt", "Hi", "--prompt-type", "chatml"])
+    chat.command(settings, ["--prompt", "Hi", "--raw"])
+    assert asked == ["rwkv-qa", "chatml", "rwkv-world"]
+
+
+def test_data_of_different_templates_are_told(ready, capsys):
+    from inprocess import tokenize
+
+    (ready / "data" / "other.jsonl").write_bytes((ready / "data" / "chat.jsonl").read_bytes())
+    tokenize(ready / "data" / "other.jsonl", PROMPT_TYPE="rwkv-g1")
+    train.command(config(DATA_PATH="chat:1 other:1"), ["--dry-run"])
+    said = capsys.readouterr().out
+    assert "these data were made with different templates: rwkv-g1 with EOT=doc, rwkv-world with EOT=doc" in said

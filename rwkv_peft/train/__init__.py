@@ -132,7 +132,7 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
         if bad:
             raise UserError(f"{bad} has become NaN or infinite, so {project.shown(path)} was not written. {TOO_HIGH}")
         sidecar = describe_run(config, geometry, base, base_sha256, precision, epoch, trainer.global_step, finished)
-        sidecar["prompt_type"] = data.templates[0] if len(data.templates) == 1 else None
+        sidecar["prompt_type"], sidecar["eot"] = data.templates[0] if len(data.templates) == 1 else (None, None)
         write_json(checkpoint.sidecar_path(path), sidecar)
         if full:
             checkpoint.rewrite(

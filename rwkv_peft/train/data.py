@@ -71,7 +71,7 @@ class Planned:
     ctx_len: the longest sequence. buckets: those of DATALOAD=bucket. most_tokens: inputs of the largest micro-batch.
     lines: from the settings to the rows of the plan that the user sees. batches: from a rank to its micro-batches.
     sequences: what is trained, to look at: tokens [n] and weights [n-1] of one after another. templates: the PROMPT_TYPEs
-    that the data were made with, as far as they tell.
+    and EOTs that the data were made with, as far as they tell.
     """
 
     plan: Plan
@@ -81,7 +81,7 @@ class Planned:
     lines: Callable[[dict], list[tuple[str, str]]]
     batches: Callable[[int], Dataset]
     sequences: Callable[[], Iterator]
-    templates: tuple[str, ...]
+    templates: tuple[tuple[str, str], ...]
 
 
 def plan_run(config: TrainConfig, files, vocab_size: int, say) -> Planned:
@@ -129,11 +129,12 @@ def plan_run(config: TrainConfig, files, vocab_size: int, say) -> Planned:
     )
 
 
-def template_of(prefix: Path) -> str:
-    """The PROMPT_TYPE that tokenized data were made with, as NAME.report.json tells; "" where there is none."""
+def template_of(prefix: Path) -> tuple[str, str] | None:
+    """The PROMPT_TYPE and EOT that tokenized data were made with, as NAME.report.json tells; None where there is none."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return str(json.loads(Path(f"{prefix}.report.json").read_text(encoding="utf-8"))["settings"]["PROMPT_TYPE"])
-    return ""
+        settings = json.loads(Path(f"{prefix}.report.json").read_text(encoding="utf-8"))["settings"]
+        return str(settings["PROMPT_TYPE"]), str(settings["EOT"])
+    return None
 
 
 def mask_of(config: TrainConfig) -> str:
@@ -188,7 +189,7 @@ def plan_stream(config: TrainConfig, source: Path, vocab_size: int, say) -> Plan
         lambda settings: report.stream_lines(found, tokenizing, buffer, plan, settings),
         batches,
         lambda: batches(0).sequences(),
-        (tokenizing.prompt_type,),
+        ((tokenizing.prompt_type, tokenizing.eot),),
     )
 
 

@@ -79,9 +79,8 @@ def plan_lines(settings, base, geometry, lines, tokens, plan, steps, trained_val
 
 def template_lines(templates) -> list[tuple[str, str]]:
     """A word where the data were made with several templates: no chat can use them all at once."""
-    return (
-        [("", f"these data were made with different templates: {', '.join(templates)}")] if len(templates) > 1 else []
-    )
+    words = ", ".join(f"{name} with EOT={eot}" for name, eot in templates)
+    return [("", f"these data were made with different templates: {words}")] if len(templates) > 1 else []
 
 
 def more_steps(settings, plan) -> str:
