@@ -30,8 +30,6 @@ LINE_LIMIT = 32 << 20  # bytes; a longer line is a file without line breaks, not
 ROWS = 512  # of a table that are worked on at once
 FIELDS_LIMIT = 1 << 27
 
-TXT_MODES = ("file", "line", "paragraph")
-
 
 @dataclass(frozen=True)
 class Block:

@@ -18,7 +18,6 @@ from ..roles import Role
 from ..templates.template import Dialogue, Ending, Message, Template
 from .encode import Pieces, Tokens, encode_row, encoded
 
-POLICIES = ("drop", "truncate", "truncate-left", "split")
 ANSWERS = (Role.ASSISTANT, Role.UNTRAINED)
 
 
