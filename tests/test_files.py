@@ -4,6 +4,9 @@ import csv
 import gzip
 import json
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -180,6 +183,26 @@ def test_a_file_that_was_cut_off_is_refused_with_its_reason(tmp_path, kind):
     path.write_bytes(b"no such thing " * 100)
     with pytest.raises(UserError, match="cannot be (unpacked|read as)"):
         rows_in(path)
+
+
+def test_a_damaged_arrow_file_is_refused_and_never_ends_the_process(tmp_path):
+    whole = write(tmp_path, ".arrow stream", [{"messages": CHAT, "n": str(i)} for i in range(200)]).read_bytes()
+    random_, paths = random.Random(3), []
+    for i in range(40):
+        broken = bytearray(whole)
+        for _ in range(random_.randint(1, 6)):
+            broken[random_.randrange(len(broken))] = random_.randrange(256)
+        paths.append(tmp_path / f"{i}.arrow")
+        paths[-1].write_bytes(broken)
+    program = (
+        "import sys\nsys.path.insert(0, sys.argv[1])\nfrom pathlib import Path\n"
+        "from rwkv_peft.errors import UserError\nfrom rwkv_peft.rows.files import blocks\n"
+        "for path in sys.argv[2:]:\n    try:\n        list(blocks(Path(path)))\n    except UserError:\n        print('refused')\n"
+    )
+    root = str(Path(__file__).resolve().parent.parent)
+    done = subprocess.run([sys.executable, "-c", program, root, *map(str, paths)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("refused") > 10
 
 
 def test_a_file_in_utf_16_says_what_to_do(tmp_path):
