@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING
 from rwkv_peft import project
 from rwkv_peft.errors import UserError, door, leave
 from rwkv_peft.shell_vars import enter, values_as_written, whole_number
-from rwkv_peft.words import did_you_mean, listed
+from rwkv_peft.words import did_you_mean
 
 if TYPE_CHECKING:
     from rwkv_peft.rows.settings import TokenizeConfig
@@ -98,33 +98,19 @@ def command_line(typed: list[str], settings: list[str]) -> tuple[list[str], bool
 
 
 def find(name: str) -> Path:
-    """The file or folder, or UserError if it cannot be read."""
+    """The file or folder, or UserError if it cannot be read, or its tokens would take the place of something else."""
     from rwkv_peft.rows import files
 
-    source = project.find(name, "data")
-    shown = project.shown(source)
-    if not source.exists():
-        there = [
-            p.name for p in (project.ROOT / "data").glob("*") if files.format_of(p) and not p.name.endswith(files.OURS)
-        ]
-        raise UserError(
-            f"{shown}: there is no such file{did_you_mean(source.name, there) or '.'} In data/ there is: {listed(there)}."
-        )
-    if source.is_dir():
-        if not files.find(source)[0]:
-            raise UserError(f"{shown}: holds no file that can be read ({', '.join(files.READERS)}).")
-    elif not source.is_file():
-        raise UserError(f"{shown}: is not a file.")
-    elif not files.format_of(source):
-        raise UserError(
-            f"{shown}: must end in one of {', '.join(files.READERS)} (or one of these with .gz or .zst behind it)."
-        )
+    source = files.named(name)
     stem = files.stem_of(source).name if source.is_file() else source.name
     for part in (".roles", ".valid"):
         if stem.endswith(part):
             raise UserError(
-                f"{shown}: would write over what belongs to {stem.removesuffix(part)}; take a name without {part}."
+                f"{project.shown(source)}: would write over what belongs to {stem.removesuffix(part)}; take a name without "
+                f"{part}."
             )
+    if not (source.is_file() or source.is_dir()):
+        raise UserError(f"{project.shown(source)}: is not a file. A pipe can be trained from with STREAMING=1.")
     return source
 
 

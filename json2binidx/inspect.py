@@ -24,10 +24,12 @@ import numpy as np
 
 from rwkv_peft import project, tokenizer
 from rwkv_peft.data.binidx import DTYPES, HEADER, MAGIC, Header
-from rwkv_peft.data.masking import roles_of_tokens, target_weights
+from rwkv_peft.data.masking import target_weights
 from rwkv_peft.errors import UserError, door, leave
 from rwkv_peft.roles import Role
+from rwkv_peft.rows.encode import roles_in_text
 from rwkv_peft.shell_vars import whole_number
+from rwkv_peft.templates.headings import spans_of_text
 from rwkv_peft.words import count, did_you_mean, listed
 
 BLOCK = 1 << 16  # tokens, sizes or pointers that are in memory at once; larger blocks leave the processor's cache
@@ -574,7 +576,7 @@ def show_rows(pair: Pair, roles: Pair | None, number: int) -> None:
         shown = min(size, SHOWN_TOKENS)
         ids = whole_numbers(np.fromfile(pair.bin, pair.dtype, shown, offset=at))
         place = at // pair.dtype.itemsize  # a role is one byte
-        said = np.fromfile(roles.bin, np.uint8, shown, offset=place) if roles else roles_in_text(ids)
+        said = np.fromfile(roles.bin, np.uint8, shown, offset=place) if roles else roles_in_text(ids, spans_of_text)
         print(f"\nrow {row:,}: {count(size, 'token')}{f', the first {shown:,}' if shown < size else ''}")
         trained = np.concatenate([[False], target_weights(said, "qa") > 0]) if len(ids) else said
         text = tokenizer.marked(ids.tolist(), trained.tolist())
@@ -582,15 +584,6 @@ def show_rows(pair: Pair, roles: Pair | None, number: int) -> None:
             text = f"{text[:SHOWN_CHARACTERS]} ... ({len(text) - SHOWN_CHARACTERS:,} characters more)"
         print("\n".join(f"  {line}" for line in text.split("\n")))
     print()
-
-
-def roles_in_text(ids: np.ndarray) -> np.ndarray:
-    """Who said what in a file without roles, as training finds it."""
-    from rwkv_peft.templates.headings import spans_of_text
-
-    spans = spans_of_text(tokenizer.decode_bytes(ids.tolist()))
-    ends = len(ids) > 0 and ids[-1] == tokenizer.END_OF_DOC
-    return roles_of_tokens(tokenizer.token_lengths()[ids], spans, end_of_doc=ends)
 
 
 if __name__ == "__main__":

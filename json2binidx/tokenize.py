@@ -52,8 +52,6 @@ def tokenize(source: Path, config: TokenizeConfig, epochs: int, end_of_doc: bool
     """
     prefix = files.stem_of(source) if source.is_file() else source.resolve()
     found, other = files.find(source)
-    if not found:
-        raise UserError(f"{project.shown(source)}: holds no file that can be read ({', '.join(files.READERS)}).")
     made_from = recipe(config, end_of_doc)
     settings = {
         "EPOCHS": epochs, "EOF": end_of_doc, "EOT": config.eot, "HANDLER": config.handler, "MAP_KEYS": config.map_keys,

@@ -56,26 +56,29 @@ def main(arguments: list[str]) -> None:
 
 def command(config: ChatConfig, typed: list[str]) -> None:
     config, prompt, raw, base_was_named = command_line(typed, config)
-    try:
+    was_typed = any(word.startswith("--prompt-type") for word in typed)
+    if was_typed:
+        check_template(config.prompt_type, f"--prompt-type {config.prompt_type}")
+    else:
         template(config.prompt_type)  # a name that is none is told before a model is loaded
-    except Problems as found:
-        if "--prompt-type" not in " ".join(typed):
-            raise
-        raise UserError(f"--prompt-type {config.prompt_type}: {found.problems[0].message}.") from None
     model, name, run = load(config, base_was_named)
     trained_with, ending = run.get("prompt_type"), ENDINGS.get(run.get("eot"), ENDINGS["doc"])
-    if (
-        trained_with
-        and trained_with != config.prompt_type
-        and not raw
-        and not any(w.startswith("--prompt-type") for w in typed)
-    ):
+    if trained_with and trained_with != config.prompt_type and not raw and not was_typed:
         print(f"PROMPT_TYPE={trained_with}: what it was trained with. --prompt-type takes another.", file=sys.stderr)
+        check_template(trained_with, f"{name} was trained with PROMPT_TYPE={trained_with}, which")
         config = dataclasses.replace(config, prompt_type=trained_with)
     if prompt is not None:
         once(model, config, prompt, raw)
     else:
         talk(model, config, name, ending)
+
+
+def check_template(name: str, who: str) -> None:
+    """UserError if there is no such template. who: what asks for it, where it is not the script."""
+    try:
+        template(name)
+    except Problems as found:
+        raise UserError(f"{who} {found.problems[0].message}.") from None
 
 
 class Parser(argparse.ArgumentParser):

@@ -318,4 +318,6 @@ SIDECAR: dict[str, Callable[[Any, bool], bool]] = {
     "geometry": lambda value, full: isinstance(value, dict),
     "epoch": lambda value, full: whole(value, 0),
     "step": lambda value, full: whole(value, 0),
+    "prompt_type": lambda value, full: value is None or isinstance(value, str),
+    "eot": lambda value, full: value is None or isinstance(value, str),
 }

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from .. import project
 from ..errors import UserError
 from ..project import shown
-from ..words import count
+from ..words import count, did_you_mean, listed
 from .schemas import MESSAGES, PAIRS, Row, RowError
 
 BLOCK = 1 << 18  # bytes of lines that are worked on at once; larger ones fall out of the processor's cache
@@ -474,6 +475,23 @@ def find(source: Path) -> tuple[list[Path], list[Path]]:
     )
     known = [p for p in files if format_of(p)]
     return known, [p for p in files if not format_of(p)]
+
+
+def named(name: str) -> Path:
+    """What the user calls a file, pipe or folder of rows: a name in data/, or a path. UserError if it cannot be read."""
+    source = project.find(name, "data")
+    where, endings = shown(source), ", ".join(READERS)
+    if not source.exists():
+        there = [p.name for p in (project.ROOT / "data").glob("*") if format_of(p) and not p.name.endswith(OURS)]
+        raise UserError(
+            f"{where}: there is no such file{did_you_mean(source.name, there) or '.'} In data/ there is: {listed(there)}."
+        )
+    if source.is_dir():
+        if not find(source)[0]:
+            raise UserError(f"{where}: holds no file that can be read ({endings}).")
+    elif not format_of(source):
+        raise UserError(f"{where}: must end in one of {endings} (or one of these with .gz or .zst behind it).")
+    return source
 
 
 def blocks(path: Path, txt_mode: str = "file") -> Iterator[Block]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -149,6 +150,7 @@ def plan_stream(config: TrainConfig, source: Path, vocab_size: int, say) -> Plan
     from ..data.sampling import Plan
     from ..data.streaming import Stream
     from ..rows import files
+    from ..rows.encode import roles_in_text
     from ..rows.settings import TokenizeConfig, recipe
     from ..rows.stream import RowStream
     from ..training import report
@@ -178,7 +180,7 @@ def plan_stream(config: TrainConfig, source: Path, vocab_size: int, say) -> Plan
         )
 
     def batches(rank: int) -> Stream:
-        find = roles_by(markers.spans) if config.loss_mask == "se" else None
+        find = functools.partial(roles_in_text, find_spans=markers.spans) if config.loss_mask == "se" else None
         return Stream(source, stream.documents, make_data, find, vocab_size, config.ctx_len, plan, rank)
 
     return Planned(
@@ -197,23 +199,14 @@ def stream_source(name: str) -> tuple[Path, list[str]]:
     """DATA_PATH with STREAMING=1: a file, a pipe or a folder of rows; and what is wrong with it."""
     from ..rows import files
 
-    source = project.find(name, "data")
-    shown = project.shown(source)
-    if not source.exists() and re.search(r":[\d.]+(\s|$)", name):
-        return source, ["mixes files, which STREAMING=1 cannot; tokenize them, or put them into one folder"]
-    if not source.exists():
-        there = [
-            p.name for p in (project.ROOT / "data").glob("*") if files.format_of(p) and not p.name.endswith(files.OURS)
-        ]
-        hint = f"{did_you_mean(source.name, there) or '.'} STREAMING=1 reads rows; in data/ there is: {listed(there)}"
-        return source, [f"{shown}: there is no such file{hint}"]
-    if source.is_dir():
-        return source, [] if files.find(source)[0] else [
-            f"{shown}: holds no file that can be read ({', '.join(files.READERS)})"
-        ]
-    if not files.format_of(source):
-        return source, [f"{shown}: must end in one of {', '.join(files.READERS)}, which STREAMING=1 can read"]
-    return source, []
+    try:
+        return files.named(name), []
+    except UserError as error:
+        mixed = re.search(r":[\d.]+(\s|$)", name)
+        wrong = (
+            "mixes files, which STREAMING=1 cannot; tokenize them, or put them into one folder" if mixed else str(error)
+        )
+        return Path(name), [wrong]
 
 
 def open_sources(config: TrainConfig, files, vocab_size: int, say) -> list:
@@ -221,6 +214,7 @@ def open_sources(config: TrainConfig, files, vocab_size: int, say) -> list:
     from ..data.binidx import Reader
     from ..data.masking import Markers
     from ..data.sources import Source
+    from ..rows.encode import roles_in_text
     from ..templates.headings import spans_of_text
 
     sources, missing = [], []
@@ -228,12 +222,12 @@ def open_sources(config: TrainConfig, files, vocab_size: int, say) -> list:
         reader, roles = Reader(prefix), None
         markers = Markers(unescaped(config.mask_start), unescaped(config.mask_end))
         if config.loss_mask == "se":
-            roles = roles_by(markers.spans)
+            roles = functools.partial(roles_in_text, find_spans=markers.spans)
         elif config.loss_mask in ("qa", "last"):
             if Path(f"{prefix}.roles.idx").is_file():
                 roles = Reader(f"{prefix}.roles")
             else:
-                roles = roles_by(spans_of_text)
+                roles = functools.partial(roles_in_text, find_spans=spans_of_text)
                 say(
                     f"{prefix.name} has no .roles file: who said what is found by the headings User: and Assistant: in the text."
                 )
@@ -251,18 +245,3 @@ def unescaped(text: str) -> bytes:
     """The bytes that MASK_START and MASK_END mean."""
     marks = {"\\n": "\n", "\\t": "\t", "\\\\": "\\"}
     return re.sub(r"\\[nt\\]", lambda found: marks[found[0]], text).encode()
-
-
-def roles_by(find_spans):
-    """A function from the tokens of a document to its roles. find_spans: from its bytes to spans that cover them."""
-    import numpy as np
-
-    from .. import tokenizer
-    from ..data.masking import roles_of_tokens
-
-    def roles(ids):
-        ids = np.where(ids < tokenizer.VOCAB_SIZE, ids, tokenizer.END_OF_DOC)  # others have no bytes
-        spans = find_spans(tokenizer.decode_bytes(ids.tolist()))
-        return roles_of_tokens(tokenizer.token_lengths()[ids], spans, end_of_doc=len(ids) > 0 and ids[-1] == 0)
-
-    return roles
