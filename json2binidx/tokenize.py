@@ -23,7 +23,7 @@ from rwkv_peft.atomic import clear_leftovers, need_space, temporary, write_json
 from rwkv_peft.data.binidx import Writer
 from rwkv_peft.errors import UserError
 from rwkv_peft.rows import files
-from rwkv_peft.rows.files import Block
+from rwkv_peft.rows.reading import Block
 from rwkv_peft.rows.recipe import Cooked, Recipe
 from rwkv_peft.rows.settings import TokenizeConfig, recipe
 from rwkv_peft.words import listed

@@ -14,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 from rwkv_peft.errors import UserError
-from rwkv_peft.rows.files import Block
+from rwkv_peft.rows.reading import Block
 from rwkv_peft.rows.recipe import Cook, Cooked, Recipe
 
 SHARE = 16 << 20  # bytes that are worth a further process: starting one takes about a second

@@ -15,7 +15,7 @@ import zstandard
 from test_rows import ALPACA, CHAT
 
 from rwkv_peft.errors import UserError
-from rwkv_peft.rows import files
+from rwkv_peft.rows import files, reading
 from rwkv_peft.rows.files import blocks
 from rwkv_peft.rows.limits import Limits
 from rwkv_peft.rows.recipe import Cook, Recipe, items, parse
@@ -109,8 +109,8 @@ def test_every_format_gives_the_same_rows(tmp_path, kind):
 def test_where_blocks_end_changes_nothing(tmp_path, monkeypatch, kind, size):
     path = write(tmp_path, kind)
     whole = rows_in(path)
-    monkeypatch.setattr(files, "BLOCK", size)
-    monkeypatch.setattr(files, "ROWS", 2)
+    monkeypatch.setattr(reading, "BLOCK", size)
+    monkeypatch.setattr(reading, "ROWS", 2)
     assert rows_in(path) == whole
 
 
@@ -119,7 +119,7 @@ def test_conversations_may_stand_in_any_format(tmp_path, kind):
     row = {"messages": json.dumps(CHAT) if kind == ".csv" else CHAT}
     [block] = [b for b in blocks(write(tmp_path, kind, [row])) if b.data]
     made, expected = (
-        Cook(Recipe(PRESETS["rwkv-world"])).block(b) for b in (block, files.Block("x", 1, [(1, ALPACA)], 0))
+        Cook(Recipe(PRESETS["rwkv-world"])).block(b) for b in (block, reading.Block("x", 1, [(1, ALPACA)], 0))
     )
     assert made.ids.tolist() == expected.ids.tolist() and not made.rejects
 
@@ -221,8 +221,8 @@ def test_a_file_of_chinese_windows_is_told_how_to_convert(tmp_path, name):
 
 
 def test_a_line_above_the_limit_is_rejected_and_the_next_one_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "LINE_LIMIT", 5000)
-    monkeypatch.setattr(files, "BLOCK", 1000)
+    monkeypatch.setattr(reading, "LINE_LIMIT", 5000)
+    monkeypatch.setattr(reading, "BLOCK", 1000)
     path = tmp_path / "x.jsonl"
     path.write_text('{"text": "a"}\n' + "b" * 20000 + '\n{"text": "c"}\n')
     found = rows_in(path)
@@ -301,7 +301,7 @@ def test_ten_thousand_mutated_rows_end_in_no_traceback_and_every_rejection_names
         some = rows if not options else rows[::4]
         for begin in range(0, len(some), 500):
             part = some[begin : begin + 500]
-            made = cook.block(files.Block("x.jsonl", begin + 1, b"\n".join(part), 0))
+            made = cook.block(reading.Block("x.jsonl", begin + 1, b"\n".join(part), 0))
             assert all(r.file == "x.jsonl" and begin < r.line <= begin + 500 and r.message for r in made.rejects)
             counts = made.counts
             gone = sum(n for what, n in counts.items() if what.startswith(("rejected", "dropped")))

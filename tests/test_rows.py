@@ -11,9 +11,9 @@ from rwkv_peft import tokenizer
 from rwkv_peft.errors import Problems
 from rwkv_peft.roles import Role
 from rwkv_peft.rows.encode import Pieces, encode_row, encode_rows
-from rwkv_peft.rows.files import Block
 from rwkv_peft.rows.limits import Limits
 from rwkv_peft.rows.quick import Quick
+from rwkv_peft.rows.reading import Block
 from rwkv_peft.rows.recipe import NOTHING_TO_LEARN, Cook, Recipe
 from rwkv_peft.rows.schemas import HANDLERS, Reader, RowError, columns
 from rwkv_peft.templates.presets import PRESETS

@@ -19,7 +19,7 @@ import json2binidx.tokenize as door
 from json2binidx import workers
 from rwkv_peft import tokenizer
 from rwkv_peft.data.binidx import Reader
-from rwkv_peft.rows import files
+from rwkv_peft.rows import reading
 
 ENDINGS = (".bin", ".idx", ".roles.bin", ".roles.idx")
 
@@ -59,7 +59,7 @@ def test_a_folder_of_every_format_gives_the_rows_of_each(data):
 
 @pytest.mark.parametrize("number", ["1", "2", "3"])
 def test_any_number_of_workers_writes_the_same_bytes(data, monkeypatch, number):
-    monkeypatch.setattr(files, "BLOCK", 2000)
+    monkeypatch.setattr(reading, "BLOCK", 2000)
     rows = [*many(200), {"oops": 1}, {"text": "User: a\nAssistant: b"}]
     made = tokenize(tiny.write_jsonl(data / "x.jsonl", rows), 2, WORKERS=number)
     expected = tokenize(tiny.write_jsonl(data / "y.jsonl", rows), 2)

@@ -20,9 +20,9 @@ from ..roles import Role
 from ..templates.headings import overlooked_heading, spans_of_text
 from ..templates.template import ENDINGS, Dialogue, Ending, Template
 from .encode import NO_ROWS, Pieces, Tokens, encode_row, encode_rows
-from .files import LINE_LIMIT, Block, is_utf8, not_utf8, too_long
 from .limits import Limits, TooLong, cut_row, cut_turns, within_turns
 from .quick import Quick
+from .reading import LINE_LIMIT, Block, is_utf8, not_utf8, too_long
 from .schemas import Columns, Reader, Row, RowError, kind
 
 NOTHING_TO_LEARN = "nothing to learn"  # all answers have weight 0, or were cut away

@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..project import shown
 from . import files
 from .encode import Tokens
-from .files import Block
+from .reading import Block
 from .recipe import Cook, Recipe, items
 from .schemas import Row, RowError
 
