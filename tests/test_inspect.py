@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from json2binidx import inspect
+from json2binidx import index_faults, inspect
 from rwkv_peft import tokenizer
 from rwkv_peft.data.binidx import Writer
 
@@ -96,7 +96,7 @@ def test_small_blocks_tell_what_large_ones_do(pair, capsys, monkeypatch):
     )  # half a character
     large = look(capsys, pair)
     for block in (1, 2, 3, 7):
-        monkeypatch.setattr(inspect, "BLOCK", block)
+        monkeypatch.setattr(index_faults, "BLOCK", block)
         assert look(capsys, pair) == large
     assert f"in 1 of {len(ROWS)} rows, the first is row 1" in large[1]
 
@@ -244,7 +244,7 @@ def grow(path: Path, more: bytes) -> None:
 @pytest.mark.parametrize("kind", DAMAGE)
 @pytest.mark.parametrize("block", [1, 2, 1 << 16])
 def test_a_torn_file_is_told_with_its_exact_place(pair, capsys, monkeypatch, kind, block):
-    monkeypatch.setattr(inspect, "BLOCK", block)
+    monkeypatch.setattr(index_faults, "BLOCK", block)
     damage, sentences = DAMAGE[kind]
     damage(pair)
     code, out, err = look(capsys, pair)
