@@ -27,12 +27,13 @@ copy_with() {
 
 # every setting that matters is set here: whatever you have made of training.sh, the toy run is the same
 common=(RUN_NAME= MODEL_VERSION=auto N_LAYER=auto EMBD_SIZE=auto VOCAB_SIZE=auto DATALOAD=pack DATA_SHUFFLE=1 SEED=42
-  TRAIN_TYPE=none CHUNK_CTX= EPOCH_STEPS=auto EPOCH_SAVE=100 MICRO_BSZ=1 MINI_BSZ=1 LR_INIT=3e-3 LR_FINAL=3e-4
+  TRAIN_TYPE=none EPOCH_STEPS=auto EPOCH_SAVE=100 MICRO_BSZ=1 MINI_BSZ=1 LR_INIT=3e-3 LR_FINAL=3e-4
   LR_SCHEDULE=cos WARMUP_STEPS=10 BETA1=0.9 BETA2=0.99 ADAM_EPS=1e-8 WEIGHT_DECAY=0 GRAD_CLIP=1.0 lora_r=64
   lora_alpha=128 lora_dropout=0 lora_parts=att,ffn,ln EMB_FINETUNE=0 lora_load= PRECISION=auto QUANT=none OP=auto
   GRAD_CP=0 GPU_COUNT=1 STRATEGY=auto WANDB=
   OVERLONG=truncate PACK=isolated TRAIN_LENGTHS=auto TRAIN_BATCH_SIZES=auto TOKEN_BUDGET=auto MAGIC_PRIME=0 MASK_START=
-  MASK_END= STREAMING=0 MAX_STEPS=0 NUM_WORKERS=auto)
+  MASK_END= STREAMING=0 MAX_STEPS=0 NUM_WORKERS=auto use_rslora=0 use_dora=0 loraplus_lr_ratio=1 pissa_load= pissa_init=
+  disha_load= state_shifts=0 state_load= PEFT_CONFIG= peft_load= QUANT_PARTS=att,ffn)
 # ... and of make_tokenize.sh
 plain=(--prompt-type rwkv-world --eot doc --handler auto --map-keys '' --strict 0 --expand 0 --mask-history 0 --max-tokens 0
   --source-length 0 --target-length 0 --valid-percent 0 --seed 42)

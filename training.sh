@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fine-tune an RWKV-7 model: set the values below, then run ./training.sh
+# Fine-tune an RWKV model (RWKV-7, -6 or -5): set the values below, then run ./training.sh
 #   ./training.sh --dry-run   shows what would happen and two samples, then stops      先看计划和样本，不训练
 #   ./training.sh --help      tells the rest
 # A copy of this file under any name, anywhere in the project, works as well: one file per experiment.
@@ -16,10 +16,25 @@ set -a # every variable below is handed to Python                              �
 
 ############################################ What to train  训练什么 ############################################
 
-# How to fine-tune. 微调方法
-#   lora   small matrices beside the frozen weights: little memory, the usual choice    低显存，一般选它
-#   full   every weight: most memory, for pretraining and large data sets               全参，显存最大，用于预训练
+# How to fine-tune; README compares them. 微调方法（对比见 README）
+#   lora           small matrices beside the frozen weights: little memory, the usual choice      低显存，一般选它
+#   pissa          LoRA that begins in the weights' main directions: learns faster                收敛更快的 LoRA
+#   bone, miss     one matrix per layer (MiSS, once called Bone and DiSHA): half of LoRA's size   参数量为 LoRA 的一半
+#   bat            the same with the weights mixed in: slower, for small models                   更慢，适合小模型
+#   state_tuning   only the state that a text begins with: a style, a persona; a tiny file        只训初始 state，适合风格
+#   lisa           all of a few layers at a time, others in turn                                  分层轮流全参
+#   full           every weight: most memory, for pretraining and large data sets                 全参，显存最大，用于预训练
+#   none           no adapters: only what lora_parts names (time, ln, emb, head)                  不加适配器
+#   peft           any other method of the peft package, told by PEFT_CONFIG                      peft 库的其它方法
 FINETUNE_MODE=lora
+
+# What is trained. att and ffn get the method's adapters on all their matrices; the others are trained whole: time (token-shift
+# mixes, decays and their low-rank parts), ln (norms), emb, head. Not for full and state_tuning.
+# 训练哪些部分：att、ffn 加适配器；time、ln、emb、head 直接训练
+lora_parts="att,ffn,ln"
+
+# 1: emb and head as well (large: saved whole with every checkpoint). 是否同时训练词嵌入与输出头
+EMB_FINETUNE=0
 
 # The base model: a name in model/, or any path (spaces are fine). Version and sizes are read from the file.
 # 底模：model/ 下的文件名，或任意路径（可含空格）。版本与尺寸自动读取。
@@ -111,10 +126,18 @@ MAX_STEPS=0
 # STREAMING=1: rows that wait to be shuffled; more is better mixed and takes more memory. 打乱缓冲区的行数
 STREAM_BUFFER=20000
 
-# Way through long texts: none. (infctx is to come; CHUNK_CTX belongs to it and stays empty.) 目前只支持 none
+# The way through long texts. 长文本方式
+#   none     all of a micro-batch at once: memory grows with CTX_LEN                       一次通过，显存随长度增长
+#   infctx   CHUNK_CTX tokens at once, the state is carried on: any CTX_LEN in the memory of one chunk   分块，显存固定
 TRAIN_TYPE=none
-# Length of infctx chunks: stays empty for now. infctx 分块长度，暂时留空
-CHUNK_CTX=""
+
+# infctx: tokens that go through at once. infctx 分块长度
+CHUNK_CTX=512
+
+# infctx: where gradients end. 梯度
+#   detach   at the border of a chunk: fastest; what lies further back is read, but not learnt to be written   截断
+#   full     nowhere: the result of TRAIN_TYPE=none to rounding, for about a third more time               完整反传
+INFCTX_GRAD=detach
 
 ########################################### How long  训练多久 ###################################################
 
@@ -141,8 +164,9 @@ MINI_BSZ=1
 
 ######################################### Learning rate  学习率 ##################################################
 
-# First and last learning rate. lora: 1e-4 to 5e-5 for 0.1B-3B, 2e-5 above; full: 1e-5. 初始与最终学习率
-# (The decay bias w0 learns at twice the rate, as in the official trainer; it is trained by full and by lora_parts=time.)
+# First and last learning rate. 初始与最终学习率
+#   lora, pissa, bone, bat: 1e-4 to 5e-5 for 0.1B-3B, 2e-5 above; full, lisa: 1e-5; state_tuning: 1 (LR_FINAL=1e-2)
+# (Decays learn at twice the rate, as in the official trainer; they are trained by full and by lora_parts with time.)
 LR_INIT=1e-4
 # The last one; LR_SCHEDULE says how it gets there. 最终学习率
 LR_FINAL=1e-5
@@ -184,16 +208,65 @@ lora_alpha=128
 # Share of the adapter's inputs dropped at random while training. 0-0.1. 丢弃率
 lora_dropout=0.01
 
-# What is trained: att and ffn get adapters on all their matrices; time (mixes, decays) and ln (norms) are trained whole.
-# 训练哪些部分：att、ffn 加适配器；time、ln 直接训练
-lora_parts="att,ffn,ln"
+# 1: multiply by lora_alpha / sqrt(lora_r) instead, which keeps large ranks lively (rsLoRA). 是否用 rsLoRA
+use_rslora=0
 
-# 1: train the embedding and the head as well (large: saved whole with every checkpoint). 是否同时训练词嵌入与输出头
-EMB_FINETUNE=0
+# 1: train the length of every row beside its direction (DoRA): a little better, and slower. 是否用 DoRA
+use_dora=0
 
-# Start from the LoRA of an earlier run: a path, like output/RUN/rwkv-2.pth. Rank, alpha and base must be the same.
+# How much faster lora_B learns than lora_A (LoRA+; its authors take 16). 1: alike. LoRA+ 学习率倍数，1 为不用
+loraplus_lr_ratio=1
+
+# Go on from an earlier run's LoRA: a path, like output/RUN/rwkv-2.pth. Rank, alpha and base must be the same.
 # 从已有 LoRA 继续：填路径，秩、alpha、底模须一致
 lora_load=""
+
+############################################# PiSSA  ############################################################
+
+# Rank: how many main directions of each matrix are trained. 秩
+pissa_r=64
+
+# Rounds that look for them before training: 0 is exact and slow, 4 is close. 奇异值分解迭代次数，0 为精确
+svd_niter=4
+
+# Go on from an earlier run's PiSSA: a path, like output/RUN/rwkv-2.pth (init_pissa.pth lies beside it). 从已有 PiSSA 继续
+pissa_load=""
+
+# Where its init_pissa.pth is, if not beside it; without pissa_load: begin a new run with that. 初始分解文件，一般留空
+pissa_init=""
+
+######################################## MiSS (Bone), Bat  ######################################################
+
+# Rank of bone, miss and bat. bat needs one that divides the widths of all layers. 秩；bat 需整除各层宽度
+disha_r=64
+
+# Go on from an earlier run of the same method: a path. 从已有结果继续
+disha_load=""
+
+########################################### State tuning  #######################################################
+
+# 1: learn the two token shifts of every layer as well. Other programs do not read them; chat.sh does. 是否同时训练 token shift
+state_shifts=0
+
+# Go on from an earlier state: a path, like output/RUN/rwkv-2.pth or a .pth of blocks.N.att.time_state. 从已有 state 继续
+state_load=""
+
+############################################## LISA  ############################################################
+
+# Layers that are trained at a time. 同时训练的层数
+lisa_r=2
+
+# Optimizer steps until others are drawn. 每多少步换一批层
+lisa_k=20
+
+########################################## The peft package  ####################################################
+
+# FINETUNE_MODE=peft: a JSON file with the method and its settings, like {"peft_type": "LOHA", "r": 16, "alpha": 16}.
+# It needs the package: .venv/bin/pip install "peft==0.21.*"                          peft 配置文件（JSON）
+PEFT_CONFIG=""
+
+# Go on from an earlier run of it: a path. 从已有结果继续
+peft_load=""
 
 ########################################### Machine  机器 ########################################################
 
@@ -202,8 +275,17 @@ lora_load=""
 #   fp16   for GPUs without bf16                tf32   fp32 with faster, coarser products (GPUs)
 PRECISION=auto
 
-# Compressed base weights: none. (int8, nf4 ... are to come.) 量化，目前只支持 none
+# How the frozen weights lie in memory while adapters are trained: lora, pissa, bone, bat, state_tuning, none, peft. 量化
+#   none   as they are                                        不量化
+#   int8   half of bf16, hardly any error                     显存减半，几乎无损
+#   fp8    half of bf16                                       显存减半
+#   nf4    a quarter, the usual 4 bits; 4bit is another word for it      显存约四分之一
+#   fp4    a quarter, coarser                                 更粗
+# merge.sh folds into the original weights, so nothing of the error stays. 合并到原始权重，不损失精度
 QUANT=none
+
+# What of them: att, ffn (the large matrices); emb and head too, if memory is very short. 量化哪些部分
+QUANT_PARTS="att,ffn"
 
 # Which implementation computes WKV: auto; torch (everywhere); reference (the slow definition). 算子
 OP=auto
@@ -222,25 +304,6 @@ NUM_WORKERS=auto
 
 # Name of a wandb project; empty: no wandb. WANDB_MODE=offline in your shell keeps it on this machine. wandb 项目名，空则不用
 WANDB=""
-
-################################ Methods to come  尚未支持的方法（请留空）#########################################
-
-# PiSSA, MiSS/Bone/Bat and LISA are not part of this version. Their variables must stay empty. 以下变量暂须留空
-pissa_load=""
-# first singular values of a PiSSA run
-pissa_init=""
-# rank of PiSSA
-pissa_r=""
-# accuracy of its decomposition
-svd_niter=""
-# checkpoint to go on from, Bone and Bat
-disha_load=""
-# rank of Bone and Bat
-disha_r=""
-# layers that LISA trains at once
-lisa_r=""
-# steps between its choices
-lisa_k=""
 
 set +a
 exec "$_root/rwkv_peft/run.sh" rwkv_peft.train "${BASH_SOURCE[0]}" "$@"

@@ -11,7 +11,7 @@ from .model.arch import Geometry
 
 
 def inspect(path: Path) -> tuple[dict[str, checkpoint.Stored], Geometry]:
-    """What a model file holds, and its geometry, without reading a weight. UserError if it is no RWKV-7."""
+    """What a model file holds, and its geometry, without reading a weight. UserError if it is no model."""
     stored = checkpoint.describe(path)
     geometry = arch.detect({name: s.shape for name, s in stored.items()}, project.shown(path))
     odd = [name for name in arch.shapes(geometry) if not stored[name].dtype.is_floating_point]

@@ -129,31 +129,39 @@ def load(config: ChatConfig, base_was_named: bool):
 
     from . import bases, checkpoint, machine
     from .adapters import attach
-    from .adapters.registry import ADAPTERS
+    from .methods import METHODS
     from .model.rwkv import build
     from .ops import dispatch
 
-    base, adapter, sidecar = None, None, {}
+    base, adapter, setup, sidecar = None, None, attach.Setup("none"), {}
     if config.adapter:
         adapter = adapter_file(config.adapter)
-        sidecar = checkpoint.read_sidecar(adapter, ("method", "rank", "alpha", "base", "base_sha256"))
-        if sidecar["method"] == "full":  # such a checkpoint is a whole model
-            base, adapter = adapter, None
-        elif sidecar["method"] not in ADAPTERS:
-            raise UserError(
-                f"{project.shown(adapter)}: holds a {sidecar['method']} run, which this version cannot load."
-            )
+        if is_bare_state(adapter):  # a state from anywhere: nothing else has to be known
+            setup, base = attach.Setup("state"), model_or_merged(config.model_path)
         else:
-            base = bases.base_of(sidecar, adapter, config.model_path if base_was_named else "")
+            sidecar = checkpoint.read_sidecar(adapter, ("method", "base", "base_sha256"))
+            setup = attach.setup_of(sidecar, project.shown(adapter))
+            if METHODS[setup.method].saves_model:
+                base, adapter = adapter, None
+            else:
+                base = bases.base_of(sidecar, adapter, config.model_path if base_was_named else "")
     elif not config.model_path.strip():
         raise UserError("No model is named: give --model FILE or --adapter FILE, or MODEL_PATH in chat.sh.")
     else:
         base = model_or_merged(config.model_path)
     _, geometry = bases.inspect(base)
     dtype = machine.DTYPES[machine.precision(config.precision)]
-    model = build(geometry, checkpoint.load(base), dispatch.wkv7("auto")[1], dtype, keep=dtype)
+    model = build(
+        geometry,
+        checkpoint.load(base),
+        dispatch.wkv("auto", geometry.version)[1],
+        dtype,
+        keep=None if adapter else dtype,
+    )
     if adapter:
-        attach.attach_checkpoint(model, checkpoint.load(adapter), sidecar, project.shown(adapter))
+        init = runs.init_file(adapter.parent, setup.method)
+        start = checkpoint.load(init) if init.is_file() else None
+        attach.attach_checkpoint(model, checkpoint.load(adapter), setup, project.shown(adapter), dtype, start)
     name = project.shown(base) + (f" + {project.shown(adapter)}" if adapter else "")
     if not sidecar and checkpoint.sidecar_path(base).is_file():  # a merged model
         with contextlib.suppress(UserError):
@@ -176,15 +184,28 @@ def model_or_merged(name: str) -> Path:
 def adapter_file(name: str) -> Path:
     """ADAPTER -> the checkpoint; a run's folder stands for its last epoch. UserError if it is a model of its own."""
     from . import checkpoint
+    from .methods import METHODS
+    from .model.arch import ARCHS
 
     path = runs.run_folder("") if name in ("latest", "output/latest") else project.find(name, "output")
     if path.is_dir():
         return runs.epoch_file(path, None)
     holds = checkpoint.describe(path)
-    full = checkpoint.sidecar_path(path).is_file() and checkpoint.read_sidecar(path, ("method",))["method"] == "full"
-    if "head.weight" in holds and "blocks.0.att.r_k" in holds and not full:
+    if checkpoint.sidecar_path(path).is_file():
+        method = METHODS.get(checkpoint.read_sidecar(path, ("method",))["method"])
+        if method and method.saves_model:
+            return path
+    if "head.weight" in holds and any(arch.marker in holds for arch in ARCHS.values()):
         raise UserError(f"{project.shown(path)}: is a whole model, not an adapter. Use it with --model (MODEL_PATH).")
     return path
+
+
+def is_bare_state(path: Path) -> bool:
+    """Whether a file holds a learnt state and nothing else, without a sidecar."""
+    from . import checkpoint
+    from .model.arch import STATE_NAME
+
+    return not checkpoint.sidecar_path(path).is_file() and all(map(STATE_NAME.fullmatch, checkpoint.describe(path)))
 
 
 def once(model, config: ChatConfig, prompt: str, raw: bool) -> None:

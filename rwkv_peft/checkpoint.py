@@ -295,9 +295,7 @@ def read_sidecar(path: str | os.PathLike, wanted: tuple[str, ...]) -> dict[str, 
     missing = [key for key in wanted if not isinstance(content, dict) or key not in content]
     if missing:
         raise UserError(f"{shown(sidecar)}: does not say {', '.join(missing)}; it is not a sidecar of this kit.")
-    wrong = [
-        key for key in content if key in SIDECAR and not SIDECAR[key](content[key], content.get("method") == "full")
-    ]
+    wrong = [key for key in content if key in SIDECAR and not SIDECAR[key](content[key])]
     if wrong:
         raise UserError(f"{shown(sidecar)}: {wrong[0]} cannot be {content[wrong[0]]!r}. Was the file edited?")
     return content
@@ -307,17 +305,29 @@ def whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-# what a sidecar's values must be; a full run has no rank and no alpha
-SIDECAR: dict[str, Callable[[Any, bool], bool]] = {
-    "method": lambda value, full: isinstance(value, str),
-    "rank": lambda value, full: value is None if full else whole(value, 1),
-    "alpha": lambda value, full: value is None if full else isinstance(value, (int, float)) and 0 < value <= 1e9,
-    "base": lambda value, full: isinstance(value, str) and value == Path(value).name != "",
-    "base_path": lambda value, full: isinstance(value, str),
-    "base_sha256": lambda value, full: isinstance(value, str),
-    "geometry": lambda value, full: isinstance(value, dict),
-    "epoch": lambda value, full: whole(value, 0),
-    "step": lambda value, full: whole(value, 0),
-    "prompt_type": lambda value, full: value is None or isinstance(value, str),
-    "eot": lambda value, full: value is None or isinstance(value, str),
+def number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1e9
+
+
+# what a sidecar's values must be
+SIDECAR: dict[str, Callable[[Any], bool]] = {
+    "method": lambda value: isinstance(value, str),
+    "rank": lambda value: whole(value, 1),
+    "alpha": number,
+    "rslora": lambda value: isinstance(value, bool),
+    "niter": lambda value: whole(value, 0),
+    "shifts": lambda value: isinstance(value, bool),
+    "layers": lambda value: whole(value, 1),
+    "every": lambda value: whole(value, 1),
+    "config": lambda value: isinstance(value, dict),
+    "base": lambda value: isinstance(value, str) and value == Path(value).name != "",
+    "base_path": lambda value: isinstance(value, str),
+    "base_sha256": lambda value: isinstance(value, str),
+    "geometry": lambda value: isinstance(value, dict),
+    "quant": lambda value: isinstance(value, str),
+    "quant_parts": lambda value: isinstance(value, list) and all(isinstance(part, str) for part in value),
+    "epoch": lambda value: whole(value, 0),
+    "step": lambda value: whole(value, 0),
+    "prompt_type": lambda value: value is None or isinstance(value, str),
+    "eot": lambda value: value is None or isinstance(value, str),
 }

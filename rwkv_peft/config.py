@@ -10,6 +10,8 @@ from types import SimpleNamespace
 from typing import Literal
 
 from .errors import Problem
+from .methods import METHODS, MODES, PARTS, QUANT_ALIASES, QUANTS, load_variables, method_of
+from .model.arch import NUMBERS
 from .project import is_text
 from .shell_vars import MOST, convert, var
 
@@ -20,37 +22,36 @@ def later(words: str, has: str) -> dict[str, str]:
     return {word: NOT_YET.format(has) for word in words.split()}
 
 
-def reserved(name: str, belongs_to: str):
-    """A variable of the field's script whose feature is still to come: it must stay empty."""
-    return var(name, only_empty=f"belongs to {belongs_to}, which this version does not have yet; leave it empty")
-
-
 # variables of older scripts: what became of them
 RETIRED = {
     "FLA": "is retired; choose the kernels with OP",
     "DEEPSPEED_STRATEGY": "is called STRATEGY here",
     "EPOCH_BEGIN": "is retired: it only renamed files and loaded nothing; go on from a checkpoint with lora_load",
     "LOAD": "is retired; use lora_load",
+    "train_parts": "is called lora_parts here",
+    "LORA_ALPHA": "is called lora_alpha here",
 }
 
 MOST_WORKERS = 64
 EDGE = 16  # TRAIN_LENGTHS are multiples of this: GPU kernels want it
-LORA_PARTS = ("att", "ffn", "time", "ln")
+QUANT_PARTS = ("att", "ffn", "emb", "head")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """All that training.sh says, in its order."""
 
-    finetune_mode: Literal["lora", "full"] = var(
+    finetune_mode: Literal[MODES] = var(
         "FINETUNE_MODE",
-        later=later("pissa dora bone miss disha bat lisa state_tuning state none peft", "lora and full"),
+        later={"dora": "is FINETUNE_MODE=lora with use_dora=1", "rslora": "is FINETUNE_MODE=lora with use_rslora=1"},
     )
+    lora_parts: str = var("lora_parts")
+    emb_finetune: bool = var("EMB_FINETUNE")
     model_path: str = var("MODEL_PATH")
     data_path: str = var("DATA_PATH")
     run_name: str = var("RUN_NAME")
 
-    model_version: Literal["auto", "v7"] = var("MODEL_VERSION", later=later("v4 v5 v6", "v7"))
+    model_version: Literal[("auto", *NUMBERS.values())] = var("MODEL_VERSION", later=later("v4", "v7, v6 and v5"))
     n_layer: Literal["auto"] | int = var("N_LAYER", ge=1, le=MOST)
     embd_size: Literal["auto"] | int = var("EMBD_SIZE", ge=1, le=MOST)
     vocab_size: Literal["auto"] | int = var("VOCAB_SIZE", ge=1, le=MOST)
@@ -71,8 +72,9 @@ class TrainConfig:
     streaming: bool = var("STREAMING")
     max_steps: int = var("MAX_STEPS", ge=0, le=MOST)
     stream_buffer: int = var("STREAM_BUFFER", ge=1, le=MOST)
-    train_type: Literal["none"] = var("TRAIN_TYPE", later=later("infctx state", "none"))
-    chunk_ctx: str = reserved("CHUNK_CTX", "TRAIN_TYPE=infctx")
+    train_type: Literal["none", "infctx"] = var("TRAIN_TYPE", later={"state": "is FINETUNE_MODE=state_tuning"})
+    chunk_ctx: int = var("CHUNK_CTX", ge=1, le=MOST)
+    infctx_grad: Literal["detach", "full"] = var("INFCTX_GRAD")
 
     epoch_count: int = var("EPOCH_COUNT", ge=1, le=MOST)
     epoch_steps: Literal["auto"] | int = var("EPOCH_STEPS", ge=1, le=MOST)
@@ -93,12 +95,31 @@ class TrainConfig:
     lora_r: int = var("lora_r", ge=1, le=MOST)
     lora_alpha: float = var("lora_alpha", gt=0, le=MOST)
     lora_dropout: float = var("lora_dropout", ge=0, lt=1)
-    lora_parts: str = var("lora_parts")
-    emb_finetune: bool = var("EMB_FINETUNE")
+    use_rslora: bool = var("use_rslora")
+    use_dora: bool = var("use_dora")
+    loraplus_lr_ratio: float = var("loraplus_lr_ratio", gt=0, le=MOST)
     lora_load: str = var("lora_load")
 
+    pissa_r: int = var("pissa_r", ge=1, le=MOST)
+    svd_niter: int = var("svd_niter", ge=0, le=1000)
+    pissa_load: str = var("pissa_load")
+    pissa_init: str = var("pissa_init")
+
+    disha_r: int = var("disha_r", ge=1, le=MOST)
+    disha_load: str = var("disha_load")
+
+    state_shifts: bool = var("state_shifts")
+    state_load: str = var("state_load")
+
+    lisa_r: int = var("lisa_r", ge=1, le=MOST)
+    lisa_k: int = var("lisa_k", ge=1, le=MOST)
+
+    peft_config: str = var("PEFT_CONFIG")
+    peft_load: str = var("peft_load")
+
     precision: Literal["auto", "bf16", "fp16", "fp32", "tf32"] = var("PRECISION")
-    quant: Literal["none"] = var("QUANT", later=later("int8 4bit nf4 fp4 fp8", "none"))
+    quant: Literal[("none", *QUANTS, *QUANT_ALIASES)] = var("QUANT")
+    quant_parts: str = var("QUANT_PARTS")
     op: Literal["auto", "torch", "reference", "cuda", "fla", "triton", "cpu"] = var("OP")
     grad_cp: bool = var("GRAD_CP")
     gpu_count: int = var("GPU_COUNT", ge=1, le=MOST)
@@ -113,20 +134,27 @@ class TrainConfig:
     num_workers: Literal["auto"] | int = var("NUM_WORKERS", ge=0, le=MOST_WORKERS)
     wandb: str = var("WANDB")
 
-    pissa_load: str = reserved("pissa_load", "FINETUNE_MODE=pissa")
-    pissa_init: str = reserved("pissa_init", "FINETUNE_MODE=pissa")
-    pissa_r: str = reserved("pissa_r", "FINETUNE_MODE=pissa")
-    svd_niter: str = reserved("svd_niter", "FINETUNE_MODE=pissa")
-    disha_load: str = reserved("disha_load", "FINETUNE_MODE=bone and bat")
-    disha_r: str = reserved("disha_r", "FINETUNE_MODE=bone and bat")
-    lisa_r: str = reserved("lisa_r", "FINETUNE_MODE=lisa")
-    lisa_k: str = reserved("lisa_k", "FINETUNE_MODE=lisa")
+    @property
+    def method(self) -> str:
+        """A name in methods.METHODS."""
+        return method_of(self.finetune_mode, self.use_dora)
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """What LoRA touches: att and ffn get adapters, the others are trained whole."""
-        words = tuple(word.strip() for word in self.lora_parts.split(",") if word.strip())
-        return words + (("emb", "head") if self.emb_finetune else ())
+        """What is trained: att and ffn get the method's adapters, the others are trained whole; () where the method
+        leaves no choice."""
+        if not METHODS[self.method].parts:
+            return ()
+        return tuple(dict.fromkeys((*words_of(self.lora_parts), *(("emb", "head") if self.emb_finetune else ()))))
+
+    @property
+    def quantised(self) -> str:
+        """none, or a mode of quantize.MODES."""
+        return QUANT_ALIASES.get(self.quant, self.quant)
+
+    @property
+    def quantised_parts(self) -> tuple[str, ...]:
+        return words_of(self.quant_parts) if self.quant != "none" else ()
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -156,33 +184,121 @@ class TrainConfig:
             'must be a plain folder name (no "/", not latest, not starting with "-")',
         )
         rule(given.run_name and not is_text(given.run_name), "RUN_NAME", "is not UTF-8; choose another name")
-        found += data_problems(given) + stream_problems(given)
-        words = [word.strip() for word in (given.lora_parts or "").split(",")]
-        if given.lora_parts is not None:
-            wrong = [word for word in words if word not in LORA_PARTS]
-            rule(wrong, "lora_parts", f"must be words of {', '.join(LORA_PARTS)}, with commas between")
-            rule(
-                not wrong and not {"att", "ffn"} & set(words),
-                "lora_parts",
-                "must name att or ffn, or LoRA has no layer",
-            )
-        full = given.finetune_mode == "full"
-        rule(
-            full and given.emb_finetune,
-            "EMB_FINETUNE",
-            "must be 0 with FINETUNE_MODE=full, which trains emb and head anyway",
-        )
-        rule(
-            full and given.lora_load,
-            "lora_load",
-            'must be "" with FINETUNE_MODE=full; put the checkpoint into MODEL_PATH',
-        )
+        found += data_problems(given) + stream_problems(given) + method_problems(given) + quant_problems(given)
         exp = given.lr_schedule == "exp" and given.lr_init is not None and given.lr_final is not None
         rule(exp and not given.lr_init, "LR_INIT", "must be more than 0 with LR_SCHEDULE=exp")
         rule(exp and not given.lr_final, "LR_FINAL", "must be more than 0 with LR_SCHEDULE=exp")
         many = given.gpu_count is not None and given.gpu_count > 1
         rule(many and given.strategy == "single", "STRATEGY", f"must be auto or ddp with GPU_COUNT={given.gpu_count}")
         return found
+
+
+def words_of(text: str) -> tuple[str, ...]:
+    """Words with commas or spaces between."""
+    return tuple(text.replace(",", " ").split())
+
+
+def method_problems(given: SimpleNamespace) -> list[Problem]:
+    """What does not go with the method; a setting of another method that would do nothing is refused."""
+    found = []
+
+    def rule(broken, name: str, message: str) -> None:
+        if broken:
+            found.append(Problem(name, message))
+
+    parts = words_of(given.lora_parts or "")
+    wrong = [word for word in parts if word not in PARTS]
+    rule(wrong, "lora_parts", f"must be words of {', '.join(PARTS)}, with commas between")
+    mode = given.finetune_mode
+    if mode is None:
+        return found
+    name = method_of(mode, bool(given.use_dora))
+    method, chosen = METHODS[name], f"FINETUNE_MODE={mode}"
+    adapted = {"att", "ffn"} & set(parts)
+    if method.parts and not wrong and given.lora_parts is not None:
+        rule(
+            (method.wraps or name == "lisa") and not adapted,
+            "lora_parts",
+            f"must name att or ffn, or {method.words} has no layer; FINETUNE_MODE=none trains whole tensors only",
+        )
+        rule(
+            name == "none" and adapted,
+            "lora_parts",
+            f"must not name {' and '.join(sorted(adapted))} with FINETUNE_MODE=none, which has no adapters for them",
+        )
+        rule(
+            name == "none" and not parts and not given.emb_finetune, "lora_parts", "is empty: nothing would be trained"
+        )
+    rule(
+        not method.parts and given.emb_finetune,
+        "EMB_FINETUNE",
+        f"must be 0 with {chosen}, which trains {'emb and head anyway' if name == 'full' else 'states only'}",
+    )
+    for variable, modes in load_variables().items():
+        value = getattr(given, variable)
+        if value and mode not in modes:
+            instead = method.load or "MODEL_PATH (its checkpoints are whole models)"
+            rule(
+                True,
+                variable,
+                f'belongs to FINETUNE_MODE={" or ".join(modes)}; must be "" with {chosen}, which has {instead}',
+            )
+    lora = name in ("lora", "dora")
+    for variable, value, neutral in (
+        ("use_rslora", given.use_rslora, 0),
+        ("use_dora", given.use_dora, 0),
+        ("loraplus_lr_ratio", given.loraplus_lr_ratio, 1),
+    ):
+        rule(
+            value not in (None, neutral) and not lora,
+            variable,
+            f"belongs to FINETUNE_MODE=lora; must be {neutral} with {chosen}",
+        )
+    rule(
+        given.pissa_init and name != "pissa", "pissa_init", f'belongs to FINETUNE_MODE=pissa; must be "" with {chosen}'
+    )
+    rule(
+        given.state_shifts and name != "state",
+        "state_shifts",
+        f"belongs to FINETUNE_MODE=state_tuning; must be 0 with {chosen}",
+    )
+    rule(
+        given.peft_config and name != "peft", "PEFT_CONFIG", f'belongs to FINETUNE_MODE=peft; must be "" with {chosen}'
+    )
+    rule(
+        name == "peft" and given.peft_config == "",
+        "PEFT_CONFIG",
+        "is empty; FINETUNE_MODE=peft needs a file, like lokr.json",
+    )
+    rule(
+        name == "lisa" and given.gpu_count not in (None, 1),
+        "GPU_COUNT",
+        "must be 1 with FINETUNE_MODE=lisa: which weights are trained changes on the way, and several processes cannot follow",
+    )
+    rule(name == "lisa" and given.strategy == "ddp", "STRATEGY", "must be auto or single with FINETUNE_MODE=lisa")
+    return found
+
+
+def quant_problems(given: SimpleNamespace) -> list[Problem]:
+    """What does not go with a compressed base."""
+    found = []
+    parts = words_of(given.quant_parts or "")
+    if given.quant_parts is not None and (not parts or set(parts) - set(QUANT_PARTS)):
+        found.append(Problem("QUANT_PARTS", f"must be words of {', '.join(QUANT_PARTS)}, with commas between"))
+    if given.quant in (None, "none") or given.finetune_mode is None:
+        return found
+    name = method_of(given.finetune_mode, bool(given.use_dora))
+    if METHODS[name].saves_model:
+        message = (
+            f"must be none with FINETUNE_MODE={given.finetune_mode}, which trains the weights that it would compress"
+        )
+        found.append(Problem("QUANT", message))
+    elif METHODS[name].parts:
+        trained = {*words_of(given.lora_parts or ""), *(("emb", "head") if given.emb_finetune else ())}
+        both = sorted(trained & set(parts) & {"emb", "head"})
+        if both:
+            found.append(Problem("QUANT_PARTS", f"names {' and '.join(both)}, which lora_parts or EMB_FINETUNE trains"))
+    return found
 
 
 def numbers(text: str) -> tuple[int, ...]:

@@ -64,6 +64,11 @@ def point_latest(folder: Path) -> None:
         os.replace(fresh, link)
 
 
+def init_file(folder: Path, method: str) -> Path:
+    """Where a run keeps what its adapters began with, if its method needs that to go on or to be merged."""
+    return folder / f"init_{method}.pth"
+
+
 def abandon(folder: Path) -> None:
     """What leaving in the middle of a save must not leave behind: half a file, or a sidecar without its checkpoint."""
     for half in folder.glob(f"*.tmp-{os.getpid()}"):

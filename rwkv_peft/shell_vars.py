@@ -29,16 +29,14 @@ DIGITS = 18  # of the longest whole number that a setting may be
 ASSIGNMENT = re.compile(r"^\s*(?:export\s+|declare\s+(?:-\w+\s+)*|readonly\s+)?([A-Za-z_]\w*)\+?=(.*)$")
 
 
-def var(
-    name: str, *, ge=None, gt=None, le=None, lt=None, later: Mapping[str, str] | None = None, only_empty: str = ""
-) -> Any:
+def var(name: str, *, ge=None, gt=None, le=None, lt=None, later: Mapping[str, str] | None = None) -> Any:
     """A dataclass field that is read from the bash variable `name`.
 
     ge, gt, le, lt bound a number. later: value -> why this version refuses it (a value of the field that is not built
-    yet is named and refused, never accepted and ignored). only_empty: the same for a whole variable: why it must be "".
+    yet, or is called otherwise here, is named and refused, never accepted and ignored).
     """
     bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
-    return dataclasses.field(metadata={"var": name, "later": later or {}, "only_empty": only_empty, **bounds})
+    return dataclasses.field(metadata={"var": name, "later": later or {}, **bounds})
 
 
 class Script:
@@ -178,8 +176,6 @@ def convert(text: str, kind: Any, bounds: Mapping[str, Any]) -> Any:
     text = text.strip() if kind is not str else text
     if text in bounds["later"]:
         raise ValueError(bounds["later"][text])
-    if bounds["only_empty"] and text:
-        raise ValueError(bounds["only_empty"])
     origin = typing.get_origin(kind)
     if origin in (Union, types.UnionType):
         words = [w for k in typing.get_args(kind) if typing.get_origin(k) is Literal for w in typing.get_args(k)]

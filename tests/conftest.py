@@ -52,9 +52,10 @@ class Kit:
         self.root = root
         for folder in ("rwkv_peft", "json2binidx"):
             shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
-        (root / "merge").mkdir()
-        for file in (ROOT / "merge").glob("*.py"):
-            shutil.copy(file, root / "merge")
+        for file in (ROOT / "merge").rglob("*.py"):
+            target = root / file.relative_to(ROOT)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copy(file, target)
         for script in SCRIPTS:
             shutil.copy(ROOT / script, root)
         for folder in ("data", "model", "output"):

@@ -1,12 +1,14 @@
 """What training.sh may say: cross-rules, and refusals by name of what is not built yet."""
 
 import dataclasses
+import re
 
 import pytest
 from test_scripts import ROOT, shell_values
 
 from rwkv_peft.config import RETIRED, TrainConfig
 from rwkv_peft.errors import Problems
+from rwkv_peft.methods import METHODS, MODES, load_variables, method_of
 from rwkv_peft.shell_vars import Script
 
 SHIPPED = shell_values(ROOT / "training.sh")
@@ -24,15 +26,23 @@ REFUSED = [(f.metadata["var"], value) for f in dataclasses.fields(TrainConfig) f
 
 
 @pytest.mark.parametrize(("name", "value"), REFUSED)
-def test_a_value_to_come_is_refused_by_name_and_told_what_there_is(name, value):
-    assert "is not part of this version yet; it has" in problems(**{name: value})[name]
+def test_a_value_that_is_to_come_or_called_otherwise_is_refused_and_told_what_there_is(name, value):
+    assert re.search("is not part of this version yet; it has|is FINETUNE_MODE=", problems(**{name: value})[name])
 
 
-@pytest.mark.parametrize(
-    "name", [f.metadata["var"] for f in dataclasses.fields(TrainConfig) if f.metadata["only_empty"]]
-)
-def test_a_variable_to_come_must_stay_empty(name):
-    assert "leave it empty" in problems(**{name: "64"})[name]
+@pytest.mark.parametrize("variable", load_variables())
+def test_what_a_run_goes_on_from_must_be_of_its_own_method(variable):
+    for mode in MODES:
+        config = {"FINETUNE_MODE": mode, variable: "x.pth", "lora_parts": "ln" if mode == "none" else "att,ffn"}
+        config |= {"PEFT_CONFIG": "x.json"} if mode == "peft" else {}
+        found = problems(**config).get(variable, "")
+        assert bool(found) == (mode not in load_variables()[variable])
+        assert not found or f"with FINETUNE_MODE={mode}, which has" in found
+
+
+@pytest.mark.parametrize("mode", [m for m in MODES if METHODS[method_of(m, False)].saves_model])
+def test_weights_that_are_trained_are_not_compressed(mode):
+    assert "which trains the weights that it would compress" in problems(FINETUNE_MODE=mode, QUANT="nf4")["QUANT"]
 
 
 @pytest.mark.parametrize(
@@ -43,6 +53,28 @@ def test_a_variable_to_come_must_stay_empty(name):
         ({"LR_SCHEDULE": "exp", "LR_FINAL": "0"}, "LR_FINAL", "must be more than 0 with LR_SCHEDULE=exp"),
         ({"lora_parts": "att,atn"}, "lora_parts", "must be words of att, ffn, time, ln"),
         ({"lora_parts": "ln"}, "lora_parts", "must name att or ffn"),
+        ({"FINETUNE_MODE": "none"}, "lora_parts", "must not name att and ffn with FINETUNE_MODE=none"),
+        ({"FINETUNE_MODE": "none", "lora_parts": ""}, "lora_parts", "is empty: nothing would be trained"),
+        ({"FINETUNE_MODE": "lisa", "lora_parts": "ln"}, "lora_parts", "must name att or ffn, or LISA has no layer"),
+        ({"FINETUNE_MODE": "state_tuning", "EMB_FINETUNE": "1"}, "EMB_FINETUNE", "which trains states only"),
+        ({"FINETUNE_MODE": "pissa", "use_dora": "1"}, "use_dora", "belongs to FINETUNE_MODE=lora; must be 0"),
+        (
+            {"FINETUNE_MODE": "bone", "loraplus_lr_ratio": "16"},
+            "loraplus_lr_ratio",
+            "must be 1 with FINETUNE_MODE=bone",
+        ),
+        ({"pissa_init": "x.pth"}, "pissa_init", "belongs to FINETUNE_MODE=pissa"),
+        ({"state_shifts": "1"}, "state_shifts", "belongs to FINETUNE_MODE=state_tuning; must be 0"),
+        ({"FINETUNE_MODE": "peft"}, "PEFT_CONFIG", "is empty"),
+        ({"PEFT_CONFIG": "x.json"}, "PEFT_CONFIG", "belongs to FINETUNE_MODE=peft"),
+        ({"FINETUNE_MODE": "lisa", "GPU_COUNT": "2"}, "GPU_COUNT", "must be 1 with FINETUNE_MODE=lisa"),
+        ({"QUANT": "nf8"}, "QUANT", "did you mean nf4?"),
+        ({"QUANT_PARTS": "att,ln"}, "QUANT_PARTS", "must be words of att, ffn, emb, head"),
+        (
+            {"QUANT": "nf4", "QUANT_PARTS": "att,head", "EMB_FINETUNE": "1"},
+            "QUANT_PARTS",
+            "names head, which lora_parts",
+        ),
         ({"RUN_NAME": "a/b"}, "RUN_NAME", "plain folder name"),
         ({"RUN_NAME": "latest"}, "RUN_NAME", "plain folder name"),
         ({"RUN_NAME": ".."}, "RUN_NAME", "plain folder name"),

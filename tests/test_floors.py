@@ -10,9 +10,11 @@ DOORS = ["rwkv_peft.train", "rwkv_peft.chat", "rwkv_peft.init", "rwkv_peft.run",
 MAKERS = ["rwkv_peft." + r for r in ("config", "rows", "adapters", "training", "generate", "bases")]
 MATERIALS = [
     "rwkv_peft." + r
-    for r in ("shell_vars", "tokenizer", "templates", "checkpoint", "data", "model", "ops", "machine", "pictures")
+    for r in (
+        "shell_vars", "tokenizer", "templates", "checkpoint", "data", "model", "ops", "machine", "pictures", "quantize",
+    )
 ]
-GROUND = ["rwkv_peft." + r for r in ("errors", "words", "roles", "atomic", "hashing", "project", "runs")]
+GROUND = ["rwkv_peft." + r for r in ("errors", "words", "roles", "atomic", "hashing", "project", "runs", "methods")]
 FLOORS = [GROUND, MATERIALS, MAKERS, DOORS]
 
 

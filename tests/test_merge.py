@@ -6,7 +6,7 @@ import shutil
 import pytest
 import tiny
 import torch
-from test_rwkv7 import IDS, judged
+from test_versions import IDS, judged
 
 from merge.__main__ import merge
 from merge.fold import fold
@@ -16,7 +16,6 @@ from rwkv_peft.adapters import attach
 from rwkv_peft.adapters.registry import ADAPTERS
 from rwkv_peft.errors import UserError
 from rwkv_peft.model.rwkv import build
-from rwkv_peft.ops import dispatch
 
 SHAPE = tiny.geometry(2, 32, 64, 16)
 PARTS = ("att", "ffn", "ln")
@@ -30,7 +29,7 @@ def run(project_folder, request):
     extra = {"blocks.0.att.v0": torch.randn(1, 1, 32), "note": torch.arange(3)}
     tensors = {n: t.to(dtype) for n, t in tiny.tensors(0, SHAPE).items()} | extra
     checkpoint.save(base, tensors)
-    model = build(SHAPE, checkpoint.load(base), dispatch.WKV7["torch"])
+    model = build(SHAPE, checkpoint.load(base), tiny.wkv(SHAPE))
     attach.adapt(model, "lora", PARTS, 4, 8.0, 0.0)
     for p in attach.trained(model).values():
         torch.nn.init.normal_(p, std=0.2)
@@ -68,7 +67,7 @@ def test_the_merged_file_is_the_naive_merge_bit_for_bit_and_answers_like_the_ada
             naive = adapter.get(name, old).to(old.dtype)
         assert torch.equal(merged[name], naive) and merged[name].dtype == old.dtype
     x = torch.arange(1, 41)[None]
-    ours, _ = build(SHAPE, merged, dispatch.WKV7["torch"])(x)
+    ours, _ = build(SHAPE, merged, tiny.wkv(SHAPE))(x)
     tuned, _ = model.eval()(x)
     limit = 1e-5 if before["emb.weight"].dtype == torch.float32 else 0.03
     assert (ours - tuned).abs().max() <= limit * tuned.abs().max()
@@ -83,8 +82,8 @@ def test_the_rwkv_package_loads_a_rewritten_file_and_reads_the_same_logits(tmp_p
     change = lambda name: (lambda t: t * 1.5) if "att.key" in name else None  # noqa: E731
     checkpoint.rewrite(tmp_path / "base.pth", tmp_path / "merged.pth", change)
     whole, _ = judged(tmp_path / "merged.pth")
-    ours, _ = build(shape, checkpoint.load(tmp_path / "merged.pth"), dispatch.WKV7["torch"])(torch.tensor([IDS]))
-    base, _ = build(shape, checkpoint.load(tmp_path / "base.pth"), dispatch.WKV7["torch"])(torch.tensor([IDS]))
+    ours, _ = build(shape, checkpoint.load(tmp_path / "merged.pth"), tiny.wkv(SHAPE))(torch.tensor([IDS]))
+    base, _ = build(shape, checkpoint.load(tmp_path / "base.pth"), tiny.wkv(SHAPE))(torch.tensor([IDS]))
     assert (ours[0] - whole).abs().max() < 2e-5 * whole.abs().max() < (base[0] - whole).abs().max()
 
 

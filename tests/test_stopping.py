@@ -10,7 +10,6 @@ from inprocess import run, tokenize
 from rwkv_peft import tokenizer
 from rwkv_peft.generate import advance
 from rwkv_peft.model.rwkv import build
-from rwkv_peft.ops import chunked
 from rwkv_peft.roles import Role
 from rwkv_peft.templates.presets import PRESETS
 from rwkv_peft.templates.template import Message
@@ -44,7 +43,7 @@ def test_a_model_that_knows_its_rows_stops_behind_each_answer(ready, eot, banned
         DATALOAD="only", LR_INIT="5e-3", LR_FINAL="1e-3", LR_SCHEDULE="linear",
     )  # fmt: skip
     assert records[-1]["loss"] < 0.1
-    model = build(tiny.geometry(), tensors, chunked.wkv7, torch.float32).eval()
+    model = build(tiny.geometry(), tensors, tiny.wkv(tiny.geometry()), torch.float32).eval()
     with torch.no_grad():
         found = {question: answer(model, question, banned).strip() for question in ASKED}
     assert found == ASKED, json.dumps(found, ensure_ascii=False)

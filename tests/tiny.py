@@ -1,4 +1,4 @@
-"""Tiny RWKV-7 files and data. Vocabularies are prefixes of the World vocabulary: text becomes ids below 65536, so the
+"""Tiny RWKV files and data. Vocabularies are prefixes of the World vocabulary: text becomes ids below 65536, so the
 models that see text have all of it; the others are smaller."""
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from rwkv_peft import checkpoint
-from rwkv_peft.init import initial_tensors, new_geometry
-from rwkv_peft.model.arch import Geometry
+from rwkv_peft.model.arch import ARCHS, Geometry
+from rwkv_peft.model.initial import initial_tensors, new_geometry
 from rwkv_peft.model.rwkv import RWKV, build
-from rwkv_peft.ops import chunked
+from rwkv_peft.ops import dispatch
 
 CHATS = [
     {"text": "User: What is red?\n\nAssistant: A colour, like a ripe tomato."},
@@ -34,8 +34,13 @@ CHATS = [
 ]
 
 
-def geometry(layers: int = 2, width: int = 32, vocab: int = 65536, head_size: int = 16) -> Geometry:
-    return new_geometry(layers, width, vocab, head_size)
+VERSIONS = list(ARCHS)
+
+
+def geometry(
+    layers: int = 2, width: int = 32, vocab: int = 65536, head_size: int = 16, version: str = "x070"
+) -> Geometry:
+    return new_geometry(version, layers, width, vocab, head_size)
 
 
 def tensors(seed: int = 0, shape: Geometry | None = None) -> dict[str, torch.Tensor]:
@@ -49,9 +54,13 @@ def tensors(seed: int = 0, shape: Geometry | None = None) -> dict[str, torch.Ten
     return out
 
 
-def model(seed: int = 0, shape: Geometry | None = None, wkv=chunked.wkv7, **options) -> RWKV:
+def model(seed: int = 0, shape: Geometry | None = None, **options) -> RWKV:
     shape = shape or geometry()
-    return build(shape, tensors(seed, shape), wkv, keep=options.get("dtype"), **options)
+    return build(shape, tensors(seed, shape), wkv(shape), keep=options.get("dtype"), **options)
+
+
+def wkv(shape: Geometry, op: str = "torch"):
+    return dispatch.wkv(op, shape.version)[1]
 
 
 def save_model(path: Path, seed: int = 0, shape: Geometry | None = None, dtype=torch.float32) -> Path:
@@ -80,3 +89,26 @@ def wkv_inputs(batch: int, tokens: int, heads: int, size: int, kind: str = "rand
     if kind == "slow":
         w = torch.zeros_like(w)
     return [x.to(dtype).clone().requires_grad_() for x in (r, w, k, v, -kk, kk * a)]
+
+
+def wkv6_inputs(
+    batch: int, tokens: int, heads: int, size: int, kind: str = "random", dtype=torch.float32, constant: bool = False
+):
+    """r, w, k, v, u for WKV-6; constant: one decay for all tokens, for WKV-5. kind: random, repeated (the same key again
+    and again), fast (decays from exp(-20) to none at all), slow (no decay), mixed (one token, or channel, that forgets
+    everything among slow ones: a running sum of logarithms would have no digits left behind it)."""
+    shape = (batch, tokens, heads, size)
+    r, k, v = (torch.randn(shape, dtype=torch.float64) for _ in range(3))
+    u = torch.randn(heads, size, dtype=torch.float64)
+    w = -torch.exp(2 * torch.randn(shape[2:] if constant else shape, dtype=torch.float64) - 2)
+    if kind == "repeated":
+        k, w = k[:, :1].expand(shape), torch.full_like(w, -1e-3)
+    if kind == "fast":
+        w = -20 * 5000 ** torch.rand_like(w)
+        w[..., 0] = -torch.inf
+    if kind == "slow":
+        w = torch.zeros_like(w)
+    if kind == "mixed":
+        w = -0.01 * torch.rand_like(w)
+        (w[..., size // 2] if constant else w[:, tokens // 2]).fill_(-1e4)
+    return [x.to(dtype).clone().requires_grad_() for x in (r, w, k, v, u)]

@@ -1,41 +1,150 @@
-"""A method on a model: what is wrapped, what is trained, what of it goes into files and comes back."""
+"""A method on a model: what is wrapped, compressed and trained, what of it goes into files and comes back."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..model.arch import LINEARS, whole_tensors
-from .base import file_name, inject
+from ..methods import METHODS, PARTS
+from ..model.arch import STATE_NAME, Geometry, linear_layers, shapes, whole_tensors
+from ..model.rwkv import RWKV, fresh_state, kept_in, set_state
+from ..quantize import QuantEmbedding, QuantLinear
+from .base import Adapter
 from .registry import ADAPTERS
 
-
-def adapt(model: nn.Module, method: str, parts: Iterable[str], rank: int, alpha: float, dropout: float) -> None:
-    """Freeze the model; wrap the linears of att and ffn if they are among the parts, train the others whole in float32."""
-    parts = tuple(parts)
-    layers = [f"blocks.{i}.{x}" for i in range(len(model.blocks)) for part in parts for x in LINEARS.get(part, ())]
-    whole = whole_tensors([n for n, _ in model.named_parameters()], parts)
-    wrap(model, method, layers, whole, rank, alpha, dropout)
+OPTIONAL = ("rslora", "niter", "shifts")  # sidecars of earlier versions do not say them
 
 
-def wrap(model: nn.Module, method: str, layers, whole, rank: int, alpha: float, dropout: float) -> None:
-    """Freeze the model; put adapters on these layers, and train these tensors whole in float32."""
+@dataclass(frozen=True)
+class Setup:
+    """What a run does to a model.
+
+    method: of methods.METHODS. options: keyword arguments of its adapter, as sidecars keep them. parts: of methods.PARTS.
+    quant: none or a mode of quantize; quant_parts: what of the base it compresses (att, ffn, emb, head).
+    """
+
+    method: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    parts: tuple[str, ...] = ()
+    dropout: float = 0.0
+    quant: str = "none"
+    quant_parts: tuple[str, ...] = ()
+
+    def wrapped(self, geometry: Geometry) -> list[str]:
+        """The linear layers that get an adapter."""
+        return linear_layers(geometry, self.parts) if METHODS[self.method].wraps else []
+
+    def whole(self, geometry: Geometry) -> list[str]:
+        """The base's tensors that are trained whole. (Those of LISA's layers come and go; see training/lisa.)"""
+        return list(shapes(geometry)) if self.method == "full" else whole_tensors(geometry, self.parts)
+
+    def states(self, geometry: Geometry) -> dict[str, Tensor]:
+        """The states that are learnt, before the first step."""
+        return fresh_state(geometry, self.options.get("shifts", False)) if self.method == "state" else {}
+
+    def compressed(self, geometry: Geometry) -> set[str]:
+        """The layers whose frozen weight is compressed."""
+        if self.quant == "none":
+            return set()
+        return {*linear_layers(geometry, self.quant_parts), *({"emb", "head"} & set(self.quant_parts))}
+
+
+def setup_of(sidecar: Mapping[str, Any], where: str) -> Setup:
+    """How a checkpoint's run was set. UserError for a method that this version does not know."""
+    name = sidecar["method"]
+    if name not in METHODS:
+        raise UserError(f"{where}: holds a {name} run, which this version does not know.")
+    missing = [option for option in METHODS[name].options if option not in sidecar and option not in OPTIONAL]
+    if missing:
+        raise UserError(f"{where}: its sidecar does not say {', '.join(missing)}.")
+    return Setup(name, {option: sidecar[option] for option in METHODS[name].options if option in sidecar})
+
+
+def adapt(
+    model: RWKV,
+    setup: Setup,
+    keep: torch.dtype | None = None,
+    start: Mapping[str, Tensor] | None = None,
+    device: str | torch.device = "cpu",
+) -> dict[str, Tensor]:
+    """Make a built model what the setup says. Layer after layer, so that mapped weights are read one at a time and memory
+    holds the largest of them beside the result.
+
+    keep: dtype of the frozen weights that are not compressed; None leaves them as they are. start: what adapters began
+    with, by name, where a run goes on (PiSSA). device: where weights are decomposed and compressed, and then lie.
+    Returns what a run must keep beside its checkpoints, by name: empty but for PiSSA.
+    """
+    geometry = model.geometry
+    return change_layers(
+        model, setup, setup.wrapped(geometry), setup.whole(geometry), setup.states(geometry), keep, start, device
+    )
+
+
+def change_layers(model: RWKV, setup: Setup, wrapped, whole, states, keep, start, device) -> dict[str, Tensor]:
+    """adapt, with the layers to be wrapped, the tensors trained whole and the learnt states given by name."""
     model.requires_grad_(False)
     for name in whole:
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(model.get_parameter(name).detach().float()))
-    inject(model, layers, lambda linear: ADAPTERS[method](linear, rank, alpha, dropout))
+    set_state(model, states)
+    begun: dict[str, Tensor] = {}
+    wrapped, compressed = set(wrapped), setup.compressed(model.geometry)
+    for name in (*linear_layers(model.geometry, PARTS), "head", "emb"):
+        if name not in wrapped and name not in compressed:
+            continue
+        owner, _, leaf = name.rpartition(".")
+        module = getattr(model.get_submodule(owner), leaf)
+        mode = setup.quant if name in compressed else None
+        if name not in wrapped:
+            module = frozen(module, name, mode, keep, device)
+        elif ADAPTERS[setup.method].changes_base:  # it takes its part out of the weight; what is left is compressed
+            module.weight = nn.Parameter(module.weight.detach().to(device), requires_grad=False)
+            module = make(setup, module, started(setup, name, start))
+            module.linear = frozen(module.linear, name, mode, keep, device)
+        else:
+            module = make(setup, frozen(module, name, mode, keep, device), started(setup, name, start))
+        if name in wrapped:
+            begun |= {f"{name}.{leaf}": tensor for leaf, tensor in module.begun().items()}
+        setattr(model.get_submodule(owner), leaf, module)
+    if keep is not None:
+        kept_in(model, keep)
+    return begun
 
 
-def train_everything(model: nn.Module) -> None:
-    """FINETUNE_MODE=full: every weight, kept in float32 while it is trained."""
-    for module in model.modules():
-        for leaf, parameter in list(module.named_parameters(recurse=False)):
-            setattr(module, leaf, nn.Parameter(parameter.detach().float()))
+def make(setup: Setup, linear: nn.Module, start: Mapping[str, Tensor] | None = None) -> Adapter:
+    """An adapter of the setup's method on a layer. start: what it begins with, by leaf, where a run goes on."""
+    more: dict[str, Any] = {"dropout": setup.dropout} if METHODS[setup.method].dropout else {}
+    more |= {"start": start} if start else {}
+    return ADAPTERS[setup.method](linear, **setup.options, **more)
+
+
+def started(setup: Setup, layer: str, start: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """What the adapter of a layer began with, by leaf."""
+    leaves = ADAPTERS[setup.method].start
+    return {leaf: start[f"{layer}.{leaf}"] for leaf in leaves if f"{layer}.{leaf}" in (start or {})}
+
+
+def frozen(module: nn.Module, name: str, mode: str | None, keep: torch.dtype | None, device) -> nn.Module:
+    """The layer with its weight compressed, or converted to the dtype it is kept in. mode: of quantize, or None."""
+    weight = module.weight.detach()
+    if mode is None:
+        module.weight = nn.Parameter(weight if keep is None else weight.to(keep), requires_grad=False)
+        return module
+    try:
+        return (QuantEmbedding if name == "emb" else QuantLinear)(weight.to(device), mode)
+    except UserError as error:
+        raise UserError(f"{name}.weight: {error}") from None
+
+
+def file_name(parameter: str) -> str:
+    """The name that a model's parameter has in files: the frozen layer inside an adapter keeps its own."""
+    return parameter.replace(".linear.", ".")
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -63,23 +172,54 @@ def load_trained(model: nn.Module, tensors: Mapping[str, Tensor], where: str) ->
             parameter.copy_(tensors[name])
 
 
-def attach_checkpoint(model: nn.Module, tensors: Mapping[str, Tensor], sidecar: Mapping, where: str) -> None:
+def attach_checkpoint(
+    model: RWKV,
+    tensors: Mapping[str, Tensor],
+    setup: Setup,
+    where: str,
+    keep: torch.dtype | None = None,
+    start: Mapping[str, Tensor] | None = None,
+) -> None:
     """A saved adapter on its base, as it was trained, without dropout. What it wraps is told by its tensors' names."""
-    leaves = ADAPTERS[sidecar["method"]].tensors
-    layers = sorted({n.rpartition(".")[0] for n in tensors if n.rpartition(".")[2] in leaves})
-    whole = [n for n in tensors if n.rpartition(".")[2] not in leaves]
-    known = dict(model.named_parameters())
-    strange = [n for n in (*(f"{layer}.weight" for layer in layers), *whole) if n not in known]
+    layers, whole, states = sorted_by_place(tensors, model.geometry)
+    known = {*shapes(model.geometry)}
+    strange = [n for n in whole if n not in known]
     if strange:
         raise UserError(f"{where}: does not fit its base, which has no {strange[0]}.")
-    wrap(model, sidecar["method"], layers, whole, sidecar["rank"], sidecar["alpha"], dropout=0.0)
+    if layers and not METHODS[setup.method].wraps:
+        raise UserError(f"{where}: holds adapters ({next(iter(layers))}), which a {setup.method} run has not.")
+    lost = [n for n in layers if ADAPTERS[setup.method].changes_base and not started(setup, n, start)]
+    if lost:
+        raise UserError(
+            f"{where}: the file of what its adapters began with has nothing of {lost[0]}; it is another run's."
+        )
+    change_layers(model, setup, layers, whole, {n: tensors[n] for n in states}, keep, start, "cpu")
     load_trained(model, tensors, where)
 
 
-def count_trained(shapes: Mapping[str, tuple[int, ...]], full: bool, parts: Iterable[str], rank: int) -> int:
+def sorted_by_place(names: Iterable[str], geometry: Geometry) -> tuple[dict[str, list[str]], list[str], list[str]]:
+    """A checkpoint's names: those of adapters by their layer (the leaves), the base's tensors, and states."""
+    linears = set(linear_layers(geometry, PARTS))
+    layers: dict[str, list[str]] = {}
+    whole, states = [], []
+    for name in names:
+        layer, _, leaf = name.rpartition(".")
+        if layer in linears and leaf != "weight":
+            layers.setdefault(layer, []).append(leaf)
+        else:
+            (states if STATE_NAME.fullmatch(name) else whole).append(name)
+    return layers, whole, states
+
+
+def count_trained(geometry: Geometry, setup: Setup) -> int:
     """How many values such a run trains, from the base's shapes alone."""
-    if full:
-        return sum(math.prod(s) for s in shapes.values())
-    linears = tuple(f"{x}.weight" for part in parts for x in LINEARS.get(part, ()))
-    wrapped = sum(rank * sum(shape) for name, shape in shapes.items() if linears and name.endswith(linears))
-    return wrapped + sum(math.prod(shapes[n]) for n in whole_tensors(shapes, parts))
+    sizes = shapes(geometry)
+    total = sum(math.prod(sizes[name]) for name in setup.whole(geometry))
+    total += sum(t.numel() for t in setup.states(geometry).values())
+    counted: dict[tuple[int, ...], int] = {}  # layers of one shape have adapters of one size
+    for name in setup.wrapped(geometry):
+        shape = sizes[f"{name}.weight"]
+        if shape not in counted:
+            counted[shape] = ADAPTERS[setup.method].count(*shape, **setup.options)
+        total += counted[shape]
+    return total

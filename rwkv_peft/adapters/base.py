@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterable
+import itertools
+import math
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
 class Adapter(nn.Module, abc.ABC):
     """A frozen linear layer and a small trained change to it.
 
-    A subclass names its trained tensors in `tensors` and writes two things: `forward`, and `merge`, a static function
-    of tensors that gives the one matrix which would do the same.
+    A subclass names its trained tensors in `tensors` and writes three things: their `shapes`; `forward`; and `merge`, a
+    static function of tensors that gives the one matrix which would do the same. Trained tensors are float32; forward
+    computes in the dtype of its input.
+
+    The layer may be replaced by a quantised one after the adapter was made. So later code asks it for an output, or for
+    `dense(dtype)`, never for its weight.
     """
 
-    tensors: tuple[str, ...] = ()
+    tensors: tuple[str, ...] = ()  # trained
+    start: tuple[str, ...] = ()  # not trained, and impossible to compute anew: a run keeps them in a file beside it
+    changes_base: bool = False  # __init__ takes a part out of the layer's weight, and forward puts it back
 
     def __init__(self, linear: nn.Module):
         super().__init__()
@@ -23,21 +32,43 @@ class Adapter(nn.Module, abc.ABC):
 
     @staticmethod
     @abc.abstractmethod
-    def merge(weight: Tensor, tensors: dict[str, Tensor], sidecar: dict) -> Tensor:
-        """The merged weight [out, in], in the dtype it was computed in.
+    def shapes(outputs: int, inputs: int, **options: Any) -> dict[str, tuple[int, ...]]:
+        """Trained tensors of a layer of this size, by name. options: keyword arguments of __init__."""
 
-        weight: the base's. tensors: this layer's trained tensors by name (lora_A, ...). sidecar: how the run was set.
+    @classmethod
+    def count(cls, outputs: int, inputs: int, **options: Any) -> int:
+        """How many values are trained in a layer of this size."""
+        return sum(math.prod(shape) for shape in cls.shapes(outputs, inputs, **options).values())
+
+    @classmethod
+    def starts(cls, **options: Any) -> tuple[str, ...]:
+        """The start tensors of every layer with these options."""
+        return cls.start
+
+    @staticmethod
+    def refusal(outputs: int, inputs: int, **options: Any) -> str:
+        """Why these options do not fit a layer of this size, as what the first of them "must be ..."; empty if they do."""
+        return ""
+
+    @staticmethod
+    @abc.abstractmethod
+    def merge(weight: Tensor, tensors: dict[str, Tensor], sidecar: dict) -> Tensor:
+        """The merged weight [out, in], in the dtype it was computed in: see `exact`.
+
+        weight: the base's. tensors: this layer's trained and start tensors by name (lora_A, ...). sidecar: how the run
+        was set, under the names of __init__.
         """
 
-
-def inject(model: nn.Module, names: Iterable[str], make: Callable[[nn.Module], Adapter]) -> None:
-    """Replace the linear layers of these names by make(linear)."""
-    for name in names:
-        parent, _, leaf = name.rpartition(".")
-        owner = model.get_submodule(parent)
-        setattr(owner, leaf, make(getattr(owner, leaf)))
+    def begun(self) -> dict[str, Tensor]:
+        """Copies of the start tensors. To be asked before the first training step."""
+        return {}
 
 
-def file_name(parameter: str) -> str:
-    """The name that a model's parameter has in files: the frozen layer inside an adapter keeps its own."""
-    return parameter.replace(".linear.", ".")
+def exact(dtype: torch.dtype) -> torch.dtype:
+    """What small sums about a weight or an input of this dtype are computed in: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def device_of(linear: nn.Module) -> torch.device:
+    """Where a layer's weight lies, whatever it is kept as."""
+    return next(itertools.chain(linear.parameters(), linear.buffers())).device

@@ -1,14 +1,15 @@
-"""LoRA: W + alpha/r * B A (https://arxiv.org/abs/2106.09685)."""
+"""LoRA: W + alpha/r * B A (https://arxiv.org/abs/2106.09685); rsLoRA: alpha/sqrt(r) (https://arxiv.org/abs/2312.03732)."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Adapter
+from .base import Adapter, device_of, exact
 
 
 class Lora(Adapter):
@@ -16,20 +17,38 @@ class Lora(Adapter):
 
     tensors = ("lora_A", "lora_B")
 
-    def __init__(self, linear: nn.Module, rank: int, alpha: float, dropout: float = 0.0):
+    def __init__(self, linear: nn.Module, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False):
         super().__init__(linear)
-        outputs, inputs = linear.weight.shape
-        device = linear.weight.device
-        self.scale, self.dropout = alpha / rank, dropout
-        self.lora_A = nn.Parameter(torch.empty(rank, inputs, dtype=torch.float32, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(outputs, rank, dtype=torch.float32, device=device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.scale, self.dropout = scale(rank, alpha, rslora), dropout
+        self.lora_A, self.lora_B = fresh_factors(linear, rank)
 
     def forward(self, x: Tensor) -> Tensor:
         inner = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))
         return self.linear(x) + self.scale * F.linear(inner, self.lora_B.to(x.dtype))
 
     @staticmethod
+    def shapes(outputs: int, inputs: int, rank: int, **_: Any) -> dict[str, tuple[int, ...]]:
+        return {"lora_A": (rank, inputs), "lora_B": (outputs, rank)}
+
+    @staticmethod
     def merge(weight: Tensor, tensors: dict[str, Tensor], sidecar: dict) -> Tensor:
-        delta = tensors["lora_B"].float() @ tensors["lora_A"].float()
-        return weight.to(delta.dtype).add(delta, alpha=sidecar["alpha"] / sidecar["rank"])
+        return weight.to(exact(weight.dtype)) + change(weight, tensors, sidecar)
+
+
+def scale(rank: int, alpha: float, rslora: bool) -> float:
+    """With alpha/r the change shrinks as r grows; with alpha/sqrt(r) it keeps its size."""
+    return alpha / (math.sqrt(rank) if rslora else rank)
+
+
+def fresh_factors(linear: nn.Module, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """A as torch draws linear layers (by the global generator), B zero."""
+    where = {"dtype": torch.float32, "device": device_of(linear)}
+    A = nn.Parameter(torch.empty(rank, linear.in_features, **where))
+    nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+    return A, nn.Parameter(torch.zeros(linear.out_features, rank, **where))
+
+
+def change(weight: Tensor, tensors: dict[str, Tensor], sidecar: dict) -> Tensor:
+    """scale * B A for this weight [out, in], as `exact` as it deserves."""
+    A, B = (tensors[leaf].to(exact(weight.dtype)) for leaf in ("lora_A", "lora_B"))
+    return scale(sidecar["rank"], sidecar["alpha"], sidecar.get("rslora", False)) * (B @ A)

@@ -7,142 +7,280 @@ ranks differ between models of the same width and formulas for them are wrong fo
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 
 from ..errors import UserError
 from ..words import listed
 
-# a tensor that only this version has -> what the version is called
-MARKERS = {
-    "blocks.0.att.r_k": "RWKV-7 (x070)",
-    "blocks.0.att.time_maa_x": "RWKV-6 (x060)",
-    "blocks.0.att.time_mix_g": "RWKV-5 (x052)",
-    "blocks.0.att.time_mix_k": "RWKV-4",
-}
-SUPPORTED = "RWKV-7 (x070)"
-
-# what adapters may wrap, by part
-LINEARS = {
-    "att": ("att.receptance", "att.key", "att.value", "att.output"),
-    "ffn": ("ffn.key", "ffn.value"),
-}
-# tensors that a part trains whole (regular expressions over official names). RWKV-7 has no name with "time" in it: what
-# that part meant in v5 and v6 - the token-shift mixes, decays and their low-rank parts - goes by these names here
-WHOLE = {
-    "time": r"blocks\.\d+\.(att\.(x_[rwkvag]|[wav][012]|g[12]|k_k|k_a|r_k)|ffn\.x_k)",
-    "ln": r"(blocks\.\d+\.(ln[012]|att\.ln_x)|ln_out)\.(weight|bias)",
-    "emb": r"emb\.weight",
-    "head": r"head\.weight",
-}
-
-# learning-rate factors of the official recipe (RWKV-LM train_temp): everything else has 1
-LR_SCALES = {r"blocks\.\d+\.att\.w0": 2.0}
+EMB_AND_HEAD = {"emb": r"emb\.weight", "head": r"head\.weight"}
+NORMS = {"ln": r"(blocks\.\d+\.(ln[012]|att\.ln_x)|ln_out)\.(weight|bias)"}
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """The sizes of an RWKV-7 model. Ranks are the inner widths of w1/w2, a1/a2, v1/v2 and g1/g2."""
+    """The sizes of a model. Ranks are the inner widths of its low-rank parts, 0 where the version has none: w (decays of
+    RWKV-7 and -6), a, v, g (RWKV-7), mix (token-shift mixes of RWKV-6)."""
 
+    version: str
     n_layer: int
     n_embd: int
     head_size: int
     vocab_size: int
     dim_ffn: int
-    rank_w: int
-    rank_a: int
-    rank_v: int
-    rank_g: int
+    rank_w: int = 0
+    rank_a: int = 0
+    rank_v: int = 0
+    rank_g: int = 0
+    rank_mix: int = 0
 
     @property
     def n_head(self) -> int:
         return self.n_embd // self.head_size
 
     def as_dict(self) -> dict:
-        return {"version": "x070", **asdict(self)}
+        return {name: value for name, value in asdict(self).items() if value != 0}
 
 
-def shapes(geometry: Geometry) -> dict[str, tuple[int, ...]]:
-    """Every tensor of an RWKV-7 file and its shape, in the order of the official trainer.
+Shapes = dict[str, tuple[int, ...]]
 
-    Some files hold v0, v1, v2 in layer 0 as well. Nobody uses them there; they pass through merges untouched.
+
+@dataclass(frozen=True)
+class Arch:
+    """A version of RWKV.
+
+    marker: a tensor that only this version has. heads: the tensor [H, N] that tells heads and head size.
+    linears: what adapters may wrap, by part. whole: regular expressions over names of what a part trains whole.
+    lr_scales: learning-rate factors of the official recipe; everything else has 1. layer: shapes of one block.
+    ranks: field of Geometry -> tensor and the axis of its inner width.
     """
+
+    version: str
+    name: str
+    marker: str
+    heads: str
+    linears: Mapping[str, tuple[str, ...]]
+    whole: Mapping[str, str]
+    lr_scales: Mapping[str, float]
+    ranks: Mapping[str, tuple[str, int]]
+    layer: Callable[[Geometry, int], Shapes]
+
+
+def layer_of_v7(geometry: Geometry, layer: int) -> Shapes:
+    """Some files hold v0, v1, v2 in layer 0 as well. Nobody uses them there; they pass through merges untouched."""
     C, N, F = geometry.n_embd, geometry.head_size, geometry.dim_ffn
     vector = (1, 1, C)
-    out: dict[str, tuple[int, ...]] = {"emb.weight": (geometry.vocab_size, C)}
+    out: Shapes = {f"att.{x}": vector for x in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g")}
+    for letter, rank in (("w", geometry.rank_w), ("a", geometry.rank_a), ("v", geometry.rank_v)):
+        if letter != "v" or layer > 0:
+            out |= {f"att.{letter}0": vector, f"att.{letter}1": (C, rank), f"att.{letter}2": (rank, C)}
+    out |= {"att.g1": (C, geometry.rank_g), "att.g2": (geometry.rank_g, C)}
+    out |= {"att.k_k": vector, "att.k_a": vector, "att.r_k": (C // N, N)}
+    out |= {f"{linear}.weight": (C, C) for linear in V7.linears["att"]}
+    out |= {"att.ln_x.weight": (C,), "att.ln_x.bias": (C,)}
+    return out | {"ffn.x_k": vector, "ffn.key.weight": (F, C), "ffn.value.weight": (C, F)}
+
+
+def attention_of_v5_and_v6(geometry: Geometry) -> Shapes:
+    """What the two have in common."""
+    C, N = geometry.n_embd, geometry.head_size
+    return {
+        "att.time_faaaa": (C // N, N),
+        **{f"{linear}.weight": (C, C) for linear in V5.linears["att"]},
+        **{"att.ln_x.weight": (C,), "att.ln_x.bias": (C,)},
+    }
+
+
+def channel_of_v5_and_v6(geometry: Geometry, mix: str) -> Shapes:
+    C, F = geometry.n_embd, geometry.dim_ffn
+    return {
+        **{f"ffn.{mix}_{x}": (1, 1, C) for x in "kr"},
+        **{"ffn.key.weight": (F, C), "ffn.receptance.weight": (C, C), "ffn.value.weight": (C, F)},
+    }
+
+
+def layer_of_v6(geometry: Geometry, layer: int) -> Shapes:
+    C = geometry.n_embd
+    out: Shapes = {f"att.time_maa_{x}": (1, 1, C) for x in "xwkvrg"}
+    out |= {"att.time_maa_w1": (C, 5 * geometry.rank_mix), "att.time_maa_w2": (5, geometry.rank_mix, C)}
+    out |= {"att.time_decay": (1, 1, C)}
+    out |= {"att.time_decay_w1": (C, geometry.rank_w), "att.time_decay_w2": (geometry.rank_w, C)}
+    return out | attention_of_v5_and_v6(geometry) | channel_of_v5_and_v6(geometry, "time_maa")
+
+
+def layer_of_v5(geometry: Geometry, layer: int) -> Shapes:
+    C, N = geometry.n_embd, geometry.head_size
+    out: Shapes = {f"att.time_mix_{x}": (1, 1, C) for x in "kvrg"} | {"att.time_decay": (C // N, N)}
+    return out | attention_of_v5_and_v6(geometry) | channel_of_v5_and_v6(geometry, "time_mix")
+
+
+V7 = Arch(
+    version="x070",
+    name="RWKV-7 (x070)",
+    marker="blocks.0.att.r_k",
+    heads="blocks.0.att.r_k",
+    linears={
+        "att": ("att.receptance", "att.key", "att.value", "att.output"),
+        "ffn": ("ffn.key", "ffn.value"),
+    },
+    # RWKV-7 has no name with "time" in it: what that part means in v5 and v6 - the token-shift mixes, decays and their
+    # low-rank parts - goes by these names here
+    whole=EMB_AND_HEAD | NORMS | {"time": r"blocks\.\d+\.(att\.(x_[rwkvag]|[wav][012]|g[12]|k_k|k_a|r_k)|ffn\.x_k)"},
+    lr_scales={r"blocks\.\d+\.att\.w0": 2.0},
+    ranks={
+        "rank_w": ("blocks.0.att.w1", 1),
+        "rank_a": ("blocks.0.att.a1", 1),
+        "rank_v": ("blocks.1.att.v1", 1),
+        "rank_g": ("blocks.0.att.g1", 1),
+    },
+    layer=layer_of_v7,
+)
+V6 = Arch(
+    version="x060",
+    name="RWKV-6 (x060)",
+    marker="blocks.0.att.time_maa_x",
+    heads="blocks.0.att.time_faaaa",
+    linears={
+        "att": ("att.receptance", "att.key", "att.value", "att.gate", "att.output"),
+        "ffn": ("ffn.key", "ffn.receptance", "ffn.value"),
+    },
+    whole=EMB_AND_HEAD
+    | NORMS
+    | {"time": r"blocks\.\d+\.(att\.time_(maa_([xwkvrg]|w[12])|decay(_w[12])?|faaaa)|ffn\.time_maa_[kr])"},
+    lr_scales={r"blocks\.\d+\.att\.time_decay(_w[12])?": 2.0},
+    ranks={"rank_mix": ("blocks.0.att.time_maa_w2", 1), "rank_w": ("blocks.0.att.time_decay_w1", 1)},
+    layer=layer_of_v6,
+)
+V5 = Arch(
+    version="x052",
+    name="RWKV-5 (x052)",
+    marker="blocks.0.att.time_mix_g",
+    heads="blocks.0.att.time_faaaa",
+    linears=V6.linears,
+    whole=EMB_AND_HEAD | NORMS | {"time": r"blocks\.\d+\.(att\.time_(mix_[kvrg]|decay|faaaa)|ffn\.time_mix_[kr])"},
+    lr_scales={r"blocks\.\d+\.att\.time_decay": 2.0},
+    ranks={},
+    layer=layer_of_v5,
+)
+ARCHS = {arch.version: arch for arch in (V7, V6, V5)}
+# what scripts and people call them
+NUMBERS = {"x070": "v7", "x060": "v6", "x052": "v5"}
+
+# the state a block may begin with, learnt by state tuning: the WKV matrices [H, value, key], and the two token shifts [C]
+STATE_NAME = re.compile(r"blocks\.\d+\.(att\.(time|ts)_state|ffn\.ts_state)")
+
+
+def arch_of(geometry: Geometry) -> Arch:
+    return ARCHS[geometry.version]
+
+
+def shapes(geometry: Geometry) -> Shapes:
+    """Every tensor of a file and its shape, in the order of the official trainer."""
+    C = geometry.n_embd
+    layer = ARCHS[geometry.version].layer
+    out: Shapes = {"emb.weight": (geometry.vocab_size, C)}
     for i in range(geometry.n_layer):
-        block = f"blocks.{i}."
         for ln in ("ln1", "ln2", *(["ln0"] if i == 0 else [])):
-            out |= {f"{block}{ln}.weight": (C,), f"{block}{ln}.bias": (C,)}
-        att = block + "att."
-        out |= {att + x: vector for x in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g")}
-        for letter, rank in (("w", geometry.rank_w), ("a", geometry.rank_a), ("v", geometry.rank_v)):
-            if letter != "v" or i > 0:
-                out |= {f"{att}{letter}0": vector, f"{att}{letter}1": (C, rank), f"{att}{letter}2": (rank, C)}
-        out |= {att + "g1": (C, geometry.rank_g), att + "g2": (geometry.rank_g, C)}
-        out |= {att + "k_k": vector, att + "k_a": vector, att + "r_k": (C // N, N)}
-        out |= {f"{block}{linear}.weight": (C, C) for linear in LINEARS["att"]}
-        out |= {att + "ln_x.weight": (C,), att + "ln_x.bias": (C,)}
-        out |= {block + "ffn.x_k": vector, block + "ffn.key.weight": (F, C), block + "ffn.value.weight": (C, F)}
+            out |= {f"blocks.{i}.{ln}.weight": (C,), f"blocks.{i}.{ln}.bias": (C,)}
+        out |= {f"blocks.{i}.{name}": shape for name, shape in layer(geometry, i).items()}
     return out | {"ln_out.weight": (C,), "ln_out.bias": (C,), "head.weight": (geometry.vocab_size, C)}
 
 
+def state_shapes(geometry: Geometry) -> Shapes:
+    """The tensors of a learnt state, by name."""
+    C, N = geometry.n_embd, geometry.head_size
+    one = {"att.time_state": (C // N, N, N), "att.ts_state": (C,), "ffn.ts_state": (C,)}
+    return {f"blocks.{i}.{name}": shape for i in range(geometry.n_layer) for name, shape in one.items()}
+
+
 def detect(found: Mapping[str, tuple[int, ...]], where: str) -> Geometry:
-    """The geometry of a file from its tensors' shapes. UserError when it is no RWKV-7, or not a whole one.
+    """The geometry of a file from its tensors' shapes. UserError when it is no RWKV, or not a whole one.
 
     found: tensor name -> shape. where: the file, for the message.
     """
-    version = next((v for marker, v in MARKERS.items() if marker in found), None)
-    if version is None:
-        if any(name.endswith(("lora_A", "lora_B")) for name in found):
-            raise UserError(
-                f"{where}: is an adapter (what a run learnt), not a model. Talk to it with ./chat.sh --adapter, fold it into "
-                "its base with ./merge.sh, or go on from it with lora_load."
-            )
-        raise UserError(f"{where}: is not an RWKV model; it holds {listed(found, 3)}.")
-    if version != SUPPORTED:
-        raise UserError(f"{where}: is {version}; this version of the kit works with {SUPPORTED} only.")
+    arch = next((arch for arch in ARCHS.values() if arch.marker in found), None)
+    if arch is None:
+        raise UserError(f"{where}: {what_it_is(found)}")
     if any(name.endswith((".ffn.s_emb", ".ffn.s_emb.weight")) for name in found):
         raise UserError(f"{where}: is an RWKV-7 with DeepEmbed (x070a or x070b), which this version does not know.")
+    if arch is V5 and len(found.get("blocks.0.att.time_decay", (0, 0))) == 1:
+        raise UserError(f"{where}: is RWKV-5.1; of RWKV-5, this kit works with 5.2 (x052) only.")
     try:
         layers = 1 + max(int(m[1]) for name in found if (m := re.match(r"blocks\.(\d+)\.", name)))
-        heads, size = found["blocks.0.att.r_k"]
+        heads, size = found[arch.heads]
+        ranks = {
+            field: found[name][axis]
+            for field, (name, axis) in arch.ranks.items()
+            if layers > 1 or not name.startswith("blocks.1.")
+        }
         geometry = Geometry(
+            version=arch.version,
             n_layer=layers,
             n_embd=heads * size,
             head_size=size,
             vocab_size=found["emb.weight"][0],
             dim_ffn=found["blocks.0.ffn.key.weight"][0],
-            rank_w=found["blocks.0.att.w1"][1],
-            rank_a=found["blocks.0.att.a1"][1],
-            rank_v=found["blocks.1.att.v1"][1] if layers > 1 else 0,
-            rank_g=found["blocks.0.att.g1"][1],
+            **ranks,
         )
     except (KeyError, IndexError, ValueError) as error:
-        raise UserError(f"{where}: looks like RWKV-7, but a tensor that gives its size is missing: {error}.") from None
-    wrong = []
-    for name, shape in shapes(geometry).items():
-        if name not in found:
-            wrong.append(f"{name} is missing")
-        elif tuple(found[name]) != shape:
-            wrong.append(f"{name} is {list(found[name])} instead of {list(shape)}")
+        raise UserError(
+            f"{where}: looks like {arch.name}, but a tensor that gives its size is missing: {error}."
+        ) from None
+    wrong = misfits(found, shapes(geometry))
+    states = state_shapes(geometry)
+    wrong += misfits(found, {name: shape for name, shape in states.items() if name in found})
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"{where}: is a damaged RWKV-7 file: {'; '.join(wrong[:3])}{more}.")
+        raise UserError(f"{where}: is a damaged {arch.name} file: {'; '.join(wrong[:3])}{more}.")
     return geometry
 
 
-def whole_tensors(names, parts) -> list[str]:
-    """Those of the names that the given parts (time, ln, emb, head) train whole."""
-    patterns = [re.compile(WHOLE[part]) for part in parts if part in WHOLE]
-    return [name for name in names if any(p.fullmatch(name) for p in patterns)]
+def what_it_is(found: Iterable[str]) -> str:
+    """What a file without any version's marker seems to be, in words."""
+    names = list(found)
+    if any(name.endswith(("lora_A", "lora_B", "disha", "bone", "time_state")) for name in names):
+        return (
+            "is an adapter (what a run learnt), not a model. Talk to it with ./chat.sh --adapter, fold it into its base with "
+            "./merge.sh, or go on from it with lora_load."
+        )
+    if "blocks.0.att.time_mix_k" in names:
+        return f"is RWKV-4; this kit works with {listed([arch.name for arch in ARCHS.values()])}."
+    markers = listed([arch.marker for arch in ARCHS.values()])
+    return f"is not an RWKV model: it holds none of {markers}, but {listed(names, 3)}."
 
 
-def lr_scale(name: str) -> float:
-    return next((scale for pattern, scale in LR_SCALES.items() if re.fullmatch(pattern, name)), 1.0)
+def misfits(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What is missing or has another shape, in words."""
+    wrong = []
+    for name, shape in wanted.items():
+        if name not in found:
+            wrong.append(f"{name} is missing")
+        elif tuple(found[name]) != tuple(shape):
+            wrong.append(f"{name} is {list(found[name])} instead of {list(shape)}")
+    return wrong
+
+
+def linear_layers(geometry: Geometry, parts: Iterable[str]) -> list[str]:
+    """The layers of att and ffn that adapters wrap and that are quantised, in the order of the blocks."""
+    linears = arch_of(geometry).linears
+    chosen = [linear for part in parts for linear in linears.get(part, ())]
+    return [f"blocks.{i}.{linear}" for i in range(geometry.n_layer) for linear in chosen]
+
+
+def whole_tensors(geometry: Geometry, parts: Iterable[str]) -> list[str]:
+    """The tensors that the given parts (time, ln, emb, head) train whole."""
+    whole = arch_of(geometry).whole
+    patterns = [re.compile(whole[part]) for part in parts if part in whole]
+    return [name for name in shapes(geometry) if any(p.fullmatch(name) for p in patterns)]
+
+
+def lr_scale(geometry: Geometry, name: str) -> float:
+    scales = arch_of(geometry).lr_scales
+    return next((scale for pattern, scale in scales.items() if re.fullmatch(pattern, name)), 1.0)
 
 
 def decays(name: str, shape) -> bool:
-    """Whether weight decay applies: to large matrices only, never to norms, vectors and the low-rank parts of the decay,
-    as in the official trainer (2-D tensors called .weight). An adapter's matrices count as large."""
-    return len(shape) == 2 and name.endswith((".weight", "lora_A", "lora_B"))
+    """Whether weight decay applies: to large matrices only, never to norms, vectors, states and the low-rank parts of the
+    decay, as in the official trainer (tensors called .weight). An adapter's matrices count as large; they are told by
+    their names, which go one level deeper (blocks.0.att.key.lora_A)."""
+    return len(shape) >= 2 and (name.endswith(".weight") or name.count(".") == 4)

@@ -13,15 +13,21 @@ from torch import Tensor, nn
 from .state import Borders
 
 
-class Linear(nn.Module):
+class Linear(nn.Linear):
     """y = x W^T without a bias; weight [out, in] as in the file."""
 
     def __init__(self, inputs: int, outputs: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        super().__init__(inputs, outputs, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Weights come from a file; drawing random ones first would only take time."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight [out, in]; what a quantised layer has to compute."""
+        return self.weight.to(dtype or self.weight.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -45,6 +51,20 @@ class GroupNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.group_norm(x, self.groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+def vector(channels: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(1, 1, channels))
+
+
+def matrix(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(*shape))
+
+
+def own_parameters(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A module's parameters that are not its layers', in the dtype it computes in; vectors [1, 1, C] as [C]."""
+    own = {n: p.to(dtype) for n, p in module.named_parameters(recurse=False) if not n.endswith("_state")}
+    return {name: p.view(-1) if p.dim() == 3 and p.shape[:2] == (1, 1) else p for name, p in own.items()}
 
 
 def token_shift(x: Tensor, before: Tensor, borders: Borders) -> Tensor:

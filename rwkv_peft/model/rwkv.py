@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .arch import Geometry
+from . import rwkv5, rwkv6, rwkv7
+from .arch import STATE_NAME, Geometry, state_shapes
 from .layers import LayerNorm, Linear
-from .rwkv7 import Block
 from .state import BlockState, Borders
+
+VERSIONS = {"x070": rwkv7, "x060": rwkv6, "x052": rwkv5}
 
 
 class Embedding(nn.Module):
@@ -22,6 +24,31 @@ class Embedding(nn.Module):
 
     def forward(self, ids: Tensor, dtype) -> Tensor:
         return F.embedding(ids, self.weight).to(dtype)
+
+
+class Block(nn.Module):
+    def __init__(self, geometry: Geometry, layer: int, wkv: Callable):
+        super().__init__()
+        version = VERSIONS[geometry.version]
+        if layer == 0:
+            self.ln0 = LayerNorm(geometry.n_embd)
+        self.ln1, self.ln2 = LayerNorm(geometry.n_embd), LayerNorm(geometry.n_embd)
+        self.att, self.ffn = version.TimeMix(geometry, layer, wkv), version.ChannelMix(geometry)
+
+    def forward(self, x: Tensor, v_first: Tensor | None, borders: Borders, *state: Tensor):
+        """Returns x, v_first and the block's new state as three tensors (plain tensors, so that it can be checkpointed)."""
+        att_x, wkv, ffn_x = state
+        if hasattr(self, "ln0"):
+            x = self.ln0(x)
+        y, v_first, att_x, wkv = self.att(self.ln1(x), v_first, att_x, wkv, borders)
+        x = x + y
+        y, ffn_x = self.ffn(self.ln2(x), ffn_x, borders)
+        return x + y, v_first, *BlockState(att_x, wkv, ffn_x).tensors()
+
+    def learnt_state(self) -> dict[str, nn.Parameter]:
+        """What state tuning has put here, by the name of its field in BlockState; empty without."""
+        places = {"wkv": (self.att, "time_state"), "att_x": (self.att, "ts_state"), "ffn_x": (self.ffn, "ts_state")}
+        return {field: getattr(module, leaf) for field, (module, leaf) in places.items() if hasattr(module, leaf)}
 
 
 class RWKV(nn.Module):
@@ -38,24 +65,36 @@ class RWKV(nn.Module):
         self.ln_out = LayerNorm(geometry.n_embd)
         self.head = Linear(geometry.n_embd, geometry.vocab_size)
 
-    def zero_state(self, sequences: int) -> list[BlockState]:
-        like = torch.empty(0, dtype=self.dtype, device=self.emb.weight.device)
-        return [BlockState.zeros(sequences, self.geometry.n_head, self.geometry.head_size, like) for _ in self.blocks]
+    def head_weight(self) -> Tensor:
+        """The head's matrix [V, C] for the loss: a trained one in its own precision, a compressed one made dense."""
+        return self.head.weight if isinstance(self.head, Linear) else self.head.dense(self.dtype)
+
+    def first_state(self, sequences: int) -> list[BlockState]:
+        """The state before a text's first token: zero, or what state tuning has learnt, for every sequence."""
+        like = torch.empty(0, dtype=self.dtype, device=self.ln_out.weight.device)
+        states = []
+        for block in self.blocks:
+            state = BlockState.zeros(sequences, self.geometry.n_head, self.geometry.head_size, like)
+            for field, learnt in block.learnt_state().items():
+                zero = getattr(state, field)
+                setattr(state, field, learnt.to(zero.dtype).expand_as(zero))
+            states.append(state)
+        return states
 
     def features(
         self, ids: Tensor, state: Sequence[BlockState] | None = None, cu_seqlens: Sequence[int] | None = None
     ) -> tuple[Tensor, list[BlockState]]:
         """ids -> what the head reads, and the state after each sequence.
 
-        ids: int64 [B, T]. state: one BlockState per block, for S sequences; None is zero. cu_seqlens: [S + 1] integers,
-        with B = 1: several sequences in one row. Without it every row is a sequence (S = B).
+        ids: int64 [B, T]. state: one BlockState per block, for S sequences; None is first_state. cu_seqlens: [S + 1]
+        integers, with B = 1: several sequences in one row. Without it every row is a sequence (S = B).
         Returns [B, T, C] after ln_out, and the new state.
         """
         batch, tokens = ids.shape
         if cu_seqlens is None:
             cu_seqlens = range(0, batch * tokens + 1, tokens)
         borders = Borders(tuple(cu_seqlens), ids.device)
-        state = self.zero_state(len(borders)) if state is None else state
+        state = self.first_state(len(borders)) if state is None else state
         x, v_first, after = self.emb(ids.reshape(-1), self.dtype), None, []
         for block, before in zip(self.blocks, state, strict=True):
             if self.grad_cp and torch.is_grad_enabled():
@@ -71,6 +110,12 @@ class RWKV(nn.Module):
         return self.head(x), state
 
 
+def skeleton(geometry: Geometry, wkv: Callable, dtype: torch.dtype = torch.float32, grad_cp: bool = False) -> RWKV:
+    """A model without weights (on the meta device): every name and shape, and no memory."""
+    with torch.device("meta"):
+        return RWKV(geometry, wkv, dtype, grad_cp)
+
+
 def build(
     geometry: Geometry,
     tensors: Mapping[str, Tensor],
@@ -81,12 +126,33 @@ def build(
 ) -> RWKV:
     """A model with the weights of a file, made without random numbers first: mapped tensors go straight in.
 
-    tensors: name -> tensor (may be mapped from the disk; never written to). keep: dtype that the weights are kept in;
-    None leaves each as it is in the file.
+    tensors: name -> tensor (may be mapped from the disk; never written to); a learnt state in them is begun from.
+    keep: dtype that the weights are kept in; None leaves each as it is in the file.
     """
-    with torch.device("meta"):
-        model = RWKV(geometry, wkv, dtype, grad_cp)
+    model = skeleton(geometry, wkv, dtype, grad_cp)
     names = set(model.state_dict())
-    weights = {n: t if keep is None else t.to(keep) for n, t in tensors.items() if n in names}
-    model.load_state_dict(weights, strict=True, assign=True)
+    model.load_state_dict({n: t for n, t in tensors.items() if n in names}, strict=True, assign=True)
+    set_state(model, {n: t for n, t in tensors.items() if STATE_NAME.fullmatch(n)})
+    return model if keep is None else kept_in(model, keep)
+
+
+def kept_in(model: RWKV, dtype: torch.dtype) -> RWKV:
+    """The model with its weights converted to this dtype, one after the other; a learnt state stays float32."""
+    for module in model.modules():
+        for leaf, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.dtype != dtype and not leaf.endswith("_state"):
+                setattr(module, leaf, nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad))
     return model
+
+
+def set_state(model: RWKV, tensors: Mapping[str, Tensor]) -> None:
+    """Give blocks a learnt state to begin from, float32, by the names of arch.STATE."""
+    for name, tensor in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.detach().float()))
+
+
+def fresh_state(geometry: Geometry, shifts: bool) -> dict[str, Tensor]:
+    """A zero state to be learnt, by names. shifts: the token shifts, too."""
+    wanted = {name: shape for name, shape in state_shapes(geometry).items() if shifts or name.endswith("time_state")}
+    return {name: torch.zeros(shape) for name, shape in wanted.items()}

@@ -12,18 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .arch import Geometry
-from .layers import GroupNorm, LayerNorm, Linear, token_shift
-from .state import BlockState, Borders
+from .layers import GroupNorm, Linear, matrix, own_parameters, token_shift, vector
+from .state import Borders
 
 LOG_DECAY_SCALE = -0.6065306597126334  # -exp(-1/2): no token's decay is below exp of this
-
-
-def vector(channels: int) -> nn.Parameter:
-    return nn.Parameter(torch.empty(1, 1, channels))
-
-
-def matrix(rows: int, columns: int) -> nn.Parameter:
-    return nn.Parameter(torch.empty(rows, columns))
 
 
 class TimeMix(nn.Module):
@@ -47,22 +39,22 @@ class TimeMix(nn.Module):
 
         Returns y [T, C], v_first, and the state after each sequence: shift [S, C], s [S, H, N, N].
         """
-        p = {name: value.to(x.dtype) for name, value in self.named_parameters(recurse=False)}
+        p = own_parameters(self, x.dtype)
         T, H, N = len(x), self.heads, self.size
         xx = token_shift(x, shift, borders) - x
-        xr, xw, xk, xv, xa, xg = (torch.addcmul(x, xx, p["x_" + m].view(-1)) for m in "rwkvag")
+        xr, xw, xk, xv, xa, xg = (torch.addcmul(x, xx, p["x_" + m]) for m in "rwkvag")
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
         # the logarithm of the decay, in float32: near 1 a bfloat16 decay has only a few values
-        w = torch.tanh(xw @ p["w1"]) @ p["w2"] + p["w0"].view(-1)
+        w = torch.tanh(xw @ p["w1"]) @ p["w2"] + p["w0"]
         w = LOG_DECAY_SCALE * torch.sigmoid(w.to(s.dtype))
         if self.mixes_v_first:
-            v = v + (v_first - v) * torch.sigmoid((xv @ p["v1"]) @ p["v2"] + p["v0"].view(-1))
+            v = v + (v_first - v) * torch.sigmoid((xv @ p["v1"]) @ p["v2"] + p["v0"])
         else:
             v_first = v
-        a = torch.sigmoid((xa @ p["a1"]) @ p["a2"] + p["a0"].view(-1))  # how much of the old value is replaced
+        a = torch.sigmoid((xa @ p["a1"]) @ p["a2"] + p["a0"])  # how much of the old value is replaced
         g = torch.sigmoid(xg @ p["g1"]) @ p["g2"]
-        kk = F.normalize((k * p["k_k"].view(-1)).view(T, H, N), dim=-1, eps=1e-12)
-        k = k * (1 + (a - 1) * p["k_a"].view(-1))
+        kk = F.normalize((k * p["k_k"]).view(T, H, N), dim=-1, eps=1e-12)
+        k = k * (1 + (a - 1) * p["k_a"])
         heads = lambda z: z.view(1, T, H, N)  # noqa: E731
         y, s = self.wkv(heads(r), heads(w), heads(k), heads(v), -heads(kk), heads(kk) * heads(a), s, borders.cu_seqlens)
         y = self.ln_x(y.reshape(T, -1))
@@ -81,24 +73,5 @@ class ChannelMix(nn.Module):
     def forward(self, x: Tensor, shift: Tensor, borders: Borders) -> tuple[Tensor, Tensor]:
         """x: [T, C]; shift: [S, C]. Returns y [T, C] and the shift after each sequence [S, C]."""
         xx = token_shift(x, shift, borders) - x
-        k = torch.relu(self.key(torch.addcmul(x, xx, self.x_k.to(x.dtype).view(-1)))) ** 2
+        k = torch.relu(self.key(torch.addcmul(x, xx, own_parameters(self, x.dtype)["x_k"]))) ** 2
         return self.value(k), x[borders.last]
-
-
-class Block(nn.Module):
-    def __init__(self, geometry: Geometry, layer: int, wkv: Callable):
-        super().__init__()
-        if layer == 0:
-            self.ln0 = LayerNorm(geometry.n_embd)
-        self.ln1, self.ln2 = LayerNorm(geometry.n_embd), LayerNorm(geometry.n_embd)
-        self.att, self.ffn = TimeMix(geometry, layer, wkv), ChannelMix(geometry)
-
-    def forward(self, x: Tensor, v_first: Tensor | None, borders: Borders, *state: Tensor):
-        """Returns x, v_first and the block's new state as three tensors (plain tensors, so that it can be checkpointed)."""
-        att_x, wkv, ffn_x = state
-        if hasattr(self, "ln0"):
-            x = self.ln0(x)
-        y, v_first, att_x, wkv = self.att(self.ln1(x), v_first, att_x, wkv, borders)
-        x = x + y
-        y, ffn_x = self.ffn(self.ln2(x), ffn_x, borders)
-        return x + y, v_first, *BlockState(att_x, wkv, ffn_x).tensors()

@@ -16,14 +16,14 @@ Letters: M chunks of all sequences, L tokens per chunk, H heads, N head size, S 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .reference import recurrence, sequences
+from . import reference
+from .chunks import Chunks, Tokens, plan_chunks, to_chunks
+from .reference import sequences
 
 CHUNK = 32
 
@@ -34,74 +34,11 @@ def wkv7(r, w, k, v, a, b, s0: Tensor | None = None, cu_seqlens: Sequence[int] |
     spans = sequences(batch, tokens, cu_seqlens)
     dtype = torch.promote_types(r.dtype, torch.float32)
     if tokens == 1:  # decoding: nothing to put in parallel
-        return recurrence(r, w, k, v, a, b, s0, cu_seqlens, dtype)
+        return reference.wkv7(r, w, k, v, a, b, s0, cu_seqlens, dtype)
     start = r.new_zeros(len(spans), heads, size, size, dtype=dtype) if s0 is None else s0
     flat = (x.reshape(batch * tokens, heads, size) for x in (r, w, k, v, a, b))
     y, end = ChunkedWKV7.apply(*flat, start, plan_chunks(tuple(spans), CHUNK, r.device))
     return y.view(batch, tokens, heads, size), end
-
-
-@dataclass(frozen=True, eq=False)
-class Chunks:
-    """Where the tokens of the sequences lie among M chunks of L. Sequences are whole chunks; the last is filled up."""
-
-    length: int  # L
-    count: int  # M
-    gather: Tensor | None  # [M * L] token that lies there, or T for filling; None: tokens lie there already
-    scatter: Tensor | None  # [T] place of each token
-    steps: list[Tensor]  # steps[j]: the j-th chunk of every sequence that has one
-    active: list[Tensor]  # active[j]: those sequences
-
-
-@functools.lru_cache(maxsize=8)  # every layer, and the backward pass, asks for the same one
-def plan_chunks(spans: Sequence[tuple[int, int]], length: int, device) -> Chunks:
-    counts = [-(-(end - begin) // length) for begin, end in spans]
-    firsts, total = [], 0
-    for count in counts:
-        firsts.append(total)
-        total += count
-    gather = scatter = None
-    if any((end - begin) % length for begin, end in spans):
-        tokens = spans[-1][1]
-        gather = torch.full((total * length,), tokens, dtype=torch.long)
-        for (begin, end), first in zip(spans, firsts, strict=True):
-            gather[first * length : first * length + end - begin] = torch.arange(begin, end)
-        scatter = torch.empty(tokens, dtype=torch.long)
-        filled = torch.nonzero(gather < tokens)[:, 0]
-        scatter[gather[filled]] = filled
-        gather, scatter = gather.to(device), scatter.to(device)
-    active = [[i for i, count in enumerate(counts) if count > j] for j in range(max(counts))]
-    steps = [torch.tensor([firsts[i] + j for i in who], device=device) for j, who in enumerate(active)]
-    return Chunks(length, total, gather, scatter, steps, [torch.tensor(who, device=device) for who in active])
-
-
-def to_chunks(x: Tensor, chunks: Chunks) -> Tensor:
-    """[T, H, N] -> [M, H, L, N], a view where the tokens lie right already.
-
-    Filling is zero, which leaves a state as it is (decay 1, nothing added).
-    """
-    if chunks.gather is not None:
-        x = torch.cat([x, x.new_zeros(1, *x.shape[1:])]).index_select(0, chunks.gather)
-    return x.reshape(chunks.count, chunks.length, *x.shape[1:]).transpose(1, 2)
-
-
-class Tokens:
-    """Collects [M, H, L, N] results as [T, H, N]: products are written where they belong, without a copy in between."""
-
-    def __init__(self, chunks: Chunks):
-        self.chunks = chunks
-
-    def product(self, x: Tensor, y: Tensor, dtype) -> Tensor:
-        out = x.new_empty(self.chunks.count, self.chunks.length, x.shape[1], x.shape[3])
-        torch.mul(x, y, out=out.transpose(1, 2))
-        return self.finish(out, dtype)
-
-    def copy(self, x: Tensor, dtype) -> Tensor:
-        return self.finish(x.transpose(1, 2), dtype)
-
-    def finish(self, x: Tensor, dtype) -> Tensor:
-        x = x.to(dtype).reshape(self.chunks.count * self.chunks.length, *x.shape[2:])
-        return x if self.chunks.scatter is None else x.index_select(0, self.chunks.scatter)
 
 
 def unit_lower_inverse(m: Tensor) -> Tensor:

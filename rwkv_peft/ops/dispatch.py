@@ -1,13 +1,18 @@
-"""Which implementation computes wkv7: the one table of backends, and what `auto` becomes."""
+"""Which implementation computes wkv: the one table of backends, and what `auto` becomes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from ..errors import Problem, Problems
-from . import chunked, reference
+from . import chunked, chunked6, reference
 
-WKV7: dict[str, Callable] = {"reference": reference.wkv7, "torch": chunked.wkv7}
+# version -> backend -> function; the signatures are those of the reference
+OPS: dict[str, dict[str, Callable]] = {
+    "x070": {"reference": reference.wkv7, "torch": chunked.wkv7},
+    "x060": {"reference": reference.wkv6, "torch": chunked6.wkv6},
+    "x052": {"reference": reference.wkv5, "torch": chunked6.wkv5},
+}
 
 # backends of the field that this version does not have
 ABSENT = {
@@ -18,9 +23,9 @@ ABSENT = {
 }
 
 
-def wkv7(op: str) -> tuple[str, Callable]:
-    """The backend's name and its function (the signature of reference.wkv7). Raises Problems for what is absent."""
+def wkv(op: str, version: str) -> tuple[str, Callable]:
+    """The backend's name and its function for a version (x070 ...). Raises Problems for what is absent."""
     if op in ABSENT:
         raise Problems(Problem("OP", ABSENT[op]))
     name = "torch" if op == "auto" else op
-    return name, WKV7[name]
+    return name, OPS[version][name]

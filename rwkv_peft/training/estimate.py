@@ -23,14 +23,16 @@ def memory_bytes(
     full: bool,
     device: str,
     mapped: int = 0,
+    compressed: int = 0,
 ) -> int:
     """Peak bytes on the device.
 
-    shapes: all tensors of the base. trained: number of trained values. tokens: of one micro-batch. itemsize: bytes of a
-    value in the working dtype. mapped: bytes of the base's file that stay in host memory beside converted weights.
+    shapes: all tensors of the base that are not compressed. trained: number of trained values. tokens: of one micro-batch
+    (infctx: of one chunk). itemsize: bytes of a value in the working dtype. mapped: bytes of the base's file that stay in
+    host memory beside converted weights. compressed: bytes of those that are.
     """
     frozen = 0 if full else sum(math.prod(s) for s in shapes.values()) * itemsize
     casts = trained * itemsize if full and itemsize < 4 else 0
     block = tokens * n_embd * (BLOCK_VALUES * itemsize + WKV_FLOATS * 4)
     kept = n_layer * tokens * n_embd * 2 * itemsize + block if grad_cp else n_layer * block
-    return frozen + casts + trained * TRAINED_BYTES + kept + LOGITS_BYTES + OVERHEAD[device] + mapped
+    return frozen + casts + trained * TRAINED_BYTES + kept + LOGITS_BYTES + OVERHEAD[device] + mapped + compressed

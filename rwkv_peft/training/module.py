@@ -9,12 +9,16 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ..data.loading import Batch
 from ..ops.loss import linear_cross_entropy
+from .infctx import chunked_loss
 from .optim import adamw
 from .schedule import learning_rate
 
 
 class TrainingModule(pl.LightningModule):
-    """model: an RWKV. groups: the optimizer's parameter groups. steps: optimizer steps of the whole run."""
+    """model: an RWKV. groups: the optimizer's parameter groups. steps: optimizer steps of the whole run.
+
+    chunk_ctx: tokens that go through at once (infctx), None for all of a micro-batch. infctx_grad: see training/infctx.
+    """
 
     def __init__(
         self,
@@ -28,25 +32,35 @@ class TrainingModule(pl.LightningModule):
         betas: tuple[float, float],
         adam_eps: float,
         grad_clip: float,
+        chunk_ctx: int | None = None,
+        infctx_grad: str = "detach",
     ):
         super().__init__()
         self.model, self.groups, self.steps = model, groups, steps
         self.rate = (lr_schedule, lr_init, lr_final, warmup_steps)
         self.betas, self.adam_eps, self.grad_clip = betas, adam_eps, grad_clip
+        self.chunk_ctx, self.infctx_grad = chunk_ctx, infctx_grad
         self.step_loss: Tensor | None = None  # this rank's share of the step's loss so far
         self.grad_norm: Tensor | None = None
 
     def training_step(self, batch: Batch, _index: int) -> Tensor:
-        x, _ = self.model.features(batch.ids, cu_seqlens=batch.cu_seqlens)
-        rows = x[0].index_select(0, batch.positions)
-        loss = linear_cross_entropy(rows, self.model.head.weight, batch.targets) / max(batch.step_targets, 1)
+        loss = self.summed_loss(batch) / max(batch.step_targets, 1)
         share = loss.detach()
         self.step_loss = share if self.step_loss is None else self.step_loss + share
         # Lightning divides by the number of accumulated batches and averages over ranks; the division is already done
         return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
+    def summed_loss(self, batch: Batch) -> Tensor:
+        """The sum of the cross entropies of a micro-batch's targets."""
+        if self.chunk_ctx:
+            where = batch.ids, batch.cu_seqlens, batch.positions, batch.targets
+            return chunked_loss(self.model, *where, self.chunk_ctx, self.infctx_grad)
+        x, _ = self.model.features(batch.ids, cu_seqlens=batch.cu_seqlens)
+        rows = x[0].index_select(0, batch.positions)
+        return linear_cross_entropy(rows, self.model.head_weight(), batch.targets)
+
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        parameters = [p for group in self.groups for p in group["params"]]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         limit = self.grad_clip or float("inf")
         self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
 

@@ -13,14 +13,17 @@ def parameter_groups(
     weight_decay: float,
     decays: Callable[[str, tuple[int, ...]], bool],
     lr_scale: Callable[[str], float],
+    lora_plus: float = 1.0,
 ) -> list[dict]:
     """One group per combination of decay and rate factor; `lr` holds the factor, a schedule multiplies it.
 
-    parameters: (name in files, parameter). decays, lr_scale: the facts about names (model.arch).
+    parameters: (name in files, parameter). decays, lr_scale: the facts about names (model.arch). lora_plus: factor of
+    lora_B's rate over lora_A's (LoRA+, https://arxiv.org/abs/2402.12354).
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in parameters:
-        key = (weight_decay if decays(name, tuple(parameter.shape)) else 0.0, lr_scale(name))
+        rate = lr_scale(name) * (lora_plus if name.endswith("lora_B") else 1.0)
+        key = (weight_decay if decays(name, tuple(parameter.shape)) else 0.0, rate)
         groups.setdefault(key, []).append(parameter)
     return [{"params": params, "weight_decay": decay, "lr": scale} for (decay, scale), params in groups.items()]
 

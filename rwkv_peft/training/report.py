@@ -14,6 +14,7 @@ from .. import project, tokenizer
 from ..data.sampling import AUTO_CTX_LIMIT
 from ..errors import leave
 from ..machine import cpu_has_bf16, device_kind, device_words
+from ..methods import METHODS, Method, method_of
 from ..model import arch
 from ..words import clock, count
 from .estimate import memory_bytes
@@ -21,31 +22,37 @@ from .estimate import memory_bytes
 FEW_STEPS = 30  # fewer optimizer steps than this are worth a word
 ROW = {"pack": "pack", "concat": "window", "get": "window", "magic": "window"}  # what a row is called in each mode
 FILLED_BY_CTX = ("pack", "get")  # rows as long as the context: a shorter one gives more of them
+# bits of a compressed value with its scales, about
+QUANT_BITS = {"int8": 8.1, "nf4": 4.2, "fp4": 4.2, "fp8": 8.1}
 LONG_WARMUP = 0.25  # ... and so is a warm-up that takes more of the run than this
 
 
-def plan_lines(settings, base, geometry, lines, tokens, plan, steps, trained_values, stored, dtype) -> list[str]:
+def plan_lines(settings, setup, base, geometry, lines, tokens, plan, steps, trained_values, stored, dtype) -> list[str]:
     """The run header: what was read, what auto became, how long it is, what it needs.
 
-    settings: those of run.json, by their names in the script. lines: data_lines or stream_lines. tokens: inputs of the
-    largest micro-batch.
+    settings: those of run.json, by their names in the script. setup: what becomes of the model. lines: data_lines or
+    stream_lines. tokens: inputs of the largest micro-batch.
     """
     total = sum(math.prod(s.shape) for s in stored.values())
-    device, full = device_kind(), settings["FINETUNE_MODE"] == "full"
+    device, full = device_kind(), setup.method == "full"
+    infctx = settings["TRAIN_TYPE"] == "infctx"
+    compressed = {f"{name}.weight" for name in setup.compressed(geometry)}
+    bits = QUANT_BITS.get(setup.quant, 0)
     memory = memory_bytes(
-        arch.shapes(geometry), trained_values, tokens, geometry.n_layer, geometry.n_embd, dtype.itemsize,
-        settings["GRAD_CP"], full, device,
-        mapped=sum(s.bytes for s in stored.values() if full or s.dtype != dtype) if device == "cpu" else 0,
+        {name: shape for name, shape in arch.shapes(geometry).items() if name not in compressed},
+        trained_values, min(tokens, settings["CHUNK_CTX"]) if infctx else tokens, geometry.n_layer, geometry.n_embd,
+        dtype.itemsize, settings["GRAD_CP"], full, device,
+        mapped=sum(s.bytes for n, s in stored.items() if full or s.dtype != dtype or n in compressed)
+        if device == "cpu" else 0,
+        compressed=int(sum(math.prod(arch.shapes(geometry)[name]) for name in compressed) * bits / 8),
     )  # fmt: skip
-    method = settings["FINETUNE_MODE"]
-    if not full:
-        parts = settings["lora_parts"] + (",emb,head" if settings["EMB_FINETUNE"] else "")
-        method += f" r={settings['lora_r']} alpha={settings['lora_alpha']:g} on {parts}"
     last = settings["LR_INIT"] if settings["LR_SCHEDULE"] == "constant" else settings["LR_FINAL"]
     rows = [
-        ("model", f"{project.shown(base)}: {arch.SUPPORTED}, {geometry.n_layer} layers, width {geometry.n_embd}, "
+        ("model", f"{project.shown(base)}: {arch.arch_of(geometry).name}, {geometry.n_layer} layers, width {geometry.n_embd}, "
                   f"vocabulary {geometry.vocab_size}, {total / 1e6:,.1f} M parameters"),
-        ("method", f"{method}: {trained_values / 1e6:,.2f} M trained values ({trained_values / total:.1%} of the model's)"),
+        ("method", f"{method_words(setup)}: {trained_values / 1e6:,.2f} M trained values "
+                   f"({trained_values / total:.1%} of the model's)"),
+        *base_rows(settings, setup),
         *lines,
         ("length", f"{count(settings['EPOCH_COUNT'], 'epoch')} x EPOCH_STEPS={plan.micro_batches} micro-batches = "
                    f"{count(steps, 'optimizer step')}; LR {settings['LR_INIT']:g} -> {last:g} ({settings['LR_SCHEDULE']}, "
@@ -75,6 +82,31 @@ def plan_lines(settings, base, geometry, lines, tokens, plan, steps, trained_val
         ("output", f"output/{settings['RUN_NAME']}/"),
     ]  # fmt: skip
     return [f"{label:<10}{text}" for label, text in rows]
+
+
+def method_words(setup) -> str:
+    """The method with its settings, and what it is on."""
+    method = METHODS[setup.method]
+    told = {k: v for k, v in setup.options.items() if k in ("rank", "alpha", "layers", "every")}
+    told |= {"type": setup.options["config"]["peft_type"]} if "config" in setup.options else {}
+    words = [method.words, *(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in told.items())]
+    words += ["rsLoRA"] if setup.options.get("rslora") else []
+    words += ["with token shifts"] if setup.options.get("shifts") else []
+    words += ["on " + ",".join(setup.parts)] if setup.parts else []
+    return " ".join(words)
+
+
+def base_rows(settings, setup) -> list[tuple[str, str]]:
+    """What becomes of the base, and of long texts."""
+    rows = []
+    if setup.quant != "none":
+        alias = f" ({settings['QUANT']} is {setup.quant})" if settings["QUANT"] != setup.quant else ""
+        rows.append(("", f"frozen weights of {','.join(setup.quant_parts)} in {setup.quant}{alias}; merge.sh folds into the "
+                         "original ones"))  # fmt: skip
+    if settings["TRAIN_TYPE"] == "infctx":
+        how = "end at a chunk's border" if settings["INFCTX_GRAD"] == "detach" else "go on through all chunks"
+        rows.append(("", f"infctx: {settings['CHUNK_CTX']} tokens at once, states are carried on, gradients {how}"))
+    return rows
 
 
 def template_lines(templates) -> list[tuple[str, str]]:
@@ -220,22 +252,32 @@ def out_of_memory(settings: dict, error: Exception) -> str:
             f"MICRO_BSZ={settings['MICRO_BSZ'] // 2} and MINI_BSZ={settings['MINI_BSZ'] * 2}, and twice EPOCH_STEPS if it is "
             "a number (the same result)"
         )
-    advice.append(f"CTX_LEN={max(16, settings['CTX_LEN'] // 2)} (longer rows are cut)")
-    if settings["FINETUNE_MODE"] == "full":
+    if settings["TRAIN_TYPE"] == "none":
+        advice.append(f"CTX_LEN={max(16, settings['CTX_LEN'] // 2)} (longer rows are cut)")
+    if settings["TRAIN_TYPE"] == "none":
+        advice.append("TRAIN_TYPE=infctx with CHUNK_CTX=512 (memory of 512 tokens, whatever the context)")
+    elif settings["CHUNK_CTX"] > 16:
+        advice.append(f"CHUNK_CTX={settings['CHUNK_CTX'] // 2}")
+    method = METHODS[method_of(settings["FINETUNE_MODE"], settings["use_dora"])]
+    if method.saves_model:
         advice.append("FINETUNE_MODE=lora")
     else:
-        advice.append(f"lora_r={max(1, settings['lora_r'] // 2)}")
+        if settings["QUANT"] == "none":
+            advice.append("QUANT=nf4 (the frozen weights in 4 bits)")
+        if "rank" in method.options:
+            variable = method.options["rank"]
+            advice.append(f"{variable}={max(1, settings[variable] // 2)}")
     listed = "\n".join(f"  {i}. {a}" for i, a in enumerate(advice, 1))
     return f"Out of memory: {str(error).splitlines()[0]}\nWhat to change, in this order:\n{listed}"
 
 
-def finish(full: bool, folder: Path, newest: Path | None, received: int, seconds: float) -> None:
+def finish(method: Method, folder: Path, newest: Path | None, received: int, seconds: float) -> None:
     """The last words: where the result is and what to do with it."""
     there = project.shown(folder)
     if received:
         if newest is None:
             leave(f"Stopped before the first step: there was nothing to save in {there}.", 128 + received)
-        setting = "MODEL_PATH" if full else "lora_load"
+        setting = method.load or "MODEL_PATH"
         leave(
             f'Stopped; what was learnt so far is saved. To go on from it, set {setting}="{newest}" '
             "(and a new RUN_NAME, if one is set) and run the script again; the optimizer and the schedule start anew.",

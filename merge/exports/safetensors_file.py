@@ -1,0 +1,75 @@
+"""The safetensors format, written tensor by tensor: the library's own writer wants all of them in memory at once.
+
+The file: length of the header (uint64, little-endian); the header, JSON, name -> dtype, shape and place of the bytes behind
+the header; the bytes. Spaces fill the header up to a multiple of 8, so that tensors can be used where they lie.
+(https://huggingface.co/docs/safetensors)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rwkv_peft.atomic import need_space, writing
+from rwkv_peft.errors import UserError
+from rwkv_peft.project import shown
+
+CODES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+
+
+def write(
+    target: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    pieces: Callable[[str], Iterable[Tensor]],
+) -> int:
+    """Write a file whose tensors all have one dtype; it has its name only when it is whole. Returns its size in bytes.
+
+    shapes: name -> shape, in the order of the file. pieces: name -> the tensor's numbers in their order, in dtype.
+    """
+    safetensors = library()
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    size = 8 + len(text) + end
+    need_space(target.parent, size)
+    with writing(target) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in shapes:
+            for piece in pieces(name):
+                file.write(piece.contiguous().view(-1).view(torch.uint8).numpy().data)
+            if file.tell() != 8 + len(text) + header[name]["data_offsets"][1]:
+                raise ValueError(f"{name} has another size than its shape {shapes[name]} says")
+        file.flush()
+        must_open(safetensors, Path(file.name), set(shapes), target)
+    return size
+
+
+def library():
+    """The safetensors library; UserError if it is missing, before anything is written."""
+    try:
+        import safetensors
+    except ModuleNotFoundError:
+        raise UserError("Writing safetensors files needs a package that is missing: pip install safetensors") from None
+    return safetensors
+
+
+def must_open(safetensors, path: Path, names: set[str], target: Path) -> None:
+    """Let the library that clients use read the header: it checks every place in it."""
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            found = set(file.keys())
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{shown(target)}: was not written right ({error}). Is the disk sound?") from None
+    if found != names:
+        raise UserError(f"{shown(target)}: was not written right (tensors are missing). Is the disk sound?")

@@ -1,0 +1,60 @@
+"""Bat: every block of W is multiplied and moved by a small matrix (https://arxiv.org/abs/2409.15371; the first "Bone").
+
+W is cut into r x r blocks W_ab (a: outputs, b: inputs). W'_ab = W_ab (I + D_b) + D_b, with one D per block of inputs, as
+RWKV-PEFT has it. (HF peft's init_weights="bat" has one D per block of outputs: other tensors, another adapter.)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .base import Adapter, device_of, exact
+
+
+class Bat(Adapter):
+    """disha [in/r, r, r], float32, zero at the start: a fresh adapter changes nothing.
+
+    W' is never formed. With u_b = D_b x_b, output block a is  sum_b W_ab (x_b + u_b) + sum_b u_b : the frozen layer sees
+    x + u, and one sum goes to all output blocks. So nothing of the size of W is computed or kept, and the frozen layer
+    may be kept in any form.
+    """
+
+    tensors = ("disha",)
+
+    def __init__(self, linear: nn.Module, rank: int):
+        super().__init__(linear)
+        if refused := self.refusal(linear.out_features, linear.in_features, rank):
+            raise UserError(f"The rank of Bat, {rank}, {refused}.")
+        shape = self.shapes(linear.out_features, linear.in_features, rank)["disha"]
+        self.disha = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device_of(linear)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        D = self.disha.to(x.dtype)
+        u = torch.einsum("...bk,bjk->...bj", x.unflatten(-1, (len(D), -1)), D)  # [..., in/r, r]
+        y = self.linear(x + u.flatten(-2))
+        return (y.unflatten(-1, (-1, D.shape[-1])) + u.sum(-2, keepdim=True)).flatten(-2)
+
+    @staticmethod
+    def shapes(outputs: int, inputs: int, rank: int, **_: Any) -> dict[str, tuple[int, ...]]:
+        return {"disha": (inputs // rank, rank, rank)}
+
+    @staticmethod
+    def refusal(outputs: int, inputs: int, rank: int, **_: Any) -> str:
+        common = math.gcd(outputs, inputs)
+        return (
+            f"must divide {common}, to cut a layer into square blocks; or use MiSS, which takes any"
+            if common % rank
+            else ""
+        )
+
+    @staticmethod
+    def merge(weight: Tensor, tensors: dict[str, Tensor], sidecar: dict) -> Tensor:
+        D = tensors["disha"].to(exact(weight.dtype))
+        blocks, rank, _ = D.shape
+        W = weight.to(D.dtype).reshape(-1, rank, blocks, rank)  # [out/r, r, in/r, r]
+        return (W + torch.einsum("aibj,bjk->aibk", W, D) + D.transpose(0, 1)).reshape(weight.shape)

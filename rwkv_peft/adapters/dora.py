@@ -1,0 +1,65 @@
+"""DoRA: W' = m (W + scale B A) / |W + scale B A|, with one norm and one magnitude m per output (https://arxiv.org/abs/2402.09353).
+
+The norm follows the training but counts as a constant in the backward pass (§4.3 of the paper): it costs a forward pass
+one product of the size of B A and no memory that the backward pass would keep.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import Adapter, exact
+from .lora import change, fresh_factors, scale
+
+
+class Dora(Adapter):
+    """lora_A [r, in] and lora_B [out, r] as in LoRA, lora_magnitude [out], float32.
+
+    The magnitude starts as the very norm that forward divides by: a fresh adapter changes nothing, to the last bit.
+    """
+
+    tensors = ("lora_A", "lora_B", "lora_magnitude")
+
+    def __init__(self, linear: nn.Module, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False):
+        super().__init__(linear)
+        self.scale, self.dropout = scale(rank, alpha, rslora), dropout
+        self.lora_A, self.lora_B = fresh_factors(linear, rank)
+        self.lora_magnitude = nn.Parameter(norms(linear.dense(torch.float32), self.lora_A, self.lora_B, self.scale))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Dropout acts on the input of all that is added to the frozen layer's output, as in HF peft."""
+        y, kind = self.linear(x), exact(x.dtype)
+        gain = self.lora_magnitude.to(kind) / norms(self.linear.dense(kind), self.lora_A, self.lora_B, self.scale)
+        if self.training and self.dropout > 0:
+            x = F.dropout(x, self.dropout)
+            through = self.linear(x)
+        else:
+            through = y
+        low = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+        # gain is near 1: bfloat16 has room for gain - 1, not for gain
+        return y + (gain - 1).to(x.dtype) * through + (self.scale * gain).to(x.dtype) * low
+
+    @staticmethod
+    def shapes(outputs: int, inputs: int, rank: int, **_: Any) -> dict[str, tuple[int, ...]]:
+        return {"lora_A": (rank, inputs), "lora_B": (outputs, rank), "lora_magnitude": (outputs,)}
+
+    @staticmethod
+    def merge(weight: Tensor, tensors: dict[str, Tensor], sidecar: dict) -> Tensor:
+        moved = weight.to(exact(weight.dtype)) + change(weight, tensors, sidecar)
+        return (tensors["lora_magnitude"].to(moved.dtype) / lengths(moved))[:, None] * moved
+
+
+@torch.no_grad()
+def norms(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """|W + scale B A| of every output, [out], in the dtype of the weight."""
+    return lengths(torch.addmm(weight, B.to(weight.dtype), A.to(weight.dtype), alpha=scale))
+
+
+def lengths(matrix: Tensor) -> Tensor:
+    """The length of every row. A row of zeros has no direction to scale; 1 keeps it zero instead of 0/0."""
+    length = torch.linalg.vector_norm(matrix, dim=1)
+    return length.masked_fill(length == 0, 1.0)

@@ -1,0 +1,68 @@
+"""The methods of FINETUNE_MODE: what each is called, which settings belong to it, what it can be combined with.
+
+Facts only, without torch: settings are checked by them before anything is loaded, and tests and docs are generated from
+them. What a method computes is in adapters/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Method:
+    """words: what it is, for the plan of a run.
+    options: keyword of the adapter -> the variable of training.sh that sets it; they are written into the sidecar.
+    dropout: the variable of its dropout. load: the variable that goes on from a checkpoint of it.
+    wraps: adapters on the linear layers of att and ffn. parts: lora_parts says what is trained.
+    saves_model: its checkpoints are whole models; go on from them with MODEL_PATH.
+    """
+
+    words: str
+    options: Mapping[str, str] = field(default_factory=dict)
+    dropout: str = ""
+    load: str = ""
+    wraps: bool = False
+    parts: bool = True
+    saves_model: bool = False
+
+
+LORA = {"rank": "lora_r", "alpha": "lora_alpha", "rslora": "use_rslora"}
+
+METHODS: dict[str, Method] = {
+    "lora": Method("LoRA", LORA, "lora_dropout", "lora_load", wraps=True),
+    "dora": Method("DoRA", LORA, "lora_dropout", "lora_load", wraps=True),
+    "pissa": Method("PiSSA", {"rank": "pissa_r", "niter": "svd_niter"}, load="pissa_load", wraps=True),
+    "miss": Method("MiSS", {"rank": "disha_r"}, load="disha_load", wraps=True),
+    "bat": Method("Bat", {"rank": "disha_r"}, load="disha_load", wraps=True),
+    "peft": Method("a method of the peft package", {"config": "PEFT_CONFIG"}, load="peft_load", wraps=True),
+    "state": Method("state tuning", {"shifts": "state_shifts"}, load="state_load", parts=False),
+    "none": Method("no adapter, whole tensors", load="lora_load"),
+    "lisa": Method("LISA", {"layers": "lisa_r", "every": "lisa_k"}, saves_model=True),
+    "full": Method("every weight", parts=False, saves_model=True),
+}
+# other names of the field -> ours
+ALIASES = {"bone": "miss", "disha": "miss", "state_tuning": "state"}
+MODES = (
+    *(name for name in METHODS if name != "dora"),
+    *ALIASES,
+)  # words of FINETUNE_MODE; DoRA is lora with use_dora=1
+PARTS = ("att", "ffn", "time", "ln", "emb", "head")
+QUANTS = ("int8", "nf4", "fp4", "fp8")
+QUANT_ALIASES = {"4bit": "nf4"}
+
+
+def method_of(mode: str, use_dora: bool) -> str:
+    """FINETUNE_MODE and use_dora -> a name in METHODS."""
+    name = ALIASES.get(mode, mode)
+    return "dora" if name == "lora" and use_dora else name
+
+
+def load_variables() -> dict[str, list[str]]:
+    """The variables that go on from a checkpoint -> the words of FINETUNE_MODE that they belong to."""
+    found: dict[str, list[str]] = {}
+    for mode in MODES:
+        if load := METHODS[ALIASES.get(mode, mode)].load:
+            found.setdefault(load, []).append(mode)
+    return found

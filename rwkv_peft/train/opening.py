@@ -1,0 +1,142 @@
+"""The files of a run, opened and checked before anything is loaded: the base, the data, and what it goes on from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import hashing, project, runs
+from ..config import TrainConfig
+from ..errors import Problem, Problems, UserError
+from ..methods import METHODS
+from .data import data_files, stream_source
+from .record import options_of, script_values
+
+
+def open_files(config: TrainConfig, base: Path, first: bool):
+    """What the base holds, its geometry, and the data: prefixes and weights, or what is streamed. Problems with all that is
+    wrong with the files. first: this is the process that may write."""
+    from .. import bases
+    from ..model.arch import NUMBERS
+
+    found, stored, geometry = [], {}, None
+    try:
+        stored, geometry = bases.inspect(base)
+    except UserError as error:
+        found.append(Problem("MODEL_PATH", str(error)))
+    if geometry:
+        sizes = {"MODEL_VERSION": NUMBERS[geometry.version], "N_LAYER": geometry.n_layer, "EMBD_SIZE": geometry.n_embd}
+        sizes["VOCAB_SIZE"] = geometry.vocab_size
+        given = script_values(config)
+        found += [
+            Problem(name, f"but {project.shown(base)} has {size}; use auto")
+            for name, size in sizes.items()
+            if given[name] not in ("auto", size)
+        ]
+        found += layer_problems(config, geometry)
+    files, wrong = (stream_source if config.streaming else data_files)(config.data_path)
+    found += [Problem("DATA_PATH", message) for message in wrong]
+    if config.run_name and first and runs.is_taken(project.OUTPUT / config.run_name):
+        there = project.shown(project.OUTPUT / config.run_name)
+        found.append(
+            Problem("RUN_NAME", f"{there} holds an earlier run, which is never overwritten; choose another name")
+        )
+    if found:
+        raise Problems(*found)
+    return stored, geometry, files
+
+
+def layer_problems(config: TrainConfig, geometry) -> list[Problem]:
+    """What the method's settings ask of layers that this base has not got."""
+    from ..adapters.registry import ADAPTERS
+    from ..model.arch import linear_layers, shapes
+
+    if config.method == "lisa" and config.lisa_r > geometry.n_layer:
+        return [Problem("lisa_r", f"must be {geometry.n_layer} or less, the number of the base's layers")]
+    if not METHODS[config.method].wraps:
+        return []
+    sizes = shapes(geometry)
+    wanted = {sizes[f"{layer}.weight"]: layer for layer in linear_layers(geometry, config.parts)}
+    try:
+        options = options_of(config)
+        for (outputs, inputs), layer in wanted.items():
+            if refused := ADAPTERS[config.method].refusal(outputs, inputs, **options):
+                variable = next(iter(METHODS[config.method].options.values()))
+                return [Problem(variable, f"{refused} ({layer} is {outputs} x {inputs})")]
+    except UserError as error:  # a PEFT_CONFIG that is none
+        return [Problem("PEFT_CONFIG", str(error))]
+    return []
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """The checkpoint that a run goes on from, and what its adapters began with (PiSSA alone has that, and can begin a new
+    run with it)."""
+
+    path: Path | None
+    start: Path | None
+
+
+def earlier_run(config: TrainConfig) -> Earlier | None:
+    """What a *_load variable names. Problems if it is not there, or is no checkpoint."""
+    from .. import checkpoint
+
+    load = METHODS[config.method].load
+    name = script_values(config)[load] if load else ""
+    if not name:
+        return Earlier(None, start_file(config, None)) if config.pissa_init else None
+    path = project.find(name, "output")
+    path = runs.epoch_file(path, None) if path.is_dir() else path
+    if not path.is_file():
+        raise Problems(Problem(load, f"{name}: there is no such file"))
+    try:
+        checkpoint.describe(path)
+    except UserError as error:
+        raise Problems(Problem(load, str(error))) from None
+    return Earlier(path, start_file(config, path))
+
+
+def check_earlier(config: TrainConfig, base: Path, path: Path, say) -> str:
+    """Whether a checkpoint is of this method with these options, and was trained on this base; Problems with all that does
+    not fit. Returns the base's SHA-256."""
+    from .. import checkpoint
+
+    method, base_sha256 = METHODS[config.method], hashing.sha256(base)
+    name = script_values(config)[method.load]
+    if not checkpoint.sidecar_path(path).is_file():
+        say(f"{name} has no sidecar: its settings and its base are taken on trust.")
+        return base_sha256
+    sidecar = checkpoint.read_sidecar(path, ("method", "base", "base_sha256"))
+    if sidecar["method"] != config.method:
+        theirs = METHODS[sidecar["method"]].words if sidecar["method"] in METHODS else sidecar["method"]
+        raise Problems(Problem(method.load, f"holds a run of {theirs}, not of {method.words}"))
+    wrong = [
+        Problem(variable, f"must be {as_written(sidecar[option])}, as {name} was trained")
+        for option, variable in method.options.items()
+        if option in sidecar and sidecar[option] != options_of(config)[option]
+    ]
+    if sidecar["base_sha256"] != base_sha256:
+        wrong.append(Problem("MODEL_PATH", f"{name} was trained on {sidecar['base']}, not on {base.name}"))
+    if wrong:
+        raise Problems(*wrong)
+    return base_sha256
+
+
+def start_file(config: TrainConfig, path: Path | None) -> Path | None:
+    """The file of what adapters began with: pissa_init, or what lies beside their checkpoint."""
+    given = config.pissa_init
+    start = project.find(given, "output") if given else runs.init_file(path.parent, config.method)
+    if not start.is_file():
+        if config.method != "pissa":  # few others have one
+            return None
+        name = "pissa_init" if given else "pissa_load"
+        advice = "" if given else "; name it with pissa_init"
+        raise Problems(Problem(name, f"{project.shown(start)}: there is no such file{advice}"))
+    return start
+
+
+def as_written(value) -> str:
+    """A setting's value as the script would say it."""
+    if isinstance(value, bool):
+        return str(int(value))
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,80 @@
+"""What a run writes down about itself: its settings as they were resolved, and a sidecar beside every checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from pathlib import Path
+
+from .. import project
+from ..config import TrainConfig
+from ..methods import METHODS
+from ..model.arch import NUMBERS
+from .data import Planned
+
+
+def resolved(config: TrainConfig, op, precision, data: Planned, plan, geometry, run_name, workers) -> dict:
+    """run.json: every setting of the script by its name, with auto replaced by what it became."""
+    became = {
+        "RUN_NAME": run_name, "MODEL_VERSION": NUMBERS[geometry.version], "N_LAYER": geometry.n_layer,
+        "EMBD_SIZE": geometry.n_embd, "VOCAB_SIZE": geometry.vocab_size, "CTX_LEN": data.ctx_len,
+        "EPOCH_STEPS": plan.micro_batches, "MICRO_BSZ": plan.micro_bsz, "OP": op, "PRECISION": precision,
+        "STRATEGY": "ddp" if config.gpu_count > 1 or config.strategy == "ddp" else "single", "NUM_WORKERS": workers,
+    }  # fmt: skip
+    if data.buckets:
+        edges, sizes = data.buckets.edges, data.buckets.sizes
+        became |= {
+            "TRAIN_LENGTHS": " ".join(map(str, edges)), "TRAIN_BATCH_SIZES": " ".join(map(str, sizes)),
+            "CTX_LEN": min(data.ctx_len, edges[-1]), "MICRO_BSZ": "auto",
+        }  # fmt: skip
+    return script_values(config) | became
+
+
+def script_values(config: TrainConfig) -> dict:
+    """The settings by their names in the script."""
+    return {f.metadata["var"]: getattr(config, f.name) for f in dataclasses.fields(config)}
+
+
+def options_of(config: TrainConfig) -> dict:
+    """The settings of the run's method, under the names that its adapters and its sidecars have for them."""
+    given = script_values(config)
+    options = {option: given[variable] for option, variable in METHODS[config.method].options.items()}
+    if config.method == "peft":
+        from ..adapters.foreign import read_config
+
+        options["config"] = read_config(project.find(config.peft_config, "."))
+    return options
+
+
+def describe_run(
+    config, geometry, options, base: Path, base_sha256, precision, epoch: int, step: int, finished: bool
+) -> dict:
+    """The sidecar of a checkpoint. options: those of the method."""
+    import pytorch_lightning
+    import torch
+
+    from .. import __version__
+
+    method = METHODS[config.method]
+    return {
+        "method": config.method,
+        **options,
+        **({"dropout": script_values(config)[method.dropout]} if method.dropout else {}),
+        **({"parts": list(config.parts)} if method.parts else {}),
+        "base": base.name,
+        "base_path": str(base.resolve()),
+        "base_sha256": base_sha256,
+        "geometry": geometry.as_dict(),
+        "quant": config.quantised,
+        "quant_parts": list(config.quantised_parts),
+        "precision": precision,
+        "epoch": epoch,
+        "epoch_finished": finished,
+        "step": step,
+        "versions": {
+            "kit": __version__,
+            "torch": torch.__version__,
+            "lightning": pytorch_lightning.__version__,
+            "python": platform.python_version(),
+        },
+    }
