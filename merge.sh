@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
-# Fold what a run learnt into its base: ./merge.sh EPOCH          把训练结果合并进底模
+# Fold what runs learnt into their base, and write files for other programs: ./merge.sh EPOCH     合并，导出
 #   ./merge.sh 2               epoch 2 of the newest run -> merge/<base>-LORA-2.pth    最近一次训练的第 2 轮
 #   RUN=my-run ./merge.sh 0    epoch 0 of the run output/my-run                        指定某次训练
+#   ./merge.sh output/a/rwkv-2.pth output/b/rwkv-0.pth    both, one after the other        依次合并多个
+#   ./merge.sh --average output/a/rwkv-1.pth:1 output/a/rwkv-2.pth:3    their weighted mean      加权平均
+#   ./merge.sh 2 --export gguf         also as a file for llama.cpp; or safetensors, state, peft, rwkvcpp     导出
 #   ./merge.sh --help          tells the rest
 # Method, rank and alpha are read from the checkpoint: nothing is typed twice. 方法、秩、alpha 自动读取，无需再填
 [ -n "${BASH_VERSION:-}" ] || { echo "Run this with bash: bash $0" >&2; exit 2; }
@@ -14,6 +17,20 @@ RUN="${RUN:-}"
 
 # The base. Empty: the one that the run names, in model/ or where it lay then; its content is checked. 底模，一般留空
 MODEL_PATH=""
+
+# A run on a compressed base (QUANT): fold into the original weights, or into the compressed ones as the run had them.
+# 量化训练的结果合并到原始权重 (original)，还是合并到量化后的权重 (quantised)
+MERGE_BASE=original
+
+############################ Only for files of RWKV-PEFT, which have no sidecar  仅用于 RWKV-PEFT 的文件 ############
+# They need MODEL_PATH above. What the file holds: lora or pissa (both look alike); others are found out. 方法
+METHOD=""
+
+# The lora_alpha that a LoRA was trained with: a wrong one makes it too strong or too weak. 训练时的 lora_alpha
+LORA_ALPHA=""
+
+# The init_pissa.pth of a PiSSA, if it is not beside its file. PiSSA 初始分解文件
+PISSA_INIT=""
 
 set +a
 exec "$_root/rwkv_peft/run.sh" merge.__main__ "${BASH_SOURCE[0]}" "$@"

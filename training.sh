@@ -226,8 +226,8 @@ lora_load=""
 # Rank: how many main directions of each matrix are trained. 秩
 pissa_r=64
 
-# Rounds that look for them before training: 0 is exact and slow, 4 is close. 奇异值分解迭代次数，0 为精确
-svd_niter=4
+# Rounds that look for them before training: 0 is exact and slow, 8 is close. 奇异值分解迭代次数，0 为精确
+svd_niter=8
 
 # Go on from an earlier run's PiSSA: a path, like output/RUN/rwkv-2.pth (init_pissa.pth lies beside it). 从已有 PiSSA 继续
 pissa_load=""

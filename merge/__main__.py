@@ -1,27 +1,49 @@
-"""./merge.sh: fold what a run learnt into its base -> merge/<base>-<METHOD>-<epoch>.pth
+"""./merge.sh: fold what runs learnt into their base -> merge/<base>-<METHOD>-<epoch>.pth, and write files for other programs
 
-usage: [RUN=name] ./merge.sh [EPOCH]
+usage: [RUN=name] ./merge.sh [EPOCH | CHECKPOINT ...] [--export KIND]
+       ./merge.sh --average CHECKPOINT:WEIGHT CHECKPOINT:WEIGHT ... [--export KIND]
+       ./merge.sh --export KIND MODEL.pth
 
-  EPOCH        which epoch of the run: the N of output/<run>/rwkv-N.pth, counted from 0 (the last one, if left out)
-  RUN=name     which run: a folder in output/ (the newest that has saved something, if left out)
-  --help       this text
+  EPOCH         which epoch of the run: the N of output/<run>/rwkv-N.pth, counted from 0 (the last one, if left out)
+  CHECKPOINT    a file, like output/my-run/rwkv-2.pth; several are folded in turn into the same base
+  RUN=name      which run: a folder in output/ (the newest that has saved something, if left out)
+  --average     the weighted mean of checkpoints of one base, or of whole models; weights are shares (1 if left out)
+  --export      what to write, for which program:
+{kinds}
+  --help        this text
 
 Method, rank, alpha and base are read from the checkpoint's sidecar rwkv-N.json; that the base is the very file the run
-was trained on is checked by its content. Tensors go through one by one, so memory does not grow with the model. Names,
+was trained on is checked by its content. Files of RWKV-PEFT have no sidecar: MODEL_PATH, and for some METHOD, LORA_ALPHA and
+PISSA_INIT, say in merge.sh what they do not. Tensors go through one by one, so memory does not grow with the model. Names,
 shapes and number formats of the result are the base's. The result is read back and checked before it is called done.
 """
 
 from __future__ import annotations
 
-import contextlib
-import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from rwkv_peft import hashing, project, runs
-from rwkv_peft.errors import UserError, leave
-from rwkv_peft.shell_vars import enter, var, whole_number
+from rwkv_peft import project
+from rwkv_peft.errors import UserError
+from rwkv_peft.shell_vars import MOST, enter, var
+from rwkv_peft.words import did_you_mean
+
+# --export KIND -> what it is for
+KINDS = {
+    "safetensors": "Ai00, web-rwkv (.st)",
+    "gguf": "llama.cpp (.gguf, float16; gguf-bf16 and gguf-f32 keep more)",
+    "gguf-bf16": "",
+    "gguf-f32": "",
+    "peft": "the peft package: an adapter folder (lora, dora, pissa and miss runs)",
+    "state": "RWKV-Runner, the rwkv package (.pth) and Ai00 (.state): a tuned state alone",
+    "rwkvcpp": "rwkv.cpp: a tuned state as its buffer",
+}
+USAGE = __doc__.replace(
+    "{kinds}", "\n".join(f"                  {kind:<12}  {what}" for kind, what in KINDS.items() if what)
+)
 
 
 @dataclass(frozen=True)
@@ -30,85 +52,80 @@ class MergeConfig:
 
     run: str = var("RUN")
     model_path: str = var("MODEL_PATH")
+    merge_base: Literal["original", "quantised"] = var("MERGE_BASE")
+    method: Literal["", "lora", "pissa", "bone", "miss", "disha", "bat", "state"] = var("METHOD")
+    lora_alpha: Literal[""] | float = var("LORA_ALPHA", gt=0, le=MOST)
+    pissa_init: str = var("PISSA_INIT")
 
 
 def main(arguments: list[str]) -> None:
-    enter(arguments, __doc__, MergeConfig, command)
+    enter(arguments, USAGE, MergeConfig, command)
 
 
 def command(config: MergeConfig, typed: list[str]) -> None:
-    if len(typed) > 1:
-        leave(__doc__, 2)
-    epoch = whole_number("EPOCH", typed[0], 0) if typed else None
-    merge(runs.epoch_file(runs.run_folder(config.run), epoch), config.model_path)
+    words, averaged, kind = command_line(typed)
+    from rwkv_peft import bases
 
+    from . import foreign, parts
+    from .deliver import export, export_adapter, export_state, merge
+    from .exports import EXPORTS
 
-def merge(adapter: Path, model_path: str) -> None:
-    import os
-
-    from rwkv_peft import bases, checkpoint
-    from rwkv_peft.adapters.registry import ADAPTERS
-    from rwkv_peft.atomic import clear_leftovers, sync_folder, temporary, write_json
-
-    from .fold import fold, replace
-    from .verify import verify
-
-    wanted = ("method", "rank", "alpha", "base", "base_sha256", "geometry", "epoch", "step", "versions")
-    sidecar, where = checkpoint.read_sidecar(adapter, wanted), project.shown(adapter)
-    method, epoch = sidecar["method"], sidecar["epoch"]
-    if method not in ADAPTERS and method != "full":
-        raise UserError(f"{where}: holds a {method} run, which this version cannot merge.")
-    checkpoint.describe(adapter)  # refuses what is no checkpoint before the base is read
-    made = method if method == "full" else f"{method} r={sidecar['rank']} alpha={sidecar['alpha']:g}"
-    early = "" if sidecar.get("epoch_finished", True) else " (stopped early)"
-    print(f"run       {where}: {made}, step {sidecar['step']}{early}")
-    base = bases.base_of(sidecar, adapter, model_path)
-    described, _ = bases.inspect(base)
-    print(f"base      {project.shown(base)}: the file that the run was trained on (same content)")
-    tensors = checkpoint.load(adapter)
-    change = replace(tensors, described, where) if method == "full" else fold(tensors, sidecar, described, where)
-    target = project.ROOT / "merge" / f"{base.stem}-{method.upper()}-{epoch}.pth"
-    clear_leftovers(target)
-    fresh = temporary(target)  # it gets its name when it is known to be right
-    try:
-        checkpoint.rewrite(base, fresh, change)
-        checks = list(verify(base, fresh, tensors, change, sidecar))
-        source = {"run": adapter.parent.name, "checkpoint": where, "checkpoint_sha256": hashing.sha256(adapter)}
-        make_room(target, source["checkpoint_sha256"])
-        write_json(checkpoint.sidecar_path(target), source | sidecar)
-        os.replace(fresh, target)
-        sync_folder(target.parent)
-    finally:
-        fresh.unlink(missing_ok=True)
-    for line in checks:
-        print(f"checked   {line}")
-    print(f"wrote     {project.shown(target)}: {target.stat().st_size / 1e6:,.1f} MB")
-    print(
-        f"next      ./chat.sh --model {shlex.quote(target.name)}      or load it in RWKV-Runner or with the rwkv package"
-    )
-
-
-def make_room(target: Path, sha256: str) -> None:
-    """Keep a result of that name unless it came from this very checkpoint: it gets its run's name behind its own."""
-    import json
-
-    if not target.exists():
+    names, weights = parts.shares(words) if averaged else (words, None)
+    files = parts.checkpoint_files(names, config.run)
+    if kind and len(files) == 1 and is_whole_model(files[0], foreign.is_model):
+        _, geometry = bases.inspect(files[0])
+        export(kind, files[0], files[0].stem, geometry)
         return
-    note, made = target.with_suffix(".json"), None
-    with contextlib.suppress(OSError, ValueError):
-        made = json.loads(note.read_text(encoding="utf-8"))
-    made = made if isinstance(made, dict) else {}
-    if made.get("checkpoint_sha256") == sha256:
-        print(f"replaces  {project.shown(target)}, made from the same checkpoint before")
-        return
-    other = Path(str(made.get("run") or "earlier")).name
-    number, kept = 2, target.with_name(f"{target.stem}.{other}.pth")
-    while kept.exists():
-        number, kept = number + 1, target.with_name(f"{target.stem}.{other}-{number}.pth")
-    target.rename(kept)
-    if note.is_file():
-        note.rename(kept.with_suffix(".json"))
-    print(f"kept      the earlier result of this name, as {project.shown(kept)}")
+    if averaged and len(files) < 2:
+        raise UserError("--average needs two checkpoints or more.")
+    init = project.find(config.pissa_init, "output") if config.pissa_init else None
+    alpha = config.lora_alpha if config.lora_alpha != "" else None
+    found = [parts.found(path, config.method, alpha, init, config.merge_base == "quantised") for path in files]
+    for one in found:
+        print(f"run       {one.words}")
+    base = parts.base_of(found, config.model_path)
+    if kind == "peft":
+        export_adapter(found, base)
+    elif kind and EXPORTS[kind].what == "state":
+        export_state(kind, found, base)
+    else:
+        target, geometry = merge(found, weights, base)
+        if kind:
+            export(kind, target, target.stem, geometry)
+
+
+def command_line(typed: Sequence[str]) -> tuple[list[str], bool, str]:
+    """The words behind ./merge.sh: checkpoints, whether they are averaged, and the kind of an export or ""."""
+    words, averaged, kind = [], False, ""
+    rest = list(typed)
+    while rest:
+        word = rest.pop(0)
+        flag, equals, value = word.partition("=")
+        if flag == "--export":
+            if not equals and not rest:
+                raise UserError(f"--export wants a kind behind it: {', '.join(KINDS)}.")
+            kind = value if equals else rest.pop(0)
+            if kind not in KINDS:
+                raise UserError(f"--export {kind}: must be one of {', '.join(KINDS)}{did_you_mean(kind, KINDS)}")
+        elif word == "--average":
+            averaged = True
+        elif word.startswith("--"):
+            raise UserError(
+                f"{word}: is not an option{did_you_mean(word, ['--export', '--average']) or '.'} See ./merge.sh --help"
+            )
+        else:
+            words.append(word)
+    return words, averaged, kind
+
+
+def is_whole_model(path: Path, is_model) -> bool:
+    """Whether a file is a model that stands for itself: not a checkpoint of a full run, which its sidecar names."""
+    from rwkv_peft import checkpoint
+
+    if not is_model(checkpoint.describe(path)):
+        return False
+    sidecar = checkpoint.sidecar_path(path)
+    return not sidecar.is_file() or "merged" in checkpoint.read_sidecar(path, ())
 
 
 if __name__ == "__main__":

@@ -1,63 +1,177 @@
-"""A checkpoint's tensors -> what becomes of each tensor of the base. The formulas are the adapters' own `merge`."""
+"""Checkpoints -> what becomes of each tensor of the base. The formulas are the adapters' own `merge`.
+
+Several checkpoints are folded in turn, each into what the one before has made of the base, or averaged: the base and the
+weighted mean of their changes. Sums are float32 whatever the base is kept in; rounding comes once, at the end.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from rwkv_peft.adapters import attach
+from rwkv_peft.adapters.attach import Setup
+from rwkv_peft.adapters.base import exact
 from rwkv_peft.adapters.registry import ADAPTERS
 from rwkv_peft.checkpoint import Change, Stored
 from rwkv_peft.errors import UserError
+from rwkv_peft.methods import METHODS
+from rwkv_peft.model.arch import Geometry, state_shapes
+from rwkv_peft.model.layers import Linear
+from rwkv_peft.quantize import quantise
 
 
-def fold(tensors: Mapping[str, Tensor], sidecar: dict, base: Mapping[str, Stored], where: str) -> Change:
-    """The change for an adapter. UserError if something in it has no place in the base, or it holds nothing.
+@dataclass(frozen=True)
+class Part:
+    """A checkpoint that goes into the result.
 
-    Tensors named after an adapter (blocks.0.att.key.lora_A) change the weight of that layer; others replace the base's.
+    where: the file, for messages. tensors: what was trained. start: what its adapters began with. quantised: fold into
+    the weights as the run had them in memory, by the setup's quant, not into the original ones. leaves: by layer, what its
+    adapter has; states: names of learnt states (both are filled in by `opened`).
     """
-    method = ADAPTERS[sidecar["method"]]
-    layers: dict[str, dict[str, Tensor]] = {}
-    whole: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        layer, _, leaf = name.rpartition(".")
-        if leaf in method.tensors:
-            layers.setdefault(layer + ".weight", {})[leaf] = tensor
-        else:
-            whole[name] = tensor
-    strange = [n for n in (*layers, *whole) if n not in base]
-    strange += [n for n, t in whole.items() if n in base and t.shape != base[n].shape]
-    strange += [n for n, parts in layers.items() if set(parts) != set(method.tensors)]
+
+    where: str
+    setup: Setup
+    tensors: Mapping[str, Tensor]
+    start: Mapping[str, Tensor] = field(default_factory=dict)
+    quantised: bool = False
+    leaves: Mapping[str, list[str]] = field(default_factory=dict)
+    states: Sequence[str] = ()
+
+    def layer(self, name: str) -> dict[str, Tensor]:
+        """Trained and start tensors of the layer whose weight this is, by leaf; empty if it has no adapter."""
+        layer = name.removesuffix(".weight")
+        if layer not in self.leaves:
+            return {}
+        starts = ADAPTERS[self.setup.method].starts(**self.setup.options)
+        trained = {leaf: self.tensors[f"{layer}.{leaf}"] for leaf in self.leaves[layer]}
+        return trained | {leaf: self.start[f"{layer}.{leaf}"] for leaf in starts}
+
+    def apply(self, name: str, weight: Tensor, first: Tensor) -> Tensor:
+        """What becomes of a tensor of the base. weight: as it is by now, float32 or wider. first: as the base has it."""
+        layer = self.layer(name)
+        if layer:
+            return ADAPTERS[self.setup.method].merge(weight, layer, self.setup.options)
+        if name in self.tensors:
+            trained = self.tensors[name].to(weight.dtype)
+            return trained if weight is first else weight + (trained - first)
+        return weight
+
+    def compressed(self, name: str, weight: Tensor, geometry: Geometry) -> Tensor:
+        """The weight as the run had it: compressed, and for adapters that take their part out first, without that part."""
+        if name.removesuffix(".weight") not in self.setup.compressed(geometry):
+            return weight
+        taken = torch.zeros((), dtype=weight.dtype)
+        layer = self.layer(name)
+        if layer and ADAPTERS[self.setup.method].changes_base:
+            linear = Linear(weight.shape[1], weight.shape[0])
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+            start = {leaf: layer[leaf] for leaf in ADAPTERS[self.setup.method].start}
+            rest = attach.make(self.setup, linear, start).linear.weight.detach()
+            taken, weight = weight - rest, rest
+        return quantise(weight, self.setup.quant).dense(weight.dtype) + taken
+
+
+def opened(part: Part, base: Mapping[str, Stored], geometry: Geometry) -> Part:
+    """The part with its tensors sorted. UserError if something in it has no place in the base, or it holds nothing."""
+    layers, whole, states = attach.sorted_by_place(part.tensors, geometry)
+    method, name, where = METHODS[part.setup.method], part.setup.method, part.where
+    strange = [n for n in whole if n not in base or tuple(part.tensors[n].shape) != base[n].shape]
+    strange += [n for n in states if tuple(part.tensors[n].shape) != state_shapes(geometry).get(n)]
+    strange += list(layers) if layers and not method.wraps else []
+    strange += states if states and name != "state" and not method.saves_model else []
+    for layer, leaves in layers.items() if method.wraps else ():
+        outputs, inputs = base[f"{layer}.weight"].shape
+        wanted = ADAPTERS[name].shapes(outputs, inputs, **part.setup.options)
+        strange += [f"{layer}.{leaf}" for leaf in {*wanted, *leaves} if leaf not in wanted or leaf not in leaves]
+        strange += [
+            f"{layer}.{leaf} ({list(part.tensors[f'{layer}.{leaf}'].shape)} instead of {list(shape)})"
+            for leaf, shape in wanted.items()
+            if leaf in leaves and tuple(part.tensors[f"{layer}.{leaf}"].shape) != tuple(shape)
+        ]
+        starts = ADAPTERS[name].starts(**part.setup.options)
+        lost = [leaf for leaf in starts if f"{layer}.{leaf}" not in part.start]
+        if lost:
+            raise UserError(
+                f"{where}: what it began with is missing: {layer}.{lost[0]}. init_{name}.pth lies beside a run."
+            )
     if strange:
         raise UserError(f"{where}: does not fit the base: {', '.join(strange[:4])}.")
-    if not layers:
-        raise UserError(f"{where}: holds no {', '.join(method.tensors)}; it is no {sidecar['method']} checkpoint.")
-    ranks = {parts["lora_A"].shape[0] for parts in layers.values() if "lora_A" in parts}
-    if ranks - {sidecar["rank"]}:
-        raise UserError(f"{where}: has rank {sorted(ranks)} inside, but its sidecar says {sidecar['rank']}.")
-    must_be_finite(tensors, where)
+    if method.wraps and not layers:
+        raise UserError(f"{where}: holds no adapter on any layer; it is no {method.words} checkpoint.")
+    if not part.tensors:
+        raise UserError(f"{where}: holds nothing.")
+    if name == "state" and len([n for n in states if n.endswith("time_state")]) != geometry.n_layer:
+        raise UserError(f"{where}: holds {len(states)} states; the base has {geometry.n_layer} layers.")
+    bad = [n for n, t in part.tensors.items() if not torch.isfinite(t).all()]
+    if bad:
+        raise UserError(f"{where}: {bad[0]} holds NaN or infinity; this training went wrong, take an earlier epoch.")
+    return dataclasses.replace(part, leaves=layers, states=states)
+
+
+def touches(part: Part, name: str, geometry: Geometry) -> bool:
+    """Whether the part changes a tensor of the base."""
+    by_quant = part.quantised and name.removesuffix(".weight") in part.setup.compressed(geometry)
+    return by_quant or name in part.tensors or name.removesuffix(".weight") in part.leaves
+
+
+def in_turn(parts: Sequence[Part], geometry: Geometry) -> Change:
+    """The change of several checkpoints, each folded into what the ones before it made."""
 
     def change(name: str):
-        if name in layers:
-            return lambda weight: method.merge(weight, layers[name], sidecar)
-        if name in whole:
-            return lambda _: whole[name]
-        return None
+        mine = [part for part in parts if touches(part, name, geometry)]
+        if not mine:
+            return None
+
+        def made(base: Tensor) -> Tensor:
+            first = weight = base.to(exact(base.dtype))
+            for part in mine:
+                if part.quantised:
+                    first = weight = part.compressed(name, weight, geometry)
+                weight = part.apply(name, weight, first)
+            return weight
+
+        return made
 
     return change
 
 
-def must_be_finite(tensors: Mapping[str, Tensor], where: str) -> None:
-    bad = [n for n, t in tensors.items() if not torch.isfinite(t).all()]
-    if bad:
-        raise UserError(f"{where}: {bad[0]} holds NaN or infinity; this training went wrong, take an earlier epoch.")
+def average(parts: Sequence[Part], weights: Sequence[float], geometry: Geometry) -> Change:
+    """The base and the weighted mean of what the checkpoints change in it. weights: their shares, which sum to 1."""
+
+    def change(name: str):
+        if not any(touches(part, name, geometry) for part in parts):
+            return None
+
+        def made(base: Tensor) -> Tensor:
+            first = base.to(exact(base.dtype))
+            moved = torch.zeros_like(first)
+            for part, share in zip(parts, weights, strict=True):
+                moved += (part.apply(name, first, first) - first) * share
+            return first + moved
+
+        return made
+
+    return change
 
 
-def replace(tensors: Mapping[str, Tensor], base: Mapping[str, Stored], where: str) -> Change:
-    """The change for a full run: every tensor that it trained is replaced. UserError if the base has no place for one."""
-    strange = [n for n, t in tensors.items() if n not in base or t.shape != base[n].shape]
-    if strange:
-        raise UserError(f"{where}: is no full run of this base: {', '.join(strange[:4])}.")
-    must_be_finite(tensors, where)
-    return lambda name: (lambda _: tensors[name]) if name in tensors else None
+def added(parts: Sequence[Part], weights: Sequence[float] | None) -> dict[str, Tensor]:
+    """Learnt states, which the base has not got: of the one part that has one, or their weighted mean."""
+    having = [i for i, part in enumerate(parts) if part.states]
+    if not having:
+        return {}
+    if weights is None and len(having) > 1:
+        raise UserError(
+            f"{parts[having[1]].where}: a text begins with one state, and {parts[having[0]].where} has one too."
+        )
+    if weights is not None and len(having) < len(parts):
+        raise UserError(f"{parts[having[0]].where}: holds a state, and the others do not; they cannot be averaged.")
+    shares = weights or [1.0] * len(parts)
+    names = parts[having[0]].states
+    if any(set(parts[i].states) != set(names) for i in having):
+        raise UserError(f"{parts[having[0]].where}: learns other states than the others do (state_shifts).")
+    return {n: sum(parts[i].tensors[n].float() * shares[i] for i in having) for n in names}

@@ -221,31 +221,51 @@ class Archive:
 Change = Callable[[str], Callable[[Tensor], Tensor] | None]
 
 
-def rewrite(source: str | os.PathLike | Archive, target: str | os.PathLike, change: Change) -> None:
+def rewrite(
+    source: str | os.PathLike | Archive,
+    target: str | os.PathLike,
+    change: Change,
+    added: Mapping[str, Tensor] | None = None,
+) -> None:
     """Copy a checkpoint with some tensors changed, record by record: memory holds the one that changes.
 
-    source: a path, or an archive that is open already (it then does not matter what has become of its path).
-    A changed tensor is written in the dtype and shape of the source; key set, shapes, dtypes and pickle stay the
-    source's, and so do the bytes of all that does not change.
+    source: a path, or an archive that is open already (it then does not matter what has become of its path). added: tensors
+    that the source has not got, by name, or that take the place of what it has.
+    A changed tensor is written in the dtype and shape of the source; key set, shapes, dtypes and (without added) pickle
+    stay the source's, and so do the bytes of all that does not change.
     """
+    added = added or {}
     with contextlib.nullcontext(source) if isinstance(source, Archive) else Archive(source) as old:
-        need_space(Path(target).parent, sum(info.file_size for info in old.zip.infolist()))
+        more = sum(t.numel() * t.element_size() for t in added.values())
+        need_space(Path(target).parent, sum(info.file_size for info in old.zip.infolist()) + more)
         owners: dict[str, list[str]] = {}
         for name, stored in old.described.items():
             owners.setdefault(stored.record, []).append(name)
         if any(len(names) > 1 or not old.described[names[0]].whole for names in owners.values()):
             # tensors that share a record cannot be changed one by one: such files are rare, and small enough to load
-            save(target, {n: fitted(n, make(t), t) if (make := change(n)) else t for n, t in load(old.path).items()})
+            changed = {n: fitted(n, make(t), t) if (make := change(n)) else t for n, t in load(old.path).items()}
+            save(target, {**changed, **added})
             return
+        places = {name: stored for name, stored in old.described.items() if name not in added}
+        dropped = {old.described[name].record for name in added if name in old.described}
+        for number, (name, tensor) in enumerate(added.items()):
+            places[name] = Stored(tensor.dtype, tuple(tensor.shape), f"data/added{number}", True)
         with writing(target) as file, zipfile.ZipFile(file, "w") as new:
             for info in old.zip.infolist():
-                names = owners.get(info.filename.removeprefix(old.folder))
+                record = info.filename.removeprefix(old.folder)
+                names = owners.get(record)
                 make = change(names[0]) if names else None
-                if make is None:
+                if record in dropped:
+                    continue
+                if added and record == "data.pkl":
+                    write_bytes(new, info.filename, pickled(places))
+                elif make is None:
                     copy_record(old.zip, info, new)
                 else:
                     tensor = old.tensor(names[0])
                     write_record(new, info.filename, fitted(names[0], make(tensor), tensor))
+            for name, tensor in added.items():
+                write_record(new, old.folder + places[name].record, tensor.detach().cpu())
 
 
 def fitted(name: str, changed: Tensor, original: Tensor) -> Tensor:
@@ -271,10 +291,39 @@ def copy_record(old: zipfile.ZipFile, info: zipfile.ZipInfo, new: zipfile.ZipFil
 
 
 def write_record(new: zipfile.ZipFile, name: str, tensor: Tensor) -> None:
-    data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    write_bytes(new, name, tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def write_bytes(new: zipfile.ZipFile, name: str, data) -> None:
     with new.open(aligned(new, name), "w", force_zip64=True) as target:
         for begin in range(0, len(data), COPY_BYTES):
-            target.write(data[begin : begin + COPY_BYTES].data)
+            target.write(memoryview(data)[begin : begin + COPY_BYTES])
+
+
+def pickled(places: Mapping[str, Stored]) -> bytes:
+    """data.pkl for tensors that lie in records of their own: what torch.save would write about them."""
+
+    class Writer(pickle.Pickler):
+        def persistent_id(self, thing):
+            if not isinstance(thing, _Storage):
+                return None
+            kind = next(name for name, dtype in DTYPES.items() if dtype == thing.dtype)
+            return ("storage", getattr(torch, kind), thing.key, "cpu", thing.size)
+
+        def reducer_override(self, thing):
+            if not isinstance(thing, Stored):
+                return NotImplemented
+            strides, size = [], 1
+            for n in reversed(thing.shape):
+                strides.insert(0, size)
+                size *= n
+            storage = _Storage(thing.dtype, thing.record.removeprefix("data/"), size)
+            shape = 0, thing.shape, tuple(strides), False, OrderedDict()
+            return torch._utils._rebuild_tensor_v2, (storage, *shape)
+
+    out = io.BytesIO()
+    Writer(out, protocol=2).dump(dict(places))
+    return out.getvalue()
 
 
 def sidecar_path(path: str | os.PathLike) -> Path:

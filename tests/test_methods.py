@@ -352,13 +352,32 @@ def test_dropout_works_on_the_adapter_alone_and_only_while_training():
         assert torch.equal(made(x), made(x))
 
 
-def test_a_row_of_zeros_is_no_trouble_to_dora():
-    linear, x = layer(), torch.randn(5, INPUTS)
+def test_dropout_of_a_peft_method_works_only_while_training():
+    made, x = PeftLayer(layer(), {"peft_type": "LORA", "r": 4, "lora_dropout": 0.5}), torch.randn(50, INPUTS)
+    randomise(made)
+    assert made.training and not torch.equal(made(x), made(x))
+    made.eval()
+    assert torch.equal(made(x), made(x))
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "peft_dora"])
+def test_rows_of_zeros_as_fresh_models_have_them_are_no_trouble(name, settings):
+    for rows in (slice(3, 5), slice(None)):
+        linear, x = layer(), torch.randn(5, INPUTS)
+        linear.weight[rows] = 0
+        weight = linear.weight.clone()
+        adapter = method(name)(linear, **settings(name))
+        torch.testing.assert_close(adapter(x), F.linear(x, weight), rtol=1e-5, atol=1e-5)
+        adapter(x).sum().backward()
+        assert all(torch.isfinite(getattr(adapter, leaf).grad).all() for leaf in adapter.tensors)
+
+
+def test_peft_settings_that_give_nan_are_refused(settings):
+    """peft's DoRA divides by the length of every row, ours takes care of zeros."""
+    linear = layer()
     linear.weight[3] = 0
-    adapter = Dora(linear, RANK, 12.0)
-    assert torch.equal(adapter(x), linear(x))
-    adapter(x).sum().backward()
-    assert all(torch.isfinite(p.grad).all() for p in (adapter.lora_A, adapter.lora_B, adapter.lora_magnitude))
+    with pytest.raises(UserError, match="a fresh LORA adapter changes"):
+        PeftLayer(linear, **settings("peft_dora"))
 
 
 def test_bat_keeps_nothing_of_the_size_of_the_weight_for_its_backward_pass():

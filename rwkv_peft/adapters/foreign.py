@@ -203,7 +203,7 @@ class PeftLayer(Adapter):
         x = probes(self.linear)
         before, after = self.linear(x), self(x)
         self.train()
-        if difference(after, before) > TOLERANCE:
+        if not difference(after, before) <= TOLERANCE:  # NaN is refused too
             raise UserError(
                 f"With these settings a fresh {kind} adapter changes what the model says before it has learnt "
                 "anything. Leave out its settings for initial weights; some methods also need an even r."
@@ -274,7 +274,7 @@ def must_keep_its_law(outputs: int, inputs: int, config: dict) -> None:
         merged = PeftLayer.merge(base.weight, kept, {"config": config})
         x = probes(base)
         wrong = difference(F.linear(x, merged), layer(x))
-    if wrong > TOLERANCE:
+    if not wrong <= TOLERANCE:
         raise UserError(
             f"With these settings what peft merges for {config['peft_type']} is not what its layer does (outputs differ by "
             f"{wrong:.0%}). Leave out the less common ones."
@@ -324,9 +324,8 @@ def injected(linear: nn.Module, config: dict, device: torch.device) -> nn.Module
 
     holder = nn.Module()
     holder.layer = linear
-    holder.place = nn.Parameter(
-        torch.empty(0, device=device), requires_grad=False
-    )  # peft asks a model's first parameter
+    # peft asks a model's first parameter where the model lies
+    holder.place = nn.Parameter(torch.empty(0, device=device), requires_grad=False)
     try:
         inject_adapter_in_model(settings, holder, adapter_name=NAME)
     except (ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError) as error:
@@ -366,5 +365,5 @@ def probes(linear: nn.Module) -> Tensor:
 
 
 def difference(a: Tensor, b: Tensor) -> float:
-    """The larger difference of two sets of outputs, in units of the second's size."""
-    return float((a - b).norm() / b.norm().clamp_min(1e-12))
+    """Of two sets of outputs, in units of the second's size; of a layer of zeros, in units of about its inputs' size."""
+    return float((a - b).norm() / b.norm().clamp_min(1.0))

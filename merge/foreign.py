@@ -1,0 +1,94 @@
+"""Adapters that RWKV-PEFT has saved: what they are is told by their tensors, and by the user where those do not tell.
+
+Its files hold tensors and nothing else: no rank, alpha, base or method. Names of 2024 are those of ours, some of 2025 begin
+with "model."; MiSS was .bone until February 2025 and .disha after; Bat has the same names and one more axis. LoRA and PiSSA
+look alike, and so the user must say which it is, and LoRA's alpha. (RWKV-PEFT at b24c73c, 5b8aac9.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from rwkv_peft import checkpoint
+from rwkv_peft.adapters.attach import Setup
+from rwkv_peft.errors import Problem, Problems, UserError
+from rwkv_peft.methods import ALIASES
+from rwkv_peft.model.arch import ARCHS, STATE_NAME
+from rwkv_peft.words import listed
+
+PREFIX = "model."
+RENAMED = {"bone": "disha"}
+
+
+def our_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by the names that we would have saved them under."""
+    plain = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    return {
+        f"{layer}.{RENAMED.get(leaf, leaf)}" if layer else leaf: tensor
+        for name, tensor in plain.items()
+        for layer, _, leaf in [name.rpartition(".")]
+    }
+
+
+def is_model(names) -> bool:
+    return "head.weight" in names and any(arch.marker in names for arch in ARCHS.values())
+
+
+def setup_of(tensors: Mapping[str, Tensor], where: str, method: str, alpha: float | None) -> Setup:
+    """How a foreign run was set. method, alpha: what the user says (METHOD, LORA_ALPHA), "" and None if nothing."""
+    leaves = {name.rpartition(".")[2] for name in tensors}
+    wanted = ALIASES.get(method, method)
+    if is_model(tensors):
+        return Setup("full")
+    if "lora_A" in leaves:
+        rank = one_rank({t.shape[0] for n, t in tensors.items() if n.endswith("lora_A")}, where)
+        if wanted not in ("lora", "pissa"):
+            message = f"must be lora or pissa: {where} has no sidecar, and the tensors of the two are called alike"
+            raise Problems(Problem("METHOD", message))
+        if wanted == "pissa":
+            return Setup("pissa", {"rank": rank, "niter": 0})
+        if alpha is None:
+            message = f"must be the lora_alpha that {where} was trained with: it has no sidecar that says it"
+            raise Problems(Problem("LORA_ALPHA", message))
+        return Setup("lora", {"rank": rank, "alpha": alpha})
+    if "disha" in leaves:
+        found = [t for n, t in tensors.items() if n.endswith("disha")]
+        kinds = {t.dim() for t in found}
+        if kinds not in ({2}, {3}):
+            raise UserError(f"{where}: mixes tensors of Bone (2 axes) and Bat (3 axes); it is no adapter.")
+        name = "miss" if kinds == {2} else "bat"
+        refuse_other(name, wanted, where)
+        return Setup(name, {"rank": one_rank({t.shape[0] if name == "miss" else t.shape[1] for t in found}, where)})
+    if any(STATE_NAME.fullmatch(name) for name in tensors):
+        refuse_other("state", wanted, where)
+        return Setup("state", {"shifts": any(name.endswith("ts_state") for name in tensors)})
+    raise UserError(
+        f"{where}: is no adapter: it holds {listed(tensors, 3)}. An adapter holds lora_A and lora_B, disha or bone, or "
+        "time_state."
+    )
+
+
+def refuse_other(name: str, said: str, where: str) -> None:
+    if said not in ("", name):
+        raise Problems(Problem("METHOD", f"but {where} holds {name}; leave it empty"))
+
+
+def one_rank(ranks: set[int], where: str) -> int:
+    if len(ranks) != 1:
+        raise UserError(
+            f"{where}: its layers have different ranks ({listed(map(str, ranks))}); it is no adapter of one run."
+        )
+    return ranks.pop()
+
+
+def start_of(path: Path, setup: Setup, given: Path | None) -> dict[str, Tensor]:
+    """What a foreign PiSSA began with: PISSA_INIT, or init_pissa.pth beside it."""
+    if setup.method != "pissa":
+        return {}
+    init = given or path.parent / "init_pissa.pth"
+    if not init.is_file():
+        raise Problems(Problem("PISSA_INIT", f"must name the init_pissa.pth of the run; {init} is not there"))
+    return our_names(checkpoint.load(init))
