@@ -135,9 +135,7 @@ def export_adapter(found: Sequence[Found], base: Path) -> None:
     print(
         f"wrote     {project.shown(target)}/: {size / 1e6:,.1f} MB, adapter_config.json and adapter_model.safetensors"
     )
-    print(
-        "          peft.PeftModel.from_pretrained(model, folder) loads it onto a model whose layers are called blocks.0.att.key ..."
-    )
+    print("          peft.PeftModel.from_pretrained(model, folder) takes it; the model's layers must be called blocks.0.att.key")
 
 
 def alone(kind: str, found: Sequence[Found]) -> Found:

@@ -103,6 +103,11 @@ def opened(part: Part, base: Mapping[str, Stored], geometry: Geometry) -> Part:
         raise UserError(f"{where}: does not fit the base: {', '.join(strange[:4])}.")
     if method.wraps and not layers:
         raise UserError(f"{where}: holds no adapter on any layer; it is no {method.words} checkpoint.")
+    depth = {layer.split(".")[1] for layer in layers}
+    if layers and len(depth) != geometry.n_layer:
+        raise UserError(
+            f"{where}: has adapters on {len(depth)} of the base's {geometry.n_layer} layers; it was trained on another base."
+        )
     if not part.tensors:
         raise UserError(f"{where}: holds nothing.")
     if name == "state" and len([n for n in states if n.endswith("time_state")]) != geometry.n_layer:

@@ -1,44 +1,134 @@
-"""Adapters on whole models: what is trained, what is saved and comes back. Single layers are in test_methods.py."""
+"""Methods on whole models: what is trained, compressed, saved, and comes back. Single layers are in test_methods.py."""
 
 import pytest
 import tiny
 import torch
 
 from rwkv_peft.adapters import attach
+from rwkv_peft.adapters.attach import Setup
 from rwkv_peft.errors import UserError
+from rwkv_peft.methods import METHODS, QUANTS
+from rwkv_peft.model.arch import linear_layers
+from rwkv_peft.quantize import QuantEmbedding, QuantLinear
 
-SHAPE = tiny.geometry(2, 32, 64, 16)
+PARTS = ("att", "ffn", "ln")
+OPTIONS = {
+    "lora": {"rank": 4, "alpha": 8.0, "rslora": True}, "dora": {"rank": 4, "alpha": 8.0}, "pissa": {"rank": 4, "niter": 4},
+    "miss": {"rank": 4}, "bat": {"rank": 8}, "peft": {"config": {"peft_type": "LOHA", "r": 2, "alpha": 4}},
+    "state": {"shifts": True}, "none": {}, "lisa": {"layers": 1, "every": 2}, "full": {},
+}  # fmt: skip
+SETUPS = {name: Setup(name, OPTIONS[name], PARTS if method.parts else ()) for name, method in METHODS.items()}
+ADAPTED = [name for name, method in METHODS.items() if not method.saves_model]
+X = torch.arange(1, 41)[None]
 
 
-def adapted(parts=("att", "ffn", "ln"), rank=4, seed=0):
-    model = tiny.model(seed, SHAPE)
-    attach.adapt(model, "lora", parts, rank, 8.0, 0.0)
-    return model
+def shape_of(version="x070"):
+    return tiny.geometry(2, 32, 64, 16, version)
 
 
+def adapted(setup, version="x070", seed=0, **options):
+    model = tiny.model(seed, shape_of(version))
+    return model, attach.adapt(model, setup, **options)
+
+
+def moved(model):
+    """Something was learnt."""
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for p in attach.trained(model).values():
+            p.add_(torch.randn(p.shape) * 0.1)
+    return {name: p.detach().clone() for name, p in attach.trained(model).items()}
+
+
+@pytest.mark.parametrize("version", tiny.VERSIONS)
 @pytest.mark.parametrize(
     ("parts", "contains", "lacks"),
     [
         (("att",), "blocks.0.att.key.lora_A", "blocks.0.ffn.key.lora_A"),
         (("ffn",), "blocks.1.ffn.value.lora_B", "blocks.0.att.output.lora_A"),
         (("att", "ln"), "ln_out.weight", "emb.weight"),
-        (("att", "time"), "blocks.1.att.w1", "blocks.0.ln1.weight"),
+        (("att", "time"), {"x070": "blocks.1.att.w1", "x060": "blocks.1.att.time_maa_w1", "x052": "blocks.1.att.time_mix_g"},
+         "blocks.0.ln1.weight"),
         (("att", "emb", "head"), "emb.weight", "ln_out.weight"),
     ],
-)
-def test_parts_train_what_they_name_and_nothing_else(parts, contains, lacks):
-    trained = attach.trained(adapted(parts))
-    assert contains in trained and lacks not in trained
+)  # fmt: skip
+def test_parts_train_what_they_name_and_nothing_else(version, parts, contains, lacks):
+    model, _ = adapted(Setup("lora", OPTIONS["lora"], parts), version)
+    trained = attach.trained(model)
+    assert (contains if isinstance(contains, str) else contains[version]) in trained and lacks not in trained
     assert all(p.dtype == torch.float32 for p in trained.values())
 
 
-def test_what_is_saved_comes_back_into_another_model():
-    first, second, x = adapted(), adapted(seed=0), torch.arange(1, 21)[None]
-    for p in attach.trained(first).values():
-        torch.nn.init.normal_(p, std=0.1)
-    assert not torch.equal(first(x)[0], second(x)[0])
-    attach.load_trained(second, {n: p.detach() for n, p in attach.trained(first).items()}, "x.pth")
-    assert torch.equal(first(x)[0], second(x)[0])
+@pytest.mark.parametrize("version", tiny.VERSIONS)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_whole_model_with_a_fresh_adapter_is_the_model(name, version):
+    model, _ = adapted(SETUPS[name], version)
+    exact = tiny.model(0, shape_of(version))(X)[0]
+    torch.testing.assert_close(model(X)[0], exact, rtol=1e-4, atol=1e-5)
+    if name not in ("pissa", "peft"):  # those round: they take the weight apart, or compute it by a longer way
+        assert torch.equal(model(X)[0], exact)
+
+
+@pytest.mark.parametrize("version", tiny.VERSIONS)
+@pytest.mark.parametrize("name", METHODS)
+def test_the_number_of_trained_values_is_known_from_the_shapes_alone(name, version):
+    model, _ = adapted(SETUPS[name], version)
+    assert attach.count_trained(model.geometry, SETUPS[name]) == sum(p.numel() for p in attach.trained(model).values())
+
+
+@pytest.mark.parametrize("quant", ["none", *QUANTS])
+@pytest.mark.parametrize("name", ADAPTED)
+def test_a_run_that_goes_on_has_the_model_that_was_saved_to_the_last_bit(name, quant):
+    """What *_load does: the same setup on the same base, then the saved tensors."""
+    setup = Setup(name, OPTIONS[name], SETUPS[name].parts, quant=quant, quant_parts=("att", "ffn"))
+    first, begun = adapted(setup, keep=torch.bfloat16)
+    saved = moved(first)
+    second, again = adapted(setup, keep=torch.bfloat16, start=begun)
+    attach.load_trained(second, saved, "x.pth")
+    assert torch.equal(first(X)[0], second(X)[0]) and set(begun) == set(again)
+    assert all(torch.equal(begun[n], again[n]) for n in begun)
+
+
+@pytest.mark.parametrize("version", tiny.VERSIONS)
+@pytest.mark.parametrize("name", ADAPTED)
+def test_a_saved_adapter_on_its_base_is_the_model_as_it_was_trained(name, version):
+    first, begun = adapted(SETUPS[name], version)
+    saved = moved(first)
+    second = tiny.model(0, shape_of(version))
+    setup = attach.setup_of({"method": name, **OPTIONS[name]}, "x.pth")
+    attach.attach_checkpoint(second, saved, setup, "x.pth", start=begun)
+    assert torch.equal(first.eval()(X)[0], second.eval()(X)[0])
+
+
+@pytest.mark.parametrize("name", [n for n in ADAPTED if METHODS[n].wraps] + ["state"])
+def test_only_what_is_named_is_compressed_and_the_model_stays_near(name):
+    setup = Setup(
+        name, OPTIONS[name], ("att",) if METHODS[name].parts else (), quant="int8", quant_parts=("att", "ffn")
+    )
+    model, _ = adapted(setup)
+    compressed = {
+        n.replace(".linear", "") for n, m in model.named_modules() if isinstance(m, (QuantLinear, QuantEmbedding))
+    }
+    assert compressed == set(linear_layers(model.geometry, ("att", "ffn")))
+    exact = tiny.model(0, shape_of())(X)[0]
+    assert 0 < (model(X)[0] - exact).norm() < 0.1 * exact.norm()
+    assert not any(isinstance(p, QuantLinear) for p in model.state_dict())
+
+
+def test_embedding_and_head_are_compressed_if_asked():
+    setup = Setup("state", quant="nf4", quant_parts=("emb", "head"))
+    model, _ = adapted(setup)
+    assert isinstance(model.emb, QuantEmbedding) and isinstance(model.head, QuantLinear)
+    assert model.head_weight().dtype == model.dtype
+    exact = tiny.model(0, shape_of())(X)[0]
+    assert (model(X)[0] - exact).norm() < 0.5 * exact.norm()
+
+
+def test_weights_that_are_kept_are_converted_and_trained_ones_are_float32():
+    model, _ = adapted(Setup("lora", OPTIONS["lora"], ("att", "ln", "emb")), keep=torch.bfloat16)
+    kinds = {n: p.dtype for n, p in model.named_parameters()}
+    assert kinds["head.weight"] == kinds["blocks.0.att.key.linear.weight"] == torch.bfloat16
+    assert {kinds[n] for n, p in model.named_parameters() if p.requires_grad} == {torch.float32}
 
 
 @pytest.mark.parametrize(
@@ -50,13 +140,22 @@ def test_what_is_saved_comes_back_into_another_model():
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(change, words):
-    model = adapted()
+    model, _ = adapted(SETUPS["lora"])
     tensors = {n: p.detach() for n, p in attach.trained(model).items()}
     change(tensors)
     with pytest.raises(UserError, match=words):
         attach.load_trained(model, tensors, "x.pth")
 
 
-def test_a_whole_model_with_a_fresh_adapter_is_the_model():
-    x = torch.arange(1, 41)[None]
-    assert torch.equal(adapted()(x)[0], tiny.model(0, SHAPE)(x)[0])
+def test_a_pissa_without_what_it_began_with_is_refused():
+    first, _ = adapted(SETUPS["pissa"])
+    with pytest.raises(UserError, match="has nothing of blocks.0.att.receptance; it is another run's"):
+        attach.attach_checkpoint(tiny.model(0, shape_of()), attach.trained(first), SETUPS["pissa"], "x.pth")
+
+
+def test_a_weight_with_nan_is_not_compressed_in_silence():
+    model = tiny.model(0, shape_of())
+    with torch.no_grad():
+        model.blocks[1].ffn.key.weight[0, 0] = float("nan")
+    with pytest.raises(UserError, match="blocks.1.ffn.key.weight: .*NaN or infinity"):
+        attach.adapt(model, Setup("state", quant="nf4", quant_parts=("ffn",)))

@@ -165,8 +165,19 @@ def test_the_kit_beside_the_script_is_used_not_one_in_the_current_folder(kit, tm
     assert done.returncode == 0 and "the wrong kit" not in done.stderr
 
 
-@pytest.mark.parametrize(("rows", "split"), [("3", ("4", "1")), ("1", ("3", "2"))], ids=["even", "uneven"])
-def test_two_ranks_of_4_are_one_of_8(kit, rows, split):
+@pytest.mark.parametrize(
+    ("rows", "split", "settings"),
+    [
+        (
+            "3",
+            ("4", "1"),
+            {"FINETUNE_MODE": "pissa", "pissa_r": "4", "QUANT": "nf4", "TRAIN_TYPE": "infctx", "CHUNK_CTX": "16"},
+        ),
+        ("1", ("3", "2"), {}),
+    ],
+    ids=["even, in chunks on a compressed base", "uneven"],
+)
+def test_two_ranks_of_4_are_one_of_8(kit, rows, split, settings):
     """Law 5 across processes, on CPU with gloo; also where the last step leaves a rank without rows."""
     import torch
 
@@ -175,13 +186,17 @@ def test_two_ranks_of_4_are_one_of_8(kit, rows, split):
     tiny.save_model(kit.root / "model" / "tiny.pth")
     kit.data("chat.jsonl", *tiny.CHATS)
     kit.run("make_tokenize.sh", "chat.jsonl", rows)
-    common = QUICK | {
-        "DATA_PATH": "chat",
-        "lora_dropout": "0",
-        "DATALOAD": "only",
-        "WARMUP_STEPS": "0",
-        "LR_INIT": "1e-2",
-    }
+    common = (
+        QUICK
+        | {
+            "DATA_PATH": "chat",
+            "lora_dropout": "0",
+            "DATALOAD": "only",
+            "WARMUP_STEPS": "0",
+            "LR_INIT": "1e-2",
+        }
+        | settings
+    )
     micro, mini = split
     whole = str(2 * int(micro) * int(mini))
     kit.set(to="one.sh", **(common | {"RUN_NAME": "one", "MICRO_BSZ": whole}))

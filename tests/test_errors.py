@@ -178,7 +178,7 @@ def training(shared_kit, name="wrong.sh", **settings):
 
 
 def test_typos_and_wrong_values_are_told_together_with_their_lines(shared_kit):
-    script = shared_kit.root / shared_kit.set(to="typo.sh", MICRO_BSZ="0", LR_FINAL="2e5x", QUANT="nf4")
+    script = shared_kit.root / shared_kit.set(to="typo.sh", MICRO_BSZ="0", LR_FINAL="2e5x", QUANT="nf8")
     script.write_text(script.read_text().replace("\nSEED=", "\nSEDE=1\nSEED="))
     said = shared_kit.run("typo.sh", ok=False).stderr.splitlines()
     lines = {line.split("=")[0]: n for n, line in enumerate(script.read_text().splitlines(), 1) if "=" in line}
@@ -187,7 +187,7 @@ def test_typos_and_wrong_values_are_told_together_with_their_lines(shared_kit):
         ("SEDE", "is not a setting; did you mean SEED?"),
         ("MICRO_BSZ", "must be 1 or more, or auto"),
         ("LR_FINAL", "must be a number, like 2e-5"),
-        ("QUANT", "is not part of this version yet; it has none"),
+        ("QUANT", "did you mean nf4?"),
     ):
         [row] = [row for row in said if f" {name}=" in row]
         assert row.startswith(f"  line {lines[name]:>3}  {name}=") and row.endswith(words)
@@ -222,7 +222,7 @@ def models(folder):
     (folder / "half.pth").write_bytes((folder / "tiny.pth").read_bytes()[:5000])
     (folder / "empty.pth").write_bytes(b"")
     return {
-        "v6.pth": "is RWKV-6 (x060); this version of the kit works with RWKV-7 (x070) only",
+        "v6.pth": "looks like RWKV-6 (x060), but a tensor that gives its size is missing",
         "other.pth": "is not an RWKV model",
         "evil.pth": "holds more than plain tensors",
         "pickle.pth": "is no .pth checkpoint",

@@ -1,78 +1,190 @@
 """Law 8 and the merge door: streaming = naive, names and formats of the base, and refusal of what does not belong."""
 
-import json
 import shutil
 
 import pytest
 import tiny
 import torch
+from test_adapters import OPTIONS, moved
+from test_scripts import ROOT, shell_values
 from test_versions import IDS, judged
 
-from merge.__main__ import merge
-from merge.fold import fold
+from merge import __main__ as door
+from merge import fold
 from merge.verify import ROUNDINGS, compare
 from rwkv_peft import atomic, checkpoint, hashing, project, runs
 from rwkv_peft.adapters import attach
+from rwkv_peft.adapters.attach import Setup
 from rwkv_peft.adapters.registry import ADAPTERS
-from rwkv_peft.errors import UserError
+from rwkv_peft.errors import Problems, UserError
+from rwkv_peft.methods import METHODS
+from rwkv_peft.model import arch
 from rwkv_peft.model.rwkv import build
+from rwkv_peft.shell_vars import Script
 
 SHAPE = tiny.geometry(2, 32, 64, 16)
 PARTS = ("att", "ffn", "ln")
+X = torch.arange(1, 41)[None]
 
 
-@pytest.fixture
-def run(project_folder, request):
-    """A base with extra tensors, and a run on it whose adapter is not fresh."""
-    dtype = getattr(request, "param", torch.float32)
-    base = project_folder / "model" / "base.pth"
-    extra = {"blocks.0.att.v0": torch.randn(1, 1, 32), "note": torch.arange(3)}
-    tensors = {n: t.to(dtype) for n, t in tiny.tensors(0, SHAPE).items()} | extra
-    checkpoint.save(base, tensors)
-    model = build(SHAPE, checkpoint.load(base), tiny.wkv(SHAPE))
-    attach.adapt(model, "lora", PARTS, 4, 8.0, 0.0)
-    for p in attach.trained(model).values():
-        torch.nn.init.normal_(p, std=0.2)
-    folder = project_folder / "output" / "r"
+def merge(*typed, **changes):
+    """What ./merge.sh does with these words behind it and these values in it."""
+    values = shell_values(ROOT / "merge.sh") | changes
+    door.command(Script(ROOT / "merge.sh", values).read(door.MergeConfig), [str(word) for word in typed])
+
+
+def make_run(root, name="r", method="lora", version="x070", dtype=torch.float32, seed=5, quant="none", parts=PARTS):
+    """A base with extra tensors in model/, and a run on it whose adapters are not fresh. Returns folder, base and model."""
+    shape = tiny.geometry(2, 32, 64, 16, version)
+    base, folder = root / "model" / "base.pth", root / "output" / name
+    if not base.exists():
+        extra = {"blocks.0.att.v0": torch.randn(1, 1, 32), "note": torch.arange(3)}
+        checkpoint.save(base, {n: t.to(dtype) for n, t in tiny.tensors(0, shape).items()} | extra)
+    model = build(shape, checkpoint.load(base), tiny.wkv(shape))
+    parts = parts if METHODS[method].parts else ()
+    begun = attach.adapt(model, Setup(method, OPTIONS[method], parts, quant=quant, quant_parts=("att", "ffn")))
+    torch.manual_seed(seed)
+    saved = moved(model)
+    if method == "lisa":
+        saved = {n: p.detach() for n, p in model.named_parameters()}
     folder.mkdir()
-    checkpoint.save(folder / "rwkv-3.pth", attach.trained(model))
-    write_sidecar(folder, base)
+    if begun:
+        checkpoint.save(runs.init_file(folder, method), begun)
+    checkpoint.save(folder / "rwkv-3.pth", saved)
+    write_sidecar(folder, base, method=method, quant=quant, geometry=shape.as_dict(), **OPTIONS[method])
     (folder / "run.json").write_text("{}")
     runs.point_latest(folder)
-    return folder, base, model
+    return folder, base, model.eval()
 
 
 def write_sidecar(folder, file, /, **changes):
     content = {
-        "method": "lora", "rank": 4, "alpha": 8.0, "base": "base.pth",
+        "method": "lora", "rank": 4, "alpha": 8.0, "base": "base.pth", "quant_parts": ["att", "ffn"],
         "base_sha256": hashing.sha256(file), "geometry": SHAPE.as_dict(), "epoch": 3, "step": 9, "versions": {},
     }  # fmt: skip
+    if changes.get("method", "lora") not in ("lora", "dora"):
+        del content["rank"], content["alpha"]
     atomic.write_json(folder / "rwkv-3.json", content | changes)
 
 
-@pytest.mark.parametrize("run", [torch.float32, torch.bfloat16], indirect=True, ids=["fp32", "bf16"])
-def test_the_merged_file_is_the_naive_merge_bit_for_bit_and_answers_like_the_adapter(run, capsys):
-    folder, base, model = run
-    merge(folder / "rwkv-3.pth", "")
-    target = project.ROOT / "merge" / "base-LORA-3.pth"
-    merged, before = checkpoint.load(target), checkpoint.load(base)
-    assert list(merged) == list(before)
-    adapter = checkpoint.load(folder / "rwkv-3.pth")
-    for name, old in before.items():
-        layer = name.removesuffix(".weight")
-        if layer + ".lora_A" in adapter:
-            tensors = {t: adapter[f"{layer}.{t}"] for t in ADAPTERS["lora"].tensors}
-            naive = ADAPTERS["lora"].merge(old, tensors, {"rank": 4, "alpha": 8.0}).to(old.dtype)
-        else:
-            naive = adapter.get(name, old).to(old.dtype)
-        assert torch.equal(merged[name], naive) and merged[name].dtype == old.dtype
-    x = torch.arange(1, 41)[None]
-    ours, _ = build(SHAPE, merged, tiny.wkv(SHAPE))(x)
-    tuned, _ = model.eval()(x)
-    limit = 1e-5 if before["emb.weight"].dtype == torch.float32 else 0.03
+@pytest.fixture
+def run(project_folder):
+    return make_run(project_folder)
+
+
+def result(name="base-LORA-3.pth"):
+    return project.ROOT / "merge" / name
+
+
+def logits(path, version="x070"):
+    shape = tiny.geometry(2, 32, 64, 16, version)
+    return build(shape, checkpoint.load(path), tiny.wkv(shape))(X)[0]
+
+
+@pytest.mark.parametrize(
+    ("version", "dtype"), [("x070", torch.bfloat16), ("x060", torch.float32), ("x052", torch.bfloat16)]
+)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_merged_file_answers_like_the_run_and_is_the_bases_else(project_folder, method, dtype, version, capsys):
+    folder, base, model = make_run(project_folder, method=method, version=version, dtype=dtype)
+    merge()
+    merged, before = checkpoint.load(result(f"base-{method.upper()}-3.pth")), checkpoint.load(base)
+    states = [n for n in checkpoint.load(folder / "rwkv-3.pth") if arch.STATE_NAME.fullmatch(n)]
+    assert list(merged) == [*before, *states]
+    assert all(merged[n].dtype == t.dtype and merged[n].shape == t.shape for n, t in before.items())
+    assert torch.equal(merged["note"], before["note"]) and torch.equal(
+        merged["blocks.0.att.v0"], before["blocks.0.att.v0"]
+    )
+    tuned, _ = model(X)
+    limit = 1e-5 if dtype == torch.float32 else 0.05
+    ours = logits(result(f"base-{method.upper()}-3.pth"), version)
     assert (ours - tuned).abs().max() <= limit * tuned.abs().max()
+    assert (logits(base, version) - tuned).abs().max() > 2 * limit * tuned.abs().max()
     said = capsys.readouterr().out
-    assert "same content" in said and "read back" in said and "answers as base + adapter" in said
+    assert "same content" in said and "read back" in said
+    assert ("answers as base + adapter" in said) == METHODS[method].wraps
+    assert ("ignore a state inside a .pth" in said) == (method == "state")
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_the_streamed_merge_is_the_naive_merge_bit_for_bit(project_folder, method):
+    folder, base, _ = make_run(project_folder, method=method, dtype=torch.bfloat16)
+    merge()
+    merged, before = checkpoint.load(result(f"base-{method.upper()}-3.pth")), checkpoint.load(base)
+    trained = checkpoint.load(folder / "rwkv-3.pth")
+    init = runs.init_file(folder, method)
+    both = {**trained, **(checkpoint.load(init) if init.exists() else {})}
+    wrapped = {f"{layer}.weight" for layer in arch.linear_layers(SHAPE, PARTS)}
+    for name, old in before.items():
+        tensors = {n.rpartition(".")[2]: t for n, t in both.items() if n.rpartition(".")[0] + ".weight" == name}
+        naive = ADAPTERS[method].merge(old, tensors, OPTIONS[method]) if name in wrapped else trained.get(name, old)
+        assert torch.equal(merged[name], naive.to(old.dtype)), name
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "pissa", "miss", "bat"])
+def test_a_run_on_a_compressed_base_goes_into_the_original_weights_or_the_compressed_ones(project_folder, method):
+    folder, base, model = make_run(project_folder, method=method, quant="nf4", parts=("att", "ffn"))
+    merge(MERGE_BASE="quantised")
+    name = f"base-{method.upper()}-3.pth"
+    tuned = model(X)[0]
+    assert (logits(result(name)) - tuned).abs().max() < 2e-5 * tuned.abs().max()
+    merge()
+    init = runs.init_file(folder, method)
+    plain = build(SHAPE, checkpoint.load(base), tiny.wkv(SHAPE))
+    begun = checkpoint.load(init) if init.exists() else None
+    attach.attach_checkpoint(
+        plain, checkpoint.load(folder / "rwkv-3.pth"), Setup(method, OPTIONS[method]), "x", start=begun
+    )
+    exact = plain.eval()(X)[0]
+    assert (logits(result(name)) - exact).abs().max() < 2e-5 * exact.abs().max()
+    assert (tuned - exact).abs().max() > 1e-3 * exact.abs().max()
+
+
+def test_several_runs_are_folded_in_turn(project_folder):
+    """What two LoRA change adds up, whichever comes first; norms that both have trained, too."""
+    _, base, _ = make_run(project_folder, "a", seed=1)
+    make_run(project_folder, "b", seed=2)
+    make_run(project_folder, "s", "state")
+    merge("a", "b/rwkv-3.pth")
+    first = checkpoint.load(result("base-LORA-3+LORA-3.pth"))
+    start = checkpoint.load(base)
+    for name in ("a", "b"):
+        merge(name)
+        shutil.move(result(), result(f"{name}.pth"))
+    a, b = (checkpoint.load(result(f"{name}.pth")) for name in "ab")
+    for name, old in start.items():
+        expected = a[name].double() + b[name].double() - old.double()
+        torch.testing.assert_close(first[name].double(), expected, rtol=1e-5, atol=1e-5)
+    merge("a", "s")
+    assert "blocks.1.att.time_state" in checkpoint.load(result("base-LORA-3+STATE-3.pth"))
+    with pytest.raises(UserError, match="a text begins with one state, and .* has one too"):
+        merge("s", "s/rwkv-3.pth")
+
+
+def test_an_average_is_the_weighted_mean_of_the_merged_models(project_folder):
+    _, base, _ = make_run(project_folder, "a", seed=1)
+    make_run(project_folder, "b", "pissa", seed=2)
+    merge("--average", "a:1", "b/rwkv-3.pth:3")
+    mean = checkpoint.load(result("base-AVERAGE.pth"))
+    merge("a"), merge("b")
+    a, b = checkpoint.load(result()), checkpoint.load(result("base-PISSA-3.pth"))
+    for name in checkpoint.load(base):
+        expected = a[name].double() * 0.25 + b[name].double() * 0.75
+        torch.testing.assert_close(mean[name].double(), expected, rtol=1e-5, atol=1e-5, check_dtype=False)
+    # whole models, too
+    merge("--average", result(), result("base-PISSA-3.pth"))
+    half = checkpoint.load(result("base-LORA-3-AVERAGE.pth"))
+    torch.testing.assert_close(half["ln_out.weight"], (a["ln_out.weight"] + b["ln_out.weight"]) / 2)
+
+
+def test_states_are_averaged_as_well(project_folder):
+    make_run(project_folder, "a", "state", seed=1)
+    make_run(project_folder, "b", "state", seed=2)
+    merge("--average", "a", "b")
+    a, b = (checkpoint.load(project_folder / "output" / n / "rwkv-3.pth") for n in "ab")
+    mean = checkpoint.load(result("base-AVERAGE.pth"))
+    for name in a:
+        torch.testing.assert_close(mean[name], (a[name] + b[name]) / 2)
 
 
 def test_the_rwkv_package_loads_a_rewritten_file_and_reads_the_same_logits(tmp_path):
@@ -80,11 +192,26 @@ def test_the_rwkv_package_loads_a_rewritten_file_and_reads_the_same_logits(tmp_p
     shape = tiny.geometry(2, 128, 512, 64)
     checkpoint.save(tmp_path / "base.pth", tiny.tensors(0, shape))
     change = lambda name: (lambda t: t * 1.5) if "att.key" in name else None  # noqa: E731
-    checkpoint.rewrite(tmp_path / "base.pth", tmp_path / "merged.pth", change)
+    checkpoint.rewrite(tmp_path / "base.pth", tmp_path / "merged.pth", change, {"more": torch.randn(3)})
     whole, _ = judged(tmp_path / "merged.pth")
-    ours, _ = build(shape, checkpoint.load(tmp_path / "merged.pth"), tiny.wkv(SHAPE))(torch.tensor([IDS]))
-    base, _ = build(shape, checkpoint.load(tmp_path / "base.pth"), tiny.wkv(SHAPE))(torch.tensor([IDS]))
+    ours, _ = build(shape, checkpoint.load(tmp_path / "merged.pth"), tiny.wkv(shape))(torch.tensor([IDS]))
+    base, _ = build(shape, checkpoint.load(tmp_path / "base.pth"), tiny.wkv(shape))(torch.tensor([IDS]))
     assert (ours[0] - whole).abs().max() < 2e-5 * whole.abs().max() < (base[0] - whole).abs().max()
+
+
+def test_the_rwkv_package_begins_a_v6_from_the_state_inside_the_merged_file(project_folder):
+    shape = tiny.geometry(2, 128, 512, 64, "x060")
+    base = project_folder / "model" / "base.pth"
+    checkpoint.save(base, tiny.tensors(0, shape))
+    folder = project_folder / "output" / "r"
+    folder.mkdir()
+    state = {f"blocks.{i}.att.time_state": torch.randn(2, 64, 64) for i in range(2)}
+    checkpoint.save(folder / "rwkv-3.pth", state)
+    write_sidecar(folder, base, method="state", shifts=False)
+    merge("r")
+    whole, _ = judged(result("base-STATE-3.pth"), version="x060")
+    ours, _ = build(shape, checkpoint.load(result("base-STATE-3.pth")), tiny.wkv(shape))(torch.tensor([IDS]))
+    assert (ours[0] - whole).abs().max() < 2e-5 * whole.abs().max()
 
 
 def refusals():
@@ -95,7 +222,7 @@ def refusals():
         write_sidecar(folder, base, rank=8)
 
     def unknown_method(folder, base):
-        write_sidecar(folder, base, method="pissa")
+        write_sidecar(folder, base, method="glue")
 
     def not_an_adapter(folder, base):
         shutil.copy(base, folder / "rwkv-3.pth")
@@ -114,7 +241,7 @@ def refusals():
         checkpoint.save(folder / "rwkv-3.pth", tensors | {"ln_out.bias": torch.full((32,), float("nan"))})
 
     def called_full(folder, base):
-        write_sidecar(folder, base, method="full", rank=None, alpha=None)
+        write_sidecar(folder, base, method="full")
 
     def rank_in_quotes(folder, base):
         write_sidecar(folder, base, rank="4")
@@ -139,19 +266,19 @@ def refusals():
 
     return {
         other_base: r"is not the file that .*rwkv-3.pth was trained on",
-        wrong_rank: r"has rank \[4\] inside, but its sidecar says 8",
-        unknown_method: "holds a pissa run, which this version cannot merge",
-        not_an_adapter: "holds no lora_A, lora_B",
+        wrong_rank: r"does not fit the base: blocks.0.att.receptance.lora_. .*instead of",
+        unknown_method: "holds a glue run, which this version does not know",
+        not_an_adapter: "holds no adapter on any layer",
         missing_half: "does not fit the base: blocks.0.att.key",
         extra_layer: "does not fit the base: blocks.7.ln1.weight",
         not_a_number: "ln_out.bias holds NaN or infinity",
-        called_full: "is no full run of this base: blocks.0.att.receptance.lora_A",
+        called_full: "does not fit the base: blocks.0.att.receptance",
         rank_in_quotes: "rank cannot be '4'. Was the file edited",
         no_alpha: "alpha cannot be None",
         epoch_that_is_a_path: "epoch cannot be '../../x'",
         base_that_is_a_path: "base cannot be '../model/base.pth'",
         huge_alpha: "alpha cannot be 1e\\+300",
-        no_sidecar: "rwkv-3.json: is missing",
+        no_sidecar: "has no sidecar",
         no_base: "there is no such file",
     }
 
@@ -160,8 +287,8 @@ def refusals():
 def test_what_does_not_belong_together_is_refused_and_nothing_is_written(run, spoil, words):
     folder, base, _ = run
     spoil(folder, base)
-    with pytest.raises(UserError, match=words):
-        merge(folder / "rwkv-3.pth", "")
+    with pytest.raises((UserError, Problems), match=words):
+        merge()
     assert not list((project.ROOT / "merge").glob("*"))
 
 
@@ -169,8 +296,8 @@ def test_a_result_that_does_not_read_back_is_removed(run, monkeypatch):
     folder, _, _ = run
     original = checkpoint.rewrite
 
-    def flip_a_bit(source, target, change):
-        original(source, target, change)
+    def flip_a_bit(source, target, change, added):
+        original(source, target, change, added)
         raw = bytearray(target.read_bytes())
         at = raw.find(checkpoint.load(source)["blocks.0.att.w1"].numpy().tobytes())
         raw[at] ^= 1
@@ -181,7 +308,7 @@ def test_a_result_that_does_not_read_back_is_removed(run, monkeypatch):
         UserError,
         match="blocks.0.att.w1 and 0 others are not what they should be when the result is read back",
     ):
-        merge(folder / "rwkv-3.pth", "")
+        merge()
     assert not list((project.ROOT / "merge").glob("*"))
 
 
@@ -192,38 +319,38 @@ def test_a_merge_that_answers_otherwise_than_the_adapter_is_removed(run, monkeyp
     wrong = staticmethod(lambda w, tensors, sidecar: right(w, tensors, sidecar | {"alpha": 2 * sidecar["alpha"]}))
     monkeypatch.setattr(ADAPTERS["lora"], "merge", wrong)
     with pytest.raises(UserError, match="blocks.0.att.receptance.weight and 11 others are not what they should be"):
-        merge(folder / "rwkv-3.pth", "")
+        merge()
     assert not list((project.ROOT / "merge").glob("*"))
 
 
 def test_an_earlier_result_stays_whole_when_a_merge_fails(run):
     folder, _, _ = run
-    merge(folder / "rwkv-3.pth", "")
-    target = project.ROOT / "merge" / "base-LORA-3.pth"
+    merge()
+    target = result()
     before = target.read_bytes()
     checkpoint.save(folder / "rwkv-3.pth", {"strange": torch.zeros(1)})
     with pytest.raises(UserError):
-        merge(folder / "rwkv-3.pth", "")
+        merge()
     assert target.read_bytes() == before
 
 
 def test_a_result_of_another_run_is_kept_under_its_name(run, capsys):
     folder, base, _ = run
-    merge(folder / "rwkv-3.pth", "")
-    first = (project.ROOT / "merge" / "base-LORA-3.pth").read_bytes()
-    merge(folder / "rwkv-3.pth", "")
+    merge()
+    first = result().read_bytes()
+    merge()
     assert "made from the same checkpoint before" in capsys.readouterr().out
     other = folder.rename(folder.with_name("other"))
     checkpoint.save(other / "rwkv-3.pth", {n: t * 2 for n, t in checkpoint.load(other / "rwkv-3.pth").items()})
-    merge(other / "rwkv-3.pth", "")
+    merge(other / "rwkv-3.pth")
     assert (project.ROOT / "merge" / "base-LORA-3.r.pth").read_bytes() == first
-    assert (second := (project.ROOT / "merge" / "base-LORA-3.pth").read_bytes()) != first
+    assert (second := result().read_bytes()) != first
     # a run of the same name that was trained anew is another run, too; and a damaged note is no reason to stop
     checkpoint.save(other / "rwkv-3.pth", {n: t * 3 for n, t in checkpoint.load(other / "rwkv-3.pth").items()})
-    merge(other / "rwkv-3.pth", "")
+    merge(other / "rwkv-3.pth")
     assert (project.ROOT / "merge" / "base-LORA-3.other.pth").read_bytes() == second
     (project.ROOT / "merge" / "base-LORA-3.json").write_text("[")
-    merge(other / "rwkv-3.pth", "")
+    merge(other / "rwkv-3.pth")
     assert (project.ROOT / "merge" / "base-LORA-3.earlier.pth").is_file()
 
 
@@ -236,9 +363,12 @@ def test_a_right_merge_passes_its_check_at_real_widths(dtype, undone):
         left, values, right = torch.linalg.svd(torch.randn(1536, 64) @ torch.randn(64, 768) / 300, full_matrices=False)
         layer = {"lora_A": -right[:64], "lora_B": (left * values)[:, :64] / 2}
         before = (2 * layer["lora_B"] @ -layer["lora_A"]).to(dtype)
-    sidecar = {"method": "lora", "rank": 64, "alpha": 128.0}
-    after = ADAPTERS["lora"].merge(before, layer, sidecar).to(dtype)
-    assert compare(before, after, layer, sidecar) < ROUNDINGS / 2 * torch.finfo(dtype).eps
+    options = {"rank": 64, "alpha": 128.0}
+    after = ADAPTERS["lora"].merge(before, layer, options).to(dtype)
+    tensors = {f"blocks.0.att.key.{leaf}": tensor for leaf, tensor in layer.items()}
+    part = fold.Part("x", Setup("lora", options), tensors, leaves={"blocks.0.att.key": list(layer)})
+    difference = compare("blocks.0.att.key.weight", before, after, [part], None, SHAPE)
+    assert difference < ROUNDINGS / 2 * torch.finfo(dtype).eps
 
 
 def test_a_base_is_found_where_it_lay_even_if_model_holds_another_of_its_name(run, tmp_path):
@@ -247,16 +377,16 @@ def test_a_base_is_found_where_it_lay_even_if_model_holds_another_of_its_name(ru
     shutil.copy(base, elsewhere)
     write_sidecar(folder, base, base_path=str(elsewhere))
     checkpoint.save(base, {n: t + 1 for n, t in checkpoint.load(base).items()})
-    merge(folder / "rwkv-3.pth", "")
-    assert (project.ROOT / "merge" / "base-LORA-3.pth").is_file()
+    merge()
+    assert result().is_file()
 
 
 def test_a_full_run_is_merged_into_a_whole_model(run):
     folder, base, _ = run
     trained = {n: t + 0.5 if t.is_floating_point() else t for n, t in checkpoint.load(base).items()}
     checkpoint.save(folder / "rwkv-3.pth", trained)
-    write_sidecar(folder, base, method="full", rank=None, alpha=None)
-    merge(folder / "rwkv-3.pth", "")
+    write_sidecar(folder, base, method="full")
+    merge()
     merged = checkpoint.load(project.ROOT / "merge" / "base-FULL-3.pth")
     assert all(torch.equal(merged[n], trained[n]) for n in trained)
 
@@ -264,11 +394,138 @@ def test_a_full_run_is_merged_into_a_whole_model(run):
 def test_merging_reads_only_the_tensors_that_change_and_each_once(run, monkeypatch):
     """So memory holds one of them, however large the model is."""
     folder, base, _ = run
-    sidecar = json.loads((folder / "rwkv-3.json").read_text())
     adapter, read = checkpoint.load(folder / "rwkv-3.pth"), []
+    part = fold.opened(fold.Part("x", Setup("lora", OPTIONS["lora"]), adapter), checkpoint.describe(base), SHAPE)
     original = checkpoint.Archive.tensor
     monkeypatch.setattr(checkpoint.Archive, "tensor", lambda self, name: read.append(name) or original(self, name))
-    checkpoint.rewrite(base, folder / "out.pth", fold(adapter, sidecar, checkpoint.describe(base), "x"))
+    checkpoint.rewrite(base, folder / "out.pth", fold.in_turn([part], SHAPE))
     touched = {n.removesuffix(".lora_A") + ".weight" for n in adapter if n.endswith("lora_A")}
     touched |= {n for n in adapter if "lora" not in n}
     assert sorted(read) == sorted(touched)
+
+
+def foreign_file(folder, method, prefix="", **renamed):
+    """A run of ours as RWKV-PEFT would have saved it: other names, no sidecar."""
+    tensors = {}
+    for name, tensor in checkpoint.load(folder / "rwkv-3.pth").items():
+        layer, _, leaf = name.rpartition(".")
+        tensors[f"{prefix}{layer}.{renamed.get(leaf, leaf)}"] = tensor
+    path = folder.parent / f"{method}-7.pth"
+    checkpoint.save(path, tensors)
+    return path
+
+
+@pytest.mark.parametrize("prefix", ["", "model."], ids=["2024", "2025"])
+@pytest.mark.parametrize(
+    ("method", "given", "renamed"),
+    [
+        ("lora", {"METHOD": "lora", "LORA_ALPHA": "8"}, {}),
+        ("pissa", {"METHOD": "pissa"}, {}),
+        ("miss", {}, {"disha": "bone"}),
+        ("miss", {"METHOD": "disha"}, {}),
+        ("bat", {}, {"disha": "bone"}),
+        ("state", {}, {}),
+    ],
+)
+def test_a_file_of_rwkv_peft_merges_into_what_our_own_does(project_folder, monkeypatch, method, given, renamed, prefix):
+    monkeypatch.setitem(OPTIONS, "lora", {"rank": 4, "alpha": 8.0})
+    monkeypatch.setitem(OPTIONS, "state", {"shifts": False})
+    folder, base, _ = make_run(project_folder, method=method)
+    merge("r")
+    ours = checkpoint.load(result(f"base-{method.upper()}-3.pth"))
+    path = foreign_file(folder, method, prefix, **renamed)
+    init = runs.init_file(folder, "pissa")
+    if method == "pissa":
+        begun = {f"{prefix}{n}": t for n, t in checkpoint.load(init).items()}
+        checkpoint.save(folder.parent / "elsewhere.pth", begun)
+        with pytest.raises(Problems, match="must name the init_pissa.pth"):
+            merge(path, MODEL_PATH="base.pth", **given)
+        given = {**given, "PISSA_INIT": "elsewhere.pth"}
+    merge(path, MODEL_PATH="base.pth", **given)
+    theirs = checkpoint.load(result(f"base-{method.upper()}-{method}-7.pth"))
+    assert all(torch.equal(theirs[n], t) for n, t in ours.items())
+
+
+def foreign_refusals():
+    def without_a_base(path):
+        return [path], {"METHOD": "lora", "LORA_ALPHA": "8"}
+
+    def without_a_method(path):
+        return [path], {"MODEL_PATH": "base.pth"}
+
+    def without_alpha(path):
+        return [path], {"MODEL_PATH": "base.pth", "METHOD": "lora"}
+
+    def another_alpha(path):
+        return ["r"], {"LORA_ALPHA": "16"}
+
+    def another_method(path):
+        return ["r"], {"METHOD": "bone"}
+
+    def too_few_layers(path):
+        one = {n: t for n, t in checkpoint.load(path).items() if not n.startswith("blocks.1.")}
+        checkpoint.save(path, one)
+        return [path], {"MODEL_PATH": "base.pth", "METHOD": "lora", "LORA_ALPHA": "8"}
+
+    def another_width(path):
+        checkpoint.save(
+            path, {n: torch.zeros(4, 48) if n.endswith("lora_A") else t for n, t in checkpoint.load(path).items()}
+        )
+        return [path], {"MODEL_PATH": "base.pth", "METHOD": "lora", "LORA_ALPHA": "8"}
+
+    def no_adapter(path):
+        checkpoint.save(path, {"x": torch.zeros(3)})
+        return [path], {"MODEL_PATH": "base.pth"}
+
+    def an_unknown_option(path):
+        return ["--exprot", "gguf"], {}
+
+    def an_unknown_kind(path):
+        return ["--export", "ggf"], {}
+
+    def one_to_average(path):
+        return ["--average", "r"], {}
+
+    def no_such_file(path):
+        return ["nowhere/rwkv-1.pth"], {}
+
+    return {
+        without_a_base: "must name the base: .* has no sidecar",
+        without_a_method: "must be lora or pissa: .* has no sidecar",
+        without_alpha: "must be the lora_alpha that .* was trained with",
+        another_alpha: "was trained with alpha 8; leave it empty",
+        another_method: "is a run of lora; leave it empty",
+        too_few_layers: "has adapters on 1 of the base's 2 layers",
+        another_width: "does not fit the base: blocks.0.att.receptance.lora_A .*instead of",
+        no_adapter: "is no adapter: it holds x",
+        an_unknown_option: "--exprot: is not an option; did you mean --export",
+        an_unknown_kind: "--export ggf: must be one of safetensors, .*did you mean gguf",
+        one_to_average: "--average needs two checkpoints or more",
+        no_such_file: "nowhere/rwkv-1.pth: there is no such checkpoint",
+    }
+
+
+@pytest.mark.parametrize(("ask", "words"), foreign_refusals().items(), ids=lambda x: getattr(x, "__name__", ""))
+def test_what_nobody_can_know_is_asked_for_and_what_contradicts_is_refused(run, monkeypatch, ask, words):
+    monkeypatch.setitem(OPTIONS, "lora", {"rank": 4, "alpha": 8.0})
+    path = foreign_file(run[0], "lora")
+    typed, given = ask(path)
+    with pytest.raises((UserError, Problems), match=words):
+        merge(*typed, **given)
+    assert not list((project.ROOT / "merge").glob("*"))
+
+
+def test_runs_on_different_bases_do_not_go_together(project_folder):
+    make_run(project_folder, "a")
+    base = project_folder / "model" / "base.pth"
+    base.rename(base.with_name("other.pth"))
+    checkpoint.save(
+        base,
+        {n: t + 1 if t.is_floating_point() else t for n, t in checkpoint.load(base.with_name("other.pth")).items()},
+    )
+    folder = project_folder / "output" / "a"
+    shutil.copytree(folder, folder.with_name("b"))
+    write_sidecar(folder.with_name("b"), base)
+    write_sidecar(folder, base.with_name("other.pth"), base="other.pth")
+    with pytest.raises(UserError, match="only runs on one base go together"):
+        merge("a", "b")

@@ -1,8 +1,10 @@
 """The learning rate: exact at both ends, and the curve it says in between."""
 
+import functools
 import math
 
 import pytest
+import tiny
 import torch
 from torch import nn
 
@@ -64,7 +66,7 @@ def test_groups_decay_large_matrices_only_and_scale_what_the_recipe_scales():
         "blocks.0.att.w1": (4, 2),
     }
     parameters = {n: nn.Parameter(torch.ones(s)) for n, s in sizes.items()}
-    groups = parameter_groups(parameters.items(), 0.1, arch.decays, arch.lr_scale)
+    groups = parameter_groups(parameters.items(), 0.1, arch.decays, functools.partial(arch.lr_scale, tiny.geometry()))
     by_parameter = {id(p): (g["weight_decay"], g["lr"]) for g in groups for p in g["params"]}
     assert {n: by_parameter[id(p)] for n, p in parameters.items()} == {
         "head.weight": (0.1, 1.0), "blocks.0.att.w0": (0.0, 2.0), "blocks.0.ln1.weight": (0.0, 1.0),
@@ -72,3 +74,11 @@ def test_groups_decay_large_matrices_only_and_scale_what_the_recipe_scales():
     }  # fmt: skip
     optimizer = adamw(groups, 0.9, 0.99, 1e-8)
     assert len(optimizer.param_groups) == len(groups)
+
+
+def test_lora_plus_speeds_up_lora_b_alone():
+    parameters = {f"blocks.0.att.key.lora_{x}": nn.Parameter(torch.ones(2, 2)) for x in "AB"}
+    groups = parameter_groups(parameters.items(), 0.0, arch.decays, lambda name: 1.0, lora_plus=16.0)
+    rates = {id(p): g["lr"] for g in groups for p in g["params"]}
+    assert rates[id(parameters["blocks.0.att.key.lora_B"])] == 16.0
+    assert rates[id(parameters["blocks.0.att.key.lora_A"])] == 1.0

@@ -123,8 +123,8 @@ def test_going_on_from_a_checkpoint_starts_with_its_weights(ready):
 @pytest.mark.parametrize(
     ("changes", "name", "words"),
     [
-        ({"lora_r": "8"}, "lora_r", "must be 4, the rank of"),
-        ({"lora_alpha": "16"}, "lora_alpha", "must be 8, the alpha of"),
+        ({"lora_r": "8"}, "lora_r", "must be 4, as output/first/rwkv-0.pth was trained"),
+        ({"lora_alpha": "16"}, "lora_alpha", "must be 8, as output/first/rwkv-0.pth was trained"),
         ({"MODEL_PATH": "other.pth"}, "MODEL_PATH", "was trained on tiny.pth, not on other.pth"),
         ({"lora_load": "output/first/rwkv-9.pth"}, "lora_load", "there is no such file"),
     ],

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..methods import METHODS, PARTS
-from ..model.arch import STATE_NAME, Geometry, linear_layers, shapes, whole_tensors
-from ..model.rwkv import RWKV, fresh_state, kept_in, set_state
+from ..model.arch import STATE_NAME, Geometry, linear_layers, shapes, state_shapes, whole_tensors
+from ..model.rwkv import RWKV, fresh_state, set_state
 from ..quantize import QuantEmbedding, QuantLinear
 from .base import Adapter
 from .registry import ADAPTERS
@@ -112,8 +112,10 @@ def change_layers(model: RWKV, setup: Setup, wrapped, whole, states, keep, start
         if name in wrapped:
             begun |= {f"{name}.{leaf}": tensor for leaf, tensor in module.begun().items()}
         setattr(model.get_submodule(owner), leaf, module)
-    if keep is not None:
-        kept_in(model, keep)
+    for module in model.modules() if keep is not None else ():
+        for leaf, weight in list(module.named_parameters(recurse=False)):
+            if not weight.requires_grad and not leaf.endswith("_state"):
+                setattr(module, leaf, nn.Parameter(weight.to(keep), requires_grad=False))
     return begun
 
 
@@ -183,7 +185,11 @@ def attach_checkpoint(
     """A saved adapter on its base, as it was trained, without dropout. What it wraps is told by its tensors' names."""
     layers, whole, states = sorted_by_place(tensors, model.geometry)
     known = {*shapes(model.geometry)}
-    strange = [n for n in whole if n not in known]
+    wanted = state_shapes(model.geometry)
+    strange = [n for n in whole if n not in known] + [n for n in states if n not in wanted]
+    strange += [
+        f"{n} of shape {list(tensors[n].shape)}" for n in states if n in wanted and tensors[n].shape != wanted[n]
+    ]
     if strange:
         raise UserError(f"{where}: does not fit its base, which has no {strange[0]}.")
     if layers and not METHODS[setup.method].wraps:

@@ -131,17 +131,9 @@ def build(
     """
     model = skeleton(geometry, wkv, dtype, grad_cp)
     names = set(model.state_dict())
-    model.load_state_dict({n: t for n, t in tensors.items() if n in names}, strict=True, assign=True)
+    weights = {n: t if keep is None else t.to(keep) for n, t in tensors.items() if n in names}
+    model.load_state_dict(weights, strict=True, assign=True)
     set_state(model, {n: t for n, t in tensors.items() if STATE_NAME.fullmatch(n)})
-    return model if keep is None else kept_in(model, keep)
-
-
-def kept_in(model: RWKV, dtype: torch.dtype) -> RWKV:
-    """The model with its weights converted to this dtype, one after the other; a learnt state stays float32."""
-    for module in model.modules():
-        for leaf, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.dtype != dtype and not leaf.endswith("_state"):
-                setattr(module, leaf, nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad))
     return model
 
 

@@ -27,7 +27,7 @@ from ..methods import METHODS
 from ..shell_vars import enter
 from ..words import did_you_mean
 from .data import plan_run, plan_stream
-from .opening import check_earlier, earlier_run, open_files
+from .opening import check_earlier, open_files
 from .record import describe_run, options_of, resolved, script_values
 
 # Lightning starts one more process for every further GPU, numbered from 1: those are quiet and write nothing
@@ -70,11 +70,10 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
 
     say = print if MAIN_PROCESS else lambda *_a, **_k: None
     base = project.model_file(config.model_path)
-    stored, geometry, files = open_files(config, base, MAIN_PROCESS)
+    stored, geometry, files, earlier = open_files(config, base, MAIN_PROCESS)
     op, wkv = dispatch.wkv(config.op, geometry.version)
     precision = machine.precision(config.precision)
     trainer_arguments = strategy.trainer_arguments(precision, config.gpu_count, config.strategy)
-    earlier = earlier_run(config)
     goes_on = earlier is not None and earlier.path is not None
     base_sha256 = check_earlier(config, base, earlier.path, say) if goes_on and MAIN_PROCESS else ""
     data = (plan_stream if config.streaming else plan_run)(config, files, geometry.vocab_size, say)

@@ -14,8 +14,8 @@ from .record import options_of, script_values
 
 
 def open_files(config: TrainConfig, base: Path, first: bool):
-    """What the base holds, its geometry, and the data: prefixes and weights, or what is streamed. Problems with all that is
-    wrong with the files. first: this is the process that may write."""
+    """What the base holds, its geometry, the data (prefixes and weights, or what is streamed), and the checkpoint that the
+    run goes on from. Problems with all that is wrong with the files. first: this is the process that may write."""
     from .. import bases
     from ..model.arch import NUMBERS
 
@@ -41,9 +41,14 @@ def open_files(config: TrainConfig, base: Path, first: bool):
         found.append(
             Problem("RUN_NAME", f"{there} holds an earlier run, which is never overwritten; choose another name")
         )
+    earlier = None
+    try:
+        earlier = earlier_run(config)
+    except Problems as problems:
+        found += problems.problems
     if found:
         raise Problems(*found)
-    return stored, geometry, files
+    return stored, geometry, files, earlier
 
 
 def layer_problems(config: TrainConfig, geometry) -> list[Problem]:

@@ -6,6 +6,7 @@ import contextlib
 
 import torch
 from pytorch_lightning.plugins.precision import MixedPrecision
+from pytorch_lightning.strategies import DDPStrategy
 
 from ..errors import Problem, Problems
 from ..machine import device_kind
@@ -32,7 +33,8 @@ def trainer_arguments(precision: str, gpu_count: int, strategy: str) -> dict:
     arguments = {
         "accelerator": "gpu" if kind == "cuda" else "cpu",
         "devices": gpu_count,
-        "strategy": "ddp" if gpu_count > 1 or strategy == "ddp" else "auto",
+        # (buffers are codes of compressed weights: they never change)
+        "strategy": DDPStrategy(broadcast_buffers=False) if gpu_count > 1 or strategy == "ddp" else "auto",
     }
     if precision == "fp16":
         scaler = torch.amp.GradScaler(kind, init_scale=FP16_SCALE)

@@ -1,0 +1,551 @@
+"""The matrix: every version x method x loader x mask x train type x compressed base, and what must hold in each cell.
+
+The axes are read from the code's own tables, so a new version or method appears here by itself; what a value needs beside
+its own name (a marker, a rank that fits, a learning rate) stands in the dicts below. A cell is a value of every axis. The
+settings either refuse it, with a variable and a sentence, or accept it, and then it runs: on a tiny model, through the real
+commands, within this process, and is asked the laws in `laws`.
+
+    python tests/matrix.py --docs               write docs/matrix.md
+    python tests/matrix.py --all [--shard i/n]  run every accepted cell (or part i of n, from 1), one line each
+    python tests/matrix.py --some N [--seed S]  run N accepted cells drawn at random
+    python tests/matrix.py v7 lora pack ...     run one cell: its values, in the order of the axes
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import io
+import itertools
+import json
+import random
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+import types
+import typing
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from unittest import mock
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import numpy as np
+import tiny
+import torch
+import torch.nn.functional as F
+from inprocess import FAST
+from test_scripts import ROOT, shell_values
+from torch import Tensor
+
+from merge.__main__ import MergeConfig
+from merge.__main__ import command as merge_command
+from rwkv_peft import checkpoint, project, runs, train
+from rwkv_peft.adapters import attach
+from rwkv_peft.adapters.base import Adapter
+from rwkv_peft.config import TrainConfig
+from rwkv_peft.data.binidx import Writer
+from rwkv_peft.errors import Problem
+from rwkv_peft.methods import METHODS
+from rwkv_peft.model import arch
+from rwkv_peft.model.arch import ARCHS, NUMBERS
+from rwkv_peft.model.rwkv import RWKV, build
+from rwkv_peft.ops import dispatch
+from rwkv_peft.quantize import QuantEmbedding, QuantLinear, quantise
+from rwkv_peft.roles import Role
+from rwkv_peft.shell_vars import Script, convert
+from rwkv_peft.training import callbacks, module
+from rwkv_peft.training.optim import adamw, parameter_groups
+
+DOCS = ROOT / "docs" / "matrix.md"
+LOHA = {"peft_type": "LOHA", "r": 4, "alpha": 8}
+FIELDS = {f.metadata["var"]: f for f in dataclasses.fields(TrainConfig)}
+HINTS = typing.get_type_hints(TrainConfig)
+
+Cell = tuple[str, ...]  # a value of every axis, in their order
+Settings = dict[str, str]  # variables of training.sh
+
+
+def words(variable: str) -> tuple[str, ...]:
+    """The words that a setting may be."""
+    return typing.get_args(HINTS[FIELDS[variable].name])
+
+
+# ------------------------------------------------------------------------------------------------ the axes
+
+# method or variant -> what it needs beside FINETUNE_MODE. Rates: those that overfit the tiny data in STEPS steps
+METHOD_NEEDS: dict[str, Settings] = {
+    "lora": {},
+    "rslora": {"FINETUNE_MODE": "lora", "use_rslora": "1"},
+    "dora": {"FINETUNE_MODE": "lora", "use_dora": "1"},
+    "pissa": {"pissa_r": "4", "svd_niter": "2"},
+    "miss": {"disha_r": "4"},
+    "bat": {"disha_r": "4"},
+    "peft": {"PEFT_CONFIG": "loha.json"},
+    "state": {"FINETUNE_MODE": "state_tuning", "LR_INIT": "1"},
+    "none": {"lora_parts": "time,ln"},
+    "lisa": {"lisa_r": "1", "lisa_k": "8"},
+    "full": {},
+}
+LOADER_NEEDS: dict[str, Settings] = {"bucket": {"MICRO_BSZ": "auto"}, "pack": {"MICRO_BSZ": "3"}, "get": {"MICRO_BSZ": "3"}}
+MASK_NEEDS: dict[str, Settings] = {"se": {"MASK_START": "(", "MASK_END": ")"}}
+
+
+def methods() -> dict[str, Settings]:
+    variants = (*METHODS, *(name for name in METHOD_NEEDS if name not in METHODS))
+    return {name: {"FINETUNE_MODE": name} | METHOD_NEEDS.get(name, {}) for name in variants}
+
+
+def loaders() -> dict[str, Settings]:
+    return {
+        mode if pack == words("PACK")[0] else f"{mode} {pack}": {"DATALOAD": mode, "PACK": pack}
+        | LOADER_NEEDS.get(mode, {})
+        for mode, pack in itertools.product(words("DATALOAD"), words("PACK"))
+    }
+
+
+def train_types() -> dict[str, Settings]:
+    return {
+        f"{kind} {grad}" if kind == "infctx" else kind: {"TRAIN_TYPE": kind, "INFCTX_GRAD": grad}
+        for kind, grad in itertools.product(words("TRAIN_TYPE"), words("INFCTX_GRAD"))
+        if kind == "infctx" or grad == words("INFCTX_GRAD")[0]
+    }
+
+
+AXES: dict[str, dict[str, Settings]] = {
+    "version": {NUMBERS[v]: {"MODEL_PATH": f"{v}.pth", "MODEL_VERSION": NUMBERS[v]} for v in ARCHS},
+    "method": methods(),
+    "loader": loaders(),
+    "mask": {mask: {"LOSS_MASK": mask} | MASK_NEEDS.get(mask, {}) for mask in words("LOSS_MASK")},
+    "train type": train_types(),
+    "base": {("as it is" if q == "none" else q): {"QUANT": q} for q in words("QUANT")},
+}
+NAMES = tuple(AXES)
+PLAIN: Settings = FAST | {
+    "DATA_PATH": "rows", "CTX_LEN": "40", "CHUNK_CTX": "32", "MICRO_BSZ": "6", "SEED": "1", "GRAD_CLIP": "1.0",
+    "LR_INIT": "2e-2", "LR_FINAL": "0", "EPOCH_COUNT": "1", "NUM_WORKERS": "0",
+}  # fmt: skip
+STEPS = 24  # of a run whose loss must have halved
+MORE = 2  # of the run that goes on
+
+
+@functools.cache
+def script_values(name: str) -> Mapping[str, str]:
+    return types.MappingProxyType(shell_values(ROOT / name))
+
+
+def settings_of(cell: Cell) -> Settings:
+    found = dict(PLAIN)
+    for axis, value in zip(NAMES, cell, strict=True):
+        found |= AXES[axis][value]
+    return found
+
+
+def cells() -> Iterator[Cell]:
+    return itertools.product(*AXES.values())
+
+
+@functools.cache
+def value_of(variable: str, text: str):
+    field = FIELDS[variable]
+    return convert(text, HINTS[field.name], field.metadata)
+
+
+def refusals(cell: Cell) -> list[Problem]:
+    """What the settings say against a cell; [] if they accept it. As Script.read finds it, but every text is read once."""
+    given = script_values("training.sh") | settings_of(cell)
+    values = {FIELDS[name].name: value_of(name, given[name]) for name in FIELDS}
+    return TrainConfig.problems(types.SimpleNamespace(**values))
+
+
+def read(settings: Settings) -> TrainConfig:
+    return Script(ROOT / "training.sh", script_values("training.sh") | settings).read(TrainConfig)
+
+
+@functools.cache
+def accepted() -> tuple[Cell, ...]:
+    return tuple(cell for cell in cells() if not refusals(cell))
+
+
+# ------------------------------------------------------------------------------------------------ which cells run
+
+
+def groups_of(cell: Cell, size: int) -> Iterator[tuple]:
+    """The choices of `size` values in a cell: (axis, value) of each."""
+    return itertools.combinations(enumerate(cell), size)
+
+
+def covering(size: int, most: int = 10**9) -> list[Cell]:
+    """Accepted cells in which every choice of `size` values of different axes occurs that occurs in any (at most `most`
+    cells). Greedy: always a cell that has a choice still missing, made as full of missing ones as a few hundred tries from
+    a fixed seed find. The same every time."""
+    possible = accepted()
+    by_choice: dict[tuple, list[Cell]] = {}
+    for cell in possible:
+        for choice in groups_of(cell, size):
+            by_choice.setdefault(choice, []).append(cell)
+    missing, chosen, dice = dict.fromkeys(by_choice), [], random.Random(0)
+    while missing and len(chosen) < most:
+        having = by_choice[next(iter(missing))]
+        tries = having if len(having) <= 200 else dice.sample(having, 200)
+        best = max(tries, key=lambda cell: sum(choice in missing for choice in groups_of(cell, size)))
+        chosen.append(best)
+        for choice in groups_of(best, size):
+            missing.pop(choice, None)
+    return chosen
+
+
+# ------------------------------------------------------------------------------------------------ the tiny world
+
+PROMPTS = ((1, 2, 3), (1, 2), (1, 2, 3, 4), (1,), (1, 2, 3, 4, 5), (1, 2))
+OPEN, CLOSE, ANSWER = ord("(") + 1, ord(")") + 1, (50, 51, 52)  # ids of the World vocabulary are its bytes + 1
+
+
+def write_rows(prefix: Path) -> None:
+    """Six rows of two turns each, all with ids below 64: a prompt, "(", an answer, ")"."""
+    with Writer(prefix, {"": np.uint16, ".roles": np.uint8}) as writer:
+        for prompt in PROMPTS:
+            ids, roles = [], []
+            for turn in (prompt, prompt[:1]):
+                ids += [*turn, OPEN, *ANSWER, CLOSE]
+                roles += [Role.USER] * len(turn) + [Role.HEADING] + [Role.ASSISTANT] * (len(ANSWER) + 1)
+            writer.add({"": np.array([*ids, 0]), ".roles": np.array([*roles, Role.ASSISTANT])})
+        writer.commit()
+
+
+@contextlib.contextmanager
+def world(root: Path) -> Iterator[Path]:
+    """A project with a tiny base of every version and the rows; the kit works there, in silence, until this ends."""
+    for folder in ("data", "model", "output", "merge"):
+        (root / folder).mkdir(parents=True)
+    for version in ARCHS:
+        tiny.save_model(root / "model" / f"{version}.pth", shape=tiny.geometry(2, 32, 64, 16, version))
+    (root / "loha.json").write_text(json.dumps(LOHA))
+    write_rows(root / "data" / "rows")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(project, "ROOT", root))
+        stack.enter_context(mock.patch.object(project, "OUTPUT", root / "output"))
+        stack.enter_context(mock.patch("os.fsync", lambda file: None))  # what a power cut leaves is asked elsewhere
+        stack.enter_context(mock.patch.object(callbacks, "draw_loss", lambda folder: None))  # takes longer than the run
+        yield root
+
+
+class Seen(module.TrainingModule):
+    """The run's module, which also keeps what it began with and what it was given."""
+
+    newest: Seen | None = None
+
+    def __init__(self, model: RWKV, *arguments, **named):
+        super().__init__(model, *arguments, **named)
+        Seen.newest = self
+        self.before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self.first_logits = logits(model)
+        self.batches: list = []
+
+    def training_step(self, batch, index):
+        self.batches.append(batch)
+        return super().training_step(batch, index)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A training that has ended. losses: of its steps."""
+
+    folder: Path
+    config: TrainConfig
+    seen: Seen
+    losses: list[float]
+    cell: Cell = ()
+
+    @property
+    def model(self) -> RWKV:
+        return self.seen.model
+
+    @property
+    def checkpoint(self) -> Path:
+        return runs.epoch_file(self.folder, None)
+
+    @property
+    def setup(self) -> attach.Setup:
+        from rwkv_peft.train.record import options_of
+
+        c = self.config
+        return attach.Setup(c.method, options_of(c), c.parts, 0.0, c.quantised, c.quantised_parts)
+
+    @property
+    def start(self) -> dict[str, Tensor]:
+        """What adapters began with."""
+        file = runs.init_file(self.folder, self.config.method)
+        return checkpoint.load(file) if file.is_file() else {}
+
+
+def run(name: str, steps: int, settings: Settings) -> Run:
+    config = read(settings | {"RUN_NAME": name, "EPOCH_STEPS": str(steps)})
+    with (
+        mock.patch.object(module, "TrainingModule", Seen),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+        warnings.catch_warnings(),
+    ):
+        train.command(config, [])
+    folder = project.OUTPUT / name
+    records = [json.loads(line) for line in (folder / "loss.jsonl").read_text().splitlines()]
+    seen, Seen.newest = Seen.newest, None
+    return Run(folder, config, seen, [r["loss"] for r in records if r["loss"] is not None])
+
+
+PROBE = torch.tensor([[*range(1, 21)], [*range(40, 60)]])
+
+
+@torch.no_grad()
+def logits(model: RWKV) -> Tensor:
+    was, _ = model.training, model.eval()
+    out, _ = model(PROBE)
+    model.train(was)
+    return out
+
+
+def model_of(tensors: Mapping[str, Tensor]) -> RWKV:
+    geometry = arch.detect({name: tuple(t.shape) for name, t in tensors.items()}, "the matrix")
+    return build(geometry, tensors, dispatch.wkv("torch", geometry.version)[1])
+
+
+# ------------------------------------------------------------------------------------------------ the laws
+
+
+def base_of(run: Run) -> Mapping[str, Tensor]:
+    return checkpoint.load(project.model_file(run.config.model_path))
+
+
+def frozen_weight(run: Run, layer: str, weight: Tensor) -> Tensor:
+    """What the run's frozen layer holds of a weight of the base, by definition: without what its adapter takes out, and as
+    the codes of its compressed form say it."""
+    start, setup = run.start, run.setup
+    if setup.method == "pissa" and f"{layer}.init_lora_A" in start:
+        weight = weight - start[f"{layer}.init_lora_B"] @ start[f"{layer}.init_lora_A"]
+    if layer in setup.compressed(run.model.geometry):
+        weight = quantise(weight, setup.quant).dense(torch.float32)
+    return weight
+
+
+def base_in_memory(run: Run) -> dict[str, Tensor]:
+    """The base's tensors as the run had them before its first step, by definition."""
+    found, start = {}, run.start
+    for name, tensor in base_of(run).items():
+        layer = name.removesuffix(".weight")
+        if name in attach.linear_layers(run.model.geometry, attach.PARTS) or name.endswith(".weight"):
+            tensor = frozen_weight(run, layer, tensor) if tensor.dim() == 2 else tensor
+            if f"{layer}.init_lora_A" in start:
+                tensor = tensor + start[f"{layer}.init_lora_B"] @ start[f"{layer}.init_lora_A"]
+        found[name] = tensor
+    return found
+
+
+def distance(ours: Tensor, theirs: Tensor) -> float:
+    """Relative to the second."""
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+@torch.no_grad()
+def first_step(run: Run) -> float:
+    """Relative difference between the first loss and that of the base (compressed as it is in memory) on the same batch,
+    which goes through the base in one piece whatever the train type."""
+    batch, base = run.seen.batches[0], model_of(base_in_memory(run))
+    out, _ = base(batch.ids, cu_seqlens=batch.cu_seqlens)
+    found = F.cross_entropy(out[0, batch.positions], batch.targets, reduction="sum") / batch.step_targets
+    return abs(run.losses[0] - float(found)) / float(found)
+
+
+def learning(run: Run) -> float:
+    """The loss of the last steps, as a share of the first."""
+    return float(np.mean(run.losses[-3:])) / run.losses[0]
+
+
+def frozen(run: Run) -> float:
+    """How many of the base's tensors that are not trained are not what they were, to the last bit."""
+    model, wrong, base = run.model, 0, base_of(run)
+    trained, untouched = set(attach.trained(model)), 0
+    if run.config.method == "lisa":  # blocks come and go
+        trained |= {f"{layer}.weight" for layer in arch.linear_layers(model.geometry, run.config.parts)}
+    for name, tensor in base.items():
+        if name in trained:
+            continue
+        owner, _, leaf = name.rpartition(".")
+        holder = model.get_submodule(owner)
+        if isinstance(holder, Adapter):
+            holder = holder.linear
+        if leaf == "weight" and tensor.dim() == 2:
+            tensor = frozen_weight(run, owner, tensor)
+        compressed = isinstance(holder, (QuantLinear, QuantEmbedding))
+        if compressed != (owner in run.setup.compressed(model.geometry)):
+            wrong += 1
+            continue
+        wrong += not torch.equal(holder.dense() if compressed else getattr(holder, leaf), tensor)
+        untouched += 1
+    assert untouched or run.config.method == "full", "nothing is frozen: this law would say nothing"
+    return wrong
+
+
+def untrained(run: Run) -> float:
+    """How many trained tensors are still what they began as, to the last bit."""
+    now = dict(run.model.named_parameters())
+    if run.config.method == "lisa":
+        return float(not any(not torch.equal(now[n], b) for n, b in run.seen.before.items()))
+    return sum(torch.equal(now[n], b) for n, b in run.seen.before.items() if now[n].requires_grad)
+
+
+def merged_by_command(run: Run, kind: str) -> RWKV:
+    """The model that merge.sh makes of the newest checkpoint."""
+    values = script_values("merge.sh") | {"RUN": run.folder.name, "MERGE_BASE": kind}
+    folder = project.ROOT / "merge"
+    shutil.rmtree(folder)
+    folder.mkdir()
+    with contextlib.redirect_stdout(io.StringIO()):
+        merge_command(Script(ROOT / "merge.sh", values).read(MergeConfig), [])
+    (file,) = folder.glob("*.pth")
+    assert checkpoint.describe(file).keys() >= base_of(run).keys()
+    return model_of(checkpoint.load(file))
+
+
+def attached(run: Run) -> RWKV:
+    """What chat.sh talks to: the base as its file has it, with the checkpoint on it."""
+    saved = checkpoint.load(run.checkpoint)
+    if METHODS[run.config.method].saves_model:
+        return model_of(saved)
+    model = model_of(base_of(run))
+    sidecar = checkpoint.read_sidecar(run.checkpoint, ("method",))
+    setup = attach.setup_of(sidecar, "the matrix")
+    attach.attach_checkpoint(model, saved, setup, "the matrix", None, run.start or None)
+    return model
+
+
+def merged(run: Run) -> float:
+    """merge.sh's model against base + checkpoint."""
+    return distance(logits(merged_by_command(run, "original")), logits(attached(run)))
+
+
+def attached_as_trained(run: Run) -> float | None:
+    """Base + checkpoint against the model that was trained, where both have the same base."""
+    return None if run.config.quant != "none" else distance(logits(attached(run)), logits(run.model))
+
+
+def merged_compressed(run: Run) -> float | None:
+    """merge.sh's model for MERGE_BASE=quantised against the model that was trained."""
+    return None if run.config.quant == "none" else distance(logits(merged_by_command(run, "quantised")), logits(run.model))
+
+
+def goes_on(first: Run) -> float:
+    """Saved and loaded against left in memory: how many tensors differ, to the last bit, in a run that goes on from the
+    checkpoint, before its first step and after MORE steps with a fresh optimizer; and whether its first logits do."""
+    method = METHODS[first.config.method]
+    where = {method.load or "MODEL_PATH": str(first.checkpoint)}
+    settings = settings_of(first.cell) | where
+    # the same adapters begin with the same numbers, in order: another seed would show what is not loaded
+    second = run(f"{first.folder.name}-on", MORE, settings | {"SEED": "7", "lisa_k": "1000"})
+    model, now = first.model, dict(first.model.named_parameters())
+    wrong = [name for name, tensor in second.seen.before.items() if not torch.equal(now[name].detach(), tensor)]
+    wrong += [] if now.keys() == second.seen.before.keys() else ["the names"]
+    wrong += [] if torch.equal(logits(model), second.seen.first_logits) else ["the logits"]
+    if first.config.method != "lisa":  # its blocks are drawn anew
+        train_on(first, second)
+        after = dict(second.model.named_parameters())
+        wrong += [f"{name} later" for name in now if not torch.equal(now[name], after[name])]
+    if wrong:
+        print("goes on:", wrong[:4], len(wrong))
+    return len(wrong)
+
+
+def train_on(first: Run, second: Run) -> None:
+    """The second run's steps, on the first run's model as it is in memory."""
+    model, config = first.model, second.config
+    scale = functools.partial(arch.lr_scale, model.geometry)
+    trained = attach.trained(model)
+    optimizer = adamw(
+        parameter_groups(trained.items(), config.weight_decay, arch.decays, scale, config.loraplus_lr_ratio),
+        config.beta1, config.beta2, config.adam_eps,
+    )  # fmt: skip
+    scales = [group["lr"] for group in optimizer.param_groups]
+    model.train()
+    for step, batch in enumerate(second.seen.batches):
+        for group, factor in zip(optimizer.param_groups, scales, strict=True):
+            group["lr"] = factor * second.seen.rate_of(step)
+        optimizer.zero_grad()
+        (first.seen.summed_loss(batch) / batch.step_targets).backward()
+        torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], config.grad_clip)
+        optimizer.step()
+
+
+# law -> what is measured and how much it may be; the last one trains the model on, so it comes last
+ROUNDING = 1e-4
+LAWS: dict[str, tuple[Callable[[Run], float | None], float]] = {
+    "first step": (first_step, 1e-5),
+    "learning": (learning, 0.5),
+    "frozen": (frozen, 0),
+    "untrained": (untrained, 0),
+    "attached": (attached_as_trained, ROUNDING),
+    "merged": (merged, ROUNDING),
+    "merged compressed": (merged_compressed, ROUNDING),
+    "goes on": (goes_on, 0),
+}
+
+
+def asked(cell: Cell, name: str = "cell") -> dict[str, float]:
+    """Run a cell and ask it every law: what each measured."""
+    first = dataclasses.replace(run(name, STEPS, settings_of(cell)), cell=cell)
+    try:
+        found = {law: measure(first) for law, (measure, _) in LAWS.items()}
+        return {law: value for law, value in found.items() if value is not None}
+    finally:
+        for folder in project.OUTPUT.glob(f"{name}*"):
+            shutil.rmtree(folder)
+
+
+def broken(found: Mapping[str, float]) -> dict[str, float]:
+    """The laws that do not hold."""
+    return {law: value for law, value in found.items() if not value <= LAWS[law][1]}
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def try_cells(chosen: Sequence[Cell]) -> int:
+    """Run cells, print a line for each and a summary; how many failed."""
+    failed, seconds, worst = 0, time.monotonic(), {}
+    with tempfile.TemporaryDirectory() as folder, world(Path(folder) / "a project"):
+        for cell in chosen:
+            began = time.monotonic()
+            try:
+                found = asked(cell)
+                wrong = broken(found)
+                line = " ".join(f"{law}={value:.1e}" for law, value in found.items())
+            except (Exception, SystemExit) as error:
+                wrong, found = {"ran": 1}, {}
+                line = f"{type(error).__name__}: {error}\n{''.join(traceback.format_tb(error.__traceback__)[-3:])}"
+            for law, value in found.items():
+                worst[law] = max(worst.get(law, (-1, ())), (value, cell))
+            failed += bool(wrong)
+            mark = "FAILED " + ",".join(wrong) if wrong else "ok"
+            print(f"{time.monotonic() - began:5.2f} s  {mark}  {' | '.join(cell)}  {line}", flush=True)
+    print(f"{len(chosen)} cells, {failed} failed, {time.monotonic() - seconds:.0f} s")
+    for law, (value, cell) in worst.items():
+        print(f"  largest {law}: {value:.2e} in {' | '.join(cell)}")
+    return failed
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if sys.argv[1] == "--some":
+        n = int(sys.argv[2])
+        seed = int(sys.argv[4]) if len(sys.argv) > 4 else 0
+        try_cells(random.Random(seed).sample(accepted(), n))
+    elif sys.argv[1] == "--pairs":
+        t = time.time(); accepted(); print(len(accepted()), time.time() - t); c = covering(2); print(len(c), time.time()-t)
+        try_cells(c)
+    else:
+        try_cells([tuple(sys.argv[1:])])
