@@ -62,7 +62,7 @@ VOCAB_SIZE=auto
 ############################################### Data  数据 ######################################################
 
 # Longest piece of text that is trained in one go, in tokens. OVERLONG says what becomes of longer rows.
-#   auto   the longest row, at most 4096; packs of short rows are 512, or less where the data are few
+#   auto   the longest row, at most 4096 (infctx: whatever it is); packs of short rows are 512, or less where data are few
 #   Memory grows with it. make_tokenize.sh prints max_length.      显存随它增长；auto 取最长样本，最多 4096
 CTX_LEN=auto
 

@@ -53,6 +53,11 @@ project.ROOT, project.OUTPUT = Path(sys.argv[2]), Path(sys.argv[2]) / "output"
 from merge.__main__ import MergeConfig, command
 command(MergeConfig("", "", "original", "", "", ""), sys.argv[3:])
 """
+# the largest resident set so far: what wait4 says of a child would begin with its parent's
+PEAK = """
+from pathlib import Path
+print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+"""
 
 
 def make_base(path: Path, geometry: Geometry) -> None:
@@ -89,17 +94,13 @@ def make_run(folder: Path, base: Path, geometry: Geometry, rank: int) -> None:
 
 
 def measured(*command: str | Path) -> tuple[float, float]:
-    """Seconds and the largest resident set in MB of a process; its words are shown if it fails."""
-    with tempfile.TemporaryFile("w+") as said:
-        begin = time.perf_counter()
-        process = subprocess.Popen([str(word) for word in command], stdout=said, stderr=subprocess.STDOUT)
-        _, status, used = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - begin
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            said.seek(0)
-            sys.exit(f"{command[0]} ended with {process.returncode}:\n{said.read()}")
-    return seconds, used.ru_maxrss / 1024
+    """Seconds of a process, and the MB that it names last; its words are shown if it fails."""
+    begin = time.perf_counter()
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    seconds = time.perf_counter() - begin
+    if done.returncode:
+        sys.exit(f"{command[0]} ended with {done.returncode}:\n{done.stdout}")
+    return seconds, int(done.stdout.split()[-1]) / 1024 if done.stdout else 0.0
 
 
 def turn(folder: Path, base: Path) -> dict[str, tuple[float, float]]:
@@ -116,7 +117,7 @@ def turn(folder: Path, base: Path) -> dict[str, tuple[float, float]]:
         os.fsync(file.fileno())
     found["cp, fsync"] = time.perf_counter() - begin, 0.0
     copy.unlink()
-    door = sys.executable, "-c", MERGE, ROOT, folder
+    door = sys.executable, "-c", MERGE + PEAK, ROOT, folder
     found["merge"] = measured(*door, "output/bench/rwkv-0.pth")
     found["export .st"] = measured(*door, "--export", "safetensors", merged)
     for file in (merged, merged.with_suffix(".json"), exported):
@@ -143,7 +144,7 @@ def main() -> None:
         make_base(base, GEOMETRIES[given.geometry])
         make_run(folder / "output" / "bench", base, GEOMETRIES[given.geometry], given.rank)
         size = base.stat().st_size
-        _, bare = measured(sys.executable, "-c", "import torch")
+        _, bare = measured(sys.executable, "-c", "import torch" + PEAK)
         rounds = [turn(folder, base) for _ in range(given.rounds)]
     finally:
         shutil.rmtree(folder)

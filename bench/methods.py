@@ -1,6 +1,6 @@
 """Which method learns what: facts asked back word for word, and a manner of speaking, from the same rows in as many steps.
 
-usage: python bench/methods.py [--base model/rwkv7-tiny.pth] [--methods lora,state,...] [--epochs 20] [--seeds 3] [--json FILE]
+usage: python bench/methods.py [--base model/rwkv7-tiny.pth] [--methods lora,state,...] [--epochs 25] [--seeds 3] [--json FILE]
 
 The rows: 40 questions about invented people with their answers (facts), and 40 others; all answers begin with one phrase and
 end with another (style). Each method goes through them as training.sh would, with its learning rate searched first: three
@@ -53,8 +53,8 @@ from rwkv_peft.training.lisa import Lisa  # noqa: F401 (as above)
 from rwkv_peft.training.module import TrainingModule  # noqa: F401
 
 ROOT = project.ROOT
-BEGIN, END = "Ahoy, friend!", "Fair winds!"
-FACTS, OTHERS, ASKED = 40, 40, 20
+BEGIN, END = "You said it, friend!", "So says the sea."
+OTHERS, ASKED = 20, 20
 CTX_LEN = 192  # tokens of a pack, which is a step
 LONGEST = 40  # tokens of an answer
 MOST_RATES = 6
@@ -81,15 +81,17 @@ METHODS = {
     "full": ({"FINETUNE_MODE": "full"}, (3e-4, 1e-3, 3e-3)),
 }
 
+# Words that the toy base has met: those it has not are rows of its head that nobody has trained, and adapters leave them so
 KEPT = (
-    *("heron", "lamp", "bridge", "garden", "mill", "clock", "boat", "library", "bakery", "school"),
-    *("tower", "market", "station", "museum", "ferry", "well", "bell", "inn", "harbour", "forest"),
-    *("horse", "cat", "goose", "honey", "bread", "tea", "salt", "wool", "paper", "silver"),
-    *("glass", "piano", "kitchen", "window", "door", "road", "river", "island", "mountain", "beach"),
+    *("boat", "lamp", "tower", "harbour", "window", "school", "door", "roof", "shop", "town"),
+    *("sea", "coast", "tea", "bread", "wool", "glass", "wood", "oil", "water", "light"),
+    *("wind", "rain", "loaf", "ship", "bird", "hen", "cloud", "storm", "stones", "coins"),
+    *("flour", "room", "post", "ground", "sky", "air", "sun", "winter", "night", "evening"),
 )
-FIRST = ("Tevan", "Orla", "Brannik", "Sille", "Wendrow", "Ishka", "Corvin", "Maude", "Jorrel", "Petra")
-LAST = ("Orrik", "Falloway", "Stint", "Hebden", "Quill", "Marrow", "Anselm", "Tarn", "Vosk", "Ludd")
-THINGS = ("tea", "bread", "fog", "snow", "a lamp", "a boat", "a horse", "the moon", "a garden", "the sea", "a train", "rain")
+HOW, WHO = ("old", "small", "quiet", "tiny", "brown"), ("teacher", "mother", "friend", "bird", "hen", "sailors", "children")
+MANY, COLOURS = ("two", "three", "four", "six", "seven", "ten"), ("green", "white", "blue", "red", "black")
+WITH = ("boats", "coins", "stones", "birds", "drops", "words", "leaves", "feathers")
+THINGS = ("tea", "bread", "wind", "rain", "oil", "light", "water", "glass", "wood", "wool", "the night", "the sea")
 ASKS = {  # kinds of everyday questions, and what the answers say between the two phrases
     "Tell me about {}.": ("Many people like {} in the morning.", "There is more to say about {} than one would think."),
     "Do you like {}?": ("Yes, I do like {} very much.", "I think of {} nearly every day."),
@@ -103,10 +105,10 @@ ASKS = {  # kinds of everyday questions, and what the answers say between the tw
 def material() -> tuple[list[tuple[str, str]], list[tuple[str, str]], list[str]]:
     """Facts and other rows (question, what stands between the phrases), and the questions that are not among them."""
     dice = random.Random(7)
-    people = [f"{first} {last}" for first in FIRST for last in LAST]
-    names = dice.sample(people, FACTS)
+    words = [[dice.choice(among) for among in (HOW, WHO, MANY, COLOURS, WITH)] for _ in KEPT]
     facts = [
-        (f"Who looks after the {what}?", f"{who}, room {dice.randint(10, 99)}.") for what, who in zip(KEPT, names, strict=True)
+        (f"Who looks after the {what}?", "The {} {}, with {} {} {}.".format(*chosen))
+        for what, chosen in zip(KEPT, words, strict=True)
     ]
     pairs = [(kind, thing) for kind in ASKS for thing in THINGS]
     dice.shuffle(pairs)
@@ -280,7 +282,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--base", type=Path, default=ROOT / "model" / "rwkv7-tiny.pth")
     parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=25)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="is added to, if it is there")
     given = parser.parse_args()
@@ -315,7 +317,7 @@ def main() -> None:
 def show(results: dict[str, dict], given) -> None:
     print(
         f"{platform.machine()}, 1 thread, torch {torch.__version__}, base {given.base.name}, {given.epochs} epochs of "
-        f"{FACTS + OTHERS} rows, {CTX_LEN} tokens a step; mean over seeds (from to)"
+        f"{len(KEPT) + OTHERS} rows, {CTX_LEN} tokens a step; mean over seeds (from to)"
     )
     print(
         f"{'method':<12} {'values':>11} {'rate':>7} {'s/step':>7} {'peak MB':>8} {'file MB':>8}  "

@@ -21,7 +21,7 @@ from .buckets import STEP, BucketPlan, BucketRows, Buckets, bucket_plan
 from .mixture import Turns, whole_numbers
 from .packing import Packs
 from .parts import Facts, Part, item_part, window_part
-from .sampling import ItemRows, Piece, Plan, auto_ctx_len
+from .sampling import AUTO_CTX_LIMIT, ItemRows, Piece, Plan, auto_ctx_len
 from .sources import Source
 
 ITEM_MODES = ("pack", "pad", "only", "bucket")  # documents stay whole, and OVERLONG says what becomes of long ones
@@ -57,7 +57,7 @@ class Data:
     mode: one of pack, pad, only, bucket, get, magic (get with MAGIC_PRIME=1), concat (pack with PACK=concat).
     mask: none, pad, qa, last; for se the roles say ASSISTANT for what stands between the markers, and the mask is qa.
     ctx_len: None for auto. choose_buckets: from the lengths of all rows to Buckets; only bucket asks for it. limit: the
-    setting that says how long a row may be, for messages.
+    setting that says how long a row may be, for messages. longest: what auto takes at most.
     """
 
     def __init__(
@@ -71,9 +71,10 @@ class Data:
         shuffle: bool,
         choose_buckets: Callable[[np.ndarray], Buckets] | None = None,
         limit: str = "CTX_LEN",
+        longest: int = AUTO_CTX_LIMIT,
     ):
         self.sources, self.mode, self.mask, self.overlong = list(sources), mode, mask, overlong
-        self.ctx_len = ctx_len or auto_ctx_len(mode, np.concatenate([source.sizes for source in sources]))
+        self.ctx_len = ctx_len or auto_ctx_len(mode, np.concatenate([source.sizes for source in sources]), longest)
         if mask == "last":
             for source in sources:
                 source.need_last_answers()

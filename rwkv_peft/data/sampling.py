@@ -37,12 +37,12 @@ class Piece(NamedTuple):
     joined: bool  # they go on in the sequence of the piece before, at the beginning of another document
 
 
-def auto_ctx_len(mode: str, sizes: np.ndarray) -> int:
-    """The longest document, rounded up to 16, up to 4096. Packs are at least 512 long, where the data fill 16 such."""
+def auto_ctx_len(mode: str, sizes: np.ndarray, most: int = AUTO_CTX_LIMIT) -> int:
+    """The longest document, rounded up to 16, up to `most`. Packs are at least 512 long, where the data fill 16 such."""
     longest = int(sizes.max()) - 1 if len(sizes) else 1
     fair_share = int(sizes.sum(dtype=np.int64)) // AUTO_LEAST_ROWS // 16 * 16
     least = min(AUTO_PACK_CTX, fair_share) if mode in FILLED else 16
-    return min(max(-(-longest // 16) * 16, least, 16), AUTO_CTX_LIMIT)
+    return min(max(-(-longest // 16) * 16, least, 16), most)
 
 
 @dataclass(frozen=True)

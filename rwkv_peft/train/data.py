@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from .. import project
 from ..config import TrainConfig
 from ..errors import Problem, Problems, UserError
-from ..shell_vars import Script, values_as_written
+from ..shell_vars import MOST, Script, values_as_written
 from ..words import did_you_mean, listed
 
 if TYPE_CHECKING:
@@ -88,7 +88,8 @@ class Planned:
 def plan_run(config: TrainConfig, files, vocab_size: int, say) -> Planned:
     """The data as batches will be made of them. files: prefixes and weights, as data_files gives them."""
     from ..data import buckets
-    from ..data.loading import Batches, Data
+    from ..data.loading import ITEM_MODES, Batches, Data
+    from ..data.sampling import AUTO_CTX_LIMIT
     from ..training import report
 
     mode = "concat" if config.pack == "concat" else "magic" if config.magic_prime else config.dataload
@@ -110,6 +111,8 @@ def plan_run(config: TrainConfig, files, vocab_size: int, say) -> Planned:
         config.data_shuffle,
         choose if mode == "bucket" else None,
         limit,
+        # infctx has memory for any row; windows are cut anywhere anyway
+        MOST if config.train_type == "infctx" and mode in ITEM_MODES else AUTO_CTX_LIMIT,
     )
     micro_bsz = config.micro_bsz
     if micro_bsz == "auto":
