@@ -81,6 +81,8 @@ def command(config: MergeConfig, typed: list[str]) -> None:
     init = project.find(config.pissa_init, "output") if config.pissa_init else None
     alpha = config.lora_alpha if config.lora_alpha != "" else None
     found = [parts.found(path, config.method, alpha, init, config.merge_base == "quantised") for path in files]
+    if config.merge_base == "quantised":
+        parts.must_be_one_compressed_run(found)
     for one in found:
         print(f"run       {one.words}")
     base = parts.base_of(found, config.model_path)

@@ -131,6 +131,16 @@ def contradicts(method: str, alpha: float | None, setup: attach.Setup, where: st
         raise Problems(*wrong)
 
 
+def must_be_one_compressed_run(checkpoints: Sequence[Found]) -> None:
+    """Problems where MERGE_BASE=quantised means nothing."""
+    first = checkpoints[0]
+    if len(checkpoints) > 1:
+        raise Problems(Problem("MERGE_BASE", "must be original where several checkpoints go into one result"))
+    if not first.part.quantised:
+        told = f"{project.shown(first.path)} was not trained on a compressed base"
+        raise Problems(Problem("MERGE_BASE", f"must be original: {told}"))
+
+
 def base_of(checkpoints: Sequence[Found], model_path: str) -> Path:
     """The one base of all of them. UserError where they have different ones, or nothing tells it."""
     bases_found = {}

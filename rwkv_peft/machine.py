@@ -16,6 +16,11 @@ def device_kind() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def device(rank: int) -> torch.device:
+    """Where a process of this local rank computes."""
+    return torch.device("cuda", rank) if device_kind() == "cuda" else torch.device("cpu")
+
+
 def device_words() -> str:
     if device_kind() == "cuda":
         gpu = torch.cuda.get_device_properties(0)

@@ -76,6 +76,45 @@ def test_tokenize_train_merge_chat_by_script_with_spaces_everywhere(kit):
     assert kit.run("chat.sh", *sampled, "--seed", "1").stdout == kit.run("chat.sh", *sampled, "--seed", "1").stdout
 
 
+def test_a_v6_state_by_script_trained_on_a_compressed_base_in_chunks_gone_on_from_exported_and_talked_to(kit):
+    tiny.save_model(kit.root / "model" / "my v6.pth", shape=tiny.geometry(version="x060"))
+    kit.data("my chat.jsonl", *tiny.CHATS)
+    kit.run("make_tokenize.sh", "my chat.jsonl")
+    settings = QUICK | {
+        "MODEL_PATH": "my v6.pth", "DATA_PATH": "my chat", "RUN_NAME": "a state", "FINETUNE_MODE": "state_tuning",
+        "LR_INIT": "1", "LR_FINAL": "1e-2", "WARMUP_STEPS": "0", "QUANT": "4bit", "TRAIN_TYPE": "infctx", "CHUNK_CTX": "16",
+        "EPOCH_COUNT": "4",
+    }  # fmt: skip
+    copy = kit.set(to="state training.sh", **settings)
+    said = kit.run(copy).stdout
+    assert "RWKV-6 (x060)" in said and "state tuning: 1,024 trained values" in said
+    assert "frozen weights of att,ffn in nf4 (4bit is nf4); merge.sh folds into the original ones" in said
+    assert "infctx: 16 tokens at once, states are carried on, gradients end at a chunk's border" in said
+    assert "next: RUN='a state' ./merge.sh 3" in said
+    records = [json.loads(line) for line in (kit.root / "output/a state/loss.jsonl").read_text().splitlines()]
+    assert records[-1]["loss"] < records[0]["loss"] - 0.05
+    again = kit.set(to="again.sh", **(settings | {"RUN_NAME": "on", "state_load": "a state", "EPOCH_COUNT": "1"}))
+    assert "starts from output/a state/rwkv-3.pth (what it has learnt" in kit.run(again).stdout
+    more = [json.loads(line) for line in (kit.root / "output/on/loss.jsonl").read_text().splitlines()]
+    assert more[0]["loss"] < records[0]["loss"] - 0.05
+    merged = kit.run("merge.sh", "--export", "safetensors", RUN="a state").stdout
+    assert "ignore a state inside a .pth of" in merged and "wrote     merge/my v6-STATE-3.st" in merged
+    alone = kit.run("merge.sh", "a state", "--export", "state").stdout
+    assert "wrote     merge/my v6-STATE-3-alone.pth" in alone and "merge/my v6-STATE-3-alone.state" in alone
+    ask = ["--prompt", "Sea?", "--max-tokens", "6", "--temperature", "0"]
+    answers = {
+        kit.run("chat.sh", *words, *ask).stdout
+        for words in (
+            ["--adapter", "a state"],
+            ["--model", "my v6-STATE-3.pth"],
+            ["--model", "my v6.pth", "--adapter", "merge/my v6-STATE-3-alone.pth"],
+        )
+    }
+    assert len(answers) == 1
+    help_text = kit.run("merge.sh", "--help").stdout
+    assert all(word in help_text for word in ("safetensors", "gguf", "peft", "state", "rwkvcpp", "--average"))
+
+
 def test_a_run_without_a_name_gets_one_of_its_own(shared_kit):
     """Also when two start in the same second: both are started at once here, from a shell like a notebook's."""
     script = str(shared_kit.root / "training.sh")

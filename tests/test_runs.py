@@ -35,6 +35,8 @@ def test_the_progress_line_shows_the_plain_mean_of_the_last_steps(capsys):
         ({"EPOCH_COUNT": "1", "WARMUP_STEPS": "100"}, "WARMUP_STEPS=100 is as long as the whole run"),
         ({"EPOCH_COUNT": "10", "WARMUP_STEPS": "6", "DATALOAD": "only"}, "of the run; a tenth of it is enough"),
         ({"EPOCH_STEPS": "64"}, "EPOCH_STEPS makes an epoch"),
+        ({"FINETUNE_MODE": "state_tuning", "LR_INIT": "1e-4"}, "LR_INIT=0.0001 will hardly move a state: 1 to"),
+        ({"TRAIN_TYPE": "infctx"}, "one chunk holds it, so infctx changes nothing here"),
         ({"GPU_COUNT": "64"}, "GPU_COUNT=64 starts 64 processes, but this machine has"),
     ],
 )

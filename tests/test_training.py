@@ -331,3 +331,36 @@ def test_the_precision_follows_the_processor():
     assert machine.cpu_has_bf16("Features\t: fp asimd bf16 i8mm")
     assert not machine.cpu_has_bf16("flags\t\t: fpu avx2 avx512f")
     assert not machine.cpu_has_bf16("")
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "words"),
+    [
+        ({"FINETUNE_MODE": "bat", "disha_r": "5"}, "disha_r", "must divide 32, to cut a layer into square blocks"),
+        ({"FINETUNE_MODE": "pissa", "pissa_r": "33"}, "pissa_r", "must be 32 or less"),
+        ({"FINETUNE_MODE": "peft", "PEFT_CONFIG": "no.json"}, "PEFT_CONFIG", "there is no such file"),
+        ({"FINETUNE_MODE": "pissa", "pissa_load": "no.pth"}, "pissa_load", "no.pth: there is no such file"),
+        ({"FINETUNE_MODE": "pissa", "pissa_init": "no.pth"}, "pissa_init", "no.pth: there is no such file"),
+        ({"MODEL_VERSION": "v6"}, "MODEL_VERSION", "but model/tiny.pth has v7; use auto"),
+    ],
+)
+def test_what_does_not_go_with_the_base_is_told_before_anything_is_loaded(ready, settings, name, words):
+    with pytest.raises(Problems) as found:
+        run(ready, "never", **settings)
+    assert words in {p.name: p.message for p in found.value.problems}[name]
+    assert not (ready / "output" / "never").exists()
+
+
+def test_a_pissa_run_goes_on_only_with_what_it_began_with(ready):
+    settings = {"FINETUNE_MODE": "pissa", "pissa_r": "4"}
+    run(ready, "first", **settings)
+    (ready / "output/first/init_pissa.pth").rename(ready / "output/moved.pth")
+    with pytest.raises(Problems, match="init_pissa.pth: there is no such file; name it with pissa_init"):
+        run(ready, "again", pissa_load="first", **settings)
+    tensors, _ = run(ready, "again", pissa_load="first", pissa_init="moved.pth", LR_INIT="0", LR_FINAL="0", **settings)
+    first = checkpoint.load(ready / "output/first/rwkv-0.pth")
+    assert all(torch.equal(tensors[n], first[n]) for n in first)
+    # and another run may begin from the same decomposition
+    run(ready, "new", pissa_init="moved.pth", **settings)
+    begun, moved = (checkpoint.load(ready / "output" / name) for name in ("new/init_pissa.pth", "moved.pth"))
+    assert all(torch.equal(begun[n], moved[n]) for n in moved)

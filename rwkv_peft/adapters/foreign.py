@@ -107,6 +107,8 @@ ELSEWHERE = (
 def read_config(path: str | Path) -> dict:
     """The settings in the file of PEFT_CONFIG: peft_type, in capitals, and what that method can be told."""
     where = shown(path)
+    if not Path(path).is_file():
+        raise UserError(f"{where}: there is no such file.")
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

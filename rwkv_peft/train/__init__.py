@@ -123,7 +123,8 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
         base_sha256 = base_sha256 or hashing.sha256(base)
     model = build(geometry, checkpoint.load(base), wkv, dtype, config.grad_cp)
     start = checkpoint.load(earlier.start) if earlier and earlier.start else None
-    begun = {n: t.cpu() for n, t in attach.adapt(model, setup, dtype, start, machine.device_kind()).items()}
+    begun = attach.adapt(model, setup, dtype, start, machine.device(RANK))
+    begun = {name: tensor.cpu() for name, tensor in begun.items()}
     lisa = None
     if config.method == "lisa":
         lisa = Lisa(model, config.parts, config.lisa_r, config.lisa_k, config.seed, dtype)

@@ -19,6 +19,8 @@ from ..model import arch
 from ..words import clock, count
 from .estimate import memory_bytes
 
+MANY = 100_000  # from here on, numbers are told in millions
+STATE_RATE = 1e-2  # a state wants rates far above those of weights
 FEW_STEPS = 30  # fewer optimizer steps than this are worth a word
 ROW = {"pack": "pack", "concat": "window", "get": "window", "magic": "window"}  # what a row is called in each mode
 FILLED_BY_CTX = ("pack", "get")  # rows as long as the context: a shorter one gives more of them
@@ -50,7 +52,7 @@ def plan_lines(settings, setup, base, geometry, lines, tokens, plan, steps, trai
     rows = [
         ("model", f"{project.shown(base)}: {arch.arch_of(geometry).name}, {geometry.n_layer} layers, width {geometry.n_embd}, "
                   f"vocabulary {geometry.vocab_size}, {total / 1e6:,.1f} M parameters"),
-        ("method", f"{method_words(setup)}: {trained_values / 1e6:,.2f} M trained values "
+        ("method", f"{method_words(setup)}: {values(trained_values)} trained values "
                    f"({trained_values / total:.1%} of the model's)"),
         *base_rows(settings, setup),
         *lines,
@@ -68,6 +70,10 @@ def plan_lines(settings, setup, base, geometry, lines, tokens, plan, steps, trai
     elif settings["WARMUP_STEPS"] > steps * LONG_WARMUP:
         rows.append(("", f"WARMUP_STEPS={settings['WARMUP_STEPS']} is {settings['WARMUP_STEPS'] / steps:.0%} of the run; a "
                          "tenth of it is enough"))  # fmt: skip
+    if setup.method == "state" and settings["LR_INIT"] < STATE_RATE:
+        rows.append(("", f"LR_INIT={settings['LR_INIT']:g} will hardly move a state: 1 to LR_FINAL=0.01 is usual"))
+    if infctx and tokens <= settings["CHUNK_CTX"]:
+        rows.append(("", f"a micro-batch has at most {tokens:,} tokens: one chunk holds it, so infctx changes nothing here"))
     if device == "cpu" and settings["PRECISION"] == "bf16" and not cpu_has_bf16():
         rows.append(("", "this processor has no instructions for bf16, which makes it about ten times slower than fp32: use "
                          "PRECISION=auto"))  # fmt: skip
@@ -82,6 +88,10 @@ def plan_lines(settings, setup, base, geometry, lines, tokens, plan, steps, trai
         ("output", f"output/{settings['RUN_NAME']}/"),
     ]  # fmt: skip
     return [f"{label:<10}{text}" for label, text in rows]
+
+
+def values(number: int) -> str:
+    return f"{number:,}" if number < MANY else f"{number / 1e6:,.2f} M"
 
 
 def method_words(setup) -> str:
