@@ -185,11 +185,12 @@ def test_a_decay_too_strong_for_float32_is_no_decay_to_nan(version):
 
 
 @every_version
-def test_a_learnt_state_is_what_every_sequence_begins_with(version):
+@pytest.mark.parametrize("op", dispatch.OPS["x070"])
+def test_a_learnt_state_is_what_every_sequence_begins_with(op, version):
     shape, x = small(version), ids(1, 64)
     plain = tiny.model(shape=shape, dtype=torch.float64)
     state = {name: torch.randn(t.shape) for name, t in fresh_state(shape, shifts=True).items()}
-    begun = build(shape, tiny.tensors(0, shape) | state, tiny.wkv(shape), torch.float64, keep=torch.float64)
+    begun = build(shape, tiny.tensors(0, shape) | state, tiny.wkv(shape, op), torch.float64, keep=torch.float64)
 
     def from_state(tokens):
         blocks = [
