@@ -85,13 +85,15 @@ def command(config: MergeConfig, typed: list[str]) -> None:
         parts.must_be_one_compressed_run(found)
     for one in found:
         print(f"run       {one.words}")
-    base = parts.base_of(found, config.model_path)
+    doubts = []  # only a merge goes on before the base's content is known
+    merges = kind != "peft" and not (kind and EXPORTS[kind].what == "state")
+    base = parts.base_of(found, config.model_path, doubts if merges else None)
     if kind == "peft":
         export_adapter(found, base)
     elif kind and EXPORTS[kind].what == "state":
         export_state(kind, found, base)
     else:
-        target, geometry = merge(found, weights, base)
+        target, geometry = merge(found, weights, base, doubts)
         if kind:
             export(kind, target, target.stem, geometry)
 

@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rwkv_peft import __version__, bases, checkpoint, project
@@ -19,20 +19,40 @@ from rwkv_peft.model.arch import Geometry
 from . import fold, parts
 from .exports import EXPORTS
 from .parts import Found
+from .rows import by_rows
 from .verify import verify
 
 # the kinds of --export that are several files
 TOGETHER = {"state": ("state", "state-ai00")}
 
 
-def merge(found: Sequence[Found], weights: Sequence[float] | None, base: Path) -> tuple[Path, Geometry]:
-    """Fold checkpoints into the base, in turn or (with weights) averaged. Returns the model's file and its geometry."""
+def merge(
+    found: Sequence[Found],
+    weights: Sequence[float] | None,
+    base: Path,
+    doubts: Sequence[Callable[[], None]] = (),
+) -> tuple[Path, Geometry]:
+    """Fold checkpoints into the base, in turn or (with weights) averaged. Returns the model's file and its geometry.
+
+    doubts: what bases.base_of has left open about the base. It is settled before the result gets its name.
+    """
+    print(f"base      {project.shown(base)}")
+    try:
+        return folded(found, weights, base, doubts)
+    except UserError:
+        for settle in doubts:  # a wrong base explains whatever else is wrong
+            settle()
+        raise
+
+
+def folded(
+    found: Sequence[Found], weights: Sequence[float] | None, base: Path, doubts: Sequence[Callable[[], None]]
+) -> tuple[Path, Geometry]:
     described, geometry = bases.inspect(base)
-    told = any(one.sidecar for one in found)
-    print(f"base      {project.shown(base)}{': the file that it was trained on (same content)' if told else ''}")
-    opened = [fold.opened(one.part, described, geometry) for one in found]
+    opened = checkpoint.side_by_side(lambda one: fold.opened(one.part, described, geometry), found)
     added = fold.added(opened, weights)
     change = fold.average(opened, weights, geometry) if weights else fold.in_turn(opened, geometry)
+    change = by_rows(change, opened, weights, geometry)
     label = "AVERAGE" if weights else "+".join(one.label for one in found)
     target = project.ROOT / "merge" / f"{base.stem}-{label}.pth"
     sources = parts.sources(found)
@@ -41,12 +61,16 @@ def merge(found: Sequence[Found], weights: Sequence[float] | None, base: Path) -
     try:
         checkpoint.rewrite(base, fresh, change, added)
         checks = list(verify(base, fresh, change, added, opened, weights, geometry))
+        for settle in doubts:
+            settle()
         make_room(target, sources)
         write_json(checkpoint.sidecar_path(target), describe(found, weights, sources, base, geometry))
         os.replace(fresh, target)
         sync_folder(target.parent)
     finally:
         fresh.unlink(missing_ok=True)
+    if any(one.sidecar for one in found):
+        print("checked   the base is the file that it was trained on (same content)")
     for line in checks:
         print(f"checked   {line}")
     print(f"wrote     {project.shown(target)}: {target.stat().st_size / 1e6:,.1f} MB")
@@ -135,7 +159,9 @@ def export_adapter(found: Sequence[Found], base: Path) -> None:
     print(
         f"wrote     {project.shown(target)}/: {size / 1e6:,.1f} MB, adapter_config.json and adapter_model.safetensors"
     )
-    print("          peft.PeftModel.from_pretrained(model, folder) takes it; the model's layers must be called blocks.0.att.key")
+    print(
+        "          peft.PeftModel.from_pretrained(model, folder) takes it; the model's layers must be called blocks.0.att.key"
+    )
 
 
 def alone(kind: str, found: Sequence[Found]) -> Found:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,12 +141,13 @@ def must_be_one_compressed_run(checkpoints: Sequence[Found]) -> None:
         raise Problems(Problem("MERGE_BASE", f"must be original: {told}"))
 
 
-def base_of(checkpoints: Sequence[Found], model_path: str) -> Path:
-    """The one base of all of them. UserError where they have different ones, or nothing tells it."""
+def base_of(checkpoints: Sequence[Found], model_path: str, doubts: list[Callable[[], None]] | None = None) -> Path:
+    """The one base of all of them. UserError where they have different ones, or nothing tells it. doubts: of bases.base_of."""
+    doubts = doubts if len(checkpoints) == 1 else None
     bases_found = {}
     for one in checkpoints:
         if one.sidecar:
-            bases_found[bases.base_of(one.sidecar, one.path, model_path)] = one
+            bases_found[bases.base_of(one.sidecar, one.path, model_path, doubts)] = one
     contents = {one.sidecar["base_sha256"] for one in checkpoints if one.sidecar}
     if len(contents) > 1:
         first, second = list(bases_found.values())[:2] if len(bases_found) > 1 else checkpoints[:2]

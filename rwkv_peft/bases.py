@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from . import checkpoint, hashing, project
@@ -20,22 +21,36 @@ def inspect(path: Path) -> tuple[dict[str, checkpoint.Stored], Geometry]:
     return stored, geometry
 
 
-def base_of(sidecar: dict, adapter: Path, given: str = "") -> Path:
+def base_of(sidecar: dict, adapter: Path, given: str = "", doubts: list[Callable[[], None]] | None = None) -> Path:
     """The very file that a checkpoint was trained on, found by its content.
 
     given: where the user says it is; else it is looked for by its name in model/, and where it lay at that time.
-    UserError if none of these is that file.
+    doubts: where the caller can go on before it is sure. If only one file can be meant, it is then returned at once, its
+    content is read meanwhile, and a function is added here that must be called before anything is done which counts.
+    UserError, here or from that function, if none of these is that file.
     """
     places = [project.model_file(given)] if given else [project.ROOT / "model" / sidecar["base"]]
     if not given and sidecar.get("base_path"):
         places.append(Path(sidecar["base_path"]))
     there = [place for place in places if place.is_file()]
-    for place in there:
-        if hashing.sha256(place) == sidecar["base_sha256"]:
-            return place
+    if len(there) == 2 and there[0].samefile(there[1]):
+        del there[1]
     if not there:
         inspect(places[0])  # says that it is missing
-    raise UserError(
+    wrong = UserError(
         f"{project.shown(there[0])}: is not the file that {project.shown(adapter)} was trained on (its content differs from "
         f"{sidecar['base']} then). Put the right one into model/, or name it with MODEL_PATH."
     )
+    if doubts is not None and len(there) == 1:
+        meanwhile = hashing.Meanwhile(there[0])
+
+        def must_be_it() -> None:
+            if meanwhile.sha256() != sidecar["base_sha256"]:
+                raise wrong
+
+        doubts.append(must_be_it)
+        return there[0]
+    for place in there:
+        if hashing.sha256(place) == sidecar["base_sha256"]:
+            return place
+    raise wrong

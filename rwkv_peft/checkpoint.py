@@ -12,18 +12,21 @@ import contextlib
 import errno
 import functools
 import io
+import itertools
 import json
+import math
 import os
 import pickle
-import shutil
 import struct
+import threading
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,13 +37,21 @@ from .project import shown
 from .words import listed
 
 COPY_BYTES = 1 << 22  # read, hash and copy in pieces of 4 MB
+BLOCK = 1 << 20  # numbers of a tensor that are worked on at once: in float32 they fit a core's share of the cache
+KEEP = 24 << 20  # bytes; of more than 32 MB glibc takes no notice
+THREADS = 8  # at most; more would wait for the disk
+LOCAL_HEADER = 30  # bytes in front of a record's name in a zip file
 ALIGNMENT = 64  # torch places every record at a multiple of this, so that it can be mapped
+FULL32 = 0xFFFFFFFF  # in a zip file: the number has more than 32 bits and stands elsewhere
 
 # what a damaged zip or pickle raises, one way or another
 UNREADABLE = (
     pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeError, ValueError, RuntimeError, zlib.error,
     ArithmeticError, AssertionError, struct.error, zipfile.BadZipFile,
 )  # fmt: skip
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 DTYPES = {
     "FloatStorage": torch.float32,
@@ -175,10 +186,14 @@ def save(path: str | os.PathLike, tensors: Mapping[str, Tensor]) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(path)) from None
 
 
-class Archive:
-    """A .pth opened for reading one tensor at a time: memory holds that tensor and nothing of the rest.
+class Damaged(UserError):
+    """A record of a checkpoint cannot be read as it was written."""
 
-    Unlike a mapped file it checks what it reads: every record carries a checksum.
+
+class Archive:
+    """A .pth opened for reading one tensor, or some rows of one, at a time: memory holds nothing of the rest.
+
+    Unlike a mapped file it checks what it reads: every record carries a checksum. Threads may read from it side by side.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -186,39 +201,111 @@ class Archive:
 
     def __enter__(self) -> Archive:
         self.zip = zipfile.ZipFile(self.path)
+        self.file = self.zip.fp.fileno()
         self.folder = next(n for n in self.zip.namelist() if n.endswith("/data.pkl")).removesuffix("data.pkl")
         return self
 
     def __exit__(self, *_exception) -> None:
         self.zip.close()
 
+    def info(self, name: str) -> zipfile.ZipInfo:
+        """The directory's entry of the record that holds a tensor."""
+        return self.zip.getinfo(self.folder + self.described[name].record)
+
     def tensor(self, name: str) -> Tensor:
         stored = self.described[name]
         if not stored.whole:  # a view into a record that others use as well
             return load(self.path)[name]
-        data = bytearray(stored.bytes)
-        with self.checked(name), self.zip.open(self.folder + stored.record) as record:
-            record.readinto(data)
+        data, at = bytearray(stored.bytes), 0
+        for piece in self.pieces(name):
+            piece = piece[: stored.bytes - at]
+            data[at : at + len(piece)] = piece
+            at += len(piece)
         return torch.frombuffer(data, dtype=stored.dtype).view(stored.shape) if data else torch.empty(stored.shape)
 
-    def pieces(self, name: str) -> Iterator[bytes]:
-        """The bytes of a tensor's record, a few MB at a time."""
-        with self.checked(name), self.zip.open(self.folder + self.described[name].record) as record:
-            while piece := record.read(COPY_BYTES):
-                yield piece
+    def rows(self, name: str, blocks: Sequence[slice], test: bool = True) -> Iterator[Tensor]:
+        """Rows of a tensor that has a record to itself: all of them, in blocks that follow one another. A block is valid
+        until the next one is asked for. test: the checksum; it takes as long as reading."""
+        stored = self.described[name]
+        row = stored.bytes // stored.shape[0]
+        sizes = [(block.stop - block.start) * row for block in blocks]
+        for block, piece in zip(blocks, self.read(self.info(name), sizes, test), strict=False):
+            yield torch.frombuffer(piece, dtype=stored.dtype).view(block.stop - block.start, *stored.shape[1:])
 
-    @contextlib.contextmanager
-    def checked(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except zipfile.BadZipFile:
-            raise UserError(
-                f"{shown(self.path)}: {name} is damaged (its checksum is wrong). Get the file again."
-            ) from None
+    def pieces(self, name: str) -> Iterator[memoryview]:
+        """The bytes of a tensor's record, a few MB at a time. A piece is valid until the next one is asked for."""
+        return self.read(self.info(name), [])
+
+    def read(self, info: zipfile.ZipInfo, sizes: Sequence[int], test: bool = True) -> Iterator[memoryview]:
+        """The bytes of a record: pieces of these sizes, and what is left a few MB at a time. A piece is valid until the
+        next one is asked for. Damaged instead of the last one if the checksum is wrong."""
+        if info.compress_type != zipfile.ZIP_STORED:  # no tensor: something small that others have packed
+            try:
+                yield memoryview(bytearray(self.zip.read(info)))
+            except UNREADABLE:
+                raise self.damaged(info, "it cannot be unpacked") from None
+            return
+        header = os.pread(self.file, LOCAL_HEADER, info.header_offset)
+        if header[:4] != b"PK\3\4":
+            raise self.damaged(info, "it does not lie where it should")
+        at = info.header_offset + LOCAL_HEADER + sum(struct.unpack("<HH", header[-4:]))
+        left, crc, sizes = info.file_size, 0, list(sizes)
+        buffer = memoryview(bytearray(min(left, max([COPY_BYTES, *sizes]))))
+        while left:
+            piece = buffer[: min(left, sizes.pop(0) if sizes else COPY_BYTES)]
+            if os.preadv(self.file, [piece], at) != len(piece):
+                raise self.damaged(info, "it is cut off")
+            crc, at, left = zlib.crc32(piece, crc) if test else info.CRC, at + len(piece), left - len(piece)
+            if not left and crc != info.CRC:
+                raise self.damaged(info, "its checksum is wrong")
+            yield piece
+
+    def damaged(self, info: zipfile.ZipInfo, how: str) -> Damaged:
+        record = info.filename.removeprefix(self.folder)
+        name = next((n for n, stored in self.described.items() if stored.record == record), record)
+        return Damaged(f"{shown(self.path)}: {name} is damaged ({how}). Get the file again.")
 
 
 # what becomes of a tensor: None for "as it is", else a function from the source's tensor to the new one
 Change = Callable[[str], Callable[[Tensor], Tensor] | None]
+
+
+@dataclass(frozen=True)
+class ByRows:
+    """A change of which some rows can be made without the others.
+
+    rows: some rows of the source's tensor, and which they are -> what becomes of them. unit: rows that must stay together:
+    blocks begin at multiples of it.
+    """
+
+    rows: Callable[[Tensor, slice], Tensor]
+    unit: int = 1
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return self.rows(tensor, slice(0, len(tensor)))
+
+    def blocks(self, shape: Sequence[int]) -> list[slice]:
+        """The rows of a tensor of this shape in blocks of about BLOCK numbers, all nearly equally large."""
+        units = shape[0] // self.unit
+        number = max(1, units * self.unit * math.prod(shape[1:]) // BLOCK)
+        number = min(number, max(units, 1))
+        ends = [units * i // number * self.unit for i in range(number)] + [shape[0]]
+        return [slice(begin, end) for begin, end in itertools.pairwise(ends)]
+
+
+def side_by_side(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """[work(item) for item in items], several items at a time and each on one core."""
+    threads, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
+    # glibc keeps as much memory for the next block as it once saw given back; else it would ask the system every time
+    torch.empty(KEEP, dtype=torch.uint8)
+    with ThreadPoolExecutor(min(cores, THREADS), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        futures = [pool.submit(work, item) for item in items]
+        try:
+            return [future.result() for future in futures]
+        finally:
+            for future in futures:
+                future.cancel()
+            torch.set_num_threads(threads)
 
 
 def rewrite(
@@ -227,7 +314,8 @@ def rewrite(
     change: Change,
     added: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Copy a checkpoint with some tensors changed, record by record: memory holds the one that changes.
+    """Copy a checkpoint with some tensors changed, several records at a time: of those that change, memory holds some rows
+    if the change is ByRows, else one whole tensor.
 
     source: a path, or an archive that is open already (it then does not matter what has become of its path). added: tensors
     that the source has not got, by name, or that take the place of what it has.
@@ -240,32 +328,49 @@ def rewrite(
         need_space(Path(target).parent, sum(info.file_size for info in old.zip.infolist()) + more)
         owners: dict[str, list[str]] = {}
         for name, stored in old.described.items():
-            owners.setdefault(stored.record, []).append(name)
+            owners.setdefault(old.folder + stored.record, []).append(name)
         if any(len(names) > 1 or not old.described[names[0]].whole for names in owners.values()):
             # tensors that share a record cannot be changed one by one: such files are rare, and small enough to load
             changed = {n: fitted(n, make(t), t) if (make := change(n)) else t for n, t in load(old.path).items()}
             save(target, {**changed, **added})
             return
         places = {name: stored for name, stored in old.described.items() if name not in added}
-        dropped = {old.described[name].record for name in added if name in old.described}
+        contents: dict[str, Content] = {}
+        one_at_a_time = threading.Lock()
+        for info in old.zip.infolist():
+            name = owners.get(info.filename, [""])[0]
+            if name in added:
+                continue
+            if added and info.filename == f"{old.folder}data.pkl":
+                contents[info.filename] = whole_bytes(b"")  # its turn comes when all places are known
+            elif name and (make := change(name)):
+                contents[info.filename] = changed_rows(old, name, make, one_at_a_time)
+            else:
+                contents[info.filename] = Content(info.file_size, functools.partial(old.read, info, []))
         for number, (name, tensor) in enumerate(added.items()):
             places[name] = Stored(tensor.dtype, tuple(tensor.shape), f"data/added{number}", True)
-        with writing(target) as file, zipfile.ZipFile(file, "w") as new:
-            for info in old.zip.infolist():
-                record = info.filename.removeprefix(old.folder)
-                names = owners.get(record)
-                make = change(names[0]) if names else None
-                if record in dropped:
-                    continue
-                if added and record == "data.pkl":
-                    write_bytes(new, info.filename, pickled(places))
-                elif make is None:
-                    copy_record(old.zip, info, new)
-                else:
-                    tensor = old.tensor(names[0])
-                    write_record(new, info.filename, fitted(names[0], make(tensor), tensor))
-            for name, tensor in added.items():
-                write_record(new, old.folder + places[name].record, tensor.detach().cpu())
+            contents[old.folder + places[name].record] = whole_bytes(bytes_of(tensor.detach().cpu()))
+        if added:
+            contents[f"{old.folder}data.pkl"] = whole_bytes(pickled(places))
+        with writing(target) as file:
+            write_zip(file.fileno(), contents)
+
+
+def changed_rows(old: Archive, name: str, make: Callable[[Tensor], Tensor], one_at_a_time: threading.Lock) -> Content:
+    """The record of a tensor that changes."""
+    stored = old.described[name]
+
+    def by_rows() -> Iterator[memoryview]:
+        blocks = make.blocks(stored.shape)
+        for block, tensor in zip(blocks, old.rows(name, blocks), strict=True):
+            yield bytes_of(fitted(name, make.rows(tensor, block), tensor))
+
+    def whole() -> Iterator[memoryview]:
+        with one_at_a_time:  # memory has room for one whole tensor and what its change takes
+            tensor = old.tensor(name)
+            yield bytes_of(fitted(name, make(tensor), tensor))
+
+    return Content(stored.bytes, by_rows if isinstance(make, ByRows) and stored.bytes else whole)
 
 
 def fitted(name: str, changed: Tensor, original: Tensor) -> Tensor:
@@ -274,30 +379,86 @@ def fitted(name: str, changed: Tensor, original: Tensor) -> Tensor:
     return changed.to(original.dtype)
 
 
-def aligned(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
-    """An entry whose content will begin at a multiple of 64 bytes, as torch writes them."""
+def bytes_of(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a record will hold: so many bytes, which come in pieces."""
+
+    size: int
+    pieces: Callable[[], Iterable[memoryview]]
+
+
+def whole_bytes(data: bytes | memoryview) -> Content:
+    return Content(len(data), lambda: [memoryview(data)])
+
+
+def write_zip(file: int, contents: Mapping[str, Content]) -> None:
+    """Write a zip archive of uncompressed records, by their names, to an empty file.
+
+    Where a record lies follows from the sizes of those in front of it, so several are written at a time. (The format:
+    https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT; the numbers in brackets are its chapters.)
+    """
+    records, end = [], 0
+    for name, content in contents.items():
+        info = aligned(name, end)
+        info.file_size, info.compress_size, info.CRC = content.size, content.size, 0
+        records.append(info)
+        end += len(info.FileHeader(zip64=True)) + content.size
+
+    def write(info: zipfile.ZipInfo) -> None:
+        begin = at = info.header_offset + len(info.FileHeader(zip64=True))
+        for piece in contents[info.filename].pieces():
+            info.CRC = zlib.crc32(piece, info.CRC)
+            write_at(file, piece, at)
+            at += len(piece)
+        if at - begin != info.file_size:
+            raise ValueError(f"{info.filename} has {at - begin:,} bytes instead of {info.file_size:,}")
+        write_at(file, info.FileHeader(zip64=True), info.header_offset)
+
+    side_by_side(write, records)
+    write_at(file, directory(records, end), end)
+
+
+def write_at(file: int, data, at: int) -> None:
+    data = memoryview(data)
+    while data:  # a write may take less than it is given: 2 GB at most
+        written = os.pwrite(file, data, at)
+        data, at = data[written:], at + written
+
+
+def aligned(name: str, begin: int) -> zipfile.ZipInfo:
+    """The entry of a record whose header lies at begin and whose content at a multiple of 64 bytes, as torch writes them."""
     info = zipfile.ZipInfo(name)
-    info.compress_type = zipfile.ZIP_STORED
-    # local header: 30 bytes, name, 20 bytes that zip64 adds, then our padding field (4 bytes head)
-    begin = archive.fp.tell() + 30 + len(name.encode()) + 20 + 4
-    padding = -begin % ALIGNMENT
+    info.compress_type, info.header_offset = zipfile.ZIP_STORED, begin
+    # behind the name: 20 bytes that zip64 adds, then our padding field (4 bytes head)
+    padding = -(begin + LOCAL_HEADER + len(name.encode()) + 20 + 4) % ALIGNMENT
     info.extra = struct.pack("<HH", 0x4246, padding) + b"Z" * padding  # "FB": torch's own mark for it
     return info
 
 
-def copy_record(old: zipfile.ZipFile, info: zipfile.ZipInfo, new: zipfile.ZipFile) -> None:
-    with old.open(info) as source, new.open(aligned(new, info.filename), "w", force_zip64=True) as target:
-        shutil.copyfileobj(source, target, COPY_BYTES)
-
-
-def write_record(new: zipfile.ZipFile, name: str, tensor: Tensor) -> None:
-    write_bytes(new, name, tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
-def write_bytes(new: zipfile.ZipFile, name: str, data) -> None:
-    with new.open(aligned(new, name), "w", force_zip64=True) as target:
-        for begin in range(0, len(data), COPY_BYTES):
-            target.write(memoryview(data)[begin : begin + COPY_BYTES])
+def directory(records: Sequence[zipfile.ZipInfo], begin: int) -> bytes:
+    """What stands at the end of a zip archive, from begin on: where each record is, and where this list is."""
+    out = b""
+    for info in records:
+        name, flags = info.filename.encode(), 0 if info.filename.isascii() else 0x800  # UTF-8
+        large = [n for n in (info.file_size, info.compress_size, info.header_offset) if n >= FULL32]
+        extra = struct.pack(f"<HH{len(large)}Q", 1, 8 * len(large), *large) if large else b""  # [4.5.3]
+        size, offset = min(info.file_size, FULL32), min(info.header_offset, FULL32)
+        date = 1 << 5 | 1  # 1 January 1980, as torch has it
+        out += b"PK\1\2" + struct.pack(  # [4.3.12]
+            "<6H3L5H2L", 45, 45, flags, 0, 0, date, info.CRC, size, size, len(name), len(extra), 0, 0, 0, 0, offset
+        )  # fmt: skip
+        out += name + extra
+    size, count, tail = len(out), len(records), b""
+    if count >= 0xFFFF or begin + size >= FULL32:
+        tail = b"PK\6\6" + struct.pack("<Q2H2L4Q", 44, 45, 45, 0, 0, count, count, size, begin)  # [4.3.14]
+        tail += b"PK\6\7" + struct.pack("<LQL", 0, begin + size, 1)  # [4.3.15]
+    few = min(count, 0xFFFF)
+    tail += b"PK\5\6" + struct.pack("<4H2LH", 0, 0, few, few, min(size, FULL32), min(begin, FULL32), 0)  # [4.3.16]
+    return out + tail
 
 
 def pickled(places: Mapping[str, Stored]) -> bytes:

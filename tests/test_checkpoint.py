@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rwkv_peft import checkpoint
+from rwkv_peft import bases, checkpoint, hashing
 from rwkv_peft.atomic import writing
 from rwkv_peft.errors import UserError
 
@@ -165,6 +166,70 @@ def test_records_lie_at_multiples_of_64_so_that_others_can_map_them(tmp_path):
         assert (at + 30 + name + extra) % 64 == 0, info.filename
 
 
+@pytest.mark.parametrize("unit", [1, 3, 7])
+def test_a_change_by_rows_is_the_change_of_the_whole_and_sees_a_few_rows_at_a_time(tmp_path, monkeypatch, unit):
+    monkeypatch.setattr(checkpoint, "BLOCK", 40)
+    tensors = {"even": torch.randn(24, 10), "odd": torch.randn(23, 10).bfloat16(), "empty": torch.empty(0, 4)}
+    checkpoint.save(tmp_path / "x.pth", tensors | {"other": torch.randn(5)})
+    seen = []
+
+    def rows(tensor, block):
+        seen.append((len(tensor), block.start))
+        return tensor * torch.arange(block.start, block.stop)[:, None]
+
+    change = lambda name: checkpoint.ByRows(rows, unit) if name in tensors else None  # noqa: E731
+    checkpoint.rewrite(tmp_path / "x.pth", tmp_path / "y.pth", change)
+    assert contents(tmp_path / "y.pth").keys() == contents(tmp_path / "x.pth").keys()
+    loaded = torch.load(tmp_path / "y.pth", weights_only=True, mmap=True)
+    for name, tensor in tensors.items():
+        assert torch.equal(loaded[name], (tensor * torch.arange(len(tensor))[:, None]).to(tensor.dtype))
+    assert all(start % unit == 0 for _, start in seen) and len(seen) > 6
+    assert all(unit <= size <= 2 * unit + 6 < 23 for size, _ in seen if size)
+
+
+@pytest.mark.parametrize("where", ["a tensor that changes", "a tensor that stays"])
+def test_a_damaged_source_is_named_and_leaves_no_file(tmp_path, where):
+    checkpoint.save(tmp_path / "x.pth", {"a": torch.full((50,), 7.0), "b": torch.ones(9)})
+    raw = bytearray((tmp_path / "x.pth").read_bytes())
+    raw[raw.find(torch.full((50,), 7.0).numpy().tobytes())] ^= 1
+    (tmp_path / "x.pth").write_bytes(bytes(raw))
+    changes = "a" if where == "a tensor that changes" else "b"
+    change = lambda name: (lambda tensor: tensor + 1) if name == changes else None  # noqa: E731
+    with pytest.raises(UserError, match=r"a is damaged \(its checksum is wrong\). Get the file again"):
+        checkpoint.rewrite(tmp_path / "x.pth", tmp_path / "y.pth", change)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.pth"]
+
+
+@pytest.mark.parametrize("size", [10, 5_000_000_000])
+def test_the_directory_of_an_archive_is_read_by_python_however_large_the_records_are(tmp_path, size):
+    """Above 4 GB, places and sizes stand in fields of their own. (The records themselves are a hole here.)"""
+    large = [zipfile.ZipInfo(f"ü/{k}") for k in range(3)]
+    for k, one in enumerate(large):
+        one.file_size = one.compress_size = size
+        one.header_offset, one.CRC = k * one.file_size, 7 + k
+    begin = 3 * size
+    (tmp_path / "z").touch()
+    with open(tmp_path / "z", "r+b") as file:
+        os.pwrite(file.fileno(), checkpoint.directory(large, begin), begin)  # a hole in front of it
+    read = zipfile.ZipFile(tmp_path / "z").infolist()
+    fields = [(i.filename, i.file_size, i.compress_size, i.header_offset, i.CRC) for i in large]
+    assert [(i.filename, i.file_size, i.compress_size, i.header_offset, i.CRC) for i in read] == fields
+
+
+def test_work_side_by_side_keeps_its_order_passes_errors_on_and_leaves_torch_as_it_was():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert checkpoint.side_by_side(lambda n: (n * n, torch.get_num_threads()), range(9)) == [
+            (n * n, 1) for n in range(9)
+        ]
+        with pytest.raises(ZeroDivisionError):
+            checkpoint.side_by_side(lambda n: 1 // n, [1, 0, 2])
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_tensors_that_share_a_record_are_rewritten_as_well(tmp_path):
     whole = torch.arange(12.0).view(3, 4)
     torch.save({"whole": whole, "row": whole[1], "turned": whole.T}, tmp_path / "x.pth")
@@ -192,7 +257,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
 KILLED = """
 import sys, torch
 from pathlib import Path
-from rwkv_peft import checkpoint
+from rwkv_peft import bases, checkpoint, hashing
 folder, i = Path(sys.argv[1]), 0
 while True:
     i += 1
@@ -221,7 +286,7 @@ FULL = """
 import resource, sys
 from pathlib import Path
 import torch
-from rwkv_peft import checkpoint
+from rwkv_peft import bases, checkpoint, hashing
 from rwkv_peft.errors import door
 base, target = map(Path, sys.argv[1:3])
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -247,7 +312,7 @@ def test_a_full_disk_leaves_the_old_file_whole_and_says_so(tmp_path, way):
 
 
 def test_a_disk_that_is_too_small_is_noticed_before_anything_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: checkpoint.shutil._ntuple_diskusage(10, 10, 1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 1000))
     with pytest.raises(UserError, match="0.00 GB are free, 0.01 GB are needed. Nothing was written"):
         checkpoint.save(tmp_path / "x.pth", {"x": torch.zeros(2_000_000)})
     assert not list(tmp_path.iterdir())
@@ -262,3 +327,21 @@ def test_a_sidecar_that_cannot_be_used_says_why(tmp_path, content, words):
         (tmp_path / "x.json").write_text(content)
     with pytest.raises(UserError, match=words):
         checkpoint.read_sidecar(tmp_path / "x.pth", ("method", "rank"))
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_base_may_be_used_before_its_content_is_known_and_the_doubt_is_settled_later(project_folder, right):
+    base = project_folder / "model" / "base.pth"
+    checkpoint.save(base, TENSORS)
+    sidecar = {"base": "base.pth", "base_sha256": hashing.sha256(base) if right else "0" * 64, "base_path": str(base)}
+    doubts = []
+    assert bases.base_of(sidecar, Path("rwkv-0.pth"), "", doubts) == base
+    settle = doubts.pop()
+    with contextlib.nullcontext() if right else pytest.raises(UserError, match="is not the file that rwkv-0.pth"):
+        settle()
+    if not right:  # where several files can be meant, it is said at once which one it is, or that it is none
+        shutil.copy(base, base.with_name("other.pth"))
+        sidecar["base_path"] = str(base.with_name("other.pth"))
+        with pytest.raises(UserError, match="is not the file that rwkv-0.pth"):
+            bases.base_of(sidecar, Path("rwkv-0.pth"), "", doubts)
+        assert not doubts

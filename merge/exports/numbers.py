@@ -20,7 +20,9 @@ def numbers(archive: Archive, name: str, dtype: torch.dtype, factor: float = 1.0
     """The numbers of a tensor times factor, in their order, in pieces [n]. UserError if one does not fit into dtype."""
     stored = archive.described[name]
     if stored.whole:
-        raw = (torch.frombuffer(bytearray(piece), dtype=stored.dtype) for piece in archive.pieces(name))
+        # what comes out must stay when the next piece is read, so it may not be what was read
+        kept = bytearray if stored.dtype == dtype else memoryview
+        raw = (torch.frombuffer(kept(piece), dtype=stored.dtype) for piece in archive.pieces(name))
     else:  # a view into a record that others use as well
         raw = iter(archive.tensor(name).reshape(-1).split(COPY_BYTES // stored.dtype.itemsize))
     for piece in raw:

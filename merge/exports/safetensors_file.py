@@ -1,4 +1,4 @@
-"""The safetensors format, written tensor by tensor: the library's own writer wants all of them in memory at once.
+"""The safetensors format, written some tensors at a time: the library's own writer wants all of them in memory at once.
 
 The file: length of the header (uint64, little-endian); the header, JSON, name -> dtype, shape and place of the bytes behind
 the header; the bytes. Spaces fill the header up to a multiple of 8, so that tensors can be used where they lie.
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rwkv_peft.atomic import need_space, writing
+from rwkv_peft.checkpoint import bytes_of, side_by_side, write_at
 from rwkv_peft.errors import UserError
 from rwkv_peft.project import shown
 
@@ -31,7 +32,8 @@ def write(
 ) -> int:
     """Write a file whose tensors all have one dtype; it has its name only when it is whole. Returns its size in bytes.
 
-    shapes: name -> shape, in the order of the file. pieces: name -> the tensor's numbers in their order, in dtype.
+    shapes: name -> shape, in the order of the file. pieces: name -> the tensor's numbers in their order, in dtype;
+    asked by several threads.
     """
     safetensors = library()
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
@@ -44,13 +46,18 @@ def write(
     size = 8 + len(text) + end
     need_space(target.parent, size)
     with writing(target) as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name in shapes:
+
+        def write_tensor(name: str) -> None:
+            at, end = (8 + len(text) + offset for offset in header[name]["data_offsets"])
             for piece in pieces(name):
-                file.write(piece.contiguous().view(-1).view(torch.uint8).numpy().data)
-            if file.tell() != 8 + len(text) + header[name]["data_offsets"][1]:
+                data = bytes_of(piece)
+                write_at(file.fileno(), data[: end - at], at)
+                at += len(data)
+            if at != end:
                 raise ValueError(f"{name} has another size than its shape {shapes[name]} says")
-        file.flush()
+
+        write_at(file.fileno(), struct.pack("<Q", len(text)) + text, 0)
+        side_by_side(write_tensor, shapes)
         must_open(safetensors, Path(file.name), set(shapes), target)
     return size
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Adapter, exact
-from .lora import change, fresh_factors, scale
+from .lora import Lora, fresh_factors, scale
 
 
 class Dora(Adapter):
@@ -49,7 +49,7 @@ class Dora(Adapter):
 
     @staticmethod
     def merge(weight: Tensor, tensors: dict[str, Tensor], sidecar: dict) -> Tensor:
-        moved = weight.to(exact(weight.dtype)) + change(weight, tensors, sidecar)
+        moved = Lora.merge(weight, tensors, sidecar)
         return (tensors["lora_magnitude"].to(moved.dtype) / lengths(moved))[:, None] * moved
 
 

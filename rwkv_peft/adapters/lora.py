@@ -32,7 +32,8 @@ class Lora(Adapter):
 
     @staticmethod
     def merge(weight: Tensor, tensors: dict[str, Tensor], sidecar: dict) -> Tensor:
-        return weight.to(exact(weight.dtype)) + change(weight, tensors, sidecar)
+        A, B = factors(weight, tensors)
+        return torch.addmm(weight.to(A.dtype), B, A, alpha=scale_of(sidecar))
 
 
 def scale(rank: int, alpha: float, rslora: bool) -> float:
@@ -48,7 +49,10 @@ def fresh_factors(linear: nn.Module, rank: int) -> tuple[nn.Parameter, nn.Parame
     return A, nn.Parameter(torch.zeros(linear.out_features, rank, **where))
 
 
-def change(weight: Tensor, tensors: dict[str, Tensor], sidecar: dict) -> Tensor:
-    """scale * B A for this weight [out, in], as `exact` as it deserves."""
-    A, B = (tensors[leaf].to(exact(weight.dtype)) for leaf in ("lora_A", "lora_B"))
-    return scale(sidecar["rank"], sidecar["alpha"], sidecar.get("rslora", False)) * (B @ A)
+def scale_of(sidecar: dict) -> float:
+    return scale(sidecar["rank"], sidecar["alpha"], sidecar.get("rslora", False))
+
+
+def factors(weight: Tensor, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """A and B as `exact` as sums with this weight deserve."""
+    return tensors["lora_A"].to(exact(weight.dtype)), tensors["lora_B"].to(exact(weight.dtype))

@@ -73,7 +73,9 @@ def plan_lines(settings, setup, base, geometry, lines, tokens, plan, steps, trai
     if setup.method == "state" and settings["LR_INIT"] < STATE_RATE:
         rows.append(("", f"LR_INIT={settings['LR_INIT']:g} will hardly move a state: 1 to LR_FINAL=0.01 is usual"))
     if infctx and tokens <= settings["CHUNK_CTX"]:
-        rows.append(("", f"a micro-batch has at most {tokens:,} tokens: one chunk holds it, so infctx changes nothing here"))
+        rows.append(
+            ("", f"a micro-batch has at most {tokens:,} tokens: one chunk holds it, so infctx changes nothing here")
+        )
     if device == "cpu" and settings["PRECISION"] == "bf16" and not cpu_has_bf16():
         rows.append(("", "this processor has no instructions for bf16, which makes it about ten times slower than fp32: use "
                          "PRECISION=auto"))  # fmt: skip
