@@ -11,7 +11,16 @@ MAKERS = ["rwkv_peft." + r for r in ("config", "rows", "adapters", "training", "
 MATERIALS = [
     "rwkv_peft." + r
     for r in (
-        "shell_vars", "tokenizer", "templates", "checkpoint", "data", "model", "ops", "machine", "pictures", "quantize",
+        "shell_vars",
+        "tokenizer",
+        "templates",
+        "checkpoint",
+        "data",
+        "model",
+        "ops",
+        "machine",
+        "pictures",
+        "quantize",
     )
 ]
 GROUND = ["rwkv_peft." + r for r in ("errors", "words", "roles", "atomic", "hashing", "project", "runs", "methods")]

@@ -30,7 +30,9 @@ def test_blocks_are_drawn_anew_every_so_many_steps_and_the_same_for_the_same_see
 
 
 def trained_blocks(model, parts=("att", "ffn")):
-    linears = {n.split(".")[1] for n in attach.trained(model) if n.split(".")[2:3] in ([p] for p in parts) and "ln_x" not in n}
+    linears = {
+        n.split(".")[1] for n in attach.trained(model) if n.split(".")[2:3] in ([p] for p in parts) and "ln_x" not in n
+    }
     return sorted(int(block) for block in linears)
 
 
@@ -76,7 +78,9 @@ def test_the_optimizer_moves_exactly_the_drawn_blocks_and_forgets_the_others():
         trainer.optimizers[0].step()
         trainer.optimizers[0].zero_grad()
         changed = {n for n, p in made.model.named_parameters() if not torch.equal(p, before[n])}
-        linears = {n for n in changed if n.endswith((".key.weight", ".value.weight", ".output.weight", ".receptance.weight"))}
+        linears = {
+            n for n in changed if n.endswith((".key.weight", ".value.weight", ".output.weight", ".receptance.weight"))
+        }
         assert {int(n.split(".")[1]) for n in linears} == set(made.drawn(step))
         assert len(trainer.optimizers[0].state) == len(attach.trained(made.model))
 

@@ -486,6 +486,12 @@ def foreign_refusals():
     def one_to_average(path):
         return ["--average", "r"], {}
 
+    def nothing_compressed(path):
+        return ["r"], {"MERGE_BASE": "quantised"}
+
+    def several_compressed(path):
+        return ["r", "r"], {"MERGE_BASE": "quantised"}
+
     def no_such_file(path):
         return ["nowhere/rwkv-1.pth"], {}
 
@@ -501,6 +507,8 @@ def foreign_refusals():
         an_unknown_option: "--exprot: is not an option; did you mean --export",
         an_unknown_kind: "--export ggf: must be one of safetensors, .*did you mean gguf",
         one_to_average: "--average needs two checkpoints or more",
+        nothing_compressed: "must be original: .* was not trained on a compressed base",
+        several_compressed: "must be original where several checkpoints",
         no_such_file: "nowhere/rwkv-1.pth: there is no such checkpoint",
     }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -112,11 +114,19 @@ def change_layers(model: RWKV, setup: Setup, wrapped, whole, states, keep, start
         if name in wrapped:
             begun |= {f"{name}.{leaf}": tensor for leaf, tensor in module.begun().items()}
         setattr(model.get_submodule(owner), leaf, module)
+        give_back_freed()
     for module in model.modules() if keep is not None else ():
         for leaf, weight in list(module.named_parameters(recurse=False)):
             if not weight.requires_grad and not leaf.endswith("_state"):
                 setattr(module, leaf, nn.Parameter(weight.to(keep), requires_grad=False))
     return begun
+
+
+def give_back_freed() -> None:
+    """Hand freed memory back to the system. Between a layer's results malloc would keep the holes of what was computed on the
+    way: PiSSA on 0.4B took 1,194 MB for results of 630 (bench/load.py)."""
+    with contextlib.suppress(OSError, AttributeError):  # glibc has it, and glibc needs it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def make(setup: Setup, linear: nn.Module, start: Mapping[str, Tensor] | None = None) -> Adapter:

@@ -39,8 +39,9 @@ class Pissa(Adapter):
                 f"{linear.out_features} x {linear.in_features} and rank {rank}: it is of another base or rank."
             )
         residual = weight.to(exact(weight.dtype)) - (B @ A).to(exact(weight.dtype))
-        # a new tensor: the old one may be mapped from the base's file, or be shared with a caller
-        linear.weight = nn.Parameter(residual.to(weight.dtype), requires_grad=linear.weight.requires_grad)
+        # a new tensor: the old one may be mapped from the base's file, or be shared with a caller. It is not rounded here:
+        # whoever keeps or compresses it does that, once
+        linear.weight = nn.Parameter(residual, requires_grad=linear.weight.requires_grad)
         self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,4 +92,5 @@ def principal(weight: Tensor, rank: int, niter: int) -> tuple[Tensor, Tensor]:
             "Check the base model."
         ) from error
     root = S[:rank].sqrt()
-    return root[:, None] * Vh[:rank], U[:, :rank] * root
+    # laid out as a loaded file's are: sums in another order would round differently when a run goes on
+    return (root[:, None] * Vh[:rank]).contiguous(), (U[:, :rank] * root).contiguous()
