@@ -95,8 +95,7 @@ def found(path: Path, method: str, alpha: float | None, init: Path | None, quant
             return Found(path, Part(where, attach.Setup("full"), tensors), {}, path.stem)
         setup = attach.setup_of(sidecar, where)
         contradicts(method, alpha, setup, where)
-        start_file = init or runs.init_file(path.parent, setup.method)
-        start = checkpoint.load(start_file) if start_file.is_file() else {}
+        start = bases.start_of(path, sidecar, setup.method, init)
         quantised = quantised and sidecar.get("quant", "none") != "none"
         setup = attach.Setup(
             setup.method,

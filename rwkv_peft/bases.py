@@ -1,11 +1,14 @@
-"""The file of a base model: is it one, how large is it, and which file does a checkpoint belong to?"""
+"""The files around a checkpoint: is a base one, how large is it, which base does a checkpoint belong to, and what did its
+adapters begin with?"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 
-from . import checkpoint, hashing, project
+from torch import Tensor
+
+from . import checkpoint, hashing, project, runs
 from .errors import UserError
 from .model import arch
 from .model.arch import Geometry
@@ -54,3 +57,17 @@ def base_of(sidecar: dict, adapter: Path, given: str = "", doubts: list[Callable
         if hashing.sha256(place) == sidecar["base_sha256"]:
             return place
     raise wrong
+
+
+def start_of(adapter: Path, sidecar: dict, method: str, given: Path | None = None) -> dict[str, Tensor]:
+    """What a checkpoint's adapters began with, by name; empty where there is no such file. given: where the user says it is,
+    else it lies beside the checkpoint. UserError if it is another run's: the sidecar knows its content."""
+    path = given or runs.init_file(adapter.parent, method)
+    if not path.is_file():
+        return {}
+    if sidecar.get("start_sha256") not in (None, hashing.sha256(path)):
+        raise UserError(
+            f"{project.shown(path)}: is not what {project.shown(adapter)} began with (its content differs from what the run "
+            "wrote). Every PiSSA run has its own; name the right one."
+        )
+    return checkpoint.load(path)

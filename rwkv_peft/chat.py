@@ -159,8 +159,7 @@ def load(config: ChatConfig, base_was_named: bool):
         keep=None if adapter else dtype,
     )
     if adapter:
-        init = runs.init_file(adapter.parent, setup.method)
-        start = checkpoint.load(init) if init.is_file() else None
+        start = bases.start_of(adapter, sidecar, setup.method)
         attach.attach_checkpoint(model, checkpoint.load(adapter), setup, project.shown(adapter), dtype, start)
     name = project.shown(base) + (f" + {project.shown(adapter)}" if adapter else "")
     if not sidecar and checkpoint.sidecar_path(base).is_file():  # a merged model

@@ -533,6 +533,7 @@ SIDECAR: dict[str, Callable[[Any], bool]] = {
     "base": lambda value: isinstance(value, str) and value == Path(value).name != "",
     "base_path": lambda value: isinstance(value, str),
     "base_sha256": lambda value: isinstance(value, str),
+    "start_sha256": lambda value: isinstance(value, str),
     "geometry": lambda value: isinstance(value, dict),
     "quant": lambda value: isinstance(value, str),
     "quant_parts": lambda value: isinstance(value, list) and all(isinstance(part, str) for part in value),

@@ -523,6 +523,16 @@ def test_what_nobody_can_know_is_asked_for_and_what_contradicts_is_refused(run, 
     assert not list((project.ROOT / "merge").glob("*"))
 
 
+def test_what_another_run_began_with_is_not_folded(project_folder):
+    folder, base, _ = make_run(project_folder, method="pissa")
+    init = runs.init_file(folder, "pissa")
+    write_sidecar(folder, base, method="pissa", start_sha256=hashing.sha256(init), **OPTIONS["pissa"])
+    merge("r")
+    checkpoint.save(init, {n: t + 0.1 for n, t in checkpoint.load(init).items()})
+    with pytest.raises(UserError, match="init_pissa.pth: is not what output/r/rwkv-3.pth began with"):
+        merge("r")
+
+
 def test_runs_on_different_bases_do_not_go_together(project_folder):
     make_run(project_folder, "a")
     base = project_folder / "model" / "base.pth"

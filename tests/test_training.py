@@ -364,3 +364,9 @@ def test_a_pissa_run_goes_on_only_with_what_it_began_with(ready):
     run(ready, "new", pissa_init="moved.pth", **settings)
     begun, moved = (checkpoint.load(ready / "output" / name) for name in ("new/init_pissa.pth", "moved.pth"))
     assert all(torch.equal(begun[n], moved[n]) for n in moved)
+    # but what another run began with is refused, though it has the same shapes
+    run(ready, "other", SEED="7", **settings)
+    other = checkpoint.load(ready / "output/other/init_pissa.pth")
+    checkpoint.save(ready / "output/swapped.pth", {n: t + 1 for n, t in other.items()})
+    with pytest.raises(Problems, match="pissa_init: .*swapped.pth: is not what .* began with"):
+        run(ready, "bad", pissa_load="first", pissa_init="swapped.pth", **settings)

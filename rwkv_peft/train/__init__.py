@@ -75,7 +75,7 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
     precision = machine.precision(config.precision)
     trainer_arguments = strategy.trainer_arguments(precision, config.gpu_count, config.strategy)
     goes_on = earlier is not None and earlier.path is not None
-    base_sha256 = check_earlier(config, base, earlier.path, say) if goes_on and MAIN_PROCESS else ""
+    base_sha256 = check_earlier(config, base, earlier, say) if goes_on and MAIN_PROCESS else ""
     data = (plan_stream if config.streaming else plan_run)(config, files, geometry.vocab_size, say)
     plan = data.plan
     steps = plan.optimizer_steps * config.epoch_count
@@ -147,7 +147,8 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
         init = runs.init_file(folder, config.method)
         if begun and not init.exists():
             checkpoint.save(init, begun)
-        write_json(checkpoint.sidecar_path(path), sidecar)
+        started = {"start_sha256": hashing.sha256(init)} if begun else {}
+        write_json(checkpoint.sidecar_path(path), sidecar | started)
         if held:
             checkpoint.rewrite(
                 held, path, lambda name: (lambda _: changed[name].detach().cpu()) if name in changed else None

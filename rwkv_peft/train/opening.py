@@ -101,17 +101,21 @@ def earlier_run(config: TrainConfig) -> Earlier | None:
     return Earlier(path, start_file(config, path))
 
 
-def check_earlier(config: TrainConfig, base: Path, path: Path, say) -> str:
+def check_earlier(config: TrainConfig, base: Path, earlier: Earlier, say) -> str:
     """Whether a checkpoint is of this method with these options, and was trained on this base; Problems with all that does
     not fit. Returns the base's SHA-256."""
-    from .. import checkpoint
+    from .. import bases, checkpoint
 
-    method, base_sha256 = METHODS[config.method], hashing.sha256(base)
+    method, base_sha256, path, start = METHODS[config.method], hashing.sha256(base), earlier.path, earlier.start
     name = script_values(config)[method.load]
     if not checkpoint.sidecar_path(path).is_file():
         say(f"{name} has no sidecar: its settings and its base are taken on trust.")
         return base_sha256
     sidecar = checkpoint.read_sidecar(path, ("method", "base", "base_sha256"))
+    try:
+        bases.start_of(path, sidecar, config.method, start)
+    except UserError as error:
+        raise Problems(Problem("pissa_init" if config.pissa_init else method.load, str(error))) from None
     if sidecar["method"] != config.method:
         theirs = METHODS[sidecar["method"]].words if sidecar["method"] in METHODS else sidecar["method"]
         raise Problems(Problem(method.load, f"holds a run of {theirs}, not of {method.words}"))
