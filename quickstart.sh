@@ -73,7 +73,7 @@ quickstart/training.sh
 step "4/6  Merge: RUN=quickstart-lora-$now ./merge.sh 7 (epochs count from 0: this is the last of 8)"
 # an earlier toy result makes room; anything of yours is kept under another name by merge.sh itself
 if grep -qs '"run": "quickstart-lora-' merge/rwkv7-tiny-LORA-7.json; then rm -f merge/rwkv7-tiny-LORA-7.{pth,json}; fi
-RUN="quickstart-lora-$now" MODEL_PATH='' rwkv_peft/run.sh merge.__main__ merge.sh 7
+RUN="quickstart-lora-$now" MODEL_PATH='' MERGE_BASE=original METHOD='' LORA_ALPHA='' PISSA_INIT='' rwkv_peft/run.sh merge.__main__ merge.sh 7
 
 step "5/6  The same question to both: ./chat.sh --model ... --temperature 0 --prompt ..."
 question="How many steps does the Heron Bay lighthouse have?"
