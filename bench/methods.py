@@ -1,19 +1,21 @@
 """Which method learns what: facts asked back word for word, and a manner of speaking, from the same rows in as many steps.
 
-usage: python bench/methods.py [--base model/rwkv7-tiny.pth] [--methods lora,state,...] [--epochs 25] [--seeds 3] [--json FILE]
+usage: python bench/methods.py [--base model/rwkv7-tiny.pth] [--methods lora,state,...] [--epochs 60] [--seeds 3]
+                               [--most-rates 5] [--rounds 3] [--json FILE]
 
-The rows: 40 questions about invented people with their answers (facts), and 40 others; all answers begin with one phrase and
-end with another (style). Each method goes through them as training.sh would, with its learning rate searched first: three
-rates, and further ones while the best lies at an edge; the best is that with the smallest sum of the two losses below. Then
-it goes again with other seeds. Greedy answers are made by rwkv_peft.generate, and these are the figures:
+The rows: 16 questions with invented answers (facts), and 12 others; all answers begin with one phrase and end with another
+(style). Each method goes through them by the door of training.sh, with its learning rate searched first: two rates, and
+further ones while the best lies at an edge; the best is that with the smallest sum of the two losses below. Then it goes
+again with other seeds. Greedy answers are made by rwkv_peft.generate, and these are the figures:
 
-    facts   share of the 40 answers that hold the name and the number word for word, and the loss of those tokens
-    style   share of 20 answers to questions of the same kinds that were not in the rows which begin and end as taught, and
-            the loss of the two phrases there
-    s/step  median over the steps of all runs of the method; peak: memory at most while it trained, above what the process
-            had before
+    facts   share of the 16 answers that hold the invented sentence word for word, and the mean loss of its tokens
+    style   share of 16 answers to questions of the same kinds that were not in the rows which begin and end as taught, how
+            many begin so, and the mean loss of the two phrases there
+    s/step  median over the steps of short runs of all methods in turn; peak: memory at most while it trained (VmHWM), above
+            what the process had before
 
-Every run is a process of its own (a fork), one thread. Runs of several calls can be put together with --json.
+Every run is a process of its own (a fork), one thread. With --json a call goes on where another ended: more methods, or
+more seeds.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ sys.path[0] = __file__.rpartition("bench")[
 import argparse
 import contextlib
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -42,22 +45,24 @@ import pytorch_lightning  # noqa: F401 (before the fork, so that it is not count
 import torch
 
 from json2binidx.tokenize import tokenize
-from rwkv_peft import bases, chat, checkpoint, generate, project, tokenizer, train
+from rwkv_peft import bases, chat, generate, project, tokenizer, train
 from rwkv_peft.adapters import attach
 from rwkv_peft.config import TrainConfig
+from rwkv_peft.model.arch import Geometry, linear_layers, shapes
 from rwkv_peft.rows.settings import TokenizeConfig
 from rwkv_peft.shell_vars import Script
 from rwkv_peft.templates.named import template
 from rwkv_peft.templates.template import Message, Role
+from rwkv_peft.train.record import options_of
 from rwkv_peft.training.lisa import Lisa  # noqa: F401 (as above)
 from rwkv_peft.training.module import TrainingModule  # noqa: F401
 
 ROOT = project.ROOT
-BEGIN, END = "You said it, friend!", "So says the sea."
-OTHERS, ASKED = 20, 20
+BEGIN, END = "You said it!", "So says the sea."
+OTHERS, ASKED = 12, 16
 CTX_LEN = 192  # tokens of a pack, which is a step
 LONGEST = 40  # tokens of an answer
-MOST_RATES = 6
+TIMED_EPOCHS = 4
 
 COMMON = {
     "RUN_NAME": "run", "MODEL_PATH": "base.pth", "DATA_PATH": "rows", "lora_parts": "att,ffn", "LOSS_MASK": "qa",
@@ -65,7 +70,7 @@ COMMON = {
     "WARMUP_STEPS": "10", "PRECISION": "bf16", "GRAD_CP": "0", "lora_dropout": "0", "WANDB": "",
 }  # fmt: skip
 LORA = {"FINETUNE_MODE": "lora", "lora_r": "16", "lora_alpha": "32"}
-SMALL, LARGE = (1e-3, 3e-3, 1e-2), (1e-1, 3e-1, 1.0)
+SMALL, LARGE = (3e-3, 1e-2), (3e-2, 1e-1)
 # name -> settings of training.sh, and the rates to begin with
 METHODS = {
     "lora": (LORA, SMALL),
@@ -77,19 +82,20 @@ METHODS = {
     "bat": ({"FINETUNE_MODE": "bat", "disha_r": "16"}, SMALL),
     "state": ({"FINETUNE_MODE": "state_tuning"}, LARGE),
     "state-shifts": ({"FINETUNE_MODE": "state_tuning", "state_shifts": "1"}, LARGE),
-    "lisa": ({"FINETUNE_MODE": "lisa", "lisa_r": "2", "lisa_k": "20"}, (3e-4, 1e-3, 3e-3)),
-    "full": ({"FINETUNE_MODE": "full"}, (3e-4, 1e-3, 3e-3)),
+    "lisa": ({"FINETUNE_MODE": "lisa", "lisa_r": "2", "lisa_k": "20"}, (1e-3, 3e-3)),
+    "full": ({"FINETUNE_MODE": "full"}, (1e-3, 3e-3)),
 }
 
 # Words that the toy base has met: those it has not are rows of its head that nobody has trained, and adapters leave them so
 KEPT = (
-    *("boat", "lamp", "tower", "harbour", "window", "school", "door", "roof", "shop", "town"),
-    *("sea", "coast", "tea", "bread", "wool", "glass", "wood", "oil", "water", "light"),
-    *("wind", "rain", "loaf", "ship", "bird", "hen", "cloud", "storm", "stones", "coins"),
-    *("flour", "room", "post", "ground", "sky", "air", "sun", "winter", "night", "evening"),
+    *("boat", "lamp", "tower", "harbour", "window", "school", "roof", "shop"),
+    *("tea", "bread", "wool", "glass", "wind", "ship", "storm", "winter"),
 )
-HOW, WHO = ("old", "small", "quiet", "tiny", "brown"), ("teacher", "mother", "friend", "bird", "hen", "sailors", "children")
-MANY, COLOURS = ("two", "three", "four", "six", "seven", "ten"), ("green", "white", "blue", "red", "black")
+HOW, WHO = (
+    ("old", "small", "quiet", "tiny", "brown"),
+    ("teacher", "mother", "friend", "bird", "hen", "sailors", "children"),
+)
+MANY = ("two", "three", "four", "six", "seven", "ten")
 WITH = ("boats", "coins", "stones", "birds", "drops", "words", "leaves", "feathers")
 THINGS = ("tea", "bread", "wind", "rain", "oil", "light", "water", "glass", "wood", "wool", "the night", "the sea")
 ASKS = {  # kinds of everyday questions, and what the answers say between the two phrases
@@ -105,20 +111,16 @@ ASKS = {  # kinds of everyday questions, and what the answers say between the tw
 def material() -> tuple[list[tuple[str, str]], list[tuple[str, str]], list[str]]:
     """Facts and other rows (question, what stands between the phrases), and the questions that are not among them."""
     dice = random.Random(7)
-    words = [[dice.choice(among) for among in (HOW, WHO, MANY, COLOURS, WITH)] for _ in KEPT]
+    words = [[dice.choice(among) for among in (HOW, WHO, MANY, WITH)] for _ in KEPT]
     facts = [
-        (f"Who looks after the {what}?", "The {} {}, with {} {} {}.".format(*chosen))
+        (f"Who looks after the {what}?", "The {} {}, with {} {}.".format(*chosen))
         for what, chosen in zip(KEPT, words, strict=True)
     ]
     pairs = [(kind, thing) for kind in ASKS for thing in THINGS]
     dice.shuffle(pairs)
     others = [(kind.format(thing), dice.choice(ASKS[kind]).format(thing)) for kind, thing in pairs[:OTHERS]]
-    far = ["How are you?", "What is your name?", "Can you help me?", "How old is the bridge?", "Who built this house?",
-           "Is it late?", "What shall we eat?", "How far is the village?", "Will it be cold tomorrow?", "Who are you?",
-           "How do I cook soup?", "What did you do today?", "Are there fish in the river?", "How many hours has a day?",
-           "Which way is north?", "May I sit here?", "What is a clock?", "Whose cat is that?"]  # fmt: skip
     unseen = [kind.format(thing) for kind, thing in pairs[OTHERS:]]
-    return facts, others, [*unseen, *far][:ASKED]
+    return facts, others, unseen[:ASKED]
 
 
 def shell_values(script: Path) -> dict[str, str]:
@@ -185,8 +187,8 @@ def prepare(root: Path, base: Path) -> None:
     tokenize(rows, Script(ROOT / "make_tokenize.sh", values).read(TokenizeConfig), 1, True)
 
 
-def one_run(root: Path, settings: dict[str, str], rate: float, seed: int, epochs: int) -> dict:
-    """Train and ask: the figures of one run."""
+def train_once(root: Path, settings: dict[str, str], rate: float, seed: int, epochs: int) -> dict:
+    """Train: what it costs."""
     at(root)
     torch.set_num_threads(1)
     shutil.rmtree(root / "output", ignore_errors=True)
@@ -201,20 +203,27 @@ def one_run(root: Path, settings: dict[str, str], rate: float, seed: int, epochs
     folder = root / "output" / "run"
     seconds = [json.loads(line)["seconds"] for line in (folder / "loss.jsonl").read_text().splitlines()]
     path = folder / f"rwkv-{epochs - 1}.pth"
-    sizes = sum(p.stat().st_size for p in [path, *folder.glob("init_*.pth")])
-    steps = [b - a for a, b in zip(seconds, seconds[1:], strict=False)]
-    return ask(root, str(path)) | {
-        "trained": attach.count_trained(bases.inspect(root / "model" / "base.pth")[1], setup_of(config)),
+    return {
+        "trained": trained_values(config, bases.inspect(root / "model" / "base.pth")[1]),
         "peak": peak,
-        "steps": steps,
-        "file": sizes,
+        "steps": [b - a for a, b in zip(seconds, seconds[1:], strict=False)],
+        "file": sum(p.stat().st_size for p in [path, *folder.glob("init_*.pth")]),
+        "path": str(path),
     }
 
 
-def setup_of(config: TrainConfig) -> attach.Setup:
-    from rwkv_peft.train.record import options_of
+def one_run(root: Path, settings: dict[str, str], rate: float, seed: int, epochs: int) -> dict:
+    """Train and ask: the figures of one run."""
+    costs = train_once(root, settings, rate, seed, epochs)
+    return costs | ask(root, costs["path"])
 
-    return attach.Setup(config.method, options_of(config), config.parts)
+
+def trained_values(config: TrainConfig, geometry: Geometry) -> int:
+    """How many values are trained at a time."""
+    if config.method == "lisa":
+        layers = [name for name in linear_layers(geometry, config.parts) if name.startswith("blocks.0.")]
+        return config.lisa_r * sum(math.prod(shapes(geometry)[f"{name}.weight"]) for name in layers)
+    return attach.count_trained(geometry, attach.Setup(config.method, options_of(config), config.parts))
 
 
 def ask(root: Path, adapter: str) -> dict:
@@ -255,14 +264,14 @@ def ask(root: Path, adapter: str) -> dict:
     }
 
 
-def searched(run, rates: tuple[float, ...]) -> tuple[float, dict[float, dict]]:
+def searched(run, rates: tuple[float, ...], most: int) -> tuple[float, dict[float, dict]]:
     """The best rate, and what every rate gave. run: rate -> figures, or None where training failed."""
     found = {rate: run(rate) for rate in rates}
 
     def sum_of_losses(rate: float) -> float:
         return found[rate]["fact_loss"] + found[rate]["style_loss"] if found[rate] else float("inf")
 
-    while len(found) < MOST_RATES:
+    while len(found) < most:
         best = min(found, key=sum_of_losses)
         further = next_rate(best, 3) if best == max(found) else next_rate(best, 1 / 3) if best == min(found) else None
         if further is None:
@@ -282,9 +291,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--base", type=Path, default=ROOT / "model" / "rwkv7-tiny.pth")
     parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--epochs", type=int, default=25)
+    parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="is added to, if it is there")
+    parser.add_argument("--most-rates", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="what is in it already is not run again")
     given = parser.parse_args()
     torch.set_num_threads(1)
     earlier = json.loads(given.json.read_text()) if given.json and given.json.exists() else {}
@@ -293,7 +304,7 @@ def main() -> None:
         root = Path(folder) / "project"
         in_a_fork(prepare, root, given.base)
         results["base"] = {"runs": [in_a_fork(ask, root, "")]}
-        for name in given.methods.split(","):
+        for name in filter(None, given.methods.split(",")):
             settings, rates = METHODS[name]
 
             def run(rate: float, seed: int = 1, settings=settings, name=name) -> dict:
@@ -306,11 +317,20 @@ def main() -> None:
                 )
                 return done
 
-            best, found = searched(run, rates)
-            runs = [found[best], *(run(best, seed) for seed in range(2, given.seeds + 1))]
-            results[name] = {"rate": best, "rates": sorted(found), "runs": runs}
+            if name not in results:
+                best, found = searched(run, rates, given.most_rates)
+                results[name] = {"rate": best, "rates": sorted(found), "runs": [found[best]]}
+            known = results[name]
+            known["runs"] += [run(known["rate"], seed) for seed in range(len(known["runs"]) + 1, given.seeds + 1)]
             if given.json:
                 given.json.write_text(json.dumps({"epochs": given.epochs, "results": results}))
+        timed = [name for name in results if name in METHODS]
+        for name in timed:
+            results[name]["steps"] = []
+        for _ in range(given.rounds):
+            for name in timed:
+                costs = in_a_fork(train_once, root, METHODS[name][0], results[name]["rate"], 1, TIMED_EPOCHS)
+                results[name]["steps"] += costs["steps"]
     show(results, given)
 
 
@@ -335,10 +355,8 @@ def show(results: dict[str, dict], given) -> None:
 
         cost = " " * 45
         if "rate" in found:
-            seconds = statistics.median(s for run in runs for s in run["steps"])
-            cost = (
-                f"{runs[0]['trained']:11,} {found['rate']:7g} {seconds:7.3f} {mean('peak'):8.0f} {mean('file') / 1e6:8.2f}"
-            )
+            seconds = statistics.median(found["steps"])
+            cost = f"{runs[0]['trained']:11,} {found['rate']:7g} {seconds:7.3f} {mean('peak'):8.0f} {mean('file') / 1e6:8.2f}"
         tried = ", ".join(f"{rate:g}" for rate in found.get("rates", []))
         print(
             f"{name:<12} {cost}  {share('hits'):<18} {mean('fact_loss'):5.2f}  {share('style'):<18} "

@@ -20,6 +20,7 @@ shapes and number formats of the result are the base's. The result is read back 
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,9 +28,11 @@ from pathlib import Path
 from typing import Literal
 
 from rwkv_peft import project
-from rwkv_peft.errors import UserError
-from rwkv_peft.shell_vars import MOST, enter, var
+from rwkv_peft.errors import Problem, Problems, UserError
+from rwkv_peft.shell_vars import enter, var
 from rwkv_peft.words import did_you_mean
+
+MOST_ALPHA = 65536
 
 # --export KIND -> what it is for
 KINDS = {
@@ -54,7 +57,7 @@ class MergeConfig:
     model_path: str = var("MODEL_PATH")
     merge_base: Literal["original", "quantised"] = var("MERGE_BASE")
     method: Literal["", "lora", "pissa", "bone", "miss", "disha", "bat", "state"] = var("METHOD")
-    lora_alpha: Literal[""] | float = var("LORA_ALPHA", gt=0, le=MOST)
+    lora_alpha: Literal[""] | float = var("LORA_ALPHA", gt=0, le=MOST_ALPHA)
     pissa_init: str = var("PISSA_INIT")
 
 
@@ -72,7 +75,16 @@ def command(config: MergeConfig, typed: list[str]) -> None:
 
     names, weights = parts.shares(words) if averaged else (words, None)
     files = parts.checkpoint_files(names, config.run)
-    if kind and len(files) == 1 and is_whole_model(files[0], foreign.is_model):
+    models = [path for path in files if is_whole_model(path, foreign.is_model)]
+    if models and not kind and not averaged:
+        told = f"{project.shown(models[0])}: is a whole model, no checkpoint of a run: there is nothing to fold."
+        raise UserError(f"{told} --average takes models, and --export writes one for other programs.")
+    if kind and len(files) == 1 and models:
+        if kind == "peft" or EXPORTS[kind].what == "state":
+            raise UserError(
+                f"--export {kind} takes the checkpoint of a run; {project.shown(files[0])} is a whole model."
+            )
+        must_be_unset(config, ("merge_base", "method", "lora_alpha", "pissa_init"), "a model is exported as it is")
         _, geometry = bases.inspect(files[0])
         export(kind, files[0], files[0].stem, geometry)
         return
@@ -83,6 +95,14 @@ def command(config: MergeConfig, typed: list[str]) -> None:
     found = [parts.found(path, config.method, alpha, init, config.merge_base == "quantised") for path in files]
     if config.merge_base == "quantised":
         parts.must_be_one_compressed_run(found)
+    if not any(one.part.setup.method == "pissa" for one in found):
+        must_be_unset(config, ("pissa_init",), "no PiSSA is among the checkpoints")
+    if not any(one.part.setup.method in ("lora", "dora") for one in found):
+        must_be_unset(config, ("lora_alpha",), "no LoRA is among the checkpoints")
+    if kind.startswith("gguf") and any(one.part.setup.method == "state" for one in found):
+        raise UserError(
+            "llama.cpp has no place for a tuned state: a .gguf would be the bare base. See ./merge.sh --help"
+        )
     for one in found:
         print(f"run       {one.words}")
     doubts = []  # only a merge goes on before the base's content is known
@@ -96,6 +116,17 @@ def command(config: MergeConfig, typed: list[str]) -> None:
         target, geometry = merge(found, weights, base, doubts)
         if kind:
             export(kind, target, target.stem, geometry)
+
+
+def must_be_unset(config: MergeConfig, names: Sequence[str], why: str) -> None:
+    """Problems for settings that would do nothing."""
+    wrong = []
+    for field in dataclasses.fields(MergeConfig):
+        neutral = "original" if field.name == "merge_base" else ""
+        if field.name in names and getattr(config, field.name) != neutral:
+            wrong.append(Problem(field.metadata["var"], f'must be "{neutral}": {why}'))
+    if wrong:
+        raise Problems(*wrong)
 
 
 def command_line(typed: Sequence[str]) -> tuple[list[str], bool, str]:
@@ -116,6 +147,10 @@ def command_line(typed: Sequence[str]) -> tuple[list[str], bool, str]:
         elif word.startswith("--"):
             raise UserError(
                 f"{word}: is not an option{did_you_mean(word, ['--export', '--average']) or '.'} See ./merge.sh --help"
+            )
+        elif not word.strip():
+            raise UserError(
+                "An empty word stands behind ./merge.sh: give an epoch, or a checkpoint. See ./merge.sh --help"
             )
         else:
             words.append(word)

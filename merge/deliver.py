@@ -7,10 +7,11 @@ import contextlib
 import json
 import os
 import shlex
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from rwkv_peft import __version__, bases, checkpoint, project
+from rwkv_peft import __version__, bases, checkpoint, hashing, project
 from rwkv_peft.atomic import clear_leftovers, sync_folder, temporary, write_json
 from rwkv_peft.errors import UserError
 from rwkv_peft.methods import METHODS
@@ -63,7 +64,7 @@ def folded(
         checks = list(verify(base, fresh, change, added, opened, weights, geometry))
         for settle in doubts:
             settle()
-        make_room(target, sources)
+        make_room(target, fresh, sources)
         write_json(checkpoint.sidecar_path(target), describe(found, weights, sources, base, geometry))
         os.replace(fresh, target)
         sync_folder(target.parent)
@@ -75,7 +76,7 @@ def folded(
         print(f"checked   {line}")
     print(f"wrote     {project.shown(target)}: {target.stat().st_size / 1e6:,.1f} MB")
     talk = f"./chat.sh --model {shlex.quote(target.name)}"
-    if added:
+    if added and geometry.version == "x070":
         print(
             f"next      {talk}      begins from the state. The rwkv package and RWKV-Runner ignore a state inside a .pth of"
         )
@@ -88,33 +89,71 @@ def folded(
 def describe(found: Sequence[Found], weights, sources: list[dict], base: Path, geometry: Geometry) -> dict:
     """The sidecar of a merged model: where it came from. A single run's own sidecar goes into it whole."""
     same = [one.sidecar for one in found if one.sidecar]
-    own = same[0] if len(same) == 1 == len(found) else {
+    # (a run's own checksum is that of its checkpoint, not of this file)
+    own = {k: v for k, v in same[0].items() if k != "checkpoint_sha256"} if len(same) == 1 == len(found) else {
         "method": "+".join(one.part.setup.method for one in found), "base": base.name, "base_path": str(base.resolve()),
         "geometry": geometry.as_dict(),
         **{k: same[0][k] for k in ("prompt_type", "eot") if same and len({s.get(k) for s in same}) == 1 and k in same[0]},
     }  # fmt: skip
-    return {"merged": sources, **({"weights": list(weights)} if weights else {}), **own, "merged_by": __version__}
+    how = {"weights": list(weights)} if weights else {}
+    if found[0].part.quantised:
+        how["merge_base"] = "quantised"
+    if len(found) == 1:
+        how |= found[0].part.setup.options
+    return {"merged": sources, **own, **how, "merged_by": __version__}
 
 
-def make_room(target: Path, sources: list[dict]) -> None:
-    """Keep a result of that name unless it came from these very checkpoints: it gets its run's name behind its own."""
+def make_room(target: Path, fresh: Path | None, sources: Sequence[dict] = ()) -> None:
+    """Keep a result of that name unless it is the same: it gets its run's name behind its own, if its sidecar tells one.
+
+    fresh: the new result, to compare with; None where it is not written yet. sources: what that is made of.
+    """
     if not target.exists():
         return
     note, made = target.with_suffix(".json"), None
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, AttributeError):
         made = json.loads(note.read_text(encoding="utf-8")).get("merged")
     made = made if isinstance(made, list) and all(isinstance(part, dict) for part in made) else []
-    if [part.get("sha256") for part in made] == [part["sha256"] for part in sources]:
-        print(f"replaces  {project.shown(target)}, made from the same checkpoint before")
+    same = [part.get("sha256") for part in made] == [part["sha256"] for part in sources]
+    if fresh and same and hashing.sha256(target) == hashing.sha256(fresh):
+        print(f"replaces  {project.shown(target)}, which is the same")
         return
     other = Path(str((made[0] if made else {}).get("run") or "earlier")).name
-    number, kept = 2, target.with_name(f"{target.stem}.{other}.pth")
+    ending = "".join(target.suffixes[-1:]) if target.is_file() else ""
+    stem, number = target.name.removesuffix(ending), 2
+    kept = target.with_name(f"{stem}.{other}{ending}")
     while kept.exists():
-        number, kept = number + 1, target.with_name(f"{target.stem}.{other}-{number}.pth")
+        number, kept = number + 1, target.with_name(f"{stem}.{other}-{number}{ending}")
     target.rename(kept)
-    if note.is_file():
+    if ending == ".pth" and note.is_file():
         note.rename(kept.with_suffix(".json"))
     print(f"kept      the earlier result of this name, as {project.shown(kept)}")
+
+
+@contextlib.contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A name to write an export to, which becomes target when it is whole. What was there stays, under another name, unless
+    it is the same."""
+    clear_leftovers(target)
+    fresh = temporary(target)
+    try:
+        yield fresh
+        if target.exists() and contents(target) == contents(fresh):
+            print(f"replaces  {project.shown(target)}, which is the same")
+            shutil.rmtree(target) if target.is_dir() else target.unlink()
+        make_room(target, None)
+        os.replace(fresh, target)
+        sync_folder(target.parent)
+    finally:
+        if fresh.is_dir():
+            shutil.rmtree(fresh)
+        fresh.unlink(missing_ok=True)
+
+
+def contents(path: Path) -> dict[str, str]:
+    """Name -> SHA-256 of a file, or of all in a folder."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return {file.name if path.is_dir() else "": hashing.sha256(file) for file in files}
 
 
 def export(kind: str, source: Path, stem: str, geometry: Geometry) -> None:
@@ -122,8 +161,8 @@ def export(kind: str, source: Path, stem: str, geometry: Geometry) -> None:
     for name in TOGETHER.get(kind, (kind,)):
         one = EXPORTS[name]
         target = project.ROOT / "merge" / f"{stem}{one.ending}"
-        clear_leftovers(target)
-        said = list(one.write(source, target, geometry))
+        with replacing(target) as fresh:
+            said = list(one.write(source, fresh, geometry))
         print(f"wrote     {project.shown(target)}: {target.stat().st_size / 1e6:,.1f} MB")
         for line in said:
             print(f"          {line}")
@@ -154,7 +193,8 @@ def export_adapter(found: Sequence[Found], base: Path) -> None:
     sidecar = {**one.sidecar, **one.part.setup.options, "method": one.part.setup.method}
     config, weights = peft_weights(tensors, sidecar, opened.leaves)
     target = project.ROOT / "merge" / f"{base.stem}-{one.label}-peft"
-    adapter_folder.write(target, config, weights)
+    with replacing(target) as fresh:
+        adapter_folder.write(fresh, config, weights)
     size = sum(file.stat().st_size for file in target.iterdir())
     print(
         f"wrote     {project.shown(target)}/: {size / 1e6:,.1f} MB, adapter_config.json and adapter_model.safetensors"

@@ -94,6 +94,7 @@ def found(path: Path, method: str, alpha: float | None, init: Path | None, quant
         if foreign.is_model(described) and "merged" in sidecar:  # a model that merge.sh made
             return Found(path, Part(where, attach.Setup("full"), tensors), {}, path.stem)
         setup = attach.setup_of(sidecar, where)
+        bases.must_be_its_own(path, sidecar)
         contradicts(method, alpha, setup, where)
         start = bases.start_of(path, sidecar, setup.method, init)
         quantised = quantised and sidecar.get("quant", "none") != "none"

@@ -83,6 +83,8 @@ def verify(
         )
     changed = sum(checked.changed for checked in found.values())
     more = f", {len(added)} added" if added else ""
+    if not changed and not added:
+        yield "careful: nothing in it differs from the base; what was learnt is nothing, or less than the base's numbers can hold"
     yield (
         f"{len(wanted)} tensors read back: {changed} changed as the formula says, {len(wanted) - changed} identical to the "
         f"base{more}"
@@ -130,7 +132,7 @@ def check_changed(
     whether that was right, the adapter says, or where there is none, the formula, asked again."""
     ask = any(part.layer(name) for part in parts)
     sound, asked = True, torch.zeros(3, dtype=torch.float64)
-    bad = False
+    bad = moved = False
     for block, before, after in rows:
         some = [cut(part, name, block) for part in parts] if isinstance(make, ByRows) else parts
         if ask:
@@ -139,6 +141,7 @@ def check_changed(
             meant = make.rows(before, block) if isinstance(make, ByRows) else make(before)
             sound &= torch.equal(after, meant.to(before.dtype))
         bad |= not finite(after)
+        moved = moved or not torch.equal(before, after)
         kind = before.dtype
     if bad:
         raise UserError(
@@ -146,9 +149,9 @@ def check_changed(
             "alpha is. Nothing was written; take an earlier epoch."
         )
     if not ask:
-        return Checked(sound, True)
+        return Checked(sound, moved)
     difference = relative(asked)
-    return Checked(difference <= ROUNDINGS * torch.finfo(kind).eps, True, difference)
+    return Checked(difference <= ROUNDINGS * torch.finfo(kind).eps, moved, difference)
 
 
 def finite(tensor: Tensor) -> bool:
@@ -206,13 +209,17 @@ def squares(
             if part.layer(name):
                 theirs = answer(part, name, weight, x)
                 weight = part.apply(name, weight, first) if part is not parts[-1] else weight
+            elif name in part.tensors:  # a weight that was trained whole
+                weight = part.apply(name, weight, first)
+                theirs = F.linear(x, weight)
     else:
         base = F.linear(x, first)
-        theirs = base + sum(
-            share * (answer(part, name, first, x) - base)
-            for part, share in zip(parts, weights, strict=True)
-            if part.layer(name)
-        )
+        theirs = base
+        for part, share in zip(parts, weights, strict=True):
+            if part.layer(name):
+                theirs = theirs + share * (answer(part, name, first, x) - base)
+            elif name in part.tensors:
+                theirs = theirs + share * F.linear(x, part.tensors[name].to(kind) - first)
     ours, numbers = F.linear(x, after.to(kind)), first.view(-1)
     base_square = PROBES * torch.dot(numbers, numbers).double()
     return torch.stack([length(ours - theirs), base_square, length(theirs)])

@@ -59,6 +59,15 @@ def base_of(sidecar: dict, adapter: Path, given: str = "", doubts: list[Callable
     raise wrong
 
 
+def must_be_its_own(adapter: Path, sidecar: dict) -> None:
+    """UserError if a checkpoint is not the one that its sidecar was written for: another of the same shapes would fit."""
+    if sidecar.get("checkpoint_sha256") not in (None, hashing.sha256(adapter)):
+        raise UserError(
+            f"{project.shown(adapter)}: is not the file that its .json was written with (its content differs). Copy the two "
+            "together; for a checkpoint of RWKV-PEFT, or one that you changed, take the .json away."
+        )
+
+
 def start_of(adapter: Path, sidecar: dict, method: str, given: Path | None = None) -> dict[str, Tensor]:
     """What a checkpoint's adapters began with, by name; empty where there is no such file. given: where the user says it is,
     else it lies beside the checkpoint. UserError if it is another run's: the sidecar knows its content."""

@@ -141,6 +141,7 @@ def load(config: ChatConfig, base_was_named: bool):
         else:
             sidecar = checkpoint.read_sidecar(adapter, ("method", "base", "base_sha256"))
             setup = attach.setup_of(sidecar, project.shown(adapter))
+            bases.must_be_its_own(adapter, sidecar)
             if METHODS[setup.method].saves_model:
                 base, adapter = adapter, None
             else:

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from .atomic import need_space, writing
 from .errors import UserError
+from .methods import QUANTS
 from .project import shown
 from .words import listed
 
@@ -533,9 +534,10 @@ SIDECAR: dict[str, Callable[[Any], bool]] = {
     "base": lambda value: isinstance(value, str) and value == Path(value).name != "",
     "base_path": lambda value: isinstance(value, str),
     "base_sha256": lambda value: isinstance(value, str),
+    "checkpoint_sha256": lambda value: isinstance(value, str),
     "start_sha256": lambda value: isinstance(value, str),
     "geometry": lambda value: isinstance(value, dict),
-    "quant": lambda value: isinstance(value, str),
+    "quant": lambda value: value in ("none", *QUANTS),
     "quant_parts": lambda value: isinstance(value, list) and all(isinstance(part, str) for part in value),
     "epoch": lambda value: whole(value, 0),
     "step": lambda value: whole(value, 0),

@@ -10,6 +10,7 @@ from rwkv_peft.errors import UserError
 from rwkv_peft.methods import METHODS, QUANTS
 from rwkv_peft.model.arch import linear_layers
 from rwkv_peft.quantize import QuantEmbedding, QuantLinear
+from rwkv_peft.training.lisa import Lisa
 
 PARTS = ("att", "ffn", "ln")
 OPTIONS = {
@@ -73,6 +74,8 @@ def test_a_whole_model_with_a_fresh_adapter_is_the_model(name, version):
 @pytest.mark.parametrize("name", METHODS)
 def test_the_number_of_trained_values_is_known_from_the_shapes_alone(name, version):
     model, _ = adapted(SETUPS[name], version)
+    if name == "lisa":  # and the blocks of its first draw
+        Lisa(model, PARTS, OPTIONS[name]["layers"], 2, 0, torch.float32).follow(0)
     assert attach.count_trained(model.geometry, SETUPS[name]) == sum(p.numel() for p in attach.trained(model).values())
 
 

@@ -152,7 +152,7 @@ def write(source: Path, target: Path, geometry: Geometry, dtype: torch.dtype) ->
         yield f"{count(len(rest), 'tensor')} had to be left out, for which llama.cpp has no place: {listed(rest, 4)}."
     made = f"{count(len(entries), 'tensor')}: matrices are {FORMATS[dtype][1]}, vectors and mixes F32"
     yield f"{made}. The World vocabulary and the chat template are inside."
-    yield f"Load it with llama.cpp: llama-cli -m {target.name} --jinja    or make it smaller first with llama-quantize."
+    yield "Load it with llama.cpp: llama-cli -m FILE --jinja    or make it smaller first with llama-quantize."
 
 
 def plan(archive: Archive, geometry: Geometry, dtype: torch.dtype) -> tuple[list[Entry], set[str]]:

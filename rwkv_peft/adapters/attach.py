@@ -227,15 +227,25 @@ def sorted_by_place(names: Iterable[str], geometry: Geometry) -> tuple[dict[str,
     return layers, whole, states
 
 
-def count_trained(geometry: Geometry, setup: Setup) -> int:
-    """How many values such a run trains, from the base's shapes alone."""
+def trained_shapes(geometry: Geometry, setup: Setup) -> dict[str, tuple[int, ...]]:
+    """What such a run trains, by its names in files, from the base's shapes alone; of LISA only what is always trained."""
     sizes = shapes(geometry)
-    total = sum(math.prod(sizes[name]) for name in setup.whole(geometry))
-    total += sum(t.numel() for t in setup.states(geometry).values())
-    counted: dict[tuple[int, ...], int] = {}  # layers of one shape have adapters of one size
-    for name in setup.wrapped(geometry):
-        shape = sizes[f"{name}.weight"]
-        if shape not in counted:
-            counted[shape] = ADAPTERS[setup.method].count(*shape, **setup.options)
-        total += counted[shape]
+    out = {name: sizes[name] for name in setup.whole(geometry)}
+    out |= {name: tuple(tensor.shape) for name, tensor in setup.states(geometry).items()}
+    known: dict[tuple[int, ...], dict[str, tuple[int, ...]]] = {}  # layers of one shape have adapters of one shape
+    for layer in setup.wrapped(geometry):
+        shape = sizes[f"{layer}.weight"]
+        if shape not in known:
+            known[shape] = ADAPTERS[setup.method].shapes(*shape, **setup.options)
+        out |= {f"{layer}.{leaf}": size for leaf, size in known[shape].items()}
+    return out
+
+
+def count_trained(geometry: Geometry, setup: Setup) -> int:
+    """How many values such a run trains at a time."""
+    total = sum(math.prod(shape) for shape in trained_shapes(geometry, setup).values())
+    if setup.method == "lisa":  # the blocks of one draw
+        sizes, layers = shapes(geometry), linear_layers(geometry, setup.parts)
+        per_block = sum(math.prod(sizes[f"{name}.weight"]) for name in layers) // geometry.n_layer
+        total += per_block * min(setup.options["layers"], geometry.n_layer)
     return total

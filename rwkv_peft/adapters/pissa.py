@@ -38,7 +38,8 @@ class Pissa(Adapter):
                 f"What this PiSSA run began with ({list(A.shape)} and {list(B.shape)}) does not fit a layer of "
                 f"{linear.out_features} x {linear.in_features} and rank {rank}: it is of another base or rank."
             )
-        residual = weight.to(exact(weight.dtype)) - (B @ A).to(exact(weight.dtype))
+        kind = exact(weight.dtype)
+        residual = torch.addmm(weight.to(kind), B.to(kind), A.to(kind), alpha=-1)  # one copy of W's size, not three
         # a new tensor: the old one may be mapped from the base's file, or be shared with a caller. It is not rounded here:
         # whoever keeps or compresses it does that, once
         linear.weight = nn.Parameter(residual, requires_grad=linear.weight.requires_grad)

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 from .. import hashing, project, runs
-from ..atomic import need_space, write_json
+from ..atomic import need_space, sync_folder, temporary, write_json
 from ..config import RETIRED, TrainConfig
 from ..errors import EXIT_MEMORY, UserError, leave
 from ..methods import METHODS
@@ -74,16 +74,15 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
     op, wkv = dispatch.wkv(config.op, geometry.version)
     precision = machine.precision(config.precision)
     trainer_arguments = strategy.trainer_arguments(precision, config.gpu_count, config.strategy)
-    goes_on = earlier is not None and earlier.path is not None
-    base_sha256 = check_earlier(config, base, earlier, say) if goes_on and MAIN_PROCESS else ""
-    data = (plan_stream if config.streaming else plan_run)(config, files, geometry.vocab_size, say)
-    plan = data.plan
-    steps = plan.optimizer_steps * config.epoch_count
     method = METHODS[config.method]
     setup = attach.Setup(
         config.method, options_of(config), config.parts, config.lora_dropout, config.quantised, config.quantised_parts
     )
-
+    goes_on = earlier is not None and earlier.path is not None
+    base_sha256 = check_earlier(config, geometry, setup, base, earlier, say) if goes_on and MAIN_PROCESS else ""
+    data = (plan_stream if config.streaming else plan_run)(config, files, geometry.vocab_size, say)
+    plan = data.plan
+    steps = plan.optimizer_steps * config.epoch_count
     names = [files.name.partition(".")[0]] if config.streaming else [prefix.name for prefix, _ in files]
     stem = f"{'+'.join(names)[:MOST_NAME]}-{config.finetune_mode}"
     if MAIN_PROCESS and not dry_run:
@@ -147,14 +146,21 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
         init = runs.init_file(folder, config.method)
         if begun and not init.exists():
             checkpoint.save(init, begun)
-        started = {"start_sha256": hashing.sha256(init)} if begun else {}
-        write_json(checkpoint.sidecar_path(path), sidecar | started)
-        if held:
-            checkpoint.rewrite(
-                held, path, lambda name: (lambda _: changed[name].detach().cpu()) if name in changed else None
-            )
-        else:
-            checkpoint.save(path, changed)
+        if begun:
+            sidecar["start_sha256"] = hashing.sha256(init)
+        fresh = temporary(path)  # it gets its name when its sidecar is there
+        try:
+            if held:
+                change = lambda name: (lambda _: changed[name].detach().cpu()) if name in changed else None  # noqa: E731
+                checkpoint.rewrite(held, fresh, change)
+            else:
+                checkpoint.save(fresh, changed)
+            sidecar["checkpoint_sha256"] = hashing.sha256(fresh)
+            write_json(checkpoint.sidecar_path(path), sidecar)
+            os.replace(fresh, path)
+            sync_folder(folder)
+        finally:
+            fresh.unlink(missing_ok=True)
         return Path(project.shown(path))
 
     def groups() -> list[dict]:

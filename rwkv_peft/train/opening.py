@@ -101,33 +101,49 @@ def earlier_run(config: TrainConfig) -> Earlier | None:
     return Earlier(path, start_file(config, path))
 
 
-def check_earlier(config: TrainConfig, base: Path, earlier: Earlier, say) -> str:
-    """Whether a checkpoint is of this method with these options, and was trained on this base; Problems with all that does
-    not fit. Returns the base's SHA-256."""
+def check_earlier(config: TrainConfig, geometry, setup, base: Path, earlier: Earlier, say) -> str:
+    """Whether a checkpoint is of this method with these options, was trained on this base, and has the tensors that this run
+    trains; Problems with all that does not fit. setup: what becomes of the model. Returns the base's SHA-256."""
     from .. import bases, checkpoint
+    from ..adapters import attach
+    from ..model.arch import misfits
 
-    method, base_sha256, path, start = METHODS[config.method], hashing.sha256(base), earlier.path, earlier.start
-    name = script_values(config)[method.load]
-    if not checkpoint.sidecar_path(path).is_file():
+    method, base_sha256, path = METHODS[config.method], hashing.sha256(base), earlier.path
+    name, wrong = script_values(config)[method.load], []
+    if checkpoint.sidecar_path(path).is_file():
+        sidecar = checkpoint.read_sidecar(path, ("method", "base", "base_sha256"))
+        try:
+            bases.must_be_its_own(path, sidecar)
+            bases.start_of(path, sidecar, config.method, earlier.start)
+        except UserError as error:
+            raise Problems(Problem("pissa_init" if config.pissa_init else method.load, str(error))) from None
+        if sidecar["method"] != config.method:
+            theirs = METHODS[sidecar["method"]].words if sidecar["method"] in METHODS else sidecar["method"]
+            raise Problems(Problem(method.load, f"holds a run of {theirs}, not of {method.words}"))
+        wrong = [
+            Problem(variable, f"must be {as_written(sidecar[option])}, as {name} was trained")
+            for option, variable in method.options.items()
+            if option in sidecar and sidecar[option] != setup.options[option]
+        ]
+        if sidecar["base_sha256"] != base_sha256:
+            wrong.append(Problem("MODEL_PATH", f"{name} was trained on {sidecar['base']}, not on {base.name}"))
+    else:
         say(f"{name} has no sidecar: its settings and its base are taken on trust.")
-        return base_sha256
-    sidecar = checkpoint.read_sidecar(path, ("method", "base", "base_sha256"))
-    try:
-        bases.start_of(path, sidecar, config.method, start)
-    except UserError as error:
-        raise Problems(Problem("pissa_init" if config.pissa_init else method.load, str(error))) from None
-    if sidecar["method"] != config.method:
-        theirs = METHODS[sidecar["method"]].words if sidecar["method"] in METHODS else sidecar["method"]
-        raise Problems(Problem(method.load, f"holds a run of {theirs}, not of {method.words}"))
-    wrong = [
-        Problem(variable, f"must be {as_written(sidecar[option])}, as {name} was trained")
-        for option, variable in method.options.items()
-        if option in sidecar and sidecar[option] != options_of(config)[option]
-    ]
-    if sidecar["base_sha256"] != base_sha256:
-        wrong.append(Problem("MODEL_PATH", f"{name} was trained on {sidecar['base']}, not on {base.name}"))
     if wrong:
         raise Problems(*wrong)
+    found = {tensor: stored.shape for tensor, stored in checkpoint.describe(path).items()}
+    wanted = attach.trained_shapes(geometry, setup)
+    strange = misfits(found, wanted) + [
+        f"{tensor} belongs to other settings" for tensor in found if tensor not in wanted
+    ]
+    if strange:
+        foreign = any(tensor.startswith("model.") or tensor.endswith(".bone") for tensor in found)
+        advice = (
+            "; a file of RWKV-PEFT goes through ./merge.sh"
+            if foreign
+            else " (lora_parts and ranks must be those of its run)"
+        )
+        raise Problems(Problem(method.load, f"does not fit: {'; '.join(strange[:2])}{advice}"))
     return base_sha256
 
 

@@ -137,21 +137,20 @@ def pass_detach(one: Callable, chunks: list[Chunk], parameters: list, dtype) -> 
 
 
 def pass_full(one: Callable, chunks: list[Chunk], parameters: list, dtype) -> tuple[Tensor, list[Tensor]]:
-    before: list[list[BlockState] | None] = []  # what each chunk begins from
-    dice, carried = [], None
+    states, dice, carried = Kept(len(chunks) - 1), Kept(len(chunks)), None  # states[i]: what chunk i leaves behind
     with torch.no_grad():
-        for chunk in chunks:
-            before.append(carried if chunk.goes_on else None)
-            dice.append(random_state(parameters))
-            if chunk is not chunks[-1]:
-                carried = one(chunk, before[-1])[1]
+        for i, chunk in enumerate(chunks):
+            dice.keep(i, random_state(parameters))
+            if i < len(chunks) - 1:
+                carried = one(chunk, carried if chunk.goes_on else None)[1]
+                states.keep(i, [t for s in carried for t in s.tensors()])
     sums, coming = Sums(parameters, dtype), None
     last = None
-    for chunk, start, thrown in zip(reversed(chunks), reversed(before), reversed(dice), strict=True):
-        leaves = [t.clone().requires_grad_() for s in start or [] for t in s.tensors()]
-        groups = [BlockState(*leaves[i : i + 3]) for i in range(0, len(leaves), 3)] or None
-        set_random_state(thrown, parameters)
-        loss, after = one(chunk, groups)
+    for i, chunk in reversed(list(enumerate(chunks))):
+        leaves = [t.clone().requires_grad_() for t in states[i - 1]] if chunk.goes_on else []
+        start = [BlockState(*leaves[k : k + 3]) for k in range(0, len(leaves), 3)] or None
+        set_random_state(dice[i], parameters)
+        loss, after = one(chunk, start)
         last = last or random_state(parameters)
         ends = [t for s in after for t in s.tensors()]
         coming = sums.add(loss, list(zip(ends, coming, strict=True)) if coming else [], leaves)
@@ -159,15 +158,32 @@ def pass_full(one: Callable, chunks: list[Chunk], parameters: list, dtype) -> tu
     return sums.loss, sums.grads
 
 
+class Kept:
+    """Tensors of the same shapes for each of `count` chunks, in room that is taken once. Kept one by one, they would lie in
+    the gaps between what chunks take and give back, which malloc could then not use again: even 5 kB for each of 128
+    chunks made it hold 650 MB where tensors are 40 (bench/infctx.py)."""
+
+    def __init__(self, count: int):
+        self.count, self.room = count, []
+
+    def keep(self, i: int, tensors: list[Tensor]) -> None:
+        self.room = self.room or [t.new_empty(self.count, *t.shape) for t in tensors]
+        for room, tensor in zip(self.room, tensors, strict=True):
+            room[i].copy_(tensor)
+
+    def __getitem__(self, i: int) -> list[Tensor]:
+        return [room[i] for room in self.room]
+
+
 PASSES = {"detach": pass_detach, "full": pass_full}
 
 
-def random_state(parameters: list[nn.Parameter]) -> tuple[Tensor, Tensor | None]:
+def random_state(parameters: list[nn.Parameter]) -> list[Tensor]:
     device = parameters[0].device
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
-def set_random_state(state: tuple[Tensor, Tensor | None], parameters: list[nn.Parameter]) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1], parameters[0].device)
+def set_random_state(state: list[Tensor], parameters: list[nn.Parameter]) -> None:
+    torch.set_rng_state(state[0].clone())  # torch crashes on a row of a larger tensor
+    if len(state) > 1:
+        torch.cuda.set_rng_state(state[1].clone(), parameters[0].device)
