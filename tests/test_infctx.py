@@ -121,6 +121,15 @@ def test_gradient_checkpointing_inside_chunks_changes_nothing(grad_cp):
 
 def test_chunks_tile_the_tokens_and_know_their_borders():
     chunks = cut((0, 5, 41, 42, 90), 21)
-    assert [(c.begin, c.end) for c in chunks] == [(0, 21), (21, 42), (42, 63), (63, 84), (84, 90)]
-    assert [c.borders for c in chunks] == [(0, 5, 21), (0, 20, 21), (0, 21), (0, 21), (0, 6)]
-    assert [c.goes_on for c in chunks] == [False, True, False, True, True]
+    assert [(c.begin, c.end) for c in chunks] == [(0, 5), (5, 26), (26, 42), (42, 63), (63, 84), (84, 90)]
+    assert [c.borders for c in chunks] == [(0, 5), (0, 21), (0, 15, 16), (0, 21), (0, 21), (0, 6)]
+    assert [c.goes_on for c in chunks] == [False, False, True, False, True, True]
+    assert [(c.begin, c.end) for c in cut((0, 3, 7, 9), 9)] == [(0, 9)]
+
+
+def test_where_a_sequence_is_cut_does_not_depend_on_what_lies_before_it():
+    """Or the gradients of detach would change with the batch size and the number of GPUs."""
+    for before in (0, 1, 5, 8, 30):
+        borders = (0, before, before + 50) if before else (0, 50)
+        inside = [c.begin - before for c in cut(borders, 8) if c.goes_on and c.begin > before]
+        assert inside == [8, 16, 24, 32, 40, 48]

@@ -36,10 +36,19 @@ class Chunk:
 
 
 def cut(cu_seqlens: Sequence[int], size: int) -> list[Chunk]:
-    """The tokens of sequences behind one another, in chunks of `size`; the last may be shorter."""
-    total, chunks = cu_seqlens[-1], []
-    for begin in range(0, total, size):
-        end = min(begin + size, total)
+    """The tokens of sequences behind one another, in chunks of at most `size`. A sequence is cut at multiples of `size` from
+    its own beginning, whatever lies beside it: so the result does not depend on how rows are batched."""
+    places, begin = [0], 0
+    for first, end in zip(cu_seqlens, cu_seqlens[1:], strict=False):
+        if end - begin > size and first > begin:  # it does not fit into what was begun
+            places.append(first)
+            begin = first
+        while end - begin > size:
+            begin += size
+            places.append(begin)
+    places.append(cu_seqlens[-1])
+    chunks = []
+    for begin, end in zip(places, places[1:], strict=False):
         inside = [c - begin for c in cu_seqlens if begin < c < end]
         chunks.append(Chunk(begin, end, (0, *inside, end - begin), begin not in cu_seqlens))
     return chunks
