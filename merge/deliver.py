@@ -17,7 +17,7 @@ from rwkv_peft.errors import UserError
 from rwkv_peft.methods import METHODS
 from rwkv_peft.model.arch import Geometry
 
-from . import fold, parts
+from . import fold, foreign, parts
 from .exports import EXPORTS
 from .parts import Found
 from .rows import by_rows
@@ -51,6 +51,9 @@ def folded(
 ) -> tuple[Path, Geometry]:
     described, geometry = bases.inspect(base)
     opened = checkpoint.side_by_side(lambda one: fold.opened(one.part, described, geometry), found)
+    for one, part in zip(found, opened, strict=True):
+        for doubt in [] if one.sidecar else foreign.doubts(part, base, geometry):
+            print(f"careful   {project.shown(one.path)}: {doubt}")
     added = fold.added(opened, weights)
     change = fold.average(opened, weights, geometry) if weights else fold.in_turn(opened, geometry)
     change = by_rows(change, opened, weights, geometry)

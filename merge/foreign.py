@@ -7,7 +7,7 @@ look alike, and so the user must say which it is, and LoRA's alpha. (RWKV-PEFT a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -15,12 +15,15 @@ from torch import Tensor
 from rwkv_peft import checkpoint
 from rwkv_peft.adapters.attach import Setup
 from rwkv_peft.errors import Problem, Problems, UserError
-from rwkv_peft.methods import ALIASES
-from rwkv_peft.model.arch import ARCHS, STATE_NAME
+from rwkv_peft.methods import ALIASES, PARTS
+from rwkv_peft.model.arch import ARCHS, STATE_NAME, Geometry, linear_layers
 from rwkv_peft.words import listed
+
+from .fold import Part
 
 PREFIX = "model."
 RENAMED = {"bone": "disha"}
+MOST_LEFT = 0.5  # of what a PiSSA took out: next to 0 on its own base, far above 1 on any other
 
 
 def our_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -92,3 +95,26 @@ def start_of(path: Path, setup: Setup, given: Path | None) -> dict[str, Tensor]:
     if not init.is_file():
         raise Problems(Problem("PISSA_INIT", f"must name the init_pissa.pth of the run; {init} is not there"))
     return our_names(checkpoint.load(init))
+
+
+def doubts(part: Part, base: Path, geometry: Geometry) -> Iterator[str]:
+    """What looks odd about a foreign adapter on this base, in words. UserError where its PiSSA was taken out of other weights.
+
+    What PiSSA began with are the base's main directions: what is left of the base without them has no share in these.
+    """
+    missing = [n for n in linear_layers(geometry, PARTS) if n not in part.leaves]
+    kinds = sorted({".".join(name.split(".")[2:]) for name in missing})
+    if part.leaves and missing:
+        yield f"it has no adapter on {listed(kinds)} ({len(missing)} layers): was it trained so?"
+    if part.setup.method != "pissa":
+        return
+    layer = next(iter(part.leaves))
+    with checkpoint.Archive(base) as archive:
+        weight = archive.tensor(f"{layer}.weight").float()
+    A, B = (part.start[f"{layer}.{leaf}"].float() for leaf in ("init_lora_A", "init_lora_B"))
+    share = (B.T @ (weight - B @ A) @ A.T).norm() / (B.T @ weight @ A.T).norm().clamp_min(1e-30)
+    if share > MOST_LEFT:
+        raise UserError(
+            f"{part.where}: its init_pissa.pth was not taken out of this base ({layer} has other main directions). Name the "
+            "right base with MODEL_PATH, or the right file with PISSA_INIT."
+        )

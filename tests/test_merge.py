@@ -43,8 +43,7 @@ def make_run(root, name="r", method="lora", version="x070", dtype=torch.float32,
     model = build(shape, checkpoint.load(base), tiny.wkv(shape))
     parts = parts if METHODS[method].parts else ()
     begun = attach.adapt(model, Setup(method, OPTIONS[method], parts, quant=quant, quant_parts=("att", "ffn")))
-    torch.manual_seed(seed)
-    saved = moved(model)
+    saved = moved(model, seed)
     if method == "lisa":
         saved = {n: p.detach() for n, p in model.named_parameters()}
     folder.mkdir()
@@ -175,6 +174,40 @@ def test_an_average_is_the_weighted_mean_of_the_merged_models(project_folder):
     merge("--average", result(), result("base-PISSA-3.pth"))
     half = checkpoint.load(result("base-LORA-3-AVERAGE.pth"))
     torch.testing.assert_close(half["ln_out.weight"], (a["ln_out.weight"] + b["ln_out.weight"]) / 2)
+
+
+def test_whole_weights_and_adapters_go_together(project_folder):
+    """A LISA run changes matrices whole that a LoRA run adapts: in turn their changes add up, and averages are means."""
+    _, base, _ = make_run(project_folder, "a", seed=1)
+    make_run(project_folder, "b", "lisa", seed=2)
+    merge("a", "b"), merge("--average", "a:1", "b:3"), merge("a"), merge("b")
+    start, both, mean = (
+        checkpoint.load(p) for p in (base, result("base-LORA-3+LISA-3.pth"), result("base-AVERAGE.pth"))
+    )
+    a, b = checkpoint.load(result()), checkpoint.load(result("base-LISA-3.pth"))
+    for name, old in start.items():
+        close = {"rtol": 1e-4, "atol": 1e-5, "check_dtype": False}
+        torch.testing.assert_close(both[name].double(), a[name].double() + b[name].double() - old.double(), **close)
+        torch.testing.assert_close(mean[name].double(), a[name].double() * 0.25 + b[name].double() * 0.75, **close)
+
+
+def test_an_export_keeps_what_another_run_has_left_under_its_name(project_folder, capsys):
+    make_run(project_folder, "a", "state", seed=1)
+    make_run(project_folder, "b", "state", seed=2)
+    merge("a", "--export", "state")
+    first = result("base-STATE-3-alone.pth").read_bytes()
+    merge("a", "--export", "state")
+    assert "which is the same" in capsys.readouterr().out
+    merge("b", "--export", "state")
+    assert "kept      the earlier result" in capsys.readouterr().out
+    assert (
+        result("base-STATE-3-alone.earlier.pth").read_bytes() == first != result("base-STATE-3-alone.pth").read_bytes()
+    )
+    make_run(project_folder, "c", seed=3, parts=("att", "ffn"))
+    merge("c", "--export", "peft"), merge("c", "--export", "peft")
+    folder = result("base-LORA-3-peft")
+    assert sorted(p.name for p in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert "replaces  merge/base-LORA-3-peft, which is the same" in capsys.readouterr().out
 
 
 def test_states_are_averaged_as_well(project_folder):
@@ -446,6 +479,24 @@ def test_a_file_of_rwkv_peft_merges_into_what_our_own_does(project_folder, monke
     assert all(torch.equal(theirs[n], t) for n, t in ours.items())
 
 
+def test_a_foreign_adapter_without_one_kind_of_layers_is_looked_at_twice(run, capsys, monkeypatch):
+    monkeypatch.setitem(OPTIONS, "lora", {"rank": 4, "alpha": 8.0})
+    path = foreign_file(run[0], "lora")
+    checkpoint.save(path, {n: t for n, t in checkpoint.load(path).items() if "att.key" not in n})
+    merge(path, MODEL_PATH="base.pth", METHOD="lora", LORA_ALPHA="8")
+    assert "it has no adapter on att.key (2 layers): was it trained so?" in capsys.readouterr().out
+
+
+def test_a_foreign_pissa_on_another_base_is_refused(project_folder):
+    folder, _, _ = make_run(project_folder, method="pissa")
+    path = foreign_file(folder, "pissa")
+    shutil.copy(runs.init_file(folder, "pissa"), path.parent)
+    tiny.save_model(project_folder / "model" / "other.pth", 7, SHAPE)
+    merge(path, MODEL_PATH="base.pth", METHOD="pissa")
+    with pytest.raises(UserError, match="was not taken out of this base"):
+        merge(path, MODEL_PATH="other.pth", METHOD="pissa")
+
+
 def foreign_refusals():
     def without_a_base(path):
         return [path], {"METHOD": "lora", "LORA_ALPHA": "8"}
@@ -492,6 +543,23 @@ def foreign_refusals():
     def several_compressed(path):
         return ["r", "r"], {"MERGE_BASE": "quantised"}
 
+    def a_whole_model(path):
+        return ["base.pth"], {}
+
+    def a_model_as_an_adapter(path):
+        return ["base.pth", "--export", "peft"], {}
+
+    def an_init_for_a_lora(path):
+        return ["r"], {"PISSA_INIT": "x.pth"}
+
+    def an_empty_word(path):
+        return [""], {}
+
+    def a_swapped_checkpoint(path):
+        sidecar = checkpoint.read_sidecar(path.parent / "r/rwkv-3.pth", ())
+        atomic.write_json(path.parent / "r/rwkv-3.json", sidecar | {"checkpoint_sha256": "0" * 64})
+        return ["r"], {}
+
     def no_such_file(path):
         return ["nowhere/rwkv-1.pth"], {}
 
@@ -507,6 +575,11 @@ def foreign_refusals():
         an_unknown_option: "--exprot: is not an option; did you mean --export",
         an_unknown_kind: "--export ggf: must be one of safetensors, .*did you mean gguf",
         one_to_average: "--average needs two checkpoints or more",
+        a_whole_model: "is a whole model, no checkpoint of a run",
+        a_model_as_an_adapter: "--export peft takes the checkpoint of a run",
+        an_init_for_a_lora: "no PiSSA is among the checkpoints",
+        an_empty_word: "An empty word stands behind",
+        a_swapped_checkpoint: "is not the file that its .json was written with",
         nothing_compressed: "must be original: .* was not trained on a compressed base",
         several_compressed: "must be original where several checkpoints",
         no_such_file: "nowhere/rwkv-1.pth: there is no such checkpoint",
