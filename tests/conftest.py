@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,10 @@ import tiny  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+# a run heeds no signal that whoever started it ignores; started from a script's background, we would be such a starter
+for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 # the same examples every time: a run that fails can be run again, and one that was green stays so
 hypothesis.settings.register_profile("same", derandomize=True)
 hypothesis.settings.load_profile("same")
