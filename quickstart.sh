@@ -99,7 +99,7 @@ The loss curves: output/quickstart-lora-$now/loss.png
 Talk to the result: ./chat.sh --model rwkv7-tiny-LORA-7.pth
 
 With a real model:
-  1. Put an RWKV-7 .pth into model/ and your data into data/, like data/sample.jsonl
+  1. Put an RWKV .pth into model/ and your data into data/, like data/sample.jsonl
   2. ./make_tokenize.sh my.jsonl     and copy the lines that it prints into training.sh
   3. Set MODEL_PATH in training.sh, look with ./training.sh --dry-run, then ./training.sh
   4. ./merge.sh                      and load the file that it names in RWKV-Runner or with the rwkv package

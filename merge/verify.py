@@ -159,20 +159,8 @@ def finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
-def compare(
-    name: str,
-    before: Tensor,
-    after: Tensor,
-    parts: Sequence[Part],
-    weights: Sequence[float] | None,
-    geometry: Geometry,
-) -> float:
-    """Difference between the merged layer's outputs and those of the base's layer with its adapters, relative to the larger
-    of the base's outputs and these (an adapter may undo its base)."""
-    return relative(squares(name, before, after, parts, weights, geometry))
-
-
 def relative(squares: Tensor) -> float:
+    """Difference of outputs, relative to the larger of the base's and the adapter's (which may undo its base)."""
     difference, base, theirs = squares.sqrt().tolist()
     return difference / max(base, theirs, 1e-30)
 

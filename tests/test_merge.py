@@ -11,7 +11,7 @@ from test_versions import IDS, judged
 
 from merge import __main__ as door
 from merge import fold
-from merge.verify import ROUNDINGS, compare
+from merge.verify import ROUNDINGS, relative, squares
 from rwkv_peft import atomic, checkpoint, hashing, project, runs
 from rwkv_peft.adapters import attach
 from rwkv_peft.adapters.attach import Setup
@@ -400,7 +400,7 @@ def test_a_right_merge_passes_its_check_at_real_widths(dtype, undone):
     after = ADAPTERS["lora"].merge(before, layer, options).to(dtype)
     tensors = {f"blocks.0.att.key.{leaf}": tensor for leaf, tensor in layer.items()}
     part = fold.Part("x", Setup("lora", options), tensors, leaves={"blocks.0.att.key": list(layer)})
-    difference = compare("blocks.0.att.key.weight", before, after, [part], None, SHAPE)
+    difference = relative(squares("blocks.0.att.key.weight", before, after, [part], None, SHAPE))
     assert difference < ROUNDINGS / 2 * torch.finfo(dtype).eps
 
 

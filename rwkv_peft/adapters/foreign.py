@@ -330,6 +330,7 @@ def injected(linear: nn.Module, config: dict, device: torch.device) -> nn.Module
     holder.place = nn.Parameter(torch.empty(0, device=device), requires_grad=False)
     try:
         inject_adapter_in_model(settings, holder, adapter_name=NAME)
+    # its methods refuse settings in all these ways; which one it was is told, and kept as the cause
     except (ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError) as error:
         shape = f"{linear.out_features} x {linear.in_features}"
         raise UserError(f"peft cannot put {config['peft_type']} on a layer of {shape}: {error}") from error
