@@ -21,7 +21,7 @@ from . import fold, foreign, parts
 from .exports import EXPORTS
 from .parts import Found
 from .rows import by_rows
-from .verify import verify
+from .verify import Answers, verify
 
 # the kinds of --export that are several files
 TOGETHER = {"state": ("state", "state-ai00")}
@@ -56,15 +56,16 @@ def folded(
             print(f"careful   {project.shown(one.path)}: {doubt}")
     added = fold.added(opened, weights)
     change = fold.average(opened, weights, geometry) if weights else fold.in_turn(opened, geometry)
-    change = by_rows(change, opened, weights, geometry)
+    change = Answers(by_rows(change, opened, weights, geometry), described, opened, weights, geometry)
     label = "AVERAGE" if weights else "+".join(one.label for one in found)
     target = project.ROOT / "merge" / f"{base.stem}-{label}.pth"
     sources = parts.sources(found)
     clear_leftovers(target)
     fresh = temporary(target)  # it gets its name when it is known to be right
     try:
-        checkpoint.rewrite(base, fresh, change, added)
-        checks = list(verify(base, fresh, change, added, opened, weights, geometry))
+        # (a base whose whole content is compared anyway needs no checksums)
+        checkpoint.rewrite(base, fresh, change, added, test=not any(one.sidecar for one in found))
+        checks = list(verify(base, fresh, change, added))
         for settle in doubts:
             settle()
         make_room(target, fresh, sources)

@@ -1,15 +1,15 @@
 """The result of a merge, read back from the disk and compared with what it should be, before it is called done.
 
-Some rows at a time, like the merge itself. Every changed layer is also asked the adapter's own question: does the merged
-matrix answer as base + adapter did in training? That is computed by `forward`, not by the `merge` that made the file.
+Every changed layer is asked the adapter's own question: does the merged matrix answer as base + adapter did in training?
+What the answer should be is computed by `forward`, not by the `merge` that makes the file, while the base's rows are in hand
+for merging; the answer itself is the file's, computed from what is read back. So base and result are each read once.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from rwkv_peft import checkpoint
 from rwkv_peft.adapters import attach
 from rwkv_peft.adapters.registry import ADAPTERS
-from rwkv_peft.checkpoint import Archive, ByRows, Change
+from rwkv_peft.checkpoint import Archive, ByRows, Change, Stored
 from rwkv_peft.errors import UserError
 from rwkv_peft.model.arch import Geometry
 from rwkv_peft.model.layers import Linear
@@ -28,8 +28,56 @@ from rwkv_peft.model.layers import Linear
 from .fold import Part
 from .rows import ROWS, cut
 
-PROBES = 16  # random inputs that each changed layer is asked
+PROBES = 4  # random inputs that each changed layer is asked; each of them alone would show any difference
 ROUNDINGS = 4  # allowed difference of outputs, in roundings of the base's number format (seen: 0.5, whatever the width)
+
+
+class Answers:
+    """A change that, while it is made, notes for every layer with an adapter what base + adapter answer to the probes."""
+
+    def __init__(
+        self,
+        change: Change,
+        base: Mapping[str, Stored],
+        parts: Sequence[Part],
+        weights: Sequence[float] | None,
+        geometry: Geometry,
+    ):
+        self.change, self.parts, self.weights, self.geometry = change, parts, weights, geometry
+        wrapped = [name for name in base if any(part.layer(name) for part in parts)]
+        # [PROBES, outputs] by tensor; at once: kept between the blocks, small pieces would cut malloc's free memory up
+        self.theirs = {n: torch.empty(PROBES, base[n].shape[0], dtype=kind_of(base[n].dtype)) for n in wrapped}
+        self.square = dict.fromkeys(wrapped, 0.0)  # by tensor: the squared length of the base's outputs
+
+    def __call__(self, name: str):
+        make = self.change(name)
+        if make is None or name not in self.theirs:
+            return make
+
+        def rows(before: Tensor, block: slice) -> Tensor:
+            first = before.to(kind_of(before.dtype))
+            self.note(name, block, first, [cut(part, name, block) for part in self.parts])
+            return make.rows(first if before.dtype.itemsize == 2 else before, block).to(before.dtype)
+
+        def whole(before: Tensor) -> Tensor:
+            self.note(name, slice(None), before.to(kind_of(before.dtype)), self.parts)
+            return make(before)
+
+        return ByRows(rows, make.unit) if isinstance(make, ByRows) else whole
+
+    @torch.no_grad()
+    def note(self, name: str, block: slice, first: Tensor, parts: Sequence[Part]) -> None:
+        """What these rows of the base's weight, `first`, answer together with the adapters."""
+        self.theirs[name][:, block] = expected(name, first, parts, self.weights, self.geometry)
+        numbers = first.reshape(-1)
+        self.square[name] += PROBES * float(torch.dot(numbers, numbers))  # as normal inputs make them on average
+
+    def difference(self, name: str, ours: Tensor) -> float:
+        """By how much the result's outputs [PROBES, outputs] differ from what they should be, relative to the
+        larger of the base's and the adapter's (which may undo its base). NaN or infinite if the result is."""
+        theirs = self.theirs[name].double()
+        off = torch.linalg.vector_norm(ours.double() - theirs)
+        return float(off) / max(self.square[name] ** 0.5, float(torch.linalg.vector_norm(theirs)), 1e-30)
 
 
 @dataclass(frozen=True)
@@ -41,16 +89,11 @@ class Checked:
     difference: float | None = None
 
 
-def verify(
-    base: Path,
-    target: Path,
-    change: Change,
-    added: Mapping[str, Tensor],
-    parts: Sequence[Part],
-    weights: Sequence[float] | None,
-    geometry: Geometry,
-) -> Iterator[str]:
-    """Sentences about what was checked. UserError if anything is not as it should be."""
+def verify(base: Path, target: Path, answers: Answers, added: Mapping[str, Tensor]) -> Iterator[str]:
+    """Sentences about what was checked. UserError if anything is not as it should be.
+
+    answers: the change that the target was made with.
+    """
     described, wanted = checkpoint.describe(target), checkpoint.describe(base)
     shapes = {n: (s.shape, s.dtype) for n, s in wanted.items()}
     shapes |= {n: (tuple(t.shape), t.dtype) for n, t in added.items()}
@@ -63,13 +106,9 @@ def verify(
             try:
                 if name in added:
                     return Checked(torch.equal(new.tensor(name), added[name]))
-                if (make := change(name)) is None:
+                if answers.change(name) is None:
                     return Checked(identical(old, new, name))
-                by_rows = isinstance(make, ByRows) and old.described[name].whole and new.described[name].whole
-                # memory has room for one whole tensor and what its change takes
-                with contextlib.nullcontext() if by_rows else one_at_a_time:
-                    rows = in_rows(name, make, old, new) if by_rows else at_once(name, old, new)
-                    return check_changed(name, make, rows, parts, weights, geometry)
+                return check_changed(name, old, new, answers, one_at_a_time)
             except checkpoint.Damaged:
                 return Checked(False)
 
@@ -85,10 +124,7 @@ def verify(
     more = f", {len(added)} added" if added else ""
     if not changed and not added:
         yield "careful: nothing in it differs from the base; what was learnt is nothing, or less than the base's numbers can hold"
-    yield (
-        f"{len(wanted)} tensors read back: {changed} changed as the formula says, {len(wanted) - changed} identical to the "
-        f"base{more}"
-    )
+    yield f"{len(wanted)} tensors read back: {changed} changed, {len(wanted) - changed} identical to the base{more}"
     asked = [checked.difference for checked in found.values() if checked.difference is not None]
     if asked:
         form = str(wanted["emb.weight"].dtype).removeprefix("torch.")
@@ -96,62 +132,55 @@ def verify(
 
 
 def identical(old: Archive, new: Archive, name: str) -> bool:
-    """Whether a tensor is the base's. Records are compared by their checksums, which reading them puts to the test: the
-    base's was read, and so tested, when it was copied."""
+    """Whether a tensor is the base's. Records are compared by their checksums, which reading them puts to the test; where the
+    result's is the base's, what was read from the base to make it was right as well."""
     if not (old.described[name].whole and new.described[name].whole):
         return torch.equal(old.tensor(name), new.tensor(name))
     for _ in new.pieces(name):
         pass
+    return same_record(old, new, name)
+
+
+def same_record(old: Archive, new: Archive, name: str) -> bool:
     return old.info(name).CRC == new.info(name).CRC and old.info(name).file_size == new.info(name).file_size
 
 
-# which rows, and how these are in the base and in the result
-Rows = tuple[slice, Tensor, Tensor]
-
-
-def in_rows(name: str, make: ByRows, old: Archive, new: Archive) -> Iterator[Rows]:
-    blocks = make.blocks(old.described[name].shape)
-    # the base's checksum was tested when the result was made from it
-    yield from zip(blocks, old.rows(name, blocks, test=False), new.rows(name, blocks), strict=True)
-
-
-def at_once(name: str, old: Archive, new: Archive) -> Iterator[Rows]:
-    before = old.tensor(name)
-    yield slice(0, len(before) if before.dim() else 1), before, new.tensor(name)
-
-
-def check_changed(
-    name: str,
-    make: Callable[[Tensor], Tensor],
-    rows: Iterator[Rows],
-    parts: Sequence[Part],
-    weights: Sequence[float] | None,
-    geometry: Geometry,
-) -> Checked:
+def check_changed(name: str, old: Archive, new: Archive, answers: Answers, one_at_a_time: threading.Lock) -> Checked:
     """A changed tensor. That the file holds what was written its checksum says, which was taken from what was computed;
-    whether that was right, the adapter says, or where there is none, the formula, asked again."""
-    ask = any(part.layer(name) for part in parts)
-    sound, asked = True, torch.zeros(3, dtype=torch.float64)
-    bad = moved = False
-    for block, before, after in rows:
-        some = [cut(part, name, block) for part in parts] if isinstance(make, ByRows) else parts
-        if ask:
-            asked += squares(name, before, after, some, weights, geometry)
-        else:
-            meant = make.rows(before, block) if isinstance(make, ByRows) else make(before)
-            sound &= torch.equal(after, meant.to(before.dtype))
-        bad |= not finite(after)
-        moved = moved or not torch.equal(before, after)
-        kind = before.dtype
-    if bad:
+    whether that was right, the adapter's answers say."""
+    stored, ask = new.described[name], name in answers.theirs
+    moved = not same_record(old, new, name) if old.described[name].whole else True
+    kind, sound = kind_of(stored.dtype), True
+    ours = torch.empty_like(answers.theirs[name]) if ask else None
+
+    def look(block: slice, rows: Tensor) -> bool:
+        if ours is None:
+            return finite(rows)
+        ours[:, block] = F.linear(probes(rows.shape[1], kind), rows.to(kind))
+        return finite(ours[:, block])  # an input of normal numbers lets no NaN and no infinity through unseen
+
+    make = answers.change(name)
+    if isinstance(make, ByRows) and stored.whole and stored.shape:
+        blocks = make.blocks(stored.shape)
+        for block, rows in zip(blocks, new.rows(name, blocks), strict=True):
+            sound = look(block, rows) and sound
+    else:
+        with one_at_a_time:  # memory has room for one whole tensor
+            sound = look(slice(None), new.tensor(name))
+    if not sound:
         raise UserError(
             f"{name} would hold NaN or infinity: what the run learnt is too large for the base's numbers, or "
             "alpha is. Nothing was written; take an earlier epoch."
         )
-    if not ask:
-        return Checked(sound, moved)
-    difference = relative(asked)
-    return Checked(difference <= ROUNDINGS * torch.finfo(kind).eps, moved, difference)
+    if ours is None:
+        return Checked(True, moved)
+    difference = answers.difference(name, ours)
+    return Checked(difference <= ROUNDINGS * torch.finfo(stored.dtype).eps, moved, difference)
+
+
+def kind_of(dtype: torch.dtype) -> torch.dtype:
+    """So wide a format that what is left of a difference is the rounding of the file."""
+    return torch.float32 if dtype.itemsize == 2 else torch.float64
 
 
 def finite(tensor: Tensor) -> bool:
@@ -159,35 +188,16 @@ def finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
-def relative(squares: Tensor) -> float:
-    """Difference of outputs, relative to the larger of the base's and the adapter's (which may undo its base)."""
-    difference, base, theirs = squares.sqrt().tolist()
-    return difference / max(base, theirs, 1e-30)
-
-
 @functools.lru_cache
 def probes(inputs: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(PROBES, inputs, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
-@torch.no_grad()
-def squares(
-    name: str,
-    before: Tensor,
-    after: Tensor,
-    parts: Sequence[Part],
-    weights: Sequence[float] | None,
-    geometry: Geometry,
+def expected(
+    name: str, first: Tensor, parts: Sequence[Part], weights: Sequence[float] | None, geometry: Geometry
 ) -> Tensor:
-    """Squared lengths [3] of the difference between the merged layer's outputs and those of the base's layer with its
-    adapters; of the base's outputs (as normal inputs make them on average); of those with the adapters. For some rows of
-    a weight these add up to the whole's.
-
-    Computed in so wide a format that what is left is the rounding of the file: float32 for 16 bit, else float64.
-    """
-    kind = torch.float32 if before.dtype.itemsize == 2 else torch.float64
-    x = probes(before.shape[1], kind)
-    first = weight = before.to(kind)
+    """What a layer of the base's weight `first`, or some rows of it, answers to the probes together with the adapters."""
+    x, weight, kind = probes(first.shape[1], first.dtype), first, first.dtype
     if weights is None:
         for part in parts:
             if part.quantised:
@@ -200,22 +210,15 @@ def squares(
             elif name in part.tensors:  # a weight that was trained whole
                 weight = part.apply(name, weight, first)
                 theirs = F.linear(x, weight)
-    else:
-        base = F.linear(x, first)
-        theirs = base
-        for part, share in zip(parts, weights, strict=True):
-            if part.layer(name):
-                theirs = theirs + share * (answer(part, name, first, x) - base)
-            elif name in part.tensors:
-                theirs = theirs + share * F.linear(x, part.tensors[name].to(kind) - first)
-    ours, numbers = F.linear(x, after.to(kind)), first.view(-1)
-    base_square = PROBES * torch.dot(numbers, numbers).double()
-    return torch.stack([length(ours - theirs), base_square, length(theirs)])
-
-
-def length(outputs: Tensor) -> Tensor:
-    """Squared."""
-    return outputs.double().square().sum()
+        return theirs
+    base = F.linear(x, first)
+    theirs = base
+    for part, share in zip(parts, weights, strict=True):
+        if part.layer(name):
+            theirs = theirs + share * (answer(part, name, first, x) - base)
+        elif name in part.tensors:
+            theirs = theirs + share * F.linear(x, part.tensors[name].to(kind) - first)
+    return theirs
 
 
 def answer(part: Part, name: str, weight: Tensor, x: Tensor) -> Tensor:

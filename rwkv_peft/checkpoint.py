@@ -314,12 +314,13 @@ def rewrite(
     target: str | os.PathLike,
     change: Change,
     added: Mapping[str, Tensor] | None = None,
+    test: bool = True,
 ) -> None:
     """Copy a checkpoint with some tensors changed, several records at a time: of those that change, memory holds some rows
     if the change is ByRows, else one whole tensor.
 
     source: a path, or an archive that is open already (it then does not matter what has become of its path). added: tensors
-    that the source has not got, by name, or that take the place of what it has.
+    that the source has not got, by name, or that take the place of what it has. test: the checksums of what is read.
     A changed tensor is written in the dtype and shape of the source; key set, shapes, dtypes and (without added) pickle
     stay the source's, and so do the bytes of all that does not change.
     """
@@ -345,9 +346,9 @@ def rewrite(
             if added and info.filename == f"{old.folder}data.pkl":
                 contents[info.filename] = whole_bytes(b"")  # its turn comes when all places are known
             elif name and (make := change(name)):
-                contents[info.filename] = changed_rows(old, name, make, one_at_a_time)
+                contents[info.filename] = changed_rows(old, name, make, one_at_a_time, test)
             else:
-                contents[info.filename] = Content(info.file_size, functools.partial(old.read, info, []))
+                contents[info.filename] = Content(info.file_size, functools.partial(old.read, info, [], test))
         for number, (name, tensor) in enumerate(added.items()):
             places[name] = Stored(tensor.dtype, tuple(tensor.shape), f"data/added{number}", True)
             contents[old.folder + places[name].record] = whole_bytes(bytes_of(tensor.detach().cpu()))
@@ -357,13 +358,15 @@ def rewrite(
             write_zip(file.fileno(), contents)
 
 
-def changed_rows(old: Archive, name: str, make: Callable[[Tensor], Tensor], one_at_a_time: threading.Lock) -> Content:
+def changed_rows(
+    old: Archive, name: str, make: Callable[[Tensor], Tensor], one_at_a_time: threading.Lock, test: bool
+) -> Content:
     """The record of a tensor that changes."""
     stored = old.described[name]
 
     def by_rows() -> Iterator[memoryview]:
         blocks = make.blocks(stored.shape)
-        for block, tensor in zip(blocks, old.rows(name, blocks), strict=True):
+        for block, tensor in zip(blocks, old.rows(name, blocks, test), strict=True):
             yield bytes_of(fitted(name, make.rows(tensor, block), tensor))
 
     def whole() -> Iterator[memoryview]:

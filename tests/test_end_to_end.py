@@ -98,7 +98,7 @@ def test_a_v6_state_by_script_trained_on_a_compressed_base_in_chunks_gone_on_fro
     more = [json.loads(line) for line in (kit.root / "output/on/loss.jsonl").read_text().splitlines()]
     assert more[0]["loss"] < records[0]["loss"] - 0.05
     merged = kit.run("merge.sh", "--export", "safetensors", RUN="a state").stdout
-    assert "read back: 0 changed as the formula says" in merged and "wrote     merge/my v6-STATE-3.st" in merged
+    assert "read back: 0 changed" in merged and "wrote     merge/my v6-STATE-3.st" in merged
     alone = kit.run("merge.sh", "a state", "--export", "state").stdout
     assert "wrote     merge/my v6-STATE-3-alone.pth" in alone and "merge/my v6-STATE-3-alone.state" in alone
     ask = ["--prompt", "Sea?", "--max-tokens", "6", "--temperature", "0"]

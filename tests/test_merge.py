@@ -1,6 +1,7 @@
 """Law 8 and the merge door: streaming = naive, names and formats of the base, and refusal of what does not belong."""
 
 import shutil
+import threading
 
 import pytest
 import tiny
@@ -11,7 +12,8 @@ from test_versions import IDS, judged
 
 from merge import __main__ as door
 from merge import fold
-from merge.verify import ROUNDINGS, relative, squares
+from merge.rows import by_rows
+from merge.verify import ROUNDINGS, Answers, check_changed
 from rwkv_peft import atomic, checkpoint, hashing, project, runs
 from rwkv_peft.adapters import attach
 from rwkv_peft.adapters.attach import Setup
@@ -329,8 +331,8 @@ def test_a_result_that_does_not_read_back_is_removed(run, monkeypatch):
     folder, _, _ = run
     original = checkpoint.rewrite
 
-    def flip_a_bit(source, target, change, added):
-        original(source, target, change, added)
+    def flip_a_bit(source, target, change, added, **how):
+        original(source, target, change, added, **how)
         raw = bytearray(target.read_bytes())
         at = raw.find(checkpoint.load(source)["blocks.0.att.w1"].numpy().tobytes())
         raw[at] ^= 1
@@ -389,7 +391,7 @@ def test_a_result_of_another_run_is_kept_under_its_name(run, capsys):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("undone", [False, True], ids=["a change", "a change that undoes the base"])
-def test_a_right_merge_passes_its_check_at_real_widths(dtype, undone):
+def test_a_right_merge_passes_its_check_at_real_widths(tmp_path, dtype, undone):
     before = (torch.randn(1536, 768) / 30).to(dtype)
     layer = {"lora_A": torch.randn(64, 768) / 30, "lora_B": torch.randn(1536, 64) / 30}
     if undone:
@@ -397,11 +399,17 @@ def test_a_right_merge_passes_its_check_at_real_widths(dtype, undone):
         layer = {"lora_A": -right[:64], "lora_B": (left * values)[:, :64] / 2}
         before = (2 * layer["lora_B"] @ -layer["lora_A"]).to(dtype)
     options = {"rank": 64, "alpha": 128.0}
-    after = ADAPTERS["lora"].merge(before, layer, options).to(dtype)
     tensors = {f"blocks.0.att.key.{leaf}": tensor for leaf, tensor in layer.items()}
     part = fold.Part("x", Setup("lora", options), tensors, leaves={"blocks.0.att.key": list(layer)})
-    difference = relative(squares("blocks.0.att.key.weight", before, after, [part], None, SHAPE))
-    assert difference < ROUNDINGS / 2 * torch.finfo(dtype).eps
+    name, base, made = "blocks.0.att.key.weight", tmp_path / "base.pth", tmp_path / "made.pth"
+    checkpoint.save(base, {name: before})
+    answers = Answers(
+        by_rows(fold.in_turn([part], SHAPE), [part], None, SHAPE), checkpoint.describe(base), [part], None, SHAPE
+    )
+    checkpoint.rewrite(base, made, answers)
+    with checkpoint.Archive(base) as old, checkpoint.Archive(made) as new:
+        found = check_changed(name, old, new, answers, threading.Lock())
+    assert found.sound and found.changed and found.difference < ROUNDINGS / 2 * torch.finfo(dtype).eps
 
 
 def test_a_base_is_found_where_it_lay_even_if_model_holds_another_of_its_name(run, tmp_path):
