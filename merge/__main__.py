@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rwkv_peft import project
+from rwkv_peft import project, sidecars
 from rwkv_peft.errors import Problem, Problems, UserError
 from rwkv_peft.shell_vars import enter, var
 from rwkv_peft.words import did_you_mean
@@ -163,8 +163,8 @@ def is_whole_model(path: Path, is_model) -> bool:
 
     if not is_model(checkpoint.describe(path)):
         return False
-    sidecar = checkpoint.sidecar_path(path)
-    return not sidecar.is_file() or "merged" in checkpoint.read_sidecar(path, ())
+    sidecar = sidecars.path_of(path)
+    return not sidecar.is_file() or "merged" in sidecars.read(path, ())
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from rwkv_peft import __version__, bases, checkpoint, hashing, project
+from rwkv_peft import __version__, bases, checkpoint, hashing, project, sidecars
 from rwkv_peft.atomic import clear_leftovers, sync_folder, temporary, write_json
 from rwkv_peft.errors import UserError
 from rwkv_peft.methods import METHODS
@@ -69,7 +69,7 @@ def folded(
         for settle in doubts:
             settle()
         make_room(target, fresh, sources)
-        write_json(checkpoint.sidecar_path(target), describe(found, weights, sources, base, geometry))
+        write_json(sidecars.path_of(target), describe(found, weights, sources, base, geometry))
         os.replace(fresh, target)
         sync_folder(target.parent)
     finally:

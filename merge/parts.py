@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rwkv_peft import bases, checkpoint, hashing, project, runs
+from rwkv_peft import bases, checkpoint, hashing, project, runs, sidecars
 from rwkv_peft.adapters import attach
 from rwkv_peft.errors import Problem, Problems, UserError
 from rwkv_peft.methods import ALIASES, METHODS
@@ -89,8 +89,8 @@ def found(path: Path, method: str, alpha: float | None, init: Path | None, quant
     where = project.shown(path)
     described = checkpoint.describe(path)  # refuses what is no checkpoint before its sidecar is asked for
     tensors = checkpoint.load(path)
-    if checkpoint.sidecar_path(path).is_file() and "method" in (sidecar := checkpoint.read_sidecar(path, ())):
-        checkpoint.read_sidecar(path, SIDECAR)
+    if sidecars.path_of(path).is_file() and "method" in (sidecar := sidecars.read(path, ())):
+        sidecars.read(path, SIDECAR)
         if foreign.is_model(described) and "merged" in sidecar:  # a model that merge.sh made
             return Found(path, Part(where, attach.Setup("full"), tensors), {}, path.stem)
         setup = attach.setup_of(sidecar, where)

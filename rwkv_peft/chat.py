@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from . import project, runs
+from . import project, runs, sidecars
 from .errors import Problems, UserError
 from .shell_vars import convert, enter, var
 from .templates.named import template
@@ -139,7 +139,7 @@ def load(config: ChatConfig, base_was_named: bool):
         if is_bare_state(adapter):  # a state from anywhere: nothing else has to be known
             setup, base = attach.Setup("state"), model_or_merged(config.model_path)
         else:
-            sidecar = checkpoint.read_sidecar(adapter, ("method", "base", "base_sha256"))
+            sidecar = sidecars.read(adapter, ("method", "base", "base_sha256"))
             setup = attach.setup_of(sidecar, project.shown(adapter))
             bases.must_be_its_own(adapter, sidecar)
             if METHODS[setup.method].saves_model:
@@ -163,9 +163,9 @@ def load(config: ChatConfig, base_was_named: bool):
         start = bases.start_of(adapter, sidecar, setup.method)
         attach.attach_checkpoint(model, checkpoint.load(adapter), setup, project.shown(adapter), dtype, start)
     name = project.shown(base) + (f" + {project.shown(adapter)}" if adapter else "")
-    if not sidecar and checkpoint.sidecar_path(base).is_file():  # a merged model
+    if not sidecar and sidecars.path_of(base).is_file():  # a merged model
         with contextlib.suppress(UserError):
-            sidecar = checkpoint.read_sidecar(base, ("prompt_type",))
+            sidecar = sidecars.read(base, ("prompt_type",))
     model = model.requires_grad_(False).eval().to(torch.device(machine.device_kind()))
     return model, name, sidecar
 
@@ -191,8 +191,8 @@ def adapter_file(name: str) -> Path:
     if path.is_dir():
         return runs.epoch_file(path, None)
     holds = checkpoint.describe(path)
-    if checkpoint.sidecar_path(path).is_file():
-        method = METHODS.get(checkpoint.read_sidecar(path, ("method",))["method"])
+    if sidecars.path_of(path).is_file():
+        method = METHODS.get(sidecars.read(path, ("method",))["method"])
         if method and method.saves_model:
             return path
     if "head.weight" in holds and any(arch.marker in holds for arch in ARCHS.values()):
@@ -205,7 +205,7 @@ def is_bare_state(path: Path) -> bool:
     from . import checkpoint
     from .model.arch import STATE_NAME
 
-    return not checkpoint.sidecar_path(path).is_file() and all(map(STATE_NAME.fullmatch, checkpoint.describe(path)))
+    return not sidecars.path_of(path).is_file() and all(map(STATE_NAME.fullmatch, checkpoint.describe(path)))
 
 
 def once(model, config: ChatConfig, prompt: str, raw: bool) -> None:

@@ -47,7 +47,7 @@ from torch import Tensor
 
 from merge.__main__ import MergeConfig
 from merge.__main__ import command as merge_command
-from rwkv_peft import checkpoint, project, runs, train
+from rwkv_peft import checkpoint, project, runs, sidecars, train
 from rwkv_peft.adapters import attach
 from rwkv_peft.adapters.base import Adapter
 from rwkv_peft.config import TrainConfig
@@ -441,7 +441,7 @@ def attached(run: Run) -> RWKV:
     if METHODS[run.config.method].saves_model:
         return model_of(saved)
     model = model_of(checkpoint.load(project.model_file(run.config.model_path)))
-    sidecar = checkpoint.read_sidecar(run.checkpoint, ("method",))
+    sidecar = sidecars.read(run.checkpoint, ("method",))
     setup = attach.setup_of(sidecar, "the matrix")
     attach.attach_checkpoint(model, saved, setup, "the matrix", None, run.start or None)
     return model

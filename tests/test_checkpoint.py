@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rwkv_peft import bases, checkpoint, hashing
+from rwkv_peft import bases, checkpoint, hashing, sidecars
 from rwkv_peft.atomic import writing
 from rwkv_peft.errors import UserError
 
@@ -326,7 +326,7 @@ def test_a_sidecar_that_cannot_be_used_says_why(tmp_path, content, words):
     if content:
         (tmp_path / "x.json").write_text(content)
     with pytest.raises(UserError, match=words):
-        checkpoint.read_sidecar(tmp_path / "x.pth", ("method", "rank"))
+        sidecars.read(tmp_path / "x.pth", ("method", "rank"))
 
 
 @pytest.mark.parametrize("right", [True, False])

@@ -23,7 +23,10 @@ MATERIALS = [
         "quantize",
     )
 ]
-GROUND = ["rwkv_peft." + r for r in ("errors", "words", "roles", "atomic", "hashing", "project", "runs", "methods")]
+GROUND = [
+    "rwkv_peft." + r
+    for r in ("errors", "words", "roles", "atomic", "hashing", "project", "runs", "methods", "sidecars")
+]
 FLOORS = [GROUND, MATERIALS, MAKERS, DOORS]
 
 

@@ -14,7 +14,7 @@ from merge import __main__ as door
 from merge import fold
 from merge.rows import by_rows
 from merge.verify import ROUNDINGS, Answers, check_changed
-from rwkv_peft import atomic, checkpoint, hashing, project, runs
+from rwkv_peft import atomic, checkpoint, hashing, project, runs, sidecars
 from rwkv_peft.adapters import attach
 from rwkv_peft.adapters.attach import Setup
 from rwkv_peft.adapters.registry import ADAPTERS
@@ -564,7 +564,7 @@ def foreign_refusals():
         return [""], {}
 
     def a_swapped_checkpoint(path):
-        sidecar = checkpoint.read_sidecar(path.parent / "r/rwkv-3.pth", ())
+        sidecar = sidecars.read(path.parent / "r/rwkv-3.pth", ())
         atomic.write_json(path.parent / "r/rwkv-3.json", sidecar | {"checkpoint_sha256": "0" * 64})
         return ["r"], {}
 

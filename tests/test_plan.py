@@ -95,11 +95,11 @@ def test_a_mixture_names_its_run_and_its_run_json_says_what_auto_became(mixed):
 def test_a_run_remembers_the_template_of_its_data_and_chat_talks_in_it(ready, capsys, monkeypatch):
     from inprocess import run, tokenize
 
-    from rwkv_peft import chat, checkpoint
+    from rwkv_peft import chat, sidecars
 
     tokenize(ready / "data" / "chat.jsonl", PROMPT_TYPE="rwkv-qa", EOT="both")
     run(ready, "qa")
-    sidecar = checkpoint.read_sidecar(ready / "output" / "qa" / "rwkv-0.pth", ("prompt_type", "eot"))
+    sidecar = sidecars.read(ready / "output" / "qa" / "rwkv-0.pth", ("prompt_type", "eot"))
     assert (sidecar["prompt_type"], sidecar["eot"]) == ("rwkv-qa", "both")
     asked = []
     monkeypatch.setattr(chat, "once", lambda model, config, prompt, raw: asked.append(config.prompt_type))

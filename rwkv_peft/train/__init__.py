@@ -19,7 +19,7 @@ import os
 import time
 from pathlib import Path
 
-from .. import hashing, project, runs
+from .. import hashing, project, runs, sidecars
 from ..atomic import need_space, sync_folder, temporary, write_json
 from ..config import RETIRED, TrainConfig
 from ..errors import EXIT_MEMORY, UserError, leave
@@ -156,7 +156,7 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
             else:
                 checkpoint.save(fresh, changed)
             sidecar["checkpoint_sha256"] = hashing.sha256(fresh)
-            write_json(checkpoint.sidecar_path(path), sidecar)
+            write_json(sidecars.path_of(path), sidecar)
             os.replace(fresh, path)
             sync_folder(folder)
         finally:

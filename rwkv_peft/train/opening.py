@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import hashing, project, runs
+from .. import hashing, project, runs, sidecars
 from ..config import TrainConfig
 from ..errors import Problem, Problems, UserError
 from ..methods import METHODS
@@ -110,8 +110,8 @@ def check_earlier(config: TrainConfig, geometry, setup, base: Path, earlier: Ear
 
     method, base_sha256, path = METHODS[config.method], hashing.sha256(base), earlier.path
     name, wrong = script_values(config)[method.load], []
-    if checkpoint.sidecar_path(path).is_file():
-        sidecar = checkpoint.read_sidecar(path, ("method", "base", "base_sha256"))
+    if sidecars.path_of(path).is_file():
+        sidecar = sidecars.read(path, ("method", "base", "base_sha256"))
         try:
             bases.must_be_its_own(path, sidecar)
             bases.start_of(path, sidecar, config.method, earlier.start)
