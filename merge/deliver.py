@@ -63,8 +63,7 @@ def folded(
     clear_leftovers(target)
     fresh = temporary(target)  # it gets its name when it is known to be right
     try:
-        # (a base whose whole content is compared anyway needs no checksums)
-        checkpoint.rewrite(base, fresh, change, added, test=not any(one.sidecar for one in found))
+        checkpoint.rewrite(base, fresh, change, added)
         checks = list(verify(base, fresh, change, added))
         for settle in doubts:
             settle()

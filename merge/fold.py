@@ -65,7 +65,8 @@ class Part:
         """The weight as the run had it: compressed, and for adapters that take their part out first, without that part."""
         if name.removesuffix(".weight") not in self.setup.compressed(geometry):
             return weight
-        taken = torch.zeros((), dtype=weight.dtype)
+        kind, weight = weight.dtype, weight.float()  # as in training
+        taken = torch.zeros(())
         layer = self.layer(name)
         if layer and ADAPTERS[self.setup.method].changes_base:
             linear = Linear(weight.shape[1], weight.shape[0])
@@ -73,7 +74,7 @@ class Part:
             start = {leaf: layer[leaf] for leaf in ADAPTERS[self.setup.method].start}
             rest = attach.make(self.setup, linear, start).linear.weight.detach()
             taken, weight = weight - rest, rest
-        return quantise(weight, self.setup.quant).dense(weight.dtype) + taken
+        return (quantise(weight, self.setup.quant).dense(torch.float32) + taken).to(kind)
 
 
 def opened(part: Part, base: Mapping[str, Stored], geometry: Geometry) -> Part:
@@ -134,6 +135,8 @@ def in_turn(parts: Sequence[Part], geometry: Geometry) -> Change:
             return None
 
         def made(base: Tensor) -> Tensor:
+            if not base.is_floating_point():  # no weights, and no sums: the last one's
+                return mine[-1].tensors[name]
             first = weight = base.to(exact(base.dtype))
             for part in mine:
                 if part.quantised:
@@ -154,6 +157,8 @@ def average(parts: Sequence[Part], weights: Sequence[float], geometry: Geometry)
             return None
 
         def made(base: Tensor) -> Tensor:
+            if not base.is_floating_point():  # no weights, and no means: the first one's
+                return next(part.tensors[name] for part in parts if name in part.tensors)
             first = base.to(exact(base.dtype))
             moved = torch.zeros_like(first)
             for part, share in zip(parts, weights, strict=True):

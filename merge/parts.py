@@ -92,6 +92,7 @@ def found(path: Path, method: str, alpha: float | None, init: Path | None, quant
     if sidecars.path_of(path).is_file() and "method" in (sidecar := sidecars.read(path, ())):
         sidecars.read(path, SIDECAR)
         if foreign.is_model(described) and "merged" in sidecar:  # a model that merge.sh made
+            checkpoint.must_be_sound(path)
             return Found(path, Part(where, attach.Setup("full"), tensors), {}, path.stem)
         setup = attach.setup_of(sidecar, where)
         bases.must_be_its_own(path, sidecar)
@@ -107,6 +108,7 @@ def found(path: Path, method: str, alpha: float | None, init: Path | None, quant
         return Found(
             path, Part(where, setup, tensors, start, quantised), sidecar, f"{setup.method.upper()}-{sidecar['epoch']}"
         )
+    checkpoint.must_be_sound(path)
     tensors = foreign.our_names(tensors)
     setup = foreign.setup_of(tensors, where, method, alpha)
     part = Part(where, setup, tensors, foreign.start_of(path, setup, init))

@@ -64,6 +64,6 @@ def cut(part: Part, name: str, block: slice) -> Part:
 
     tensors = {f"{layer}.{leaf}": some(leaf, tensor) for leaf, tensor in part.layer(name).items()}
     if name in part.tensors:
-        tensors[name] = part.tensors[name][block]
+        tensors[name] = part.tensors[name][block] if part.tensors[name].dim() else part.tensors[name]
     leaves = {layer: part.leaves[layer]} if layer in part.leaves else {}
     return dataclasses.replace(part, tensors=tensors, start=tensors, leaves=leaves)

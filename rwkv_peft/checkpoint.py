@@ -187,6 +187,21 @@ class Damaged(UserError):
     """A record of a checkpoint cannot be read as it was written."""
 
 
+def must_be_sound(path: str | os.PathLike) -> None:
+    """Damaged if a record of a .pth has another checksum than the file says: mapped reading does not look at them."""
+    with Archive(path) as archive:
+
+        def look(info: zipfile.ZipInfo) -> None:
+            for _ in archive.read(info, []):
+                pass
+
+        side_by_side(look, archive.zip.infolist())
+
+
+class WrongChecksum(Exception):
+    """What was read for a record, whose name this is, is not what its file says."""
+
+
 class Archive:
     """A .pth opened for reading one tensor, or some rows of one, at a time: memory holds nothing of the rest.
 
@@ -220,13 +235,13 @@ class Archive:
             at += len(piece)
         return torch.frombuffer(data, dtype=stored.dtype).view(stored.shape) if data else torch.empty(stored.shape)
 
-    def rows(self, name: str, blocks: Sequence[slice], test: bool = True) -> Iterator[Tensor]:
+    def rows(self, name: str, blocks: Sequence[slice]) -> Iterator[Tensor]:
         """Rows of a tensor that has a record to itself: all of them, in blocks that follow one another. A block is valid
-        until the next one is asked for. test: the checksum; it takes as long as reading."""
+        until the next one is asked for."""
         stored = self.described[name]
         row = stored.bytes // stored.shape[0]
         sizes = [(block.stop - block.start) * row for block in blocks]
-        for block, piece in zip(blocks, self.read(self.info(name), sizes, test), strict=False):
+        for block, piece in zip(blocks, self.read(self.info(name), sizes), strict=False):
             yield torch.frombuffer(piece, dtype=stored.dtype).view(block.stop - block.start, *stored.shape[1:])
 
     def pieces(self, name: str) -> Iterator[memoryview]:
@@ -279,7 +294,7 @@ class ByRows:
     unit: int = 1
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        return self.rows(tensor, slice(0, len(tensor)))
+        return self.rows(tensor, slice(0, len(tensor)) if tensor.dim() else slice(None))
 
     def blocks(self, shape: Sequence[int]) -> list[slice]:
         """The rows of a tensor of this shape in blocks of about BLOCK numbers, all nearly equally large."""
@@ -310,13 +325,12 @@ def rewrite(
     target: str | os.PathLike,
     change: Change,
     added: Mapping[str, Tensor] | None = None,
-    test: bool = True,
 ) -> None:
     """Copy a checkpoint with some tensors changed, several records at a time: of those that change, memory holds some rows
     if the change is ByRows, else one whole tensor.
 
     source: a path, or an archive that is open already (it then does not matter what has become of its path). added: tensors
-    that the source has not got, by name, or that take the place of what it has. test: the checksums of what is read.
+    that the source has not got, by name, or that take the place of what it has.
     A changed tensor is written in the dtype and shape of the source; key set, shapes, dtypes and (without added) pickle
     stay the source's, and so do the bytes of all that does not change.
     """
@@ -342,27 +356,31 @@ def rewrite(
             if added and info.filename == f"{old.folder}data.pkl":
                 contents[info.filename] = whole_bytes(b"")  # its turn comes when all places are known
             elif name and (make := change(name)):
-                contents[info.filename] = changed_rows(old, name, make, one_at_a_time, test)
+                contents[info.filename] = changed_rows(old, name, make, one_at_a_time)
             else:
-                contents[info.filename] = Content(info.file_size, functools.partial(old.read, info, [], test))
+                # what is written has the checksum of what was read: no need to take it twice
+                stored = info.compress_type == zipfile.ZIP_STORED
+                pieces = functools.partial(old.read, info, [], not stored)
+                contents[info.filename] = Content(info.file_size, pieces, info.CRC if stored else None)
         for number, (name, tensor) in enumerate(added.items()):
             places[name] = Stored(tensor.dtype, tuple(tensor.shape), f"data/added{number}", True)
             contents[old.folder + places[name].record] = whole_bytes(bytes_of(tensor.detach().cpu()))
         if added:
             contents[f"{old.folder}data.pkl"] = whole_bytes(pickled(places))
         with writing(target) as file:
-            write_zip(file.fileno(), contents)
+            try:
+                write_zip(file.fileno(), contents)
+            except WrongChecksum as wrong:
+                raise old.damaged(old.zip.getinfo(str(wrong)), "its checksum is wrong") from None
 
 
-def changed_rows(
-    old: Archive, name: str, make: Callable[[Tensor], Tensor], one_at_a_time: threading.Lock, test: bool
-) -> Content:
+def changed_rows(old: Archive, name: str, make: Callable[[Tensor], Tensor], one_at_a_time: threading.Lock) -> Content:
     """The record of a tensor that changes."""
     stored = old.described[name]
 
     def by_rows() -> Iterator[memoryview]:
         blocks = make.blocks(stored.shape)
-        for block, tensor in zip(blocks, old.rows(name, blocks, test), strict=True):
+        for block, tensor in zip(blocks, old.rows(name, blocks), strict=True):
             yield bytes_of(fitted(name, make.rows(tensor, block), tensor))
 
     def whole() -> Iterator[memoryview]:
@@ -370,7 +388,7 @@ def changed_rows(
             tensor = old.tensor(name)
             yield bytes_of(fitted(name, make(tensor), tensor))
 
-    return Content(stored.bytes, by_rows if isinstance(make, ByRows) and stored.bytes else whole)
+    return Content(stored.bytes, by_rows if isinstance(make, ByRows) and stored.bytes and stored.shape else whole)
 
 
 def fitted(name: str, changed: Tensor, original: Tensor) -> Tensor:
@@ -385,10 +403,11 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 @dataclass(frozen=True)
 class Content:
-    """What a record will hold: so many bytes, which come in pieces."""
+    """What a record will hold: so many bytes, which come in pieces, and if it is known beforehand, their checksum."""
 
     size: int
     pieces: Callable[[], Iterable[memoryview]]
+    checksum: int | None = None
 
 
 def whole_bytes(data: bytes | memoryview) -> Content:
@@ -416,6 +435,8 @@ def write_zip(file: int, contents: Mapping[str, Content]) -> None:
             at += len(piece)
         if at - begin != info.file_size:
             raise ValueError(f"{info.filename} has {at - begin:,} bytes instead of {info.file_size:,}")
+        if contents[info.filename].checksum not in (None, info.CRC):
+            raise WrongChecksum(info.filename)
         write_at(file, info.FileHeader(zip64=True), info.header_offset)
 
     side_by_side(write, records)

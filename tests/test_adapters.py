@@ -32,12 +32,12 @@ def adapted(setup, version="x070", seed=0, **options):
     return model, attach.adapt(model, setup, **options)
 
 
-def moved(model, seed=5):
+def moved(model, seed=5, step=0.1):
     """Something was learnt."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for p in attach.trained(model).values():
-            p.add_(torch.randn(p.shape) * 0.1)
+            p.add_(torch.randn(p.shape) * step)
     return {name: p.detach().clone() for name, p in attach.trained(model).items()}
 
 

@@ -35,7 +35,9 @@ def merge(*typed, **changes):
     door.command(Script(ROOT / "merge.sh", values).read(door.MergeConfig), [str(word) for word in typed])
 
 
-def make_run(root, name="r", method="lora", version="x070", dtype=torch.float32, seed=5, quant="none", parts=PARTS):
+def make_run(
+    root, name="r", method="lora", version="x070", dtype=torch.float32, seed=5, quant="none", parts=PARTS, step=0.1
+):
     """A base with extra tensors in model/, and a run on it whose adapters are not fresh. Returns folder, base and model."""
     shape = tiny.geometry(2, 32, 64, 16, version)
     base, folder = root / "model" / "base.pth", root / "output" / name
@@ -45,7 +47,7 @@ def make_run(root, name="r", method="lora", version="x070", dtype=torch.float32,
     model = build(shape, checkpoint.load(base), tiny.wkv(shape))
     parts = parts if METHODS[method].parts else ()
     begun = attach.adapt(model, Setup(method, OPTIONS[method], parts, quant=quant, quant_parts=("att", "ffn")))
-    saved = moved(model, seed)
+    saved = moved(model, seed, step)
     if method == "lisa":
         saved = {n: p.detach() for n, p in model.named_parameters()}
     folder.mkdir()
@@ -353,7 +355,8 @@ def test_a_merge_that_answers_otherwise_than_the_adapter_is_removed(run, monkeyp
     right = ADAPTERS["lora"].merge
     wrong = staticmethod(lambda w, tensors, sidecar: right(w, tensors, sidecar | {"alpha": 2 * sidecar["alpha"]}))
     monkeypatch.setattr(ADAPTERS["lora"], "merge", wrong)
-    with pytest.raises(UserError, match="blocks.0.att.receptance.weight and 11 others are not what they should be"):
+    words = r"receptance.weight with output/r/rwkv-3.pth \(\+100.00 % of what .* and 11 others do not answer as base"
+    with pytest.raises(UserError, match=words):
         merge()
     assert not list((project.ROOT / "merge").glob("*"))
 
@@ -410,6 +413,37 @@ def test_a_right_merge_passes_its_check_at_real_widths(tmp_path, dtype, undone):
     with checkpoint.Archive(base) as old, checkpoint.Archive(made) as new:
         found = check_changed(name, old, new, answers, threading.Lock())
     assert found.sound and found.changed and found.difference < ROUNDINGS / 2 * torch.finfo(dtype).eps
+
+
+def too_much(right, w, tensors, options):
+    made = right(w, tensors, options)
+    return made + 0.01 * (made - w)
+
+
+def left_out(right, w, tensors, options):
+    return w.clone()
+
+
+def one_row_off(right, w, tensors, options):
+    made = right(w, tensors, options).clone()
+    made[-1] = w[-1]
+    return made
+
+
+@pytest.mark.parametrize("fault", [too_much, left_out, one_row_off])
+@pytest.mark.parametrize("method", ["lora", "dora", "pissa", "miss", "bat"])
+@pytest.mark.parametrize("turn", ["alone", "before another run"])
+def test_a_wrong_formula_is_seen_though_rounding_to_bf16_is_larger(project_folder, monkeypatch, method, fault, turn):
+    """A short run moves weights by less than the check of a rounded file could see."""
+    folder, _, _ = make_run(project_folder, "r", method, dtype=torch.bfloat16, step=1e-3)
+    make_run(project_folder, "later", "lora", dtype=torch.bfloat16, step=1e-3)
+    words = [folder / "rwkv-3.pth", *([project_folder / "output" / "later"] if turn != "alone" else [])]
+    merge(*words)
+    right = ADAPTERS[method].merge
+    wrong = lambda w, tensors, options: fault(right, w, tensors, options)  # noqa: E731
+    monkeypatch.setattr(ADAPTERS[method], "merge", staticmethod(wrong))
+    with pytest.raises(UserError, match="do not answer as base . adapter would"):
+        merge(*words)
 
 
 def test_a_base_is_found_where_it_lay_even_if_model_holds_another_of_its_name(run, tmp_path):
