@@ -2,7 +2,7 @@
 # Talk to a model: ./chat.sh                                                          与模型对话
 #   ./chat.sh --prompt "How are you?"                        one answer, then leave     只答一句
 #   ./chat.sh --adapter output/RUN/rwkv-2.pth                a base with what a run learnt, before merging
-#   ./chat.sh --model rwkv7-tiny-LORA-2.pth                  a merged model
+#   ./chat.sh --model rwkv7-tiny-LORA-2.pth                  a merged model; ADAPTER below is left out, and said so
 #   ./chat.sh --help                                         tells the rest
 [ -n "${BASH_VERSION:-}" ] || { echo "Run this with bash: bash $0" >&2; exit 2; }
 set -euo pipefail
@@ -13,6 +13,7 @@ set -a
 MODEL_PATH="rwkv7-tiny.pth"
 
 # A checkpoint of a run, like output/RUN/rwkv-2.pth: it says itself which base it belongs to. Empty: none. 适配器，可空
+# --model alone asks for another model, and leaves this out. 命令行只写 --model 时，不用此适配器
 ADAPTER=""
 
 # The template to talk in, as in make_tokenize.sh; where a run or merged model tells its own, that is used. 对话模板，默认与训练一致

@@ -5,6 +5,7 @@
 #   ./merge.sh output/a/rwkv-2.pth output/b/rwkv-0.pth    both, one after the other        依次合并多个
 #   ./merge.sh --average output/a/rwkv-1.pth:1 output/a/rwkv-2.pth:3    their weighted mean      加权平均
 #   ./merge.sh 2 --export gguf         also as a file for llama.cpp; or safetensors, state, peft, rwkvcpp     导出
+#   ./merge.sh 2 --export gguf --export safetensors    several at once                        一次导出多种
 #   ./merge.sh --help          tells the rest
 # Method, rank and alpha are read from the checkpoint: nothing is typed twice. 方法、秩、alpha 自动读取，无需再填
 [ -n "${BASH_VERSION:-}" ] || { echo "Run this with bash: bash $0" >&2; exit 2; }
@@ -19,7 +20,7 @@ RUN="${RUN:-}"
 MODEL_PATH=""
 
 # A run on a compressed base (QUANT): fold into the original weights, or into the compressed ones as the run had them.
-# 量化训练的结果合并到原始权重 (original)，还是合并到量化后的权重 (quantised)
+# (its name then ends in -quantised). 量化训练的结果合并到原始权重 (original)，还是量化后的权重 (quantised)
 MERGE_BASE=original
 
 ############################ Only for files of RWKV-PEFT, which have no sidecar  仅用于 RWKV-PEFT 的文件 ############

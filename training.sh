@@ -287,7 +287,8 @@ QUANT=none
 # What of them: att, ffn (the large matrices); emb and head too, if memory is very short. 量化哪些部分
 QUANT_PARTS="att,ffn"
 
-# Which implementation computes WKV: auto; torch (everywhere); reference (the slow definition). 算子
+# What computes: auto; cpu (C++ kernels, compiled at first use, want g++); torch (everywhere, slower); reference (the slow
+# definition). 算子：auto 自动选择；cpu 为 C++ 内核（首次使用时编译，需要 g++）；torch 通用但较慢
 OP=auto
 
 # 1: compute activations again in the backward pass: much less memory, about a third more time. 梯度检查点，省显存

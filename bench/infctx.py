@@ -62,8 +62,8 @@ def point(given) -> dict:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     shape = shape_of(given)
-    wkv = dispatch.wkv("auto", shape.version)[1]
-    model = build(shape, initial_tensors(shape, 0), wkv, grad_cp=bool(given.grad_cp), keep=torch.float32)
+    ops = dispatch.choose("auto", shape.version)
+    model = build(shape, initial_tensors(shape, 0), ops, grad_cp=bool(given.grad_cp), keep=torch.float32)
     attach.adapt(model, attach.Setup("lora", {"rank": RANK, "alpha": 2.0 * RANK}, ("att", "ffn")))
     ids = torch.randint(0, given.vocab, (1, tokens + 1))
 

@@ -94,16 +94,16 @@ def point(given) -> dict:
     torch.set_num_threads(1)
     dtype = getattr(torch, given.dtype)
     small = new_geometry("x070", 1, 64, 64, 64)
-    wkv = dispatch.wkv("auto", small.version)[1]
+    ops = dispatch.choose("auto", small.version)
     tensors = {name: (torch.randn(size) * 0.02).bfloat16() for name, size in shapes(small).items()}
-    attach.adapt(build(small, tensors, wkv, dtype), setup, dtype)
+    attach.adapt(build(small, tensors, ops, dtype), setup, dtype)
     before, watch = anonymous(), Highest()
     watch.start()
     begin = time.process_time()
     geometry = bases.inspect(path)[1]
     tensors = checkpoint.load(path)
     mapped = {t.data_ptr() for t in tensors.values()}
-    model = build(geometry, tensors, wkv, dtype)
+    model = build(geometry, tensors, ops, dtype)
     del tensors
     begun = attach.adapt(model, setup, dtype)
     seconds = time.process_time() - begin

@@ -60,7 +60,7 @@ def compare(version: str, given) -> dict:
     x = [*INPUTS[version](shape), torch.zeros(1, given.heads, size, size)]
     x = [part.requires_grad_() for part in x]
     dy, ds = torch.randn(shape), torch.randn(x[-1].shape)
-    backends = dict(dispatch.OPS[version])
+    backends = dict(dispatch.WKV[version])
     reference = backends.pop("reference")
     candidates = {
         NAIVE: functools.partial(reference, dtype=torch.float32),
@@ -81,7 +81,7 @@ def compare(version: str, given) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--version", choices=[*dispatch.OPS, "all"], default="all")
+    parser.add_argument("--version", choices=[*dispatch.WKV, "all"], default="all")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--heads", type=int, default=12)
@@ -94,7 +94,7 @@ def main() -> None:
         f"{platform.machine()}, {given.threads} threads, torch {torch.__version__}, {given.rounds} interleaved rounds"
     )
     results = {}
-    for version in dispatch.OPS if given.version == "all" else [given.version]:
+    for version in dispatch.WKV if given.version == "all" else [given.version]:
         results[version] = found = compare(version, given)
         medians = found["medians_ms"]
         print(version)

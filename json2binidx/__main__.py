@@ -27,6 +27,7 @@ values of make_tokenize.sh; `python -m json2binidx.inspect NAME` shows and check
 from __future__ import annotations
 
 import dataclasses
+import re
 import signal
 import sys
 from pathlib import Path
@@ -92,8 +93,15 @@ def command_line(typed: list[str], settings: list[str]) -> tuple[list[str], bool
             )
         else:
             words.append(word)
-    if not 1 <= len(words) <= 3:
+    if not words:
         leave(__doc__, 2)
+    others = [word for word in words[1:] if not re.match(r"[+-]?\d", word)]
+    if len(words) > 3 or others:
+        many = f"{len(words)} words where at most 3 belong (FILE EPOCHS MAX_TOKENS)"
+        told = many if len(words) > 3 else f"{others[0]}: is no number, where EPOCHS and MAX_TOKENS belong"
+        raise UserError(
+            f'{told}. Put quotes around a name with spaces, like "my chats.jsonl". See ./make_tokenize.sh --help'
+        )
     return words, end_of_doc, most
 
 

@@ -1,14 +1,14 @@
 """./merge.sh: fold what runs learnt into their base -> merge/<base>-<METHOD>-<epoch>.pth, and write files for other programs
 
-usage: [RUN=name] ./merge.sh [EPOCH | CHECKPOINT ...] [--export KIND]
-       ./merge.sh --average CHECKPOINT:WEIGHT CHECKPOINT:WEIGHT ... [--export KIND]
+usage: [RUN=name] ./merge.sh [EPOCH | CHECKPOINT ...] [--export KIND ...]
+       ./merge.sh --average CHECKPOINT:WEIGHT CHECKPOINT:WEIGHT ... [--export KIND ...]
        ./merge.sh --export KIND MODEL.pth
 
   EPOCH         which epoch of the run: the N of output/<run>/rwkv-N.pth, counted from 0 (the last one, if left out)
   CHECKPOINT    a file, like output/my-run/rwkv-2.pth; several are folded in turn into the same base
   RUN=name      which run: a folder in output/ (the newest that has saved something, if left out)
   --average     the weighted mean of checkpoints of one base, or of whole models; weights are shares (1 if left out)
-  --export      what to write, for which program:
+  --export      what to write, for which program (several: --export gguf --export safetensors):
 {kinds}
   --help        this text
 
@@ -66,27 +66,31 @@ def main(arguments: list[str]) -> None:
 
 
 def command(config: MergeConfig, typed: list[str]) -> None:
-    words, averaged, kind = command_line(typed)
+    words, averaged, kinds = command_line(typed)
     from rwkv_peft import bases
 
     from . import foreign, parts
     from .deliver import export, export_adapter, export_state, merge
     from .exports import EXPORTS
 
+    # a model is exported when it is merged; a state or an adapter as it is
+    alone = [kind for kind in kinds if kind == "peft" or EXPORTS[kind].what == "state"]
+    of_model = [kind for kind in kinds if kind not in alone]
     names, weights = parts.shares(words) if averaged else (words, None)
     files = parts.checkpoint_files(names, config.run)
     models = [path for path in files if is_whole_model(path, foreign.is_model)]
-    if models and not kind and not averaged:
+    if models and not kinds and not averaged:
         told = f"{project.shown(models[0])}: is a whole model, no checkpoint of a run: there is nothing to fold."
         raise UserError(f"{told} --average takes models, and --export writes one for other programs.")
-    if kind and len(files) == 1 and models:
-        if kind == "peft" or EXPORTS[kind].what == "state":
+    if kinds and len(files) == 1 and models:
+        if alone:
             raise UserError(
-                f"--export {kind} takes the checkpoint of a run; {project.shown(files[0])} is a whole model."
+                f"--export {alone[0]} takes the checkpoint of a run; {project.shown(files[0])} is a whole model."
             )
         must_be_unset(config, ("merge_base", "method", "lora_alpha", "pissa_init"), "a model is exported as it is")
         _, geometry = bases.inspect(files[0])
-        export(kind, files[0], files[0].stem, geometry)
+        for kind in kinds:
+            export(kind, files[0], files[0].stem, geometry)
         return
     if averaged and len(files) < 2:
         raise UserError("--average needs two checkpoints or more.")
@@ -99,22 +103,22 @@ def command(config: MergeConfig, typed: list[str]) -> None:
         must_be_unset(config, ("pissa_init",), "no PiSSA is among the checkpoints")
     if not any(one.part.setup.method in ("lora", "dora") for one in found):
         must_be_unset(config, ("lora_alpha",), "no LoRA is among the checkpoints")
-    if kind.startswith("gguf") and any(one.part.setup.method == "state" for one in found):
+    if any(kind.startswith("gguf") for kind in kinds) and any(one.part.setup.method == "state" for one in found):
         raise UserError(
             "llama.cpp has no place for a tuned state: a .gguf would be the bare base. See ./merge.sh --help"
         )
     for one in found:
         print(f"run       {one.words}")
     doubts = []  # only a merge goes on before the base's content is known
-    merges = kind != "peft" and not (kind and EXPORTS[kind].what == "state")
-    base = parts.base_of(found, config.model_path, doubts if merges else None)
-    if kind == "peft":
-        export_adapter(found, base)
-    elif kind and EXPORTS[kind].what == "state":
-        export_state(kind, found, base)
-    else:
+    base = parts.base_of(found, config.model_path, None if alone else doubts)
+    for kind in alone:
+        if kind == "peft":
+            export_adapter(found, base)
+        else:
+            export_state(kind, found, base)
+    if of_model or not alone:
         target, geometry = merge(found, weights, base, doubts)
-        if kind:
+        for kind in of_model:
             export(kind, target, target.stem, geometry)
 
 
@@ -129,9 +133,9 @@ def must_be_unset(config: MergeConfig, names: Sequence[str], why: str) -> None:
         raise Problems(*wrong)
 
 
-def command_line(typed: Sequence[str]) -> tuple[list[str], bool, str]:
-    """The words behind ./merge.sh: checkpoints, whether they are averaged, and the kind of an export or ""."""
-    words, averaged, kind = [], False, ""
+def command_line(typed: Sequence[str]) -> tuple[list[str], bool, list[str]]:
+    """The words behind ./merge.sh: checkpoints, whether they are averaged, and the kinds of exports, each once."""
+    words, averaged, kinds = [], False, []
     rest = list(typed)
     while rest:
         word = rest.pop(0)
@@ -142,8 +146,14 @@ def command_line(typed: Sequence[str]) -> tuple[list[str], bool, str]:
             kind = value if equals else rest.pop(0)
             if kind not in KINDS:
                 raise UserError(f"--export {kind}: must be one of {', '.join(KINDS)}{did_you_mean(kind, KINDS)}")
+            kinds.append(kind)
         elif word == "--average":
             averaged = True
+        elif flag in ("--epoch", "--epochs"):
+            number = value if equals else "".join(rest[:1])
+            raise UserError(
+                f"{flag}: is not an option. An epoch is a bare number: ./merge.sh {number if number.isdecimal() else 1}"
+            )
         elif word.startswith("--"):
             raise UserError(
                 f"{word}: is not an option{did_you_mean(word, ['--export', '--average']) or '.'} See ./merge.sh --help"
@@ -154,7 +164,7 @@ def command_line(typed: Sequence[str]) -> tuple[list[str], bool, str]:
             )
         else:
             words.append(word)
-    return words, averaged, kind
+    return words, averaged, list(dict.fromkeys(kinds))
 
 
 def is_whole_model(path: Path, is_model) -> bool:

@@ -1,9 +1,10 @@
-"""The files that come out: a merged model, and exports of a model, a state or an adapter. Each has its name only when it is
-whole and was read back; what was there before is kept."""
+"""The files that come out: a merged model, which is read back before it has its name, and exports of a model, a state or an
+adapter, which have theirs when they are whole; what was there before is kept."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shlex
@@ -16,6 +17,7 @@ from rwkv_peft.atomic import clear_leftovers, sync_folder, temporary, write_json
 from rwkv_peft.errors import UserError
 from rwkv_peft.methods import METHODS
 from rwkv_peft.model.arch import Geometry
+from rwkv_peft.words import listed
 
 from . import fold, foreign, parts
 from .exports import EXPORTS
@@ -37,7 +39,9 @@ def merge(
 
     doubts: what bases.base_of has left open about the base. It is settled before the result gets its name.
     """
-    print(f"base      {project.shown(base)}")
+    how = found[0].part
+    compressed = f", compressed to {how.setup.quant} as the run had it (MERGE_BASE=quantised)" if how.quantised else ""
+    print(f"base      {project.shown(base)}{compressed}")
     try:
         return folded(found, weights, base, doubts)
     except UserError:
@@ -58,6 +62,7 @@ def folded(
     change = fold.average(opened, weights, geometry) if weights else fold.in_turn(opened, geometry)
     change = Answers(by_rows(change, opened, weights, geometry), described, opened, weights, geometry)
     label = "AVERAGE" if weights else "+".join(one.label for one in found)
+    label += "-quantised" if found[0].part.quantised else ""
     target = project.ROOT / "merge" / f"{base.stem}-{label}.pth"
     sources = parts.sources(found)
     clear_leftovers(target)
@@ -106,45 +111,89 @@ def describe(found: Sequence[Found], weights, sources: list[dict], base: Path, g
     return {"merged": sources, **own, **how, "merged_by": __version__}
 
 
-def make_room(target: Path, fresh: Path | None, sources: Sequence[dict] = ()) -> None:
-    """Keep a result of that name unless it is the same: it gets its run's name behind its own, if its sidecar tells one.
+def make_room(target: Path, fresh: Path, sources: Sequence[dict]) -> None:
+    """Keep a merged model of that name, and what was exported from it, unless it is the same.
 
-    fresh: the new result, to compare with; None where it is not written yet. sources: what that is made of.
+    fresh: the new result. sources: what that is made of.
     """
-    if not target.exists():
-        return
-    note, made = target.with_suffix(".json"), None
+    if target.exists():
+        same = sums(made_of(target)) == sums(sources)
+        if same and hashing.sha256(target) == hashing.sha256(fresh):
+            print(f"replaces  {project.shown(target)}, which is the same")
+            return
+    keep(target.with_suffix(""), [".pth", *(one.ending for one in EXPORTS.values() if one.what == "model")])
+
+
+def made_of(model: Path) -> list[dict]:
+    """What the sidecar of a merged model says of its parts; nothing where it is missing or damaged."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        made = json.loads(note.read_text(encoding="utf-8")).get("merged")
-    made = made if isinstance(made, list) and all(isinstance(part, dict) for part in made) else []
-    same = [part.get("sha256") for part in made] == [part["sha256"] for part in sources]
-    if fresh and same and hashing.sha256(target) == hashing.sha256(fresh):
-        print(f"replaces  {project.shown(target)}, which is the same")
+        made = json.loads(sidecars.path_of(model).read_text(encoding="utf-8")).get("merged")
+        if isinstance(made, list) and all(isinstance(part, dict) for part in made):
+            return made
+    return []
+
+
+def sums(parts: Sequence[dict]) -> list:
+    return [part.get("sha256") for part in parts]
+
+
+def keep(stem: Path, endings: Sequence[str]) -> None:
+    """Put earlier files of one name away together: behind their name comes that of the run that made them, where the sidecar of
+    the model among or beside them tells it, and a number where that is taken. What is kept already is not kept twice.
+
+    stem: the name without its ending. endings: what may be there. The first that is there tells whether a kept one is equal.
+    """
+    at = lambda name, ending: stem.with_name(name + ending)  # noqa: E731 (names have dots: no with_suffix)
+    there = [ending for ending in endings if at(stem.name, ending).exists()]
+    if not there:
         return
-    other = Path(str((made[0] if made else {}).get("run") or "earlier")).name
-    ending = "".join(target.suffixes[-1:]) if target.is_file() else ""
-    stem, number = target.name.removesuffix(ending), 2
-    kept = target.with_name(f"{stem}.{other}{ending}")
-    while kept.exists():
-        number, kept = number + 1, target.with_name(f"{stem}.{other}-{number}{ending}")
-    target.rename(kept)
-    if ending == ".pth" and note.is_file():
-        note.rename(kept.with_suffix(".json"))
-    print(f"kept      the earlier result of this name, as {project.shown(kept)}")
+    made = made_of(at(stem.name, ".pth"))
+    run = Path(str((made[0] if made else {}).get("run") or "earlier")).name
+    for number in itertools.count(1):
+        kept = f"{stem.name}.{run}" + (f"-{number}" if number > 1 else "")
+        double = [e for e in there if at(kept, e).exists() and equal(at(stem.name, e), at(kept, e))]
+        free = not any(at(kept, ending).exists() for ending in endings)
+        if free or (there[0] in double and all(e in double or not at(kept, e).exists() for e in there)):
+            break
+    for ending in there:
+        if ending in double:
+            print(
+                f"replaces  {project.shown(at(stem.name, ending))}, which is kept already as {project.shown(at(kept, ending))}"
+            )
+            remove(at(stem.name, ending))
+        else:
+            at(stem.name, ending).rename(at(kept, ending))
+            print(f"kept      the earlier result of this name, as {project.shown(at(kept, ending))}")
+    note = at(stem.name, ".json")
+    if ".pth" in there and ".pth" not in double and note.is_file():
+        note.rename(at(kept, ".json"))
+
+
+def equal(one: Path, other: Path) -> bool:
+    """Whether two files or folders hold the same. What a merged model was made of and its size are known sooner than that."""
+    if one.is_dir() or other.is_dir():
+        return one.is_dir() and other.is_dir() and contents(one) == contents(other)
+    made = one.suffix != ".pth" or sums(made_of(one)) == sums(made_of(other))
+    return made and one.stat().st_size == other.stat().st_size and contents(one) == contents(other)
+
+
+def remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextlib.contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """A name to write an export to, which becomes target when it is whole. What was there stays, under another name, unless
-    it is the same."""
+def replacing(stem: Path, ending: str) -> Iterator[Path]:
+    """A name to write an export to, which becomes stem + ending when it is whole. What was there stays, under another name,
+    unless it is the same."""
+    target = stem.with_name(stem.name + ending)
     clear_leftovers(target)
     fresh = temporary(target)
     try:
         yield fresh
         if target.exists() and contents(target) == contents(fresh):
             print(f"replaces  {project.shown(target)}, which is the same")
-            shutil.rmtree(target) if target.is_dir() else target.unlink()
-        make_room(target, None)
+            remove(target)
+        keep(stem, [ending])
         os.replace(fresh, target)
         sync_folder(target.parent)
     finally:
@@ -164,7 +213,7 @@ def export(kind: str, source: Path, stem: str, geometry: Geometry) -> None:
     for name in TOGETHER.get(kind, (kind,)):
         one = EXPORTS[name]
         target = project.ROOT / "merge" / f"{stem}{one.ending}"
-        with replacing(target) as fresh:
+        with replacing(target.with_name(stem), one.ending) as fresh:
             said = list(one.write(source, fresh, geometry))
         print(f"wrote     {project.shown(target)}: {target.stat().st_size / 1e6:,.1f} MB")
         for line in said:
@@ -185,6 +234,8 @@ def export_state(kind: str, found: Sequence[Found], base: Path) -> None:
 
 def export_adapter(found: Sequence[Found], base: Path) -> None:
     """A run as an adapter folder of the peft package."""
+    from rwkv_peft.adapters import attach
+    from rwkv_peft.adapters.peft_export import METHODS as WRITTEN
     from rwkv_peft.adapters.peft_export import peft_weights
 
     from .exports import adapter_folder
@@ -192,11 +243,17 @@ def export_adapter(found: Sequence[Found], base: Path) -> None:
     one = alone("peft", found)
     described, geometry = bases.inspect(base)
     opened = fold.opened(one.part, described, geometry)
+    whole = attach.sorted_by_place(opened.tensors, geometry)[1]
+    if whole and opened.setup.method in WRITTEN:
+        raise UserError(
+            f"{project.shown(one.path)}: has trained {listed(whole, 3)} whole, and a peft adapter has no place for that. Train "
+            'with lora_parts="att,ffn" and EMB_FINETUNE=0 in training.sh to export to peft, or merge this run as it is.'
+        )
     tensors = {**opened.tensors, **opened.start}
     sidecar = {**one.sidecar, **one.part.setup.options, "method": one.part.setup.method}
     config, weights = peft_weights(tensors, sidecar, opened.leaves)
     target = project.ROOT / "merge" / f"{base.stem}-{one.label}-peft"
-    with replacing(target) as fresh:
+    with replacing(target, "") as fresh:
         adapter_folder.write(fresh, config, weights)
     size = sum(file.stat().st_size for file in target.iterdir())
     print(

@@ -108,6 +108,8 @@ def found(path: Path, method: str, alpha: float | None, init: Path | None, quant
         return Found(
             path, Part(where, setup, tensors, start, quantised), sidecar, f"{setup.method.upper()}-{sidecar['epoch']}"
         )
+    if not method and not foreign.is_model(described):  # METHOD says that it is another's file
+        bases.must_not_lack_its_sidecar(path)
     checkpoint.must_be_sound(path)
     tensors = foreign.our_names(tensors)
     setup = foreign.setup_of(tensors, where, method, alpha)

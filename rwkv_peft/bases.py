@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from . import checkpoint, hashing, project, runs
+from . import checkpoint, hashing, project, runs, sidecars
 from .errors import UserError
 from .model import arch
 from .model.arch import Geometry
@@ -24,13 +24,19 @@ def inspect(path: Path) -> tuple[dict[str, checkpoint.Stored], Geometry]:
     return stored, geometry
 
 
-def base_of(sidecar: dict, adapter: Path, given: str = "", doubts: list[Callable[[], None]] | None = None) -> Path:
+def base_of(
+    sidecar: dict,
+    adapter: Path,
+    given: str = "",
+    doubts: list[Callable[[], None]] | None = None,
+    cure: str = "MODEL_PATH in merge.sh",
+) -> Path:
     """The very file that a checkpoint was trained on, found by its content.
 
     given: where the user says it is; else it is looked for by its name in model/, and where it lay at that time.
     doubts: where the caller can go on before it is sure. If only one file can be meant, it is then returned at once, its
     content is read meanwhile, and a function is added here that must be called before anything is done which counts.
-    UserError, here or from that function, if none of these is that file.
+    cure: by what the user can say where it is. UserError, here or from that function, if none of these is that file.
     """
     places = [project.model_file(given)] if given else [project.ROOT / "model" / sidecar["base"]]
     if not given and sidecar.get("base_path"):
@@ -39,10 +45,15 @@ def base_of(sidecar: dict, adapter: Path, given: str = "", doubts: list[Callable
     if len(there) == 2 and there[0].samefile(there[1]):
         del there[1]
     if not there:
-        inspect(places[0])  # says that it is missing
+        try:
+            inspect(places[0])  # says that it is missing
+        except UserError as error:
+            raise UserError(
+                f"{error} {project.shown(adapter)} was trained on {sidecar['base']}: put it into model/, or name it with {cure}."
+            ) from None
     wrong = UserError(
         f"{project.shown(there[0])}: is not the file that {project.shown(adapter)} was trained on (its content differs from "
-        f"{sidecar['base']} then). Put the right one into model/, or name it with MODEL_PATH."
+        f"{sidecar['base']} then). Put the right one into model/, or name it with {cure}."
     )
     if doubts is not None and len(there) == 1:
         meanwhile = hashing.Meanwhile(there[0])
@@ -59,6 +70,16 @@ def base_of(sidecar: dict, adapter: Path, given: str = "", doubts: list[Callable
     raise wrong
 
 
+def must_not_lack_its_sidecar(adapter: Path) -> None:
+    """UserError if a checkpoint has no sidecar and lies in the folder of a run of this kit, which has written one."""
+    sidecar = sidecars.path_of(adapter)
+    if not sidecar.is_file() and (adapter.parent / "run.json").is_file():
+        raise UserError(
+            f"{project.shown(sidecar)}: is missing, and says how {project.shown(adapter)} was made. Copy {sidecar.name} from "
+            "the run: it was written beside the checkpoint."
+        )
+
+
 def must_be_its_own(adapter: Path, sidecar: dict) -> None:
     """UserError if a checkpoint is not the one that its sidecar was written for: another of the same shapes would fit."""
     if sidecar.get("checkpoint_sha256") not in (None, hashing.sha256(adapter)):
@@ -69,10 +90,15 @@ def must_be_its_own(adapter: Path, sidecar: dict) -> None:
 
 
 def start_of(adapter: Path, sidecar: dict, method: str, given: Path | None = None) -> dict[str, Tensor]:
-    """What a checkpoint's adapters began with, by name; empty where there is no such file. given: where the user says it is,
-    else it lies beside the checkpoint. UserError if it is another run's: the sidecar knows its content."""
+    """What a checkpoint's adapters began with, by name; empty for a run that has no such file. given: where the user says it
+    is, else it lies beside the checkpoint. UserError if it is missing, or another run's: the sidecar knows its content."""
     path = given or runs.init_file(adapter.parent, method)
     if not path.is_file():
+        if sidecar.get("start_sha256"):
+            raise UserError(
+                f"{project.shown(path)}: is missing. {project.shown(adapter)} means nothing without what it began with: copy "
+                f"{runs.init_file(adapter.parent, method).name} from the run, beside the checkpoint."
+            )
         return {}
     if sidecar.get("start_sha256") not in (None, hashing.sha256(path)):
         raise UserError(

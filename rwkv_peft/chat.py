@@ -3,8 +3,10 @@
 usage: ./chat.sh [--model FILE] [--adapter FILE] [--prompt TEXT] [--raw] [--system TEXT]
                  [--prompt-type NAME] [--max-tokens N] [--temperature X] [--top-p X] [--seed N]
 
-  --model         the model: a name in model/ or merge/, or any path      (MODEL_PATH in the script)
-  --adapter       what a run learnt: output/RUN/rwkv-N.pth, output/RUN for its last epoch, or latest (ADAPTER in the script)
+  --model         the model: a name in model/ or merge/, or any path (MODEL_PATH in the script). Alone it stands for itself:
+                  ADAPTER in the script is then left out. With --adapter it is the base that the run was trained on
+  --adapter       what a run learnt: output/RUN/rwkv-N.pth, output/RUN for its last epoch, or latest (ADAPTER in the script);
+                  or a state from anywhere, like merge/<base>-STATE-N-alone.pth of ./merge.sh --export state
   --prompt TEXT   answer this one question and leave; without it you talk, and an empty line, /quit or Ctrl-D ends it
   --raw           the prompt is the beginning of a text to go on with, not a question
   --system TEXT   a system message at the start of the talk
@@ -32,6 +34,8 @@ from .templates.named import template
 from .templates.template import ENDINGS, Ending
 from .words import did_you_mean, listed
 
+# the endings of files for other programs -> what loads them
+OTHERS = {".st": "Ai00 and web-rwkv", ".gguf": "llama.cpp", ".state": "Ai00", ".rwkvcpp.bin": "rwkv.cpp"}
 COMMANDS = "/reset forgets the talk, /quit or an empty line ends it, Ctrl-C ends an answer"
 
 
@@ -117,6 +121,9 @@ def command_line(arguments: list[str], config: ChatConfig) -> tuple[ChatConfig, 
         raise UserError("--prompt is empty.")
     if given.MODEL_PATH and not given.ADAPTER:
         changed["adapter"] = ""  # another model was asked for: the script's adapter belongs to the script's model
+        if config.adapter and given.ADAPTER is None:
+            told = f"ADAPTER={config.adapter} of the script is left out, because --model asks for another model."
+            print(f"{told} To have both: --model FILE --adapter FILE", file=sys.stderr)
     return dataclasses.replace(config, **changed), given.prompt, given.raw, given.MODEL_PATH is not None
 
 
@@ -139,23 +146,28 @@ def load(config: ChatConfig, base_was_named: bool):
         if is_bare_state(adapter):  # a state from anywhere: nothing else has to be known
             setup, base = attach.Setup("state"), model_or_merged(config.model_path)
         else:
+            bases.must_not_lack_its_sidecar(adapter)
             sidecar = sidecars.read(adapter, ("method", "base", "base_sha256"))
             setup = attach.setup_of(sidecar, project.shown(adapter))
             bases.must_be_its_own(adapter, sidecar)
             if METHODS[setup.method].saves_model:
                 base, adapter = adapter, None
             else:
-                base = bases.base_of(sidecar, adapter, config.model_path if base_was_named else "")
+                given = str(model_place(config.model_path)) if base_was_named else ""
+                base = bases.base_of(sidecar, adapter, given, cure="./chat.sh --model FILE --adapter FILE")
     elif not config.model_path.strip():
         raise UserError("No model is named: give --model FILE or --adapter FILE, or MODEL_PATH in chat.sh.")
     else:
         base = model_or_merged(config.model_path)
     _, geometry = bases.inspect(base)
     dtype = machine.DTYPES[machine.precision(config.precision)]
+    ops = dispatch.choose("auto", geometry.version)
+    if ops.name == "torch":
+        print(f"OP=torch: {ops.why}", file=sys.stderr)
     model = build(
         geometry,
         checkpoint.load(base),
-        dispatch.wkv("auto", geometry.version)[1],
+        ops,
         dtype,
         keep=None if adapter else dtype,
     )
@@ -170,11 +182,26 @@ def load(config: ChatConfig, base_was_named: bool):
     return model, name, sidecar
 
 
-def model_or_merged(name: str) -> Path:
+def must_be_for_us(name: str) -> None:
+    """UserError for a file that ./merge.sh --export writes for another program, with the name of what it was made of."""
+    for ending, program in OTHERS.items():
+        if name.endswith(ending):
+            stem = name.removesuffix(ending).removesuffix(".bf16").removesuffix(".f32")
+            raise UserError(f"{name}: ./chat.sh reads .pth, and this file is for {program}. Use {stem}.pth")
+
+
+def model_place(name: str) -> Path:
+    """Where a model lies, in model/ or merge/ or anywhere. May not exist."""
+    must_be_for_us(name)
     path = project.model_file(name)
     merged = project.find(name if name.endswith(".pth") else f"{name}.pth", "merge")
-    if path.exists() or merged.exists():
-        return path if path.exists() else merged
+    return merged if merged.exists() and not path.exists() else path
+
+
+def model_or_merged(name: str) -> Path:
+    path = model_place(name)
+    if path.exists():
+        return path
     there = [p.name for folder in ("model", "merge") for p in (project.ROOT / folder).glob("*.pth")]
     raise UserError(
         f"{name}: there is no such model{did_you_mean(name, there) or '.'} In model/ and merge/ there is: {listed(there)}."
@@ -187,6 +214,7 @@ def adapter_file(name: str) -> Path:
     from .methods import METHODS
     from .model.arch import ARCHS
 
+    must_be_for_us(name)
     path = runs.run_folder("") if name in ("latest", "output/latest") else project.find(name, "output")
     if path.is_dir():
         return runs.epoch_file(path, None)

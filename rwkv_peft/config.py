@@ -43,7 +43,11 @@ class TrainConfig:
 
     finetune_mode: Literal[MODES] = var(
         "FINETUNE_MODE",
-        later={"dora": "is FINETUNE_MODE=lora with use_dora=1", "rslora": "is FINETUNE_MODE=lora with use_rslora=1"},
+        later={
+            "dora": "is FINETUNE_MODE=lora with use_dora=1",
+            "rslora": "is FINETUNE_MODE=lora with use_rslora=1",
+            "qlora": "is FINETUNE_MODE=lora with QUANT=nf4",
+        },
     )
     lora_parts: str = var("lora_parts")
     emb_finetune: bool = var("EMB_FINETUNE")
@@ -118,7 +122,9 @@ class TrainConfig:
     peft_load: str = var("peft_load")
 
     precision: Literal["auto", "bf16", "fp16", "fp32", "tf32"] = var("PRECISION")
-    quant: Literal[("none", *QUANTS, *QUANT_ALIASES)] = var("QUANT")
+    quant: Literal[("none", *QUANTS, *QUANT_ALIASES)] = var(
+        "QUANT", later={"int4": "is QUANT=nf4, the usual 4 bits", "8bit": "is QUANT=int8"}
+    )
     quant_parts: str = var("QUANT_PARTS")
     op: Literal["auto", "torch", "reference", "cuda", "fla", "triton", "cpu"] = var("OP")
     grad_cp: bool = var("GRAD_CP")

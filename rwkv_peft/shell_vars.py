@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 from .errors import Problem, Problems, UserError, door
-from .words import count, did_you_mean
+from .words import count, did_you_mean, listed
 
 T = TypeVar("T")
 MOST = 10**9  # of anything that is counted
@@ -53,11 +53,14 @@ class Script:
         self.environment = os.environ if environment is None else environment
         self.lines: dict[str, int] = {}
         self.twice: dict[str, int] = {}  # where a name was set before; bash takes the last line, but who reads it?
+        self.beside: dict[str, list[str]] = {}  # further names that are set in a name's line
         plain: dict[str, int] = {}  # not indented: not part of an `if`
         for number, line in enumerate(self.text.splitlines(), 1):
             if found := ASSIGNMENT.match(line):
                 name = found[1]
                 self.lines[name] = number
+                if others := names_in(line)[1:]:
+                    self.beside[name] = others
                 if not line[0].isspace():
                     if name in plain:
                         self.twice[name] = plain[name]
@@ -80,8 +83,16 @@ class Script:
             for name, first in self.twice.items()
             if name in fields
         ]
+        problems += [
+            Problem(name, f"shares its line with {listed(others)}; give each setting a line of its own")
+            for name, others in self.beside.items()
+            if {name, *others} & {*fields}
+        ]
+        beside = {name for others in self.beside.values() for name in others}
         values = {}
         for name, field in fields.items():
+            if name in beside - {*self.lines}:
+                continue  # told already
             if name not in self.lines or name not in self.environment:
                 problems.append(Problem(name, f"is not set in {self.path.name}"))
                 continue
@@ -112,6 +123,18 @@ class Script:
             value = self.environment[name].replace("\n", "\\n")
             return f"{name}={value if len(value) <= 60 else value[:57] + '...'}"
         return name
+
+
+def names_in(line: str) -> list[str]:
+    """The names that a line of a script sets; quotes and comments are understood."""
+    words = shlex.shlex(line, posix=True, punctuation_chars=";&|")
+    words.whitespace_split = True
+    names = []
+    with contextlib.suppress(ValueError):  # a quote that goes on in the next line
+        for word in words:
+            if found := re.match(r"([A-Za-z_]\w*)\+?=", word):
+                names.append(found[1])
+    return names
 
 
 def values_as_written(path: Path) -> dict[str, str]:
@@ -156,6 +179,8 @@ def enter(
     """
     if not arguments or {"-h", "--help"} & set(arguments[1:]):
         print(usage)
+        if arguments:
+            print(where_to_set(Path(arguments[0]), cls))
         return
     script = None
     for stream in (sys.stdout, sys.stderr, sys.stdin):
@@ -166,6 +191,16 @@ def enter(
         values = os.environ if environment is None else environment
         script = Script(arguments[0], {**values, **typed} if typed else values)
         body(script.read(cls, retired), rest)
+
+
+def where_to_set(path: Path, cls: type) -> str:
+    """That values are changed in the script, for --help. By the time we are called, bash has put the script's values over what
+    the shell had, so a value that was given in vain cannot be told from one that never was."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    names = [f.metadata["var"] for f in dataclasses.fields(cls)]
+    taken = [name for name in names if re.search(rf"\$\{{{name}\b", text)]
+    but = f" Only {listed(taken)} is taken from there." if taken else ""
+    return f"Settings are changed in {path.name} itself: NAME=value before the command does nothing.{but}"
 
 
 def convert(text: str, kind: Any, bounds: Mapping[str, Any]) -> Any:

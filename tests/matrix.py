@@ -342,7 +342,7 @@ def logits(model: RWKV) -> Tensor:
 
 def model_of(tensors: Mapping[str, Tensor]) -> RWKV:
     geometry = arch.detect({name: tuple(t.shape) for name, t in tensors.items()}, "the matrix")
-    return build(geometry, tensors, dispatch.wkv("torch", geometry.version)[1])
+    return build(geometry, tensors, dispatch.choose("torch", geometry.version))
 
 
 # ------------------------------------------------------------------------------------------------ the laws

@@ -4,9 +4,10 @@ import pytest
 import tiny
 import torch
 from test_adapters import OPTIONS
-from test_merge import X, make_run, merge, result
+from test_merge import X, make_run, merge, result, write_sidecar
 from test_scripts import ROOT, shell_values
 
+from merge.exports import EXPORTS
 from rwkv_peft import chat, checkpoint
 from rwkv_peft.errors import UserError
 from rwkv_peft.methods import METHODS
@@ -32,7 +33,8 @@ def test_a_state_from_anywhere_needs_its_base_and_nothing_else(project_folder, m
     folder, _, model = make_run(project_folder, method="state")
     merge("r", "--export", "state")
     loaded, name, _ = load(ADAPTER=str(result("base-STATE-3-alone.pth")), MODEL_PATH="base.pth")
-    assert torch.equal(loaded(X)[0], model(X)[0]) and "alone" in name
+    torch.testing.assert_close(loaded(X)[0], model(X)[0], rtol=1e-5, atol=1e-5)
+    assert "alone" in name
     tensors = checkpoint.load(folder / "rwkv-3.pth")
     checkpoint.save(project_folder / "wide.pth", {n: torch.zeros(2, 8, 8) for n in tensors})
     with pytest.raises(UserError, match="does not fit"):
@@ -43,14 +45,60 @@ def test_a_merged_state_is_begun_from(project_folder):
     _, base, model = make_run(project_folder, method="state")
     merge("r")
     loaded, _, _ = load(MODEL_PATH=str(result("base-STATE-3.pth")))
-    assert torch.equal(loaded(X)[0], model(X)[0])
-    assert not torch.equal(load(MODEL_PATH=str(base))[0](X)[0], model(X)[0])
+    torch.testing.assert_close(loaded(X)[0], model(X)[0], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(load(MODEL_PATH=str(base))[0](X)[0], model(X)[0], rtol=1e-3, atol=1e-3)
 
 
 def test_an_adapter_on_another_base_is_refused(project_folder):
     folder, base, _ = make_run(project_folder)
     other = tiny.save_model(project_folder / "model" / "other.pth", 1, tiny.geometry(2, 32, 64, 16))
-    with pytest.raises(UserError, match="is not the file that .* was trained on"):
+    with pytest.raises(
+        UserError, match="is not the file that .* was trained on.* with ./chat.sh --model FILE --adapter"
+    ):
         load(True, ADAPTER=str(folder), MODEL_PATH=other.name)
     with pytest.raises(UserError, match="is a whole model, not an adapter"):
         load(ADAPTER=str(base))
+
+
+def test_a_base_that_has_moved_is_asked_for_by_the_options_and_found_in_merge_too(project_folder):
+    folder, base, model = make_run(project_folder)
+    base.rename(project_folder / "merge" / "moved.pth")
+    with pytest.raises(
+        UserError, match="base.pth: there is no such file.* or name it with ./chat.sh --model FILE --adapter"
+    ):
+        load(ADAPTER=str(folder))
+    torch.testing.assert_close(load(True, ADAPTER=str(folder), MODEL_PATH="moved")[0](X)[0], model(X)[0])
+
+
+def test_the_scripts_adapter_is_left_out_aloud_where_another_model_is_asked_for(capsys):
+    config = Script(ROOT / "chat.sh", shell_values(ROOT / "chat.sh") | {"ADAPTER": "latest"}).read(chat.ChatConfig)
+    words = "ADAPTER=latest of the script is left out"
+    assert chat.command_line(["--model", "x"], config)[0].adapter == "" and words in capsys.readouterr().err
+    for typed in (["--model", "x", "--adapter", "y"], ["--model", "x", "--adapter", ""], ["--seed", "1"], []):
+        chat.command_line(typed, config)
+        assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("setting", ["MODEL_PATH", "ADAPTER"])
+@pytest.mark.parametrize(
+    ("ending", "program"),
+    [(".st", "Ai00"), (".bf16.gguf", "llama.cpp"), (".state", "Ai00"), (".rwkvcpp.bin", "rwkv.cpp")],
+)
+def test_a_file_for_another_program_is_told_from_a_model(setting, ending, program):
+    with pytest.raises(UserError, match=f"reads .pth, and this file is for {program}.* Use merge/x-LORA-1.pth"):
+        load(**{setting: f"merge/x-LORA-1{ending}"})
+
+
+def test_every_ending_of_an_export_is_known():
+    assert all(one.ending == ".pth" or one.ending.endswith(tuple(chat.OTHERS)) for one in EXPORTS.values())
+
+
+def test_a_file_of_the_run_that_is_missing_is_named(project_folder):
+    folder, base, _ = make_run(project_folder, method="pissa")
+    write_sidecar(folder, base, method="pissa", start_sha256="0" * 64, **OPTIONS["pissa"])
+    (folder / "init_pissa.pth").unlink()
+    with pytest.raises(UserError, match="output/r/init_pissa.pth: is missing. .* copy init_pissa.pth from the run"):
+        load(ADAPTER=str(folder))
+    (folder / "rwkv-3.json").unlink()
+    with pytest.raises(UserError, match="output/r/rwkv-3.json: is missing, .* Copy rwkv-3.json from the run"):
+        load(ADAPTER=str(folder))

@@ -151,7 +151,11 @@ def test_no_eof_leaves_the_end_of_documents_out(kit):
         (["x.jsonl", "--handler", "Alpaca"], "did you mean alpaca?"),
         (["x.jsonl", "9" * 5000], "EPOCHS=99999999999999999999: is too large"),
         (["x.roles.jsonl"], "would write over what belongs to x; take a name"),
-        (["x.jsonl", "1", "2", "3"], "usage: ./make_tokenize.sh"),
+        (
+            ["x.jsonl", "1", "2", "3"],
+            "4 words where at most 3 belong (FILE EPOCHS MAX_TOKENS). Put quotes around a name",
+        ),
+        (["my", "x.jsonl", "3"], "x.jsonl: is no number, where EPOCHS and MAX_TOKENS belong. Put quotes around a name"),
     ],
 )
 def test_wrong_arguments_of_make_tokenize_are_named(kit, arguments, words):

@@ -412,7 +412,7 @@ def test_the_rwkv_package_started_from_an_exported_state_answers_like_our_model(
     checkpoint.save(base, tensors | (states if version == "x060" else {}))
     for kind in STATES:
         write(kind, source, tmp_path / f"out{EXPORTS[kind].ending}", shape)
-    ours = build(shape, tensors, tiny.wkv(shape))
+    ours = build(shape, tensors, tiny.ops(shape))
     begin = [BlockState.zeros(1, 2, 64, torch.empty(0)) for _ in range(2)]
     for i, state in enumerate(begin):
         state.wkv = states[f"blocks.{i}.att.time_state"][None].clone()

@@ -1,5 +1,6 @@
 """Law 8 and the merge door: streaming = naive, names and formats of the base, and refusal of what does not belong."""
 
+import dataclasses
 import shutil
 import threading
 
@@ -12,6 +13,7 @@ from test_versions import IDS, judged
 
 from merge import __main__ as door
 from merge import fold
+from merge.exports import EXPORTS
 from merge.rows import by_rows
 from merge.verify import ROUNDINGS, Answers, check_changed
 from rwkv_peft import atomic, checkpoint, hashing, project, runs, sidecars
@@ -44,7 +46,7 @@ def make_run(
     if not base.exists():
         extra = {"blocks.0.att.v0": torch.randn(1, 1, 32), "note": torch.arange(3)}
         checkpoint.save(base, {n: t.to(dtype) for n, t in tiny.tensors(0, shape).items()} | extra)
-    model = build(shape, checkpoint.load(base), tiny.wkv(shape))
+    model = build(shape, checkpoint.load(base), tiny.ops(shape))
     parts = parts if METHODS[method].parts else ()
     begun = attach.adapt(model, Setup(method, OPTIONS[method], parts, quant=quant, quant_parts=("att", "ffn")))
     saved = moved(model, seed, step)
@@ -81,7 +83,7 @@ def result(name="base-LORA-3.pth"):
 
 def logits(path, version="x070"):
     shape = tiny.geometry(2, 32, 64, 16, version)
-    return build(shape, checkpoint.load(path), tiny.wkv(shape))(X)[0]
+    return build(shape, checkpoint.load(path), tiny.ops(shape))(X)[0]
 
 
 @pytest.mark.parametrize(
@@ -125,15 +127,19 @@ def test_the_streamed_merge_is_the_naive_merge_bit_for_bit(project_folder, metho
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "pissa", "miss", "bat"])
-def test_a_run_on_a_compressed_base_goes_into_the_original_weights_or_the_compressed_ones(project_folder, method):
+def test_a_run_on_a_compressed_base_goes_into_the_original_weights_or_the_compressed_ones(
+    project_folder, method, capsys
+):
     folder, base, model = make_run(project_folder, method=method, quant="nf4", parts=("att", "ffn"))
     merge(MERGE_BASE="quantised")
+    said = capsys.readouterr().out
+    assert "base      model/base.pth, compressed to nf4 as the run had it (MERGE_BASE=quantised)" in said
     name = f"base-{method.upper()}-3.pth"
     tuned = model(X)[0]
-    assert (logits(result(name)) - tuned).abs().max() < 2e-5 * tuned.abs().max()
+    assert (logits(result(f"base-{method.upper()}-3-quantised.pth")) - tuned).abs().max() < 2e-5 * tuned.abs().max()
     merge()
     init = runs.init_file(folder, method)
-    plain = build(SHAPE, checkpoint.load(base), tiny.wkv(SHAPE))
+    plain = build(SHAPE, checkpoint.load(base), tiny.ops(SHAPE))
     begun = checkpoint.load(init) if init.exists() else None
     attach.attach_checkpoint(
         plain, checkpoint.load(folder / "rwkv-3.pth"), Setup(method, OPTIONS[method]), "x", start=begun
@@ -214,6 +220,65 @@ def test_an_export_keeps_what_another_run_has_left_under_its_name(project_folder
     assert "replaces  merge/base-LORA-3-peft, which is the same" in capsys.readouterr().out
 
 
+@pytest.fixture
+def plain_exports(monkeypatch):
+    """Exports of a model that are copies of it: which files go where is what is looked at."""
+    for kind in ("gguf", "gguf-bf16", "safetensors"):
+
+        def write(source, target, _geometry):
+            shutil.copy(source, target)
+            yield "a copy"
+
+        monkeypatch.setitem(EXPORTS, kind, dataclasses.replace(EXPORTS[kind], write=write))
+
+
+def test_every_kind_of_export_that_is_asked_for_is_written_once(run, plain_exports, capsys):
+    merge("--export", "gguf", "--export=safetensors", "--export", "gguf")
+    assert {p.name for p in result().parent.iterdir()} == {f"base-LORA-3.{e}" for e in ("pth", "json", "gguf", "st")}
+    assert capsys.readouterr().out.count("wrote ") == 3
+    merge("--export", "gguf", "--export", "gguf-bf16", result())
+    assert result("base-LORA-3.bf16.gguf").is_file()
+    make_run(project.ROOT, "plain", parts=("att", "ffn"), seed=6)
+    merge("plain", "--export", "gguf", "--export", "peft")
+    assert result("base-LORA-3-peft").is_dir()
+    assert result("base-LORA-3.gguf").read_bytes() == result().read_bytes() != result("base-LORA-3.r.gguf").read_bytes()
+
+
+def test_what_was_exported_from_an_earlier_result_goes_with_it_under_its_runs_name(project_folder, plain_exports):
+    make_run(project_folder, "a", seed=1)
+    make_run(project_folder, "b", seed=2)
+    merge("a", "--export", "gguf", "--export", "gguf-bf16")
+    first = result().read_bytes()
+    merge("b", "--export", "gguf")
+    endings = (".pth", ".gguf", ".bf16.gguf")
+    assert all(result(f"base-LORA-3.a{ending}").read_bytes() == first for ending in endings)
+    assert sidecars.read(result("base-LORA-3.a.pth"), ())["merged"][0]["run"] == "a"
+    assert not result("base-LORA-3.bf16.gguf").exists(), "nothing of a is left beside the result of b"
+    assert result("base-LORA-3.gguf").read_bytes() == result().read_bytes() != first
+    result().unlink()
+    merge("a")
+    assert result("base-LORA-3.b.gguf").is_file() and not result("base-LORA-3.gguf").exists()
+
+
+def test_merging_back_and_forth_keeps_one_copy_of_each(project_folder, plain_exports, capsys):
+    make_run(project_folder, "a", seed=1)
+    make_run(project_folder, "b", seed=2)
+    for name in "abababb":
+        merge(name, "--export", "gguf")
+    names = ("base-LORA-3", "base-LORA-3.a", "base-LORA-3.b")
+    kept = {f"{name}.{ending}" for name in names for ending in ("pth", "json", "gguf")}
+    assert {p.name for p in result().parent.iterdir()} == kept
+    assert (
+        "replaces  merge/base-LORA-3.pth, which is kept already as merge/base-LORA-3.a.pth" in capsys.readouterr().out
+    )
+    assert [sidecars.read(result(f"{name}.pth"), ())["merged"][0]["run"] for name in names] == ["b", "a", "b"]
+
+
+def test_a_run_that_trained_whole_tensors_is_told_how_to_become_a_peft_adapter(run):
+    with pytest.raises(UserError, match='has trained blocks.* whole, .*lora_parts="att,ffn" and EMB_FINETUNE=0'):
+        merge("--export", "peft")
+
+
 def test_states_are_averaged_as_well(project_folder):
     make_run(project_folder, "a", "state", seed=1)
     make_run(project_folder, "b", "state", seed=2)
@@ -231,8 +296,8 @@ def test_the_rwkv_package_loads_a_rewritten_file_and_reads_the_same_logits(tmp_p
     change = lambda name: (lambda t: t * 1.5) if "att.key" in name else None  # noqa: E731
     checkpoint.rewrite(tmp_path / "base.pth", tmp_path / "merged.pth", change, {"more": torch.randn(3)})
     whole, _ = judged(tmp_path / "merged.pth")
-    ours, _ = build(shape, checkpoint.load(tmp_path / "merged.pth"), tiny.wkv(shape))(torch.tensor([IDS]))
-    base, _ = build(shape, checkpoint.load(tmp_path / "base.pth"), tiny.wkv(shape))(torch.tensor([IDS]))
+    ours, _ = build(shape, checkpoint.load(tmp_path / "merged.pth"), tiny.ops(shape))(torch.tensor([IDS]))
+    base, _ = build(shape, checkpoint.load(tmp_path / "base.pth"), tiny.ops(shape))(torch.tensor([IDS]))
     assert (ours[0] - whole).abs().max() < 2e-5 * whole.abs().max() < (base[0] - whole).abs().max()
 
 
@@ -247,7 +312,7 @@ def test_the_rwkv_package_begins_a_v6_from_the_state_inside_the_merged_file(proj
     write_sidecar(folder, base, method="state", shifts=False)
     merge("r")
     whole, _ = judged(result("base-STATE-3.pth"), version="x060")
-    ours, _ = build(shape, checkpoint.load(result("base-STATE-3.pth")), tiny.wkv(shape))(torch.tensor([IDS]))
+    ours, _ = build(shape, checkpoint.load(result("base-STATE-3.pth")), tiny.ops(shape))(torch.tensor([IDS]))
     assert (ours[0] - whole).abs().max() < 2e-5 * whole.abs().max()
 
 
@@ -315,8 +380,8 @@ def refusals():
         epoch_that_is_a_path: "epoch cannot be '../../x'",
         base_that_is_a_path: "base cannot be '../model/base.pth'",
         huge_alpha: "alpha cannot be 1e\\+300",
-        no_sidecar: "has no sidecar",
-        no_base: "there is no such file",
+        no_sidecar: "rwkv-3.json: is missing, .* Copy rwkv-3.json from the run",
+        no_base: "there is no such file. .*put it into model/, or name it with MODEL_PATH in merge.sh",
     }
 
 
@@ -573,6 +638,12 @@ def foreign_refusals():
     def an_unknown_option(path):
         return ["--exprot", "gguf"], {}
 
+    def an_epoch_as_an_option(path):
+        return ["--epoch", "1"], {}
+
+    def an_epoch_as_an_option_with_an_equals_sign(path):
+        return ["--epoch=2"], {}
+
     def an_unknown_kind(path):
         return ["--export", "ggf"], {}
 
@@ -615,6 +686,8 @@ def foreign_refusals():
         another_width: "does not fit the base: blocks.0.att.receptance.lora_A .*instead of",
         no_adapter: "is no adapter: it holds x",
         an_unknown_option: "--exprot: is not an option; did you mean --export",
+        an_epoch_as_an_option: "An epoch is a bare number: ./merge.sh 1",
+        an_epoch_as_an_option_with_an_equals_sign: "An epoch is a bare number: ./merge.sh 2",
         an_unknown_kind: "--export ggf: must be one of safetensors, .*did you mean gguf",
         one_to_average: "--average needs two checkpoints or more",
         a_whole_model: "is a whole model, no checkpoint of a run",
@@ -645,6 +718,9 @@ def test_what_another_run_began_with_is_not_folded(project_folder):
     merge("r")
     checkpoint.save(init, {n: t + 0.1 for n, t in checkpoint.load(init).items()})
     with pytest.raises(UserError, match="init_pissa.pth: is not what output/r/rwkv-3.pth began with"):
+        merge("r")
+    init.unlink()
+    with pytest.raises(UserError, match="output/r/init_pissa.pth: is missing. .* copy init_pissa.pth from the run"):
         merge("r")
 
 

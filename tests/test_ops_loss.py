@@ -17,7 +17,7 @@ def setting(dtype=torch.float64):
 def test_value_and_gradients_equal_the_definition(chunk):
     x, weight, targets = setting()
     exact = torch.nn.functional.cross_entropy(x @ weight.T, targets, reduction="sum")
-    found = linear_cross_entropy(x, weight, targets, chunk)
+    found = linear_cross_entropy(x, weight, targets, chunk_values=chunk)
     torch.testing.assert_close(found, exact)
     for a, b in zip(
         torch.autograd.grad(found * 3, [x, weight]), torch.autograd.grad(exact * 3, [x, weight]), strict=True
@@ -55,5 +55,5 @@ def test_logits_are_never_larger_than_a_chunk(monkeypatch):
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.Tensor, "logsumexp", watch)
-    linear_cross_entropy(*setting(), 4 * V)
+    linear_cross_entropy(*setting(), chunk_values=4 * V)
     assert max(seen) <= 4 * V and len(seen) == 6

@@ -8,9 +8,9 @@ import pytest
 import torch
 from tiny import wkv_inputs
 
-from rwkv_peft.ops import chunked, dispatch, reference
+from rwkv_peft.ops import dispatch, reference
 
-WKV7 = dispatch.OPS["x070"]
+WKV7 = dispatch.WKV["x070"]
 BACKENDS = [name for name in WKV7 if name != "reference"]
 KINDS = ("random", "repeated", "fast", "slow")
 
@@ -66,6 +66,7 @@ def test_inputs_are_left_as_they_are(backend, heads):
     laws.leaves_its_inputs_as_they_are(WKV7[backend], wkv_inputs(1, 64, heads, 4), laws.start(1, heads, 4))
 
 
-def test_poisoned_memory_does_not_show(monkeypatch):
-    packed = functools.partial(chunked.wkv7, cu_seqlens=(0, 20, 75))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_poisoned_memory_does_not_show(monkeypatch, backend):
+    packed = functools.partial(WKV7[backend], cu_seqlens=(0, 20, 75))
     laws.uses_no_memory_that_it_did_not_write(monkeypatch, packed, wkv_inputs(1, 75, 2, 16), laws.start(2, 2, 16))

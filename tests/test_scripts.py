@@ -77,6 +77,8 @@ def test_help_is_shown_from_any_folder(name, tmp_path):
     done = subprocess.run([str(ROOT / name), "--help"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0
     assert f"./{name}" in done.stdout
+    assert f"Settings are changed in {name} itself" in done.stdout
+    assert ("Only RUN is taken from there" in done.stdout) == (name == "merge.sh")
 
 
 def test_sh_instead_of_bash_is_answered_with_what_to_do():

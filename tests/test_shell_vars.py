@@ -100,3 +100,23 @@ def test_a_value_that_only_the_shell_has_is_not_taken(tmp_path):
     script = read(tmp_path, ALL.replace("CTX_LEN=\n", ""), QUANT="none", MICRO_BSZ="1", LR_FINAL="1", CTX_LEN="512")
     with pytest.raises(Problems, match="CTX_LEN: is not set in training.sh"):
         script.read(Settings)
+
+
+@pytest.mark.parametrize("line", ["QUANT=none CTX_LEN=8", "QUANT=none; CTX_LEN=8", "export QUANT= CTX_LEN=8"])
+def test_a_line_with_two_settings_is_refused_with_its_number(tmp_path, line):
+    """Bash would take the second one in silence, over what its own line says."""
+    values = {"QUANT": "none", "MICRO_BSZ": "1", "LR_FINAL": "1", "CTX_LEN": "8"}
+    for lines in (f"MICRO_BSZ=\nLR_FINAL=\nCTX_LEN=4\n{line}\n", f"MICRO_BSZ=\nLR_FINAL=\n\n{line}\n"):
+        script = read(tmp_path, lines, **values)
+        with pytest.raises(Problems) as found:
+            script.read(Settings)
+        assert found.value.problems == [
+            Problem("QUANT", "shares its line with CTX_LEN; give each setting a line of its own")
+        ]
+        assert "  line   4  QUANT=none" in script.report(found.value)
+
+
+def test_an_equals_sign_in_a_value_or_a_comment_is_no_second_setting(tmp_path):
+    lines = "QUANT=none # not CTX_LEN=4, don't\nMICRO_BSZ='1' # x\nLR_FINAL=\"a CTX_LEN=2\"\nCTX_LEN=8\n"
+    script = read(tmp_path, lines, QUANT="none", MICRO_BSZ="1", LR_FINAL="1", CTX_LEN="8")
+    assert script.read(Settings) == Settings("none", 1, 1.0, 8)

@@ -43,7 +43,7 @@ def test_a_model_that_knows_its_rows_stops_behind_each_answer(ready, eot, banned
         DATALOAD="only", LR_INIT="5e-3", LR_FINAL="1e-3", LR_SCHEDULE="linear",
     )  # fmt: skip
     assert records[-1]["loss"] < 0.1
-    model = build(tiny.geometry(), tensors, tiny.wkv(tiny.geometry()), torch.float32).eval()
+    model = build(tiny.geometry(), tensors, tiny.ops(tiny.geometry()), torch.float32).eval()
     with torch.no_grad():
         found = {question: answer(model, question, banned).strip() for question in ASKED}
     assert found == ASKED, json.dumps(found, ensure_ascii=False)

@@ -81,7 +81,7 @@ def test_the_sidecar_says_what_merging_needs(ready):
     assert (sidecar["method"], sidecar["rank"], sidecar["alpha"], sidecar["base"]) == ("lora", 4, 8.0, "tiny.pth")
     assert sidecar["base_sha256"] == hashing.sha256(ready / "model" / "tiny.pth")
     settings = json.loads((ready / "output/run/run.json").read_text())
-    assert settings["CTX_LEN"] == 64 and settings["OP"] == "torch" and settings["RUN_NAME"] == "run"
+    assert settings["CTX_LEN"] == 64 and settings["OP"] == "cpu" and settings["RUN_NAME"] == "run"
     assert {f.metadata["var"] for f in dataclasses.fields(TrainConfig)} == settings.keys()
     assert (ready / "output/run/loss.png").read_bytes().startswith(b"\x89PNG")
     assert (ready / "output/latest").resolve() == ready / "output/run"

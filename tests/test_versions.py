@@ -57,9 +57,11 @@ def test_logits_equal_those_of_the_rwkv_package(tmp_path, version, layers, layer
     checkpoint.save(tmp_path / "tiny.pth", tensors)
     whole, steps = judged(tmp_path / "tiny.pth", version=version)
     found = arch.detect({n: s.shape for n, s in checkpoint.describe(tmp_path / "tiny.pth").items()}, "tiny.pth")
-    for wkv in dispatch.OPS[version].values():
+    for backend in dispatch.WKV[version]:
         with torch.inference_mode():
-            ours, _ = build(found, checkpoint.load(tmp_path / "tiny.pth"), wkv)(torch.tensor([IDS]))
+            ours, _ = build(found, checkpoint.load(tmp_path / "tiny.pth"), dispatch.choose(backend, version))(
+                torch.tensor([IDS])
+            )
         for theirs in (whole, steps):
             assert (ours[0] - theirs).abs().max() < 2e-5 * theirs.abs().max()
 
@@ -160,7 +162,7 @@ def test_every_parameter_of_the_file_takes_part(version):
 def test_a_model_is_built_from_mapped_files_without_copying_them(tmp_path):
     shape = small("x070")
     tensors = checkpoint.load(tiny.save_model(tmp_path / "m.pth", shape=shape))
-    model = build(shape, tensors, tiny.wkv(shape))
+    model = build(shape, tensors, tiny.ops(shape))
     assert model.emb.weight.data_ptr() == tensors["emb.weight"].data_ptr()
 
 
@@ -179,18 +181,18 @@ def test_a_decay_too_strong_for_float32_is_no_decay_to_nan(version):
     shape = small(version)
     tensors = tiny.tensors(0, shape)
     tensors["blocks.0.att.time_decay"] = torch.full_like(tensors["blocks.0.att.time_decay"], 100.0)
-    model = build(shape, tensors, tiny.wkv(shape))
+    model = build(shape, tensors, tiny.ops(shape))
     model(ids(1, 20))[0].square().sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
 @every_version
-@pytest.mark.parametrize("op", dispatch.OPS["x070"])
+@pytest.mark.parametrize("op", dispatch.WKV["x070"])
 def test_a_learnt_state_is_what_every_sequence_begins_with(op, version):
     shape, x = small(version), ids(1, 64)
     plain = tiny.model(shape=shape, dtype=torch.float64)
     state = {name: torch.randn(t.shape) for name, t in fresh_state(shape, shifts=True).items()}
-    begun = build(shape, tiny.tensors(0, shape) | state, tiny.wkv(shape, op), torch.float64, keep=torch.float64)
+    begun = build(shape, tiny.tensors(0, shape) | state, tiny.ops(shape, op), torch.float64, keep=torch.float64)
 
     def from_state(tokens):
         blocks = [

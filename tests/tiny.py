@@ -56,11 +56,11 @@ def tensors(seed: int = 0, shape: Geometry | None = None) -> dict[str, torch.Ten
 
 def model(seed: int = 0, shape: Geometry | None = None, **options) -> RWKV:
     shape = shape or geometry()
-    return build(shape, tensors(seed, shape), wkv(shape), keep=options.get("dtype"), **options)
+    return build(shape, tensors(seed, shape), ops(shape), keep=options.get("dtype"), **options)
 
 
-def wkv(shape: Geometry, op: str = "torch"):
-    return dispatch.wkv(op, shape.version)[1]
+def ops(shape: Geometry, op: str = "torch"):
+    return dispatch.choose(op, shape.version)
 
 
 def save_model(path: Path, seed: int = 0, shape: Geometry | None = None, dtype=torch.float32) -> Path:

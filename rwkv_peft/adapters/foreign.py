@@ -306,7 +306,11 @@ class Stand(nn.Linear):
 def peft_config(config: dict):
     """peft's own object for settings as read_config gives them."""
     settings = {k: v for k, v in config.items() if k != "peft_type"}
-    return config_class(config["peft_type"])(target_modules=["layer"], **settings)
+    kind = config_class(str(config.get("peft_type")))
+    try:
+        return kind(target_modules=["layer"], **settings)
+    except TypeError as error:
+        raise UserError(f"peft does not take these settings: {error}") from None
 
 
 def config_class(name: str) -> type:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Adapter, device_of, exact
+from .product import low_rank
 
 
 class Lora(Adapter):
@@ -23,8 +24,8 @@ class Lora(Adapter):
         self.lora_A, self.lora_B = fresh_factors(linear, rank)
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))
-        return self.linear(x) + self.scale * F.linear(inner, self.lora_B.to(x.dtype))
+        z = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        return low_rank(self.linear, x, z, self.lora_A, self.lora_B, self.scale)
 
     @staticmethod
     def shapes(outputs: int, inputs: int, rank: int, **_: Any) -> dict[str, tuple[int, ...]]:

@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .state import Borders
-
 
 class Linear(nn.Linear):
     """y = x W^T without a bias; weight [out, in] as in the file."""
@@ -30,24 +28,26 @@ class Linear(nn.Linear):
         return self.weight.to(dtype or self.weight.dtype)
 
 
-class LayerNorm(nn.Module):
+class Affine(nn.Module):
+    """Weight and bias of a norm over C channels."""
+
     def __init__(self, channels: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels))
         self.bias = nn.Parameter(torch.empty(channels))
 
+
+class LayerNorm(Affine):
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.bias.to(x.dtype), eps=1e-5)
 
 
-class GroupNorm(nn.Module):
+class GroupNorm(Affine):
     """Layer norm over each head of [T, C]."""
 
     def __init__(self, groups: int, channels: int, eps: float):
-        super().__init__()
+        super().__init__(channels)
         self.groups, self.eps = groups, eps
-        self.weight = nn.Parameter(torch.empty(channels))
-        self.bias = nn.Parameter(torch.empty(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.group_norm(x, self.groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
@@ -65,11 +65,3 @@ def own_parameters(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     """A module's parameters that are not its layers', in the dtype it computes in; vectors [1, 1, C] as [C]."""
     own = {n: p.to(dtype) for n, p in module.named_parameters(recurse=False) if not n.endswith("_state")}
     return {name: p.view(-1) if p.dim() == 3 and p.shape[:2] == (1, 1) else p for name, p in own.items()}
-
-
-def token_shift(x: Tensor, before: Tensor, borders: Borders) -> Tensor:
-    """What stood one token earlier: x moved by one, and at each sequence's first token what was carried in.
-
-    x: [T, C]; before: [S, C]. Returns [T, C].
-    """
-    return F.pad(x[:-1], (0, 0, 1, 0)).index_copy(0, borders.first, before.to(x.dtype))

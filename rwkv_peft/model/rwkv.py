@@ -1,8 +1,9 @@
-"""RWKV: embedding -> blocks -> head. Takes its wkv function as an argument and knows nothing of backends or adapters."""
+"""RWKV: embedding -> blocks -> head. Takes what computes (ops.dispatch.Ops) as an argument
+and knows nothing of backends or adapters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -27,13 +28,13 @@ class Embedding(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, geometry: Geometry, layer: int, wkv: Callable):
+    def __init__(self, geometry: Geometry, layer: int, ops):
         super().__init__()
         version = VERSIONS[geometry.version]
         if layer == 0:
             self.ln0 = LayerNorm(geometry.n_embd)
         self.ln1, self.ln2 = LayerNorm(geometry.n_embd), LayerNorm(geometry.n_embd)
-        self.att, self.ffn = version.TimeMix(geometry, layer, wkv), version.ChannelMix(geometry)
+        self.att, self.ffn = version.TimeMix(geometry, layer, ops), version.ChannelMix(geometry, ops)
 
     def forward(self, x: Tensor, v_first: Tensor | None, borders: Borders, *state: Tensor):
         """Returns x, v_first and the block's new state as three tensors (plain tensors, so that it can be checkpointed)."""
@@ -57,11 +58,11 @@ class RWKV(nn.Module):
     dtype: what activations are computed in; weights keep theirs.
     """
 
-    def __init__(self, geometry: Geometry, wkv: Callable, dtype: torch.dtype = torch.float32, grad_cp: bool = False):
+    def __init__(self, geometry: Geometry, ops, dtype: torch.dtype = torch.float32, grad_cp: bool = False):
         super().__init__()
-        self.geometry, self.dtype, self.grad_cp = geometry, dtype, grad_cp
+        self.geometry, self.ops, self.dtype, self.grad_cp = geometry, ops, dtype, grad_cp
         self.emb = Embedding(geometry.vocab_size, geometry.n_embd)
-        self.blocks = nn.ModuleList(Block(geometry, i, wkv) for i in range(geometry.n_layer))
+        self.blocks = nn.ModuleList(Block(geometry, i, ops) for i in range(geometry.n_layer))
         self.ln_out = LayerNorm(geometry.n_embd)
         self.head = Linear(geometry.n_embd, geometry.vocab_size)
 
@@ -110,16 +111,16 @@ class RWKV(nn.Module):
         return self.head(x), state
 
 
-def skeleton(geometry: Geometry, wkv: Callable, dtype: torch.dtype = torch.float32, grad_cp: bool = False) -> RWKV:
+def skeleton(geometry: Geometry, ops, dtype: torch.dtype = torch.float32, grad_cp: bool = False) -> RWKV:
     """A model without weights (on the meta device): every name and shape, and no memory."""
     with torch.device("meta"):
-        return RWKV(geometry, wkv, dtype, grad_cp)
+        return RWKV(geometry, ops, dtype, grad_cp)
 
 
 def build(
     geometry: Geometry,
     tensors: Mapping[str, Tensor],
-    wkv: Callable,
+    ops,
     dtype: torch.dtype = torch.float32,
     grad_cp: bool = False,
     keep: torch.dtype | None = None,
@@ -129,7 +130,7 @@ def build(
     tensors: name -> tensor (may be mapped from the disk; never written to); a learnt state in them is begun from.
     keep: dtype that the weights are kept in; None leaves each as it is in the file.
     """
-    model = skeleton(geometry, wkv, dtype, grad_cp)
+    model = skeleton(geometry, ops, dtype, grad_cp)
     names = set(model.state_dict())
     weights = {n: t if keep is None else t.to(keep) for n, t in tensors.items() if n in names}
     model.load_state_dict(weights, strict=True, assign=True)

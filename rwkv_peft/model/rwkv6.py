@@ -10,6 +10,7 @@ from . import rwkv5
 from .arch import Geometry
 from .layers import matrix, own_parameters, vector
 from .rwkv5 import log_decay
+from .state import Borders
 
 
 class TimeMix(rwkv5.TimeMix):
@@ -20,8 +21,9 @@ class TimeMix(rwkv5.TimeMix):
         self.time_maa_w1, self.time_maa_w2 = matrix(C, 5 * mix), matrix(5, mix, C)
         self.time_decay, self.time_decay_w1, self.time_decay_w2 = vector(C), matrix(C, w), matrix(w, C)
 
-    def mixed(self, x: Tensor, xx: Tensor, s: Tensor) -> tuple[Tensor, ...]:
+    def mixed(self, x: Tensor, shift: Tensor, s: Tensor, borders: Borders) -> tuple[Tensor, ...]:
         p = own_parameters(self, x.dtype)
+        xx = self.ops.token_shift(x, shift, borders) - x
         inner = torch.tanh(torch.addcmul(x, xx, p["time_maa_x"]) @ p["time_maa_w1"])  # [T, 5 * mix]
         more = torch.bmm(inner.view(len(x), 5, -1).transpose(0, 1), p["time_maa_w2"])  # [5, T, C]
         xw, xk, xv, xr, xg = (x + xx * (p["time_maa_" + m] + more[i]) for i, m in enumerate("wkvrg"))
@@ -33,6 +35,6 @@ class ChannelMix(rwkv5.ChannelMix):
     def make_mixes(self, channels: int) -> None:
         self.time_maa_k, self.time_maa_r = vector(channels), vector(channels)
 
-    def mixed(self, x: Tensor, xx: Tensor) -> tuple[Tensor, Tensor]:
-        p = own_parameters(self, x.dtype)
-        return torch.addcmul(x, xx, p["time_maa_k"]), torch.addcmul(x, xx, p["time_maa_r"])
+    def shares(self, dtype: torch.dtype) -> list[Tensor]:
+        p = own_parameters(self, dtype)
+        return [p["time_maa_k"], p["time_maa_r"]]

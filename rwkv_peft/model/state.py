@@ -36,15 +36,15 @@ class BlockState:
 class Borders:
     """Where sequences lie among T tokens behind one another.
 
-    cu_seqlens: [S + 1] integers on the host, from 0 to T. first, last: first and last token of each, int64 [S] on the
-    device of the model (made once per forward pass, used by every layer).
+    cu_seqlens: [S + 1] integers on the host, from 0 to T; host: the same as a tensor, int64. first, last: first and last
+    token of each, int64 [S] on the device of the model (made once per forward pass, used by every layer).
     """
 
     def __init__(self, cu_seqlens: tuple[int, ...], device):
         self.cu_seqlens = tuple(int(c) for c in cu_seqlens)
-        borders = torch.tensor(self.cu_seqlens, dtype=torch.long)
-        self.first = borders[:-1].to(device)
-        self.last = (borders[1:] - 1).to(device)
+        self.host = torch.tensor(self.cu_seqlens, dtype=torch.long)
+        self.first = self.host[:-1].to(device)
+        self.last = (self.host[1:] - 1).to(device)
 
     def __len__(self) -> int:
         return len(self.cu_seqlens) - 1

@@ -1,17 +1,24 @@
-"""Which implementation computes wkv: the one table of backends, and what `auto` becomes."""
+"""Which implementation computes: the one table of backends, and what `auto` becomes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+from torch import Tensor
 
 from ..errors import Problem, Problems
-from . import chunked, chunked6, reference
+from . import chunked, chunked6, loss, neighbours, reference
+from .cpu import build, fused
+from .cpu import wkv as cpu
+from .neighbours import Gates, Own, Where
 
 # version -> backend -> function; the signatures are those of the reference
-OPS: dict[str, dict[str, Callable]] = {
-    "x070": {"reference": reference.wkv7, "torch": chunked.wkv7},
-    "x060": {"reference": reference.wkv6, "torch": chunked6.wkv6},
-    "x052": {"reference": reference.wkv5, "torch": chunked6.wkv5},
+WKV: dict[str, dict[str, Callable]] = {
+    "x070": {"reference": reference.wkv7, "torch": chunked.wkv7, "cpu": cpu.wkv7},
+    "x060": {"reference": reference.wkv6, "torch": chunked6.wkv6, "cpu": cpu.wkv6},
+    "x052": {"reference": reference.wkv5, "torch": chunked6.wkv5, "cpu": cpu.wkv5},
 }
 
 # backends of the field that this version does not have
@@ -19,13 +26,59 @@ ABSENT = {
     "cuda": "the CUDA kernels are not part of this version yet; use OP=auto, which runs on a GPU through torch",
     "fla": "flash-linear-attention is not part of this version yet; use OP=auto, which runs on a GPU through torch",
     "triton": "is not part of this version; use OP=auto, which runs on a GPU through torch",
-    "cpu": "the C++ kernel is not part of this version yet; use OP=auto",
 }
 
 
-def wkv(op: str, version: str) -> tuple[str, Callable]:
-    """The backend's name and its function for a version (x070 ...). Raises Problems for what is absent."""
+@dataclass(frozen=True)
+class Ops:
+    """What a model of one version computes with: the recurrence of a backend, and what stands around it.
+
+    name: the backend. why: what it is and how it came to that, for the user, or "".
+    """
+
+    name: str
+    wkv: Callable
+    around: ModuleType = neighbours
+    why: str = ""
+
+    def token_shift(self, x: Tensor, before: Tensor, where: Where) -> Tensor:
+        return neighbours.token_shift(x, before, where)
+
+    def mixes(self, x: Tensor, before: Tensor, shares: Sequence[Tensor], where: Where) -> list[Tensor]:
+        return self.around.mixes(x, before, shares, where)
+
+    def square_relu(self, x: Tensor) -> Tensor:
+        return self.around.square_relu(x)
+
+    def around7(
+        self, gates: Sequence, own: Sequence[Tensor], s0: Tensor, where: Where, heads: int
+    ) -> tuple[Tensor, Tensor]:
+        """gates, own: in the order of neighbours.Gates and neighbours.Own."""
+        return self.around.around7(self.wkv, Gates(*gates), Own(*own), s0, where, heads)
+
+    def cross_entropy(self, x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+        """loss.linear_cross_entropy: the sum over rows x [R, C]."""
+        return loss.linear_cross_entropy(x, head, targets, self.around.slopes)
+
+
+def choose(op: str, version: str, device: str = "cpu") -> Ops:
+    """What computes a version (x070 ...) on a kind of device. Raises Problems for what is absent."""
     if op in ABSENT:
         raise Problems(Problem("OP", ABSENT[op]))
-    name = "torch" if op == "auto" else op
-    return name, OPS[version][name]
+    if op == "auto" and device != "cpu":
+        return made("torch", version)
+    if op not in ("auto", "cpu"):
+        return made(op, version)
+    if device != "cpu":
+        raise Problems(Problem("OP", "is for training without a GPU, and there is one; use auto"))
+    try:
+        build.library()
+    except build.Missing as missing:
+        if op == "cpu":
+            raise Problems(Problem("OP", f"the C++ kernels are missing: {missing}")) from None
+        return made("torch", version, f"some 3 times slower than the C++ kernels, which are missing: {missing}")
+    return made("cpu", version, f"C++ kernels, {build.capability()}")
+
+
+def made(name: str, version: str, why: str = "") -> Ops:
+    return Ops(name, WKV[version][name], fused if name == "cpu" else neighbours, why)

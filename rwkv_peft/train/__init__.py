@@ -71,7 +71,7 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
     say = print if MAIN_PROCESS else lambda *_a, **_k: None
     base = project.model_file(config.model_path)
     stored, geometry, files, earlier = open_files(config, base, MAIN_PROCESS)
-    op, wkv = dispatch.wkv(config.op, geometry.version)
+    ops = dispatch.choose(config.op, geometry.version, machine.device_kind())
     precision = machine.precision(config.precision)
     trainer_arguments = strategy.trainer_arguments(precision, config.gpu_count, config.strategy)
     method = METHODS[config.method]
@@ -93,10 +93,10 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
     dtype = machine.DTYPES[precision]
     trained_values = attach.count_trained(geometry, setup)
     workers = config.num_workers if config.num_workers != "auto" else int(machine.device_kind() == "cuda")
-    settings = resolved(config, op, precision, data, plan, geometry, folder.name, workers)
+    settings = resolved(config, ops.name, precision, data, plan, geometry, folder.name, workers)
     lines = data.lines(settings)
     header = report.plan_lines(
-        settings, setup, base, geometry, lines, data.most_tokens, plan, steps, trained_values, stored, dtype
+        settings, setup, base, geometry, lines, data.most_tokens, plan, steps, trained_values, stored, dtype, ops.why
     )
     if dry_run:
         header = report.setting_lines(settings, script_values(config)) + header
@@ -120,7 +120,7 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
     held = cleanup.enter_context(checkpoint.Archive(base)) if method.saves_model else None
     if MAIN_PROCESS:
         base_sha256 = base_sha256 or hashing.sha256(base)
-    model = build(geometry, checkpoint.load(base), wkv, dtype, config.grad_cp)
+    model = build(geometry, checkpoint.load(base), ops, dtype, config.grad_cp)
     start = checkpoint.load(earlier.start) if earlier and earlier.start else None
     begun = attach.adapt(model, setup, dtype, start, machine.device(RANK))
     begun = {name: tensor.cpu() for name, tensor in begun.items()}

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from ..model.rwkv import RWKV
 from ..model.state import BlockState
-from ..ops.loss import linear_cross_entropy
 
 MODES = ("detach", "full")
 HALF_SCALE = 2.0**12  # gradients of float16 activations are made this much larger on their way
@@ -81,7 +80,7 @@ def chunked_loss(
         x, after = model.features(ids[:, chunk.begin : chunk.end], state, chunk.borders)
         mine = (positions >= chunk.begin) & (positions < chunk.end)
         rows = x[0].index_select(0, positions[mine] - chunk.begin)
-        loss = linear_cross_entropy(rows, model.head_weight(), targets[mine])
+        loss = model.ops.cross_entropy(rows, model.head_weight(), targets[mine])
         return loss, [BlockState(*(t[-1:] for t in s.tensors())) for s in after]
 
     return KnownGradients.apply(lambda: PASSES[mode](one, chunks, parameters, model.dtype), *parameters)

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..data.loading import Batch
-from ..ops.loss import linear_cross_entropy
 from .infctx import chunked_loss
 from .optim import adamw
 from .schedule import learning_rate
@@ -57,7 +56,7 @@ class TrainingModule(pl.LightningModule):
             return chunked_loss(self.model, *where, self.chunk_ctx, self.infctx_grad)
         x, _ = self.model.features(batch.ids, cu_seqlens=batch.cu_seqlens)
         rows = x[0].index_select(0, batch.positions)
-        return linear_cross_entropy(rows, self.model.head_weight(), batch.targets)
+        return self.model.ops.cross_entropy(rows, self.model.head_weight(), batch.targets)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]

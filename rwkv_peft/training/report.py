@@ -29,11 +29,13 @@ QUANT_BITS = {"int8": 8.1, "nf4": 4.2, "fp4": 4.2, "fp8": 8.1}
 LONG_WARMUP = 0.25  # ... and so is a warm-up that takes more of the run than this
 
 
-def plan_lines(settings, setup, base, geometry, lines, tokens, plan, steps, trained_values, stored, dtype) -> list[str]:
+def plan_lines(
+    settings, setup, base, geometry, lines, tokens, plan, steps, trained_values, stored, dtype, op_words
+) -> list[str]:
     """The run header: what was read, what auto became, how long it is, what it needs.
 
     settings: those of run.json, by their names in the script. setup: what becomes of the model. lines: data_lines or
-    stream_lines. tokens: inputs of the largest micro-batch.
+    stream_lines. tokens: inputs of the largest micro-batch. op_words: about what computes, or "".
     """
     total = sum(math.prod(s.shape) for s in stored.values())
     device, full = device_kind(), setup.method == "full"
@@ -85,7 +87,7 @@ def plan_lines(settings, setup, base, geometry, lines, tokens, plan, steps, trai
                          "and no GPU: 1 is faster"))  # fmt: skip
     kind = "GPU memory" if device == "cuda" else "memory"
     rows += [
-        ("machine", f"{device_words()}; PRECISION={settings['PRECISION']}, OP={settings['OP']}, "
+        ("machine", f"{device_words()}; PRECISION={settings['PRECISION']}, OP={settings['OP']}{op_words and f' ({op_words})'}, "
                     f"STRATEGY={settings['STRATEGY']}; about {memory / 2**30:.1f} GB {kind} (estimate)"),
         ("output", f"output/{settings['RUN_NAME']}/"),
     ]  # fmt: skip

@@ -1,0 +1,162 @@
+"""The neighbours of the recurrence in C++ (cpu/mix.cpp, cpu/around7.cpp, cpu/loss.cpp): the functions of ops/neighbours.py and
+ops/loss.py, one pass over the activations each, with gradients. What is cheap to compute again is not kept.
+
+Activations are float32 or bfloat16; for others, and for shapes without a kernel, there is the definition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import neighbours
+from ..neighbours import Gates, Own, Where
+from .build import function
+from .wkv import SIZES, backward7, forward7, pointer
+
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+MOST_MIXES = 6
+LANES = 16  # kernels work on whole vectors
+
+
+def fits(x: Tensor) -> bool:
+    return x.dtype in NAMES and x.device.type == "cpu" and x.shape[-1] % LANES == 0
+
+
+def kernel(name: str, x: Tensor, pointers: int, numbers: int):
+    return function(f"{name}_{NAMES[x.dtype]}", pointers, numbers)
+
+
+def mixes(x: Tensor, before: Tensor, shares: Sequence[Tensor], where: Where) -> list[Tensor]:
+    if not fits(x) or len(shares) > MOST_MIXES:
+        return neighbours.mixes(x, before, shares, where)
+    return list(Mixes.apply(x, before.to(x.dtype), torch.stack(list(shares)).float(), where.host))
+
+
+class Mixes(torch.autograd.Function):
+    """shares: [M, C], float32. Returns M tensors like x."""
+
+    @staticmethod
+    def forward(ctx, x, before, shares, borders):
+        x, before, shares = x.contiguous(), before.contiguous(), shares.contiguous()
+        out = [torch.empty_like(x) for _ in shares]
+        slots = [*out, *[None] * (MOST_MIXES - len(out))]
+        kernel("mix_forward", x, 10, 3)(
+            *map(pointer, (x, before, shares, borders, *slots)), *x.shape, len(shares), torch.get_num_threads()
+        )
+        ctx.save_for_backward(x, before, shares)
+        ctx.borders = borders
+        return tuple(out)
+
+    @staticmethod
+    def backward(ctx, *dout):
+        x, before, shares = ctx.saved_tensors
+        threads = torch.get_num_threads()
+        dout = [torch.zeros_like(x) if d is None else d.contiguous() for d in dout]
+        slots = [*dout, *[None] * (MOST_MIXES - len(dout))]
+        dx, dbefore = torch.empty_like(x), torch.empty_like(before)
+        dshares = shares.new_zeros(threads, *shares.shape) if ctx.needs_input_grad[2] else None
+        kernel("mix_backward", x, 13, 3)(
+            *map(pointer, (x, before, shares, ctx.borders, *slots, dx, dbefore, dshares)),
+            *(*x.shape, len(shares), threads),
+        )
+        return dx, dbefore, None if dshares is None else dshares.sum(0), None
+
+
+def square_relu(x: Tensor) -> Tensor:
+    return SquareRelu.apply(x) if fits(x) else neighbours.square_relu(x)
+
+
+class SquareRelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        kernel("square_relu", x, 2, 1)(pointer(x), pointer(y), x.numel(), torch.get_num_threads())
+        ctx.save_for_backward(x)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        [x] = ctx.saved_tensors
+        dy, dx = dy.contiguous(), torch.empty_like(x)
+        kernel("square_relu_backward", x, 3, 1)(*map(pointer, (x, dy, dx)), x.numel(), torch.get_num_threads())
+        return dx
+
+
+def around7(wkv: Callable, x: Gates, own: Own, s0: Tensor, where: Where, heads: int) -> tuple[Tensor, Tensor]:
+    if not fits(x.r) or x.r.shape[1] // heads not in SIZES:
+        return neighbours.around7(wkv, x, own, s0, where, heads)
+    return Around7.apply(*x, *(z.float() for z in own), s0, where.cu_seqlens, heads)
+
+
+class Around7(torch.autograd.Function):
+    """Keeps what the layers gave, the recurrence's outputs and every 32nd state; the rest is made again."""
+
+    @staticmethod
+    def forward(ctx, r, w, k, v, a, g, mix, v_first, k_k, k_a, r_k, weight, bias, s0, cu_seqlens, heads):
+        gates = [None if z is None else z.contiguous() for z in (r, w, k, v, a, mix, v_first)]
+        own = [z.contiguous() for z in (k_k, k_a, r_k, weight, bias)]
+        spans = tuple(zip(cu_seqlens, cu_seqlens[1:], strict=False))
+        T, C = r.shape
+        inputs = prepared(gates, own, heads)
+        y, end, kept = forward7(inputs, s0.float().contiguous(), spans, any(ctx.needs_input_grad))
+        out, g = torch.empty_like(gates[0]), g.contiguous()
+        kernel("behind7", out, 9, 3)(
+            *map(pointer, (y, inputs[0], inputs[2], inputs[3], *own[2:], g, out)),
+            *(T, heads, C // heads, torch.get_num_threads()),
+        )
+        ctx.save_for_backward(*gates, *own, g, y, kept)
+        ctx.spans, ctx.heads, ctx.s0_dtype = spans, heads, s0.dtype
+        ctx.set_materialize_grads(False)
+        return out, end.to(s0.dtype)
+
+    @staticmethod
+    def backward(ctx, dout, dstate):
+        saved = ctx.saved_tensors
+        gates, own, (g, y, kept) = saved[:7], saved[7:12], saved[12:]
+        heads, threads = ctx.heads, torch.get_num_threads()
+        like, (T, C) = gates[0], gates[0].shape
+        sizes = T, heads, C // heads, threads
+        dout = torch.zeros_like(g) if dout is None else dout.contiguous()
+        inputs = prepared(gates, own, heads)
+        # gradients of k_k k_a r_k weight bias where they are wanted, of each thread's rows
+        wanted = ctx.needs_input_grad[8:13]
+        sums = [y.new_zeros(threads, C) if wish else None for wish in wanted]
+        dy, dr, dk, dv = (torch.empty_like(y) for _ in range(4))
+        dg = torch.empty_like(g)
+        kernel("behind7_backward", g, 17, 3)(
+            *map(pointer, (y, inputs[0], inputs[2], inputs[3], *own[2:], g, dout, dy, dr, dk, dv, dg, *sums[2:])),
+            *sizes,
+        )
+        dstate = None if dstate is None else dstate.float().contiguous()
+        grads, ds0 = backward7(inputs, kept, dy, dstate, ctx.spans)
+        for grad, more in zip((grads[0], grads[2], grads[3]), (dr, dk, dv), strict=True):
+            grad.add_(more)
+        out = [None if z is None else torch.empty_like(like) for z in gates]
+        kernel("before7_backward", g, 24, 3)(*map(pointer, (*gates, *own[:2], *grads, *out, *sums[:2])), *sizes)
+        tr, tw, tk, tv, ta, tmix, tfirst = out
+        own_grads = (None if total is None else total.sum(0) for total in sums)
+        return tr, tw, tk, tv, ta, dg, tmix, tfirst, *own_grads, ds0.to(ctx.s0_dtype), None, None
+
+
+def prepared(gates: Sequence[Tensor | None], own: Sequence[Tensor], heads: int) -> list[Tensor]:
+    """r w k v a b of the recurrence, float32 [T, H, N]."""
+    T, C = gates[0].shape
+    inputs = [torch.empty(T, heads, C // heads) for _ in range(6)]
+    kernel("before7", gates[0], 15, 3)(
+        *map(pointer, (*gates, *own[:2], *inputs)), T, heads, C // heads, torch.get_num_threads()
+    )
+    return inputs
+
+
+def slopes(logits: Tensor, targets: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
+    if logits.dtype not in NAMES or logits.device.type != "cpu":
+        return neighbours.slopes(logits, targets, wanted)
+    logits, targets, losses = logits.contiguous(), targets.contiguous(), torch.empty(len(logits))
+    kernel("cross_entropy", logits, 3, 3)(
+        *map(pointer, (logits, targets, losses)), *logits.shape, int(wanted), torch.get_num_threads()
+    )
+    return losses.sum(), logits if wanted else None
