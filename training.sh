@@ -182,7 +182,15 @@ LR_SCHEDULE=cos
 # Optimizer steps from 0 up to LR_INIT at the start. 预热步数
 WARMUP_STEPS=10
 
-# Adam's memory of gradients, and of their squares. 0.9 and 0.99 suit fine-tuning. Adam 动量
+# Optimizer. 优化器
+#   adamw      8 bytes for each trained value                                                每个参数 8 字节
+#   adamw8bit  2 bytes; needs: pip install bitsandbytes                                      需要 bitsandbytes
+#   lion       4 bytes; wants a third to a tenth of AdamW's LR_INIT; needs bitsandbytes      学习率应为 AdamW 的 1/3 到 1/10
+#   lion8bit   1 byte; as lion                                                               同 lion，更省显存
+#   adafactor  next to nothing; for full fine-tuning where memory is short                   几乎不占显存，适合全量微调
+OPTIM=adamw
+
+# Its memory of gradients, and of their squares (adafactor has its own). 0.9 and 0.99 suit fine-tuning. 动量
 BETA1=0.9
 # ... of their squares. 二阶动量
 BETA2=0.99
@@ -291,7 +299,10 @@ QUANT_PARTS="att,ffn"
 # definition). 算子：auto 自动选择；cpu 为 C++ 内核（首次使用时编译，需要 g++）；torch 通用但较慢
 OP=auto
 
-# 1: compute activations again in the backward pass: much less memory, about a third more time. 梯度检查点，省显存
+# What the backward pass computes again instead of keeping it. 梯度检查点，省显存
+#   0          nothing: fastest                                              不重算，最快
+#   selective  what is cheap: about a third less memory, hardly slower       只重算便宜的部分
+#   1          all: much less memory, about a third more time                全部重算，最省显存
 GRAD_CP=1
 
 # GPUs on this machine (without a GPU: processes). 显卡数量（无显卡时为进程数）

@@ -63,7 +63,9 @@ def point(given) -> dict:
     torch.manual_seed(0)
     shape = shape_of(given)
     ops = dispatch.choose("auto", shape.version)
-    model = build(shape, initial_tensors(shape, 0), ops, grad_cp=bool(given.grad_cp), keep=torch.float32)
+    model = build(
+        shape, initial_tensors(shape, 0), ops, recompute="blocks" if given.grad_cp else "nothing", keep=torch.float32
+    )
     attach.adapt(model, attach.Setup("lora", {"rank": RANK, "alpha": 2.0 * RANK}, ("att", "ffn")))
     ids = torch.randint(0, given.vocab, (1, tokens + 1))
 

@@ -1,8 +1,8 @@
 """A whole training step (forward, backward, clipping, optimizer) on random files of the field's sizes, beside its peers.
 
 usage: python bench/step.py [--geometry 0.1b|0.4b|1.5b] [--ctx 512] [--batch 1] [--precision fp32|bf16]
-                            [--method lora|full|state|none] [--rank 16] [--grad-cp 0] [--op auto] [--threads N] [--rounds 5]
-                            [--peers] [--json FILE]
+                            [--method lora|full|state|none] [--rank 16] [--grad-cp 0|1|selective] [--op auto]
+                            [--threads N] [--rounds 5] [--peers] [--json FILE]
 
 Every implementation is a process of its own that loads the same file; their steps are interleaved. Every token is a target
 (data with prompts has fewer, and ours then does less). Printed and, with --json, written as one object per line:
@@ -45,6 +45,7 @@ from rwkv_peft.model.arch import Geometry
 from rwkv_peft.model.initial import initial_tensors, new_geometry
 from rwkv_peft.model.rwkv import build
 from rwkv_peft.ops import dispatch
+from rwkv_peft.train import RECOMPUTE
 from rwkv_peft.training.module import TrainingModule
 from rwkv_peft.training.optim import parameter_groups
 
@@ -86,7 +87,7 @@ class Ours:
         dtype = DTYPES[given.precision]
         ops = dispatch.choose(given.op, geometry.version)
         self.op = ops.name
-        model = build(geometry, checkpoint.load(path), ops, dtype, bool(given.grad_cp))
+        model = build(geometry, checkpoint.load(path), ops, dtype, RECOMPUTE[given.grad_cp])
         setup = setup_of(given.method, given.rank)
         attach.adapt(model, setup, dtype)
         groups = parameter_groups(attach.trained(model).items(), 0.0, arch.decays, lambda name: 1.0)
@@ -170,7 +171,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--method", choices=("lora", "full", "state", "none"), default="lora")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--grad-cp", type=int, choices=(0, 1), default=0)
+    parser.add_argument("--grad-cp", choices=RECOMPUTE, default="0")
     parser.add_argument("--op", default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5)

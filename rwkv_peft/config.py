@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Literal
 
 from .errors import Problem
-from .methods import METHODS, MODES, PARTS, QUANT_ALIASES, QUANTS, load_variables, method_of
+from .methods import METHODS, MODES, OPTIMS, PARTS, QUANT_ALIASES, QUANTS, load_variables, method_of
 from .model.arch import NUMBERS
 from .project import is_text
 from .shell_vars import MOST, convert, var
@@ -90,6 +90,7 @@ class TrainConfig:
     lr_final: float = var("LR_FINAL", ge=0)
     lr_schedule: Literal["cos", "wsd", "exp", "linear", "constant"] = var("LR_SCHEDULE")
     warmup_steps: int = var("WARMUP_STEPS", ge=0, le=MOST)
+    optim: Literal[tuple(OPTIMS)] = var("OPTIM")
     beta1: float = var("BETA1", ge=0, lt=1)
     beta2: float = var("BETA2", ge=0, lt=1)
     adam_eps: float = var("ADAM_EPS", gt=0)
@@ -127,7 +128,7 @@ class TrainConfig:
     )
     quant_parts: str = var("QUANT_PARTS")
     op: Literal["auto", "torch", "reference", "cuda", "fla", "triton", "cpu"] = var("OP")
-    grad_cp: bool = var("GRAD_CP")
+    grad_cp: Literal["0", "1", "selective"] = var("GRAD_CP")
     gpu_count: int = var("GPU_COUNT", ge=1, le=MOST)
     strategy: Literal["auto", "single", "ddp"] = var(
         "STRATEGY",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -66,3 +67,20 @@ def load_variables() -> dict[str, list[str]]:
         if load := METHODS[ALIASES.get(mode, mode)].load:
             found.setdefault(load, []).append(mode)
     return found
+
+
+class Optim(NamedTuple):
+    """An optimizer. moments: bytes that it keeps for a trained value. package: what must be installed for it, or ""."""
+
+    moments: float
+    package: str = ""
+
+
+# OPTIM -> what it is
+OPTIMS = {
+    "adamw": Optim(8),
+    "adamw8bit": Optim(2, "bitsandbytes"),
+    "lion": Optim(4, "bitsandbytes"),
+    "lion8bit": Optim(1, "bitsandbytes"),
+    "adafactor": Optim(0.1),
+}

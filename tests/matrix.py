@@ -63,7 +63,7 @@ from rwkv_peft.roles import Role
 from rwkv_peft.shell_vars import Script, convert
 from rwkv_peft.train.record import options_of
 from rwkv_peft.training import callbacks, module
-from rwkv_peft.training.optim import adamw, parameter_groups
+from rwkv_peft.training.optim import make_optimizer, parameter_groups
 
 DOCS = ROOT / "docs" / "matrix.md"
 LOHA = {"peft_type": "LOHA", "r": 4, "alpha": 8}
@@ -494,7 +494,8 @@ def train_on(first: Run, second: Run) -> None:
     model, config = first.model, second.config
     scale = functools.partial(arch.lr_scale, model.geometry)
     trained = attach.trained(model)
-    optimizer = adamw(
+    optimizer = make_optimizer(
+        config.optim,
         parameter_groups(trained.items(), config.weight_decay, arch.decays, scale, config.loraplus_lr_ratio),
         config.beta1, config.beta2, config.adam_eps,
     )  # fmt: skip

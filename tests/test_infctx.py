@@ -105,12 +105,12 @@ def test_dropout_falls_alike_in_both_passes_of_full_and_as_in_one_pass():
     assert torch.equal(losses[1], losses[3])  # and as many numbers were drawn
 
 
-@pytest.mark.parametrize("grad_cp", [False, True])
-def test_gradient_checkpointing_inside_chunks_changes_nothing(grad_cp):
+@pytest.mark.parametrize("recompute", ["nothing", "cheap", "blocks"])
+def test_gradient_checkpointing_inside_chunks_changes_nothing(recompute):
     setup = attach.Setup("miss", {"rank": 4}, ("att", "ffn"))
     ids, positions, targets = batch()
     plain = adapted("x060", setup)
-    model = adapted("x060", setup, grad_cp=grad_cp)
+    model = adapted("x060", setup, recompute=recompute)
     for a, b in zip(
         gradients(model, chunked_loss(model, ids, BORDERS, positions, targets, 32, "full")),
         gradients(plain, whole(plain, ids, positions, targets)),

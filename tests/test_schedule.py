@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rwkv_peft.model import arch
-from rwkv_peft.training.optim import adamw, parameter_groups
+from rwkv_peft.training.optim import make_optimizer, parameter_groups
 from rwkv_peft.training.schedule import SCHEDULES, learning_rate
 
 
@@ -72,7 +72,7 @@ def test_groups_decay_large_matrices_only_and_scale_what_the_recipe_scales():
         "head.weight": (0.1, 1.0), "blocks.0.att.w0": (0.0, 2.0), "blocks.0.ln1.weight": (0.0, 1.0),
         "blocks.0.att.w1": (0.0, 1.0),
     }  # fmt: skip
-    optimizer = adamw(groups, 0.9, 0.99, 1e-8)
+    optimizer = make_optimizer("adamw", groups, 0.9, 0.99, 1e-8, True)
     assert len(optimizer.param_groups) == len(groups)
 
 

@@ -41,10 +41,13 @@ class Block(nn.Module):
         att_x, wkv, ffn_x = state
         if hasattr(self, "ln0"):
             x = self.ln0(x)
-        y, v_first, att_x, wkv = self.att(self.ln1(x), v_first, att_x, wkv, borders)
+        y, v_first, att_x, wkv = self.att(self.norm(self.ln1, x), v_first, att_x, wkv, borders)
         x = x + y
-        y, ffn_x = self.ffn(self.ln2(x), ffn_x, borders)
+        y, ffn_x = self.ffn(self.norm(self.ln2, x), ffn_x, borders)
         return x + y, v_first, *BlockState(att_x, wkv, ffn_x).tensors()
+
+    def norm(self, layer: LayerNorm, x: Tensor) -> Tensor:
+        return self.att.ops.layer_norm(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 
     def learnt_state(self) -> dict[str, nn.Parameter]:
         """What state tuning has put here, by the name of its field in BlockState; empty without."""
@@ -53,14 +56,15 @@ class Block(nn.Module):
 
 
 class RWKV(nn.Module):
-    """grad_cp: keep only each block's input for the backward pass and compute the rest again (less memory, 1/3 more work).
+    """recompute: what the backward pass makes again instead of keeping it: "nothing"; "cheap", what costs next to no time (norms,
+    token shifts, the squared ReLU); "blocks", all but each block's input (least memory, a third more work).
 
     dtype: what activations are computed in; weights keep theirs.
     """
 
-    def __init__(self, geometry: Geometry, ops, dtype: torch.dtype = torch.float32, grad_cp: bool = False):
+    def __init__(self, geometry: Geometry, ops, dtype: torch.dtype = torch.float32, recompute: str = "nothing"):
         super().__init__()
-        self.geometry, self.ops, self.dtype, self.grad_cp = geometry, ops, dtype, grad_cp
+        self.geometry, self.ops, self.dtype, self.recompute = geometry, ops, dtype, recompute
         self.emb = Embedding(geometry.vocab_size, geometry.n_embd)
         self.blocks = nn.ModuleList(Block(geometry, i, ops) for i in range(geometry.n_layer))
         self.ln_out = LayerNorm(geometry.n_embd)
@@ -98,10 +102,13 @@ class RWKV(nn.Module):
         state = self.first_state(len(borders)) if state is None else state
         x, v_first, after = self.emb(ids.reshape(-1), self.dtype), None, []
         for block, before in zip(self.blocks, state, strict=True):
-            if self.grad_cp and torch.is_grad_enabled():
-                x, v_first, *new = checkpoint(block, x, v_first, borders, *before.tensors(), use_reentrant=False)
-            else:
+            if not torch.is_grad_enabled() or self.recompute == "nothing":
                 x, v_first, *new = block(x, v_first, borders, *before.tensors())
+            elif self.recompute == "cheap":
+                with self.ops.recomputing():
+                    x, v_first, *new = block(x, v_first, borders, *before.tensors())
+            else:
+                x, v_first, *new = checkpoint(block, x, v_first, borders, *before.tensors(), use_reentrant=False)
             after.append(BlockState(*new))
         return self.ln_out(x).view(batch, tokens, -1), after
 
@@ -111,10 +118,10 @@ class RWKV(nn.Module):
         return self.head(x), state
 
 
-def skeleton(geometry: Geometry, ops, dtype: torch.dtype = torch.float32, grad_cp: bool = False) -> RWKV:
+def skeleton(geometry: Geometry, ops, dtype: torch.dtype = torch.float32, recompute: str = "nothing") -> RWKV:
     """A model without weights (on the meta device): every name and shape, and no memory."""
     with torch.device("meta"):
-        return RWKV(geometry, ops, dtype, grad_cp)
+        return RWKV(geometry, ops, dtype, recompute)
 
 
 def build(
@@ -122,7 +129,7 @@ def build(
     tensors: Mapping[str, Tensor],
     ops,
     dtype: torch.dtype = torch.float32,
-    grad_cp: bool = False,
+    recompute: str = "nothing",
     keep: torch.dtype | None = None,
 ) -> RWKV:
     """A model with the weights of a file, made without random numbers first: mapped tensors go straight in.
@@ -130,7 +137,7 @@ def build(
     tensors: name -> tensor (may be mapped from the disk; never written to); a learnt state in them is begun from.
     keep: dtype that the weights are kept in; None leaves each as it is in the file.
     """
-    model = skeleton(geometry, ops, dtype, grad_cp)
+    model = skeleton(geometry, ops, dtype, recompute)
     names = set(model.state_dict())
     weights = {n: t if keep is None else t.to(keep) for n, t in tensors.items() if n in names}
     model.load_state_dict(weights, strict=True, assign=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import Problem, Problems
 from . import chunked, chunked6, loss, neighbours, reference
+from .again import cheap, recomputing
 from .cpu import build, fused
 from .cpu import wkv as cpu
 from .neighbours import Gates, Own, Where
@@ -41,14 +42,22 @@ class Ops:
     around: ModuleType = neighbours
     why: str = ""
 
+    def recomputing(self):
+        """A context in which what mixes, square_relu and layer_norm make is not kept for the backward pass."""
+        return recomputing()
+
     def token_shift(self, x: Tensor, before: Tensor, where: Where) -> Tensor:
         return neighbours.token_shift(x, before, where)
 
     def mixes(self, x: Tensor, before: Tensor, shares: Sequence[Tensor], where: Where) -> list[Tensor]:
-        return self.around.mixes(x, before, shares, where)
+        return cheap(lambda x, before, *shares: self.around.mixes(x, before, shares, where), x, before, *shares)
 
     def square_relu(self, x: Tensor) -> Tensor:
-        return self.around.square_relu(x)
+        return cheap(self.around.square_relu, x)
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """x: [T, C]; weight, bias: [C] in the dtype of x."""
+        return cheap(neighbours.layer_norm, x, weight, bias)
 
     def around7(
         self, gates: Sequence, own: Sequence[Tensor], s0: Tensor, where: Where, heads: int

@@ -36,6 +36,10 @@ def mixes(x: Tensor, before: Tensor, shares: Sequence[Tensor], where: Where) -> 
     return [torch.addcmul(x, change, share) for share in shares]
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps=1e-5)
+
+
 def square_relu(x: Tensor) -> Tensor:
     return torch.relu(x) ** 2
 

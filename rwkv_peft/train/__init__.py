@@ -36,6 +36,9 @@ RANK = int(os.environ.get("LOCAL_RANK", 0))
 MAIN_PROCESS = RANK == 0
 MOST_NAME = 80  # characters of a mixture's names in the name of a run
 
+# GRAD_CP -> what the model computes again
+RECOMPUTE = {"0": "nothing", "1": "blocks", "selective": "cheap"}
+
 
 def main(arguments: list[str]) -> None:
     enter(arguments, __doc__, TrainConfig, command, RETIRED)
@@ -66,11 +69,12 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
     from ..model import arch
     from ..model.rwkv import build
     from ..ops import dispatch
-    from ..training import report, strategy
+    from ..training import optim, report, strategy
 
     say = print if MAIN_PROCESS else lambda *_a, **_k: None
     base = project.model_file(config.model_path)
     stored, geometry, files, earlier = open_files(config, base, MAIN_PROCESS)
+    optim.must_be_there(config.optim)
     ops = dispatch.choose(config.op, geometry.version, machine.device_kind())
     precision = machine.precision(config.precision)
     trainer_arguments = strategy.trainer_arguments(precision, config.gpu_count, config.strategy)
@@ -120,7 +124,7 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
     held = cleanup.enter_context(checkpoint.Archive(base)) if method.saves_model else None
     if MAIN_PROCESS:
         base_sha256 = base_sha256 or hashing.sha256(base)
-    model = build(geometry, checkpoint.load(base), ops, dtype, config.grad_cp)
+    model = build(geometry, checkpoint.load(base), ops, dtype, RECOMPUTE[config.grad_cp])
     start = checkpoint.load(earlier.start) if earlier and earlier.start else None
     begun = attach.adapt(model, setup, dtype, start, machine.device(RANK))
     begun = {name: tensor.cpu() for name, tensor in begun.items()}
@@ -199,6 +203,7 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
         config.grad_clip,
         config.chunk_ctx if config.train_type == "infctx" else None,
         config.infctx_grad,
+        config.optim,
     )
     # Lightning's hints are about loggers and workers that we have settled; its errors come as exceptions
     warnings.filterwarnings("ignore", module="pytorch_lightning")

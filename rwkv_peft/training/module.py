@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ..data.loading import Batch
 from .infctx import chunked_loss
-from .optim import adamw
+from .optim import make_optimizer
 from .schedule import learning_rate
 
 
@@ -17,6 +17,7 @@ class TrainingModule(pl.LightningModule):
     """model: an RWKV. groups: the optimizer's parameter groups. steps: optimizer steps of the whole run.
 
     chunk_ctx: tokens that go through at once (infctx), None for all of a micro-batch. infctx_grad: see training/infctx.
+    optim: a key of methods.OPTIMS.
     """
 
     def __init__(
@@ -33,12 +34,13 @@ class TrainingModule(pl.LightningModule):
         grad_clip: float,
         chunk_ctx: int | None = None,
         infctx_grad: str = "detach",
+        optim: str = "adamw",
     ):
         super().__init__()
         self.model, self.groups, self.steps = model, groups, steps
         self.rate = (lr_schedule, lr_init, lr_final, warmup_steps)
         self.betas, self.adam_eps, self.grad_clip = betas, adam_eps, grad_clip
-        self.chunk_ctx, self.infctx_grad = chunk_ctx, infctx_grad
+        self.chunk_ctx, self.infctx_grad, self.optim = chunk_ctx, infctx_grad, optim
         self.step_loss: Tensor | None = None  # this rank's share of the step's loss so far
         self.grad_norm: Tensor | None = None
 
@@ -64,7 +66,8 @@ class TrainingModule(pl.LightningModule):
         self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
 
     def configure_optimizers(self):
-        optimizer = adamw(self.groups, *self.betas, self.adam_eps, fused=self.model.dtype != torch.float16)
+        fused = self.model.dtype != torch.float16
+        optimizer = make_optimizer(self.optim, self.groups, *self.betas, self.adam_eps, fused)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": LambdaLR(optimizer, self.rate_of), "interval": "step"},

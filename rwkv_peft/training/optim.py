@@ -1,4 +1,4 @@
-"""AdamW over the trained tensors: weight decay and learning-rate factors by what a tensor is."""
+"""The optimizer over the trained tensors: weight decay and learning-rate factors by what a tensor is."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
+
+from ..errors import Problem, Problems
+from ..methods import OPTIMS
 
 
 def parameter_groups(
@@ -28,6 +32,35 @@ def parameter_groups(
     return [{"params": params, "weight_decay": decay, "lr": scale} for (decay, scale), params in groups.items()]
 
 
-def adamw(groups: list[dict], beta1: float, beta2: float, eps: float, fused: bool = True) -> torch.optim.AdamW:
-    """fused: one kernel for all tensors. It unscales fp16 gradients itself, after clipping: not for fp16."""
-    return torch.optim.AdamW(groups, lr=1.0, betas=(beta1, beta2), eps=eps, fused=fused)
+def make_optimizer(
+    name: str, groups: list[dict], beta1: float, beta2: float, eps: float, fused: bool = True
+) -> Optimizer:
+    """An optimizer of methods.OPTIMS. The groups' `lr` are factors, which a schedule multiplies.
+
+    fused: AdamW in one kernel for all tensors. It unscales fp16 gradients itself, after clipping: not for fp16.
+    """
+    betas = beta1, beta2
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=1.0, betas=betas, eps=eps, fused=fused)
+    if name == "adafactor":
+        return torch.optim.Adafactor(groups, lr=1.0)
+    library = bitsandbytes()
+    if name == "adamw8bit":
+        return library.optim.AdamW8bit(groups, lr=1.0, betas=betas, eps=eps)
+    return {"lion": library.optim.Lion, "lion8bit": library.optim.Lion8bit}[name](groups, lr=1.0, betas=betas)
+
+
+def must_be_there(name: str) -> None:
+    """Problems if the package of an optimizer is missing, before anything is loaded."""
+    if OPTIMS[name].package:
+        bitsandbytes()
+
+
+def bitsandbytes():
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise Problems(
+            Problem("OPTIM", f"needs a package that is missing ({error}): pip install bitsandbytes")
+        ) from None
+    return bitsandbytes

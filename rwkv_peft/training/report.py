@@ -14,7 +14,7 @@ from .. import project, tokenizer
 from ..data.sampling import AUTO_CTX_LIMIT
 from ..errors import leave
 from ..machine import cpu_has_bf16, device_kind, device_words
-from ..methods import METHODS, Method, method_of
+from ..methods import METHODS, OPTIMS, Method, method_of
 from ..model import arch
 from ..words import clock, count
 from .estimate import memory_bytes
@@ -253,8 +253,12 @@ def print_samples(sequences: Iterator, most: int) -> None:
 
 def out_of_memory(settings: dict, error: Exception) -> str:
     advice = []
-    if not settings["GRAD_CP"]:
+    if settings["GRAD_CP"] == "0":
+        advice.append("GRAD_CP=selective (a third less for activations, hardly any time)")
+    if settings["GRAD_CP"] != "1":
         advice.append("GRAD_CP=1 (much less memory, a third more time)")
+    if OPTIMS[settings["OPTIM"]].moments > 2 and settings["FINETUNE_MODE"] in ("full", "lisa"):
+        advice.append("OPTIM=adamw8bit (6 bytes less for each trained value)")
     if settings["DATALOAD"] == "bucket":
         sizes = zip(settings["TRAIN_LENGTHS"].split(), settings["TRAIN_BATCH_SIZES"].split(), strict=True)
         most = max(int(length) * int(rows) for length, rows in sizes)
