@@ -2,7 +2,7 @@
 
 usage: python bench/step.py [--geometry 0.1b|0.4b|1.5b] [--ctx 512] [--batch 1] [--precision fp32|bf16]
                             [--method lora|full|state|none] [--rank 16] [--grad-cp 0|1|selective] [--op auto]
-                            [--threads N] [--rounds 5] [--peers] [--json FILE]
+                            [--threads N] [--rounds 5] [--peers] [--peer-rounds 2] [--json FILE]
 
 Every implementation is a process of its own that loads the same file; their steps are interleaved. Every token is a target
 (data with prompts has fewer, and ours then does less). Printed and, with --json, written as one object per line:
@@ -14,7 +14,9 @@ Every implementation is a process of its own that loads the same file; their ste
                     product of [1024, 4096] x [4096, 4096] in the same precision and threads, measured between the rounds
 
 --peers: rwkvtune 0.1.0, rwkv7-hf 0.9.0 with peft, and the rwkv package's forward pass (which trains nothing) are installed
-into bench/.venv-peers first (some GB) and run on the same file, rank, length and threads.
+into bench/.venv-peers first (some GB; bench/peers/requirements.txt) and run on the same file, tokens, rank, length and
+threads: a few further rounds of ours and one of them in turn, one peer at a time, because each takes several times ours'
+memory. A ratio is of the medians of these rounds. The loss of the first step must be the same for all of them.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ import time
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from bench.peers import protocol
 from rwkv_peft import checkpoint
 from rwkv_peft.adapters import attach
 from rwkv_peft.data.loading import Batch
@@ -57,6 +61,12 @@ GEOMETRIES = {
     "1.5b": new_geometry("x070", 24, 2048, 65536),
 }
 GEMM = 1024, 4096, 4096
+PEERS = {  # script -> precisions that it can train in on a CPU
+    "train_rwkvtune.py": ("fp32",),
+    "train_rwkv7_hf.py": ("fp32", "bf16"),
+    "prefill_rwkv.py": ("fp32", "bf16"),
+}
+SAME_LOSS = 0.01  # of two implementations that compute the same
 
 
 def setup_of(method: str, rank: int) -> attach.Setup:
@@ -94,9 +104,9 @@ class Ours:
         self.module = TrainingModule(model, groups, 100, "constant", 1e-5, 1e-5, 0, (0.9, 0.99), 1e-8, 1.0)
         self.optimizer = self.module.configure_optimizers()["optimizer"]
         tokens = given.batch * given.ctx
-        ids = torch.randint(1, geometry.vocab_size, (1, tokens + 1))
+        inputs, targets = protocol.tokens(given.batch, given.ctx, geometry.vocab_size)
         borders = tuple(range(0, tokens + 1, given.ctx))
-        self.batch = Batch(ids[:, :-1], borders, torch.arange(tokens), ids[0, 1:], tokens, tokens)
+        self.batch = Batch(inputs.reshape(1, -1), borders, torch.arange(tokens), targets.flatten(), tokens, tokens)
 
     def step(self) -> float:
         loss = self.module.summed_loss(self.batch) / self.batch.step_targets
@@ -108,38 +118,40 @@ class Ours:
 
 
 def serve(given) -> None:
-    """The child: a warm-up step, then one step for every line that comes in."""
-    torch.set_num_threads(given.threads)
-    torch.manual_seed(0)
-    begin = time.perf_counter()
-    ours = Ours(given, given.child)
-    ours.step()
-    ours.step()
-    print(json.dumps({"implementation": "ours", "op": ours.op, "ready_s": time.perf_counter() - begin}), flush=True)
-    for _ in sys.stdin:
-        begin = time.perf_counter()
-        loss = ours.step()
-        seconds = time.perf_counter() - begin
-        peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
-        print(json.dumps({"seconds": seconds, "peak_mb": peak, "loss": loss}), flush=True)
+    """The child: two warm-up steps, then one step for every line that comes in."""
+
+    def make():
+        ours = Ours(given, given.child)
+        return {"implementation": "ours", "op": ours.op}, ours.step
+
+    protocol.serve(given.threads, make, 2)
+
+
+class Ended(Exception):
+    """A child has died; the message is the last it said."""
 
 
 class Child:
-    """A process that answers every line with one step's figures."""
+    """A process that answers every line with one step's figures. What it says on stderr is kept for when it fails."""
 
     def __init__(self, command: list[str], threads: int):
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "RWKV_DEVICE": "cpu"}
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
+        if "OMP_WAIT_POLICY" not in os.environ:  # as run.sh does, for all alike
+            environment.setdefault("GOMP_SPINCOUNT", "5000")
+        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115 (open as long as the process)
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said, text=True, env=environment
         )
-        self.about = self.answer()
         self.steps: list[dict] = []
+        self.about = self.answer()
 
     def answer(self) -> dict:
         for line in self.process.stdout:
             if line.startswith("{"):
                 return json.loads(line)
-        raise SystemExit(f"{self.process.args[:3]} ended without an answer")
+        self.said.seek(0)
+        last = " / ".join(self.said.read().split("\n")[-4:]).strip(" /")  # the error and where it is from
+        raise Ended(f"{self.process.args[1]} ended with code {self.process.wait()}: {last}")
 
     def step(self) -> None:
         self.process.stdin.write("\n")
@@ -149,6 +161,7 @@ class Child:
     def end(self) -> None:
         self.process.stdin.close()
         self.process.wait()
+        self.said.close()
 
 
 def gemm_rate(dtype: torch.dtype) -> float:
@@ -161,6 +174,57 @@ def gemm_rate(dtype: torch.dtype) -> float:
         torch.nn.functional.linear(x, y)
         times.append(time.perf_counter() - begin)
     return 2 * m * k * n / min(times)
+
+
+def telling(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A fresh model's tensors, changed so that a wrong layer shows in the loss: nothing is zero, and the head is loud."""
+    for tensor in tensors.values():
+        if tensor.dim() == 2 and not tensor.any():
+            tensor.uniform_(-0.5, 0.5).div_(tensor.shape[-1] ** 0.5)
+    tensors["head.weight"] *= 4
+    return {name: tensor.bfloat16() for name, tensor in tensors.items()}
+
+
+def peers_python() -> str:
+    """The Python of the peers' environment, which is made if it is not there or not as the requirements say."""
+    folder, wanted = HERE / ".venv-peers", HERE / "peers" / "requirements.txt"
+    python, stamp = folder / "bin" / "python", folder / "installed"
+    if not (stamp.exists() and stamp.read_text() == wanted.read_text()):
+        print(f"installing {wanted} into {folder} ...", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        # torch alone and first, exactly pinned: what comes after it finds it and leaves it
+        (torch_pin,) = [line for line in wanted.read_text().splitlines() if line.startswith("torch==")]
+        for what in ([torch_pin], ["-r", wanted]):
+            subprocess.run([python, "-m", "pip", "install", "--quiet", *what], check=True)
+        stamp.write_text(wanted.read_text())
+    return str(python)
+
+
+def run_peers(given, base: Path, ours: Child, rates: list[float]) -> tuple[list[tuple[Child, list[dict]]], list[str]]:
+    """Every peer beside ours: (peer, the steps of ours in its rounds), and what could not be run."""
+    python, done, left_out = peers_python(), [], []
+    wishes = {name: getattr(given, name) for name in ("ctx", "batch", "rank", "precision", "threads")}
+    wishes |= {"child": str(base), "grad_cp": int(given.grad_cp), "vocab": GEOMETRIES[given.geometry].vocab_size}
+    for script, precisions in PEERS.items():
+        if given.precision not in precisions:
+            left_out.append(f"{script} has no {given.precision} on a CPU")
+            continue
+        try:
+            peer = Child([python, str(HERE / "peers" / script), json.dumps(wishes)], given.threads)
+            for _ in range(given.peer_rounds):
+                rates.append(gemm_rate(DTYPES[given.precision]))
+                ours.step()
+                peer.step()
+        except Ended as error:
+            left_out.append(str(error))
+            continue
+        peer.end()
+        done.append((peer, ours.steps[-given.peer_rounds :]))
+    return done, left_out
+
+
+def median_seconds(steps: list[dict]) -> float:
+    return statistics.median(step["seconds"] for step in steps)
 
 
 def main() -> None:
@@ -176,26 +240,31 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--peer-rounds", type=int, default=2)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
         return serve(given)
+    if given.peers and (given.method != "lora" or given.grad_cp == "selective"):
+        parser.error("--peers compares --method lora, with --grad-cp 0 or 1")
     torch.set_num_threads(given.threads)
     geometry, dtype = GEOMETRIES[given.geometry], DTYPES[given.precision]
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base.pth"
         torch.manual_seed(0)
-        checkpoint.save(base, {n: t.bfloat16() for n, t in initial_tensors(geometry, 0).items()})
+        checkpoint.save(base, telling(initial_tensors(geometry, 0)))
         own = [sys.executable, str(HERE / "step.py"), *sys.argv[1:], "--child", str(base)]
-        children = [Child(own, given.threads)]
+        try:
+            ours = Child(own, given.threads)
+        except Ended as error:
+            sys.exit(str(error))
         rates = []
         for _ in range(given.rounds):
             rates.append(gemm_rate(dtype))
-            for child in children:
-                child.step()
-        for child in children:
-            child.end()
+            ours.step()
+        peers, left_out = run_peers(given, base, ours, rates) if given.peers else ([], [])
+        ours.end()
     rate, tokens = statistics.median(rates), given.batch * given.ctx
     needed = needed_flops(geometry, given.method, given.rank) * tokens
     print(
@@ -204,27 +273,39 @@ def main() -> None:
     )
     print(f"matrix products: {rate / 1e9:,.0f} GF/s here; the step needs {needed / 1e9:,.0f} GF")
     rows = []
-    for child in children:
+    for child, beside in [(ours, ours.steps), *peers]:
         times = [step["seconds"] for step in child.steps]
         middle = statistics.median(times)
+        trains = child.about.get("trains", True)
+        must = needed if trains else needed_flops(geometry, "none", given.rank) * tokens
         row = {
             **child.about,
             "tokens_per_s": tokens / middle,
             "peak_mb": child.steps[-1]["peak_mb"],
-            "share_of_gemm": needed / middle / rate,
+            "share_of_gemm": must / middle / rate,
+            "ours_is_times_as_fast": middle / median_seconds(beside),
             "seconds": times,
-            "loss": child.steps[-1].get("loss"),
+            "loss": child.steps[-1]["loss"],
             **{k: v for k, v in vars(given).items() if k not in ("json", "child", "peers")},
         }
         rows.append(row)
         print(
             f"  {row['implementation']:<12} {middle:8.3f} s ({min(times):.3f} to {max(times):.3f}) "
             f"{row['tokens_per_s']:8.1f} tokens/s  {row['peak_mb']:7.0f} MB  {100 * row['share_of_gemm']:5.1f} % of matrix rate"
+            f"  first loss {row['first_loss']:.5f}{'' if trains else '; forward only, trains nothing'}"
         )
     for row in rows[1:]:
-        ratio = rows[0]["tokens_per_s"] / row["tokens_per_s"]
         smaller = row["peak_mb"] / rows[0]["peak_mb"]
-        print(f"ratio: ours is {ratio:.1f} times as fast as {row['implementation']}, and {smaller:.1f} times smaller")
+        print(
+            f"ratio: ours is {row['ours_is_times_as_fast']:.1f} times as fast as {row['implementation']}, "
+            f"and {smaller:.1f} times smaller"
+        )
+        if abs(row["first_loss"] / rows[0]["first_loss"] - 1) > SAME_LOSS:
+            print(f"WARNING: the first losses of ours and {row['implementation']} differ: it does not compute the same")
+        if row["torch"] != rows[0]["torch"]:
+            print(f"WARNING: {row['implementation']} ran on torch {row['torch']}, ours on {rows[0]['torch']}")
+    for why in left_out:
+        print(f"left out: {why}")
     if given.json:
         with open(given.json, "a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)

@@ -35,15 +35,24 @@ struct Scratch {
 
 alignas(64) static const float nothing[256] = {};
 
+// [R][C] -> [C][R], a few rows at a time: they stay in the cache
+template <int R, int C> inline void turn(const float *from, float *to) {
+    constexpr int some = 8;
+    for (int r = 0; r < R; r += some)
+        for (int c = 0; c < C; c++)
+            for (int i = 0; i < some; i++) to[c * R + r + i] = from[(r + i) * C + c];
+}
+
 // outside, rows are values; inside, keys. from may be null, for zero
 template <int N, int V> inline void load_state(float *state, const float *from, int column) {
-    for (int n = 0; n < N; n++)
-        for (int v = 0; v < V; v++) state[n * V + v] = from ? from[(column + v) * N + n] : 0;
+    if (from)
+        turn<V, N>(from + column * N, state);
+    else
+        std::memset(state, 0, N * V * sizeof(float));
 }
 
 template <int N, int V> inline void store_state(const float *state, float *to, int column) {
-    for (int v = 0; v < V; v++)
-        for (int n = 0; n < N; n++) to[(column + v) * N + n] = state[n * V + v];
+    turn<N, V>(state, to + column * N);
 }
 
 template <int N, int V> inline void keep(const float *state, float *kept, int column) {

@@ -137,7 +137,7 @@ def load(config: ChatConfig, base_was_named: bool):
     from . import bases, checkpoint, machine
     from .adapters import attach
     from .methods import METHODS
-    from .model.rwkv import build
+    from .model.rwkv import build, for_generating
     from .ops import dispatch
 
     base, adapter, setup, sidecar = None, None, attach.Setup("none"), {}
@@ -161,25 +161,18 @@ def load(config: ChatConfig, base_was_named: bool):
         base = model_or_merged(config.model_path)
     _, geometry = bases.inspect(base)
     dtype = machine.DTYPES[machine.precision(config.precision)]
-    ops = dispatch.choose("auto", geometry.version)
-    if ops.name == "torch":
+    ops = dispatch.choose("auto", geometry.version, machine.device_kind())
+    if ops.why and ops.name == "torch":
         print(f"OP=torch: {ops.why}", file=sys.stderr)
-    model = build(
-        geometry,
-        checkpoint.load(base),
-        ops,
-        dtype,
-        keep=None if adapter else dtype,
-    )
+    model = build(geometry, checkpoint.load(base), ops, dtype)
     if adapter:
         start = bases.start_of(adapter, sidecar, setup.method)
-        attach.attach_checkpoint(model, checkpoint.load(adapter), setup, project.shown(adapter), dtype, start)
+        attach.attach_checkpoint(model, checkpoint.load(adapter), setup, project.shown(adapter), None, start)
     name = project.shown(base) + (f" + {project.shown(adapter)}" if adapter else "")
     if not sidecar and sidecars.path_of(base).is_file():  # a merged model
         with contextlib.suppress(UserError):
             sidecar = sidecars.read(base, ("prompt_type",))
-    model = model.requires_grad_(False).eval().to(torch.device(machine.device_kind()))
-    return model, name, sidecar
+    return for_generating(model).to(torch.device(machine.device_kind())), name, sidecar
 
 
 def must_be_for_us(name: str) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from rwkv_peft import chat, tokenizer
 from rwkv_peft.generate import advance, choose, generate
+from rwkv_peft.model.rwkv import build, for_generating
 from rwkv_peft.roles import Role
 from rwkv_peft.templates.presets import PRESETS
 from rwkv_peft.templates.template import Message
@@ -137,3 +138,22 @@ def test_a_wrong_option_is_named(arguments, words):
     config = chat.ChatConfig("m", "", "rwkv-world", "", 5, 0.0, 1.0, 0, "fp32")
     with pytest.raises(chat.UserError, match=words):
         chat.command_line(arguments, config)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_model_for_generating_says_what_the_model_says(backend, stored):
+    """Whatever its file holds; the C++ products read large matrices as they are stored."""
+    shape = tiny.geometry(2, 64, 128, 16)
+    tensors = {n: t.to(stored) for n, t in tiny.tensors(0, shape).items()}
+    plain = build(shape, tensors, tiny.ops(shape, "torch"), keep=torch.float32)
+    ready = for_generating(build(shape, tensors, tiny.ops(shape, backend)))
+    narrow = stored if backend == "cpu" and stored != torch.float16 else torch.float32
+    assert ready.blocks[0].att.key.weight.dtype == narrow and ready.blocks[0].ln1.weight.dtype == torch.float32
+    with torch.inference_mode():
+        theirs, state = plain(torch.tensor([[5, 6, 7]]))
+        ours, mine = ready(torch.tensor([[5, 6, 7]]))
+        for token in (8, 9):
+            theirs, state = plain(torch.tensor([[token]]), state)
+            ours, mine = ready(torch.tensor([[token]]), mine)
+    assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()

@@ -129,6 +129,24 @@ def test_losses_and_slopes_of_logits_equal_their_definition(dtype, columns, scal
     assert float(fused.slopes(kept, targets, False)[0]) == float(ours) and torch.equal(kept, logits)
 
 
+@pytest.mark.parametrize("weight", NOISE)
+@pytest.mark.parametrize("dtype", NOISE)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5])
+def test_a_product_of_a_few_rows_reads_the_weight_as_it_is_stored(dtype, weight, rows):
+    x, w = torch.randn(rows, 48).to(dtype), torch.randn(50, 48).to(weight)
+    exact = x.double() @ w.double().T
+    with torch.no_grad():
+        found = fused.linear(x, w)
+    assert found.dtype == dtype and laws.errors([found.double()], [exact])[0] < NOISE[dtype]
+
+
+def test_a_product_that_is_learnt_from_has_its_gradients():
+    x, w = torch.randn(1, 48, requires_grad=True), torch.randn(50, 48, requires_grad=True)
+    found = torch.autograd.grad(fused.linear(x, w).square().sum(), [x, w])
+    exact = torch.autograd.grad(neighbours.linear(x, w).square().sum(), [x, w])
+    assert all(torch.equal(a, b) for a, b in zip(found, exact, strict=True))
+
+
 def test_a_logit_that_is_nan_makes_the_loss_nan():
     logits = torch.randn(2, 40)
     logits[1, 20] = float("nan")

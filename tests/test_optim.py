@@ -15,7 +15,7 @@ SIZE = 128  # bitsandbytes keeps 32 bits for tensors of less than 4,096 values
 def minimised(name: str):
     """A least-squares problem, the distances on the way, and the optimizer."""
     torch.manual_seed(0)
-    wanted, found = torch.randn(SIZE, SIZE), torch.nn.Parameter(torch.zeros(SIZE, SIZE))
+    wanted, found = torch.randn(SIZE, SIZE), torch.nn.Parameter(torch.randn(SIZE, SIZE))
     groups = parameter_groups([("x", found)], 0.0, lambda *_: False, lambda _: 1.0)
     optimizer = make_optimizer(name, groups, 0.9, 0.99, 1e-8)
     distances = []

@@ -193,7 +193,8 @@ def test_computing_again_keeps_less(version, backend):
         loss = model(x)[0].square().sum()
         kept[how] = live_bytes() - before
         del loss
-    share = {"x070": 0.85, "x052": 0.85, "x060": 1.0}[version]  # the mixes of RWKV-6 depend on the text: they are not cheap
+    # the mixes of RWKV-6 depend on the text: they are not cheap; and torch keeps more of what is not
+    share = 0.85 if backend == "cpu" and version != "x060" else 1.0
     assert kept["blocks"] < kept["cheap"] < share * kept["nothing"]
 
 

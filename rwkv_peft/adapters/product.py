@@ -11,6 +11,8 @@ from torch import Tensor, nn
 def low_rank(linear: nn.Module, x: Tensor, z: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """x: [..., in], and z, which is x or x after dropout; A: [r, in], B: [out, r]. linear: frozen, with .dense(dtype), its
     weight [out, in]. Computes in the dtype of x."""
+    if not torch.is_grad_enabled():  # the layer may have a quicker way for a few rows
+        return linear(x) + scale * F.linear(F.linear(z, A.to(x.dtype)), B.to(x.dtype))
     rows = x.reshape(-1, x.shape[-1])
     dropped = rows if z is x else z.reshape(rows.shape)
     return LowRank.apply(rows, dropped, A, B, scale, linear).view(*x.shape[:-1], -1)

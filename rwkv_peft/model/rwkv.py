@@ -69,6 +69,9 @@ class RWKV(nn.Module):
         self.blocks = nn.ModuleList(Block(geometry, i, ops) for i in range(geometry.n_layer))
         self.ln_out = LayerNorm(geometry.n_embd)
         self.head = Linear(geometry.n_embd, geometry.vocab_size)
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.product = ops.linear
 
     def head_weight(self) -> Tensor:
         """The head's matrix [V, C] for the loss: a trained one in its own precision, a compressed one made dense."""
@@ -143,6 +146,17 @@ def build(
     model.load_state_dict(weights, strict=True, assign=True)
     set_state(model, {n: t for n, t in tensors.items() if STATE_NAME.fullmatch(n)})
     return model
+
+
+def for_generating(model: RWKV) -> RWKV:
+    """The model with nothing left to convert at each token. Large matrices stay as narrow as their file has them where the
+    product reads them so: time goes into reading them, and the sums are the same."""
+    for module in model.modules():
+        for leaf, weight in list(module.named_parameters(recurse=False)):
+            narrow = isinstance(module, (Linear, Embedding)) and weight.dtype in model.ops.reads
+            keep = weight.dtype if narrow or leaf.endswith("_state") else model.dtype
+            setattr(module, leaf, nn.Parameter(weight.detach().to(keep), requires_grad=False))
+    return model.eval()
 
 
 def set_state(model: RWKV, tensors: Mapping[str, Tensor]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from ..errors import Problem, Problems
@@ -42,12 +43,20 @@ class Ops:
     around: ModuleType = neighbours
     why: str = ""
 
+    @property
+    def reads(self) -> tuple[torch.dtype, ...]:
+        """Formats of weights that a product of a few rows reads as they are."""
+        return self.around.READS
+
     def recomputing(self):
         """A context in which what mixes, square_relu and layer_norm make is not kept for the backward pass."""
         return recomputing()
 
     def token_shift(self, x: Tensor, before: Tensor, where: Where) -> Tensor:
         return neighbours.token_shift(x, before, where)
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self.around.linear(x, weight)
 
     def mixes(self, x: Tensor, before: Tensor, shares: Sequence[Tensor], where: Where) -> list[Tensor]:
         return cheap(lambda x, before, *shares: self.around.mixes(x, before, shares, where), x, before, *shares)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+READS = ()  # formats of weights that `linear` need not convert
 LOG_DECAY_SCALE = -0.6065306597126334  # -exp(-1/2): no token's decay is below exp of this
 EPS = 64e-5  # of the norm behind the recurrence: 1e-5 * 8**2, as the base models were trained
 
@@ -38,6 +39,11 @@ def mixes(x: Tensor, before: Tensor, shares: Sequence[Tensor], where: Where) -> 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps=1e-5)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., in] times weight [out, in] of any dtype, in the dtype of x."""
+    return F.linear(x, weight.to(x.dtype))
 
 
 def square_relu(x: Tensor) -> Tensor:

@@ -44,8 +44,8 @@ def plan_lines(
     bits = QUANT_BITS.get(setup.quant, 0)
     memory = memory_bytes(
         {name: shape for name, shape in arch.shapes(geometry).items() if name not in compressed},
-        trained_values, min(tokens, settings["CHUNK_CTX"]) if infctx else tokens, geometry.n_layer, geometry.n_embd,
-        dtype.itemsize, settings["GRAD_CP"], full, device,
+        trained_values, min(tokens, settings["CHUNK_CTX"]) if infctx else tokens, geometry,
+        dtype.itemsize, settings["GRAD_CP"], full, device, settings["OP"], OPTIMS[settings["OPTIM"]].moments,
         mapped=sum(s.bytes for n, s in stored.items() if full or s.dtype != dtype or n in compressed)
         if device == "cpu" else 0,
         compressed=int(sum(math.prod(arch.shapes(geometry)[name]) for name in compressed) * bits / 8),

@@ -17,7 +17,9 @@ from .build import function
 from .wkv import SIZES, backward7, forward7, pointer
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+READS = tuple(NAMES)
 MOST_MIXES = 6
+MOST_ROWS = 4  # of a product that is bound by reading the weight
 LANES = 16  # kernels work on whole vectors
 
 
@@ -63,6 +65,18 @@ class Mixes(torch.autograd.Function):
             *(*x.shape, len(shares), threads),
         )
         return dx, dbefore, None if dshares is None else dshares.sum(0), None
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    rows = x.numel() // x.shape[-1]
+    learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if learns or not 0 < rows <= MOST_ROWS or not fits(x) or weight.dtype not in NAMES or not weight.is_contiguous():
+        return neighbours.linear(x, weight)
+    given, y = x.float().contiguous(), torch.empty(*x.shape[:-1], len(weight))
+    kernel("product", weight, 3, 3)(
+        *map(pointer, (weight, given, y)), rows, x.shape[-1], len(weight), torch.get_num_threads()
+    )
+    return y.to(x.dtype)
 
 
 def square_relu(x: Tensor) -> Tensor:
