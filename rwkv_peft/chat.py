@@ -160,8 +160,10 @@ def load(config: ChatConfig, base_was_named: bool):
     else:
         base = model_or_merged(config.model_path)
     _, geometry = bases.inspect(base)
-    dtype = machine.DTYPES[machine.precision(config.precision)]
     ops = dispatch.choose("auto", geometry.version, machine.device_kind())
+    # where large matrices are read as they are stored, float32 costs no more than bfloat16 and rounds nothing
+    exact = config.precision == "auto" and torch.bfloat16 in ops.reads
+    dtype = torch.float32 if exact else machine.DTYPES[machine.precision(config.precision)]
     if ops.why and ops.name == "torch":
         print(f"OP=torch: {ops.why}", file=sys.stderr)
     model = build(geometry, checkpoint.load(base), ops, dtype)

@@ -34,7 +34,17 @@ def kernel(name: str, x: Tensor, pointers: int, numbers: int):
 def mixes(x: Tensor, before: Tensor, shares: Sequence[Tensor], where: Where) -> list[Tensor]:
     if not fits(x) or len(shares) > MOST_MIXES:
         return neighbours.mixes(x, before, shares, where)
-    return list(Mixes.apply(x, before.to(x.dtype), torch.stack(list(shares)).float(), where.host))
+    given = x, before.to(x.dtype), torch.stack(list(shares)).float(), where.host
+    return list(Mixes.apply(*given) if torch.is_grad_enabled() else mixed(*(z.contiguous() for z in given)))
+
+
+def mixed(x: Tensor, before: Tensor, shares: Tensor, borders: Tensor) -> tuple[Tensor, ...]:
+    out = [torch.empty_like(x) for _ in shares]
+    slots = [*out, *[None] * (MOST_MIXES - len(out))]
+    kernel("mix_forward", x, 10, 3)(
+        *map(pointer, (x, before, shares, borders, *slots)), *x.shape, len(shares), torch.get_num_threads()
+    )
+    return tuple(out)
 
 
 class Mixes(torch.autograd.Function):
@@ -43,14 +53,9 @@ class Mixes(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, before, shares, borders):
         x, before, shares = x.contiguous(), before.contiguous(), shares.contiguous()
-        out = [torch.empty_like(x) for _ in shares]
-        slots = [*out, *[None] * (MOST_MIXES - len(out))]
-        kernel("mix_forward", x, 10, 3)(
-            *map(pointer, (x, before, shares, borders, *slots)), *x.shape, len(shares), torch.get_num_threads()
-        )
         ctx.save_for_backward(x, before, shares)
         ctx.borders = borders
-        return tuple(out)
+        return mixed(x, before, shares, borders)
 
     @staticmethod
     def backward(ctx, *dout):

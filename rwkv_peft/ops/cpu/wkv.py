@@ -70,8 +70,9 @@ def forward7(x: Sequence[Tensor], s0: Tensor, spans, keep: bool) -> tuple[Tensor
     T, H, N = x[0].shape
     y, end = torch.empty_like(x[0]), torch.empty_like(s0)
     kept = x[0].new_empty(count, H, N, N) if keep else None
+    threads = torch.get_num_threads() if T > 1 else 1  # waking others takes longer than one token
     function("wkv7_forward", 12, 4)(
-        *map(pointer, (*x, s0, y, end, kept, where, firsts)), len(spans), H, N, EVERY, torch.get_num_threads()
+        *map(pointer, (*x, s0, y, end, kept, where, firsts)), len(spans), H, N, EVERY, threads
     )
     return y, end, kept
 
