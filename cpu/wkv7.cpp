@@ -72,9 +72,9 @@ template <int N> struct Wkv7 {
         store_state<N, V>(state, sT + matrix, item.column);
     }
 
-    // dr dw dk da db are summed over the blocks of values: `first` sets them, others add
+    // dr dw dk da db are summed over the blocks of values: `first` sets them, others add. more: to dr dk dv, even the first adds
     static void backward(const Inputs &x, const float *kept, const float *dy, const float *dsT, const Gradients &d, float *ds0,
-                         const Sequences &q, Item item, bool first, float *states) {
+                         const Sequences &q, Item item, bool first, bool more, float *states) {
         alignas(64) float G[N * V], decay[N], after_decay[N];
         const int64_t begin = q.borders[item.sequence], end = q.borders[item.sequence + 1];
         const int64_t matrix = (item.sequence * q.heads + item.head) * N * N;
@@ -130,13 +130,13 @@ template <int N> struct Wkv7 {
                         pa[i] = ta, pr[i] = tr, pk[i] = tk, pb[i] = tb, pw[i] = tw;
                     }
                     if (da) give(da + group, sums(pa), first);
-                    give(d.r + place + group, sums(pr), first);
-                    give(d.k + place + group, sums(pk), first);
+                    give(d.r + place + group, sums(pr), first && !more);
+                    give(d.k + place + group, sums(pk), first && !more);
                     give(d.b + place + group, sums(pb), first);
                     give(d.w + place + group, sums(pw) * load(decay + group), first);
                 }
                 for (int j = 0; j < NV; j++) {
-                    store(d.v + place + item.column + j * W, dv[j]);
+                    give(d.v + place + item.column + j * W, dv[j], !more);
                     dsa[j] = dnew[j];
                 }
                 after = in.a;
@@ -170,7 +170,7 @@ void forward(const Inputs &x, const float *s0, float *y, float *sT, float *kept,
 
 template <int N>
 void backward(const Inputs &x, const float *kept, const float *dy, const float *dsT, const Gradients &d, float *ds0,
-              const Sequences &q, int threads) {
+              const Sequences &q, bool more, int threads) {
     constexpr int V = Wkv7<N>::V;
 #pragma omp parallel num_threads(threads)
     {
@@ -179,7 +179,7 @@ void backward(const Inputs &x, const float *kept, const float *dy, const float *
         for (int64_t i = 0; i < q.count * q.heads; i++)
             for (int column = 0; column < N; column += V)
                 Wkv7<N>::backward(x, kept, dy, dsT, d, ds0, q, {i / q.heads, i % q.heads, column}, column == 0,
-                                  states.data);
+                                  more, states.data);
     }
 }
 
@@ -198,10 +198,10 @@ int wkv7_forward(const float *r, const float *w, const float *k, const float *v,
 int wkv7_backward(const float *r, const float *w, const float *k, const float *v, const float *a, const float *b,
                   const float *kept, const float *dy, const float *dsT, float *dr, float *dw, float *dk, float *dv,
                   float *da, float *db, float *ds0, const int64_t *borders, const int64_t *chunks, int64_t count,
-                  int64_t heads, int64_t size, int64_t every, int threads) {
+                  int64_t heads, int64_t size, int64_t every, int64_t more, int threads) {
     const Sequences q{borders, chunks, count, heads, every};
     const Inputs x{r, w, k, v, a, b};
     const Gradients d{dr, dw, dk, dv, da, db};
-    FOR_SIZE(size, backward, x, kept, dy, dsT, d, ds0, q, threads)
+    FOR_SIZE(size, backward, x, kept, dy, dsT, d, ds0, q, more, threads)
 }
 }

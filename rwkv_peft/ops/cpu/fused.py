@@ -144,16 +144,14 @@ class Around7(torch.autograd.Function):
         # gradients of k_k k_a r_k weight bias where they are wanted, of each thread's rows
         wanted = ctx.needs_input_grad[8:13]
         sums = [y.new_zeros(threads, C) if wish else None for wish in wanted]
-        dy, dr, dk, dv = (torch.empty_like(y) for _ in range(4))
+        dy, dr, dk, dv = (torch.empty_like(z) for z in (y, *inputs[:3]))
         dg = torch.empty_like(g)
         kernel("behind7_backward", g, 17, 3)(
             *map(pointer, (y, inputs[0], inputs[2], inputs[3], *own[2:], g, dout, dy, dr, dk, dv, dg, *sums[2:])),
             *sizes,
         )
         dstate = None if dstate is None else dstate.float().contiguous()
-        grads, ds0 = backward7(inputs, kept, dy, dstate, ctx.spans)
-        for grad, more in zip((grads[0], grads[2], grads[3]), (dr, dk, dv), strict=True):
-            grad.add_(more)
+        grads, ds0 = backward7(inputs, kept, dy, dstate, ctx.spans, (dr, dk, dv))
         out = [None if z is None else torch.empty_like(like) for z in gates]
         kernel("before7_backward", g, 24, 3)(*map(pointer, (*gates, *own[:2], *grads, *out, *sums[:2])), *sizes)
         tr, tw, tk, tv, ta, tmix, tfirst = out

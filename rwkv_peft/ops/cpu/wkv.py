@@ -78,19 +78,17 @@ def forward7(x: Sequence[Tensor], s0: Tensor, spans, keep: bool) -> tuple[Tensor
 
 
 def backward7(
-    x: Sequence[Tensor], kept: Tensor, dy: Tensor, dstate: Tensor | None, spans
+    x: Sequence[Tensor], kept: Tensor, dy: Tensor, dstate: Tensor | None, spans, more: Sequence[Tensor] = ()
 ) -> tuple[list[Tensor], Tensor]:
-    """Gradients of the inputs, and of s0."""
+    """Gradients of the inputs, and of s0. more: what r, k and v get besides; the sums take its place."""
     where, firsts, _ = borders(spans)
     T, H, N = x[0].shape
-    grads, ds0 = [torch.empty_like(y) for y in x], x[0].new_empty(len(spans), H, N, N)
-    function("wkv7_backward", 18, 4)(
+    dr, dk, dv = more or (torch.empty_like(x[0]) for _ in range(3))
+    dw, da, db = (torch.empty_like(x[0]) for _ in range(3))
+    grads, ds0 = [dr, dw, dk, dv, da, db], x[0].new_empty(len(spans), H, N, N)
+    function("wkv7_backward", 18, 5)(
         *map(pointer, (*x, kept, dy, dstate, *grads, ds0, where, firsts)),
-        len(spans),
-        H,
-        N,
-        EVERY,
-        torch.get_num_threads(),
+        *(len(spans), H, N, EVERY, bool(more), torch.get_num_threads()),
     )
     return grads, ds0
 
