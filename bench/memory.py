@@ -44,14 +44,13 @@ def geometry_of(name: str, version: str):
     return new_geometry(version, size.n_layer, size.n_embd, size.vocab_size)
 
 
-def estimate(geometry, method: str, grad_cp: str, ctx: int, precision: str, op: str, stored) -> float:
+def estimate(geometry, method: str, grad_cp: str, ctx: int, precision: str, op: str) -> float:
     """MB, from what the plan of a run would know."""
     setup, dtype, full = setup_of(method, RANK), DTYPES[precision], method == "full"
-    mapped = sum(s.bytes for s in stored.values() if full or s.dtype != dtype)
     trained = attach.count_trained(geometry, setup)
-    return memory_bytes(
-        arch.shapes(geometry), trained, ctx, geometry, dtype.itemsize, grad_cp, full, "cpu", op, mapped=mapped
-    ) / 2**20  # fmt: skip
+    learns = method in ("lora", "full")
+    shapes = arch.shapes(geometry)
+    return memory_bytes(shapes, trained, ctx, geometry, dtype.itemsize, grad_cp, full, learns, "cpu", op) / 2**20
 
 
 def child(point: dict) -> None:
@@ -96,7 +95,6 @@ def main() -> None:
         for name in given.geometry:
             geometry, path = geometry_of(name, given.version), Path(folder) / f"{name}.pth"
             checkpoint.save(path, {n: t.bfloat16() for n, t in initial_tensors(geometry, 0).items()})
-            stored = checkpoint.describe(path)
             for precision, method, ctx, cp in itertools.product(
                 given.precision, given.methods, given.ctx, given.grad_cp
             ):
@@ -106,7 +104,7 @@ def main() -> None:
                 }  # fmt: skip
                 found = measured({**point, "path": str(path)})
                 op = dispatch.choose(given.op, given.version).name
-                meant = estimate(geometry, method, cp, int(ctx), precision, op, stored)
+                meant = estimate(geometry, method, cp, int(ctx), precision, op)
                 rows.append({**point, "measured_mb": found, "estimated_mb": meant})
                 where = f"{name} {precision} {method} {ctx} GRAD_CP={cp}"
                 print(f"{where:34} {found:9.0f} {meant:9.0f} {100 * (meant / found - 1):+6.0f}%", flush=True)

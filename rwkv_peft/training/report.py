@@ -39,15 +39,14 @@ def plan_lines(
     """
     total = sum(math.prod(s.shape) for s in stored.values())
     device, full = device_kind(), setup.method == "full"
-    infctx = settings["TRAIN_TYPE"] == "infctx"
+    infctx, learns = settings["TRAIN_TYPE"] == "infctx", full or METHODS[setup.method].wraps or setup.method == "lisa"
     compressed = {f"{name}.weight" for name in setup.compressed(geometry)}
     bits = QUANT_BITS.get(setup.quant, 0)
     memory = memory_bytes(
         {name: shape for name, shape in arch.shapes(geometry).items() if name not in compressed},
         trained_values, min(tokens, settings["CHUNK_CTX"]) if infctx else tokens, geometry,
-        dtype.itemsize, settings["GRAD_CP"], full, device, settings["OP"], OPTIMS[settings["OPTIM"]].moments,
-        mapped=sum(s.bytes for n, s in stored.items() if full or s.dtype != dtype or n in compressed)
-        if device == "cpu" else 0,
+        dtype.itemsize, settings["GRAD_CP"], full, learns, device, settings["OP"],
+        OPTIMS[settings["OPTIM"]].moments,
         compressed=int(sum(math.prod(arch.shapes(geometry)[name]) for name in compressed) * bits / 8),
     )  # fmt: skip
     last = settings["LR_INIT"] if settings["LR_SCHEDULE"] == "constant" else settings["LR_FINAL"]
