@@ -129,6 +129,20 @@ def test_losses_and_slopes_of_logits_equal_their_definition(dtype, columns, scal
     assert float(fused.slopes(kept, targets, False)[0]) == float(ours) and torch.equal(kept, logits)
 
 
+@pytest.mark.parametrize("target", [-1, 40])
+def test_a_target_outside_of_its_row_is_refused(target):
+    with pytest.raises(IndexError, match="outside of the 40 logits"):
+        fused.slopes(torch.randn(2, 40), torch.tensor([1, target]), True)
+
+
+def test_gates_of_different_formats_are_not_taken_for_one():
+    gates = [torch.randn(9, C, dtype=torch.bfloat16) for _ in range(8)]
+    gates[1] = gates[1].float()
+    own, s0 = [torch.randn(C).bfloat16() for _ in range(5)], torch.zeros(1, H, N, N)
+    found = [m.around7(chunked.wkv7, Gates(*gates), Own(*own), s0, where((0, 9)), H)[0] for m in (fused, neighbours)]
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("weight", NOISE)
 @pytest.mark.parametrize("dtype", NOISE)
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5])

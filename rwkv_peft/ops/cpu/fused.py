@@ -106,7 +106,8 @@ class SquareRelu(torch.autograd.Function):
 
 
 def around7(wkv: Callable, x: Gates, own: Own, s0: Tensor, where: Where, heads: int) -> tuple[Tensor, Tensor]:
-    if not fits(x.r) or x.r.shape[1] // heads not in SIZES:
+    alike = all(z is None or z.dtype == x.r.dtype for z in x)  # a kernel cannot see what it is given
+    if not fits(x.r) or not alike or x.r.shape[1] // heads not in SIZES:
         return neighbours.around7(wkv, x, own, s0, where, heads)
     return Around7.apply(*x, *(z.float() for z in own), s0, where.cu_seqlens, heads)
 
@@ -172,6 +173,10 @@ def prepared(gates: Sequence[Tensor | None], own: Sequence[Tensor], heads: int) 
 def slopes(logits: Tensor, targets: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
     if logits.dtype not in NAMES or logits.device.type != "cpu":
         return neighbours.slopes(logits, targets, wanted)
+    if (
+        len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[1]
+    ):  # would write beside the logits
+        raise IndexError(f"a target lies outside of the {logits.shape[1]} logits of its row")
     logits, targets, losses = logits.contiguous(), targets.contiguous(), torch.empty(len(logits))
     kernel("cross_entropy", logits, 3, 3)(
         *map(pointer, (logits, targets, losses)), *logits.shape, int(wanted), torch.get_num_threads()
