@@ -87,9 +87,12 @@ def make_run(folder: Path, base: Path, geometry: Geometry, rank: int) -> None:
         tensors[f"{layer}.lora_B"] = torch.randn(outputs, rank) * 0.02
     tensors |= {name: torch.randn(shapes[name]) for name in arch.whole_tensors(geometry, PARTS)}
     folder.mkdir(parents=True)
+    time.sleep(hashing.SETTLED)
+    content = hashing.content(base)
     checkpoint.save(folder / "rwkv-0.pth", tensors)
     sidecar = {
-        "method": "lora", "rank": rank, "alpha": float(rank), "base": base.name, "base_sha256": hashing.sha256(base),
+        "method": "lora", "rank": rank, "alpha": float(rank), "base": base.name,
+        "base_sha256": content["sha256"], "base_mark": content["mark"],
         "geometry": geometry.as_dict(), "epoch": 0, "step": 1,
     }  # fmt: skip
     write_json(folder / "rwkv-0.json", sidecar)

@@ -30,11 +30,12 @@ from torch import Tensor
 
 from .atomic import need_space, writing
 from .errors import UserError
+from .hashing import crc32
 from .project import shown
 from .words import listed
 
 COPY_BYTES = 1 << 22  # read, hash and copy in pieces of 4 MB
-BLOCK = 1 << 20  # numbers of a tensor that are worked on at once: in float32 they fit a core's share of the cache
+BLOCK = 1 << 19  # numbers of a tensor that are worked on at once: in float32 they fit a core's own cache
 KEEP = 24 << 20  # bytes; of more than 32 MB glibc takes no notice
 THREADS = 8  # at most; more would wait for the disk
 LOCAL_HEADER = 30  # bytes in front of a record's name in a zip file
@@ -267,7 +268,7 @@ class Archive:
             piece = buffer[: min(left, sizes.pop(0) if sizes else COPY_BYTES)]
             if os.preadv(self.file, [piece], at) != len(piece):
                 raise self.damaged(info, "it is cut off")
-            crc, at, left = zlib.crc32(piece, crc) if test else info.CRC, at + len(piece), left - len(piece)
+            crc, at, left = crc32(piece, crc) if test else info.CRC, at + len(piece), left - len(piece)
             if not left and crc != info.CRC:
                 raise self.damaged(info, "its checksum is wrong")
             yield piece
@@ -308,9 +309,10 @@ class ByRows:
 def side_by_side(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
     """[work(item) for item in items], several items at a time and each on one core."""
     threads, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
+    # (one more than there are cores: a file takes one write at a time, and who waits for it works for nobody)
     # glibc keeps as much memory for the next block as it once saw given back; else it would ask the system every time
     torch.empty(KEEP, dtype=torch.uint8)
-    with ThreadPoolExecutor(min(cores, THREADS), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ThreadPoolExecutor(min(cores + 1, THREADS), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         futures = [pool.submit(work, item) for item in items]
         try:
             return [future.result() for future in futures]
@@ -430,7 +432,7 @@ def write_zip(file: int, contents: Mapping[str, Content]) -> None:
     def write(info: zipfile.ZipInfo) -> None:
         begin = at = info.header_offset + len(info.FileHeader(zip64=True))
         for piece in contents[info.filename].pieces():
-            info.CRC = zlib.crc32(piece, info.CRC)
+            info.CRC = crc32(piece, info.CRC)
             write_at(file, piece, at)
             at += len(piece)
         if at - begin != info.file_size:

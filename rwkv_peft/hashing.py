@@ -5,8 +5,27 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import time
+import zlib
+
+try:  # 5 to 10 times as fast, with the processor's carry-less products
+    from zlib_ng.zlib_ng import crc32
+except ImportError:
+    crc32 = zlib.crc32
 
 PIECE = 1 << 20
+SETTLED = 2.0  # seconds after which a file's clock has ticked, whatever the file system
+
+__all__ = ["Meanwhile", "content", "crc32", "mark", "sha256"]
+
+
+def mark(path: str | os.PathLike) -> list[int] | None:
+    """What stays the same as long as nobody writes to a file: size, inode, and the times of its last changes in ns. None for
+    one that has only just been written: another write could fall into the same tick of the clock."""
+    found = os.stat(path)
+    if time.time() - max(found.st_mtime, found.st_ctime) < SETTLED:
+        return None
+    return [found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
 
 
 def sha256(path: str | os.PathLike) -> str:
@@ -16,6 +35,12 @@ def sha256(path: str | os.PathLike) -> str:
         while size := file.readinto(buffer):
             digest.update(buffer[:size])
     return digest.hexdigest()
+
+
+def content(path: str | os.PathLike) -> dict:
+    """sha256 of a file, and its mark; None for the mark if the file has changed meanwhile."""
+    before, found = mark(path), sha256(path)
+    return {"sha256": found, "mark": before if before == mark(path) else None}
 
 
 class Meanwhile:

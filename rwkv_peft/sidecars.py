@@ -60,6 +60,7 @@ SIDECAR: dict[str, Callable[[Any], bool]] = {
     "base": lambda value: isinstance(value, str) and value == Path(value).name != "",
     "base_path": lambda value: isinstance(value, str),
     "base_sha256": lambda value: isinstance(value, str),
+    "base_mark": lambda value: value is None or isinstance(value, list),
     "checkpoint_sha256": lambda value: isinstance(value, str),
     "start_sha256": lambda value: isinstance(value, str),
     "geometry": lambda value: isinstance(value, dict),

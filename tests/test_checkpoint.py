@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import zipfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -345,3 +346,25 @@ def test_a_base_may_be_used_before_its_content_is_known_and_the_doubt_is_settled
         with pytest.raises(UserError, match="is not the file that rwkv-0.pth"):
             bases.base_of(sidecar, Path("rwkv-0.pth"), "", doubts)
         assert not doubts
+
+
+def test_a_base_that_nobody_has_written_to_is_not_read_again_and_one_that_was_is(project_folder, monkeypatch):
+    base = project_folder / "model" / "base.pth"
+    checkpoint.save(base, TENSORS)
+    assert hashing.mark(base) is None  # written a moment ago
+    monkeypatch.setattr(hashing, "SETTLED", 0.0)
+    known = hashing.content(base)
+    sidecar = {"base": "base.pth", "base_sha256": known["sha256"], "base_mark": known["mark"]}
+    doubts = []
+    with monkeypatch.context() as patched:
+        patched.setattr(hashing, "sha256", None)
+        assert bases.base_of(sidecar, Path("rwkv-0.pth"), "", doubts) == base and not doubts
+    checkpoint.save(base, {**TENSORS, next(iter(TENSORS)): next(iter(TENSORS.values())) + 1})
+    assert bases.base_of(sidecar, Path("rwkv-0.pth"), "", doubts) == base
+    with pytest.raises(UserError, match="is not the file that rwkv-0.pth"):
+        doubts.pop()()
+
+
+def test_checksums_are_those_of_zlib():
+    data = bytes(range(256)) * 5
+    assert hashing.crc32(data) == zlib.crc32(data) and hashing.crc32(data[7:], 99) == zlib.crc32(data[7:], 99)

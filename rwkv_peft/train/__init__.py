@@ -83,7 +83,7 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
         config.method, options_of(config), config.parts, config.lora_dropout, config.quantised, config.quantised_parts
     )
     goes_on = earlier is not None and earlier.path is not None
-    base_sha256 = check_earlier(config, geometry, setup, base, earlier, say) if goes_on and MAIN_PROCESS else ""
+    content = check_earlier(config, geometry, setup, base, earlier, say) if goes_on and MAIN_PROCESS else None
     data = (plan_stream if config.streaming else plan_run)(config, files, geometry.vocab_size, say)
     plan = data.plan
     steps = plan.optimizer_steps * config.epoch_count
@@ -123,7 +123,7 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
     # a run that saves models writes into a copy of the base: held open, it stays what it is even if another takes its name
     held = cleanup.enter_context(checkpoint.Archive(base)) if method.saves_model else None
     if MAIN_PROCESS:
-        base_sha256 = base_sha256 or hashing.sha256(base)
+        content = content or hashing.content(base)
     model = build(geometry, checkpoint.load(base), ops, dtype, RECOMPUTE[config.grad_cp])
     start = checkpoint.load(earlier.start) if earlier and earlier.start else None
     begun = attach.adapt(model, setup, dtype, start, machine.device(RANK))
@@ -144,7 +144,7 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
         if bad:
             raise UserError(f"{bad} has become NaN or infinite, so {project.shown(path)} was not written. {TOO_HIGH}")
         sidecar = describe_run(
-            config, geometry, setup.options, base, base_sha256, precision, epoch, trainer.global_step, finished
+            config, geometry, setup.options, base, content, precision, epoch, trainer.global_step, finished
         )
         sidecar["prompt_type"], sidecar["eot"] = data.templates[0] if len(data.templates) == 1 else (None, None)
         init = runs.init_file(folder, config.method)

@@ -101,14 +101,14 @@ def earlier_run(config: TrainConfig) -> Earlier | None:
     return Earlier(path, start_file(config, path))
 
 
-def check_earlier(config: TrainConfig, geometry, setup, base: Path, earlier: Earlier, say) -> str:
+def check_earlier(config: TrainConfig, geometry, setup, base: Path, earlier: Earlier, say) -> dict:
     """Whether a checkpoint is of this method with these options, was trained on this base, and has the tensors that this run
-    trains; Problems with all that does not fit. setup: what becomes of the model. Returns the base's SHA-256."""
+    trains; Problems with all that does not fit. setup: what becomes of the model. Returns the base's hashing.content."""
     from .. import bases, checkpoint
     from ..adapters import attach
     from ..model.arch import misfits
 
-    method, base_sha256, path = METHODS[config.method], hashing.sha256(base), earlier.path
+    method, content, path = METHODS[config.method], hashing.content(base), earlier.path
     name, wrong = script_values(config)[method.load], []
     if sidecars.path_of(path).is_file():
         sidecar = sidecars.read(path, ("method", "base", "base_sha256"))
@@ -125,7 +125,7 @@ def check_earlier(config: TrainConfig, geometry, setup, base: Path, earlier: Ear
             for option, variable in method.options.items()
             if option in sidecar and sidecar[option] != setup.options[option]
         ]
-        if sidecar["base_sha256"] != base_sha256:
+        if sidecar["base_sha256"] != content["sha256"]:
             wrong.append(Problem("MODEL_PATH", f"{name} was trained on {sidecar['base']}, not on {base.name}"))
     else:
         say(f"{name} has no sidecar: its settings and its base are taken on trust.")
@@ -144,7 +144,7 @@ def check_earlier(config: TrainConfig, geometry, setup, base: Path, earlier: Ear
             else " (lora_parts and ranks must be those of its run)"
         )
         raise Problems(Problem(method.load, f"does not fit: {'; '.join(strange[:2])}{advice}"))
-    return base_sha256
+    return content
 
 
 def start_file(config: TrainConfig, path: Path | None) -> Path | None:

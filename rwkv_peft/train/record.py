@@ -47,9 +47,9 @@ def options_of(config: TrainConfig) -> dict:
 
 
 def describe_run(
-    config, geometry, options, base: Path, base_sha256, precision, epoch: int, step: int, finished: bool
+    config, geometry, options, base: Path, content: dict, precision, epoch: int, step: int, finished: bool
 ) -> dict:
-    """The sidecar of a checkpoint. options: those of the method."""
+    """The sidecar of a checkpoint. options: those of the method. content: of the base, by hashing.content."""
     import pytorch_lightning
     import torch
 
@@ -63,7 +63,8 @@ def describe_run(
         **({"parts": list(config.parts)} if method.parts else {}),
         "base": base.name,
         "base_path": str(base.resolve()),
-        "base_sha256": base_sha256,
+        "base_sha256": content["sha256"],
+        "base_mark": content["mark"],
         "geometry": geometry.as_dict(),
         "quant": config.quantised,
         "quant_parts": list(config.quantised_parts),
