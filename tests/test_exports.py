@@ -12,8 +12,8 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from merge.exports import EXPORTS, gguf_file, numbers, safetensors_file, web_rwkv
-from rwkv_peft import checkpoint, tokenizer
+from merge.exports import EXPORTS, gguf_file, numbers, web_rwkv
+from rwkv_peft import checkpoint, safetensors_file, tokenizer
 from rwkv_peft.errors import UserError
 from rwkv_peft.model import arch
 from rwkv_peft.model.rwkv import build

@@ -15,6 +15,7 @@ MATERIALS = [
         "tokenizer",
         "templates",
         "checkpoint",
+        "safetensors_file",
         "data",
         "model",
         "ops",

@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rwkv_peft import safetensors_file
 from rwkv_peft.atomic import write_json
-
-from . import safetensors_file
 
 
 def write(target: Path, config: dict, tensors: Mapping[str, Tensor]) -> None:

@@ -15,12 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rwkv_peft import checkpoint
+from rwkv_peft import checkpoint, safetensors_file
 from rwkv_peft.model.arch import Geometry
 from rwkv_peft.project import shown
 from rwkv_peft.words import count
 
-from . import safetensors_file
 from .numbers import fitted
 from .sources import learnt_state
 

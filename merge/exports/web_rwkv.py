@@ -18,12 +18,12 @@ from pathlib import Path
 
 import torch
 
+from rwkv_peft import safetensors_file
 from rwkv_peft.checkpoint import Archive
 from rwkv_peft.errors import UserError
 from rwkv_peft.model.arch import Geometry
 from rwkv_peft.project import shown
 
-from . import safetensors_file
 from .numbers import fitted, numbers
 from .sources import must_be_model
 

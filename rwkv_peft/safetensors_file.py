@@ -16,29 +16,33 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rwkv_peft.atomic import need_space, writing
-from rwkv_peft.checkpoint import bytes_of, side_by_side, write_at
-from rwkv_peft.errors import UserError
-from rwkv_peft.project import shown
+from .atomic import need_space, writing
+from .checkpoint import bytes_of, side_by_side, write_at
+from .errors import UserError
+from .project import shown
 
-CODES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+CODES = {
+    torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64", torch.bool: "BOOL",
+    torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
+}  # fmt: skip
 
 
 def write(
     target: Path,
     shapes: Mapping[str, tuple[int, ...]],
-    dtype: torch.dtype,
+    dtypes: torch.dtype | Mapping[str, torch.dtype],
     pieces: Callable[[str], Iterable[Tensor]],
 ) -> int:
-    """Write a file whose tensors all have one dtype; it has its name only when it is whole. Returns its size in bytes.
+    """Write a file; it has its name only when it is whole. Returns its size in bytes.
 
-    shapes: name -> shape, in the order of the file. pieces: name -> the tensor's numbers in their order, in dtype;
-    asked by several threads.
+    shapes: name -> shape, in the order of the file. dtypes: of all tensors, or name -> its own. pieces: name -> the tensor's
+    numbers in their order, in its dtype; asked by several threads.
     """
     safetensors = library()
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
+        dtype = dtypes if isinstance(dtypes, torch.dtype) else dtypes[name]
         begin, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
