@@ -17,6 +17,7 @@ from rwkv_peft.atomic import clear_leftovers, sync_folder, temporary, write_json
 from rwkv_peft.errors import UserError
 from rwkv_peft.methods import METHODS
 from rwkv_peft.model.arch import Geometry
+from rwkv_peft.pieces import side_by_side
 from rwkv_peft.words import listed
 
 from . import fold, foreign, parts
@@ -54,7 +55,7 @@ def folded(
     found: Sequence[Found], weights: Sequence[float] | None, base: Path, doubts: Sequence[Callable[[], None]]
 ) -> tuple[Path, Geometry]:
     described, geometry = bases.inspect(base)
-    opened = checkpoint.side_by_side(lambda one: fold.opened(one.part, described, geometry), found)
+    opened = side_by_side(lambda one: fold.opened(one.part, described, geometry), found)
     for one, part in zip(found, opened, strict=True):
         for doubt in [] if one.sidecar else foreign.doubts(part, base, geometry):
             print(f"careful   {project.shown(one.path)}: {doubt}")

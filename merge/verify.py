@@ -27,6 +27,7 @@ from rwkv_peft.checkpoint import Archive, ByRows, Change, Stored
 from rwkv_peft.errors import UserError
 from rwkv_peft.model.arch import Geometry
 from rwkv_peft.model.layers import Linear
+from rwkv_peft.pieces import side_by_side
 
 from .fold import Part
 from .rows import ROWS, cut
@@ -188,7 +189,7 @@ def verify(base: Path, target: Path, answers: Answers, added: Mapping[str, Tenso
                     pass
         checkpoint.load(target)
         names = list(shapes) if same else []
-        found |= dict(zip(names, checkpoint.side_by_side(check, names), strict=True))
+        found |= dict(zip(names, side_by_side(check, names), strict=True))
     wrong = [name for name, checked in found.items() if not checked.sound]
     if wrong:
         raise UserError(

@@ -20,10 +20,8 @@ import zipfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -31,13 +29,12 @@ from torch import Tensor
 from .atomic import need_space, writing
 from .errors import UserError
 from .hashing import crc32
+from .pieces import bytes_of, side_by_side, write_at
 from .project import shown
 from .words import listed
 
 COPY_BYTES = 1 << 22  # read, hash and copy in pieces of 4 MB
 BLOCK = 1 << 19  # numbers of a tensor that are worked on at once: in float32 they fit a core's own cache
-KEEP = 24 << 20  # bytes; of more than 32 MB glibc takes no notice
-THREADS = 8  # at most; more would wait for the disk
 LOCAL_HEADER = 30  # bytes in front of a record's name in a zip file
 ALIGNMENT = 64  # torch places every record at a multiple of this, so that it can be mapped
 FULL32 = 0xFFFFFFFF  # in a zip file: the number has more than 32 bits and stands elsewhere
@@ -47,9 +44,6 @@ UNREADABLE = (
     pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeError, ValueError, RuntimeError, zlib.error,
     ArithmeticError, AssertionError, struct.error, zipfile.BadZipFile,
 )  # fmt: skip
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 DTYPES = {
     "FloatStorage": torch.float32,
@@ -306,22 +300,6 @@ class ByRows:
         return [slice(begin, end) for begin, end in itertools.pairwise(ends)]
 
 
-def side_by_side(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
-    """[work(item) for item in items], several items at a time and each on one core."""
-    threads, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
-    # (one more than there are cores: a file takes one write at a time, and who waits for it works for nobody)
-    # glibc keeps as much memory for the next block as it once saw given back; else it would ask the system every time
-    torch.empty(KEEP, dtype=torch.uint8)
-    with ThreadPoolExecutor(min(cores + 1, THREADS), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        futures = [pool.submit(work, item) for item in items]
-        try:
-            return [future.result() for future in futures]
-        finally:
-            for future in futures:
-                future.cancel()
-            torch.set_num_threads(threads)
-
-
 def rewrite(
     source: str | os.PathLike | Archive,
     target: str | os.PathLike,
@@ -399,10 +377,6 @@ def fitted(name: str, changed: Tensor, original: Tensor) -> Tensor:
     return changed.to(original.dtype)
 
 
-def bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
 @dataclass(frozen=True)
 class Content:
     """What a record will hold: so many bytes, which come in pieces, and if it is known beforehand, their checksum."""
@@ -443,13 +417,6 @@ def write_zip(file: int, contents: Mapping[str, Content]) -> None:
 
     side_by_side(write, records)
     write_at(file, directory(records, end), end)
-
-
-def write_at(file: int, data, at: int) -> None:
-    data = memoryview(data)
-    while data:  # a write may take less than it is given: 2 GB at most
-        written = os.pwrite(file, data, at)
-        data, at = data[written:], at + written
 
 
 def aligned(name: str, begin: int) -> zipfile.ZipInfo:

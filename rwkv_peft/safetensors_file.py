@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from .atomic import need_space, writing
-from .checkpoint import bytes_of, side_by_side, write_at
 from .errors import UserError
+from .pieces import bytes_of, side_by_side, write_at
 from .project import shown
 
 CODES = {

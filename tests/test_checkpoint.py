@@ -18,6 +18,7 @@ import torch
 from rwkv_peft import bases, checkpoint, hashing, sidecars
 from rwkv_peft.atomic import writing
 from rwkv_peft.errors import UserError
+from rwkv_peft.pieces import side_by_side
 
 ROOT = Path(__file__).resolve().parent.parent
 TENSORS = {
@@ -221,11 +222,9 @@ def test_work_side_by_side_keeps_its_order_passes_errors_on_and_leaves_torch_as_
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        assert checkpoint.side_by_side(lambda n: (n * n, torch.get_num_threads()), range(9)) == [
-            (n * n, 1) for n in range(9)
-        ]
+        assert side_by_side(lambda n: (n * n, torch.get_num_threads()), range(9)) == [(n * n, 1) for n in range(9)]
         with pytest.raises(ZeroDivisionError):
-            checkpoint.side_by_side(lambda n: 1 // n, [1, 0, 2])
+            side_by_side(lambda n: 1 // n, [1, 0, 2])
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)

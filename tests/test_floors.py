@@ -26,7 +26,7 @@ MATERIALS = [
 ]
 GROUND = [
     "rwkv_peft." + r
-    for r in ("errors", "words", "roles", "atomic", "hashing", "project", "runs", "methods", "sidecars")
+    for r in ("errors", "words", "roles", "atomic", "hashing", "pieces", "project", "runs", "methods", "sidecars")
 ]
 FLOORS = [GROUND, MATERIALS, MAKERS, DOORS]
 
