@@ -152,6 +152,14 @@ EPOCH_STEPS=auto
 # Save every so many epochs; the last one is always saved. 每多少轮保存一次，最后一轮总会保存
 EPOCH_SAVE=1
 
+# Save where the run is (output/RUN/state/: weights, optimizer, place in the data) every so many optimizer steps, with every
+# saved epoch, and when it is stopped. ./training.sh again goes on from there as if it had never stopped. 0: not by steps.
+# 每多少步保存一次断点（另外每轮保存及中断时也会保存）；再次运行即可精确续训。0 为不按步保存
+SAVE_STEPS=100
+
+# How many of these states are kept. One takes 12 bytes for each trained value with OPTIM=adamw. 保留几个断点
+KEEP_LAST=2
+
 # Rows (with DATALOAD=pack: packs) that go through one GPU at once. More is faster and takes more memory. bucket: auto.
 #   auto: about 4096 tokens at once, and at least 16 optimizer steps an epoch if the data allow it
 #   out of memory? halve it and double MINI_BSZ (and EPOCH_STEPS, if that is a number): the result is the same

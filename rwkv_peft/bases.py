@@ -59,10 +59,10 @@ def base_of(
         f"{sidecar['base']} then). Put the right one into model/, or name it with {cure}."
     )
     if doubts is not None and len(there) == 1:
-        meanwhile = hashing.Meanwhile(there[0])
+        meanwhile = hashing.Meanwhile(lambda: hashing.sha256(there[0]))
 
         def must_be_it() -> None:
-            if meanwhile.sha256() != sidecar["base_sha256"]:
+            if meanwhile.result() != sidecar["base_sha256"]:
                 raise wrong
 
         doubts.append(must_be_it)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import re
 import time
@@ -25,8 +26,9 @@ def choose(name: str, stem: str) -> Path:
     return folder
 
 
-def claim(name: str, stem: str, cleanup: contextlib.ExitStack) -> Path:
-    """The same, made ours until cleanup: of two runs that want one name at the same instant, one gets it.
+def claim(name: str, stem: str, cleanup: contextlib.ExitStack, goes_on: bool = False) -> Path:
+    """The same, made ours until cleanup: of two runs that want one name at the same instant, one gets it. goes_on: it is an
+    earlier run's, which goes on.
 
     The mark is a lock on loss.jsonl, which vanishes with its process, so a run that was killed blocks nobody.
     """
@@ -37,7 +39,7 @@ def claim(name: str, stem: str, cleanup: contextlib.ExitStack) -> Path:
         except FileExistsError:  # another run without a name was faster
             continue
         file = cleanup.enter_context(open(folder / "loss.jsonl", "a"))  # noqa: SIM115 (closed by cleanup)
-        taken = file.tell() > 0
+        taken = file.tell() > 0 and not goes_on
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -46,8 +48,39 @@ def claim(name: str, stem: str, cleanup: contextlib.ExitStack) -> Path:
             pass
         if taken:
             message = f"{project.shown(folder)} has just been taken by another run; choose another name"
+            if goes_on:
+                message = f"{project.shown(folder)} is being trained at this moment, by another process"
             raise Problems(Problem("RUN_NAME", message))
         return folder
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a process trains this run now."""
+    try:
+        with open(folder / "loss.jsonl", "a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # it has no log, or the file system no locks
+        pass
+    return False
+
+
+def cut_log(folder: Path, step: int) -> list[dict]:
+    """Take from loss.jsonl what came after an optimizer step; returns what is left of it."""
+    kept, end = [], 0
+    with open(folder / "loss.jsonl", "r+b") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+                if not line.endswith(b"\n") or record["step"] > step:
+                    break
+            except (ValueError, KeyError, TypeError):  # a machine that lost its power may have left anything
+                break
+            kept.append(record)
+            end += len(line)
+        file.truncate(end)
+    return kept
 
 
 def is_taken(folder: Path) -> bool:

@@ -166,7 +166,11 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def load_trained(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
     """Put a checkpoint's tensors into the model. UserError unless names and shapes are exactly those that are trained."""
-    wanted = trained(model)
+    load_into(trained(model), tensors, where)
+
+
+def load_into(wanted: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], where: str) -> None:
+    """Put tensors into parameters of their names. UserError unless names and shapes are exactly theirs."""
     wrong = [f"{n} is missing" for n in wanted if n not in tensors]
     wrong += [f"{n} does not belong to this setting" for n in tensors if n not in wanted]
     wrong += [

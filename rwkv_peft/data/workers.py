@@ -6,39 +6,47 @@ import contextlib
 import signal
 from collections.abc import Iterator
 
+import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 AHEAD = 4  # batches that a worker prepares in advance
 
 
 class InOrder(Sampler):
-    """The numbers of an epoch's micro-batches; Lightning calls set_epoch before each epoch."""
+    """The numbers of an epoch's micro-batches; Lightning calls set_epoch before each epoch. A run that goes on begins with
+    micro-batch `first` of its first epoch."""
 
-    def __init__(self, length: int):
-        self.length, self.epoch = length, 0
+    def __init__(self, length: int, epoch: int, first: int):
+        self.length, self.epoch, self.first = length, epoch, first
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        if epoch != self.epoch:
+            self.epoch, self.first = epoch, 0
 
     def __len__(self) -> int:
         return self.length
 
     def __iter__(self) -> Iterator[int]:
-        return iter(range(self.epoch * self.length, (self.epoch + 1) * self.length))
+        return iter(range(self.epoch * self.length + self.first, (self.epoch + 1) * self.length))
 
 
-def make_loader(batches: Dataset, workers: int) -> DataLoader:
+def make_loader(batches: Dataset, workers: int, epoch: int = 0, first: int = 0) -> DataLoader:
     """Batches in order, prepared by `workers` processes that live as long as the run; 0: by this one, as they are asked for.
 
-    Workers are forked: they share the mapped files and all that is known of them, instead of getting copies.
+    Workers are forked: they share the mapped files and all that is known of them, instead of getting copies. epoch, first: where
+    it begins; a stream knows that itself.
     """
-    sampler = None if isinstance(batches, IterableDataset) else InOrder(len(batches))  # a stream has its own order
+    stream = isinstance(batches, IterableDataset)
+    sampler = None if stream else InOrder(len(batches), epoch, first)
+    # every iterator draws a seed: from here, so that dropout's numbers do not depend on how often one is made
+    generator = torch.Generator()
     if not workers:
-        return DataLoader(batches, batch_size=None, sampler=sampler)
+        return DataLoader(batches, batch_size=None, sampler=sampler, generator=generator)
     return DataLoader(
         batches,
         batch_size=None,
         sampler=sampler,
+        generator=generator,
         num_workers=workers,
         persistent_workers=True,
         prefetch_factor=AHEAD,

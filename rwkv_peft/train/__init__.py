@@ -1,13 +1,18 @@
 """./training.sh: fine-tune a model as the variables in the script say.
 
-usage: ./training.sh [--dry-run]
+usage: ./training.sh [--dry-run] [--new]
 
   --dry-run   check everything, print the plan and two samples with what is trained marked, and stop
+  --new       begin a new run, also where the newest one was stopped and could go on
   --help      this text
 
 The settings are the variables in the script itself, each with its explanation. Results go to output/<RUN_NAME>/:
   rwkv-N.pth + rwkv-N.json   what was trained, after epoch N (counted from 0), and how: ./merge.sh N folds it into the base
   loss.jsonl, loss.png       every optimizer step; run.json: the settings as they were resolved
+  state/                     where the run is, so that it can go on
+
+A run that was stopped or killed goes on when ./training.sh is run again: the one that RUN_NAME names, or if that is empty the
+newest one, if its settings are those of the script. Steps, data and results are those of a run that was never stopped.
 """
 
 from __future__ import annotations
@@ -22,8 +27,8 @@ from pathlib import Path
 from .. import hashing, project, runs, sidecars
 from ..atomic import need_space, sync_folder, temporary, write_json
 from ..config import RETIRED, TrainConfig
-from ..errors import EXIT_MEMORY, UserError, leave
-from ..methods import METHODS
+from ..errors import EXIT_MEMORY, Problems, UserError, leave
+from ..methods import METHODS, OPTIMS
 from ..shell_vars import enter
 from ..words import did_you_mean
 from .data import plan_run, plan_stream
@@ -34,6 +39,7 @@ from .record import describe_run, options_of, resolved, script_values
 SAMPLES = 2  # that a dry run shows
 RANK = int(os.environ.get("LOCAL_RANK", 0))
 MAIN_PROCESS = RANK == 0
+OPTIONS = ("--dry-run", "--new")
 MOST_NAME = 80  # characters of a mixture's names in the name of a run
 
 # GRAD_CP -> what the model computes again
@@ -45,19 +51,19 @@ def main(arguments: list[str]) -> None:
 
 
 def command(config: TrainConfig, typed: list[str]) -> None:
-    unknown = [word for word in typed if word != "--dry-run"]
+    unknown = [word for word in typed if word not in OPTIONS]
     if unknown:
-        meant = did_you_mean(unknown[0], ["--dry-run"])
+        meant = did_you_mean(unknown[0], OPTIONS)
         raise UserError(
-            f"{unknown[0]}: is not an option{meant or '.'} There is --dry-run; the settings are in the script itself. "
-            "See ./training.sh --help"
+            f"{unknown[0]}: is not an option{meant or '.'} There are {' and '.join(OPTIONS)}; the settings are in the script "
+            "itself. See ./training.sh --help"
         )
     with contextlib.ExitStack() as cleanup:
-        run(config, bool(typed), cleanup)
+        run(config, "--dry-run" in typed, "--new" in typed, cleanup)
 
 
-def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> None:
-    """cleanup: what to do whether training ends well or not."""
+def run(config: TrainConfig, dry_run: bool, anew: bool, cleanup: contextlib.ExitStack) -> None:
+    """anew: begin a new run, even if one could go on. cleanup: what to do whether training ends well or not."""
     # heavy imports come after the settings are known to be sound: a typo answers in a fraction of a second
     import warnings
 
@@ -69,11 +75,13 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
     from ..model import arch
     from ..model.rwkv import build
     from ..ops import dispatch
-    from ..training import optim, report, strategy
+    from ..training import optim, report, snapshot, strategy
+    from . import again
 
     say = print if MAIN_PROCESS else lambda *_a, **_k: None
     base = project.model_file(config.model_path)
-    stored, geometry, files, earlier = open_files(config, base, MAIN_PROCESS)
+    found = again.find(config, anew, say)
+    stored, geometry, files, earlier = open_files(config, base, found is None)
     optim.must_be_there(config.optim)
     ops = dispatch.choose(config.op, geometry.version, machine.device_kind())
     precision = machine.precision(config.precision)
@@ -89,19 +97,33 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
     steps = plan.optimizer_steps * config.epoch_count
     names = [files.name.partition(".")[0]] if config.streaming else [prefix.name for prefix, _ in files]
     stem = f"{'+'.join(names)[:MOST_NAME]}-{config.finetune_mode}"
+    workers = config.num_workers if config.num_workers != "auto" else int(machine.device_kind() == "cuda")
+    name = found.run.name if found else config.run_name
+    settings = resolved(config, ops.name, precision, data, plan, geometry, name, workers)
+    if found and MAIN_PROCESS:
+        try:
+            again.must_not_be_finished(found, steps, config.epoch_count)
+            content = hashing.content(base, found.facts["base"])
+            again.must_be_the_same(found, settings, again.plan_facts(plan), content, data.content(found.facts["data"]))
+        except Problems as problems:
+            if config.run_name:
+                raise
+            say(f"new run   {again.place(found)} was stopped, and cannot go on: {problems.problems[0].message}")
+            return run(config, dry_run, True, cleanup)
     if MAIN_PROCESS and not dry_run:
-        folder = runs.claim(config.run_name, stem, cleanup)
+        folder = runs.claim(name, stem, cleanup, found is not None)
         cleanup.callback(runs.release, folder)
     else:
-        folder = runs.choose(config.run_name, stem)
+        folder = runs.choose(name, stem)
     dtype = machine.DTYPES[precision]
     trained_values = attach.count_trained(geometry, setup)
-    workers = config.num_workers if config.num_workers != "auto" else int(machine.device_kind() == "cuda")
-    settings = resolved(config, ops.name, precision, data, plan, geometry, folder.name, workers)
+    settings["RUN_NAME"] = folder.name
     lines = data.lines(settings)
     header = report.plan_lines(
         settings, setup, base, geometry, lines, data.most_tokens, plan, steps, trained_values, stored, dtype, ops.why
     )
+    if found:
+        header.append(f"goes on   {again.place(found)}, as if it had never stopped")
     if dry_run:
         header = report.setting_lines(settings, script_values(config)) + header
     say("\n".join(header))
@@ -112,20 +134,25 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
 
     import pytorch_lightning as pl
 
+    from .. import __version__
     from ..training.callbacks import TOO_HIGH, LossFile, Progress, Save, StepRecorder, StopOnSignal, wandb_sink
     from ..training.lisa import Lisa, Resample
     from ..training.module import TrainingModule
     from ..training.optim import parameter_groups
+    from ..training.resume import GoOn, Keep
 
     if MAIN_PROCESS:
-        need_space(folder, base.stat().st_size if method.saves_model else 4 * trained_values)
+        moments = (4 + OPTIMS[config.optim].moments) * trained_values
+        need_space(folder, (base.stat().st_size if method.saves_model else 4 * trained_values) + int(moments))
     torch.manual_seed(config.seed)
     # a run that saves models writes into a copy of the base: held open, it stays what it is even if another takes its name
     held = cleanup.enter_context(checkpoint.Archive(base)) if method.saves_model else None
     if MAIN_PROCESS:
         content = content or hashing.content(base)
+        identity = hashing.Meanwhile(lambda: data.content(found.facts["data"] if found else None))
     model = build(geometry, checkpoint.load(base), ops, dtype, RECOMPUTE[config.grad_cp])
-    start = checkpoint.load(earlier.start) if earlier and earlier.start else None
+    start_file = runs.init_file(folder, config.method) if found else earlier and earlier.start
+    start = checkpoint.load(start_file) if start_file and start_file.is_file() else None
     begun = attach.adapt(model, setup, dtype, start, machine.device(RANK))
     begun = {name: tensor.cpu() for name, tensor in begun.items()}
     lisa = None
@@ -135,11 +162,35 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
     if goes_on:
         attach.load_trained(model, checkpoint.load(earlier.path), project.shown(earlier.path))
         say(f"starts from {project.shown(earlier.path)} (what it has learnt; the optimizer starts anew)")
+    trained = lisa.saved if lisa else functools.partial(attach.trained, model)
+    if found:
+        weights = found.tensors("weights")
+        if lisa:
+            lisa.go_on(found.facts["blocks"], weights)
+        attach.load_into(trained(), weights, project.shown(found.folder))
     torch.manual_seed(config.seed + RANK)  # dropout differs between ranks, the weights do not
+
+    def kept_start() -> Path:
+        """The file of what the adapters began with: a run is nothing without it."""
+        path = runs.init_file(folder, config.method)
+        if begun and not path.exists():
+            checkpoint.save(path, begun)
+        return path
+
+    def keep_state(parts: dict, facts: dict) -> None:
+        kept_start()
+        step = facts["step"]
+        more = {
+            "steps": steps, "finished": step == steps, "settings": script_values(config), "became": settings,
+            "plan": again.plan_facts(plan), "world": plan.world, "base": {"name": base.name, **content},
+            "data": identity.result(), "tokens": recorder.seen, "blocks": lisa.active if lisa else None,
+            "wandb": tracker.run.id if tracker and tracker.run else None, "kit": __version__,
+        }  # fmt: skip
+        snapshot.write(folder, parts, {**facts, **more}, config.keep_last)
 
     def write(epoch: int, finished: bool) -> Path:
         path = folder / f"rwkv-{epoch}.pth"
-        changed = lisa.saved() if lisa else attach.trained(model)
+        changed = trained()
         bad = next((name for name, p in changed.items() if not torch.isfinite(p).all()), None)
         if bad:
             raise UserError(f"{bad} has become NaN or infinite, so {project.shown(path)} was not written. {TOO_HIGH}")
@@ -147,11 +198,8 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
             config, geometry, setup.options, base, content, precision, epoch, trainer.global_step, finished
         )
         sidecar["prompt_type"], sidecar["eot"] = data.templates[0] if len(data.templates) == 1 else (None, None)
-        init = runs.init_file(folder, config.method)
-        if begun and not init.exists():
-            checkpoint.save(init, begun)
         if begun:
-            sidecar["start_sha256"] = hashing.sha256(init)
+            sidecar["start_sha256"] = hashing.sha256(kept_start())
         fresh = temporary(path)  # it gets its name when its sidecar is there
         try:
             if held:
@@ -173,23 +221,29 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
             attach.trained(model).items(), config.weight_decay, arch.decays, rate, config.loraplus_lr_ratio
         )
 
-    callbacks, sinks = [], []
+    sinks, tracker, before = [], None, []
     if MAIN_PROCESS:
+        before = runs.cut_log(folder, found.step) if found else []
         write_json(folder / "run.json", settings)
         runs.point_latest(folder)
-        progress = Progress(steps, config.epoch_count)
+        progress = Progress(steps, config.epoch_count, before)
         sinks = [LossFile(folder / "loss.jsonl"), progress]
         for sink in sinks:
             cleanup.callback(sink.close)
-        if config.wandb and (sink := wandb_sink(config.wandb, folder.name, folder, settings, progress.say)):
-            sinks.append(sink)
-            cleanup.callback(sink.close)
+        known = found.facts["wandb"] if found else None
+        if config.wandb and (tracker := wandb_sink(config.wandb, folder.name, folder, settings, progress.say, known)):
+            sinks.append(tracker)
+            cleanup.callback(tracker.close)
         say = progress.say
     stop = StopOnSignal(lambda: runs.abandon(folder) if MAIN_PROCESS else None)
-    save = Save(config.epoch_save, config.epoch_count, folder, write, say)
-    callbacks = [StepRecorder(sinks), stop, save]
-    if lisa:
-        callbacks.append(Resample(lisa, groups))
+    keep = Keep(keep_state, trained, config.save_steps, say, found.step if found else -1)
+    save = Save(config.epoch_save, config.epoch_count, folder, write, keep.save, say)
+    recorder = StepRecorder(sinks, before[-1]["seconds"] if before else 0.0, found.facts["tokens"] if found else 0)
+    go_on = None
+    if found:
+        batches = None if config.streaming else plan.micro_batches
+        go_on = GoOn(found, trained, plan.optimizer_steps, plan.accumulate, batches)
+    callbacks = [*([go_on] if go_on else []), recorder, stop, *([Resample(lisa, groups)] if lisa else []), save, keep]
     module = TrainingModule(
         model,
         groups(),
@@ -220,7 +274,8 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
         enable_model_summary=False,
         callbacks=callbacks,
     )
-    loader = make_loader(data.batches(RANK), workers)
+    epoch, first = (go_on.epoch, go_on.first) if go_on else (0, 0)
+    loader = make_loader(data.batches(RANK, first), workers, epoch, first)
     cleanup.callback(end_workers, loader)
     began = time.monotonic()
     try:
@@ -236,4 +291,4 @@ def run(config: TrainConfig, dry_run: bool, cleanup: contextlib.ExitStack) -> No
         return
     if config.streaming and trainer.global_step < steps and not stop.received:
         print(f"The stream ended after {trainer.global_step} of MAX_STEPS={steps} steps.")
-    report.finish(method, folder, save.newest, stop.received, time.monotonic() - began)
+    report.finish(method, folder, save.newest, keep.exact, stop.received, time.monotonic() - began)

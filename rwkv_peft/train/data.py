@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json
@@ -15,7 +16,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import project
+from .. import hashing, project
 from ..config import TrainConfig
 from ..errors import Problem, Problems, UserError
 from ..shell_vars import MOST, Script, values_as_written
@@ -70,9 +71,11 @@ class Planned:
     """What a run trains on, and how it is cut into epochs and steps.
 
     ctx_len: the longest sequence. buckets: those of DATALOAD=bucket. most_tokens: inputs of the largest micro-batch.
-    lines: from the settings to the rows of the plan that the user sees. batches: from a rank to its micro-batches.
+    lines: from the settings to the rows of the plan that the user sees. batches: from a rank, and for a stream the micro-batch
+    that it begins with, to its micro-batches.
     sequences: what is trained, to look at: tokens [n] and weights [n-1] of one after another. templates: the PROMPT_TYPEs
-    and EOTs that the data were made with, as far as they tell.
+    and EOTs that the data were made with, as far as they tell. content: what tells these data from others; from what it was at
+    an earlier time, or None, which saves reading files that nobody has written to since.
     """
 
     plan: Plan
@@ -80,9 +83,10 @@ class Planned:
     buckets: Buckets | None
     most_tokens: int
     lines: Callable[[dict], list[tuple[str, str]]]
-    batches: Callable[[int], Dataset]
+    batches: Callable[[int, int], Dataset]
     sequences: Callable[[], Iterator]
     templates: tuple[tuple[str, str], ...]
+    content: Callable[[dict | None], dict]
 
 
 def plan_run(config: TrainConfig, files, vocab_size: int, say) -> Planned:
@@ -127,10 +131,21 @@ def plan_run(config: TrainConfig, files, vocab_size: int, say) -> Planned:
         data.buckets,
         min(plan.most_tokens(data.ctx_len), data.facts().tokens),
         lambda settings: report.data_lines(data, plan, settings) + report.template_lines(templates),
-        lambda rank: Batches(data, plan, rank),
+        lambda rank, _first: Batches(data, plan, rank),
         lambda: itertools.chain.from_iterable(map(data.row, range(data.rows))),
         templates,
+        functools.partial(content_of_files, files),
     )
+
+
+def content_of_files(files, before: dict | None) -> dict:
+    """The contents of tokenized files and their weights. before: the same at an earlier time."""
+    known = {file["name"]: file for file in (before or {}).get("files", [])}
+    names = [
+        Path(f"{prefix}{ending}") for prefix, _ in files for ending in (".bin", ".idx", ".roles.bin", ".roles.idx")
+    ]
+    found = [{"name": p.name, **hashing.content(p, known.get(p.name))} for p in names if p.is_file()]
+    return {"files": found, "weights": [str(weight) for _, weight in files]}
 
 
 def template_of(prefix: Path) -> tuple[str, str] | None:
@@ -182,9 +197,9 @@ def plan_stream(config: TrainConfig, source: Path, vocab_size: int, say) -> Plan
             config.data_shuffle,
         )
 
-    def batches(rank: int) -> Stream:
+    def batches(rank: int, first: int) -> Stream:
         find = functools.partial(roles_in_text, find_spans=markers.spans) if config.loss_mask == "se" else None
-        return Stream(source, stream.documents, make_data, find, vocab_size, config.ctx_len, plan, rank)
+        return Stream(source, stream.documents, make_data, find, vocab_size, config.ctx_len, plan, rank, first)
 
     return Planned(
         plan,
@@ -193,8 +208,13 @@ def plan_stream(config: TrainConfig, source: Path, vocab_size: int, say) -> Plan
         plan.most_tokens(config.ctx_len),
         lambda settings: report.stream_lines(found, tokenizing, buffer, plan, settings),
         batches,
-        lambda: batches(0).sequences(),
+        lambda: batches(0, 0).sequences(),
         ((tokenizing.prompt_type, tokenizing.eot),),
+        lambda _before: {
+            # (names and sizes: a stream may be too long to be read twice)
+            "files": [{"name": p.name, "bytes": p.stat().st_size if p.is_file() else None} for p in found],
+            "tokenizing": dataclasses.asdict(tokenizing),
+        },
     )
 
 

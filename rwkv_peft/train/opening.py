@@ -13,9 +13,9 @@ from .data import data_files, stream_source
 from .record import options_of, script_values
 
 
-def open_files(config: TrainConfig, base: Path, first: bool):
-    """What the base holds, its geometry, the data (prefixes and weights, or what is streamed), and the checkpoint that the
-    run goes on from. Problems with all that is wrong with the files. first: this is the process that may write."""
+def open_files(config: TrainConfig, base: Path, new: bool):
+    """What the base holds, its geometry, the data (prefixes and weights, or what is streamed), and the checkpoint that a new
+    run begins with. Problems with all that is wrong with the files. new: the run has no state of its own to go on from."""
     from .. import bases
     from ..model.arch import NUMBERS
 
@@ -36,14 +36,9 @@ def open_files(config: TrainConfig, base: Path, first: bool):
         found += layer_problems(config, geometry)
     files, wrong = (stream_source if config.streaming else data_files)(config.data_path)
     found += [Problem("DATA_PATH", message) for message in wrong]
-    if config.run_name and first and runs.is_taken(project.OUTPUT / config.run_name):
-        there = project.shown(project.OUTPUT / config.run_name)
-        found.append(
-            Problem("RUN_NAME", f"{there} holds an earlier run, which is never overwritten; choose another name")
-        )
     earlier = None
     try:
-        earlier = earlier_run(config)
+        earlier = earlier_run(config) if new else None
     except Problems as problems:
         found += problems.problems
     if found:

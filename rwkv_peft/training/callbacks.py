@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -47,13 +47,17 @@ class Record:
 
 
 class StepRecorder(pl.Callback):
-    """Makes a Record of every optimizer step on rank 0 and hands it to the sinks."""
+    """Makes a Record of every optimizer step on rank 0 and hands it to the sinks.
 
-    def __init__(self, sinks: list[Callable[[Record], None]]):
-        self.sinks = sinks
+    seconds, seen: of training, and tokens, before the first step, where a run goes on.
+    """
+
+    def __init__(self, sinks: list[Callable[[Record], None]], seconds: float = 0.0, seen: int = 0):
+        self.sinks, self.seconds, self.seen = sinks, seconds, seen
 
     def on_train_start(self, trainer, module) -> None:
-        self.begin = self.last = time.monotonic()
+        self.last = time.monotonic()
+        self.begin = self.last - self.seconds
         self.step, self.tokens, self.pace = trainer.global_step, 0, None
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
@@ -65,7 +69,7 @@ class StepRecorder(pl.Callback):
         if trainer.world_size > 1:
             sums = trainer.strategy.reduce(sums.to(trainer.strategy.root_device), reduce_op="sum").cpu()
         loss, tokens = float(sums[0]), int(sums[1])
-        module.step_loss, self.tokens = None, 0
+        module.step_loss, self.tokens, self.seen = None, 0, self.seen + tokens
         if not math.isfinite(loss):
             raise UserError(f"\nThe loss of step {self.step} is {loss}: training has gone wrong and stops. {TOO_HIGH}")
         now = time.monotonic()
@@ -87,16 +91,21 @@ class StepRecorder(pl.Callback):
 class Progress:
     """A bar with loss, rate, tokens per second and time left; plain lines, about twenty a run, where there is no terminal.
 
-    The loss is the mean of the last twentieth of the run's steps (at least 5); loss.jsonl has every single one.
+    The loss is the mean of the last twentieth of the run's steps (at least 5); loss.jsonl has every single one. before: the
+    records of a run that goes on.
     """
 
-    def __init__(self, steps: int, epochs: int):
+    def __init__(self, steps: int, epochs: int, before: Sequence[dict] = ()):
         self.steps, self.epochs = steps, epochs
+        # losses; their plain mean is loss.png's smooth line
         self.recent: deque[float] = deque(
-            maxlen=looks_back(steps)
-        )  # losses; their plain mean is loss.png's smooth line
+            (r["loss"] for r in before if r["loss"] is not None), maxlen=looks_back(steps)
+        )
+        self.done, self.spent = (before[-1]["step"], before[-1]["seconds"]) if before else (0, 0.0)
         form = "{desc} |{bar:16}| {n_fmt}/{total_fmt}, {remaining} left"
-        self.bar = tqdm(total=steps, dynamic_ncols=True, bar_format=form) if sys.stderr.isatty() else None
+        self.bar = None
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=steps, initial=self.done, dynamic_ncols=True, bar_format=form)
         self.every = max(1, steps // 20)
 
     def __call__(self, record: Record) -> None:
@@ -113,8 +122,8 @@ class Progress:
             state = f"epoch {record.epoch + 1}/{self.epochs}  loss {loss}  lr {record.lr:.2e}  {speed}"
             self.bar.set_description_str(state, refresh=False)
             self.bar.update(1)
-        elif record.step == 1 or record.step % self.every == 0 or record.step == self.steps:
-            left = (self.steps - record.step) * record.seconds / record.step
+        elif record.step == self.done + 1 or record.step % self.every == 0 or record.step == self.steps:
+            left = (self.steps - record.step) * (record.seconds - self.spent) / (record.step - self.done)
             print(
                 f"epoch {record.epoch + 1}/{self.epochs}  step {record.step}/{self.steps}  loss {loss}  "
                 f"lr {record.lr:.2e}  {speed}  {clock(left)} left",
@@ -151,13 +160,21 @@ class LossFile:
 class Save(pl.Callback):
     """Writes a checkpoint every `every` epochs, after the last one, and when the run is stopped.
 
-    write: (epoch, finished) -> the path it wrote; called on rank 0 only. say: where to tell the user.
+    write: (epoch, finished) -> the path it wrote; called on rank 0 only. keep: saves what the run can go on from, with the
+    trainer; called on all. say: where to tell the user.
     """
 
     def __init__(
-        self, every: int, epochs: int, folder: Path, write: Callable[[int, bool], Path], say: Callable[[str], None]
+        self,
+        every: int,
+        epochs: int,
+        folder: Path,
+        write: Callable[[int, bool], Path],
+        keep: Callable[[pl.Trainer], None],
+        say: Callable[[str], None],
     ):
         self.every, self.epochs, self.folder, self.write, self.say = every, epochs, folder, write, say
+        self.keep = keep
         self.newest: Path | None = None
 
     def on_train_epoch_end(self, trainer, module) -> None:
@@ -169,6 +186,8 @@ class Save(pl.Callback):
             self.say(f"saved {self.newest} (epoch {epoch + 1} of {self.epochs}{'' if finished else ', not finished'})")
         if trainer.world_size > 1:
             trainer.strategy.barrier()
+        if due and trainer.global_step:
+            self.keep(trainer)
 
     def draw(self) -> None:
         try:
@@ -231,12 +250,16 @@ class StopOnSignal(pl.Callback):
         trainer.should_stop = trainer.should_stop or stop
 
 
-def wandb_sink(project: str, name: str, folder: Path, settings: dict, warn: Callable[[str], None]):
-    """A sink that sends records to wandb, or None with one warning where wandb cannot start: training goes on."""
+def wandb_sink(
+    project: str, name: str, folder: Path, settings: dict, warn: Callable[[str], None], earlier: str | None = None
+):
+    """A sink that sends records to wandb, or None with one warning where wandb cannot start: training goes on. earlier: wandb's
+    id of the run that goes on."""
     try:
         import wandb
 
-        run = wandb.init(project=project, name=name, dir=str(folder), config=settings)
+        more = {"id": earlier, "resume": "allow"} if earlier else {}
+        run = wandb.init(project=project, name=name, dir=str(folder), config=settings, **more)
     except Exception as error:  # whatever a tracker does, it must not stop training
         warn(
             f"wandb did not start ({str(error).splitlines()[0] if str(error) else type(error).__name__}); training goes on."

@@ -7,7 +7,7 @@ block that goes is rounded back to the dtype that frozen weights are kept in.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import pytorch_lightning as pl
@@ -37,7 +37,10 @@ class Lisa:
 
     def follow(self, step: int) -> bool:
         """Train the blocks of this step; whether others than before."""
-        wanted = self.drawn(step)
+        return self.train(self.drawn(step))
+
+    def train(self, wanted: list[int]) -> bool:
+        """Train these blocks and no others; whether others than before."""
         if wanted == self.active:
             return False
         for block in set(self.active) ^ set(wanted):
@@ -50,6 +53,11 @@ class Lisa:
         self.active = wanted
         self.touched |= {name for block in wanted for name in self.names[block]}
         return True
+
+    def go_on(self, active: list[int], names: Iterable[str]) -> None:
+        """Be where an earlier run was: it trained these blocks, and had saved these tensors."""
+        self.train(active)
+        self.touched |= {name for blocks in self.names.values() for name in blocks} & set(names)
 
     def saved(self) -> dict[str, nn.Parameter]:
         """What may differ from the base, by name."""

@@ -288,16 +288,22 @@ def out_of_memory(settings: dict, error: Exception) -> str:
     return f"Out of memory: {str(error).splitlines()[0]}\nWhat to change, in this order:\n{listed}"
 
 
-def finish(method: Method, folder: Path, newest: Path | None, received: int, seconds: float) -> None:
-    """The last words: where the result is and what to do with it."""
+def finish(method: Method, folder: Path, newest: Path | None, exact: bool, received: int, seconds: float) -> None:
+    """The last words: where the result is and what to do with it. exact: the state was saved as well."""
     there = project.shown(folder)
     if received:
         if newest is None:
             leave(f"Stopped before the first step: there was nothing to save in {there}.", 128 + received)
-        setting = method.load or "MODEL_PATH"
+        if not exact:
+            setting = method.load or "MODEL_PATH"
+            leave(
+                "Stopped; what was learnt so far is saved, but not the state of the optimizer. To go on, set "
+                f'{setting}="{newest}" and another RUN_NAME, and run the script again.',
+                128 + received,
+            )
         leave(
-            f'Stopped; what was learnt so far is saved. To go on from it, set {setting}="{newest}" '
-            "(and a new RUN_NAME, if one is set) and run the script again; the optimizer and the schedule start anew.",
+            f"Stopped; what was learnt so far is saved ({newest}). Run the script again, as it is, and it goes on as if it had "
+            "never stopped (--new begins a new run).",
             128 + received,
         )
     print(f"done in {clock(seconds)}: {newest}, {there}/loss.png")

@@ -1,0 +1,314 @@
+"""Law 6: a run that was stopped at any step, or killed, and goes on is one that was never stopped, to the last bit."""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import tiny
+import torch
+from inprocess import config, run
+
+from rwkv_peft import checkpoint, train
+from rwkv_peft.errors import Problems
+from rwkv_peft.training import callbacks, snapshot
+
+TIMES = ("tokens_per_s", "targets_per_s", "seconds")
+
+
+class Killed(BaseException):
+    pass
+
+
+def interrupted(monkeypatch, root, at: int, how: str, name: str = "again", **settings) -> None:
+    """A run that gets as far as step `at`: then it is killed, or told to stop."""
+    write = callbacks.LossFile.__call__
+
+    def write_and_end(self, record):
+        write(self, record)
+        if record.step == at:
+            if how == "killed":
+                raise Killed
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(callbacks.LossFile, "__call__", write_and_end)
+        with pytest.raises(Killed if how == "killed" else SystemExit):
+            run(root, name, **settings)
+
+
+def same(root, one: str, other: str, records: tuple[list, list]) -> None:
+    """Every step, every file that has weights, and the optimizer's memory."""
+    for a, b in zip(*records, strict=True):
+        assert {k: v for k, v in a.items() if k not in TIMES} == {k: v for k, v in b.items() if k not in TIMES}
+    folders = root / "output" / one, root / "output" / other
+    files = [sorted(p.name for p in folder.glob("*.pth")) for folder in folders]
+    assert files[0] == files[1]
+    for file in files[0]:
+        first, second = (checkpoint.load(folder / file) for folder in folders)
+        assert first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+    last = [snapshot.read(folder / "state" / snapshot.names(folder)[-1]) for folder in folders]
+    assert last[0].step == last[1].step and last[0].facts["tokens"] == last[1].facts["tokens"]
+    for part in ("weights", "optimizer", "random"):
+        first, second = (one.tensors(part) for one in last)
+        assert first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first), part
+    assert (
+        last[0].facts["optimizer"] == last[1].facts["optimizer"] and last[0].facts["scaler"] == last[1].facts["scaler"]
+    )
+
+
+BASE = {
+    "EPOCH_COUNT": "3",
+    "EPOCH_STEPS": "4",
+    "lora_dropout": "0.1",
+    "LR_SCHEDULE": "cos",
+    "LR_FINAL": "1e-3",
+    "WARMUP_STEPS": "3",
+}
+CASES = {
+    "lora": {},
+    "accumulated, and a short last step": {"MICRO_BSZ": "1", "MINI_BSZ": "3", "EPOCH_STEPS": "8"},
+    "bucket": {"DATALOAD": "bucket", "MICRO_BSZ": "auto", "TOKEN_BUDGET": "128"},
+    "windows": {"DATALOAD": "get", "CTX_LEN": "24"},
+    "workers": {"NUM_WORKERS": "2"},
+    "infctx": {"TRAIN_TYPE": "infctx", "CHUNK_CTX": "16", "DATALOAD": "only", "INFCTX_GRAD": "full"},
+    "stream": {
+        "STREAMING": "1", "MAX_STEPS": "12", "CTX_LEN": "64", "EPOCH_COUNT": "1", "EPOCH_STEPS": "auto",
+        "DATA_PATH": "chat.jsonl",
+    },
+    "pissa on nf4": {"FINETUNE_MODE": "pissa", "pissa_r": "4", "QUANT": "nf4"},
+    "dora": {"use_dora": "1"},
+    "miss": {"FINETUNE_MODE": "miss", "disha_r": "4"},
+    "bat": {"FINETUNE_MODE": "bat", "disha_r": "4"},
+    "state": {"FINETUNE_MODE": "state_tuning", "LR_INIT": "1", "state_shifts": "1"},
+    "lisa": {"FINETUNE_MODE": "lisa", "lisa_r": "1", "lisa_k": "2", "PRECISION": "bf16"},
+    "full": {"FINETUNE_MODE": "full", "LR_INIT": "1e-3"},
+    "bf16": {"PRECISION": "bf16"},
+    "fp16": {"PRECISION": "fp16"},
+    "adamw8bit": {"OPTIM": "adamw8bit", "FINETUNE_MODE": "full", "LR_INIT": "1e-3"},
+    "lion8bit": {"OPTIM": "lion8bit", "LR_INIT": "1e-3"},
+    "adafactor": {"OPTIM": "adafactor"},
+    "lora+ and whole tensors": {"loraplus_lr_ratio": "4", "lora_parts": "att,ffn,ln,time", "EMB_FINETUNE": "1"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_that_was_stopped_and_killed_is_one_that_went_through(ready, monkeypatch, case):
+    """Stopped in the first epoch, and killed two steps after a state was saved."""
+    settings = BASE | {"SAVE_STEPS": "5"} | CASES[case]
+    _, whole = run(ready, "whole", **settings)
+    interrupted(monkeypatch, ready, 2, "stopped", **settings)
+    interrupted(monkeypatch, ready, min(7, len(whole) - 1), "killed", **settings)
+    _, parts = run(ready, "again", **settings)
+    same(ready, "whole", "again", (whole, parts))
+
+
+@pytest.mark.parametrize("at", [3, 4, 11])
+def test_it_may_be_stopped_several_times_and_where_an_epoch_ends(ready, monkeypatch, at):
+    settings = BASE | {"SAVE_STEPS": "0"}
+    _, whole = run(ready, "whole", **settings)
+    interrupted(monkeypatch, ready, at, "stopped", **settings)
+    interrupted(monkeypatch, ready, at + 1, "stopped", **settings) if at < 11 else None
+    _, parts = run(ready, "again", **settings)
+    same(ready, "whole", "again", (whole, parts))
+
+
+def test_without_a_name_the_newest_run_goes_on_if_its_settings_are_the_same(ready, monkeypatch, capsys):
+    def folders():
+        return sorted(p.name for p in (ready / "output").iterdir() if p.is_dir() and not p.is_symlink())
+
+    settings = BASE | {"DATALOAD": "only"}
+    interrupted(monkeypatch, ready, 5, "stopped", "", **settings)
+    assert "Run the script again, as it is" in capsys.readouterr().err and len(folders()) == 1
+    train.command(config(RUN_NAME="", **settings | {"EPOCH_SAVE": "2"}), ["--dry-run"])
+    said = capsys.readouterr().out
+    assert "goes on   output/" in said and "at step 5 of 12" in said
+    train.command(config(RUN_NAME="", **settings | {"LR_INIT": "2e-3"}), ["--dry-run"])
+    said = capsys.readouterr().out
+    assert "goes on" not in said.replace("To go on", "") and "had other settings (LR_INIT)" in said
+    train.command(config(RUN_NAME="", **settings), ["--dry-run", "--new"])
+    assert "goes on   " not in capsys.readouterr().out
+    train.command(config(RUN_NAME="", **settings), [])
+    assert len(folders()) == 1  # a finished one does not go on: the next is a new run
+    train.command(config(RUN_NAME="", **settings), [])
+    assert len(folders()) == 2
+
+
+def test_what_may_not_change_is_refused_with_what_it_was(ready, monkeypatch):
+    interrupted(monkeypatch, ready, 5, "stopped", **BASE)
+    with pytest.raises(Problems) as refused:
+        run(ready, "again", **BASE | {"LR_INIT": "2e-3", "lora_r": "8", "EPOCH_SAVE": "2"})
+    said = str(refused.value)
+    assert "LR_INIT: was 0.01" in said and "lora_r: was 4" in said and "EPOCH_SAVE" not in said
+    with pytest.raises(Problems, match="PRECISION: was '?fp32"):
+        run(ready, "again", **BASE | {"PRECISION": "bf16"})
+
+
+def test_other_data_or_another_base_of_the_same_name_is_refused(ready, monkeypatch):
+    interrupted(monkeypatch, ready, 5, "stopped", **BASE)
+    data, base = (ready / "data" / "chat.bin"), ready / "model" / "tiny.pth"
+    content = data.read_bytes()
+    data.write_bytes(content[:2] + bytes([content[2] ^ 1]) + content[3:])
+    tiny.save_model(base, seed=5)
+    with pytest.raises(Problems) as refused:
+        run(ready, "again", **BASE)
+    assert "MODEL_PATH: is another file than tiny.pth" in str(refused.value)
+    assert "DATA_PATH: has another content" in str(refused.value) and "chat.bin" in str(refused.value)
+
+
+def test_a_base_and_data_that_have_moved_are_the_same(ready, monkeypatch):
+    _, whole = run(ready, "whole", **BASE)
+    interrupted(monkeypatch, ready, 5, "stopped", **BASE)
+    (ready / "model" / "tiny.pth").rename(ready / "model" / "moved.pth")
+    for ending in (".bin", ".idx", ".roles.bin", ".roles.idx"):
+        (ready / "data" / f"chat{ending}").rename(ready / "data" / f"talk{ending}")
+    _, parts = run(ready, "again", **BASE | {"MODEL_PATH": "moved.pth", "DATA_PATH": "talk"})
+    assert [r["loss"] for r in parts] == [r["loss"] for r in whole]
+
+
+def test_a_finished_run_says_so_and_a_larger_epoch_count_trains_it_further(ready):
+    settings = BASE | {"LR_SCHEDULE": "constant"}
+    _, whole = run(ready, "whole", **settings)
+    run(ready, "again", **settings | {"EPOCH_COUNT": "2"})
+    with pytest.raises(Problems, match="RUN_NAME: output/again is finished .8 steps, 2 epochs.. A larger EPOCH_COUNT"):
+        run(ready, "again", **settings | {"EPOCH_COUNT": "2"})
+    _, parts = run(ready, "again", **settings)
+    same(ready, "whole", "again", (whole, parts))
+
+
+def test_two_processes_go_on_as_if_they_had_never_stopped(kit):
+    """From the middle of an epoch: of a whole run that has kept every state, the later ones are taken away."""
+    prepare(kit, SAVE_STEPS="3", KEEP_LAST="99", GPU_COUNT="2", MICRO_BSZ="1", RUN_NAME="whole")
+    kit.run("training.sh")
+    output = kit.root / "output"
+    shutil.copytree(output / "whole", output / "again")
+    for name in snapshot.names(output / "again")[2:]:
+        shutil.rmtree(output / "again" / "state" / name)
+    kit.set(RUN_NAME="again")
+    assert "goes on   output/again at step 4 of 12" in kit.run("training.sh").stdout
+    same(kit.root, "whole", "again", [records(kit.root, name) for name in ("whole", "again")])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "state_tuning", "full"])
+def test_killed_again_and_again_it_ends_as_if_nothing_had_happened(kit, method):
+    """SIGKILL at random instants, in steps and in saves."""
+    prepare(
+        kit, SAVE_STEPS="1", EPOCH_COUNT="60", EPOCH_SAVE="20", FINETUNE_MODE=method, LR_INIT="1e-3", RUN_NAME="whole"
+    )
+    kit.run("training.sh")
+    kit.set(RUN_NAME="again")
+    dice, log = random.Random(0), kit.root / "output/again/loss.jsonl"
+    for _ in range(8):
+        process = subprocess.Popen(
+            [str(kit.root / "training.sh")], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
+        )  # fmt: skip
+        before = log.read_bytes() if log.exists() else b""
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and process.poll() is None:
+            if log.exists() and log.read_bytes() != before:
+                break
+            time.sleep(0.01)
+        time.sleep(dice.random() * 0.5)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        assert "Traceback" not in process.communicate()[1]
+        if process.returncode == 0:  # it was faster
+            break
+    if process.returncode != 0:
+        kit.run("training.sh")
+    same(kit.root, "whole", "again", [records(kit.root, name) for name in ("whole", "again")])
+    assert not [p for p in (kit.root / "output/again").rglob("*") if "tmp" in p.name or p.name.startswith(".")]
+
+
+def prepare(kit, **settings) -> None:
+    tiny.save_model(kit.root / "model" / "tiny.pth")
+    kit.data("chat.jsonl", *tiny.CHATS)
+    kit.run("make_tokenize.sh", "chat.jsonl")
+    common = {"MODEL_PATH": "tiny.pth", "DATA_PATH": "chat", "PRECISION": "fp32", "MICRO_BSZ": "2", "lora_r": "4"}
+    kit.set(**BASE | common | settings)
+
+
+def records(root, name: str) -> list[dict]:
+    return [json.loads(line) for line in (root / "output" / name / "loss.jsonl").read_text().splitlines()]
+
+
+def test_a_damaged_state_is_told_and_the_one_before_it_taken(ready, monkeypatch, capsys):
+    settings = BASE | {"SAVE_STEPS": "2"}
+    _, whole = run(ready, "whole", **settings)
+    interrupted(monkeypatch, ready, 7, "killed", **settings)
+    folder = ready / "output" / "again" / "state"
+    assert snapshot.names(folder.parent) == ["step-000004", "step-000006"]
+    file = folder / "step-000006" / "optimizer.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 4
+    file.write_bytes(content)
+    _, parts = run(ready, "again", **settings)
+    said = capsys.readouterr().out
+    assert "step-000006/optimizer.safetensors: is damaged" in said and "at step 4 of 12" in said
+    same(ready, "whole", "again", (whole, parts))
+
+
+def test_a_state_that_cannot_be_written_stops_nothing(ready, monkeypatch, capsys):
+    def full(*_arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(snapshot, "need_space", full)
+    run(ready, **BASE | {"SAVE_STEPS": "5"})
+    said = capsys.readouterr().out
+    assert said.count("could not be saved; training goes on. ") == 5 and "step 12/12" in said  # 5, 10, and three epochs
+    interrupted(monkeypatch, ready, 5, "stopped", **BASE)
+    assert "not the state of the optimizer. To go on, set lora_load=" in capsys.readouterr().err
+
+
+def test_a_run_that_is_training_at_this_moment_does_not_go_on_twice(ready, monkeypatch):
+    import fcntl
+
+    interrupted(monkeypatch, ready, 5, "stopped", **BASE)
+    with open(ready / "output/again/loss.jsonl", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(Problems, match="is being trained at this moment, by another process"):
+            run(ready, "again", **BASE)
+
+
+def test_only_the_last_states_are_kept_and_half_written_ones_vanish(tmp_path):
+    tensors = {"weights": {"a": torch.arange(4.0)}}
+    facts = {key: None for key in snapshot.WANTED if key not in ("format", "files")}
+    for step in (5, 9, 12, 20):
+        (tmp_path / "state").mkdir(exist_ok=True)
+        (tmp_path / "state" / f"{snapshot.UNFINISHED}step-000001").mkdir()
+        snapshot.write(tmp_path, tensors, facts | {"step": step}, 2)
+    assert sorted(p.name for p in (tmp_path / "state").iterdir()) == ["step-000012", "step-000020"]
+    found = snapshot.newest(tmp_path, print)
+    assert found.step == 20 and torch.equal(found.tensors("weights")["a"], tensors["weights"]["a"])
+
+
+@pytest.mark.parametrize("harm", ["cut", "gone", "manifest", "flipped", "outside"])
+def test_no_damage_goes_unseen(tmp_path, harm):
+    facts = {key: None for key in snapshot.WANTED if key not in ("format", "files")} | {"step": 3}
+    folder = snapshot.write(tmp_path, {"weights": {"a": torch.arange(64.0)}}, facts, 1).folder
+    file, manifest = folder / "weights.safetensors", folder / "manifest.json"
+    if harm == "cut":
+        file.write_bytes(file.read_bytes()[:-1])
+    elif harm == "gone":
+        file.unlink()
+    elif harm == "manifest":
+        manifest.write_text(manifest.read_text()[:-9])
+    elif harm == "flipped":
+        content = bytearray(file.read_bytes())
+        content[99] ^= 1
+        file.write_bytes(content)
+    else:
+        told = json.loads(manifest.read_text())
+        told["files"]["../../x"] = {"bytes": 1, "sha256": "0"}
+        manifest.write_text(json.dumps(told))
+    said = []
+    with pytest.raises(Exception, match="none of its states is whole"):
+        snapshot.newest(tmp_path, said.append)
+    assert said
