@@ -45,7 +45,8 @@ MODEL_PATH="rwkv7-tiny.pth"
 # 数据：make_tokenize.sh 生成的名字（data/ 下，不带后缀），或任意路径。混合多份数据："chat:0.7 code:0.3"，按行数比例
 DATA_PATH="sample"
 
-# The folder of this run under output/. Empty: data, method and time of the start. An existing run is never overwritten.
+# The folder of this run under output/. Empty: data, method and time of the start. A run that was stopped goes on; one that is
+# finished is never overwritten.
 # 本次训练在 output/ 下的文件夹名；留空自动命名。已有的结果绝不会被覆盖。
 RUN_NAME=""
 
@@ -157,7 +158,8 @@ EPOCH_SAVE=1
 # 每多少步保存一次断点（另外每轮保存及中断时也会保存）；再次运行即可精确续训。0 为不按步保存
 SAVE_STEPS=100
 
-# How many of these states are kept. One takes 12 bytes for each trained value with OPTIM=adamw. 保留几个断点
+# How many of these states are kept. One takes 12 bytes for each trained value with OPTIM=adamw. 0: none are saved, and a run
+# that was stopped cannot go on. 保留几个断点；0 为不保存断点，中断后无法续训
 KEEP_LAST=2
 
 # Rows (with DATALOAD=pack: packs) that go through one GPU at once. More is faster and takes more memory. bucket: auto.

@@ -84,7 +84,7 @@ class TrainConfig:
     epoch_steps: Literal["auto"] | int = var("EPOCH_STEPS", ge=1, le=MOST)
     epoch_save: int = var("EPOCH_SAVE", ge=1, le=MOST)
     save_steps: int = var("SAVE_STEPS", ge=0, le=MOST)
-    keep_last: int = var("KEEP_LAST", ge=1, le=1000)
+    keep_last: int = var("KEEP_LAST", ge=0, le=1000)
     micro_bsz: Literal["auto"] | int = var("MICRO_BSZ", ge=1, le=MOST)
     mini_bsz: int = var("MINI_BSZ", ge=1, le=MOST)
 

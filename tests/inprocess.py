@@ -13,7 +13,7 @@ from rwkv_peft.shell_vars import Script
 FAST = {
     "MODEL_PATH": "tiny.pth", "DATA_PATH": "chat", "PRECISION": "fp32", "EPOCH_COUNT": "1", "lora_r": "4",
     "lora_alpha": "8", "lora_dropout": "0", "WARMUP_STEPS": "0", "LR_INIT": "1e-2", "LR_FINAL": "1e-2", "GRAD_CP": "0",
-    "MICRO_BSZ": "2", "RUN_NAME": "run", "LR_SCHEDULE": "constant", "OPTIM": "adamw",
+    "MICRO_BSZ": "2", "RUN_NAME": "run", "LR_SCHEDULE": "constant", "OPTIM": "adamw", "KEEP_LAST": "0",
 }  # fmt: skip
 
 

@@ -69,6 +69,7 @@ BASE = {
     "LR_SCHEDULE": "cos",
     "LR_FINAL": "1e-3",
     "WARMUP_STEPS": "3",
+    "KEEP_LAST": "2",
 }
 CASES = {
     "lora": {},
@@ -97,7 +98,10 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+MORE = ("windows", "dora", "miss", "bat", "bf16", "lion8bit", "adafactor", "full", "lora+ and whole tensors")
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c in MORE else c for c in CASES])
 def test_a_run_that_was_stopped_and_killed_is_one_that_went_through(ready, monkeypatch, case):
     """Stopped in the first epoch, and killed two steps after a state was saved."""
     settings = BASE | {"SAVE_STEPS": "5"} | CASES[case]
@@ -265,6 +269,14 @@ def test_a_state_that_cannot_be_written_stops_nothing(ready, monkeypatch, capsys
     assert said.count("could not be saved; training goes on. ") == 5 and "step 12/12" in said  # 5, 10, and three epochs
     interrupted(monkeypatch, ready, 5, "stopped", **BASE)
     assert "not the state of the optimizer. To go on, set lora_load=" in capsys.readouterr().err
+
+
+def test_with_keep_last_0_nothing_is_kept_and_the_way_to_go_on_is_told(ready, monkeypatch, capsys):
+    interrupted(monkeypatch, ready, 5, "stopped", **BASE | {"KEEP_LAST": "0"})
+    assert not (ready / "output/again/state").exists()
+    assert "set lora_load=" in capsys.readouterr().err
+    with pytest.raises(Problems, match="holds an earlier run, which has saved no state"):
+        run(ready, "again", **BASE)
 
 
 def test_a_run_that_is_training_at_this_moment_does_not_go_on_twice(ready, monkeypatch):

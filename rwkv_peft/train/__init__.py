@@ -142,7 +142,7 @@ def run(config: TrainConfig, dry_run: bool, anew: bool, cleanup: contextlib.Exit
     from ..training.resume import GoOn, Keep
 
     if MAIN_PROCESS:
-        moments = (4 + OPTIMS[config.optim].moments) * trained_values
+        moments = (4 + OPTIMS[config.optim].moments) * trained_values if config.keep_last else 0
         need_space(folder, (base.stat().st_size if method.saves_model else 4 * trained_values) + int(moments))
     torch.manual_seed(config.seed)
     # a run that saves models writes into a copy of the base: held open, it stays what it is even if another takes its name
@@ -236,7 +236,7 @@ def run(config: TrainConfig, dry_run: bool, anew: bool, cleanup: contextlib.Exit
             cleanup.callback(tracker.close)
         say = progress.say
     stop = StopOnSignal(lambda: runs.abandon(folder) if MAIN_PROCESS else None)
-    keep = Keep(keep_state, trained, config.save_steps, say, found.step if found else -1)
+    keep = Keep(keep_state if config.keep_last else None, trained, config.save_steps, say, found.step if found else -1)
     save = Save(config.epoch_save, config.epoch_count, folder, write, keep.save, say)
     recorder = StepRecorder(sinks, before[-1]["seconds"] if before else 0.0, found.facts["tokens"] if found else 0)
     go_on = None

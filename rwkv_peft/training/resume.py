@@ -97,13 +97,14 @@ class GoOn(pl.Callback):
 class Keep(pl.Callback):
     """Saves a snapshot every so many optimizer steps, and when `save` is called. To be the last callback.
 
-    write: from parts and facts to a snapshot on the disk. names: see GoOn. every: 0 for never by itself. say: is told where one
-    cannot be written, on a full disk: training goes on without it. saved: the step of the one that it goes on from.
+    write: from parts and facts to a snapshot on the disk; None for a run that saves none. names: see GoOn. every: 0 for never by
+    itself. say: is told where one cannot be written, on a full disk: training goes on without it. saved: the step of the one
+    that it goes on from.
     """
 
     def __init__(
         self,
-        write: Callable[[Mapping[str, Mapping[str, Tensor]], dict], None],
+        write: Callable[[Mapping[str, Mapping[str, Tensor]], dict], None] | None,
         names: Names,
         every: int,
         say: Callable[[str], None],
@@ -129,7 +130,7 @@ class Keep(pl.Callback):
 
     def save(self, trainer) -> None:
         """Of the last optimizer step that is done. To be called by all processes."""
-        if self.exact and trainer.world_size == 1:
+        if self.write is None or (self.exact and trainer.world_size == 1):
             return
         random = {f"{trainer.global_rank}/{name}": state for name, state in self.random.items()}
         if trainer.world_size > 1:
