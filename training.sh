@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Fine-tune an RWKV model (RWKV-7, -6 or -5): set the values below, then run ./training.sh
 #   ./training.sh --dry-run   shows what would happen and two samples, then stops      先看计划和样本，不训练
+#   ./training.sh --selftest  checks what computes on this machine (OP)                检验本机算子
 #   ./training.sh --help      tells the rest
 # A copy of this file under any name, anywhere in the project, works as well: one file per experiment.
 # 修改下面的值，然后运行 ./training.sh。可以复制本文件到项目内任意位置、任意名字，一个实验一个文件。
@@ -305,8 +306,9 @@ QUANT=none
 # What of them: att, ffn (the large matrices); emb and head too, if memory is very short. 量化哪些部分
 QUANT_PARTS="att,ffn"
 
-# What computes: auto; cpu (C++ kernels, compiled at first use, want g++); torch (everywhere, slower); reference (the slow
-# definition). 算子：auto 自动选择；cpu 为 C++ 内核（首次使用时编译，需要 g++）；torch 通用但较慢
+# What computes: auto; cuda (kernels for NVIDIA GPUs, compiled at first use and tried against the definition); cpu (C++ kernels,
+# compiled at first use, want g++); torch (everywhere, slower); reference (the slow definition).
+# 算子：auto 自动选择；cuda 为 NVIDIA 显卡内核（首次使用时编译并自检）；cpu 为 C++ 内核（需要 g++）；torch 通用但较慢
 OP=auto
 
 # What the backward pass computes again instead of keeping it. 梯度检查点，省显存

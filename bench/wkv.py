@@ -60,7 +60,7 @@ def compare(version: str, given) -> dict:
     x = [*INPUTS[version](shape), torch.zeros(1, given.heads, size, size)]
     x = [part.requires_grad_() for part in x]
     dy, ds = torch.randn(shape), torch.randn(x[-1].shape)
-    backends = dict(dispatch.WKV[version])
+    backends = dispatch.available(version, "cpu")
     reference = backends.pop("reference")
     candidates = {
         NAIVE: functools.partial(reference, dtype=torch.float32),

@@ -16,7 +16,7 @@ from test_scripts import ROOT
 from tiny import wkv_inputs
 
 from rwkv_peft.errors import Problems
-from rwkv_peft.ops import chunked, dispatch, neighbours, reference
+from rwkv_peft.ops import cache, chunked, dispatch, neighbours, reference
 from rwkv_peft.ops.cpu import build, fused
 from rwkv_peft.ops.cpu import wkv as cpu
 from rwkv_peft.ops.neighbours import Gates, Own
@@ -188,7 +188,7 @@ def test_the_number_of_threads_does_not_matter(threads):
 @pytest.fixture
 def fresh(tmp_path, monkeypatch):
     """An empty cache, and nothing remembered."""
-    monkeypatch.setattr(build, "cache", lambda: tmp_path)
+    monkeypatch.setattr(cache, "folder", lambda: tmp_path)
     for cached in (build.library, build.function):
         cached.cache_clear()
     yield tmp_path

@@ -11,7 +11,7 @@ from tiny import wkv6_inputs
 from rwkv_peft.ops import dispatch, reference
 
 REFERENCE = {"x060": reference.wkv6, "x052": reference.wkv5}
-OPS = [(version, name) for version in REFERENCE for name in dispatch.WKV[version]]
+OPS = [(version, name) for version in REFERENCE for name in dispatch.available(version, "cpu")]
 BACKENDS = [(version, name) for version, name in OPS if name != "reference"]
 KINDS = ("random", "repeated", "fast", "slow", "mixed")
 

@@ -59,7 +59,7 @@ def test_logits_equal_those_of_the_rwkv_package(tmp_path, version, layers, layer
     checkpoint.save(tmp_path / "tiny.pth", tensors)
     whole, steps = judged(tmp_path / "tiny.pth", version=version)
     found = arch.detect({n: s.shape for n, s in checkpoint.describe(tmp_path / "tiny.pth").items()}, "tiny.pth")
-    for backend in dispatch.WKV[version]:
+    for backend in dispatch.available(version, "cpu"):
         with torch.inference_mode():
             ours, _ = build(found, checkpoint.load(tmp_path / "tiny.pth"), dispatch.choose(backend, version))(
                 torch.tensor([IDS])
@@ -235,7 +235,7 @@ def test_a_decay_too_strong_for_float32_is_no_decay_to_nan(version):
 
 
 @every_version
-@pytest.mark.parametrize("op", dispatch.WKV["x070"])
+@pytest.mark.parametrize("op", dispatch.available("x070", "cpu"))
 def test_a_learnt_state_is_what_every_sequence_begins_with(op, version):
     shape, x = small(version), ids(1, 64)
     plain = tiny.model(shape=shape, dtype=torch.float64)

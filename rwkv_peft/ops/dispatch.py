@@ -10,24 +10,28 @@ import torch
 from torch import Tensor
 
 from ..errors import Problem, Problems
-from . import chunked, chunked6, loss, neighbours, reference
+from . import chunked, chunked6, loss, neighbours, proof, reference
 from .again import cheap, recomputing
 from .cpu import build, fused
 from .cpu import wkv as cpu
+from .cuda import build as cuda_build
+from .cuda import wkv as cuda
 from .neighbours import Gates, Own, Where
 
 # version -> backend -> function; the signatures are those of the reference
 WKV: dict[str, dict[str, Callable]] = {
-    "x070": {"reference": reference.wkv7, "torch": chunked.wkv7, "cpu": cpu.wkv7},
-    "x060": {"reference": reference.wkv6, "torch": chunked6.wkv6, "cpu": cpu.wkv6},
-    "x052": {"reference": reference.wkv5, "torch": chunked6.wkv5, "cpu": cpu.wkv5},
+    "x070": {"reference": reference.wkv7, "torch": chunked.wkv7, "cpu": cpu.wkv7, "cuda": cuda.wkv7},
+    "x060": {"reference": reference.wkv6, "torch": chunked6.wkv6, "cpu": cpu.wkv6, "cuda": cuda.wkv6},
+    "x052": {"reference": reference.wkv5, "torch": chunked6.wkv5, "cpu": cpu.wkv5, "cuda": cuda.wkv5},
 }
+
+# what runs on a kind of device and nowhere else
+OF_DEVICE = {"cpu": "cpu", "cuda": "cuda"}
 
 # backends of the field that this version does not have
 ABSENT = {
-    "cuda": "the CUDA kernels are not part of this version yet; use OP=auto, which runs on a GPU through torch",
-    "fla": "flash-linear-attention is not part of this version yet; use OP=auto, which runs on a GPU through torch",
-    "triton": "is not part of this version; use OP=auto, which runs on a GPU through torch",
+    "fla": "flash-linear-attention is not part of this version yet; use OP=auto, which takes the CUDA kernels on a GPU",
+    "triton": "is not part of this version; use OP=auto, which takes the CUDA kernels on a GPU",
 }
 
 
@@ -79,16 +83,26 @@ class Ops:
         return loss.linear_cross_entropy(x, head, targets, self.around.slopes)
 
 
+def available(version: str, device: str) -> dict[str, Callable]:
+    """The recurrences that can be asked for on a kind of device, by backend."""
+    return {name: wkv for name, wkv in WKV[version].items() if OF_DEVICE.get(name, device) == device}
+
+
 def choose(op: str, version: str, device: str = "cpu") -> Ops:
     """What computes a version (x070 ...) on a kind of device. Raises Problems for what is absent."""
     if op in ABSENT:
         raise Problems(Problem("OP", ABSENT[op]))
-    if op == "auto" and device != "cpu":
-        return made("torch", version)
-    if op not in ("auto", "cpu"):
+    if op != "auto" and op not in OF_DEVICE:
         return made(op, version)
-    if device != "cpu":
-        raise Problems(Problem("OP", "is for training without a GPU, and there is one; use auto"))
+    if op != "auto" and OF_DEVICE[op] != device:
+        wants = (
+            "is for NVIDIA GPUs, and none was found"
+            if op == "cuda"
+            else "is for training without a GPU, and there is one"
+        )
+        raise Problems(Problem("OP", f"{wants}; use auto"))
+    if device == "cuda":
+        return on_gpu(op, version)
     try:
         build.library()
     except build.Missing as missing:
@@ -96,6 +110,28 @@ def choose(op: str, version: str, device: str = "cpu") -> Ops:
             raise Problems(Problem("OP", f"the C++ kernels are missing: {missing}")) from None
         return made("torch", version, f"some 3 times slower than the C++ kernels, which are missing: {missing}")
     return made("cpu", version, f"C++ kernels, {build.capability()}")
+
+
+def on_gpu(op: str, version: str) -> Ops:
+    """The CUDA kernels, if they compute on this GPU what the definition says. They are asked once for a GPU and a driver."""
+    try:
+        found = proof.remembered(
+            version,
+            WKV[version]["cuda"],
+            torch.device("cuda", torch.cuda.current_device()),
+            "cuda",
+            cuda_build.digest(),
+        )
+        wrong = "" if found is None or found.passed else f"they are wrong on this GPU ({found.what}: {found.error:.1e})"
+    except cuda_build.Missing as missing:
+        found, wrong = None, str(missing)
+    except RuntimeError as error:  # a driver or a GPU that will not have them
+        found, wrong = None, f"they do not run on this GPU ({str(error).splitlines()[0][:200]})"
+    if not wrong:
+        return made("cuda", version, "CUDA kernels" + (f", error {found.error:.1e} on this GPU" if found else ""))
+    if op == "cuda":
+        raise Problems(Problem("OP", f"the CUDA kernels cannot be used: {wrong}; use auto"))
+    return made("torch", version, f"slower than the CUDA kernels, which are not used: {wrong}")
 
 
 def made(name: str, version: str, why: str = "") -> Ops:

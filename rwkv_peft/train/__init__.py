@@ -1,9 +1,10 @@
 """./training.sh: fine-tune a model as the variables in the script say.
 
-usage: ./training.sh [--dry-run] [--new]
+usage: ./training.sh [--dry-run] [--new] | --selftest
 
   --dry-run   check everything, print the plan and two samples with what is trained marked, and stop
   --new       begin a new run, also where the newest one was stopped and could go on
+  --selftest  compare all that could compute on this machine (OP) with the definition, and stop
   --help      this text
 
 The settings are the variables in the script itself, each with its explanation. Results go to output/<RUN_NAME>/:
@@ -39,7 +40,7 @@ from .record import describe_run, options_of, resolved, script_values
 SAMPLES = 2  # that a dry run shows
 RANK = int(os.environ.get("LOCAL_RANK", 0))
 MAIN_PROCESS = RANK == 0
-OPTIONS = ("--dry-run", "--new")
+OPTIONS = ("--dry-run", "--new", "--selftest")
 MOST_NAME = 80  # characters of a mixture's names in the name of a run
 
 # GRAD_CP -> what the model computes again
@@ -55,9 +56,13 @@ def command(config: TrainConfig, typed: list[str]) -> None:
     if unknown:
         meant = did_you_mean(unknown[0], OPTIONS)
         raise UserError(
-            f"{unknown[0]}: is not an option{meant or '.'} There are {' and '.join(OPTIONS)}; the settings are in the script "
+            f"{unknown[0]}: is not an option{meant or '.'} There are {', '.join(OPTIONS)}; the settings are in the script "
             "itself. See ./training.sh --help"
         )
+    if "--selftest" in typed:
+        from .selftest import selftest
+
+        return selftest()
     with contextlib.ExitStack() as cleanup:
         run(config, "--dry-run" in typed, "--new" in typed, cleanup)
 

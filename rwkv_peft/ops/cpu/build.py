@@ -13,12 +13,12 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
 
 from ...project import ROOT
+from .. import cache
 
 SOURCES = ROOT / "cpu"
 COMPILERS = ("g++", "clang++", "c++")
@@ -69,30 +69,13 @@ def library() -> ctypes.CDLL:
     digest = hashlib.sha256(repr((flags, version, platform.machine(), platform.system())).encode())
     for path in [*sources, *sorted(SOURCES.glob("*.h"))]:
         digest.update(path.name.encode() + path.read_bytes())
-    folder = cache()
-    file = folder / f"cpu-{digest.hexdigest()[:24]}.so"
+    file = cache.folder() / f"cpu-{digest.hexdigest()[:24]}.so"
     if not file.is_file():
         compiled(compiler, flags, sources, file)
     try:
         return ctypes.CDLL(str(file))
     except OSError as error:
         raise Missing(f"what {compiler} made does not load ({error})") from None
-
-
-def cache() -> Path:
-    """A folder that can be written to: beside torch's own cache, or one that is gone with the process."""
-    folder = Path(torch.hub.get_dir()).parent.parent / "rwkv-peft"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError:
-        return Path(temporary_cache().name)
-
-
-@functools.cache
-def temporary_cache() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix="rwkv-peft-")
 
 
 def compiled(compiler: str, flags: list[str], sources: list[Path], file: Path) -> None:

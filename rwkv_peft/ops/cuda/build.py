@@ -1,0 +1,118 @@
+"""cuda/*.cu -> kernels of the GPU at hand, compiled when they are first used and kept in the user's cache.
+
+By NVRTC, which comes with torch: a toolkit with nvcc, which few have under WSL, is not needed. The sources want no header but
+their own, so that takes seconds. What torch itself has for this looks for a toolkit's headers and gives up without them; the
+bindings below are NVIDIA's own, and come with torch as well.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...atomic import writing
+from ...project import ROOT
+from .. import cache
+
+SOURCES = ROOT / "cuda"
+FILES = ("wkv7", "wkv6")
+SIZES = (16, 32, 64, 128)  # head sizes that there are kernels for
+
+
+class Missing(Exception):
+    """There are no kernels; the text says why, as a sentence's second half."""
+
+
+# (name, grid, arguments): starts a kernel on the current stream. Arguments are tensors, or integers for int.
+Launch = Callable[[str, tuple[int, int], Sequence[Tensor | int]], None]
+
+
+def launcher(device: torch.device, size: int) -> Launch:
+    """What starts the kernels for heads of this size, a thread for each of its rows. Missing if they cannot be compiled."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+
+    def launch(name: str, grid: tuple[int, int], args: Sequence[Tensor | int]) -> None:
+        _, driver = bindings()
+        values = tuple(x.data_ptr() if isinstance(x, Tensor) else x for x in args)
+        kinds = tuple(ctypes.c_void_p if isinstance(x, Tensor) else ctypes.c_int for x in args)
+        with torch.cuda.device(index):
+            function = functions(index, name.partition("_")[0], size)(name)
+            stream = torch.cuda.current_stream().cuda_stream
+            checked(driver, driver.cuLaunchKernel(function, *grid, 1, size, 1, 1, 0, stream, (values, kinds), 0))
+
+    return launch
+
+
+@functools.cache
+def bindings():
+    """NVIDIA's Python bindings of NVRTC and of the driver."""
+    try:
+        from cuda.bindings import driver, nvrtc
+    except ImportError as error:
+        raise Missing(f"a package is missing ({error}): pip install cuda-bindings") from None
+    return nvrtc, driver
+
+
+def checked(driver, result: tuple):
+    """What a call of the driver has returned. RuntimeError if it is an error."""
+    if int(result[0]):
+        _, words = driver.cuGetErrorString(result[0])
+        raise RuntimeError(f"CUDA error {int(result[0])}: {words.decode() if words else 'unknown'}")
+    return result[1] if len(result) > 1 else None
+
+
+@functools.cache
+def functions(index: int, file: str, size: int) -> Callable[[str], object]:
+    """From a kernel's name to the kernel, for the GPU of this number."""
+    _, driver = bindings()
+    code = compiled(file, "".join(map(str, torch.cuda.get_device_capability(index))), size)
+    module = checked(driver, driver.cuModuleLoadData(code))
+    return functools.cache(lambda name: checked(driver, driver.cuModuleGetFunction(module, name.encode())))
+
+
+def compiled(file: str, capability: str, size: int) -> bytes:
+    """The machine code of a source file for GPUs of a capability (90 for 9.0). Missing if NVRTC does not make it."""
+    nvrtc, _ = bindings()
+    try:
+        _, *version = nvrtc.nvrtcVersion()
+    except RuntimeError as error:  # its library is not there
+        raise Missing(
+            f"NVRTC does not load ({str(error).splitlines()[0]}); it comes with torch's builds for CUDA"
+        ) from None
+    kept = cache.folder() / f"{file}-{capability}-{size}-{digest()}-{'.'.join(map(str, version))}.cubin"
+    if kept.is_file():
+        return kept.read_bytes()
+    source, header = ((SOURCES / name).read_bytes() for name in (f"{file}.cu", "device.h"))
+    _, program = nvrtc.nvrtcCreateProgram(source, f"{file}.cu".encode(), 1, [header], [b"device.h"])
+    options = [f"--gpu-architecture=sm_{capability}".encode(), f"-DN={size}".encode(), b"--std=c++17"]
+    (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    if int(error):
+        _, length = nvrtc.nvrtcGetProgramLogSize(program)
+        log = b" " * length
+        nvrtc.nvrtcGetProgramLog(program, log)
+        words = log.decode(errors="replace").strip("\0 \n") or str(error)
+        raise Missing(
+            f"NVRTC {'.'.join(map(str, version))} cannot compile {file}.cu for sm_{capability} ({words[:300]})"
+        )
+    _, length = nvrtc.nvrtcGetCUBINSize(program)
+    code = b" " * length
+    nvrtc.nvrtcGetCUBIN(program, code)
+    nvrtc.nvrtcDestroyProgram(program)
+    with writing(kept) as out:
+        out.write(code)
+    return code
+
+
+@functools.cache
+def digest() -> str:
+    """Tells one state of the sources from another."""
+    found = hashlib.sha256()
+    for path in sorted([Path(SOURCES / f"{file}.cu") for file in FILES] + [SOURCES / "device.h"]):
+        found.update(path.name.encode() + path.read_bytes())
+    return found.hexdigest()[:16]

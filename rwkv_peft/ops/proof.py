@@ -1,0 +1,128 @@
+"""Whether a recurrence computes on this machine what the definition says: forward, every gradient, several sequences in one row,
+states in and out, and the inputs that careless kernels fail on.
+
+Compiled kernels meet GPUs and drivers that nobody has tried them on. So they are put to this test when they are first used, and
+training begins with those that have passed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..atomic import write_json
+from . import cache, reference
+
+LENGTHS = (1, 70, 60)  # tokens of the sequences: shorter than a chunk, longer, and nearly one
+HEADS, SIZE = 2, 64
+KINDS = ("random", "repeated", "forgetful")
+# largest difference from the definition, of the norm of an output or a gradient (float32: seen 5e-6; bfloat16: its rounding)
+LIMITS = {torch.float32: 3e-5, torch.bfloat16: 2**-6, torch.float16: 2**-8}
+DEFINITIONS = {"x070": reference.wkv7, "x060": reference.wkv6, "x052": reference.wkv5}
+
+
+class Proof(NamedTuple):
+    """error: the largest relative difference seen; what: where."""
+
+    error: float
+    limit: float
+    what: str
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.limit
+
+
+def inputs(version: str, kind: str) -> list[Tensor]:
+    """What a model of the version could give to its recurrence, float64. kind: random; repeated, the same key again and again and
+    replaced almost wholly; forgetful, decays at their lower end."""
+    dice = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=dice, dtype=torch.float64)
+
+    shape = 1, sum(LENGTHS), HEADS, SIZE
+    r, k, v = normal(*shape), normal(*shape), normal(*shape)
+    if version != "x070":
+        w = -torch.exp(normal(*(shape[2:] if version == "x052" else shape)) - 1)
+        if kind == "repeated":
+            k, w = k[:, :1].expand(shape).clone(), torch.full_like(w, -1e-3)
+        if kind == "forgetful":
+            w = w * 1e3
+        return [r, w, k, v, normal(HEADS, SIZE)]
+    direction = torch.nn.functional.normalize(k[:, :1].expand(shape) if kind == "repeated" else k, dim=-1)
+    replaced = torch.full(shape, 0.999, dtype=torch.float64) if kind == "repeated" else torch.sigmoid(normal(*shape))
+    w = {"random": -0.6065 * torch.sigmoid(normal(*shape)), "repeated": torch.full(shape, -1e-3, dtype=torch.float64)}
+    return [r, w.get(kind, torch.full(shape, -0.6065, dtype=torch.float64)), k, v, -direction, direction * replaced]
+
+
+def prove(version: str, wkv: Callable, device: str | torch.device, dtype: torch.dtype) -> Proof:
+    """Compare a recurrence with its definition. dtype: of the inputs; the logarithm of the decay and states are float32."""
+    borders = (0, *(sum(LENGTHS[: i + 1]) for i in range(len(LENGTHS))))
+    worst = Proof(0.0, LIMITS[dtype], "")
+    for kind in KINDS:
+        given = inputs(version, kind)
+        # the logarithm of the decay and the bonus are float32 in a model, whatever the rest is
+        kinds = [torch.float32 if i == 1 or x.dim() == 2 else dtype for i, x in enumerate(given)]
+        given = [x.to(device, kept).requires_grad_() for x, kept in zip(given, kinds, strict=True)]
+        start = torch.randn(len(LENGTHS), HEADS, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+        start = start.to(device).requires_grad_()
+        exact, s0 = (
+            [x.detach().cpu().double().requires_grad_() for x in given],
+            start.detach().cpu().double().requires_grad_(),
+        )
+        wanted = outputs(DEFINITIONS[version], exact, s0, borders)
+        found = outputs(wkv, given, start, borders)
+        names = [
+            "y",
+            "state",
+            *(f"gradient of {n}" for n in ("rwkvab" if version == "x070" else "rwkvu")),
+            "gradient of s0",
+        ]
+        for name, one, other in zip(names, found, wanted, strict=True):
+            error = float(
+                (one.detach().cpu().double() - other.detach()).norm() / other.detach().norm().clamp_min(1e-30)
+            )
+            if not error <= worst.error:  # NaN is worse than anything
+                worst = Proof(error if error == error else float("inf"), worst.limit, f"{name}, {kind} inputs")
+    return worst
+
+
+def outputs(wkv: Callable, given: list[Tensor], s0: Tensor, borders: tuple[int, ...]) -> list[Tensor]:
+    y, state = wkv(*given, s0, borders)
+    dice = torch.Generator().manual_seed(2)
+    # (numbers that every format holds)
+    dy, dstate = (torch.randn(x.shape, generator=dice).bfloat16() for x in (y, state))
+    grads = torch.autograd.grad([y, state], [*given, s0], [dy.to(y), dstate.to(state)])
+    return [y, state, *grads]
+
+
+def remembered(version: str, wkv: Callable, device: torch.device, name: str, digest: str) -> Proof | None:
+    """The proof of a GPU's kernels: from an earlier time with the same GPU, driver, torch and sources, None then, or anew."""
+    gpu = torch.cuda.get_device_properties(device)
+    key = f"{name} {version} {gpu.name} {torch.version.cuda} {torch.__version__} {driver()} {digest}"
+    file = cache.folder() / "proofs.json"
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    if isinstance(known, dict) and key in known:
+        return None
+    proofs = [prove(version, wkv, device, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    worst = max(proofs, key=lambda found: found.error / found.limit)
+    if worst.passed:
+        write_json(file, {**known, key: worst.error} if isinstance(known, dict) else {key: worst.error})
+    return worst
+
+
+def driver() -> str:
+    """The version of NVIDIA's driver, or nothing where it does not tell."""
+    try:
+        with open("/proc/driver/nvidia/version", encoding="utf-8") as file:
+            return file.readline().strip()
+    except OSError:  # WSL has none; its driver is that of Windows
+        return str(torch.cuda.driver_version()) if hasattr(torch.cuda, "driver_version") else ""

@@ -1,0 +1,45 @@
+"""./training.sh --selftest: everything that could compute the recurrences on this machine, beside their definition."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import machine
+from ..errors import UserError
+from ..model.arch import NUMBERS
+from ..ops import dispatch, proof
+from ..ops.cpu import build as cpu_build
+from ..ops.cuda import build as cuda_build
+
+MISSING = cpu_build.Missing, cuda_build.Missing
+
+
+def selftest() -> None:
+    """Print a line for every version, backend and number format. UserError if one computes something else."""
+    kind, failed = machine.device_kind(), []
+    device = machine.device(0)
+    print(f"{machine.device_words()}; torch {torch.__version__}")
+    print(
+        f"{proof.HEADS} heads of {proof.SIZE}, sequences of {proof.LENGTHS} tokens, {len(proof.KINDS)} kinds of inputs; forward,"
+    )
+    print("every gradient, states in and out: the largest difference from the float64 definition, of the norm of each")
+    for version in dispatch.WKV:
+        for name, wkv in dispatch.available(version, kind).items():
+            if name == "reference":
+                continue
+            for dtype in (torch.float32, torch.bfloat16):
+                words = f"RWKV-{NUMBERS[version].lstrip('v')} OP={name:<6}{str(dtype).removeprefix('torch.'):<9}"
+                try:
+                    if name == "cpu":
+                        cpu_build.library()
+                    found = proof.prove(version, wkv, device, dtype)
+                except MISSING as missing:
+                    print(f"{words} missing: {missing}")
+                    break
+                good = "passed" if found.passed else "FAILED"
+                print(f"{words} {good}  {found.error:.1e} of {found.limit:.1e} allowed ({found.what})")
+                failed += [] if found.passed else [f"OP={name} for {version} in {dtype}"]
+    if failed:
+        raise UserError(
+            f"{', '.join(failed)}: computes something else than the definition; please report the lines above."
+        )

@@ -1,0 +1,30 @@
+"""On a GPU: the kernels are right, `auto` takes them, and a run on them learns what one on the torch backend learns."""
+
+import pytest
+import torch
+from inprocess import run
+
+from rwkv_peft.ops import dispatch, proof
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
+
+
+@pytest.mark.parametrize("version", dispatch.WKV)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["torch", "cuda"])
+def test_a_backend_computes_what_the_definition_says(version, dtype, backend):
+    found = proof.prove(version, dispatch.WKV[version][backend], "cuda", dtype)
+    assert found.passed, found
+
+
+@pytest.mark.parametrize("version", dispatch.WKV)
+def test_auto_takes_the_kernels(version):
+    assert dispatch.choose("auto", version, "cuda").name == "cuda"
+
+
+@pytest.mark.parametrize("settings", [{}, {"DATALOAD": "pad"}, {"TRAIN_TYPE": "infctx", "CHUNK_CTX": "16"}], ids=str)
+def test_a_run_on_the_kernels_learns_what_one_on_torch_learns(ready, settings):
+    common = {"EPOCH_COUNT": "3", "PRECISION": "fp32"} | settings
+    _, one = run(ready, "torch", OP="torch", **common)
+    _, other = run(ready, "cuda", OP="cuda", **common)
+    assert [r["loss"] for r in other] == pytest.approx([r["loss"] for r in one], rel=1e-4)

@@ -1,0 +1,103 @@
+"""The proof that kernels must give before a run uses them: right ones pass, wrong ones fail, and it is asked for once."""
+
+import types
+
+import pytest
+import torch
+
+from rwkv_peft import train
+from rwkv_peft.errors import Problems, UserError
+from rwkv_peft.ops import cache, chunked, chunked6, dispatch, proof
+from rwkv_peft.ops.cuda import build
+
+TORCH = {"x070": chunked.wkv7, "x060": chunked6.wkv6, "x052": chunked6.wkv5}
+
+
+@pytest.mark.parametrize("version", TORCH)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_right_passes(version, dtype):
+    assert proof.prove(version, TORCH[version], "cpu", dtype).passed
+
+
+def wrong(version, how):
+    def wkv(*given):
+        if how == "forgets where a sequence ends":
+            *x, s0, borders = given
+            y, s = TORCH[version](*x, s0[:1], (0, borders[-1]))
+            return y, s.expand(len(s0), *s.shape[1:])
+        y, s = TORCH[version](*given)
+        if how == "a wrong gradient":
+            y = y + 1e-3 * (y - y.detach())
+        return (y, s * (1 + 1e-3)) if how == "a wrong state" else (y * torch.nan, s) if how == "NaN" else (y, s)
+
+    return wkv
+
+
+@pytest.mark.parametrize("version", TORCH)
+@pytest.mark.parametrize("how", ["forgets where a sequence ends", "a wrong gradient", "a wrong state", "NaN"])
+def test_what_is_wrong_fails(version, how):
+    assert not proof.prove(version, wrong(version, how), "cpu", torch.float32).passed
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """A machine that says it has one; what runs on it is a stand-in."""
+    about = types.SimpleNamespace(name="Stand-in", total_memory=2**34)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: about)
+    monkeypatch.setattr(cache, "folder", lambda: tmp_path)
+    prove = proof.prove
+    monkeypatch.setattr(proof, "prove", lambda version, wkv, device, dtype: prove(version, wkv, "cpu", dtype))
+
+    def has(wkv):
+        monkeypatch.setitem(dispatch.WKV["x070"], "cuda", wkv)
+
+    return has
+
+
+def test_kernels_that_pass_are_taken_and_are_asked_once(gpu, monkeypatch):
+    gpu(chunked.wkv7)
+    first = dispatch.choose("auto", "x070", "cuda")
+    assert first.name == "cuda" and "on this GPU" in first.why
+    monkeypatch.setattr(proof, "prove", None)
+    assert dispatch.choose("auto", "x070", "cuda").name == "cuda"
+    monkeypatch.setattr(build, "digest", lambda: "other sources")
+    with pytest.raises(TypeError):  # asked again
+        dispatch.choose("auto", "x070", "cuda")
+
+
+@pytest.mark.parametrize("how", ["wrong", "missing", "refused"])
+def test_kernels_that_fail_are_not_taken_and_the_reason_is_told(gpu, how):
+    def fails(*_given):
+        raise (
+            build.Missing("wkv7.cu cannot be compiled")
+            if how == "missing"
+            else RuntimeError("CUDA error: no kernel image")
+        )
+
+    gpu(wrong("x070", "a wrong state") if how == "wrong" else fails)
+    for _ in range(2):  # a failure is not remembered
+        found = dispatch.choose("auto", "x070", "cuda")
+        assert found.name == "torch" and "which are not used: " in found.why
+    words = {"wrong": "wrong on this GPU", "missing": "cannot be compiled", "refused": "no kernel image"}[how]
+    assert words in found.why
+    with pytest.raises(Problems, match=words):
+        dispatch.choose("cuda", "x070", "cuda")
+
+
+def test_what_is_for_another_device_is_refused():
+    with pytest.raises(Problems, match="is for NVIDIA GPUs, and none was found; use auto"):
+        dispatch.choose("cuda", "x070", "cpu")
+    with pytest.raises(Problems, match="is for training without a GPU, and there is one; use auto"):
+        dispatch.choose("cpu", "x070", "cuda")
+
+
+def test_the_selftest_prints_what_it_found_and_fails_with_it(ready, capsys, monkeypatch):
+    from inprocess import config
+
+    train.command(config(), ["--selftest"])
+    said = capsys.readouterr().out
+    assert said.count(" passed ") >= 6 and "RWKV-7 OP=torch" in said and "FAILED" not in said
+    monkeypatch.setitem(dispatch.WKV["x060"], "torch", wrong("x060", "a wrong gradient"))
+    with pytest.raises(UserError, match="OP=torch for x060"):
+        train.command(config(), ["--selftest"])
