@@ -59,6 +59,7 @@ GEOMETRIES = {
     "0.1b": new_geometry("x070", 12, 768, 65536),
     "0.4b": new_geometry("x070", 24, 1024, 65536),
     "1.5b": new_geometry("x070", 24, 2048, 65536),
+    "2.9b": new_geometry("x070", 32, 2560, 65536),
 }
 GEMM = 1024, 4096, 4096
 PEERS = {  # script -> precisions that it can train in on a CPU
@@ -92,21 +93,25 @@ def needed_flops(geometry: Geometry, method: str, rank: int) -> float:
 class Ours:
     """One training step of the kit, made of the parts that ./training.sh runs."""
 
-    def __init__(self, given, path: str):
+    def __init__(self, given, path: str, device: str = "cpu"):
         geometry = GEOMETRIES[given.geometry]
         dtype = DTYPES[given.precision]
-        ops = dispatch.choose(given.op, geometry.version)
+        ops = dispatch.choose(given.op, geometry.version, device)
         self.op = ops.name
         model = build(geometry, checkpoint.load(path), ops, dtype, RECOMPUTE[given.grad_cp])
         setup = setup_of(given.method, given.rank)
-        attach.adapt(model, setup, dtype)
+        attach.adapt(model, setup, dtype, device=device)
+        model.to(device)
         groups = parameter_groups(attach.trained(model).items(), 0.0, arch.decays, lambda name: 1.0)
         self.module = TrainingModule(model, groups, 100, "constant", 1e-5, 1e-5, 0, (0.9, 0.99), 1e-8, 1.0)
         self.optimizer = self.module.configure_optimizers()["optimizer"]
         tokens = given.batch * given.ctx
         inputs, targets = protocol.tokens(given.batch, given.ctx, geometry.vocab_size)
         borders = tuple(range(0, tokens + 1, given.ctx))
-        self.batch = Batch(inputs.reshape(1, -1), borders, torch.arange(tokens), targets.flatten(), tokens, tokens)
+        ids, positions, targets = (
+            x.to(device) for x in (inputs.reshape(1, -1), torch.arange(tokens), targets.flatten())
+        )
+        self.batch = Batch(ids, borders, positions, targets, tokens, tokens)
 
     def step(self) -> float:
         loss = self.module.summed_loss(self.batch) / self.batch.step_targets

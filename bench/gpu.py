@@ -1,0 +1,185 @@
+"""The kernels and whole training steps on one NVIDIA GPU, in one table. bench/gpu.sh runs it on a bare machine.
+
+usage: python bench/gpu.py [--minutes 7] [--quick] [--json FILE]
+
+Printed, with GPU, driver and versions:
+    the rate of a large bfloat16 product, and of a copy from the GPU's memory to itself (bytes read and written)
+    the recurrences, forward and backward, OP=cuda beside OP=torch: ms, ns for each token and head, memory above the inputs, share
+    of the copy's rate if a token and head were 3.1 KB (inputs, outputs, gradients: research/kernels.md 2.1)
+    LoRA steps (rank 16) of random 0.1B to 2.9B files: tokens/s, peak memory, share of the product's rate (see bench/step.py)
+It begins nothing new after --minutes. --quick: the smallest of each; with --device cpu it only shows that the program works.
+"""
+
+from __future__ import annotations
+
+import sys
+
+sys.path[0] = __file__.rpartition("bench")[0]  # the kit, instead of this folder
+
+# ruff: noqa: E402
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from bench.step import GEOMETRIES, Ours, needed_flops, telling
+from rwkv_peft import checkpoint
+from rwkv_peft.model.initial import initial_tensors
+from rwkv_peft.ops import dispatch, proof
+
+WKV = [(1, 1024, 12), (1, 4096, 32), (8, 1024, 32), (8, 4096, 64)]  # sequences, tokens of each, heads
+STEPS = [(name, ctx, batch) for name in GEOMETRIES for ctx, batch in ((1024, 1), (4096, 1), (1024, 8), (4096, 8))]
+BYTES = 3100  # of a token and head of size 64, forward and backward
+
+
+class Meter:
+    """Times on a device: medians of some runs, after one that does not count, and the most memory that a run takes."""
+
+    def __init__(self, device: str):
+        self.device = device
+
+    def wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def seconds(self, work, runs: int = 5) -> float:
+        times = []
+        for _ in range(runs + 1):
+            self.wait()
+            begin = time.perf_counter()
+            work()
+            self.wait()
+            times.append(time.perf_counter() - begin)
+        return statistics.median(times[1:])
+
+    def begin_memory(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def peak_mb(self) -> float:
+        return torch.cuda.max_memory_allocated() / 1e6 if self.device == "cuda" else float("nan")
+
+
+def product_rate(meter: Meter, size: int) -> float:
+    x, y = (torch.randn(size, size, device=meter.device, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * size**3 / meter.seconds(lambda: x @ y)
+
+
+def copy_rate(meter: Meter, numbers: int) -> float:
+    x = torch.empty(numbers, device=meter.device)
+    y = torch.empty_like(x)
+    return 2 * x.nbytes / meter.seconds(lambda: y.copy_(x))
+
+
+def wkv_row(meter: Meter, version: str, name: str, shape: tuple[int, int, int], copy: float) -> dict:
+    batch, tokens, heads = shape
+    some = [x.detach() for x in proof.inputs(version, "random")]
+    kinds = [torch.float32 if i == 1 or x.dim() == 2 else torch.bfloat16 for i, x in enumerate(some)]
+    x = []
+    for like, kind in zip(some, kinds, strict=True):
+        sizes = (batch, tokens, heads, 64) if like.dim() == 4 else (heads, 64)
+        drawn = torch.randn(sizes, device=meter.device) / 8
+        x.append((-torch.exp(drawn - 1) if kind == torch.float32 and len(x) == 1 else drawn).to(kind).requires_grad_())
+    s0 = torch.zeros(batch, heads, 64, 64, device=meter.device).requires_grad_()
+    wkv = dispatch.WKV[version][name]
+    dy = torch.randn(batch, tokens, heads, 64, device=meter.device, dtype=torch.bfloat16)
+
+    def step() -> None:
+        y, _ = wkv(*x, s0)
+        torch.autograd.grad(y, [*x, s0], dy)
+
+    step()
+    meter.begin_memory()
+    before = meter.peak_mb()
+    seconds = meter.seconds(step)
+    each = seconds / (batch * tokens * heads)
+    return {
+        "what": "wkv", "version": version, "op": name, "B": batch, "T": tokens, "H": heads, "ms": 1e3 * seconds,
+        "ns": 1e9 * each, "mb": meter.peak_mb() - before, "share_of_copy": BYTES / each / copy,
+    }  # fmt: skip
+
+
+def step_row(meter: Meter, path: str, name: str, ctx: int, batch: int, product: float) -> dict:
+    how = {"geometry": name, "precision": "bf16", "op": "auto", "grad_cp": "1", "method": "lora", "rank": 16}
+    meter.begin_memory()
+    ours = Ours(SimpleNamespace(**how, ctx=ctx, batch=batch), path, meter.device)
+    seconds = meter.seconds(ours.step, 4)
+    rate = batch * ctx / seconds
+    return {
+        "what": "step", **how, "op": ours.op, "ctx": ctx, "batch": batch, "tokens_per_s": rate, "peak_mb": meter.peak_mb(),
+        "share_of_product": rate * needed_flops(GEOMETRIES[name], "lora", 16) / product,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--minutes", type=float, default=7.0)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    if given.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("There is no GPU. --device cpu --quick shows that the program works.")
+    began, meter, rows = time.monotonic(), Meter(given.device), []
+    backends = [n for n in dispatch.available("x070", given.device) if n != "reference"]
+    gpu = torch.cuda.get_device_name() if given.device == "cuda" else "a CPU"
+    print(f"{gpu}, driver {proof.driver() or '?'}, torch {torch.__version__}", flush=True)
+
+    def tell(row: dict, words: str) -> None:
+        rows.append(row)
+        print(words, flush=True)
+        if given.json:
+            given.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def attempt(row, words) -> None:
+        """A row of the table, unless time is up; what does not fit is told and left out."""
+        if time.monotonic() - began > 60 * given.minutes:
+            return
+        try:
+            found = row()
+            tell(found, words.format(**found))
+        except RuntimeError as error:
+            print(f"left out: {str(error).splitlines()[0][:150]}", flush=True)
+            meter.begin_memory()
+
+    product = product_rate(meter, 512 if given.quick else 8192)
+    copy = copy_rate(meter, 1 << (20 if given.quick else 30))
+    words = f"product {product / 1e12:.1f} TFLOP/s bfloat16, copy {copy / 1e9:.0f} GB/s"
+    tell({"what": "rates", "gpu": gpu, "product": product, "copy": copy}, words)
+    for version in dispatch.WKV:
+        for shape in WKV[:1] if given.quick else WKV:
+            for name in backends:
+                attempt(
+                    lambda v=version, n=name, s=(1, 65, 2) if given.quick else shape: wkv_row(meter, v, n, s, copy),
+                    "{version} OP={op:<6} B={B} T={T} H={H}: {ms:9.3f} ms  {ns:8.2f} ns a token and head  {mb:8.0f} MB  "
+                    "{share_of_copy:.1%} of the copy",
+                )
+    with tempfile.TemporaryDirectory() as folder:
+        written = ""
+        for name, ctx, batch in [("0.1b", 64, 1)] if given.quick else STEPS:
+            if time.monotonic() - began > 60 * given.minutes:
+                break
+            path = Path(folder) / "base.pth"
+            if written != name:
+                checkpoint.save(path, telling(initial_tensors(GEOMETRIES[name], 0)))
+                written = name
+            attempt(
+                lambda n=name, c=ctx, b=batch, p=str(path): step_row(meter, p, n, c, b, product),
+                "{geometry} LoRA bf16 OP={op} ctx {ctx} batch {batch}: {tokens_per_s:10,.0f} tokens/s  {peak_mb:8.0f} MB  "
+                "{share_of_product:.1%} of the product's rate",
+            )
+    of = {(r["version"], r["B"], r["T"], r["H"], r["op"]): r["ms"] for r in rows if r["what"] == "wkv"}
+    for (version, b, t, h, op), ms in of.items():
+        if op != "torch" and (version, b, t, h, "torch") in of:
+            ratio = of[version, b, t, h, "torch"] / ms
+            print(f"ratio: {version} B={b} T={t} H={h} OP={op} is {ratio:.1f} times as fast as OP=torch")
+
+
+if __name__ == "__main__":
+    main()
