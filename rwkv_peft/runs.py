@@ -39,7 +39,7 @@ def claim(name: str, stem: str, cleanup: contextlib.ExitStack, goes_on: bool = F
         except FileExistsError:  # another run without a name was faster
             continue
         file = cleanup.enter_context(open(folder / "loss.jsonl", "a"))  # noqa: SIM115 (closed by cleanup)
-        taken = file.tell() > 0 and not goes_on
+        taken = has_saved(folder) and not goes_on
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -51,14 +51,16 @@ def claim(name: str, stem: str, cleanup: contextlib.ExitStack, goes_on: bool = F
             if goes_on:
                 message = f"{project.shown(folder)} is being trained at this moment, by another process"
             raise Problems(Problem("RUN_NAME", message))
+        if not goes_on:
+            file.truncate(0)  # of a run that was ended before it had saved anything
         return folder
 
 
 def is_running(folder: Path) -> bool:
     """Whether a process trains this run now."""
     try:
-        with open(folder / "loss.jsonl", "a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with open(folder / "loss.jsonl") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:  # it has no log, or the file system no locks
@@ -67,15 +69,21 @@ def is_running(folder: Path) -> bool:
 
 
 def cut_log(folder: Path, step: int) -> list[dict]:
-    """Take from loss.jsonl what came after an optimizer step; returns what is left of it."""
+    """Take from loss.jsonl what came after an optimizer step; returns what is left of it, up to the first line that is not
+    the next step's: a machine that lost its power may have left anything."""
     kept, end = [], 0
-    with open(folder / "loss.jsonl", "r+b") as file:
+    with open(folder / "loss.jsonl", "a+b") as file:
+        file.seek(0)
         for line in file:
             try:
                 record = json.loads(line)
-                if not line.endswith(b"\n") or record["step"] > step:
-                    break
-            except (ValueError, KeyError, TypeError):  # a machine that lost its power may have left anything
+                numbers = [record["seconds"], *([] if record["loss"] is None else [record["loss"]])]
+                sound = (
+                    line.endswith(b"\n") and record["step"] == len(kept) + 1 <= step and all(n >= 0 for n in numbers)
+                )
+            except (ValueError, LookupError, TypeError):
+                break
+            if not sound:
                 break
             kept.append(record)
             end += len(line)
@@ -83,10 +91,9 @@ def cut_log(folder: Path, step: int) -> list[dict]:
     return kept
 
 
-def is_taken(folder: Path) -> bool:
-    """Whether a run has left results there. A folder with settings only (stopped before its first step) may be used."""
-    log = folder / "loss.jsonl"
-    return any(folder.glob("rwkv-*.pth")) or (log.exists() and log.stat().st_size > 0)
+def has_saved(folder: Path) -> bool:
+    """Whether a run has left results there, or a state to go on from. A folder of one that was ended before may be used."""
+    return any(folder.glob("rwkv-*.pth")) or any(folder.glob("state/step-*"))
 
 
 def point_latest(folder: Path) -> None:
@@ -115,7 +122,7 @@ def abandon(folder: Path) -> None:
 def release(folder: Path) -> None:
     """Leave nothing behind of a run that never took a step, and no link to it."""
     log = folder / "loss.jsonl"
-    if log.is_file() and not log.stat().st_size:
+    if log.is_file() and not log.stat().st_size and not has_saved(folder):
         log.unlink()
         (folder / "run.json").unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # something else is in it

@@ -52,7 +52,7 @@ def same(root, one: str, other: str, records: tuple[list, list]) -> None:
     for file in files[0]:
         first, second = (checkpoint.load(folder / file) for folder in folders)
         assert first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
-    last = [snapshot.read(folder / "state" / snapshot.names(folder)[-1]) for folder in folders]
+    last = [snapshot.described(folder / "state" / snapshot.names(folder)[-1]) for folder in folders]
     assert last[0].step == last[1].step and last[0].facts["tokens"] == last[1].facts["tokens"]
     for part in ("weights", "optimizer", "random"):
         first, second = (one.tensors(part) for one in last)
@@ -193,7 +193,9 @@ def test_two_processes_go_on_as_if_they_had_never_stopped(kit):
     shutil.copytree(output / "whole", output / "again")
     for name in snapshot.names(output / "again")[2:]:
         shutil.rmtree(output / "again" / "state" / name)
-    kit.set(RUN_NAME="again")
+    (output / "latest").unlink()
+    (output / "latest").symlink_to("again")
+    kit.set(RUN_NAME="")  # the first process finds it, and tells the other
     assert "goes on   output/again at step 4 of 12" in kit.run("training.sh").stdout
     same(kit.root, "whole", "again", [records(kit.root, name) for name in ("whole", "again")])
 
@@ -289,22 +291,45 @@ def test_a_run_that_is_training_at_this_moment_does_not_go_on_twice(ready, monke
             run(ready, "again", **BASE)
 
 
+def saved(folder, step: int, keep: int = 1):
+    """A state of so many steps, with little in it."""
+    facts = {key: None for key in snapshot.WANTED if key not in ("format", "files")} | {"step": step}
+    parts = {part: {"a": torch.arange(64.0)} for part in snapshot.PARTS}
+    return snapshot.write(folder, parts, facts, keep)
+
+
 def test_only_the_last_states_are_kept_and_half_written_ones_vanish(tmp_path):
-    tensors = {"weights": {"a": torch.arange(4.0)}}
-    facts = {key: None for key in snapshot.WANTED if key not in ("format", "files")}
     for step in (5, 9, 12, 20):
         (tmp_path / "state").mkdir(exist_ok=True)
         (tmp_path / "state" / f"{snapshot.UNFINISHED}step-000001").mkdir()
-        snapshot.write(tmp_path, tensors, facts | {"step": step}, 2)
+        saved(tmp_path, step, keep=2)
     assert sorted(p.name for p in (tmp_path / "state").iterdir()) == ["step-000012", "step-000020"]
-    found = snapshot.newest(tmp_path, print)
-    assert found.step == 20 and torch.equal(found.tensors("weights")["a"], tensors["weights"]["a"])
+    found = snapshot.whole(tmp_path, print)
+    assert found.step == 20 and torch.equal(found.tensors("weights")["a"], torch.arange(64.0))
 
 
-@pytest.mark.parametrize("harm", ["cut", "gone", "manifest", "flipped", "outside"])
+def test_a_state_that_is_saved_behind_a_damaged_later_one_stays(tmp_path):
+    for step in (6, 8):
+        saved(tmp_path, step, keep=2)
+    (tmp_path / "state/step-000008/weights.safetensors").unlink()
+    saved(tmp_path, 7)
+    assert snapshot.names(tmp_path) == ["step-000007", "step-000008"]
+    snapshot.drop_newer(tmp_path, 7)
+    assert snapshot.names(tmp_path) == ["step-000007"]
+
+
+def test_a_state_that_was_about_to_be_replaced_is_found_and_looking_changes_nothing(tmp_path):
+    folder = saved(tmp_path, 4).folder
+    folder.rename(folder.with_name(f"{snapshot.REPLACED}{folder.name}"))
+    (tmp_path / "state" / f"{snapshot.UNFINISHED}step-000005").mkdir()
+    assert snapshot.whole(tmp_path, print).step == 4 and len(list((tmp_path / "state").iterdir())) == 2
+    snapshot.tidy(tmp_path)
+    assert [p.name for p in (tmp_path / "state").iterdir()] == ["step-000004"]
+
+
+@pytest.mark.parametrize("harm", ["cut", "gone", "manifest", "flipped", "another step", "a part left out"])
 def test_no_damage_goes_unseen(tmp_path, harm):
-    facts = {key: None for key in snapshot.WANTED if key not in ("format", "files")} | {"step": 3}
-    folder = snapshot.write(tmp_path, {"weights": {"a": torch.arange(64.0)}}, facts, 1).folder
+    folder = saved(tmp_path, 3).folder
     file, manifest = folder / "weights.safetensors", folder / "manifest.json"
     if harm == "cut":
         file.write_bytes(file.read_bytes()[:-1])
@@ -318,9 +343,131 @@ def test_no_damage_goes_unseen(tmp_path, harm):
         file.write_bytes(content)
     else:
         told = json.loads(manifest.read_text())
-        told["files"]["../../x"] = {"bytes": 1, "sha256": "0"}
+        if harm == "another step":
+            told["step"] = 4
+        else:
+            del told["files"]["optimizer.safetensors"]
         manifest.write_text(json.dumps(told))
     said = []
     with pytest.raises(Exception, match="none of its states is whole"):
-        snapshot.newest(tmp_path, said.append)
+        snapshot.whole(tmp_path, said.append)
     assert said
+
+
+def test_the_checkpoint_of_an_epoch_is_not_lost_where_the_run_ended_while_it_was_saved(ready, monkeypatch):
+    """A state of that step must not be there before the checkpoint is; and what is missing is written when the run goes on."""
+    settings = BASE | {"SAVE_STEPS": "4"}
+    _, whole = run(ready, "whole", **settings)
+    replace = os.replace
+
+    def killed_at(name):
+        def replace_or_die(source, target):
+            if str(target).endswith(name):
+                raise Killed
+            replace(source, target)
+
+        return replace_or_die
+
+    for name in ("rwkv-0.pth", "rwkv-2.pth"):
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "replace", killed_at(name))
+            with pytest.raises(Killed):
+                run(ready, "again", **settings)
+    _, parts = run(ready, "again", **settings)
+    same(ready, "whole", "again", (whole, parts))
+    (ready / "output/again/rwkv-2.pth").unlink()  # lost in another way
+    _, parts = run(ready, "again", **settings)
+    same(ready, "whole", "again", (whole, parts))
+
+
+def test_a_run_that_is_stopped_in_its_last_step_is_complete(ready, monkeypatch, capsys):
+    interrupted(monkeypatch, ready, 12, "stopped", **BASE)
+    assert "Stopped behind the last step: the run is complete" in capsys.readouterr().err
+    assert json.loads((ready / "output/again/rwkv-2.json").read_text())["epoch_finished"] is True
+    with pytest.raises(Problems, match="is finished"):
+        run(ready, "again", **BASE)
+
+
+def test_an_epoch_count_below_what_is_done_is_refused_and_one_that_ends_there_writes_the_result(ready, monkeypatch):
+    settings = BASE | {"EPOCH_SAVE": "9", "SAVE_STEPS": "2"}
+    interrupted(monkeypatch, ready, 9, "killed", **settings)
+    with pytest.raises(Problems, match="EPOCH_COUNT: has 4 steps, and 8 are done in output/again"):
+        run(ready, "again", **settings | {"EPOCH_COUNT": "1"})
+    run(ready, "again", **settings | {"EPOCH_COUNT": "2"})
+    assert [p.name for p in (ready / "output/again").glob("*.pth")] == ["rwkv-1.pth"]
+
+
+def test_a_stream_may_be_made_longer_and_its_text_may_not_change(ready, monkeypatch):
+    settings = BASE | CASES["stream"] | {"LR_SCHEDULE": "constant"}
+    _, whole = run(ready, "whole", **settings)
+    run(ready, "again", **settings | {"MAX_STEPS": "7"})
+    _, parts = run(ready, "again", **settings)
+    assert [r["loss"] for r in parts] == [r["loss"] for r in whole]
+    file = ready / "data/chat.jsonl"
+    file.write_text(file.read_text().replace("tomato", "cherry"))
+    with pytest.raises(Problems, match="DATA_PATH: has another content .*chat.jsonl"):
+        run(ready, "again", **settings | {"MAX_STEPS": "14"})
+
+
+def test_what_adapters_began_with_must_be_there(ready, monkeypatch):
+    settings = BASE | {"FINETUNE_MODE": "pissa", "pissa_r": "4"}
+    interrupted(monkeypatch, ready, 5, "stopped", **settings)
+    start = ready / "output/again/init_pissa.pth"
+    start.write_bytes(start.read_bytes()[:-1] + b"x")
+    with pytest.raises(Problems, match="init_pissa.pth is another file than what"):
+        run(ready, "again", **settings)
+    start.unlink()
+    with pytest.raises(Problems, match="init_pissa.pth is missing"):
+        run(ready, "again", **settings)
+
+
+def test_a_run_that_was_killed_before_it_saved_anything_begins_again(ready, monkeypatch):
+    _, whole = run(ready, "whole", **BASE)
+    interrupted(monkeypatch, ready, 3, "killed", **BASE)
+    _, parts = run(ready, "again", **BASE)
+    same(ready, "whole", "again", (whole, parts))
+
+
+def test_a_new_run_that_never_took_a_step_does_not_hide_the_one_that_was_stopped(ready, monkeypatch, capsys):
+    interrupted(monkeypatch, ready, 5, "stopped", "", **BASE)
+    (ready / "output/latest").unlink()
+    (ready / "output/empty").mkdir()
+    (ready / "output/latest").symlink_to("empty")
+    train.command(config(RUN_NAME="", **BASE), ["--dry-run"])
+    assert "at step 5 of 12" in capsys.readouterr().out
+    with pytest.raises(Problems, match="--new wants another name"):
+        [name] = [p.parent.name for p in (ready / "output").glob("*/state")]
+        train.command(config(RUN_NAME=name, **BASE), ["--dry-run", "--new"])
+
+
+def test_a_state_that_another_process_has_overtaken_is_looked_for_again(ready, monkeypatch, capsys):
+    from rwkv_peft.train import again
+
+    settings = BASE | {"SAVE_STEPS": "2", "KEEP_LAST": "9"}
+    interrupted(monkeypatch, ready, 7, "killed", **settings)
+    find, before = again.find, []
+
+    def find_and_lose(*given):
+        found = find(*given)
+        if not before:
+            before.append(found)
+            shutil.rmtree(found.folder)  # as if another process had gone on, saved later states and pruned this one
+        return found
+
+    monkeypatch.setattr(again, "find", find_and_lose)
+    run(ready, "again", **settings)
+    assert "at step 4 of 12" in capsys.readouterr().out and before[0].step == 6
+
+
+@pytest.mark.parametrize("log", ["missing", "torn", "without its losses"])
+def test_a_log_with_gaps_is_told_and_stops_nothing(ready, monkeypatch, capsys, log):
+    interrupted(monkeypatch, ready, 5, "stopped", **BASE)
+    file = ready / "output/again/loss.jsonl"
+    lines = file.read_text().splitlines()
+    if log == "missing":
+        file.unlink()
+    else:
+        lines[2] = lines[2][:20] if log == "torn" else json.dumps({"step": 3, "seconds": "x"})
+        file.write_text("\n".join(lines) + "\n")
+    run(ready, "again", **BASE)
+    assert "loss.jsonl has only" in capsys.readouterr().out

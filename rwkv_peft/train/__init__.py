@@ -20,13 +20,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import logging
 import os
 import time
 from pathlib import Path
 
 from .. import hashing, project, runs, sidecars
-from ..atomic import need_space, sync_folder, temporary, write_json
+from ..atomic import clear_leftovers, need_space, sync_folder, temporary, write_json
 from ..config import RETIRED, TrainConfig
 from ..errors import EXIT_MEMORY, Problems, UserError, leave
 from ..methods import METHODS, OPTIMS
@@ -47,6 +48,11 @@ MOST_NAME = 80  # characters of a mixture's names in the name of a run
 RECOMPUTE = {"0": "nothing", "1": "blocks", "selective": "cheap"}
 
 
+def as_json(value):
+    """What comes back when it is written as JSON and read again: for comparing."""
+    return json.loads(json.dumps(value))
+
+
 def main(arguments: list[str]) -> None:
     enter(arguments, __doc__, TrainConfig, command, RETIRED)
 
@@ -63,8 +69,14 @@ def command(config: TrainConfig, typed: list[str]) -> None:
         from .selftest import selftest
 
         return selftest()
-    with contextlib.ExitStack() as cleanup:
-        run(config, "--dry-run" in typed, "--new" in typed, cleanup)
+    from .again import Moved
+
+    while True:
+        try:
+            with contextlib.ExitStack() as cleanup:
+                return run(config, "--dry-run" in typed, "--new" in typed, cleanup)
+        except Moved:  # the run has gone on in the meantime, elsewhere
+            continue
 
 
 def run(config: TrainConfig, dry_run: bool, anew: bool, cleanup: contextlib.ExitStack) -> None:
@@ -85,7 +97,7 @@ def run(config: TrainConfig, dry_run: bool, anew: bool, cleanup: contextlib.Exit
 
     say = print if MAIN_PROCESS else lambda *_a, **_k: None
     base = project.model_file(config.model_path)
-    found = again.find(config, anew, say)
+    found = again.find(config, anew, MAIN_PROCESS, say)
     stored, geometry, files, earlier = open_files(config, base, found is None)
     optim.must_be_there(config.optim)
     ops = dispatch.choose(config.op, geometry.version, machine.device_kind())
@@ -105,11 +117,20 @@ def run(config: TrainConfig, dry_run: bool, anew: bool, cleanup: contextlib.Exit
     workers = config.num_workers if config.num_workers != "auto" else int(machine.device_kind() == "cuda")
     name = found.run.name if found else config.run_name
     settings = resolved(config, ops.name, precision, data, plan, geometry, name, workers)
+    plan_facts = again.plan_facts(plan, config.streaming)
+    missing = None  # a checkpoint that the run has lost, or that is due only now
+    if found:
+        epoch, within = divmod(found.step, plan.optimizer_steps)
+        last = found.run / f"rwkv-{epoch - 1}.pth"
+        due = found.step == steps or epoch % config.epoch_save == 0
+        missing = last if not within and due and not last.is_file() else None
     if found and MAIN_PROCESS:
         try:
-            again.must_not_be_finished(found, steps, config.epoch_count)
+            again.must_not_be_finished(found, steps, config.epoch_count, missing)
             content = hashing.content(base, found.facts["base"])
-            again.must_be_the_same(found, settings, again.plan_facts(plan), content, data.content(found.facts["data"]))
+            start_file = runs.init_file(found.run, config.method)
+            contents = content, data.content(found.facts["data"])
+            again.must_be_the_same(found, settings, plan_facts, as_json(dict(setup.options)), *contents, start_file)
         except Problems as problems:
             if config.run_name:
                 raise
@@ -117,7 +138,14 @@ def run(config: TrainConfig, dry_run: bool, anew: bool, cleanup: contextlib.Exit
             return run(config, dry_run, True, cleanup)
     if MAIN_PROCESS and not dry_run:
         folder = runs.claim(name, stem, cleanup, found is not None)
-        cleanup.callback(runs.release, folder)
+        if found:
+            again.must_be_unchanged(found)
+        else:
+            cleanup.callback(runs.release, folder)
+            runs.init_file(folder, config.method).unlink(
+                missing_ok=True
+            )  # of a run that was ended before it saved anything
+        again.hand_over(found)
     else:
         folder = runs.choose(name, stem)
     dtype = machine.DTYPES[precision]
@@ -148,7 +176,8 @@ def run(config: TrainConfig, dry_run: bool, anew: bool, cleanup: contextlib.Exit
 
     if MAIN_PROCESS:
         moments = (4 + OPTIMS[config.optim].moments) * trained_values if config.keep_last else 0
-        need_space(folder, (base.stat().st_size if method.saves_model else 4 * trained_values) + int(moments))
+        states = int(moments) * (config.keep_last + 1)
+        need_space(folder, (base.stat().st_size if method.saves_model else 4 * trained_values) + states)
     torch.manual_seed(config.seed)
     # a run that saves models writes into a copy of the base: held open, it stays what it is even if another takes its name
     held = cleanup.enter_context(checkpoint.Archive(base)) if method.saves_model else None
@@ -182,29 +211,33 @@ def run(config: TrainConfig, dry_run: bool, anew: bool, cleanup: contextlib.Exit
             checkpoint.save(path, begun)
         return path
 
+    @functools.cache
+    def start_sha256() -> str | None:
+        return hashing.sha256(kept_start()) if begun else None
+
     def keep_state(parts: dict, facts: dict) -> None:
-        kept_start()
         step = facts["step"]
+        log.sync()
         more = {
             "steps": steps, "finished": step == steps, "settings": script_values(config), "became": settings,
-            "plan": again.plan_facts(plan), "world": plan.world, "base": {"name": base.name, **content},
+            "plan": plan_facts, "options": as_json(dict(setup.options)), "start_sha256": start_sha256(),
+            "world": plan.world, "base": {"name": base.name, **content},
             "data": identity.result(), "tokens": recorder.seen, "blocks": lisa.active if lisa else None,
             "wandb": tracker.run.id if tracker and tracker.run else None, "kit": __version__,
         }  # fmt: skip
         snapshot.write(folder, parts, {**facts, **more}, config.keep_last)
 
-    def write(epoch: int, finished: bool) -> Path:
+    def write(epoch: int, finished: bool, step: int) -> Path:
         path = folder / f"rwkv-{epoch}.pth"
+        clear_leftovers(path)
         changed = trained()
         bad = next((name for name, p in changed.items() if not torch.isfinite(p).all()), None)
         if bad:
             raise UserError(f"{bad} has become NaN or infinite, so {project.shown(path)} was not written. {TOO_HIGH}")
-        sidecar = describe_run(
-            config, geometry, setup.options, base, content, precision, epoch, trainer.global_step, finished
-        )
+        sidecar = describe_run(config, geometry, setup.options, base, content, precision, epoch, step, finished)
         sidecar["prompt_type"], sidecar["eot"] = data.templates[0] if len(data.templates) == 1 else (None, None)
         if begun:
-            sidecar["start_sha256"] = hashing.sha256(kept_start())
+            sidecar["start_sha256"] = start_sha256()
         fresh = temporary(path)  # it gets its name when its sidecar is there
         try:
             if held:
@@ -213,6 +246,9 @@ def run(config: TrainConfig, dry_run: bool, anew: bool, cleanup: contextlib.Exit
             else:
                 checkpoint.save(fresh, changed)
             sidecar["checkpoint_sha256"] = hashing.sha256(fresh)
+            path.unlink(
+                missing_ok=True
+            )  # of the epoch when it was not finished: it must not lie beside another's sidecar
             write_json(sidecars.path_of(path), sidecar)
             os.replace(fresh, path)
             sync_folder(folder)
@@ -232,7 +268,12 @@ def run(config: TrainConfig, dry_run: bool, anew: bool, cleanup: contextlib.Exit
         write_json(folder / "run.json", settings)
         runs.point_latest(folder)
         progress = Progress(steps, config.epoch_count, before)
-        sinks = [LossFile(folder / "loss.jsonl"), progress]
+        log = LossFile(folder / "loss.jsonl")
+        sinks = [log, progress]
+        if found and len(before) < found.step:
+            say(
+                f"careful   loss.jsonl has only {len(before)} of the {found.step} steps that are done; loss.png will show a gap"
+            )
         for sink in sinks:
             cleanup.callback(sink.close)
         known = found.facts["wandb"] if found else None
@@ -241,8 +282,18 @@ def run(config: TrainConfig, dry_run: bool, anew: bool, cleanup: contextlib.Exit
             cleanup.callback(tracker.close)
         say = progress.say
     stop = StopOnSignal(lambda: runs.abandon(folder) if MAIN_PROCESS else None)
-    keep = Keep(keep_state if config.keep_last else None, trained, config.save_steps, say, found.step if found else -1)
-    save = Save(config.epoch_save, config.epoch_count, folder, write, keep.save, say)
+    keep = Keep(
+        keep_state if config.keep_last else None,
+        trained,
+        config.save_steps,
+        plan.optimizer_steps,
+        say,
+        found.step if found else -1,
+    )
+    save = Save(config.epoch_save, config.epoch_count, plan.optimizer_steps, folder, write, keep.save, say)
+    if missing and MAIN_PROCESS:
+        save.newest = write(int(missing.stem.removeprefix("rwkv-")), True, found.step)
+        say(f"saved {save.newest}, which was missing")
     recorder = StepRecorder(sinks, before[-1]["seconds"] if before else 0.0, found.facts["tokens"] if found else 0)
     go_on = None
     if found:
@@ -283,9 +334,11 @@ def run(config: TrainConfig, dry_run: bool, anew: bool, cleanup: contextlib.Exit
     loader = make_loader(data.batches(RANK, first), workers, epoch, first)
     cleanup.callback(end_workers, loader)
     began = time.monotonic()
+    finished = found is not None and found.step == steps  # and only a checkpoint was missing
     try:
         with stop.listening():
-            trainer.fit(module, loader)
+            if not finished:
+                trainer.fit(module, loader)
     except RuntimeError as error:
         # torch's words for an empty host; a GPU has an exception of its own
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
@@ -294,6 +347,7 @@ def run(config: TrainConfig, dry_run: bool, anew: bool, cleanup: contextlib.Exit
     cleanup.close()
     if not MAIN_PROCESS:
         return
-    if config.streaming and trainer.global_step < steps and not stop.received:
+    complete = finished or trainer.global_step == steps
+    if config.streaming and not complete and not stop.received:
         print(f"The stream ended after {trainer.global_step} of MAX_STEPS={steps} steps.")
-    report.finish(method, folder, save.newest, keep.exact, stop.received, time.monotonic() - began)
+    report.finish(method, folder, save.newest, keep.exact, complete, stop.received, time.monotonic() - began)

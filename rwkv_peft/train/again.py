@@ -6,15 +6,17 @@ said then; otherwise a new one begins.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
-from .. import project, runs
+from .. import hashing, project, runs
 from ..config import TrainConfig
 from ..errors import Problem, Problems, UserError
 from ..training import snapshot
 from ..training.snapshot import Snapshot
 from ..words import count
+from .opening import as_written
 from .record import script_values
 
 # settings that may differ: they change when it ends, what is written, or how fast it is, and no step that is done
@@ -24,52 +26,78 @@ FREE = {
 }  # fmt: skip
 # settings that name files: for a run that is named, what counts is what is in them
 BY_CONTENT = {"MODEL_PATH", "DATA_PATH"}
+# the first process tells the others that it starts: the folder of the state, or nothing for a new run
+HANDED = "RWKV_PEFT_GOES_ON"
 
 
-def find(config: TrainConfig, anew: bool, say: Callable[[str], None]) -> Snapshot | None:
-    """The state that this run goes on from; None if it is a new one. anew: the user wants a new one. Problems if RUN_NAME
-    names one that cannot go on."""
+class Moved(Exception):
+    """Another process has trained the run while this one was getting ready: to be looked at again."""
+
+
+def find(config: TrainConfig, anew: bool, first: bool, say: Callable[[str], None]) -> Snapshot | None:
+    """The state that this run goes on from; None if it is a new one. anew: the user wants a new one. first: this is the process
+    that decides. Problems if RUN_NAME names a run that cannot go on."""
+    if not first and HANDED in os.environ:
+        return snapshot.described(Path(os.environ[HANDED])) if os.environ[HANDED] else None
+    folder = project.OUTPUT / config.run_name
+    if anew and config.run_name and runs.has_saved(folder):
+        raise Problems(
+            Problem("RUN_NAME", f"{project.shown(folder)} holds an earlier run; --new wants another name, or none")
+        )
     if anew:
         return None
     if config.run_name:
-        folder = project.OUTPUT / config.run_name
-        if not runs.is_taken(folder) and not snapshot.names(folder):
-            return None
-        found = named(folder, say)
-        different = changes(found, config, FREE | BY_CONTENT)
-        if different:
-            where = f"{project.shown(folder)} goes on as it began"
-            raise Problems(
-                *(
-                    Problem(name, f"was {was}; {where}. Set it back, or choose another RUN_NAME")
-                    for name, was in different
-                )
-            )
-        return found
-    folder = project.OUTPUT / "latest"
+        return named(folder, config, say) if runs.has_saved(folder) else None
+    folder = newest_run()
+    if folder is None or (first and runs.is_running(folder)):
+        return None
+    different: list[tuple[str, str, str]] = []
+
+    def wanted(found: Snapshot) -> bool:
+        different.extend([] if found.facts["finished"] else changes(found, config, FREE))
+        return not different and not found.facts["finished"]
+
     try:
-        found = snapshot.newest(folder.resolve(), lambda _: None) if folder.is_dir() else None
-    except UserError:
+        found = snapshot.whole(folder, say, wanted)
+    except UserError as error:
+        say(f"new run   {error}")
         return None
-    if found is None or is_finished(found, config) or runs.is_running(found.run):
-        return None
-    different = changes(found, config, FREE)
     if different:
-        names = ", ".join(name for name, _ in different[:4]) + (", ..." if len(different) > 4 else "")
+        names = ", ".join(name for name, *_ in different[:4]) + (", ..." if len(different) > 4 else "")
         say(
-            f"new run   {place(found)} was stopped, and had other settings ({names}). To go on with it, set them back and "
-            f"RUN_NAME={found.run.name}"
+            f"new run   {project.shown(folder)} was stopped, and had other settings ({names}). To go on with it, set them back "
+            f"and RUN_NAME={folder.name}"
         )
-        return None
     return found
 
 
-def named(folder: Path, say) -> Snapshot:
+def newest_run() -> Path | None:
+    """The folder of the newest run that has saved a state."""
+    latest = project.OUTPUT / "latest"
+    if snapshot.newest_first(latest):
+        return latest.resolve()
+    # the link is missing, or its run was ended before it had anything to save
+    others = [
+        p.parent for p in project.OUTPUT.glob("*/state") if p.parent != latest and snapshot.newest_first(p.parent)
+    ]
+    return max(others, key=lambda p: (p / "state").stat().st_mtime, default=None)
+
+
+def named(folder: Path, config: TrainConfig, say) -> Snapshot:
     there = project.shown(folder)
+    different: list[tuple[str, str, str]] = []
+
+    def wanted(found: Snapshot) -> bool:
+        different.extend(changes(found, config, FREE | BY_CONTENT))
+        return not different
+
     try:
-        found = snapshot.newest(folder, say)
+        found = snapshot.whole(folder, say, wanted)
     except UserError as error:
         raise Problems(Problem("RUN_NAME", f"{error} Choose another name")) from None
+    if different:
+        advice = f"{there} goes on as it began. Set it back, or choose another RUN_NAME"
+        raise Problems(*(Problem(name, f"was {was} and is {now}; {advice}") for name, was, now in different))
     if found is None:
         raise Problems(
             Problem(
@@ -81,44 +109,65 @@ def named(folder: Path, say) -> Snapshot:
     return found
 
 
-def must_not_be_finished(found: Snapshot, steps: int, epochs: int) -> None:
-    """Problems if there is nothing left to do. steps, epochs: of the whole run as the script has it now."""
-    if found.step >= steps:
-        more = "MAX_STEPS" if found.facts["settings"].get("STREAMING") else "EPOCH_COUNT"
-        done = (
-            f"{count(found.step, 'step')}"
-            if more == "MAX_STEPS"
-            else f"{count(found.step, 'step')}, {count(epochs, 'epoch')}"
+def hand_over(found: Snapshot | None) -> None:
+    """Tell the processes that this one starts what was decided."""
+    os.environ[HANDED] = str(found.folder) if found else ""
+
+
+def must_be_unchanged(found: Snapshot) -> None:
+    """Moved if another process has saved a state since this one was found. To be asked once the run is ours."""
+    snapshot.tidy(found.run)
+    if tuple(p.name for p in snapshot.newest_first(found.run)) != found.beside:
+        raise Moved
+    snapshot.drop_newer(found.run, found.step)
+
+
+def must_not_be_finished(found: Snapshot, steps: int, epochs: int, missing: Path | None) -> None:
+    """Problems if there is nothing left to do. steps, epochs: of the whole run as the script has it now. missing: the last
+    epoch's checkpoint, if it is not there."""
+    stream = found.facts["settings"].get("STREAMING")
+    more, run = "MAX_STEPS" if stream else "EPOCH_COUNT", project.shown(found.run)
+    if found.step > steps:
+        raise Problems(
+            Problem(
+                more, f"has {count(steps, 'step')}, and {found.step:,} are done in {run}; it cannot be less than that"
+            )
         )
+    if found.step == steps and missing is None:
+        done = count(found.step, "step") + ("" if stream else f", {count(epochs, 'epoch')}")
         raise Problems(
             Problem(
                 "RUN_NAME",
-                f"{project.shown(found.run)} is finished ({done}). A larger {more} trains it further; another "
-                "name begins a new run",
+                f"{run} is finished ({done}). A larger {more} trains it further; another name begins a new run",
             )
         )
-
-
-def is_finished(found: Snapshot, config: TrainConfig) -> bool:
-    """Whether a run has nothing left to do under these settings."""
-    told = found.facts["settings"]
-    same = told["EPOCH_COUNT"] == config.epoch_count and told["MAX_STEPS"] == config.max_steps
-    return found.facts["finished"] and same
 
 
 def place(found: Snapshot) -> str:
     return f"{project.shown(found.run)} at step {found.step:,} of {found.facts['steps']:,}"
 
 
-def changes(found: Snapshot, config: TrainConfig, free: set[str]) -> list[tuple[str, str]]:
-    """Settings that are not what they were, with what they were; but for the free ones."""
+def changes(found: Snapshot, config: TrainConfig, free: set[str]) -> list[tuple[str, str, str]]:
+    """Settings that are not what they were, with what they were and are; but for the free ones, and those that the kit had not
+    got then."""
     told, given = found.facts["settings"], script_values(config)
-    return [(name, repr(told.get(name))) for name in given if name not in free and told.get(name) != given[name]]
+    return [
+        (name, said(told[name]), said(given[name]))
+        for name in given
+        if name in told and name not in free and told[name] != given[name]
+    ]
 
 
-def must_be_the_same(found: Snapshot, settings: dict, plan: dict, content: dict, data: dict) -> None:
+def said(value) -> str:
+    return as_written(value) or '""'
+
+
+def must_be_the_same(
+    found: Snapshot, settings: dict, plan: dict, options: dict, content: dict, data: dict, start: Path
+) -> None:
     """Problems where what only the machine and the files can tell is not what it was. settings: resolved. plan: what
-    `plan_facts` says. content: of the base. data: what identifies the data."""
+    `plan_facts` says. options: of the method. content: of the base. data: what identifies the data. start: the file of what
+    adapters began with."""
     facts, where = found.facts, place(found)
     became, wrong = facts["became"], []
     if content["sha256"] != facts["base"]["sha256"]:
@@ -129,14 +178,25 @@ def must_be_the_same(found: Snapshot, settings: dict, plan: dict, content: dict,
         wrong.append(
             Problem("DATA_PATH", f"has another content than when {where} began: {difference(facts['data'], data)}")
         )
-    for name in became:
-        if name not in FREE | BY_CONTENT and settings.get(name) != became[name]:
-            wrong.append(
-                Problem(
-                    name,
-                    f"was {became[name]} and would be {settings.get(name)} now; {where} goes on as it began: set it",
-                )
+    if options != facts["options"]:
+        wrong.append(Problem("PEFT_CONFIG", f"has another content than when {where} began; set it back"))
+    if facts["start_sha256"] and not (start.is_file() and hashing.sha256(start) == facts["start_sha256"]):
+        how = "another file than" if start.is_file() else "missing; it is"
+        wrong.append(
+            Problem(
+                "RUN_NAME",
+                f"{project.shown(start)} is {how} what {where} began with: put it back from a copy of the run",
             )
+        )
+    free = FREE | BY_CONTENT | ({"EPOCH_STEPS"} if settings["STREAMING"] else set())
+    wrong += [
+        Problem(
+            name,
+            f"was {said(became[name])} and would be {said(settings[name])} now; {where} goes on as it began: set it",
+        )
+        for name in became
+        if name not in free and name in settings and settings[name] != became[name]
+    ]
     if not wrong and plan != facts["plan"]:
         wrong.append(
             Problem("DATA_PATH", f"makes other steps than when {where} began ({facts['plan']} then, {plan} now)")
@@ -145,25 +205,27 @@ def must_be_the_same(found: Snapshot, settings: dict, plan: dict, content: dict,
         raise Problems(*wrong)
 
 
-def described(data: dict) -> dict:
-    """What identifies data, without the marks of its files, which change when they are copied."""
+def described(data):
+    """What identifies data, without the names and the marks of its files, which change when they are copied."""
     if isinstance(data, dict):
         return {key: described(value) for key, value in data.items() if key not in ("mark", "name")}
     return [described(value) for value in data] if isinstance(data, list) else data
 
 
 def difference(before: dict, now: dict) -> str:
-    """Which of the files is another one."""
-    old, new = before.get("files", []), now.get("files", [])
+    """What of the data is another."""
+    old, new = before["files"], now["files"]
     if len(old) != len(new):
         return f"{count(len(old), 'file')} then, {len(new)} now"
     other = [f["name"] for f, g in zip(old, new, strict=True) if described(f) != described(g)]
-    return ", ".join(other[:3]) or "make_tokenize.sh has other settings"
+    if other:
+        return ", ".join(other[:3])
+    return "the weights of the mixture" if "weights" in now else "make_tokenize.sh has other settings"
 
 
-def plan_facts(plan) -> dict:
-    """How the data become steps."""
-    return {
-        "rows": plan.rows, "micro_batches": plan.micro_batches, "epoch_steps": plan.optimizer_steps,
-        "accumulate": plan.accumulate, "world": plan.world,
-    }  # fmt: skip
+def plan_facts(plan, streaming: bool) -> dict:
+    """How the data become steps. A stream's plan says how long it goes on, which may change."""
+    facts = {"accumulate": plan.accumulate, "world": plan.world}
+    if streaming:
+        return facts | {"micro_bsz": plan.micro_bsz}
+    return facts | {"rows": plan.rows, "micro_batches": plan.micro_batches, "epoch_steps": plan.optimizer_steps}

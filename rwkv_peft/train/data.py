@@ -211,8 +211,8 @@ def plan_stream(config: TrainConfig, source: Path, vocab_size: int, say) -> Plan
         lambda: batches(0, 0).sequences(),
         ((tokenizing.prompt_type, tokenizing.eot),),
         lambda _before: {
-            # (names and sizes: a stream may be too long to be read twice)
-            "files": [{"name": p.name, "bytes": p.stat().st_size if p.is_file() else None} for p in found],
+            # (a stream may be too long to be read twice)
+            "files": [{"name": p.name, "sample": hashing.sample(p) if p.is_file() else None} for p in found],
             "tokenizing": dataclasses.asdict(tokenizing),
         },
     )

@@ -153,6 +153,10 @@ class LossFile:
         self.file.write(json.dumps(asdict(record)) + "\n")
         self.file.flush()
 
+    def sync(self) -> None:
+        """Bring it onto the disk: a state of a step is worth nothing without the record of that step."""
+        os.fsync(self.file.fileno())
+
     def close(self) -> None:
         self.file.close()
 
@@ -160,34 +164,41 @@ class LossFile:
 class Save(pl.Callback):
     """Writes a checkpoint every `every` epochs, after the last one, and when the run is stopped.
 
-    write: (epoch, finished) -> the path it wrote; called on rank 0 only. keep: saves what the run can go on from, with the
-    trainer; called on all. say: where to tell the user.
+    write: (epoch, finished, step) -> the path it wrote; called on rank 0 only. keep: saves what the run can go on from, with
+    the trainer; called on all. epoch_steps: optimizer steps of an epoch. say: where to tell the user.
     """
 
     def __init__(
         self,
         every: int,
         epochs: int,
+        epoch_steps: int,
         folder: Path,
-        write: Callable[[int, bool], Path],
+        write: Callable[[int, bool, int], Path],
         keep: Callable[[pl.Trainer], None],
         say: Callable[[str], None],
     ):
+        self.epoch_steps = epoch_steps
         self.every, self.epochs, self.folder, self.write, self.say = every, epochs, folder, write, say
         self.keep = keep
         self.newest: Path | None = None
 
     def on_train_epoch_end(self, trainer, module) -> None:
-        epoch, finished = trainer.current_epoch, not trainer.should_stop
-        due = (epoch + 1) % self.every == 0 or epoch + 1 == self.epochs or not finished
-        if due and trainer.is_global_zero and trainer.global_step:
-            self.newest = self.write(epoch, finished)
+        epoch, step = trainer.current_epoch, trainer.global_step
+        # (a stream may end before its time; what is told to stop in the last step of an epoch has finished it)
+        finished = not trainer.should_stop or step >= (epoch + 1) * self.epoch_steps
+        due = self.is_due(epoch) or not finished or trainer.should_stop
+        if due and trainer.is_global_zero and step:
+            self.newest = self.write(epoch, finished, step)
             self.draw()
             self.say(f"saved {self.newest} (epoch {epoch + 1} of {self.epochs}{'' if finished else ', not finished'})")
         if trainer.world_size > 1:
             trainer.strategy.barrier()
         if due and trainer.global_step:
             self.keep(trainer)
+
+    def is_due(self, epoch: int) -> bool:
+        return (epoch + 1) % self.every == 0 or epoch + 1 == self.epochs
 
     def draw(self) -> None:
         try:

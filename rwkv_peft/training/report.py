@@ -288,10 +288,15 @@ def out_of_memory(settings: dict, error: Exception) -> str:
     return f"Out of memory: {str(error).splitlines()[0]}\nWhat to change, in this order:\n{listed}"
 
 
-def finish(method: Method, folder: Path, newest: Path | None, exact: bool, received: int, seconds: float) -> None:
-    """The last words: where the result is and what to do with it. exact: the state was saved as well."""
+def finish(
+    method: Method, folder: Path, newest: Path | None, exact: bool, complete: bool, received: int, seconds: float
+) -> None:
+    """The last words: where the result is and what to do with it. exact: the state was saved as well. complete: no step is
+    left."""
     there = project.shown(folder)
     if received:
+        if complete:
+            leave(f"Stopped behind the last step: the run is complete ({newest}).", 128 + received)
         if newest is None:
             leave(f"Stopped before the first step: there was nothing to save in {there}.", 128 + received)
         if not exact:

@@ -98,8 +98,8 @@ class Keep(pl.Callback):
     """Saves a snapshot every so many optimizer steps, and when `save` is called. To be the last callback.
 
     write: from parts and facts to a snapshot on the disk; None for a run that saves none. names: see GoOn. every: 0 for never by
-    itself. say: is told where one cannot be written, on a full disk: training goes on without it. saved: the step of the one
-    that it goes on from.
+    itself. epoch_steps: optimizer steps of an epoch. say: is told where one cannot be written, on a full disk: training goes on
+    without it. saved: the step of the one that it goes on from.
     """
 
     def __init__(
@@ -107,10 +107,11 @@ class Keep(pl.Callback):
         write: Callable[[Mapping[str, Mapping[str, Tensor]], dict], None] | None,
         names: Names,
         every: int,
+        epoch_steps: int,
         say: Callable[[str], None],
         saved: int = -1,
     ):
-        self.write, self.names, self.every, self.say = write, names, every, say
+        self.write, self.names, self.every, self.epoch_steps, self.say = write, names, every, epoch_steps, say
         self.step, self.saved = 0, saved
 
     def on_train_start(self, trainer, module) -> None:
@@ -120,7 +121,12 @@ class Keep(pl.Callback):
         if trainer.global_step == self.step:
             return
         self.look(trainer)
-        if self.every and self.step % self.every == 0:
+        # (not where an epoch ends: its checkpoint comes first, or a run that goes on from here would never write it)
+        if self.every and self.step % self.every == 0 and self.step % self.epoch_steps:
+            self.save(trainer)
+
+    def on_train_epoch_end(self, trainer, module) -> None:
+        if self.every and self.step and self.step % self.every == 0:
             self.save(trainer)
 
     def look(self, trainer) -> None:

@@ -7,6 +7,7 @@ their checksums comes last, and one rename makes it count. Older ones go when th
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -28,15 +29,20 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step-\d{6,}")
 UNFINISHED, REPLACED = ".unfinished-", ".replaced-"
-WANTED = ("format", "step", "steps", "finished", "world", "settings", "became", "plan", "base", "data", "files")
+WANTED = (
+    "format", "step", "steps", "finished", "world", "settings", "became", "plan", "base", "data", "options", "start_sha256",
+    "optimizer", "scaler", "tokens", "blocks", "wandb", "files",
+)  # fmt: skip
+PARTS = ("weights", "optimizer", "random")
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A saved state. facts: its manifest."""
+    """A saved state. facts: its manifest. beside: the states of the run at that moment, this one included."""
 
     folder: Path
     facts: Mapping[str, Any]
+    beside: tuple[str, ...] = ()
 
     @property
     def run(self) -> Path:
@@ -64,7 +70,7 @@ def write(run: Path, parts: Mapping[str, Mapping[str, Tensor]], facts: Mapping[s
     copied to the host one at a time. UserError or OSError if it cannot be written: what was there before is whole then."""
     there = folder_of(run)
     there.mkdir(exist_ok=True)
-    clear(there)
+    tidy(run)
     need_space(there, sum(t.numel() * t.element_size() for tensors in parts.values() for t in tensors.values()))
     name = f"step-{facts['step']:06}"
     fresh, target = there / f"{UNFINISHED}{name}", there / name
@@ -77,21 +83,29 @@ def write(run: Path, parts: Mapping[str, Mapping[str, Tensor]], facts: Mapping[s
             dtypes = {n: t.dtype for n, t in tensors.items()}
             safetensors_file.write(path, shapes, dtypes, lambda n, tensors=tensors: [tensors[n].detach().cpu()])
             files[path.name] = {"bytes": path.stat().st_size, "sha256": hashing.sha256(path)}
-        write_json(fresh / MANIFEST, {"format": FORMAT, **facts, "files": files})
+        content = {"format": FORMAT, **facts, "files": files}
+        write_json(fresh / MANIFEST, {**content, "sha256": checksum(content)})
         sync_folder(fresh)
         if target.exists():  # of the same step, from before the run was stopped and gone on with
             os.replace(target, there / f"{REPLACED}{name}")
         os.replace(fresh, target)
         sync_folder(there)
     finally:
-        clear(there)
-    for old in names(run)[:-keep]:
+        tidy(run)
+    for old in [n for n in names(run) if step_of(n) <= facts["step"]][:-keep]:
         remove(there / old)
     return Snapshot(target, json.loads((target / MANIFEST).read_text(encoding="utf-8")))
 
 
-def clear(there: Path) -> None:
-    """Remove what was never finished, and what has been replaced; where it has not, it gets its name back."""
+def checksum(content: Mapping[str, Any]) -> str:
+    """Of a manifest without this."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def tidy(run: Path) -> None:
+    """Remove what was never finished, and what has been replaced; where it has not, it gets its name back. For the process
+    alone that trains the run."""
+    there = folder_of(run)
     for left in there.glob(f"{REPLACED}*"):
         name = there / left.name.removeprefix(REPLACED)
         os.replace(left, left.with_name(f"{UNFINISHED}{name.name}") if name.exists() else name)
@@ -106,45 +120,77 @@ def remove(folder: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
+def drop_newer(run: Path, step: int) -> None:
+    """Remove states of later steps than the one that the run goes on from: they are damaged."""
+    for name in names(run):
+        if step_of(name) > step:
+            remove(folder_of(run) / name)
+
+
+def step_of(name: str) -> int:
+    return int(name.rpartition("-")[2])
+
+
 def names(run: Path) -> list[str]:
     """The saved states of a run, oldest first."""
     there = folder_of(run)
     found = [p.name for p in there.iterdir() if NAME.fullmatch(p.name)] if there.is_dir() else []
-    return sorted(found, key=lambda name: int(name[5:]))
+    return sorted(found, key=step_of)
 
 
-def newest(run: Path, say: Callable[[str], None]) -> Snapshot | None:
-    """The newest state that is whole; None if the run has saved none. say: is told about damaged ones. UserError if there is
-    nothing but damaged ones."""
-    clear(folder_of(run))
-    found = names(run)
-    for name in reversed(found):
+def newest_first(run: Path) -> list[Path]:
+    """The folders of the states that a run could go on from; one that was about to be replaced is among them."""
+    there = folder_of(run)
+    replaced = [p for p in there.glob(f"{REPLACED}*") if not (there / p.name.removeprefix(REPLACED)).exists()]
+    return sorted([*(there / name for name in names(run)), *replaced], key=lambda p: step_of(p.name), reverse=True)
+
+
+def described(folder: Path) -> Snapshot:
+    """What a saved state says of itself. UserError if that is not what was written."""
+    manifest = folder / MANIFEST
+    try:
+        facts = json.loads(manifest.read_text(encoding="utf-8"))
+        told = facts.pop("sha256", None)
+        same = told == checksum(facts) and facts.get("step") == step_of(folder.name)
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{shown(manifest)}: cannot be read ({type(error).__name__}: {error}).") from None
+    if not same:
+        raise UserError(f"{shown(manifest)}: is damaged (its content is not what was written).")
+    missing = [key for key in WANTED if key not in facts]
+    if facts["format"] != FORMAT or missing or {f"{part}.safetensors" for part in PARTS} - {*facts["files"]}:
+        raise UserError(f"{shown(manifest)}: was written by another version of the kit.")
+    return Snapshot(folder, facts, tuple(p.name for p in newest_first(folder.parent.parent)))
+
+
+def must_be_whole(found: Snapshot) -> None:
+    """UserError unless every byte of a state is as it was written."""
+    for name, told in found.facts["files"].items():
+        path = found.folder / name
         try:
-            return read(folder_of(run) / name)
+            if hashing.sha256(path) != told["sha256"]:
+                raise UserError(f"{shown(path)}: is damaged (its content is not what the manifest says).")
+        except OSError as error:
+            raise UserError(f"{shown(path)}: cannot be read ({error.strerror}).") from None
+
+
+def whole(
+    run: Path, say: Callable[[str], None], wanted: Callable[[Snapshot], bool] = lambda _: True
+) -> Snapshot | None:
+    """The newest state that is wanted and whole; None if there is none. say: is told about damaged ones. wanted: is asked
+    before the files are read. UserError if there is nothing but damaged ones."""
+    folders = newest_first(run)
+    for folder in folders:
+        try:
+            found = described(folder)
+            if not wanted(found):
+                return None
+            must_be_whole(found)
+            return found
         except UserError as error:
             say(f"careful   {error}")
-    if found:
+    if folders:
         raise UserError(f"{shown(folder_of(run))}: none of its states is whole; nothing can go on from there.")
     return None
-
-
-def read(folder: Path) -> Snapshot:
-    """A saved state, every byte of which is as it was written. UserError if not."""
-    try:
-        facts = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        missing = [key for key in WANTED if key not in facts]
-        if facts.get("format") != FORMAT or missing:
-            raise UserError(
-                f"{shown(folder / MANIFEST)}: is of another version of the kit ({facts.get('format')!r}, {missing})."
-            )
-        for name, told in facts["files"].items():
-            if "/" in name or not (folder / name).is_file():
-                raise UserError(f"{shown(folder / name)}: is missing.")
-            if hashing.sha256(folder / name) != told["sha256"]:
-                raise UserError(f"{shown(folder / name)}: is damaged (its content is not what the manifest says).")
-    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
-        raise UserError(f"{shown(folder / MANIFEST)}: cannot be read ({type(error).__name__}: {error}).") from None
-    return Snapshot(folder, facts)
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
