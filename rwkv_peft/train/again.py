@@ -51,7 +51,7 @@ def find(config: TrainConfig, anew: bool, first: bool, say: Callable[[str], None
     folder = newest_run()
     if folder is None or (first and runs.is_running(folder)):
         return None
-    different: list[tuple[str, str, str]] = []
+    different: list[tuple[str, str]] = []
 
     def wanted(found: Snapshot) -> bool:
         different.extend([] if found.facts["finished"] else changes(found, config, FREE))
@@ -63,7 +63,7 @@ def find(config: TrainConfig, anew: bool, first: bool, say: Callable[[str], None
         say(f"new run   {error}")
         return None
     if different:
-        names = ", ".join(name for name, *_ in different[:4]) + (", ..." if len(different) > 4 else "")
+        names = ", ".join(name for name, _ in different[:4]) + (", ..." if len(different) > 4 else "")
         say(
             f"new run   {project.shown(folder)} was stopped, and had other settings ({names}). To go on with it, set them back "
             f"and RUN_NAME={folder.name}"
@@ -85,7 +85,7 @@ def newest_run() -> Path | None:
 
 def named(folder: Path, config: TrainConfig, say) -> Snapshot:
     there = project.shown(folder)
-    different: list[tuple[str, str, str]] = []
+    different: list[tuple[str, str]] = []
 
     def wanted(found: Snapshot) -> bool:
         different.extend(changes(found, config, FREE | BY_CONTENT))
@@ -97,7 +97,7 @@ def named(folder: Path, config: TrainConfig, say) -> Snapshot:
         raise Problems(Problem("RUN_NAME", f"{error} Choose another name")) from None
     if different:
         advice = f"{there} goes on as it began. Set it back, or choose another RUN_NAME"
-        raise Problems(*(Problem(name, f"was {was} and is {now}; {advice}") for name, was, now in different))
+        raise Problems(*(Problem(name, f"was {was}; {advice}") for name, was in different))
     if found is None:
         raise Problems(
             Problem(
@@ -147,14 +147,12 @@ def place(found: Snapshot) -> str:
     return f"{project.shown(found.run)} at step {found.step:,} of {found.facts['steps']:,}"
 
 
-def changes(found: Snapshot, config: TrainConfig, free: set[str]) -> list[tuple[str, str, str]]:
-    """Settings that are not what they were, with what they were and are; but for the free ones, and those that the kit had not
+def changes(found: Snapshot, config: TrainConfig, free: set[str]) -> list[tuple[str, str]]:
+    """Settings that are not what they were, with what they were; but for the free ones, and those that the kit had not
     got then."""
     told, given = found.facts["settings"], script_values(config)
     return [
-        (name, said(told[name]), said(given[name]))
-        for name in given
-        if name in told and name not in free and told[name] != given[name]
+        (name, said(told[name])) for name in given if name in told and name not in free and told[name] != given[name]
     ]
 
 
