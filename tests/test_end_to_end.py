@@ -140,7 +140,8 @@ def test_a_stop_signal_saves_and_says_how_to_go_on(kit, number, code):
     tiny.save_model(kit.root / "model" / "tiny.pth")
     kit.data("chat.jsonl", *tiny.CHATS)
     kit.run("make_tokenize.sh", "chat.jsonl")
-    kit.set(**(QUICK | {"DATA_PATH": "chat", "RUN_NAME": "r", "EPOCH_COUNT": "100000", "EPOCH_SAVE": "100000"}))
+    settings = {"DATA_PATH": "chat", "RUN_NAME": "r", "EPOCH_COUNT": "100000", "EPOCH_SAVE": "100000", "MICRO_BSZ": "2"}
+    kit.set(**(QUICK | settings))
     process = subprocess.Popen(
         [str(kit.root / "training.sh")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
