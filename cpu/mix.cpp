@@ -67,7 +67,7 @@ void mix_backward(const T *x, const T *shift, const float *mu, const T *const *d
 template <typename T> void square_relu(const T *x, T *y, int64_t numbers, int threads) {
     share(numbers / 16, threads, [=](int64_t begin, int64_t end, int) {
         for (int64_t i = begin * 16; i < end * 16; i += W) {
-            const vf h = larger(load(x + i), splat(0));
+            const vf h = positive(load(x + i));
             store(y + i, h * h);
         }
     });
@@ -76,7 +76,7 @@ template <typename T> void square_relu(const T *x, T *y, int64_t numbers, int th
 template <typename T> void square_relu_backward(const T *x, const T *dy, T *dx, int64_t numbers, int threads) {
     share(numbers / 16, threads, [=](int64_t begin, int64_t end, int) {
         for (int64_t i = begin * 16; i < end * 16; i += W)
-            store(dx + i, larger(load(x + i), splat(0)) * 2.0f * load(dy + i));
+            store(dx + i, positive(load(x + i)) * 2.0f * load(dy + i));
     });
 }
 

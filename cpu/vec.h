@@ -51,6 +51,7 @@ static inline void set(bf16 *p, float x) {
 static inline vf splat(float x) { return x - (vf){}; }
 static inline vf choose(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
 static inline vf larger(vf a, vf b) { return choose(a > b, a, b); }
+static inline vf positive(vf x) { return choose(x < 0, splat(0.0f), x); }  // what is no number stays none
 
 // e^x to 2 roundings: 2^n times a polynomial on |r| <= ln(2)/2 (Cephes, expf). 0 below -87.3, where floats end; inf and NaN
 // as they come.

@@ -78,24 +78,30 @@ class RWKV(nn.Module):
         return self.head.weight if isinstance(self.head, Linear) else self.head.dense(self.dtype)
 
     def first_state(self, sequences: int) -> list[BlockState]:
-        """The state before a text's first token: zero, or what state tuning has learnt, for every sequence."""
+        """The state before a text's first token: zero, or what state tuning has learnt, for every sequence. Blocks share the
+        zeros: many short sequences would fill the memory with them."""
         like = torch.empty(0, dtype=self.dtype, device=self.ln_out.weight.device)
-        states = []
+        zero, states = BlockState.zeros(sequences, self.geometry.n_head, self.geometry.head_size, like), []
         for block in self.blocks:
-            state = BlockState.zeros(sequences, self.geometry.n_head, self.geometry.head_size, like)
+            state = BlockState(*zero.tensors())
             for field, learnt in block.learnt_state().items():
-                zero = getattr(state, field)
-                setattr(state, field, learnt.to(zero.dtype).expand_as(zero))
+                like = getattr(state, field)
+                setattr(state, field, learnt.to(like.dtype).expand_as(like))
             states.append(state)
         return states
 
     def features(
-        self, ids: Tensor, state: Sequence[BlockState] | None = None, cu_seqlens: Sequence[int] | None = None
+        self,
+        ids: Tensor,
+        state: Sequence[BlockState] | None = None,
+        cu_seqlens: Sequence[int] | None = None,
+        carry: bool = True,
     ) -> tuple[Tensor, list[BlockState]]:
         """ids -> what the head reads, and the state after each sequence.
 
         ids: int64 [B, T]. state: one BlockState per block, for S sequences; None is first_state. cu_seqlens: [S + 1]
-        integers, with B = 1: several sequences in one row. Without it every row is a sequence (S = B).
+        integers, with B = 1: several sequences in one row. Without it every row is a sequence (S = B). carry: whether the state
+        after the sequences is wanted; memory holds none of them otherwise.
         Returns [B, T, C] after ln_out, and the new state.
         """
         batch, tokens = ids.shape
@@ -112,7 +118,9 @@ class RWKV(nn.Module):
                     x, v_first, *new = block(x, v_first, borders, *before.tensors())
             else:
                 x, v_first, *new = checkpoint(block, x, v_first, borders, *before.tensors(), use_reentrant=False)
-            after.append(BlockState(*new))
+            if carry:
+                after.append(BlockState(*new))
+            del new
         return self.ln_out(x).view(batch, tokens, -1), after
 
     def forward(self, ids, state=None, cu_seqlens=None) -> tuple[Tensor, list[BlockState]]:

@@ -142,9 +142,8 @@ def run(config: TrainConfig, dry_run: bool, anew: bool, cleanup: contextlib.Exit
             again.must_be_unchanged(found)
         else:
             cleanup.callback(runs.release, folder)
-            runs.init_file(folder, config.method).unlink(
-                missing_ok=True
-            )  # of a run that was ended before it saved anything
+            # of a run that was ended before it saved anything
+            runs.init_file(folder, config.method).unlink(missing_ok=True)
         again.hand_over(found)
     else:
         folder = runs.choose(name, stem)
@@ -152,8 +151,9 @@ def run(config: TrainConfig, dry_run: bool, anew: bool, cleanup: contextlib.Exit
     trained_values = attach.count_trained(geometry, setup)
     settings["RUN_NAME"] = folder.name
     lines = data.lines(settings)
+    largest = data.most_tokens, data.most_sequences
     header = report.plan_lines(
-        settings, setup, base, geometry, lines, data.most_tokens, plan, steps, trained_values, stored, dtype, ops.why
+        settings, setup, base, geometry, lines, *largest, plan, steps, trained_values, stored, dtype, ops.why
     )
     if found:
         header.append(f"goes on   {again.place(found)}, as if it had never stopped")

@@ -70,7 +70,8 @@ def missing_data(prefix: Path) -> str:
 class Planned:
     """What a run trains on, and how it is cut into epochs and steps.
 
-    ctx_len: the longest sequence. buckets: those of DATALOAD=bucket. most_tokens: inputs of the largest micro-batch.
+    ctx_len: the longest sequence. buckets: those of DATALOAD=bucket. most_tokens: inputs of the largest micro-batch;
+    most_sequences: how many lie in it, as far as is known.
     lines: from the settings to the rows of the plan that the user sees. batches: from a rank, and for a stream the micro-batch
     that it begins with, to its micro-batches.
     sequences: what is trained, to look at: tokens [n] and weights [n-1] of one after another. templates: the PROMPT_TYPEs
@@ -82,6 +83,7 @@ class Planned:
     ctx_len: int
     buckets: Buckets | None
     most_tokens: int
+    most_sequences: int
     lines: Callable[[dict], list[tuple[str, str]]]
     batches: Callable[[int, int], Dataset]
     sequences: Callable[[], Iterator]
@@ -125,11 +127,17 @@ def plan_run(config: TrainConfig, files, vocab_size: int, say) -> Planned:
     epoch_steps = None if config.epoch_steps == "auto" else config.epoch_steps
     plan = data.make_plan(epoch_steps, micro_bsz, config.mini_bsz, config.gpu_count)
     templates = tuple(sorted({found for prefix, _ in files if (found := template_of(prefix))}))
+    facts = data.facts()
+    most_tokens = min(plan.most_tokens(data.ctx_len), facts.tokens)
+    sequences = (
+        plan.micro_bsz_of_step(0, 0) if mode != "pack" else most_tokens * facts.documents // max(facts.tokens, 1)
+    )
     return Planned(
         plan,
         data.ctx_len,
         data.buckets,
-        min(plan.most_tokens(data.ctx_len), data.facts().tokens),
+        most_tokens,
+        max(1, sequences),
         lambda settings: report.data_lines(data, plan, settings) + report.template_lines(templates),
         lambda rank, _first: Batches(data, plan, rank),
         lambda: itertools.chain.from_iterable(map(data.row, range(data.rows))),
@@ -206,6 +214,7 @@ def plan_stream(config: TrainConfig, source: Path, vocab_size: int, say) -> Plan
         config.ctx_len,
         None,
         plan.most_tokens(config.ctx_len),
+        plan.micro_bsz,
         lambda settings: report.stream_lines(found, tokenizing, buffer, plan, settings),
         batches,
         lambda: batches(0, 0).sequences(),

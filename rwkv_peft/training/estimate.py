@@ -51,13 +51,14 @@ def memory_bytes(
     op: str,
     moments: float = 8,
     compressed: int = 0,
+    sequences: int = 1,
 ) -> int:
     """Peak bytes on the device.
 
     shapes: all tensors of the base that are not compressed. trained: number of trained values. tokens: of one micro-batch
     (infctx: of one chunk). itemsize: bytes of a value in the working dtype. grad_cp: 0, 1 or selective. op: what computes.
     learns: whether layers do, which then keep their inputs. moments: bytes that the optimizer keeps for a value.
-    compressed: bytes of the tensors that are.
+    compressed: bytes of the tensors that are. sequences: that begin in one micro-batch; each has a state.
     """
     channels, layers = geometry.n_embd, geometry.n_layer
     inner = geometry.dim_ffn / channels
@@ -70,8 +71,10 @@ def memory_bytes(
         "1": layers * tokens * channels * 2 * itemsize + of_block,
     }[grad_cp]
     work = tokens * channels * kept.work * itemsize
+    # (seen with packs of rows of 5 tokens, where they are more than all the rest)
+    states = sequences * channels * geometry.head_size * 4 * (3 if grad_cp == "1" else 3 + 2 * layers)
     rows = min(tokens, max(1, CHUNK_VALUES // geometry.vocab_size))
     logits = rows * geometry.vocab_size * (itemsize if op == "cpu" else 8 + itemsize)
     frozen = 0 if full else sum(math.prod(s) for s in shapes.values()) * itemsize
     learning = trained * (MASTER_BYTES + moments)
-    return int(frozen + compressed + learning + activations + work + logits + OVERHEAD[device])
+    return int(frozen + compressed + learning + activations + work + states + logits + OVERHEAD[device])

@@ -56,7 +56,7 @@ class TrainingModule(pl.LightningModule):
         if self.chunk_ctx:
             where = batch.ids, batch.cu_seqlens, batch.positions, batch.targets
             return chunked_loss(self.model, *where, self.chunk_ctx, self.infctx_grad)
-        x, _ = self.model.features(batch.ids, cu_seqlens=batch.cu_seqlens)
+        x, _ = self.model.features(batch.ids, cu_seqlens=batch.cu_seqlens, carry=False)
         rows = x[0].index_select(0, batch.positions)
         return self.model.ops.cross_entropy(rows, self.model.head_weight(), batch.targets)
 

@@ -30,12 +30,12 @@ LONG_WARMUP = 0.25  # ... and so is a warm-up that takes more of the run than th
 
 
 def plan_lines(
-    settings, setup, base, geometry, lines, tokens, plan, steps, trained_values, stored, dtype, op_words
+    settings, setup, base, geometry, lines, tokens, sequences, plan, steps, trained_values, stored, dtype, op_words
 ) -> list[str]:
     """The run header: what was read, what auto became, how long it is, what it needs.
 
     settings: those of run.json, by their names in the script. setup: what becomes of the model. lines: data_lines or
-    stream_lines. tokens: inputs of the largest micro-batch. op_words: about what computes, or "".
+    stream_lines. tokens, sequences: of the largest micro-batch. op_words: about what computes, or "".
     """
     total = sum(math.prod(s.shape) for s in stored.values())
     device, full = device_kind(), setup.method == "full"
@@ -48,6 +48,7 @@ def plan_lines(
         dtype.itemsize, settings["GRAD_CP"], full, learns, device, settings["OP"],
         OPTIMS[settings["OPTIM"]].moments,
         compressed=int(sum(math.prod(arch.shapes(geometry)[name]) for name in compressed) * bits / 8),
+        sequences=max(1, sequences * min(tokens, settings["CHUNK_CTX"]) // tokens) if infctx else sequences,
     )  # fmt: skip
     last = settings["LR_INIT"] if settings["LR_SCHEDULE"] == "constant" else settings["LR_FINAL"]
     rows = [
