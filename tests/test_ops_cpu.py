@@ -16,6 +16,7 @@ from test_scripts import ROOT
 from tiny import wkv_inputs
 
 from rwkv_peft.errors import Problems
+from rwkv_peft.model.state import Borders
 from rwkv_peft.ops import cache, chunked, dispatch, neighbours, reference
 from rwkv_peft.ops.cpu import build, fused
 from rwkv_peft.ops.cpu import wkv as cpu
@@ -221,7 +222,7 @@ def test_without_a_compiler_that_works_auto_is_torch_and_cpu_is_refused(fresh, m
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setattr(shutil, "which", lambda name: path and str(path))
     ops = dispatch.choose("auto", "x070")
-    assert ops.name == "torch" and words in ops.why and "slower" in ops.why
+    assert ops.name == "torch" and words in ops.why and "half as fast" in ops.why
     with pytest.raises(Problems, match=re.escape(words)):
         dispatch.choose("cpu", "x070")
     assert not list(fresh.glob("*.tmp"))
@@ -234,29 +235,78 @@ def test_a_second_use_compiles_nothing(fresh, monkeypatch):
     build.library()
 
 
-def test_first_uses_at_the_same_time_do_not_collide(fresh):
-    flags = [*build.FLAGS]
-    sources = sorted(build.SOURCES.glob("mix.cpp"))
+def test_first_uses_at_the_same_time_do_not_collide(fresh, tmp_path):
+    """With a compiler that takes its time between the halves of a file: no half ever has a name that is loaded."""
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    slow = tmp_path / "slow"
+    slow.write_text('#!/bin/sh\nfor last; do :; done\necho half > "$last"\nsleep 0.4\nexec g++ "$@"\n')
+    slow.chmod(0o755)
+    command = [str(slow), "-shared", "-fPIC", str(build.SOURCES / "mix.cpp")]
     with ThreadPoolExecutor(3) as pool:
-        for done in [
-            pool.submit(
-                subprocess.run, [sys.executable, "-c", COLLIDE, str(fresh), *map(str, sources), *flags], cwd=ROOT
-            )
-            for _ in range(3)
-        ]:
-            assert done.result().returncode == 0
-    assert [p.name for p in fresh.iterdir()] == ["one.so"]
+        running = [pool.submit(build.compiled, command, folder, "one") for _ in range(3)]
+        while not all(one.done() for one in running):
+            for file in folder.glob("one-*.so"):
+                assert file.stat().st_size == int(file.stem.rpartition("-")[2])
+    [file] = {one.result() for one in running}
+    assert [p.name for p in folder.iterdir()] == [file.name]
+    ctypes.CDLL(str(file)).square_relu_float32  # noqa: B018 (it is there)
 
 
-COLLIDE = """
-import ctypes, sys, time
-from pathlib import Path
-from rwkv_peft.ops.cpu import build
-folder, source, *flags = sys.argv[1:]
-file = Path(folder) / "one.so"
-build.compiled("g++", flags, [Path(source)], file)
-ctypes.CDLL(str(file)).square_relu_float32
-"""
+@pytest.mark.parametrize("harm", ["cut off", "empty"])
+def test_half_a_library_is_made_again(fresh, harm):
+    """Loading one would end the process without a word."""
+    build.library()
+    [file] = fresh.glob("cpu-*.so")
+    whole = file.read_bytes()
+    file.unlink()
+    file.write_bytes(whole[:40_000] if harm == "cut off" else b"")
+    build.library.cache_clear()
+    build.library()
+    assert file.read_bytes() == whole
+
+
+def test_a_compiler_that_is_broken_leaves_the_work_to_the_next(fresh, monkeypatch):
+    broken = fresh / "broken"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    which = shutil.which
+    monkeypatch.setattr(
+        shutil, "which", lambda name: str(broken) if name == "g++" else which("g++") if name == "c++" else None
+    )
+    assert dispatch.choose("auto", "x070").name == "cpu"
+
+
+def test_a_number_that_is_none_stays_none():
+    x = torch.randn(4, 32)
+    x[1, 3] = torch.nan
+    x.requires_grad_()
+    y = fused.square_relu(x)
+    [dx] = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert y[1, 3].isnan() and dx[1, 3].isnan() and int(y.isnan().sum()) == 1
+    assert fused.square_relu(x.detach().bfloat16())[1, 3].isnan()
+
+
+def test_shapes_that_do_not_go_together_are_refused_before_a_kernel_sees_them():
+    x = [torch.randn(1, 40, 2, 16) for _ in range(6)]
+    for s0 in (torch.zeros(1, 2, 16, 8), torch.zeros(2, 2, 16, 16)):
+        with pytest.raises(ValueError, match="does not go with"):
+            cpu.wkv7(*x, s0)
+    with pytest.raises(ValueError, match="does not go with"):
+        cpu.wkv7(*x[:5], x[5][:, :39])
+    with pytest.raises(ValueError, match="does not go with"):
+        cpu.wkv6(*x[:4], torch.randn(2, 8))
+    assert cpu.wkv7(*(z[:, :0] for z in x), torch.zeros(1, 2, 16, 16))[0].shape == (1, 0, 2, 16)
+    with pytest.raises(ValueError, match="targets for logits"):
+        fused.slopes(torch.randn(300, 32), torch.zeros(2, dtype=torch.long), True)
+    logits, targets = torch.randn(3, 32), torch.tensor([1, 2, 3])
+    wide = fused.slopes(logits.clone(), targets, False)[0]
+    assert torch.equal(fused.slopes(logits.clone(), targets.int(), False)[0], wide)
+    where = Borders((0, 10), "cpu")
+    with pytest.raises(ValueError, match="does not go with"):
+        fused.mixes(torch.randn(10, 48), torch.zeros(1, 48), [torch.randn(16)], where)
+    with pytest.raises(ValueError, match="cu_seqlens must rise"):
+        fused.mixes(torch.randn(8, 48), torch.zeros(1, 48), [torch.randn(48)], where)
 
 
 @pytest.mark.slow

@@ -10,8 +10,9 @@ import torch
 
 
 def folder() -> Path:
-    """A folder that can be written to: beside torch's own cache, or one that is gone with the process."""
-    there = Path(torch.hub.get_dir()).parent.parent / "rwkv-peft"
+    """A folder that can be written to: in the user's cache, or one that is gone with the process."""
+    torchs = Path(torch.hub.get_dir()).absolute().parent  # ~/.cache/torch, or what TORCH_HOME says
+    there = (torchs.parent if torchs.name == "torch" else torchs) / "rwkv-peft"
     try:
         there.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=there):

@@ -81,6 +81,18 @@ def recurrence(
     return y.view(batch, length, heads, size).to(r.dtype), torch.stack(states).to(out_dtype)
 
 
+def must_fit(
+    tokens: Sequence[Tensor], constants: Sequence[Tensor], s0: Tensor | None, spans: Sequence[tuple[int, int]]
+) -> None:
+    """ValueError unless shapes are those of wkv7 and its kin. A kernel cannot see what it is given."""
+    shape = tokens[0].shape
+    wrong = [x.shape for x in tokens if x.shape != shape] + [x.shape for x in constants if x.shape != shape[2:]]
+    if s0 is not None and s0.shape != (len(spans), shape[2], shape[3], shape[3]):
+        wrong.append(s0.shape)
+    if wrong:
+        raise ValueError(f"{list(wrong[0])} does not go with [B, T, H, N] = {list(shape)} and {len(spans)} sequences")
+
+
 def sequences(batch: int, tokens: int, cu_seqlens: Sequence[int] | None) -> list[tuple[int, int]]:
     """Begin and end of every sequence among batch * tokens tokens."""
     if cu_seqlens is None:

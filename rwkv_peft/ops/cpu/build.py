@@ -13,6 +13,7 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import torch
@@ -56,44 +57,69 @@ class Missing(Exception):
 def library() -> ctypes.CDLL:
     """The kernels. Missing if they cannot be built here."""
     sources = sorted(SOURCES.glob("*.cpp"))
-    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if not sources:
         raise Missing(f"its sources are not in {SOURCES}")
-    if compiler is None:
+    compilers = list(dict.fromkeys(filter(None, map(shutil.which, COMPILERS))))
+    if not compilers:
         raise Missing(f"there is no C++ compiler ({', '.join(COMPILERS)}); on Debian or Ubuntu: sudo apt install g++")
+    reasons = []
+    for compiler in compilers:
+        try:
+            return of_compiler(compiler, sources)
+        except Missing as missing:
+            reasons.append(str(missing))
+    raise Missing("; ".join(dict.fromkeys(reasons)))
+
+
+def of_compiler(compiler: str, sources: list[Path]) -> ctypes.CDLL:
+    """The kernels as this compiler makes them, or has made them. A file's name ends with its size: half of one is not loaded,
+    which would end the process without a word."""
     flags = [*FLAGS, *CAPABILITIES.get(torch.backends.cpu.get_cpu_capability(), ())]
-    try:
-        version = subprocess.run([compiler, "--version"], capture_output=True, timeout=MOST_SECONDS).stdout
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise Missing(f"{compiler} does not run ({error})") from None
-    digest = hashlib.sha256(repr((flags, version, platform.machine(), platform.system())).encode())
+    version = output([compiler, "--version"]).stdout
+    # without OpenMP (Apple's clang, or clang without libomp) it runs on one thread
+    probe = output([compiler, "-fopenmp", "-x", "c++", "-shared", "-o", os.devnull, os.devnull])
+    threads = [] if probe.returncode else ["-fopenmp"]
+    digest = hashlib.sha256(repr((flags, threads, version, platform.machine(), platform.system())).encode())
     for path in [*sources, *sorted(SOURCES.glob("*.h"))]:
         digest.update(path.name.encode() + path.read_bytes())
-    file = cache.folder() / f"cpu-{digest.hexdigest()[:24]}.so"
-    if not file.is_file():
-        compiled(compiler, flags, sources, file)
+    folder, stem = cache.folder(), f"cpu-{digest.hexdigest()[:24]}"
+    for file in folder.glob(f"{stem}-*.so"):
+        if file.name == f"{stem}-{file.stat().st_size}.so":
+            try:
+                return ctypes.CDLL(str(file))
+            except OSError:  # damaged all the same: it is made again
+                continue
+    file = compiled([compiler, *flags, *threads, *map(str, sources)], folder, stem)
     try:
         return ctypes.CDLL(str(file))
     except OSError as error:
         raise Missing(f"what {compiler} made does not load ({error})") from None
 
 
-def compiled(compiler: str, flags: list[str], sources: list[Path], file: Path) -> None:
-    """Build into a name of our own, then rename: whoever comes at the same time sees nothing, or all of it."""
-    fresh = file.with_suffix(f".{os.getpid()}.tmp")
+def output(command: list[str]) -> subprocess.CompletedProcess:
     try:
-        # without OpenMP (Apple's clang) it runs on one thread
-        for threads in (["-fopenmp"], []):
-            command = [compiler, *flags, *threads, *map(str, sources), "-o", str(fresh)]
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=MOST_SECONDS)
-            if done.returncode == 0:
-                os.replace(fresh, file)
-                return
-        reason = next((line for line in done.stderr.splitlines() if "error" in line), "it does not say why")
-        raise Missing(f"{compiler} cannot compile it: {reason.strip()[:300]}")
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=MOST_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise Missing(f"{compiler} does not run ({error})") from None
+        raise Missing(f"{command[0]} does not run ({error})") from None
+
+
+def compiled(command: list[str], folder: Path, stem: str) -> Path:
+    """Build into a name of our own, then rename: whoever comes at the same time sees nothing, or all of it."""
+    handle, name = tempfile.mkstemp(prefix=f".{stem}-", dir=folder)
+    fresh = Path(name)
+    try:
+        done = output([*command, "-o", name])
+        if done.returncode:
+            words = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+            telling = next((line for line in words if "No space" in line or " error" in line.lower()), "")
+            last = " / ".join(dict.fromkeys([telling, *words[-1:]])).strip(" /")[:300]
+            raise Missing(f"{command[0]} cannot compile it: {last or f'it ended with code {done.returncode}'}")
+        os.fsync(handle)
+        file = folder / f"{stem}-{fresh.stat().st_size}.so"
+        os.replace(fresh, file)
+        return file
     finally:
+        os.close(handle)
         fresh.unlink(missing_ok=True)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import neighbours
 from ..neighbours import Gates, Own, Where
+from ..reference import sequences
 from .build import function
 from .wkv import SIZES, backward7, forward7, pointer
 
@@ -34,6 +35,9 @@ def kernel(name: str, x: Tensor, pointers: int, numbers: int):
 def mixes(x: Tensor, before: Tensor, shares: Sequence[Tensor], where: Where) -> list[Tensor]:
     if not fits(x) or len(shares) > MOST_MIXES:
         return neighbours.mixes(x, before, shares, where)
+    sequences(1, len(x), where.cu_seqlens)
+    if before.shape != (len(where.first), x.shape[1]) or any(share.shape != x.shape[1:] for share in shares):
+        raise ValueError(f"{list(before.shape)} or a share does not go with x {list(x.shape)}")
     given = x, before.to(x.dtype), torch.stack(list(shares)).float(), where.host
     return list(Mixes.apply(*given) if torch.is_grad_enabled() else mixed(*(z.contiguous() for z in given)))
 
@@ -109,6 +113,13 @@ def around7(wkv: Callable, x: Gates, own: Own, s0: Tensor, where: Where, heads: 
     alike = all(z is None or z.dtype == x.r.dtype for z in x)  # a kernel cannot see what it is given
     if not fits(x.r) or not alike or x.r.shape[1] // heads not in SIZES:
         return neighbours.around7(wkv, x, own, s0, where, heads)
+    T, C = x.r.shape
+    spans = sequences(1, T, where.cu_seqlens)
+    wide = [z for z in own if z.shape != (C,)] + [z for z in x if z is not None and z.shape != (T, C)]
+    if wide or s0.shape != (len(spans), heads, C // heads, C // heads):
+        raise ValueError(
+            f"shapes do not go with {T} tokens of {C} channels in {heads} heads and {len(spans)} sequences"
+        )
     return Around7.apply(*x, *(z.float() for z in own), s0, where.cu_seqlens, heads)
 
 
@@ -173,11 +184,13 @@ def prepared(gates: Sequence[Tensor | None], own: Sequence[Tensor], heads: int) 
 def slopes(logits: Tensor, targets: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
     if logits.dtype not in NAMES or logits.device.type != "cpu":
         return neighbours.slopes(logits, targets, wanted)
+    if targets.shape != logits.shape[:1]:
+        raise ValueError(f"{list(targets.shape)} targets for logits {list(logits.shape)}")
     if (
         len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[1]
     ):  # would write beside the logits
         raise IndexError(f"a target lies outside of the {logits.shape[1]} logits of its row")
-    logits, targets, losses = logits.contiguous(), targets.contiguous(), torch.empty(len(logits))
+    logits, targets, losses = logits.contiguous(), targets.long().contiguous(), torch.empty(len(logits))
     kernel("cross_entropy", logits, 3, 3)(
         *map(pointer, (logits, targets, losses)), *logits.shape, int(wanted), torch.get_num_threads()
     )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import chunked, chunked6
-from ..reference import sequences
+from ..reference import must_fit, sequences
 from . import build
 
 EVERY = 64  # tokens of a chunk, as in device.h
@@ -34,7 +34,7 @@ def tables(spans: Spans, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def fits(r: Tensor) -> bool:
     """Whether there is a kernel for these inputs; for others there is the torch backend."""
-    return r.shape[-1] in build.SIZES and r.dtype != torch.float64
+    return r.numel() > 0 and r.shape[-1] in build.SIZES and r.dtype != torch.float64
 
 
 def memory(r: Tensor) -> torch.dtype:
@@ -48,6 +48,7 @@ def wkv7(r, w, k, v, a, b, s0: Tensor | None = None, cu_seqlens: Sequence[int] |
     if not fits(r):
         return chunked.wkv7(r, w, k, v, a, b, s0, cu_seqlens)
     spans = tuple(sequences(batch, tokens, cu_seqlens))
+    must_fit((r, w, k, v, a, b), (), s0, spans)
     start = r.new_zeros(len(spans), heads, size, size, dtype=torch.float32) if s0 is None else s0
     flat = (x.reshape(batch * tokens, heads, size) for x in (r, w, k, v, a, b))
     y, end = WKV7.apply(*flat, start, spans)
@@ -98,8 +99,10 @@ def wkv6(r, w, k, v, u, s0: Tensor | None = None, cu_seqlens: Sequence[int] | No
     batch, tokens, heads, size = r.shape
     if not fits(r):
         return chunked6.wkv6(r, w, k, v, u, s0, cu_seqlens)
+    spans = tuple(sequences(batch, tokens, cu_seqlens))
+    must_fit((r, w, k, v), (u,), s0, spans)
     flat = (x.reshape(batch * tokens, heads, size) for x in (r, w, k, v))
-    return recurrent6(r, s0, cu_seqlens, *flat, u)
+    return recurrent6(r, s0, spans, *flat, u)
 
 
 def wkv5(r, w, k, v, u, s0: Tensor | None = None, cu_seqlens: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
@@ -107,13 +110,14 @@ def wkv5(r, w, k, v, u, s0: Tensor | None = None, cu_seqlens: Sequence[int] | No
     batch, tokens, heads, size = r.shape
     if not fits(r):
         return chunked6.wkv5(r, w, k, v, u, s0, cu_seqlens)
-    r_, k_, v_ = (x.reshape(batch * tokens, heads, size) for x in (r, k, v))
-    return recurrent6(r, s0, cu_seqlens, r_, w, k_, v_, u)
-
-
-def recurrent6(like: Tensor, s0: Tensor | None, cu_seqlens, *x: Tensor) -> tuple[Tensor, Tensor]:
-    batch, tokens, heads, size = like.shape
     spans = tuple(sequences(batch, tokens, cu_seqlens))
+    must_fit((r, k, v), (w, u), s0, spans)
+    r_, k_, v_ = (x.reshape(batch * tokens, heads, size) for x in (r, k, v))
+    return recurrent6(r, s0, spans, r_, w, k_, v_, u)
+
+
+def recurrent6(like: Tensor, s0: Tensor | None, spans, *x: Tensor) -> tuple[Tensor, Tensor]:
+    heads, size = like.shape[2:]
     start = like.new_zeros(len(spans), heads, size, size, dtype=torch.float32) if s0 is None else s0
     y, end = WKV6.apply(*x, start, spans)
     return y.view(like.shape), end
