@@ -1,5 +1,6 @@
 """The C++ kernels: what stands around the recurrence equals its definition, and how a library comes about, or does not."""
 
+import ctypes
 import os
 import re
 import shutil
