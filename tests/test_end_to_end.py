@@ -80,6 +80,7 @@ def test_tokenize_train_merge_chat_by_script_with_spaces_everywhere(kit):
     assert kit.run("chat.sh", *sampled, "--seed", "1").stdout == kit.run("chat.sh", *sampled, "--seed", "1").stdout
 
 
+@pytest.mark.slow
 def test_a_v6_state_by_script_trained_on_a_compressed_base_in_chunks_gone_on_from_exported_and_talked_to(kit):
     tiny.save_model(kit.root / "model" / "my v6.pth", shape=tiny.geometry(version="x060"))
     kit.data("my chat.jsonl", *tiny.CHATS)
@@ -135,7 +136,9 @@ def test_a_run_without_a_name_gets_one_of_its_own(shared_kit):
         assert steps == list(range(1, len(steps) + 1))
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_a_stop_signal_saves_and_says_how_to_go_on(kit, number, code):
     tiny.save_model(kit.root / "model" / "tiny.pth")
     kit.data("chat.jsonl", *tiny.CHATS)
@@ -226,7 +229,7 @@ def test_the_kit_beside_the_script_is_used_not_one_in_the_current_folder(kit, tm
             ("4", "1"),
             {"FINETUNE_MODE": "pissa", "pissa_r": "4", "QUANT": "nf4", "TRAIN_TYPE": "infctx", "CHUNK_CTX": "16"},
         ),
-        ("1", ("3", "2"), {}),
+        pytest.param("1", ("3", "2"), {}, marks=pytest.mark.slow),
     ],
     ids=["even, in chunks on a compressed base", "uneven"],
 )

@@ -189,8 +189,13 @@ def test_the_number_of_threads_does_not_matter(threads):
 
 @pytest.fixture
 def fresh(tmp_path, monkeypatch):
-    """An empty cache, and nothing remembered."""
+    """An empty cache, nothing remembered, and little to compile."""
     monkeypatch.setattr(cache, "folder", lambda: tmp_path)
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    for file in ("mix.cpp", "rows.h", "vec.h"):
+        shutil.copy(build.SOURCES / file, sources)
+    monkeypatch.setattr(build, "SOURCES", sources)
     for cached in (build.library, build.function):
         cached.cache_clear()
     yield tmp_path

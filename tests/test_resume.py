@@ -98,7 +98,23 @@ CASES = {
 }  # fmt: skip
 
 
-MORE = ("windows", "dora", "miss", "bat", "bf16", "lion8bit", "adafactor", "full", "lora+ and whole tensors")
+MORE = (
+    "workers", "infctx", "state", "windows", "dora", "miss", "bat", "bf16", "lion8bit", "adafactor", "full",
+    "lora+ and whole tensors",
+)  # fmt: skip
+    "workers",
+    "infctx",
+    "state",
+    "windows",
+    "dora",
+    "miss",
+    "bat",
+    "bf16",
+    "lion8bit",
+    "adafactor",
+    "full",
+    "lora+ and whole tensors",
+)
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c in MORE else c for c in CASES])
@@ -185,6 +201,7 @@ def test_a_finished_run_says_so_and_a_larger_epoch_count_trains_it_further(ready
     same(ready, "whole", "again", (whole, parts))
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_as_if_they_had_never_stopped(kit):
     """From the middle of an epoch: of a whole run that has kept every state, the later ones are taken away."""
     prepare(kit, SAVE_STEPS="3", KEEP_LAST="99", GPU_COUNT="2", MICRO_BSZ="1", RUN_NAME="whole")
