@@ -102,19 +102,6 @@ MORE = (
     "workers", "infctx", "state", "windows", "dora", "miss", "bat", "bf16", "lion8bit", "adafactor", "full",
     "lora+ and whole tensors",
 )  # fmt: skip
-    "workers",
-    "infctx",
-    "state",
-    "windows",
-    "dora",
-    "miss",
-    "bat",
-    "bf16",
-    "lion8bit",
-    "adafactor",
-    "full",
-    "lora+ and whole tensors",
-)
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c in MORE else c for c in CASES])
