@@ -117,8 +117,11 @@ def on_gpu(op: str, version: str) -> Ops:
         wrong = "" if found is None or found.passed else f"they are wrong on this GPU ({found.what}: {found.error:.1e})"
     except cuda_build.Missing as missing:
         found, wrong = None, str(missing)
-    except RuntimeError as error:  # a driver or a GPU that will not have them
-        found, wrong = None, f"they do not run on this GPU ({str(error).splitlines()[0][:200]})"
+    except (
+        Exception
+    ) as error:  # whatever a driver, a GPU or a version of the bindings has against them: torch computes as well
+        words = (str(error).splitlines() or [""])[0][:200]
+        found, wrong = None, f"they do not run on this GPU ({type(error).__name__}: {words})"
     if not wrong:
         return made("cuda", version, "CUDA kernels" + (f", error {found.error:.1e} on this GPU" if found else ""))
     if op == "cuda":
