@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import chunked, chunked6
-from ..reference import must_fit, sequences
+from ..compiled import recurrence
 from . import build
 
 EVERY = 64  # tokens of a chunk, as in device.h
@@ -44,15 +44,7 @@ def memory(r: Tensor) -> torch.dtype:
 
 def wkv7(r, w, k, v, a, b, s0: Tensor | None = None, cu_seqlens: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
     """reference.wkv7, computed in float32, with gradients for all inputs and s0."""
-    batch, tokens, heads, size = r.shape
-    if not fits(r):
-        return chunked.wkv7(r, w, k, v, a, b, s0, cu_seqlens)
-    spans = tuple(sequences(batch, tokens, cu_seqlens))
-    must_fit((r, w, k, v, a, b), (), s0, spans)
-    start = r.new_zeros(len(spans), heads, size, size, dtype=torch.float32) if s0 is None else s0
-    flat = (x.reshape(batch * tokens, heads, size) for x in (r, w, k, v, a, b))
-    y, end = WKV7.apply(*flat, start, spans)
-    return y.view(batch, tokens, heads, size), end
+    return recurrence(WKV7.apply, fits, chunked.wkv7, (r, w, k, v, a, b), s0, cu_seqlens)
 
 
 class WKV7(torch.autograd.Function):
@@ -96,31 +88,12 @@ class WKV7(torch.autograd.Function):
 
 def wkv6(r, w, k, v, u, s0: Tensor | None = None, cu_seqlens: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
     """reference.wkv6, computed in float32, with gradients for all inputs and s0."""
-    batch, tokens, heads, size = r.shape
-    if not fits(r):
-        return chunked6.wkv6(r, w, k, v, u, s0, cu_seqlens)
-    spans = tuple(sequences(batch, tokens, cu_seqlens))
-    must_fit((r, w, k, v), (u,), s0, spans)
-    flat = (x.reshape(batch * tokens, heads, size) for x in (r, w, k, v))
-    return recurrent6(r, s0, spans, *flat, u)
+    return recurrence(WKV6.apply, fits, chunked6.wkv6, (r, w, k, v, u), s0, cu_seqlens)
 
 
 def wkv5(r, w, k, v, u, s0: Tensor | None = None, cu_seqlens: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
     """reference.wkv5, computed in float32, with gradients for all inputs and s0."""
-    batch, tokens, heads, size = r.shape
-    if not fits(r):
-        return chunked6.wkv5(r, w, k, v, u, s0, cu_seqlens)
-    spans = tuple(sequences(batch, tokens, cu_seqlens))
-    must_fit((r, k, v), (w, u), s0, spans)
-    r_, k_, v_ = (x.reshape(batch * tokens, heads, size) for x in (r, k, v))
-    return recurrent6(r, s0, spans, r_, w, k_, v_, u)
-
-
-def recurrent6(like: Tensor, s0: Tensor | None, spans, *x: Tensor) -> tuple[Tensor, Tensor]:
-    heads, size = like.shape[2:]
-    start = like.new_zeros(len(spans), heads, size, size, dtype=torch.float32) if s0 is None else s0
-    y, end = WKV6.apply(*x, start, spans)
-    return y.view(like.shape), end
+    return recurrence(WKV6.apply, fits, chunked6.wkv5, (r, w, k, v, u), s0, cu_seqlens)
 
 
 class WKV6(torch.autograd.Function):
