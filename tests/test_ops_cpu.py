@@ -320,7 +320,7 @@ def test_shapes_that_do_not_go_together_are_refused_before_a_kernel_sees_them():
 def test_every_instruction_set_obeys_the_laws(capability):
     """ATEN_CPU_CAPABILITY is torch's own word for what a processor is to be taken for."""
     environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
-    laws_of = ["tests/test_ops_cpu.py", "tests/test_ops_wkv7.py", "tests/test_ops_wkv6.py"]
+    laws_of = ["tests/test_ops_cpu.py", "tests/test_ops_wkv7.py", "tests/test_ops_wkv6.py", "tests/test_token7.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", *laws_of]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:]

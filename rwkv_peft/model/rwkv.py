@@ -69,6 +69,7 @@ class RWKV(nn.Module):
         self.blocks = nn.ModuleList(Block(geometry, i, ops) for i in range(geometry.n_layer))
         self.ln_out = LayerNorm(geometry.n_embd)
         self.head = Linear(geometry.n_embd, geometry.vocab_size)
+        self.one_token = None  # takes the place of the blocks where a single token goes through: see for_generating
         for module in self.modules():
             if isinstance(module, Linear):
                 module.product = ops.linear
@@ -110,6 +111,9 @@ class RWKV(nn.Module):
         borders = Borders(tuple(cu_seqlens), ids.device)
         state = self.first_state(len(borders)) if state is None else state
         x, v_first, after = self.emb(ids.reshape(-1), self.dtype), None, []
+        if self.one_token and batch * tokens == 1 and not torch.is_grad_enabled():
+            x, after = self.one_token(self.blocks[0].ln0(x), [before.tensors() for before in state])
+            return self.ln_out(x).view(1, 1, -1), [BlockState(*tensors) for tensors in after]
         for block, before in zip(self.blocks, state, strict=True):
             if not torch.is_grad_enabled() or self.recompute == "nothing":
                 x, v_first, *new = block(x, v_first, borders, *before.tensors())
@@ -164,6 +168,7 @@ def for_generating(model: RWKV) -> RWKV:
             narrow = isinstance(module, (Linear, Embedding)) and weight.dtype in model.ops.reads
             keep = weight.dtype if narrow or leaf.endswith("_state") else model.dtype
             setattr(module, leaf, nn.Parameter(weight.detach().to(keep), requires_grad=False))
+    model.one_token = model.ops.one_token(model)
     return model.eval()
 
 

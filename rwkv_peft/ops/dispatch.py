@@ -46,6 +46,10 @@ class Ops:
         """Formats of weights that a product of a few rows reads as they are."""
         return self.around.READS
 
+    def one_token(self, model) -> Callable | None:
+        """What takes the place of a finished model's blocks for a single token, if there is such a thing: see token7.py."""
+        return self.around.one_token(model)
+
     def recomputing(self):
         """A context in which what mixes, square_relu and layer_norm make is not kept for the backward pass."""
         return recomputing()

@@ -17,6 +17,10 @@ LOG_DECAY_SCALE = -0.6065306597126334  # -exp(-1/2): no token's decay is below e
 EPS = 64e-5  # of the norm behind the recurrence: 1e-5 * 8**2, as the base models were trained
 
 
+def one_token(model) -> None:
+    """What takes the place of a model's blocks where a single token goes through them; None: there is nothing better."""
+
+
 class Where(Protocol):
     """Where sequences lie among T tokens: their borders [S + 1], as integers and as int64 on the host, and the first token of
     each, [S], where the tokens lie."""

@@ -14,14 +14,15 @@ from torch import Tensor
 from .. import neighbours
 from ..neighbours import Gates, Own, Where
 from ..reference import sequences
+from . import token7
 from .build import function
-from .wkv import SIZES, backward7, forward7, pointer
+from .wkv import LANES, NAMES, SIZES, backward7, forward7, pointer
 
-NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 READS = tuple(NAMES)
 MOST_MIXES = 6
 MOST_ROWS = 4  # of a product that is bound by reading the weight
-LANES = 16  # kernels work on whole vectors
+
+one_token = token7.one_token
 
 
 def fits(x: Tensor) -> bool:

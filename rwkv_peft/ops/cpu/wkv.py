@@ -13,6 +13,8 @@ from ..compiled import recurrence
 from .build import function
 
 SIZES = (16, 32, 64, 128)  # head sizes that there are kernels for
+LANES = 16  # kernels work on whole vectors
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}  # as the ends of the names of kernels that take both
 EVERY = 32  # tokens from one kept state to the next: 512 bytes per token and head of size 64
 
 
