@@ -199,6 +199,7 @@ WARMUP_STEPS=10
 #   lion       4 bytes; wants a third to a tenth of AdamW's LR_INIT; needs bitsandbytes      学习率应为 AdamW 的 1/3 到 1/10
 #   lion8bit   1 byte; as lion                                                               同 lion，更省显存
 #   adafactor  next to nothing; for full fine-tuning where memory is short                   几乎不占显存，适合全量微调
+# Without a GPU, those of bitsandbytes take up to 25 bytes more for each value of the largest tensor. 无显卡时，bitsandbytes 的几种另占内存
 OPTIM=adamw
 
 # Its memory of gradients, and of their squares (adafactor has its own). 0.9 and 0.99 suit fine-tuning. 动量
@@ -306,9 +307,10 @@ QUANT=none
 # What of them: att, ffn (the large matrices); emb and head too, if memory is very short. 量化哪些部分
 QUANT_PARTS="att,ffn"
 
-# What computes: auto; cuda (kernels for NVIDIA GPUs, compiled at first use and tried against the definition); cpu (C++ kernels,
-# compiled at first use, want g++); torch (everywhere, slower); reference (the slow definition).
-# 算子：auto 自动选择；cuda 为 NVIDIA 显卡内核（首次使用时编译并自检）；cpu 为 C++ 内核（需要 g++）；torch 通用但较慢
+# What computes: auto; cuda (kernels for NVIDIA GPUs, compiled at first use and tried against the definition); fla (Triton kernels,
+# tried as well; needs: pip install "fla-core==0.6.0" einops); cpu (C++ kernels, compiled at first use, want g++); torch (everywhere,
+# slower); reference (the slow definition).
+# 算子：auto 自动选择；cuda 为 NVIDIA 显卡内核（首次使用时编译并自检）；fla 为 Triton 内核（需另装）；cpu 为 C++ 内核（需要 g++）；torch 通用但较慢
 OP=auto
 
 # What the backward pass computes again instead of keeping it. 梯度检查点，省显存

@@ -4,9 +4,11 @@ usage: python bench/gpu.py [--minutes 7] [--quick] [--json FILE]
 
 Printed, with GPU, driver and versions:
     the rate of a large bfloat16 product, and of a copy from the GPU's memory to itself (bytes read and written)
-    the recurrences, forward and backward, OP=cuda beside OP=torch: ms, ns for each token and head, memory above the inputs, share
-    of the copy's rate if a token and head were 3.1 KB (inputs, outputs, gradients: research/kernels.md 2.1)
-    LoRA steps (rank 16) of random 0.1B to 2.9B files: tokens/s, peak memory, share of the product's rate (see bench/step.py)
+    the recurrences, forward and backward, OP=cuda beside OP=fla, if that is installed, and OP=torch: ms, ns for each token and
+    head, memory above the inputs, share of the copy's rate if a token and head were 3.1 KB (inputs, outputs, gradients:
+    research/kernels.md 2.1)
+    LoRA (rank 16), full and state steps of random 0.1B to 2.9B files, some on a compressed base: tokens/s, peak memory, share of
+    the product's rate (see bench/step.py)
 It begins nothing new after --minutes. --quick: the smallest of each; with --device cpu it only shows that the program works.
 """
 
@@ -30,10 +32,21 @@ import torch
 from bench.step import GEOMETRIES, Ours, needed_flops, telling
 from rwkv_peft import checkpoint
 from rwkv_peft.model.initial import initial_tensors
-from rwkv_peft.ops import dispatch, proof
+from rwkv_peft.ops import dispatch, fla, proof
+from rwkv_peft.ops.cuda import build as cuda_build
 
 WKV = [(1, 1024, 12), (1, 4096, 32), (8, 1024, 32), (8, 4096, 64)]  # sequences, tokens of each, heads
-STEPS = [(name, ctx, batch) for name in GEOMETRIES for ctx, batch in ((1024, 1), (4096, 1), (1024, 8), (4096, 8))]
+# geometry, method, compressed base, tokens of a row, rows: what the targets are about first, then all sizes
+STEPS = [
+    ("0.1b", "lora", "none", 1024, 1),
+    *(("1.5b", "lora", quant, 1024, 1) for quant in ("none", "nf4", "int8")),
+    ("1.5b", "lora", "none", 4096, 1),
+    *((name, "lora", "none", ctx, batch) for name in GEOMETRIES for ctx, batch in ((1024, 8), (4096, 1), (4096, 8))),
+    *((name, method, "none", 4096, 1) for name in ("0.1b", "0.4b", "1.5b") for method in ("full", "state")),
+    *((name, "lora", "none", 1024, 1) for name in ("0.4b", "2.9b")),
+    *(("2.9b", "lora", quant, 1024, 1) for quant in ("nf4", "int8")),
+]
+FAULTS = RuntimeError, cuda_build.Missing, fla.Missing
 BYTES = 3100  # of a token and head of size 64, forward and backward
 
 
@@ -105,15 +118,24 @@ def wkv_row(meter: Meter, version: str, name: str, shape: tuple[int, int, int], 
     }  # fmt: skip
 
 
-def step_row(meter: Meter, path: str, name: str, ctx: int, batch: int, product: float) -> dict:
-    how = {"geometry": name, "precision": "bf16", "op": "auto", "grad_cp": "1", "method": "lora", "rank": 16}
+def step_row(meter: Meter, path: str, step: tuple[str, str, str, int, int], product: float) -> dict:
+    name, method, quant, ctx, batch = step
+    how = {
+        "geometry": name,
+        "precision": "bf16",
+        "op": "auto",
+        "grad_cp": "1",
+        "method": method,
+        "rank": 16,
+        "quant": quant,
+    }
     meter.begin_memory()
     ours = Ours(SimpleNamespace(**how, ctx=ctx, batch=batch), path, meter.device)
     seconds = meter.seconds(ours.step, 4)
     rate = batch * ctx / seconds
     return {
         "what": "step", **how, "op": ours.op, "ctx": ctx, "batch": batch, "tokens_per_s": rate, "peak_mb": meter.peak_mb(),
-        "share_of_product": rate * needed_flops(GEOMETRIES[name], "lora", 16) / product,
+        "share_of_product": rate * needed_flops(GEOMETRIES[name], method, 16) / product,
     }  # fmt: skip
 
 
@@ -137,15 +159,15 @@ def main() -> None:
         if given.json:
             given.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def attempt(row, words) -> None:
+    def attempt(what: object, row, words: str) -> None:
         """A row of the table, unless time is up; what does not fit is told and left out."""
         if time.monotonic() - began > 60 * given.minutes:
             return
         try:
             found = row()
             tell(found, words.format(**found))
-        except RuntimeError as error:
-            print(f"left out: {str(error).splitlines()[0][:150]}", flush=True)
+        except FAULTS as error:
+            print(f"left out: {what}: {str(error).splitlines()[0][:150]}", flush=True)
             meter.begin_memory()
 
     product = product_rate(meter, 512 if given.quick else 8192)
@@ -156,29 +178,31 @@ def main() -> None:
         for shape in WKV[:1] if given.quick else WKV:
             for name in backends:
                 attempt(
+                    (version, name, shape),
                     lambda v=version, n=name, s=(1, 65, 2) if given.quick else shape: wkv_row(meter, v, n, s, copy),
                     "{version} OP={op:<6} B={B} T={T} H={H}: {ms:9.3f} ms  {ns:8.2f} ns a token and head  {mb:8.0f} MB  "
                     "{share_of_copy:.1%} of the copy",
                 )
     with tempfile.TemporaryDirectory() as folder:
-        written = ""
-        for name, ctx, batch in [("0.1b", 64, 1)] if given.quick else STEPS:
+        for step in [("0.1b", "lora", "none", 64, 1)] if given.quick else STEPS:
             if time.monotonic() - began > 60 * given.minutes:
                 break
-            path = Path(folder) / "base.pth"
-            if written != name:
-                checkpoint.save(path, telling(initial_tensors(GEOMETRIES[name], 0)))
-                written = name
+            path = Path(folder) / f"{step[0]}.pth"
+            if not path.exists():
+                checkpoint.save(path, telling(initial_tensors(GEOMETRIES[step[0]], 0)))
             attempt(
-                lambda n=name, c=ctx, b=batch, p=str(path): step_row(meter, p, n, c, b, product),
-                "{geometry} LoRA bf16 OP={op} ctx {ctx} batch {batch}: {tokens_per_s:10,.0f} tokens/s  {peak_mb:8.0f} MB  "
+                step,
+                lambda s=step, p=str(path): step_row(meter, p, s, product),
+                "{geometry} {method} bf16, base {quant}, OP={op} ctx {ctx} batch {batch}: {tokens_per_s:10,.0f} tokens/s  "
+                "{peak_mb:8.0f} MB  "
                 "{share_of_product:.1%} of the product's rate",
             )
     of = {(r["version"], r["B"], r["T"], r["H"], r["op"]): r["ms"] for r in rows if r["what"] == "wkv"}
     for (version, b, t, h, op), ms in of.items():
-        if op != "torch" and (version, b, t, h, "torch") in of:
-            ratio = of[version, b, t, h, "torch"] / ms
-            print(f"ratio: {version} B={b} T={t} H={h} OP={op} is {ratio:.1f} times as fast as OP=torch")
+        for other in ("torch", "fla"):
+            if op == "cuda" and (version, b, t, h, other) in of:
+                ratio = of[version, b, t, h, other] / ms
+                print(f"ratio: {version} B={b} T={t} H={h} OP={op} is {ratio:.1f} times as fast as OP={other}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Peak memory of a training step by geometry, method, GRAD_CP and context, beside the estimate that --dry-run prints.
 
-usage: python bench/memory.py [--geometry 0.1b,0.4b] [--methods lora,full,state] [--grad-cp 0,selective,1] [--ctx 512,2048]
-                              [--precision bf16,fp32] [--op auto] [--version x070] [--json FILE]
+usage: python bench/memory.py [--geometry 0.1b,0.4b] [--methods lora,full,dora,...] [--grad-cp 0,selective,1] [--ctx 512,2048]
+                              [--precision bf16,fp32] [--optim adamw] [--op auto] [--version x070] [--json FILE]
 
 Every point is a process of its own that loads a random file of that size and makes two steps; its peak is the largest
 resident set, libraries and the mapped file included, which is what a user sees. Printed: measured, estimated, and by how
@@ -18,6 +18,7 @@ sys.path[0] = __file__.rpartition("bench")[0]  # the kit, instead of this folder
 import argparse
 import itertools
 import json
+import math
 import os
 import platform
 import subprocess
@@ -31,6 +32,7 @@ from bench.step import GEOMETRIES, Ours, setup_of
 from rwkv_peft import checkpoint
 from rwkv_peft.adapters import attach
 from rwkv_peft.machine import DTYPES
+from rwkv_peft.methods import OPTIMS
 from rwkv_peft.model import arch
 from rwkv_peft.model.initial import initial_tensors, new_geometry
 from rwkv_peft.ops import dispatch
@@ -44,13 +46,13 @@ def geometry_of(name: str, version: str):
     return new_geometry(version, size.n_layer, size.n_embd, size.vocab_size)
 
 
-def estimate(geometry, method: str, grad_cp: str, ctx: int, precision: str, op: str) -> float:
+def estimate(geometry, method: str, optim: str, grad_cp: str, ctx: int, precision: str, op: str) -> float:
     """MB, from what the plan of a run would know."""
-    setup, dtype, full = setup_of(method, RANK), DTYPES[precision], method == "full"
+    setup, shapes = setup_of(method, RANK), arch.shapes(geometry)
     trained = attach.count_trained(geometry, setup)
-    learns = method in ("lora", "full")
-    shapes = arch.shapes(geometry)
-    return memory_bytes(shapes, trained, ctx, geometry, dtype.itemsize, grad_cp, full, learns, "cpu", op) / 2**20
+    largest = max((math.prod(shapes[name]) for name in setup.whole(geometry)), default=0)
+    sizes = shapes, trained, ctx, geometry, DTYPES[precision].itemsize
+    return memory_bytes(*sizes, grad_cp, setup.method, "cpu", op, OPTIMS[optim], largest) / 2**20
 
 
 def child(point: dict) -> None:
@@ -79,6 +81,7 @@ def main() -> None:
     parser.add_argument("--grad-cp", type=words, default=["0", "selective", "1"])
     parser.add_argument("--ctx", type=words, default=["512", "2048"])
     parser.add_argument("--precision", type=words, default=["bf16", "fp32"])
+    parser.add_argument("--optim", type=words, default=["adamw"])
     parser.add_argument("--op", default="auto")
     parser.add_argument("--version", default="x070")
     parser.add_argument("--json", type=Path)
@@ -89,25 +92,25 @@ def main() -> None:
     print(
         f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, LoRA of rank {RANK}, 1 row"
     )
-    print(f"{'':34} {'measured':>9} {'estimate':>9} {'off by':>7}")
+    print(f"{'':44} {'measured':>9} {'estimate':>9} {'off by':>7}")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name in given.geometry:
             geometry, path = geometry_of(name, given.version), Path(folder) / f"{name}.pth"
             checkpoint.save(path, {n: t.bfloat16() for n, t in initial_tensors(geometry, 0).items()})
-            for precision, method, ctx, cp in itertools.product(
-                given.precision, given.methods, given.ctx, given.grad_cp
+            for precision, method, optim, ctx, cp in itertools.product(
+                given.precision, given.methods, given.optim, given.ctx, given.grad_cp
             ):
                 point = {
                     "geometry": name, "precision": precision, "method": method, "ctx": int(ctx), "grad_cp": cp,
-                    "op": given.op, "version": given.version,
+                    "op": given.op, "version": given.version, "optim": optim,
                 }  # fmt: skip
                 found = measured({**point, "path": str(path)})
                 op = dispatch.choose(given.op, given.version).name
-                meant = estimate(geometry, method, cp, int(ctx), precision, op)
+                meant = estimate(geometry, method, optim, cp, int(ctx), precision, op)
                 rows.append({**point, "measured_mb": found, "estimated_mb": meant})
-                where = f"{name} {precision} {method} {ctx} GRAD_CP={cp}"
-                print(f"{where:34} {found:9.0f} {meant:9.0f} {100 * (meant / found - 1):+6.0f}%", flush=True)
+                where = f"{name} {precision} {method} {optim} {ctx} GRAD_CP={cp}"
+                print(f"{where:44} {found:9.0f} {meant:9.0f} {100 * (meant / found - 1):+6.0f}%", flush=True)
             path.unlink()
     worst = max(rows, key=lambda row: abs(row["estimated_mb"] / row["measured_mb"] - 1))
     print(f"largest difference: {100 * (worst['estimated_mb'] / worst['measured_mb'] - 1):+.0f} %")

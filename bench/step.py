@@ -44,6 +44,7 @@ from rwkv_peft import checkpoint
 from rwkv_peft.adapters import attach
 from rwkv_peft.data.loading import Batch
 from rwkv_peft.machine import DTYPES
+from rwkv_peft.methods import METHODS, OPTIMS
 from rwkv_peft.model import arch
 from rwkv_peft.model.arch import Geometry
 from rwkv_peft.model.initial import initial_tensors, new_geometry
@@ -70,9 +71,14 @@ PEERS = {  # script -> precisions that it can train in on a CPU
 SAME_LOSS = 0.01  # of two implementations that compute the same
 
 
-def setup_of(method: str, rank: int) -> attach.Setup:
-    options = {"lora": {"rank": rank, "alpha": 2.0 * rank, "rslora": False}, "state": {"shifts": False}}
-    return attach.Setup(method, options.get(method, {}), PARTS if method in ("lora", "full") else ())
+def setup_of(method: str, rank: int, quant: str = "none") -> attach.Setup:
+    """method: a name in METHODS with what adapters need, or lora+, which trains emb and head as well."""
+    lora = {"rank": rank, "alpha": 2.0 * rank, "rslora": False}
+    options = {"lora": lora, "dora": lora, "miss": {"rank": rank}, "bat": {"rank": rank}, "state": {"shifts": False}}
+    parts = (*PARTS, "emb", "head") if method == "lora+" else PARTS
+    method = method.removesuffix("+")
+    parts = parts if METHODS[method].parts or method == "full" else ()
+    return attach.Setup(method, options.get(method, {}), parts, quant=quant, quant_parts=("att", "ffn"))
 
 
 def needed_flops(geometry: Geometry, method: str, rank: int) -> float:
@@ -99,11 +105,14 @@ class Ours:
         ops = dispatch.choose(given.op, geometry.version, device)
         self.op = ops.name
         model = build(geometry, checkpoint.load(path), ops, dtype, RECOMPUTE[given.grad_cp])
-        setup = setup_of(given.method, given.rank)
+        setup = setup_of(given.method, given.rank, getattr(given, "quant", "none"))
         attach.adapt(model, setup, dtype, device=device)
         model.to(device)
         groups = parameter_groups(attach.trained(model).items(), 0.0, arch.decays, lambda name: 1.0)
-        self.module = TrainingModule(model, groups, 100, "constant", 1e-5, 1e-5, 0, (0.9, 0.99), 1e-8, 1.0)
+        rates = 100, "constant", 1e-5, 1e-5, 0
+        self.module = TrainingModule(
+            model, groups, *rates, (0.9, 0.99), 1e-8, 1.0, optim=getattr(given, "optim", "adamw")
+        )
         self.optimizer = self.module.configure_optimizers()["optimizer"]
         tokens = given.batch * given.ctx
         inputs, targets = protocol.tokens(given.batch, given.ctx, geometry.vocab_size)
@@ -239,6 +248,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--method", choices=("lora", "full", "state", "none"), default="lora")
+    parser.add_argument("--optim", choices=OPTIMS, default="adamw")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--grad-cp", choices=RECOMPUTE, default="0")
     parser.add_argument("--op", default="auto")

@@ -129,8 +129,8 @@ class TrainConfig:
         "QUANT", later={"int4": "is QUANT=nf4, the usual 4 bits", "8bit": "is QUANT=int8"}
     )
     quant_parts: str = var("QUANT_PARTS")
-    op: Literal["auto", "cuda", "cpu", "torch", "reference"] = var(
-        "OP", later=later("fla triton", "auto, which takes its own kernels for a GPU, and torch")
+    op: Literal["auto", "cuda", "fla", "cpu", "torch", "reference"] = var(
+        "OP", later=later("triton", "auto, cuda and fla")
     )
     grad_cp: Literal["0", "1", "selective"] = var("GRAD_CP")
     gpu_count: int = var("GPU_COUNT", ge=1, le=MOST)

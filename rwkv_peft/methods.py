@@ -70,17 +70,20 @@ def load_variables() -> dict[str, list[str]]:
 
 
 class Optim(NamedTuple):
-    """An optimizer. moments: bytes that it keeps for a trained value. package: what must be installed for it, or ""."""
+    """An optimizer. moments: bytes that it keeps for a trained value. package: what must be installed for it, or "".
+    copies: bytes for each value of the largest trained tensor, while that one is changed on a CPU (bench/memory.py --optim):
+    bitsandbytes computes there in float32."""
 
     moments: float
     package: str = ""
+    copies: float = 0.0
 
 
 # OPTIM -> what it is
 OPTIMS = {
     "adamw": Optim(8),
-    "adamw8bit": Optim(2, "bitsandbytes"),
-    "lion": Optim(4, "bitsandbytes"),
-    "lion8bit": Optim(1, "bitsandbytes"),
-    "adafactor": Optim(0.1),
+    "adamw8bit": Optim(2, "bitsandbytes", 25),
+    "lion": Optim(4, "bitsandbytes", 14),
+    "lion8bit": Optim(1, "bitsandbytes", 24),
+    "adafactor": Optim(0.1, copies=4),
 }

@@ -1,5 +1,7 @@
 """On a GPU: the kernels are right, `auto` takes them, and a run on them learns what one on the torch backend learns."""
 
+import importlib.util
+
 import pytest
 import torch
 from inprocess import run
@@ -11,8 +13,10 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 @pytest.mark.parametrize("version", dispatch.WKV)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("backend", ["torch", "cuda"])
+@pytest.mark.parametrize("backend", ["torch", "cuda", "fla"])
 def test_a_backend_computes_what_the_definition_says(version, dtype, backend):
+    if backend == "fla" and not importlib.util.find_spec("fla"):
+        pytest.skip("needs fla-core: pip install -r requirements-fla.txt")
     found = proof.prove(version, dispatch.WKV[version][backend], "cuda", dtype)
     assert found.passed, found
 

@@ -7,7 +7,7 @@ import torch
 
 from rwkv_peft import train
 from rwkv_peft.errors import Problems, UserError
-from rwkv_peft.ops import cache, chunked, chunked6, dispatch, proof
+from rwkv_peft.ops import cache, chunked, chunked6, dispatch, fla, proof
 from rwkv_peft.ops.cuda import build
 
 TORCH = {"x070": chunked.wkv7, "x060": chunked6.wkv6, "x052": chunked6.wkv5}
@@ -49,8 +49,15 @@ def gpu(monkeypatch, tmp_path):
     prove = proof.prove
     monkeypatch.setattr(proof, "prove", lambda version, wkv, device, dtype: prove(version, wkv, "cpu", dtype))
 
-    def has(wkv):
-        monkeypatch.setitem(dispatch.WKV["x070"], "cuda", wkv)
+    def no_package():
+        raise fla.Missing("is not installed")
+
+    monkeypatch.setattr(fla, "version", no_package)
+
+    def has(wkv, name="cuda"):
+        monkeypatch.setitem(dispatch.WKV["x070"], name, wkv)
+        if name == "fla":
+            monkeypatch.setattr(fla, "version", lambda: f"version {id(wkv)}")
 
     return has
 
@@ -79,13 +86,22 @@ def test_kernels_that_fail_are_not_taken_and_the_reason_is_told(gpu, how):
     gpu(wrong("x070", "a wrong state") if how == "wrong" else fails)
     for _ in range(2):  # a failure is not remembered
         found = dispatch.choose("auto", "x070", "cuda")
-        assert found.name == "torch" and "which are not used: " in found.why
+        assert found.name == "torch" and "which are not used. OP=cuda: " in found.why
     words = {"wrong": "wrong on this GPU", "missing": "cannot be compiled", "refused": "no kernel image"}.get(
         how, "AttributeError: cuLaunchKernel"
     )
     assert words in found.why
     with pytest.raises(Problems, match=words):
         dispatch.choose("cuda", "x070", "cuda")
+
+
+def test_where_our_own_kernels_fail_flash_linear_attention_is_taken_if_it_is_there_and_right(gpu):
+    gpu(wrong("x070", "NaN"))
+    gpu(chunked.wkv7, "fla")
+    assert dispatch.choose("auto", "x070", "cuda").name == dispatch.choose("fla", "x070", "cuda").name == "fla"
+    gpu(wrong("x070", "a wrong state"), "fla")
+    found = dispatch.choose("auto", "x070", "cuda")
+    assert found.name == "torch" and "OP=cuda: " in found.why and "OP=fla: they are wrong on this GPU" in found.why
 
 
 def test_what_is_for_another_device_is_refused():

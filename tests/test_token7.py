@@ -28,7 +28,9 @@ def walked(model, tokens, alone):
             out, after = model(torch.tensor([[token]]), state)
             if state:
                 for block, tensors in zip(state, before, strict=True):
-                    assert all(torch.equal(a, b) for a, b in zip(block.tensors(), tensors, strict=True)), "changed in place"
+                    assert all(torch.equal(a, b) for a, b in zip(block.tensors(), tensors, strict=True)), (
+                        "changed in place"
+                    )
             logits.append(out[0, 0])
             state = after
     model.one_token = kept

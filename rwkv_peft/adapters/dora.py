@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .base import Adapter, exact
 from .lora import Lora, fresh_factors, scale
+from .product import low_rank
 
 
 class Dora(Adapter):
@@ -32,16 +33,15 @@ class Dora(Adapter):
 
     def forward(self, x: Tensor) -> Tensor:
         """Dropout acts on the input of all that is added to the frozen layer's output, as in HF peft."""
-        y, kind = self.linear(x), exact(x.dtype)
+        kind = exact(x.dtype)
         gain = self.lora_magnitude.to(kind) / norms(self.linear.dense(kind), self.lora_A, self.lora_B, self.scale)
-        if self.training and self.dropout > 0:
-            x = F.dropout(x, self.dropout)
-            through = self.linear(x)
-        else:
-            through = y
-        low = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
-        # gain is near 1: bfloat16 has room for gain - 1, not for gain
-        return y + (gain - 1).to(x.dtype) * through + (self.scale * gain).to(x.dtype) * low
+        more = (gain - 1).to(x.dtype)  # gain is near 1: bfloat16 has room for gain - 1, not for gain
+        if not (self.training and self.dropout > 0):
+            moved = low_rank(self.linear, x, x, self.lora_A, self.lora_B, self.scale)
+            return torch.addcmul(moved, more, moved)
+        dropped = F.dropout(x, self.dropout)
+        low = F.linear(F.linear(dropped, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+        return self.linear(x) + more * self.linear(dropped) + (self.scale * gain).to(x.dtype) * low
 
     @staticmethod
     def shapes(outputs: int, inputs: int, rank: int, **_: Any) -> dict[str, tuple[int, ...]]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import Problem, Problems
-from . import chunked, chunked6, loss, neighbours, proof, reference
+from . import chunked, chunked6, fla, loss, neighbours, proof, reference
 from .again import cheap, recomputing
 from .cpu import build, fused
 from .cpu import wkv as cpu
@@ -20,13 +21,28 @@ from .neighbours import Gates, Own, Where
 
 # version -> backend -> function; the signatures are those of the reference
 WKV: dict[str, dict[str, Callable]] = {
-    "x070": {"reference": reference.wkv7, "torch": chunked.wkv7, "cpu": cpu.wkv7, "cuda": cuda.wkv7},
-    "x060": {"reference": reference.wkv6, "torch": chunked6.wkv6, "cpu": cpu.wkv6, "cuda": cuda.wkv6},
-    "x052": {"reference": reference.wkv5, "torch": chunked6.wkv5, "cpu": cpu.wkv5, "cuda": cuda.wkv5},
+    "x070": {"reference": reference.wkv7, "torch": chunked.wkv7, "cpu": cpu.wkv7, "cuda": cuda.wkv7, "fla": fla.wkv7},
+    "x060": {"reference": reference.wkv6, "torch": chunked6.wkv6, "cpu": cpu.wkv6, "cuda": cuda.wkv6, "fla": fla.wkv6},
+    "x052": {"reference": reference.wkv5, "torch": chunked6.wkv5, "cpu": cpu.wkv5, "cuda": cuda.wkv5, "fla": fla.wkv5},
 }
 
 # what runs on a kind of device and nowhere else
-OF_DEVICE = {"cpu": "cpu", "cuda": "cuda"}
+OF_DEVICE = {"cpu": "cpu", "cuda": "cuda", "fla": "cuda"}
+
+
+class ForGPU(NamedTuple):
+    """words: what it is. digest: tells one state of it from another; missing: raised where it is not there."""
+
+    words: str
+    digest: Callable[[], str]
+    missing: type[Exception]
+
+
+# kernels for GPUs, the quickest first
+FOR_GPU = {
+    "cuda": ForGPU("CUDA kernels", lambda: cuda_build.digest(), cuda_build.Missing),
+    "fla": ForGPU("flash-linear-attention", lambda: fla.version(), fla.Missing),
+}
 
 
 @dataclass(frozen=True)
@@ -93,7 +109,7 @@ def choose(op: str, version: str, device: str = "cpu") -> Ops:
     if op != "auto" and OF_DEVICE[op] != device:
         wants = (
             "is for NVIDIA GPUs, and none was found"
-            if op == "cuda"
+            if OF_DEVICE[op] == "cuda"
             else "is for training without a GPU, and there is one"
         )
         raise Problems(Problem("OP", f"{wants}; use auto"))
@@ -109,28 +125,35 @@ def choose(op: str, version: str, device: str = "cpu") -> Ops:
 
 
 def on_gpu(op: str, version: str) -> Ops:
-    """The CUDA kernels, if they compute on this GPU what the definition says. They are asked once for a GPU and a driver."""
+    """Kernels that compute on this GPU what the definition says. They are asked once for a GPU and a driver."""
+    reasons = []
+    for name in FOR_GPU if op == "auto" else (op,):
+        found, wrong = tried(name, version)
+        if not wrong:
+            error = f", error {found.error:.1e} on this GPU" if found else ""
+            return made(name, version, f"{FOR_GPU[name].words}{error}")
+        if op == name:
+            raise Problems(Problem("OP", f"{FOR_GPU[name].words} cannot be used: {wrong}; use auto"))
+        reasons.append(f"OP={name}: {wrong}")
+    return made("torch", version, f"slower than kernels for GPUs, which are not used. {'. '.join(reasons)}")
+
+
+def tried(name: str, version: str) -> tuple[proof.Proof | None, str]:
+    """What kernels of FOR_GPU have shown on this GPU just now (None: at an earlier time), and why they cannot be used, or ""."""
+    kind = FOR_GPU[name]
     try:
-        found = proof.remembered(
-            version,
-            WKV[version]["cuda"],
-            torch.device("cuda", torch.cuda.current_device()),
-            "cuda",
-            cuda_build.digest(),
-        )
-        wrong = "" if found is None or found.passed else f"they are wrong on this GPU ({found.what}: {found.error:.1e})"
-    except cuda_build.Missing as missing:
-        found, wrong = None, str(missing)
+        digest = kind.digest()
+        device = torch.device("cuda", torch.cuda.current_device())
+        found = proof.remembered(version, WKV[version][name], device, name, digest)
+    except kind.missing as missing:
+        return None, str(missing)
     except (
         Exception
-    ) as error:  # whatever a driver, a GPU or a version of the bindings has against them: torch computes as well
+    ) as error:  # whatever a driver, a GPU or a version of a package has against them: torch computes as well
         words = (str(error).splitlines() or [""])[0][:200]
-        found, wrong = None, f"they do not run on this GPU ({type(error).__name__}: {words})"
-    if not wrong:
-        return made("cuda", version, "CUDA kernels" + (f", error {found.error:.1e} on this GPU" if found else ""))
-    if op == "cuda":
-        raise Problems(Problem("OP", f"the CUDA kernels cannot be used: {wrong}; use auto"))
-    return made("torch", version, f"slower than the CUDA kernels, which are not used: {wrong}")
+        return None, f"they do not run on this GPU ({type(error).__name__}: {words})"
+    good = found is None or found.passed
+    return found, "" if good else f"they are wrong on this GPU ({found.what}: {found.error:.1e})"
 
 
 def made(name: str, version: str, why: str = "") -> Ops:

@@ -7,11 +7,11 @@ import torch
 from .. import machine
 from ..errors import UserError
 from ..model.arch import NUMBERS
-from ..ops import dispatch, proof
+from ..ops import dispatch, fla, proof
 from ..ops.cpu import build as cpu_build
 from ..ops.cuda import build as cuda_build
 
-MISSING = cpu_build.Missing, cuda_build.Missing
+MISSING = cpu_build.Missing, cuda_build.Missing, fla.Missing
 
 
 def selftest() -> None:
@@ -32,6 +32,8 @@ def selftest() -> None:
                 try:
                     if name == "cpu":
                         cpu_build.library()
+                    elif name in dispatch.FOR_GPU:
+                        dispatch.FOR_GPU[name].digest()
                     found = proof.prove(version, wkv, device, dtype)
                 except MISSING as missing:
                     print(f"{words} missing: {missing}")

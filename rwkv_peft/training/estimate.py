@@ -6,17 +6,19 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..methods import Optim
 from ..model.arch import Geometry
 from ..ops.loss import CHUNK_VALUES
 
 MASTER_BYTES = 8  # of a trained value: float32 weight and gradient
+WORK = {2: 150, 4: 600}  # bytes of a token and channel, by the working dtype's, while one block's gradients are made
 OVERHEAD = {"cuda": 700 << 20, "cpu": 365 << 20}  # libraries, CUDA context
 
 
 @dataclass(frozen=True)
 class Kept:
     """What one block keeps of a token, in values per channel, without the channel mix's inner ones: in the working dtype; and in
-    float32. inputs: of the layers that learn, cheap of them to make again. work: while one block's gradients are made.
+    float32. inputs: of the layers that learn, cheap of them to make again.
 
     Fitted to bench/memory.py, malloc's holes included: they are not what is kept by name.
     """
@@ -24,7 +26,6 @@ class Kept:
     values: float
     floats: float
     inputs: float = 5
-    work: float = 75
 
 
 # (what computes, version) -> what it keeps
@@ -37,6 +38,18 @@ KEPT = {
     ("torch", "x052"): Kept(12, 8),
 }
 
+# method -> what its layers keep of a token, in shares of their inputs' size: what is cheap to make again, and what is not
+LAYERS = {
+    "lora": (1, 0),
+    "dora": (1, 1),  # also the output, for the magnitude's gradient
+    "pissa": (1, 0),
+    "miss": (0, 0),  # only the input's sums over groups of channels
+    "bat": (0, 1),
+    "peft": (1, 0),
+    "lisa": (1, 0),
+    "full": (1, 0),
+}
+
 
 def memory_bytes(
     shapes: Mapping[str, tuple[int, ...]],
@@ -45,11 +58,11 @@ def memory_bytes(
     geometry: Geometry,
     itemsize: int,
     grad_cp: str,
-    full: bool,
-    learns: bool,
+    method: str,
     device: str,
     op: str,
-    moments: float = 8,
+    optim: Optim,
+    largest: int = 0,
     compressed: int = 0,
     sequences: int = 1,
 ) -> int:
@@ -57,24 +70,24 @@ def memory_bytes(
 
     shapes: all tensors of the base that are not compressed. trained: number of trained values. tokens: of one micro-batch
     (infctx: of one chunk). itemsize: bytes of a value in the working dtype. grad_cp: 0, 1 or selective. op: what computes.
-    learns: whether layers do, which then keep their inputs. moments: bytes that the optimizer keeps for a value.
-    compressed: bytes of the tensors that are. sequences: that begin in one micro-batch; each has a state.
+    method: of methods.METHODS. largest: values of the largest tensor that is trained whole. compressed: bytes of the tensors
+    that are. sequences: that begin in one micro-batch; each has a state.
     """
     channels, layers = geometry.n_embd, geometry.n_layer
     inner = geometry.dim_ffn / channels
     kept = KEPT[op if op == "cpu" else "torch", geometry.version]
-    inputs = kept.inputs + inner if learns else 0.0
-    of_block = tokens * channels * ((kept.values + inner + inputs) * itemsize + kept.floats * 4)
+    again, more = ((kept.inputs + inner) * share for share in LAYERS.get(method, (0, 0)))
+    of_block = tokens * channels * ((kept.values + inner + again + more) * itemsize + kept.floats * 4)
     activations = {
         "0": layers * of_block,
-        "selective": layers * (of_block - tokens * channels * inputs * itemsize),
+        "selective": layers * (of_block - tokens * channels * again * itemsize),
         "1": layers * tokens * channels * 2 * itemsize + of_block,
     }[grad_cp]
-    work = tokens * channels * kept.work * itemsize
+    work = tokens * channels * WORK[itemsize]
     # (seen with packs of rows of 5 tokens, where they are more than all the rest)
     states = sequences * channels * geometry.head_size * 4 * (3 if grad_cp == "1" else 3 + 2 * layers)
     rows = min(tokens, max(1, CHUNK_VALUES // geometry.vocab_size))
     logits = rows * geometry.vocab_size * (itemsize if op == "cpu" else 8 + itemsize)
-    frozen = 0 if full else sum(math.prod(s) for s in shapes.values()) * itemsize
-    learning = trained * (MASTER_BYTES + moments)
+    frozen = 0 if method == "full" else sum(math.prod(s) for s in shapes.values()) * itemsize
+    learning = trained * (MASTER_BYTES + optim.moments) + (largest * optim.copies if device == "cpu" else 0)
     return int(frozen + compressed + learning + activations + work + states + logits + OVERHEAD[device])

@@ -38,16 +38,16 @@ def plan_lines(
     stream_lines. tokens, sequences: of the largest micro-batch. op_words: about what computes, or "".
     """
     total = sum(math.prod(s.shape) for s in stored.values())
-    device, full = device_kind(), setup.method == "full"
-    infctx, learns = settings["TRAIN_TYPE"] == "infctx", full or METHODS[setup.method].wraps or setup.method == "lisa"
+    device, infctx = device_kind(), settings["TRAIN_TYPE"] == "infctx"
+    shapes = arch.shapes(geometry)
     compressed = {f"{name}.weight" for name in setup.compressed(geometry)}
     bits = QUANT_BITS.get(setup.quant, 0)
     memory = memory_bytes(
-        {name: shape for name, shape in arch.shapes(geometry).items() if name not in compressed},
+        {name: shape for name, shape in shapes.items() if name not in compressed},
         trained_values, min(tokens, settings["CHUNK_CTX"]) if infctx else tokens, geometry,
-        dtype.itemsize, settings["GRAD_CP"], full, learns, device, settings["OP"],
-        OPTIMS[settings["OPTIM"]].moments,
-        compressed=int(sum(math.prod(arch.shapes(geometry)[name]) for name in compressed) * bits / 8),
+        dtype.itemsize, settings["GRAD_CP"], setup.method, device, settings["OP"], OPTIMS[settings["OPTIM"]],
+        largest=max((math.prod(shapes[name]) for name in setup.whole(geometry)), default=0),
+        compressed=int(sum(math.prod(shapes[name]) for name in compressed) * bits / 8),
         sequences=max(1, sequences * min(tokens, settings["CHUNK_CTX"]) // tokens) if infctx else sequences,
     )  # fmt: skip
     last = settings["LR_INIT"] if settings["LR_SCHEDULE"] == "constant" else settings["LR_FINAL"]
@@ -258,7 +258,8 @@ def out_of_memory(settings: dict, error: Exception) -> str:
     if settings["GRAD_CP"] != "1":
         advice.append("GRAD_CP=1 (much less memory, a third more time)")
     if OPTIMS[settings["OPTIM"]].moments > 2 and settings["FINETUNE_MODE"] in ("full", "lisa"):
-        advice.append("OPTIM=adamw8bit (6 bytes less for each trained value)")
+        lean = "adamw8bit (6 bytes" if device_kind() == "cuda" else "adafactor (8 bytes"
+        advice.append(f"OPTIM={lean} less for each trained value)")
     if settings["DATALOAD"] == "bucket":
         sizes = zip(settings["TRAIN_LENGTHS"].split(), settings["TRAIN_BATCH_SIZES"].split(), strict=True)
         most = max(int(length) * int(rows) for length, rows in sizes)
