@@ -1,11 +1,13 @@
-"""Peak memory of a training step by geometry, method, GRAD_CP and context, beside the estimate that --dry-run prints.
+"""Peak memory of ./training.sh by geometry, method, GRAD_CP and context, beside the estimate in its own plan.
 
-usage: python bench/memory.py [--geometry 0.1b,0.4b] [--methods lora,full,dora,...] [--grad-cp 0,selective,1] [--ctx 512,2048]
-                              [--precision bf16,fp32] [--optim adamw] [--op auto] [--version x070] [--json FILE]
+usage: python bench/memory.py [--geometry 0.1b,0.4b] [--methods lora,full,state,dora,...] [--grad-cp 0,selective,1]
+                              [--ctx 512,2048] [--precision bf16,fp32] [--optim adamw] [--op auto] [--version x070]
+                              [--steps 4] [--json FILE]
 
-Every point is a process of its own that loads a random file of that size and makes two steps; its peak is the largest
-resident set, libraries and the mapped file included, which is what a user sees. Printed: measured, estimated, and by how
-much the estimate is off; at the end the largest of these.
+Every point is a run of its own on a random file of that size, from the plan to the last checkpoint and loss.png, with packs of
+rows of all lengths, one at a time. Its peak is the largest resident set, libraries and the mapped file included, which is what a
+user sees. lora+ trains emb and head as well. Printed: measured, estimated, and by how much the estimate is off; at the end the
+largest of these.
 """
 
 from __future__ import annotations
@@ -18,59 +20,62 @@ sys.path[0] = __file__.rpartition("bench")[0]  # the kit, instead of this folder
 import argparse
 import itertools
 import json
-import math
 import os
 import platform
+import re
 import subprocess
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
+import numpy as np
 import torch
 
-from bench.step import GEOMETRIES, Ours, setup_of
-from rwkv_peft import checkpoint
-from rwkv_peft.adapters import attach
-from rwkv_peft.machine import DTYPES
-from rwkv_peft.methods import OPTIMS
-from rwkv_peft.model import arch
+from bench.step import GEOMETRIES
+from rwkv_peft import checkpoint, project, train
+from rwkv_peft.config import TrainConfig
+from rwkv_peft.data.binidx import Writer
 from rwkv_peft.model.initial import initial_tensors, new_geometry
-from rwkv_peft.ops import dispatch
-from rwkv_peft.training.estimate import memory_bytes
+from rwkv_peft.shell_vars import Script, values_as_written
 
 RANK = 16
+METHODS = {"dora": {"FINETUNE_MODE": "lora", "use_dora": "1"}, "lora+": {"FINETUNE_MODE": "lora", "EMB_FINETUNE": "1"}}
+SCRIPT = project.ROOT / "training.sh"
 
 
-def geometry_of(name: str, version: str):
-    size = GEOMETRIES[name]
-    return new_geometry(version, size.n_layer, size.n_embd, size.vocab_size)
-
-
-def estimate(geometry, method: str, optim: str, grad_cp: str, ctx: int, precision: str, op: str) -> float:
-    """MB, from what the plan of a run would know."""
-    setup, shapes = setup_of(method, RANK), arch.shapes(geometry)
-    trained = attach.count_trained(geometry, setup)
-    largest = max((math.prod(shapes[name]) for name in setup.whole(geometry)), default=0)
-    sizes = shapes, trained, ctx, geometry, DTYPES[precision].itemsize
-    return memory_bytes(*sizes, grad_cp, setup.method, "cpu", op, OPTIMS[optim], largest) / 2**20
+def write_rows(prefix: Path, tokens: int) -> None:
+    """Random rows of 20 to 400 tokens."""
+    dice = np.random.default_rng(0)
+    with Writer(prefix, {"": np.uint16}) as writer:
+        while tokens > 0:
+            row = dice.integers(1, 65000, dice.integers(20, 400))
+            writer.add({"": np.append(row, 0)})
+            tokens -= len(row)
+        writer.commit()
 
 
 def child(point: dict) -> None:
-    """Two steps in this process; prints its peak in MB."""
-    torch.manual_seed(0)
-    GEOMETRIES[point["geometry"]] = geometry_of(point["geometry"], point["version"])
-    ours = Ours(SimpleNamespace(**point, batch=1, rank=RANK), point["path"])
-    ours.step()
-    ours.step()
-    print(int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024)
+    """A run in this process; prints its peak in MB."""
+    project.ROOT, project.OUTPUT = Path(point["folder"]), Path(point["folder"]) / "output"
+    rank = {name: str(RANK) for name in ("lora_r", "pissa_r", "disha_r")}
+    settings = {
+        "MODEL_PATH": f"{point['geometry']}.pth", "DATA_PATH": "rows", "CTX_LEN": str(point["ctx"]), "LOSS_MASK": "pad",
+        "MICRO_BSZ": "1", "MINI_BSZ": "1", "EPOCH_STEPS": str(point["steps"]), "EPOCH_COUNT": "1", "WARMUP_STEPS": "0",
+        "PRECISION": point["precision"], "GRAD_CP": point["grad_cp"], "OPTIM": point["optim"], "OP": point["op"],
+        "FINETUNE_MODE": point["method"], "MODEL_VERSION": "auto",
+    }  # fmt: skip
+    values = values_as_written(SCRIPT) | rank | settings | METHODS.get(point["method"], {})
+    train.command(Script(SCRIPT, values).read(TrainConfig), ["--new"])
+    print("peak", int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024)
 
 
-def measured(point: dict) -> float:
+def run(point: dict) -> tuple[float, float]:
+    """Measured and estimated MB."""
     command = [sys.executable, __file__, "--point", json.dumps(point)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": sys.path[0]})
+    environment = {"GOMP_SPINCOUNT": "5000"} | os.environ | {"PYTHONPATH": sys.path[0]}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
-        sys.exit(f"{point} ended with {done.returncode}\n{done.stderr[-2000:]}")
-    return float(done.stdout.split()[-1])
+        sys.exit(f"{point} ended with {done.returncode}\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}")
+    return float(done.stdout.split()[-1]), 1024 * float(re.search(r"about ([\d.]+) GB", done.stdout)[1])
 
 
 def main() -> None:
@@ -84,31 +89,34 @@ def main() -> None:
     parser.add_argument("--optim", type=words, default=["adamw"])
     parser.add_argument("--op", default="auto")
     parser.add_argument("--version", default="x070")
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--point", type=json.loads, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.point:
         return child(given.point)
     print(
-        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, LoRA of rank {RANK}, 1 row"
+        f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, rank {RANK}, 1 row a step"
     )
     print(f"{'':44} {'measured':>9} {'estimate':>9} {'off by':>7}")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
+        for name in ("model", "data", "output"):
+            (Path(folder) / name).mkdir()
+        write_rows(Path(folder) / "data" / "rows", 2 * given.steps * max(map(int, given.ctx)))
         for name in given.geometry:
-            geometry, path = geometry_of(name, given.version), Path(folder) / f"{name}.pth"
+            size, path = GEOMETRIES[name], Path(folder) / "model" / f"{name}.pth"
+            geometry = new_geometry(given.version, size.n_layer, size.n_embd, size.vocab_size)
             checkpoint.save(path, {n: t.bfloat16() for n, t in initial_tensors(geometry, 0).items()})
             for precision, method, optim, ctx, cp in itertools.product(
                 given.precision, given.methods, given.optim, given.ctx, given.grad_cp
             ):
                 point = {
                     "geometry": name, "precision": precision, "method": method, "ctx": int(ctx), "grad_cp": cp,
-                    "op": given.op, "version": given.version, "optim": optim,
+                    "op": given.op, "optim": optim, "steps": given.steps,
                 }  # fmt: skip
-                found = measured({**point, "path": str(path)})
-                op = dispatch.choose(given.op, given.version).name
-                meant = estimate(geometry, method, optim, cp, int(ctx), precision, op)
-                rows.append({**point, "measured_mb": found, "estimated_mb": meant})
+                found, meant = run({**point, "folder": folder})
+                rows.append({**point, "version": given.version, "measured_mb": found, "estimated_mb": meant})
                 where = f"{name} {precision} {method} {optim} {ctx} GRAD_CP={cp}"
                 print(f"{where:44} {found:9.0f} {meant:9.0f} {100 * (meant / found - 1):+6.0f}%", flush=True)
             path.unlink()

@@ -57,8 +57,8 @@ from rwkv_peft.model.rwkv import build
 from rwkv_peft.ops import dispatch
 from rwkv_peft.rows.settings import TokenizeConfig
 from rwkv_peft.shell_vars import Script, values_as_written
-from rwkv_peft.train import RECOMPUTE
 from rwkv_peft.train.data import Planned, plan_run
+from rwkv_peft.train.learner import RECOMPUTE
 from rwkv_peft.training.module import TrainingModule
 from rwkv_peft.training.optim import parameter_groups
 

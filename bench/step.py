@@ -50,7 +50,7 @@ from rwkv_peft.model.arch import Geometry
 from rwkv_peft.model.initial import initial_tensors, new_geometry
 from rwkv_peft.model.rwkv import build
 from rwkv_peft.ops import dispatch
-from rwkv_peft.train import RECOMPUTE
+from rwkv_peft.train.learner import RECOMPUTE
 from rwkv_peft.training.module import TrainingModule
 from rwkv_peft.training.optim import parameter_groups
 

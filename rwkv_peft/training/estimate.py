@@ -10,9 +10,10 @@ from ..methods import Optim
 from ..model.arch import Geometry
 from ..ops.loss import CHUNK_VALUES
 
-MASTER_BYTES = 8  # of a trained value: float32 weight and gradient
+# of a trained value: float32 weight and gradient; on a CPU also the holes that malloc leaves between them
+MASTER_BYTES = {"cuda": 8, "cpu": 12}
 WORK = {2: 150, 4: 600}  # bytes of a token and channel, by the working dtype's, while one block's gradients are made
-OVERHEAD = {"cuda": 700 << 20, "cpu": 365 << 20}  # libraries, CUDA context
+OVERHEAD = {"cuda": 700 << 20, "cpu": 555 << 20}  # CUDA context; libraries, loss.png and the writing of checkpoints
 
 
 @dataclass(frozen=True)
@@ -89,5 +90,5 @@ def memory_bytes(
     rows = min(tokens, max(1, CHUNK_VALUES // geometry.vocab_size))
     logits = rows * geometry.vocab_size * (itemsize if op == "cpu" else 8 + itemsize)
     frozen = 0 if method == "full" else sum(math.prod(s) for s in shapes.values()) * itemsize
-    learning = trained * (MASTER_BYTES + optim.moments) + (largest * optim.copies if device == "cpu" else 0)
+    learning = trained * (MASTER_BYTES[device] + optim.moments) + (largest * optim.copies if device == "cpu" else 0)
     return int(frozen + compressed + learning + activations + work + states + logits + OVERHEAD[device])

@@ -85,10 +85,10 @@ def plan_lines(
     if device == "cpu" and plan.world > cores:
         rows.append(("", f"GPU_COUNT={plan.world} starts {plan.world} processes, but this machine has {count(cores, 'core')} "
                          "and no GPU: 1 is faster"))  # fmt: skip
-    kind = "GPU memory" if device == "cuda" else "memory"
+    kind, digits = "GPU memory" if device == "cuda" else "memory", 1 if memory > 10 << 30 else 2
     rows += [
         ("machine", f"{device_words()}; PRECISION={settings['PRECISION']}, OP={settings['OP']}{op_words and f' ({op_words})'}, "
-                    f"STRATEGY={settings['STRATEGY']}; about {memory / 2**30:.1f} GB {kind} (estimate)"),
+                    f"STRATEGY={settings['STRATEGY']}; about {memory / 2**30:.{digits}f} GB {kind} (estimate)"),
         ("output", f"output/{settings['RUN_NAME']}/"),
     ]  # fmt: skip
     return [f"{label:<10}{text}" for label, text in rows]

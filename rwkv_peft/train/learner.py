@@ -1,0 +1,71 @@
+"""The model of a run, as it is when its first step begins."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import checkpoint, machine, project, runs
+from ..adapters import attach
+from ..model import arch
+from ..model.rwkv import RWKV, build
+from ..training.lisa import Lisa
+from ..training.optim import parameter_groups
+from .prepared import RANK, Prepared
+
+# GRAD_CP -> what the model computes again
+RECOMPUTE = {"0": "nothing", "1": "blocks", "selective": "cheap"}
+
+
+@dataclass
+class Learner:
+    """begun: what the adapters began with, where it cannot be computed anew. held: the base, held open, where checkpoints are
+    changed copies of it: it stays what it is even if another file takes its name."""
+
+    model: RWKV
+    begun: Mapping[str, Tensor]
+    lisa: Lisa | None
+    held: Any
+    groups: Callable[[], list[dict]]
+
+    def trained(self) -> Mapping[str, nn.Parameter]:
+        """The parameters that checkpoints hold, by their names there."""
+        return self.lisa.saved() if self.lisa else attach.trained(self.model)
+
+
+def make_learner(run: Prepared, cleanup: contextlib.ExitStack, say: Callable[[str], None]) -> Learner:
+    config, setup, dtype = run.config, run.setup, machine.DTYPES[run.precision]
+    torch.manual_seed(config.seed)
+    held = cleanup.enter_context(checkpoint.Archive(run.base)) if run.method.saves_model else None
+    model = build(run.geometry, checkpoint.load(run.base), run.ops, dtype, RECOMPUTE[config.grad_cp])
+    start_file = runs.init_file(run.folder, config.method) if run.found else run.earlier and run.earlier.start
+    start = checkpoint.load(start_file) if start_file and start_file.is_file() else None
+    begun = attach.adapt(model, setup, dtype, start, machine.device(RANK))
+    lisa = None
+    if config.method == "lisa":
+        lisa = Lisa(model, config.parts, config.lisa_r, config.lisa_k, config.seed, dtype)
+        lisa.follow(0)
+    if run.begins_with:
+        shown = project.shown(run.begins_with)
+        attach.load_trained(model, checkpoint.load(run.begins_with), shown)
+        say(f"starts from {shown} (what it has learnt; the optimizer starts anew)")
+
+    def groups() -> list[dict]:
+        rate = functools.partial(arch.lr_scale, run.geometry)
+        named = attach.trained(model).items()
+        return parameter_groups(named, config.weight_decay, arch.decays, rate, config.loraplus_lr_ratio)
+
+    learner = Learner(model, {name: tensor.cpu() for name, tensor in begun.items()}, lisa, held, groups)
+    if run.found:
+        weights = run.found.tensors("weights")
+        if lisa:
+            lisa.go_on(run.found.facts["blocks"], weights)
+        attach.load_into(learner.trained(), weights, project.shown(run.found.folder))
+    torch.manual_seed(config.seed + RANK)  # dropout differs between ranks, the weights do not
+    return learner

@@ -1,0 +1,179 @@
+"""A run as it is before anything is loaded: what was found, what `auto` became, where it will be written."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import hashing, project, runs
+from ..config import TrainConfig
+from ..errors import Problems
+from ..methods import METHODS, Method
+from .data import Planned, plan_run, plan_stream
+from .opening import check_earlier, open_files
+from .record import options_of, resolved
+
+# Lightning starts one more process for every further GPU, numbered from 1: those are quiet and write nothing
+RANK = int(os.environ.get("LOCAL_RANK", 0))
+MAIN_PROCESS = RANK == 0
+MOST_NAME = 80  # characters of a mixture's names in the name of a run
+
+
+def as_json(value):
+    """What comes back when it is written as JSON and read again: for comparing."""
+    return json.loads(json.dumps(value))
+
+
+@dataclass
+class Prepared:
+    """config: the settings; settings: the same by their names in the script, with auto replaced by what it became.
+
+    base, stored, geometry: the model's file, what it holds, its numbers. setup: what becomes of it. ops, precision: what
+    computes. trainer: arguments of Lightning's trainer. data, steps: what is trained, in how many optimizer steps.
+    found: the state of an earlier run that goes on; earlier: the checkpoint that a new one begins with. missing: a checkpoint
+    that the run has lost, or that is due only now. content: of the base, where it had to be looked at already. folder: of the
+    run. plan_facts: what a run that goes on must find as it was.
+    """
+
+    config: TrainConfig
+    settings: dict
+    base: Path
+    stored: Any
+    geometry: Any
+    setup: Any
+    ops: Any
+    precision: str
+    trainer: dict
+    data: Planned
+    steps: int
+    workers: int
+    found: Any
+    earlier: Any
+    missing: Path | None
+    content: dict | None
+    folder: Path
+    plan_facts: dict
+
+    @property
+    def plan(self):
+        return self.data.plan
+
+    @property
+    def method(self) -> Method:
+        return METHODS[self.config.method]
+
+    @property
+    def begins_with(self) -> Path | None:
+        """The file of the checkpoint that a new run begins with."""
+        return self.earlier.path if self.earlier else None
+
+    @property
+    def options(self) -> dict:
+        return as_json(dict(self.setup.options))
+
+
+def prepare(
+    config: TrainConfig, dry_run: bool, anew: bool, cleanup: contextlib.ExitStack, say: Callable[[str], None]
+) -> Prepared:
+    """Open and check everything, and claim the run's folder. Problems and UserErrors for all that is wrong.
+
+    anew: begin a new run, even if one could go on. cleanup: what to do whether training ends well or not.
+    """
+    from .. import machine
+    from ..adapters import attach
+    from ..ops import dispatch
+    from ..training import optim, strategy
+    from . import again
+
+    base = project.model_file(config.model_path)
+    found = again.find(config, anew, MAIN_PROCESS, say)
+    stored, geometry, files, earlier = open_files(config, base, found is None)
+    optim.must_be_there(config.optim)
+    ops = dispatch.choose(config.op, geometry.version, machine.device_kind())
+    precision = machine.precision(config.precision)
+    trainer = strategy.trainer_arguments(precision, config.gpu_count, config.strategy)
+    setup = attach.Setup(
+        config.method, options_of(config), config.parts, config.lora_dropout, config.quantised, config.quantised_parts
+    )
+    begins = earlier is not None and earlier.path is not None
+    content = check_earlier(config, geometry, setup, base, earlier, say) if begins and MAIN_PROCESS else None
+    data = (plan_stream if config.streaming else plan_run)(config, files, geometry.vocab_size, say)
+    steps = data.plan.optimizer_steps * config.epoch_count
+    names = [files.name.partition(".")[0]] if config.streaming else [prefix.name for prefix, _ in files]
+    stem = f"{'+'.join(names)[:MOST_NAME]}-{config.finetune_mode}"
+    workers = config.num_workers if config.num_workers != "auto" else int(machine.device_kind() == "cuda")
+    name = found.run.name if found else config.run_name
+    settings = resolved(config, ops.name, precision, data, data.plan, geometry, name, workers)
+    run = Prepared(
+        config, settings, base, stored, geometry, setup, ops, precision, trainer, data, steps, workers, found, earlier,
+        None, content, Path(), again.plan_facts(data.plan, config.streaming),
+    )  # fmt: skip
+    if found:
+        run.missing = missing_checkpoint(run)
+    if found and MAIN_PROCESS:
+        try:
+            run.content = must_be_the_same(run)
+        except Problems as problems:
+            if config.run_name:
+                raise
+            say(f"new run   {again.place(found)} was stopped, and cannot go on: {problems.problems[0].message}")
+            return prepare(config, dry_run, True, cleanup, say)
+    run.folder = claim(run, name, stem, cleanup) if MAIN_PROCESS and not dry_run else runs.choose(name, stem)
+    settings["RUN_NAME"] = run.folder.name
+    return run
+
+
+def missing_checkpoint(run: Prepared) -> Path | None:
+    """The checkpoint of the last epoch that a run which goes on has finished, if it should be there and is not."""
+    epoch, within = divmod(run.found.step, run.plan.optimizer_steps)
+    last = run.found.run / f"rwkv-{epoch - 1}.pth"
+    due = run.found.step == run.steps or epoch % run.config.epoch_save == 0
+    return last if not within and due and not last.is_file() else None
+
+
+def must_be_the_same(run: Prepared) -> dict:
+    """What the base holds, if everything that a run goes on with is as it was. Problems for what has changed."""
+    from . import again
+
+    found = run.found
+    again.must_not_be_finished(found, run.steps, run.config.epoch_count, run.missing)
+    content = hashing.content(run.base, found.facts["base"])
+    start_file = runs.init_file(found.run, run.config.method)
+    contents = content, run.data.content(found.facts["data"])
+    again.must_be_the_same(found, run.settings, run.plan_facts, run.options, *contents, start_file)
+    return content
+
+
+def claim(run: Prepared, name: str, stem: str, cleanup: contextlib.ExitStack) -> Path:
+    """The run's folder, ours until the end."""
+    from . import again
+
+    folder = runs.claim(name, stem, cleanup, run.found is not None)
+    if run.found:
+        again.must_be_unchanged(run.found)
+    else:
+        cleanup.callback(runs.release, folder)
+        # of a run that was ended before it saved anything
+        runs.init_file(folder, run.config.method).unlink(missing_ok=True)
+    again.hand_over(run.found)
+    return folder
+
+
+def header(run: Prepared) -> list[str]:
+    """What is printed before anything is loaded: what was read, what auto became, how long it will be, what it needs."""
+    from .. import machine
+    from ..adapters import attach
+    from ..training import report
+    from . import again
+
+    largest = run.data.most_tokens, run.data.most_sequences
+    lines = report.plan_lines(
+        run.settings, run.setup, run.base, run.geometry, run.data.lines(run.settings), *largest, run.plan, run.steps,
+        attach.count_trained(run.geometry, run.setup), run.stored, machine.DTYPES[run.precision], run.ops.why,
+    )  # fmt: skip
+    return [*lines, f"goes on   {again.place(run.found)}, as if it had never stopped"] if run.found else lines

@@ -1,0 +1,92 @@
+"""What a run writes: checkpoints with their sidecars, and the states that it can go on from. On the first process only."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from .. import __version__, checkpoint, hashing, project, runs, sidecars
+from ..atomic import clear_leftovers, need_space, sync_folder, temporary, write_json
+from ..errors import UserError
+from ..methods import OPTIMS
+from ..training import snapshot
+from ..training.callbacks import TOO_HIGH
+from .learner import Learner
+from .prepared import Prepared
+from .record import describe_run, script_values
+
+
+def must_have_room(run: Prepared, trained_values: int) -> None:
+    """UserError if the disk has no room for a checkpoint and the states beside it."""
+    config = run.config
+    moments = (4 + OPTIMS[config.optim].moments) * trained_values if config.keep_last else 0
+    size = run.base.stat().st_size if run.method.saves_model else 4 * trained_values
+    need_space(run.folder, size + int(moments) * (config.keep_last + 1))
+
+
+class Results:
+    """running: what only the running training can tell of itself, for a state's facts."""
+
+    def __init__(self, run: Prepared, learner: Learner, running: Callable[[], dict]):
+        self.run, self.learner, self.running = run, learner, running
+        self.content = run.content or hashing.content(run.base)
+        known = run.found.facts["data"] if run.found else None
+        self.identity = hashing.Meanwhile(lambda: run.data.content(known))  # read while training goes on
+
+    def kept_start(self) -> Path:
+        """The file of what the adapters began with: a run is nothing without it."""
+        path = runs.init_file(self.run.folder, self.run.config.method)
+        if not path.exists():
+            checkpoint.save(path, self.learner.begun)
+        return path
+
+    @functools.cached_property
+    def start_sha256(self) -> str | None:
+        return hashing.sha256(self.kept_start()) if self.learner.begun else None
+
+    def keep_state(self, parts: dict, facts: dict) -> None:
+        """Write a state: tensors by part and name, and facts about them."""
+        run, lisa = self.run, self.learner.lisa
+        more = {
+            "steps": run.steps, "finished": facts["step"] == run.steps, "settings": script_values(run.config),
+            "became": run.settings, "plan": run.plan_facts, "options": run.options, "start_sha256": self.start_sha256,
+            "world": run.plan.world, "base": {"name": run.base.name, **self.content}, "data": self.identity.result(),
+            "blocks": lisa.active if lisa else None, "kit": __version__,
+        }  # fmt: skip
+        snapshot.write(run.folder, parts, {**facts, **more, **self.running()}, run.config.keep_last)
+
+    def write(self, epoch: int, finished: bool, step: int) -> Path:
+        """Write a checkpoint and its sidecar; returns its name. UserError if it would hold NaN."""
+        run, learner = self.run, self.learner
+        path = run.folder / f"rwkv-{epoch}.pth"
+        clear_leftovers(path)
+        changed = learner.trained()
+        bad = next((name for name, p in changed.items() if not torch.isfinite(p).all()), None)
+        if bad:
+            raise UserError(f"{bad} has become NaN or infinite, so {project.shown(path)} was not written. {TOO_HIGH}")
+        about = run.config, run.geometry, run.setup.options, run.base, self.content, run.precision
+        sidecar = describe_run(*about, epoch, step, finished)
+        templates = run.data.templates
+        sidecar["prompt_type"], sidecar["eot"] = templates[0] if len(templates) == 1 else (None, None)
+        if learner.begun:
+            sidecar["start_sha256"] = self.start_sha256
+        fresh = temporary(path)  # it gets its name when its sidecar is there
+        try:
+            if learner.held:
+                change = lambda name: (lambda _: changed[name].detach().cpu()) if name in changed else None  # noqa: E731
+                checkpoint.rewrite(learner.held, fresh, change)
+            else:
+                checkpoint.save(fresh, changed)
+            sidecar["checkpoint_sha256"] = hashing.sha256(fresh)
+            # of the epoch when it was not finished: it must not lie beside another's sidecar
+            path.unlink(missing_ok=True)
+            write_json(sidecars.path_of(path), sidecar)
+            os.replace(fresh, path)
+            sync_folder(run.folder)
+        finally:
+            fresh.unlink(missing_ok=True)
+        return Path(project.shown(path))
