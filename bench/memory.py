@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench.step import GEOMETRIES
+from bench.step import AS_RUN_SH, GEOMETRIES
 from rwkv_peft import checkpoint, project, train
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.data.binidx import Writer
@@ -71,7 +71,7 @@ def child(point: dict) -> None:
 def run(point: dict) -> tuple[float, float]:
     """Measured and estimated MB."""
     command = [sys.executable, __file__, "--point", json.dumps(point)]
-    environment = {"GOMP_SPINCOUNT": "5000"} | os.environ | {"PYTHONPATH": sys.path[0]}
+    environment = AS_RUN_SH | os.environ | {"PYTHONPATH": sys.path[0]}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         sys.exit(f"{point} ended with {done.returncode}\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}")

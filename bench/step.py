@@ -62,6 +62,8 @@ GEOMETRIES = {
     "1.5b": new_geometry("x070", 24, 2048, 65536),
     "2.9b": new_geometry("x070", 32, 2560, 65536),
 }
+# what rwkv_peft/run.sh sets, for all alike
+AS_RUN_SH = {"GOMP_SPINCOUNT": "5000", "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=4194304:glibc.malloc.hugetlb=1"}
 GEMM = 1024, 4096, 4096
 PEERS = {  # script -> precisions that it can train in on a CPU
     "train_rwkvtune.py": ("fp32",),
@@ -149,9 +151,7 @@ class Child:
     """A process that answers every line with one step's figures. What it says on stderr is kept for when it fails."""
 
     def __init__(self, command: list[str], threads: int):
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
-        if "OMP_WAIT_POLICY" not in os.environ:  # as run.sh does, for all alike
-            environment.setdefault("GOMP_SPINCOUNT", "5000")
+        environment = AS_RUN_SH | os.environ | {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
         self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115 (open as long as the process)
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said, text=True, env=environment

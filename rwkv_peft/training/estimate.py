@@ -11,8 +11,8 @@ from ..model.arch import Geometry
 from ..ops.loss import CHUNK_VALUES
 
 # of a trained value: float32 weight and gradient; on a CPU also the holes that malloc leaves between them
-MASTER_BYTES = {"cuda": 8, "cpu": 12}
-WORK = {2: 150, 4: 600}  # bytes of a token and channel, by the working dtype's, while one block's gradients are made
+MASTER_BYTES = {"cuda": 8, "cpu": 11}
+WORK = 130  # bytes of a token and channel while one block's gradients are made
 OVERHEAD = {"cuda": 700 << 20, "cpu": 555 << 20}  # CUDA context; libraries, loss.png and the writing of checkpoints
 
 
@@ -84,7 +84,7 @@ def memory_bytes(
         "selective": layers * (of_block - tokens * channels * again * itemsize),
         "1": layers * tokens * channels * 2 * itemsize + of_block,
     }[grad_cp]
-    work = tokens * channels * WORK[itemsize]
+    work = tokens * channels * WORK
     # (seen with packs of rows of 5 tokens, where they are more than all the rest)
     states = sequences * channels * geometry.head_size * 4 * (3 if grad_cp == "1" else 3 + 2 * layers)
     rows = min(tokens, max(1, CHUNK_VALUES // geometry.vocab_size))
