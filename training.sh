@@ -216,6 +216,10 @@ WEIGHT_DECAY=0
 # Largest length of the gradient; longer ones are scaled down. 0: no limit. 梯度裁剪，0 为不裁剪
 GRAD_CLIP=1.0
 
+# A step whose loss or gradient is NaN or infinite is left out, and said. So many in a row end the run, with the batch named.
+# 损失或梯度为 NaN/无穷的步会跳过并提示；连续这么多步则停止
+NAN_LIMIT=3
+
 ############################################# LoRA  #############################################################
 
 # Rank: size of the added matrices. 16-32 for a style, 64-128 for knowledge. 秩：风格 16-32，知识 64-128

@@ -160,7 +160,7 @@ def load(config: ChatConfig, base_was_named: bool):
     else:
         base = model_or_merged(config.model_path)
     _, geometry = bases.inspect(base)
-    ops = dispatch.choose("auto", geometry.version, machine.device_kind())
+    ops = dispatch.choose("auto", geometry.version, machine.device_kind(), geometry.head_size)
     # where large matrices are read as they are stored, float32 costs no more than bfloat16 and rounds nothing
     exact = config.precision == "auto" and torch.bfloat16 in ops.reads
     dtype = torch.float32 if exact else machine.DTYPES[machine.precision(config.precision)]

@@ -98,6 +98,7 @@ class TrainConfig:
     adam_eps: float = var("ADAM_EPS", gt=0)
     weight_decay: float = var("WEIGHT_DECAY", ge=0)
     grad_clip: float = var("GRAD_CLIP", ge=0)
+    nan_limit: int = var("NAN_LIMIT", ge=1)
 
     lora_r: int = var("lora_r", ge=1, le=MOST)
     lora_alpha: float = var("lora_alpha", gt=0, le=MOST)

@@ -330,3 +330,11 @@ def test_shapes_without_a_kernel_go_through_the_definition():
     inputs, s0 = wkv_inputs(1, 9, 2, 24), laws.start(1, 2, 24)
     laws.equals_the_reference(cpu.wkv7, reference.wkv7, "rwkvab", inputs, s0)
     assert fused.square_relu(torch.ones(3, 5)).sum() == 15
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_heads_without_a_kernel_are_said_to_go_through_torch(device):
+    found = dispatch.choose("auto", "x070", device, head_size=48)
+    assert found.name == "torch" and "these have 48" in found.why
+    with pytest.raises(Problems, match="these have 48"):
+        dispatch.choose(device, "x070", device, head_size=48)

@@ -15,6 +15,7 @@ from written import write
 from rwkv_peft import checkpoint, hashing, machine, tokenizer
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.errors import Problems, UserError
+from rwkv_peft.training.module import TrainingModule
 
 
 def close(a: dict, b: dict, tolerance: float) -> None:
@@ -282,10 +283,57 @@ def test_data_without_anything_to_train_are_refused(ready, settings, rows, name,
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_a_run_that_becomes_nan_stops_with_words_and_saves_nothing_of_it(ready, mode):
-    with pytest.raises(UserError, match="training has gone wrong and stops. LR_INIT is too high|has become NaN"):
+    with pytest.raises(
+        UserError, match=r"NAN_LIMIT=3 steps in a row were left out.*LR_INIT is too high|has become NaN"
+    ):
         run(ready, FINETUNE_MODE=mode, LR_INIT="1e9", LR_FINAL="1e9", GRAD_CLIP="0", EPOCH_COUNT="30", EPOCH_SAVE="30")
     assert not list((ready / "output/run").glob("*.pth"))
     assert "NaN" not in (ready / "output/run/loss.jsonl").read_text()
+
+
+def with_nan_in(monkeypatch, steps):
+    """From 1, and with one micro-batch a step."""
+    summed, calls = TrainingModule.summed_loss, iter(range(1, 1000))
+    monkeypatch.setattr(
+        TrainingModule,
+        "summed_loss",
+        lambda self, batch: summed(self, batch) * (torch.nan if next(calls) in steps else 1.0),
+    )
+
+
+@pytest.mark.parametrize("optim", ["adamw", "adafactor", "lion8bit"])
+def test_a_step_without_a_number_is_left_out_and_changes_nothing(ready, monkeypatch, capsys, optim):
+    common = {
+        "OPTIM": optim,
+        "MINI_BSZ": "1",
+        "EPOCH_STEPS": "6",
+        "LR_INIT": "1e-3",
+        "LR_FINAL": "1e-3",
+        "KEEP_LAST": "1",
+    }
+    with monkeypatch.context() as patched:
+        with_nan_in(patched, {6})  # the last one
+        weights, records = run(ready, "with", **common)
+    before, _ = run(ready, "five", **{**common, "EPOCH_STEPS": "5"})
+    assert weights.keys() == before.keys() and all(torch.equal(weights[n], before[n]) for n in weights)
+    assert [r["skipped"] for r in records] == [False] * 5 + [True]
+    assert records[-1]["loss"] is None and records[-1]["grad_norm"] is None
+    said = capsys.readouterr().out
+    assert (
+        "careful   step 6: its loss is nan (micro-batch 5: 'User: " in said
+        and "left out, 1 of NAN_LIMIT=3 in a row" in said
+    )
+
+
+def test_so_many_steps_in_a_row_end_the_training_and_the_batch_is_named(ready, monkeypatch):
+    with_nan_in(monkeypatch, {2, 4, 5})
+    common = {"MINI_BSZ": "1", "EPOCH_STEPS": "8", "NAN_LIMIT": "2"}
+    with pytest.raises(
+        UserError, match=r"NAN_LIMIT=2 steps in a row were left out. The last, step 5: its loss is nan \(micro-batch 4"
+    ):
+        run(ready, **common)
+    records = [json.loads(line) for line in (ready / "output/run/loss.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if r["skipped"]] == [2, 4, 5]
 
 
 def test_the_last_answer_of_a_window_is_the_last_of_its_whole_document(ready):

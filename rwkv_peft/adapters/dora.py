@@ -37,7 +37,7 @@ class Dora(Adapter):
         gain = self.lora_magnitude.to(kind) / norms(self.linear.dense(kind), self.lora_A, self.lora_B, self.scale)
         more = (gain - 1).to(x.dtype)  # gain is near 1: bfloat16 has room for gain - 1, not for gain
         if not (self.training and self.dropout > 0):
-            moved = low_rank(self.linear, x, x, self.lora_A, self.lora_B, self.scale)
+            moved = low_rank(self.linear, x, self.lora_A, self.lora_B, self.scale)
             return torch.addcmul(moved, more, moved)
         dropped = F.dropout(x, self.dropout)
         low = F.linear(F.linear(dropped, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))

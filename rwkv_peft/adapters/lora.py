@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Adapter, device_of, exact
@@ -24,8 +23,8 @@ class Lora(Adapter):
         self.lora_A, self.lora_B = fresh_factors(linear, rank)
 
     def forward(self, x: Tensor) -> Tensor:
-        z = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        return low_rank(self.linear, x, z, self.lora_A, self.lora_B, self.scale)
+        dropout = self.dropout if self.training else 0.0
+        return low_rank(self.linear, x, self.lora_A, self.lora_B, self.scale, dropout)
 
     @staticmethod
     def shapes(outputs: int, inputs: int, rank: int, **_: Any) -> dict[str, tuple[int, ...]]:

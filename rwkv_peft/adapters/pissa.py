@@ -46,7 +46,7 @@ class Pissa(Adapter):
         self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
 
     def forward(self, x: Tensor) -> Tensor:
-        return low_rank(self.linear, x, x, self.lora_A, self.lora_B, 1.0)
+        return low_rank(self.linear, x, self.lora_A, self.lora_B, 1.0)
 
     @staticmethod
     def shapes(outputs: int, inputs: int, rank: int, **_: Any) -> dict[str, tuple[int, ...]]:

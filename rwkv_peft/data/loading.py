@@ -33,6 +33,9 @@ NO_ANSWER = (
 )
 
 
+NAME_TOKENS = 16  # of a micro-batch, to name it by
+
+
 @dataclass
 class Batch:
     """One micro-batch of one rank.
@@ -40,7 +43,7 @@ class Batch:
     ids: int64 [1, T], the inputs of all sequences behind one another. cu_seqlens: their borders, [S + 1] on the host.
     positions: int64 [R], the inputs whose target is trained. targets: int64 [R].
     step_targets: trained targets of the whole optimizer step, over all micro-batches and ranks.
-    tokens: inputs without filling.
+    tokens: inputs without filling. beginning: the first of them on the host, to name it by.
     """
 
     ids: Tensor
@@ -49,6 +52,7 @@ class Batch:
     targets: Tensor
     step_targets: int
     tokens: int
+    beginning: tuple[int, ...] = ()
 
 
 class Data:
@@ -249,6 +253,7 @@ def make_batch(
         targets=torch.from_numpy(tokens[trained_tokens].astype(np.int64)),
         step_targets=step_targets,
         tokens=int(inputs.sum()),
+        beginning=tuple(tokens[:NAME_TOKENS].tolist()),
     )
 
 

@@ -102,7 +102,7 @@ def available(version: str, device: str) -> dict[str, Callable]:
     return {name: wkv for name, wkv in WKV[version].items() if OF_DEVICE.get(name, device) == device}
 
 
-def choose(op: str, version: str, device: str = "cpu") -> Ops:
+def choose(op: str, version: str, device: str = "cpu", head_size: int = 64) -> Ops:
     """What computes a version (x070 ...) on a kind of device. Raises Problems for what is not there."""
     if op != "auto" and op not in OF_DEVICE:
         return made(op, version)
@@ -114,14 +114,25 @@ def choose(op: str, version: str, device: str = "cpu") -> Ops:
         )
         raise Problems(Problem("OP", f"{wants}; use auto"))
     if device == "cuda":
-        return on_gpu(op, version)
+        if head_size in cuda_build.SIZES:
+            return on_gpu(op, version)
+        words = f"{heads(cuda_build.SIZES)}, and these have {head_size}"
+        if op != "auto":
+            raise Problems(Problem("OP", f"{words}; use auto"))
+        return made("torch", version, words)
     try:
         build.library()
+        if head_size not in cpu.SIZES:
+            raise build.Missing(f"{heads(cpu.SIZES)}, and these have {head_size}")
     except build.Missing as missing:
         if op == "cpu":
             raise Problems(Problem("OP", f"the C++ kernels are missing: {missing}")) from None
         return made("torch", version, f"half as fast as the C++ kernels, which are missing: {missing}")
     return made("cpu", version, f"C++ kernels, {build.capability()}")
+
+
+def heads(sizes: Sequence[int]) -> str:
+    return f"there are kernels for heads of {', '.join(map(str, sizes))} channels"
 
 
 def on_gpu(op: str, version: str) -> Ops:

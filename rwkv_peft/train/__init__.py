@@ -129,7 +129,8 @@ def train(run, cleanup: contextlib.ExitStack, say) -> None:
 
         def running() -> dict:
             log.sync()
-            return {"tokens": recorder.seen, "wandb": tracker.run.id if tracker and tracker.run else None}
+            seen = {"tokens": recorder.seen, "in_a_row": recorder.in_a_row}
+            return {**seen, "wandb": tracker.run.id if tracker and tracker.run else None}
 
         results = Results(run, learner, running)
     stop = StopOnSignal(lambda: runs.abandon(folder) if MAIN_PROCESS else None)
@@ -141,7 +142,12 @@ def train(run, cleanup: contextlib.ExitStack, say) -> None:
     if run.missing and results:
         save.newest = results.write(int(run.missing.stem.removeprefix("rwkv-")), True, found.step)
         say(f"saved {save.newest}, which was missing")
-    recorder = StepRecorder(sinks, before[-1]["seconds"] if before else 0.0, found.facts["tokens"] if found else 0)
+    known = (
+        (before[-1]["seconds"] if before else 0.0, found.facts["tokens"], found.facts.get("in_a_row", 0))
+        if found
+        else ()
+    )
+    recorder = StepRecorder(sinks, config.nan_limit, say, *known)
     go_on = None
     if found:
         go_on = GoOn(found, trained, epoch_steps, plan.accumulate, None if config.streaming else plan.micro_batches)

@@ -22,7 +22,7 @@ from .record import script_values
 # settings that may differ: they change when it ends, what is written, or how fast it is, and no step that is done
 FREE = {
     "RUN_NAME", "EPOCH_COUNT", "MAX_STEPS", "EPOCH_SAVE", "SAVE_STEPS", "KEEP_LAST", "WANDB", "NUM_WORKERS", "OP", "GRAD_CP",
-    "STRATEGY",
+    "STRATEGY", "NAN_LIMIT",
 }  # fmt: skip
 # settings that name files: for a run that is named, what counts is what is in them
 BY_CONTENT = {"MODEL_PATH", "DATA_PATH"}

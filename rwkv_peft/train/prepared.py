@@ -94,7 +94,7 @@ def prepare(
     found = again.find(config, anew, MAIN_PROCESS, say)
     stored, geometry, files, earlier = open_files(config, base, found is None)
     optim.must_be_there(config.optim)
-    ops = dispatch.choose(config.op, geometry.version, machine.device_kind())
+    ops = dispatch.choose(config.op, geometry.version, machine.device_kind(), geometry.head_size)
     precision = machine.precision(config.precision)
     trainer = strategy.trainer_arguments(precision, config.gpu_count, config.strategy)
     setup = attach.Setup(

@@ -18,6 +18,7 @@ import pytorch_lightning as pl
 import torch
 from tqdm import tqdm
 
+from .. import tokenizer
 from ..errors import UserError, unheard
 from ..words import clock
 from .plot import draw_loss, looks_back
@@ -27,33 +28,47 @@ TOO_HIGH = (
     "WEIGHT_DECAY), or the base itself holds NaN. Earlier epochs are whole."
 )
 
+NAMED = 3  # micro-batches of a step that came to nothing
 SPEED_SMOOTHING = 0.8  # of seconds per step, for tokens/s and the time left
 
 
 @dataclass(frozen=True)
 class Record:
-    """One optimizer step. loss: mean over its trained targets. tokens: inputs without filling; targets: trained ones."""
+    """One optimizer step. loss: mean over its trained targets. tokens: inputs without filling; targets: trained ones. skipped:
+    its loss or gradient was no number, and it changed nothing."""
 
     step: int  # from 1
     epoch: int  # from 0, as in file names
-    loss: float | None  # None for a step without a trained token (DATALOAD=get)
+    loss: float | None  # None for a step without a trained token (DATALOAD=get), or where it is no number
     lr: float
-    grad_norm: float
+    grad_norm: float | None
     tokens: int
     targets: int
     tokens_per_s: float
     targets_per_s: float
     seconds: float  # since training began
+    skipped: bool = False
 
 
 class StepRecorder(pl.Callback):
     """Makes a Record of every optimizer step on rank 0 and hands it to the sinks.
 
-    seconds, seen: of training, and tokens, before the first step, where a run goes on.
+    limit: so many skipped steps in a row end the training. say: is told of each. seconds, seen, in_a_row: of training, tokens,
+    and skipped steps before the first one, where a run goes on.
     """
 
-    def __init__(self, sinks: list[Callable[[Record], None]], seconds: float = 0.0, seen: int = 0):
-        self.sinks, self.seconds, self.seen = sinks, seconds, seen
+    def __init__(
+        self,
+        sinks: list[Callable[[Record], None]],
+        limit: int,
+        say: Callable[[str], None],
+        seconds: float = 0.0,
+        seen: int = 0,
+        in_a_row: int = 0,
+    ):
+        self.sinks, self.limit, self.say = sinks, limit, say
+        self.seconds, self.seen, self.in_a_row = seconds, seen, in_a_row
+        self.beginnings: list[tuple[int, ...]] = []  # of the step's micro-batches
 
     def on_train_start(self, trainer, module) -> None:
         self.last = time.monotonic()
@@ -62,30 +77,55 @@ class StepRecorder(pl.Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         self.tokens += batch.tokens
+        self.beginnings.append(batch.beginning)
         if trainer.global_step == self.step:
             return
         self.step = trainer.global_step
-        sums = torch.tensor([float(module.step_loss), float(self.tokens)], dtype=torch.float64)
+        shares, beginnings = [float(share) for share in module.shares], self.beginnings
+        module.shares, self.beginnings = [], []
+        sums = torch.tensor([sum(shares), float(self.tokens)], dtype=torch.float64)
         if trainer.world_size > 1:
             sums = trainer.strategy.reduce(sums.to(trainer.strategy.root_device), reduce_op="sum").cpu()
         loss, tokens = float(sums[0]), int(sums[1])
-        module.step_loss, self.tokens, self.seen = None, 0, self.seen + tokens
-        if not math.isfinite(loss):
-            raise UserError(f"\nThe loss of step {self.step} is {loss}: training has gone wrong and stops. {TOO_HIGH}")
+        self.tokens, self.seen = 0, self.seen + tokens
+        self.in_a_row = self.in_a_row + 1 if module.skipped or not math.isfinite(loss) else 0
         now = time.monotonic()
         taken, self.last = max(now - self.last, 1e-9), now
         self.pace = taken if self.pace is None else SPEED_SMOOTHING * self.pace + (1 - SPEED_SMOOTHING) * taken
         if not trainer.is_global_zero:
+            if self.in_a_row >= self.limit:
+                raise UserError(
+                    f"Training stops after {self.in_a_row} steps that were left out; the first process says more."
+                )
             return
         # the scheduler has moved on already: its previous value is what this step used
         rate = module.rate_of(self.step - 1)
-        shown = loss if batch.step_targets else None
+        shown = loss if batch.step_targets and math.isfinite(loss) else None
+        norm = float(module.grad_norm)
         record = Record(
-            self.step, trainer.current_epoch, shown, rate, float(module.grad_norm), tokens, batch.step_targets,
-            tokens / self.pace, batch.step_targets / self.pace, now - self.begin,
+            self.step, trainer.current_epoch, shown, rate, norm if math.isfinite(norm) else None, tokens, batch.step_targets,
+            tokens / self.pace, batch.step_targets / self.pace, now - self.begin, bool(self.in_a_row),
         )  # fmt: skip
         for sink in self.sinks:
             sink(record)
+        if self.in_a_row:
+            self.tell(loss, norm, shares, beginnings, batch_idx)
+
+    def tell(self, loss: float, norm: float, shares: list[float], beginnings: list[tuple[int, ...]], last: int) -> None:
+        """Say that a step was left out, and of which data; UserError where there have been too many. last: the number of the
+        step's last micro-batch in its epoch."""
+        what = f"its loss is {loss}" if not math.isfinite(loss) else f"the length of its gradient is {norm}"
+        bad, first = [i for i, share in enumerate(shares) if not math.isfinite(share)], last - len(shares) + 1
+        elsewhere = not bad and not math.isfinite(loss)
+        bad = bad or [*range(len(shares))]
+        where = ", ".join(f"micro-batch {first + i}: {tokenizer.decode(beginnings[i])!r} ..." for i in bad[:NAMED])
+        where = "in another process" if elsewhere else where + (", and others" if len(bad) > NAMED else "")
+        words = f"step {self.step}: {what} ({where})"
+        if self.in_a_row >= self.limit:
+            raise UserError(
+                f"\nTraining stops: NAN_LIMIT={self.limit} steps in a row were left out. The last, {words}. {TOO_HIGH}"
+            )
+        self.say(f"careful   {words}: left out, {self.in_a_row} of NAN_LIMIT={self.limit} in a row")
 
 
 class Progress:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
@@ -41,13 +43,13 @@ class TrainingModule(pl.LightningModule):
         self.rate = (lr_schedule, lr_init, lr_final, warmup_steps)
         self.betas, self.adam_eps, self.grad_clip = betas, adam_eps, grad_clip
         self.chunk_ctx, self.infctx_grad, self.optim = chunk_ctx, infctx_grad, optim
-        self.step_loss: Tensor | None = None  # this rank's share of the step's loss so far
+        self.shares: list[Tensor] = []  # of the step's loss so far, one of each micro-batch of this process
         self.grad_norm: Tensor | None = None
+        self.skipped = False  # the step changes nothing: its gradient is no number
 
     def training_step(self, batch: Batch, _index: int) -> Tensor:
         loss = self.summed_loss(batch) / max(batch.step_targets, 1)
-        share = loss.detach()
-        self.step_loss = share if self.step_loss is None else self.step_loss + share
+        self.shares.append(loss.detach())
         # Lightning divides by the number of accumulated batches and averages over ranks; the division is already done
         return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
@@ -64,6 +66,13 @@ class TrainingModule(pl.LightningModule):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         limit = self.grad_clip or float("inf")
         self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        # (float16 has a scale of its own, which finds such steps, leaves them out and shrinks until there are none)
+        self.skipped = self.model.dtype != torch.float16 and not bool(torch.isfinite(self.grad_norm))
+        if self.skipped:
+            for (
+                parameter
+            ) in parameters:  # optimizers pass over what has no gradient: weights and moments stay as they are
+                parameter.grad = None
 
     def configure_optimizers(self):
         fused = self.model.dtype != torch.float16
@@ -83,4 +92,4 @@ class TrainingModule(pl.LightningModule):
             return x.to(device, non_blocking=True)
 
         moved = move(batch.ids), move(batch.positions), move(batch.targets)
-        return Batch(moved[0], batch.cu_seqlens, moved[1], moved[2], batch.step_targets, batch.tokens)
+        return replace(batch, ids=moved[0], positions=moved[1], targets=moved[2])
