@@ -332,6 +332,16 @@ STRATEGY=auto
 # Processes per GPU that prepare batches while it computes. auto: 1, without a GPU 0. 每卡的数据加载进程数
 NUM_WORKERS=auto
 
+# Held-out data whose loss is looked at while training: a name in data/. auto: NAME.valid of every DATA_PATH, which
+# VALID_PERCENT in make_tokenize.sh makes; none: no looks. 验证集；auto 为 make_tokenize.sh 留出的 NAME.valid；none 不验证
+VAL_DATA=auto
+
+# Optimizer steps from one look to the next, beside the one before training. 0: at the end of every epoch. 验证间隔，0 为每轮结束
+VAL_STEPS=0
+
+# So many looks without a better one end the training. 0: never. 早停：连续这么多次没有变好就结束，0 为不用
+VAL_PATIENCE=0
+
 # Name of a wandb project; empty: no wandb. WANDB_MODE=offline in your shell keeps it on this machine. wandb 项目名，空则不用
 WANDB=""
 

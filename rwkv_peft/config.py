@@ -30,6 +30,7 @@ RETIRED = {
     "LOAD": "is retired; use lora_load",
     "train_parts": "is called lora_parts here",
     "LORA_ALPHA": "is called lora_alpha here",
+    "VAL_PERCENT": "is VALID_PERCENT in make_tokenize.sh, which puts held-out rows into NAME.valid",
 }
 
 MOST_WORKERS = 64
@@ -144,6 +145,9 @@ class TrainConfig:
         ),
     )
     num_workers: Literal["auto"] | int = var("NUM_WORKERS", ge=0, le=MOST_WORKERS)
+    val_data: str = var("VAL_DATA")
+    val_steps: int = var("VAL_STEPS", ge=0)
+    val_patience: int = var("VAL_PATIENCE", ge=0)
     wandb: str = var("WANDB")
 
     @property
@@ -187,7 +191,11 @@ class TrainConfig:
             if broken:
                 found.append(Problem(name, message))
 
-        for name, value in (("MODEL_PATH", given.model_path), ("DATA_PATH", given.data_path)):
+        for name, value in (
+            ("MODEL_PATH", given.model_path),
+            ("DATA_PATH", given.data_path),
+            ("VAL_DATA", given.val_data),
+        ):
             rule(value is not None and not value.strip(), name, "is empty; give a name in model/ or data/, or a path")
         rule(
             given.run_name

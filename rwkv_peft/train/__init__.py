@@ -19,6 +19,7 @@ newest one, if its settings are those of the script. Steps, data and results are
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
 
@@ -97,6 +98,7 @@ def train(run, cleanup: contextlib.ExitStack, say) -> None:
     from ..training.lisa import Resample
     from ..training.module import TrainingModule
     from ..training.resume import GoOn, Keep
+    from ..training.validate import FILE, Validate, ValidFile, cut
     from .learner import make_learner
     from .results import Results, must_have_room
 
@@ -105,9 +107,10 @@ def train(run, cleanup: contextlib.ExitStack, say) -> None:
         must_have_room(run, attach.count_trained(run.geometry, run.setup))
     learner = make_learner(run, cleanup, say)
 
-    sinks, tracker, results, before = [], None, None, []
+    sinks, looks, tracker, results, before, looked = [], [], None, None, [], []
     if MAIN_PROCESS:
         before = runs.cut_log(folder, found.step) if found else []
+        looked = cut(folder, found.step if found else -1)
         write_json(folder / "run.json", run.settings)
         runs.point_latest(folder)
         progress = Progress(run.steps, config.epoch_count, before)
@@ -124,15 +127,18 @@ def train(run, cleanup: contextlib.ExitStack, say) -> None:
             tracker := wandb_sink(config.wandb, folder.name, folder, run.settings, progress.say, known)
         ):
             sinks.append(tracker)
+            looks.append(tracker.validation)
             cleanup.callback(tracker.close)
         say = progress.say
 
         def running() -> dict:
             log.sync()
             seen = {"tokens": recorder.seen, "in_a_row": recorder.in_a_row}
-            return {**seen, "wandb": tracker.run.id if tracker and tracker.run else None}
+            ended = {"finished": True} if validate and validate.stopped else {}
+            return {**ended, **seen, "wandb": tracker.run.id if tracker and tracker.run else None}
 
         results = Results(run, learner, running)
+        looks.append(ValidFile(folder / FILE))
     stop = StopOnSignal(lambda: runs.abandon(folder) if MAIN_PROCESS else None)
     epoch_steps, trained = plan.optimizer_steps, learner.trained
     write, keep_state = (results.write, results.keep_state) if results else (only_first, only_first)
@@ -152,7 +158,12 @@ def train(run, cleanup: contextlib.ExitStack, say) -> None:
     if found:
         go_on = GoOn(found, trained, epoch_steps, plan.accumulate, None if config.streaming else plan.micro_batches)
     resample = [Resample(learner.lisa, learner.groups)] if learner.lisa else []
-    callbacks = [*([go_on] if go_on else []), recorder, stop, *resample, save, keep]
+    validate = None
+    if run.held:
+        share = functools.partial(run.held.batches, RANK, plan.world)
+        validate = Validate(share, config.val_steps, epoch_steps, config.val_patience, looks, say, looked)
+    extra = [*([validate] if validate else []), *resample]
+    callbacks = [*([go_on] if go_on else []), recorder, stop, *extra, save, keep]
     module = TrainingModule(
         learner.model,
         learner.groups(),
@@ -201,6 +212,7 @@ def train(run, cleanup: contextlib.ExitStack, say) -> None:
     if not MAIN_PROCESS:
         return
     complete = finished or trainer.global_step == run.steps
-    if config.streaming and not complete and not stop.received:
+    early = validate is not None and validate.stopped
+    if config.streaming and not complete and not stop.received and not early:
         print(f"The stream ended after {trainer.global_step} of MAX_STEPS={run.steps} steps.")
     report.finish(run.method, folder, save.newest, keep.exact, complete, stop.received, time.monotonic() - began)

@@ -22,7 +22,7 @@ from .record import script_values
 # settings that may differ: they change when it ends, what is written, or how fast it is, and no step that is done
 FREE = {
     "RUN_NAME", "EPOCH_COUNT", "MAX_STEPS", "EPOCH_SAVE", "SAVE_STEPS", "KEEP_LAST", "WANDB", "NUM_WORKERS", "OP", "GRAD_CP",
-    "STRATEGY", "NAN_LIMIT",
+    "STRATEGY", "NAN_LIMIT", "VAL_DATA", "VAL_STEPS", "VAL_PATIENCE",
 }  # fmt: skip
 # settings that name files: for a run that is named, what counts is what is in them
 BY_CONTENT = {"MODEL_PATH", "DATA_PATH"}
@@ -122,9 +122,9 @@ def must_be_unchanged(found: Snapshot) -> None:
     snapshot.drop_newer(found.run, found.step)
 
 
-def must_not_be_finished(found: Snapshot, steps: int, epochs: int, missing: Path | None) -> None:
-    """Problems if there is nothing left to do. steps, epochs: of the whole run as the script has it now. missing: the last
-    epoch's checkpoint, if it is not there."""
+def must_not_be_finished(found: Snapshot, steps: int, config: TrainConfig, missing: Path | None) -> None:
+    """Problems if there is nothing left to do. steps: of the whole run as the script has it now. missing: the last epoch's
+    checkpoint, if it is not there."""
     stream = found.facts["settings"].get("STREAMING")
     more, run = "MAX_STEPS" if stream else "EPOCH_COUNT", project.shown(found.run)
     if found.step > steps:
@@ -133,8 +133,14 @@ def must_not_be_finished(found: Snapshot, steps: int, epochs: int, missing: Path
                 more, f"has {count(steps, 'step')}, and {found.step:,} are done in {run}; it cannot be less than that"
             )
         )
+    early = found.facts["finished"] and found.step < found.facts["steps"]
+    if early and config.val_patience == found.facts["settings"].get("VAL_PATIENCE"):
+        words = (
+            f"has ended {run} at step {found.step:,}: no better validation for so long. 0, or more, trains it further"
+        )
+        raise Problems(Problem("VAL_PATIENCE", words))
     if found.step == steps and missing is None:
-        done = count(found.step, "step") + ("" if stream else f", {count(epochs, 'epoch')}")
+        done = count(found.step, "step") + ("" if stream else f", {count(config.epoch_count, 'epoch')}")
         raise Problems(
             Problem(
                 "RUN_NAME",

@@ -146,6 +146,44 @@ def plan_run(config: TrainConfig, files, vocab_size: int, say) -> Planned:
     )
 
 
+@dataclass(frozen=True)
+class Held:
+    """Held-out data. rows: places of the context's length. batches: from a process's number and their count to its share."""
+
+    names: tuple[str, ...]
+    rows: int
+    targets: int
+    batches: Callable[[int, int], Iterator]
+
+
+def held_out(config: TrainConfig, files, ctx_len: int, vocab_size: int, say) -> Held | None:
+    """What VAL_DATA names, in packs, with the mask of the run; None for none. files: those that are trained, for auto.
+    Problems for what is not there or has nothing to learn."""
+    from ..data.loading import Data
+
+    if config.val_data == "none":
+        return None
+    if config.val_data == "auto":
+        pairs = [] if config.streaming else [(Path(f"{prefix}.valid"), weight) for prefix, weight in files]
+        pairs = [(prefix, Fraction(1)) for prefix, _ in pairs if not missing_data(prefix)]
+        if not pairs:
+            return None
+    else:
+        pairs, wrong = data_files(config.val_data)
+        if wrong:
+            raise Problems(*(Problem("VAL_DATA", message) for message in wrong))
+    try:
+        sources = open_sources(config, pairs, vocab_size, say)
+        data = Data(sources, "pack", mask_of(config), ctx_len, "cut", 0, False)
+    except Problems as problems:
+        raise Problems(*(Problem("VAL_DATA", f"{p.message} ({p.name})") for p in problems.problems)) from None
+
+    def batches(rank: int, world: int) -> Iterator:
+        return (data.batch([row], 1) for row in range(rank, data.rows, world))
+
+    return Held(tuple(prefix.name for prefix, _ in pairs), data.rows, data.facts().targets, batches)
+
+
 def content_of_files(files, before: dict | None) -> dict:
     """The contents of tokenized files and their weights. before: the same at an earlier time."""
     known = {file["name"]: file for file in (before or {}).get("files", [])}

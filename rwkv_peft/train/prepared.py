@@ -14,7 +14,7 @@ from .. import hashing, project, runs
 from ..config import TrainConfig
 from ..errors import Problems
 from ..methods import METHODS, Method
-from .data import Planned, plan_run, plan_stream
+from .data import Held, Planned, held_out, plan_run, plan_stream
 from .opening import check_earlier, open_files
 from .record import options_of, resolved
 
@@ -34,7 +34,8 @@ class Prepared:
     """config: the settings; settings: the same by their names in the script, with auto replaced by what it became.
 
     base, stored, geometry: the model's file, what it holds, its numbers. setup: what becomes of it. ops, precision: what
-    computes. trainer: arguments of Lightning's trainer. data, steps: what is trained, in how many optimizer steps.
+    computes. trainer: arguments of Lightning's trainer. data, steps: what is trained, in how many optimizer steps;
+    held: what is not.
     found: the state of an earlier run that goes on; earlier: the checkpoint that a new one begins with. missing: a checkpoint
     that the run has lost, or that is due only now. content: of the base, where it had to be looked at already. folder: of the
     run. plan_facts: what a run that goes on must find as it was.
@@ -50,6 +51,7 @@ class Prepared:
     precision: str
     trainer: dict
     data: Planned
+    held: Held | None
     steps: int
     workers: int
     found: Any
@@ -103,6 +105,7 @@ def prepare(
     begins = earlier is not None and earlier.path is not None
     content = check_earlier(config, geometry, setup, base, earlier, say) if begins and MAIN_PROCESS else None
     data = (plan_stream if config.streaming else plan_run)(config, files, geometry.vocab_size, say)
+    held = held_out(config, files, data.ctx_len, geometry.vocab_size, say)
     steps = data.plan.optimizer_steps * config.epoch_count
     names = [files.name.partition(".")[0]] if config.streaming else [prefix.name for prefix, _ in files]
     stem = f"{'+'.join(names)[:MOST_NAME]}-{config.finetune_mode}"
@@ -110,7 +113,7 @@ def prepare(
     name = found.run.name if found else config.run_name
     settings = resolved(config, ops.name, precision, data, data.plan, geometry, name, workers)
     run = Prepared(
-        config, settings, base, stored, geometry, setup, ops, precision, trainer, data, steps, workers, found, earlier,
+        config, settings, base, stored, geometry, setup, ops, precision, trainer, data, held, steps, workers, found, earlier,
         None, content, Path(), again.plan_facts(data.plan, config.streaming),
     )  # fmt: skip
     if found:
@@ -141,7 +144,7 @@ def must_be_the_same(run: Prepared) -> dict:
     from . import again
 
     found = run.found
-    again.must_not_be_finished(found, run.steps, run.config.epoch_count, run.missing)
+    again.must_not_be_finished(found, run.steps, run.config, run.missing)
     content = hashing.content(run.base, found.facts["base"])
     start_file = runs.init_file(found.run, run.config.method)
     contents = content, run.data.content(found.facts["data"])
@@ -176,4 +179,8 @@ def header(run: Prepared) -> list[str]:
         run.settings, run.setup, run.base, run.geometry, run.data.lines(run.settings), *largest, run.plan, run.steps,
         attach.count_trained(run.geometry, run.setup), run.stored, machine.DTYPES[run.precision], run.ops.why,
     )  # fmt: skip
+    if run.held:
+        every = f"every {run.config.val_steps} steps" if run.config.val_steps else "after every epoch"
+        what = f"{', '.join(run.held.names)}: {run.held.targets:,} trained tokens in {run.held.rows:,} packs"
+        lines.insert(-1, f"{'valid':<10}{what}; before training and {every}")
     return [*lines, f"goes on   {again.place(run.found)}, as if it had never stopped"] if run.found else lines

@@ -329,6 +329,9 @@ class WandbSink:
     def __call__(self, record: Record) -> None:
         self.guarded(lambda: self.run.log(asdict(record), step=record.step))
 
+    def validation(self, record: dict) -> None:
+        self.guarded(lambda: self.run.log({"validation_loss": record["loss"]}, step=max(1, record["step"])))
+
     def close(self) -> None:
         self.guarded(lambda: self.run.finish())
 

@@ -1,4 +1,4 @@
-"""loss.png: the loss of every optimizer step, raw and smoothed, with the learning rate."""
+"""loss.png: the loss of every optimizer step, raw and smoothed, on held-out data, and the learning rate."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..atomic import writing
 from ..pictures import figure
+from .validate import read
 
 SMOOTHED_SHARE = 0.05  # of the run that the smoothed line looks back on ...
 SMOOTHED_LEAST = 5  # ... but at least so many steps
@@ -30,6 +31,10 @@ def draw_loss(folder: Path) -> Path:
         drawing.set_layout_engine("constrained")
         axes.plot(steps, losses, color="#9ec5e8", linewidth=1, label="each step")
         axes.plot(steps, smooth, color="#1f5f99", linewidth=2, label="smoothed")
+        looks = read(folder)
+        if looks:
+            places, found = [r["step"] for r in looks], [r["loss"] for r in looks]
+            axes.plot(places, found, color="#2e8b57", linewidth=1.5, marker="o", markersize=4, label="validation")
         borders = [a["step"] + 0.5 for a, b in zip(records, records[1:], strict=False) if a["epoch"] != b["epoch"]]
         for step in borders:  # fainter the more there are: they are a scale, not the picture
             axes.axvline(step, color="#bbbbbb", linewidth=0.8, alpha=min(1.0, 12 / len(borders)), zorder=0)

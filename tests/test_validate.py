@@ -1,0 +1,121 @@
+"""Held-out data: its loss is what the definition says, looking at it changes nothing of the training, and a run goes on with
+what it has seen."""
+
+import json
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from inprocess import run, tokenize
+from test_resume import BASE, interrupted, same
+
+from rwkv_peft import checkpoint
+from rwkv_peft.data.binidx import Reader
+from rwkv_peft.errors import Problems
+from rwkv_peft.roles import Role
+from rwkv_peft.training import validate
+
+HELD = [
+    {"text": "User: Sea?\n\nAssistant: Blue and wide."},
+    {"text": "User: 夜？\n\nAssistant: 安静。"},
+    {"text": "User: Count.\n\nAssistant: One, two, three, four, five."},
+]
+COMMON = {"EPOCH_COUNT": "2", "EPOCH_STEPS": "4", "MINI_BSZ": "1", "lora_dropout": "0.2", "VAL_DATA": "held"}
+
+
+@pytest.fixture
+def held(ready):
+    tokenize(tiny.write_jsonl(ready / "data" / "held.jsonl", HELD))
+    return ready
+
+
+def looks(root, name="run"):
+    return [json.loads(line) for line in (root / "output" / name / validate.FILE).read_text().splitlines()]
+
+
+def defined(root, tensors) -> float:
+    """The mean loss of the targets that the assistant has said, every row alone."""
+    shape = tiny.geometry()
+    model = tiny.build(shape, tensors, tiny.ops(shape, "reference"))
+    rows, roles, losses = Reader(root / "data" / "held"), Reader(root / "data" / "held.roles"), []
+    for i in range(len(rows)):
+        ids = torch.from_numpy(rows.row(i).astype("int64"))
+        said = torch.from_numpy(roles.row(i) == Role.ASSISTANT)[1:]
+        with torch.no_grad():
+            logits, _ = model(ids[None, :-1])
+        losses.append(F.cross_entropy(logits[0].double(), ids[1:], reduction="none")[said])
+    return float(torch.cat(losses).mean())
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"DATALOAD": "bucket", "MICRO_BSZ": "auto"}, {"TRAIN_TYPE": "infctx", "CHUNK_CTX": "16"}], ids=str
+)
+def test_its_loss_is_that_of_every_row_alone_and_begins_with_the_base(held, settings):
+    weights, _ = run(
+        held, FINETUNE_MODE="full", LR_INIT="1e-3", LR_FINAL="1e-3", **{**COMMON, "EPOCH_COUNT": "1"}, **settings
+    )
+    first, last = looks(held)
+    assert first["step"] == 0 and last["step"] == 4
+    assert first["loss"] == pytest.approx(defined(held, checkpoint.load(held / "model" / "tiny.pth")), rel=1e-5)
+    assert last["loss"] == pytest.approx(defined(held, weights), rel=1e-5)
+    assert (held / "output/run/loss.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"FINETUNE_MODE": "lisa", "lisa_r": "1", "lisa_k": "2", "lora_dropout": "0"}], ids=str
+)
+def test_looking_changes_nothing_of_the_training(held, settings):
+    a, with_looks = run(held, "with", **{**COMMON, "VAL_STEPS": "3", **settings})
+    b, without = run(held, "without", **{**COMMON, "VAL_DATA": "none", **settings})
+    assert [r["loss"] for r in with_looks] == [r["loss"] for r in without]
+    assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+    assert [r["step"] for r in looks(held, "with")] == [0, 3, 6]
+    assert not (held / "output/without" / validate.FILE).exists()
+
+
+def test_auto_looks_at_what_make_tokenize_has_held_out(ready, capsys):
+    rows = [{"text": f"User: {i}?\n\nAssistant: The number {i}."} for i in range(40)]
+    tokenize(tiny.write_jsonl(ready / "data" / "many.jsonl", rows), VALID_PERCENT="25")
+    run(ready, **{**COMMON, "VAL_DATA": "auto", "DATA_PATH": "many"})
+    said = capsys.readouterr().out
+    assert "valid     many.valid: " in said and "validation loss" in said and "(before training)" in said
+    assert [r["step"] for r in looks(ready)] == [0, 4, 8]
+
+
+@pytest.mark.parametrize("at", [2, 4, 6])
+@pytest.mark.parametrize("steps", ["0", "2"])
+@pytest.mark.parametrize("how", ["killed", "told"])
+def test_a_run_that_goes_on_has_seen_what_one_that_never_stopped_has(held, monkeypatch, at, steps, how):
+    settings = {**BASE, "VAL_DATA": "held", "VAL_STEPS": steps, "SAVE_STEPS": "2"}
+    _, whole = run(held, "whole", **settings)
+    interrupted(monkeypatch, held, at, how, **settings)
+    _, again = run(held, "again", **settings)
+    same(held, "whole", "again", (whole, again))
+    assert looks(held, "again") == looks(held, "whole")
+
+
+def test_without_a_better_look_for_so_long_the_run_ends_and_is_finished(held, monkeypatch, capsys):
+    monkeypatch.setattr(validate, "rounds_without_a_better", lambda records: len(records) - 1)
+    settings = {**COMMON, "EPOCH_COUNT": "9", "VAL_PATIENCE": "2", "KEEP_LAST": "1"}
+    _, records = run(held, "early", **settings)
+    assert len(records) == 8 and (held / "output/early/rwkv-1.pth").is_file()
+    assert "VAL_PATIENCE=2: no better validation" in capsys.readouterr().out
+    with pytest.raises(Problems, match="has ended output/early at step 8"):
+        run(held, "early", **settings)
+    _, records = run(held, "early", **{**settings, "VAL_PATIENCE": "3"})
+    assert len(records) == 12
+
+
+@pytest.mark.parametrize(
+    "records, rounds", [([], 0), ([3.0], 0), ([3.0, 2.0], 0), ([2.0, 3.0, 2.5], 2), ([2.0, 2.0], 1)]
+)
+def test_rounds_are_counted_from_the_best_look(records, rounds):
+    assert validate.rounds_without_a_better([{"loss": loss} for loss in records]) == rounds
+
+
+@pytest.mark.parametrize("name, words", [("nothing", "there is no such file"), ("", "is empty")])
+def test_held_out_data_that_are_not_there_are_named(held, name, words):
+    with pytest.raises(Problems) as found:
+        run(held, **{**COMMON, "VAL_DATA": name})
+    assert [(p.name, words in p.message) for p in found.value.problems] == [("VAL_DATA", True)]
