@@ -342,6 +342,16 @@ VAL_STEPS=0
 # So many looks without a better one end the training. 0: never. 早停：连续这么多次没有变好就结束，0 为不用
 VAL_PATIENCE=0
 
+# Questions that the model answers while it learns, to output/<run>/samples.md: one, several with | between, or a .txt file in data/
+# with one a line; empty: none. 训练中让模型回答的问题（用 | 分隔，或 data/ 中每行一问的 .txt 文件），空则不用
+SAMPLE_PROMPTS=""
+
+# Optimizer steps from one round of answers to the next, beside the one before training. 0: at the end of every epoch. 回答间隔
+SAMPLE_STEPS=0
+
+# Longest answer, in tokens. 回答的最多 token 数
+SAMPLE_TOKENS=100
+
 # Name of a wandb project; empty: no wandb. WANDB_MODE=offline in your shell keeps it on this machine. wandb 项目名，空则不用
 WANDB=""
 

@@ -148,6 +148,9 @@ class TrainConfig:
     val_data: str = var("VAL_DATA")
     val_steps: int = var("VAL_STEPS", ge=0)
     val_patience: int = var("VAL_PATIENCE", ge=0)
+    sample_prompts: str = var("SAMPLE_PROMPTS")
+    sample_steps: int = var("SAMPLE_STEPS", ge=0)
+    sample_tokens: int = var("SAMPLE_TOKENS", ge=1, le=MOST)
     wandb: str = var("WANDB")
 
     @property

@@ -8,16 +8,18 @@ import torch
 from torch import Tensor
 
 from .errors import UserError
-from .tokenizer import END_OF_DOC, VOCAB_SIZE, Utf8Stream
+from .roles import Role
+from .templates.template import Message, Template
+from .tokenizer import END_OF_DOC, VOCAB_SIZE, Utf8Stream, encode
 
 COLDEST = 1e-4  # below this, the likeliest token has all of the share
 PREFILL = 512  # tokens of a prompt that go through at once
 
 
-@torch.inference_mode()
+@torch.no_grad()  # (not inference_mode: what layers keep for later calls may be wanted by a training)
 def advance(model, ids: Sequence[int], state=None):
     """Feed tokens; returns the logits after the last one, float32 [V], and the state."""
-    rows, device = model.emb.weight.shape[0], model.emb.weight.device
+    rows, device = model.geometry.vocab_size, model.ln_out.weight.device
     if max(ids) >= rows:
         raise UserError(f"The model's vocabulary ends at {rows - 1}, but the text needs token {max(ids)}.")
     x = None
@@ -67,6 +69,12 @@ def generate(
             logits, state = advance(model, [token], state)
     if held:
         yield held
+
+
+def likeliest_answer(model, form: Template, question: str, most: int) -> str:
+    """To a question that stands alone, of at most so many tokens."""
+    ids = encode(form.prompt([Message(Role.USER, question)]))
+    return form.opening + "".join(generate(model, *advance(model, ids), most, 0.0, 1.0, 0, form.stops()))
 
 
 def longest_beginning(text: str, stops: Sequence[str]) -> int:

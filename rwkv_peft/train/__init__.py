@@ -33,6 +33,7 @@ from .prepared import MAIN_PROCESS, RANK, header, prepare
 from .record import script_values
 
 SAMPLES = 2  # that a dry run shows
+DEFAULT_TEMPLATE = "rwkv-world"  # where the data do not tell theirs
 OPTIONS = ("--dry-run", "--new", "--selftest")
 
 
@@ -93,12 +94,13 @@ def train(run, cleanup: contextlib.ExitStack, say) -> None:
 
     from ..adapters import attach
     from ..data.workers import end_workers, make_loader
-    from ..training import report
+    from ..generate import likeliest_answer
+    from ..templates.named import template
+    from ..training import report, samples, validate
     from ..training.callbacks import LossFile, Progress, Save, StepRecorder, StopOnSignal, wandb_sink
     from ..training.lisa import Resample
     from ..training.module import TrainingModule
     from ..training.resume import GoOn, Keep
-    from ..training.validate import FILE, Validate, ValidFile, cut
     from .learner import make_learner
     from .results import Results, must_have_room
 
@@ -110,7 +112,8 @@ def train(run, cleanup: contextlib.ExitStack, say) -> None:
     sinks, looks, tracker, results, before, looked = [], [], None, None, [], []
     if MAIN_PROCESS:
         before = runs.cut_log(folder, found.step) if found else []
-        looked = cut(folder, found.step if found else -1)
+        looked = validate.cut(folder, found.step if found else -1)
+        samples.cut(folder, found.step if found else -1)
         write_json(folder / "run.json", run.settings)
         runs.point_latest(folder)
         progress = Progress(run.steps, config.epoch_count, before)
@@ -134,11 +137,11 @@ def train(run, cleanup: contextlib.ExitStack, say) -> None:
         def running() -> dict:
             log.sync()
             seen = {"tokens": recorder.seen, "in_a_row": recorder.in_a_row}
-            ended = {"finished": True} if validate and validate.stopped else {}
+            ended = {"finished": True} if looking and looking.stopped else {}
             return {**ended, **seen, "wandb": tracker.run.id if tracker and tracker.run else None}
 
         results = Results(run, learner, running)
-        looks.append(ValidFile(folder / FILE))
+        looks.append(validate.ValidFile(folder / validate.FILE))
     stop = StopOnSignal(lambda: runs.abandon(folder) if MAIN_PROCESS else None)
     epoch_steps, trained = plan.optimizer_steps, learner.trained
     write, keep_state = (results.write, results.keep_state) if results else (only_first, only_first)
@@ -158,11 +161,18 @@ def train(run, cleanup: contextlib.ExitStack, say) -> None:
     if found:
         go_on = GoOn(found, trained, epoch_steps, plan.accumulate, None if config.streaming else plan.micro_batches)
     resample = [Resample(learner.lisa, learner.groups)] if learner.lisa else []
-    validate = None
+    looking = None
     if run.held:
         share = functools.partial(run.held.batches, RANK, plan.world)
-        validate = Validate(share, config.val_steps, epoch_steps, config.val_patience, looks, say, looked)
-    extra = [*([validate] if validate else []), *resample]
+        looking = validate.Validate(share, config.val_steps, epoch_steps, config.val_patience, looks, say, looked)
+    extra = [*([looking] if looking else []), *resample]
+    if run.questions:
+        form = template(run.data.templates[0][0] if len(run.data.templates) == 1 else DEFAULT_TEMPLATE)
+        answer = functools.partial(likeliest_answer, form=form, most=config.sample_tokens)
+        where = folder / samples.FILE
+        extra.append(
+            samples.Samples(where, run.questions, lambda m, q: answer(m, question=q), config.sample_steps, say)
+        )
     callbacks = [*([go_on] if go_on else []), recorder, stop, *extra, save, keep]
     module = TrainingModule(
         learner.model,
@@ -212,7 +222,7 @@ def train(run, cleanup: contextlib.ExitStack, say) -> None:
     if not MAIN_PROCESS:
         return
     complete = finished or trainer.global_step == run.steps
-    early = validate is not None and validate.stopped
+    early = looking is not None and looking.stopped
     if config.streaming and not complete and not stop.received and not early:
         print(f"The stream ended after {trainer.global_step} of MAX_STEPS={run.steps} steps.")
     report.finish(run.method, folder, save.newest, keep.exact, complete, stop.received, time.monotonic() - began)

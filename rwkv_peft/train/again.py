@@ -22,7 +22,8 @@ from .record import script_values
 # settings that may differ: they change when it ends, what is written, or how fast it is, and no step that is done
 FREE = {
     "RUN_NAME", "EPOCH_COUNT", "MAX_STEPS", "EPOCH_SAVE", "SAVE_STEPS", "KEEP_LAST", "WANDB", "NUM_WORKERS", "OP", "GRAD_CP",
-    "STRATEGY", "NAN_LIMIT", "VAL_DATA", "VAL_STEPS", "VAL_PATIENCE",
+    "STRATEGY", "NAN_LIMIT", "VAL_DATA", "VAL_STEPS", "VAL_PATIENCE", "SAMPLE_PROMPTS",
+    "SAMPLE_STEPS", "SAMPLE_TOKENS",
 }  # fmt: skip
 # settings that name files: for a run that is named, what counts is what is in them
 BY_CONTENT = {"MODEL_PATH", "DATA_PATH"}

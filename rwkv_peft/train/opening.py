@@ -46,6 +46,21 @@ def open_files(config: TrainConfig, base: Path, new: bool):
     return stored, geometry, files, earlier
 
 
+def questions_of(text: str) -> list[str]:
+    """SAMPLE_PROMPTS -> questions. Problems for a file that is not there or holds none."""
+    found = text.split("|")
+    if text.endswith(".txt"):
+        path = project.find(text, "data")
+        try:
+            found = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise Problems(Problem("SAMPLE_PROMPTS", f"{project.shown(path)} cannot be read: {error}")) from None
+    questions = [question.strip() for question in found if question.strip()]
+    if text.strip() and not questions:
+        raise Problems(Problem("SAMPLE_PROMPTS", "holds no question"))
+    return questions
+
+
 def layer_problems(config: TrainConfig, geometry) -> list[Problem]:
     """What the method's settings ask of layers that this base has not got."""
     from ..adapters.registry import ADAPTERS

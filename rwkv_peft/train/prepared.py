@@ -15,7 +15,7 @@ from ..config import TrainConfig
 from ..errors import Problems
 from ..methods import METHODS, Method
 from .data import Held, Planned, held_out, plan_run, plan_stream
-from .opening import check_earlier, open_files
+from .opening import check_earlier, open_files, questions_of
 from .record import options_of, resolved
 
 # Lightning starts one more process for every further GPU, numbered from 1: those are quiet and write nothing
@@ -35,7 +35,7 @@ class Prepared:
 
     base, stored, geometry: the model's file, what it holds, its numbers. setup: what becomes of it. ops, precision: what
     computes. trainer: arguments of Lightning's trainer. data, steps: what is trained, in how many optimizer steps;
-    held: what is not.
+    held: what is not. questions: that it answers while it learns.
     found: the state of an earlier run that goes on; earlier: the checkpoint that a new one begins with. missing: a checkpoint
     that the run has lost, or that is due only now. content: of the base, where it had to be looked at already. folder: of the
     run. plan_facts: what a run that goes on must find as it was.
@@ -52,6 +52,7 @@ class Prepared:
     trainer: dict
     data: Planned
     held: Held | None
+    questions: list[str]
     steps: int
     workers: int
     found: Any
@@ -92,7 +93,7 @@ def prepare(
     from ..training import optim, strategy
     from . import again
 
-    base = project.model_file(config.model_path)
+    questions, base = questions_of(config.sample_prompts), project.model_file(config.model_path)
     found = again.find(config, anew, MAIN_PROCESS, say)
     stored, geometry, files, earlier = open_files(config, base, found is None)
     optim.must_be_there(config.optim)
@@ -113,8 +114,8 @@ def prepare(
     name = found.run.name if found else config.run_name
     settings = resolved(config, ops.name, precision, data, data.plan, geometry, name, workers)
     run = Prepared(
-        config, settings, base, stored, geometry, setup, ops, precision, trainer, data, held, steps, workers, found, earlier,
-        None, content, Path(), again.plan_facts(data.plan, config.streaming),
+        config, settings, base, stored, geometry, setup, ops, precision, trainer, data, held, questions, steps, workers, found,
+        earlier, None, content, Path(), again.plan_facts(data.plan, config.streaming),
     )  # fmt: skip
     if found:
         run.missing = missing_checkpoint(run)
