@@ -168,11 +168,8 @@ def train(run, cleanup: contextlib.ExitStack, say) -> None:
     extra = [*([looking] if looking else []), *resample]
     if run.questions:
         form = template(run.data.templates[0][0] if len(run.data.templates) == 1 else DEFAULT_TEMPLATE)
-        answer = functools.partial(likeliest_answer, form=form, most=config.sample_tokens)
-        where = folder / samples.FILE
-        extra.append(
-            samples.Samples(where, run.questions, lambda m, q: answer(m, question=q), config.sample_steps, say)
-        )
+        where = folder / samples.FILE, run.questions, lambda m, q: likeliest_answer(m, form, q, config.sample_tokens)
+        extra.append(samples.Samples(*where, config.sample_steps, epoch_steps, say))
     callbacks = [*([go_on] if go_on else []), recorder, stop, *extra, save, keep]
     module = TrainingModule(
         learner.model,

@@ -6,10 +6,10 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import pytorch_lightning as pl
 from torch import nn
 
 from ..atomic import writing
+from .rounds import Rounds
 
 FILE = "samples.md"  # in the run's folder
 HEADING = re.compile(r"^## step (\d+)\n", re.M)
@@ -25,10 +25,9 @@ def cut(folder: Path, last: int) -> None:
             file.write(text[:later].encode())
 
 
-class Samples(pl.Callback):
+class Samples(Rounds):
     """questions: answered one by one, each by a model that has heard nothing before; answer: from a model and a question to what
-    it says. every: optimizer steps between two rounds, 0 for the ends of epochs. say: is told what goes wrong, which never
-    stops the training."""
+    it says. say: is told what goes wrong, which never stops the training."""
 
     def __init__(
         self,
@@ -36,29 +35,15 @@ class Samples(pl.Callback):
         questions: Sequence[str],
         answer: Callable[[nn.Module, str], str],
         every: int,
+        epoch_steps: int,
         say: Callable[[str], None],
     ):
-        self.path, self.questions, self.answer, self.every, self.say = path, questions, answer, every, say
+        super().__init__(every, epoch_steps)
+        self.path, self.questions, self.answer, self.say = path, questions, answer, say
 
-    def on_train_start(self, trainer, module) -> None:
-        self.step = trainer.global_step
-        if not self.step:
-            self.ask(trainer, module)
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-        moved, self.step = trainer.global_step != self.step, trainer.global_step
-        if moved and self.every and self.step % self.every == 0:
-            self.ask(trainer, module)
-
-    def on_train_epoch_end(self, trainer, module) -> None:
-        if not self.every:
-            self.ask(trainer, module)
-
-    def ask(self, trainer, module) -> None:
+    def round(self, trainer, module) -> None:
         if not trainer.is_global_zero:
             return
-        learning = module.training
-        module.eval()
         lines = [f"## step {trainer.global_step}\n"]
         try:
             for question in self.questions:
@@ -72,4 +57,3 @@ class Samples(pl.Callback):
                 file.write("\n".join(lines) + "\n")
         except Exception as error:  # an answer is no reason to end a training
             self.say(f"{FILE} could not be written ({type(error).__name__}: {error}); training goes on.")
-        module.train(learning)

@@ -7,11 +7,11 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import pytorch_lightning as pl
 import torch
 
 from ..atomic import writing
 from ..data.loading import Batch
+from .rounds import Rounds
 
 FILE = "valid.jsonl"  # in the run's folder: an object for every look
 
@@ -45,11 +45,10 @@ def rounds_without_a_better(records: list[dict]) -> int:
     return len(records) - 1 - min(range(len(records)), key=lambda i: records[i]["loss"]) if records else 0
 
 
-class Validate(pl.Callback):
-    """batches: of this process; together those of all are the data, once. every: optimizer steps between two looks, 0 for the
-    ends of epochs. epoch_steps: optimizer steps of an epoch. patience: so many rounds without a better one end the training, 0
-    for never. sinks: get every record, on rank 0. before: records of a run that goes on. stopped: whether it has ended the
-    training.
+class Validate(Rounds):
+    """batches: of this process; together those of all are the data, once. patience: so many rounds without a better one end the
+    training, 0 for never. sinks: get every record, on rank 0. before: records of a run that goes on. stopped: whether it has
+    ended the training.
     """
 
     def __init__(
@@ -62,35 +61,18 @@ class Validate(pl.Callback):
         say: Callable[[str], None],
         before: list[dict],
     ):
-        self.batches, self.every, self.epoch_steps, self.patience = batches, every, epoch_steps, patience
+        super().__init__(every, epoch_steps)
+        self.batches, self.patience = batches, patience
         self.sinks, self.say, self.records = sinks, say, list(before)
         self.stopped = False
 
-    def on_train_start(self, trainer, module) -> None:
-        self.step = trainer.global_step
-        if not self.step:
-            self.look(trainer, module)
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-        moved, self.step = trainer.global_step != self.step, trainer.global_step
-        if moved and self.every and self.step % self.every == 0:
-            self.look(trainer, module)
-
-    def on_train_epoch_end(self, trainer, module) -> None:
-        # (what is told to stop in the last step of an epoch has finished it)
-        if not self.every and (not trainer.should_stop or trainer.global_step % self.epoch_steps == 0):
-            self.look(trainer, module)
-
     @torch.no_grad()
-    def look(self, trainer, module) -> None:
-        learning = module.training
-        module.eval()  # nothing is dropped, so no random number is drawn
+    def round(self, trainer, module) -> None:
         total, targets = 0.0, 0
         for batch in self.batches():
             moved = module.transfer_batch_to_device(batch, trainer.strategy.root_device, 0)
             total += float(module.summed_loss(moved))
             targets += len(batch.targets)
-        module.train(learning)
         if trainer.world_size > 1:
             sums = torch.tensor([total, float(targets)], dtype=torch.float64).to(trainer.strategy.root_device)
             total, targets = (float(x) for x in trainer.strategy.reduce(sums, reduce_op="sum"))
