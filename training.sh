@@ -336,7 +336,7 @@ NUM_WORKERS=auto
 # VALID_PERCENT in make_tokenize.sh makes; none: no looks. 验证集；auto 为 make_tokenize.sh 留出的 NAME.valid；none 不验证
 VAL_DATA=auto
 
-# Optimizer steps from one look to the next, beside the one before training. 0: at the end of every epoch. 验证间隔，0 为每轮结束
+# Optimizer steps from one look to the next, beside the one before training. 0: at the end of every epoch. One is at the end. 验证间隔，0 为每轮结束
 VAL_STEPS=0
 
 # So many looks without a better one end the training. 0: never. 早停：连续这么多次没有变好就结束，0 为不用

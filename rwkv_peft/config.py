@@ -194,6 +194,7 @@ class TrainConfig:
             if broken:
                 found.append(Problem(name, message))
 
+        rule(given.val_data == "none" and given.val_patience, "VAL_PATIENCE", "needs held-out data; VAL_DATA is none")
         for name, value in (
             ("MODEL_PATH", given.model_path),
             ("DATA_PATH", given.data_path),

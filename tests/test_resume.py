@@ -191,7 +191,8 @@ def test_a_finished_run_says_so_and_a_larger_epoch_count_trains_it_further(ready
 @pytest.mark.slow
 def test_two_processes_go_on_as_if_they_had_never_stopped(kit):
     """From the middle of an epoch: of a whole run that has kept every state, the later ones are taken away."""
-    prepare(kit, SAVE_STEPS="3", KEEP_LAST="99", GPU_COUNT="2", MICRO_BSZ="1", RUN_NAME="whole")
+    looks = {"VAL_DATA": "chat", "VAL_STEPS": "2", "VAL_PATIENCE": "99"}
+    prepare(kit, SAVE_STEPS="3", KEEP_LAST="99", GPU_COUNT="2", MICRO_BSZ="1", RUN_NAME="whole", **looks)
     kit.run("training.sh")
     output = kit.root / "output"
     shutil.copytree(output / "whole", output / "again")
@@ -202,6 +203,16 @@ def test_two_processes_go_on_as_if_they_had_never_stopped(kit):
     kit.set(RUN_NAME="")  # the first process finds it, and tells the other
     assert "goes on   output/again at step 4 of 12" in kit.run("training.sh").stdout
     same(kit.root, "whole", "again", [records(kit.root, name) for name in ("whole", "again")])
+    valid = output / "again" / "valid.jsonl"
+    assert valid.read_bytes() == (output / "whole/valid.jsonl").read_bytes()
+    # an early best look: all processes count from it, and end together
+    for name in snapshot.names(output / "again")[2:]:
+        shutil.rmtree(output / "again" / "state" / name)
+    first, *others = valid.read_text().splitlines()
+    valid.write_text("\n".join([json.dumps({**json.loads(first), "loss": 1e-3}), *others]) + "\n")
+    kit.set(VAL_PATIENCE="3")
+    assert "VAL_PATIENCE=3: no better validation" in kit.run("training.sh").stdout
+    assert snapshot.described(output / "again/state" / snapshot.names(output / "again")[-1]).facts["finished"]
 
 
 @pytest.mark.slow

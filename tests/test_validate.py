@@ -2,6 +2,8 @@
 what it has seen."""
 
 import json
+import os
+import signal
 
 import pytest
 import tiny
@@ -15,6 +17,7 @@ from rwkv_peft.data.binidx import Reader
 from rwkv_peft.errors import Problems
 from rwkv_peft.roles import Role
 from rwkv_peft.training import validate
+from rwkv_peft.training.module import TrainingModule
 
 HELD = [
     {"text": "User: Sea?\n\nAssistant: Blue and wide."},
@@ -70,7 +73,7 @@ def test_looking_changes_nothing_of_the_training(held, settings):
     b, without = run(held, "without", **{**COMMON, "VAL_DATA": "none", **settings})
     assert [r["loss"] for r in with_looks] == [r["loss"] for r in without]
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
-    assert [r["step"] for r in looks(held, "with")] == [0, 3, 6]
+    assert [r["step"] for r in looks(held, "with")] == [0, 3, 6, 8]
     assert not (held / "output/without" / validate.FILE).exists()
 
 
@@ -119,3 +122,61 @@ def test_held_out_data_that_are_not_there_are_named(held, name, words):
     with pytest.raises(Problems) as found:
         run(held, **{**COMMON, "VAL_DATA": name})
     assert [(p.name, words in p.message) for p in found.value.problems] == [("VAL_DATA", True)]
+
+
+def test_a_loss_without_a_number_is_null_and_ends_nothing(held):
+    base = checkpoint.load(held / "model" / "tiny.pth")
+    broken = {name: t.clone() for name, t in base.items()}
+    broken["blocks.1.ffn.value.weight"][0, 0] = torch.nan
+    checkpoint.save(held / "model" / "broken.pth", broken)
+    with pytest.raises(Exception, match="NAN_LIMIT=3"):
+        run(held, **{**COMMON, "MODEL_PATH": "broken.pth", "VAL_STEPS": "1", "VAL_PATIENCE": "1"})
+    assert [r["loss"] for r in looks(held)] == [None, None, None]  # and NaN would be no JSON
+    assert "NaN" not in (held / "output/run" / validate.FILE).read_text()
+
+
+def test_other_held_out_data_are_counted_anew(held, monkeypatch, capsys):
+    tokenize(tiny.write_jsonl(held / "data" / "others.jsonl", HELD[:1]))
+    settings = {**BASE, "VAL_DATA": "held", "VAL_STEPS": "2", "SAVE_STEPS": "2", "VAL_PATIENCE": "9"}
+    interrupted(monkeypatch, held, 5, "killed", **settings)
+    run(held, "again", **{**settings, "VAL_DATA": "others"})
+    assert "VAL_DATA is not what it was" in capsys.readouterr().out
+    found = looks(held, "again")
+    assert [r["step"] for r in found] == [0, 2, 4, 4, 6, 8, 10, 12]
+    assert len({r["data"] for r in found[:3]}) == len({r["data"] for r in found[3:]}) == 1
+
+
+def test_a_look_that_is_interrupted_is_made_when_the_run_goes_on(held, monkeypatch):
+    settings = {**BASE, "VAL_DATA": "held", "VAL_STEPS": "3", "SAVE_STEPS": "0"}
+    _, whole = run(held, "whole", **settings)
+    summed, looking = TrainingModule.summed_loss, []
+
+    def loss(self, batch):
+        if not self.training:
+            looking.append(1)
+            if len(looking) == 2:  # the second look: of step 3
+                os.kill(os.getpid(), signal.SIGINT)
+        return summed(self, batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainingModule, "summed_loss", loss)
+        with pytest.raises(SystemExit):
+            run(held, "again", **settings)
+    _, again = run(held, "again", **settings)
+    same(held, "whole", "again", (whole, again))
+    assert looks(held, "again") == looks(held, "whole")
+
+
+def test_auto_leaves_out_what_has_nothing_to_learn_and_says_so(ready, capsys):
+    rows = [{"text": f"User: {i}?\n\nAssistant: The number {i}."} for i in range(8)]
+    tokenize(tiny.write_jsonl(ready / "data" / "many.jsonl", rows))
+    tokenize(tiny.write_jsonl(ready / "data" / "many.valid.jsonl", [{"text": "nothing that anybody has said"}]))
+    run(ready, **{**COMMON, "VAL_DATA": "auto", "DATA_PATH": "many"})
+    assert "careful   many.valid is not looked at: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, words", [("none", "needs held-out data"), ("auto", "finds no NAME.valid")])
+def test_patience_without_data_is_refused(ready, name, words):
+    with pytest.raises(Problems) as found:
+        run(ready, **{**COMMON, "VAL_DATA": name, "VAL_PATIENCE": "2"})
+    assert [(p.name, words in p.message) for p in found.value.problems] == [("VAL_PATIENCE", True)]

@@ -101,6 +101,7 @@ def train(run, cleanup: contextlib.ExitStack, say) -> None:
     from ..training.lisa import Resample
     from ..training.module import TrainingModule
     from ..training.resume import GoOn, Keep
+    from ..training.rounds import Rounds
     from .learner import make_learner
     from .results import Results, must_have_room
 
@@ -109,10 +110,11 @@ def train(run, cleanup: contextlib.ExitStack, say) -> None:
         must_have_room(run, attach.count_trained(run.geometry, run.setup))
     learner = make_learner(run, cleanup, say)
 
-    sinks, looks, tracker, results, before, looked = [], [], None, None, [], []
+    sinks, looks, tracker, results, before = [], [], None, None, []
+    looked = validate.read(folder, found.step) if found else []
     if MAIN_PROCESS:
         before = runs.cut_log(folder, found.step) if found else []
-        looked = validate.cut(folder, found.step if found else -1)
+        validate.cut(folder, found.step if found else -1)
         samples.cut(folder, found.step if found else -1)
         write_json(folder / "run.json", run.settings)
         runs.point_latest(folder)
@@ -164,12 +166,17 @@ def train(run, cleanup: contextlib.ExitStack, say) -> None:
     looking = None
     if run.held:
         share = functools.partial(run.held.batches, RANK, plan.world)
-        looking = validate.Validate(share, config.val_steps, epoch_steps, config.val_patience, looks, say, looked)
+        looking = validate.Validate(
+            share, run.held.data, config.val_steps, epoch_steps, config.val_patience, looks, say, looked
+        )
     extra = [*([looking] if looking else []), *resample]
     if run.questions:
         form = template(run.data.templates[0][0] if len(run.data.templates) == 1 else DEFAULT_TEMPLATE)
         where = folder / samples.FILE, run.questions, lambda m, q: likeliest_answer(m, form, q, config.sample_tokens)
         extra.append(samples.Samples(*where, config.sample_steps, epoch_steps, say))
+    for rounds in extra:
+        if isinstance(rounds, Rounds):
+            rounds.interrupted, rounds.paused = lambda: bool(stop.received), recorder.leave_out
     callbacks = [*([go_on] if go_on else []), recorder, stop, *extra, save, keep]
     module = TrainingModule(
         learner.model,
@@ -222,4 +229,6 @@ def train(run, cleanup: contextlib.ExitStack, say) -> None:
     early = looking is not None and looking.stopped
     if config.streaming and not complete and not stop.received and not early:
         print(f"The stream ended after {trainer.global_step} of MAX_STEPS={run.steps} steps.")
+    if looking and looking.best and not stop.received:
+        report.best_look(looking.best, folder, save.newest)
     report.finish(run.method, folder, save.newest, keep.exact, complete, stop.received, time.monotonic() - began)

@@ -135,7 +135,7 @@ def must_not_be_finished(found: Snapshot, steps: int, config: TrainConfig, missi
             )
         )
     early = found.facts["finished"] and found.step < found.facts["steps"]
-    if early and config.val_patience == found.facts["settings"].get("VAL_PATIENCE"):
+    if early and config.val_data != "none" and config.val_patience == found.facts["settings"].get("VAL_PATIENCE"):
         words = (
             f"has ended {run} at step {found.step:,}: no better validation for so long. 0, or more, trains it further"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -148,11 +149,14 @@ def plan_run(config: TrainConfig, files, vocab_size: int, say) -> Planned:
 
 @dataclass(frozen=True)
 class Held:
-    """Held-out data. rows: places of the context's length. batches: from a process's number and their count to its share."""
+    """Held-out data. names: of the files; missing: of those that are trained and have none. rows: places of the context's length.
+    data: tells these from others. batches: from a process's number and their count to its share."""
 
     names: tuple[str, ...]
+    missing: tuple[str, ...]
     rows: int
     targets: int
+    data: str
     batches: Callable[[int, int], Iterator]
 
 
@@ -161,11 +165,29 @@ def held_out(config: TrainConfig, files, ctx_len: int, vocab_size: int, say) -> 
     Problems for what is not there or has nothing to learn."""
     from ..data.loading import Data
 
+    def opened(pairs) -> Data:
+        sources = open_sources(config, pairs, vocab_size, say)
+        return Data(sources, "pack", mask_of(config), ctx_len, "cut", 0, False)
+
+    missing: list[str] = []
     if config.val_data == "none":
         return None
     if config.val_data == "auto":
-        pairs = [] if config.streaming else [(Path(f"{prefix}.valid"), weight) for prefix, weight in files]
-        pairs = [(prefix, Fraction(1)) for prefix, _ in pairs if not missing_data(prefix)]
+        pairs = []
+        for prefix in [] if config.streaming else [Path(f"{prefix}.valid") for prefix, _ in files]:
+            if missing_data(prefix):
+                missing.append(prefix.stem)
+                continue
+            try:
+                opened([(prefix, Fraction(1))])
+                pairs.append((prefix, Fraction(1)))
+            except Problems as problems:  # (nobody has asked for it by name)
+                say(f"careful   {prefix.name} is not looked at: {problems.problems[0].message}")
+        if not pairs and config.val_patience:
+            words = (
+                "has nothing to look at: VAL_DATA=auto finds no NAME.valid (VALID_PERCENT in make_tokenize.sh makes it)"
+            )
+            raise Problems(Problem("VAL_PATIENCE", words))
         if not pairs:
             return None
     else:
@@ -173,15 +195,16 @@ def held_out(config: TrainConfig, files, ctx_len: int, vocab_size: int, say) -> 
         if wrong:
             raise Problems(*(Problem("VAL_DATA", message) for message in wrong))
     try:
-        sources = open_sources(config, pairs, vocab_size, say)
-        data = Data(sources, "pack", mask_of(config), ctx_len, "cut", 0, False)
+        data = opened(pairs)
     except Problems as problems:
         raise Problems(*(Problem("VAL_DATA", f"{p.message} ({p.name})") for p in problems.problems)) from None
+    mark = hashlib.sha256(repr([f["sha256"] for f in content_of_files(pairs, None)["files"]]).encode()).hexdigest()[:12]
 
     def batches(rank: int, world: int) -> Iterator:
         return (data.batch([row], 1) for row in range(rank, data.rows, world))
 
-    return Held(tuple(prefix.name for prefix, _ in pairs), data.rows, data.facts().targets, batches)
+    names = tuple(prefix.name for prefix, _ in pairs)
+    return Held(names, tuple(missing), data.rows, data.facts().targets, mark, batches)
 
 
 def content_of_files(files, before: dict | None) -> dict:

@@ -183,5 +183,6 @@ def header(run: Prepared) -> list[str]:
     if run.held:
         every = f"every {run.config.val_steps} steps" if run.config.val_steps else "after every epoch"
         what = f"{', '.join(run.held.names)}: {run.held.targets:,} trained tokens in {run.held.rows:,} packs"
+        what += f" (none of {', '.join(run.held.missing)})" if run.held.missing else ""
         lines.insert(-1, f"{'valid':<10}{what}; before training and {every}")
     return [*lines, f"goes on   {again.place(run.found)}, as if it had never stopped"] if run.found else lines

@@ -75,6 +75,10 @@ class StepRecorder(pl.Callback):
         self.begin = self.last - self.seconds
         self.step, self.tokens, self.pace = trainer.global_step, 0, None
 
+    def leave_out(self, seconds: float) -> None:
+        """Something else was done since the last step: it is not counted to the next one's time."""
+        self.last += seconds
+
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         self.tokens += batch.tokens
         self.beginnings.append(batch.beginning)
@@ -330,7 +334,8 @@ class WandbSink:
         self.guarded(lambda: self.run.log(asdict(record), step=record.step))
 
     def validation(self, record: dict) -> None:
-        self.guarded(lambda: self.run.log({"validation_loss": record["loss"]}, step=max(1, record["step"])))
+        if record["loss"] is not None:
+            self.guarded(lambda: self.run.log({"validation_loss": record["loss"]}, step=max(1, record["step"])))
 
     def close(self) -> None:
         self.guarded(lambda: self.run.finish())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..atomic import writing
 from ..pictures import figure
-from .validate import read
+from .validate import of_one_set, read
 
 SMOOTHED_SHARE = 0.05  # of the run that the smoothed line looks back on ...
 SMOOTHED_LEAST = 5  # ... but at least so many steps
@@ -32,6 +32,7 @@ def draw_loss(folder: Path) -> Path:
         axes.plot(steps, losses, color="#9ec5e8", linewidth=1, label="each step")
         axes.plot(steps, smooth, color="#1f5f99", linewidth=2, label="smoothed")
         looks = read(folder)
+        looks = of_one_set(looks, looks[-1].get("data")) if looks else []
         if looks:
             places, found = [r["step"] for r in looks], [r["loss"] for r in looks]
             axes.plot(places, found, color="#2e8b57", linewidth=1.5, marker="o", markersize=4, label="validation")

@@ -290,6 +290,15 @@ def out_of_memory(settings: dict, error: Exception) -> str:
     return f"Out of memory: {str(error).splitlines()[0]}\nWhat to change, in this order:\n{listed}"
 
 
+def best_look(best: dict, folder: Path, newest: Path | None) -> None:
+    """Where the validation was best, and the checkpoint next to it."""
+    near = folder / f"rwkv-{best['epoch']}.pth"
+    there = (
+        f"; {project.shown(near)} is of the end of it" if near.is_file() and newest and near.name != newest.name else ""
+    )
+    print(f"validation was best, {best['loss']:.4f}, at step {best['step']}, in epoch {best['epoch'] + 1}{there}")
+
+
 def finish(
     method: Method, folder: Path, newest: Path | None, exact: bool, complete: bool, received: int, seconds: float
 ) -> None:

@@ -15,6 +15,12 @@ FILE = "samples.md"  # in the run's folder
 HEADING = re.compile(r"^## step (\d+)\n", re.M)
 
 
+def last_of(path: Path) -> int:
+    """The step of the last round in a file, -1 for none."""
+    steps = HEADING.findall(path.read_text(encoding="utf-8")) if path.is_file() else []
+    return int(steps[-1]) if steps else -1
+
+
 def cut(folder: Path, last: int) -> None:
     """Take from the file what came after an optimizer step."""
     path = folder / FILE
@@ -38,15 +44,17 @@ class Samples(Rounds):
         epoch_steps: int,
         say: Callable[[str], None],
     ):
-        super().__init__(every, epoch_steps)
+        super().__init__(every, epoch_steps, last_of(path))
         self.path, self.questions, self.answer, self.say = path, questions, answer, say
 
-    def round(self, trainer, module) -> None:
+    def round(self, trainer, module) -> bool:
         if not trainer.is_global_zero:
-            return
+            return True
         lines = [f"## step {trainer.global_step}\n"]
         try:
             for question in self.questions:
+                if trainer.world_size == 1 and self.interrupted():
+                    return False
                 answer = self.answer(module.model, question).strip()
                 lines += [
                     f"**{question}**\n",
@@ -57,3 +65,4 @@ class Samples(Rounds):
                 file.write("\n".join(lines) + "\n")
         except Exception as error:  # an answer is no reason to end a training
             self.say(f"{FILE} could not be written ({type(error).__name__}: {error}); training goes on.")
+        return True

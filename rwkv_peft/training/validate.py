@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -22,22 +23,27 @@ def read(folder: Path, last: int | None = None) -> list[dict]:
     if (folder / FILE).is_file():
         for line in (folder / FILE).read_bytes().splitlines():
             try:
-                record = {"step": int((whole := json.loads(line))["step"]), "loss": float(whole["loss"]), **whole}
+                record = json.loads(line)
+                sound = record["step"] >= 0 and (record["loss"] is None or record["loss"] >= 0)
             except (ValueError, LookupError, TypeError):
                 break
-            if last is not None and record["step"] > last:
+            if not sound or (last is not None and record["step"] > last):
                 break
             found.append(record)
     return found
 
 
-def cut(folder: Path, last: int) -> list[dict]:
-    """Take from the file what came after an optimizer step; returns what is left."""
-    found = read(folder, last)
+def cut(folder: Path, last: int) -> None:
+    """Take from the file what came after an optimizer step."""
     if (folder / FILE).is_file():
+        content = "".join(json.dumps(record) + "\n" for record in read(folder, last))
         with writing(folder / FILE) as file:
-            file.write("".join(json.dumps(record) + "\n" for record in found).encode())
-    return found
+            file.write(content.encode())
+
+
+def of_one_set(records: list[dict], data: str) -> list[dict]:
+    """The looks at these data that came to a number."""
+    return [record for record in records if record.get("data") == data and record["loss"] is not None]
 
 
 def rounds_without_a_better(records: list[dict]) -> int:
@@ -46,14 +52,15 @@ def rounds_without_a_better(records: list[dict]) -> int:
 
 
 class Validate(Rounds):
-    """batches: of this process; together those of all are the data, once. patience: so many rounds without a better one end the
-    training, 0 for never. sinks: get every record, on rank 0. before: records of a run that goes on. stopped: whether it has
-    ended the training.
+    """batches: of this process; together those of all are the data, once. data: tells these data from others. patience: so many
+    rounds without a better one end the training, 0 for never. sinks: get every record, on rank 0. before: records of a run that
+    goes on. stopped: whether it has ended the training.
     """
 
     def __init__(
         self,
         batches: Callable[[], Iterable[Batch]],
+        data: str,
         every: int,
         epoch_steps: int,
         patience: int,
@@ -61,15 +68,23 @@ class Validate(Rounds):
         say: Callable[[str], None],
         before: list[dict],
     ):
-        super().__init__(every, epoch_steps)
-        self.batches, self.patience = batches, patience
-        self.sinks, self.say, self.records = sinks, say, list(before)
-        self.stopped = False
+        mine = [record for record in before if record.get("data") == data]
+        super().__init__(every, epoch_steps, mine[-1]["step"] if mine else -1)
+        self.batches, self.data, self.patience, self.sinks, self.say = batches, data, patience, sinks, say
+        self.records, self.others, self.stopped = of_one_set(before, data), bool(before) and not mine, False
+
+    def on_train_start(self, trainer, module) -> None:
+        super().on_train_start(trainer, module)
+        if self.others:
+            self.say("careful   VAL_DATA is not what it was: what is the best so far is counted anew")
+            self.begin(trainer, module)
 
     @torch.no_grad()
-    def round(self, trainer, module) -> None:
+    def round(self, trainer, module) -> bool:
         total, targets = 0.0, 0
         for batch in self.batches():
+            if trainer.world_size == 1 and self.interrupted():
+                return False
             moved = module.transfer_batch_to_device(batch, trainer.strategy.root_device, 0)
             total += float(module.summed_loss(moved))
             targets += len(batch.targets)
@@ -77,18 +92,33 @@ class Validate(Rounds):
             sums = torch.tensor([total, float(targets)], dtype=torch.float64).to(trainer.strategy.root_device)
             total, targets = (float(x) for x in trainer.strategy.reduce(sums, reduce_op="sum"))
         loss = total / max(targets, 1)
-        record = {"step": trainer.global_step, "epoch": trainer.current_epoch, "loss": loss, "targets": int(targets)}
-        self.records.append(record)
-        waited = rounds_without_a_better(self.records)
-        if trainer.is_global_zero:
-            for sink in self.sinks:
-                sink(record)
-            best = "the best so far" if not waited else f"the best was {min(r['loss'] for r in self.records):.4f}"
-            first = "before training" if not trainer.global_step else f"step {trainer.global_step}, {best}"
-            self.say(f"validation loss {loss:.4f} ({first})")
-        if self.patience and waited >= self.patience:
+        sound = math.isfinite(loss)
+        step = trainer.global_step
+        record = {
+            "step": step, "epoch": max(0, step - 1) // self.epoch_steps, "loss": loss if sound else None,
+            "targets": int(targets), "data": self.data,
+        }  # fmt: skip
+        self.records += [record] if sound else []
+        for sink in self.sinks if trainer.is_global_zero else ():
+            sink(record)
+        waited, best = rounds_without_a_better(self.records), self.best
+        known = (
+            "the best so far"
+            if not waited
+            else f"the best was {best['loss']:.4f} at step {best['step']}"
+            if best
+            else ""
+        )
+        words = f"step {step}{sound and f', {known}' or ''}" if step else "before training"
+        self.say(f"validation loss {loss:.4f} ({words})")
+        if sound and self.patience and waited >= self.patience:
             self.stopped = trainer.should_stop = True
             self.say(f"VAL_PATIENCE={self.patience}: no better validation for so many rounds; training ends here.")
+        return True
+
+    @property
+    def best(self) -> dict | None:
+        return min(self.records, key=lambda record: record["loss"], default=None)
 
 
 class ValidFile:
