@@ -158,9 +158,7 @@ def tried(name: str, version: str) -> tuple[proof.Proof | None, str]:
         found = proof.remembered(version, WKV[version][name], device, name, digest)
     except kind.missing as missing:
         return None, str(missing)
-    except (
-        Exception
-    ) as error:  # whatever a driver, a GPU or a version of a package has against them: torch computes as well
+    except Exception as error:  # whatever a driver, a GPU or a package has against them: torch computes as well
         words = (str(error).splitlines() or [""])[0][:200]
         return None, f"they do not run on this GPU ({type(error).__name__}: {words})"
     good = found is None or found.passed

@@ -169,15 +169,14 @@ def train(run, cleanup: contextlib.ExitStack, say) -> None:
         looking = validate.Validate(
             share, run.held.data, config.val_steps, epoch_steps, config.val_patience, looks, say, looked
         )
-    extra = [*([looking] if looking else []), *resample]
+    rounds: list[Rounds] = [looking] if looking else []
     if run.questions:
         form = template(run.data.templates[0][0] if len(run.data.templates) == 1 else DEFAULT_TEMPLATE)
         where = folder / samples.FILE, run.questions, lambda m, q: likeliest_answer(m, form, q, config.sample_tokens)
-        extra.append(samples.Samples(*where, config.sample_steps, epoch_steps, say))
-    for rounds in extra:
-        if isinstance(rounds, Rounds):
-            rounds.interrupted, rounds.paused = lambda: bool(stop.received), recorder.leave_out
-    callbacks = [*([go_on] if go_on else []), recorder, stop, *extra, save, keep]
+        rounds.append(samples.Samples(*where, config.sample_steps, epoch_steps, say))
+    for one in rounds:
+        one.interrupted, one.paused = lambda: bool(stop.received), recorder.leave_out
+    callbacks = [*([go_on] if go_on else []), recorder, stop, *rounds, *resample, save, keep]
     module = TrainingModule(
         learner.model,
         learner.groups(),
