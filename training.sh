@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Fine-tune an RWKV model (RWKV-7, -6 or -5): set the values below, then run ./training.sh
 #   ./training.sh --dry-run   shows what would happen and two samples, then stops      先看计划和样本，不训练
+#   ./training.sh --find-lr   tries which learning rates these settings bear           试出合适的学习率
 #   ./training.sh --selftest  checks what computes on this machine (OP)                检验本机算子
 #   ./training.sh --help      tells the rest
 # A copy of this file under any name, anywhere in the project, works as well: one file per experiment.
@@ -326,7 +327,28 @@ GRAD_CP=1
 # GPUs on this machine (without a GPU: processes). 显卡数量（无显卡时为进程数）
 GPU_COUNT=1
 
-# How several GPUs work together: auto (ddp for more than one), single, ddp. 多卡策略
+# Machines ("nodes"). Run this script on each, with the same settings but for NODE_RANK; README tells the rest. 机器（节点）数，每台都运行本脚本
+NNODES="${NNODES:-1}"
+# This one, counted from 0; may be given before the command: NODE_RANK=1 ./training.sh   本机编号，从 0 开始，可写在命令前
+NODE_RANK="${NODE_RANK:-0}"
+# Address of node 0 (hostname -I tells it there), and a port that nobody uses (auto: 29500). 主节点地址与端口
+MASTER_ADDR="${MASTER_ADDR:-}"
+# ... the port. 端口
+MASTER_PORT="${MASTER_PORT:-auto}"
+# The network device to the other nodes, if the wrong one is found: without GPUs; empty: found. 节点间网卡名（CPU），空则自动
+GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-}"
+# ... and with GPUs. 节点间网卡名（GPU）
+NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-}"
+
+# How several GPUs work together. The same steps and results with each; a run may go on with another. 多卡策略，结果相同，续训时可更换
+#   auto                  ddp for more than one GPU                                            多卡时为 ddp
+#   ddp                   every GPU holds everything: fastest; for LoRA and its kin            每卡一份，最快，适合 LoRA
+#   fsdp                  weights, gradients and the optimizer in pieces: large models, full   权重、梯度、优化器均分片，适合全参与大模型
+#   deepspeed_stage_1     the optimizer in pieces                                              优化器分片
+#   deepspeed_stage_2     and the gradients                                                    梯度也分片
+#   deepspeed_stage_3     and the weights, like fsdp                                           权重也分片
+#   deepspeed_stage_2_offload, deepspeed_stage_3_offload: the pieces lie in the host's memory: slow, least GPU memory  卸载到内存
+# fsdp and deepspeed want OPTIM=adamw; deepspeed wants: pip install -r requirements-deepspeed.txt
 STRATEGY=auto
 
 # Processes per GPU that prepare batches while it computes. auto: 1, without a GPU 0. 每卡的数据加载进程数
@@ -342,6 +364,9 @@ VAL_STEPS=0
 # So many looks without a better one end the training. 0: never. 早停：连续这么多次没有变好就结束，0 为不用
 VAL_PATIENCE=0
 
+# 1: keep what was trained where the validation was best, as rwkv-best.pth: ./merge.sh best. 是否保留验证最好的一份：./merge.sh best
+KEEP_BEST=0
+
 # Questions that the model answers while it learns, to output/<run>/samples.md: one, several with | between, or a .txt file in data/
 # with one a line; empty: none. 训练中让模型回答的问题（用 | 分隔，或 data/ 中每行一问的 .txt 文件），空则不用
 SAMPLE_PROMPTS=""
@@ -354,6 +379,15 @@ SAMPLE_TOKENS=100
 
 # Name of a wandb project; empty: no wandb. WANDB_MODE=offline in your shell keeps it on this machine. wandb 项目名，空则不用
 WANDB=""
+
+# 1: for tensorboard as well: tensorboard --logdir output. It needs: pip install tensorboard. 是否写 tensorboard 日志（需安装）
+TENSORBOARD=0
+
+# Name of a SwanLab project; empty: none. SWANLAB_MODE=offline in your shell keeps it here. It needs: pip install swanlab. SwanLab 项目名
+SWANLAB=""
+
+# Name of a trackio project; empty: none. It stays on this machine. It needs: pip install trackio. trackio 项目名
+TRACKIO=""
 
 set +a
 exec "$_root/rwkv_peft/run.sh" rwkv_peft.train "${BASH_SOURCE[0]}" "$@"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rwkv_peft import bases, checkpoint, hashing, project, runs, sidecars
 from rwkv_peft.adapters import attach
@@ -47,6 +48,8 @@ def checkpoint_files(words: Sequence[str], run: str) -> list[Path]:
 
 
 def one_file(word: str, run: str) -> Path:
+    if word == "best":
+        return runs.best_file(runs.run_folder(run))
     if word.lstrip("+-").isdecimal():
         return runs.epoch_file(runs.run_folder(run), whole_number("EPOCH", word, 0))
     path = next(
@@ -106,7 +109,10 @@ def found(path: Path, method: str, alpha: float | None, init: Path | None, quant
             quant_parts=tuple(sidecar.get("quant_parts", ())),
         )
         return Found(
-            path, Part(where, setup, tensors, start, quantised), sidecar, f"{setup.method.upper()}-{sidecar['epoch']}"
+            path,
+            Part(where, setup, tensors, start, quantised),
+            sidecar,
+            f"{setup.method.upper()}-{number_of(path, sidecar)}",
         )
     if not method and not foreign.is_model(described):  # METHOD says that it is another's file
         bases.must_not_lack_its_sidecar(path)
@@ -120,6 +126,11 @@ def found(path: Path, method: str, alpha: float | None, init: Path | None, quant
         {},
         path.stem if setup.method == "full" else f"{setup.method.upper()}-{path.stem.removeprefix('rwkv-')}",
     )
+
+
+def number_of(path: Path, sidecar: Mapping[str, Any]) -> str:
+    """What stands behind the method in the name of the result."""
+    return "best" if path.name == runs.BEST else str(sidecar["epoch"])
 
 
 def contradicts(method: str, alpha: float | None, setup: attach.Setup, where: str) -> None:

@@ -14,6 +14,7 @@ from .methods import METHODS, MODES, OPTIMS, PARTS, QUANT_ALIASES, QUANTS, load_
 from .model.arch import NUMBERS
 from .project import is_text
 from .shell_vars import MOST, convert, var
+from .strategies import STRATEGIES, chosen
 
 NOT_YET = "is not part of this version yet; it has {}"
 
@@ -30,6 +31,8 @@ RETIRED = {
     "LOAD": "is retired; use lora_load",
     "train_parts": "is called lora_parts here",
     "LORA_ALPHA": "is called lora_alpha here",
+    "NUM_NODES": "is called NNODES here",
+    "NPROC_PER_NODE": "is called GPU_COUNT here",
     "VAL_PERCENT": "is VALID_PERCENT in make_tokenize.sh, which puts held-out rows into NAME.valid",
 }
 
@@ -136,27 +139,46 @@ class TrainConfig:
     )
     grad_cp: Literal["0", "1", "selective"] = var("GRAD_CP")
     gpu_count: int = var("GPU_COUNT", ge=1, le=MOST)
-    strategy: Literal["auto", "single", "ddp"] = var(
-        "STRATEGY",
-        later=later(
-            "fsdp deepspeed_stage_1 deepspeed_stage_2 deepspeed_stage_3 deepspeed_stage_2_offload "
-            "deepspeed_stage_3_offload",
-            "auto, single and ddp",
-        ),
-    )
+    nnodes: int = var("NNODES", ge=1, le=MOST)
+    node_rank: int = var("NODE_RANK", ge=0, le=MOST)
+    master_addr: str = var("MASTER_ADDR")
+    master_port: Literal["auto"] | int = var("MASTER_PORT", ge=1, le=65535)
+    gloo_socket_ifname: str = var("GLOO_SOCKET_IFNAME")
+    nccl_socket_ifname: str = var("NCCL_SOCKET_IFNAME")
+    strategy: Literal[("auto", *STRATEGIES)] = var("STRATEGY")
     num_workers: Literal["auto"] | int = var("NUM_WORKERS", ge=0, le=MOST_WORKERS)
     val_data: str = var("VAL_DATA")
     val_steps: int = var("VAL_STEPS", ge=0)
     val_patience: int = var("VAL_PATIENCE", ge=0)
+    keep_best: bool = var("KEEP_BEST")
     sample_prompts: str = var("SAMPLE_PROMPTS")
     sample_steps: int = var("SAMPLE_STEPS", ge=0)
     sample_tokens: int = var("SAMPLE_TOKENS", ge=1, le=MOST)
     wandb: str = var("WANDB")
+    tensorboard: bool = var("TENSORBOARD")
+    swanlab: str = var("SWANLAB")
+    trackio: str = var("TRACKIO")
 
     @property
     def method(self) -> str:
         """A name in methods.METHODS."""
         return method_of(self.finetune_mode, self.use_dora)
+
+    @property
+    def trackers(self) -> dict[str, str]:
+        """Those that are asked for -> the project there; keys of training.trackers.OPEN."""
+        asked = {"wandb": self.wandb, "tensorboard": "files" if self.tensorboard else "", "swanlab": self.swanlab}
+        return {name: project for name, project in {**asked, "trackio": self.trackio}.items() if project}
+
+    @property
+    def processes(self) -> int:
+        """Of the whole training, on all machines."""
+        return self.gpu_count * self.nnodes
+
+    @property
+    def strategy_name(self) -> str:
+        """A key of strategies.STRATEGIES."""
+        return chosen(self.strategy, self.processes)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -194,7 +216,8 @@ class TrainConfig:
             if broken:
                 found.append(Problem(name, message))
 
-        rule(given.val_data == "none" and given.val_patience, "VAL_PATIENCE", "needs held-out data; VAL_DATA is none")
+        for name, value in (("VAL_PATIENCE", given.val_patience), ("KEEP_BEST", given.keep_best)):
+            rule(given.val_data == "none" and value, name, "needs held-out data; VAL_DATA is none")
         for name, value in (
             ("MODEL_PATH", given.model_path),
             ("DATA_PATH", given.data_path),
@@ -212,9 +235,7 @@ class TrainConfig:
         exp = given.lr_schedule == "exp" and given.lr_init is not None and given.lr_final is not None
         rule(exp and not given.lr_init, "LR_INIT", "must be more than 0 with LR_SCHEDULE=exp")
         rule(exp and not given.lr_final, "LR_FINAL", "must be more than 0 with LR_SCHEDULE=exp")
-        many = given.gpu_count is not None and given.gpu_count > 1
-        rule(many and given.strategy == "single", "STRATEGY", f"must be auto or ddp with GPU_COUNT={given.gpu_count}")
-        return found
+        return found + strategy_problems(given)
 
 
 def words_of(text: str) -> tuple[str, ...]:
@@ -294,12 +315,53 @@ def method_problems(given: SimpleNamespace) -> list[Problem]:
         "PEFT_CONFIG",
         "is empty; FINETUNE_MODE=peft needs a file, like lokr.json",
     )
+    for variable, value in (("GPU_COUNT", given.gpu_count), ("NNODES", given.nnodes)):
+        rule(
+            name == "lisa" and value not in (None, 1),
+            variable,
+            "must be 1 with FINETUNE_MODE=lisa: which weights are trained changes on the way, and several processes cannot "
+            "follow",
+        )
+    return found
+
+
+def strategy_problems(given: SimpleNamespace) -> list[Problem]:
+    """What does not go with the way processes share the training."""
+    found = []
+
+    def rule(broken, name: str, message: str) -> None:
+        if broken:
+            found.append(Problem(name, message))
+
+    word = given.strategy
+    strategy = STRATEGIES.get(word)
+    for name, value in (("GPU_COUNT", given.gpu_count), ("NNODES", given.nnodes)):
+        rule(word == "single" and value not in (None, 1), "STRATEGY", f"must be auto or ddp with {name}={value}")
+    nodes, number = given.nnodes, given.node_rank
     rule(
-        name == "lisa" and given.gpu_count not in (None, 1),
-        "GPU_COUNT",
-        "must be 1 with FINETUNE_MODE=lisa: which weights are trained changes on the way, and several processes cannot follow",
+        nodes is not None and number is not None and number >= nodes,
+        "NODE_RANK",
+        f"must be less than NNODES={nodes}: nodes are counted from 0",
     )
-    rule(name == "lisa" and given.strategy == "ddp", "STRATEGY", "must be auto or single with FINETUNE_MODE=lisa")
+    lisa = given.finetune_mode == "lisa"
+    rule(lisa and word not in (None, "auto", "single"), "STRATEGY", "must be auto or single with FINETUNE_MODE=lisa")
+    if strategy is None or not strategy.spread:
+        return found
+    rule(given.optim not in (None, "adamw"), "OPTIM", f"must be adamw with STRATEGY={word}; ddp takes any")
+    rule(given.precision == "fp16", "PRECISION", f"must not be fp16 with STRATEGY={word}; use bf16, or STRATEGY=ddp")
+    if strategy.spread == "weights":
+        state = given.finetune_mode in ("state", "state_tuning")
+        rule(
+            state,
+            "STRATEGY",
+            f"must be ddp with FINETUNE_MODE={given.finetune_mode}, which trains too little to cut it up",
+        )
+        why = "whose processes would wait for each other's chunks"
+        rule(
+            given.train_type == "infctx",
+            "STRATEGY",
+            f"must be ddp or deepspeed_stage_1 or 2 with TRAIN_TYPE=infctx, {why}",
+        )
     return found
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 EXIT_USER = 2  # a setting, a file or a row that the user can mend
 EXIT_DISK = 3  # no space left, or a folder that cannot be written
 EXIT_MEMORY = 4  # the device or the host ran out of memory
+EXIT_PROCESS = 5  # another process of a training has died, or stands still
 EXIT_INTERRUPTED = 130  # Ctrl-C, as shells count it (128 + SIGINT)
 
 

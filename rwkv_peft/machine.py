@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from .errors import Problem, Problems
+from .words import count
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 
@@ -25,7 +26,7 @@ def device_words() -> str:
     if device_kind() == "cuda":
         gpu = torch.cuda.get_device_properties(0)
         return f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GB"
-    return f"CPU, {torch.get_num_threads()} threads (no CUDA device was found)"
+    return f"CPU, {count(torch.get_num_threads(), 'thread')} (no CUDA device was found)"
 
 
 def cpu_has_bf16(cpuinfo: str | None = None) -> bool:

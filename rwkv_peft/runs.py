@@ -7,12 +7,15 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import time
 from pathlib import Path
 
 from . import project
 from .errors import Problem, Problems, UserError
 from .words import did_you_mean, listed
+
+BEST = "rwkv-best.pth"  # what was trained where the validation was best
 
 
 def choose(name: str, stem: str) -> Path:
@@ -125,6 +128,8 @@ def release(folder: Path) -> None:
     if log.is_file() and not log.stat().st_size and not has_saved(folder):
         log.unlink()
         (folder / "run.json").unlink(missing_ok=True)
+        for tracker in ("tensorboard", "swanlab", "wandb"):
+            shutil.rmtree(folder / tracker, ignore_errors=True)
         with contextlib.suppress(OSError):  # something else is in it
             folder.rmdir()
             if os.readlink(project.OUTPUT / "latest") == folder.name:
@@ -151,6 +156,15 @@ def run_folder(name: str) -> Path:
             f"No run in {project.shown(project.OUTPUT)}/ has saved a checkpoint yet. Train first: ./training.sh"
         )
     return max(runs, key=lambda p: (p / "run.json").stat().st_mtime)
+
+
+def best_file(folder: Path) -> Path:
+    """What a run has kept where its validation was best. UserError if it has not."""
+    if not (folder / BEST).is_file():
+        raise UserError(
+            f"{project.shown(folder)}: has no {BEST}; KEEP_BEST=1 in training.sh keeps it, if there are held-out rows."
+        )
+    return folder / BEST
 
 
 def saved_epochs(folder: Path) -> list[int]:

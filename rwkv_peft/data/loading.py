@@ -191,6 +191,13 @@ class Data:
         return nothing_of(make_batch(np.array([length]), *first, step_targets, None))
 
 
+def heaviest(tokens: int, rows: int) -> Batch:
+    """So many rows of so many inputs, all of them trained: no micro-batch takes more memory."""
+    text = np.zeros(tokens + 1, dtype=np.uint16)
+    flags = np.ones(tokens + 1, dtype=bool)
+    return make_batch(np.full(rows, tokens + 1), [text] * rows, [flags] * rows, tokens * rows, None)
+
+
 def nothing_of(batch: Batch) -> Batch:
     """A batch that is run and of which nothing counts."""
     nothing = torch.zeros(0, dtype=torch.long)
@@ -258,16 +265,18 @@ def make_batch(
 
 
 class Batches(Dataset):
-    """Micro-batch i of a rank, i counted over the whole run (epoch * micro-batches of an epoch + number)."""
+    """Micro-batch i of a rank, i counted over the whole run (epoch * micro-batches of an epoch + number). whole_steps: where the
+    last step of an epoch has less, it is filled up with micro-batches that train nothing."""
 
-    def __init__(self, data: Data, plan: Plan, rank: int):
+    def __init__(self, data: Data, plan: Plan, rank: int, whole_steps: bool = False):
         self.data, self.plan, self.rank = data, plan, rank
+        self.of_epoch = plan.optimizer_steps * plan.accumulate if whole_steps else plan.micro_batches
 
     def __len__(self) -> int:
-        return self.plan.micro_batches
+        return self.of_epoch
 
     def __getitem__(self, i: int) -> Batch:
-        epoch, number = divmod(i, self.plan.micro_batches)
+        epoch, number = divmod(i, self.of_epoch)
         mine = self.plan.rows_of_micro_batch(epoch, number, self.rank)
         step = self.plan.rows_of_step(epoch, number // self.plan.accumulate)
         targets = self.data.step_targets(step)

@@ -1,9 +1,11 @@
 """./training.sh: fine-tune a model as the variables in the script say.
 
-usage: ./training.sh [--dry-run] [--new] | --selftest
+usage: ./training.sh [--dry-run] [--new] | --find-lr | --find-batch | --selftest
 
   --dry-run   check everything, print the plan and two samples with what is trained marked, and stop
   --new       begin a new run, also where the newest one was stopped and could go on
+  --find-lr   try rising learning rates for some steps, and tell which ones the settings bear
+  --find-batch  the largest MICRO_BSZ that fits the GPU
   --selftest  compare all that could compute on this machine (OP) with the definition, and stop
   --help      this text
 
@@ -21,20 +23,24 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
+import sys
 import time
+from collections.abc import Mapping
 
 from .. import runs
 from ..atomic import write_json
 from ..config import RETIRED, TrainConfig
-from ..errors import EXIT_MEMORY, UserError, leave
+from ..errors import EXIT_MEMORY, Problem, Problems, UserError, leave, unheard
 from ..shell_vars import enter
 from ..words import did_you_mean
-from .prepared import MAIN_PROCESS, RANK, header, prepare
+from .place import Place, find_place, plugins, settle
+from .prepared import header, prepare
 from .record import script_values
 
 SAMPLES = 2  # that a dry run shows
 DEFAULT_TEMPLATE = "rwkv-world"  # where the data do not tell theirs
-OPTIONS = ("--dry-run", "--new", "--selftest")
+OPTIONS = ("--dry-run", "--new", "--find-lr", "--find-batch", "--selftest")
 
 
 def main(arguments: list[str]) -> None:
@@ -55,21 +61,39 @@ def command(config: TrainConfig, typed: list[str]) -> None:
         return selftest()
     from .again import Moved
 
+    place = find_place(config, os.environ)
+    settle(config, place, os.environ)
+    if {"--find-lr", "--find-batch"} & set(typed):
+        from .find import find_batch, find_lr
+
+        return (find_lr if "--find-lr" in typed else find_batch)(config, place)
     while True:
         try:
             with contextlib.ExitStack() as cleanup:
-                return run(config, "--dry-run" in typed, "--new" in typed, cleanup)
+                return run(config, place, "--dry-run" in typed, "--new" in typed, cleanup)
         except Moved:  # the run has gone on in the meantime, elsewhere
             continue
 
 
-def run(config: TrainConfig, dry_run: bool, anew: bool, cleanup: contextlib.ExitStack) -> None:
+def run(config: TrainConfig, place: Place, dry_run: bool, anew: bool, cleanup: contextlib.ExitStack) -> None:
     """anew: begin a new run, even if one could go on. cleanup: what to do whether training ends well or not."""
     # heavy imports come after the settings are known to be sound: a typo answers in a fraction of a second
     from ..training import report
+    from .meeting import meeting
 
-    say = print if MAIN_PROCESS else lambda *_a, **_k: None
-    prepared = prepare(config, dry_run, anew, cleanup, say)
+    say = print if place.first else lambda *_a, **_k: None
+    with contextlib.ExitStack() as others:
+        met = None
+        if place.meets():
+            where = address(place, config.processes, os.environ)
+            if not dry_run:
+                met = others.enter_context(meeting(place, config.processes, *where, say))
+        prepared = prepare(config, place, dry_run, anew, cleanup, say, met)
+    if place.node and place.local == 0:
+        print(
+            f"node {place.node} of {place.nodes} trains with node 0, which tells how it goes and writes the results",
+            flush=True,
+        )
     lines = header(prepared)
     if dry_run:
         lines = report.setting_lines(prepared.settings, script_values(config)) + lines
@@ -79,6 +103,20 @@ def run(config: TrainConfig, dry_run: bool, anew: bool, cleanup: contextlib.Exit
         say("\nThis was a dry run: nothing was trained, nothing was written.")
     else:
         train(prepared, cleanup, say)
+
+
+def address(place: Place, processes: int, environment: Mapping[str, str]) -> tuple[str, int]:
+    """Where all processes meet."""
+    [where] = plugins(place, processes)
+    if not place.starter and "MASTER_ADDR" not in environment:
+        words = f"is empty; with NNODES={place.nodes} it is the address of node 0 (hostname -I tells it there)"
+        raise Problems(Problem("MASTER_ADDR", words))
+    return where.main_address, where.main_port
+
+
+def tell(words: str) -> None:
+    with unheard():
+        print(words, file=sys.stderr, flush=True)
 
 
 def only_first(*_) -> None:
@@ -91,28 +129,34 @@ def train(run, cleanup: contextlib.ExitStack, say) -> None:
 
     import pytorch_lightning as pl
     import torch
+    from pytorch_lightning.strategies.launchers import subprocess_script
 
     from ..adapters import attach
+    from ..data.loading import heaviest
     from ..data.workers import end_workers, make_loader
     from ..generate import likeliest_answer
     from ..templates.named import template
     from ..training import report, samples, validate
-    from ..training.callbacks import LossFile, Progress, Save, StepRecorder, StopOnSignal, wandb_sink
+    from ..training.callbacks import LossFile, Progress, Save, StepRecorder, StopOnSignal
+    from ..training.heaviest import Heaviest
     from ..training.lisa import Resample
-    from ..training.module import TrainingModule
     from ..training.resume import GoOn, Keep
     from ..training.rounds import Rounds
-    from .learner import make_learner
+    from ..training.spread import Parts
+    from ..training.trackers import Tracker
+    from ..training.watch import Watch
+    from .learner import make_learner, make_module
     from .results import Results, must_have_room
 
     config, found, folder, plan = run.config, run.found, run.folder, run.plan
-    if MAIN_PROCESS:
+    first, rank = run.place.first, run.place.rank
+    if first:
         must_have_room(run, attach.count_trained(run.geometry, run.setup))
     learner = make_learner(run, cleanup, say)
 
-    sinks, looks, tracker, results, before = [], [], None, None, []
+    sinks, looks, trackers, results, before = [], [], [], None, []
     looked = validate.read(folder, found.step) if found else []
-    if MAIN_PROCESS:
+    if first:
         before = runs.cut_log(folder, found.step) if found else []
         validate.cut(folder, found.step if found else -1)
         samples.cut(folder, found.step if found else -1)
@@ -127,31 +171,39 @@ def train(run, cleanup: contextlib.ExitStack, say) -> None:
             )
         for sink in sinks:
             cleanup.callback(sink.close)
-        known = found.facts["wandb"] if found else None
-        if config.wandb and (
-            tracker := wandb_sink(config.wandb, folder.name, folder, run.settings, progress.say, known)
-        ):
-            sinks.append(tracker)
-            looks.append(tracker.validation)
-            cleanup.callback(tracker.close)
+        known = {"wandb": found.facts["wandb"], **found.facts.get("trackers", {})} if found else {}
+        done = found.step if found else 0
+        for name, project in config.trackers.items():
+            one = Tracker(name, project, folder, run.settings, progress.say, known.get(name), done)
+            trackers.append(one)
+            cleanup.callback(one.close)
+        sinks += trackers
+        looks += [one.validation for one in trackers]
         say = progress.say
 
         def running() -> dict:
             log.sync()
             seen = {"tokens": recorder.seen, "in_a_row": recorder.in_a_row}
             ended = {"finished": True} if looking and looking.stopped else {}
-            return {**ended, **seen, "wandb": tracker.run.id if tracker and tracker.run else None}
+            ids = {one.name: one.id for one in trackers}
+            return {**ended, **seen, "wandb": ids.get("wandb"), "trackers": ids}
 
         results = Results(run, learner, running)
         looks.append(validate.ValidFile(folder / validate.FILE))
-    stop = StopOnSignal(lambda: runs.abandon(folder) if MAIN_PROCESS else None)
+    tidy = functools.partial(runs.abandon, folder) if first else lambda: None
+    parent = os.getppid() if run.place.of_ours else None
+    watch = Watch(rank, config.processes, config.gpu_count, parent, tidy, tell)
+    cleanup.callback(watch.leave)
+    subprocess_script._launch_process_observer = watch.observe
+    stop = StopOnSignal(lambda: (watch.leave(), tidy()), first)
     epoch_steps, trained = plan.optimizer_steps, learner.trained
     write, keep_state = (results.write, results.keep_state) if results else (only_first, only_first)
     at = found.step if found else -1
     keep = Keep(keep_state if config.keep_last else None, trained, config.save_steps, epoch_steps, say, at)
-    save = Save(config.epoch_save, config.epoch_count, epoch_steps, folder, write, keep.save, say)
+    save = Save(config.epoch_save, config.epoch_count, epoch_steps, folder, write, trained, keep.save, say)
     if run.missing and results:
-        save.newest = results.write(int(run.missing.stem.removeprefix("rwkv-")), True, found.step)
+        as_found = Parts(run.spread.weights(trained()))
+        save.newest = results.write(as_found, int(run.missing.stem.removeprefix("rwkv-")), True, found.step)
         say(f"saved {save.newest}, which was missing")
     known = (
         (before[-1]["seconds"] if before else 0.0, found.facts["tokens"], found.facts.get("in_a_row", 0))
@@ -161,40 +213,32 @@ def train(run, cleanup: contextlib.ExitStack, say) -> None:
     recorder = StepRecorder(sinks, config.nan_limit, say, *known)
     go_on = None
     if found:
-        go_on = GoOn(found, trained, epoch_steps, plan.accumulate, None if config.streaming else plan.micro_batches)
+        of_epoch = None if config.streaming else len(run.data.batches(rank, 0))
+        go_on = GoOn(found, trained, epoch_steps, plan.accumulate, of_epoch)
     resample = [Resample(learner.lisa, learner.groups)] if learner.lisa else []
     looking = None
     if run.held:
-        share = functools.partial(run.held.batches, RANK, plan.world)
+        share = functools.partial(run.held.batches, rank, plan.world)
         looking = validate.Validate(
-            share, run.held.data, config.val_steps, epoch_steps, config.val_patience, looks, say, looked
-        )
+            share, run.held.data, config.val_steps, epoch_steps, config.val_patience, looks, say, looked,
+            save.best if config.keep_best else None,
+        )  # fmt: skip
     rounds: list[Rounds] = [looking] if looking else []
     if run.questions:
         form = template(run.data.templates[0][0] if len(run.data.templates) == 1 else DEFAULT_TEMPLATE)
         where = folder / samples.FILE, run.questions, lambda m, q: likeliest_answer(m, form, q, config.sample_tokens)
         rounds.append(samples.Samples(*where, config.sample_steps, epoch_steps, say))
     for one in rounds:
-        one.interrupted, one.paused = lambda: bool(stop.received), recorder.leave_out
-    callbacks = [*([go_on] if go_on else []), recorder, stop, *rounds, *resample, save, keep]
-    module = TrainingModule(
-        learner.model,
-        learner.groups(),
-        run.steps,
-        config.lr_schedule,
-        config.lr_init,
-        config.lr_final,
-        config.warmup_steps,
-        (config.beta1, config.beta2),
-        config.adam_eps,
-        config.grad_clip,
-        config.chunk_ctx if config.train_type == "infctx" else None,
-        config.infctx_grad,
-        config.optim,
-    )
+        one.interrupted, one.agree, one.paused = lambda: bool(stop.received), stop.agree, recorder.leave_out
+    rows = run.data.most_sequences
+    first_of_all = Heaviest(heaviest(run.data.most_tokens // rows, rows))
+    callbacks = [watch, *([go_on] if go_on else []), recorder, stop, first_of_all, *rounds, *resample, save, keep]
+    module = make_module(run, learner)
     # Lightning's hints are about loggers and workers that we have settled; its errors come as exceptions
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.ERROR)
+    for library in ("lightning_fabric", "pytorch_lightning.strategies"):  # "Initializing distributed", of every process
+        logging.getLogger(library).setLevel(logging.WARNING)
     trainer = pl.Trainer(
         **run.trainer,
         max_epochs=config.epoch_count,
@@ -207,8 +251,8 @@ def train(run, cleanup: contextlib.ExitStack, say) -> None:
         enable_model_summary=False,
         callbacks=callbacks,
     )
-    epoch, first = (go_on.epoch, go_on.first) if go_on else (0, 0)
-    loader = make_loader(run.data.batches(RANK, first), run.workers, epoch, first)
+    epoch, begin = (go_on.epoch, go_on.first) if go_on else (0, 0)
+    loader = make_loader(run.data.batches(rank, begin), run.workers, epoch, begin)
     cleanup.callback(end_workers, loader)
     began = time.monotonic()
     finished = found is not None and found.step == run.steps  # and only a checkpoint was missing
@@ -220,10 +264,15 @@ def train(run, cleanup: contextlib.ExitStack, say) -> None:
         # torch's words for an empty host; a GPU has an exception of its own
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             leave(report.out_of_memory(run.settings, error), EXIT_MEMORY)
+        watch.caused(error)
         raise
     cleanup.close()
-    if not MAIN_PROCESS:
-        return
+    if not first:
+        if run.place.node and run.place.local == 0:
+            print(
+                f"node {run.place.node}: {'stopped' if stop.received else 'done'}; node 0 has the results", flush=True
+            )
+        sys.exit(128 + stop.received if stop.received else 0)
     complete = finished or trainer.global_step == run.steps
     early = looking is not None and looking.stopped
     if config.streaming and not complete and not stop.received and not early:

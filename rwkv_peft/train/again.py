@@ -16,15 +16,19 @@ from ..errors import Problem, Problems, UserError
 from ..training import snapshot
 from ..training.snapshot import Snapshot
 from ..words import count
+from .meeting import Meeting
 from .opening import as_written
 from .record import script_values
 
 # settings that may differ: they change when it ends, what is written, or how fast it is, and no step that is done
 FREE = {
-    "RUN_NAME", "EPOCH_COUNT", "MAX_STEPS", "EPOCH_SAVE", "SAVE_STEPS", "KEEP_LAST", "WANDB", "NUM_WORKERS", "OP", "GRAD_CP",
-    "STRATEGY", "NAN_LIMIT", "VAL_DATA", "VAL_STEPS", "VAL_PATIENCE", "SAMPLE_PROMPTS",
-    "SAMPLE_STEPS", "SAMPLE_TOKENS",
+    "RUN_NAME", "EPOCH_COUNT", "MAX_STEPS", "EPOCH_SAVE", "SAVE_STEPS", "KEEP_LAST", "WANDB", "TENSORBOARD", "SWANLAB", "TRACKIO",
+    "NUM_WORKERS", "OP", "GRAD_CP", "STRATEGY", "NAN_LIMIT", "VAL_DATA", "VAL_STEPS", "VAL_PATIENCE", "KEEP_BEST",
+    "SAMPLE_PROMPTS", "SAMPLE_STEPS", "SAMPLE_TOKENS", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME",
+    "NCCL_SOCKET_IFNAME",
 }  # fmt: skip
+# these may, if a step has the same rows as before: what is saved is whole, and each process takes its part of it
+SPLIT = {"GPU_COUNT", "NNODES", "MICRO_BSZ", "MINI_BSZ", "EPOCH_STEPS"}
 # settings that name files: for a run that is named, what counts is what is in them
 BY_CONTENT = {"MODEL_PATH", "DATA_PATH"}
 # the first process tells the others that it starts: the folder of the state, or nothing for a new run
@@ -55,7 +59,7 @@ def find(config: TrainConfig, anew: bool, first: bool, say: Callable[[str], None
     different: list[tuple[str, str]] = []
 
     def wanted(found: Snapshot) -> bool:
-        different.extend([] if found.facts["finished"] else changes(found, config, FREE))
+        different.extend([] if found.facts["finished"] else changes(found, config, FREE | SPLIT))
         return not different and not found.facts["finished"]
 
     try:
@@ -89,7 +93,7 @@ def named(folder: Path, config: TrainConfig, say) -> Snapshot:
     different: list[tuple[str, str]] = []
 
     def wanted(found: Snapshot) -> bool:
-        different.extend(changes(found, config, FREE | BY_CONTENT))
+        different.extend(changes(found, config, FREE | SPLIT | BY_CONTENT))
         return not different
 
     try:
@@ -108,6 +112,26 @@ def named(folder: Path, config: TrainConfig, say) -> Snapshot:
             )
         )
     return found
+
+
+def tell(met: Meeting, found: Snapshot | None) -> None:
+    """Let the processes that somebody else has started know what was decided."""
+    met.tell("found", [found.run.name, found.folder.name] if found else None)
+
+
+def hear(met: Meeting) -> None:
+    """UserError if the state that the first process goes on from is not here."""
+    told = met.hear("found")
+    if told is None:
+        os.environ[HANDED] = ""
+        return
+    folder = snapshot.folder_of(project.OUTPUT / told[0]) / told[1]
+    if not folder.is_dir():
+        raise UserError(
+            f"{project.shown(folder)} is not there, and the first node goes on from it: output/ has to be the same folder on all "
+            "nodes (a network drive), or a copy of the run has to lie in it."
+        )
+    os.environ[HANDED] = str(folder)
 
 
 def hand_over(found: Snapshot | None) -> None:
@@ -168,11 +192,11 @@ def said(value) -> str:
 
 
 def must_be_the_same(
-    found: Snapshot, settings: dict, plan: dict, options: dict, content: dict, data: dict, start: Path
+    found: Snapshot, given: dict, settings: dict, plan: dict, options: dict, content: dict, data: dict, start: Path
 ) -> None:
-    """Problems where what only the machine and the files can tell is not what it was. settings: resolved. plan: what
-    `plan_facts` says. options: of the method. content: of the base. data: what identifies the data. start: the file of what
-    adapters began with."""
+    """Problems where what only the machine and the files can tell is not what it was. given: the settings of the script;
+    settings: resolved. plan: what `plan_facts` says. options: of the method. content: of the base. data: what identifies the
+    data. start: the file of what adapters began with."""
     facts, where = found.facts, place(found)
     became, wrong = facts["became"], []
     if content["sha256"] != facts["base"]["sha256"]:
@@ -194,20 +218,40 @@ def must_be_the_same(
             )
         )
     free = FREE | BY_CONTENT | ({"EPOCH_STEPS"} if settings["STREAMING"] else set())
+    alike = plan == facts["plan"] or same_steps(settings, plan, became, facts["plan"])
+    free |= SPLIT if alike else {"EPOCH_STEPS"} if given["EPOCH_STEPS"] == "auto" else set()
     wrong += [
         Problem(
             name,
-            f"was {said(became[name])} and would be {said(settings[name])} now; {where} goes on as it began: set it",
+            f"{where} was begun with {said(became[name])}, which would be {said(settings[name])} now: {cure(name)}",
         )
         for name in became
         if name not in free and name in settings and settings[name] != became[name]
     ]
-    if not wrong and plan != facts["plan"]:
+    if not wrong and not alike:
         wrong.append(
             Problem("DATA_PATH", f"makes other steps than when {where} began ({facts['plan']} then, {plan} now)")
         )
     if wrong:
         raise Problems(*wrong)
+
+
+def cure(name: str) -> str:
+    """What to do where a setting is another than a run began with."""
+    keep = (
+        ", or change MINI_BSZ so that a step has as many rows as it had"
+        if name in SPLIT - {"EPOCH_STEPS", "MINI_BSZ"}
+        else ""
+    )
+    return f"set it back{keep}"
+
+
+def same_steps(settings: dict, plan: dict, became: dict, before: dict) -> bool:
+    """Whether another split makes the same optimizer steps of the same rows."""
+    if settings["STREAMING"] or settings["DATALOAD"] == "bucket":
+        return False
+    rows = [one["accumulate"] * one["world"] * told["MICRO_BSZ"] for one, told in ((plan, settings), (before, became))]
+    return rows[0] == rows[1] and all(plan[key] == before.get(key) for key in ("rows", "epoch_steps"))
 
 
 def described(data):

@@ -21,6 +21,7 @@ from .. import hashing, project
 from ..config import TrainConfig
 from ..errors import Problem, Problems, UserError
 from ..shell_vars import MOST, Script, values_as_written
+from ..strategies import STRATEGIES
 from ..words import did_you_mean, listed
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def plan_run(config: TrainConfig, files, vocab_size: int, say) -> Planned:
     budget = config.token_budget if config.token_budget != "auto" else None
 
     def choose(lengths):
-        return buckets.choose(lengths, config.lengths, config.batch_sizes, budget, config.mini_bsz, config.gpu_count)
+        return buckets.choose(lengths, config.lengths, config.batch_sizes, budget, config.mini_bsz, config.processes)
 
     data = Data(
         open_sources(config, files, vocab_size, say),
@@ -123,10 +124,10 @@ def plan_run(config: TrainConfig, files, vocab_size: int, say) -> Planned:
     )
     micro_bsz = config.micro_bsz
     if micro_bsz == "auto":
-        several = data.rows // (AUTO_LEAST_STEPS * config.mini_bsz * config.gpu_count)
+        several = data.rows // (AUTO_LEAST_STEPS * config.mini_bsz * config.processes)
         micro_bsz = max(1, min(AUTO_BATCH_TOKENS // data.ctx_len, several))
     epoch_steps = None if config.epoch_steps == "auto" else config.epoch_steps
-    plan = data.make_plan(epoch_steps, micro_bsz, config.mini_bsz, config.gpu_count)
+    plan = data.make_plan(epoch_steps, micro_bsz, config.mini_bsz, config.processes)
     templates = tuple(sorted({found for prefix, _ in files if (found := template_of(prefix))}))
     facts = data.facts()
     most_tokens = min(plan.most_tokens(data.ctx_len), facts.tokens)
@@ -140,7 +141,8 @@ def plan_run(config: TrainConfig, files, vocab_size: int, say) -> Planned:
         most_tokens,
         max(1, sequences),
         lambda settings: report.data_lines(data, plan, settings) + report.template_lines(templates),
-        lambda rank, _first: Batches(data, plan, rank),
+        # (DeepSpeed counts micro-batches by itself)
+        lambda rank, _first: Batches(data, plan, rank, STRATEGIES[config.strategy_name].stage > 0),
         lambda: itertools.chain.from_iterable(map(data.row, range(data.rows))),
         templates,
         functools.partial(content_of_files, files),
@@ -183,11 +185,14 @@ def held_out(config: TrainConfig, files, ctx_len: int, vocab_size: int, say) -> 
                 pairs.append((prefix, Fraction(1)))
             except Problems as problems:  # (nobody has asked for it by name)
                 say(f"careful   {prefix.name} is not looked at: {problems.problems[0].message}")
-        if not pairs and config.val_patience:
+        wanted = [
+            name for name, value in (("VAL_PATIENCE", config.val_patience), ("KEEP_BEST", config.keep_best)) if value
+        ]
+        if not pairs and wanted:
             words = (
                 "has nothing to look at: VAL_DATA=auto finds no NAME.valid (VALID_PERCENT in make_tokenize.sh makes it)"
             )
-            raise Problems(Problem("VAL_PATIENCE", words))
+            raise Problems(*(Problem(name, words) for name in wanted))
         if not pairs:
             return None
     else:
@@ -201,7 +206,11 @@ def held_out(config: TrainConfig, files, ctx_len: int, vocab_size: int, say) -> 
     mark = hashlib.sha256(repr([f["sha256"] for f in content_of_files(pairs, None)["files"]]).encode()).hexdigest()[:12]
 
     def batches(rank: int, world: int) -> Iterator:
-        return (data.batch([row], 1) for row in range(rank, data.rows, world))
+        for first in range(
+            0, data.rows, world
+        ):  # as many for each: where weights are in pieces, all go through them at once
+            row = first + rank
+            yield data.batch([row], 1) if row < data.rows else data.filling(first, 1)
 
     names = tuple(prefix.name for prefix, _ in pairs)
     return Held(names, tuple(missing), data.rows, data.facts().targets, mark, batches)
@@ -248,8 +257,8 @@ def plan_stream(config: TrainConfig, source: Path, vocab_size: int, say) -> Plan
     except Problems as problems:  # of another script than the one that runs
         raise UserError(script.report(problems)) from None
     micro_bsz = max(1, AUTO_BATCH_TOKENS // config.ctx_len) if config.micro_bsz == "auto" else config.micro_bsz
-    rows = config.max_steps * micro_bsz * config.mini_bsz * config.gpu_count
-    plan = Plan(rows, None, micro_bsz, config.mini_bsz, config.gpu_count)
+    rows = config.max_steps * micro_bsz * config.mini_bsz * config.processes
+    plan = Plan(rows, None, micro_bsz, config.mini_bsz, config.processes)
     markers = Markers(unescaped(config.mask_start), unescaped(config.mask_end))
     found = files.find(source)[0]
     buffer = config.stream_buffer if config.data_shuffle else 1

@@ -16,8 +16,9 @@ from ..adapters import attach
 from ..model import arch
 from ..model.rwkv import RWKV, build
 from ..training.lisa import Lisa
+from ..training.module import TrainingModule
 from ..training.optim import parameter_groups
-from .prepared import RANK, Prepared
+from .prepared import Prepared
 
 # GRAD_CP -> what the model computes again
 RECOMPUTE = {"0": "nothing", "1": "blocks", "selective": "cheap"}
@@ -46,7 +47,7 @@ def make_learner(run: Prepared, cleanup: contextlib.ExitStack, say: Callable[[st
     model = build(run.geometry, checkpoint.load(run.base), run.ops, dtype, RECOMPUTE[config.grad_cp])
     start_file = runs.init_file(run.folder, config.method) if run.found else run.earlier and run.earlier.start
     start = checkpoint.load(start_file) if start_file and start_file.is_file() else None
-    begun = attach.adapt(model, setup, dtype, start, machine.device(RANK))
+    begun = attach.adapt(model, setup, dtype, start, machine.device(run.place.local))
     lisa = None
     if config.method == "lisa":
         lisa = Lisa(model, config.parts, config.lisa_r, config.lisa_k, config.seed, dtype)
@@ -67,5 +68,26 @@ def make_learner(run: Prepared, cleanup: contextlib.ExitStack, say: Callable[[st
         if lisa:
             lisa.go_on(run.found.facts["blocks"], weights)
         attach.load_into(learner.trained(), weights, project.shown(run.found.folder))
-    torch.manual_seed(config.seed + RANK)  # dropout differs between ranks, the weights do not
+    torch.manual_seed(config.seed + run.place.rank)  # dropout differs between ranks, the weights do not
     return learner
+
+
+def make_module(run: Prepared, learner: Learner) -> TrainingModule:
+    """What Lightning trains."""
+    config = run.config
+    return TrainingModule(
+        learner.model,
+        learner.groups,
+        run.steps,
+        run.spread,
+        config.lr_schedule,
+        config.lr_init,
+        config.lr_final,
+        config.warmup_steps,
+        (config.beta1, config.beta2),
+        config.adam_eps,
+        config.grad_clip,
+        config.chunk_ctx if config.train_type == "infctx" else None,
+        config.infctx_grad,
+        config.optim,
+    )

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import hashing, project, runs
 from ..config import TrainConfig
@@ -16,11 +15,12 @@ from ..errors import Problems
 from ..methods import METHODS, Method
 from .data import Held, Planned, held_out, plan_run, plan_stream
 from .opening import check_earlier, open_files, questions_of
-from .record import options_of, resolved
+from .place import Place, plugins
+from .record import options_of, resolved, script_values
 
-# Lightning starts one more process for every further GPU, numbered from 1: those are quiet and write nothing
-RANK = int(os.environ.get("LOCAL_RANK", 0))
-MAIN_PROCESS = RANK == 0
+if TYPE_CHECKING:
+    from .meeting import Meeting
+
 MOST_NAME = 80  # characters of a mixture's names in the name of a run
 
 
@@ -31,17 +31,19 @@ def as_json(value):
 
 @dataclass
 class Prepared:
-    """config: the settings; settings: the same by their names in the script, with auto replaced by what it became.
+    """config: the settings; settings: the same by their names in the script, with auto replaced by what it became. place: which
+    process this is.
 
     base, stored, geometry: the model's file, what it holds, its numbers. setup: what becomes of it. ops, precision: what
-    computes. trainer: arguments of Lightning's trainer. data, steps: what is trained, in how many optimizer steps;
-    held: what is not. questions: that it answers while it learns.
+    computes. trainer: arguments of Lightning's trainer. spread: what lies in pieces over the processes.
+    data, steps: what is trained, in how many optimizer steps; held: what is not. questions: that it answers while it learns.
     found: the state of an earlier run that goes on; earlier: the checkpoint that a new one begins with. missing: a checkpoint
     that the run has lost, or that is due only now. content: of the base, where it had to be looked at already. folder: of the
     run. plan_facts: what a run that goes on must find as it was.
     """
 
     config: TrainConfig
+    place: Place
     settings: dict
     base: Path
     stored: Any
@@ -50,6 +52,7 @@ class Prepared:
     ops: Any
     precision: str
     trainer: dict
+    spread: Any
     data: Planned
     held: Held | None
     questions: list[str]
@@ -81,11 +84,18 @@ class Prepared:
 
 
 def prepare(
-    config: TrainConfig, dry_run: bool, anew: bool, cleanup: contextlib.ExitStack, say: Callable[[str], None]
+    config: TrainConfig,
+    place: Place,
+    dry_run: bool,
+    anew: bool,
+    cleanup: contextlib.ExitStack,
+    say: Callable[[str], None],
+    met: Meeting | None = None,
 ) -> Prepared:
     """Open and check everything, and claim the run's folder. Problems and UserErrors for all that is wrong.
 
-    anew: begin a new run, even if one could go on. cleanup: what to do whether training ends well or not.
+    anew: begin a new run, even if one could go on. cleanup: what to do whether training ends well or not. met: the other
+    processes, where somebody else has started them.
     """
     from .. import machine
     from ..adapters import attach
@@ -94,17 +104,21 @@ def prepare(
     from . import again
 
     questions, base = questions_of(config.sample_prompts), project.model_file(config.model_path)
-    found = again.find(config, anew, MAIN_PROCESS, say)
+    if met and not place.first:
+        again.hear(met)
+    found = again.find(config, anew, place.first, say)
     stored, geometry, files, earlier = open_files(config, base, found is None)
     optim.must_be_there(config.optim)
     ops = dispatch.choose(config.op, geometry.version, machine.device_kind(), geometry.head_size)
     precision = machine.precision(config.precision)
-    trainer = strategy.trainer_arguments(precision, config.gpu_count, config.strategy)
+    word = config.strategy_name
+    trainer, spread = strategy.trainer_arguments(precision, config.gpu_count, config.nnodes, word, config.grad_clip)
+    trainer.setdefault("plugins", []).extend(plugins(place, config.processes))
     setup = attach.Setup(
         config.method, options_of(config), config.parts, config.lora_dropout, config.quantised, config.quantised_parts
     )
     begins = earlier is not None and earlier.path is not None
-    content = check_earlier(config, geometry, setup, base, earlier, say) if begins and MAIN_PROCESS else None
+    content = check_earlier(config, geometry, setup, base, earlier, say) if begins and place.first else None
     data = (plan_stream if config.streaming else plan_run)(config, files, geometry.vocab_size, say)
     held = held_out(config, files, data.ctx_len, geometry.vocab_size, say)
     steps = data.plan.optimizer_steps * config.epoch_count
@@ -114,22 +128,39 @@ def prepare(
     name = found.run.name if found else config.run_name
     settings = resolved(config, ops.name, precision, data, data.plan, geometry, name, workers)
     run = Prepared(
-        config, settings, base, stored, geometry, setup, ops, precision, trainer, data, held, questions, steps, workers, found,
-        earlier, None, content, Path(), again.plan_facts(data.plan, config.streaming),
+        config=config, place=place, settings=settings, base=base, stored=stored, geometry=geometry, setup=setup, ops=ops,
+        precision=precision, trainer=trainer, spread=spread, data=data, held=held, questions=questions, steps=steps,
+        workers=workers, found=found, earlier=earlier, missing=None, content=content, folder=Path(),
+        plan_facts=again.plan_facts(data.plan, config.streaming),
     )  # fmt: skip
     if found:
         run.missing = missing_checkpoint(run)
-    if found and MAIN_PROCESS:
+    if found and place.first:
         try:
             run.content = must_be_the_same(run)
         except Problems as problems:
             if config.run_name:
                 raise
             say(f"new run   {again.place(found)} was stopped, and cannot go on: {problems.problems[0].message}")
-            return prepare(config, dry_run, True, cleanup, say)
-    run.folder = claim(run, name, stem, cleanup) if MAIN_PROCESS and not dry_run else runs.choose(name, stem)
+            return prepare(config, place, dry_run, True, cleanup, say, met)
+    if met:
+        if place.first:
+            again.tell(met, found)
+        compare(run, met)
+    run.folder = claim(run, name, stem, cleanup) if place.first and not dry_run else runs.choose(name, stem)
     settings["RUN_NAME"] = run.folder.name
     return run
+
+
+def compare(run: Prepared, met: Meeting) -> None:
+    """Problems if not all processes have the same."""
+    from . import again
+    from .meeting import facts_of
+
+    content, found = run.content or hashing.content(run.base), run.found
+    data = again.described(run.data.content(None))
+    met.compare(facts_of(run.settings, content["sha256"], data, found.facts["files"] if found else None))
+    run.content = content
 
 
 def missing_checkpoint(run: Prepared) -> Path | None:
@@ -149,7 +180,9 @@ def must_be_the_same(run: Prepared) -> dict:
     content = hashing.content(run.base, found.facts["base"])
     start_file = runs.init_file(found.run, run.config.method)
     contents = content, run.data.content(found.facts["data"])
-    again.must_be_the_same(found, run.settings, run.plan_facts, run.options, *contents, start_file)
+    again.must_be_the_same(
+        found, script_values(run.config), run.settings, run.plan_facts, run.options, *contents, start_file
+    )
     return content
 
 
@@ -185,4 +218,7 @@ def header(run: Prepared) -> list[str]:
         what = f"{', '.join(run.held.names)}: {run.held.targets:,} trained tokens in {run.held.rows:,} packs"
         what += f" (none of {', '.join(run.held.missing)})" if run.held.missing else ""
         lines.insert(-1, f"{'valid':<10}{what}; before training and {every}")
-    return [*lines, f"goes on   {again.place(run.found)}, as if it had never stopped"] if run.found else lines
+    if run.found:
+        longer = f", now with {run.steps:,}" if run.steps != run.found.facts["steps"] else ""
+        lines.append(f"goes on   {again.place(run.found)}{longer}, as if it had never stopped")
+    return lines

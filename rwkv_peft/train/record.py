@@ -19,7 +19,7 @@ def resolved(config: TrainConfig, op, precision, data: Planned, plan, geometry, 
         "RUN_NAME": run_name, "MODEL_VERSION": NUMBERS[geometry.version], "N_LAYER": geometry.n_layer,
         "EMBD_SIZE": geometry.n_embd, "VOCAB_SIZE": geometry.vocab_size, "CTX_LEN": data.ctx_len,
         "EPOCH_STEPS": plan.micro_batches, "MICRO_BSZ": plan.micro_bsz, "OP": op, "PRECISION": precision,
-        "STRATEGY": "ddp" if config.gpu_count > 1 or config.strategy == "ddp" else "single", "NUM_WORKERS": workers,
+        "STRATEGY": config.strategy_name, "NUM_WORKERS": workers,
     }  # fmt: skip
     if data.buckets:
         edges, sizes = data.buckets.edges, data.buckets.sizes

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from .. import __version__, checkpoint, hashing, project, runs, sidecars
 from ..atomic import clear_leftovers, need_space, sync_folder, temporary, write_json
@@ -15,6 +16,7 @@ from ..errors import UserError
 from ..methods import OPTIMS
 from ..training import snapshot
 from ..training.callbacks import TOO_HIGH
+from ..training.spread import Parts
 from .learner import Learner
 from .prepared import Prepared
 from .record import describe_run, script_values
@@ -48,8 +50,8 @@ class Results:
     def start_sha256(self) -> str | None:
         return hashing.sha256(self.kept_start()) if self.learner.begun else None
 
-    def keep_state(self, parts: dict, facts: dict) -> None:
-        """Write a state: tensors by part and name, and facts about them."""
+    def keep_state(self, parts: Mapping[str, Parts], facts: dict) -> None:
+        """Write a state: tensors by file and name, and facts about them."""
         run, lisa = self.run, self.learner.lisa
         more = {
             "steps": run.steps, "finished": facts["step"] == run.steps, "settings": script_values(run.config),
@@ -59,15 +61,21 @@ class Results:
         }  # fmt: skip
         snapshot.write(run.folder, parts, {**facts, **more, **self.running()}, run.config.keep_last)
 
-    def write(self, epoch: int, finished: bool, step: int) -> Path:
-        """Write a checkpoint and its sidecar; returns its name. UserError if it would hold NaN."""
+    def write(self, trained: Parts, epoch: int, finished: bool, step: int, name: str = "") -> Path:
+        """Write a checkpoint of what is trained, and its sidecar; returns its path. name: instead of the epoch's number.
+        UserError if it would hold NaN."""
         run, learner = self.run, self.learner
-        path = run.folder / f"rwkv-{epoch}.pth"
+        path = run.folder / f"rwkv-{name or epoch}.pth"
         clear_leftovers(path)
-        changed = learner.trained()
-        bad = next((name for name, p in changed.items() if not torch.isfinite(p).all()), None)
-        if bad:
-            raise UserError(f"{bad} has become NaN or infinite, so {project.shown(path)} was not written. {TOO_HIGH}")
+
+        def sound(name: str) -> Tensor:
+            tensor = trained[name]
+            if not torch.isfinite(tensor).all():
+                raise UserError(
+                    f"{name} has become NaN or infinite, so {project.shown(path)} was not written. {TOO_HIGH}"
+                )
+            return tensor
+
         about = run.config, run.geometry, run.setup.options, run.base, self.content, run.precision
         sidecar = describe_run(*about, epoch, step, finished)
         templates = run.data.templates
@@ -77,10 +85,10 @@ class Results:
         fresh = temporary(path)  # it gets its name when its sidecar is there
         try:
             if learner.held:
-                change = lambda name: (lambda _: changed[name].detach().cpu()) if name in changed else None  # noqa: E731
+                change = lambda name: (lambda _: sound(name)) if name in trained else None  # noqa: E731
                 checkpoint.rewrite(learner.held, fresh, change)
             else:
-                checkpoint.save(fresh, changed)
+                checkpoint.save(fresh, {name: sound(name) for name in trained})
             sidecar["checkpoint_sha256"] = hashing.sha256(fresh)
             # of the epoch when it was not finished: it must not lie beside another's sidecar
             path.unlink(missing_ok=True)

@@ -10,24 +10,27 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from .. import tokenizer
-from ..errors import UserError, unheard
+from ..errors import EXIT_USER, UserError, unheard
 from ..words import clock
 from .plot import draw_loss, looks_back
+from .spread import together
 
 TOO_HIGH = (
     "LR_INIT is too high (take a third of it, and GRAD_CLIP=1), another setting is extreme (lora_alpha, ADAM_EPS, "
     "WEIGHT_DECAY), or the base itself holds NaN. Earlier epochs are whole."
 )
 
+STOPPING = b"\nStopping after this batch and saving. Ctrl-C again leaves at once, without saving.\n"
 NAMED = 3  # micro-batches of a step that came to nothing
 SPEED_SMOOTHING = 0.8  # of seconds per step, for tokens/s and the time left
 
@@ -98,9 +101,7 @@ class StepRecorder(pl.Callback):
         self.pace = taken if self.pace is None else SPEED_SMOOTHING * self.pace + (1 - SPEED_SMOOTHING) * taken
         if not trainer.is_global_zero:
             if self.in_a_row >= self.limit:
-                raise UserError(
-                    f"Training stops after {self.in_a_row} steps that were left out; the first process says more."
-                )
+                raise SystemExit(EXIT_USER)  # the first process says why
             return
         # the scheduler has moved on already: its previous value is what this step used
         rate = module.rate_of(self.step - 1)
@@ -208,8 +209,9 @@ class LossFile:
 class Save(pl.Callback):
     """Writes a checkpoint every `every` epochs, after the last one, and when the run is stopped.
 
-    write: (epoch, finished, step) -> the path it wrote; called on rank 0 only. keep: saves what the run can go on from, with
-    the trainer; called on all. epoch_steps: optimizer steps of an epoch. say: where to tell the user.
+    write: (what is trained, epoch, finished, step, name instead of the epoch's) -> the path it wrote; called on rank 0 only.
+    names: () -> the trained parameters, under their names in files. keep: saves what the run can go on from, with the trainer;
+    called on all. epoch_steps: optimizer steps of an epoch. say: where to tell the user.
     """
 
     def __init__(
@@ -218,12 +220,14 @@ class Save(pl.Callback):
         epochs: int,
         epoch_steps: int,
         folder: Path,
-        write: Callable[[int, bool, int], Path],
+        write: Callable[..., Path],
+        names: Callable[[], Mapping[str, nn.Parameter]],
         keep: Callable[[pl.Trainer], None],
         say: Callable[[str], None],
     ):
         self.epoch_steps = epoch_steps
-        self.every, self.epochs, self.folder, self.write, self.say = every, epochs, folder, write, say
+        self.every, self.epochs, self.folder, self.say = every, epochs, folder, say
+        self.write, self.names = write, names
         self.keep = keep
         self.newest: Path | None = None
 
@@ -232,14 +236,28 @@ class Save(pl.Callback):
         # (a stream may end before its time; what is told to stop in the last step of an epoch has finished it)
         finished = not trainer.should_stop or step >= (epoch + 1) * self.epoch_steps
         due = self.is_due(epoch) or not finished or trainer.should_stop
-        if due and trainer.is_global_zero and step:
-            self.newest = self.write(epoch, finished, step)
+        if due and step and (path := self.put(trainer, module, epoch, finished, step)):
+            self.newest = path
             self.draw()
-            self.say(f"saved {self.newest} (epoch {epoch + 1} of {self.epochs}{'' if finished else ', not finished'})")
+            self.say(f"saved {path} (epoch {epoch + 1} of {self.epochs}{'' if finished else ', not finished'})")
         if trainer.world_size > 1:
             trainer.strategy.barrier()
         if due and trainer.global_step:
             self.keep(trainer)
+
+    def best(self, trainer, module) -> None:
+        """Write rwkv-best.pth. To be called by all processes."""
+        self.put(trainer, module, trainer.current_epoch, True, trainer.global_step, "best")
+
+    def put(self, trainer, module, *what) -> Path | None:
+        """Write what is trained, with all processes; returns the first one's path. what: the rest of `write`'s arguments."""
+        spread, device, path = module.spread, trainer.strategy.root_device, None
+        spread.settle(module.model)
+        trained = {"weights": spread.weights(self.names())}
+        with together(trained, spread.weights_in_pieces, trainer.is_global_zero, device) as ready:
+            if ready:
+                path = self.write(ready["weights"], *what)
+        return path
 
     def is_due(self, epoch: int) -> bool:
         return (epoch + 1) % self.every == 0 or epoch + 1 == self.epochs
@@ -254,13 +272,14 @@ class Save(pl.Callback):
 class StopOnSignal(pl.Callback):
     """Ctrl-C, SIGTERM or a closed terminal: finish the micro-batch, save, leave. A second Ctrl-C leaves at once.
 
-    A signal that whoever started us ignores (nohup) stays ignored. abandon: what to tidy up before leaving at once.
+    A signal that whoever started us ignores (nohup) stays ignored. abandon: what to tidy up before leaving at once. speaks: this
+    is the process that tells.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-    def __init__(self, abandon: Callable[[], None]):
-        self.abandon, self.received = abandon, 0
+    def __init__(self, abandon: Callable[[], None], speaks: bool = True):
+        self.abandon, self.received, self.speaks = abandon, 0, speaks
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -289,61 +308,22 @@ class StopOnSignal(pl.Callback):
         already, self.received = self.received, number
         if already:  # a closing terminal says it more than once, by the kernel and by the shell
             return
-        self.tell(b"\nStopping after this batch and saving. Ctrl-C again leaves at once, without saving.\n")
+        self.tell(STOPPING)
 
-    @staticmethod
-    def tell(message: bytes) -> None:
+    def tell(self, message: bytes) -> None:
         """A signal handler must not wait for locks that the main program may hold: write, do not print."""
-        with contextlib.suppress(OSError):  # the terminal may be gone
-            os.write(2, message)
+        if self.speaks:
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                os.write(2, message)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-        stop = bool(self.received)
+        trainer.should_stop = self.agree(trainer) or trainer.should_stop
+
+    def agree(self, trainer) -> bool:
+        """Whether any process has been told to stop; then all have. To be called by all."""
         if trainer.world_size > 1:
-            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
-            self.received = self.received or (signal.SIGINT if stop else 0)
-        trainer.should_stop = trainer.should_stop or stop
-
-
-def wandb_sink(
-    project: str, name: str, folder: Path, settings: dict, warn: Callable[[str], None], earlier: str | None = None
-):
-    """A sink that sends records to wandb, or None with one warning where wandb cannot start: training goes on. earlier: wandb's
-    id of the run that goes on."""
-    try:
-        import wandb
-
-        more = {"id": earlier, "resume": "allow"} if earlier else {}
-        run = wandb.init(project=project, name=name, dir=str(folder), config=settings, **more)
-    except Exception as error:  # whatever a tracker does, it must not stop training
-        warn(
-            f"wandb did not start ({str(error).splitlines()[0] if str(error) else type(error).__name__}); training goes on."
-        )
-        return None
-
-    return WandbSink(run, warn)
-
-
-class WandbSink:
-    """Hands records to a wandb run until it fails; then says so once and is quiet."""
-
-    def __init__(self, run, warn: Callable[[str], None]):
-        self.run, self.warn = run, warn
-
-    def __call__(self, record: Record) -> None:
-        self.guarded(lambda: self.run.log(asdict(record), step=record.step))
-
-    def validation(self, record: dict) -> None:
-        if record["loss"] is not None:
-            self.guarded(lambda: self.run.log({"validation_loss": record["loss"]}, step=max(1, record["step"])))
-
-    def close(self) -> None:
-        self.guarded(lambda: self.run.finish())
-
-    def guarded(self, action: Callable[[], None]) -> None:
-        if self.run is not None:
-            try:
-                action()
-            except Exception as error:  # whatever a tracker does, it must not stop training
-                self.run = None
-                self.warn(f"wandb failed ({type(error).__name__}: {error}); training goes on without it.")
+            told = torch.tensor(self.received, device=trainer.strategy.root_device)
+            before, self.received = self.received, int(trainer.strategy.reduce(told, reduce_op="max"))
+            if self.received and not before:  # another one was told
+                self.tell(STOPPING)
+        return bool(self.received)

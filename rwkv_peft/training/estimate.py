@@ -9,10 +9,14 @@ from dataclasses import dataclass
 from ..methods import Optim
 from ..model.arch import Geometry
 from ..ops.loss import CHUNK_VALUES
+from ..strategies import STRATEGIES, Strategy
+
+ALONE = STRATEGIES["single"]
 
 # of a trained value: float32 weight and gradient; on a CPU also the holes that malloc leaves between them
 MASTER_BYTES = {"cuda": 8, "cpu": 11}
 WORK = 130  # bytes of a token and channel while one block's gradients are made
+BUCKETS = 400 << 20  # of DeepSpeed's stage 3
 OVERHEAD = {"cuda": 700 << 20, "cpu": 555 << 20}  # CUDA context; libraries, loss.png and the writing of checkpoints
 
 
@@ -66,13 +70,15 @@ def memory_bytes(
     largest: int = 0,
     compressed: int = 0,
     sequences: int = 1,
+    strategy: Strategy = ALONE,
+    processes: int = 1,
 ) -> int:
-    """Peak bytes on the device.
+    """Peak bytes on the device, of one process.
 
     shapes: all tensors of the base that are not compressed. trained: number of trained values. tokens: of one micro-batch
     (infctx: of one chunk). itemsize: bytes of a value in the working dtype. grad_cp: 0, 1 or selective. op: what computes.
     method: of methods.METHODS. largest: values of the largest tensor that is trained whole. compressed: bytes of the tensors
-    that are. sequences: that begin in one micro-batch; each has a state.
+    that are. sequences: that begin in one micro-batch; each has a state. strategy, processes: how they share what is trained.
     """
     channels, layers = geometry.n_embd, geometry.n_layer
     inner = geometry.dim_ffn / channels
@@ -89,6 +95,20 @@ def memory_bytes(
     states = sequences * channels * geometry.head_size * 4 * (3 if grad_cp == "1" else 3 + 2 * layers)
     rows = min(tokens, max(1, CHUNK_VALUES // geometry.vocab_size))
     logits = rows * geometry.vocab_size * (itemsize if op == "cpu" else 8 + itemsize)
-    frozen = 0 if method == "full" else sum(math.prod(s) for s in shapes.values()) * itemsize
-    learning = trained * (MASTER_BYTES[device] + optim.moments) + (largest * optim.copies if device == "cpu" else 0)
+    all_values = sum(math.prod(s) for s in shapes.values())
+    frozen = 0 if method == "full" else all_values * itemsize
+    master = MASTER_BYTES[device]
+    learning = trained * (master + optim.moments) + (largest * optim.copies if device == "cpu" else 0)
+    host = strategy.offload and device == "cuda"  # (without a GPU, both are the same memory)
+    if strategy.spread == "weights":
+        # beside the pieces: a block that is whole for its turn, and embedding and head
+        whole = (all_values - (outside := 2 * geometry.vocab_size * channels)) // layers + outside
+        frozen = (0 if host else frozen // processes) + whole * (4 if method == "full" else itemsize)
+        # (DeepSpeed cuts a copy of the weights, and has room for what it sends)
+        more = trained * 4 // processes + BUCKETS if strategy.stage else 0
+        learning = 0 if host else learning // processes + more
+    elif strategy.spread:
+        pieces = 0 if host else trained * (4 + optim.moments) // processes  # (a copy of the weights here, too)
+        gradients = master - 4 if strategy.stage == 1 else 0 if host else (master - 4) // processes
+        learning = trained * (4 + gradients) + pieces
     return int(frozen + compressed + learning + activations + work + states + logits + OVERHEAD[device])

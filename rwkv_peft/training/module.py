@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytorch_lightning as pl
@@ -11,12 +12,13 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ..data.loading import Batch
 from .infctx import chunked_loss
-from .optim import make_optimizer
 from .schedule import learning_rate
+from .spread import Spread
 
 
 class TrainingModule(pl.LightningModule):
-    """model: an RWKV. groups: the optimizer's parameter groups. steps: optimizer steps of the whole run.
+    """model: an RWKV. groups: () -> the optimizer's parameter groups. steps: optimizer steps of the whole run. spread: over the
+    processes.
 
     chunk_ctx: tokens that go through at once (infctx), None for all of a micro-batch. infctx_grad: see training/infctx.
     optim: a key of methods.OPTIMS.
@@ -25,8 +27,9 @@ class TrainingModule(pl.LightningModule):
     def __init__(
         self,
         model: nn.Module,
-        groups: list[dict],
+        groups: Callable[[], list[dict]],
         steps: int,
+        spread: Spread,
         lr_schedule: str,
         lr_init: float,
         lr_final: float,
@@ -39,7 +42,7 @@ class TrainingModule(pl.LightningModule):
         optim: str = "adamw",
     ):
         super().__init__()
-        self.model, self.groups, self.steps = model, groups, steps
+        self.model, self.groups, self.steps, self.spread = model, groups, steps, spread
         self.rate = (lr_schedule, lr_init, lr_final, warmup_steps)
         self.betas, self.adam_eps, self.grad_clip = betas, adam_eps, grad_clip
         self.chunk_ctx, self.infctx_grad, self.optim = chunk_ctx, infctx_grad, optim
@@ -53,6 +56,9 @@ class TrainingModule(pl.LightningModule):
         # Lightning divides by the number of accumulated batches and averages over ranks; the division is already done
         return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
+    def validation_step(self, batch: Batch) -> Tensor:
+        return self.summed_loss(batch)
+
     def summed_loss(self, batch: Batch) -> Tensor:
         """The sum of the cross entropies of a micro-batch's targets."""
         if self.chunk_ctx:
@@ -64,19 +70,19 @@ class TrainingModule(pl.LightningModule):
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        limit = self.grad_clip or float("inf")
-        self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        norm = self.spread.clip(parameters, self.grad_clip)
+        if norm is None:  # the strategy clips, and leaves steps out, by itself
+            return
+        self.grad_norm = norm
         # (float16 has a scale of its own, which finds such steps, leaves them out and shrinks until there are none)
         self.skipped = self.model.dtype != torch.float16 and not bool(torch.isfinite(self.grad_norm))
         if self.skipped:
-            for (
-                parameter
-            ) in parameters:  # optimizers pass over what has no gradient: weights and moments stay as they are
+            for parameter in parameters:  # optimizers pass over what has none: weights and moments stay as they are
                 parameter.grad = None
 
     def configure_optimizers(self):
         fused = self.model.dtype != torch.float16
-        optimizer = make_optimizer(self.optim, self.groups, *self.betas, self.adam_eps, fused)
+        optimizer = self.spread.optimizer(self.optim, self.groups(), self.betas, self.adam_eps, fused)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": LambdaLR(optimizer, self.rate_of), "interval": "step"},

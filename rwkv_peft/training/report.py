@@ -10,12 +10,13 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-from .. import project, tokenizer
+from .. import project, runs, tokenizer
 from ..data.sampling import AUTO_CTX_LIMIT
 from ..errors import leave
 from ..machine import cpu_has_bf16, device_kind, device_words
 from ..methods import METHODS, OPTIMS, Method, method_of
 from ..model import arch
+from ..strategies import STRATEGIES
 from ..words import clock, count
 from .estimate import memory_bytes
 
@@ -49,6 +50,7 @@ def plan_lines(
         largest=max((math.prod(shapes[name]) for name in setup.whole(geometry)), default=0),
         compressed=int(sum(math.prod(shapes[name]) for name in compressed) * bits / 8),
         sequences=max(1, sequences * min(tokens, settings["CHUNK_CTX"]) // tokens) if infctx else sequences,
+        strategy=STRATEGIES[settings["STRATEGY"]], processes=plan.world,
     )  # fmt: skip
     last = settings["LR_INIT"] if settings["LR_SCHEDULE"] == "constant" else settings["LR_FINAL"]
     rows = [
@@ -82,13 +84,18 @@ def plan_lines(
         rows.append(("", "this processor has no instructions for bf16, which makes it about ten times slower than fp32: use "
                          "PRECISION=auto"))  # fmt: skip
     cores = os.cpu_count() or 1
-    if device == "cpu" and plan.world > cores:
-        rows.append(("", f"GPU_COUNT={plan.world} starts {plan.world} processes, but this machine has {count(cores, 'core')} "
-                         "and no GPU: 1 is faster"))  # fmt: skip
+    if device == "cpu" and settings["GPU_COUNT"] > cores:
+        rows.append(("", f"GPU_COUNT={settings['GPU_COUNT']} starts {settings['GPU_COUNT']} processes, but this machine has "
+                         f"{count(cores, 'core')} and no GPU: 1 is faster"))  # fmt: skip
+    guess = "estimate, each process" if plan.world > 1 else "estimate"
     kind, digits = "GPU memory" if device == "cuda" else "memory", 1 if memory > 10 << 30 else 2
+    if STRATEGIES[settings["STRATEGY"]].offload:
+        rows.append(
+            ("", "DeepSpeed compiles its optimizer for the host when it is first used: half a minute or so, once")
+        )
     rows += [
         ("machine", f"{device_words()}; PRECISION={settings['PRECISION']}, OP={settings['OP']}{op_words and f' ({op_words})'}, "
-                    f"STRATEGY={settings['STRATEGY']}; about {memory / 2**30:.{digits}f} GB {kind} (estimate)"),
+                    f"STRATEGY={settings['STRATEGY']}; about {memory / 2**30:.{digits}f} GB {kind} ({guess})"),
         ("output", f"output/{settings['RUN_NAME']}/"),
     ]  # fmt: skip
     return [f"{label:<10}{text}" for label, text in rows]
@@ -151,7 +158,8 @@ def data_lines(data, plan, settings) -> list[tuple[str, str]]:
 
 
 def at_once(plan, settings) -> str:
-    return f"MICRO_BSZ={settings['MICRO_BSZ']} x MINI_BSZ={plan.accumulate} x GPU_COUNT={plan.world}"
+    nodes = f" x NNODES={settings['NNODES']}" if settings["NNODES"] > 1 else ""
+    return f"MICRO_BSZ={settings['MICRO_BSZ']} x MINI_BSZ={plan.accumulate} x GPU_COUNT={settings['GPU_COUNT']}{nodes}"
 
 
 def stream_lines(files, tokenizing, buffer: int, plan, settings) -> list[tuple[str, str]]:
@@ -292,10 +300,12 @@ def out_of_memory(settings: dict, error: Exception) -> str:
 
 def best_look(best: dict, folder: Path, newest: Path | None) -> None:
     """Where the validation was best, and the checkpoint next to it."""
-    near = folder / f"rwkv-{best['epoch']}.pth"
-    there = (
-        f"; {project.shown(near)} is of the end of it" if near.is_file() and newest and near.name != newest.name else ""
-    )
+    kept, near = folder / runs.BEST, folder / f"rwkv-{best['epoch']}.pth"
+    there = ""
+    if kept.is_file():
+        there = f"; {project.shown(kept)} holds it: ./merge.sh best"
+    elif near.is_file() and newest and near.name != newest.name:
+        there = f"; {project.shown(near)} is of the end of it"
     print(f"validation was best, {best['loss']:.4f}, at step {best['step']}, in epoch {best['epoch'] + 1}{there}")
 
 

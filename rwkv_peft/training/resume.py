@@ -8,47 +8,17 @@ step again. Where it lies in the data follows from the number of the step.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import nn
 
 from ..errors import UserError
 from . import snapshot
 from .snapshot import Snapshot
+from .spread import Parts, together, whole
 
 Names = Callable[[], Mapping[str, nn.Parameter]]
-
-
-def packed(optimizer: Optimizer, names: Mapping[str, nn.Parameter]) -> tuple[dict[str, Tensor], dict[str, dict]]:
-    """An optimizer's memory: tensors as PARAMETER/KEY, and by parameter what is no tensor. names: of all its parameters."""
-    name_of = {id(parameter): name for name, parameter in names.items()}
-    tensors, others = {}, {}
-    for parameter, memory in optimizer.state.items():
-        name = name_of[id(parameter)]
-        for key, value in memory.items():
-            if torch.is_tensor(value):
-                tensors[f"{name}/{key}"] = value
-            else:
-                others.setdefault(name, {})[key] = value
-    return tensors, others
-
-
-def unpack(
-    optimizer: Optimizer, names: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], others: Mapping[str, dict]
-) -> None:
-    """Give an optimizer the memory of another one of its kind."""
-    memory: dict[str, dict[str, Any]] = {name: dict(values) for name, values in others.items()}
-    for name, tensor in tensors.items():
-        parameter, _, key = name.rpartition("/")
-        memory.setdefault(parameter, {})[key] = tensor.clone()
-    number = {
-        id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])
-    }  # as torch counts them
-    state = {number[id(names[name])]: values for name, values in memory.items()}
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 class GoOn(pl.Callback):
@@ -73,7 +43,8 @@ class GoOn(pl.Callback):
         done = loops.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
         done.ready = done.completed = step
         [optimizer], [schedule] = trainer.optimizers, trainer.lr_scheduler_configs
-        unpack(optimizer, self.names(), self.begin.tensors("optimizer"), self.begin.facts["optimizer"])
+        memory = self.begin.tensors("optimizer"), self.begin.facts["optimizer"]
+        module.spread.remember(optimizer, self.names(), *memory)
         schedule.scheduler.last_epoch = step
         for group, factor in zip(optimizer.param_groups, schedule.scheduler.base_lrs, strict=True):
             group["lr"] = factor * module.rate_of(step)
@@ -84,7 +55,8 @@ class GoOn(pl.Callback):
             for name, tensor in self.begin.tensors("random").items()
             if name.startswith(f"{trainer.global_rank}/")
         }
-        snapshot.set_random_state(of_rank, trainer.strategy.root_device)
+        if of_rank:  # (else there were fewer processes: it draws anew)
+            snapshot.set_random_state(of_rank, trainer.strategy.root_device)
 
     def on_train_epoch_start(self, trainer, module) -> None:
         if (
@@ -104,7 +76,7 @@ class Keep(pl.Callback):
 
     def __init__(
         self,
-        write: Callable[[Mapping[str, Mapping[str, Tensor]], dict], None] | None,
+        write: Callable[[Mapping[str, Parts], dict], None] | None,
         names: Names,
         every: int,
         epoch_steps: int,
@@ -143,14 +115,22 @@ class Keep(pl.Callback):
             everyone: list[dict] = [{} for _ in range(trainer.world_size)]
             torch.distributed.all_gather_object(everyone, random)
             random = {name: state for one in everyone for name, state in one.items()}
-        if trainer.is_global_zero:
-            names = self.names()
-            tensors, others = packed(trainer.optimizers[0], names)
-            scaler = getattr(trainer.precision_plugin, "scaler", None)
-            facts = {"step": self.step, "optimizer": others, "scaler": scaler.state_dict() if scaler else None}
+        spread = trainer.lightning_module.spread
+        spread.settle(trainer.lightning_module.model)
+        names = self.names()
+        memory, others = spread.memory(trainer.optimizers[0], names)
+        parts = {
+            "weights": spread.weights(names),
+            "optimizer": memory,
+            "random": {n: whole(t) for n, t in random.items()},
+        }
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        facts = {"step": self.step, "optimizer": others, "scaler": scaler.state_dict() if scaler else None}
+        with together(parts, spread.memory_in_pieces, trainer.is_global_zero, trainer.strategy.root_device) as ready:
             try:
-                self.write({"weights": names, "optimizer": tensors, "random": random}, facts)
-                self.saved = self.step
+                if ready:
+                    self.write(ready, facts)
+                    self.saved = self.step
             except (OSError, UserError) as error:
                 self.say(f"careful   the state of step {self.step} could not be saved; training goes on. {error}")
         if trainer.world_size > 1:

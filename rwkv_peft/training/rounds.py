@@ -12,12 +12,13 @@ import pytorch_lightning as pl
 class Rounds(pl.Callback, abc.ABC):
     """every: optimizer steps between two rounds, 0 for the ends of epochs; there is one at the end in any case. epoch_steps:
     optimizer steps of an epoch. last: the step of the last round that was done, -1 for none. interrupted: whether the training
-    has been told to stop. paused: is told how many seconds a round took.
+    has been told to stop; agree: whether any process has, to be called by all. paused: is told how many seconds a round took.
     """
 
     def __init__(self, every: int, epoch_steps: int, last: int):
         self.every, self.epoch_steps, self.last = every, epoch_steps, last
         self.interrupted: Callable[[], bool] = lambda: False
+        self.agree: Callable[[pl.Trainer], bool] = lambda trainer: False
         self.paused: Callable[[float], None] = lambda seconds: None
 
     @abc.abstractmethod
@@ -34,12 +35,16 @@ class Rounds(pl.Callback, abc.ABC):
             done = self.round(trainer, module)
         finally:
             module.train(learning)
+        if trainer.world_size > 1:  # not all take part in every round
+            done = trainer.strategy.broadcast(done)
         self.paused(time.monotonic() - began)
         self.last = trainer.global_step if done else self.last
         trainer.should_stop = trainer.should_stop or not done
 
     def on_train_start(self, trainer, module) -> None:
         self.step = trainer.global_step
+        if trainer.world_size > 1:  # (files of the run are the first process's)
+            self.last = trainer.strategy.broadcast(self.last)
         if self.step % (self.every or self.epoch_steps) == 0:
             self.begin(trainer, module)
 

@@ -48,12 +48,12 @@ class Samples(Rounds):
         self.path, self.questions, self.answer, self.say = path, questions, answer, say
 
     def round(self, trainer, module) -> bool:
-        if not trainer.is_global_zero:
-            return True
+        if not (trainer.is_global_zero or module.spread.weights_in_pieces):
+            return True  # (where they are, no process can answer alone: all do, and say the same)
         lines = [f"## step {trainer.global_step}\n"]
         try:
             for question in self.questions:
-                if trainer.world_size == 1 and self.interrupted():
+                if self.agree(trainer) if module.spread.weights_in_pieces else self.interrupted():
                     return False
                 answer = self.answer(module.model, question).strip()
                 lines += [
@@ -61,8 +61,9 @@ class Samples(Rounds):
                     "\n".join(f"> {line}" for line in answer.splitlines()) or "> (nothing)",
                     "",
                 ]
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write("\n".join(lines) + "\n")
+            if trainer.is_global_zero:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write("\n".join(lines) + "\n")
         except Exception as error:  # an answer is no reason to end a training
             self.say(f"{FILE} could not be written ({type(error).__name__}: {error}); training goes on.")
         return True

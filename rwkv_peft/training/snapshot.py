@@ -24,6 +24,7 @@ from .. import hashing, safetensors_file
 from ..atomic import need_space, sync_folder, write_json
 from ..errors import UserError
 from ..project import shown
+from .spread import Parts
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -65,13 +66,13 @@ def folder_of(run: Path) -> Path:
     return run / "state"
 
 
-def write(run: Path, parts: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any], keep: int) -> Snapshot:
-    """Save a state of a run and remove all but the `keep` newest ones. parts: file stem -> tensors, on any device, which are
-    copied to the host one at a time. UserError or OSError if it cannot be written: what was there before is whole then."""
+def write(run: Path, parts: Mapping[str, Parts], facts: Mapping[str, Any], keep: int) -> Snapshot:
+    """Save a state of a run and remove all but the `keep` newest ones. parts: file stem -> tensors, which come to the host one
+    at a time. UserError or OSError if it cannot be written: what was there before is whole then."""
     there = folder_of(run)
     there.mkdir(exist_ok=True)
     tidy(run)
-    need_space(there, sum(t.numel() * t.element_size() for tensors in parts.values() for t in tensors.values()))
+    need_space(there, sum(found.nbytes for tensors in parts.values() for found in tensors.wholes.values()))
     name = f"step-{facts['step']:06}"
     fresh, target = there / f"{UNFINISHED}{name}", there / name
     fresh.mkdir()
@@ -79,9 +80,9 @@ def write(run: Path, parts: Mapping[str, Mapping[str, Tensor]], facts: Mapping[s
         files = {}
         for part, tensors in parts.items():
             path = fresh / f"{part}.safetensors"
-            shapes = {n: tuple(t.shape) for n, t in tensors.items()}
-            dtypes = {n: t.dtype for n, t in tensors.items()}
-            safetensors_file.write(path, shapes, dtypes, lambda n, tensors=tensors: [tensors[n].detach().cpu()])
+            shapes = {name: found.shape for name, found in tensors.wholes.items()}
+            dtypes = {name: found.dtype for name, found in tensors.wholes.items()}
+            safetensors_file.write(path, shapes, dtypes, lambda name, tensors=tensors: [tensors[name]])
             files[path.name] = {"bytes": path.stat().st_size, "sha256": hashing.sha256(path)}
         content = {"format": FORMAT, **facts, "files": files}
         write_json(fresh / MANIFEST, {**content, "sha256": checksum(content)})

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
 
 import torch
 from pytorch_lightning.plugins.precision import MixedPrecision
@@ -10,7 +13,11 @@ from pytorch_lightning.strategies import DDPStrategy
 
 from ..errors import Problem, Problems
 from ..machine import device_kind
+from ..strategies import STRATEGIES
+from .spread import Spread
 
+# what the libraries say of themselves
+NOISE = ("FSDP2-wrapped module", r"`torch\.distributed\.\w+` is deprecated")
 FP16_SCALE = 2.0**12  # the loss is a mean over tokens, so gradients are small; torch's own 2**16 overflows at first
 
 
@@ -21,22 +28,56 @@ class ScaledHalf(MixedPrecision):
         return contextlib.nullcontext()
 
 
-def trainer_arguments(precision: str, gpu_count: int, strategy: str) -> dict:
-    """The arguments of Lightning's Trainer that concern the machine.
+def trainer_arguments(precision: str, gpu_count: int, nodes: int, word: str, grad_clip: float) -> tuple[dict, Spread]:
+    """The arguments of Lightning's Trainer that concern the machine, and how the training is spread. word: of STRATEGIES.
+    Problems for what this machine has not got.
 
     The model casts by itself, so Lightning computes as it is; only fp16 needs more: its gradients would underflow.
     """
-    kind = device_kind()
+    kind, strategy = device_kind(), STRATEGIES[word]
+    wrong = []
     if kind == "cuda" and gpu_count > torch.cuda.device_count():
-        raise Problems(Problem("GPU_COUNT", f"is more than the {torch.cuda.device_count()} GPUs of this machine"))
+        wrong.append(Problem("GPU_COUNT", f"is more than the {torch.cuda.device_count()} GPUs of this machine"))
+    if precision == "fp16" and strategy.spread:
+        wrong.append(
+            Problem("STRATEGY", f"must be ddp with PRECISION=fp16, whose scaling {word} cannot do; use ddp, or bf16")
+        )
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    made, spread = "auto", Spread(strategy, gpu_count * nodes > 1)
+    for words in NOISE:
+        warnings.filterwarnings("ignore", words)
+    if word == "ddp":
+        # (buffers are codes of compressed weights: they never change; gradients lie in what is sent, once)
+        made = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+    elif word == "fsdp":
+        from .fsdp import FullyShard
+
+        made = FullyShard()
+    elif strategy.stage:
+        try:
+            with quietly():
+                from .zero import Zero, ZeroSpread
+        except ImportError as error:
+            words = f"needs a package that is missing ({error}): .venv/bin/pip install -r requirements-deepspeed.txt"
+            wrong.append(Problem("STRATEGY", words))
+        else:
+            made, spread = Zero(strategy, grad_clip), ZeroSpread(strategy, gpu_count * nodes > 1)
+    if wrong:
+        raise Problems(*wrong)
     arguments = {
-        "accelerator": "gpu" if kind == "cuda" else "cpu",
-        "devices": gpu_count,
-        # (buffers are codes of compressed weights: they never change)
-        "strategy": DDPStrategy(broadcast_buffers=False) if gpu_count > 1 or strategy == "ddp" else "auto",
-    }
+        "accelerator": "gpu" if kind == "cuda" else "cpu", "devices": gpu_count, "num_nodes": nodes, "strategy": made,
+    }  # fmt: skip
     if precision == "fp16":
         scaler = torch.amp.GradScaler(kind, init_scale=FP16_SCALE)
         arguments["plugins"] = [ScaledHalf("16-mixed", kind, scaler)]
-    return arguments
+    return arguments, spread
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """DeepSpeed warns of a missing GPU as soon as it is imported."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import pytorch_lightning as pl
 import torch
 
 from ..atomic import writing
@@ -54,7 +55,8 @@ def rounds_without_a_better(records: list[dict]) -> int:
 class Validate(Rounds):
     """batches: of this process; together those of all are the data, once. data: tells these data from others. patience: so many
     rounds without a better one end the training, 0 for never. sinks: get every record, on rank 0. before: records of a run that
-    goes on. stopped: whether it has ended the training.
+    goes on. keep: saves what was trained, called by all processes where a round is the best so far; None for nothing. stopped:
+    whether it has ended the training.
     """
 
     def __init__(
@@ -67,13 +69,17 @@ class Validate(Rounds):
         sinks: list[Callable[[dict], None]],
         say: Callable[[str], None],
         before: list[dict],
+        keep: Callable[[pl.Trainer, pl.LightningModule], None] | None = None,
     ):
         mine = [record for record in before if record.get("data") == data]
         super().__init__(every, epoch_steps, mine[-1]["step"] if mine else -1)
         self.batches, self.data, self.patience, self.sinks, self.say = batches, data, patience, sinks, say
         self.records, self.others, self.stopped = of_one_set(before, data), bool(before) and not mine, False
+        self.keep = keep
 
     def on_train_start(self, trainer, module) -> None:
+        if trainer.world_size > 1:
+            self.records, self.others = trainer.strategy.broadcast((self.records, self.others))
         super().on_train_start(trainer, module)
         if self.others:
             self.say("careful   VAL_DATA is not what it was: what is the best so far is counted anew")
@@ -83,10 +89,10 @@ class Validate(Rounds):
     def round(self, trainer, module) -> bool:
         total, targets = 0.0, 0
         for batch in self.batches():
-            if trainer.world_size == 1 and self.interrupted():
+            if self.agree(trainer):
                 return False
             moved = module.transfer_batch_to_device(batch, trainer.strategy.root_device, 0)
-            total += float(module.summed_loss(moved))
+            total += float(trainer.strategy.validation_step(moved))
             targets += len(batch.targets)
         if trainer.world_size > 1:
             sums = torch.tensor([total, float(targets)], dtype=torch.float64).to(trainer.strategy.root_device)
@@ -111,6 +117,8 @@ class Validate(Rounds):
         )
         words = f"step {step}{sound and f', {known}' or ''}" if step else "before training"
         self.say(f"validation loss {loss:.4f} ({words})")
+        if self.keep and sound and step and not waited:
+            self.keep(trainer, module)
         if sound and self.patience and waited >= self.patience:
             self.stopped = trainer.should_stop = True
             self.say(f"VAL_PATIENCE={self.patience}: no better validation for so many rounds; training ends here.")

@@ -1,0 +1,190 @@
+"""What lies in pieces over the processes of a training, and how it comes together: for checkpoints, states and norms.
+
+Files hold whole tensors under their names, so nothing in them tells how a run was spread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from ..strategies import Strategy
+from .optim import make_optimizer
+
+Parameters = Mapping[str, nn.Parameter]  # by their names in files
+
+ENOUGH = -1  # the first process wants no more tensors
+
+
+class Whole(NamedTuple):
+    """A tensor that may lie in pieces. get: makes it whole; where it lies in pieces, all processes have to call it at once."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    get: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def whole(tensor: Tensor) -> Whole:
+    """A tensor of one process, or one that torch has cut (DTensor)."""
+    get = tensor.detach().full_tensor if isinstance(tensor, DTensor) else tensor.detach
+    return Whole(tuple(tensor.shape), tensor.dtype, get)
+
+
+def like(tensor: Tensor, example: Tensor) -> Tensor:
+    """A whole tensor cut as another one is: each process takes its own part of what it has."""
+    if not isinstance(example, DTensor):
+        return tensor
+    moved = tensor.to(example.to_local().device)
+    return distribute_tensor(moved, example.device_mesh, example.placements, src_data_rank=None)
+
+
+class Parts(Mapping[str, Tensor]):
+    """Tensors by name, each made whole when it is asked for, on the host, and never kept. announce: is told the number of one
+    before it is made."""
+
+    def __init__(self, wholes: Mapping[str, Whole], announce: Callable[[Whole], None] = lambda _: None):
+        self.wholes, self.announce, self.one_at_a_time = wholes, announce, threading.Lock()
+
+    def __getitem__(self, name: str) -> Tensor:
+        with self.one_at_a_time:
+            self.announce(self.wholes[name])
+            return self.wholes[name].get().detach().cpu()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.wholes)
+
+    def __len__(self) -> int:
+        return len(self.wholes)
+
+
+@contextlib.contextmanager
+def together(
+    files: Mapping[str, Mapping[str, Whole]], in_pieces: bool, first: bool, device: torch.device
+) -> Iterator[Mapping[str, Parts] | None]:
+    """What is to be written, for the first process, to be asked for in any order and by any of its threads, of one file after
+    another; the others help it meanwhile and get None. To be entered by all processes, with the same names in the same order.
+
+    files: what they hold, by name. in_pieces: whether any of it is. first: this is the first process. device: where the
+    processes talk.
+    """
+    wholes = [found for file in files.values() for found in file.values()]
+    number = {id(found): i for i, found in enumerate(wholes)}
+
+    def announce(found: int) -> None:
+        dist.broadcast(torch.tensor(found, device=device), 0)
+
+    if first:
+        tell = (lambda found: announce(number[id(found)])) if in_pieces else (lambda _: None)
+        try:
+            yield {name: Parts(file, tell) for name, file in files.items()}
+        finally:
+            if in_pieces:
+                announce(ENOUGH)
+        return
+    wanted = torch.tensor(ENOUGH, device=device)
+    while in_pieces:
+        dist.broadcast(wanted, 0)
+        if int(wanted) == ENOUGH:
+            break
+        wholes[int(wanted)].get()
+    yield None
+
+
+@torch.no_grad()
+def same_everywhere(module: nn.Module, device: torch.device) -> None:
+    """Give all processes the parameters of the first one: what was drawn or decomposed may differ by a rounding between machines,
+    and pieces of different things do not fit together."""
+    for parameter in module.parameters():
+        sent = parameter.detach().to(device)
+        dist.broadcast(sent, 0)
+        if sent.data_ptr() != parameter.data_ptr():
+            parameter.copy_(sent)
+
+
+def exact_norm(gradients: Iterable[Tensor], in_pieces: bool) -> Tensor:
+    """The length of all gradients, float32 []. Summed in float64, so that it does not depend on how they are cut. in_pieces:
+    each process has parts of its own of all gradients."""
+    local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    squares = torch.stack(torch._foreach_norm(local, 2, dtype=torch.float64)).square().sum()
+    if in_pieces:
+        dist.all_reduce(squares)
+    return squares.sqrt().float()
+
+
+def clip(gradients: Iterable[Tensor], norm: Tensor, limit: float) -> None:
+    """Scale gradients down to a length; 0 for no limit. The factor is that of torch.nn.utils.clip_grads_with_norm_."""
+    local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    if limit:
+        torch._foreach_mul_(local, torch.clamp(limit / (norm + 1e-6), max=1.0).to(local[0].device))
+
+
+class Spread:
+    """How a training is spread, where torch knows: on one process, on several with all that is trained on each (DDP), or in
+    pieces as DTensors (FSDP2). several: processes."""
+
+    def __init__(self, strategy: Strategy, several: bool):
+        self.strategy, self.several = strategy, several
+        self.weights_in_pieces, self.memory_in_pieces = strategy.spread == "weights", bool(strategy.spread)
+
+    def settle(self, model: nn.Module) -> None:
+        """Let go of what is whole because the model was used last, before its parameters are asked for."""
+        if isinstance(model, FSDPModule):
+            model.reshard()
+
+    def optimizer(
+        self, name: str, groups: list[dict], betas: tuple[float, float], eps: float, fused: bool
+    ) -> Optimizer:
+        return make_optimizer(name, groups, *betas, eps, fused)
+
+    def clip(self, parameters: list[nn.Parameter], limit: float) -> Tensor | None:
+        """Scale the gradients down to a length (0: no limit); returns what it was, or None if it is not yet known."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if not self.several:
+            return nn.utils.clip_grad_norm_(parameters, limit or float("inf"))
+        norm = exact_norm(gradients, self.weights_in_pieces)
+        clip(gradients, norm, limit)
+        return norm
+
+    def weights(self, parameters: Parameters) -> dict[str, Whole]:
+        return {name: whole(p) for name, p in parameters.items()}
+
+    def memory(self, optimizer: Optimizer, parameters: Parameters) -> tuple[dict[str, Whole], dict[str, dict]]:
+        """An optimizer's memory: tensors as PARAMETER/KEY, and by parameter what is no tensor."""
+        name_of = {id(parameter): name for name, parameter in parameters.items()}
+        tensors, others = {}, {}
+        for parameter, memory in optimizer.state.items():
+            name = name_of[id(parameter)]
+            for key, value in memory.items():
+                if torch.is_tensor(value):
+                    tensors[f"{name}/{key}"] = whole(value)
+                else:
+                    others.setdefault(name, {})[key] = value
+        return tensors, others
+
+    def remember(
+        self, optimizer: Optimizer, parameters: Parameters, tensors: Mapping[str, Tensor], others: Mapping[str, dict]
+    ) -> None:
+        """Give an optimizer the memory of another one of its kind."""
+        memory: dict[str, dict[str, Any]] = {name: dict(values) for name, values in others.items()}
+        for name, tensor in tensors.items():
+            parameter, _, key = name.rpartition("/")
+            # (a count of steps is no part of a parameter, and is not cut like one)
+            cut = like(tensor, parameters[parameter]) if tensor.shape == parameters[parameter].shape else tensor
+            memory.setdefault(parameter, {})[key] = cut.clone()
+        places = (p for group in optimizer.param_groups for p in group["params"])
+        number = {id(p): i for i, p in enumerate(places)}  # as torch counts them
+        state = {number[id(parameters[name])]: values for name, values in memory.items()}
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
