@@ -28,6 +28,8 @@ for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
 # the same examples every time: a run that fails can be run again, and one that was green stays so
 hypothesis.settings.register_profile("same", derandomize=True)
 hypothesis.settings.load_profile("same")
+# EVERYTHING=1 in the shell: more trials and combinations than CI has time for (docs/reliability.md, docs/parallel.md)
+EVERYTHING = bool(os.environ.get("EVERYTHING"))
 SCRIPTS = ("make_tokenize.sh", "training.sh", "merge.sh", "chat.sh")
 
 

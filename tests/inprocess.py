@@ -31,6 +31,6 @@ def run(root, name: str = "run", **changes):
     """Train; returns what was saved last, and the records of its steps."""
     train.command(config(RUN_NAME=name, **changes), [])
     folder = root / "output" / name
-    newest = max(folder.glob("rwkv-*.pth"), key=lambda p: int(p.stem[5:]))
+    newest = max(folder.glob("rwkv-[0-9]*.pth"), key=lambda p: int(p.stem[5:]))
     records = [json.loads(line) for line in (folder / "loss.jsonl").read_text().splitlines()]
     return checkpoint.load(newest), records

@@ -61,6 +61,7 @@ from rwkv_peft.ops import dispatch
 from rwkv_peft.quantize import QuantEmbedding, QuantLinear, quantise
 from rwkv_peft.roles import Role
 from rwkv_peft.shell_vars import Script, convert
+from rwkv_peft.train import learner
 from rwkv_peft.train.record import options_of
 from rwkv_peft.training import callbacks, module
 from rwkv_peft.training.optim import make_optimizer, parameter_groups
@@ -317,7 +318,7 @@ class Run:
 def run(name: str, settings: Settings) -> Run:
     config = read(settings | {"RUN_NAME": name})
     with (
-        mock.patch.object(module, "TrainingModule", Seen),
+        mock.patch.object(learner, "TrainingModule", Seen),
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),
         warnings.catch_warnings(),

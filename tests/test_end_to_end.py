@@ -168,7 +168,7 @@ def test_a_stop_signal_saves_and_says_how_to_go_on(kit, number, code):
     steps = sidecar["step"] + 6  # and it goes on
     kit.set(EPOCH_COUNT=steps, EPOCH_STEPS="1", RUN_NAME="r")
     refused = kit.run("training.sh", ok=False).stderr
-    assert "EPOCH_STEPS" in refused and "was auto" in refused
+    assert "EPOCH_STEPS" in refused and "was begun with 2, which would be 1 now: set it back" in refused
     kit.set(EPOCH_COUNT=steps, EPOCH_STEPS="auto")
     assert f"goes on   output/r at step {sidecar['step']} of" in kit.run("training.sh").stdout
     numbers = [json.loads(line)["step"] for line in log.read_text().splitlines()]

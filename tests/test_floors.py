@@ -26,7 +26,19 @@ MATERIALS = [
 ]
 GROUND = [
     "rwkv_peft." + r
-    for r in ("errors", "words", "roles", "atomic", "hashing", "pieces", "project", "runs", "methods", "sidecars")
+    for r in (
+        "errors",
+        "words",
+        "roles",
+        "atomic",
+        "hashing",
+        "pieces",
+        "project",
+        "runs",
+        "methods",
+        "strategies",
+        "sidecars",
+    )
 ]
 FLOORS = [GROUND, MATERIALS, MAKERS, DOORS]
 

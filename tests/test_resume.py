@@ -17,6 +17,7 @@ from inprocess import config, run
 from rwkv_peft import checkpoint, train
 from rwkv_peft.errors import Problems
 from rwkv_peft.training import callbacks, snapshot
+from rwkv_peft.training.spread import Parts, whole
 
 TIMES = ("tokens_per_s", "targets_per_s", "seconds")
 
@@ -154,6 +155,19 @@ def test_what_may_not_change_is_refused_with_what_it_was(ready, monkeypatch):
     assert "LR_INIT: was 0.01" in said and "lora_r: was 4" in said and "EPOCH_SAVE" not in said
     with pytest.raises(Problems, match="PRECISION: was '?fp32"):
         run(ready, "again", **BASE | {"PRECISION": "bf16"})
+
+
+def test_another_split_of_the_same_steps_goes_on(ready, monkeypatch):
+    """4 x 1 is 2 x 2 is 1 x 4; what makes other steps is refused."""
+    settings = BASE | {"lora_dropout": "0", "SAVE_STEPS": "1", "MICRO_BSZ": "2", "MINI_BSZ": "1", "EPOCH_STEPS": "auto"}
+    _, whole = run(ready, "whole", **settings)
+    interrupted(monkeypatch, ready, 2, "killed", **settings)
+    with pytest.raises(
+        Problems, match="MINI_BSZ: output/again at step 1 of 6 was begun with 1, which would be 2 now: set it back"
+    ):
+        run(ready, "again", **settings | {"MINI_BSZ": "2"})
+    _, split = run(ready, "again", **settings | {"MICRO_BSZ": "1", "MINI_BSZ": "2"})
+    assert [r["loss"] for r in split] == pytest.approx([r["loss"] for r in whole], rel=1e-5)
 
 
 def test_other_data_or_another_base_of_the_same_name_is_refused(ready, monkeypatch):
@@ -309,7 +323,7 @@ def test_a_run_that_is_training_at_this_moment_does_not_go_on_twice(ready, monke
 def saved(folder, step: int, keep: int = 1):
     """A state of so many steps, with little in it."""
     facts = {key: None for key in snapshot.WANTED if key not in ("format", "files")} | {"step": step}
-    parts = {part: {"a": torch.arange(64.0)} for part in snapshot.PARTS}
+    parts = {part: Parts({"a": whole(torch.arange(64.0))}) for part in snapshot.PARTS}
     return snapshot.write(folder, parts, facts, keep)
 
 

@@ -1,13 +1,17 @@
 """What the user sees of a run, and what it leaves: plan, progress, picture, checkpoints, folder."""
 
 import json
+import sys
+import types
 
 import pytest
 import tiny
 from inprocess import config, run
+from test_resume import interrupted
 
 from rwkv_peft import train
 from rwkv_peft.errors import Problems
+from rwkv_peft.training import trackers
 
 
 def test_a_run_that_never_took_a_step_leaves_no_folder(ready):
@@ -134,3 +138,67 @@ def test_wandb_offline_gets_the_records_and_a_broken_one_stops_nothing(ready, mo
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     _, records = run(ready, "without", WANDB="test")
     assert records
+
+
+def test_tensorboard_has_every_step_once_also_where_a_run_goes_on(ready, monkeypatch, capsys):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = {
+        "TENSORBOARD": "1",
+        "VAL_DATA": "chat",
+        "VAL_STEPS": "1",
+        "KEEP_LAST": "2",
+        "SAVE_STEPS": "1",
+        "EPOCH_STEPS": "4",
+    }
+    interrupted(monkeypatch, ready, 3, "killed", "again", **settings)
+    _, records = run(ready, "again", **settings)
+    found = EventAccumulator(str(ready / "output/again/tensorboard"))
+    found.Reload()
+    losses = [(one.step, one.value) for one in found.Scalars("loss")]
+    assert losses == [(r["step"], pytest.approx(r["loss"])) for r in records] and len(losses) == 4
+    assert {one.step for one in found.Scalars("validation_loss")} == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard", "swanlab", "trackio"])
+def test_a_tracker_that_is_missing_or_fails_says_so_once_and_stops_nothing(ready, monkeypatch, capsys, name):
+    variable = {name.upper(): "1" if name == "tensorboard" else "test"}
+    module = "torch.utils.tensorboard" if name == "tensorboard" else name
+    monkeypatch.setitem(sys.modules, module, None)
+    _, records = run(ready, "without", **variable)
+    said = capsys.readouterr().out
+    assert records and said.count(f"{name} did not start") == 1 and f"pip install {name}" in said
+
+    def broken(*_):
+        raise SystemExit("the disk is full")
+
+    monkeypatch.setitem(trackers.OPEN, name, lambda *_: trackers.Opened(broken, broken, "x"))
+    _, records = run(ready, "broken", **variable)
+    assert (
+        records
+        and capsys.readouterr().out.count(f"{name} failed (the disk is full); training goes on without it.") == 1
+    )
+
+
+def test_swanlab_and_trackio_are_given_their_words(ready, monkeypatch):
+    """As swanlab 0.10.3 and trackio 0.43.0 want them: tried with both by hand, 2026-11-23."""
+    seen = []
+
+    class Fake(types.SimpleNamespace):
+        def init(self, **given):
+            seen.append(given)
+            return types.SimpleNamespace(id="x")
+
+        def log(self, numbers, step):
+            seen.append((step, numbers["loss"]))
+
+        def finish(self):
+            seen.append("finished")
+
+    for name in ("swanlab", "trackio"):
+        seen.clear()
+        monkeypatch.setitem(sys.modules, name, Fake())
+        _, records = run(ready, name, **{name.upper(): "my project"})
+        assert seen[0]["project"] == "my project" and seen[0]["name"] == name and seen[0]["config"]["LR_INIT"] == 1e-2
+        assert seen[1:] == [*((r["step"], r["loss"]) for r in records), "finished"]

@@ -14,7 +14,7 @@ from test_resume import BASE, interrupted, same
 
 from rwkv_peft import checkpoint
 from rwkv_peft.data.binidx import Reader
-from rwkv_peft.errors import Problems
+from rwkv_peft.errors import Problems, UserError
 from rwkv_peft.roles import Role
 from rwkv_peft.training import validate
 from rwkv_peft.training.module import TrainingModule
@@ -180,3 +180,31 @@ def test_patience_without_data_is_refused(ready, name, words):
     with pytest.raises(Problems) as found:
         run(ready, **{**COMMON, "VAL_DATA": name, "VAL_PATIENCE": "2"})
     assert [(p.name, words in p.message) for p in found.value.problems] == [("VAL_PATIENCE", True)]
+
+
+def test_what_was_trained_where_the_validation_was_best_is_kept_and_merged_by_its_name(held, monkeypatch, capsys):
+    """Also by a run that is killed behind it, and goes on."""
+    from merge.parts import checkpoint_files
+    from rwkv_peft import project
+
+    settings = {
+        "VAL_DATA": "held", "KEEP_BEST": "1", "EPOCH_COUNT": "4", "LR_INIT": "0.4", "LR_FINAL": "0.4", "SAVE_STEPS": "1",
+        "KEEP_LAST": "2", "EPOCH_STEPS": "2",
+    }  # fmt: skip
+    run(held, "whole", **settings)
+    folder = held / "output/whole"
+    looks = [json.loads(line) for line in (folder / "valid.jsonl").read_text().splitlines()]
+    best = min(looks, key=lambda look: look["loss"])
+    kept, epoch = (checkpoint.load(folder / f"rwkv-{name}.pth") for name in ("best", best["epoch"]))
+    assert 0 < best["step"] < 8 and all(torch.equal(kept[name], epoch[name]) for name in kept)
+    assert "rwkv-best.pth holds it: ./merge.sh best" in capsys.readouterr().out
+    assert json.loads((folder / "rwkv-best.json").read_text())["step"] == best["step"]
+    monkeypatch.setattr(project, "ROOT", held)
+    assert checkpoint_files(["best"], "whole") == [folder / "rwkv-best.pth"]
+    with pytest.raises(UserError, match="has no rwkv-best.pth; KEEP_BEST=1"):
+        run(held, "none", **settings | {"KEEP_BEST": "0"})
+        checkpoint_files(["best"], "none")
+    interrupted(monkeypatch, held, best["step"] + 1, "killed", **settings)
+    run(held, "again", **settings)
+    again = checkpoint.load(held / "output/again/rwkv-best.pth")
+    assert all(torch.equal(kept[name], again[name]) for name in kept)

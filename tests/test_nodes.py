@@ -1,0 +1,193 @@
+"""Several machines: each process knows its place, all have the same before a step is taken, and the result is that of one."""
+
+import os
+import shutil
+import socket
+import subprocess
+import threading
+
+import pytest
+import tiny
+from conftest import Kit
+from inprocess import FAST, config
+from test_config import problems
+from test_resume import records, same
+
+from rwkv_peft.errors import Problems, UserError
+from rwkv_peft.train import meeting, place
+from rwkv_peft.training import snapshot
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "9", "LOCAL_RANK": "1", "GROUP_RANK": "1"}
+TORCHRUN |= {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}
+SRUN = {"SLURM_STEP_NUM_TASKS": "6", "SLURM_STEP_NUM_NODES": "3", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}
+SRUN |= {"SLURM_NODEID": "2", "SLURM_NTASKS": "6"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "settings", "found"),
+    [
+        ({}, {}, place.Place(0, 0, 0, 1)),
+        ({"LOCAL_RANK": "3"}, {"GPU_COUNT": "4"}, place.Place(3, 3, 0, 1, "", True)),
+        ({}, {"GPU_COUNT": "4", "NNODES": "2", "NODE_RANK": "1"}, place.Place(4, 0, 1, 2)),
+        ({"LOCAL_RANK": "3"}, {"GPU_COUNT": "4", "NNODES": "2", "NODE_RANK": "1"}, place.Place(7, 3, 1, 2, "", True)),
+        (TORCHRUN, {"GPU_COUNT": "8", "NNODES": "2"}, place.Place(9, 1, 1, 2, "torchrun")),
+        (SRUN, {"GPU_COUNT": "2", "NNODES": "3"}, place.Place(5, 1, 2, 3, "srun")),
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, {}, place.Place(0, 0, 0, 1)),  # sbatch alone starts one
+    ],
+)
+def test_a_process_knows_its_place(environment, settings, found):
+    assert place.find_place(config(**settings), environment) == found
+
+
+@pytest.mark.parametrize(("environment", "starter"), [(TORCHRUN, "torchrun"), (SRUN, "srun")])
+def test_a_script_that_says_something_else_than_who_started_it_is_refused(environment, starter):
+    with pytest.raises(Problems) as error:
+        place.find_place(config(), environment)
+    assert [p.name for p in error.value.problems] == ["GPU_COUNT", "NNODES"]
+    assert f"is 1, but {starter} has started" in error.value.problems[0].message
+
+
+def test_nodes_are_counted_from_0():
+    assert "must be less than NNODES=2" in problems(NNODES="2", NODE_RANK="2")["NODE_RANK"]
+
+
+def test_a_machine_alone_takes_any_free_port_and_several_take_one_they_know():
+    environment = {"MASTER_ADDR": "", "MASTER_PORT": "auto"}
+    place.settle(config(), place.Place(0, 0, 0, 1), environment)
+    assert environment == {}
+    two = {"NNODES": "2", "MASTER_ADDR": "10.0.0.1"}
+    environment = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "auto"}
+    place.settle(config(**two), place.Place(0, 0, 0, 2), environment)
+    assert environment == {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def parties(*does):
+    """What each of several nodes that meet has to say in the end: what it did, or the error."""
+    port, said = free_port(), [None] * len(does)
+
+    def one(node: int) -> None:
+        try:
+            where = place.Place(node, 0, node, len(does))
+            with meeting.meeting(where, len(does), "127.0.0.1", port, lambda _: None) as met:
+                said[node] = does[node](met)
+        except (Problems, UserError) as error:
+            said[node] = str(error)
+
+    threads = [threading.Thread(target=one, args=(node,)) for node in range(len(does))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return said
+
+
+def test_nodes_that_have_the_same_begin_and_hear_what_the_first_has_decided():
+    def decide(met):
+        met.tell("found", ["run", "step-000003"])
+        met.compare({"LR_INIT": 1e-4})
+        return "begun"
+
+    def hear(met):
+        heard = met.hear("found")
+        met.compare({"LR_INIT": 1e-4})
+        return heard
+
+    assert parties(decide, hear, hear) == ["begun", ["run", "step-000003"], ["run", "step-000003"]]
+
+
+def test_what_differs_is_told_on_all_nodes():
+    mine, other = {"LR_INIT": 1e-4, "DATA_PATH": "a", "SEED": 1}, {"LR_INIT": 2e-4, "DATA_PATH": "b", "SEED": 1}
+    words = "DATA_PATH: is b on node 1, and a on node 0; all need the same"
+    said = parties(lambda met: met.compare(mine), lambda met: met.compare(other), lambda met: met.compare(mine))
+    assert all(words in one and "LR_INIT: is 0.0002 on node 1, and 0.0001 on node 0" in one for one in said)
+    assert not any("SEED" in one for one in said)
+
+
+def test_a_node_that_cannot_begin_tells_the_others():
+    def fails(_met):
+        raise UserError("There is no such file.")
+
+    said = parties(lambda met: met.hear("facts/1", 1), fails)
+    assert said == ["Another process could not begin: There is no such file.", "There is no such file."]
+
+
+def test_a_first_node_that_cannot_be_reached_and_a_number_given_twice_are_told(monkeypatch):
+    monkeypatch.setattr(meeting, "REACH", 1.0)
+    with (
+        pytest.raises(
+            Problems, match="MASTER_ADDR: nobody answers at 127.0.0.1, port .* Is ./training.sh running on node 0"
+        ),
+        meeting.meeting(place.Place(1, 0, 1, 2), 2, "127.0.0.1", free_port(), print),
+    ):
+        pass
+    port, first = free_port(), place.Place(0, 0, 0, 2)
+    with (
+        meeting.meeting(first, 2, "127.0.0.1", port, print),
+        pytest.raises(Problems, match="MASTER_PORT: cannot be used here"),
+        meeting.meeting(first, 2, "127.0.0.1", port, print),
+    ):
+        pass
+
+
+@pytest.mark.slow
+def test_two_nodes_are_two_processes_of_one_machine_and_go_on(tmp_path):
+    """Each in a folder of its own, on loopback; the second sees what the first has written only where it is put there, and that
+    may be older or newer than what counts. One machine by ddp, two by fsdp."""
+    kits = [Kit(tmp_path / f"node {number}") for number in range(2)]
+    common = FAST | {"EPOCH_COUNT": "2", "MICRO_BSZ": "1", "SAVE_STEPS": "1", "KEEP_LAST": "99", "lora_dropout": "0.1"}
+    common |= {"VAL_DATA": "chat", "VAL_STEPS": "1", "SAMPLE_PROMPTS": "hi", "SAMPLE_STEPS": "1", "SAMPLE_TOKENS": "5"}
+    nodes = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for number, kit in enumerate(kits):
+        tiny.save_model(kit.root / "model" / "tiny.pth")
+        kit.data("chat.jsonl", *tiny.CHATS)
+        kit.run("make_tokenize.sh", "chat.jsonl")
+        kit.set(to="two.sh", **common | nodes | {"RUN_NAME": "two", "NODE_RANK": str(number), "STRATEGY": "fsdp"})
+    kits[0].set(to="one.sh", **common | {"RUN_NAME": "one", "GPU_COUNT": "2"})
+    kits[0].run("one.sh")
+
+    def both():
+        ends = [
+            subprocess.Popen(
+                [str(kit.root / "two.sh")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )
+            for kit in kits
+        ]  # fmt: skip
+        said = [end.communicate(timeout=180)[0] for end in ends]
+        return [end.returncode for end in ends], said
+
+    def equal():
+        same(kits[0].root, "one", "two", tuple(records(kits[0].root, name) for name in ("one", "two")))
+
+    codes, said = both()
+    assert codes == [0, 0], said
+    assert "node 1 of 2 trains with node 0" in said[1] and "x NNODES=2" in said[0] and "saved" not in said[1]
+    equal()
+    output = kits[0].root / "output" / "two"
+    for later in snapshot.names(output)[1:]:
+        shutil.rmtree(output / "state" / later)
+    codes, said = both()
+    assert codes == [2, 2] and all("output/ has to be the same folder on all nodes" in one for one in said)
+    shutil.copytree(output, kits[1].root / "output" / "two")
+    codes, said = both()
+    assert codes == [0, 0] and "goes on   output/two at step 1 of 4" in said[0], said
+    equal()
+    kits[1].set(script="two.sh", LR_INIT="3e-2", RUN_NAME="other")
+    kits[0].set(script="two.sh", RUN_NAME="other")
+    codes, said = both()
+    assert codes == [2, 2] and all("LR_INIT=" in one and "is 0.03 on node 1, and 0.01 on node 0" in one for one in said)
+    # the same two, started by torchrun, and as srun would start them
+    kits[0].set(to="three.sh", **common | {"RUN_NAME": "two", "GPU_COUNT": "2"})
+    shutil.rmtree(output)
+    done = subprocess.run(
+        [kits[0].root / ".venv/bin/torchrun", "--nproc-per-node", "2", "--no-python", "./three.sh"], cwd=kits[0].root,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=180,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    equal()
