@@ -47,6 +47,7 @@ import torch
 from json2binidx.tokenize import tokenize
 from rwkv_peft import bases, chat, generate, project, tokenizer, train
 from rwkv_peft.adapters import attach
+from rwkv_peft.chat import models
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.model.arch import Geometry, linear_layers, shapes
 from rwkv_peft.rows.settings import TokenizeConfig
@@ -231,7 +232,7 @@ def ask(root: Path, adapter: str) -> dict:
     at(root)
     torch.set_num_threads(1)
     settings = chat.ChatConfig("base.pth", adapter, "rwkv-world", "", LONGEST, 0.0, 1.0, 1, "bf16")
-    model = chat.load(settings, False)[0]
+    model = models.load(settings, False)[0]
     form = template("rwkv-world")
     facts, _, unseen = material()
 

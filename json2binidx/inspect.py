@@ -24,9 +24,9 @@ from rwkv_peft.data.binidx import HEADER
 from rwkv_peft.data.masking import target_weights
 from rwkv_peft.errors import UserError, door, leave
 from rwkv_peft.roles import Role
-from rwkv_peft.rows.encode import roles_in_text
 from rwkv_peft.shell_vars import whole_number
 from rwkv_peft.templates.headings import spans_of_text
+from rwkv_peft.tokenized import roles_in_text
 from rwkv_peft.words import count, did_you_mean, listed
 
 from .index_faults import Faults, Pair, read_pair

@@ -5,7 +5,7 @@ usage: [RUN=name] ./merge.sh [EPOCH | CHECKPOINT ...] [--export KIND ...]
        ./merge.sh --export KIND MODEL.pth
 
   EPOCH         which epoch of the run: the N of output/<run>/rwkv-N.pth, counted from 0 (the last one, if left out); best: where
-                the validation was best, if KEEP_BEST=1 kept it
+                the validation was best, if KEEP_BEST=1 kept it; step-N: after N optimizer steps (rwkv-step-N.pth)
   CHECKPOINT    a file, like output/my-run/rwkv-2.pth; several are folded in turn into the same base
   RUN=name      which run: a folder in output/ (the newest that has saved something, if left out)
   --average     the weighted mean of checkpoints of one base, or of whole models; weights are shares (1 if left out)

@@ -34,16 +34,17 @@ class Found:
         method = METHODS[self.part.setup.method]
         told = {k: v for k, v in self.part.setup.options.items() if k in ("rank", "alpha")}
         settings = "".join(f" {k}={v:g}" for k, v in told.items())
-        early = "" if self.sidecar.get("epoch_finished", True) else " (stopped early)"
+        whole = self.sidecar.get("epoch_finished", True) or runs.STEP.fullmatch(self.path.name)
+        early = "" if whole else " (stopped early)"
         step = f", step {self.sidecar['step']}{early}" if self.sidecar else ""
         return f"{project.shown(self.path)}: {method.words}{settings}{step}"
 
 
 def checkpoint_files(words: Sequence[str], run: str) -> list[Path]:
-    """The files that words behind the command mean: a number is an epoch of the run, anything else a path; none is the
-    newest epoch."""
+    """The files that words behind the command mean: a number is an epoch of the run, step-N a step of it, anything
+    else a path; none is the newest epoch."""
     if not words:
-        return [runs.epoch_file(runs.run_folder(run), None)]
+        return [runs.checkpoint_file(runs.run_folder(run))]
     return [one_file(word, run) for word in words]
 
 
@@ -51,7 +52,9 @@ def one_file(word: str, run: str) -> Path:
     if word == "best":
         return runs.best_file(runs.run_folder(run))
     if word.lstrip("+-").isdecimal():
-        return runs.epoch_file(runs.run_folder(run), whole_number("EPOCH", word, 0))
+        return runs.checkpoint_file(runs.run_folder(run), whole_number("EPOCH", word, 0))
+    if word.startswith("step-") and word[5:].isdecimal():
+        return runs.checkpoint_file(runs.run_folder(run), step=whole_number("STEP", word[5:], 0))
     path = next(
         (
             p
@@ -65,7 +68,7 @@ def one_file(word: str, run: str) -> Path:
         raise UserError(
             f"{word}: there is no such checkpoint{number_meant}. Give an epoch, or a path like output/RUN/rwkv-2.pth"
         )
-    return runs.epoch_file(path, None) if path.is_dir() else path
+    return runs.checkpoint_file(path) if path.is_dir() else path
 
 
 def shares(words: Sequence[str]) -> tuple[list[str], list[float]]:
@@ -130,7 +133,8 @@ def found(path: Path, method: str, alpha: float | None, init: Path | None, quant
 
 def number_of(path: Path, sidecar: Mapping[str, Any]) -> str:
     """What stands behind the method in the name of the result."""
-    return "best" if path.name == runs.BEST else str(sidecar["epoch"])
+    of_step = path.name == runs.BEST or runs.STEP.fullmatch(path.name)
+    return path.stem.removeprefix("rwkv-") if of_step else str(sidecar["epoch"])
 
 
 def contradicts(method: str, alpha: float | None, setup: attach.Setup, where: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import resource
 from pathlib import Path
 
 import torch
@@ -27,6 +28,13 @@ def device_words() -> str:
         gpu = torch.cuda.get_device_properties(0)
         return f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GB"
     return f"CPU, {count(torch.get_num_threads(), 'thread')} (no CUDA device was found)"
+
+
+def most_memory() -> int:
+    """Bytes that this process has held at most: of its GPU, as nvidia-smi counts them, or where there is none of the host."""
+    if device_kind() == "cuda":
+        return torch.cuda.max_memory_reserved()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def cpu_has_bf16(cpuinfo: str | None = None) -> bool:

@@ -16,6 +16,7 @@ from .errors import Problem, Problems, UserError
 from .words import did_you_mean, listed
 
 BEST = "rwkv-best.pth"  # what was trained where the validation was best
+EPOCH, STEP = re.compile(r"rwkv-(\d+)\.pth"), re.compile(r"rwkv-step-(\d+)\.pth")
 
 
 def choose(name: str, stem: str) -> Path:
@@ -147,10 +148,10 @@ def run_folder(name: str) -> Path:
                 f"In {project.shown(project.OUTPUT)}/ there is: {listed(there)}."
             )
         return folder
-    if saved_epochs(project.OUTPUT / "latest"):
+    if any(saved(project.OUTPUT / "latest")):
         return (project.OUTPUT / "latest").resolve()
     # the link is missing, or its run was ended before it had anything to save
-    runs = [p.parent for p in project.OUTPUT.glob("*/run.json") if saved_epochs(p.parent)]
+    runs = [p.parent for p in project.OUTPUT.glob("*/run.json") if any(saved(p.parent))]
     if not runs:
         raise UserError(
             f"No run in {project.shown(project.OUTPUT)}/ has saved a checkpoint yet. Train first: ./training.sh"
@@ -167,19 +168,31 @@ def best_file(folder: Path) -> Path:
     return folder / BEST
 
 
-def saved_epochs(folder: Path) -> list[int]:
-    return sorted(int(m[1]) for p in folder.glob("rwkv-*.pth") if (m := re.fullmatch(r"rwkv-(\d+)\.pth", p.name)))
+def saved(folder: Path) -> tuple[list[int], list[int]]:
+    """The epochs and the steps that a run has checkpoints of."""
+    files = [path.name for path in folder.glob("rwkv-*.pth")]
+    epochs, steps = (sorted(int(m[1]) for name in files if (m := kind.fullmatch(name))) for kind in (EPOCH, STEP))
+    return epochs, steps
 
 
-def epoch_file(folder: Path, epoch: int | None) -> Path:
-    """The checkpoint of an epoch of a run, None for the newest. UserError naming what there is."""
-    epochs = saved_epochs(folder)
-    if not epochs:
+def checkpoint_file(folder: Path, epoch: int | None = None, step: int | None = None) -> Path:
+    """The checkpoint of an epoch or a step of a run; with neither that of the last epoch, or step where no epoch has ended.
+    UserError naming what there is."""
+    epochs, steps = saved(folder)
+    if not epochs and not steps:
         raise UserError(f"{project.shown(folder)}: this run has saved no checkpoint yet.")
-    if epoch is None:
-        epoch = epochs[-1]
-    if epoch not in epochs:
-        raise UserError(
-            f"{project.shown(folder)}: has no rwkv-{epoch}.pth; it has the epochs {listed(map(str, epochs))}."
-        )
-    return folder / f"rwkv-{epoch}.pth"
+    if epoch is None and step is None:
+        epoch, step = (epochs[-1], None) if epochs else (None, steps[-1])
+    name = f"rwkv-{epoch}.pth" if step is None else f"rwkv-step-{step}.pth"
+    if (epoch if step is None else step) not in (epochs if step is None else steps):
+        there = [f"{what} {listed(map(str, n))}" for what, n in (("the epochs", epochs), ("the steps", steps)) if n]
+        raise UserError(f"{project.shown(folder)}: has no {name}; it has {' and '.join(there)}.")
+    return folder / name
+
+
+def drop_old_steps(folder: Path, step: int, keep: int) -> None:
+    """Remove the checkpoints of steps up to this one, but for the newest."""
+    for old in [n for n in saved(folder)[1] if n <= step][:-keep]:
+        file = folder / f"rwkv-step-{old}.pth"
+        file.unlink()  # first: a checkpoint without its sidecar would be a riddle
+        file.with_suffix(".json").unlink(missing_ok=True)

@@ -295,7 +295,7 @@ class Run:
 
     @property
     def checkpoint(self) -> Path:
-        return runs.epoch_file(self.folder, None)
+        return runs.checkpoint_file(self.folder)
 
     @functools.cached_property
     def setup(self) -> attach.Setup:

@@ -9,6 +9,7 @@ from test_scripts import ROOT, shell_values
 
 from merge.exports import EXPORTS
 from rwkv_peft import chat, checkpoint
+from rwkv_peft.chat import models
 from rwkv_peft.errors import UserError
 from rwkv_peft.methods import METHODS
 from rwkv_peft.shell_vars import Script
@@ -16,7 +17,7 @@ from rwkv_peft.shell_vars import Script
 
 def load(base_was_named=False, **changes):
     values = shell_values(ROOT / "chat.sh") | {"PRECISION": "fp32", "MODEL_PATH": ""} | changes
-    return chat.load(Script(ROOT / "chat.sh", values).read(chat.ChatConfig), base_was_named)
+    return models.load(Script(ROOT / "chat.sh", values).read(chat.ChatConfig), base_was_named)
 
 
 @pytest.mark.parametrize("version", tiny.VERSIONS)
@@ -90,7 +91,7 @@ def test_a_file_for_another_program_is_told_from_a_model(setting, ending, progra
 
 
 def test_every_ending_of_an_export_is_known():
-    assert all(one.ending == ".pth" or one.ending.endswith(tuple(chat.OTHERS)) for one in EXPORTS.values())
+    assert all(one.ending == ".pth" or one.ending.endswith(tuple(models.OTHERS)) for one in EXPORTS.values())
 
 
 def test_a_file_of_the_run_that_is_missing_is_named(project_folder):

@@ -12,10 +12,11 @@ import time
 import pytest
 import tiny
 import torch
+from conftest import EVERYTHING
 from inprocess import config, run
 
-from rwkv_peft import checkpoint, train
-from rwkv_peft.errors import Problems
+from rwkv_peft import checkpoint, runs, train
+from rwkv_peft.errors import Problems, UserError
 from rwkv_peft.training import callbacks, snapshot
 from rwkv_peft.training.spread import Parts, whole
 
@@ -230,7 +231,7 @@ def test_two_processes_go_on_as_if_they_had_never_stopped(kit):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["lora", "state_tuning", "full"])
+@pytest.mark.parametrize("method", ["lora", "state_tuning", "full"] if EVERYTHING else ["lora"])
 def test_killed_again_and_again_it_ends_as_if_nothing_had_happened(kit, method):
     """SIGKILL at random instants, in steps and in saves."""
     prepare(
@@ -423,7 +424,7 @@ def test_an_epoch_count_below_what_is_done_is_refused_and_one_that_ends_there_wr
     with pytest.raises(Problems, match="EPOCH_COUNT: has 4 steps, and 8 are done in output/again"):
         run(ready, "again", **settings | {"EPOCH_COUNT": "1"})
     run(ready, "again", **settings | {"EPOCH_COUNT": "2"})
-    assert [p.name for p in (ready / "output/again").glob("*.pth")] == ["rwkv-1.pth"]
+    assert runs.saved(ready / "output/again") == ([1], [6, 8])
 
 
 def test_a_stream_may_be_made_longer_and_its_text_may_not_change(ready, monkeypatch):
@@ -500,3 +501,47 @@ def test_a_log_with_gaps_is_told_and_stops_nothing(ready, monkeypatch, capsys, l
         file.write_text("\n".join(lines) + "\n")
     run(ready, "again", **BASE)
     assert "loss.jsonl has only" in capsys.readouterr().out
+
+
+def test_every_save_steps_there_is_a_checkpoint_that_merges(ready, capsys):
+    from test_merge import merge
+
+    settings = BASE | {"SAVE_STEPS": "3", "KEEP_LAST": "9", "EPOCH_SAVE": "2"}
+    run(ready, "whole", **settings)
+    folder = ready / "output/whole"
+    assert runs.saved(folder) == ([1, 2], [3, 6, 9])  # (the epochs' checkpoints are those of steps 8 and 12)
+    for step in (3, 6, 9):
+        state = snapshot.described(folder / f"state/step-{step:06}").tensors("weights")
+        found = checkpoint.load(folder / f"rwkv-step-{step}.pth")
+        assert found.keys() == state.keys() and all(torch.equal(found[n], state[n]) for n in found)
+    capsys.readouterr()
+    merge("step-6", RUN="whole")
+    assert "step 6" in capsys.readouterr().out and (ready / "merge/tiny-LORA-step-6.pth").is_file()
+    with pytest.raises(UserError, match=r"has no rwkv-step-7.pth; it has the epochs 1, 2 and the steps 3, 6, 9"):
+        merge("step-7", RUN="whole")
+    run(ready, "again", **settings | {"KEEP_LAST": "2"})
+    assert runs.saved(ready / "output/again") == ([1, 2], [6, 9])
+    assert not (ready / "output/again/rwkv-step-3.json").exists()
+
+
+def test_a_run_that_died_before_its_first_epoch_has_the_checkpoint_of_a_step(ready, monkeypatch):
+    from test_merge import merge
+
+    interrupted(monkeypatch, ready, 4, "killed", **BASE | {"SAVE_STEPS": "3", "EPOCH_STEPS": "99"})
+    merge()
+    assert (ready / "merge/tiny-LORA-step-3.pth").is_file()
+
+
+def test_a_full_disk_costs_the_checkpoint_of_a_step_and_not_the_training(ready, monkeypatch, capsys):
+    write = checkpoint.save
+
+    def full(path, tensors):
+        if "step-" in path.name:
+            raise OSError(28, "No space left on device", str(path))
+        write(path, tensors)
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    _, records = run(ready, "again", **BASE | {"SAVE_STEPS": "3"})
+    said = capsys.readouterr().out
+    assert len(records) == 12 and "careful   rwkv-step-3.pth could not be saved; training goes on." in said
+    assert runs.saved(ready / "output/again") == ([0, 1, 2], [])

@@ -32,6 +32,38 @@ def test_the_progress_line_shows_the_plain_mean_of_the_last_steps(capsys):
     assert losses == ["1.000", "1.500", "2.000", "2.500", "3.000", "4.000", "5.000", "6.000"]
 
 
+def test_a_slow_first_step_does_not_spoil_the_time_left(capsys):
+    from rwkv_peft.training.callbacks import Progress, Record
+
+    for before, late in (((), 0.0), (({"step": 4, "seconds": 40.0, "loss": 1.0},), 40.0)):
+        progress = Progress(steps=8, epochs=1, before=before, memory=lambda: 3 << 30)
+        for i, seconds in enumerate((100.0, 101.0, 102.0), 1):
+            progress(Record(len(before) * 4 + i, 0, 1.0, 1e-4, 1.0, 10, 10, 1.0, 1.0, late + seconds))
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[1].endswith(f"3.0 GB  0:0{2 if before else 6} left") and len(lines) == 3
+
+
+def test_the_speed_is_that_of_the_last_steps_and_never_of_the_first(monkeypatch):
+    import types
+
+    import torch
+
+    from rwkv_peft.training import callbacks
+
+    clock, found = [0.0], []
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: clock[0])
+    recorder = callbacks.StepRecorder([found.append], 9, print)
+    trainer = types.SimpleNamespace(global_step=0, world_size=1, is_global_zero=True, current_epoch=0)
+    module = types.SimpleNamespace(shares=[], skipped=False, rate_of=lambda step: 1e-4, grad_norm=torch.tensor(1.0))
+    recorder.on_train_start(trainer, module)
+    for step, seconds in enumerate((90.0, 1.0, 3.0), 1):
+        clock[0] += seconds
+        trainer.global_step, module.shares = step, [1.0]
+        batch = types.SimpleNamespace(tokens=100, beginning=(), step_targets=50)
+        recorder.on_train_batch_end(trainer, module, None, batch, step - 1)
+    assert [(r.tokens_per_s, r.targets_per_s) for r in found] == [(100 / 90, 50 / 90), (100.0, 50.0), (50.0, 25.0)]
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

@@ -6,8 +6,8 @@ import torch
 from inprocess import run, tokenize
 from test_resume import BASE, interrupted
 
-from rwkv_peft import generate
 from rwkv_peft.errors import Problems
+from rwkv_peft.train import rounds
 from rwkv_peft.training import samples
 
 COMMON = {"EPOCH_COUNT": "2", "EPOCH_STEPS": "4", "MINI_BSZ": "1", "lora_dropout": "0.2", "SAMPLE_TOKENS": "8"}
@@ -56,7 +56,7 @@ def test_an_answer_that_fails_is_told_and_training_goes_on(ready, monkeypatch, c
     def fails(*_args, **_more):
         raise RuntimeError("no words")
 
-    monkeypatch.setattr(generate, "likeliest_answer", fails)
+    monkeypatch.setattr(rounds, "likeliest_answer", fails)
     _, records = run(ready, **COMMON, **ASKED)
     assert len(records) == 8 and "samples.md could not be written (RuntimeError: no words)" in capsys.readouterr().out
 

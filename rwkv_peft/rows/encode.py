@@ -8,14 +8,14 @@ holds beside other bytes, so that no token can reach over a border.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from .. import tokenizer
 from ..data.masking import roles_of_tokens
-from ..roles import Role, Span
+from ..roles import Role
 from ..templates.template import spans_of
 from .schemas import RowError
 
@@ -48,13 +48,6 @@ def encode_row(pieces: Pieces, end_of_doc: bool) -> Tokens:
         tokens = [*tokens, tokenizer.END_OF_DOC]
     ids = np.array(tokens, dtype=np.uint16)
     return Tokens(ids, roles_of_tokens(tokenizer.token_lengths()[ids], spans_of(*pieces), end_of_doc))
-
-
-def roles_in_text(ids: np.ndarray, find_spans: Callable[[bytes], Sequence[Span]]) -> np.ndarray:
-    """Who said each token of a document whose file does not tell, uint8 [n]. find_spans: from its bytes to spans of them."""
-    ids = np.where(ids < tokenizer.VOCAB_SIZE, ids, tokenizer.END_OF_DOC)  # others have no bytes
-    spans = find_spans(tokenizer.decode_bytes(ids.tolist()))
-    return roles_of_tokens(tokenizer.token_lengths()[ids], spans, end_of_doc=len(ids) > 0 and ids[-1] == 0)
 
 
 def encoded(text: str) -> list[int]:

@@ -11,6 +11,7 @@ usage: ./training.sh [--dry-run] [--new] | --find-lr | --find-batch | --selftest
 
 The settings are the variables in the script itself, each with its explanation. Results go to output/<RUN_NAME>/:
   rwkv-N.pth + rwkv-N.json   what was trained, after epoch N (counted from 0), and how: ./merge.sh N folds it into the base
+  rwkv-step-N.pth            the same after N optimizer steps (SAVE_STEPS): ./merge.sh step-N
   loss.jsonl, loss.png       every optimizer step; run.json: the settings as they were resolved
   state/                     where the run is, so that it can go on
 
@@ -22,14 +23,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import os
 import sys
 import time
 from collections.abc import Mapping
 
 from .. import runs
-from ..atomic import write_json
 from ..config import RETIRED, TrainConfig
 from ..errors import EXIT_MEMORY, Problem, Problems, UserError, leave, unheard
 from ..shell_vars import enter
@@ -39,7 +38,6 @@ from .prepared import header, prepare
 from .record import script_values
 
 SAMPLES = 2  # that a dry run shows
-DEFAULT_TEMPLATE = "rwkv-world"  # where the data do not tell theirs
 OPTIONS = ("--dry-run", "--new", "--find-lr", "--find-batch", "--selftest")
 
 
@@ -125,139 +123,76 @@ def only_first(*_) -> None:
 
 def train(run, cleanup: contextlib.ExitStack, say) -> None:
     """Load the model and train it. run: prepared.Prepared."""
-    import warnings
-
-    import pytorch_lightning as pl
     import torch
-    from pytorch_lightning.strategies.launchers import subprocess_script
 
     from ..adapters import attach
     from ..data.loading import heaviest
     from ..data.workers import end_workers, make_loader
-    from ..generate import likeliest_answer
-    from ..templates.named import template
-    from ..training import report, samples, validate
-    from ..training.callbacks import LossFile, Progress, Save, StepRecorder, StopOnSignal
+    from ..training import report
+    from ..training.callbacks import Save, StepRecorder, StopOnSignal
     from ..training.heaviest import Heaviest
     from ..training.lisa import Resample
     from ..training.resume import GoOn, Keep
-    from ..training.rounds import Rounds
     from ..training.spread import Parts
-    from ..training.trackers import Tracker
     from ..training.watch import Watch
     from .learner import make_learner, make_module
     from .results import Results, must_have_room
+    from .rounds import make_rounds, make_validation
+    from .told import everybody, nobody
+    from .trainer import make_trainer
 
     config, found, folder, plan = run.config, run.found, run.folder, run.plan
     first, rank = run.place.first, run.place.rank
     if first:
         must_have_room(run, attach.count_trained(run.geometry, run.setup))
     learner = make_learner(run, cleanup, say)
+    told = everybody(run, cleanup, say) if first else nobody(run, say)
+    say = told.say
 
-    sinks, looks, trackers, results, before = [], [], [], None, []
-    looked = validate.read(folder, found.step) if found else []
-    if first:
-        before = runs.cut_log(folder, found.step) if found else []
-        validate.cut(folder, found.step if found else -1)
-        samples.cut(folder, found.step if found else -1)
-        write_json(folder / "run.json", run.settings)
-        runs.point_latest(folder)
-        progress = Progress(run.steps, config.epoch_count, before)
-        log = LossFile(folder / "loss.jsonl")
-        sinks = [log, progress]
-        if found and len(before) < found.step:
-            say(
-                f"careful   loss.jsonl has only {len(before)} of the {found.step} steps that are done; loss.png will show a gap"
-            )
-        for sink in sinks:
-            cleanup.callback(sink.close)
-        known = {"wandb": found.facts["wandb"], **found.facts.get("trackers", {})} if found else {}
-        done = found.step if found else 0
-        for name, project in config.trackers.items():
-            one = Tracker(name, project, folder, run.settings, progress.say, known.get(name), done)
-            trackers.append(one)
-            cleanup.callback(one.close)
-        sinks += trackers
-        looks += [one.validation for one in trackers]
-        say = progress.say
-
-        def running() -> dict:
-            log.sync()
-            seen = {"tokens": recorder.seen, "in_a_row": recorder.in_a_row}
-            ended = {"finished": True} if looking and looking.stopped else {}
-            ids = {one.name: one.id for one in trackers}
-            return {**ended, **seen, "wandb": ids.get("wandb"), "trackers": ids}
-
-        results = Results(run, learner, running)
-        looks.append(validate.ValidFile(folder / validate.FILE))
     tidy = functools.partial(runs.abandon, folder) if first else lambda: None
     parent = os.getppid() if run.place.of_ours else None
     watch = Watch(rank, config.processes, config.gpu_count, parent, tidy, tell)
     cleanup.callback(watch.leave)
-    subprocess_script._launch_process_observer = watch.observe
     stop = StopOnSignal(lambda: (watch.leave(), tidy()), first)
-    epoch_steps, trained = plan.optimizer_steps, learner.trained
+
+    past = (told.before[-1]["seconds"] if told.before else 0.0, found.facts["tokens"]) if found else (0.0, 0)
+    in_a_row = found.facts.get("in_a_row", 0) if found else 0
+    recorder = StepRecorder(told.steps, config.nan_limit, say, *past, in_a_row)
+
+    def running() -> dict:
+        ended = {"finished": True} if validation and validation.stopped else {}
+        return {**ended, "tokens": recorder.seen, "in_a_row": recorder.in_a_row, **told.running()}
+
+    results = Results(run, learner, running) if first else None
     write, keep_state = (results.write, results.keep_state) if results else (only_first, only_first)
+    epoch_steps, trained = plan.optimizer_steps, learner.trained
     at = found.step if found else -1
     keep = Keep(keep_state if config.keep_last else None, trained, config.save_steps, epoch_steps, say, at)
-    save = Save(config.epoch_save, config.epoch_count, epoch_steps, folder, write, trained, keep.save, say)
+    ends = config.epoch_save, config.epoch_count, epoch_steps
+    save = Save(*ends, folder, write, trained, keep.save, say, config.keep_last)
+    keep.beside = save.of_step
     if run.missing and results:
         as_found = Parts(run.spread.weights(trained()))
         save.newest = results.write(as_found, int(run.missing.stem.removeprefix("rwkv-")), True, found.step)
         say(f"saved {save.newest}, which was missing")
-    known = (
-        (before[-1]["seconds"] if before else 0.0, found.facts["tokens"], found.facts.get("in_a_row", 0))
-        if found
-        else ()
-    )
-    recorder = StepRecorder(sinks, config.nan_limit, say, *known)
     go_on = None
     if found:
         of_epoch = None if config.streaming else len(run.data.batches(rank, 0))
         go_on = GoOn(found, trained, epoch_steps, plan.accumulate, of_epoch)
     resample = [Resample(learner.lisa, learner.groups)] if learner.lisa else []
-    looking = None
-    if run.held:
-        share = functools.partial(run.held.batches, rank, plan.world)
-        looking = validate.Validate(
-            share, run.held.data, config.val_steps, epoch_steps, config.val_patience, looks, say, looked,
-            save.best if config.keep_best else None,
-        )  # fmt: skip
-    rounds: list[Rounds] = [looking] if looking else []
-    if run.questions:
-        form = template(run.data.templates[0][0] if len(run.data.templates) == 1 else DEFAULT_TEMPLATE)
-        where = folder / samples.FILE, run.questions, lambda m, q: likeliest_answer(m, form, q, config.sample_tokens)
-        rounds.append(samples.Samples(*where, config.sample_steps, epoch_steps, say))
-    for one in rounds:
-        one.interrupted, one.agree, one.paused = lambda: bool(stop.received), stop.agree, recorder.leave_out
+    validation = make_validation(run, told, save)
+    rounds = make_rounds(run, told, validation, stop, recorder)
     rows = run.data.most_sequences
     first_of_all = Heaviest(heaviest(run.data.most_tokens // rows, rows))
     callbacks = [watch, *([go_on] if go_on else []), recorder, stop, first_of_all, *rounds, *resample, save, keep]
-    module = make_module(run, learner)
-    # Lightning's hints are about loggers and workers that we have settled; its errors come as exceptions
-    warnings.filterwarnings("ignore", module="pytorch_lightning")
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.ERROR)
-    for library in ("lightning_fabric", "pytorch_lightning.strategies"):  # "Initializing distributed", of every process
-        logging.getLogger(library).setLevel(logging.WARNING)
-    trainer = pl.Trainer(
-        **run.trainer,
-        max_epochs=config.epoch_count,
-        accumulate_grad_batches=config.mini_bsz,
-        use_distributed_sampler=False,  # ours gives every rank its rows; Lightning's would shuffle them again
-        num_sanity_val_steps=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=callbacks,
-    )
+    module, trainer = make_module(run, learner), make_trainer(run, callbacks)
     epoch, begin = (go_on.epoch, go_on.first) if go_on else (0, 0)
     loader = make_loader(run.data.batches(rank, begin), run.workers, epoch, begin)
     cleanup.callback(end_workers, loader)
     began = time.monotonic()
     finished = found is not None and found.step == run.steps  # and only a checkpoint was missing
     try:
-        with stop.listening():
+        with stop.listening(), watch.instead_of_lightnings():
             if not finished:
                 trainer.fit(module, loader)
     except RuntimeError as error:
@@ -269,14 +204,13 @@ def train(run, cleanup: contextlib.ExitStack, say) -> None:
     cleanup.close()
     if not first:
         if run.place.node and run.place.local == 0:
-            print(
-                f"node {run.place.node}: {'stopped' if stop.received else 'done'}; node 0 has the results", flush=True
-            )
+            how = "stopped" if stop.received else "done"
+            print(f"node {run.place.node}: {how}; node 0 has the results", flush=True)
         sys.exit(128 + stop.received if stop.received else 0)
     complete = finished or trainer.global_step == run.steps
-    early = looking is not None and looking.stopped
+    early = validation is not None and validation.stopped
     if config.streaming and not complete and not stop.received and not early:
         print(f"The stream ended after {trainer.global_step} of MAX_STEPS={run.steps} steps.")
-    if looking and looking.best and not stop.received:
-        report.best_look(looking.best, folder, save.newest)
+    if validation and validation.best and not stop.received:
+        report.best_look(validation.best, folder, save.newest)
     report.finish(run.method, folder, save.newest, keep.exact, complete, stop.received, time.monotonic() - began)

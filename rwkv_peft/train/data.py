@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import itertools
-import json
-import os
 import re
-import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import hashing, project
+from .. import hashing
 from ..config import TrainConfig
 from ..errors import Problem, Problems, UserError
 from ..shell_vars import MOST, Script, values_as_written
 from ..strategies import STRATEGIES
-from ..words import did_you_mean, listed
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
@@ -33,39 +28,6 @@ if TYPE_CHECKING:
 TOKENIZE = Path(__file__).resolve().parent.parent.parent / "make_tokenize.sh"  # how a stream becomes tokens
 AUTO_BATCH_TOKENS = 4096  # MICRO_BSZ=auto: about this many tokens at once ...
 AUTO_LEAST_STEPS = 16  # ... but an epoch has at least this many optimizer steps, if the data allow it
-
-
-def data_files(text: str):
-    """DATA_PATH -> prefixes and weights of the tokenized files, and what is wrong with them."""
-    from ..data import mixture
-
-    if not missing_data(project.data_prefix(text)):  # a file whose very name looks like a mixture
-        return [(project.data_prefix(text), Fraction(1))], []
-    try:
-        names = mixture.parse(text)
-    except ValueError as error:
-        return [], [str(error)]
-    files = [(project.data_prefix(name), weight) for name, weight in names]
-    wrong = [missing for prefix, _ in files if (missing := missing_data(prefix))]
-    prefixes = [os.path.abspath(prefix) for prefix, _ in files]
-    wrong += [
-        f"names {project.shown(prefix)} more than once; give each file one weight"
-        for prefix in sorted({p for p in prefixes if prefixes.count(p) > 1})
-    ]
-    return files, wrong
-
-
-def missing_data(prefix: Path) -> str:
-    """What to say if a tokenized file is not there, else ""."""
-    missing = [ending for ending in (".bin", ".idx") if not Path(f"{prefix}{ending}").is_file()]
-    if not missing:
-        return ""
-    source = Path(f"{prefix}.jsonl")
-    there = project.data_names()
-    hint = f"{did_you_mean(prefix.name, there) or '.'} Tokenized data in data/: {listed(there)}"
-    if source.is_file():
-        hint = f"; make it: ./make_tokenize.sh {shlex.quote(source.name)}"
-    return f"{project.shown(prefix)}{' and '.join(missing)}: there is no such file{hint}"
 
 
 @dataclass(frozen=True)
@@ -98,6 +60,7 @@ def plan_run(config: TrainConfig, files, vocab_size: int, say) -> Planned:
     from ..data import buckets
     from ..data.loading import ITEM_MODES, Batches, Data
     from ..data.sampling import AUTO_CTX_LIMIT
+    from ..tokenized import mask_of, template_of
     from ..training import report
 
     mode = "concat" if config.pack == "concat" else "magic" if config.magic_prime else config.dataload
@@ -110,9 +73,9 @@ def plan_run(config: TrainConfig, files, vocab_size: int, say) -> Planned:
         return buckets.choose(lengths, config.lengths, config.batch_sizes, budget, config.mini_bsz, config.processes)
 
     data = Data(
-        open_sources(config, files, vocab_size, say),
+        open_masked(config, files, vocab_size, say),
         mode,
-        mask_of(config),
+        mask_of(config.loss_mask),
         ctx_len,
         config.overlong,
         config.seed,
@@ -166,10 +129,11 @@ def held_out(config: TrainConfig, files, ctx_len: int, vocab_size: int, say) -> 
     """What VAL_DATA names, in packs, with the mask of the run; None for none. files: those that are trained, for auto.
     Problems for what is not there or has nothing to learn."""
     from ..data.loading import Data
+    from ..tokenized import data_files, mask_of, missing_data
 
     def opened(pairs) -> Data:
-        sources = open_sources(config, pairs, vocab_size, say)
-        return Data(sources, "pack", mask_of(config), ctx_len, "cut", 0, False)
+        sources = open_masked(config, pairs, vocab_size, say)
+        return Data(sources, "pack", mask_of(config.loss_mask), ctx_len, "cut", 0, False)
 
     missing: list[str] = []
     if config.val_data == "none":
@@ -226,19 +190,6 @@ def content_of_files(files, before: dict | None) -> dict:
     return {"files": found, "weights": [str(weight) for _, weight in files]}
 
 
-def template_of(prefix: Path) -> tuple[str, str] | None:
-    """The PROMPT_TYPE and EOT that tokenized data were made with, as NAME.report.json tells; None where there is none."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        settings = json.loads(Path(f"{prefix}.report.json").read_text(encoding="utf-8"))["settings"]
-        return str(settings["PROMPT_TYPE"]), str(settings["EOT"])
-    return None
-
-
-def mask_of(config: TrainConfig) -> str:
-    """LOSS_MASK=se is qa with roles that the markers tell."""
-    return "qa" if config.loss_mask == "se" else config.loss_mask
-
-
 def plan_stream(config: TrainConfig, source: Path, vocab_size: int, say) -> Planned:
     """Batches straight from a file or folder of rows, encoded on the way as make_tokenize.sh says."""
     from ..data.loading import Data
@@ -246,9 +197,9 @@ def plan_stream(config: TrainConfig, source: Path, vocab_size: int, say) -> Plan
     from ..data.sampling import Plan
     from ..data.streaming import Stream
     from ..rows import files
-    from ..rows.encode import roles_in_text
     from ..rows.settings import TokenizeConfig, recipe
     from ..rows.stream import RowStream
+    from ..tokenized import mask_of, roles_in_text, unescaped
     from ..training import report
 
     script = Script(TOKENIZE, values_as_written(TOKENIZE))
@@ -268,7 +219,7 @@ def plan_stream(config: TrainConfig, source: Path, vocab_size: int, say) -> Plan
         return Data(
             [part],
             config.dataload,
-            mask_of(config),
+            mask_of(config.loss_mask),
             config.ctx_len,
             config.overlong,
             (config.seed, number),
@@ -311,39 +262,7 @@ def stream_source(name: str) -> tuple[Path, list[str]]:
         return Path(name), [wrong]
 
 
-def open_sources(config: TrainConfig, files, vocab_size: int, say) -> list:
-    """The tokenized files with the roles that LOSS_MASK asks for: those written down, or found in the text."""
-    from ..data.binidx import Reader
-    from ..data.masking import Markers
-    from ..data.sources import Source
-    from ..rows.encode import roles_in_text
-    from ..templates.headings import spans_of_text
+def open_masked(config: TrainConfig, files, vocab_size: int, say) -> list:
+    from ..tokenized import open_sources
 
-    sources, missing = [], []
-    for prefix, weight in files:
-        reader, roles = Reader(prefix), None
-        markers = Markers(unescaped(config.mask_start), unescaped(config.mask_end))
-        if config.loss_mask == "se":
-            roles = functools.partial(roles_in_text, find_spans=markers.spans)
-        elif config.loss_mask in ("qa", "last"):
-            if Path(f"{prefix}.roles.idx").is_file():
-                roles = Reader(f"{prefix}.roles")
-            else:
-                roles = functools.partial(roles_in_text, find_spans=spans_of_text)
-                say(
-                    f"{prefix.name} has no .roles file: who said what is found by the headings User: and Assistant: in the text."
-                )
-        sources.append(Source(reader, roles, vocab_size, weight))
-        if config.loss_mask == "se" and not markers.starts:
-            missing.append(Problem("MASK_START", f"is nowhere in {prefix.name}.bin"))
-        elif config.loss_mask == "se" and not markers.ends:
-            missing.append(Problem("MASK_END", f"is nowhere behind a MASK_START in {prefix.name}.bin"))
-    if missing:
-        raise Problems(*missing)
-    return sources
-
-
-def unescaped(text: str) -> bytes:
-    """The bytes that MASK_START and MASK_END mean."""
-    marks = {"\\n": "\n", "\\t": "\t", "\\\\": "\\"}
-    return re.sub(r"\\[nt\\]", lambda found: marks[found[0]], text).encode()
+    return open_sources(files, config.loss_mask, config.mask_start, config.mask_end, vocab_size, say)

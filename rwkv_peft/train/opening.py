@@ -9,7 +9,7 @@ from .. import hashing, project, runs, sidecars
 from ..config import TrainConfig
 from ..errors import Problem, Problems, UserError
 from ..methods import METHODS
-from .data import data_files, stream_source
+from .data import stream_source
 from .record import options_of, script_values
 
 
@@ -18,6 +18,7 @@ def open_files(config: TrainConfig, base: Path, new: bool):
     run begins with. Problems with all that is wrong with the files. new: the run has no state of its own to go on from."""
     from .. import bases
     from ..model.arch import NUMBERS
+    from ..tokenized import data_files
 
     found, stored, geometry = [], {}, None
     try:
@@ -101,7 +102,7 @@ def earlier_run(config: TrainConfig) -> Earlier | None:
     if not name:
         return Earlier(None, start_file(config, None)) if config.pissa_init else None
     path = project.find(name, "output")
-    path = runs.epoch_file(path, None) if path.is_dir() else path
+    path = runs.checkpoint_file(path) if path.is_dir() else path
     if not path.is_file():
         raise Problems(Problem(load, f"{name}: there is no such file"))
     try:

@@ -27,7 +27,8 @@ def must_have_room(run: Prepared, trained_values: int) -> None:
     config = run.config
     moments = (4 + OPTIMS[config.optim].moments) * trained_values if config.keep_last else 0
     size = run.base.stat().st_size if run.method.saves_model else 4 * trained_values
-    need_space(run.folder, size + int(moments) * (config.keep_last + 1))
+    steps = config.keep_last + 1 if config.keep_last and config.save_steps else 0
+    need_space(run.folder, size * (1 + steps) + int(moments) * (config.keep_last + 1))
 
 
 class Results:

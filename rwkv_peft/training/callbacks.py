@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .. import tokenizer
+from .. import runs, tokenizer
 from ..errors import EXIT_USER, UserError, unheard
 from ..words import clock
 from .plot import draw_loss, looks_back
@@ -32,7 +32,7 @@ TOO_HIGH = (
 
 STOPPING = b"\nStopping after this batch and saving. Ctrl-C again leaves at once, without saving.\n"
 NAMED = 3  # micro-batches of a step that came to nothing
-SPEED_SMOOTHING = 0.8  # of seconds per step, for tokens/s and the time left
+SPEED_STEPS = 10  # the last ones, for tokens/s
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,9 @@ class StepRecorder(pl.Callback):
     def on_train_start(self, trainer, module) -> None:
         self.last = time.monotonic()
         self.begin = self.last - self.seconds
-        self.step, self.tokens, self.pace = trainer.global_step, 0, None
+        self.step, self.tokens = trainer.global_step, 0
+        self.lately: deque[tuple[float, int, int]] = deque(maxlen=SPEED_STEPS)  # seconds, tokens, targets
+        self.slow = True  # the first step makes ready what the others find
 
     def leave_out(self, seconds: float) -> None:
         """Something else was done since the last step: it is not counted to the next one's time."""
@@ -98,7 +100,11 @@ class StepRecorder(pl.Callback):
         self.in_a_row = self.in_a_row + 1 if module.skipped or not math.isfinite(loss) else 0
         now = time.monotonic()
         taken, self.last = max(now - self.last, 1e-9), now
-        self.pace = taken if self.pace is None else SPEED_SMOOTHING * self.pace + (1 - SPEED_SMOOTHING) * taken
+        self.lately.append((taken, tokens, batch.step_targets))
+        if self.slow and len(self.lately) == 2:
+            self.lately.popleft()
+            self.slow = False
+        seconds, inputs, trained = (sum(numbers) for numbers in zip(*self.lately, strict=True))
         if not trainer.is_global_zero:
             if self.in_a_row >= self.limit:
                 raise SystemExit(EXIT_USER)  # the first process says why
@@ -109,7 +115,7 @@ class StepRecorder(pl.Callback):
         norm = float(module.grad_norm)
         record = Record(
             self.step, trainer.current_epoch, shown, rate, norm if math.isfinite(norm) else None, tokens, batch.step_targets,
-            tokens / self.pace, batch.step_targets / self.pace, now - self.begin, bool(self.in_a_row),
+            inputs / seconds, trained / seconds, now - self.begin, bool(self.in_a_row),
         )  # fmt: skip
         for sink in self.sinks:
             sink(record)
@@ -134,20 +140,22 @@ class StepRecorder(pl.Callback):
 
 
 class Progress:
-    """A bar with loss, rate, tokens per second and time left; plain lines, about twenty a run, where there is no terminal.
+    """A bar with loss, rate, speed, memory and time left; plain lines, about twenty a run, where there is no terminal.
 
     The loss is the mean of the last twentieth of the run's steps (at least 5); loss.jsonl has every single one. before: the
-    records of a run that goes on.
+    records of a run that goes on. memory: () -> bytes that were held at most.
     """
 
-    def __init__(self, steps: int, epochs: int, before: Sequence[dict] = ()):
-        self.steps, self.epochs = steps, epochs
+    def __init__(self, steps: int, epochs: int, before: Sequence[dict] = (), memory: Callable[[], int] = lambda: 0):
+        self.steps, self.epochs, self.memory = steps, epochs, memory
         # losses; their plain mean is loss.png's smooth line
         self.recent: deque[float] = deque(
             (r["loss"] for r in before if r["loss"] is not None), maxlen=looks_back(steps)
         )
+        # the step and the second from which on the time left is reckoned
         self.done, self.spent = (before[-1]["step"], before[-1]["seconds"]) if before else (0, 0.0)
-        form = "{desc} |{bar:16}| {n_fmt}/{total_fmt}, {remaining} left"
+        self.first = self.done + 1
+        form = "{desc} |{bar:16}| {n_fmt}/{total_fmt}{postfix}"  # (a comma comes by itself)
         self.bar = None
         if sys.stderr.isatty():
             self.bar = tqdm(total=steps, initial=self.done, dynamic_ncols=True, bar_format=form)
@@ -163,15 +171,19 @@ class Progress:
         loss = f"{sum(self.recent) / len(self.recent):.3f}" if self.recent else "-"
         # tokens/s: all inputs, and those that are trained
         speed = f"{record.tokens_per_s:,.0f} tokens/s ({record.targets_per_s:,.0f} trained)"
+        speed += f"  {self.memory() / 2**30:.1f} GB" if self.memory() else ""
+        left = clock((self.steps - record.step) * (record.seconds - self.spent) / (record.step - self.done))
+        if record.step == self.first:  # it makes ready what the others find: none is like it
+            self.done, self.spent = record.step, record.seconds
         if self.bar:
             state = f"epoch {record.epoch + 1}/{self.epochs}  loss {loss}  lr {record.lr:.2e}  {speed}"
             self.bar.set_description_str(state, refresh=False)
+            self.bar.postfix = f"{left} left"
             self.bar.update(1)
-        elif record.step == self.done + 1 or record.step % self.every == 0 or record.step == self.steps:
-            left = (self.steps - record.step) * (record.seconds - self.spent) / (record.step - self.done)
+        elif record.step == self.first or record.step % self.every == 0 or record.step == self.steps:
             print(
                 f"epoch {record.epoch + 1}/{self.epochs}  step {record.step}/{self.steps}  loss {loss}  "
-                f"lr {record.lr:.2e}  {speed}  {clock(left)} left",
+                f"lr {record.lr:.2e}  {speed}  {left} left",
                 flush=True,
             )
 
@@ -211,7 +223,8 @@ class Save(pl.Callback):
 
     write: (what is trained, epoch, finished, step, name instead of the epoch's) -> the path it wrote; called on rank 0 only.
     names: () -> the trained parameters, under their names in files. keep: saves what the run can go on from, with the trainer;
-    called on all. epoch_steps: optimizer steps of an epoch. say: where to tell the user.
+    called on all. epoch_steps: optimizer steps of an epoch. say: where to tell the user. most_steps: checkpoints of steps that
+    are kept.
     """
 
     def __init__(
@@ -224,19 +237,23 @@ class Save(pl.Callback):
         names: Callable[[], Mapping[str, nn.Parameter]],
         keep: Callable[[pl.Trainer], None],
         say: Callable[[str], None],
+        most_steps: int,
     ):
-        self.epoch_steps = epoch_steps
+        self.epoch_steps, self.most_steps = epoch_steps, most_steps
         self.every, self.epochs, self.folder, self.say = every, epochs, folder, say
         self.write, self.names = write, names
         self.keep = keep
         self.newest: Path | None = None
+        self.step = -1  # of the newest checkpoint of an epoch
 
     def on_train_epoch_end(self, trainer, module) -> None:
         epoch, step = trainer.current_epoch, trainer.global_step
         # (a stream may end before its time; what is told to stop in the last step of an epoch has finished it)
         finished = not trainer.should_stop or step >= (epoch + 1) * self.epoch_steps
         due = self.is_due(epoch) or not finished or trainer.should_stop
-        if due and step and (path := self.put(trainer, module, epoch, finished, step)):
+        if due and step:
+            self.step, path = step, self.put(trainer, module, epoch, finished, step)
+        if due and step and path:
             self.newest = path
             self.draw()
             self.say(f"saved {path} (epoch {epoch + 1} of {self.epochs}{'' if finished else ', not finished'})")
@@ -248,6 +265,17 @@ class Save(pl.Callback):
     def best(self, trainer, module) -> None:
         """Write rwkv-best.pth. To be called by all processes."""
         self.put(trainer, module, trainer.current_epoch, True, trainer.global_step, "best")
+
+    def of_step(self, trainer, module) -> None:
+        """Write rwkv-step-N.pth, unless the epoch that ends here has one. To be called by all processes."""
+        step = trainer.global_step
+        if step != self.step:
+            try:
+                finished = step % self.epoch_steps == 0
+                if self.put(trainer, module, (step - 1) // self.epoch_steps, finished, step, f"step-{step}"):
+                    runs.drop_old_steps(self.folder, step, self.most_steps)
+            except (OSError, UserError) as error:
+                self.say(f"careful   rwkv-step-{step}.pth could not be saved; training goes on. {error}")
 
     def put(self, trainer, module, *what) -> Path | None:
         """Write what is trained, with all processes; returns the first one's path. what: the rest of `write`'s arguments."""

@@ -71,7 +71,8 @@ class Keep(pl.Callback):
 
     write: from parts and facts to a snapshot on the disk; None for a run that saves none. names: see GoOn. every: 0 for never by
     itself. epoch_steps: optimizer steps of an epoch. say: is told where one cannot be written, on a full disk: training goes on
-    without it. saved: the step of the one that it goes on from.
+    without it. saved: the step of the one that it goes on from. beside: is called by all processes before one of `every` is
+    written.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Keep(pl.Callback):
     ):
         self.write, self.names, self.every, self.epoch_steps, self.say = write, names, every, epoch_steps, say
         self.step, self.saved = 0, saved
+        self.beside: Callable[[pl.Trainer, pl.LightningModule], None] = lambda trainer, module: None
 
     def on_train_start(self, trainer, module) -> None:
         self.look(trainer)
@@ -95,10 +97,15 @@ class Keep(pl.Callback):
         self.look(trainer)
         # (not where an epoch ends: its checkpoint comes first, or a run that goes on from here would never write it)
         if self.every and self.step % self.every == 0 and self.step % self.epoch_steps:
-            self.save(trainer)
+            self.save_step(trainer, module)
 
     def on_train_epoch_end(self, trainer, module) -> None:
         if self.every and self.step and self.step % self.every == 0:
+            self.save_step(trainer, module)
+
+    def save_step(self, trainer, module) -> None:
+        if self.write is not None:
+            self.beside(trainer, module)
             self.save(trainer)
 
     def look(self, trainer) -> None:

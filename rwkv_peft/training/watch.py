@@ -13,9 +13,10 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytorch_lightning as pl
+from pytorch_lightning.strategies.launchers import subprocess_script
 from torch.distributed import PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store
 
@@ -54,9 +55,18 @@ class Watch(pl.Callback):
         self.over = threading.Event()
         self.named = threading.Lock()  # who has it says it
 
+    @contextlib.contextmanager
+    def instead_of_lightnings(self) -> Iterator[None]:
+        """Take the place of Lightning's observer, which ends this process by SIGKILL some seconds after any of those that it has
+        started has ended, whatever it is just writing."""
+        theirs, subprocess_script._launch_process_observer = subprocess_script._launch_process_observer, self.observe
+        try:
+            yield
+        finally:
+            subprocess_script._launch_process_observer = theirs
+
     def observe(self, child_processes: list[subprocess.Popen]) -> None:
-        """Look after processes from their start on. (Takes the place of Lightning's observer, which ends this process by SIGKILL
-        some seconds after any of them has ended, whatever it is just writing.)"""
+        """Look after processes from their start on."""
         self.children = child_processes
         self.start(self.check_children)
 
@@ -153,8 +163,10 @@ class Watch(pl.Callback):
         os._exit(code)
 
     def leave(self) -> None:
-        """Where this process ends, those that it has started end as well: they may wait for it in the middle of something."""
+        """Where this process ends, those that it has started have ended: by themselves where the training is done, else they may
+        wait for it in the middle of something."""
         self.over.set()
-        for child in self.children if not self.done else ():
-            with contextlib.suppress(ProcessLookupError):
-                child.kill()
+        for child in self.children:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(GONE if self.done else 0)
+            child.kill()

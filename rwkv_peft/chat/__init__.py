@@ -2,6 +2,7 @@
 
 usage: ./chat.sh [--model FILE] [--adapter FILE] [--prompt TEXT] [--raw] [--system TEXT]
                  [--prompt-type NAME] [--max-tokens N] [--temperature X] [--top-p X] [--seed N]
+       ./chat.sh --diagnose RUN [--model FILE]
 
   --model         the model: a name in model/ or merge/, or any path (MODEL_PATH in the script). Alone it stands for itself:
                   ADAPTER in the script is then left out. With --adapter it is the base that the run was trained on
@@ -13,6 +14,9 @@ usage: ./chat.sh [--model FILE] [--adapter FILE] [--prompt TEXT] [--raw] [--syst
   --prompt-type   the template to talk in, as in make_tokenize.sh; else that of the run, or PROMPT_TYPE in the script
   --temperature   0 takes the likeliest token every time; 1 is the model's own spread
   --top-p         only the likeliest tokens that together have this share
+  --diagnose RUN  how well did a run fit? Rows that it has learnt from and held-out ones go through its base and what became
+                  of it, their questions are asked, and in words: underfit, overfit, a learning rate too high or too low, with
+                  the numbers behind it. RUN: a name in output/, latest, or one checkpoint of a run
   --help          this text
 While you talk, Ctrl-C ends an answer, /reset forgets the talk, and the arrow keys bring back earlier questions.
 """
@@ -24,18 +28,13 @@ import contextlib
 import dataclasses
 import sys
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from . import project, runs, sidecars
-from .errors import Problems, UserError
-from .shell_vars import convert, enter, var
-from .templates.named import template
-from .templates.template import ENDINGS, Ending
-from .words import did_you_mean, listed
+from ..errors import Problems, UserError
+from ..shell_vars import convert, enter, var
+from ..templates.named import template
+from ..templates.template import ENDINGS, Ending
 
-# the endings of files for other programs -> what loads them
-OTHERS = {".st": "Ai00 and web-rwkv", ".gguf": "llama.cpp", ".state": "Ai00", ".rwkvcpp.bin": "rwkv.cpp"}
 COMMANDS = "/reset forgets the talk, /quit or an empty line ends it, Ctrl-C ends an answer"
 
 
@@ -54,19 +53,36 @@ class ChatConfig:
     precision: Literal["auto", "bf16", "fp16", "fp32"] = var("PRECISION")
 
 
+class Asked(NamedTuple):
+    """config: with the words of the command line. prompt, raw: --prompt, --raw. base_was_named: --model was typed. run: what is
+    to be diagnosed, None for nothing."""
+
+    config: ChatConfig
+    prompt: str | None
+    raw: bool
+    base_was_named: bool
+    run: str | None
+
+
 def main(arguments: list[str]) -> None:
     enter(arguments, __doc__, ChatConfig, command)
 
 
 def command(config: ChatConfig, typed: list[str]) -> None:
-    config, prompt, raw, base_was_named = command_line(typed, config)
+    config, prompt, raw, base_was_named, run = command_line(typed, config)
+    if run is not None:
+        from .diagnose import diagnose
+
+        return diagnose(run, config.model_path if base_was_named else "", config.precision)
     was_typed = any(word.startswith("--prompt-type") for word in typed)
     if was_typed:
         check_template(config.prompt_type, f"--prompt-type {config.prompt_type}")
     else:
         template(config.prompt_type)  # a name that is none is told before a model is loaded
-    model, name, run = load(config, base_was_named)
-    trained_with, ending = run.get("prompt_type"), ENDINGS.get(run.get("eot"), ENDINGS["doc"])
+    from .models import load
+
+    model, name, told = load(config, base_was_named)
+    trained_with, ending = told.get("prompt_type"), ENDINGS.get(told.get("eot"), ENDINGS["doc"])
     if trained_with and trained_with != config.prompt_type and not raw and not was_typed:
         print(f"PROMPT_TYPE={trained_with}: what it was trained with. --prompt-type takes another.", file=sys.stderr)
         check_template(trained_with, f"{name} was trained with PROMPT_TYPE={trained_with}, which")
@@ -90,8 +106,8 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}. See ./chat.sh --help")
 
 
-def command_line(arguments: list[str], config: ChatConfig) -> tuple[ChatConfig, str | None, bool, bool]:
-    """The script's values with those of the command line in their place."""
+def command_line(arguments: list[str], config: ChatConfig) -> Asked:
+    """The script's values with those of the command line in their place, and what it asks for beside them."""
     parser = Parser(add_help=False, allow_abbrev=False)
     options = {f.metadata["var"]: f for f in dataclasses.fields(ChatConfig)}
     flags = {"--model": "MODEL_PATH", "--adapter": "ADAPTER", "--system": "SYSTEM",
@@ -101,6 +117,7 @@ def command_line(arguments: list[str], config: ChatConfig) -> tuple[ChatConfig, 
         parser.add_argument(flag, dest=name)
     parser.add_argument("--prompt")
     parser.add_argument("--raw", action="store_true")
+    parser.add_argument("--diagnose")
     words = list(arguments)
     for i, word in reversed(list(enumerate(words[:-1]))):  # "--prompt -5+3?": what follows is its value, whatever it is
         if word in (*flags, "--prompt") and not words[i + 1].startswith("--"):
@@ -115,128 +132,31 @@ def command_line(arguments: list[str], config: ChatConfig) -> tuple[ChatConfig, 
                 changed[options[name].name] = convert(text, kinds.get(name, str), options[name].metadata)
             except ValueError as error:
                 raise UserError(f"{flag} {text}: {error}.") from None
+    if given.diagnose is not None:
+        given_too = [flag for flag, name in flags.items() if getattr(given, name) is not None and flag != "--model"]
+        given_too += ["--prompt"] * (given.prompt is not None) + ["--raw"] * given.raw
+        if given_too:
+            raise UserError(f"{given_too[0]} has no place beside --diagnose, which takes only --model.")
     if given.raw and given.prompt is None:
         raise UserError("--raw needs --prompt: the beginning of the text to go on with.")
     if given.prompt is not None and not given.prompt.strip():
         raise UserError("--prompt is empty.")
     if given.MODEL_PATH and not given.ADAPTER:
         changed["adapter"] = ""  # another model was asked for: the script's adapter belongs to the script's model
-        if config.adapter and given.ADAPTER is None:
+        if config.adapter and given.ADAPTER is None and given.diagnose is None:
             told = f"ADAPTER={config.adapter} of the script is left out, because --model asks for another model."
             print(f"{told} To have both: --model FILE --adapter FILE", file=sys.stderr)
-    return dataclasses.replace(config, **changed), given.prompt, given.raw, given.MODEL_PATH is not None
-
-
-def load(config: ChatConfig, base_was_named: bool):
-    """The model ready to talk, what to call it, and what its run tells of itself (nothing, if nobody knows).
-
-    base_was_named: --model was typed beside an adapter: it must be the adapter's base. Else the sidecar says which.
-    """
-    import torch
-
-    from . import bases, checkpoint, machine
-    from .adapters import attach
-    from .methods import METHODS
-    from .model.rwkv import build, for_generating
-    from .ops import dispatch
-
-    base, adapter, setup, sidecar = None, None, attach.Setup("none"), {}
-    if config.adapter:
-        adapter = adapter_file(config.adapter)
-        if is_bare_state(adapter):  # a state from anywhere: nothing else has to be known
-            setup, base = attach.Setup("state"), model_or_merged(config.model_path)
-        else:
-            bases.must_not_lack_its_sidecar(adapter)
-            sidecar = sidecars.read(adapter, ("method", "base", "base_sha256"))
-            setup = attach.setup_of(sidecar, project.shown(adapter))
-            bases.must_be_its_own(adapter, sidecar)
-            if METHODS[setup.method].saves_model:
-                base, adapter = adapter, None
-            else:
-                given = str(model_place(config.model_path)) if base_was_named else ""
-                base = bases.base_of(sidecar, adapter, given, cure="./chat.sh --model FILE --adapter FILE")
-    elif not config.model_path.strip():
-        raise UserError("No model is named: give --model FILE or --adapter FILE, or MODEL_PATH in chat.sh.")
-    else:
-        base = model_or_merged(config.model_path)
-    _, geometry = bases.inspect(base)
-    ops = dispatch.choose("auto", geometry.version, machine.device_kind(), geometry.head_size)
-    # where large matrices are read as they are stored, float32 costs no more than bfloat16 and rounds nothing
-    exact = config.precision == "auto" and torch.bfloat16 in ops.reads
-    dtype = torch.float32 if exact else machine.DTYPES[machine.precision(config.precision)]
-    if ops.why and ops.name == "torch":
-        print(f"OP=torch: {ops.why}", file=sys.stderr)
-    model = build(geometry, checkpoint.load(base), ops, dtype)
-    if adapter:
-        start = bases.start_of(adapter, sidecar, setup.method)
-        attach.attach_checkpoint(model, checkpoint.load(adapter), setup, project.shown(adapter), None, start)
-    name = project.shown(base) + (f" + {project.shown(adapter)}" if adapter else "")
-    if not sidecar and sidecars.path_of(base).is_file():  # a merged model
-        with contextlib.suppress(UserError):
-            sidecar = sidecars.read(base, ("prompt_type",))
-    return for_generating(model).to(torch.device(machine.device_kind())), name, sidecar
-
-
-def must_be_for_us(name: str) -> None:
-    """UserError for a file that ./merge.sh --export writes for another program, with the name of what it was made of."""
-    for ending, program in OTHERS.items():
-        if name.endswith(ending):
-            stem = name.removesuffix(ending).removesuffix(".bf16").removesuffix(".f32")
-            raise UserError(f"{name}: ./chat.sh reads .pth, and this file is for {program}. Use {stem}.pth")
-
-
-def model_place(name: str) -> Path:
-    """Where a model lies, in model/ or merge/ or anywhere. May not exist."""
-    must_be_for_us(name)
-    path = project.model_file(name)
-    merged = project.find(name if name.endswith(".pth") else f"{name}.pth", "merge")
-    return merged if merged.exists() and not path.exists() else path
-
-
-def model_or_merged(name: str) -> Path:
-    path = model_place(name)
-    if path.exists():
-        return path
-    there = [p.name for folder in ("model", "merge") for p in (project.ROOT / folder).glob("*.pth")]
-    raise UserError(
-        f"{name}: there is no such model{did_you_mean(name, there) or '.'} In model/ and merge/ there is: {listed(there)}."
+    return Asked(
+        dataclasses.replace(config, **changed), given.prompt, given.raw, given.MODEL_PATH is not None, given.diagnose
     )
-
-
-def adapter_file(name: str) -> Path:
-    """ADAPTER -> the checkpoint; a run's folder stands for its last epoch. UserError if it is a model of its own."""
-    from . import checkpoint
-    from .methods import METHODS
-    from .model.arch import ARCHS
-
-    must_be_for_us(name)
-    path = runs.run_folder("") if name in ("latest", "output/latest") else project.find(name, "output")
-    if path.is_dir():
-        return runs.epoch_file(path, None)
-    holds = checkpoint.describe(path)
-    if sidecars.path_of(path).is_file():
-        method = METHODS.get(sidecars.read(path, ("method",))["method"])
-        if method and method.saves_model:
-            return path
-    if "head.weight" in holds and any(arch.marker in holds for arch in ARCHS.values()):
-        raise UserError(f"{project.shown(path)}: is a whole model, not an adapter. Use it with --model (MODEL_PATH).")
-    return path
-
-
-def is_bare_state(path: Path) -> bool:
-    """Whether a file holds a learnt state and nothing else, without a sidecar."""
-    from . import checkpoint
-    from .model.arch import STATE_NAME
-
-    return not sidecars.path_of(path).is_file() and all(map(STATE_NAME.fullmatch, checkpoint.describe(path)))
 
 
 def once(model, config: ChatConfig, prompt: str, raw: bool) -> None:
     """--prompt: one answer to standard output."""
-    from . import tokenizer
-    from .generate import advance
-    from .roles import Role
-    from .templates.template import Message
+    from .. import tokenizer
+    from ..generate import advance
+    from ..roles import Role
+    from ..templates.template import Message
 
     form = template(config.prompt_type)
     text = prompt.encode("utf-8", "replace").decode()  # bytes that are no text arrive as half characters
@@ -252,7 +172,7 @@ def once(model, config: ChatConfig, prompt: str, raw: bool) -> None:
 
 def answer(model, config: ChatConfig, logits, state, stops, strip: bool, talking: bool = False) -> str:
     """Print an answer while it is made; returns it. talking: Ctrl-C ends the answer, not the program."""
-    from .generate import generate
+    from ..generate import generate
 
     text = ""
     try:
@@ -276,10 +196,10 @@ def talk(model, config: ChatConfig, name: str, ending: Ending = ENDINGS["doc"]) 
     with contextlib.suppress(ImportError):  # gives input() its line editing and the arrow keys
         import readline  # noqa: F401
 
-    from . import tokenizer
-    from .generate import advance
-    from .roles import Role
-    from .templates.template import Message, split_thought
+    from .. import tokenizer
+    from ..generate import advance
+    from ..roles import Role
+    from ..templates.template import Message, split_thought
 
     form = template(config.prompt_type)
     print(f"{name}: type a question. {COMMANDS}.")

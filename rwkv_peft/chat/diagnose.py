@@ -1,0 +1,242 @@
+"""./chat.sh --diagnose RUN: rows that it has learnt from, and held-out ones, go through the base and what became of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from .. import project, runs, tokenizer
+from ..data.loading import Data
+from ..errors import Problems, UserError
+from ..generate import advance, generate
+from ..methods import METHODS
+from ..model.rwkv import RWKV
+from ..roles import Role
+from ..templates.named import template
+from ..tokenized import data_files, mask_of, missing_data, open_sources
+from . import models
+from .verdict import Rows, Run, judge
+
+MOST_ROWS, MOST_TOKENS, LEAST_ROWS = 64, 8192, 8  # of a file that go through the models
+QUESTIONS = 3  # of the rows that were trained, and of the held-out ones
+ANSWER = 48  # tokens
+SHOWN = 160  # characters of a text
+TARGETS = 256  # whose logits are in memory at once
+
+
+@dataclass(frozen=True)
+class Row:
+    """A document as the run has it. file, number: where it lies. tokens int64 [n]; weights [n - 1]: which targets are trained.
+    asked: how many of its first tokens are the question; expected: those of the answer to it."""
+
+    file: str
+    number: int
+    tokens: np.ndarray
+    weights: np.ndarray
+    asked: int
+    expected: np.ndarray
+
+
+def diagnose(name: str, base: str, precision: str) -> None:
+    """name: of a run, or of one of its checkpoints. base: where the base lies, "" for where the sidecar says."""
+    adapter = models.adapter_file(name)
+    chosen = models.of_run(adapter, base)
+    settings, records, looks = facts_of(adapter.parent)
+    original = chosen.model if chosen.adapter else models.base_of(adapter, chosen.sidecar, base)
+    model = models.built(original, precision)
+    files, lines = rows_of(settings, model.geometry.vocab_size)
+    trained, held = [[row for rows in by_file.values() for row in rows] for by_file in files]
+    form = template(chosen.sidecar.get("prompt_type") or "rwkv-world")
+    print(f"{project.shown(adapter)} ({METHODS[chosen.setup.method].words}) beside its base {project.shown(original)}")
+    print("\n".join(lines), flush=True)
+
+    asked = {"trained": ask(trained), "held-out": ask(held)}
+    everything = trained + held
+    found: list[tuple[list[float], list[str]]] = []
+    for which in ("base", "tuned"):
+        if which == "tuned":
+            if chosen.adapter:
+                model = models.built(original, precision)
+                models.put_on(model, chosen)
+            else:
+                model = models.built(chosen.model, precision)
+        model = models.ready(model)
+        bar = tqdm(everything, desc=which, disable=not sys.stderr.isatty(), leave=False, unit="row")
+        losses = [loss_of(model, row) for row in bar]
+        answers = [answer(model, row, form.stops()) for rows in asked.values() for row in rows]
+        found.append((losses, answers))
+    (before, said_before), (after, said_after) = found
+
+    sums = Rows(np.array([row.weights.sum() for row in everything]), np.array(before), np.array(after))
+    places = {id(row): i for i, row in enumerate(everything)}
+
+    def measured(rows: Sequence[Row]) -> Rows | None:
+        return sums.part(np.array([places[id(row)] for row in rows])) if rows else None
+
+    print("\n" + "\n".join(table(files, measured, trained, held)))
+    number = 0
+    for what, rows in asked.items():
+        for row in rows:
+            print(f"\n{what} row {row.number} of {row.file}")
+            told = {
+                "asked": text_of(row.tokens[: row.asked]), "expected": text_of(row.expected), "base": said_before[number],
+                "tuned": said_after[number],
+            }  # fmt: skip
+            print("\n".join(f"  {label:<9} {shortened(text)}" for label, text in told.items()))
+            number += 1
+    step = chosen.sidecar["step"]
+    told = [r for r in records if r["step"] <= step]
+    sources = [(file, measured(rows), measured(files[1].get(file, []))) for file, rows in files[0].items()]
+    run = Run(
+        measured(trained),
+        measured(held),
+        sources if len(sources) > 1 else [],
+        np.array([r["loss"] for r in told if r["loss"] is not None and not r.get("skipped")]),
+        sum(bool(r.get("skipped")) for r in told),
+        [(r["step"], r["loss"]) for r in looks if r["loss"] is not None and 0 < r["step"] <= step],
+        settings["LR_INIT"],
+        (adapter.parent / runs.BEST).is_file(),
+    )
+    print()
+    for finding in judge(run):
+        print(f"{finding.what:<10}{finding.words}.")
+
+
+def facts_of(folder: Path) -> tuple[dict[str, Any], list[dict], list[dict]]:
+    """A run's settings, and the records of its steps and of its looks at held-out rows. UserError if it has no settings."""
+    try:
+        settings = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        settings["DATA_PATH"], settings["LOSS_MASK"], settings["CTX_LEN"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"{project.shown(folder / 'run.json')}: cannot be read ({what}); it says what the run learnt from."
+        ) from None
+    looks = list(records_of(folder / "valid.jsonl"))
+    return settings, list(records_of(folder / "loss.jsonl")), [r for r in looks if r["data"] == looks[-1]["data"]]
+
+
+def records_of(path: Path) -> Iterator[dict]:
+    """The lines of a file, up to the first one that is not whole."""
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            return
+
+
+def rows_of(settings: dict, vocab_size: int) -> tuple[tuple[dict[str, list[Row]], dict[str, list[Row]]], list[str]]:
+    """Rows by file: of those that were trained, and of the held-out ones, under the same name; and what to say of them. Problems
+    if there are none at all."""
+    lines: list[str] = []
+    trained: dict[str, list[Row]] = {}
+    pairs, wrong = data_files(settings["DATA_PATH"]) if not settings["STREAMING"] else ([], [])
+    if settings["STREAMING"]:
+        lines.append("its rows were streamed: only held-out rows and the course of the loss can be looked at")
+    lines += [f"careful   DATA_PATH: {words}" for words in wrong]
+    for pair in pairs:
+        trained[pair[0].name] = take(settings, pair, vocab_size, lines.append)
+    held: dict[str, list[Row]] = {}
+    if settings["VAL_DATA"] in ("auto", "none"):
+        others = [(prefix.with_name(f"{prefix.name}.valid"), weight) for prefix, weight in pairs]
+        others = [pair for pair in others if not missing_data(pair[0])]
+    else:
+        others, wrong = data_files(settings["VAL_DATA"])
+        lines += [f"careful   VAL_DATA: {words}" for words in wrong]
+    for pair in others:
+        try:
+            held[pair[0].name.removesuffix(".valid")] = take(settings, pair, vocab_size, lines.append)
+        except Problems as problems:  # nothing that could be learnt from
+            lines.append(f"careful   {pair[0].name}: {problems.problems[0].message}")
+    if not trained and not held:
+        raise UserError("\n".join([*lines, "There is no row to look at: see DATA_PATH and VAL_DATA in training.sh."]))
+    return (trained, held), lines
+
+
+def take(settings: dict, pair: tuple, vocab_size: int, say: Callable[[str], None]) -> list[Row]:
+    """Rows of a tokenized file, from all over it, as many as are quickly looked at."""
+    masks = settings["LOSS_MASK"], settings["MASK_START"], settings["MASK_END"]
+    [source] = open_sources([pair], *masks, vocab_size, say)
+    data = Data([source], "only", mask_of(masks[0]), settings["CTX_LEN"], settings["OVERLONG"], 0, False)
+    mean = max(1, int(data.parts[0].items.length.mean()))
+    count = min(data.rows, MOST_ROWS, max(LEAST_ROWS, MOST_TOKENS // mean))
+    found = []
+    for number in np.linspace(0, data.rows - 1, count).round().astype(int).tolist():
+        [piece], _, _ = data.parts_of(number)
+        [(tokens, weights)] = data.row(number)
+        asked, expected = 0, tokens[:0]
+        roles = source.roles[piece.start : piece.stop] if source.roles is not None else np.zeros(0, dtype=np.uint8)
+        answers = np.flatnonzero(roles == Role.ASSISTANT)
+        if len(answers) and answers[0]:
+            asked = int(answers[0])
+            others = np.flatnonzero(roles[asked:] != Role.ASSISTANT)
+            expected = tokens[asked : asked + int(others[0]) if len(others) else len(roles)]
+        found.append(Row(source.name, piece.document, tokens, weights, asked, expected))
+    return found
+
+
+def ask(rows: Sequence[Row]) -> list[Row]:
+    """Those whose questions are asked: one of the beginning, one of the middle, one of the end."""
+    asking = [row for row in rows if row.asked]
+    places = np.linspace(0, len(asking) - 1, min(QUESTIONS, len(asking))).round().astype(int).tolist()
+    return [asking[i] for i in places]
+
+
+@torch.no_grad()
+def loss_of(model: RWKV, row: Row) -> float:
+    """The sum of the cross entropies of a row's trained targets."""
+    device = model.ln_out.weight.device
+    places = torch.from_numpy(np.flatnonzero(row.weights)).to(device)
+    targets = torch.from_numpy(row.tokens[1:]).to(device)[places]
+    x, _ = model.features(torch.from_numpy(row.tokens[None, :-1]).to(device), carry=False)
+    total = 0.0
+    for which, wanted in zip(places.split(TARGETS), targets.split(TARGETS), strict=True):
+        logits = model.head(x[0, which]).float()
+        total += float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
+    return total
+
+
+def answer(model: RWKV, row: Row, stops: Sequence[str]) -> str:
+    ids = row.tokens[: row.asked].tolist()
+    return "".join(generate(model, *advance(model, ids), ANSWER, 0.0, 1.0, 0, stops))
+
+
+def text_of(tokens: np.ndarray) -> str:
+    return tokenizer.decode(tokens[tokens != tokenizer.END_OF_DOC].tolist())
+
+
+def shortened(text: str) -> str:
+    text = " / ".join(line.strip() for line in text.strip().splitlines() if line.strip())
+    return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} ... {text[-SHOWN // 2 :]}"
+
+
+def table(files, measured: Callable[[Sequence[Row]], Rows | None], trained, held) -> list[str]:
+    """Loss per token before and after, of trained and of held-out rows; of each file, and of short and long ones."""
+    lines = [f"{'loss per trained token':<44}{'rows':>6}{'base':>9}{'tuned':>9}{'gained':>9}{'+-':>8}"]
+
+    def add(label: str, rows: Sequence[Row]) -> None:
+        if rows:
+            found = measured(rows)
+            (before, after), (gain, error) = found.losses, found.gain
+            chance = f"{error:.3f}" if np.isfinite(error) else "-"
+            lines.append(f"{label:<44}{len(rows):>6}{before:>9.3f}{after:>9.3f}{gain:>9.3f}{chance:>8}")
+
+    for what, by_file, rows in (("trained", files[0], trained), ("held-out", files[1], held)):
+        add(f"{what} rows", rows)
+        for name, some in by_file.items() if len(by_file) > 1 else ():
+            add(f"  of {name}", some)
+        if len(rows) >= 2 * LEAST_ROWS:
+            ordered = sorted(rows, key=lambda row: len(row.tokens))
+            half = len(ordered) // 2
+            border = len(ordered[half].tokens)
+            add(f"  the shorter half (below {border} tokens)", ordered[:half])
+            add("  the longer half", ordered[half:])
+    return lines

@@ -1,0 +1,217 @@
+"""What the numbers of a run say of it, in words: too high or too low a rate, underfit, overfit, or neither.
+
+Every number that a word rests on is said with it. A difference counts where it is larger than chance: than SURE times what it
+would differ by between samples of such rows or steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+SURE = 2.5  # standard errors
+WINDOWS = 20  # pieces that the curve of losses is cut into
+LEAST = 5  # steps of such a piece
+RISE = 0.05  # of the lowest loss so far: a higher one later is no wobble
+FLAT = 0.02  # of the base's loss: who gains less on rows that were trained has hardly moved
+STILL = 0.1  # of all that the loss has fallen: if the last quarter of the steps brought more, it was still falling
+HALF = 0.5  # of what is gained on rows that were trained: if held-out rows gain less, rows were learnt by heart
+BY_HEART = 0.1  # loss per token of a row that is known by heart ...
+NEW = 0.5  # ... if it was not known before
+
+
+class Rows(NamedTuple):
+    """Rows that went through the base and through what became of it. targets: trained tokens of each [N]; base, tuned: the sums
+    of their losses [N]."""
+
+    targets: np.ndarray
+    base: np.ndarray
+    tuned: np.ndarray
+
+    def part(self, which: np.ndarray) -> Rows:
+        return Rows(self.targets[which], self.base[which], self.tuned[which])
+
+    @property
+    def losses(self) -> tuple[float, float]:
+        """Per token, of the base and of what became of it."""
+        whole = max(float(self.targets.sum()), 1.0)
+        return float(self.base.sum()) / whole, float(self.tuned.sum()) / whole
+
+    @property
+    def gain(self) -> tuple[float, float]:
+        """How much lower the loss has become, and the standard error of that."""
+        before, after = self.losses
+        gained, rows = before - after, len(self.targets)
+        if rows < 2:
+            return gained, float("inf")
+        rest = self.base - self.tuned - gained * self.targets
+        return gained, float(np.sqrt((rest**2).sum() * rows / (rows - 1)) / self.targets.sum())
+
+    @property
+    def by_heart(self) -> np.ndarray:
+        """Which rows are known by heart, and were not, bool [N]."""
+        return (self.tuned < BY_HEART * self.targets) & (self.base > NEW * self.targets)
+
+
+class Finding(NamedTuple):
+    what: str  # too high, too low, underfit, overfit, fits, unknown
+    words: str
+
+
+class Run(NamedTuple):
+    """What is known of a run. trained, held: rows that it has learnt from, and others; None for none. sources: (name, rows it has
+    learnt from, held-out rows or None) of each file, if there are several. losses: of its steps. skipped: steps that were left
+    out. looks: its validations, (step, loss). rate: LR_INIT. kept: whether its best checkpoint was kept."""
+
+    trained: Rows | None
+    held: Rows | None
+    sources: Sequence[tuple[str, Rows, Rows | None]]
+    losses: np.ndarray
+    skipped: int
+    looks: Sequence[tuple[int, float]]
+    rate: float
+    kept: bool = False
+
+
+def judge(run: Run) -> list[Finding]:
+    """In the order in which to mend them. Never empty."""
+    high = too_high(run)
+    found = [high] if high else [one for one in (too_low(run), underfit(run)) if one][:1]
+    found += [one for one in (overfit(run),) if one]
+    if not run.held and run.trained and not found:
+        words = (
+            "whether it has learnt by heart cannot be told without held-out rows: VALID_PERCENT in make_tokenize.sh sets some "
+            "aside, or VAL_DATA in training.sh names them"
+        )
+        return [Finding("unknown", words)]
+    return found or [fits(run)]
+
+
+def pieces(losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The curve in at most WINDOWS pieces behind one another: the mean of each, and its standard error."""
+    count = min(WINDOWS, len(losses) // LEAST)
+    if count < 2:
+        return np.zeros(0), np.zeros(0)
+    cut = np.array_split(losses, count)
+    # (half of the squared differences of neighbours: what falls on the way is no noise)
+    noise = [np.sqrt((np.diff(piece) ** 2).mean() / 2 / len(piece)) for piece in cut]
+    return np.array([piece.mean() for piece in cut]), np.array(noise)
+
+
+def too_high(run: Run) -> Finding | None:
+    cure = (
+        f"take a third of LR_INIT={run.rate:g}, and GRAD_CLIP=1; ./training.sh --find-lr tells what the settings bear"
+    )
+    if run.skipped:
+        many = f"{run.skipped} of its {len(run.losses) + run.skipped} steps came to no number and were left out"
+        return Finding("too high", f"the learning rate is too high, or a setting is extreme: {many}. {cure}")
+    means, errors = pieces(run.losses)
+    worst: tuple[float, int, int] | None = None
+    for i in range(1, len(means)):
+        low = int(means[:i].argmin())
+        rise = float(means[i] - means[low])
+        chance = float(np.hypot(errors[i], errors[low]))
+        if rise > max(RISE * means[low], 2 * SURE * chance) and rise > (worst[0] if worst else 0.0):
+            worst = rise, low, i
+    if worst:
+        _, low, i = worst
+        back = means[i:].min() < (means[i] + means[low]) / 2
+        share = f"{(low + 1) / len(means):.0%} and {(i + 1) / len(means):.0%}"
+        rise = f"between {share} of the run the loss rose from {means[low]:.3f} to {means[i]:.3f}"
+        after = f"and came down again to {means[i:].min():.3f}: it oscillates" if back else "and never came back"
+        return Finding("too high", f"the learning rate is too high: {rise} {after}. {cure}")
+    if run.trained:
+        gain, error = run.trained.gain
+        if -gain > SURE * error:
+            before, after = run.trained.losses
+            words = (
+                f"even the rows that it was trained on are worse than before: loss {after:.3f} instead of {before:.3f}"
+            )
+            return Finding("too high", f"the learning rate is too high, or a setting is extreme: {words}. {cure}")
+    return None
+
+
+def too_low(run: Run) -> Finding | None:
+    if not run.trained:
+        return None
+    (gain, error), (before, after) = run.trained.gain, run.trained.losses
+    if gain >= FLAT * before and gain > SURE * error:
+        return None
+    words = f"it has hardly learnt anything: on its own rows the loss is {after:.3f} instead of {before:.3f}"
+    cure = f"take ten times LR_INIT={run.rate:g} (./training.sh --find-lr tells what the settings bear), or many more steps"
+    return Finding("too low", f"the learning rate is too low, or the run too short: {words}. {cure}")
+
+
+def underfit(run: Run) -> Finding | None:
+    means, errors = pieces(run.losses)
+    if len(means) < 4:
+        return None
+    quarter = max(1, len(means) // 4)
+    last, whole = float(means[-1 - quarter] - means[-1]), float(means[0] - means[-1])
+    if whole <= 0 or last < STILL * whole or last < SURE * float(np.hypot(errors[-1], errors[-1 - quarter])):
+        return None
+    if run.held and learnt_by_heart(run):
+        return None
+    falling = f"still falling at the end, by {last:.3f} over the last quarter of the steps and {whole:.3f} in all"
+    cure = "Take a larger EPOCH_COUNT, or a higher LR_INIT (or LR_FINAL)"
+    return Finding("underfit", f"underfit: the loss was {falling}. {cure}")
+
+
+def learnt_by_heart(run: Run) -> bool:
+    """Whether held-out rows gain much less than those that were trained, or lose."""
+    if not run.trained or not run.held:
+        return False
+    (own, own_error), (other, other_error) = run.trained.gain, run.held.gain
+    return own - other > SURE * float(np.hypot(own_error, other_error)) and other < HALF * own
+
+
+def overfit(run: Run) -> Finding | None:
+    cure = "Take fewer epochs, a smaller rank or rate, more dropout or WEIGHT_DECAY, or more rows"
+    words = ""
+    if run.trained and run.held and learnt_by_heart(run):
+        own, other = run.trained.gain[0], run.held.gain[0]
+        before, after = run.held.losses
+        share = f"of the {own:.3f} that it gained on its own rows"
+        words = f"on held-out rows it has gained {other:.3f} {share} ({max(0.0, other / own):.0%})"
+        if -other > SURE * run.held.gain[1]:
+            worse = f"held-out rows are worse than before (loss {after:.3f} instead of {before:.3f})"
+            words = f"{worse}, its own are better by {own:.3f}"
+    if len(run.looks) > 2:
+        best = min(run.looks, key=lambda look: look[1])
+        end = run.looks[-1]
+        if end[0] > best[0] and end[1] - best[1] > RISE * best[1]:
+            words += ("; " if words else "") + (
+                f"the validation was best, {best[1]:.3f}, at step {best[0]}, and is {end[1]:.3f} at the end"
+            )
+            cure = (
+                "./merge.sh best takes the checkpoint of that step"
+                if run.kept
+                else "KEEP_BEST=1 keeps the best checkpoint, VAL_PATIENCE=3 ends a run in time; or take fewer epochs"
+            )
+    return Finding("overfit", f"overfit: {words}. {where(run)}{cure}") if words else None
+
+
+def where(run: Run) -> str:
+    """Which part of the data was learnt by heart most; "" where none stands out."""
+    gaps = [(own.gain[0] - held.gain[0], name) for name, own, held in run.sources if held]
+    words = ""
+    if len(gaps) > 1:
+        gap, name = max(gaps)
+        words = f"Most of it in {name}, whose own rows gained {gap:.3f} more than its held-out ones. "
+    if run.trained and (known := run.trained.by_heart).any():
+        words += (
+            f"{known.sum()} of {len(known)} rows that were looked at are known by heart (loss below {BY_HEART:g}). "
+        )
+    return words
+
+
+def fits(run: Run) -> Finding:
+    if not run.trained:
+        return Finding("fits", "the loss has neither risen nor stood still on the way")
+    own, (before, after) = run.trained.gain[0], run.trained.losses
+    words = f"on its own rows the loss is {after:.3f} instead of {before:.3f}"
+    if run.held:
+        words += f", and held-out rows have gained {run.held.gain[0]:.3f} beside {own:.3f}"
+    return Finding("fits", f"nothing is wrong with the fit: {words}")

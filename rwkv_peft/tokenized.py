@@ -1,0 +1,111 @@
+"""Tokenized files: found by the names in DATA_PATH, and opened with who said what in them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import re
+import shlex
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from . import project, tokenizer
+from .data import mixture
+from .data.binidx import Reader
+from .data.masking import Markers, roles_of_tokens
+from .data.sources import Source
+from .errors import Problem, Problems
+from .roles import Span
+from .templates.headings import spans_of_text
+from .words import did_you_mean, listed
+
+
+def data_files(text: str) -> tuple[list[tuple[Path, Fraction]], list[str]]:
+    """DATA_PATH -> prefixes and weights of the tokenized files, and what is wrong with them."""
+    if not missing_data(project.data_prefix(text)):  # a file whose very name looks like a mixture
+        return [(project.data_prefix(text), Fraction(1))], []
+    try:
+        names = mixture.parse(text)
+    except ValueError as error:
+        return [], [str(error)]
+    files = [(project.data_prefix(name), weight) for name, weight in names]
+    wrong = [missing for prefix, _ in files if (missing := missing_data(prefix))]
+    prefixes = [os.path.abspath(prefix) for prefix, _ in files]
+    wrong += [
+        f"names {project.shown(prefix)} more than once; give each file one weight"
+        for prefix in sorted({p for p in prefixes if prefixes.count(p) > 1})
+    ]
+    return files, wrong
+
+
+def missing_data(prefix: Path) -> str:
+    """What to say if a tokenized file is not there, else ""."""
+    missing = [ending for ending in (".bin", ".idx") if not Path(f"{prefix}{ending}").is_file()]
+    if not missing:
+        return ""
+    source = Path(f"{prefix}.jsonl")
+    there = project.data_names()
+    hint = f"{did_you_mean(prefix.name, there) or '.'} Tokenized data in data/: {listed(there)}"
+    if source.is_file():
+        hint = f"; make it: ./make_tokenize.sh {shlex.quote(source.name)}"
+    return f"{project.shown(prefix)}{' and '.join(missing)}: there is no such file{hint}"
+
+
+def template_of(prefix: Path) -> tuple[str, str] | None:
+    """The PROMPT_TYPE and EOT that tokenized data were made with, as NAME.report.json tells; None where there is none."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        settings = json.loads(Path(f"{prefix}.report.json").read_text(encoding="utf-8"))["settings"]
+        return str(settings["PROMPT_TYPE"]), str(settings["EOT"])
+    return None
+
+
+def mask_of(loss_mask: str) -> str:
+    """LOSS_MASK=se is qa with roles that the markers tell."""
+    return "qa" if loss_mask == "se" else loss_mask
+
+
+def open_sources(
+    files, loss_mask: str, mask_start: str, mask_end: str, vocab_size: int, say: Callable[[str], None]
+) -> list[Source]:
+    """Tokenized files with the roles that LOSS_MASK asks for: those written down, or found in the text. files: prefixes and
+    weights. mask_start, mask_end: MASK_START and MASK_END, as the script has them. Problems for markers that are nowhere."""
+    sources, missing = [], []
+    for prefix, weight in files:
+        reader, roles = Reader(prefix), None
+        markers = Markers(unescaped(mask_start), unescaped(mask_end))
+        if loss_mask == "se":
+            roles = functools.partial(roles_in_text, find_spans=markers.spans)
+        elif loss_mask in ("qa", "last"):
+            if Path(f"{prefix}.roles.idx").is_file():
+                roles = Reader(f"{prefix}.roles")
+            else:
+                roles = functools.partial(roles_in_text, find_spans=spans_of_text)
+                say(
+                    f"{prefix.name} has no .roles file: who said what is found by the headings User: and Assistant: in the text."
+                )
+        sources.append(Source(reader, roles, vocab_size, weight))
+        if loss_mask == "se" and not markers.starts:
+            missing.append(Problem("MASK_START", f"is nowhere in {prefix.name}.bin"))
+        elif loss_mask == "se" and not markers.ends:
+            missing.append(Problem("MASK_END", f"is nowhere behind a MASK_START in {prefix.name}.bin"))
+    if missing:
+        raise Problems(*missing)
+    return sources
+
+
+def roles_in_text(ids: np.ndarray, find_spans: Callable[[bytes], Sequence[Span]]) -> np.ndarray:
+    """Who said each token of a document whose file does not tell, uint8 [n]. find_spans: from its bytes to spans of them."""
+    ids = np.where(ids < tokenizer.VOCAB_SIZE, ids, tokenizer.END_OF_DOC)  # others have no bytes
+    spans = find_spans(tokenizer.decode_bytes(ids.tolist()))
+    return roles_of_tokens(tokenizer.token_lengths()[ids], spans, end_of_doc=len(ids) > 0 and ids[-1] == 0)
+
+
+def unescaped(text: str) -> bytes:
+    """The bytes that MASK_START and MASK_END mean."""
+    marks = {"\\n": "\n", "\\t": "\t", "\\\\": "\\"}
+    return re.sub(r"\\[nt\\]", lambda found: marks[found[0]], text).encode()

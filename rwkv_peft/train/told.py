@@ -1,0 +1,67 @@
+"""Who is told how a run goes: the terminal, the files of its folder, trackers. They are the first process's."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from .. import machine, runs
+from ..atomic import write_json
+from ..training import samples, validate
+from ..training.callbacks import LossFile, Progress
+from ..training.trackers import Tracker
+from .prepared import Prepared
+
+
+@dataclass
+class Told:
+    """say: where words go. steps, looks: get the record of every optimizer step, and of every look at held-out rows. before:
+    records of the steps that are done, where a run goes on; looked: of its looks. running: what a state must know of them all.
+    """
+
+    say: Callable[[str], None]
+    looked: list[dict]
+    before: list[dict] = field(default_factory=list)
+    steps: list[Callable] = field(default_factory=list)
+    looks: list[Callable[[dict], None]] = field(default_factory=list)
+    running: Callable[[], dict] = dict
+
+
+def nobody(run: Prepared, say: Callable[[str], None]) -> Told:
+    """For the other processes."""
+    return Told(say, looked_before(run))
+
+
+def looked_before(run: Prepared) -> list[dict]:
+    return validate.read(run.folder, run.found.step) if run.found else []
+
+
+def everybody(run: Prepared, cleanup: contextlib.ExitStack, say: Callable[[str], None]) -> Told:
+    """Opens them all, after what an earlier start of the run has written behind the step that it goes on from is cut off."""
+    config, found, folder = run.config, run.found, run.folder
+    done, looked = found.step if found else 0, looked_before(run)
+    before = runs.cut_log(folder, done) if found else []
+    for files in (validate, samples):
+        files.cut(folder, found.step if found else -1)
+    write_json(folder / "run.json", run.settings)
+    runs.point_latest(folder)
+    if len(before) < done:
+        say(f"careful   loss.jsonl has only {len(before)} of the {done} steps that are done; loss.png will show a gap")
+    progress = Progress(run.steps, config.epoch_count, before, machine.most_memory)
+    log = LossFile(folder / "loss.jsonl")
+    known = {"wandb": found.facts["wandb"], **found.facts.get("trackers", {})} if found else {}
+    for one in (log, progress):
+        cleanup.callback(one.close)
+    trackers = []
+    for name, project in config.trackers.items():
+        trackers.append(Tracker(name, project, folder, run.settings, progress.say, known.get(name), done))
+        cleanup.callback(trackers[-1].close)
+
+    def running() -> dict:
+        log.sync()
+        ids = {one.name: one.id for one in trackers}
+        return {"wandb": ids.get("wandb"), "trackers": ids}
+
+    looks = [*(one.validation for one in trackers), validate.ValidFile(folder / validate.FILE)]
+    return Told(progress.say, looked, before, [log, progress, *trackers], looks, running)

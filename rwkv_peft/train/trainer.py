@@ -1,0 +1,30 @@
+"""Lightning's trainer as every run has it."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+import pytorch_lightning as pl
+
+from .prepared import Prepared
+
+
+def make_trainer(run: Prepared, callbacks: list[pl.Callback]) -> pl.Trainer:
+    # Lightning's hints are about loggers and workers that we have settled; its errors come as exceptions
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.ERROR)
+    for library in ("lightning_fabric", "pytorch_lightning.strategies"):  # "Initializing distributed", of every process
+        logging.getLogger(library).setLevel(logging.WARNING)
+    return pl.Trainer(
+        **run.trainer,
+        max_epochs=run.config.epoch_count,
+        accumulate_grad_batches=run.config.mini_bsz,
+        use_distributed_sampler=False,  # ours gives every rank its rows; Lightning's would shuffle them again
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=callbacks,
+    )
