@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 DPI = 110
@@ -30,8 +30,9 @@ def fonts() -> list[str]:
 
 
 @contextlib.contextmanager
-def figure(width: float, height: float) -> Iterator:
-    """A matplotlib figure of this size in inches, and its axes; draw and save it inside the block."""
+def figure(width: float, height: float, parts: Sequence[float] = (1,)) -> Iterator:
+    """A matplotlib figure of this size in inches, and its axes; draw and save it inside the block. parts: shares of the height
+    that several axes have, which lie above one another and share their x."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -40,4 +41,4 @@ def figure(width: float, height: float) -> Iterator:
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # no font here has that letter: a box does
         drawing = Figure(figsize=(width, height), dpi=DPI)
         FigureCanvasAgg(drawing)
-        yield drawing, drawing.subplots()
+        yield drawing, drawing.subplots(len(parts), sharex=True, height_ratios=parts)

@@ -32,6 +32,7 @@ TOO_HIGH = (
 
 STOPPING = b"\nStopping after this batch and saving. Ctrl-C again leaves at once, without saving.\n"
 NAMED = 3  # micro-batches of a step that came to nothing
+DRAWING = 0.01  # of the time goes into loss.png at most
 SPEED_STEPS = 10  # the last ones, for tokens/s
 
 
@@ -244,6 +245,7 @@ class Save(pl.Callback):
         self.write, self.names = write, names
         self.keep = keep
         self.newest: Path | None = None
+        self.draw_again = 0.0  # when
         self.step = -1  # of the newest checkpoint of an epoch
 
     def on_train_epoch_end(self, trainer, module) -> None:
@@ -255,7 +257,7 @@ class Save(pl.Callback):
             self.step, path = step, self.put(trainer, module, epoch, finished, step)
         if due and step and path:
             self.newest = path
-            self.draw()
+            self.draw(epoch + 1 == self.epochs or trainer.should_stop)
             self.say(f"saved {path} (epoch {epoch + 1} of {self.epochs}{'' if finished else ', not finished'})")
         if trainer.world_size > 1:
             trainer.strategy.barrier()
@@ -274,6 +276,7 @@ class Save(pl.Callback):
                 finished = step % self.epoch_steps == 0
                 if self.put(trainer, module, (step - 1) // self.epoch_steps, finished, step, f"step-{step}"):
                     runs.drop_old_steps(self.folder, step, self.most_steps)
+                    self.draw(False)
             except (OSError, UserError) as error:
                 self.say(f"careful   rwkv-step-{step}.pth could not be saved; training goes on. {error}")
 
@@ -290,11 +293,17 @@ class Save(pl.Callback):
     def is_due(self, epoch: int) -> bool:
         return (epoch + 1) % self.every == 0 or epoch + 1 == self.epochs
 
-    def draw(self) -> None:
+    def draw(self, ends: bool) -> None:
+        """Draw loss.png, if that was not just done: pictures take DRAWING of the time at most. ends: in any case."""
+        began = time.monotonic()
+        if not ends and began < self.draw_again:
+            return
         try:
             draw_loss(self.folder)
         except Exception as error:  # a picture is no reason to end a training
             self.say(f"loss.png could not be drawn ({type(error).__name__}: {error}); training goes on.")
+        now = time.monotonic()
+        self.draw_again = now + (now - began) / DRAWING
 
 
 class StopOnSignal(pl.Callback):

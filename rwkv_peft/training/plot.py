@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
+
 from ..atomic import writing
 from ..pictures import figure
 from .validate import of_one_set, read
@@ -22,12 +24,11 @@ def draw_loss(folder: Path) -> Path:
     """Draw folder/loss.jsonl as folder/loss.png."""
     records = [json.loads(line) for line in (folder / "loss.jsonl").read_text(encoding="utf-8").splitlines()]
     records = [r for r in records if r["loss"] is not None]
-    steps, losses = [r["step"] for r in records], [r["loss"] for r in records]
-    window, smooth = looks_back(len(losses)), []
-    for i in range(len(losses)):
-        recent = losses[max(0, i + 1 - window) : i + 1]
-        smooth.append(sum(recent) / len(recent))
-    with figure(9, 5) as (drawing, axes):
+    steps, losses = [r["step"] for r in records], np.array([r["loss"] for r in records])
+    sums, behind = np.cumsum([0.0, *losses]), np.arange(1, len(losses) + 1)
+    first = np.maximum(behind - looks_back(len(losses)), 0)
+    smooth = (sums[behind] - sums[first]) / (behind - first)
+    with figure(9, 6.4, (4, 1)) as (drawing, (axes, below)):
         drawing.set_layout_engine("constrained")
         axes.plot(steps, losses, color="#9ec5e8", linewidth=1, label="each step")
         axes.plot(steps, smooth, color="#1f5f99", linewidth=2, label="smoothed")
@@ -38,9 +39,10 @@ def draw_loss(folder: Path) -> Path:
             axes.plot(places, found, color="#2e8b57", linewidth=1.5, marker="o", markersize=4, label="validation")
         borders = [a["step"] + 0.5 for a, b in zip(records, records[1:], strict=False) if a["epoch"] != b["epoch"]]
         for step in borders:  # fainter the more there are: they are a scale, not the picture
-            axes.axvline(step, color="#bbbbbb", linewidth=0.8, alpha=min(1.0, 12 / len(borders)), zorder=0)
+            for panel in (axes, below):
+                panel.axvline(step, color="#bbbbbb", linewidth=0.8, alpha=min(1.0, 12 / len(borders)), zorder=0)
         axes.set_title(folder.name, parse_math=False)  # a name with dollar signs is no formula
-        axes.set(xlabel="optimizer step (grey lines: epochs)", ylabel="loss per trained token")
+        axes.set(ylabel="loss per trained token")
         axes.grid(alpha=0.25)
         rates = axes.twinx()
         rates.plot(
@@ -51,6 +53,10 @@ def draw_loss(folder: Path) -> Path:
         lines, labels = axes.get_legend_handles_labels()
         more_lines, more_labels = rates.get_legend_handles_labels()
         axes.legend(lines + more_lines, labels + more_labels, loc="upper right")
+        below.plot(steps, [r["tokens_per_s"] for r in records], color="#777777", linewidth=1)
+        below.set(xlabel="optimizer step (grey lines: epochs)", ylabel="tokens/s")
+        below.set_ylim(bottom=0)
+        below.grid(alpha=0.25)
         with writing(folder / "loss.png") as file:
             drawing.savefig(file, format="png")
     return folder / "loss.png"
