@@ -56,7 +56,8 @@ def diagnose(name: str, base: str, precision: str) -> None:
     trained, held = [[row for rows in by_file.values() for row in rows] for by_file in files]
     form = template(chosen.sidecar.get("prompt_type") or "rwkv-world")
     print(f"{project.shown(adapter)} ({METHODS[chosen.setup.method].words}) beside its base {project.shown(original)}")
-    print("\n".join(lines), flush=True)
+    for line in lines:
+        print(line, flush=True)
 
     asked = {"trained": ask(trained), "held-out": ask(held)}
     everything = trained + held
@@ -107,7 +108,7 @@ def diagnose(name: str, base: str, precision: str) -> None:
     )
     print()
     for finding in judge(run):
-        print(f"{finding.what:<10}{finding.words}.")
+        print(f"verdict   {finding.words}.")
 
 
 def facts_of(folder: Path) -> tuple[dict[str, Any], list[dict], list[dict]]:
@@ -142,16 +143,15 @@ def rows_of(settings: dict, vocab_size: int) -> tuple[tuple[dict[str, list[Row]]
     if settings["STREAMING"]:
         lines.append("its rows were streamed: only held-out rows and the course of the loss can be looked at")
     lines += [f"careful   DATA_PATH: {words}" for words in wrong]
-    for pair in pairs:
+    for pair in there(pairs):
         trained[pair[0].name] = take(settings, pair, vocab_size, lines.append)
     held: dict[str, list[Row]] = {}
     if settings["VAL_DATA"] in ("auto", "none"):
         others = [(prefix.with_name(f"{prefix.name}.valid"), weight) for prefix, weight in pairs]
-        others = [pair for pair in others if not missing_data(pair[0])]
     else:
         others, wrong = data_files(settings["VAL_DATA"])
         lines += [f"careful   VAL_DATA: {words}" for words in wrong]
-    for pair in others:
+    for pair in there(others):
         try:
             held[pair[0].name.removesuffix(".valid")] = take(settings, pair, vocab_size, lines.append)
         except Problems as problems:  # nothing that could be learnt from
@@ -159,6 +159,10 @@ def rows_of(settings: dict, vocab_size: int) -> tuple[tuple[dict[str, list[Row]]
     if not trained and not held:
         raise UserError("\n".join([*lines, "There is no row to look at: see DATA_PATH and VAL_DATA in training.sh."]))
     return (trained, held), lines
+
+
+def there(pairs: Sequence[tuple]) -> list[tuple]:
+    return [pair for pair in pairs if not missing_data(pair[0])]
 
 
 def take(settings: dict, pair: tuple, vocab_size: int, say: Callable[[str], None]) -> list[Row]:

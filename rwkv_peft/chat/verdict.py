@@ -12,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 SURE = 2.5  # standard errors
+SELDOM = 3.5  # ... between the lowest and the highest of many
+BEFORE = "the base's"
 WINDOWS = 20  # pieces that the curve of losses is cut into
 LEAST = 5  # steps of such a piece
 RISE = 0.05  # of the lowest loss so far: a higher one later is no wobble
@@ -50,6 +52,13 @@ class Rows(NamedTuple):
         return gained, float(np.sqrt((rest**2).sum() * rows / (rows - 1)) / self.targets.sum())
 
     @property
+    def start(self) -> tuple[float, float]:
+        """The base's loss, and its standard error."""
+        mean, count = self.losses[0], len(self.targets)
+        rest = self.base - mean * self.targets
+        return mean, float(np.sqrt((rest**2).sum() * count / max(count - 1, 1)) / self.targets.sum())
+
+    @property
     def by_heart(self) -> np.ndarray:
         """Which rows are known by heart, and were not, bool [N]."""
         return (self.tuned < BY_HEART * self.targets) & (self.base > NEW * self.targets)
@@ -81,9 +90,10 @@ def judge(run: Run) -> list[Finding]:
     found = [high] if high else [one for one in (too_low(run), underfit(run)) if one][:1]
     found += [one for one in (overfit(run),) if one]
     if not run.held and run.trained and not found:
+        before, after = run.trained.losses
         words = (
-            "whether it has learnt by heart cannot be told without held-out rows: VALID_PERCENT in make_tokenize.sh sets some "
-            "aside, or VAL_DATA in training.sh names them"
+            f"on its own rows the loss is {after:.3f} instead of {before:.3f}. {where(run)}What it says to others cannot be told "
+            "without held-out rows: VALID_PERCENT in make_tokenize.sh sets some aside, or VAL_DATA in training.sh names them"
         )
         return [Finding("unknown", words)]
     return found or [fits(run)]
@@ -108,18 +118,23 @@ def too_high(run: Run) -> Finding | None:
         many = f"{run.skipped} of its {len(run.losses) + run.skipped} steps came to no number and were left out"
         return Finding("too high", f"the learning rate is too high, or a setting is extreme: {many}. {cure}")
     means, errors = pieces(run.losses)
+    at = [f"at {(i + 1) / max(len(means), 1):.0%} of the run" for i in range(len(means))]
+    if run.trained and len(means):  # where it began: a rise may be over within the first piece
+        begin = run.trained.start
+        means, errors, at = np.insert(means, 0, begin[0]), np.insert(errors, 0, begin[1]), [BEFORE, *at]
     worst: tuple[float, int, int] | None = None
     for i in range(1, len(means)):
         low = int(means[:i].argmin())
         rise = float(means[i] - means[low])
         chance = float(np.hypot(errors[i], errors[low]))
-        if rise > max(RISE * means[low], 2 * SURE * chance) and rise > (worst[0] if worst else 0.0):
+        if rise > max(RISE * means[low], (SURE if at[low] == BEFORE else SELDOM) * chance) and rise > (
+            worst[0] if worst else 0.0
+        ):
             worst = rise, low, i
     if worst:
         _, low, i = worst
         back = means[i:].min() < (means[i] + means[low]) / 2
-        share = f"{(low + 1) / len(means):.0%} and {(i + 1) / len(means):.0%}"
-        rise = f"between {share} of the run the loss rose from {means[low]:.3f} to {means[i]:.3f}"
+        rise = f"the loss rose from {means[low]:.3f} ({at[low]}) to {means[i]:.3f} ({at[i]})"
         after = f"and came down again to {means[i:].min():.3f}: it oscillates" if back else "and never came back"
         return Finding("too high", f"the learning rate is too high: {rise} {after}. {cure}")
     if run.trained:
@@ -175,9 +190,11 @@ def overfit(run: Run) -> Finding | None:
         before, after = run.held.losses
         share = f"of the {own:.3f} that it gained on its own rows"
         words = f"on held-out rows it has gained {other:.3f} {share} ({max(0.0, other / own):.0%})"
+        if other <= 0:
+            words = f"held-out rows have gained nothing ({other:+.3f}), its own {own:.3f}"
         if -other > SURE * run.held.gain[1]:
             worse = f"held-out rows are worse than before (loss {after:.3f} instead of {before:.3f})"
-            words = f"{worse}, its own are better by {own:.3f}"
+            words = f"{worse}, its own have gained {own:.3f}"
     if len(run.looks) > 2:
         best = min(run.looks, key=lambda look: look[1])
         end = run.looks[-1]

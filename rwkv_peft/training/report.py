@@ -336,3 +336,4 @@ def finish(
     number = newest.stem.removeprefix("rwkv-")
     name, path = shlex.quote(folder.name), shlex.quote(str(newest))
     print(f"next: RUN={name} ./merge.sh {number}      or try it: ./chat.sh --adapter {path}")
+    print(f"      does it fit, and would more or less be better? ./chat.sh --diagnose {name}")

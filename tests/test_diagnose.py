@@ -1,0 +1,160 @@
+"""./chat.sh --diagnose: what is wrong with a run, in words, with the numbers behind them."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+from inprocess import run, tokenize
+
+from rwkv_peft import chat
+from rwkv_peft.chat import diagnose, models
+from rwkv_peft.chat.verdict import Rows, Run, judge
+from rwkv_peft.errors import UserError
+
+OTHERS = [
+    json.dumps({"text": f"User: {question}\n\nAssistant: {answer}"})
+    for question, answer in (("河有多长", "九百里"), ("Wind?", "From the north."), ("Moon?", "Half, and late."), ("谁", "没人"))
+]  # fmt: skip
+
+
+def rows(base: float, tuned: float, count: int = 40, spread: float = 0.1) -> Rows:
+    """Rows of 10 tokens with about these losses per token."""
+    dice = np.random.default_rng(0)
+    targets = np.full(count, 10)
+    return Rows(targets, *(np.abs(loss * 10 + dice.normal(0, spread * 10, count)) for loss in (base, tuned)))
+
+
+def course(*points: float, steps: int = 400, noise: float = 0.05) -> np.ndarray:
+    """Losses that go through these points, with noise."""
+    places = np.linspace(0, steps - 1, len(points))
+    return np.interp(np.arange(steps), places, points) + np.random.default_rng(1).normal(0, noise, steps)
+
+
+def made(
+    trained=(2.0, 0.8), held=(2.0, 0.9), losses=(2.0, 1.0, 0.9, 0.9, 0.9), looks=(), skipped=0, noise=0.05, sources=()
+):
+    pair = [rows(*numbers) if numbers else None for numbers in (trained, held)]
+    return Run(*pair, sources, course(*losses, noise=noise), skipped, looks, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("made_of", "expected", "words"),
+    [
+        ({}, ["fits"], "held-out rows have gained 1.0"),
+        ({"held": None}, ["unknown"], "VALID_PERCENT in make_tokenize.sh"),
+        ({"skipped": 3}, ["too high"], "3 of its 403 steps came to no number"),
+        ({"losses": (2.0, 1.0, 2.5, 3.0, 3.0)}, ["too high"], "and never came back"),
+        ({"losses": (3.0, 1.0, 0.9, 0.9, 0.9)}, ["too high"], "the loss rose from 1.994 (the base's) to 2.8"),
+        ({"losses": (2.0, 1.0, 1.6, 1.0, 1.7, 1.0, 1.6, 0.9)}, ["too high"], "it oscillates"),
+        ({"trained": (2.0, 2.6), "held": None, "losses": (2.0, 2.0)}, ["too high"], "worse than before: loss 2.6"),
+        # noise alone is no rise
+        ({"losses": (2.0, 1.0, 0.9, 0.9, 0.9), "noise": 0.6}, ["fits"], ""),
+        ({"trained": (2.0, 1.99), "held": (2.0, 1.99), "losses": (2.0, 1.99)}, ["too low"], "take ten times LR_INIT=0.0001"),
+        ({"losses": (2.0, 1.6, 1.2, 0.8, 0.4)}, ["underfit"], "a larger EPOCH_COUNT"),
+        ({"held": (2.0, 1.8)}, ["overfit"], "it has gained 0.1"),
+        ({"held": (2.0, 2.4)}, ["overfit"], "held-out rows are worse than before"),
+        # what is learnt by heart would go on falling for ever
+        ({"held": (2.0, 2.4), "losses": (2.0, 1.6, 1.2, 0.8, 0.4)}, ["overfit"], ""),
+        ({"looks": [(10, 1.0), (20, 0.9), (30, 1.2)]}, ["overfit"], "best, 0.900, at step 20, and is 1.200 at the end"),
+        ({"trained": (2.0, 0.02), "held": (2.0, 1.9)}, ["overfit"], "22 of 40 rows that were looked at are known by heart"),
+        ({"trained": None, "held": (2.0, 1.0)}, ["fits"], ""),
+    ],
+)  # fmt: skip
+def test_numbers_become_words(made_of, expected, words):
+    found = judge(made(**made_of))
+    assert [one.what for one in found] == expected and words in found[0].words
+
+
+def test_noise_is_hardly_ever_called_a_rate_that_is_too_high():
+    called = 0
+    for seed in range(200):
+        dice = np.random.default_rng(seed)
+        losses = 0.8 + 1.2 * np.exp(-np.arange(150) / 40) + dice.normal(0, 0.4, 150)
+        called += judge(made()._replace(losses=losses))[0].what == "too high"
+    assert called <= 4
+
+
+def test_the_file_that_was_learnt_by_heart_is_named():
+    sources = [("good", rows(2.0, 1.0), rows(2.0, 1.1)), ("bad", rows(2.0, 0.1), rows(2.0, 2.0))]
+    [found] = judge(made(trained=(2.0, 0.5), held=(2.0, 1.6), sources=sources))
+    assert "Most of it in bad, whose own rows gained 1." in found.words
+
+
+def test_a_gain_has_the_error_of_a_sample_of_such_rows():
+    gain, error = rows(2.0, 1.0, 4000, 0.3).gain
+    assert gain == pytest.approx(1.0, abs=4 * error) and error == pytest.approx(0.3 * np.sqrt(2 / 4000), rel=0.1)
+
+
+@pytest.fixture
+def with_others(ready):
+    (ready / "data" / "others.jsonl").write_text("\n".join(OTHERS) + "\n")
+    tokenize(ready / "data" / "others.jsonl")
+    return ready
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"LR_INIT": "1e-7", "LR_FINAL": "1e-7", "EPOCH_COUNT": "8"}, "the learning rate is too low"),
+        ({"FINETUNE_MODE": "full", "LR_INIT": "0.5", "LR_FINAL": "0.5", "EPOCH_COUNT": "16"}, "the learning rate is too high"),
+        ({"FINETUNE_MODE": "full", "EPOCH_COUNT": "30", "EMB_FINETUNE": "0", "LR_INIT": "1e-2", "LR_FINAL": "1e-2"}, "overfit"),
+        ({"VAL_DATA": "chat", "EPOCH_COUNT": "20", "LR_INIT": "1e-3", "LR_FINAL": "1e-3", "lora_r": "16"}, "underfit"),
+    ],
+)  # fmt: skip
+def test_runs_that_went_wrong_are_told_apart(with_others, capsys, settings, expected):
+    run(with_others, "one", **{"VAL_DATA": "others", "MICRO_BSZ": "1", "DATALOAD": "only", **settings})
+    capsys.readouterr()
+    chat.command(ASKING, ["--diagnose", "one"])
+    said = capsys.readouterr().out
+    assert f"\nverdict   {expected}" in said and "trained rows" in said and "held-out rows" in said, said
+    assert "expected" in said and "tuned" in said
+
+
+ASKING = chat.ChatConfig("", "", "rwkv-world", "", 5, 0.0, 1.0, 0, "fp32")
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"FINETUNE_MODE": "state_tuning"}, {"FINETUNE_MODE": "full"}, {"QUANT": "nf4"}]
+)
+def test_the_losses_are_those_of_the_training(ready, settings):
+    """Of one row that is all there is: the run's first step has the base's loss, one more its last."""
+    (ready / "data" / "one.jsonl").write_text(json.dumps(tiny.CHATS[0]) + "\n")
+    tokenize(ready / "data" / "one.jsonl")
+    _, records = run(ready, "one", DATA_PATH="one", EPOCH_COUNT="4", MICRO_BSZ="1", **settings)
+    _, more = run(ready, "more", DATA_PATH="one", EPOCH_COUNT="5", MICRO_BSZ="1", **settings)
+    adapter = models.adapter_file("one")
+    chosen = models.of_run(adapter, "")
+    original = models.base_of(adapter, chosen.sidecar, "")
+    (found, _), _ = diagnose.rows_of(json.loads((ready / "output/one/run.json").read_text()), 65536)
+    [row] = found["one"]
+    if not settings.get("QUANT"):
+        base = diagnose.loss_of(models.ready(models.built(original, "fp32")), row)
+        assert base / row.weights.sum() == pytest.approx(records[0]["loss"], rel=1e-5)
+    model = models.built(chosen.model, "fp32")
+    models.put_on(model, chosen)
+    tuned = diagnose.loss_of(models.ready(model), row) / row.weights.sum()
+    assert tuned == pytest.approx(more[4]["loss"], rel=1e-5 if not settings.get("QUANT") else 0.1)
+
+
+def test_a_streamed_run_is_judged_by_its_held_out_rows(ready, capsys):
+    run(ready, "one", STREAMING="1", MAX_STEPS="12", CTX_LEN="64", DATA_PATH="chat.jsonl", VAL_DATA="chat")
+    chat.command(ASKING, ["--diagnose", "output/one/rwkv-0.pth"])
+    said = capsys.readouterr().out
+    assert "its rows were streamed" in said and "held-out rows" in said and "\ntrained rows" not in said
+
+
+@pytest.mark.parametrize("words", [["--prompt", "x"], ["--raw"], ["--system", "x"], ["--adapter", "y"]])
+def test_what_has_no_place_beside_it_is_refused(words):
+    with pytest.raises(UserError, match=f"^{words[0]} has no place beside --diagnose"):
+        chat.command(ASKING, ["--diagnose", "one", *words])
+
+
+def test_a_run_whose_data_are_gone_says_so(ready, capsys):
+    run(ready, "one")
+    (ready / "data/chat.bin").unlink()
+    capsys.readouterr()
+    with pytest.raises(
+        UserError, match=r"(?s)DATA_PATH: data/chat.bin: there is no such file.*There is no row to look at"
+    ):
+        chat.command(ASKING, ["--diagnose", "one"])
