@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 SURE = 2.5  # standard errors
-SELDOM = 3.5  # ... between the lowest and the highest of many
+SELDOM = 4.0  # ... between the lowest and the highest of many
 BEFORE = "the base's"
 WINDOWS = 20  # pieces that the curve of losses is cut into
 LEAST = 5  # steps of such a piece
@@ -107,7 +107,8 @@ def pieces(losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     cut = np.array_split(losses, count)
     # (half of the squared differences of neighbours: what falls on the way is no noise)
     noise = [np.sqrt((np.diff(piece) ** 2).mean() / 2 / len(piece)) for piece in cut]
-    return np.array([piece.mean() for piece in cut]), np.array(noise)
+    # (of few steps, it may come out small by chance)
+    return np.array([piece.mean() for piece in cut]), np.maximum(noise, np.median(noise))
 
 
 def too_high(run: Run) -> Finding | None:
