@@ -11,6 +11,7 @@
 [ -n "${BASH_VERSION:-}" ] || { echo "Run this with bash: bash $0" >&2; exit 2; }
 set -euo pipefail
 _root="$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
+export _given; _given="$(compgen -e 2>/dev/null | tr '\n' ' ' || true)" # what the shell has set does not count, and is told
 set -a
 
 # The run: a folder in output/. Empty: the newest. 哪次训练，留空为最近一次

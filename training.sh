@@ -14,6 +14,7 @@ while [ ! -f "$_root/rwkv_peft/run.sh" ]; do
   [ "$_root" != / ] || { echo "$0: there is no rwkv_peft/ at or above this file; keep it inside the project." >&2; exit 2; }
   _root="$(dirname -- "$_root")"
 done
+export _given; _given="$(compgen -e 2>/dev/null | tr '\n' ' ' || true)" # what the shell has set does not count, and is told
 set -a # every variable below is handed to Python                              以下变量都会传给 Python
 
 ############################################ What to train  训练什么 ############################################

@@ -107,6 +107,18 @@ class Script:
             raise Problems(*problems)
         return cls(**values)
 
+    def in_vain(self, cls: type) -> list[str]:
+        """What to say of settings that the shell had set before the script did: as in LR_INIT=1e-4 ./training.sh."""
+        if "LOCAL_RANK" in self.environment:  # another process has told it, or who starts us all sets such names
+            return []
+        given = {*self.environment.get("_given", "").split()} - {*taken_from_shell(self.text, cls)}
+        names = [f.metadata["var"] for f in dataclasses.fields(cls) if f.metadata["var"] in given]
+        return [
+            f"{name} was set in the shell, which counts for nothing: {self.setting(name)} of {self.path.name} does "
+            f"(line {self.lines[name]})"
+            for name in names
+        ]
+
     def report(self, found: Problems) -> str:
         """The problems as a table: line, NAME=value, what is wrong; in the order of the script."""
         rows = sorted(found.problems, key=lambda p: self.lines.get(p.name, 0))
@@ -190,15 +202,21 @@ def enter(
         typed, rest = take_options(arguments[1:], cls) if options else ({}, arguments[1:])
         values = os.environ if environment is None else environment
         script = Script(arguments[0], {**values, **typed} if typed else values)
-        body(script.read(cls, retired), rest)
+        settings = script.read(cls, retired)
+        for words in script.in_vain(cls):
+            print(f"careful   {words}", file=sys.stderr)
+        body(settings, rest)
+
+
+def taken_from_shell(text: str, cls: type) -> list[str]:
+    """The settings that a script leaves to the shell, like RUN="${RUN:-}"."""
+    return [f.metadata["var"] for f in dataclasses.fields(cls) if re.search(rf"\$\{{{f.metadata['var']}\b", text)]
 
 
 def where_to_set(path: Path, cls: type) -> str:
-    """That values are changed in the script, for --help. By the time we are called, bash has put the script's values over what
-    the shell had, so a value that was given in vain cannot be told from one that never was."""
+    """That values are changed in the script, for --help."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    names = [f.metadata["var"] for f in dataclasses.fields(cls)]
-    taken = [name for name in names if re.search(rf"\$\{{{name}\b", text)]
+    taken = taken_from_shell(text, cls)
     but = f" Only {listed(taken)} is taken from there." if taken else ""
     return f"Settings are changed in {path.name} itself: NAME=value before the command does nothing.{but}"
 

@@ -1,6 +1,7 @@
 """The scripts are the product: they parse, read clean, explain every variable, and run from anywhere."""
 
 import dataclasses
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -79,6 +80,19 @@ def test_help_is_shown_from_any_folder(name, tmp_path):
     assert f"./{name}" in done.stdout
     assert f"Settings are changed in {name} itself" in done.stdout
     assert ("Only RUN is taken from there" in done.stdout) == (name == "merge.sh")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_setting_of_the_shell_counts_for_nothing_and_is_told(name):
+    given = {**os.environ, "RUN": "no such run", "SEED": "7", "MODEL_PATH": "no such model"}
+    done = subprocess.run([str(ROOT / name), "--no-such-option"], capture_output=True, text=True, env=given)
+    told = re.findall(
+        r"careful   (\w+) was set in the shell, which counts for nothing: .* of " + re.escape(name), done.stderr
+    )
+    fields = {f.metadata["var"] for f in dataclasses.fields(CONFIGS[name])}
+    assert done.returncode == 2 and set(told) == {"SEED", "MODEL_PATH"} & fields, done.stderr
+    others = subprocess.run([str(ROOT / name), "--no-such-option"], capture_output=True, text=True)
+    assert "counts for nothing" not in others.stderr
 
 
 def test_sh_instead_of_bash_is_answered_with_what_to_do():
