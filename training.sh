@@ -296,7 +296,7 @@ peft_load=""
 
 ########################################### Machine  机器 ########################################################
 
-# Numbers to compute in. auto: bf16 where the processor has it, else fp32 (GPUs: fp16). 计算精度
+# Numbers to compute in. auto: bf16 where the processor gains by it, else fp32 (GPUs: fp16). 计算精度
 #   bf16   half the memory, the usual choice    fp32   exact and slow
 #   fp16   for GPUs without bf16                tf32   fp32 with faster, coarser products (GPUs)
 PRECISION=auto

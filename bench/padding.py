@@ -46,12 +46,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bench.step import make_module
 from json2binidx.tokenize import tokenize
 from rwkv_peft.adapters import attach
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.data.binidx import Reader
 from rwkv_peft.machine import DTYPES
-from rwkv_peft.model import arch
 from rwkv_peft.model.initial import initial_tensors, new_geometry
 from rwkv_peft.model.rwkv import build
 from rwkv_peft.ops import dispatch
@@ -59,8 +59,6 @@ from rwkv_peft.rows.settings import TokenizeConfig
 from rwkv_peft.shell_vars import Script, values_as_written
 from rwkv_peft.train.data import Planned, plan_run
 from rwkv_peft.train.learner import RECOMPUTE
-from rwkv_peft.training.module import TrainingModule
-from rwkv_peft.training.optim import parameter_groups
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB = 65536
@@ -112,8 +110,7 @@ class Trainer:
         self.op = ops.name
         model = build(geometry, initial_tensors(geometry, 0), ops, dtype, RECOMPUTE[given.grad_cp])
         attach.adapt(model, attach.Setup("lora", {"rank": given.rank, "alpha": 2.0 * given.rank}, PARTS), dtype)
-        groups = parameter_groups(attach.trained(model).items(), 0.0, arch.decays, lambda name: 1.0)
-        self.module = TrainingModule(model, groups, 100, "constant", 1e-5, 1e-5, 0, (0.9, 0.99), 1e-8, 1.0)
+        self.module = make_module(model)
         self.optimizer = self.module.configure_optimizers()["optimizer"]
 
     def step(self, batch) -> None:

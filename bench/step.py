@@ -50,13 +50,16 @@ from rwkv_peft.model.arch import Geometry
 from rwkv_peft.model.initial import initial_tensors, new_geometry
 from rwkv_peft.model.rwkv import build
 from rwkv_peft.ops import dispatch
+from rwkv_peft.strategies import STRATEGIES
 from rwkv_peft.train.learner import RECOMPUTE
 from rwkv_peft.training.module import TrainingModule
 from rwkv_peft.training.optim import parameter_groups
+from rwkv_peft.training.spread import Spread
 
 HERE = Path(__file__).resolve().parent
 PARTS = ("att", "ffn")
 GEOMETRIES = {
+    "tiny": new_geometry("x070", 2, 128, 65536),  # to try a benchmark with
     "0.1b": new_geometry("x070", 12, 768, 65536),
     "0.4b": new_geometry("x070", 24, 1024, 65536),
     "1.5b": new_geometry("x070", 24, 2048, 65536),
@@ -110,11 +113,7 @@ class Ours:
         setup = setup_of(given.method, given.rank, getattr(given, "quant", "none"))
         attach.adapt(model, setup, dtype, device=device)
         model.to(device)
-        groups = parameter_groups(attach.trained(model).items(), 0.0, arch.decays, lambda name: 1.0)
-        rates = 100, "constant", 1e-5, 1e-5, 0
-        self.module = TrainingModule(
-            model, groups, *rates, (0.9, 0.99), 1e-8, 1.0, optim=getattr(given, "optim", "adamw")
-        )
+        self.module = make_module(model, getattr(given, "optim", "adamw"))
         self.optimizer = self.module.configure_optimizers()["optimizer"]
         tokens = given.batch * given.ctx
         inputs, targets = protocol.tokens(given.batch, given.ctx, geometry.vocab_size)
@@ -176,6 +175,16 @@ class Child:
         self.process.stdin.close()
         self.process.wait()
         self.said.close()
+
+
+def make_module(model, optim: str = "adamw") -> TrainingModule:
+    """What is trained on a model, with an optimizer, on one process."""
+
+    def groups() -> list[dict]:
+        return parameter_groups(attach.trained(model).items(), 0.0, arch.decays, lambda name: 1.0)
+
+    rates = 100, Spread(STRATEGIES["single"], False), "constant", 1e-5, 1e-5, 0
+    return TrainingModule(model, groups, *rates, (0.9, 0.99), 1e-8, 1.0, optim=optim)
 
 
 def gemm_rate(dtype: torch.dtype) -> float:

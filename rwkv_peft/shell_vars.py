@@ -150,12 +150,14 @@ def names_in(line: str) -> list[str]:
 
 
 def values_as_written(path: Path) -> dict[str, str]:
-    """What a script sets, read without bash (which is not everywhere): plain assignments, quotes and comments are understood."""
+    """What a script sets, read without bash (which is not everywhere): plain assignments, quotes, comments and ${NAME:-else} are
+    understood, the last as where the shell has no NAME."""
     found = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         if assignment := ASSIGNMENT.match(line):
             with contextlib.suppress(ValueError):  # a quote that goes on in the next line
-                found[assignment[1]] = "".join(shlex.split(assignment[2], comments=True)[:1])
+                word = "".join(shlex.split(assignment[2], comments=True)[:1])
+                found[assignment[1]] = re.sub(r"\$\{\w+:-([^{}]*)\}", r"\1", word)
     return found
 
 

@@ -140,7 +140,7 @@ def test_a_run_may_have_any_name_and_its_picture_is_drawn_without_a_warning(proj
 
     folder = project_folder / "output" / name
     folder.mkdir()
-    rows = [{"step": n, "epoch": n // 3, "loss": 9.0 - n, "lr": 1e-4} for n in range(1, 8)]
+    rows = [{"step": n, "epoch": n // 3, "loss": 9.0 - n, "lr": 1e-4, "tokens_per_s": 10.0} for n in range(1, 8)]
     (folder / "loss.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     assert draw_loss(folder).read_bytes().startswith(b"\x89PNG")
 

@@ -12,7 +12,7 @@ from merge.__main__ import MergeConfig
 from rwkv_peft.chat import ChatConfig
 from rwkv_peft.config import RETIRED, TrainConfig
 from rwkv_peft.rows.settings import TokenizeConfig
-from rwkv_peft.shell_vars import Script
+from rwkv_peft.shell_vars import Script, values_as_written
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {
@@ -62,6 +62,13 @@ def test_every_variable_of_training_sh_is_explained_in_chinese_too():
 
 def test_no_retired_name_is_a_setting():
     assert not set(RETIRED) & {f.metadata["var"] for f in dataclasses.fields(TrainConfig)}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_script_that_is_read_without_bash_says_the_same(name):
+    told = {n: v for n, v in values_as_written(ROOT / name).items() if not n.startswith("_")}
+    assert told and told.items() <= shell_values(ROOT / name).items()
+    assert {f.metadata["var"] for f in dataclasses.fields(CONFIGS[name])} <= told.keys()
 
 
 @pytest.mark.parametrize("name", ALL)

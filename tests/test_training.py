@@ -378,7 +378,13 @@ def test_the_precision_follows_the_processor():
     assert machine.cpu_has_bf16("flags\t\t: fpu avx512_bf16")
     assert machine.cpu_has_bf16("Features\t: fp asimd bf16 i8mm")
     assert not machine.cpu_has_bf16("flags\t\t: fpu avx2 avx512f")
-    assert not machine.cpu_has_bf16("")
+    assert not machine.cpu_has_bf16("nothing")
+    intel, amd = (
+        "vendor_id\t: GenuineIntel\nflags\t\t: fpu avx512_bf16",
+        "vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx512_bf16",
+    )
+    assert not machine.cpu_gains_by_bf16(intel) and machine.cpu_gains_by_bf16(f"{intel} amx_bf16 amx_tile")
+    assert machine.cpu_gains_by_bf16(amd) and not machine.cpu_gains_by_bf16("flags\t\t: fpu avx2 avx512f")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from pathlib import Path
 from .. import project, runs, tokenizer
 from ..data.sampling import AUTO_CTX_LIMIT
 from ..errors import leave
-from ..machine import cpu_has_bf16, device_kind, device_words
+from ..machine import cpu_gains_by_bf16, cpu_has_bf16, device_kind, device_words
 from ..methods import METHODS, OPTIMS, Method, method_of
 from ..model import arch
 from ..strategies import STRATEGIES
@@ -83,6 +83,8 @@ def plan_lines(
     if device == "cpu" and settings["PRECISION"] == "bf16" and not cpu_has_bf16():
         rows.append(("", "this processor has no instructions for bf16, which makes it about ten times slower than fp32: use "
                          "PRECISION=auto"))  # fmt: skip
+    elif device == "cpu" and settings["PRECISION"] == "bf16" and not cpu_gains_by_bf16():
+        rows.append(("", "this processor takes longer for bf16 than for fp32; it saves half of the base's memory"))
     cores = os.cpu_count() or 1
     if device == "cpu" and settings["GPU_COUNT"] > cores:
         rows.append(("", f"GPU_COUNT={settings['GPU_COUNT']} starts {settings['GPU_COUNT']} processes, but this machine has "
