@@ -3,6 +3,7 @@
 #   ./chat.sh --prompt "How are you?"                        one answer, then leave     只答一句
 #   ./chat.sh --adapter output/RUN/rwkv-2.pth                a base with what a run learnt, before merging
 #   ./chat.sh --model rwkv7-tiny-LORA-2.pth                  a merged model; ADAPTER below is left out, and said so
+#   ./chat.sh --diagnose latest                              does a run fit? underfit, overfit, rate too high or low   诊断训练结果
 #   ./chat.sh --help                                         tells the rest
 [ -n "${BASH_VERSION:-}" ] || { echo "Run this with bash: bash $0" >&2; exit 2; }
 set -euo pipefail

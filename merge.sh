@@ -2,6 +2,7 @@
 # Fold what runs learnt into their base, and write files for other programs: ./merge.sh EPOCH     合并，导出
 #   ./merge.sh 2               epoch 2 of the newest run -> merge/<base>-LORA-2.pth    最近一次训练的第 2 轮
 #   RUN=my-run ./merge.sh 0    epoch 0 of the run output/my-run                        指定某次训练
+#   ./merge.sh step-300        after 300 optimizer steps (SAVE_STEPS)                  第 300 个优化步
 #   ./merge.sh output/a/rwkv-2.pth output/b/rwkv-0.pth    both, one after the other        依次合并多个
 #   ./merge.sh --average output/a/rwkv-1.pth:1 output/a/rwkv-2.pth:3    their weighted mean      加权平均
 #   ./merge.sh 2 --export gguf         also as a file for llama.cpp; or safetensors, state, peft, rwkvcpp     导出

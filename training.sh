@@ -158,11 +158,12 @@ EPOCH_SAVE=1
 
 # Save where the run is (output/RUN/state/: weights, optimizer, place in the data) every so many optimizer steps, with every
 # saved epoch, and when it is stopped. ./training.sh again goes on from there as if it had never stopped. 0: not by steps.
-# 每多少步保存一次断点（另外每轮保存及中断时也会保存）；再次运行即可精确续训。0 为不按步保存
+# Beside it lies rwkv-step-N.pth, what was trained until then: ./merge.sh step-N
+# 每多少步保存一次断点和 rwkv-step-N.pth（另外每轮保存及中断时也会保存断点）；再次运行即可精确续训。0 为不按步保存
 SAVE_STEPS=100
 
-# How many of these states are kept. One takes 12 bytes for each trained value with OPTIM=adamw. 0: none are saved, and a run
-# that was stopped cannot go on. 保留几个断点；0 为不保存断点，中断后无法续训
+# How many of these states, and of rwkv-step-N.pth, are kept. A state takes 12 bytes for each trained value with OPTIM=adamw.
+# 0: none are saved, and a run that was stopped cannot go on. 保留几个断点；0 为不保存断点，中断后无法续训
 KEEP_LAST=2
 
 # Rows (with DATALOAD=pack: packs) that go through one GPU at once. More is faster and takes more memory. bucket: auto.

@@ -154,8 +154,12 @@ def test_what_may_not_change_is_refused_with_what_it_was(ready, monkeypatch):
         run(ready, "again", **BASE | {"LR_INIT": "2e-3", "lora_r": "8", "EPOCH_SAVE": "2"})
     said = str(refused.value)
     assert "LR_INIT: was 0.01" in said and "lora_r: was 4" in said and "EPOCH_SAVE" not in said
-    with pytest.raises(Problems, match="PRECISION: was '?fp32"):
-        run(ready, "again", **BASE | {"PRECISION": "bf16"})
+    for name, value, was in (
+        ("PRECISION", "bf16", "fp32"), ("LOSS_MASK", "pad", "qa"), ("SEED", "7", "42"), ("OPTIM", "lion8bit", "adamw"),
+        ("DATALOAD", "only", "pack"), ("QUANT", "int8", "none"), ("GRAD_CLIP", "0.5", "1"), ("WARMUP_STEPS", "2", "3"),
+    ):  # fmt: skip
+        with pytest.raises(Problems, match=f"{name}: was '?{was}"):
+            run(ready, "again", **BASE | {name: value})
 
 
 def test_another_split_of_the_same_steps_goes_on(ready, monkeypatch):
@@ -230,17 +234,24 @@ def test_two_processes_go_on_as_if_they_had_never_stopped(kit):
     assert snapshot.described(output / "again/state" / snapshot.names(output / "again")[-1]).facts["finished"]
 
 
+ONE, TWO = {}, {"GPU_COUNT": "2", "MICRO_BSZ": "1"}
+KILLED = {
+    "lora": (ONE, 3), "state_tuning": (ONE, 3), "full": (ONE, 3), "fsdp": (TWO | {"STRATEGY": "fsdp"}, 1),
+    "deepspeed_stage_2": (TWO | {"STRATEGY": "deepspeed_stage_2"}, 1),
+}  # fmt: skip
+SEEDED = [(name, seed) for name, (_, seeds) in KILLED.items() for seed in range(seeds)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["lora", "state_tuning", "full"] if EVERYTHING else ["lora"])
-def test_killed_again_and_again_it_ends_as_if_nothing_had_happened(kit, method):
-    """SIGKILL at random instants, in steps and in saves."""
-    prepare(
-        kit, SAVE_STEPS="1", EPOCH_COUNT="60", EPOCH_SAVE="20", FINETUNE_MODE=method, LR_INIT="1e-3", RUN_NAME="whole"
-    )
+@pytest.mark.parametrize(("name", "seed"), SEEDED if EVERYTHING else [("lora", 0)])
+def test_killed_again_and_again_it_ends_as_if_nothing_had_happened(kit, name, seed):
+    """F2, F3: SIGKILL at random instants, in steps and in saves."""
+    settings = KILLED[name][0] | {"FINETUNE_MODE": name if not KILLED[name][0] else "lora", "RUN_NAME": "whole"}
+    prepare(kit, SAVE_STEPS="1", EPOCH_COUNT="60", EPOCH_SAVE="20", LR_INIT="1e-3", SEED=str(seed), **settings)
     kit.run("training.sh")
     kit.set(RUN_NAME="again")
-    dice, log = random.Random(0), kit.root / "output/again/loss.jsonl"
-    for _ in range(8):
+    dice, log = random.Random(seed), kit.root / "output/again/loss.jsonl"
+    for _ in range(25 if EVERYTHING else 8):
         process = subprocess.Popen(
             [str(kit.root / "training.sh")], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,

@@ -7,6 +7,7 @@ their checksums comes last, and one rename makes it count. Older ones go when th
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -82,7 +83,8 @@ def write(run: Path, parts: Mapping[str, Parts], facts: Mapping[str, Any], keep:
             path = fresh / f"{part}.safetensors"
             shapes = {name: found.shape for name, found in tensors.wholes.items()}
             dtypes = {name: found.dtype for name, found in tensors.wholes.items()}
-            safetensors_file.write(path, shapes, dtypes, lambda name, tensors=tensors: [tensors[name]])
+            read = functools.partial(sound, tensors) if part == "weights" else tensors.__getitem__
+            safetensors_file.write(path, shapes, dtypes, lambda name, read=read: [read(name)])
             files[path.name] = {"bytes": path.stat().st_size, "sha256": hashing.sha256(path)}
         content = {"format": FORMAT, **facts, "files": files}
         write_json(fresh / MANIFEST, {**content, "sha256": checksum(content)})
@@ -96,6 +98,13 @@ def write(run: Path, parts: Mapping[str, Parts], facts: Mapping[str, Any], keep:
     for old in [n for n in names(run) if step_of(n) <= facts["step"]][:-keep]:
         remove(there / old)
     return Snapshot(target, json.loads((target / MANIFEST).read_text(encoding="utf-8")))
+
+
+def sound(tensors: Parts, name: str) -> Tensor:
+    """UserError for a weight that is no number: nothing could go on from there, and older states would go for it."""
+    if not torch.isfinite(tensor := tensors[name]).all():
+        raise UserError(f"{name} has become NaN or infinite.")
+    return tensor
 
 
 def checksum(content: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from conftest import EVERYTHING
 from inprocess import FAST
 
 from rwkv_peft.errors import EXIT_PROCESS
@@ -67,6 +68,7 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"] if EVERYTHING else ["ddp"])
 @pytest.mark.parametrize(
     ("which", "how", "code", "words"),
     [
@@ -76,7 +78,10 @@ def alive(pid: int) -> bool:
         (0, signal.SIGSTOP, -signal.SIGKILL, f"process 0 (GPU 0) has not answered for {STILL} seconds"),
     ],
 )
-def test_a_process_that_is_gone_or_stands_still_ends_the_training_with_its_name(ready, which, how, code, words):
+def test_a_process_that_is_gone_or_stands_still_ends_the_training_with_its_name(
+    ready, which, how, code, words, strategy
+):
+    ready.set(STRATEGY=strategy)
     first, second = started(ready)
     os.kill((first.pid, second)[which], how)
     _, said = first.communicate(timeout=60)

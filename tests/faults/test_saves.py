@@ -158,7 +158,13 @@ FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), Ru
 
 
 @pytest.mark.parametrize("error", FULL)
-@pytest.mark.parametrize("settings", [{}, {"GRAD_CP": "1", "QUANT": "nf4", "lora_r": "8"}, {"FINETUNE_MODE": "full"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {}, {"GRAD_CP": "1", "QUANT": "nf4", "lora_r": "8"}, {"FINETUNE_MODE": "full"}, {"FINETUNE_MODE": "state_tuning"},
+        {"TRAIN_TYPE": "infctx", "CHUNK_CTX": "16", "DATALOAD": "only"},
+    ],
+)  # fmt: skip
 def test_out_of_memory_says_what_to_change_and_changes_nothing(ready, monkeypatch, capsys, error, settings):
     """F14: at the third step."""
     summed, calls = TrainingModule.summed_loss, []
