@@ -195,4 +195,6 @@ def drop_old_steps(folder: Path, step: int, keep: int) -> None:
     for old in [n for n in saved(folder)[1] if n <= step][:-keep]:
         file = folder / f"rwkv-step-{old}.pth"
         file.unlink()  # first: a checkpoint without its sidecar would be a riddle
-        file.with_suffix(".json").unlink(missing_ok=True)
+    for sidecar in folder.glob("rwkv-step-*.json"):
+        if not sidecar.with_suffix(".pth").exists():
+            sidecar.unlink()

@@ -246,16 +246,13 @@ class Save(pl.Callback):
         self.keep = keep
         self.newest: Path | None = None
         self.draw_again = 0.0  # when
-        self.step = -1  # of the newest checkpoint of an epoch
 
     def on_train_epoch_end(self, trainer, module) -> None:
         epoch, step = trainer.current_epoch, trainer.global_step
         # (a stream may end before its time; what is told to stop in the last step of an epoch has finished it)
         finished = not trainer.should_stop or step >= (epoch + 1) * self.epoch_steps
         due = self.is_due(epoch) or not finished or trainer.should_stop
-        if due and step:
-            self.step, path = step, self.put(trainer, module, epoch, finished, step)
-        if due and step and path:
+        if due and step and (path := self.put(trainer, module, epoch, finished, step)):
             self.newest = path
             self.draw(epoch + 1 == self.epochs or trainer.should_stop)
             self.say(f"saved {path} (epoch {epoch + 1} of {self.epochs}{'' if finished else ', not finished'})")
@@ -269,16 +266,17 @@ class Save(pl.Callback):
         self.put(trainer, module, trainer.current_epoch, True, trainer.global_step, "best")
 
     def of_step(self, trainer, module) -> None:
-        """Write rwkv-step-N.pth, unless the epoch that ends here has one. To be called by all processes."""
+        """Write rwkv-step-N.pth, unless an epoch ends here that has one. To be called by all processes."""
         step = trainer.global_step
-        if step != self.step:
-            try:
-                finished = step % self.epoch_steps == 0
-                if self.put(trainer, module, (step - 1) // self.epoch_steps, finished, step, f"step-{step}"):
-                    runs.drop_old_steps(self.folder, step, self.most_steps)
-                    self.draw(False)
-            except (OSError, UserError) as error:
-                self.say(f"careful   rwkv-step-{step}.pth could not be saved; training goes on. {error}")
+        epoch, finished = (step - 1) // self.epoch_steps, step % self.epoch_steps == 0
+        if finished and self.is_due(epoch):
+            return
+        try:
+            if self.put(trainer, module, epoch, finished, step, f"step-{step}"):
+                runs.drop_old_steps(self.folder, step, self.most_steps)
+                self.draw(False)
+        except (OSError, UserError) as error:
+            self.say(f"careful   rwkv-step-{step}.pth could not be saved; training goes on. {error}")
 
     def put(self, trainer, module, *what) -> Path | None:
         """Write what is trained, with all processes; returns the first one's path. what: the rest of `write`'s arguments."""

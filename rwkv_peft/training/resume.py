@@ -71,8 +71,8 @@ class Keep(pl.Callback):
 
     write: from parts and facts to a snapshot on the disk; None for a run that saves none. names: see GoOn. every: 0 for never by
     itself. epoch_steps: optimizer steps of an epoch. say: is told where one cannot be written, on a full disk: training goes on
-    without it. saved: the step of the one that it goes on from. beside: is called by all processes before one of `every` is
-    written.
+    without it. saved: the step of the one that it goes on from. beside: is called by all processes after one of `every` is
+    written, and again where a run goes on from it: it may have been killed between the two.
     """
 
     def __init__(
@@ -90,6 +90,8 @@ class Keep(pl.Callback):
 
     def on_train_start(self, trainer, module) -> None:
         self.look(trainer)
+        if self.write is not None and self.every and self.step and self.step % self.every == 0:
+            self.beside(trainer, module)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         if trainer.global_step == self.step:
@@ -105,8 +107,8 @@ class Keep(pl.Callback):
 
     def save_step(self, trainer, module) -> None:
         if self.write is not None:
-            self.beside(trainer, module)
             self.save(trainer)
+            self.beside(trainer, module)
 
     def look(self, trainer) -> None:
         """Note what changes between here and the next step."""
