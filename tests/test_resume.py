@@ -247,8 +247,8 @@ SEEDED = [(name, seed) for name, (_, seeds) in KILLED.items() for seed in range(
 def test_killed_again_and_again_it_ends_as_if_nothing_had_happened(kit, name, seed):
     """F2, F3: SIGKILL at random instants, in steps and in saves."""
     settings = KILLED[name][0] | {"FINETUNE_MODE": name if not KILLED[name][0] else "lora", "RUN_NAME": "whole"}
-    prepare(kit, SAVE_STEPS="1", EPOCH_COUNT="60", EPOCH_SAVE="20", LR_INIT="1e-3", SEED=str(seed), **settings)
-    kit.run("training.sh")
+    prepare(kit, SAVE_STEPS="1", EPOCH_COUNT="30", EPOCH_SAVE="10", LR_INIT="1e-3", SEED=str(seed), **settings)
+    kit.run("training.sh", timeout=500)
     kit.set(RUN_NAME="again")
     dice, log = random.Random(seed), kit.root / "output/again/loss.jsonl"
     for _ in range(25 if EVERYTHING else 8):
@@ -269,7 +269,7 @@ def test_killed_again_and_again_it_ends_as_if_nothing_had_happened(kit, name, se
         if process.returncode == 0:  # it was faster
             break
     if process.returncode != 0:
-        kit.run("training.sh")
+        kit.run("training.sh", timeout=500)
     same(kit.root, "whole", "again", [records(kit.root, name) for name in ("whole", "again")])
     assert not [p for p in (kit.root / "output/again").rglob("*") if "tmp" in p.name or p.name.startswith(".")]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ MOST_ROWS, MOST_TOKENS, LEAST_ROWS = 64, 8192, 8  # of a file that go through th
 QUESTIONS = 3  # of the rows that were trained, and of the held-out ones
 ANSWER = 48  # tokens
 SHOWN = 160  # characters of a text
+WIDTH = 125  # of the lines of a verdict
 TARGETS = 256  # whose logits are in memory at once
 
 
@@ -108,7 +110,7 @@ def diagnose(name: str, base: str, precision: str) -> None:
     )
     print()
     for finding in judge(run):
-        print(f"verdict   {finding.words}.")
+        print(textwrap.fill(f"verdict   {finding.words}.", WIDTH, subsequent_indent=" " * 10, break_on_hyphens=False))
 
 
 def facts_of(folder: Path) -> tuple[dict[str, Any], list[dict], list[dict]]:
