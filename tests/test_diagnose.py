@@ -7,7 +7,7 @@ import pytest
 import tiny
 from inprocess import run, tokenize
 
-from rwkv_peft import chat
+from rwkv_peft import chat, checkpoint, hashing
 from rwkv_peft.chat import diagnose, models
 from rwkv_peft.chat.verdict import Rows, Run, judge
 from rwkv_peft.errors import UserError
@@ -43,9 +43,12 @@ def made(
     [
         ({}, ["fits"], "held-out rows have gained 1.0"),
         ({"held": None}, ["unknown"], "VALID_PERCENT in make_tokenize.sh"),
-        ({"skipped": 3}, ["too high"], "3 of its 403 steps came to no number"),
+        ({"skipped": 30}, ["too high"], "30 of its 430 steps came to no number"),
+        ({"skipped": 1}, ["fits"], ""),
         ({"losses": (2.0, 1.0, 2.5, 3.0, 3.0)}, ["too high"], "and never came back"),
-        ({"losses": (3.0, 1.0, 0.9, 0.9, 0.9)}, ["too high"], "the loss rose from 1.994 (the base's) to 2.8"),
+        ({"trained": (2.0, float("nan"))}, ["too high"], "loss nan instead of 1.9"),
+        ({"trained": None, "held": (2.0, 2.5)}, ["too high"], "held-out rows are worse than before"),
+        ({"trained": None, "held": (2.0, 2.0)}, ["too low"], "of held-out rows the loss is"),
         ({"losses": (2.0, 1.0, 1.6, 1.0, 1.7, 1.0, 1.6, 0.9)}, ["too high"], "it oscillates"),
         ({"trained": (2.0, 2.6), "held": None, "losses": (2.0, 2.0)}, ["too high"], "worse than before: loss 2.6"),
         # noise alone is no rise
@@ -97,7 +100,7 @@ def with_others(ready):
     ("settings", "expected"),
     [
         ({"LR_INIT": "1e-7", "LR_FINAL": "1e-7", "EPOCH_COUNT": "8"}, "the learning rate is too low"),
-        ({"FINETUNE_MODE": "full", "LR_INIT": "0.5", "LR_FINAL": "0.5", "EPOCH_COUNT": "16"}, "the learning rate is too high"),
+        ({"FINETUNE_MODE": "full", "LR_INIT": "0.9", "LR_FINAL": "0.9", "EPOCH_COUNT": "1"}, "the learning rate is too high"),
         ({"FINETUNE_MODE": "full", "EPOCH_COUNT": "30", "EMB_FINETUNE": "0", "LR_INIT": "1e-2", "LR_FINAL": "1e-2"}, "overfit"),
         ({"VAL_DATA": "chat", "EPOCH_COUNT": "20", "LR_INIT": "1e-3", "LR_FINAL": "1e-3", "lora_r": "16"}, "underfit"),
     ],
@@ -126,8 +129,8 @@ def test_the_losses_are_those_of_the_training(ready, settings):
     adapter = models.adapter_file("one")
     chosen = models.of_run(adapter, "")
     original = models.base_of(adapter, chosen.sidecar, "")
-    (found, _), _ = diagnose.rows_of(json.loads((ready / "output/one/run.json").read_text()), 65536)
-    [row] = found["one"]
+    (found, _), _, _ = diagnose.rows_of(json.loads((ready / "output/one/run.json").read_text()), 65536)
+    [row] = found["data/one"]
     if not settings.get("QUANT"):
         base = diagnose.loss_of(models.ready(models.built(original, "fp32")), row)
         assert base / row.weights.sum() == pytest.approx(records[0]["loss"], rel=1e-5)
@@ -135,6 +138,52 @@ def test_the_losses_are_those_of_the_training(ready, settings):
     models.put_on(model, chosen)
     tuned = diagnose.loss_of(models.ready(model), row) / row.weights.sum()
     assert tuned == pytest.approx(more[4]["loss"], rel=1e-5 if not settings.get("QUANT") else 0.1)
+
+
+def test_one_row_that_is_known_is_not_called_too_little():
+    one = Rows(np.array([10]), np.array([100.0]), np.array([0.1]))
+    assert judge(made()._replace(trained=one, held=None))[0].what == "unknown"
+
+
+def test_a_model_whose_answers_are_no_numbers_gets_its_verdict(ready, capsys):
+    run(ready, "one", FINETUNE_MODE="full", LR_INIT="1e-5")
+    file = ready / "output/one/rwkv-0.pth"
+    tensors = checkpoint.load(file)
+    tensors["head.weight"] = tensors["head.weight"].double().mul(3e38).clamp(-3e38, 3e38).float()
+    tensors["ln_out.weight"] = tensors["ln_out.weight"] * 1e30
+    checkpoint.save(file, {name: tensor.clone() for name, tensor in tensors.items()})
+    about = json.loads(file.with_suffix(".json").read_text())
+    file.with_suffix(".json").write_text(json.dumps({**about, "checkpoint_sha256": hashing.sha256(file)}))
+    chat.command(ASKING, ["--diagnose", "one"])
+    said = capsys.readouterr().out
+    assert "(no number)" in said and "verdict   the learning rate is too high" in said
+
+
+def test_a_run_that_has_not_seen_all_its_rows_says_so(ready, capsys):
+    run(ready, "one", EPOCH_STEPS="1", MICRO_BSZ="1", DATALOAD="only")
+    chat.command(ASKING, ["--diagnose", "one"])
+    assert "it had not gone through all its rows by then" in capsys.readouterr().out
+
+
+def test_files_of_one_name_and_windows_of_one_document_are_all_looked_at(ready, capsys):
+    for folder, count in (("a", 3), ("b", 4)):
+        (ready / "data" / folder).mkdir()
+        (ready / "data" / folder / "same.jsonl").write_text("\n".join(map(json.dumps, tiny.CHATS[:count])) + "\n")
+        tokenize(ready / "data" / folder / "same.jsonl")
+    run(ready, "one", DATA_PATH="a/same:1 b/same:1", DATALOAD="get", CTX_LEN="16", LOSS_MASK="pad")
+    chat.command(ASKING, ["--diagnose", "one"])
+    said = capsys.readouterr().out
+    assert "of data/a/same" in said and "of data/b/same" in said
+
+
+def test_settings_of_another_version_are_answered_in_words(ready):
+    run(ready, "one")
+    file = ready / "output/one/run.json"
+    settings = json.loads(file.read_text())
+    del settings["STREAMING"]
+    file.write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="run.json: cannot be read .*STREAMING"):
+        chat.command(ASKING, ["--diagnose", "one"])
 
 
 def test_a_streamed_run_is_judged_by_its_held_out_rows(ready, capsys):

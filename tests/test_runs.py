@@ -36,7 +36,7 @@ def test_a_slow_first_step_does_not_spoil_the_time_left(capsys):
     from rwkv_peft.training.callbacks import Progress, Record
 
     for before, late in (((), 0.0), (({"step": 4, "seconds": 40.0, "loss": 1.0},), 40.0)):
-        progress = Progress(steps=8, epochs=1, before=before, memory=lambda: 3 << 30)
+        progress = Progress(steps=8, epochs=1, before=before, memory=lambda: 3 << 30, done=4 if before else 0)
         for i, seconds in enumerate((100.0, 101.0, 102.0), 1):
             progress(Record(len(before) * 4 + i, 0, 1.0, 1e-4, 1.0, 10, 10, 1.0, 1.0, late + seconds))
         lines = capsys.readouterr().out.splitlines()

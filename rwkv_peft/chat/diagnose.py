@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .. import project, runs, tokenizer
+from .. import project, runs, sidecars, tokenizer
 from ..data.loading import Data
 from ..errors import Problems, UserError
 from ..generate import advance, generate
@@ -23,12 +23,18 @@ from ..model.rwkv import RWKV
 from ..roles import Role
 from ..templates.named import template
 from ..tokenized import data_files, mask_of, missing_data, open_sources
+from ..training import validate
 from . import models
 from .verdict import Rows, Run, judge
 
 MOST_ROWS, MOST_TOKENS, LEAST_ROWS = 64, 8192, 8  # of a file that go through the models
 QUESTIONS = 3  # of the rows that were trained, and of the held-out ones
 ANSWER = 48  # tokens
+# of run.json
+WANTED = (
+    "DATA_PATH", "VAL_DATA", "STREAMING", "LOSS_MASK", "MASK_START", "MASK_END", "CTX_LEN", "OVERLONG", "DATALOAD", "PACK",
+    "LR_INIT",
+)  # fmt: skip
 SHOWN = 160  # characters of a text
 WIDTH = 125  # of the lines of a verdict
 TARGETS = 256  # whose logits are in memory at once
@@ -51,10 +57,17 @@ def diagnose(name: str, base: str, precision: str) -> None:
     """name: of a run, or of one of its checkpoints. base: where the base lies, "" for where the sidecar says."""
     adapter = models.adapter_file(name)
     chosen = models.of_run(adapter, base)
+    sidecars.read(adapter, ("step",))
     settings, records, looks = facts_of(adapter.parent)
     original = chosen.model if chosen.adapter else models.base_of(adapter, chosen.sidecar, base)
     model = models.built(original, precision)
-    files, lines = rows_of(settings, model.geometry.vocab_size)
+    files, lines, targets = rows_of(settings, model.geometry.vocab_size)
+    told = [r for r in records if r["step"] <= chosen.sidecar["step"]]
+    all_seen = sum(r["targets"] for r in told) >= targets
+    if files[0] and not all_seen:
+        lines.append(
+            "careful   it had not gone through all its rows by then: some of those below as trained are new to it"
+        )
     trained, held = [[row for rows in by_file.values() for row in rows] for by_file in files]
     form = template(chosen.sidecar.get("prompt_type") or "rwkv-world")
     print(f"{project.shown(adapter)} ({METHODS[chosen.setup.method].words}) beside its base {project.shown(original)}")
@@ -89,14 +102,13 @@ def diagnose(name: str, base: str, precision: str) -> None:
     for what, rows in asked.items():
         for row in rows:
             print(f"\n{what} row {row.number} of {row.file}")
-            told = {
+            texts = {
                 "asked": text_of(row.tokens[: row.asked]), "expected": text_of(row.expected), "base": said_before[number],
                 "tuned": said_after[number],
             }  # fmt: skip
-            print("\n".join(f"  {label:<9} {shortened(text)}" for label, text in told.items()))
+            print("\n".join(f"  {label:<9} {shortened(text)}" for label, text in texts.items()))
             number += 1
     step = chosen.sidecar["step"]
-    told = [r for r in records if r["step"] <= step]
     sources = [(file, measured(rows), measured(files[1].get(file, []))) for file, rows in files[0].items()]
     run = Run(
         measured(trained),
@@ -107,6 +119,7 @@ def diagnose(name: str, base: str, precision: str) -> None:
         [(r["step"], r["loss"]) for r in looks if r["loss"] is not None and 0 < r["step"] <= step],
         settings["LR_INIT"],
         (adapter.parent / runs.BEST).is_file(),
+        all_seen,
     )
     print()
     for finding in judge(run):
@@ -117,36 +130,52 @@ def facts_of(folder: Path) -> tuple[dict[str, Any], list[dict], list[dict]]:
     """A run's settings, and the records of its steps and of its looks at held-out rows. UserError if it has no settings."""
     try:
         settings = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        settings["DATA_PATH"], settings["LOSS_MASK"], settings["CTX_LEN"]
+        _ = [settings[name] for name in WANTED]
     except (OSError, ValueError, LookupError, TypeError) as error:
         what = f"{type(error).__name__}: {error}"
         raise UserError(
             f"{project.shown(folder / 'run.json')}: cannot be read ({what}); it says what the run learnt from."
         ) from None
-    looks = list(records_of(folder / "valid.jsonl"))
-    return settings, list(records_of(folder / "loss.jsonl")), [r for r in looks if r["data"] == looks[-1]["data"]]
+    looks = validate.read(folder)
+    return settings, list(records_of(folder)), validate.of_one_set(looks, looks[-1].get("data")) if looks else []
 
 
-def records_of(path: Path) -> Iterator[dict]:
-    """The lines of a file, up to the first one that is not whole."""
+def records_of(folder: Path) -> Iterator[dict]:
+    """The lines of loss.jsonl, up to the first one that is not whole."""
+    path = folder / "loss.jsonl"
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
-            yield json.loads(line)
-        except ValueError:
+            record = json.loads(line)
+            record["step"], record["loss"], record["targets"]
+        except (ValueError, LookupError, TypeError):
             return
+        yield record
 
 
-def rows_of(settings: dict, vocab_size: int) -> tuple[tuple[dict[str, list[Row]], dict[str, list[Row]]], list[str]]:
-    """Rows by file: of those that were trained, and of the held-out ones, under the same name; and what to say of them. Problems
-    if there are none at all."""
+def rows_of(
+    settings: dict, vocab_size: int
+) -> tuple[tuple[dict[str, list[Row]], dict[str, list[Row]]], list[str], int]:
+    """Rows by file: of those that were trained, and of the held-out ones, under the same name; what to say of them; and how many
+    targets the former have, all together. UserError if there are none at all."""
     lines: list[str] = []
     trained: dict[str, list[Row]] = {}
     pairs, wrong = data_files(settings["DATA_PATH"]) if not settings["STREAMING"] else ([], [])
     if settings["STREAMING"]:
         lines.append("its rows were streamed: only held-out rows and the course of the loss can be looked at")
     lines += [f"careful   DATA_PATH: {words}" for words in wrong]
+    targets = 0
+
+    def put(by_file: dict[str, list[Row]], pair: tuple) -> int:
+        try:
+            found, whole = take(settings, pair, vocab_size, lines.append)
+        except Problems as problems:  # nothing that could be learnt from
+            lines.append(f"careful   {project.shown(pair[0])}: {problems.problems[0].message}")
+            return 0
+        by_file.setdefault(project.shown(pair[0]).removesuffix(".valid"), []).extend(found)
+        return whole
+
     for pair in there(pairs):
-        trained[pair[0].name] = take(settings, pair, vocab_size, lines.append)
+        targets += put(trained, pair)
     held: dict[str, list[Row]] = {}
     if settings["VAL_DATA"] in ("auto", "none"):
         others = [(prefix.with_name(f"{prefix.name}.valid"), weight) for prefix, weight in pairs]
@@ -154,24 +183,24 @@ def rows_of(settings: dict, vocab_size: int) -> tuple[tuple[dict[str, list[Row]]
         others, wrong = data_files(settings["VAL_DATA"])
         lines += [f"careful   VAL_DATA: {words}" for words in wrong]
     for pair in there(others):
-        try:
-            held[pair[0].name.removesuffix(".valid")] = take(settings, pair, vocab_size, lines.append)
-        except Problems as problems:  # nothing that could be learnt from
-            lines.append(f"careful   {pair[0].name}: {problems.problems[0].message}")
+        put(held, pair)
     if not trained and not held:
         raise UserError("\n".join([*lines, "There is no row to look at: see DATA_PATH and VAL_DATA in training.sh."]))
-    return (trained, held), lines
+    return (trained, held), lines, targets
 
 
 def there(pairs: Sequence[tuple]) -> list[tuple]:
     return [pair for pair in pairs if not missing_data(pair[0])]
 
 
-def take(settings: dict, pair: tuple, vocab_size: int, say: Callable[[str], None]) -> list[Row]:
-    """Rows of a tokenized file, from all over it, as many as are quickly looked at."""
+def take(settings: dict, pair: tuple, vocab_size: int, say: Callable[[str], None]) -> tuple[list[Row], int]:
+    """Rows of a tokenized file, from all over it, as many as are quickly looked at; and the targets of all. Problems if none has
+    anything to learn."""
     masks = settings["LOSS_MASK"], settings["MASK_START"], settings["MASK_END"]
     [source] = open_sources([pair], *masks, vocab_size, say)
-    data = Data([source], "only", mask_of(masks[0]), settings["CTX_LEN"], settings["OVERLONG"], 0, False)
+    windows = settings["DATALOAD"] == "get" or settings["PACK"] == "concat"  # of which a long document has many
+    overlong = "split" if windows else settings["OVERLONG"]
+    data = Data([source], "only", mask_of(masks[0]), settings["CTX_LEN"], overlong, 0, False)
     mean = max(1, int(data.parts[0].items.length.mean()))
     count = min(data.rows, MOST_ROWS, max(LEAST_ROWS, MOST_TOKENS // mean))
     found = []
@@ -186,7 +215,7 @@ def take(settings: dict, pair: tuple, vocab_size: int, say: Callable[[str], None
             others = np.flatnonzero(roles[asked:] != Role.ASSISTANT)
             expected = tokens[asked : asked + int(others[0]) if len(others) else len(roles)]
         found.append(Row(source.name, piece.document, tokens, weights, asked, expected))
-    return found
+    return found, data.facts().targets
 
 
 def ask(rows: Sequence[Row]) -> list[Row]:
@@ -212,7 +241,10 @@ def loss_of(model: RWKV, row: Row) -> float:
 
 def answer(model: RWKV, row: Row, stops: Sequence[str]) -> str:
     ids = row.tokens[: row.asked].tolist()
-    return "".join(generate(model, *advance(model, ids), ANSWER, 0.0, 1.0, 0, stops))
+    try:
+        return "".join(generate(model, *advance(model, ids), ANSWER, 0.0, 1.0, 0, stops))
+    except UserError:  # of a model that has gone wrong, which the losses tell
+        return "(no number)"
 
 
 def text_of(tokens: np.ndarray) -> str:

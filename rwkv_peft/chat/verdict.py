@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 SURE = 2.5  # standard errors
+MANY = 0.01  # of the steps: if more came to no number, it was no accident
 SELDOM = 4.0  # ... between the lowest and the highest of many
-BEFORE = "the base's"
 WINDOWS = 20  # pieces that the curve of losses is cut into
 LEAST = 5  # steps of such a piece
 RISE = 0.05  # of the lowest loss so far: a higher one later is no wobble
@@ -52,13 +52,6 @@ class Rows(NamedTuple):
         return gained, float(np.sqrt((rest**2).sum() * rows / (rows - 1)) / self.targets.sum())
 
     @property
-    def start(self) -> tuple[float, float]:
-        """The base's loss, and its standard error."""
-        mean, count = self.losses[0], len(self.targets)
-        rest = self.base - mean * self.targets
-        return mean, float(np.sqrt((rest**2).sum() * count / max(count - 1, 1)) / self.targets.sum())
-
-    @property
     def by_heart(self) -> np.ndarray:
         """Which rows are known by heart, and were not, bool [N]."""
         return (self.tuned < BY_HEART * self.targets) & (self.base > NEW * self.targets)
@@ -72,7 +65,8 @@ class Finding(NamedTuple):
 class Run(NamedTuple):
     """What is known of a run. trained, held: rows that it has learnt from, and others; None for none. sources: (name, rows it has
     learnt from, held-out rows or None) of each file, if there are several. losses: of its steps. skipped: steps that were left
-    out. looks: its validations, (step, loss). rate: LR_INIT. kept: whether its best checkpoint was kept."""
+    out. looks: its validations, (step, loss). rate: LR_INIT. kept: whether its best checkpoint was kept. all_seen:
+    whether it has gone through all its rows: else some of `trained` are new to it."""
 
     trained: Rows | None
     held: Rows | None
@@ -82,6 +76,16 @@ class Run(NamedTuple):
     looks: Sequence[tuple[int, float]]
     rate: float
     kept: bool = False
+    all_seen: bool = True
+
+    @property
+    def whose(self) -> str:
+        """The rows that a verdict rests on."""
+        return (
+            ("the rows that it was trained on" if self.all_seen else "rows of its files")
+            if self.trained
+            else "held-out rows"
+        )
 
 
 def judge(run: Run) -> list[Finding]:
@@ -115,47 +119,38 @@ def too_high(run: Run) -> Finding | None:
     cure = (
         f"take a third of LR_INIT={run.rate:g}, and GRAD_CLIP=1; ./training.sh --find-lr tells what the settings bear"
     )
-    if run.skipped:
-        many = f"{run.skipped} of its {len(run.losses) + run.skipped} steps came to no number and were left out"
+    steps = len(run.losses) + run.skipped
+    if run.skipped > MANY * steps:
+        many = f"{run.skipped} of its {steps} steps came to no number and were left out"
         return Finding("too high", f"the learning rate is too high, or a setting is extreme: {many}. {cure}")
     means, errors = pieces(run.losses)
-    at = [f"at {(i + 1) / max(len(means), 1):.0%} of the run" for i in range(len(means))]
-    if run.trained and len(means):  # where it began: a rise may be over within the first piece
-        begin = run.trained.start
-        means, errors, at = np.insert(means, 0, begin[0]), np.insert(errors, 0, begin[1]), [BEFORE, *at]
     worst: tuple[float, int, int] | None = None
     for i in range(1, len(means)):
         low = int(means[:i].argmin())
         rise = float(means[i] - means[low])
-        chance = float(np.hypot(errors[i], errors[low]))
-        if rise > max(RISE * means[low], (SURE if at[low] == BEFORE else SELDOM) * chance) and rise > (
-            worst[0] if worst else 0.0
-        ):
+        chance = SELDOM * float(np.hypot(errors[i], errors[low]))
+        if rise > max(RISE * means[low], chance, worst[0] if worst else 0.0):
             worst = rise, low, i
     if worst:
         _, low, i = worst
         back = means[i:].min() < (means[i] + means[low]) / 2
-        rise = f"the loss rose from {means[low]:.3f} ({at[low]}) to {means[i]:.3f} ({at[i]})"
+        share = f"between {(low + 1) / len(means):.0%} and {(i + 1) / len(means):.0%} of the run"
+        rise = f"{share} the loss rose from {means[low]:.3f} to {means[i]:.3f}"
         after = f"and came down again to {means[i:].min():.3f}: it oscillates" if back else "and never came back"
         return Finding("too high", f"the learning rate is too high: {rise} {after}. {cure}")
-    if run.trained:
-        gain, error = run.trained.gain
-        if -gain > SURE * error:
-            before, after = run.trained.losses
-            words = (
-                f"even the rows that it was trained on are worse than before: loss {after:.3f} instead of {before:.3f}"
-            )
-            return Finding("too high", f"the learning rate is too high, or a setting is extreme: {words}. {cure}")
+    if (rows := run.trained or run.held) and not rows.gain[0] > -FLAT * rows.losses[0]:  # (or no number)
+        before, after = rows.losses
+        words = f"{run.whose} are worse than before: loss {after:.3f} instead of {before:.3f}"
+        return Finding("too high", f"the learning rate is too high, or a setting is extreme: {words}. {cure}")
     return None
 
 
 def too_low(run: Run) -> Finding | None:
-    if not run.trained:
+    rows = run.trained or run.held
+    if not rows or abs(rows.gain[0]) >= FLAT * rows.losses[0]:
         return None
-    (gain, error), (before, after) = run.trained.gain, run.trained.losses
-    if gain >= FLAT * before and gain > SURE * error:
-        return None
-    words = f"it has hardly learnt anything: on its own rows the loss is {after:.3f} instead of {before:.3f}"
+    before, after = rows.losses
+    words = f"it has hardly learnt anything: of {run.whose} the loss is {after:.3f} instead of {before:.3f}"
     cure = f"take ten times LR_INIT={run.rate:g} (./training.sh --find-lr tells what the settings bear), or many more steps"
     return Finding("too low", f"the learning rate is too low, or the run too short: {words}. {cure}")
 
@@ -177,7 +172,7 @@ def underfit(run: Run) -> Finding | None:
 
 def learnt_by_heart(run: Run) -> bool:
     """Whether held-out rows gain much less than those that were trained, or lose."""
-    if not run.trained or not run.held:
+    if not run.trained or not run.held or not run.all_seen:
         return False
     (own, own_error), (other, other_error) = run.trained.gain, run.held.gain
     return own - other > SURE * float(np.hypot(own_error, other_error)) and other < HALF * own
@@ -226,10 +221,11 @@ def where(run: Run) -> str:
 
 
 def fits(run: Run) -> Finding:
-    if not run.trained:
-        return Finding("fits", "the loss has neither risen nor stood still on the way")
-    own, (before, after) = run.trained.gain[0], run.trained.losses
-    words = f"on its own rows the loss is {after:.3f} instead of {before:.3f}"
-    if run.held:
-        words += f", and held-out rows have gained {run.held.gain[0]:.3f} beside {own:.3f}"
+    rows = run.trained or run.held
+    if not rows:
+        return Finding("fits", "the loss has not risen on the way; there were no rows to look at")
+    before, after = rows.losses
+    words = f"of {run.whose} the loss is {after:.3f} instead of {before:.3f}"
+    if run.held and run.trained:
+        words += f", and held-out rows have gained {run.held.gain[0]:.3f} beside {run.trained.gain[0]:.3f}"
     return Finding("fits", f"nothing is wrong with the fit: {words}")

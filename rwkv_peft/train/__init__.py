@@ -170,7 +170,7 @@ def train(run, cleanup: contextlib.ExitStack, say) -> None:
     keep = Keep(keep_state if config.keep_last else None, trained, config.save_steps, epoch_steps, say, at)
     ends = config.epoch_save, config.epoch_count, epoch_steps
     save = Save(*ends, folder, write, trained, keep.save, say, config.keep_last)
-    keep.beside = save.of_step
+    keep.beside, keep.paused = save.of_step, recorder.leave_out
     if run.missing and results:
         as_found = Parts(run.spread.weights(trained()))
         save.newest = results.write(as_found, int(run.missing.stem.removeprefix("rwkv-")), True, found.step)

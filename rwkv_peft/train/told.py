@@ -48,7 +48,7 @@ def everybody(run: Prepared, cleanup: contextlib.ExitStack, say: Callable[[str],
     runs.point_latest(folder)
     if len(before) < done:
         say(f"careful   loss.jsonl has only {len(before)} of the {done} steps that are done; loss.png will show a gap")
-    progress = Progress(run.steps, config.epoch_count, before, machine.most_memory)
+    progress = Progress(run.steps, config.epoch_count, before, machine.most_memory, done)
     log = LossFile(folder / "loss.jsonl")
     known = {"wandb": found.facts["wandb"], **found.facts.get("trackers", {})} if found else {}
     for one in (log, progress):

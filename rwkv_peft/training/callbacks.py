@@ -144,17 +144,19 @@ class Progress:
     """A bar with loss, rate, speed, memory and time left; plain lines, about twenty a run, where there is no terminal.
 
     The loss is the mean of the last twentieth of the run's steps (at least 5); loss.jsonl has every single one. before: the
-    records of a run that goes on. memory: () -> bytes that were held at most.
+    records of a run that goes on; done: its steps so far. memory: () -> bytes that were held at most.
     """
 
-    def __init__(self, steps: int, epochs: int, before: Sequence[dict] = (), memory: Callable[[], int] = lambda: 0):
+    def __init__(
+        self, steps: int, epochs: int, before: Sequence[dict] = (), memory: Callable[[], int] = lambda: 0, done: int = 0
+    ):
         self.steps, self.epochs, self.memory = steps, epochs, memory
         # losses; their plain mean is loss.png's smooth line
         self.recent: deque[float] = deque(
             (r["loss"] for r in before if r["loss"] is not None), maxlen=looks_back(steps)
         )
         # the step and the second from which on the time left is reckoned
-        self.done, self.spent = (before[-1]["step"], before[-1]["seconds"]) if before else (0, 0.0)
+        self.done, self.spent = done, before[-1]["seconds"] if before else 0.0
         self.first = self.done + 1
         form = "{desc} |{bar:16}| {n_fmt}/{total_fmt}{postfix}"  # (a comma comes by itself)
         self.bar = None

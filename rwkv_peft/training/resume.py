@@ -7,6 +7,7 @@ step again. Where it lies in the data follows from the number of the step.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 
 import pytorch_lightning as pl
@@ -71,8 +72,8 @@ class Keep(pl.Callback):
 
     write: from parts and facts to a snapshot on the disk; None for a run that saves none. names: see GoOn. every: 0 for never by
     itself. epoch_steps: optimizer steps of an epoch. say: is told where one cannot be written, on a full disk: training goes on
-    without it. saved: the step of the one that it goes on from. beside: is called by all processes after one of `every` is
-    written, and again where a run goes on from it: it may have been killed between the two.
+    without it. saved: the step of the one that it goes on from. beside: is called by all processes after one of `every`,
+    and again where a run goes on from it: it may have been killed between the two. paused: is told how many seconds both took.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class Keep(pl.Callback):
         self.write, self.names, self.every, self.epoch_steps, self.say = write, names, every, epoch_steps, say
         self.step, self.saved = 0, saved
         self.beside: Callable[[pl.Trainer, pl.LightningModule], None] = lambda trainer, module: None
+        self.paused: Callable[[float], None] = lambda seconds: None
 
     def on_train_start(self, trainer, module) -> None:
         self.look(trainer)
@@ -107,8 +109,10 @@ class Keep(pl.Callback):
 
     def save_step(self, trainer, module) -> None:
         if self.write is not None:
+            began = time.monotonic()
             self.save(trainer)
             self.beside(trainer, module)
+            self.paused(time.monotonic() - began)
 
     def look(self, trainer) -> None:
         """Note what changes between here and the next step."""
