@@ -100,9 +100,8 @@ def main() -> None:
             kinds = (True, False) if number % 2 else (False, True)
             seconds = {watched: run({**point, "watched": watched}) for watched in kinds}
             pairs.append((seconds[False], seconds[True]))
-            print(
-                f"without {pairs[-1][0]:7.2f} s   watched {pairs[-1][1]:7.2f} s   ratio {pairs[-1][1] / pairs[-1][0]:.3f}"
-            )
+            without, watched = pairs[-1]
+            print(f"without {without:7.2f} s   watched {watched:7.2f} s   ratio {watched / without:.3f}", flush=True)
     ratio = statistics.median(watched / without for without, watched in pairs)
     print(f"median ratio {ratio:.3f} (at most {MOST} is wanted)")
     if given.json:
