@@ -9,4 +9,4 @@ cd "$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 ./setup.sh requirements-test.txt
 case " $* " in *" -m "*) ;; *) set -- -m "not slow and not gpu" "$@" ;; esac
 # a worker per core, and every file in one of them; -n 0 behind it for a single process
-exec .venv/bin/python -m pytest -n auto --dist loadfile "$@"
+exec .venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder "$@"

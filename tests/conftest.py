@@ -33,6 +33,18 @@ EVERYTHING = bool(os.environ.get("EVERYTHING"))
 SCRIPTS = ("make_tokenize.sh", "training.sh", "merge.sh", "chat.sh")
 
 
+# files of minutes, longest first: what begins last would be waited for by idle workers
+LONG = (
+    "test_quickstart", "test_strategies", "test_resume", "test_end_to_end", "test_nodes", "test_ops_cpu", "test_matrix",
+    "test_processes", "test_bench", "test_ops_fla", "test_diagnose", "test_training", "test_saves", "test_names",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items) -> None:
+    place = {name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)

@@ -137,7 +137,7 @@ def test_no_eof_leaves_the_end_of_documents_out(kit):
         (["x.jsonl", "--noeof"], "--noeof: is not an option; did you mean --no-eof? There are --no-eof, --preview"),
         (["../output"], "holds no file that can be read (.jsonl, .json, .csv"),
         (["x.md"], "must end in one of .jsonl, .json, .csv"),
-        (["x.jsonl", "--prompt-type", "rwkv-wrld"], "line  25  PROMPT_TYPE=rwkv-wrld  must be one of rwkv-world, "),
+        (["x.jsonl", "--prompt-type", "rwkv-wrld"], "PROMPT_TYPE=rwkv-wrld  must be one of rwkv-world, "),
         (["x.jsonl", "--prompt-type"], "--prompt-type wants a value behind it"),
         (["x.jsonl", "--eot", "none"], "EOT=none  must be one of doc, blank, both, x17"),
         (["x.jsonl", "--map-keys", '{"promt": "x"}'], "has the key 'promt'; did you mean prompt?"),

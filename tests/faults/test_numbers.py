@@ -53,13 +53,19 @@ def test_what_was_learnt_stays_sound(ready, monkeypatch, capsys, what, seed):
     mode = {"FINETUNE_MODE": dice.choice(["lora", "full", "state_tuning"])}
     broken(monkeypatch, what, at, bad)
     if what == "weight":
-        with pytest.raises(UserError, match="NAN_LIMIT=3 steps in a row were left out"):
+        # (an infinite decay gives finite losses: then the checkpoint is what is refused)
+        with pytest.raises(
+            UserError, match="NAN_LIMIT=3 steps in a row were left out|has become NaN or infinite"
+        ) as told:
             run(ready, **COMMON, **mode)
     else:
         run(ready, **COMMON, **mode)
     records = [json.loads(line) for line in (ready / "output/run/loss.jsonl").read_text().splitlines()]
     left_out = [r["step"] for r in records if r["skipped"]]
-    assert left_out == ([at + 1, at + 2, at + 3] if what == "weight" else [at])
+    if what != "weight":
+        assert left_out == [at]
+    elif "NAN_LIMIT" in str(told.value):
+        assert left_out == [at + 1, at + 2, at + 3]
     # the only state that is kept is of before
     found = snapshot.whole(ready / "output/run", print)
     assert found.step == (at - 1 if what == "weight" else STEPS)
