@@ -21,10 +21,11 @@ from rwkv_peft.pieces import side_by_side
 from rwkv_peft.words import listed
 
 from . import fold, foreign, parts
+from .answers import Answers
 from .exports import EXPORTS
 from .parts import Found
 from .rows import by_rows
-from .verify import Answers, verify
+from .verify import verify
 
 # the kinds of --export that are several files
 TOGETHER = {"state": ("state", "state-ai00")}

@@ -13,17 +13,20 @@ from test_versions import IDS, judged
 
 from merge import __main__ as door
 from merge import fold
+from merge.answers import Answers
 from merge.exports import EXPORTS
 from merge.rows import by_rows
-from merge.verify import ROUNDINGS, Answers, check_changed
+from merge.verify import ROUNDINGS, check_changed
 from rwkv_peft import atomic, checkpoint, hashing, project, runs, sidecars
 from rwkv_peft.adapters import attach
 from rwkv_peft.adapters.attach import Setup
+from rwkv_peft.adapters.base import Adapter
 from rwkv_peft.adapters.registry import ADAPTERS
 from rwkv_peft.errors import Problems, UserError
 from rwkv_peft.methods import METHODS
 from rwkv_peft.model import arch
 from rwkv_peft.model.rwkv import build
+from rwkv_peft.ops import dispatch
 from rwkv_peft.shell_vars import Script
 
 SHAPE = tiny.geometry(2, 32, 64, 16)
@@ -38,13 +41,22 @@ def merge(*typed, **changes):
 
 
 def make_run(
-    root, name="r", method="lora", version="x070", dtype=torch.float32, seed=5, quant="none", parts=PARTS, step=0.1
+    root,
+    name="r",
+    method="lora",
+    version="x070",
+    dtype=torch.float32,
+    seed=5,
+    quant="none",
+    parts=PARTS,
+    step=0.1,
+    width=32,
 ):
     """A base with extra tensors in model/, and a run on it whose adapters are not fresh. Returns folder, base and model."""
-    shape = tiny.geometry(2, 32, 64, 16, version)
+    shape = tiny.geometry(2, width, 2 * width, 16, version)
     base, folder = root / "model" / "base.pth", root / "output" / name
     if not base.exists():
-        extra = {"blocks.0.att.v0": torch.randn(1, 1, 32), "note": torch.arange(3)}
+        extra = {"blocks.0.att.v0": torch.randn(1, 1, width), "note": torch.arange(3)}
         checkpoint.save(base, {n: t.to(dtype) for n, t in tiny.tensors(0, shape).items()} | extra)
     model = build(shape, checkpoint.load(base), tiny.ops(shape))
     parts = parts if METHODS[method].parts else ()
@@ -420,6 +432,7 @@ def test_a_merge_that_answers_otherwise_than_the_adapter_is_removed(run, monkeyp
     right = ADAPTERS["lora"].merge
     wrong = staticmethod(lambda w, tensors, sidecar: right(w, tensors, sidecar | {"alpha": 2 * sidecar["alpha"]}))
     monkeypatch.setattr(ADAPTERS["lora"], "merge", wrong)
+    monkeypatch.setattr(ADAPTERS["lora"], "product", Adapter.product)
     words = r"receptance.weight with output/r/rwkv-3.pth \(\+100.00 % of what .* and 11 others do not answer as base"
     with pytest.raises(UserError, match=words):
         merge()
@@ -507,8 +520,42 @@ def test_a_wrong_formula_is_seen_though_rounding_to_bf16_is_larger(project_folde
     right = ADAPTERS[method].merge
     wrong = lambda w, tensors, options: fault(right, w, tensors, options)  # noqa: E731
     monkeypatch.setattr(ADAPTERS[method], "merge", staticmethod(wrong))
+    monkeypatch.setattr(ADAPTERS[method], "product", Adapter.product)  # none, so that the formula is asked
     with pytest.raises(UserError, match="do not answer as base . adapter would"):
         merge(*words)
+
+
+@pytest.mark.parametrize("width", [32, 64], ids=["without a kernel", "with a kernel"])
+@pytest.mark.parametrize("fault", ["too much", "left out", "one row off", "rounded otherwise"])
+def test_a_wrong_product_is_seen_though_rounding_to_bf16_is_larger(project_folder, monkeypatch, width, fault):
+    folder, _, _ = make_run(project_folder, dtype=torch.bfloat16, step=1e-3, width=width)
+    merge(folder / "rwkv-3.pth")
+    right = dispatch.Ops.fold
+
+    def wrong(self, weight, B, A, x):
+        B = B.clone()
+        B *= {"too much": 1.01, "left out": 0}.get(fault, 1)
+        B[-1] *= fault != "one row off"
+        found = right(self, weight, B, A, x)
+        if fault != "rounded otherwise":
+            return found
+        made = (found.made.float() * 1.1).bfloat16()
+        return found._replace(made=made, rounded=x @ made.float().T)
+
+    monkeypatch.setattr(dispatch.Ops, "fold", wrong)
+    with pytest.raises(UserError, match="do not answer as base|are not what they should be"):
+        merge(folder / "rwkv-3.pth")
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "pissa", "miss", "bat"])
+def test_a_product_is_what_merging_adds(method):
+    """Where a method says that its merged weight is W + B A."""
+    weight, options = torch.randn(32, 64), OPTIONS[method]
+    layer = {leaf: torch.randn(shape) for leaf, shape in ADAPTERS[method].shapes(32, 64, **options).items()}
+    product = ADAPTERS[method].product(layer, options)
+    assert (product is not None) == (method == "lora")
+    if product:
+        torch.testing.assert_close(weight + product[0] @ product[1], ADAPTERS[method].merge(weight, layer, options))
 
 
 def test_a_base_is_found_where_it_lay_even_if_model_holds_another_of_its_name(run, tmp_path):

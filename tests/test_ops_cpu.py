@@ -18,9 +18,10 @@ from tiny import wkv_inputs
 
 from rwkv_peft.errors import Problems
 from rwkv_peft.model.state import Borders
-from rwkv_peft.ops import cache, chunked, dispatch, neighbours, reference
+from rwkv_peft.ops import cache, chunked, dispatch, folding, neighbours, reference
 from rwkv_peft.ops.cpu import build, fused
 from rwkv_peft.ops.cpu import wkv as cpu
+from rwkv_peft.ops.folding import QUESTIONS
 from rwkv_peft.ops.neighbours import Gates, Own
 
 H, N = 3, 16
@@ -154,6 +155,33 @@ def test_a_product_of_a_few_rows_reads_the_weight_as_it_is_stored(dtype, weight,
     with torch.no_grad():
         found = fused.linear(x, w)
     assert found.dtype == dtype and laws.errors([found.double()], [exact])[0] < NOISE[dtype]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("rows", "inputs", "rank"), [(1, 64, 1), (6, 64, 4), (13, 192, 7), (40, 128, 0), (20, 80, 3)])
+def test_folding_a_product_of_low_rank_is_its_definition(rows, inputs, rank, threads):
+    weight = torch.randn(rows, inputs).bfloat16()
+    B, A, x = torch.randn(rows, rank), torch.randn(rank, inputs), torch.randn(QUESTIONS, inputs)
+    torch.set_num_threads(threads)
+    ours = fused.fold(weight, B, A, x)
+    torch.set_num_threads(1)
+    exact = neighbours.fold(weight, *(t.double() for t in (B, A, x)))
+    sure = folding.fold(weight, B, A, x)
+    assert ours.made.dtype == torch.bfloat16 and (ours.made != exact.made).float().mean() < 0.01
+    torch.testing.assert_close(ours.made.float(), sure.made.float(), rtol=2**-7, atol=1e-5)
+    for mine, wanted in zip(ours[1:3], exact[1:3], strict=True):
+        torch.testing.assert_close(mine.double(), wanted, rtol=1e-5, atol=1e-5 * inputs**0.5)
+    torch.testing.assert_close(ours.rounded, x @ ours.made.float().T, rtol=1e-5, atol=1e-5 * inputs**0.5)
+    torch.testing.assert_close(ours.squares.double(), exact.squares, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_no_number_stays_none_when_it_is_folded(bad):
+    weight = torch.randn(9, 128).bfloat16()
+    weight[4, 70] = bad
+    found = fused.fold(weight, torch.randn(9, 2), torch.randn(2, 128), torch.randn(QUESTIONS, 128))
+    assert [not bool(torch.isfinite(row).all()) for row in found.rounded.T] == [i == 4 for i in range(9)]
+    assert found.made[4, 70].float().isfinite().logical_not()
 
 
 def test_a_product_that_is_learnt_from_has_its_gradients():

@@ -59,6 +59,11 @@ class Adapter(nn.Module, abc.ABC):
         was set, under the names of __init__.
         """
 
+    @staticmethod
+    def product(tensors: dict[str, Tensor], sidecar: dict) -> tuple[Tensor, Tensor] | None:
+        """B [out, r] and A [r, in], float32, where the merged weight is W + B A; None where it is another one."""
+        return None
+
     def begun(self) -> dict[str, Tensor]:
         """Copies of the start tensors. To be asked before the first training step."""
         return {}

@@ -35,6 +35,10 @@ class Lora(Adapter):
         A, B = factors(weight, tensors)
         return torch.addmm(weight.to(A.dtype), B, A, alpha=scale_of(sidecar))
 
+    @staticmethod
+    def product(tensors: dict[str, Tensor], sidecar: dict) -> tuple[Tensor, Tensor]:
+        return tensors["lora_B"].float() * scale_of(sidecar), tensors["lora_A"].float()
+
 
 def scale(rank: int, alpha: float, rslora: bool) -> float:
     """With alpha/r the change shrinks as r grows; with alpha/sqrt(r) it keeps its size."""

@@ -17,6 +17,7 @@ from .cpu import build, fused
 from .cpu import wkv as cpu
 from .cuda import build as cuda_build
 from .cuda import wkv as cuda
+from .folding import Folded
 from .neighbours import Gates, Own, Where
 
 # version -> backend -> function; the signatures are those of the reference
@@ -91,6 +92,10 @@ class Ops:
     ) -> tuple[Tensor, Tensor]:
         """gates, own: in the order of neighbours.Gates and neighbours.Own."""
         return self.around.around7(self.wkv, Gates(*gates), Own(*own), s0, where, heads)
+
+    def fold(self, weight: Tensor, B: Tensor, A: Tensor, x: Tensor) -> Folded:
+        """folding.fold."""
+        return self.around.fold(weight, B, A, x)
 
     def cross_entropy(self, x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
         """loss.linear_cross_entropy: the sum over rows x [R, C]."""

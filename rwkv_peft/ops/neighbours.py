@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .folding import fold as fold
+
 READS = ()  # formats of weights that `linear` need not convert
 LOG_DECAY_SCALE = -0.6065306597126334  # -exp(-1/2): no token's decay is below exp of this
 EPS = 64e-5  # of the norm behind the recurrence: 1e-5 * 8**2, as the base models were trained

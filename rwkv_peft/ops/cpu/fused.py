@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import neighbours
 from ..neighbours import Gates, Own, Where
 from ..reference import sequences
-from . import token7
+from . import folding, token7
 from .build import function
 from .wkv import LANES, NAMES, SIZES, backward7, forward7, pointer
 
@@ -23,6 +23,7 @@ MOST_MIXES = 6
 MOST_ROWS = 4  # of a product that is bound by reading the weight
 
 one_token = token7.one_token
+fold = folding.fold
 
 
 def fits(x: Tensor) -> bool:
