@@ -50,9 +50,10 @@ MERGE = """
 import sys
 sys.path[0] = sys.argv[1]
 from pathlib import Path
+from merge import deliver  # whatever looks for the kit's own files does so before the folder changes
+from merge.__main__ import MergeConfig, command
 from rwkv_peft import project
 project.ROOT, project.OUTPUT = Path(sys.argv[2]), Path(sys.argv[2]) / "output"
-from merge.__main__ import MergeConfig, command
 command(MergeConfig("", "", "original", "", "", ""), sys.argv[3:])
 """
 # the largest resident set so far: what wait4 says of a child would begin with its parent's

@@ -10,6 +10,7 @@ namespace {
 
 constexpr int V = 4, COLUMNS = V * W, X = 4;
 constexpr int TOGETHER = WIDTH == 16 ? 6 : 2;  // rows whose sums fit the registers
+constexpr int64_t BLOCK = 1 << 19;              // numbers of W that stay in a core's own cache while column after column is made
 
 struct Sums {
     vf before[X], made[X], kept[X], square[2];
@@ -49,29 +50,37 @@ inline void tile(const T *w, const float *b, const float *panel, const float *x,
     }
 }
 
+// Rows begin to end of all.
+template <typename T>
+void block(const T *w, const float *b, const float *a, const float *x, T *out, float *answers, float *squares, int64_t begin,
+           int64_t end, int64_t rows, int64_t rank, int64_t inputs) {
+    std::vector<float> panel(rank * COLUMNS);
+    std::vector<Sums> sums(end - begin, Sums{});
+    for (int64_t j = 0; j < inputs; j += COLUMNS) {
+        for (int64_t k = 0; k < rank; k++) std::memcpy(&panel[k * COLUMNS], a + k * inputs + j, COLUMNS * sizeof(float));
+        int64_t i = begin;
+        for (; i + TOGETHER <= end; i += TOGETHER)
+            tile<TOGETHER>(w + i * inputs + j, b + i * rank, panel.data(), x + j, out + i * inputs + j, &sums[i - begin], rank,
+                           inputs);
+        for (; i < end; i++)
+            tile<1>(w + i * inputs + j, b + i * rank, panel.data(), x + j, out + i * inputs + j, &sums[i - begin], rank, inputs);
+    }
+    for (int64_t i = begin; i < end; i++) {
+        const Sums &s = sums[i - begin];
+        const vf *of[3] = {s.before, s.made, s.kept};
+        for (int which = 0; which < 3; which++)
+            for (int n = 0; n < X; n++) answers[(which * X + n) * rows + i] = sum(of[which][n]);
+        for (int which = 0; which < 2; which++) squares[which * rows + i] = sum(s.square[which]);
+    }
+}
+
 template <typename T>
 void fold(const T *w, const float *b, const float *a, const float *x, T *out, float *answers, float *squares, int64_t rows,
           int64_t rank, int64_t inputs, int threads) {
-    share(rows, threads, [=](int64_t begin, int64_t end, int) {
-        std::vector<float> panel(rank * COLUMNS);
-        std::vector<Sums> sums(end - begin, Sums{});
-        for (int64_t j = 0; j < inputs; j += COLUMNS) {
-            for (int64_t k = 0; k < rank; k++) std::memcpy(&panel[k * COLUMNS], a + k * inputs + j, COLUMNS * sizeof(float));
-            int64_t i = begin;
-            for (; i + TOGETHER <= end; i += TOGETHER)
-                tile<TOGETHER>(w + i * inputs + j, b + i * rank, panel.data(), x + j, out + i * inputs + j, &sums[i - begin],
-                               rank, inputs);
-            for (; i < end; i++)
-                tile<1>(w + i * inputs + j, b + i * rank, panel.data(), x + j, out + i * inputs + j, &sums[i - begin], rank,
-                        inputs);
-        }
-        for (int64_t i = begin; i < end; i++) {
-            const Sums &s = sums[i - begin];
-            const vf *of[3] = {s.before, s.made, s.kept};
-            for (int which = 0; which < 3; which++)
-                for (int n = 0; n < X; n++) answers[(which * X + n) * rows + i] = sum(of[which][n]);
-            for (int which = 0; which < 2; which++) squares[which * rows + i] = sum(s.square[which]);
-        }
+    const int64_t most = std::max<int64_t>(1, BLOCK / inputs / TOGETHER) * TOGETHER;
+    share(rows, threads, [=](int64_t first, int64_t last, int) {
+        for (int64_t i = first; i < last; i += most)
+            block(w, b, a, x, out, answers, squares, i, std::min(i + most, last), rows, rank, inputs);
     });
 }
 

@@ -29,6 +29,7 @@ from .rows import ROWS, cut
 
 ROW = 3e-5  # allowed difference of one output before rounding, relative to its row of weights (seen: 2e-6)
 SHARE = 1e-3  # allowed share of what the adapter changes that is missing or too much (seen: 1e-5)
+AT_ONCE = 1 << 21  # numbers of a weight, where the kernel keeps to its cache by itself
 SURE = 6  # standard deviations that noise stays within
 
 
@@ -58,8 +59,8 @@ class Answers:
         alone = self.low_rank(name)
 
         def rows(before: Tensor, block: slice) -> Tensor:
-            if alone and before.dtype.itemsize == 2:
-                return self.folded(name, *alone, before, block)
+            if alone is not None and before.dtype.itemsize == 2:
+                return self.folded(name, alone, before, block)
             first = before.to(kind_of(before.dtype))
             made = make.rows(first if before.dtype.itemsize == 2 else before, block)
             return self.note(name, before, first, made, [cut(part, name, block) for part in self.parts])
@@ -67,24 +68,21 @@ class Answers:
         def whole(before: Tensor) -> Tensor:
             return self.note(name, before, before.to(kind_of(before.dtype)), make(before), self.parts)
 
-        return ByRows(rows, make.unit) if isinstance(make, ByRows) else whole
+        return ByRows(rows, make.unit, make.block if alone is None else AT_ONCE) if isinstance(make, ByRows) else whole
 
-    def low_rank(self, name: str) -> tuple[int, Tensor, Tensor] | None:
-        """The checkpoint's number, B and A, where all that becomes of a weight is W + B A of a single one: there is a kernel that
-        merges and asks at once."""
+    def low_rank(self, name: str) -> int | None:
+        """The checkpoint's number, where all that becomes of a weight is W + B A of a single one: a kernel merges and asks at
+        once."""
         mine = [i for i, part in enumerate(self.parts) if fold.touches(part, name, self.geometry)]
         if len(mine) != 1 or self.weights:
             return None
-        part = self.parts[mine[0]]
-        layer = part.layer(name)
-        product = ADAPTERS[part.setup.method].product(layer, part.setup.options) if layer else None
-        return (mine[0], *product) if product and not part.quantised else None
+        part = cut(self.parts[mine[0]], name, slice(0, 1))
+        return None if part.quantised or not product_of(part, name) else mine[0]
 
     @torch.no_grad()
-    def folded(self, name: str, number: int, B: Tensor, A: Tensor, before: Tensor, block: slice) -> Tensor:
-        x = questions(before.shape[1], torch.float32)
-        made, *answers, squares = self.ops.fold(before, B[block], A, x)
-        part = cut(self.parts[number], name, block)
+    def folded(self, name: str, number: int, before: Tensor, block: slice) -> Tensor:
+        x, part = questions(before.shape[1], torch.float32), cut(self.parts[number], name, block)
+        made, *answers, squares = self.ops.fold(before, *product_of(part, name), x)
         theirs = answer(part, name, before, x, self.ops.linear)
         self.off[name][number].add(theirs, *answers[:2], squares)
         self.written[name].add(theirs, answers[2], float(squares[0].sum()))
@@ -179,6 +177,12 @@ class Written:
     def difference(self) -> float:
         """Relative to the larger of the base's and the adapter's outputs (which may undo its base)."""
         return math.sqrt(self.off) / max(math.sqrt(self.base), math.sqrt(self.theirs), 1e-30)
+
+
+def product_of(part: Part, name: str) -> tuple[Tensor, Tensor] | None:
+    """B and A, where a part's adapter on a weight makes W + B A of it."""
+    layer = part.layer(name)
+    return ADAPTERS[part.setup.method].product(layer, part.setup.options) if layer else None
 
 
 def kind_of(dtype: torch.dtype) -> torch.dtype:

@@ -282,19 +282,20 @@ class ByRows:
     """A change of which some rows can be made without the others.
 
     rows: some rows of the source's tensor, and which they are -> what becomes of them. unit: rows that must stay together:
-    blocks begin at multiples of it.
+    blocks begin at multiples of it. block: numbers that are worked on at once (0: BLOCK).
     """
 
     rows: Callable[[Tensor, slice], Tensor]
     unit: int = 1
+    block: int = 0
 
     def __call__(self, tensor: Tensor) -> Tensor:
         return self.rows(tensor, slice(0, len(tensor)) if tensor.dim() else slice(None))
 
     def blocks(self, shape: Sequence[int]) -> list[slice]:
-        """The rows of a tensor of this shape in blocks of about BLOCK numbers, all nearly equally large."""
+        """The rows of a tensor of this shape in blocks of about so many numbers, all nearly equally large."""
         units = shape[0] // self.unit
-        number = max(1, units * self.unit * math.prod(shape[1:]) // BLOCK)
+        number = max(1, units * self.unit * math.prod(shape[1:]) // (self.block or BLOCK))
         number = min(number, max(units, 1))
         ends = [units * i // number * self.unit for i in range(number)] + [shape[0]]
         return [slice(begin, end) for begin, end in itertools.pairwise(ends)]
@@ -403,11 +404,16 @@ def write_zip(file: int, contents: Mapping[str, Content]) -> None:
         records.append(info)
         end += len(info.FileHeader(zip64=True)) + content.size
 
+    one_at_a_time = (
+        threading.Lock()
+    )  # else the system lets the others turn in circles meanwhile: a twentieth of all work
+
     def write(info: zipfile.ZipInfo) -> None:
         begin = at = info.header_offset + len(info.FileHeader(zip64=True))
         for piece in contents[info.filename].pieces():
             info.CRC = crc32(piece, info.CRC)
-            write_at(file, piece, at)
+            with one_at_a_time:
+                write_at(file, piece, at)
             at += len(piece)
         if at - begin != info.file_size:
             raise ValueError(f"{info.filename} has {at - begin:,} bytes instead of {info.file_size:,}")

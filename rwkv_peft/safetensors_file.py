@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -50,12 +51,14 @@ def write(
     size = 8 + len(text) + end
     need_space(target.parent, size)
     with writing(target) as file:
+        one_at_a_time = threading.Lock()  # as in checkpoint.write_zip
 
         def write_tensor(name: str) -> None:
             at, end = (8 + len(text) + offset for offset in header[name]["data_offsets"])
             for piece in pieces(name):
                 data = bytes_of(piece)
-                write_at(file.fileno(), data[: end - at], at)
+                with one_at_a_time:
+                    write_at(file.fileno(), data[: end - at], at)
                 at += len(data)
             if at != end:
                 raise ValueError(f"{name} has another size than its shape {shapes[name]} says")

@@ -10,7 +10,7 @@ TRIED = {
     "step.py": "--geometry tiny --ctx 32 --rounds 1 --precision fp32",
     "memory.py": "--geometry tiny --methods lora --grad-cp 0 --ctx 64 --precision fp32 --steps 2",
     "watching.py": "--geometry tiny --ctx 32 --precision fp32 --steps 2 --rounds 1",
-    "resume.py": "--kills 1 --steps 20",
+    "resume.py": "--kills 1 --steps 12",
 }
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,9 @@ from ..model.rwkv import RWKV, fresh_state, set_state
 from ..quantize import QuantEmbedding, QuantLinear
 from .base import Adapter
 from .registry import ADAPTERS
+
+# by the name of a parameter: the function that makes what it becomes
+Later = dict[str, Callable[[], Tensor]]
 
 OPTIONAL = ("rslora", "niter", "shifts")  # sidecars of earlier versions do not say them
 
@@ -74,26 +78,46 @@ def adapt(
     keep: torch.dtype | None = None,
     start: Mapping[str, Tensor] | None = None,
     device: str | torch.device = "cpu",
+    later: Later | None = None,
 ) -> dict[str, Tensor]:
     """Make a built model what the setup says. Layer after layer, so that mapped weights are read one at a time and memory
     holds the largest of them beside the result.
 
     keep: dtype of the frozen weights that are not compressed; None leaves them as they are. start: what adapters began
-    with, by name, where a run goes on (PiSSA). device: where weights are decomposed and compressed, and then lie.
+    with, by name, where a run goes on (PiSSA). device: where weights are decomposed and compressed, and then lie. later: what
+    would only be copied into another dtype is put here instead, for `settle`.
     Returns what a run must keep beside its checkpoints, by name: empty but for PiSSA.
     """
     geometry = model.geometry
     return change_layers(
-        model, setup, setup.wrapped(geometry), setup.whole(geometry), setup.states(geometry), keep, start, device
+        model, setup, setup.wrapped(geometry), setup.whole(geometry), setup.states(geometry), keep, start, device, later
     )
 
 
-def change_layers(model: RWKV, setup: Setup, wrapped, whole, states, keep, start, device) -> dict[str, Tensor]:
+def settle(model: RWKV, later: Later, prefix: str = "") -> None:
+    """Make what was left for later of the parameters whose names begin with prefix. They stay the same parameters: an optimizer
+    may have them."""
+    for name in [name for name in later if name.startswith(prefix)]:
+        model.get_parameter(name).data = later.pop(name)()
+
+
+def put(model: nn.Module, name: str, tensor: Tensor, learns: bool) -> None:
+    """Make a tensor the model's parameter of this name."""
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=learns))
+
+
+def change_layers(
+    model: RWKV, setup: Setup, wrapped, whole, states, keep, start, device, later: Later | None = None
+) -> dict[str, Tensor]:
     """adapt, with the layers to be wrapped, the tensors trained whole and the learnt states given by name."""
     model.requires_grad_(False)
     for name in whole:
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(model.get_parameter(name).detach().float()))
+        weight = model.get_parameter(name)
+        if later is None:
+            put(model, name, weight.detach().float(), True)
+        else:
+            later[name] = weight.requires_grad_().detach().float
     set_state(model, states)
     begun: dict[str, Tensor] = {}
     wrapped, compressed = set(wrapped), setup.compressed(model.geometry)
@@ -110,16 +134,24 @@ def change_layers(model: RWKV, setup: Setup, wrapped, whole, states, keep, start
             module = make(setup, module, started(setup, name, start))
             module.linear = frozen(module.linear, name, mode, keep, device)
         else:
-            module = make(setup, frozen(module, name, mode, keep, device), started(setup, name, start))
+            kept = None if later is not None and widens(module.weight, keep) else keep
+            module = make(setup, frozen(module, name, mode, kept, device), started(setup, name, start))
         if name in wrapped:
             begun |= {f"{name}.{leaf}": tensor for leaf, tensor in module.begun().items()}
         setattr(model.get_submodule(owner), leaf, module)
         give_back_freed()
-    for module in model.modules() if keep is not None else ():
-        for leaf, weight in list(module.named_parameters(recurse=False)):
-            if not weight.requires_grad and not leaf.endswith("_state"):
-                setattr(module, leaf, nn.Parameter(weight.to(keep), requires_grad=False))
+    for name, weight in list(model.named_parameters()) if keep is not None else ():
+        if not weight.requires_grad and not name.endswith("_state") and weight.dtype != keep:
+            if later is not None and widens(weight, keep):
+                later[name] = functools.partial(weight.to, keep)
+            else:
+                put(model, name, weight.to(keep), False)
     return begun
+
+
+def widens(weight: Tensor, keep: torch.dtype | None) -> bool:
+    """Whether nothing of a weight is lost in this dtype."""
+    return keep is not None and torch.promote_types(weight.dtype, keep) == keep
 
 
 def give_back_freed() -> None:
@@ -164,13 +196,16 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {file_name(name): p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def load_trained(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+def load_trained(model: nn.Module, tensors: Mapping[str, Tensor], where: str, later: Later | None = None) -> None:
     """Put a checkpoint's tensors into the model. UserError unless names and shapes are exactly those that are trained."""
-    load_into(trained(model), tensors, where)
+    load_into(trained(model), tensors, where, later)
 
 
-def load_into(wanted: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], where: str) -> None:
-    """Put tensors into parameters of their names. UserError unless names and shapes are exactly theirs."""
+def load_into(
+    wanted: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], where: str, later: Later | None = None
+) -> None:
+    """Put tensors into parameters of their names, or into what these become later. UserError unless names and shapes are exactly
+    theirs."""
     wrong = [f"{n} is missing" for n in wanted if n not in tensors]
     wrong += [f"{n} does not belong to this setting" for n in tensors if n not in wanted]
     wrong += [
@@ -185,7 +220,10 @@ def load_into(wanted: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor],
         )
     with torch.no_grad():
         for name, parameter in wanted.items():
-            parameter.copy_(tensors[name])
+            if later and name in later:  # (only what is trained whole, which has the same name everywhere)
+                later[name] = tensors[name].float
+            else:
+                parameter.copy_(tensors[name])
 
 
 def attach_checkpoint(

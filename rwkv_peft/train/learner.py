@@ -27,13 +27,15 @@ RECOMPUTE = {"0": "nothing", "1": "blocks", "selective": "cheap"}
 @dataclass
 class Learner:
     """begun: what the adapters began with, where it cannot be computed anew. held: the base, held open, where checkpoints are
-    changed copies of it: it stays what it is even if another file takes its name."""
+    changed copies of it: it stays what it is even if another file takes its name. later: what of the model is not made yet, where
+    its weights will lie in pieces: a process never holds all of them."""
 
     model: RWKV
     begun: Mapping[str, Tensor]
     lisa: Lisa | None
     held: Any
     groups: Callable[[], list[dict]]
+    later: attach.Later
 
     def trained(self) -> Mapping[str, nn.Parameter]:
         """The parameters that checkpoints hold, by their names there."""
@@ -47,14 +49,15 @@ def make_learner(run: Prepared, cleanup: contextlib.ExitStack, say: Callable[[st
     model = build(run.geometry, checkpoint.load(run.base), run.ops, dtype, RECOMPUTE[config.grad_cp])
     start_file = runs.init_file(run.folder, config.method) if run.found else run.earlier and run.earlier.start
     start = checkpoint.load(start_file) if start_file and start_file.is_file() else None
-    begun = attach.adapt(model, setup, dtype, start, machine.device(run.place.local))
+    later: attach.Later | None = {} if run.spread.weights_in_pieces else None
+    begun = attach.adapt(model, setup, dtype, start, machine.device(run.place.local), later)
     lisa = None
     if config.method == "lisa":
         lisa = Lisa(model, config.parts, config.lisa_r, config.lisa_k, config.seed, dtype)
         lisa.follow(0)
     if run.begins_with:
         shown = project.shown(run.begins_with)
-        attach.load_trained(model, checkpoint.load(run.begins_with), shown)
+        attach.load_trained(model, checkpoint.load(run.begins_with), shown, later)
         say(f"starts from {shown} (what it has learnt; the optimizer starts anew)")
 
     def groups() -> list[dict]:
@@ -62,12 +65,13 @@ def make_learner(run: Prepared, cleanup: contextlib.ExitStack, say: Callable[[st
         named = attach.trained(model).items()
         return parameter_groups(named, config.weight_decay, arch.decays, rate, config.loraplus_lr_ratio)
 
-    learner = Learner(model, {name: tensor.cpu() for name, tensor in begun.items()}, lisa, held, groups)
+    begun = {name: tensor.cpu() for name, tensor in begun.items()}
+    learner = Learner(model, begun, lisa, held, groups, later or {})
     if run.found:
         weights = run.found.tensors("weights")
         if lisa:
             lisa.go_on(run.found.facts["blocks"], weights)
-        attach.load_into(learner.trained(), weights, project.shown(run.found.folder))
+        attach.load_into(learner.trained(), weights, project.shown(run.found.folder), later)
     torch.manual_seed(config.seed + run.place.rank)  # dropout differs between ranks, the weights do not
     return learner
 
@@ -75,7 +79,7 @@ def make_learner(run: Prepared, cleanup: contextlib.ExitStack, say: Callable[[st
 def make_module(run: Prepared, learner: Learner) -> TrainingModule:
     """What Lightning trains."""
     config = run.config
-    return TrainingModule(
+    module = TrainingModule(
         learner.model,
         learner.groups,
         run.steps,
@@ -91,3 +95,5 @@ def make_module(run: Prepared, learner: Learner) -> TrainingModule:
         config.infctx_grad,
         config.optim,
     )
+    module.settle = functools.partial(attach.settle, learner.model, learner.later)
+    return module

@@ -27,10 +27,12 @@ class FullyShard(DDPStrategy):
             longest = max(range(parameter.dim()), key=lambda dim: parameter.shape[dim])
             return Shard(longest if parameter.shape[longest] % self.world_size == 0 else 0)
 
-        for block in model.blocks:
-            same_everywhere(block, self.root_device)
+        for number, block in enumerate(model.blocks):
+            self.lightning_module.settle(f"blocks.{number}.")
+            same_everywhere(block.parameters(), self.root_device)
             fully_shard(block, mesh=mesh, shard_placement_fn=along)
+        self.lightning_module.settle("")
         for part in (model.emb, model.ln_out, model.head):
-            same_everywhere(part, self.root_device)
+            same_everywhere(part.parameters(), self.root_device)
         fully_shard(model, mesh=mesh, shard_placement_fn=along)
         register_fsdp_forward_method(model, "features")

@@ -48,6 +48,8 @@ class TrainingModule(pl.LightningModule):
         self.chunk_ctx, self.infctx_grad, self.optim = chunk_ctx, infctx_grad, optim
         self.shares: list[Tensor] = []  # of the step's loss so far, one of each micro-batch of this process
         self.grad_norm: Tensor | None = None
+        # makes the parameters whose names begin so, where that was left until they are cut into pieces
+        self.settle: Callable[[str], None] = lambda prefix: None
         self.skipped = False  # the step changes nothing: its gradient is no number
 
     def training_step(self, batch: Batch, _index: int) -> Tensor:

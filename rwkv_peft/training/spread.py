@@ -104,14 +104,13 @@ def together(
 
 
 @torch.no_grad()
-def same_everywhere(module: nn.Module, device: torch.device) -> None:
-    """Give all processes the parameters of the first one: what was drawn or decomposed may differ by a rounding between machines,
-    and pieces of different things do not fit together."""
-    for parameter in module.parameters():
-        sent = parameter.detach().to(device)
+def same_everywhere(parameters: Iterable[nn.Parameter], device: torch.device) -> None:
+    """Give all processes the parameters of the first one, on their device: what was drawn or decomposed may differ by a rounding
+    between machines, and pieces of different things do not fit together."""
+    for parameter in parameters:
+        sent = parameter.detach().to(device, copy=True)  # what is mapped from a file stays as it is
         dist.broadcast(sent, 0)
-        if sent.data_ptr() != parameter.data_ptr():
-            parameter.copy_(sent)
+        parameter.data = sent
 
 
 def exact_norm(gradients: Iterable[Tensor], in_pieces: bool) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.partition_parameters import is_zero_param
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -70,7 +71,7 @@ class Zero(DeepSpeedStrategy):
         if self.strategy.stage == 3:
             # what is in a block comes and goes together: its fused operations take weights of other modules than their own
             deepspeed.utils.set_z3_leaf_modules(model, [Block])
-            same_everywhere(model, self.root_device)
+            self.cut(model)
         engine, wrapped, *_ = deepspeed.initialize(
             config=self.config,
             model=model,
@@ -89,6 +90,22 @@ class Zero(DeepSpeedStrategy):
         if not self.strategy.offload:
             clip_as_others_do(wrapped, self.grad_clip)
         return engine, wrapped
+
+    def cut(self, module) -> None:
+        """Cut weights into pieces, block after block: no process holds more than one of them whole. (DeepSpeed itself would begin
+        when all are there.)"""
+        model = module.model
+        parts = {f"blocks.{number}.": block for number, block in enumerate(model.blocks)} | {"": model}
+        convert = None
+        for prefix, part in parts.items():
+            module.settle(prefix)
+            fresh = [p for p in part.parameters() if not is_zero_param(p)]
+            same_everywhere(fresh, self.root_device)
+            if convert:
+                convert(fresh)
+            else:
+                deepspeed.zero.Init(part, config_dict_or_path=self.config, dtype=torch.float32)
+                convert = fresh[0].convert_to_zero_parameters
 
     def backward(self, closure_loss: Tensor, optimizer, *given, **more) -> Tensor:
         """Lightning has divided by the number of accumulated micro-batches, and DeepSpeed would once more: gradients would be so
