@@ -9,6 +9,7 @@ from rwkv_peft.adapters.attach import Setup
 from rwkv_peft.errors import UserError
 from rwkv_peft.methods import METHODS, QUANTS
 from rwkv_peft.model.arch import linear_layers
+from rwkv_peft.model.rwkv import build
 from rwkv_peft.quantize import QuantEmbedding, QuantLinear
 from rwkv_peft.training.lisa import Lisa
 
@@ -132,6 +133,37 @@ def test_weights_that_are_kept_are_converted_and_trained_ones_are_float32():
     kinds = {n: p.dtype for n, p in model.named_parameters()}
     assert kinds["head.weight"] == kinds["blocks.0.att.key.linear.weight"] == torch.bfloat16
     assert {kinds[n] for n, p in model.named_parameters() if p.requires_grad} == {torch.float32}
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["fresh", "going on"])
+@pytest.mark.parametrize("file", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("keep", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", [n for n in ADAPTED if METHODS[n].parts or METHODS[n].saves_model])
+def test_what_is_left_for_later_is_the_files_until_its_block_is_made(name, keep, file, loaded):
+    """How weights that will lie in pieces are made: never all at once."""
+    shape = shape_of()
+    tensors = {n: t.to(file) for n, t in tiny.tensors(0, shape).items()}
+    models, later = [], {}
+    for mine in (None, later):
+        torch.manual_seed(1)
+        model = build(shape, dict(tensors), tiny.ops(shape))
+        attach.adapt(model, SETUPS[name], keep, later=mine)
+        models.append(model)
+        if loaded:
+            learnt = {n: torch.full(p.shape, 0.5) for n, p in attach.trained(model).items()}
+            attach.load_trained(model, learnt, "x.pth", mine)
+    at_once, by_block = models
+    places = {tensor.data_ptr() for tensor in tensors.values()}
+    whole = set(SETUPS[name].whole(shape))
+    assert whole <= {*later} or not whole
+    assert all(by_block.get_parameter(n).data_ptr() in places for n in later)
+    attach.settle(by_block, later, "blocks.0.")
+    assert not any(n.startswith("blocks.0.") for n in later)
+    assert all(by_block.get_parameter(n).data_ptr() in places for n in later)
+    attach.settle(by_block, later)
+    assert not later
+    for (n, a), b in zip(at_once.named_parameters(), by_block.parameters(), strict=True):
+        assert a.dtype == b.dtype and a.requires_grad == b.requires_grad and torch.equal(a, b), n
 
 
 @pytest.mark.parametrize(
