@@ -1,11 +1,12 @@
-#!/usr/bin/env bash
+#!/usr/bin/env -S bash #
 # Talk to a model: ./chat.sh                                                          与模型对话
 #   ./chat.sh --prompt "How are you?"                        one answer, then leave     只答一句
 #   ./chat.sh --adapter output/RUN/rwkv-2.pth                a base with what a run learnt, before merging
 #   ./chat.sh --model rwkv7-tiny-LORA-2.pth                  a merged model; ADAPTER below is left out, and said so
 #   ./chat.sh --diagnose latest                              does a run fit? underfit, overfit, rate too high or low   诊断训练结果
 #   ./chat.sh --help                                         tells the rest
-[ -n "${BASH_VERSION:-}" ] || { echo "Run this with bash: bash $0" >&2; exit 2; }
+[ -n "${BASH_VERSION:-}" ] || { echo "Run this with bash: bash $0" >&2; exit 2; } #
+! grep -q $'\r$' "$0" || { echo "$0 has Windows line ends. Run: sed -i 's/\\r\$//' '$0'" >&2; exit 2; } # 文件是 Windows 换行格式
 set -euo pipefail
 _root="$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 export _given; _given="$(compgen -e 2>/dev/null | tr '\n' ' ' || true)" # what the shell has set does not count, and is told

@@ -1,11 +1,12 @@
-#!/usr/bin/env bash
+#!/usr/bin/env -S bash #
 # Turn text into tokens: ./make_tokenize.sh FILE [EPOCHS=1] [MAX_TOKENS] [--no-eof] [--preview N]      把文本转成训练数据
 #   ./make_tokenize.sh sample.jsonl 4          data/sample.jsonl -> data/sample.bin/.idx, 4 shuffled repeats
 #   ./make_tokenize.sh "my chats" --preview 3  a folder of files: show 3 rows token by token, write nothing   先预览
 #   ./make_tokenize.sh qa.csv --prompt-type rwkv-g1    any setting below, for this one call      任何设置都可写在命令行
 #   --help      tells the rest: formats, kinds of rows, what is written
 # It ends with the lines to paste into training.sh.                            最后会打印要填入 training.sh 的内容
-[ -n "${BASH_VERSION:-}" ] || { echo "Run this with bash: bash $0" >&2; exit 2; }
+[ -n "${BASH_VERSION:-}" ] || { echo "Run this with bash: bash $0" >&2; exit 2; } #
+! grep -q $'\r$' "$0" || { echo "$0 has Windows line ends. Run: sed -i 's/\\r\$//' '$0'" >&2; exit 2; } # 文件是 Windows 换行格式
 set -euo pipefail
 _root="$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 export _given; _given="$(compgen -e 2>/dev/null | tr '\n' ' ' || true)" # what the shell has set does not count, and is told

@@ -1,4 +1,4 @@
-#!/usr/bin/env bash
+#!/usr/bin/env -S bash #
 # Fold what runs learnt into their base, and write files for other programs: ./merge.sh EPOCH     合并，导出
 #   ./merge.sh 2               epoch 2 of the newest run -> merge/<base>-LORA-2.pth    最近一次训练的第 2 轮
 #   RUN=my-run ./merge.sh 0    epoch 0 of the run output/my-run                        指定某次训练
@@ -9,7 +9,8 @@
 #   ./merge.sh 2 --export gguf --export safetensors    several at once                        一次导出多种
 #   ./merge.sh --help          tells the rest
 # Method, rank and alpha are read from the checkpoint: nothing is typed twice. 方法、秩、alpha 自动读取，无需再填
-[ -n "${BASH_VERSION:-}" ] || { echo "Run this with bash: bash $0" >&2; exit 2; }
+[ -n "${BASH_VERSION:-}" ] || { echo "Run this with bash: bash $0" >&2; exit 2; } #
+! grep -q $'\r$' "$0" || { echo "$0 has Windows line ends. Run: sed -i 's/\\r\$//' '$0'" >&2; exit 2; } # 文件是 Windows 换行格式
 set -euo pipefail
 _root="$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 export _given; _given="$(compgen -e 2>/dev/null | tr '\n' ' ' || true)" # what the shell has set does not count, and is told

@@ -1,8 +1,9 @@
-#!/usr/bin/env bash
+#!/usr/bin/env -S bash #
 # The whole road on a toy model, on any machine: ./quickstart.sh                    在任何机器上走完整个流程（玩具模型）
 # Installs into .venv, builds a tiny RWKV-7 and pretrains it, tokenizes data/sample.jsonl, tunes with LoRA, merges, and
 # asks base and merged model the same question. It works in quickstart/ and in runs of its own; your files stay as they are.
-[ -n "${BASH_VERSION:-}" ] || { echo "Run this with bash: bash $0" >&2; exit 2; }
+[ -n "${BASH_VERSION:-}" ] || { echo "Run this with bash: bash $0" >&2; exit 2; } #
+! grep -q $'\r$' "$0" || { echo "$0 has Windows line ends. Run: sed -i 's/\\r\$//' '$0'" >&2; exit 2; } # 文件是 Windows 换行格式
 set -euo pipefail
 cd "$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 if [ $# -gt 0 ]; then

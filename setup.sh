@@ -1,12 +1,14 @@
-#!/usr/bin/env bash
+#!/usr/bin/env -S bash #
 # Makes .venv and installs what the kit needs; ./quickstart.sh and ./test.sh call it. The second time it costs nothing.
 #   ./setup.sh                           requirements.txt                                        安装依赖到 .venv
 #   ./setup.sh requirements-test.txt     and this as well
 # If the Python that is active has torch 2.10 or newer (your CUDA build, say), that torch is used, not replaced.
-[ -n "${BASH_VERSION:-}" ] || { echo "Run this with bash: bash $0" >&2; exit 2; }
+[ -n "${BASH_VERSION:-}" ] || { echo "Run this with bash: bash $0" >&2; exit 2; } #
+! grep -q $'\r$' "$0" || { echo "$0 has Windows line ends. Run: sed -i 's/\\r\$//' '$0'" >&2; exit 2; } # 文件是 Windows 换行格式
 set -euo pipefail
 cd "$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 
+case "${1:-}" in -h | --help) sed -n '2,5s/^# //p' "$0"; exit 0 ;; esac
 say() { printf '%s\n' "$*" >&2; }
 
 python="$(command -v python3)" || { say "There is no python3. Install Python 3.10 or newer."; exit 2; }

@@ -1,9 +1,10 @@
-#!/usr/bin/env bash
+#!/usr/bin/env -S bash #
 # Set up what is needed, then run the tests: ./test.sh                                          运行测试
 #   ./test.sh                      the default suite, some minutes
 #   ./test.sh -m "not gpu"         the slow ones as well
 #   ./test.sh -k merge -x          anything else goes to pytest as it is
-[ -n "${BASH_VERSION:-}" ] || { echo "Run this with bash: bash $0" >&2; exit 2; }
+[ -n "${BASH_VERSION:-}" ] || { echo "Run this with bash: bash $0" >&2; exit 2; } #
+! grep -q $'\r$' "$0" || { echo "$0 has Windows line ends. Run: sed -i 's/\\r\$//' '$0'" >&2; exit 2; } # 文件是 Windows 换行格式
 set -euo pipefail
 cd "$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 ./setup.sh requirements-test.txt

@@ -1,4 +1,4 @@
-#!/usr/bin/env bash
+#!/usr/bin/env -S bash #
 # Fine-tune an RWKV model (RWKV-7, -6 or -5): set the values below, then run ./training.sh
 #   ./training.sh --dry-run   shows what would happen and two samples, then stops      先看计划和样本，不训练
 #   ./training.sh --find-lr   tries which learning rates these settings bear           试出合适的学习率
@@ -6,7 +6,8 @@
 #   ./training.sh --help      tells the rest
 # A copy of this file under any name, anywhere in the project, works as well: one file per experiment.
 # 修改下面的值，然后运行 ./training.sh。可以复制本文件到项目内任意位置、任意名字，一个实验一个文件。
-[ -n "${BASH_VERSION:-}" ] || { echo "Run this with bash: bash $0" >&2; exit 2; }
+[ -n "${BASH_VERSION:-}" ] || { echo "Run this with bash: bash $0" >&2; exit 2; } #
+! grep -q $'\r$' "$0" || { echo "$0 has Windows line ends. Run: sed -i 's/\\r\$//' '$0'" >&2; exit 2; } # 文件是 Windows 换行格式
 set -euo pipefail
 # the project is the first folder at or above this file that holds the kit
 _root="$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"

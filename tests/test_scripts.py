@@ -75,7 +75,7 @@ def test_a_script_that_is_read_without_bash_says_the_same(name):
 def test_the_script_is_executable_bash_without_eval(name):
     path = ROOT / name
     assert path.stat().st_mode & 0o111
-    assert path.read_text().startswith("#!/usr/bin/env bash\n")
+    assert path.read_text().startswith("#!/usr/bin/env -S bash #\n")  # whatever a line ends with
     assert not re.search(r"\beval\b", path.read_text())
     subprocess.run(["bash", "-n", str(path)], check=True)
 
@@ -102,8 +102,28 @@ def test_a_setting_of_the_shell_counts_for_nothing_and_is_told(name):
     assert "counts for nothing" not in others.stderr
 
 
-def test_sh_instead_of_bash_is_answered_with_what_to_do():
-    for name in CONFIGS:
-        done = subprocess.run(["dash", str(ROOT / name)], capture_output=True, text=True)
-        assert done.returncode == 2
-        assert "bash" in done.stderr
+SCRIPTS = sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.sh"), ROOT / "rwkv_peft/run.sh"])
+
+
+@pytest.mark.parametrize("ends", ["", "\r"], ids=["as it is", "Windows line ends"])
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if "/" not in name])
+def test_sh_instead_of_bash_is_answered_with_what_to_do(tmp_path, name, ends):
+    copy = tmp_path / name
+    copy.write_bytes((ROOT / name).read_bytes().replace(b"\n", f"{ends}\n".encode()))
+    done = subprocess.run(["dash", copy], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == f"Run this with bash: bash {copy}\n"
+
+
+@pytest.mark.parametrize("lines", ["all", "one"])
+@pytest.mark.parametrize("how", [[], ["bash"]], ids=["by its name", "by bash"])
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_windows_line_ends_are_answered_with_a_cure_that_cures(tmp_path, name, how, lines):
+    copy, right = tmp_path / "my copy.sh", (ROOT / name).read_bytes()
+    copy.write_bytes(right.replace(b"\n", b"\r\n") if lines == "all" else right + b"# mine\r\n")
+    copy.chmod(0o755)
+    done = subprocess.run([*how, copy], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    told, _, cure = done.stderr.partition(". Run: ")
+    assert told == f"{copy} has Windows line ends"
+    subprocess.run(cure, shell=True, check=True)
+    assert copy.read_bytes().replace(b"# mine\n", b"") == right

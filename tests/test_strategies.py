@@ -142,6 +142,11 @@ def test_a_run_goes_on_with_another_number_of_processes(kit):
     near(kit, ddp, name)
     for later in snapshot.names(output / name)[3:]:
         shutil.rmtree(output / name / "state" / later)
+    kit.set(to="x.sh", GPU_COUNT="2", STRATEGY="ddp", MINI_BSZ="2")
+    refused = kit.run("x.sh", ok=False).stderr
+    assert "was begun with 2, which would be 4 now: set it back, or change MINI_BSZ" in refused
+    for later in snapshot.names(output / name)[3:]:
+        shutil.rmtree(output / name / "state" / later)
     assert "at step 3 of 4" in train(kit, name, "fsdp", **settings).stdout
     near(kit, ddp, name)
 

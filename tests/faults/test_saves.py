@@ -14,8 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from inprocess import run
+from inprocess import run, tokenize
+from test_resume import interrupted
 
+from merge.__main__ import MergeConfig
+from merge.__main__ import command as merge_command
 from rwkv_peft import atomic, checkpoint, runs, safetensors_file
 from rwkv_peft.data.binidx import Writer
 from rwkv_peft.errors import EXIT_MEMORY, Problems, UserError
@@ -134,24 +137,37 @@ def test_a_disk_that_is_full_at_any_place_leaves_what_was_there(tmp_path, what, 
         assert content(tmp_path) == before
 
 
-def test_a_folder_that_cannot_be_written_is_told_before_a_run(ready):
+@pytest.mark.parametrize("what", ["a new run", "a run that goes on", "a merge", "tokens"])
+def test_a_folder_that_cannot_be_written_is_told_and_nothing_is_written(ready, monkeypatch, what):
     """F12, as somebody who may not."""
+    more = {"SAVE_STEPS": "1", "KEEP_LAST": "2", "EPOCH_STEPS": "4", "EPOCH_COUNT": "2"}
+    if what in ("a run that goes on", "a merge"):
+        interrupted(monkeypatch, ready, 6, "killed", "again", **more)
+    rows = ready / "data/more.jsonl"
+    rows.write_text('{"text": "abc"}\n')
+    merging = MergeConfig("again", "", "original", "", "", "")
+    work = {
+        "a new run": lambda: run(ready),
+        "a run that goes on": lambda: run(ready, "again", **more),
+        "a merge": lambda: merge_command(merging, []),
+        "tokens": lambda: tokenize(rows),
+    }
+    before = {path: path.read_bytes() for path in ready.rglob("*") if path.is_file()}
     for folder in ready.parent, ready, *ready.rglob("*"):
         folder.chmod(0o555 if folder.is_dir() else 0o444)
     for parent in list(ready.parents)[:4]:
         parent.chmod(0o755)
-    (ready / "output").chmod(0o555)
 
     def as_nobody():
         os.setuid(65534)
-        run(ready)
+        work[what]()
 
     try:
         assert in_a_child(as_nobody) == SAID
     finally:
         for folder in ready, *(p for p in ready.rglob("*") if p.is_dir()):
             folder.chmod(0o755)
-    assert not list((ready / "output").iterdir())
+    assert {path: path.read_bytes() for path in ready.rglob("*") if path.is_file()} == before
 
 
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), RuntimeError("can't allocate memory")
