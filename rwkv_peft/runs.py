@@ -190,6 +190,18 @@ def checkpoint_file(folder: Path, epoch: int | None = None, step: int | None = N
     return folder / name
 
 
+def drop_unfinished(folder: Path, epoch: int) -> Path | None:
+    """Remove the checkpoint that was saved in the middle of an epoch when the run was stopped; returns what it was, if there is
+    one."""
+    file = folder / f"rwkv-{epoch}.pth"
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        if json.loads(file.with_suffix(".json").read_text(encoding="utf-8")).get("epoch_finished") is False:
+            file.unlink(missing_ok=True)
+            file.with_suffix(".json").unlink()
+            return file
+    return None
+
+
 def drop_old_steps(folder: Path, step: int, keep: int) -> None:
     """Remove the checkpoints of steps up to this one, but for the newest."""
     for old in [n for n in saved(folder)[1] if n <= step][:-keep]:

@@ -117,6 +117,18 @@ def test_a_run_that_was_stopped_and_killed_is_one_that_went_through(ready, monke
     same(ready, "whole", "again", (whole, parts))
 
 
+def test_what_was_saved_in_the_middle_of_an_epoch_goes_when_the_epoch_has_ended(ready, monkeypatch, capsys):
+    """It is written where a run is stopped, and would be no epoch's checkpoint later."""
+    settings = BASE | {"EPOCH_SAVE": "9"}
+    _, whole = run(ready, "whole", **settings)
+    interrupted(monkeypatch, ready, 6, "stopped", **settings)
+    assert (ready / "output/again/rwkv-1.pth").is_file()
+    _, parts = run(ready, "again", **settings)
+    assert "removed output/again/rwkv-1.pth: of the middle of an epoch" in capsys.readouterr().out
+    same(ready, "whole", "again", (whole, parts))
+    assert not (ready / "output/again/rwkv-1.json").exists()
+
+
 @pytest.mark.parametrize("at", [3, 4, 11])
 def test_it_may_be_stopped_several_times_and_where_an_epoch_ends(ready, monkeypatch, at):
     settings = BASE | {"SAVE_STEPS": "0"}

@@ -1,6 +1,7 @@
 """Law 5 and 6 over STRATEGY: however the processes share a training, its steps, results and states are the same."""
 
 import importlib.util
+import json
 import shutil
 import sys
 
@@ -41,6 +42,8 @@ METHODS = {
     "pissa": {"FINETUNE_MODE": "pissa", "pissa_r": "4", "lora_parts": "att,ffn,time,ln", "MODEL_PATH": "six.pth"}
     | {"EMB_FINETUNE": "1"},
     "nf4": {"QUANT": "nf4", "PRECISION": "bf16", "OP": "torch"},
+    "loha": {"FINETUNE_MODE": "peft", "PEFT_CONFIG": "loha.json"},
+    "bucket": {"DATALOAD": "bucket", "MICRO_BSZ": "auto"},
     "several": {"MINI_BSZ": "2", "EPOCH_STEPS": "3"},  # the last step of an epoch has one micro-batch
 }
 WITH = {
@@ -50,7 +53,7 @@ WITH = {
 }
 if EVERYTHING:  # (a run takes 10 seconds)
     whole = [word for word in SPREAD if not STRATEGIES[word].offload]
-    WITH = {method: whole if method in ("pissa", "nf4") else SPREAD for method in METHODS}
+    WITH = {method: whole if method in ("pissa", "nf4", "loha", "bucket") else SPREAD for method in METHODS}
 CASES = [pytest.param(method, *one.values, marks=one.marks) for method in WITH for one in asked(WITH[method])]  # fmt: skip
 
 
@@ -60,6 +63,7 @@ def kit(tmp_path_factory):
     kit = Kit(tmp_path_factory.mktemp("strategies") / "my kit")
     tiny.save_model(kit.root / "model" / "tiny.pth")
     tiny.save_model(kit.root / "model" / "six.pth", shape=tiny.geometry(version="x060"))
+    (kit.root / "loha.json").write_text(json.dumps({"peft_type": "LOHA", "r": 4, "alpha": 8}))
     kit.data("chat.jsonl", *tiny.CHATS)
     kit.run("make_tokenize.sh", "chat.jsonl")
     return kit

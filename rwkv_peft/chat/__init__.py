@@ -88,6 +88,7 @@ def command(config: ChatConfig, typed: list[str]) -> None:
         check_template(trained_with, f"{name} was trained with PROMPT_TYPE={trained_with}, which")
         config = dataclasses.replace(config, prompt_type=trained_with)
     if prompt is not None:
+        print(f"{name}:", file=sys.stderr)  # standard output holds the answer alone
         once(model, config, prompt, raw)
     else:
         talk(model, config, name, ending)

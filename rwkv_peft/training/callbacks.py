@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .. import runs, tokenizer
+from .. import project, runs, tokenizer
 from ..errors import EXIT_USER, UserError, unheard
 from ..words import clock
 from .plot import draw_loss, looks_back
@@ -258,6 +258,8 @@ class Save(pl.Callback):
             self.newest = path
             self.draw(epoch + 1 == self.epochs or trainer.should_stop)
             self.say(f"saved {path} (epoch {epoch + 1} of {self.epochs}{'' if finished else ', not finished'})")
+        elif not due and trainer.is_global_zero and (old := runs.drop_unfinished(self.folder, epoch)):
+            self.say(f"removed {project.shown(old)}: of the middle of an epoch that is finished now")
         if trainer.world_size > 1:
             trainer.strategy.barrier()
         if due and trainer.global_step:

@@ -334,7 +334,8 @@ def finish(
             "never stopped (--new begins a new run).",
             128 + received,
         )
-    print(f"done in {clock(seconds)}: {newest}, {there}/loss.png")
+    more = [name for name in ("loss.png", "samples.md", "tensorboard") if (folder / name).exists()]
+    print(f"done in {clock(seconds)}: {newest}" + "".join(f", {there}/{name}" for name in more))
     number = newest.stem.removeprefix("rwkv-")
     name, path = shlex.quote(folder.name), shlex.quote(str(newest))
     print(f"next: RUN={name} ./merge.sh {number}      or try it: ./chat.sh --adapter {path}")
