@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import threading
+from typing import NamedTuple
 
 import pytest
 import tiny
@@ -135,29 +136,59 @@ def test_a_first_node_that_cannot_be_reached_and_a_number_given_twice_are_told(m
         pass
 
 
+class Wire(NamedTuple):
+    """How node N is entered (a command in front of others), and the settings that say where it is."""
+
+    enter: list[str]
+    settings: dict[str, str]
+
+
+@pytest.fixture
+def wires():
+    """Two machines with a cable between them: network namespaces, where they may be made; else loopback."""
+    names = [f"rwkv{os.getpid()}-{number}" for number in range(2)]
+    address = "10.213.7.{}"
+    steps = [f"netns add {name}" for name in names]
+    steps += ["link add left netns {} type veth peer right netns {}".format(*names)]
+    for number, (name, end) in enumerate(zip(names, ("left", "right"), strict=True), 1):
+        steps += [f"-n {name} addr add {address.format(number)}/24 dev {end}"]
+        steps += [f"-n {name} link set {one} up" for one in (end, "lo")]
+    made = shutil.which("ip") and all(
+        subprocess.run(["ip", *step.split()], capture_output=True).returncode == 0 for step in steps
+    )
+    where = {"NNODES": "2", "MASTER_ADDR": address.format(1) if made else "127.0.0.1"}
+    where |= {"MASTER_PORT": "29500" if made else str(free_port())}
+    yield [
+        Wire(["ip", "netns", "exec", name], where | {"GLOO_SOCKET_IFNAME": end}) if made else Wire([], where)
+        for name, end in zip(names, ("left", "right"), strict=True)
+    ]
+    for name in names if shutil.which("ip") else ():
+        subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
 @pytest.mark.slow
-def test_two_nodes_are_two_processes_of_one_machine_and_go_on(tmp_path):
-    """Each in a folder of its own, on loopback; the second sees what the first has written only where it is put there, and that
-    may be older or newer than what counts. One machine by ddp, two by fsdp."""
+def test_two_nodes_are_two_processes_of_one_machine_and_go_on(tmp_path, wires):
+    """Each in a folder of its own; the second sees what the first has written only where it is put there, and that may be older
+    or newer than what counts. One machine by ddp, two by fsdp."""
     kits = [Kit(tmp_path / f"node {number}") for number in range(2)]
     common = FAST | {"EPOCH_COUNT": "2", "MICRO_BSZ": "1", "SAVE_STEPS": "1", "KEEP_LAST": "99", "lora_dropout": "0.1"}
     common |= {"VAL_DATA": "chat", "VAL_STEPS": "1", "SAMPLE_PROMPTS": "hi", "SAMPLE_STEPS": "1", "SAMPLE_TOKENS": "5"}
-    nodes = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     for number, kit in enumerate(kits):
         tiny.save_model(kit.root / "model" / "tiny.pth")
         kit.data("chat.jsonl", *tiny.CHATS)
         kit.run("make_tokenize.sh", "chat.jsonl")
-        kit.set(to="two.sh", **common | nodes | {"RUN_NAME": "two", "NODE_RANK": str(number), "STRATEGY": "fsdp"})
+        of_node = wires[number].settings | {"NODE_RANK": str(number)}
+        kit.set(to="two.sh", **common | of_node | {"RUN_NAME": "two", "STRATEGY": "fsdp"})
     kits[0].set(to="one.sh", **common | {"RUN_NAME": "one", "GPU_COUNT": "2"})
     kits[0].run("one.sh")
 
     def both():
         ends = [
             subprocess.Popen(
-                [str(kit.root / "two.sh")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                [*wire.enter, str(kit.root / "two.sh")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
             )
-            for kit in kits
+            for kit, wire in zip(kits, wires, strict=True)
         ]  # fmt: skip
         said = [end.communicate(timeout=180)[0] for end in ends]
         return [end.returncode for end in ends], said
