@@ -3,7 +3,7 @@
 # Installs into .venv, builds a tiny RWKV-7 and pretrains it, tokenizes data/sample.jsonl, tunes with LoRA, merges, and
 # asks base and merged model the same question. It works in quickstart/ and in runs of its own; your files stay as they are.
 [ -n "${BASH_VERSION:-}" ] || { echo "Run this with bash: bash $0" >&2; exit 2; } #
-! grep -q $'\r$' "$0" || { echo "$0 has Windows line ends. Run: sed -i 's/\\r\$//' '$0'" >&2; exit 2; } # 文件是 Windows 换行格式
+! grep -q $'\r$' -- "${BASH_SOURCE[0]:-}" 2>/dev/null || { printf "%s has Windows line ends. Run: sed -i 's/\\\\r$//' -- %q\n" "$0" "$0" >&2; exit 2; } # Windows 换行
 set -euo pipefail
 cd "$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 if [ $# -gt 0 ]; then

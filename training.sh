@@ -7,7 +7,7 @@
 # A copy of this file under any name, anywhere in the project, works as well: one file per experiment.
 # 修改下面的值，然后运行 ./training.sh。可以复制本文件到项目内任意位置、任意名字，一个实验一个文件。
 [ -n "${BASH_VERSION:-}" ] || { echo "Run this with bash: bash $0" >&2; exit 2; } #
-! grep -q $'\r$' "$0" || { echo "$0 has Windows line ends. Run: sed -i 's/\\r\$//' '$0'" >&2; exit 2; } # 文件是 Windows 换行格式
+! grep -q $'\r$' -- "${BASH_SOURCE[0]:-}" 2>/dev/null || { printf "%s has Windows line ends. Run: sed -i 's/\\\\r$//' -- %q\n" "$0" "$0" >&2; exit 2; } # Windows 换行
 set -euo pipefail
 # the project is the first folder at or above this file that holds the kit
 _root="$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"

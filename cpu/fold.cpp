@@ -1,6 +1,6 @@
-// Rows of a weight W [rows, inputs] with a product of low rank on them, W + B A, rounded to W's format, and what W, the sum and the
+// Rows of a weight W [rows, inputs] with a product of low rank on them, W + B A, rounded to W's format, and what the sum and the
 // rounded sum answer to four inputs x: merging a LoRA, and the proof of it, in one pass. The sum never leaves the registers.
-// B [rows, rank], A [rank, inputs], x [4, inputs] float32; answers [3, 4, rows], squares [2, rows]: the squared lengths of the rows
+// B [rows, rank], A [rank, inputs], x [4, inputs] float32; answers [2, 4, rows], squares [2, rows]: the squared lengths of the rows
 // of W and of the sum. inputs: a multiple of 64.
 #include <vector>
 
@@ -13,7 +13,7 @@ constexpr int TOGETHER = WIDTH == 16 ? 6 : 2;  // rows whose sums fit the regist
 constexpr int64_t BLOCK = 1 << 19;              // numbers of W that stay in a core's own cache while column after column is made
 
 struct Sums {
-    vf before[X], made[X], kept[X], square[2];
+    vf made[X], kept[X], square[2];
 };
 
 // N rows, COLUMNS inputs of them. panel: these columns of A, [rank, COLUMNS]
@@ -39,7 +39,6 @@ inline void tile(const T *w, const float *b, const float *panel, const float *x,
             const vf kept = load(out + n * inputs + v * W);
             for (int i = 0; i < X; i++) {
                 const vf given = load(x + i * inputs + v * W);
-                s.before[i] += before * given;
                 s.made[i] += made[n][v] * given;
                 s.kept[i] += kept * given;
             }
@@ -67,8 +66,8 @@ void block(const T *w, const float *b, const float *a, const float *x, T *out, f
     }
     for (int64_t i = begin; i < end; i++) {
         const Sums &s = sums[i - begin];
-        const vf *of[3] = {s.before, s.made, s.kept};
-        for (int which = 0; which < 3; which++)
+        const vf *of[2] = {s.made, s.kept};
+        for (int which = 0; which < 2; which++)
             for (int n = 0; n < X; n++) answers[(which * X + n) * rows + i] = sum(of[which][n]);
         for (int which = 0; which < 2; which++) squares[which * rows + i] = sum(s.square[which]);
     }

@@ -28,6 +28,7 @@ from .fold import Part
 from .rows import ROWS, cut
 
 ROW = 3e-5  # allowed difference of one output before rounding, relative to its row of weights (seen: 2e-6)
+LEAST = 2e-6  # of a row of weights: smaller changes get lost in sums of float32, rightly
 SHARE = 1e-3  # allowed share of what the adapter changes that is missing or too much (seen: 1e-5)
 AT_ONCE = 1 << 21  # numbers of a weight, where the kernel keeps to its cache by itself
 SURE = 6  # standard deviations that noise stays within
@@ -82,10 +83,11 @@ class Answers:
     @torch.no_grad()
     def folded(self, name: str, number: int, before: Tensor, block: slice) -> Tensor:
         x, part = questions(before.shape[1], torch.float32), cut(self.parts[number], name, block)
-        made, *answers, squares = self.ops.fold(before, *product_of(part, name), x)
+        made, exact, rounded, squares = self.ops.fold(before, *product_of(part, name), x)
         theirs = answer(part, name, before, x, self.ops.linear)
-        self.off[name][number].add(theirs, *answers[:2], squares)
-        self.written[name].add(theirs, answers[2], float(squares[0].sum()))
+        # (what the adapter changes is the difference of two sums in one order: in another, roundings would look like a change)
+        self.off[name][number].add(theirs, self.ops.linear(x, before), exact, squares)
+        self.written[name].add(theirs, rounded, float(squares[0].sum()))
         return made
 
     @torch.no_grad()
@@ -121,7 +123,7 @@ class Off:
     """By how much the outputs of a merged layer differ from those of base + adapter, before rounding.
 
     row: of one output at most, relative to its row of weights. along, change, square: sums of difference * change, change^2
-    and difference^2; count: of outputs.
+    and difference^2; count: of outputs. small: what change^2 has to be for more than rounding.
     """
 
     row: float = 0.0
@@ -129,12 +131,15 @@ class Off:
     change: float = 0.0
     square: float = 0.0
     count: int = 0
+    small: float = 0.0
 
     def add(self, theirs: Tensor, before: Tensor, ours: Tensor, squares: Tensor) -> None:
         """Answers [QUESTIONS, rows] of base + adapter, of the weight before it and of the merged one, and the squared lengths of
         the rows of these two, [2, rows]."""
         change, off = (theirs - before).double(), (ours - theirs).double()
-        rows = (off.square().sum(0) / (QUESTIONS * squares.double().amax(0).clamp_min(1e-60))).sqrt()
+        lengths = QUESTIONS * squares.double().amax(0).clamp_min(1e-60)
+        rows = (off.square().sum(0) / lengths).sqrt()
+        self.small += LEAST**2 * float(lengths.sum())
         self.row = max(self.row, float(rows.max()))
         self.along += float((off * change).sum())
         self.change += float((change * change).sum())
@@ -148,7 +153,9 @@ class Off:
 
     def is_noise(self) -> bool:
         """NaN is a matter of what is written."""
-        noise = (self.square / self.count / self.change) ** 0.5 if self.change else 0.0
+        if not self.change > self.small:
+            return not self.row > ROW
+        noise = (self.square / self.count / self.change) ** 0.5
         return not (self.row > ROW or abs(self.share) > SHARE + SURE * noise)
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env -S bash #
 # Starts one of the kit's Python modules: run.sh MODULE ARGUMENTS... Every script of the user ends here.
 # The Python is that of .venv if ./quickstart.sh or ./test.sh has made it, else the one that is active.
-! grep -q $'\r$' "$0" || { echo "$0 has Windows line ends. Run: sed -i 's/\\r\$//' '$0'" >&2; exit 2; } # 文件是 Windows 换行格式
+! grep -q $'\r$' -- "${BASH_SOURCE[0]:-}" 2>/dev/null || { printf "%s has Windows line ends. Run: sed -i 's/\\\\r$//' -- %q\n" "$0" "$0" >&2; exit 2; } # Windows 换行
 set -euo pipefail
 root="$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 python="$root/.venv/bin/python"

@@ -1,9 +1,11 @@
 """--find-lr and --find-batch: what is tried is what would run, what is advised follows from it, and nothing of a run is left."""
 
+import contextlib
 import json
 import math
 
 import pytest
+import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +14,7 @@ from inprocess import config, run
 from rwkv_peft import train
 from rwkv_peft.data.loading import heaviest
 from rwkv_peft.errors import Problems, UserError
-from rwkv_peft.train import find
+from rwkv_peft.train import find, place
 from rwkv_peft.training import heaviest as first
 
 
@@ -39,6 +41,16 @@ def test_where_nothing_is_learnt_nothing_is_advised_and_nan_ends_it():
     tried, losses = curve(1e-3, depth=0.0)
     assert find.advise(tried, losses).take is None
     assert find.burst([3.0, 3.0, math.nan]) and find.burst([3.0, math.inf])
+
+
+@pytest.mark.parametrize("strategy", ["auto", "fsdp"])
+def test_what_is_tried_is_trained_as_a_run_would(ready, strategy):
+    tiny.save_model(ready / "model" / "half.pth", dtype=torch.bfloat16)
+    settings = {"FINETUNE_MODE": "full", "MODEL_PATH": "half.pth", "STRATEGY": strategy}
+    with contextlib.ExitStack() as cleanup:
+        tried = find.trial(config(**settings), place.Place(0, 0, 0, 1), cleanup)
+        tried.step([heaviest(8, 1)], 1e-4)
+    assert {p.dtype for p in tried.module.parameters() if p.requires_grad} == {torch.float32}
 
 
 def test_find_lr_takes_the_first_steps_of_a_run_and_leaves_no_run(ready, capsys, monkeypatch):

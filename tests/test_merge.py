@@ -547,6 +547,24 @@ def test_a_wrong_product_is_seen_though_rounding_to_bf16_is_larger(project_folde
         merge(folder / "rwkv-3.pth")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("learnt", [0, 1e-30, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3])
+@pytest.mark.parametrize("turn", ["alone", "twice"])
+def test_a_merge_of_what_is_nothing_or_next_to_nothing_is_right(tmp_path, dtype, learnt, turn):
+    """A layer that never got a gradient; a run that ended in its warm-up."""
+    before = (torch.randn(192, 768) / 30).to(dtype)
+    layer = {"lora_A": torch.randn(32, 768) / 30, "lora_B": torch.randn(192, 32).sign() * learnt}
+    tensors = {f"blocks.0.att.key.{leaf}": tensor for leaf, tensor in layer.items()}
+    part = fold.Part("x", Setup("lora", {"rank": 32, "alpha": 32.0}), tensors, leaves={"blocks.0.att.key": list(layer)})
+    parts = [part] * (2 if turn == "twice" else 1)
+    base, made = tmp_path / "base.pth", tmp_path / "made.pth"
+    checkpoint.save(base, {"blocks.0.att.key.weight": before})
+    change = by_rows(fold.in_turn(parts, SHAPE), parts, None, SHAPE)
+    answers = Answers(change, checkpoint.describe(base), parts, None, SHAPE)
+    checkpoint.rewrite(base, made, answers)
+    assert not list(answers.wrong())
+
+
 @pytest.mark.parametrize("method", ["lora", "dora", "pissa", "miss", "bat"])
 def test_a_product_is_what_merging_adds(method):
     """Where a method says that its merged weight is W + B A."""

@@ -129,6 +129,16 @@ def test_what_was_saved_in_the_middle_of_an_epoch_goes_when_the_epoch_has_ended(
     assert not (ready / "output/again/rwkv-1.json").exists()
 
 
+@pytest.mark.parametrize("sidecar", ['{"epoch_finished": true}', '{"epoch": 1}', "[]", "{", None])
+def test_a_checkpoint_that_is_not_said_to_be_of_the_middle_of_an_epoch_stays(tmp_path, sidecar):
+    for name in ("rwkv-1.pth", "rwkv-2.pth", "rwkv-2.json"):
+        (tmp_path / name).write_text('{"epoch_finished": false}')
+    if sidecar is not None:
+        (tmp_path / "rwkv-1.json").write_text(sidecar)
+    before = sorted(tmp_path.iterdir())
+    assert runs.drop_unfinished(tmp_path, 1) is None and sorted(tmp_path.iterdir()) == before
+
+
 @pytest.mark.parametrize("at", [3, 4, 11])
 def test_it_may_be_stopped_several_times_and_where_an_epoch_ends(ready, monkeypatch, at):
     settings = BASE | {"SAVE_STEPS": "0"}

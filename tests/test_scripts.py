@@ -118,7 +118,7 @@ def test_sh_instead_of_bash_is_answered_with_what_to_do(tmp_path, name, ends):
 @pytest.mark.parametrize("how", [[], ["bash"]], ids=["by its name", "by bash"])
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_windows_line_ends_are_answered_with_a_cure_that_cures(tmp_path, name, how, lines):
-    copy, right = tmp_path / "my copy.sh", (ROOT / name).read_bytes()
+    copy, right = tmp_path / "it's my copy.sh", (ROOT / name).read_bytes()
     copy.write_bytes(right.replace(b"\n", b"\r\n") if lines == "all" else right + b"# mine\r\n")
     copy.chmod(0o755)
     done = subprocess.run([*how, copy], capture_output=True, text=True)

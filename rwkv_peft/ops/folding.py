@@ -1,5 +1,5 @@
-"""A product of low rank folded into rows of a weight, and what proves it: what the weight, the sum and the rounded sum answer to
-a few inputs."""
+"""A product of low rank folded into rows of a weight, and what proves it: what the sum and the rounded sum answer to a few
+inputs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ QUESTIONS = 4  # inputs
 
 
 class Folded(NamedTuple):
-    """made: rows like the weight's. before, exact, rounded: answers [QUESTIONS, rows] of the weight, of the sum before it was
-    rounded, and of `made`. squares: the squared lengths of the rows of the weight and of the sum, [2, rows]."""
+    """made: rows like the weight's. exact, rounded: answers [QUESTIONS, rows] of the sum before it was rounded, and of `made`.
+    squares: the squared lengths of the rows of the weight and of the sum, [2, rows]."""
 
     made: Tensor
-    before: Tensor
     exact: Tensor
     rounded: Tensor
     squares: Tensor
@@ -30,4 +29,4 @@ def fold(weight: Tensor, B: Tensor, A: Tensor, x: Tensor) -> Folded:
     exact = torch.addmm(before, B, A)
     made = exact.to(weight.dtype)
     squares = torch.stack([before.square().sum(1), exact.square().sum(1)])
-    return Folded(made, *(F.linear(x, w) for w in (before, exact, made.to(x.dtype))), squares)
+    return Folded(made, *(F.linear(x, w) for w in (exact, made.to(x.dtype))), squares)

@@ -75,8 +75,9 @@ def trial(config: TrainConfig, place: Place, cleanup: contextlib.ExitStack) -> T
         raise Problems(*wrong)
     run = prepare(config, place, True, True, cleanup, print)
     learner = make_learner(run, cleanup, print)
-    learner.model.to(machine.device(0))
     module = make_module(run, learner)
+    module.settle("")  # nothing lies in pieces here, whatever STRATEGY says
+    learner.model.to(machine.device(0))
     module.train()
     groups = learner.groups()
     factors = [group["lr"] for group in groups]

@@ -25,7 +25,7 @@ def fold(weight: Tensor, B: Tensor, A: Tensor, x: Tensor) -> Folded:
     if B.shape != (rows, rank) or A.shape[1] != inputs or x.shape != (QUESTIONS, inputs):
         raise ValueError(f"{list(B.shape)}, {list(A.shape)} or {list(x.shape)} does not go with {list(weight.shape)}")
     weight, B, A, x = weight.contiguous(), B.float().contiguous(), A.float().contiguous(), x.contiguous()
-    made, answers, squares = torch.empty_like(weight), torch.empty(3, QUESTIONS, rows), torch.empty(2, rows)
+    made, answers, squares = torch.empty_like(weight), torch.empty(2, QUESTIONS, rows), torch.empty(2, rows)
     function("fold_bfloat16", 7, 3)(
         *map(pointer, (weight, B, A, x, made, answers, squares)), rows, rank, inputs, torch.get_num_threads()
     )
