@@ -240,7 +240,8 @@ def labels(facts: Mapping[str, Any], name: str) -> str:
         f"### data_line_count = {facts['data_line_count']}",
         *factor_table(facts["data_line_count"]),
         "",
-        "### Lines for training.sh (auto works everything out; any MICRO_BSZ and EPOCH_STEPS work, every row is used):",
+        "### Lines for training.sh, in place of those there (auto works everything out; any MICRO_BSZ and EPOCH_STEPS work, "
+        "every row is used):",
         f"DATA_PATH={name}",
         f"CTX_LEN=auto          # becomes {facts['CTX_LEN']} with DATALOAD=pack",
         "EPOCH_STEPS=auto",

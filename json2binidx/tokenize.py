@@ -267,7 +267,8 @@ def valid_rows(hashes: np.ndarray, rows: int, percent: float, seed: int) -> np.n
     count = max(1, round(len(contents) * percent / 100))
     if count >= len(contents):
         raise UserError(
-            f"VALID_PERCENT={percent:g} would hold out all of {len(contents)} different rows; nothing was written."
+            f"VALID_PERCENT={percent:g} would hold out all of {len(contents)} different rows; nothing was written. "
+            "Set it to 0, or give more rows."
         )
     chosen = np.random.default_rng([seed, 1]).permutation(contents)[:count]
     return np.isin(hashes, chosen)

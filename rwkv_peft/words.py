@@ -26,7 +26,8 @@ def listed(names: Iterable[str], most: int = LISTED) -> str:
 
 def did_you_mean(word: str, known: Iterable[object]) -> str:
     """The words "; did you mean SEED?" for the nearest known word, or nothing. Case and the endings of files do not count."""
-    by_stem = {PurePath(str(k)).stem.upper(): str(k) for k in known}
+    # (of names that only their endings tell apart, the shortest)
+    by_stem = {PurePath(k).stem.upper(): k for k in sorted(map(str, known), key=len, reverse=True)}
     near = difflib.get_close_matches(PurePath(word).stem.upper(), by_stem, n=1, cutoff=0.6)
     return f"; did you mean {by_stem[near[0]]}?" if near else ""
 

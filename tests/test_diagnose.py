@@ -55,6 +55,8 @@ def made(
         ({"losses": (2.0, 1.0, 0.9, 0.9, 0.9), "noise": 0.6}, ["fits"], ""),
         ({"trained": (2.0, 1.99), "held": (2.0, 1.99), "losses": (2.0, 1.99)}, ["too low"], "take ten times LR_INIT=0.0001"),
         ({"losses": (2.0, 1.6, 1.2, 0.8, 0.4)}, ["underfit"], "a larger EPOCH_COUNT"),
+        # all have gained, and next to nothing is known
+        ({"trained": (11.2, 7.8), "held": (11.2, 8.1)}, ["underfit"], "each token comes as one in 2,"),
         ({"held": (2.0, 1.8)}, ["overfit"], "it has gained 0.1"),
         ({"held": (2.0, 2.4)}, ["overfit"], "held-out rows are worse than before"),
         # what is learnt by heart would go on falling for ever

@@ -122,7 +122,8 @@ def model_or_merged(name: str) -> Path:
         return path
     there = [p.name for folder in ("model", "merge") for p in (project.ROOT / folder).glob("*.pth")]
     raise UserError(
-        f"{name}: there is no such model{did_you_mean(name, there) or '.'} In model/ and merge/ there is: {listed(there)}."
+        f"{name} (--model, or MODEL_PATH in chat.sh): there is no such model{did_you_mean(name, there) or '.'} "
+        f"In model/ and merge/ there is: {listed(there)}."
     )
 
 

@@ -20,6 +20,7 @@ RISE = 0.05  # of the lowest loss so far: a higher one later is no wobble
 FLAT = 0.02  # of the base's loss: who gains less on rows that were trained has hardly moved
 STILL = 0.1  # of all that the loss has fallen: if the last quarter of the steps brought more, it was still falling
 HALF = 0.5  # of what is gained on rows that were trained: if held-out rows gain less, rows were learnt by heart
+FAR = 4.0  # loss per token: each comes as one in 55; no text in a language that a model knows is so hard
 BY_HEART = 0.1  # loss per token of a row that is known by heart ...
 NEW = 0.5  # ... if it was not known before
 
@@ -91,7 +92,7 @@ class Run(NamedTuple):
 def judge(run: Run) -> list[Finding]:
     """In the order in which to mend them. Never empty."""
     high = too_high(run)
-    found = [high] if high else [one for one in (too_low(run), underfit(run)) if one][:1]
+    found = [high] if high else [one for one in (too_low(run), underfit(run), far(run)) if one][:1]
     found += [one for one in (overfit(run),) if one]
     if not run.held and run.trained and not found:
         before, after = run.trained.losses
@@ -168,6 +169,17 @@ def underfit(run: Run) -> Finding | None:
     falling = f"still falling at the end, by {last:.3f} over the last quarter of the steps and {whole:.3f} in all"
     cure = "Take a larger EPOCH_COUNT, or a higher LR_INIT (or LR_FINAL)"
     return Finding("underfit", f"underfit: the loss was {falling}. {cure}")
+
+
+def far(run: Run) -> Finding | None:
+    """The loss that is left, whatever was gained."""
+    rows = run.trained or run.held
+    if not rows or not rows.losses[1] > FAR:
+        return None
+    before, after = rows.losses
+    left = f"of {run.whose} the loss is still {after:.3f} ({before:.3f} before): each token comes as one in {np.exp(after):,.0f}"
+    cure = "Take a larger EPOCH_COUNT, more rows, or a base that knows the language (and its template, PROMPT_TYPE)"
+    return Finding("underfit", f"underfit: {left}. {cure}")
 
 
 def learnt_by_heart(run: Run) -> bool:

@@ -219,6 +219,7 @@ def header(run: Prepared) -> list[str]:
         what += f" (none of {', '.join(run.held.missing)})" if run.held.missing else ""
         lines.insert(-1, f"{'valid':<10}{what}; before training and {every}")
     if run.found:
-        longer = f", now with {run.steps:,}" if run.steps != run.found.facts["steps"] else ""
-        lines.append(f"goes on   {again.place(run.found)}{longer}, as if it had never stopped")
+        before = run.found.facts["steps"]
+        how = f"; it has {run.steps:,} now, and the learning rate follows that" if run.steps != before else ""
+        lines.append(f"goes on   {again.place(run.found)}{how or ', as if it had never stopped'}")
     return lines

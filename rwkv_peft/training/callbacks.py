@@ -27,7 +27,7 @@ from .spread import together
 
 TOO_HIGH = (
     "LR_INIT is too high (take a third of it, and GRAD_CLIP=1), another setting is extreme (lora_alpha, ADAM_EPS, "
-    "WEIGHT_DECAY), or the base itself holds NaN. Earlier epochs are whole."
+    "WEIGHT_DECAY), or the base itself holds NaN. What was saved before is whole."
 )
 
 STOPPING = b"\nStopping after this batch and saving. Ctrl-C again leaves at once, without saving.\n"

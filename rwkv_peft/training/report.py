@@ -73,7 +73,7 @@ def plan_lines(
         rows.append(("", f"WARMUP_STEPS={settings['WARMUP_STEPS']} is as long as the whole run: the rate only rises"))
     elif settings["WARMUP_STEPS"] > steps * LONG_WARMUP:
         rows.append(("", f"WARMUP_STEPS={settings['WARMUP_STEPS']} is {settings['WARMUP_STEPS'] / steps:.0%} of the run; a "
-                         "tenth of it is enough"))  # fmt: skip
+                         f"tenth of the run, {max(1, steps // 10)}, is enough"))  # fmt: skip
     if setup.method == "state" and settings["LR_INIT"] < STATE_RATE:
         rows.append(("", f"LR_INIT={settings['LR_INIT']:g} will hardly move a state: 1 to LR_FINAL=0.01 is usual"))
     if infctx and tokens <= settings["CHUNK_CTX"]:
@@ -98,7 +98,7 @@ def plan_lines(
     rows += [
         ("machine", f"{device_words()}; PRECISION={settings['PRECISION']}, OP={settings['OP']}{op_words and f' ({op_words})'}, "
                     f"STRATEGY={settings['STRATEGY']}; about {memory / 2**30:.{digits}f} GB {kind} ({guess})"),
-        ("output", f"output/{settings['RUN_NAME']}/"),
+        ("output", f"output/{settings['RUN_NAME']}/ (loss.jsonl has the loss of each step; what is shown here is smoothed)"),
     ]  # fmt: skip
     return [f"{label:<10}{text}" for label, text in rows]
 
