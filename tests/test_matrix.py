@@ -88,7 +88,7 @@ def test_the_laws_hold_where_two_values_meet(world, cell):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shard", range(0, SHARDS, 1 if EVERYTHING else 4))
+@pytest.mark.parametrize("shard", range(0, SHARDS, 1 if EVERYTHING else 6))
 def test_the_laws_hold_where_three_values_meet(world, shard):
     found = {cell: wrong for cell in covering(3)[shard::SHARDS] if (wrong := broken(cell, asked(cell)))}
     assert found == {}

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import laws_of_ops as laws
 import pytest
 import torch
+from conftest import EVERYTHING
 from test_scripts import ROOT
 from tiny import wkv_inputs
 
@@ -343,7 +344,7 @@ def test_shapes_that_do_not_go_together_are_refused_before_a_kernel_sees_them():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+@pytest.mark.parametrize("capability", ["default", "avx2", *(["avx512"] if EVERYTHING else [])])
 def test_every_instruction_set_obeys_the_laws(capability):
     """ATEN_CPU_CAPABILITY is torch's own word for what a processor is to be taken for."""
     environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}

@@ -273,7 +273,7 @@ def test_killed_again_and_again_it_ends_as_if_nothing_had_happened(kit, name, se
     kit.run("training.sh", timeout=500)
     kit.set(RUN_NAME="again")
     dice, log = random.Random(seed), kit.root / "output/again/loss.jsonl"
-    for _ in range(25 if EVERYTHING else 8):
+    for _ in range(25 if EVERYTHING else 5):
         process = subprocess.Popen(
             [str(kit.root / "training.sh")], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
