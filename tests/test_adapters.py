@@ -1,16 +1,19 @@
 """Methods on whole models: what is trained, compressed, saved, and comes back. Single layers are in test_methods.py."""
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
 
 from rwkv_peft.adapters import attach
 from rwkv_peft.adapters.attach import Setup
+from rwkv_peft.adapters.later import settle
 from rwkv_peft.errors import UserError
 from rwkv_peft.methods import METHODS, QUANTS
 from rwkv_peft.model.arch import linear_layers
 from rwkv_peft.model.rwkv import build
-from rwkv_peft.quantize import QuantEmbedding, QuantLinear
+from rwkv_peft.quantize import QuantEmbedding, QuantLinear, codes_as_parameters
 from rwkv_peft.training.lisa import Lisa
 
 PARTS = ("att", "ffn", "ln")
@@ -138,32 +141,80 @@ def test_weights_that_are_kept_are_converted_and_trained_ones_are_float32():
 @pytest.mark.parametrize("loaded", [False, True], ids=["fresh", "going on"])
 @pytest.mark.parametrize("file", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("keep", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("name", [n for n in ADAPTED if METHODS[n].parts or METHODS[n].saves_model])
-def test_what_is_left_for_later_is_the_files_until_its_block_is_made(name, keep, file, loaded):
+@pytest.mark.parametrize(
+    ("name", "quant"),
+    [(n, "none") for n in METHODS if METHODS[n].parts or METHODS[n].saves_model] + [(n, "nf4") for n in ADAPTED],
+)
+def test_what_is_left_for_later_is_the_files_until_its_block_is_made(name, quant, keep, file, loaded):
     """How weights that will lie in pieces are made: never all at once."""
     shape = shape_of()
     tensors = {n: t.to(file) for n, t in tiny.tensors(0, shape).items()}
+    setup = replace(SETUPS[name], quant=quant, quant_parts=("att", "ffn", "emb", "head"))
     models, later = [], {}
     for mine in (None, later):
         torch.manual_seed(1)
         model = build(shape, dict(tensors), tiny.ops(shape))
-        attach.adapt(model, SETUPS[name], keep, later=mine)
+        begun = attach.adapt(model, setup, keep, later=mine)
+        if loaded and begun:
+            model = build(shape, dict(tensors), tiny.ops(shape))
+            attach.adapt(model, setup, keep, begun, later=mine)
         models.append(model)
         if loaded:
             learnt = {n: torch.full(p.shape, 0.5) for n, p in attach.trained(model).items()}
             attach.load_trained(model, learnt, "x.pth", mine)
     at_once, by_block = models
     places = {tensor.data_ptr() for tensor in tensors.values()}
-    whole = set(SETUPS[name].whole(shape))
-    assert whole <= {*later} or not whole
-    assert all(by_block.get_parameter(n).data_ptr() in places for n in later)
-    attach.settle(by_block, later, "blocks.0.")
+    frozen = {
+        n for n, p in at_once.named_parameters() if not p.requires_grad and n.endswith("weight") and p.dtype != file
+    }
+    assert frozen | set(setup.whole(shape)) <= names_of_weights(by_block, later)
+
+    def lies_in_the_file(name):
+        return by_block.get_parameter(name).data_ptr() in places
+
+    assert all(map(lies_in_the_file, names_of_weights(by_block, later)))
+    settle(by_block, later, "blocks.0.")
     assert not any(n.startswith("blocks.0.") for n in later)
-    assert all(by_block.get_parameter(n).data_ptr() in places for n in later)
-    attach.settle(by_block, later)
+    assert all(map(lies_in_the_file, names_of_weights(by_block, later)))
+    settle(by_block, later)
     assert not later
-    for (n, a), b in zip(at_once.named_parameters(), by_block.parameters(), strict=True):
-        assert a.dtype == b.dtype and a.requires_grad == b.requires_grad and torch.equal(a, b), n
+    for model in models:
+        codes_as_parameters(model)
+    for (n, a), (m, b) in zip(at_once.named_parameters(), by_block.named_parameters(), strict=True):
+        assert n == m and a.dtype == b.dtype and a.requires_grad == b.requires_grad and torch.equal(a, b), n
+    assert torch.equal(at_once.eval()(X)[0], by_block.eval()(X)[0])
+
+
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+@pytest.mark.parametrize("name", METHODS)
+def test_what_processes_need_not_send_one_another_is_what_the_file_has(name, quant):
+    """And all of it but what is learnt, compressed or (PiSSA) left over."""
+    shape = shape_of()
+    tensors = {n: t.bfloat16() for n, t in tiny.tensors(0, shape).items()}
+    setup = (
+        SETUPS[name] if METHODS[name].saves_model else replace(SETUPS[name], quant=quant, quant_parts=("att", "ffn"))
+    )
+    model = build(shape, dict(tensors), tiny.ops(shape))
+    attach.adapt(model, setup, torch.float32)
+    codes_as_parameters(model)
+    given = attach.given(model, setup)
+    found = {attach.file_name(n) for n, _ in model.named_parameters() if given(n)}
+    made = {*attach.trained(model), *(f"{n}.weight" for n in setup.compressed(shape))}
+    made |= {f"{n}.weight" for n in setup.wrapped(shape)} if name == "pissa" else set()
+    assert found == set(tensors) - made
+    for n, parameter in model.named_parameters():
+        if given(n):
+            assert torch.equal(parameter, tensors[attach.file_name(n)].float()) and not parameter.requires_grad, n
+
+
+def names_of_weights(model, later):
+    """Of what is left for later: parameters, and the weights of whole layers."""
+    return {n if isinstance(find(model, n), torch.nn.Parameter) else f"{n}.weight" for n in later}
+
+
+def find(model, name):
+    owner, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(owner), leaf)
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ METHODS = {
     "full": {"FINETUNE_MODE": "full", "LR_INIT": "1e-3", "GRAD_CP": "selective"},
     "pissa": {"FINETUNE_MODE": "pissa", "pissa_r": "4", "lora_parts": "att,ffn,time,ln", "MODEL_PATH": "six.pth"}
     | {"EMB_FINETUNE": "1"},
-    "nf4": {"QUANT": "nf4", "PRECISION": "bf16", "OP": "torch"},
+    "nf4": {"QUANT": "nf4", "QUANT_PARTS": "att,ffn,emb,head", "PRECISION": "bf16", "OP": "torch"},
     "loha": {"FINETUNE_MODE": "peft", "PEFT_CONFIG": "loha.json"},
     "bucket": {"DATALOAD": "bucket", "MICRO_BSZ": "auto"},
     "several": {"MINI_BSZ": "2", "EPOCH_STEPS": "3"},  # the last step of an epoch has one micro-batch
@@ -188,6 +188,13 @@ REFUSED = [
 @pytest.mark.parametrize(("settings", "variable", "words"), REFUSED)
 def test_what_cannot_be_spread_is_refused(settings, variable, words):
     assert words in problems(**settings)[variable]
+
+
+@pytest.mark.parametrize("word", asked(word for word, found in STRATEGIES.items() if found.stage))
+def test_frozen_weights_stay_what_they_are_under_deepspeed(word):
+    """Lightning's own plugin makes them float32: twice the memory of a base in bf16."""
+    [plugin] = strategy.trainer_arguments("bf16", 1, 1, word, 1.0)[0]["plugins"]
+    assert plugin.convert_module(torch.nn.Linear(2, 2).bfloat16()).weight.dtype == torch.bfloat16
 
 
 def test_a_missing_deepspeed_is_told_before_anything_is_loaded(monkeypatch):

@@ -19,10 +19,8 @@ from ..model.arch import STATE_NAME, Geometry, linear_layers, shapes, state_shap
 from ..model.rwkv import RWKV, fresh_state, set_state
 from ..quantize import QuantEmbedding, QuantLinear
 from .base import Adapter
+from .later import Later
 from .registry import ADAPTERS
-
-# by the name of a parameter: the function that makes what it becomes
-Later = dict[str, Callable[[], Tensor]]
 
 OPTIONAL = ("rslora", "niter", "shifts")  # sidecars of earlier versions do not say them
 
@@ -85,20 +83,13 @@ def adapt(
 
     keep: dtype of the frozen weights that are not compressed; None leaves them as they are. start: what adapters began
     with, by name, where a run goes on (PiSSA). device: where weights are decomposed and compressed, and then lie. later: what
-    would only be copied into another dtype is put here instead, for `settle`.
+    becomes of frozen weights, and of those trained whole, is put here instead, for `later.settle`.
     Returns what a run must keep beside its checkpoints, by name: empty but for PiSSA.
     """
     geometry = model.geometry
     return change_layers(
         model, setup, setup.wrapped(geometry), setup.whole(geometry), setup.states(geometry), keep, start, device, later
     )
-
-
-def settle(model: RWKV, later: Later, prefix: str = "") -> None:
-    """Make what was left for later of the parameters whose names begin with prefix. They stay the same parameters: an optimizer
-    may have them."""
-    for name in [name for name in later if name.startswith(prefix)]:
-        model.get_parameter(name).data = later.pop(name)()
 
 
 def put(model: nn.Module, name: str, tensor: Tensor, learns: bool) -> None:
@@ -124,25 +115,27 @@ def change_layers(
     for name in (*linear_layers(model.geometry, PARTS), "head", "emb"):
         if name not in wrapped and name not in compressed:
             continue
-        owner, _, leaf = name.rpartition(".")
-        module = getattr(model.get_submodule(owner), leaf)
-        mode = setup.quant if name in compressed else None
-        if name not in wrapped:
-            module = frozen(module, name, mode, keep, device)
-        elif ADAPTERS[setup.method].changes_base:  # it takes its part out of the weight; what is left is compressed
-            module.weight = nn.Parameter(module.weight.detach().to(device), requires_grad=False)
-            module = make(setup, module, started(setup, name, start))
-            module.linear = frozen(module.linear, name, mode, keep, device)
-        else:
-            kept = None if later is not None and widens(module.weight, keep) else keep
-            module = make(setup, frozen(module, name, mode, kept, device), started(setup, name, start))
-        if name in wrapped:
-            begun |= {f"{name}.{leaf}": tensor for leaf, tensor in module.begun().items()}
-        setattr(model.get_submodule(owner), leaf, module)
+        module, mode = model.get_submodule(name), setup.quant if name in compressed else None
+        file = module.weight.detach()
+        # a wider copy of what the file has can be made from what the adapter holds, as of any other weight
+        copied = later is not None and mode is None and not takes_part(setup) and widens(file, keep)
+        wraps = setup if name in wrapped else None
+        begins = started(setup, name, start) if wraps else {}
+        made = whole_layer(wraps, module, name, mode, None if copied else keep, device, begins)
+        model.set_submodule(name, made)
+        own = made.begun() if wraps else {}
+        begun |= {f"{name}.{leaf}": tensor for leaf, tensor in own.items()}
+        if later is not None and not copied:
+            # its adapter may have looked at what is frozen; that is let go until its turn
+            module.weight = nn.Parameter(file, requires_grad=False)
+            inner = f"{name}.linear" if wraps else name
+            model.set_submodule(inner, module)
+            later[inner] = functools.partial(frozen_part, setup, module, name, mode, keep, device, own)
         give_back_freed()
     for name, weight in list(model.named_parameters()) if keep is not None else ():
-        if not weight.requires_grad and not name.endswith("_state") and weight.dtype != keep:
-            if later is not None and widens(weight, keep):
+        alone = later is None or name.removesuffix(".weight") not in later
+        if alone and not weight.requires_grad and not name.endswith("_state") and weight.dtype != keep:
+            if later is not None:
                 later[name] = functools.partial(weight.to, keep)
             else:
                 put(model, name, weight.to(keep), False)
@@ -159,6 +152,30 @@ def give_back_freed() -> None:
     way: PiSSA on 0.4B took 1,194 MB for results of 630 (bench/load.py)."""
     with contextlib.suppress(OSError, AttributeError):  # glibc has it, and glibc needs it
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def takes_part(setup: Setup) -> bool:
+    """Whether the method's adapters take a part out of the weights that they wrap."""
+    return METHODS[setup.method].wraps and ADAPTERS[setup.method].changes_base
+
+
+def whole_layer(setup: Setup | None, linear: nn.Module, name: str, mode, keep, device, start) -> nn.Module:
+    """A layer with its adapter, if there is a setup, and its weight as it is kept. start: see `make`."""
+    if setup is None:
+        return frozen(linear, name, mode, keep, device)
+    if not takes_part(setup):
+        return make(setup, frozen(linear, name, mode, keep, device), start)
+    linear.weight = nn.Parameter(linear.weight.detach().to(device), requires_grad=False)
+    adapter = make(setup, linear, start)
+    adapter.linear = frozen(adapter.linear, name, mode, keep, device)  # what is left of it
+    return adapter
+
+
+def frozen_part(setup: Setup, linear: nn.Module, name: str, mode, keep, device, start) -> nn.Module:
+    """The frozen layer inside of `whole_layer`, once more. start: what its adapter began with."""
+    if start and takes_part(setup):
+        return whole_layer(setup, linear, name, mode, keep, device, start).linear
+    return frozen(linear, name, mode, keep, device)
 
 
 def make(setup: Setup, linear: nn.Module, start: Mapping[str, Tensor] | None = None) -> Adapter:
@@ -184,6 +201,15 @@ def frozen(module: nn.Module, name: str, mode: str | None, keep: torch.dtype | N
         return (QuantEmbedding if name == "emb" else QuantLinear)(weight.to(device), mode)
     except UserError as error:
         raise UserError(f"{name}.weight: {error}") from None
+
+
+def given(model: RWKV, setup: Setup) -> Callable[[str], bool]:
+    """Tells of a model's parameter, by its name, whether it is frozen and what the base's file has, be it in another dtype: not
+    drawn, learnt, compressed, or what an adapter has left of it."""
+    known = set(shapes(model.geometry)) - {*trained(model)}
+    if takes_part(setup):
+        known -= {f"{name}.weight" for name in setup.wrapped(model.geometry)}
+    return lambda parameter: file_name(parameter) in known
 
 
 def file_name(parameter: str) -> str:

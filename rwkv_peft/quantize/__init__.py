@@ -5,6 +5,6 @@ Nothing here is ever saved or trained: adapters lie on top of a QuantLinear, and
 
 from .layers import QuantEmbedding, QuantLinear
 from .modes import MODES, Mode, quantise
-from .quantised import Quantised
+from .quantised import Quantised, codes_as_parameters
 
-__all__ = ["MODES", "Mode", "QuantEmbedding", "QuantLinear", "Quantised", "quantise"]
+__all__ = ["MODES", "Mode", "QuantEmbedding", "QuantLinear", "Quantised", "codes_as_parameters", "quantise"]

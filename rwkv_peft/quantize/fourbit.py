@@ -40,7 +40,7 @@ NAMES = {NF4: "nf4", FP4: "fp4"}  # for bitsandbytes
 
 
 class FourBit(Quantised):
-    """codes [out, width / 2] uint8, scale_codes [out, width / 64] uint8, scale_max [groups] and scale_mean [] float32."""
+    """codes [out, width / 2] uint8, scale_codes [out, width / 64] uint8, scale_max [groups] and scale_mean [1] float32."""
 
     def __init__(self, weight: Tensor, levels: tuple[float, ...]):
         outputs, inputs = weight.shape
@@ -56,7 +56,7 @@ class FourBit(Quantised):
             codes[part] = nearest[:, ::2] << 4 | nearest[:, 1::2]
         check_finite(absmax)
         scale_codes, scale_max, scale_mean = compress_scales(absmax)
-        self.keep(codes=codes, scale_codes=scale_codes, scale_max=scale_max, scale_mean=scale_mean)
+        self.keep(codes=codes, scale_codes=scale_codes, scale_max=scale_max, scale_mean=scale_mean.view(1))
 
     def decode(self, rows: slice | Tensor, out: Tensor) -> None:
         codes = take(self.codes, rows)

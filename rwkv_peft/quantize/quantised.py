@@ -6,6 +6,7 @@ It is a module so that .to(device) takes it along, but its buffers are non-persi
 from __future__ import annotations
 
 import abc
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -55,20 +56,30 @@ class Quantised(nn.Module, abc.ABC):
             self.decode(ids[part], out[part])
         return out[:, : self.shape[1]].contiguous()
 
+    def as_parameters(self) -> None:
+        """Keep all as frozen parameters from now on: what cuts a model into pieces cuts nothing else."""
+        for name, buffer in list(self.named_buffers(recurse=False)):
+            delattr(self, name)
+            self.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
+
+    def kept(self) -> Iterator[Tensor]:
+        return itertools.chain(self.buffers(), self.parameters())
+
     @property
     def device(self) -> torch.device:
-        return next(self.buffers()).device
+        return next(self.kept()).device
 
     @property
     def bytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self.buffers())
+        return sum(tensor.nbytes for tensor in self.kept())
 
     def _apply(self, fn, recurse=True):
         # model.bfloat16() and the like move the codes but must not cast them: the scales would lose 16 of 24 bits
-        for name, buffer in self.named_buffers(recurse=False):
-            moved = fn(buffer)
-            setattr(self, name, moved if moved.dtype == buffer.dtype else buffer.to(moved.device))
-        return self
+        def uncast(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(uncast, recurse)
 
 
 def pieces(matrix: Tensor) -> Iterator[slice]:
@@ -90,3 +101,10 @@ def check_finite(absmax: Tensor) -> None:
     """The largest magnitude of every block is finite if and only if all weights are (amax carries NaN on)."""
     if not torch.isfinite(absmax).all():
         raise UserError("holds NaN or infinity")
+
+
+def codes_as_parameters(model: nn.Module) -> None:
+    """Let all that is compressed in a model be cut into pieces with the rest."""
+    for module in model.modules():
+        if isinstance(module, Quantised):
+            module.as_parameters()

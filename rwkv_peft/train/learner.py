@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import checkpoint, machine, project, runs
 from ..adapters import attach
+from ..adapters.later import Later, settle
 from ..model import arch
 from ..model.rwkv import RWKV, build
 from ..training.lisa import Lisa
@@ -35,7 +36,7 @@ class Learner:
     lisa: Lisa | None
     held: Any
     groups: Callable[[], list[dict]]
-    later: attach.Later
+    later: Later
 
     def trained(self) -> Mapping[str, nn.Parameter]:
         """The parameters that checkpoints hold, by their names there."""
@@ -49,7 +50,7 @@ def make_learner(run: Prepared, cleanup: contextlib.ExitStack, say: Callable[[st
     model = build(run.geometry, checkpoint.load(run.base), run.ops, dtype, RECOMPUTE[config.grad_cp])
     start_file = runs.init_file(run.folder, config.method) if run.found else run.earlier and run.earlier.start
     start = checkpoint.load(start_file) if start_file and start_file.is_file() else None
-    later: attach.Later | None = {} if run.spread.weights_in_pieces else None
+    later: Later | None = {} if run.spread.weights_in_pieces else None
     begun = attach.adapt(model, setup, dtype, start, machine.device(run.place.local), later)
     lisa = None
     if config.method == "lisa":
@@ -95,5 +96,10 @@ def make_module(run: Prepared, learner: Learner) -> TrainingModule:
         config.infctx_grad,
         config.optim,
     )
-    module.settle = functools.partial(attach.settle, learner.model, learner.later)
+    module.settle = functools.partial(settle, learner.model, learner.later)
+    module.given = attach.given(learner.model, run.setup)
+    # what DistributedDataParallel is not to send around at the start
+    module._ddp_params_and_buffers_to_ignore = [
+        f"model.{name}" for name, _ in learner.model.named_parameters() if module.given(name)
+    ]
     return module

@@ -104,6 +104,7 @@ def memory_bytes(
         # beside the pieces: a block that is whole for its turn, and embedding and head
         whole = (all_values - (outside := 2 * geometry.vocab_size * channels)) // layers + outside
         frozen = (0 if host else frozen // processes) + whole * (4 if method == "full" else itemsize)
+        compressed = (0 if host else compressed // processes) + compressed // layers
         # (DeepSpeed cuts a copy of the weights, and has room for what it sends)
         more = trained * 4 // processes + BUCKETS if strategy.stage else 0
         learning = 0 if host else learning // processes + more

@@ -9,6 +9,7 @@ from torch.distributed import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import Shard
 
+from ..quantize import codes_as_parameters
 from .spread import same_everywhere
 
 
@@ -29,10 +30,14 @@ class FullyShard(DDPStrategy):
 
         for number, block in enumerate(model.blocks):
             self.lightning_module.settle(f"blocks.{number}.")
-            same_everywhere(block.parameters(), self.root_device)
+            codes_as_parameters(block)
+            named = block.named_parameters(f"blocks.{number}")
+            same_everywhere(named, self.lightning_module.given, self.root_device)
             fully_shard(block, mesh=mesh, shard_placement_fn=along)
         self.lightning_module.settle("")
-        for part in (model.emb, model.ln_out, model.head):
-            same_everywhere(part.parameters(), self.root_device)
+        codes_as_parameters(model)
+        for name in ("emb", "ln_out", "head"):
+            named = model.get_submodule(name).named_parameters(name)
+            same_everywhere(named, self.lightning_module.given, self.root_device)
         fully_shard(model, mesh=mesh, shard_placement_fn=along)
         register_fsdp_forward_method(model, "features")

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from ..data.loading import Batch
 from .infctx import chunked_loss
 from .schedule import learning_rate
-from .spread import Spread
+from .spread import Given, Spread
 
 
 class TrainingModule(pl.LightningModule):
@@ -50,6 +50,7 @@ class TrainingModule(pl.LightningModule):
         self.grad_norm: Tensor | None = None
         # makes the parameters whose names begin so, where that was left until they are cut into pieces
         self.settle: Callable[[str], None] = lambda prefix: None
+        self.given: Given = lambda name: False  # (nothing was said of the model's file)
         self.skipped = False  # the step changes nothing: its gradient is no number
 
     def training_step(self, batch: Batch, _index: int) -> Tensor:

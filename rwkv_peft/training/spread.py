@@ -22,6 +22,9 @@ from .optim import make_optimizer
 
 Parameters = Mapping[str, nn.Parameter]  # by their names in files
 
+# whether a parameter, by its name in the model, is what the base's file has: all processes have the same file
+Given = Callable[[str], bool]
+
 ENOUGH = -1  # the first process wants no more tensors
 
 
@@ -104,10 +107,13 @@ def together(
 
 
 @torch.no_grad()
-def same_everywhere(parameters: Iterable[nn.Parameter], device: torch.device) -> None:
-    """Give all processes the parameters of the first one, on their device: what was drawn or decomposed may differ by a rounding
-    between machines, and pieces of different things do not fit together."""
-    for parameter in parameters:
+def same_everywhere(parameters: Iterable[tuple[str, nn.Parameter]], given: Given, device: torch.device) -> None:
+    """Give all processes the parameters of the first one, on their device: what was drawn, decomposed or compressed may differ by
+    a rounding between machines, and pieces of different things do not fit together."""
+    for name, parameter in parameters:
+        if given(name):
+            parameter.data = parameter.detach().to(device)
+            continue
         sent = parameter.detach().to(device, copy=True)  # what is mapped from a file stays as it is
         dist.broadcast(sent, 0)
         parameter.data = sent

@@ -43,7 +43,7 @@ def trainer_arguments(precision: str, gpu_count: int, nodes: int, word: str, gra
             Problem("STRATEGY", f"must be ddp with PRECISION=fp16, whose scaling {word} cannot do; use ddp, or bf16")
         )
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    made, spread = "auto", Spread(strategy, gpu_count * nodes > 1)
+    made, plugins, spread = "auto", [], Spread(strategy, gpu_count * nodes > 1)
     for words in NOISE:
         warnings.filterwarnings("ignore", words)
     if word == "ddp":
@@ -56,20 +56,26 @@ def trainer_arguments(precision: str, gpu_count: int, nodes: int, word: str, gra
     elif strategy.stage:
         try:
             with quietly():
-                from .zero import Zero, ZeroSpread
+                from .zero import AsItIs, Zero, ZeroSpread
         except ImportError as error:
             words = f"needs a package that is missing ({error}): .venv/bin/pip install -r requirements-deepspeed.txt"
             wrong.append(Problem("STRATEGY", words))
         else:
-            made, spread = Zero(strategy, grad_clip), ZeroSpread(strategy, gpu_count * nodes > 1)
+            made, plugins = Zero(strategy, grad_clip), [AsItIs("32-true")]
+            spread = ZeroSpread(strategy, gpu_count * nodes > 1)
     if wrong:
         raise Problems(*wrong)
-    arguments = {
-        "accelerator": "gpu" if kind == "cuda" else "cpu", "devices": gpu_count, "num_nodes": nodes, "strategy": made,
-    }  # fmt: skip
     if precision == "fp16":
         scaler = torch.amp.GradScaler(kind, init_scale=FP16_SCALE)
-        arguments["plugins"] = [ScaledHalf("16-mixed", kind, scaler)]
+        plugins = [ScaledHalf("16-mixed", kind, scaler)]
+    accelerator = "gpu" if kind == "cuda" else "cpu"
+    arguments = {
+        "accelerator": accelerator,
+        "devices": gpu_count,
+        "num_nodes": nodes,
+        "strategy": made,
+        "plugins": plugins,
+    }
     return arguments, spread
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shlex
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import deepspeed
 import torch
@@ -19,12 +20,14 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
     safe_set_local_optimizer_state,
 )
+from pytorch_lightning.plugins.precision import DeepSpeedPrecision
 from pytorch_lightning.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import cpp_extension
 
 from ..model.rwkv import Block
+from ..quantize import codes_as_parameters
 from ..strategies import Strategy
 from .spread import Parameters, Spread, Whole, clip, exact_norm, same_everywhere, whole
 
@@ -46,6 +49,13 @@ def config_of(strategy: Strategy, grad_clip: float) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 1,  # for DeepSpeed's own log of speeds, which is off
         "zero_allow_untested_optimizer": True, "zero_optimization": zero, "gradient_clipping": grad_clip,
     }  # fmt: skip
+
+
+class AsItIs(DeepSpeedPrecision):
+    """Lightning's would make every weight float32, those too that are frozen in bf16."""
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        return module
 
 
 class Zero(DeepSpeedStrategy):
@@ -72,17 +82,25 @@ class Zero(DeepSpeedStrategy):
             # what is in a block comes and goes together: its fused operations take weights of other modules than their own
             deepspeed.utils.set_z3_leaf_modules(model, [Block])
             self.cut(model)
-        engine, wrapped, *_ = deepspeed.initialize(
-            config=self.config,
-            model=model,
-            model_parameters=[p for p in model.parameters() if p.requires_grad],
-            optimizer=optimizer,
-            lr_scheduler=lr_scheduler,
-            dist_init_required=False,
-        )
+
+        def broadcast(_engine) -> None:
+            """DeepSpeed would send the frozen weights as well."""
+            if self.strategy.stage != 3:
+                same_everywhere(model.model.named_parameters(), model.given, self.root_device)
+
+        with patch.object(deepspeed.DeepSpeedEngine, "_broadcast_model", broadcast):
+            engine, wrapped, *_ = deepspeed.initialize(
+                config=self.config,
+                model=model,
+                model_parameters=[p for p in model.parameters() if p.requires_grad],
+                optimizer=optimizer,
+                lr_scheduler=lr_scheduler,
+                dist_init_required=False,
+            )
         if self.strategy.stage == 3:
             # the loss takes it past its module
-            deepspeed.zero.register_external_parameter(model, model.model.head.weight)
+            for weight in model.model.head.parameters():
+                deepspeed.zero.register_external_parameter(model, weight)
             # DeepSpeed takes a block's weights away when the gradient of what came in is there: something has to ask for one
             model.model.emb.register_forward_hook(
                 lambda _m, _i, x: x.requires_grad_() if torch.is_grad_enabled() else x
@@ -99,8 +117,10 @@ class Zero(DeepSpeedStrategy):
         convert = None
         for prefix, part in parts.items():
             module.settle(prefix)
-            fresh = [p for p in part.parameters() if not is_zero_param(p)]
-            same_everywhere(fresh, self.root_device)
+            codes_as_parameters(part)
+            fresh = [(n, p) for n, p in part.named_parameters(prefix[:-1]) if not is_zero_param(p)]
+            same_everywhere(fresh, module.given, self.root_device)
+            fresh = [parameter for _, parameter in fresh]
             if convert:
                 convert(fresh)
             else:
