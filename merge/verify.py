@@ -48,7 +48,7 @@ def verify(base: Path, target: Path, answers: Answers, added: Mapping[str, Tenso
             f"{wrong[0]} and {len(wrong) - 1} others do not answer as base + adapter would. Nothing was written. Your files are "
             "not to blame: this is a fault of this program, please report it with the lines above."
         )
-    with Archive(base) as old, Archive(target) as new:
+    with Archive(base) as old, Archive(target, straight=True) as new:
 
         def check(name: str) -> Checked:
             try:

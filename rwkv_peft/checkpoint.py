@@ -29,8 +29,10 @@ from torch import Tensor
 from .atomic import need_space, writing
 from .errors import UserError
 from .hashing import crc32
-from .pieces import bytes_of, side_by_side, write_at
+from .pieces import bytes_of, side_by_side
 from .project import shown
+from .straight import Reader, Writer
+from .straight import aligned as room_for
 from .words import listed
 
 COPY_BYTES = 1 << 22  # read, hash and copy in pieces of 4 MB
@@ -201,18 +203,23 @@ class Archive:
     """A .pth opened for reading one tensor, or some rows of one, at a time: memory holds nothing of the rest.
 
     Unlike a mapped file it checks what it reads: every record carries a checksum. Threads may read from it side by side.
+    straight: read what is on the disk, not what the system may still have in memory.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, straight: bool = False):
         self.path, self.described = Path(path), describe(path)
+        self.straight = straight
 
     def __enter__(self) -> Archive:
         self.zip = zipfile.ZipFile(self.path)
         self.file = self.zip.fp.fileno()
+        self.reader = Reader(self.path) if self.straight else None
         self.folder = next(n for n in self.zip.namelist() if n.endswith("/data.pkl")).removesuffix("data.pkl")
         return self
 
     def __exit__(self, *_exception) -> None:
+        if self.reader:
+            self.reader.close()
         self.zip.close()
 
     def info(self, name: str) -> zipfile.ZipInfo:
@@ -257,15 +264,22 @@ class Archive:
             raise self.damaged(info, "it does not lie where it should")
         at = info.header_offset + LOCAL_HEADER + sum(struct.unpack("<HH", header[-4:]))
         left, crc, sizes = info.file_size, 0, list(sizes)
-        buffer = memoryview(bytearray(min(left, max([COPY_BYTES, *sizes]))))
+        most = min(left, max([COPY_BYTES, *sizes]))
+        buffer = room_for(most) if self.reader else memoryview(bytearray(most))
         while left:
-            piece = buffer[: min(left, sizes.pop(0) if sizes else COPY_BYTES)]
-            if os.preadv(self.file, [piece], at) != len(piece):
+            piece = self.some(buffer, size := min(left, sizes.pop(0) if sizes else COPY_BYTES), at)
+            if len(piece) != size:
                 raise self.damaged(info, "it is cut off")
             crc, at, left = crc32(piece, crc) if test else info.CRC, at + len(piece), left - len(piece)
             if not left and crc != info.CRC:
                 raise self.damaged(info, "its checksum is wrong")
             yield piece
+
+    def some(self, buffer: memoryview, size: int, at: int) -> memoryview:
+        """So many bytes of the file, or what there is of them."""
+        if self.reader:
+            return self.reader.read(buffer, size, at)
+        return buffer[: os.preadv(self.file, [buffer[:size]], at)]
 
     def damaged(self, info: zipfile.ZipInfo, how: str) -> Damaged:
         record = info.filename.removeprefix(self.folder)
@@ -348,9 +362,9 @@ def rewrite(
             contents[old.folder + places[name].record] = whole_bytes(bytes_of(tensor.detach().cpu()))
         if added:
             contents[f"{old.folder}data.pkl"] = whole_bytes(pickled(places))
-        with writing(target) as file:
+        with writing(target) as file, Writer(file) as out:
             try:
-                write_zip(file.fileno(), contents)
+                write_zip(out, contents)
             except WrongChecksum as wrong:
                 raise old.damaged(old.zip.getinfo(str(wrong)), "its checksum is wrong") from None
 
@@ -391,7 +405,7 @@ def whole_bytes(data: bytes | memoryview) -> Content:
     return Content(len(data), lambda: [memoryview(data)])
 
 
-def write_zip(file: int, contents: Mapping[str, Content]) -> None:
+def write_zip(out: Writer, contents: Mapping[str, Content]) -> None:
     """Write a zip archive of uncompressed records, by their names, to an empty file.
 
     Where a record lies follows from the sizes of those in front of it, so several are written at a time. (The format:
@@ -404,25 +418,22 @@ def write_zip(file: int, contents: Mapping[str, Content]) -> None:
         records.append(info)
         end += len(info.FileHeader(zip64=True)) + content.size
 
-    one_at_a_time = (
-        threading.Lock()
-    )  # else the system lets the others turn in circles meanwhile: a twentieth of all work
-
     def write(info: zipfile.ZipInfo) -> None:
-        begin = at = info.header_offset + len(info.FileHeader(zip64=True))
-        for piece in contents[info.filename].pieces():
-            info.CRC = crc32(piece, info.CRC)
-            with one_at_a_time:
-                write_at(file, piece, at)
-            at += len(piece)
+        def counted() -> Iterator[memoryview]:
+            for piece in contents[info.filename].pieces():
+                info.CRC = crc32(piece, info.CRC)
+                yield piece
+
+        begin = info.header_offset + len(info.FileHeader(zip64=True))
+        at = out.pieces(counted(), begin)
         if at - begin != info.file_size:
             raise ValueError(f"{info.filename} has {at - begin:,} bytes instead of {info.file_size:,}")
         if contents[info.filename].checksum not in (None, info.CRC):
             raise WrongChecksum(info.filename)
-        write_at(file, info.FileHeader(zip64=True), info.header_offset)
+        out.write(info.FileHeader(zip64=True), info.header_offset)
 
     side_by_side(write, records)
-    write_at(file, directory(records, end), end)
+    out.write(directory(records, end), end)
 
 
 def aligned(name: str, begin: int) -> zipfile.ZipInfo:

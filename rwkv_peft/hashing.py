@@ -10,6 +10,8 @@ import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
+from .straight import ROOM, Reader, aligned
+
 try:  # 5 to 10 times as fast, with the processor's carry-less products
     from zlib_ng.zlib_ng import crc32
 except ImportError:
@@ -33,9 +35,18 @@ def mark(path: str | os.PathLike) -> list[int] | None:
     return [found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
 
 
-def sha256(path: str | os.PathLike) -> str:
-    """The content hash of a file (about 1 GB/s)."""
+def sha256(path: str | os.PathLike, on_disk: bool = False) -> str:
+    """The content hash of a file (about 1 GB/s). on_disk: it was just written past the system's memory."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(PIECE))
+    if on_disk:
+        reader, room, at = Reader(path), aligned(ROOM), 0
+        try:
+            while piece := reader.read(room, ROOM, at):
+                digest.update(piece)
+                at += len(piece)
+        finally:
+            reader.close()
+        return digest.hexdigest()
     with open(path, "rb", buffering=0) as file:
         while size := file.readinto(buffer):
             digest.update(buffer[:size])

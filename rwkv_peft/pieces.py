@@ -35,10 +35,3 @@ def side_by_side(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
 
 def bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
-def write_at(file: int, data, at: int) -> None:
-    data = memoryview(data)
-    while data:  # a write may take less than it is given: 2 GB at most
-        written = os.pwrite(file, data, at)
-        data, at = data[written:], at + written

@@ -10,17 +10,19 @@ from __future__ import annotations
 import json
 import math
 import struct
-import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .atomic import need_space, writing
 from .errors import UserError
-from .pieces import bytes_of, side_by_side, write_at
+from .pieces import bytes_of, side_by_side
 from .project import shown
+from .straight import Writer
 
 CODES = {
     torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64", torch.bool: "BOOL",
@@ -33,11 +35,13 @@ def write(
     shapes: Mapping[str, tuple[int, ...]],
     dtypes: torch.dtype | Mapping[str, torch.dtype],
     pieces: Callable[[str], Iterable[Tensor]],
+    digest: Any = None,
 ) -> int:
     """Write a file; it has its name only when it is whole. Returns its size in bytes.
 
     shapes: name -> shape, in the order of the file. dtypes: of all tensors, or name -> its own. pieces: name -> the tensor's
-    numbers in their order, in its dtype; asked by several threads.
+    numbers in their order, in its dtype; asked by several threads. digest: of hashlib; gets all bytes, for which tensors are
+    written one after another.
     """
     safetensors = library()
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
@@ -50,21 +54,31 @@ def write(
     text += b" " * (-len(text) % 8)
     size = 8 + len(text) + end
     need_space(target.parent, size)
-    with writing(target) as file:
-        one_at_a_time = threading.Lock()  # as in checkpoint.write_zip
+    with writing(target) as file, Writer(file) as out:
 
         def write_tensor(name: str) -> None:
             at, end = (8 + len(text) + offset for offset in header[name]["data_offsets"])
-            for piece in pieces(name):
-                data = bytes_of(piece)
-                with one_at_a_time:
-                    write_at(file.fileno(), data[: end - at], at)
-                at += len(data)
-            if at != end:
+            if out.pieces(told(map(bytes_of, pieces(name))), at) != end:
                 raise ValueError(f"{name} has another size than its shape {shapes[name]} says")
 
-        write_at(file.fileno(), struct.pack("<Q", len(text)) + text, 0)
-        side_by_side(write_tensor, shapes)
+        def told(data: Iterable[memoryview]) -> Iterator[memoryview]:
+            if digest is None:
+                yield from data
+                return
+            for piece in data:
+                done = beside.submit(digest.update, piece)
+                yield piece  # which is on its way to the disk meanwhile
+                done.result()
+
+        first = struct.pack("<Q", len(text)) + text
+        out.write(first, 0)
+        if digest is None:
+            side_by_side(write_tensor, shapes)
+        else:
+            digest.update(first)
+            with ThreadPoolExecutor(1) as beside:
+                for name in shapes:
+                    write_tensor(name)
         must_open(safetensors, Path(file.name), set(shapes), target)
     return size
 

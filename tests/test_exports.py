@@ -1,5 +1,6 @@
 """Exports: every file is the naive conversion of its source, its readers and clients agree, and nothing else gets a name."""
 
+import hashlib
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from merge.exports import EXPORTS, gguf_file, numbers, web_rwkv
-from rwkv_peft import checkpoint, safetensors_file, tokenizer
+from rwkv_peft import checkpoint, hashing, safetensors_file, tokenizer
 from rwkv_peft.errors import UserError
 from rwkv_peft.model import arch
 from rwkv_peft.model.rwkv import build
@@ -119,11 +120,15 @@ def test_web_rwkv_finds_version_heads_and_ranks_in_a_st_file(model, tmp_path):
         assert found["blocks.0.att.time_decay_w1"].shape[0] == shape.rank_w
 
 
+@pytest.mark.parametrize("digest", [None, hashlib.sha256()])
 @pytest.mark.parametrize("rows", [3, 4, 5])
-def test_the_bytes_of_a_st_file_begin_at_a_multiple_of_eight_whatever_the_names(tmp_path, rows):
+def test_the_bytes_of_a_st_file_begin_at_a_multiple_of_eight_whatever_the_names(tmp_path, rows, digest):
     shapes = {"x" * rows: (rows,), "empty": (0,), "y": (1, 1, rows)}
     data = {name: torch.randn(shape) for name, shape in shapes.items()}
-    safetensors_file.write(tmp_path / "f.st", shapes, torch.float32, lambda name: data[name].split(2))
+    digest = digest and digest.copy()
+    safetensors_file.write(tmp_path / "f.st", shapes, torch.float32, lambda name: data[name].split(2), digest)
+    if digest:
+        assert digest.hexdigest() == hashing.sha256(tmp_path / "f.st")
     assert int.from_bytes((tmp_path / "f.st").read_bytes()[:8], "little") % 8 == 0
     found = load_file(tmp_path / "f.st")
     assert all(torch.equal(found[name], data[name]) for name in shapes)

@@ -33,6 +33,7 @@ GROUND = [
         "atomic",
         "hashing",
         "pieces",
+        "straight",
         "project",
         "runs",
         "methods",

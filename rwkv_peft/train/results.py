@@ -90,7 +90,7 @@ class Results:
                 checkpoint.rewrite(learner.held, fresh, change)
             else:
                 checkpoint.save(fresh, {name: sound(name) for name in trained})
-            sidecar["checkpoint_sha256"] = hashing.sha256(fresh)
+            sidecar["checkpoint_sha256"] = hashing.sha256(fresh, on_disk=True)
             # of the epoch when it was not finished: it must not lie beside another's sidecar
             path.unlink(missing_ok=True)
             write_json(sidecars.path_of(path), sidecar)

@@ -84,8 +84,9 @@ def write(run: Path, parts: Mapping[str, Parts], facts: Mapping[str, Any], keep:
             shapes = {name: found.shape for name, found in tensors.wholes.items()}
             dtypes = {name: found.dtype for name, found in tensors.wholes.items()}
             read = functools.partial(sound, tensors) if part == "weights" else tensors.__getitem__
-            safetensors_file.write(path, shapes, dtypes, lambda name, read=read: [read(name)])
-            files[path.name] = {"bytes": path.stat().st_size, "sha256": hashing.sha256(path)}
+            digest = hashlib.sha256()
+            size = safetensors_file.write(path, shapes, dtypes, lambda name, read=read: [read(name)], digest)
+            files[path.name] = {"bytes": size, "sha256": digest.hexdigest()}
         content = {"format": FORMAT, **facts, "files": files}
         write_json(fresh / MANIFEST, {**content, "sha256": checksum(content)})
         sync_folder(fresh)
