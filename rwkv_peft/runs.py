@@ -16,6 +16,7 @@ from .errors import Problem, Problems, UserError
 from .words import did_you_mean, listed
 
 BEST = "rwkv-best.pth"  # what was trained where the validation was best
+BEFORE = "loss-before.jsonl"  # the log of an earlier run of that name, which has saved nothing
 EPOCH, STEP = re.compile(r"rwkv-(\d+)\.pth"), re.compile(r"rwkv-step-(\d+)\.pth")
 
 
@@ -55,8 +56,9 @@ def claim(name: str, stem: str, cleanup: contextlib.ExitStack, goes_on: bool = F
             if goes_on:
                 message = f"{project.shown(folder)} is being trained at this moment, by another process"
             raise Problems(Problem("RUN_NAME", message))
-        if not goes_on:
-            file.truncate(0)  # of a run that was ended before it had saved anything
+        if not goes_on and os.fstat(file.fileno()).st_size:  # of a run that was ended before it had saved anything
+            shutil.copyfile(folder / "loss.jsonl", folder / BEFORE)
+            file.truncate(0)
         return folder
 
 

@@ -282,13 +282,18 @@ def test_data_without_anything_to_train_are_refused(ready, settings, rows, name,
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
-def test_a_run_that_becomes_nan_stops_with_words_and_saves_nothing_of_it(ready, mode):
+def test_a_run_that_becomes_nan_stops_with_words_and_saves_nothing_of_it(ready, capsys, mode):
     with pytest.raises(
         UserError, match=r"NAN_LIMIT=3 steps in a row were left out.*LR_INIT is too high|has become NaN"
     ):
         run(ready, FINETUNE_MODE=mode, LR_INIT="1e9", LR_FINAL="1e9", GRAD_CLIP="0", EPOCH_COUNT="30", EPOCH_SAVE="30")
     assert not list((ready / "output/run").glob("*.pth"))
-    assert "NaN" not in (ready / "output/run/loss.jsonl").read_text()
+    log = (ready / "output/run/loss.jsonl").read_text()
+    assert "NaN" not in log
+    # its name is free, and its log stays
+    run(ready, FINETUNE_MODE=mode, EPOCH_COUNT="1")
+    assert (ready / "output/run/loss-before.jsonl").read_text() == log
+    assert "an earlier run of this name saved nothing; its log is" in capsys.readouterr().out
 
 
 def with_nan_in(monkeypatch, steps):

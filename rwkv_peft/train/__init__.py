@@ -211,6 +211,6 @@ def train(run, cleanup: contextlib.ExitStack, say) -> None:
     early = validation is not None and validation.stopped
     if config.streaming and not complete and not stop.received and not early:
         print(f"The stream ended after {trainer.global_step} of MAX_STEPS={run.steps} steps.")
-    if validation and validation.best and not stop.received:
-        report.best_look(validation.best, folder, save.newest)
-    report.finish(run.method, folder, save.newest, keep.exact, complete, stop.received, time.monotonic() - began)
+    best = validation.best if validation else None
+    spent = time.monotonic() - began
+    report.finish(run.method, folder, save.newest, best, keep.exact, complete, stop.received, spent)

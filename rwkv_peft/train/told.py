@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from .. import machine, runs
+from .. import machine, project, runs
 from ..atomic import write_json
 from ..training import samples, validate
 from ..training.callbacks import LossFile, Progress
@@ -46,6 +46,8 @@ def everybody(run: Prepared, cleanup: contextlib.ExitStack, say: Callable[[str],
         files.cut(folder, found.step if found else -1)
     write_json(folder / "run.json", run.settings)
     runs.point_latest(folder)
+    if not found and (folder / runs.BEFORE).exists():
+        say(f"careful   an earlier run of this name saved nothing; its log is {project.shown(folder / runs.BEFORE)}")
     if len(before) < done:
         say(f"careful   loss.jsonl has only {len(before)} of the {done} steps that are done; loss.png will show a gap")
     progress = Progress(run.steps, config.epoch_count, before, machine.most_memory, done)
@@ -54,8 +56,8 @@ def everybody(run: Prepared, cleanup: contextlib.ExitStack, say: Callable[[str],
     for one in (log, progress):
         cleanup.callback(one.close)
     trackers = []
-    for name, project in config.trackers.items():
-        trackers.append(Tracker(name, project, folder, run.settings, progress.say, known.get(name), done))
+    for name, group in config.trackers.items():
+        trackers.append(Tracker(name, group, folder, run.settings, progress.say, known.get(name), done))
         cleanup.callback(trackers[-1].close)
 
     def running() -> dict:

@@ -300,22 +300,24 @@ def out_of_memory(settings: dict, error: Exception) -> str:
     return f"Out of memory: {str(error).splitlines()[0]}\nWhat to change, in this order:\n{listed}"
 
 
-def best_look(best: dict, folder: Path, newest: Path | None) -> None:
-    """Where the validation was best, and the checkpoint next to it."""
+def best_look(best: dict, folder: Path, newest: Path) -> Path:
+    """Tell where the validation was best. Returns the checkpoint to go on with: the one next to it, if there is one."""
     kept, near = folder / runs.BEST, folder / f"rwkv-{best['epoch']}.pth"
     there = ""
     if kept.is_file():
-        there = f"; {project.shown(kept)} holds it: ./merge.sh best"
-    elif near.is_file() and newest and near.name != newest.name:
-        there = f"; {project.shown(near)} is of the end of it"
+        newest, there = kept, f"; {project.shown(kept)} holds it"
+    elif near.is_file() and near.name != newest.name:
+        newest, there = near, f"; {project.shown(near)} is of the end of it"
     print(f"validation was best, {best['loss']:.4f}, at step {best['step']}, in epoch {best['epoch'] + 1}{there}")
+    return Path(project.shown(newest))
 
 
 def finish(
-    method: Method, folder: Path, newest: Path | None, exact: bool, complete: bool, received: int, seconds: float
-) -> None:
-    """The last words: where the result is and what to do with it. exact: the state was saved as well. complete: no step is
-    left."""
+    method: Method, folder: Path, newest: Path | None, best: dict | None, exact: bool, complete: bool, received: int,
+    seconds: float,
+) -> None:  # fmt: skip
+    """The last words: where the result is and what to do with it. best: the best look at held-out rows. exact: the state was
+    saved as well. complete: no step is left."""
     there = project.shown(folder)
     if received:
         if complete:
@@ -336,6 +338,8 @@ def finish(
         )
     more = [name for name in ("loss.png", "samples.md", "tensorboard") if (folder / name).exists()]
     print(f"done in {clock(seconds)}: {newest}" + "".join(f", {there}/{name}" for name in more))
+    if best:
+        newest = best_look(best, folder, newest)
     number = newest.stem.removeprefix("rwkv-")
     name, path = shlex.quote(folder.name), shlex.quote(str(newest))
     print(f"next: RUN={name} ./merge.sh {number}      or try it: ./chat.sh --adapter {path}")
