@@ -100,7 +100,7 @@ def wkv_row(meter: Meter, version: str, name: str, shape: tuple[int, int, int], 
         drawn = torch.randn(sizes, device=meter.device) / 8
         x.append((-torch.exp(drawn - 1) if kind == torch.float32 and len(x) == 1 else drawn).to(kind).requires_grad_())
     s0 = torch.zeros(batch, heads, 64, 64, device=meter.device).requires_grad_()
-    wkv = dispatch.WKV[version][name]
+    wkv = dispatch.every_way(version, meter.device)[name]
     dy = torch.randn(batch, tokens, heads, 64, device=meter.device, dtype=torch.bfloat16)
 
     def step() -> None:
@@ -149,7 +149,6 @@ def main() -> None:
     if given.device == "cuda" and not torch.cuda.is_available():
         sys.exit("There is no GPU. --device cpu --quick shows that the program works.")
     began, meter, rows = time.monotonic(), Meter(given.device), []
-    backends = [n for n in dispatch.available("x070", given.device) if n != "reference"]
     gpu = torch.cuda.get_device_name() if given.device == "cuda" else "a CPU"
     print(f"{gpu}, driver {proof.driver() or '?'}, torch {torch.__version__}", flush=True)
 
@@ -176,11 +175,13 @@ def main() -> None:
     tell({"what": "rates", "gpu": gpu, "product": product, "copy": copy}, words)
     for version in dispatch.WKV:
         for shape in WKV[:1] if given.quick else WKV:
-            for name in backends:
+            for name in dispatch.every_way(version, given.device):
+                if name == "reference":
+                    continue
                 attempt(
                     (version, name, shape),
                     lambda v=version, n=name, s=(1, 65, 2) if given.quick else shape: wkv_row(meter, v, n, s, copy),
-                    "{version} OP={op:<6} B={B} T={T} H={H}: {ms:9.3f} ms  {ns:8.2f} ns a token and head  {mb:8.0f} MB  "
+                    "{version} OP={op:<12} B={B} T={T} H={H}: {ms:9.3f} ms  {ns:8.2f} ns a token and head  {mb:8.0f} MB  "
                     "{share_of_copy:.1%} of the copy",
                 )
     with tempfile.TemporaryDirectory() as folder:

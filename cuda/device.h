@@ -5,6 +5,13 @@
 #include "emulate.h"
 #endif
 
+// Shared memory, so many floats of it; a launch has to ask for it.
+#ifndef EMULATE
+#define ROOM(name, floats)           \
+    static_assert((floats) > 0, ""); \
+    extern __shared__ float name[]
+#endif
+
 #ifndef N
 #define N 64  // head size: a block has so many threads
 #endif

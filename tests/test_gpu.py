@@ -11,13 +11,15 @@ from rwkv_peft.ops import dispatch, proof
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 
 
-@pytest.mark.parametrize("version", dispatch.WKV)
+CASES = [(version, name) for version in dispatch.WKV for name in dispatch.every_way(version, "cuda")]
+
+
+@pytest.mark.parametrize(("version", "backend"), CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("backend", ["torch", "cuda", "fla"])
 def test_a_backend_computes_what_the_definition_says(version, dtype, backend):
     if backend == "fla" and not importlib.util.find_spec("fla"):
         pytest.skip("needs fla-core: pip install -r requirements-fla.txt")
-    found = proof.prove(version, dispatch.WKV[version][backend], "cuda", dtype)
+    found = proof.prove(version, dispatch.every_way(version, "cuda")[backend], "cuda", dtype)
     assert found.passed, found
 
 

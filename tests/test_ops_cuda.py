@@ -3,9 +3,11 @@
 
 import ctypes
 import functools
+import itertools
 import re
 import shutil
 import subprocess
+import types
 
 import laws_of_ops as laws
 import pytest
@@ -13,13 +15,24 @@ import tiny
 import torch
 from tiny import wkv6_inputs, wkv_inputs
 
+from rwkv_peft.model import arch
 from rwkv_peft.model.rwkv import build as build_model
-from rwkv_peft.ops import dispatch, proof, reference
-from rwkv_peft.ops.cuda import build, wkv
+from rwkv_peft.ops import chunked, dispatch, proof, reference
+from rwkv_peft.ops.compiled import recurrence
+from rwkv_peft.ops.cuda import build, chunk7, wkv
+from rwkv_peft.ops.cuda.memory import fits
 
-KERNELS = {"x070": wkv.wkv7, "x060": wkv.wkv6, "x052": wkv.wkv5}
-REFERENCE = {"x070": reference.wkv7, "x060": reference.wkv6, "x052": reference.wkv5}
-NAMES = {"x070": "rwkvab", "x060": "rwkvu", "x052": "rwkvu"}
+
+def in_parts(r, w, k, v, a, b, s0=None, cu_seqlens=None):
+    """wkv.chunked7, without asking the GPU."""
+    return recurrence(chunk7.Chunked7.apply, fits, chunked.wkv7, (r, w, k, v, a, b), s0, cu_seqlens)
+
+
+KERNELS = {"x070": wkv.wkv7, "x060": wkv.wkv6, "x052": wkv.wkv5, "x070 parts": in_parts}
+REFERENCE = {"x070": reference.wkv7, "x060": reference.wkv6, "x052": reference.wkv5, "x070 parts": reference.wkv7}
+NAMES = {"x070": "rwkvab", "x060": "rwkvu", "x052": "rwkvu", "x070 parts": "rwkvab"}
+VERSIONS = tuple(arch.ARCHS)
+DTYPES = (torch.float32, torch.bfloat16)
 KINDS = ("random", "repeated", "fast", "slow")
 COMPILER = shutil.which("g++")
 CAPABILITIES = ("90", *(pytest.param(sm, marks=pytest.mark.slow) for sm in ("80", "86", "89", "120")))
@@ -28,10 +41,22 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="there is no g++")
 
 
 @functools.cache
-def library(size: int, folder: str) -> ctypes.CDLL:
-    file = f"{folder}/emulated{size}.so"
+def library(size: int, folder: str, *flags: str) -> ctypes.CDLL:
+    file = f"{folder}/emulated{size}{''.join(flags)}.so"
     source = str(build.SOURCES / "host.cpp")
-    command = [COMPILER, "-DEMULATE", f"-DN={size}", "-O1", "-std=c++17", "-shared", "-fPIC", source, "-o", file]
+    command = [
+        COMPILER,
+        "-DEMULATE",
+        f"-DN={size}",
+        *flags,
+        "-O1",
+        "-std=c++17",
+        "-shared",
+        "-fPIC",
+        source,
+        "-o",
+        file,
+    ]
     subprocess.run(command, check=True, capture_output=True)
     return ctypes.CDLL(file)
 
@@ -43,23 +68,30 @@ def folder(tmp_path_factory) -> str:
 
 @pytest.fixture(autouse=True)
 def emulated(monkeypatch, folder, request):
-    """What starts a kernel, here. A test may have `order`: 1 runs the threads of a block from the last to the first."""
+    """What starts a kernel, here; tensor cores do not round what they multiply, unless a test is marked `rounded`. A test may
+    have `order`: 1 runs the threads of a block from the last to the first."""
     order = request.node.callspec.params.get("order", 0) if hasattr(request.node, "callspec") else 0
+    flags = () if request.node.get_closest_marker("rounded") else ("-DEXACT",)
 
     def launcher(_device, size):
-        def launch(name, grid, args):
+        def launch(name, grid, args, threads=0, shared=0):
             assert all(not torch.is_tensor(x) or x.is_contiguous() for x in args), name
-            values = [ctypes.c_void_p(x.data_ptr()) if torch.is_tensor(x) else ctypes.c_int(x) for x in args]
+            values = [ctypes.c_int(x) if isinstance(x, int) else ctypes.c_void_p(pointer(x)) for x in args]
             pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-            assert library(size, folder).emulated(name.encode(), *grid, pointers, order) == 0, name
+            block = threads or size, shared
+            assert library(size, folder, *flags).emulated(name.encode(), *grid, *block, pointers, order) == 0, name
 
         return launch
 
     monkeypatch.setattr(build, "launcher", launcher)
 
 
+def pointer(x: torch.Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
 def inputs_of(version, *shape, **how):
-    if version == "x070":
+    if version.startswith("x070"):
         return wkv_inputs(*shape, **how)
     return wkv6_inputs(*shape, constant=version == "x052", **how)
 
@@ -72,6 +104,7 @@ def test_a_kernel_equals_the_reference_forward_and_every_gradient(version, kind,
     laws.equals_the_reference(KERNELS[version], REFERENCE[version], NAMES[version], inputs, s0)
 
 
+@pytest.mark.rounded
 @pytest.mark.parametrize("version", KERNELS)
 def test_a_kernel_is_exact_to_the_rounding_of_bf16_inputs_and_outputs(version):
     inputs, s0 = inputs_of(version, 1, 70, 2, 16, dtype=torch.bfloat16), laws.start(1, 2, 16)
@@ -115,14 +148,14 @@ def test_poisoned_memory_does_not_show(monkeypatch, version):
     laws.uses_no_memory_that_it_did_not_write(monkeypatch, packed, *given)
 
 
-@pytest.mark.parametrize("version", KERNELS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.rounded
+@pytest.mark.parametrize(("version", "dtype"), [*itertools.product(VERSIONS, DTYPES), ("x070 parts", torch.bfloat16)])
 def test_the_proof_that_a_gpu_must_give_is_passed(version, dtype):
-    found = proof.prove(version, KERNELS[version], "cpu", dtype)
+    found = proof.prove(version[:4], KERNELS[version], "cpu", dtype)
     assert found.passed, found
 
 
-@pytest.mark.parametrize("version", KERNELS)
+@pytest.mark.parametrize("version", VERSIONS)
 def test_a_model_on_the_kernels_learns_what_one_on_torch_learns(version):
     """Logits, the states behind packed sequences, and the gradient of every parameter."""
     shape, ids = tiny.geometry(version=version), torch.randint(1, 60000, (1, 75))
@@ -138,7 +171,7 @@ def test_a_model_on_the_kernels_learns_what_one_on_torch_learns(version):
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
-@pytest.mark.parametrize("source", ["wkv7", "wkv6"])
+@pytest.mark.parametrize("source", build.FILES)
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_the_kernels_compile_for_every_gpu_and_nothing_spills(tmp_path, source, capability):
     command = [
@@ -154,4 +187,34 @@ def test_the_kernels_compile_for_every_gpu_and_nothing_spills(tmp_path, source, 
     done = subprocess.run([*command, str(build.SOURCES / f"{source}.cu")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     spilled = re.findall(r"(\d+) bytes spill", done.stderr)
-    assert len(spilled) >= 12 and set(spilled) == {"0"}, done.stderr
+    assert len(spilled) >= 10 and set(spilled) == {"0"}, done.stderr
+
+
+def test_the_way_is_chosen_by_the_shape(monkeypatch):
+    """Few heads and sequences go in parts, many token by token; so does what there are no kernels in parts for."""
+    about = types.SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: about)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
+
+    def pays(heads=12, sequences=1, tokens=4096, **how):
+        values = {"is_cuda": True, "dtype": torch.bfloat16, "shape": (sequences * tokens, heads, 64), "device": "cuda"}
+        return chunk7.pays(types.SimpleNamespace(**values | how), ((0, tokens),) * sequences)
+
+    assert pays() and pays(40) and pays(32, 8)
+    assert not pays(40, 16) and not pays(64, 9)
+    assert not pays(tokens=200) and not pays(dtype=torch.float32) and not pays(shape=(4096, 12, 128))
+    assert not pays(is_cuda=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (7, 5))
+    assert not pays()
+
+
+def test_the_states_that_are_kept_are_those_of_the_other_way():
+    """Every 64th, in the same places."""
+    inputs, s0 = inputs_of("x070", 1, 150, 2, 16), laws.start(2, 2, 16)
+    kept = []
+    for way in (wkv.WKV7, chunk7.Chunked7):
+        flat = [x.reshape(150, 2, 16) for x in inputs]
+        y, _ = way.apply(*flat, s0, ((0, 20), (20, 150)))
+        kept.append(y.grad_fn.saved_tensors[-1])
+    assert kept[0].shape == kept[1].shape == (4, 2, 16, 16)
+    assert (kept[0] - kept[1]).norm() <= 1e-6 * kept[0].norm()

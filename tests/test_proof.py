@@ -54,8 +54,10 @@ def gpu(monkeypatch, tmp_path):
 
     monkeypatch.setattr(fla, "version", no_package)
 
-    def has(wkv, name="cuda"):
+    def has(wkv, name="cuda", in_parts=None):
         monkeypatch.setitem(dispatch.WKV["x070"], name, wkv)
+        if name == "cuda":
+            monkeypatch.setitem(dispatch.WAYS, (name, "x070"), dispatch.Ways(wkv, in_parts or wkv))
         if name == "fla":
             monkeypatch.setattr(fla, "version", lambda: f"version {id(wkv)}")
 
@@ -93,6 +95,14 @@ def test_kernels_that_fail_are_not_taken_and_the_reason_is_told(gpu, how):
     assert words in found.why
     with pytest.raises(Problems, match=words):
         dispatch.choose("cuda", "x070", "cuda")
+
+
+def test_kernels_that_are_wrong_in_parts_only_go_on_token_by_token(gpu):
+    gpu(chunked.wkv7, in_parts=wrong("x070", "a wrong state"))
+    for op in ("auto", "cuda"):
+        found = dispatch.choose(op, "x070", "cuda")
+        assert found.name == "cuda" and found.wkv is chunked.wkv7
+        assert "not on tensor cores: they are wrong on this GPU" in found.why
 
 
 def test_where_our_own_kernels_fail_flash_linear_attention_is_taken_if_it_is_there_and_right(gpu):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from .cpu import build, fused
 from .cpu import wkv as cpu
 from .cuda import build as cuda_build
 from .cuda import wkv as cuda
+from .cuda.memory import SIZES as CUDA_SIZES
 from .folding import Folded
 from .neighbours import Gates, Own, Where
 
@@ -44,6 +45,17 @@ FOR_GPU = {
     "cuda": ForGPU("CUDA kernels", lambda: cuda_build.digest(), cuda_build.Missing),
     "fla": ForGPU("flash-linear-attention", lambda: fla.version(), fla.Missing),
 }
+
+
+class Ways(NamedTuple):
+    """Recurrences that a backend chooses between, by the shape of what it is given."""
+
+    tokens: Callable  # one token after another
+    parts: Callable  # of several tokens, on tensor cores
+
+
+# (backend, version) -> that
+WAYS = {("cuda", "x070"): Ways(cuda.recurrent7, cuda.chunked7)}
 
 
 @dataclass(frozen=True)
@@ -107,6 +119,15 @@ def available(version: str, device: str) -> dict[str, Callable]:
     return {name: wkv for name, wkv in WKV[version].items() if OF_DEVICE.get(name, device) == device}
 
 
+def every_way(version: str, device: str) -> dict[str, Callable]:
+    """`available`, and what one of them chooses between by itself."""
+    found = available(version, device)
+    for (name, of), ways in WAYS.items():
+        if name in found and of == version:
+            found |= {f"{name} {way}": wkv for way, wkv in ways._asdict().items()}
+    return found
+
+
 def choose(op: str, version: str, device: str = "cpu", head_size: int = 64) -> Ops:
     """What computes a version (x070 ...) on a kind of device. Raises Problems for what is not there."""
     if op != "auto" and op not in OF_DEVICE:
@@ -119,9 +140,9 @@ def choose(op: str, version: str, device: str = "cpu", head_size: int = 64) -> O
         )
         raise Problems(Problem("OP", f"{wants}; use auto"))
     if device == "cuda":
-        if head_size in cuda_build.SIZES:
+        if head_size in CUDA_SIZES:
             return on_gpu(op, version)
-        words = f"{heads(cuda_build.SIZES)}, and these have {head_size}"
+        words = f"{heads(CUDA_SIZES)}, and these have {head_size}"
         if op != "auto":
             raise Problems(Problem("OP", f"{words}; use auto"))
         return made("torch", version, words)
@@ -144,23 +165,35 @@ def on_gpu(op: str, version: str) -> Ops:
     """Kernels that compute on this GPU what the definition says. They are asked once for a GPU and a driver."""
     reasons = []
     for name in FOR_GPU if op == "auto" else (op,):
-        found, wrong = tried(name, version)
+        found, wrong = tried(name, version, WKV[version][name])
         if not wrong:
-            error = f", error {found.error:.1e} on this GPU" if found else ""
-            return made(name, version, f"{FOR_GPU[name].words}{error}")
+            ops = made(name, version, f"{FOR_GPU[name].words}{seen(found)}")
+            return with_ways(ops, WAYS[name, version], version) if (name, version) in WAYS else ops
         if op == name:
             raise Problems(Problem("OP", f"{FOR_GPU[name].words} cannot be used: {wrong}; use auto"))
         reasons.append(f"OP={name}: {wrong}")
     return made("torch", version, f"slower than kernels for GPUs, which are not used. {'. '.join(reasons)}")
 
 
-def tried(name: str, version: str) -> tuple[proof.Proof | None, str]:
+def with_ways(ops: Ops, ways: Ways, version: str) -> Ops:
+    """A backend whose recurrence token by token is right: with its other way, where that is right as well."""
+    found, wrong = tried(ops.name, version, ways.parts, " in parts")
+    if wrong:
+        return replace(ops, wkv=ways.tokens, why=f"{ops.why}; not on tensor cores: {wrong}")
+    return replace(ops, why=f"{ops.why}{seen(found, ' of those for tensor cores')}")
+
+
+def seen(found: proof.Proof | None, whose: str = "") -> str:
+    return f", error{whose} {found.error:.1e} on this GPU" if found else ""
+
+
+def tried(name: str, version: str, wkv: Callable, which: str = "") -> tuple[proof.Proof | None, str]:
     """What kernels of FOR_GPU have shown on this GPU just now (None: at an earlier time), and why they cannot be used, or ""."""
     kind = FOR_GPU[name]
     try:
         digest = kind.digest()
         device = torch.device("cuda", torch.cuda.current_device())
-        found = proof.remembered(version, WKV[version][name], device, name, digest)
+        found = proof.remembered(version, wkv, device, f"{name}{which}", digest)
     except kind.missing as missing:
         return None, str(missing)
     except Exception as error:  # whatever a driver, a GPU or a package has against them: torch computes as well

@@ -24,16 +24,16 @@ def selftest() -> None:
     )
     print("every gradient, states in and out: the largest difference from the float64 definition, of the norm of each")
     for version in dispatch.WKV:
-        for name, wkv in dispatch.available(version, kind).items():
+        for name, wkv in dispatch.every_way(version, kind).items():
             if name == "reference":
                 continue
             for dtype in (torch.float32, torch.bfloat16):
-                words = f"RWKV-{NUMBERS[version].lstrip('v')} OP={name:<6}{str(dtype).removeprefix('torch.'):<9}"
+                words = f"RWKV-{NUMBERS[version].lstrip('v')} OP={name:<12}{str(dtype).removeprefix('torch.'):<9}"
                 try:
                     if name == "cpu":
                         cpu_build.library()
-                    elif name in dispatch.FOR_GPU:
-                        dispatch.FOR_GPU[name].digest()
+                    elif (package := name.split()[0]) in dispatch.FOR_GPU:
+                        dispatch.FOR_GPU[package].digest()
                     found = proof.prove(version, wkv, device, dtype)
                 except MISSING as missing:
                     print(f"{words} missing: {missing}")

@@ -11,7 +11,7 @@ import ctypes
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,30 +21,43 @@ from ...project import ROOT
 from .. import cache
 
 SOURCES = ROOT / "cuda"
-FILES = ("wkv7", "wkv6")
-SIZES = (16, 32, 64, 128)  # head sizes that there are kernels for
+FILES = ("wkv7", "wkv6", "chunk7")
+UNASKED = 48 << 10  # bytes of shared memory that a block may have without being allowed more
+HEADERS = ("device.h", "tensor.h")
 
 
 class Missing(Exception):
     """There are no kernels; the text says why, as a sentence's second half."""
 
 
-# (name, grid, arguments): starts a kernel on the current stream. Arguments are tensors, or integers for int.
-Launch = Callable[[str, tuple[int, int], Sequence[Tensor | int]], None]
+Argument = Tensor | int | None  # None: a null pointer
+
+
+class Launch(Protocol):
+    """Starts a kernel on the current stream. threads: of a block; 0: a head's size. shared: bytes of shared memory beside what it
+    declares."""
+
+    def __call__(
+        self, name: str, grid: tuple[int, int], args: Sequence[Argument], threads: int = 0, shared: int = 0
+    ) -> None: ...
 
 
 def launcher(device: torch.device, size: int) -> Launch:
     """What starts the kernels for heads of this size, a thread for each of its rows. Missing if they cannot be compiled."""
     index = torch.cuda.current_device() if device.index is None else device.index
 
-    def launch(name: str, grid: tuple[int, int], args: Sequence[Tensor | int]) -> None:
+    def launch(name: str, grid: tuple[int, int], args: Sequence[Argument], threads: int = 0, shared: int = 0) -> None:
         _, driver = bindings()
-        values = tuple(x.data_ptr() if isinstance(x, Tensor) else x for x in args)
-        kinds = tuple(ctypes.c_void_p if isinstance(x, Tensor) else ctypes.c_int for x in args)
+        values = tuple(x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in args)
+        kinds = tuple(ctypes.c_int if isinstance(x, int) else ctypes.c_void_p for x in args)
         with torch.cuda.device(index):
             function = functions(index, name.partition("_")[0], size)(name)
+            if shared > UNASKED:
+                most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                checked(driver, driver.cuFuncSetAttribute(function, most, shared))
             stream = torch.cuda.current_stream().cuda_stream
-            checked(driver, driver.cuLaunchKernel(function, *grid, 1, size, 1, 1, 0, stream, (values, kinds), 0))
+            block = threads or size, 1, 1
+            checked(driver, driver.cuLaunchKernel(function, *grid, 1, *block, shared, stream, (values, kinds), 0))
 
     return launch
 
@@ -88,8 +101,9 @@ def compiled(file: str, capability: str, size: int) -> bytes:
     kept = cache.folder() / f"{file}-{capability}-{size}-{digest()}-{'.'.join(map(str, version))}.cubin"
     if kept.is_file():
         return kept.read_bytes()
-    source, header = ((SOURCES / name).read_bytes() for name in (f"{file}.cu", "device.h"))
-    _, program = nvrtc.nvrtcCreateProgram(source, f"{file}.cu".encode(), 1, [header], [b"device.h"])
+    source = (SOURCES / f"{file}.cu").read_bytes()
+    headers, names = [(SOURCES / name).read_bytes() for name in HEADERS], [name.encode() for name in HEADERS]
+    _, program = nvrtc.nvrtcCreateProgram(source, f"{file}.cu".encode(), len(headers), headers, names)
     options = [f"--gpu-architecture=sm_{capability}".encode(), f"-DN={size}".encode(), b"--std=c++17"]
     (error,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
     if int(error):
@@ -113,6 +127,6 @@ def compiled(file: str, capability: str, size: int) -> bytes:
 def digest() -> str:
     """Tells one state of the sources from another."""
     found = hashlib.sha256()
-    for path in sorted([Path(SOURCES / f"{file}.cu") for file in FILES] + [SOURCES / "device.h"]):
+    for path in sorted(SOURCES / name for name in (*(f"{file}.cu" for file in FILES), *HEADERS)):
         found.update(path.name.encode() + path.read_bytes())
     return found.hexdigest()[:16]

@@ -14,12 +14,9 @@ from torch import Tensor
 
 from .. import chunked, chunked6
 from ..compiled import recurrence
-from . import build
-
-EVERY = 64  # tokens of a chunk, as in device.h
-NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
-
-Spans = tuple[tuple[int, int], ...]
+from . import build, chunk7
+from .chunk7 import Chunked7
+from .memory import EVERY, NAMES, Spans, fits, format_of
 
 
 @functools.lru_cache(maxsize=8)  # every layer, and the backward pass, asks for the same one
@@ -32,25 +29,36 @@ def tables(spans: Spans, device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.tensor(rows, dtype=torch.int32, device=device), torch.tensor(chunks, dtype=torch.int32, device=device)
 
 
-def fits(r: Tensor) -> bool:
-    """Whether there is a kernel for these inputs; for others there is the torch backend."""
-    return r.numel() > 0 and r.shape[-1] in build.SIZES and r.dtype != torch.float64
-
-
-def memory(r: Tensor) -> torch.dtype:
-    """What r, k, v and the like lie in."""
-    return r.dtype if r.dtype in NAMES else torch.float32
-
-
 def wkv7(r, w, k, v, a, b, s0: Tensor | None = None, cu_seqlens: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-    """reference.wkv7, computed in float32, with gradients for all inputs and s0."""
+    """reference.wkv7, computed in float32, with gradients for all inputs and s0: token by token, or in parts on tensor cores (of
+    bfloat16 inputs only, with products in tf32), whichever should be quicker."""
+
+    def quicker(r, *others):
+        way = Chunked7 if chunk7.pays(r, others[-1]) else WKV7
+        return way.apply(r, *others)
+
+    return recurrence(quicker, fits, chunked.wkv7, (r, w, k, v, a, b), s0, cu_seqlens)
+
+
+def recurrent7(
+    r, w, k, v, a, b, s0: Tensor | None = None, cu_seqlens: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """wkv7, token by token."""
     return recurrence(WKV7.apply, fits, chunked.wkv7, (r, w, k, v, a, b), s0, cu_seqlens)
+
+
+def chunked7(
+    r, w, k, v, a, b, s0: Tensor | None = None, cu_seqlens: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """wkv7, in parts where this GPU has kernels for that."""
+    way = Chunked7 if chunk7.possible(r) else WKV7
+    return recurrence(way.apply, fits, chunked.wkv7, (r, w, k, v, a, b), s0, cu_seqlens)
 
 
 class WKV7(torch.autograd.Function):
     @staticmethod
     def forward(ctx, r, w, k, v, a, b, s0, spans):
-        keep, kind = any(ctx.needs_input_grad), memory(r)
+        keep, kind = any(ctx.needs_input_grad), format_of(r)
         x = [z.to(torch.float32 if z is w else kind).contiguous() for z in (r, w, k, v, a, b)]
         start = s0.float().contiguous()
         T, H, N = r.shape
@@ -66,7 +74,7 @@ class WKV7(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, dend):
         *inputs, kept = ctx.saved_tensors
-        w, kind = inputs[1], memory(inputs[0])
+        w, kind = inputs[1], format_of(inputs[0])
         r, w, k, v, a, b = (z.to(torch.float32 if z is w else kind).contiguous() for z in inputs)
         dy, dend = dy.to(kind).contiguous(), dend.float().contiguous()
         T, H, N = r.shape
@@ -101,7 +109,7 @@ class WKV6(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, r, w, k, v, u, s0, spans):
-        keep, kind = any(ctx.needs_input_grad), memory(r)
+        keep, kind = any(ctx.needs_input_grad), format_of(r)
         x = [z.to(torch.float32 if z is w or z is u else kind).contiguous() for z in (r, w, k, v, u)]
         start = s0.float().contiguous()
         T, H, N = r.shape
@@ -117,7 +125,7 @@ class WKV6(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, dend):
         *inputs, kept = ctx.saved_tensors
-        kind = memory(inputs[0])
+        kind = format_of(inputs[0])
         r, k, v = (inputs[i].to(kind).contiguous() for i in (0, 2, 3))
         w, u = inputs[1].float().contiguous(), inputs[4].float().contiguous()
         dy, dend = dy.to(kind).contiguous(), dend.float().contiguous()

@@ -1,0 +1,22 @@
+"""How inputs lie in memory for the kernels: formats, head sizes, and how far kept states are apart."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+EVERY = 64  # tokens from one kept state to the next, as in device.h
+SIZES = (16, 32, 64, 128)  # head sizes that there are kernels for
+NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
+
+Spans = tuple[tuple[int, int], ...]  # first token of each sequence, and behind the last one
+
+
+def fits(r: Tensor) -> bool:
+    """Whether there is a kernel for these inputs; for others there is the torch backend."""
+    return r.numel() > 0 and r.shape[-1] in SIZES and r.dtype != torch.float64
+
+
+def format_of(r: Tensor) -> torch.dtype:
+    """What r, k, v and the like lie in."""
+    return r.dtype if r.dtype in NAMES else torch.float32
