@@ -9,7 +9,7 @@
 //
 // r k v a b y and their gradients: T [tokens, H, N]; w, the logarithm of the decay, and its gradient: float32. States: float32
 // [.., H, N, N]. part: [parts, 3] first token, behind the last one, and which of the kept states is the one before it, or -1; span:
-// [spans, 2] first part, behind the last one. What is handed on between kernels: float32 [parts, H, 2 L, N], in Handed's order.
+// [spans, 2] first part, behind the last one. What is handed on between kernels (asks, adds, keys): float32 [parts, H, 2 L, N].
 #include "tensor.h"
 
 namespace {

@@ -16,6 +16,9 @@
 #define N 64  // head size: a block has so many threads
 #endif
 
+#define WARPS 4
+#define THREADS (32 * WARPS)  // of a block whose warps have work of their own
+
 #define EVERY 64  // tokens of a chunk: from one kept state to the next
 
 struct bf16 {
@@ -52,5 +55,16 @@ struct Sum {
     __device__ inline void add(int j, float x) { part[j & 3] += x; }
     __device__ inline float total() const { return (part[0] + part[1]) + (part[2] + part[3]); }
 };
+
+#ifndef EMULATE
+__device__ inline float of_lane(float x, int mask) { return __shfl_xor_sync(0xffffffff, x, mask); }
+#endif
+
+// Over the threads of a warp; all of them get it.
+__device__ inline float warp_sum(float x) {
+#pragma unroll
+    for (int mask = 16; mask; mask /= 2) x += of_lane(x, mask);
+    return x;
+}
 
 __device__ inline long at(int t, int H, int h, int i) { return ((long)t * H + h) * N + i; }

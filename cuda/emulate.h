@@ -142,6 +142,15 @@ inline float tf32(float x) {
 #endif
 }
 
+inline float of_lane(float x, int mask) {
+    const int lane = threadIdx.x % 32, mine = emulate::current;
+    auto &given = emulate::exchange[threadIdx.x / 32];
+    const bool side = emulate::fibers[mine].side = !emulate::fibers[mine].side;
+    given.a[side][lane][0] = x;
+    emulate::wait(emulate::FOR_WARP);
+    return given.a[side][lane ^ mask][0];
+}
+
 // See tensor.h.
 inline void mma(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
     const int lane = threadIdx.x % 32, mine = emulate::current;

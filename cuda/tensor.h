@@ -2,9 +2,6 @@
 #pragma once
 #include "device.h"
 
-#define WARPS 4
-#define THREADS (32 * WARPS)
-
 #ifndef EMULATE
 __device__ inline float tf32(float x) {
     unsigned int bits;

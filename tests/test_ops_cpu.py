@@ -7,13 +7,14 @@ import shutil
 import stat
 import subprocess
 import sys
-import types
 from concurrent.futures import ThreadPoolExecutor
 
+import laws_of_neighbours as of_neighbours
 import laws_of_ops as laws
 import pytest
 import torch
 from conftest import EVERYTHING
+from laws_of_neighbours import NOISE, C, H, N, where
 from test_scripts import ROOT
 from tiny import wkv_inputs
 
@@ -25,112 +26,40 @@ from rwkv_peft.ops.cpu import wkv as cpu
 from rwkv_peft.ops.folding import QUESTIONS
 from rwkv_peft.ops.neighbours import Gates, Own
 
-H, N = 3, 16
-C = H * N
-PACKS = [(0, 1), (0, 33), (0, 1, 2, 40), (0, 17, 64)]
-# largest error, relative to the definition in float64
-NOISE = {torch.float32: 3e-6, torch.bfloat16: 2e-2}
 
-
-def where(borders):
-    host = torch.tensor(borders)
-    return types.SimpleNamespace(cu_seqlens=tuple(borders), host=host, first=host[:-1])
-
-
-def compare(dtype, ours, definition, inputs):
-    """Outputs and all gradients of ours in dtype beside the definition's in float64."""
-
-    def run(function, dtype):
-        given = [None if x is None else x.to(dtype).detach().requires_grad_() for x in inputs]
-        outputs = function(*given)
-        outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
-        torch.manual_seed(3)
-        slopes = [torch.randn(y.shape, dtype=torch.float64).to(y.dtype) for y in outputs]
-        leaves = [x for x in given if x is not None]
-        return [x.detach().double() for x in (*outputs, *torch.autograd.grad(outputs, leaves, slopes))]
-
-    rounded = [None if x is None else x.to(dtype) for x in inputs]
-    exact = run(definition, torch.float64) if dtype == torch.float32 else None
-    if exact is None:  # of the same rounded inputs
-        inputs = [None if x is None else x.double() for x in rounded]
-        exact = run(definition, torch.float64)
-        inputs = rounded
-    assert max(laws.errors(run(ours, dtype), exact)) < NOISE[dtype]
-
-
-@pytest.mark.parametrize("dtype", NOISE)
-@pytest.mark.parametrize("borders", PACKS)
+@of_neighbours.dtypes
+@of_neighbours.packs
 @pytest.mark.parametrize("count", [1, 2, 6])
 def test_mixes_equal_their_definition(dtype, borders, count):
-    torch.manual_seed(0)
-    inputs = torch.randn(borders[-1], C), torch.randn(len(borders) - 1, C), *torch.rand(count, C)
-    call = lambda module: lambda x, before, *shares: module.mixes(x, before, shares, where(borders))  # noqa: E731
-    compare(dtype, call(fused), call(neighbours), inputs)
+    of_neighbours.mixes(fused, dtype, borders, count)
 
 
-@pytest.mark.parametrize("dtype", NOISE)
-@pytest.mark.parametrize("borders", PACKS)
+@of_neighbours.dtypes
+@of_neighbours.packs
 @pytest.mark.parametrize("first_layer", [True, False])
 def test_what_stands_around_wkv7_equals_its_definition(dtype, borders, first_layer):
-    torch.manual_seed(0)
-    T, S = borders[-1], len(borders) - 1
-    gates = [torch.randn(T, C) for _ in Gates._fields]
-    if first_layer:
-        gates[6:] = [None, None]
-    inputs = *gates, *(torch.randn(C) for _ in Own._fields), torch.randn(S, H, N, N)
-
-    def call(module, wkv):
-        def around(*x):
-            return module.around7(wkv, Gates(*x[:8]), Own(*x[8:13]), x[13], where(borders), H)
-
-        return around
-
-    compare(dtype, call(fused, cpu.wkv7), call(neighbours, chunked.wkv7), inputs)
+    of_neighbours.around7(fused, cpu.wkv7, dtype, borders, first_layer)
 
 
 def test_only_the_gradients_that_are_asked_for_are_made():
-    """A frozen parameter's is None, and what only it would need is not allocated."""
-    gates, own = [torch.randn(9, C).requires_grad_() for _ in range(8)], [torch.randn(C) for _ in range(5)]
-    y, _ = fused.around7(cpu.wkv7, Gates(*gates), Own(*own), torch.zeros(1, H, N, N), where((0, 9)), H)
-    y.sum().backward()
-    assert all(x.grad is not None for x in gates) and all(x.grad is None for x in own)
+    of_neighbours.only_the_gradients_that_are_asked_for(fused, cpu.wkv7)
 
 
 def test_a_key_of_zero_length_is_no_nan():
-    """kk is divided by a length that is held above zero, whose slope is nothing there."""
-    gates, own = (
-        [torch.randn(5, C).requires_grad_() for _ in range(8)],
-        [torch.randn(C).requires_grad_() for _ in range(5)],
-    )
-    gates[2] = torch.zeros(5, C, requires_grad=True)
-    found = []
-    for module in (fused, neighbours):
-        y, _ = module.around7(chunked.wkv7, Gates(*gates), Own(*own), torch.zeros(1, H, N, N), where((0, 5)), H)
-        found.append(torch.autograd.grad(y.sum(), [*gates, *own]))
-    for ours, theirs in zip(*found, strict=True):
-        assert ours.isfinite().all()
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    of_neighbours.a_key_of_zero_length_is_no_nan(fused, cpu.wkv7)
 
 
-@pytest.mark.parametrize("dtype", NOISE)
+@of_neighbours.dtypes
 @pytest.mark.parametrize("shape", [(3, 16), (7, 3, 32)])
 def test_the_squared_relu_equals_its_definition(dtype, shape):
-    torch.manual_seed(0)
-    compare(dtype, fused.square_relu, neighbours.square_relu, [torch.randn(shape)])
+    of_neighbours.squared_relu(fused, dtype, shape)
 
 
-@pytest.mark.parametrize("dtype", NOISE)
+@of_neighbours.dtypes
 @pytest.mark.parametrize("columns", [1, 15, 16, 50, 1000])
 @pytest.mark.parametrize("scale", [1.0, 30.0, 1e4])
 def test_losses_and_slopes_of_logits_equal_their_definition(dtype, columns, scale):
-    """Whatever the number of columns is, and however far apart the logits are."""
-    logits, targets = (torch.randn(9, columns) * scale).to(dtype), torch.randint(columns, (9,))
-    loss, slopes = neighbours.slopes(logits.double(), targets, True)
-    ours, found = fused.slopes(logits.clone(), targets, True)
-    assert abs(float(ours - loss)) <= 1e-5 * max(1.0, abs(float(loss)))
-    assert (found.double() - slopes).abs().max() <= (2**-8 if dtype == torch.bfloat16 else 1e-5)
-    kept = logits.clone()
-    assert float(fused.slopes(kept, targets, False)[0]) == float(ours) and torch.equal(kept, logits)
+    of_neighbours.losses_and_slopes(fused, dtype, columns, scale)
 
 
 @pytest.mark.parametrize("target", [-1, 40])
@@ -192,9 +121,7 @@ def test_a_product_that_is_learnt_from_has_its_gradients():
 
 
 def test_a_logit_that_is_nan_makes_the_loss_nan():
-    logits = torch.randn(2, 40)
-    logits[1, 20] = float("nan")
-    assert fused.slopes(logits, torch.tensor([1, 2]), False)[0].isnan()
+    of_neighbours.a_logit_that_is_nan_makes_the_loss_nan(fused)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])

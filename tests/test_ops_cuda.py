@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import types
 
+import laws_of_neighbours as of_neighbours
 import laws_of_ops as laws
 import pytest
 import tiny
@@ -17,15 +18,13 @@ from tiny import wkv6_inputs, wkv_inputs
 
 from rwkv_peft.model import arch
 from rwkv_peft.model.rwkv import build as build_model
-from rwkv_peft.ops import chunked, dispatch, proof, reference
-from rwkv_peft.ops.compiled import recurrence
-from rwkv_peft.ops.cuda import build, chunk7, wkv
-from rwkv_peft.ops.cuda.memory import fits
+from rwkv_peft.ops import dispatch, proof, reference
+from rwkv_peft.ops.cuda import build, chunk7, fused, wkv
 
 
 def in_parts(r, w, k, v, a, b, s0=None, cu_seqlens=None):
     """wkv.chunked7, without asking the GPU."""
-    return recurrence(chunk7.Chunked7.apply, fits, chunked.wkv7, (r, w, k, v, a, b), s0, cu_seqlens)
+    return wkv.in_a_way(lambda _r, _spans: wkv.PARTS, (r, w, k, v, a, b), s0, cu_seqlens)
 
 
 KERNELS = {"x070": wkv.wkv7, "x060": wkv.wkv6, "x052": wkv.wkv5, "x070 parts": in_parts}
@@ -155,6 +154,12 @@ def test_the_proof_that_a_gpu_must_give_is_passed(version, dtype):
     assert found.passed, found
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_proof_of_what_stands_around_is_passed(dtype):
+    found = proof.prove_around(fused, wkv.wkv7, "cpu", dtype)
+    assert found.passed, found
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_model_on_the_kernels_learns_what_one_on_torch_learns(version):
     """Logits, the states behind packed sequences, and the gradient of every parameter."""
@@ -190,6 +195,53 @@ def test_the_kernels_compile_for_every_gpu_and_nothing_spills(tmp_path, source, 
     assert len(spilled) >= 10 and set(spilled) == {"0"}, done.stderr
 
 
+@of_neighbours.dtypes
+@of_neighbours.packs
+@pytest.mark.parametrize("count", [1, 2, 6])
+@pytest.mark.parametrize("order", [0, 1])
+def test_mixes_equal_their_definition(dtype, borders, count, order):
+    of_neighbours.mixes(fused, dtype, borders, count)
+
+
+@of_neighbours.dtypes
+@of_neighbours.packs
+@pytest.mark.parametrize("first_layer", [True, False])
+@pytest.mark.parametrize("order", [0, 1])
+def test_what_stands_around_wkv7_equals_its_definition(dtype, borders, first_layer, order):
+    of_neighbours.around7(fused, wkv.wkv7, dtype, borders, first_layer)
+
+
+def test_what_stands_around_wkv7_goes_with_the_recurrence_in_parts(monkeypatch):
+    monkeypatch.setattr(chunk7, "pays", lambda _r, _spans: True)
+    of_neighbours.around7(fused, wkv.wkv7, torch.float32, (0, 17, 64), False)
+
+
+def test_only_the_gradients_that_are_asked_for_are_made():
+    of_neighbours.only_the_gradients_that_are_asked_for(fused, wkv.wkv7)
+
+
+def test_a_key_of_zero_length_is_no_nan():
+    of_neighbours.a_key_of_zero_length_is_no_nan(fused, wkv.wkv7)
+
+
+@of_neighbours.dtypes
+@pytest.mark.parametrize("shape", [(3, 16), (7, 3, 32)])
+def test_the_squared_relu_equals_its_definition(dtype, shape):
+    of_neighbours.squared_relu(fused, dtype, shape)
+
+
+@of_neighbours.dtypes
+@pytest.mark.parametrize("columns", [1, 50, 1000])
+@pytest.mark.parametrize("scale", [1.0, 30.0, 1e4])
+@pytest.mark.parametrize("order", [0, 1])
+def test_losses_and_slopes_of_logits_equal_their_definition(dtype, columns, scale, order):
+    of_neighbours.losses_and_slopes(fused, dtype, columns, scale)
+
+
+def test_a_logit_that_is_nan_makes_the_loss_nan():
+    of_neighbours.a_logit_that_is_nan_makes_the_loss_nan(fused)
+
+
 def test_the_way_is_chosen_by_the_shape(monkeypatch):
     """Few heads and sequences go in parts, many token by token; so does what there are no kernels in parts for."""
     about = types.SimpleNamespace(multi_processor_count=132)
@@ -212,9 +264,9 @@ def test_the_states_that_are_kept_are_those_of_the_other_way():
     """Every 64th, in the same places."""
     inputs, s0 = inputs_of("x070", 1, 150, 2, 16), laws.start(2, 2, 16)
     kept = []
-    for way in (wkv.WKV7, chunk7.Chunked7):
+    for way in (wkv.TOKENS, wkv.PARTS):
         flat = [x.reshape(150, 2, 16) for x in inputs]
-        y, _ = way.apply(*flat, s0, ((0, 20), (20, 150)))
+        y, _ = wkv.WKV7.apply(*flat, s0, ((0, 20), (20, 150)), way)
         kept.append(y.grad_fn.saved_tensors[-1])
     assert kept[0].shape == kept[1].shape == (4, 2, 16, 16)
     assert (kept[0] - kept[1]).norm() <= 1e-6 * kept[0].norm()

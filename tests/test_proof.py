@@ -7,7 +7,7 @@ import torch
 
 from rwkv_peft import train
 from rwkv_peft.errors import Problems, UserError
-from rwkv_peft.ops import cache, chunked, chunked6, dispatch, fla, proof
+from rwkv_peft.ops import cache, chunked, chunked6, dispatch, fla, neighbours, proof
 from rwkv_peft.ops.cuda import build
 
 TORCH = {"x070": chunked.wkv7, "x060": chunked6.wkv6, "x052": chunked6.wkv5}
@@ -17,6 +17,11 @@ TORCH = {"x070": chunked.wkv7, "x060": chunked6.wkv6, "x052": chunked6.wkv5}
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_right_passes(version, dtype):
     assert proof.prove(version, TORCH[version], "cpu", dtype).passed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_definition_of_what_stands_around_passes(dtype):
+    assert proof.prove_around(neighbours, chunked.wkv7, "cpu", dtype).passed
 
 
 def wrong(version, how):
@@ -54,9 +59,16 @@ def gpu(monkeypatch, tmp_path):
 
     monkeypatch.setattr(fla, "version", no_package)
 
-    def has(wkv, name="cuda", in_parts=None):
+    prove_around = proof.prove_around
+    monkeypatch.setattr(
+        proof, "prove_around", lambda around, wkv, device, dtype: prove_around(around, wkv, "cpu", dtype)
+    )
+
+    def has(wkv, name="cuda", in_parts=None, **around):
         monkeypatch.setitem(dispatch.WKV["x070"], name, wkv)
         if name == "cuda":
+            stand_in = types.SimpleNamespace(**{**vars(neighbours), **around})
+            monkeypatch.setitem(dispatch.AROUND, name, stand_in)
             monkeypatch.setitem(dispatch.WAYS, (name, "x070"), dispatch.Ways(wkv, in_parts or wkv))
         if name == "fla":
             monkeypatch.setattr(fla, "version", lambda: f"version {id(wkv)}")
@@ -105,6 +117,20 @@ def test_kernels_that_are_wrong_in_parts_only_go_on_token_by_token(gpu):
         assert "not on tensor cores: they are wrong on this GPU" in found.why
 
 
+@pytest.mark.parametrize("name", ["mixes", "square_relu", "slopes", "around7"])
+def test_what_is_wrong_around_the_recurrence_is_left_to_torch(gpu, name):
+    def wrong_one(*given):
+        found = getattr(neighbours, name)(*given)
+        if name == "square_relu":
+            return found * 1.001
+        return [found[0] * 1.001, *found[1:]]
+
+    gpu(chunked.wkv7, **{name: wrong_one})
+    found = dispatch.choose("auto", "x070", "cuda")
+    assert found.name == "cuda" and found.around is neighbours
+    assert "the rest of a block on torch: they are wrong on this GPU" in found.why
+
+
 def test_where_our_own_kernels_fail_flash_linear_attention_is_taken_if_it_is_there_and_right(gpu):
     gpu(wrong("x070", "NaN"))
     gpu(chunked.wkv7, "fla")
@@ -128,5 +154,5 @@ def test_the_selftest_prints_what_it_found_and_fails_with_it(ready, capsys, monk
     said = capsys.readouterr().out
     assert said.count(" passed ") >= 6 and "RWKV-7 OP=torch" in said and "FAILED" not in said
     monkeypatch.setitem(dispatch.WKV["x060"], "torch", wrong("x060", "a wrong gradient"))
-    with pytest.raises(UserError, match="OP=torch for x060"):
+    with pytest.raises(UserError, match="OP=torch for RWKV-6"):
         train.command(config(), ["--selftest"])

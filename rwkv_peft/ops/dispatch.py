@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -16,6 +17,7 @@ from .again import cheap, recomputing
 from .cpu import build, fused
 from .cpu import wkv as cpu
 from .cuda import build as cuda_build
+from .cuda import fused as cuda_fused
 from .cuda import wkv as cuda
 from .cuda.memory import SIZES as CUDA_SIZES
 from .folding import Folded
@@ -53,6 +55,9 @@ class Ways(NamedTuple):
     tokens: Callable  # one token after another
     parts: Callable  # of several tokens, on tensor cores
 
+
+# backend -> what stands around its recurrence; the others have the definition
+AROUND: dict[str, ModuleType] = {"cpu": fused, "cuda": cuda_fused}
 
 # (backend, version) -> that
 WAYS = {("cuda", "x070"): Ways(cuda.recurrent7, cuda.chunked7)}
@@ -165,35 +170,46 @@ def on_gpu(op: str, version: str) -> Ops:
     """Kernels that compute on this GPU what the definition says. They are asked once for a GPU and a driver."""
     reasons = []
     for name in FOR_GPU if op == "auto" else (op,):
-        found, wrong = tried(name, version, WKV[version][name])
+        found, wrong = tried(name, version, recurrence(version, WKV[version][name]))
         if not wrong:
             ops = made(name, version, f"{FOR_GPU[name].words}{seen(found)}")
-            return with_ways(ops, WAYS[name, version], version) if (name, version) in WAYS else ops
+            return what_is_right(ops, version)
         if op == name:
             raise Problems(Problem("OP", f"{FOR_GPU[name].words} cannot be used: {wrong}; use auto"))
         reasons.append(f"OP={name}: {wrong}")
     return made("torch", version, f"slower than kernels for GPUs, which are not used. {'. '.join(reasons)}")
 
 
-def with_ways(ops: Ops, ways: Ways, version: str) -> Ops:
-    """A backend whose recurrence token by token is right: with its other way, where that is right as well."""
-    found, wrong = tried(ops.name, version, ways.parts, " in parts")
-    if wrong:
-        return replace(ops, wkv=ways.tokens, why=f"{ops.why}; not on tensor cores: {wrong}")
-    return replace(ops, why=f"{ops.why}{seen(found, ' of those for tensor cores')}")
+def what_is_right(ops: Ops, version: str) -> Ops:
+    """A backend whose recurrence token by token is right: with what else of it is right as well."""
+    if ways := WAYS.get((ops.name, version)):
+        _, wrong = tried(ops.name, f"{version} in parts", recurrence(version, ways.parts))
+        if wrong:
+            ops = replace(ops, wkv=ways.tokens, why=f"{ops.why}; not on tensor cores: {wrong}")
+    if ops.around is not neighbours:
+        wkv = WKV["x070"][ops.name]
+        _, wrong = tried(ops.name, "around", lambda *place: proof.prove_around(ops.around, wkv, *place))
+        if wrong:
+            ops = replace(ops, around=neighbours, why=f"{ops.why}; the rest of a block on torch: {wrong}")
+    return ops
 
 
-def seen(found: proof.Proof | None, whose: str = "") -> str:
-    return f", error{whose} {found.error:.1e} on this GPU" if found else ""
+def recurrence(version: str, wkv: Callable) -> Callable:
+    """From a device and a format to the proof of a recurrence."""
+    return lambda device, dtype: proof.prove(version, wkv, device, dtype)
 
 
-def tried(name: str, version: str, wkv: Callable, which: str = "") -> tuple[proof.Proof | None, str]:
+def seen(found: proof.Proof | None) -> str:
+    return f", error {found.error:.1e} on this GPU" if found else ""
+
+
+def tried(name: str, what: str, prove: Callable) -> tuple[proof.Proof | None, str]:
     """What kernels of FOR_GPU have shown on this GPU just now (None: at an earlier time), and why they cannot be used, or ""."""
     kind = FOR_GPU[name]
     try:
         digest = kind.digest()
         device = torch.device("cuda", torch.cuda.current_device())
-        found = proof.remembered(version, wkv, device, f"{name}{which}", digest)
+        found = proof.remembered(f"{name} {what}", functools.partial(prove, device), device, digest)
     except kind.missing as missing:
         return None, str(missing)
     except Exception as error:  # whatever a driver, a GPU or a package has against them: torch computes as well
@@ -204,4 +220,4 @@ def tried(name: str, version: str, wkv: Callable, which: str = "") -> tuple[proo
 
 
 def made(name: str, version: str, why: str = "") -> Ops:
-    return Ops(name, WKV[version][name], fused if name == "cpu" else neighbours, why)
+    return Ops(name, WKV[version][name], AROUND.get(name, neighbours), why)

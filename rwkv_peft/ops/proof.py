@@ -7,21 +7,26 @@ training begins with those that have passed.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
-from typing import NamedTuple
+from types import ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..atomic import write_json
-from . import cache, reference
+from . import cache, neighbours, reference
+from .neighbours import Gates, Own
 
 LENGTHS = (1, 70, 60)  # tokens of the sequences: shorter than a chunk, longer, and nearly one
 HEADS, SIZE = 2, 64
 KINDS = ("random", "repeated", "forgetful")
 # largest difference from the definition, of the norm of an output or a gradient (float32: seen 5e-6; bfloat16: its rounding)
 LIMITS = {torch.float32: 3e-5, torch.bfloat16: 2**-6, torch.float16: 2**-8}
+# the same, of what stands around the recurrence: of bfloat16, what a norm makes of its rounding
+AROUND_LIMITS = {torch.float32: 3e-5, torch.bfloat16: 2**-5}
 DEFINITIONS = {"x070": reference.wkv7, "x060": reference.wkv6, "x052": reference.wkv5}
 
 
@@ -104,10 +109,72 @@ def outputs(wkv: Callable, given: list[Tensor], s0: Tensor, borders: tuple[int, 
     return [y, state, *grads]
 
 
-def remembered(version: str, wkv: Callable, device: torch.device, name: str, digest: str) -> Proof | None:
-    """The proof of a GPU's kernels: from an earlier time with the same GPU, driver, torch and sources, None then, or anew."""
+def prove_around(around: ModuleType, wkv: Callable, device: str | torch.device, dtype: torch.dtype) -> Proof:
+    """Compare what stands around the recurrence of RWKV-7, and in the other blocks, with its definition in float64.
+
+    around: has the functions of neighbours; wkv: the recurrence that goes with it.
+    """
+    dice = torch.Generator().manual_seed(3)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=dice, dtype=torch.float64)
+
+    T, S, C, V = sum(LENGTHS), len(LENGTHS), HEADS * SIZE, 1000
+    borders = (0, *itertools.accumulate(LENGTHS))
+    host = torch.tensor(borders)
+    where = {d: SimpleNamespace(cu_seqlens=borders, host=host, first=host[:-1].to(d)) for d in ("cpu", device)}
+    targets = torch.randint(V, (T,), generator=dice)
+
+    def block(module, wkv, place, gates, own, s0):
+        return module.around7(wkv, Gates(*gates), Own(*own), s0, where[place], HEADS)
+
+    def first_block(module, wkv, place, gates, own, s0):
+        return module.around7(wkv, Gates(*gates, None, None), Own(*own), s0, where[place], HEADS)
+
+    def mixes(module, _wkv, place, x, before, shares):
+        return module.mixes(x, before, list(shares), where[place])
+
+    def relu(module, _wkv, _place, x):
+        return [module.square_relu(x)]
+
+    def entropy(module, _wkv, place, logits):
+        with torch.no_grad():
+            loss, slopes = module.slopes(logits.clone(), targets.to(place), True)
+        return [loss, slopes]
+
+    own, s0 = drawn(5, C), drawn(S, HEADS, SIZE, SIZE)
+    worst = Proof(0.0, AROUND_LIMITS[dtype], "")
+    for name, function, given in (
+        ("a block", block, [drawn(8, T, C), own, s0]), ("the first block", first_block, [drawn(6, T, C), own, s0]),
+        ("mixes", mixes, [drawn(T, C), drawn(S, C), drawn(6, C)]), ("the squared ReLU", relu, [drawn(T, C)]),
+        ("cross entropy", entropy, [drawn(T, V)]),
+    ):  # fmt: skip
+        given = [x.float() if x is s0 else x.to(dtype) for x in given]  # (states are float32, whatever the rest is)
+        found = all_of(function, around, wkv, device, [x.to(device) for x in given])
+        exact = all_of(function, neighbours, reference.wkv7, "cpu", [x.double() for x in given])
+        for one, other in zip(found, exact, strict=True):
+            error = float((one.detach().cpu().double() - other).norm() / other.norm().clamp_min(1e-30))
+            if not error <= worst.error:
+                worst = Proof(error if error == error else float("inf"), worst.limit, name)
+    return worst
+
+
+def all_of(function: Callable, module: ModuleType, wkv: Callable, place: Any, given: list[Tensor]) -> list[Tensor]:
+    """Outputs, and gradients of what is given."""
+    given = [x.detach().requires_grad_() for x in given]
+    found = function(module, wkv, place, *given)
+    learnt = [x for x in found if x.requires_grad]
+    slopes = [torch.randn(x.shape, generator=torch.Generator().manual_seed(4)).bfloat16() for x in learnt]
+    grads = torch.autograd.grad(learnt, given, [s.to(x) for s, x in zip(slopes, learnt, strict=True)]) if learnt else ()
+    return [*(x.detach() for x in found), *grads]
+
+
+def remembered(what: str, prove: Callable[[torch.dtype], Proof], device: torch.device, digest: str) -> Proof | None:
+    """The proof of a GPU's kernels: from an earlier time with the same GPU, driver, torch and sources, None then, or anew.
+
+    what: names what is proved. prove: does it, of inputs of a format."""
     gpu = torch.cuda.get_device_properties(device)
-    key = f"{name} {version} {gpu.name} {torch.version.cuda} {torch.__version__} {driver()} {digest}"
+    key = f"{what} {gpu.name} {torch.version.cuda} {torch.__version__} {driver()} {digest}"
     file = cache.folder() / "proofs.json"
     try:
         known = json.loads(file.read_text(encoding="utf-8"))
@@ -115,7 +182,7 @@ def remembered(version: str, wkv: Callable, device: torch.device, name: str, dig
         known = {}
     if isinstance(known, dict) and key in known:
         return None
-    proofs = [prove(version, wkv, device, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    proofs = [prove(dtype) for dtype in (torch.float32, torch.bfloat16)]
     worst = max(proofs, key=lambda found: found.error / found.limit)
     if worst.passed:
         write_json(file, {**known, key: worst.error} if isinstance(known, dict) else {key: worst.error})

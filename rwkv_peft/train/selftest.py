@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterator
+
 import torch
 
 from .. import machine
@@ -23,25 +26,33 @@ def selftest() -> None:
         f"{proof.HEADS} heads of {proof.SIZE}, sequences of {proof.LENGTHS} tokens, {len(proof.KINDS)} kinds of inputs; forward,"
     )
     print("every gradient, states in and out: the largest difference from the float64 definition, of the norm of each")
-    for version in dispatch.WKV:
-        for name, wkv in dispatch.every_way(version, kind).items():
-            if name == "reference":
-                continue
-            for dtype in (torch.float32, torch.bfloat16):
-                words = f"RWKV-{NUMBERS[version].lstrip('v')} OP={name:<12}{str(dtype).removeprefix('torch.'):<9}"
-                try:
-                    if name == "cpu":
-                        cpu_build.library()
-                    elif (package := name.split()[0]) in dispatch.FOR_GPU:
-                        dispatch.FOR_GPU[package].digest()
-                    found = proof.prove(version, wkv, device, dtype)
-                except MISSING as missing:
-                    print(f"{words} missing: {missing}")
-                    break
-                good = "passed" if found.passed else "FAILED"
-                print(f"{words} {good}  {found.error:.1e} of {found.limit:.1e} allowed ({found.what})")
-                failed += [] if found.passed else [f"OP={name} for {version} in {dtype}"]
+    for what, name, prove in asked(kind):
+        for dtype in (torch.float32, torch.bfloat16):
+            words = f"{what} OP={name:<12}{str(dtype).removeprefix('torch.'):<9}"
+            try:
+                if name == "cpu":
+                    cpu_build.library()
+                elif (package := name.split()[0]) in dispatch.FOR_GPU:
+                    dispatch.FOR_GPU[package].digest()
+                found = prove(device, dtype)
+            except MISSING as missing:
+                print(f"{words} missing: {missing}")
+                break
+            good = "passed" if found.passed else "FAILED"
+            print(f"{words} {good}  {found.error:.1e} of {found.limit:.1e} allowed ({found.what})")
+            failed += [] if found.passed else [f"OP={name} for {what} in {dtype}"]
     if failed:
         raise UserError(
             f"{', '.join(failed)}: computes something else than the definition; please report the lines above."
         )
+
+
+def asked(kind: str) -> Iterator[tuple[str, str, Callable]]:
+    """What is proved, of which backend, and what proves it on a device in a format."""
+    for version in dispatch.WKV:
+        for name, wkv in dispatch.every_way(version, kind).items():
+            if name != "reference":
+                yield f"RWKV-{NUMBERS[version].lstrip('v')}", name, functools.partial(proof.prove, version, wkv)
+    for name, wkv in dispatch.available("x070", kind).items():
+        if name in dispatch.AROUND:
+            yield "blocks", name, functools.partial(proof.prove_around, dispatch.AROUND[name], wkv)

@@ -15,7 +15,8 @@ ALONE = STRATEGIES["single"]
 
 # of a trained value: float32 weight and gradient; on a CPU also the holes that malloc leaves between them
 MASTER_BYTES = {"cuda": 8, "cpu": 11}
-WORK = 130  # bytes of a token and channel while one block's gradients are made
+# bytes of a token and channel while one block's gradients are made, with layers that learn and without
+WORK = {True: 130, False: 90}
 BUCKETS = 400 << 20  # of DeepSpeed's stage 3
 OVERHEAD = {"cuda": 700 << 20, "cpu": 555 << 20}  # CUDA context; libraries, loss.png and the writing of checkpoints
 
@@ -90,11 +91,11 @@ def memory_bytes(
         "selective": layers * (of_block - tokens * channels * again * itemsize),
         "1": layers * tokens * channels * 2 * itemsize + of_block,
     }[grad_cp]
-    work = tokens * channels * WORK
+    work = tokens * channels * WORK[method in LAYERS]
     # (seen with packs of rows of 5 tokens, where they are more than all the rest)
     states = sequences * channels * geometry.head_size * 4 * (3 if grad_cp == "1" else 3 + 2 * layers)
     rows = min(tokens, max(1, CHUNK_VALUES // geometry.vocab_size))
-    logits = rows * geometry.vocab_size * (itemsize if op == "cpu" else 8 + itemsize)
+    logits = rows * geometry.vocab_size * (itemsize if op in ("cpu", "cuda") else 8 + itemsize)
     all_values = sum(math.prod(s) for s in shapes.values())
     frozen = 0 if method == "full" else all_values * itemsize
     master = MASTER_BYTES[device]

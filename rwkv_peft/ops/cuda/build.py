@@ -21,7 +21,7 @@ from ...project import ROOT
 from .. import cache
 
 SOURCES = ROOT / "cuda"
-FILES = ("wkv7", "wkv6", "chunk7")
+FILES = ("wkv7", "wkv6", "chunk7", "around7", "mix")
 UNASKED = 48 << 10  # bytes of shared memory that a block may have without being allowed more
 HEADERS = ("device.h", "tensor.h")
 

@@ -7,12 +7,13 @@ recurrent kernels, every 64th state; while one layer's backward pass runs, 3 kB 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from . import build
-from .memory import EVERY, NAMES, Spans, format_of
+from .memory import EVERY, NAMES, Spans
 
 PART = 32  # tokens of a part, as in chunk7.cu
 SIZES = (16, 32, 64)  # head sizes; larger ones do not fit into shared memory
@@ -68,51 +69,42 @@ class Room:
         self.gradients = 4 * (8 * PART * line + 2 * PART * square + THREADS)
 
 
-class Chunked7(torch.autograd.Function):
-    """As wkv.WKV7."""
+def forward(inputs: Sequence[Tensor], start: Tensor, spans: Spans, keep: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As wkv.forward7."""
+    r, v = inputs[0], inputs[3]
+    H, N = r.shape[1:]
+    part, span, chunk = tables(spans, r.device)
+    launch, name, room = build.launcher(r.device, N), NAMES[r.dtype], Room(N)
+    prepared = asks, adds, keys = [start.new_empty(len(part), H, 2 * PART, N) for _ in range(3)]
+    end = start.new_empty(len(part), H, N)
+    launch(f"chunk7_prepare_{name}", (H, len(part)), (*inputs, *prepared, end, part, H), THREADS, room.prepare)
+    y, last = torch.empty_like(r), torch.empty_like(start)
+    kept = start.new_empty(len(chunk), H, N, N) if keep else None
+    args = (v, asks, adds, keys, end, start, y, last, kept, part, span, 0, H)
+    launch(f"chunk7_pass_{name}", (H * N // ROWS, len(span)), args, THREADS, room.carry)
+    return y, last, kept
 
-    @staticmethod
-    def forward(ctx, r, w, k, v, a, b, s0, spans):
-        keep, kind = any(ctx.needs_input_grad), format_of(r)
-        x = [z.to(torch.float32 if z is w else kind).contiguous() for z in (r, w, k, v, a, b)]
-        start = s0.float().contiguous()
-        H, N = r.shape[1:]
-        part, span, chunk = tables(spans, r.device)
-        launch, name, room = build.launcher(r.device, N), NAMES[kind], Room(N)
-        prepared = asks, adds, keys = [start.new_empty(len(part), H, 2 * PART, N) for _ in range(3)]
-        end = start.new_empty(len(part), H, N)
-        launch(f"chunk7_prepare_{name}", (H, len(part)), (*x, *prepared, end, part, H), THREADS, room.prepare)
-        y, last = torch.empty_like(x[0]), torch.empty_like(start)
-        kept = start.new_empty(len(chunk), H, N, N) if keep else None
-        args = (x[3], asks, adds, keys, end, start, y, last, kept, part, span, 0, H)
-        launch(f"chunk7_pass_{name}", (H * N // ROWS, len(span)), args, THREADS, room.carry)
-        ctx.save_for_backward(r, w, k, v, a, b, kept)
-        ctx.spans, ctx.s0_dtype = spans, s0.dtype
-        return y.to(r.dtype), last.to(s0.dtype)
 
-    @staticmethod
-    def backward(ctx, dy, dlast):
-        *inputs, kept = ctx.saved_tensors
-        w, kind = inputs[1], format_of(inputs[0])
-        x = [z.to(torch.float32 if z is w else kind).contiguous() for z in inputs]
-        r, w, k, v, a, b = x
-        dy, dlast = dy.to(kind).contiguous(), dlast.float().contiguous()
-        H, N = r.shape[1:]
-        part, span, chunk = tables(ctx.spans, r.device)
-        launch, name, room = build.launcher(r.device, N), NAMES[kind], Room(N)
-        asks, adds, keys, dadds = (kept.new_empty(len(part), H, 2 * PART, N) for _ in range(4))
-        states, slopes = (kept.new_empty(len(part), H, N, N) for _ in range(2))
-        end, ds0 = kept.new_empty(len(part), H, N), torch.empty_like(dlast)
-        dw = torch.empty_like(w)
-        dr, dk, dv, da, db = (torch.empty_like(r) for _ in range(5))
-        launch(f"chunk7_prepare_{name}", (H, len(part)), (*x, asks, adds, keys, end, part, H), THREADS, room.prepare)
-        args = (v, asks, adds, keys, end, kept, None, None, states, part, chunk, 1, H)
-        launch(f"chunk7_pass_{name}", (H * N // ROWS, len(chunk)), args, THREADS, room.carry)
-        args = (r, w, k, dy, a, b, asks, dadds, keys, part, H)
-        launch(f"chunk7_prepareback_{name}", (H, len(part)), args, THREADS, room.prepare)
-        args = (dy, asks, dadds, keys, end, dlast, dv, ds0, slopes, part, span, H)
-        launch(f"chunk7_passback_{name}", (H * N // ROWS, len(span)), args, THREADS, room.carry)
-        args = (*x, dy, adds, dadds, states, slopes, dr, dw, dk, da, db, part, H)
-        launch(f"chunk7_gradients_{name}", (H, len(part)), args, THREADS, room.gradients)
-        grads = (dr, dw, dk, dv, da, db)
-        return *(g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)), ds0.to(ctx.s0_dtype), None
+def backward(
+    inputs: Sequence[Tensor], kept: Tensor, dy: Tensor, dlast: Tensor, spans: Spans
+) -> tuple[list[Tensor], Tensor]:
+    """As wkv.backward7."""
+    r, w, k, v, a, b = inputs
+    H, N = r.shape[1:]
+    part, span, chunk = tables(spans, r.device)
+    launch, name, room = build.launcher(r.device, N), NAMES[r.dtype], Room(N)
+    asks, adds, keys, dadds = (kept.new_empty(len(part), H, 2 * PART, N) for _ in range(4))
+    states, slopes = (kept.new_empty(len(part), H, N, N) for _ in range(2))
+    end, ds0 = kept.new_empty(len(part), H, N), torch.empty_like(dlast)
+    dw = torch.empty_like(w)
+    dr, dk, dv, da, db = (torch.empty_like(r) for _ in range(5))
+    launch(f"chunk7_prepare_{name}", (H, len(part)), (*inputs, asks, adds, keys, end, part, H), THREADS, room.prepare)
+    args = (v, asks, adds, keys, end, kept, None, None, states, part, chunk, 1, H)
+    launch(f"chunk7_pass_{name}", (H * N // ROWS, len(chunk)), args, THREADS, room.carry)
+    args = (r, w, k, dy, a, b, asks, dadds, keys, part, H)
+    launch(f"chunk7_prepareback_{name}", (H, len(part)), args, THREADS, room.prepare)
+    args = (dy, asks, dadds, keys, end, dlast, dv, ds0, slopes, part, span, H)
+    launch(f"chunk7_passback_{name}", (H * N // ROWS, len(span)), args, THREADS, room.carry)
+    args = (*inputs, dy, adds, dadds, states, slopes, dr, dw, dk, da, db, part, H)
+    launch(f"chunk7_gradients_{name}", (H, len(part)), args, THREADS, room.gradients)
+    return [dr, dw, dk, dv, da, db], ds0

@@ -7,7 +7,8 @@ is computed again.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +16,6 @@ from torch import Tensor
 from .. import chunked, chunked6
 from ..compiled import recurrence
 from . import build, chunk7
-from .chunk7 import Chunked7
 from .memory import EVERY, NAMES, Spans, fits, format_of
 
 
@@ -29,69 +29,106 @@ def tables(spans: Spans, device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.tensor(rows, dtype=torch.int32, device=device), torch.tensor(chunks, dtype=torch.int32, device=device)
 
 
+class Way(NamedTuple):
+    """One of the ways of RWKV-7."""
+
+    forward: Callable  # as forward7
+    backward: Callable  # as backward7
+
+
 def wkv7(r, w, k, v, a, b, s0: Tensor | None = None, cu_seqlens: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
     """reference.wkv7, computed in float32, with gradients for all inputs and s0: token by token, or in parts on tensor cores (of
     bfloat16 inputs only, with products in tf32), whichever should be quicker."""
-
-    def quicker(r, *others):
-        way = Chunked7 if chunk7.pays(r, others[-1]) else WKV7
-        return way.apply(r, *others)
-
-    return recurrence(quicker, fits, chunked.wkv7, (r, w, k, v, a, b), s0, cu_seqlens)
+    return in_a_way(lambda r, spans: quicker(r, spans), (r, w, k, v, a, b), s0, cu_seqlens)
 
 
 def recurrent7(
     r, w, k, v, a, b, s0: Tensor | None = None, cu_seqlens: Sequence[int] | None = None
 ) -> tuple[Tensor, Tensor]:
     """wkv7, token by token."""
-    return recurrence(WKV7.apply, fits, chunked.wkv7, (r, w, k, v, a, b), s0, cu_seqlens)
+    return in_a_way(lambda _r, _spans: TOKENS, (r, w, k, v, a, b), s0, cu_seqlens)
 
 
 def chunked7(
     r, w, k, v, a, b, s0: Tensor | None = None, cu_seqlens: Sequence[int] | None = None
 ) -> tuple[Tensor, Tensor]:
     """wkv7, in parts where this GPU has kernels for that."""
-    way = Chunked7 if chunk7.possible(r) else WKV7
-    return recurrence(way.apply, fits, chunked.wkv7, (r, w, k, v, a, b), s0, cu_seqlens)
+    return in_a_way(lambda r, _spans: PARTS if chunk7.possible(r) else TOKENS, (r, w, k, v, a, b), s0, cu_seqlens)
+
+
+def in_a_way(choose: Callable, inputs: Sequence[Tensor], s0: Tensor | None, cu_seqlens: Sequence[int] | None):
+    """choose: from r [T, H, N] and the spans of the sequences to a Way."""
+
+    def kernel(r, *others):
+        return WKV7.apply(r, *others, choose(r, others[-1]))
+
+    return recurrence(kernel, fits, chunked.wkv7, inputs, s0, cu_seqlens)
+
+
+def forward7(inputs: Sequence[Tensor], start: Tensor, spans: Spans, keep: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """y, the last states, and if they are to be kept, the states that the backward pass needs.
+
+    inputs: r w k v a b [T, H, N], w in float32; start: [S, H, N, N] float32; all contiguous.
+    """
+    r = inputs[0]
+    H, N = r.shape[1:]
+    span, chunk = tables(spans, r.device)
+    y, last = torch.empty_like(r), torch.empty_like(start)
+    kept = start.new_empty(len(chunk), H, N, N) if keep else None
+    args = (*inputs, start, y, last, kept, span, int(keep), H)
+    build.launcher(r.device, N)(f"wkv7_forward_{NAMES[r.dtype]}", (H, len(span)), args)
+    return y, last, kept
+
+
+def backward7(
+    inputs: Sequence[Tensor], kept: Tensor, dy: Tensor, dlast: Tensor, spans: Spans
+) -> tuple[list[Tensor], Tensor]:
+    """Gradients of r w k v a b, and of the first states. dy: like r; dlast: like the states; contiguous."""
+    r, w, k, v, a, b = inputs
+    H, N = r.shape[1:]
+    span, chunk = tables(spans, r.device)
+    sums, dsums, dw = (torch.empty_like(w) for _ in range(3))
+    dr, dk, dv, da, db = (torch.empty_like(r) for _ in range(5))
+    ds0, behind = torch.empty_like(dlast), torch.empty_like(kept)
+    launch, name = build.launcher(r.device, N), NAMES[r.dtype]
+    launch(f"wkv7_again_{name}", (H, len(chunk)), (w, k, v, a, b, kept, sums, chunk, H))
+    launch(f"wkv7_rows_{name}", (H, len(span)), (r, w, k, a, b, dy, dlast, dv, dsums, ds0, behind, span, H))
+    args = (*inputs, dy, sums, dsums, kept, behind, dr, dw, dk, da, db, chunk, H)
+    launch(f"wkv7_columns_{name}", (H, len(chunk)), args)
+    return [dr, dw, dk, dv, da, db], ds0
+
+
+TOKENS, PARTS = Way(forward7, backward7), Way(chunk7.forward, chunk7.backward)
+
+
+def quicker(r: Tensor, spans: Spans) -> Way:
+    """The way that should be quicker for these inputs, [T, H, N]."""
+    return PARTS if chunk7.pays(r, spans) else TOKENS
 
 
 class WKV7(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, r, w, k, v, a, b, s0, spans):
-        keep, kind = any(ctx.needs_input_grad), format_of(r)
-        x = [z.to(torch.float32 if z is w else kind).contiguous() for z in (r, w, k, v, a, b)]
-        start = s0.float().contiguous()
-        T, H, N = r.shape
-        span, chunk = tables(spans, r.device)
-        y, end = torch.empty_like(x[0]), torch.empty_like(start)
-        kept = start.new_empty(len(chunk) if keep else 1, H, N, N)
-        launch = build.launcher(r.device, N)
-        launch(f"wkv7_forward_{NAMES[kind]}", (H, len(span)), (*x, start, y, end, kept, span, int(keep), H))
+    def forward(ctx, r, w, k, v, a, b, s0, spans, way: Way):
+        inputs = in_memory((r, w, k, v, a, b))
+        y, last, kept = way.forward(inputs, s0.float().contiguous(), spans, any(ctx.needs_input_grad))
         ctx.save_for_backward(r, w, k, v, a, b, kept)
-        ctx.spans, ctx.s0_dtype = spans, s0.dtype
-        return y.to(r.dtype), end.to(s0.dtype)
+        ctx.spans, ctx.way, ctx.s0_dtype = spans, way, s0.dtype
+        return y.to(r.dtype), last.to(s0.dtype)
 
     @staticmethod
-    def backward(ctx, dy, dend):
-        *inputs, kept = ctx.saved_tensors
-        w, kind = inputs[1], format_of(inputs[0])
-        r, w, k, v, a, b = (z.to(torch.float32 if z is w else kind).contiguous() for z in inputs)
-        dy, dend = dy.to(kind).contiguous(), dend.float().contiguous()
-        T, H, N = r.shape
-        span, chunk = tables(ctx.spans, r.device)
-        sums, dsums, dw = (torch.empty_like(w) for _ in range(3))
-        dr, dk, dv, da, db = (torch.empty_like(r) for _ in range(5))
-        ds0, behind = torch.empty_like(dend), torch.empty_like(kept)
-        launch, name = build.launcher(r.device, N), NAMES[kind]
-        launch(f"wkv7_again_{name}", (H, len(chunk)), (w, k, v, a, b, kept, sums, chunk, H))
-        launch(f"wkv7_rows_{name}", (H, len(span)), (r, w, k, a, b, dy, dend, dv, dsums, ds0, behind, span, H))
-        launch(
-            f"wkv7_columns_{name}",
-            (H, len(chunk)),
-            (r, w, k, v, a, b, dy, sums, dsums, kept, behind, dr, dw, dk, da, db, chunk, H),
-        )
-        grads = (dr, dw, dk, dv, da, db)
-        return *(g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)), ds0.to(ctx.s0_dtype), None
+    def backward(ctx, dy, dlast):
+        *given, kept = ctx.saved_tensors
+        inputs = in_memory(given)
+        dy, dlast = dy.to(inputs[0].dtype).contiguous(), dlast.float().contiguous()
+        grads, ds0 = ctx.way.backward(inputs, kept, dy, dlast, ctx.spans)
+        grads = (g.to(x.dtype) for g, x in zip(grads, given, strict=True))
+        return *grads, ds0.to(ctx.s0_dtype), None, None
+
+
+def in_memory(given: Sequence[Tensor]) -> list[Tensor]:
+    """r w k v a b as the kernels read them."""
+    kind = format_of(given[0])
+    return [z.to(torch.float32 if number == 1 else kind).contiguous() for number, z in enumerate(given)]
 
 
 def wkv6(r, w, k, v, u, s0: Tensor | None = None, cu_seqlens: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:

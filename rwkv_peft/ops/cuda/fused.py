@@ -1,0 +1,181 @@
+"""The neighbours of the recurrence on a GPU (cuda/around7.cu, cuda/mix.cu): the functions of ops/neighbours.py, one pass over the
+activations each, with gradients; those of parameters only where they are wanted. What is cheap to compute again is not kept.
+
+Activations are float32 or bfloat16; for others, and for shapes without a kernel, there is the definition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import neighbours
+from ..neighbours import Gates, Own, Where
+from ..reference import sequences
+from . import build, wkv
+from .memory import NAMES, SIZES, Spans
+
+READS = neighbours.READS
+one_token, linear, fold = neighbours.one_token, neighbours.linear, neighbours.fold
+
+MOST_MIXES = 6
+TOKENS = 32  # of a part, whose share of a parameter's gradient is a sum of its own; as in around7.cu and mix.cu
+WARPS, THREADS = 4, 128  # of a block, as in device.h
+ANY = 64  # a head size, where none matters
+ELEMENTS = 8  # of a thread, in what goes over numbers one by one
+
+
+def parts(count: int, size: int) -> int:
+    return -(-count // size)
+
+
+def start(name: str, x: Tensor, grid: tuple[int, int], args: Sequence, size: int = ANY) -> None:
+    """Start a kernel for the format of x."""
+    build.launcher(x.device, size)(f"{name}_{NAMES[x.dtype]}", grid, args, THREADS)
+
+
+def spans_of(where: Where) -> Spans:
+    return tuple(zip(where.cu_seqlens, where.cu_seqlens[1:], strict=False))
+
+
+def mixes(x: Tensor, before: Tensor, shares: Sequence[Tensor], where: Where) -> list[Tensor]:
+    if x.dtype not in NAMES or len(shares) > MOST_MIXES or not len(x):
+        return neighbours.mixes(x, before, shares, where)
+    return list(Mixes.apply(x, before.to(x.dtype), torch.stack(list(shares)).float(), spans_of(where)))
+
+
+class Mixes(torch.autograd.Function):
+    """shares: [M, C], float32. Returns M tensors like x."""
+
+    @staticmethod
+    def forward(ctx, x, before, shares, spans: Spans):
+        x, before, shares = x.contiguous(), before.contiguous(), shares.contiguous()
+        (T, C), M = x.shape, len(shares)
+        out = [torch.empty_like(x) for _ in shares]
+        span, _ = wkv.tables(spans, x.device)
+        args = (x, before, shares, *slots(out), span, len(spans), T, C, M)
+        start("mix_forward", x, (parts(C, THREADS), parts(T, TOKENS)), args)
+        ctx.save_for_backward(x, before, shares)
+        ctx.spans = spans
+        return tuple(out)
+
+    @staticmethod
+    def backward(ctx, *dout):
+        x, before, shares = ctx.saved_tensors
+        (T, C), M = x.shape, len(shares)
+        dout = [torch.zeros_like(x) if d is None else d.contiguous() for d in dout]
+        dx, dbefore = torch.empty_like(x), torch.empty_like(before)
+        dshares = shares.new_empty(parts(T, TOKENS), M, C) if ctx.needs_input_grad[2] else None
+        span, _ = wkv.tables(ctx.spans, x.device)
+        args = (x, before, shares, *slots(dout), dx, dbefore, dshares, span, len(ctx.spans), T, C, M)
+        start("mix_backward", x, (parts(C, THREADS), parts(T, TOKENS)), args)
+        return dx, dbefore, None if dshares is None else dshares.sum(0), None
+
+
+def slots(given: Sequence[Tensor]) -> list[Tensor | None]:
+    return [*given, *[None] * (MOST_MIXES - len(given))]
+
+
+def square_relu(x: Tensor) -> Tensor:
+    return SquareRelu.apply(x) if x.dtype in NAMES and x.numel() else neighbours.square_relu(x)
+
+
+class SquareRelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        start("mix_relu", x, (parts(x.numel(), THREADS * ELEMENTS), 1), (x, y, x.numel()))
+        ctx.save_for_backward(x)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        [x] = ctx.saved_tensors
+        dx = torch.empty_like(x)
+        start("mix_reluback", x, (parts(x.numel(), THREADS * ELEMENTS), 1), (x, dy.contiguous(), dx, x.numel()))
+        return dx
+
+
+def slopes(logits: Tensor, targets: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
+    if logits.dtype not in NAMES or not logits.is_contiguous() or not logits.numel():
+        return neighbours.slopes(logits, targets, wanted)
+    losses = logits.new_empty(len(logits), dtype=torch.float32)
+    args = (logits, targets.long().contiguous(), losses, logits.shape[1], int(wanted))
+    start("mix_entropy", logits, (len(logits), 1), args)
+    return losses.sum(), logits if wanted else None
+
+
+def around7(recurrence: Callable, x: Gates, own: Own, s0: Tensor, where: Where, heads: int) -> tuple[Tensor, Tensor]:
+    alike = all(z is None or z.dtype == x.r.dtype for z in x)  # a kernel cannot see what it is given
+    T, C = x.r.shape
+    if x.r.dtype not in NAMES or not alike or not T or C // heads not in SIZES or recurrence not in WAYS:
+        return neighbours.around7(recurrence, x, own, s0, where, heads)
+    spans = tuple(sequences(1, T, where.cu_seqlens))
+    wide = [z for z in own if z.shape != (C,)] + [z for z in x if z is not None and z.shape != (T, C)]
+    if wide or s0.shape != (len(spans), heads, C // heads, C // heads):
+        raise ValueError(
+            f"shapes do not go with {T} tokens of {C} channels in {heads} heads and {len(spans)} sequences"
+        )
+    way = WAYS[recurrence](x.r.view(T, heads, C // heads), spans)
+    return Around7.apply(*x, *(z.float() for z in own), s0, spans, heads, way)
+
+
+# recurrence -> from r [T, H, N] and the spans to the way that it goes
+WAYS = {wkv.wkv7: wkv.quicker, wkv.recurrent7: lambda _r, _spans: wkv.TOKENS}
+
+
+class Around7(torch.autograd.Function):
+    """Keeps what the layers gave, the recurrence's outputs and every 64th state; the rest is made again."""
+
+    @staticmethod
+    def forward(ctx, r, w, k, v, a, g, mix, v_first, k_k, k_a, r_k, weight, bias, s0, spans, heads, way):
+        gates = [None if z is None else z.contiguous() for z in (r, w, k, v, a, mix, v_first)]
+        own, g = [z.contiguous() for z in (k_k, k_a, r_k, weight, bias)], g.contiguous()
+        inputs = prepared(gates, own, heads)
+        y, last, kept = way.forward(inputs, s0.float().contiguous(), spans, any(ctx.needs_input_grad))
+        (T, H, N), out = y.shape, torch.empty_like(gates[0])
+        args = (y, inputs[0], inputs[2], inputs[3], *own[2:], g, out, T, H)
+        start("around7_behind", out, (parts(T, WARPS), H), args, N)
+        ctx.save_for_backward(*gates, *own, g, y, kept)
+        ctx.spans, ctx.heads, ctx.way, ctx.s0_dtype, ctx.s0_shape = spans, heads, way, s0.dtype, s0.shape
+        ctx.set_materialize_grads(False)
+        return out, last.to(s0.dtype)
+
+    @staticmethod
+    def backward(ctx, dout, dlast):
+        saved = ctx.saved_tensors
+        gates, own, (g, y, kept) = saved[:7], saved[7:12], saved[12:]
+        T, H, N = y.shape
+        k_k, k_a, r_k, weight, bias = own
+        dout = torch.zeros_like(g) if dout is None else dout.contiguous()
+        dlast = kept.new_zeros(ctx.s0_shape) if dlast is None else dlast.float().contiguous()
+        inputs = r, _, k, v, _, _ = prepared(gates, own, H)
+        # gradients of k_k k_a r_k weight bias where they are wanted, of each part's rows
+        wanted = ctx.needs_input_grad[8:13]
+        sums = [kept.new_empty(parts(T, TOKENS), H * N) if wish else None for wish in wanted]
+        grid = parts(T, TOKENS), H
+        dy, dg = torch.empty_like(y), torch.empty_like(g)
+        args = (y, r, k, v, r_k, weight, bias, g, dout, dy, dg, *sums[3:], T, H)
+        start("around7_behindback", g, grid, args, N)
+        grads, ds0 = ctx.way.backward(inputs, kept, dy, dlast, ctx.spans)
+        out = [None if z is None else torch.empty_like(z) for z in gates]
+        args = (*gates, k_k, k_a, r_k, *grads, g, dout, *out, *sums[:3], T, H)
+        start("around7_beforeback", g, grid, args, N)
+        tr, tw, tk, tv, ta, tmix, tfirst = out
+        own_grads = (None if total is None else total.sum(0) for total in sums)
+        return tr, tw, tk, tv, ta, dg, tmix, tfirst, *own_grads, ds0.to(ctx.s0_dtype), None, None, None
+
+
+def prepared(gates: Sequence[Tensor | None], own: Sequence[Tensor], heads: int) -> list[Tensor]:
+    """r w k v a b of the recurrence, [T, H, N]; w in float32."""
+    r = gates[0]
+    T, C = r.shape
+    shape = T, heads, C // heads
+    w = torch.empty(shape, dtype=torch.float32, device=r.device)
+    k, v, a, b = (torch.empty(shape, dtype=r.dtype, device=r.device) for _ in range(4))
+    args = (*gates, *own[:2], w, k, v, a, b, T, heads)
+    start("around7_before", r, (parts(T, WARPS), heads), args, C // heads)
+    return [r.view(shape), w, k, v, a, b]
