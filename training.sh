@@ -327,6 +327,10 @@ OP=auto
 #   1          all: much less memory, about a third more time                全部重算，最省显存
 GRAD_CP=1
 
+# Where a frozen embedding lies: 1 in the host's memory, from which only the rows of a batch are sent; 0 on the GPU; auto: on the host
+# if it would take a hundredth of the GPU's memory or more. 冻结的词嵌入放在内存（1）还是显存（0）；auto 在占显存 1% 以上时放内存
+EMB_ON_CPU=auto
+
 # GPUs on this machine (without a GPU: processes). 显卡数量（无显卡时为进程数）
 GPU_COUNT=1
 

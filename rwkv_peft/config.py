@@ -138,6 +138,7 @@ class TrainConfig:
         "OP", later=later("triton", "auto, cuda and fla")
     )
     grad_cp: Literal["0", "1", "selective"] = var("GRAD_CP")
+    emb_on_cpu: Literal["auto", "0", "1"] = var("EMB_ON_CPU")
     gpu_count: int = var("GPU_COUNT", ge=1, le=MOST)
     nnodes: int = var("NNODES", ge=1, le=MOST)
     node_rank: int = var("NODE_RANK", ge=0, le=MOST)
@@ -231,7 +232,13 @@ class TrainConfig:
             'must be a plain folder name (no "/", not latest, not starting with "-")',
         )
         rule(given.run_name and not is_text(given.run_name), "RUN_NAME", "is not UTF-8; choose another name")
-        found += data_problems(given) + stream_problems(given) + method_problems(given) + quant_problems(given)
+        found += (
+            data_problems(given)
+            + stream_problems(given)
+            + method_problems(given)
+            + quant_problems(given)
+            + embedding_problems(given)
+        )
         exp = given.lr_schedule == "exp" and given.lr_init is not None and given.lr_final is not None
         rule(exp and not given.lr_init, "LR_INIT", "must be more than 0 with LR_SCHEDULE=exp")
         rule(exp and not given.lr_final, "LR_FINAL", "must be more than 0 with LR_SCHEDULE=exp")
@@ -385,6 +392,22 @@ def quant_problems(given: SimpleNamespace) -> list[Problem]:
         if both:
             found.append(Problem("QUANT_PARTS", f"names {' and '.join(both)}, which lora_parts or EMB_FINETUNE trains"))
     return found
+
+
+def embedding_problems(given: SimpleNamespace) -> list[Problem]:
+    """What EMB_ON_CPU=1 does not go with: only a frozen embedding that is there as a whole can stay behind."""
+    if given.emb_on_cpu != "1":
+        return []
+    mode, quant = given.finetune_mode, given.quant not in (None, "none")
+    strategy = STRATEGIES.get(given.strategy)
+    reasons = {
+        f"FINETUNE_MODE={mode}, which trains it": mode == "full",
+        "EMB_FINETUNE=1, which trains it": given.emb_finetune,
+        "emb in lora_parts, which trains it": "emb" in words_of(given.lora_parts or ""),
+        "emb in QUANT_PARTS, which compresses it": quant and "emb" in words_of(given.quant_parts or ""),
+        f"STRATEGY={given.strategy}, which lays weights where it wants": strategy is not None and bool(strategy.spread),
+    }
+    return [Problem("EMB_ON_CPU", f"must be 0 or auto with {why}") for why, so in reasons.items() if so]
 
 
 def numbers(text: str) -> tuple[int, ...]:

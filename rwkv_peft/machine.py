@@ -37,6 +37,17 @@ def most_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def embedding_on_host(wanted: str, possible: bool, size: int) -> bool:
+    """What EMB_ON_CPU becomes. possible: whether it can stay there; size: its bytes on the GPU. Raises Problems without a GPU."""
+    if device_kind() != "cuda":
+        if wanted == "1":
+            raise Problems(Problem("EMB_ON_CPU", "is for GPUs, and none was found; use auto"))
+        return False
+    if wanted != "auto":
+        return wanted == "1"
+    return possible and size >= torch.cuda.get_device_properties(0).total_memory / 100
+
+
 def cpu_has_bf16(cpuinfo: str | None = None) -> bool:
     """Whether the processor multiplies bf16 itself. Where it does not, bf16 is about ten times slower than fp32."""
     return (

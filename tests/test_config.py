@@ -130,6 +130,15 @@ def test_weights_that_are_trained_are_not_compressed(mode):
         ({"MASK_START": "x"}, "MASK_START", "belongs to LOSS_MASK=se"),
         ({"LOSS_MASK": "se", "MASK_START": "\udce9", "MASK_END": "x"}, "MASK_START", "is not UTF-8"),
         ({"NUM_WORKERS": "1000"}, "NUM_WORKERS", "must be 64 or less"),
+        ({"EMB_ON_CPU": "1", "FINETUNE_MODE": "full"}, "EMB_ON_CPU", "must be 0 or auto with FINETUNE_MODE=full"),
+        ({"EMB_ON_CPU": "1", "EMB_FINETUNE": "1"}, "EMB_ON_CPU", "must be 0 or auto with EMB_FINETUNE=1"),
+        ({"EMB_ON_CPU": "1", "lora_parts": "att,emb"}, "EMB_ON_CPU", "must be 0 or auto with emb in lora_parts"),
+        ({"EMB_ON_CPU": "1", "QUANT": "nf4", "QUANT_PARTS": "att,emb"}, "EMB_ON_CPU", "with emb in QUANT_PARTS"),
+        (
+            {"EMB_ON_CPU": "1", "STRATEGY": "fsdp", "GPU_COUNT": "2"},
+            "EMB_ON_CPU",
+            "must be 0 or auto with STRATEGY=fsdp",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(changes, name, words):

@@ -19,12 +19,24 @@ VERSIONS = {"x070": rwkv7, "x060": rwkv6, "x052": rwkv5}
 
 
 class Embedding(nn.Module):
+    """on_host: it stays in the host's memory, wherever the model goes; only the rows that are asked for follow. It cannot learn
+    then."""
+
     def __init__(self, vocabulary: int, channels: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocabulary, channels))
+        self.on_host = False
 
-    def forward(self, ids: Tensor, dtype) -> Tensor:
-        return F.embedding(ids, self.weight).to(dtype)
+    def forward(self, ids: Tensor, dtype, device) -> Tensor:
+        """ids: [T]; best on the host if the weight is there: the host would wait for them."""
+        if not self.on_host:
+            return F.embedding(ids, self.weight).to(dtype)
+        rows = self.weight.new_empty(len(ids), self.weight.shape[1], pin_memory=torch.device(device).type == "cuda")
+        torch.index_select(self.weight.detach(), 0, ids.cpu(), out=rows)
+        return rows.to(device, non_blocking=True).to(dtype)
+
+    def _apply(self, function, recurse: bool = True):
+        return self if self.on_host else super()._apply(function, recurse)
 
 
 class Block(nn.Module):
@@ -108,9 +120,10 @@ class RWKV(nn.Module):
         batch, tokens = ids.shape
         if cu_seqlens is None:
             cu_seqlens = range(0, batch * tokens + 1, tokens)
-        borders = Borders(tuple(cu_seqlens), ids.device)
+        device = self.ln_out.weight.device
+        borders = Borders(tuple(cu_seqlens), device)
         state = self.first_state(len(borders)) if state is None else state
-        x, v_first, after = self.emb(ids.reshape(-1), self.dtype), None, []
+        x, v_first, after = self.emb(ids.reshape(-1), self.dtype, device), None, []
         if self.one_token and batch * tokens == 1 and not torch.is_grad_enabled():
             x, after = self.one_token(self.blocks[0].ln0(x), [before.tensors() for before in state])
             return self.ln_out(x).view(1, 1, -1), [BlockState(*tensors) for tensors in after]

@@ -55,7 +55,9 @@ class QuantEmbedding(nn.Module):
         """The whole weight [V, C]; float32 unless dtype says otherwise."""
         return self.weight.dense(dtype or torch.float32)
 
-    def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    on_host = False  # (it is small)
+
+    def forward(self, ids: Tensor, dtype: torch.dtype, _device=None) -> Tensor:
         """ids of any shape [...] -> [..., C]."""
         return self.weight.rows(ids.flatten(), dtype).view(*ids.shape, self.weight.shape[1])
 

@@ -50,7 +50,7 @@ class Trial:
     def step(self, batches: Sequence[Batch], rate: float) -> float:
         """One optimizer step over micro-batches; returns its loss."""
         scale = FP16_SCALE if self.module.model.dtype == torch.float16 else 1.0
-        total, device = 0.0, next(self.module.parameters()).device
+        total, device = 0.0, self.module.model.ln_out.weight.device
         for batch in batches:
             moved = self.module.transfer_batch_to_device(batch, device, 0)
             loss = self.module.summed_loss(moved) / max(batch.step_targets, 1)

@@ -67,6 +67,7 @@ def make_learner(run: Prepared, cleanup: contextlib.ExitStack, say: Callable[[st
         return parameter_groups(named, config.weight_decay, arch.decays, rate, config.loraplus_lr_ratio)
 
     begun = {name: tensor.cpu() for name, tensor in begun.items()}
+    model.emb.on_host = run.settings["EMB_ON_CPU"] == "1"
     learner = Learner(model, begun, lisa, held, groups, later or {})
     if run.found:
         weights = run.found.tensors("weights")

@@ -26,7 +26,7 @@ CODE = Path(__file__).resolve().parent.parent  # what computes
 # settings that may differ: where things lie on a machine, and how it is reached; files are compared by what is in them
 OWN = {
     "NODE_RANK", "RUN_NAME", "MASTER_ADDR", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "MODEL_PATH", "DATA_PATH", "VAL_DATA",
-    "NUM_WORKERS",
+    "NUM_WORKERS", "EMB_ON_CPU",
 }  # fmt: skip
 
 

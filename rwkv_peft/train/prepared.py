@@ -126,7 +126,13 @@ def prepare(
     stem = f"{'+'.join(names)[:MOST_NAME]}-{config.finetune_mode}"
     workers = config.num_workers if config.num_workers != "auto" else int(machine.device_kind() == "cuda")
     name = found.run.name if found else config.run_name
-    settings = resolved(config, ops.name, precision, data, data.plan, geometry, name, workers)
+    on_host = machine.embedding_on_host(
+        config.emb_on_cpu,
+        not {"emb", "emb.weight"} & {*setup.whole(geometry), *setup.compressed(geometry)}
+        and not spread.memory_in_pieces,
+        geometry.vocab_size * geometry.n_embd * machine.DTYPES[precision].itemsize,
+    )
+    settings = resolved(config, ops.name, precision, on_host, data, data.plan, geometry, name, workers)
     run = Prepared(
         config=config, place=place, settings=settings, base=base, stored=stored, geometry=geometry, setup=setup, ops=ops,
         precision=precision, trainer=trainer, spread=spread, data=data, held=held, questions=questions, steps=steps,

@@ -13,13 +13,13 @@ from ..model.arch import NUMBERS
 from .data import Planned
 
 
-def resolved(config: TrainConfig, op, precision, data: Planned, plan, geometry, run_name, workers) -> dict:
+def resolved(config: TrainConfig, op, precision, on_host, data: Planned, plan, geometry, run_name, workers) -> dict:
     """run.json: every setting of the script by its name, with auto replaced by what it became."""
     became = {
         "RUN_NAME": run_name, "MODEL_VERSION": NUMBERS[geometry.version], "N_LAYER": geometry.n_layer,
         "EMBD_SIZE": geometry.n_embd, "VOCAB_SIZE": geometry.vocab_size, "CTX_LEN": data.ctx_len,
         "EPOCH_STEPS": plan.micro_batches, "MICRO_BSZ": plan.micro_bsz, "OP": op, "PRECISION": precision,
-        "STRATEGY": config.strategy_name, "NUM_WORKERS": workers,
+        "STRATEGY": config.strategy_name, "NUM_WORKERS": workers, "EMB_ON_CPU": str(int(on_host)),
     }  # fmt: skip
     if data.buckets:
         edges, sizes = data.buckets.edges, data.buckets.sizes

@@ -98,7 +98,8 @@ class TrainingModule(pl.LightningModule):
 
     def transfer_batch_to_device(self, batch: Batch, device, _index: int) -> Batch:
         def move(x: Tensor) -> Tensor:
-            return x.to(device, non_blocking=True)
+            pinned = x.pin_memory() if torch.device(device).type == "cuda" else x  # else the host waits for it
+            return pinned.to(device, non_blocking=True)
 
-        moved = move(batch.ids), move(batch.positions), move(batch.targets)
-        return replace(batch, ids=moved[0], positions=moved[1], targets=moved[2])
+        ids = batch.ids if self.model.emb.on_host else move(batch.ids)
+        return replace(batch, ids=ids, positions=move(batch.positions), targets=move(batch.targets))

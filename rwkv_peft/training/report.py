@@ -43,8 +43,9 @@ def plan_lines(
     shapes = arch.shapes(geometry)
     compressed = {f"{name}.weight" for name in setup.compressed(geometry)}
     bits = QUANT_BITS.get(setup.quant, 0)
+    on_host = {"emb.weight"} if settings["EMB_ON_CPU"] == "1" else set()
     memory = memory_bytes(
-        {name: shape for name, shape in shapes.items() if name not in compressed},
+        {name: shape for name, shape in shapes.items() if name not in compressed and name not in on_host},
         trained_values, min(tokens, settings["CHUNK_CTX"]) if infctx else tokens, geometry,
         dtype.itemsize, settings["GRAD_CP"], setup.method, device, settings["OP"], OPTIMS[settings["OPTIM"]],
         largest=max((math.prod(shapes[name]) for name in setup.whole(geometry)), default=0),
@@ -89,6 +90,8 @@ def plan_lines(
     if device == "cpu" and settings["GPU_COUNT"] > cores:
         rows.append(("", f"GPU_COUNT={settings['GPU_COUNT']} starts {settings['GPU_COUNT']} processes, but this machine has "
                          f"{count(cores, 'core')} and no GPU: 1 is faster"))  # fmt: skip
+    if on_host:
+        rows.append(("", "the embedding stays in the host's memory (EMB_ON_CPU)"))
     guess = "estimate, each process" if plan.world > 1 else "estimate"
     kind, digits = "GPU memory" if device == "cuda" else "memory", 1 if memory > 10 << 30 else 2
     if STRATEGIES[settings["STRATEGY"]].offload:
