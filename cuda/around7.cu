@@ -242,7 +242,7 @@ __device__ inline void before_backward(
     ) {                                                                                                                            \
         behind_backward(y, r, k, v, r_k, weight, bias, g, dout, dy, dg, dweight, dbias, tokens, H);                                \
     }                                                                                                                              \
-    extern "C" __global__ void BOUNDS around7_beforeback_##name(                                                                  \
+    extern "C" __global__ void __launch_bounds__(THREADS, 4) around7_beforeback_##name( /* (else sm_120 spills 4 bytes) */        \
         const T *r, const T *w, const T *k, const T *v, const T *a, const T *mix, const T *v_first, const float *k_k,              \
         const float *k_a, const float *r_k, const T *dr, const float *dw, const T *dk, const T *dv, const T *da, const T *db,      \
         const T *g, const T *dout, T *tr, T *tw, T *tk, T *tv, T *ta, T *tmix, T *tfirst, float *dk_k, float *dk_a, float *dr_k,   \

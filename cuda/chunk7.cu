@@ -193,27 +193,29 @@ __device__ inline void pass(
             value[t * 20 + i16] = t < here.count ? from(v[at(here.begin + t, H, h, row + i16)]) : 0.0f;
         const int place = again ? p : part[3 * p + 2];
         float *keep = place < 0 || !states ? nullptr : states + ((long)place * H + h) * N * N + row * N;
+        // all that memory has to give is asked for at once: behind a store, each number would wait for the one before
+        Product<2 * L, 16> found;
+        found.each([=](int t, int i, float &x) { x = adds[corner + t * N + row + i]; });
+        Product<16, N> decays;
+        decays.each([=](int, int j, float &x) { x = decay[j]; });
+        if (Back) s.scale(decays);
         s.each([=](int i, int j, float &x) {
-            if (Back) x *= decay[j];
             state[i * LINE + j] = x;
             if (keep) keep[i * N + j] = x;
         });
         __syncthreads();
         if (p + step >= from_part && p + step < to_part) fetch(p + step);
-        Product<2 * L, 16> found;
         found.template add<N>(in_shared(ask), in_shared(state).transposed());
         found.each([=](int t, int i, float x) {
-            float *more = adds + corner + t * N + row + i;
-            x += *more;
             if (t < L) {
                 value[(L + t) * 20 + i] = x;
-                if (again) *more = x;
+                if (again) adds[corner + t * N + row + i] = x;
             } else if (y && t - L < here.count)
                 put(y + at(here.begin + t - L, H, h, row + i), x);
         });
         __syncthreads();
         s.template add<2 * L>(View{value, 20, 1}.transposed(), in_shared(key));
-        if (!Back) s.each([=](int, int j, float &x) { x *= decay[j]; });
+        if (!Back) s.scale(decays);
         __syncthreads();
     }
     if (last) s.each([=](int i, int j, float x) { last[mine + i * N + j] = x; });

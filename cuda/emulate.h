@@ -17,7 +17,7 @@
 #define __global__
 #define __device__
 #define __shared__ static  // one block runs at a time
-#define __launch_bounds__(n)
+#define __launch_bounds__(...)
 #define __restrict__
 
 struct dim3 {

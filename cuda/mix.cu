@@ -7,6 +7,7 @@ namespace {
 
 constexpr int MOST = 6;    // mixes of one input
 constexpr int TOKENS = 32;  // of a part, which a thread goes through for its channel
+constexpr int ENTROPY_THREADS = 512;  // of a block that has a row of logits
 
 template <typename T> struct Tensors {
     T *of[MOST];
@@ -88,14 +89,14 @@ __device__ inline void mix_backward(
 }
 
 // grid (blocks)
-template <typename T> __device__ inline void square_relu(const T *x, T *y, int numbers) {
+template <typename T> __device__ inline void square_relu(const T *x, T *y, long numbers) {
     for (long i = (long)blockIdx.x * THREADS + threadIdx.x; i < numbers; i += (long)gridDim.x * THREADS) {
         const float h = from(x[i]);
         put(y + i, h > 0.0f || h != h ? h * h : 0.0f);
     }
 }
 
-template <typename T> __device__ inline void square_relu_backward(const T *x, const T *dy, T *dx, int numbers) {
+template <typename T> __device__ inline void square_relu_backward(const T *x, const T *dy, T *dx, long numbers) {
     for (long i = (long)blockIdx.x * THREADS + threadIdx.x; i < numbers; i += (long)gridDim.x * THREADS) {
         const float h = from(x[i]);
         put(dx + i, h > 0.0f || h != h ? 2.0f * h * from(dy[i]) : 0.0f);
@@ -116,11 +117,11 @@ struct LogSum {
 // grid (rows)
 template <typename T>
 __device__ inline void cross_entropy(T *logits, const long long *targets, float *losses, int V, int slopes) {
-    __shared__ LogSum of_warp[WARPS];
+    __shared__ LogSum of_warp[ENTROPY_THREADS / 32];
     T *row = logits + (long)blockIdx.x * V;
     const int target = (int)targets[blockIdx.x];
     LogSum all = {-3e38f, 0.0f};
-    for (int j = threadIdx.x; j < V; j += THREADS) all.add(from(row[j]), 1.0f);
+    for (int j = threadIdx.x; j < V; j += ENTROPY_THREADS) all.add(from(row[j]), 1.0f);
 #pragma unroll
     for (int mask = 16; mask; mask /= 2) {
         const float most = of_lane(all.most, mask), sum = of_lane(all.sum, mask);
@@ -129,12 +130,12 @@ __device__ inline void cross_entropy(T *logits, const long long *targets, float 
     if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = all;
     __syncthreads();
     all = of_warp[0];
-    for (int warp = 1; warp < WARPS; warp++) all.add(of_warp[warp].most, of_warp[warp].sum);
+    for (int warp = 1; warp < ENTROPY_THREADS / 32; warp++) all.add(of_warp[warp].most, of_warp[warp].sum);
     const float log_sum = all.most + logf(all.sum);
     if (threadIdx.x == 0) losses[blockIdx.x] = log_sum - from(row[target]);
     if (!slopes) return;
     __syncthreads();  // the target's logit is read
-    for (int j = threadIdx.x; j < V; j += THREADS) put(row + j, expf(from(row[j]) - log_sum) - (j == target ? 1.0f : 0.0f));
+    for (int j = threadIdx.x; j < V; j += ENTROPY_THREADS) put(row + j, expf(from(row[j]) - log_sum) - (j == target ? 1.0f : 0.0f));
 }
 
 }  // namespace
@@ -155,11 +156,11 @@ __device__ inline void cross_entropy(T *logits, const long long *targets, float 
             x, shift, mu, Tensors<const T>{{d0, d1, d2, d3, d4, d5}}, dx, dshift, dmu, span, sequences, tokens, C, mixes           \
         );                                                                                                                         \
     }                                                                                                                              \
-    extern "C" __global__ void BOUNDS mix_relu_##name(const T *x, T *y, int numbers) { square_relu(x, y, numbers); }              \
-    extern "C" __global__ void BOUNDS mix_reluback_##name(const T *x, const T *dy, T *dx, int numbers) {                          \
-        square_relu_backward(x, dy, dx, numbers);                                                                                  \
+    extern "C" __global__ void BOUNDS mix_relu_##name(const T *x, T *y, int rows, int C) { square_relu(x, y, (long)rows * C); }       \
+    extern "C" __global__ void BOUNDS mix_reluback_##name(const T *x, const T *dy, T *dx, int rows, int C) {                      \
+        square_relu_backward(x, dy, dx, (long)rows * C);                                                                                 \
     }                                                                                                                              \
-    extern "C" __global__ void BOUNDS mix_entropy_##name(                                                                         \
+    extern "C" __global__ void __launch_bounds__(ENTROPY_THREADS) mix_entropy_##name(                                             \
         T *logits, const long long *targets, float *losses, int V, int slopes                                                      \
     ) {                                                                                                                            \
         cross_entropy(logits, targets, losses, V, slopes);                                                                         \

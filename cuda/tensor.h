@@ -73,6 +73,15 @@ template <int ROWS, int COLUMNS> struct Product {
         }
     }
 
+    __device__ inline void scale(const Product &by) {
+#pragma unroll
+        for (int turn = 0; turn < TURNS; turn++)
+#pragma unroll
+            for (int part = 0; part < WIDE; part++)
+#pragma unroll
+                for (int n = 0; n < 4; n++) c[turn][part][n] *= by.c[turn][part][n];
+    }
+
     __device__ inline void store(float *to, int row) {
         each([=](int i, int j, float x) { to[i * row + j] = x; });
     }

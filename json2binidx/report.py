@@ -38,14 +38,16 @@ def make(
     files: Sequence[Path],
     other: Sequence[Path],
     settings: Mapping[str, Any],
-    valid_rows: int,
+    held_out: np.ndarray,
 ) -> dict:
+    """held_out: of each row made, bool."""
     sizes = np.frombuffer(tally.sizes, np.int32)
     counts = tally.counts
     epochs = settings["EPOCHS"]
-    train = len(sizes) - valid_rows
+    trained = sizes[~held_out]
+    train, valid_rows = len(trained), int(held_out.sum())
     # training sees every row `epochs` times; where there are many, that changes nothing of what is worked out here
-    seen = np.tile(sizes, epochs) if len(sizes) * epochs <= SAMPLE else sizes
+    seen = np.tile(trained, epochs) if train * epochs <= SAMPLE else trained
     dialogues = {name: counts[name] for name in ("turns", "system", "tools", "thoughts") if counts[name]}
     return {
         "made_by": __version__,
@@ -73,7 +75,7 @@ def make(
         "scripts": script_shares(tally.scripts),
         "lengths": lengths(sizes),
         "filling": filling(seen, settings["SEED"]),
-        "advice": advice(seen, train * epochs, settings["EOF"], tally),
+        "advice": advice(seen, train * epochs, valid_rows > 0, settings["EOF"], tally),
         "places": {
             "rejected": [[r.file, r.line, r.message] for r in tally.rejects],
             **{what: [list(place) for place in found] for what, found in tally.places.items()},
@@ -114,7 +116,7 @@ def filling(sizes: np.ndarray, seed: int) -> dict[str, float]:
     return {name: round(float(share), 4) for name, share in found.items()}
 
 
-def advice(sizes: np.ndarray, rows: int, end_of_doc: bool, tally: Tally) -> dict[str, Any]:
+def advice(sizes: np.ndarray, rows: int, held_out: bool, end_of_doc: bool, tally: Tally) -> dict[str, Any]:
     answers = tally.counts["with an answer"] > 0 or "overlooked" in tally.places
     return {
         "append_eof": end_of_doc,
@@ -125,6 +127,7 @@ def advice(sizes: np.ndarray, rows: int, end_of_doc: bool, tally: Tally) -> dict
         "TRAIN_LENGTHS": list(buckets.best_edges(np.maximum(sizes.astype(np.int64) - 1, 1))),
         "LOSS_MASK": "qa" if answers else "pad",
         "without_answer": tally.counts["kept"] - tally.counts["with an answer"],
+        "held_out": held_out,
     }
 
 
@@ -230,9 +233,9 @@ def labels(facts: Mapping[str, Any], name: str) -> str:
     """The numbers that training.sh wants, with the labels of the field's tool."""
     plain = "   # no row has an Assistant turn: learn all of the text"
     alone = facts["without_answer"]
-    left_out = (
-        f"          # leaves out {count(alone, 'row')} without an Assistant turn; pad takes all text" if alone else ""
-    )
+    counted = ", held-out ones counted" if facts.get("held_out") else ""
+    words = f"          # leaves out {count(alone, 'row')} without an Assistant turn{counted}; pad takes all text"
+    left_out = words if alone else ""
     return "\n".join([
         f"### append_eof = {facts['append_eof']}",
         f"### max_length = {facts['max_length']}",

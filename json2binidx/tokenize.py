@@ -85,7 +85,7 @@ def tokenize(source: Path, config: TokenizeConfig, epochs: int, end_of_doc: bool
         names = write(prefix, stored, tally, epochs, config.valid_percent, config.seed)
         rejected.keep()
     # drawn before the report, whose presence says that all is there
-    content = report.make(tally, source, found, other, settings, stored.valid_rows)
+    content = report.make(tally, source, found, other, settings, stored.held_out)
     advice = content["advice"]
     sizes, median = np.frombuffer(tally.sizes, np.int32), content["lengths"]["median"]
     picture = draw_lengths(prefix, sizes, median, advice["CTX_LEN"], advice["TRAIN_LENGTHS"])
@@ -196,7 +196,7 @@ class Stored:
     """The encoded rows, one after another, in two files without a name."""
 
     def __init__(self, ids: IO[bytes], roles: IO[bytes]):
-        self.ids, self.roles, self.valid_rows = ids, roles, 0
+        self.ids, self.roles, self.held_out = ids, roles, np.zeros(0, bool)
 
     def add(self, one: Cooked) -> None:
         self.ids.write(one.ids.astype("<u2", copy=False).tobytes())
@@ -220,7 +220,7 @@ def write(prefix: Path, stored: Stored, tally: Tally, epochs: int, valid_percent
     starts = np.zeros(len(sizes) + 1, np.int64)
     np.cumsum(sizes, out=starts[1:])
     held_out = valid_rows(np.frombuffer(tally.documents, np.uint64), len(sizes), valid_percent, seed)
-    stored.valid_rows = int(held_out.sum())
+    stored.held_out = held_out
     need_space(prefix.parent, epochs * (3 * int(starts[-1]) + 2 * 20 * len(sizes)))
     streams = {"": np.dtype(np.uint16), ".roles": np.dtype(np.uint8)}
     held = {".valid": np.dtype(np.uint16), ".valid.roles": np.dtype(np.uint8)} if held_out.any() else {}

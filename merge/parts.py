@@ -44,7 +44,11 @@ def checkpoint_files(words: Sequence[str], run: str) -> list[Path]:
     """The files that words behind the command mean: a number is an epoch of the run, step-N a step of it, anything
     else a path; none is the newest epoch."""
     if not words:
-        return [runs.checkpoint_file(runs.run_folder(run))]
+        folder = runs.run_folder(run)
+        newest = runs.checkpoint_file(folder)
+        if runs.better(folder, newest):
+            print(f"careful   the validation was better before {newest.name}: ./merge.sh best takes that checkpoint")
+        return [newest]
     return [one_file(word, run) for word in words]
 
 

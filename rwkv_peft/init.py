@@ -14,19 +14,27 @@ from .errors import UserError, door
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m rwkv_peft.init", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--out", required=True, type=Path, help="the .pth to write; an existing file is not overwritten"
+    parser = argparse.ArgumentParser(
+        prog="python -m rwkv_peft.init",
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--version", choices=("v7", "v6", "v5"), default="v7")
-    parser.add_argument("--layers", type=positive, default=12)
-    parser.add_argument("--width", type=positive, default=768)
     parser.add_argument(
-        "--vocab", type=positive, default=65536, help="rows of emb and head (65536: the World vocabulary)"
+        "--out",
+        required=True,
+        type=Path,
+        default=argparse.SUPPRESS,
+        help="the .pth to write; an existing file is not overwritten",
     )
-    parser.add_argument("--head-size", type=positive, default=64)
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--seed", type=positive, default=42)
+    parser.add_argument("--version", choices=("v7", "v6", "v5"), default="v7", help="of RWKV")
+    parser.add_argument("--layers", type=positive, default=12, help="blocks")
+    parser.add_argument("--width", type=positive, default=768, help="channels")
+    parser.add_argument(
+        "--vocab", type=positive, default=65536, help="rows of emb and head; 65536 is the World vocabulary"
+    )
+    parser.add_argument("--head-size", type=positive, default=64, help="channels of a head")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="format of the weights")
+    parser.add_argument("--seed", type=positive, default=42, help="of the random numbers")
     given = parser.parse_args(arguments)
     with door():
         import torch

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from .errors import Problem, Problems, UserError
 from .words import did_you_mean, listed
 
 BEST = "rwkv-best.pth"  # what was trained where the validation was best
-BEFORE = "loss-before.jsonl"  # the log of an earlier run of that name, which has saved nothing
+BEFORE = "loss-before.jsonl"  # the logs of earlier runs of that name, which have saved nothing, one after another
 EPOCH, STEP = re.compile(r"rwkv-(\d+)\.pth"), re.compile(r"rwkv-step-(\d+)\.pth")
 
 
@@ -57,7 +58,8 @@ def claim(name: str, stem: str, cleanup: contextlib.ExitStack, goes_on: bool = F
                 message = f"{project.shown(folder)} is being trained at this moment, by another process"
             raise Problems(Problem("RUN_NAME", message))
         if not goes_on and os.fstat(file.fileno()).st_size:  # of a run that was ended before it had saved anything
-            shutil.copyfile(folder / "loss.jsonl", folder / BEFORE)
+            with open(folder / "loss.jsonl", "rb") as log, open(folder / BEFORE, "ab") as before:
+                shutil.copyfileobj(log, before)
             file.truncate(0)
         return folder
 
@@ -158,7 +160,12 @@ def run_folder(name: str) -> Path:
         raise UserError(
             f"No run in {project.shown(project.OUTPUT)}/ has saved a checkpoint yet. Train first: ./training.sh"
         )
-    return max(runs, key=lambda p: (p / "run.json").stat().st_mtime)
+    found = max(runs, key=lambda p: (p / "run.json").stat().st_mtime)
+    if (project.OUTPUT / "latest").is_dir():
+        empty = (project.OUTPUT / "latest").resolve()
+        words = f"the newest run, {project.shown(empty)}, has saved nothing; this is {project.shown(found)}"
+        print(f"careful   {words}", file=sys.stderr)
+    return found
 
 
 def best_file(folder: Path) -> Path:
@@ -168,6 +175,21 @@ def best_file(folder: Path) -> Path:
             f"{project.shown(folder)}: has no {BEST}; KEEP_BEST=1 in training.sh keeps it, if there are held-out rows."
         )
     return folder / BEST
+
+
+def checkpoints(folder: Path) -> list[tuple[Path, int]]:
+    """A run's checkpoints and the steps that they are of; the best one last, whose step another may share."""
+    found = []
+    for path in sorted(folder.glob("rwkv-*.pth"), key=lambda path: path.name == BEST):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            found.append((path, int(json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["step"])))
+    return found
+
+
+def better(folder: Path, checkpoint: Path) -> bool:
+    """Whether a run has kept an earlier checkpoint, of where its validation was better."""
+    steps = {path.name: step for path, step in checkpoints(folder)}
+    return steps.get(BEST, 0) < steps.get(checkpoint.name, 0) and BEST in steps
 
 
 def saved(folder: Path) -> tuple[list[int], list[int]]:

@@ -32,10 +32,17 @@ def course(*points: float, steps: int = 400, noise: float = 0.05) -> np.ndarray:
 
 
 def made(
-    trained=(2.0, 0.8), held=(2.0, 0.9), losses=(2.0, 1.0, 0.9, 0.9, 0.9), looks=(), skipped=0, noise=0.05, sources=()
+    trained=(2.0, 0.8),
+    held=(2.0, 0.9),
+    losses=(2.0, 1.0, 0.9, 0.9, 0.9),
+    looks=(),
+    skipped=0,
+    noise=0.05,
+    sources=(),
+    **more,
 ):
     pair = [rows(*numbers) if numbers else None for numbers in (trained, held)]
-    return Run(*pair, sources, course(*losses, noise=noise), skipped, looks, 1e-4)
+    return Run(*pair, sources, course(*losses, noise=noise), skipped, looks, 1e-4, **more)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +63,7 @@ def made(
         ({"trained": (2.0, 1.99), "held": (2.0, 1.99), "losses": (2.0, 1.99)}, ["too low"], "take ten times LR_INIT=0.0001"),
         ({"losses": (2.0, 1.6, 1.2, 0.8, 0.4)}, ["underfit"], "a larger EPOCH_COUNT"),
         # all have gained, and next to nothing is known
-        ({"trained": (11.2, 7.8), "held": (11.2, 8.1)}, ["underfit"], "each token comes as one in 2,"),
+        ({"trained": (11.2, 7.8), "held": (11.2, 8.1)}, ["underfit"], "guessed among 2,"),
         ({"held": (2.0, 1.8)}, ["overfit"], "it has gained 0.1"),
         ({"held": (2.0, 2.4)}, ["overfit"], "held-out rows are worse than before"),
         # what is learnt by heart would go on falling for ever
@@ -64,6 +71,10 @@ def made(
         ({"looks": [(10, 1.0), (20, 0.9), (30, 1.2)]}, ["overfit"], "best, 0.900, at step 20, and is 1.200 at the end"),
         ({"trained": (2.0, 0.02), "held": (2.0, 1.9)}, ["overfit"], "22 of 40 rows that were looked at are known by heart"),
         ({"trained": None, "held": (2.0, 1.0)}, ["fits"], ""),
+        # what is not finished has not had its chance; but a rate that is too high is one already
+        ({"losses": (2.0, 1.6, 1.2, 0.8, 0.4), "left": 70}, ["unfinished"], "70 of its 470 steps are left; ./training.sh"),
+        ({"losses": (2.0, 1.0, 2.5, 3.0, 3.0), "left": 70}, ["unfinished", "too high"], ""),
+        ({"trained": (11.2, 7.8), "held": (11.2, 8.1), "patience": True}, ["underfit"], "--find-lr"),
     ],
 )  # fmt: skip
 def test_numbers_become_words(made_of, expected, words):
@@ -209,3 +220,8 @@ def test_a_run_whose_data_are_gone_says_so(ready, capsys):
         UserError, match=r"(?s)DATA_PATH: data/chat.bin: there is no such file.*There is no row to look at"
     ):
         chat.command(ASKING, ["--diagnose", "one"])
+
+
+def test_a_run_that_its_patience_has_ended_is_not_told_to_go_on_for_longer():
+    [found] = judge(made(trained=(11.2, 7.8), held=(11.2, 8.1), patience=True))
+    assert "EPOCH_COUNT" not in found.words

@@ -244,18 +244,22 @@ def test_a_logit_that_is_nan_makes_the_loss_nan():
 
 def test_the_way_is_chosen_by_the_shape(monkeypatch):
     """Few heads and sequences go in parts, many token by token; so does what there are no kernels in parts for."""
-    about = types.SimpleNamespace(multi_processor_count=132)
+    about = types.SimpleNamespace(multi_processor_count=132, total_memory=140 * 10**9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: about)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
 
     def pays(heads=12, sequences=1, tokens=4096, **how):
         values = {"is_cuda": True, "dtype": torch.bfloat16, "shape": (sequences * tokens, heads, 64), "device": "cuda"}
+        values["numel"] = lambda: sequences * tokens * heads * 64
         return chunk7.pays(types.SimpleNamespace(**values | how), ((0, tokens),) * sequences)
 
     assert pays() and pays(40) and pays(32, 8)
     assert not pays(40, 16) and not pays(64, 9)
     assert not pays(tokens=200) and not pays(dtype=torch.float32) and not pays(shape=(4096, 12, 128))
     assert not pays(is_cuda=False)
+    about.total_memory = 10**9
+    assert not pays() and pays(tokens=1024)
+    about.total_memory = 140 * 10**9
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (7, 5))
     assert not pays()
 
@@ -266,7 +270,7 @@ def test_the_states_that_are_kept_are_those_of_the_other_way():
     kept = []
     for way in (wkv.TOKENS, wkv.PARTS):
         flat = [x.reshape(150, 2, 16) for x in inputs]
-        y, _ = wkv.WKV7.apply(*flat, s0, ((0, 20), (20, 150)), way)
+        y, _ = wkv.WKV7.apply(*flat, s0, ((0, 20), (20, 150)), way, True)
         kept.append(y.grad_fn.saved_tensors[-1])
     assert kept[0].shape == kept[1].shape == (4, 2, 16, 16)
     assert (kept[0] - kept[1]).norm() <= 1e-6 * kept[0].norm()

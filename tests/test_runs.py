@@ -1,6 +1,9 @@
 """What the user sees of a run, and what it leaves: plan, progress, picture, checkpoints, folder."""
 
+import contextlib
 import json
+import os
+import signal
 import sys
 import types
 
@@ -9,9 +12,10 @@ import tiny
 from inprocess import config, run
 from test_resume import interrupted
 
-from rwkv_peft import train
+from rwkv_peft import project, runs, train
 from rwkv_peft.errors import Problems
-from rwkv_peft.training import trackers
+from rwkv_peft.training import report, trackers
+from rwkv_peft.training.callbacks import StopOnSignal
 
 
 def test_a_run_that_never_took_a_step_leaves_no_folder(ready):
@@ -234,3 +238,64 @@ def test_swanlab_and_trackio_are_given_their_words(ready, monkeypatch):
         _, records = run(ready, name, **{name.upper(): "my project"})
         assert seen[0]["project"] == "my project" and seen[0]["name"] == name and seen[0]["config"]["LR_INIT"] == 1e-2
         assert seen[1:] == [*((r["step"], r["loss"]) for r in records), "finished"]
+
+
+def checkpoint_of(folder, name, step):
+    (folder / f"rwkv-{name}.pth").touch()
+    (folder / f"rwkv-{name}.json").write_text(json.dumps({"step": step}))
+
+
+@pytest.mark.parametrize(
+    ("saved", "looks", "chosen", "words"),
+    [
+        ({"0": 4, "1": 8, "best": 4}, {0: 9.0, 4: 1.0, 8: 2.0}, "best", "at step 4, in epoch 1; {}/rwkv-best.pth holds it"),
+        # kept when the run was another
+        ({"0": 4, "1": 8, "2": 12, "best": 4}, {4: 3.0, 8: 1.0, 12: 2.0}, "1", "at step 8, in epoch 2; {}/rwkv-1.pth holds it"),
+        ({"0": 4, "1": 8}, {0: 0.5, 4: 1.0, 8: 2.0}, "0", "before training: nothing that was learnt does better"),
+        ({"0": 4, "1": 8}, {2: 0.5, 4: 1.0, 8: 2.0}, "0", "at step 2, in epoch 1; of what was saved, {}/rwkv-0.pth was best"),
+        ({"0": 4, "1": 8}, {0: 9.0, 6: 0.5}, "1", "at step 6, in epoch 2"),
+        ({"1": 8}, {0: 9.0, 4: 2.0, 8: 1.0}, "1", "at step 8, in epoch 2; {}/rwkv-1.pth holds it"),
+    ],
+)  # fmt: skip
+def test_the_checkpoint_to_go_on_with_is_that_of_the_best_look_that_there_is_one_of(
+    tmp_path, capsys, saved, looks, chosen, words
+):
+    for name, step in saved.items():
+        checkpoint_of(tmp_path, name, step)
+    records = [{"step": step, "loss": loss, "epoch": max(0, step - 1) // 4} for step, loss in looks.items()]
+    newest = max((name for name in saved if name != "best"), key=int)
+    found = report.best_look(records, tmp_path, tmp_path / f"rwkv-{newest}.pth")
+    assert found.name == f"rwkv-{chosen}.pth" and words.format(tmp_path) in capsys.readouterr().out
+
+
+def test_no_log_of_a_run_that_saved_nothing_is_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr(project, "OUTPUT", tmp_path)
+    for text in ("first\n", "second\n", ""):
+        with contextlib.ExitStack() as cleanup:
+            folder = runs.claim("run", "stem", cleanup, False)
+            (folder / "loss.jsonl").write_text(text)
+    assert (folder / runs.BEFORE).read_text() == "first\nsecond\n"
+
+
+def test_it_is_told_that_the_newest_run_has_saved_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(project, "OUTPUT", tmp_path)
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").touch()
+    checkpoint_of(tmp_path / "old", "0", 4)
+    runs.point_latest(tmp_path / "new")
+    assert runs.run_folder("").name == "old"
+    assert "the newest run" in capsys.readouterr().err
+    checkpoint_of(tmp_path / "new", "0", 4)
+    assert runs.run_folder("").name == "new" and not capsys.readouterr().err
+
+
+def test_who_leaves_at_once_is_told_whether_anything_is_saved(monkeypatch):
+    told = []
+    monkeypatch.setattr(os, "_exit", lambda code: None)
+    monkeypatch.setattr(os, "write", lambda _file, message: told.append(message.decode()))
+    for saved in (True, False):
+        stop = StopOnSignal(lambda: None, saved=lambda saved=saved: saved)
+        stop.received = signal.SIGINT
+        stop.receive(signal.SIGINT, None)
+    assert "Checkpoints that were saved before are whole" in told[0] and "Nothing had been saved yet" in told[1]

@@ -33,7 +33,7 @@ ANSWER = 48  # tokens
 # of run.json
 WANTED = (
     "DATA_PATH", "VAL_DATA", "STREAMING", "LOSS_MASK", "MASK_START", "MASK_END", "CTX_LEN", "OVERLONG", "DATALOAD", "PACK",
-    "LR_INIT",
+    "LR_INIT", "EPOCH_COUNT", "EPOCH_STEPS", "MINI_BSZ", "VAL_PATIENCE",
 )  # fmt: skip
 SHOWN = 160  # characters of a text
 WIDTH = 125  # of the lines of a verdict
@@ -120,10 +120,22 @@ def diagnose(name: str, base: str, precision: str) -> None:
         settings["LR_INIT"],
         (adapter.parent / runs.BEST).is_file(),
         all_seen,
+        *course(settings, records, looks, chosen.sidecar),
     )
     print()
     for finding in judge(run):
         print(textwrap.fill(f"verdict   {finding.words}.", WIDTH, subsequent_indent=" " * 10, break_on_hyphens=False))
+
+
+def course(settings: dict, records: list[dict], looks: list[dict], sidecar: dict) -> tuple[int, bool]:
+    """How many steps a run has still to do, and whether VAL_PATIENCE has ended it; of its newest checkpoint only."""
+    done = records[-1]["step"] if records else 0
+    if settings["STREAMING"] or sidecar["step"] < done:
+        return 0, False
+    planned = settings["EPOCH_COUNT"] * (settings["EPOCH_STEPS"] // settings["MINI_BSZ"])
+    seen = [look for look in looks if look["loss"] is not None]
+    ended = 0 < settings["VAL_PATIENCE"] <= validate.rounds_without_a_better(seen)
+    return (0, ended) if ended else (max(0, planned - done), False)
 
 
 def facts_of(folder: Path) -> tuple[dict[str, Any], list[dict], list[dict]]:
@@ -184,6 +196,9 @@ def rows_of(
         lines += [f"careful   VAL_DATA: {words}" for words in wrong]
     for pair in there(others):
         put(held, pair)
+    if trained and not held:
+        words = "what was learnt by heart cannot be told; VALID_PERCENT=5 in make_tokenize.sh sets some aside"
+        lines.append(f"careful   there are no held-out rows: {words}")
     if not trained and not held:
         raise UserError("\n".join([*lines, "There is no row to look at: see DATA_PATH and VAL_DATA in training.sh."]))
     return (trained, held), lines, targets

@@ -67,7 +67,8 @@ class Run(NamedTuple):
     """What is known of a run. trained, held: rows that it has learnt from, and others; None for none. sources: (name, rows it has
     learnt from, held-out rows or None) of each file, if there are several. losses: of its steps. skipped: steps that were left
     out. looks: its validations, (step, loss). rate: LR_INIT. kept: whether its best checkpoint was kept. all_seen:
-    whether it has gone through all its rows: else some of `trained` are new to it."""
+    whether it has gone through all its rows: else some of `trained` are new to it. left: steps that it has still to do.
+    patience: whether VAL_PATIENCE has ended it."""
 
     trained: Rows | None
     held: Rows | None
@@ -78,6 +79,8 @@ class Run(NamedTuple):
     rate: float
     kept: bool = False
     all_seen: bool = True
+    left: int = 0
+    patience: bool = False
 
     @property
     def whose(self) -> str:
@@ -92,8 +95,11 @@ class Run(NamedTuple):
 def judge(run: Run) -> list[Finding]:
     """In the order in which to mend them. Never empty."""
     high = too_high(run)
-    found = [high] if high else [one for one in (too_low(run), underfit(run), far(run)) if one][:1]
+    low = [] if run.left else [one for one in (too_low(run), underfit(run), far(run)) if one][:1]
+    found = [high] if high else low
     found += [one for one in (overfit(run),) if one]
+    if run.left:
+        return [unfinished(run), *found]
     if not run.held and run.trained and not found:
         before, after = run.trained.losses
         words = (
@@ -102,6 +108,14 @@ def judge(run: Run) -> list[Finding]:
         )
         return [Finding("unknown", words)]
     return found or [fits(run)]
+
+
+def unfinished(run: Run) -> Finding:
+    done = len(run.losses) + run.skipped
+    words = (
+        f"it is not finished: {run.left:,} of its {done + run.left:,} steps are left; ./training.sh, as it was, goes on"
+    )
+    return Finding("unfinished", words)
 
 
 def pieces(losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -167,7 +181,8 @@ def underfit(run: Run) -> Finding | None:
     if run.held and learnt_by_heart(run):
         return None
     falling = f"still falling at the end, by {last:.3f} over the last quarter of the steps and {whole:.3f} in all"
-    cure = "Take a larger EPOCH_COUNT, or a higher LR_INIT (or LR_FINAL)"
+    more = "a larger VAL_PATIENCE" if run.patience else "a larger EPOCH_COUNT"
+    cure = f"Take {more}, or a higher LR_INIT (or LR_FINAL)"
     return Finding("underfit", f"underfit: the loss was {falling}. {cure}")
 
 
@@ -177,8 +192,15 @@ def far(run: Run) -> Finding | None:
     if not rows or not rows.losses[1] > FAR:
         return None
     before, after = rows.losses
-    left = f"of {run.whose} the loss is still {after:.3f} ({before:.3f} before): each token comes as one in {np.exp(after):,.0f}"
-    cure = "Take a larger EPOCH_COUNT, more rows, or a base that knows the language (and its template, PROMPT_TYPE)"
+    guessed = f"as if each token were guessed among {np.exp(after):,.0f}"
+    left = f"of {run.whose} the loss is still {after:.3f} ({before:.3f} before), {guessed}"
+    cures = [
+        f"another LR_INIT than {run.rate:g} (./training.sh --find-lr tells what the settings bear)",
+        *([] if run.patience else ["a larger EPOCH_COUNT"]),
+        "more rows",
+        "or a base that knows the language (and its template, PROMPT_TYPE)",
+    ]
+    cure = f"Take {', '.join(cures)}"
     return Finding("underfit", f"underfit: {left}. {cure}")
 
 

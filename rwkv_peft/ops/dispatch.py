@@ -146,7 +146,7 @@ def choose(op: str, version: str, device: str = "cpu", head_size: int = 64) -> O
         raise Problems(Problem("OP", f"{wants}; use auto"))
     if device == "cuda":
         if head_size in CUDA_SIZES:
-            return on_gpu(op, version)
+            return on_gpu(op, version, head_size)
         words = f"{heads(CUDA_SIZES)}, and these have {head_size}"
         if op != "auto":
             raise Problems(Problem("OP", f"{words}; use auto"))
@@ -166,57 +166,69 @@ def heads(sizes: Sequence[int]) -> str:
     return f"there are kernels for heads of {', '.join(map(str, sizes))} channels"
 
 
-def on_gpu(op: str, version: str) -> Ops:
+def on_gpu(op: str, version: str, size: int) -> Ops:
     """Kernels that compute on this GPU what the definition says. They are asked once for a GPU and a driver."""
     reasons = []
     for name in FOR_GPU if op == "auto" else (op,):
-        found, wrong = tried(name, version, recurrence(version, WKV[version][name]))
+        found, wrong = tried(name, version, size, recurrence(version, WKV[version][name], size))
         if not wrong:
             ops = made(name, version, f"{FOR_GPU[name].words}{seen(found)}")
-            return what_is_right(ops, version)
+            return what_is_right(ops, version, size)
         if op == name:
             raise Problems(Problem("OP", f"{FOR_GPU[name].words} cannot be used: {wrong}; use auto"))
         reasons.append(f"OP={name}: {wrong}")
     return made("torch", version, f"slower than kernels for GPUs, which are not used. {'. '.join(reasons)}")
 
 
-def what_is_right(ops: Ops, version: str) -> Ops:
+def what_is_right(ops: Ops, version: str, size: int) -> Ops:
     """A backend whose recurrence token by token is right: with what else of it is right as well."""
     if ways := WAYS.get((ops.name, version)):
-        _, wrong = tried(ops.name, f"{version} in parts", recurrence(version, ways.parts))
+        _, wrong = tried(ops.name, f"{version} in parts", size, recurrence(version, ways.parts, size))
         if wrong:
             ops = replace(ops, wkv=ways.tokens, why=f"{ops.why}; not on tensor cores: {wrong}")
     if ops.around is not neighbours:
         wkv = WKV["x070"][ops.name]
-        _, wrong = tried(ops.name, "around", lambda *place: proof.prove_around(ops.around, wkv, *place))
+        _, wrong = tried(ops.name, "around", size, lambda *place: proof.prove_around(ops.around, wkv, *place, size))
         if wrong:
             ops = replace(ops, around=neighbours, why=f"{ops.why}; the rest of a block on torch: {wrong}")
     return ops
 
 
-def recurrence(version: str, wkv: Callable) -> Callable:
+def recurrence(version: str, wkv: Callable, size: int) -> Callable:
     """From a device and a format to the proof of a recurrence."""
-    return lambda device, dtype: proof.prove(version, wkv, device, dtype)
+    return lambda device, dtype: proof.prove(version, wkv, device, dtype, size)
 
 
 def seen(found: proof.Proof | None) -> str:
     return f", error {found.error:.1e} on this GPU" if found else ""
 
 
-def tried(name: str, what: str, prove: Callable) -> tuple[proof.Proof | None, str]:
+def tried(name: str, what: str, size: int, prove: Callable) -> tuple[proof.Proof | None, str]:
     """What kernels of FOR_GPU have shown on this GPU just now (None: at an earlier time), and why they cannot be used, or ""."""
     kind = FOR_GPU[name]
     try:
         digest = kind.digest()
         device = torch.device("cuda", torch.cuda.current_device())
-        found = proof.remembered(f"{name} {what}", functools.partial(prove, device), device, digest)
+        found = proof.remembered(f"{name} {what} {size}", functools.partial(prove, device), device, digest)
     except kind.missing as missing:
         return None, str(missing)
     except Exception as error:  # whatever a driver, a GPU or a package has against them: torch computes as well
         words = (str(error).splitlines() or [""])[0][:200]
+        must_still_compute(name, words)
         return None, f"they do not run on this GPU ({type(error).__name__}: {words})"
     good = found is None or found.passed
     return found, "" if good else f"they are wrong on this GPU ({found.what}: {found.error:.1e})"
+
+
+def must_still_compute(name: str, words: str) -> None:
+    """Problems if what a kernel has done left the GPU unusable to this process: nothing can be computed on it any more."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        message = (
+            f"{FOR_GPU[name].words} broke off on this GPU ({words}), which leaves it unusable to this run; use torch"
+        )
+        raise Problems(Problem("OP", message)) from error
 
 
 def made(name: str, version: str, why: str = "") -> Ops:

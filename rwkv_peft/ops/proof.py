@@ -26,7 +26,12 @@ KINDS = ("random", "repeated", "forgetful")
 # largest difference from the definition, of the norm of an output or a gradient (float32: seen 5e-6; bfloat16: its rounding)
 LIMITS = {torch.float32: 3e-5, torch.bfloat16: 2**-6, torch.float16: 2**-8}
 # the same, of what stands around the recurrence: of bfloat16, what a norm makes of its rounding
-AROUND_LIMITS = {torch.float32: 3e-5, torch.bfloat16: 2**-5}
+AROUND_LIMITS = {torch.float32: 3e-5, torch.bfloat16: 2**-7}
+AROUND_LENGTHS, AROUND_HEADS = (
+    (1, 63, 70),
+    3,
+)  # with a border where a kernel's part has one, and channels that fill no block
+FAINT, SHORT = 1e-2, 1e-4
 DEFINITIONS = {"x070": reference.wkv7, "x060": reference.wkv6, "x052": reference.wkv5}
 
 
@@ -42,7 +47,7 @@ class Proof(NamedTuple):
         return self.error <= self.limit
 
 
-def inputs(version: str, kind: str) -> list[Tensor]:
+def inputs(version: str, kind: str, size: int = SIZE) -> list[Tensor]:
     """What a model of the version could give to its recurrence, float64. kind: random; repeated, the same key again and again and
     replaced almost wholly; forgetful, decays at their lower end."""
     dice = torch.Generator().manual_seed(0)
@@ -50,7 +55,7 @@ def inputs(version: str, kind: str) -> list[Tensor]:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=dice, dtype=torch.float64)
 
-    shape = 1, sum(LENGTHS), HEADS, SIZE
+    shape = 1, sum(LENGTHS), HEADS, size
     r, k, v = normal(*shape), normal(*shape), normal(*shape)
     if version != "x070":
         w = -torch.exp(normal(*(shape[2:] if version == "x052" else shape)) - 1)
@@ -58,23 +63,24 @@ def inputs(version: str, kind: str) -> list[Tensor]:
             k, w = k[:, :1].expand(shape).clone(), torch.full_like(w, -1e-3)
         if kind == "forgetful":
             w = w * 1e3
-        return [r, w, k, v, normal(HEADS, SIZE)]
+        return [r, w, k, v, normal(HEADS, size)]
     direction = torch.nn.functional.normalize(k[:, :1].expand(shape) if kind == "repeated" else k, dim=-1)
     replaced = torch.full(shape, 0.999, dtype=torch.float64) if kind == "repeated" else torch.sigmoid(normal(*shape))
     w = {"random": -0.6065 * torch.sigmoid(normal(*shape)), "repeated": torch.full(shape, -1e-3, dtype=torch.float64)}
     return [r, w.get(kind, torch.full(shape, -0.6065, dtype=torch.float64)), k, v, -direction, direction * replaced]
 
 
-def prove(version: str, wkv: Callable, device: str | torch.device, dtype: torch.dtype) -> Proof:
-    """Compare a recurrence with its definition. dtype: of the inputs; the logarithm of the decay and states are float32."""
+def prove(version: str, wkv: Callable, device: str | torch.device, dtype: torch.dtype, size: int = SIZE) -> Proof:
+    """Compare a recurrence with its definition. dtype: of the inputs; the logarithm of the decay and states are float32.
+    size: of a head."""
     borders = (0, *(sum(LENGTHS[: i + 1]) for i in range(len(LENGTHS))))
     worst = Proof(0.0, LIMITS[dtype], "")
     for kind in KINDS:
-        given = inputs(version, kind)
+        given = inputs(version, kind, size)
         # the logarithm of the decay and the bonus are float32 in a model, whatever the rest is
         kinds = [torch.float32 if i == 1 or x.dim() == 2 else dtype for i, x in enumerate(given)]
         given = [x.to(device, kept).requires_grad_() for x, kept in zip(given, kinds, strict=True)]
-        start = torch.randn(len(LENGTHS), HEADS, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+        start = torch.randn(len(LENGTHS), HEADS, size, size, generator=torch.Generator().manual_seed(1))
         start = start.to(device).requires_grad_()
         exact, s0 = (
             [x.detach().cpu().double().requires_grad_() for x in given],
@@ -89,12 +95,12 @@ def prove(version: str, wkv: Callable, device: str | torch.device, dtype: torch.
             "gradient of s0",
         ]
         for name, one, other in zip(names, found, wanted, strict=True):
-            size = other.detach().norm()
+            whole = other.detach().norm()
             if (
                 name == "gradient of w"
             ):  # where everything is forgotten it is nothing; a difference of sums, as fla has, is not
-                size = size.clamp_min(float(wanted[4].detach().norm()) / 10)  # k's
-            error = float((one.detach().cpu().double() - other.detach()).norm() / size.clamp_min(1e-30))
+                whole = whole.clamp_min(float(wanted[4].detach().norm()) / 10)  # k's
+            error = float((one.detach().cpu().double() - other.detach()).norm() / whole.clamp_min(1e-30))
             if not error <= worst.error:  # NaN is worse than anything
                 worst = Proof(error if error == error else float("inf"), worst.limit, f"{name}, {kind} inputs")
     return worst
@@ -109,27 +115,29 @@ def outputs(wkv: Callable, given: list[Tensor], s0: Tensor, borders: tuple[int, 
     return [y, state, *grads]
 
 
-def prove_around(around: ModuleType, wkv: Callable, device: str | torch.device, dtype: torch.dtype) -> Proof:
+def prove_around(
+    around: ModuleType, wkv: Callable, device: str | torch.device, dtype: torch.dtype, size: int = SIZE
+) -> Proof:
     """Compare what stands around the recurrence of RWKV-7, and in the other blocks, with its definition in float64.
 
-    around: has the functions of neighbours; wkv: the recurrence that goes with it.
+    around: has the functions of neighbours; wkv: the recurrence that goes with it. size: of a head.
     """
     dice = torch.Generator().manual_seed(3)
 
     def drawn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=dice, dtype=torch.float64)
 
-    T, S, C, V = sum(LENGTHS), len(LENGTHS), HEADS * SIZE, 1000
-    borders = (0, *itertools.accumulate(LENGTHS))
+    T, S, C, V = sum(AROUND_LENGTHS), len(AROUND_LENGTHS), AROUND_HEADS * size, 1000
+    borders = (0, *itertools.accumulate(AROUND_LENGTHS))
     host = torch.tensor(borders)
     where = {d: SimpleNamespace(cu_seqlens=borders, host=host, first=host[:-1].to(d)) for d in ("cpu", device)}
     targets = torch.randint(V, (T,), generator=dice)
 
     def block(module, wkv, place, gates, own, s0):
-        return module.around7(wkv, Gates(*gates), Own(*own), s0, where[place], HEADS)
+        return module.around7(wkv, Gates(*gates), Own(*own), s0, where[place], AROUND_HEADS)
 
     def first_block(module, wkv, place, gates, own, s0):
-        return module.around7(wkv, Gates(*gates, None, None), Own(*own), s0, where[place], HEADS)
+        return module.around7(wkv, Gates(*gates, None, None), Own(*own), s0, where[place], AROUND_HEADS)
 
     def mixes(module, _wkv, place, x, before, shares):
         return module.mixes(x, before, list(shares), where[place])
@@ -142,14 +150,18 @@ def prove_around(around: ModuleType, wkv: Callable, device: str | torch.device, 
             loss, slopes = module.slopes(logits.clone(), targets.to(place), True)
         return [loss, slopes]
 
-    own, s0 = drawn(5, C), drawn(S, HEADS, SIZE, SIZE)
+    gates, own, s0 = drawn(8, T, C), drawn(5, C), drawn(S, AROUND_HEADS, size, size)
+    faint, short, s0_faint = gates.clone(), gates.clone(), s0 * FAINT
+    faint[3], faint[7] = gates[3] * FAINT, gates[7] * FAINT  # values so small that the norm's least variance counts
+    short[2, ::5] *= SHORT  # keys so short that a larger least length would show
     worst = Proof(0.0, AROUND_LIMITS[dtype], "")
     for name, function, given in (
-        ("a block", block, [drawn(8, T, C), own, s0]), ("the first block", first_block, [drawn(6, T, C), own, s0]),
+        ("a block", block, [gates, own, s0]), ("the first block", first_block, [gates[:6], own, s0]),
+        ("a block of small values", block, [faint, own, s0_faint]), ("a block of short keys", block, [short, own, s0]),
         ("mixes", mixes, [drawn(T, C), drawn(S, C), drawn(6, C)]), ("the squared ReLU", relu, [drawn(T, C)]),
         ("cross entropy", entropy, [drawn(T, V)]),
     ):  # fmt: skip
-        given = [x.float() if x is s0 else x.to(dtype) for x in given]  # (states are float32, whatever the rest is)
+        given = [x.float() if x is s0 or x is s0_faint else x.to(dtype) for x in given]  # (states are float32)
         found = all_of(function, around, wkv, device, [x.to(device) for x in given])
         exact = all_of(function, neighbours, reference.wkv7, "cpu", [x.double() for x in given])
         for one, other in zip(found, exact, strict=True):

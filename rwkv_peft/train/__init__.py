@@ -153,7 +153,7 @@ def train(run, cleanup: contextlib.ExitStack, say) -> None:
     parent = os.getppid() if run.place.of_ours else None
     watch = Watch(rank, config.processes, config.gpu_count, parent, tidy, tell)
     cleanup.callback(watch.leave)
-    stop = StopOnSignal(lambda: (watch.leave(), tidy()), first)
+    stop = StopOnSignal(lambda: (watch.leave(), tidy()), first, lambda: runs.has_saved(folder))
 
     past = (told.before[-1]["seconds"] if told.before else 0.0, found.facts["tokens"]) if found else (0.0, 0)
     in_a_row = found.facts.get("in_a_row", 0) if found else 0
@@ -211,6 +211,6 @@ def train(run, cleanup: contextlib.ExitStack, say) -> None:
     early = validation is not None and validation.stopped
     if config.streaming and not complete and not stop.received and not early:
         print(f"The stream ended after {trainer.global_step} of MAX_STEPS={run.steps} steps.")
-    best = validation.best if validation else None
+    looks = validation.records if validation else []
     spent = time.monotonic() - began
-    report.finish(run.method, folder, save.newest, best, keep.exact, complete, stop.received, spent)
+    report.finish(run.method, folder, save.newest, looks, keep.exact, complete, stop.received, spent)

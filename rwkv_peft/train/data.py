@@ -115,12 +115,14 @@ def plan_run(config: TrainConfig, files, vocab_size: int, say) -> Planned:
 @dataclass(frozen=True)
 class Held:
     """Held-out data. names: of the files; missing: of those that are trained and have none. rows: places of the context's length.
-    data: tells these from others. batches: from a process's number and their count to its share."""
+    untrained: documents that have nothing to learn from. data: tells these from others. batches: from a process's number and
+    their count to its share."""
 
     names: tuple[str, ...]
     missing: tuple[str, ...]
     rows: int
     targets: int
+    untrained: int
     data: str
     batches: Callable[[int, int], Iterator]
 
@@ -177,7 +179,8 @@ def held_out(config: TrainConfig, files, ctx_len: int, vocab_size: int, say) -> 
             yield data.batch([row], 1) if row < data.rows else data.filling(first, 1)
 
     names = tuple(prefix.name for prefix, _ in pairs)
-    return Held(names, tuple(missing), data.rows, data.facts().targets, mark, batches)
+    facts = data.facts()
+    return Held(names, tuple(missing), data.rows, facts.targets, facts.untrained, mark, batches)
 
 
 def content_of_files(files, before: dict | None) -> dict:

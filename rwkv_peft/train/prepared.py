@@ -13,6 +13,7 @@ from .. import hashing, project, runs
 from ..config import TrainConfig
 from ..errors import Problems
 from ..methods import METHODS, Method
+from ..words import count
 from .data import Held, Planned, held_out, plan_run, plan_stream
 from .opening import check_earlier, open_files, questions_of
 from .place import Place, plugins
@@ -221,7 +222,8 @@ def header(run: Prepared) -> list[str]:
     )  # fmt: skip
     if run.held:
         every = f"every {run.config.val_steps} steps" if run.config.val_steps else "after every epoch"
-        what = f"{', '.join(run.held.names)}: {run.held.targets:,} trained tokens in {run.held.rows:,} packs"
+        what = f"{', '.join(run.held.names)}: {run.held.targets:,} trained tokens in {count(run.held.rows, 'pack')}"
+        what += f", {count(run.held.untrained, 'row')} with nothing to train left out" if run.held.untrained else ""
         what += f" (none of {', '.join(run.held.missing)})" if run.held.missing else ""
         lines.insert(-1, f"{'valid':<10}{what}; before training and {every}")
     if run.found:

@@ -26,11 +26,13 @@ from .plot import draw_loss, looks_back
 from .spread import together
 
 TOO_HIGH = (
-    "LR_INIT is too high (take a third of it, and GRAD_CLIP=1), another setting is extreme (lora_alpha, ADAM_EPS, "
-    "WEIGHT_DECAY), or the base itself holds NaN. What was saved before is whole."
+    "LR_INIT is too high (take a third of it, and GRAD_CLIP=1; ./training.sh --find-lr tells what the settings bear), another "
+    "setting is extreme (lora_alpha, ADAM_EPS, WEIGHT_DECAY), or the base itself holds NaN. What was saved before is whole."
 )
 
 STOPPING = b"\nStopping after this batch and saving. Ctrl-C again leaves at once, without saving.\n"
+LEFT_WITH = b"\nLeft at once. Checkpoints that were saved before are whole.\n"
+LEFT_WITHOUT = b"\nLeft at once. Nothing had been saved yet: ./training.sh begins anew.\n"
 NAMED = 3  # micro-batches of a step that came to nothing
 DRAWING = 0.01  # of the time goes into loss.png at most
 SPEED_STEPS = 10  # the last ones, for tokens/s
@@ -175,18 +177,23 @@ class Progress:
         # tokens/s: all inputs, and those that are trained
         speed = f"{record.tokens_per_s:,.0f} tokens/s ({record.targets_per_s:,.0f} trained)"
         speed += f"  {self.memory() / 2**30:.1f} GB" if self.memory() else ""
-        left = clock((self.steps - record.step) * (record.seconds - self.spent) / (record.step - self.done))
-        if record.step == self.first:  # it makes ready what the others find: none is like it
-            self.done, self.spent = record.step, record.seconds
+        if (
+            record.step == self.first
+        ):  # it makes ready what the others find: none is like it, and it says nothing of them
+            left, self.done, self.spent = "", record.step, record.seconds
+        else:
+            left = (
+                clock((self.steps - record.step) * (record.seconds - self.spent) / (record.step - self.done)) + " left"
+            )
         if self.bar:
             state = f"epoch {record.epoch + 1}/{self.epochs}  loss {loss}  lr {record.lr:.2e}  {speed}"
             self.bar.set_description_str(state, refresh=False)
-            self.bar.postfix = f"{left} left"
+            self.bar.postfix = left
             self.bar.update(1)
         elif record.step == self.first or record.step % self.every == 0 or record.step == self.steps:
             print(
                 f"epoch {record.epoch + 1}/{self.epochs}  step {record.step}/{self.steps}  loss {loss}  "
-                f"lr {record.lr:.2e}  {speed}  {left} left",
+                f"lr {record.lr:.2e}  {speed}  {left}".rstrip(),
                 flush=True,
             )
 
@@ -312,13 +319,13 @@ class StopOnSignal(pl.Callback):
     """Ctrl-C, SIGTERM or a closed terminal: finish the micro-batch, save, leave. A second Ctrl-C leaves at once.
 
     A signal that whoever started us ignores (nohup) stays ignored. abandon: what to tidy up before leaving at once. speaks: this
-    is the process that tells.
+    is the process that tells. saved: whether anything was saved.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-    def __init__(self, abandon: Callable[[], None], speaks: bool = True):
-        self.abandon, self.received, self.speaks = abandon, 0, speaks
+    def __init__(self, abandon: Callable[[], None], speaks: bool = True, saved: Callable[[], bool] = lambda: True):
+        self.abandon, self.received, self.speaks, self.saved = abandon, 0, speaks, saved
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -342,7 +349,7 @@ class StopOnSignal(pl.Callback):
     def receive(self, number, _frame) -> None:
         if self.received == number == signal.SIGINT:
             self.abandon()
-            self.tell(b"\nLeft at once. Checkpoints that were saved before are whole.\n")
+            self.tell(LEFT_WITH if self.saved() else LEFT_WITHOUT)
             os._exit(128 + number)
         already, self.received = self.received, number
         if already:  # a closing terminal says it more than once, by the kernel and by the shell

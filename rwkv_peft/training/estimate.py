@@ -103,7 +103,8 @@ def memory_bytes(
     host = strategy.offload and device == "cuda"  # (without a GPU, both are the same memory)
     if strategy.spread == "weights":
         # beside the pieces: a block that is whole for its turn, and embedding and head
-        whole = (all_values - (outside := 2 * geometry.vocab_size * channels)) // layers + outside
+        outside = sum(math.prod(shape) for name, shape in shapes.items() if not name.startswith("blocks."))
+        whole = (all_values - outside) // layers + outside
         frozen = (0 if host else frozen // processes) + whole * (4 if method == "full" else itemsize)
         compressed = (0 if host else compressed // processes) + compressed // layers
         # (DeepSpeed cuts a copy of the weights, and has room for what it sends)

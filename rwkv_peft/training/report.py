@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .. import project, runs, tokenizer
@@ -22,6 +22,7 @@ from .estimate import memory_bytes
 
 MANY = 100_000  # from here on, numbers are told in millions
 STATE_RATE = 1e-2  # a state wants rates far above those of weights
+MOST_STATE_RATE, MOST_RATE = 5.0, 1e-2  # rates above these diverge with all but toys
 FEW_STEPS = 30  # fewer optimizer steps than this are worth a word
 ROW = {"pack": "pack", "concat": "window", "get": "window", "magic": "window"}  # what a row is called in each mode
 FILLED_BY_CTX = ("pack", "get")  # rows as long as the context: a shorter one gives more of them
@@ -77,6 +78,10 @@ def plan_lines(
                          f"tenth of the run, {max(1, steps // 10)}, is enough"))  # fmt: skip
     if setup.method == "state" and settings["LR_INIT"] < STATE_RATE:
         rows.append(("", f"LR_INIT={settings['LR_INIT']:g} will hardly move a state: 1 to LR_FINAL=0.01 is usual"))
+    usual = MOST_STATE_RATE if setup.method == "state" else MOST_RATE
+    if settings["LR_INIT"] > usual:
+        words = f"LR_INIT={settings['LR_INIT']:g} is far above what is usual ({usual:g} at most)"
+        rows.append(("", f"{words}; ./training.sh --find-lr tells what the settings bear"))
     if infctx and tokens <= settings["CHUNK_CTX"]:
         rows.append(
             ("", f"a micro-batch has at most {tokens:,} tokens: one chunk holds it, so infctx changes nothing here")
@@ -303,23 +308,31 @@ def out_of_memory(settings: dict, error: Exception) -> str:
     return f"Out of memory: {str(error).splitlines()[0]}\nWhat to change, in this order:\n{listed}"
 
 
-def best_look(best: dict, folder: Path, newest: Path) -> Path:
-    """Tell where the validation was best. Returns the checkpoint to go on with: the one next to it, if there is one."""
-    kept, near = folder / runs.BEST, folder / f"rwkv-{best['epoch']}.pth"
-    there = ""
-    if kept.is_file():
-        newest, there = kept, f"; {project.shown(kept)} holds it"
-    elif near.is_file() and near.name != newest.name:
-        newest, there = near, f"; {project.shown(near)} is of the end of it"
-    print(f"validation was best, {best['loss']:.4f}, at step {best['step']}, in epoch {best['epoch'] + 1}{there}")
+def best_look(looks: Sequence[dict], folder: Path, newest: Path) -> Path:
+    """Tell where the validation was best. looks: of the run at held-out rows; newest: its last checkpoint. Returns the checkpoint
+    to go on with: that of the best look that there is one of."""
+    best, losses = min(looks, key=lambda look: look["loss"]), {look["step"]: look["loss"] for look in looks}
+    saved = {step: path for path, step in runs.checkpoints(folder) if step in losses}
+    where = f"at step {best['step']}, in epoch {best['epoch'] + 1}"
+    if not best["step"]:
+        where = "before training: nothing that was learnt does better on held-out rows"
+    if saved:
+        step = min(saved, key=losses.__getitem__)
+        path = project.shown(saved[step])
+        last = next((step for step, path in saved.items() if path.name == newest.name), None)
+        if step == best["step"]:
+            newest, where = saved[step], f"{where}; {path} holds it"
+        elif last is not None and losses[step] < losses[last]:
+            newest, where = saved[step], f"{where}; of what was saved, {path} was best ({losses[step]:.4f})"
+    print(f"validation was best, {best['loss']:.4f}, {where}")
     return Path(project.shown(newest))
 
 
 def finish(
-    method: Method, folder: Path, newest: Path | None, best: dict | None, exact: bool, complete: bool, received: int,
+    method: Method, folder: Path, newest: Path | None, looks: Sequence[dict], exact: bool, complete: bool, received: int,
     seconds: float,
 ) -> None:  # fmt: skip
-    """The last words: where the result is and what to do with it. best: the best look at held-out rows. exact: the state was
+    """The last words: where the result is and what to do with it. looks: at held-out rows. exact: the state was
     saved as well. complete: no step is left."""
     there = project.shown(folder)
     if received:
@@ -341,8 +354,8 @@ def finish(
         )
     more = [name for name in ("loss.png", "samples.md", "tensorboard") if (folder / name).exists()]
     print(f"done in {clock(seconds)}: {newest}" + "".join(f", {there}/{name}" for name in more))
-    if best:
-        newest = best_look(best, folder, newest)
+    if looks:
+        newest = best_look(looks, folder, newest)
     number = newest.stem.removeprefix("rwkv-")
     name, path = shlex.quote(folder.name), shlex.quote(str(newest))
     print(f"next: RUN={name} ./merge.sh {number}      or try it: ./chat.sh --adapter {path}")

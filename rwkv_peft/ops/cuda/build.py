@@ -48,18 +48,43 @@ def launcher(device: torch.device, size: int) -> Launch:
 
     def launch(name: str, grid: tuple[int, int], args: Sequence[Argument], threads: int = 0, shared: int = 0) -> None:
         _, driver = bindings()
-        values = tuple(x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in args)
-        kinds = tuple(ctypes.c_int if isinstance(x, int) else ctypes.c_void_p for x in args)
+        values, kinds = packed(args)
         with torch.cuda.device(index):
+            bind(index)
             function = functions(index, name.partition("_")[0], size)(name)
             if shared > UNASKED:
-                most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                checked(driver, driver.cuFuncSetAttribute(function, most, shared))
+                allow(index, name, size, shared)
             stream = torch.cuda.current_stream().cuda_stream
             block = threads or size, 1, 1
             checked(driver, driver.cuLaunchKernel(function, *grid, 1, *block, shared, stream, (values, kinds), 0))
 
     return launch
+
+
+def packed(args: Sequence[Argument]) -> tuple[tuple[int, ...], tuple]:
+    """Values and C types. ValueError for a number that an int does not hold: the bindings would cut it off in silence."""
+    if any(isinstance(x, int) and not -(2**31) <= x < 2**31 for x in args):
+        raise ValueError(f"one of {[x for x in args if isinstance(x, int)]} is more than a kernel can count")
+    values = tuple(x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in args)
+    return values, tuple(ctypes.c_int if isinstance(x, int) else ctypes.c_void_p for x in args)
+
+
+def bind(index: int) -> None:
+    """Give this thread the GPU's context, if it has none: torch does not where the GPU is the first one and it has called
+    nothing of its own yet, as in autograd's threads."""
+    _, driver = bindings()
+    if not int(checked(driver, driver.cuCtxGetCurrent())):
+        gpu = checked(driver, driver.cuDeviceGet(index))
+        checked(driver, driver.cuCtxSetCurrent(checked(driver, driver.cuDevicePrimaryCtxRetain(gpu))))
+
+
+@functools.cache
+def allow(index: int, name: str, size: int, shared: int) -> None:
+    """Let a kernel have more shared memory than others."""
+    _, driver = bindings()
+    most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    function = functions(index, name.partition("_")[0], size)(name)
+    checked(driver, driver.cuFuncSetAttribute(function, most, shared))
 
 
 @functools.cache

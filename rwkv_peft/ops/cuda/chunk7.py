@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import build
-from .memory import EVERY, NAMES, Spans
+from .memory import EVERY, NAMES, Spans, on_device
 
 PART = 32  # tokens of a part, as in chunk7.cu
 SIZES = (16, 32, 64)  # head sizes; larger ones do not fit into shared memory
@@ -23,6 +23,8 @@ CAPABILITY = (8, 0)  # GPUs from here on multiply in tf32
 
 # so many heads x sequences to a multiprocessor keep it busy with the recurrent kernels (arithmetic, not measured: cuda/README.md)
 BUSY = 4
+HANDED = 48  # bytes handed on between kernels for each number of r, at most
+SHARE = 0.05  # of the GPU's memory that they may take
 WORTH = 256  # tokens of the longest sequence from which on it is worth the launches (likewise)
 
 
@@ -39,7 +41,7 @@ def tables(spans: Spans, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
             if at + PART < end:
                 parts.append((at + PART, min(at + EVERY, end), -1))
         sequences.append((first, len(parts)))
-    return tuple(torch.tensor(x, dtype=torch.int32, device=device) for x in (parts, sequences, chunks))
+    return tuple(on_device(x, device) for x in (parts, sequences, chunks))
 
 
 def possible(r: Tensor) -> bool:
@@ -52,11 +54,9 @@ def pays(r: Tensor, spans: Spans) -> bool:
     """Whether it is the quicker way for them. r: [T, H, N]."""
     if not possible(r):
         return False
-    blocks = r.shape[1] * len(spans)
-    return (
-        max(end - begin for begin, end in spans) >= WORTH
-        and blocks < BUSY * torch.cuda.get_device_properties(r.device).multi_processor_count
-    )
+    gpu = torch.cuda.get_device_properties(r.device)
+    few = r.shape[1] * len(spans) < BUSY * gpu.multi_processor_count
+    return few and max(end - begin for begin, end in spans) >= WORTH and r.numel() * HANDED < gpu.total_memory * SHARE
 
 
 class Room:

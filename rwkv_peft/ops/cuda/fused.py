@@ -23,6 +23,7 @@ one_token, linear, fold = neighbours.one_token, neighbours.linear, neighbours.fo
 MOST_MIXES = 6
 TOKENS = 32  # of a part, whose share of a parameter's gradient is a sum of its own; as in around7.cu and mix.cu
 WARPS, THREADS = 4, 128  # of a block, as in device.h
+ENTROPY_THREADS = 512  # of a block that has a row of logits, as in mix.cu
 ANY = 64  # a head size, where none matters
 ELEMENTS = 8  # of a thread, in what goes over numbers one by one
 
@@ -31,19 +32,18 @@ def parts(count: int, size: int) -> int:
     return -(-count // size)
 
 
-def start(name: str, x: Tensor, grid: tuple[int, int], args: Sequence, size: int = ANY) -> None:
+def start(name: str, x: Tensor, grid: tuple[int, int], args: Sequence, size: int = ANY, threads: int = THREADS) -> None:
     """Start a kernel for the format of x."""
-    build.launcher(x.device, size)(f"{name}_{NAMES[x.dtype]}", grid, args, THREADS)
-
-
-def spans_of(where: Where) -> Spans:
-    return tuple(zip(where.cu_seqlens, where.cu_seqlens[1:], strict=False))
+    build.launcher(x.device, size)(f"{name}_{NAMES[x.dtype]}", grid, args, threads)
 
 
 def mixes(x: Tensor, before: Tensor, shares: Sequence[Tensor], where: Where) -> list[Tensor]:
     if x.dtype not in NAMES or len(shares) > MOST_MIXES or not len(x):
         return neighbours.mixes(x, before, shares, where)
-    return list(Mixes.apply(x, before.to(x.dtype), torch.stack(list(shares)).float(), spans_of(where)))
+    spans = tuple(sequences(1, len(x), where.cu_seqlens))
+    if before.shape != (len(spans), x.shape[1]) or any(share.shape != x.shape[1:] for share in shares):
+        raise ValueError(f"{list(before.shape)} or a share does not go with x {list(x.shape)}")
+    return list(Mixes.apply(x, before.to(x.dtype), torch.stack(list(shares)).float(), spans))
 
 
 class Mixes(torch.autograd.Function):
@@ -82,12 +82,16 @@ def square_relu(x: Tensor) -> Tensor:
     return SquareRelu.apply(x) if x.dtype in NAMES and x.numel() else neighbours.square_relu(x)
 
 
+def rows_of(x: Tensor) -> tuple[int, int]:
+    return x.numel() // x.shape[-1], x.shape[-1]
+
+
 class SquareRelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         x = x.contiguous()
         y = torch.empty_like(x)
-        start("mix_relu", x, (parts(x.numel(), THREADS * ELEMENTS), 1), (x, y, x.numel()))
+        start("mix_relu", x, (parts(x.numel(), THREADS * ELEMENTS), 1), (x, y, *rows_of(x)))
         ctx.save_for_backward(x)
         return y
 
@@ -95,7 +99,8 @@ class SquareRelu(torch.autograd.Function):
     def backward(ctx, dy):
         [x] = ctx.saved_tensors
         dx = torch.empty_like(x)
-        start("mix_reluback", x, (parts(x.numel(), THREADS * ELEMENTS), 1), (x, dy.contiguous(), dx, x.numel()))
+        grid = parts(x.numel(), THREADS * ELEMENTS), 1
+        start("mix_reluback", x, grid, (x, dy.contiguous(), dx, *rows_of(x)))
         return dx
 
 
@@ -104,7 +109,7 @@ def slopes(logits: Tensor, targets: Tensor, wanted: bool) -> tuple[Tensor, Tenso
         return neighbours.slopes(logits, targets, wanted)
     losses = logits.new_empty(len(logits), dtype=torch.float32)
     args = (logits, targets.long().contiguous(), losses, logits.shape[1], int(wanted))
-    start("mix_entropy", logits, (len(logits), 1), args)
+    start("mix_entropy", logits, (len(logits), 1), args, threads=ENTROPY_THREADS)
     return losses.sum(), logits if wanted else None
 
 
@@ -120,7 +125,7 @@ def around7(recurrence: Callable, x: Gates, own: Own, s0: Tensor, where: Where, 
             f"shapes do not go with {T} tokens of {C} channels in {heads} heads and {len(spans)} sequences"
         )
     way = WAYS[recurrence](x.r.view(T, heads, C // heads), spans)
-    return Around7.apply(*x, *(z.float() for z in own), s0, spans, heads, way)
+    return Around7.apply(*x, *(z.float() for z in own), s0, spans, heads, way, torch.is_grad_enabled())
 
 
 # recurrence -> from r [T, H, N] and the spans to the way that it goes
@@ -131,11 +136,11 @@ class Around7(torch.autograd.Function):
     """Keeps what the layers gave, the recurrence's outputs and every 64th state; the rest is made again."""
 
     @staticmethod
-    def forward(ctx, r, w, k, v, a, g, mix, v_first, k_k, k_a, r_k, weight, bias, s0, spans, heads, way):
+    def forward(ctx, r, w, k, v, a, g, mix, v_first, k_k, k_a, r_k, weight, bias, s0, spans, heads, way, learns):
         gates = [None if z is None else z.contiguous() for z in (r, w, k, v, a, mix, v_first)]
         own, g = [z.contiguous() for z in (k_k, k_a, r_k, weight, bias)], g.contiguous()
         inputs = prepared(gates, own, heads)
-        y, last, kept = way.forward(inputs, s0.float().contiguous(), spans, any(ctx.needs_input_grad))
+        y, last, kept = way.forward(inputs, s0.float().contiguous(), spans, learns and any(ctx.needs_input_grad))
         (T, H, N), out = y.shape, torch.empty_like(gates[0])
         args = (y, inputs[0], inputs[2], inputs[3], *own[2:], g, out, T, H)
         start("around7_behind", out, (parts(T, WARPS), H), args, N)
@@ -166,7 +171,7 @@ class Around7(torch.autograd.Function):
         start("around7_beforeback", g, grid, args, N)
         tr, tw, tk, tv, ta, tmix, tfirst = out
         own_grads = (None if total is None else total.sum(0) for total in sums)
-        return tr, tw, tk, tv, ta, dg, tmix, tfirst, *own_grads, ds0.to(ctx.s0_dtype), None, None, None
+        return tr, tw, tk, tv, ta, dg, tmix, tfirst, *own_grads, ds0.to(ctx.s0_dtype), None, None, None, None
 
 
 def prepared(gates: Sequence[Tensor | None], own: Sequence[Tensor], heads: int) -> list[Tensor]:

@@ -20,3 +20,9 @@ def fits(r: Tensor) -> bool:
 def format_of(r: Tensor) -> torch.dtype:
     """What r, k, v and the like lie in."""
     return r.dtype if r.dtype in NAMES else torch.float32
+
+
+def on_device(rows: list[tuple[int, ...]], device: torch.device) -> Tensor:
+    """A table of integers; the host does not wait until it is there."""
+    table = torch.tensor(rows, dtype=torch.int32)
+    return table.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else table.to(device)
