@@ -82,16 +82,29 @@ __device__ inline void together(const float *own, float *sums, float (*shared)[N
     sums[threadIdx.x] = sum;
 }
 
-struct Norm {
-    float mean, scale;
-    __device__ inline Norm(const float *y) {
+// What comes out of the recurrence for a head of a token, normal, and what v is added with.
+struct Came {
+    float normal[EACH], scale, more = 0.0f;
+
+    template <typename T> __device__ inline Came(const T *y, const T *r, const T *k, const float *r_k, long place, int c) {
         float sum = 0.0f, square = 0.0f;
 #pragma unroll
-        for (int n = 0; n < EACH; n++) sum += y[n];
-        mean = warp_sum(sum) / N;
+        for (int n = 0; n < EACH; n++) {
+            const long p = place + channel(n);
+            normal[n] = there(n) ? from(y[p]) : 0.0f;
+            more += there(n) ? from(r[p]) * from(k[p]) * r_k[c + channel(n)] : 0.0f;
+            sum += normal[n];
+        }
+        const float mean = warp_sum(sum) / N;
 #pragma unroll
-        for (int n = 0; n < EACH; n++) square += there(n) ? (y[n] - mean) * (y[n] - mean) : 0.0f;
+        for (int n = 0; n < EACH; n++) {
+            normal[n] = there(n) ? normal[n] - mean : 0.0f;
+            square += normal[n] * normal[n];
+        }
         scale = 1.0f / sqrtf(warp_sum(square) / N + EPS);
+        more = warp_sum(more);
+#pragma unroll
+        for (int n = 0; n < EACH; n++) normal[n] *= scale;
     }
 };
 
@@ -104,22 +117,13 @@ __device__ inline void behind(
     const int t = blockIdx.x * WARPS + threadIdx.x / 32, h = blockIdx.y;
     if (t >= tokens) return;
     const long place = at(t, H, h, 0);
-    float own[EACH], more = 0.0f;
-#pragma unroll
-    for (int n = 0; n < EACH; n++) {
-        const long p = place + channel(n);
-        own[n] = there(n) ? from(y[p]) : 0.0f;
-        more += there(n) ? from(r[p]) * from(k[p]) * r_k[h * N + channel(n)] : 0.0f;
-    }
-    const Norm of(own);
-    more = warp_sum(more);
+    const Came came(y, r, k, r_k, place, h * N);
 #pragma unroll
     for (int n = 0; n < EACH; n++) {
         if (!there(n)) continue;
         const long p = place + channel(n);
         const int c = h * N + channel(n);
-        const float normal = (own[n] - of.mean) * of.scale;
-        put(out + p, (normal * weight[c] + bias[c] + more * from(v[p])) * from(g[p]));
+        put(out + p, (came.normal[n] * weight[c] + bias[c] + came.more * from(v[p])) * from(g[p]));
     }
 }
 
@@ -134,33 +138,24 @@ __device__ inline void behind_backward(
     float of_weight[EACH] = {}, of_bias[EACH] = {};
     for (int t = begin + threadIdx.x / 32; t < end; t += WARPS) {
         const long place = at(t, H, h, 0);
-        float own[EACH], more = 0.0f;
+        const Came came(y, r, k, r_k, place, h * N);
+        float slope[EACH], sum = 0.0f, along = 0.0f;
 #pragma unroll
         for (int n = 0; n < EACH; n++) {
-            const long p = place + channel(n);
-            own[n] = there(n) ? from(y[p]) : 0.0f;
-            more += there(n) ? from(r[p]) * from(k[p]) * r_k[h * N + channel(n)] : 0.0f;
-        }
-        const Norm of(own);
-        more = warp_sum(more);
-        float normal[EACH], slope[EACH], sum = 0.0f, along = 0.0f;
-#pragma unroll
-        for (int n = 0; n < EACH; n++) {
-            normal[n] = slope[n] = 0.0f;
+            slope[n] = 0.0f;
             if (!there(n)) continue;
             const long p = place + channel(n);
             const int c = h * N + channel(n);
-            normal[n] = (own[n] - of.mean) * of.scale;
             const float d = from(dout[p]), dz = d * from(g[p]);
-            put(dg + p, d * (normal[n] * weight[c] + bias[c] + more * from(v[p])));
+            put(dg + p, d * (came.normal[n] * weight[c] + bias[c] + came.more * from(v[p])));
             slope[n] = dz * weight[c];
-            sum += slope[n], along += slope[n] * normal[n];
-            of_weight[n] += dz * normal[n], of_bias[n] += dz;
+            sum += slope[n], along += slope[n] * came.normal[n];
+            of_weight[n] += dz * came.normal[n], of_bias[n] += dz;
         }
         sum = warp_sum(sum) / N, along = warp_sum(along) / N;
 #pragma unroll
         for (int n = 0; n < EACH; n++)
-            if (there(n)) put(dy + place + channel(n), (slope[n] - sum - normal[n] * along) * of.scale);
+            if (there(n)) put(dy + place + channel(n), (slope[n] - sum - came.normal[n] * along) * came.scale);
     }
     const long part = ((long)blockIdx.x * H + h) * N;
     together(of_weight, dweight ? dweight + part : nullptr, shared);

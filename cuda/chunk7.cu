@@ -23,7 +23,8 @@ constexpr int PREPARE_ROOM = 5 * L * LINE + 2 * L * SQUARE + L * HALVES;
 constexpr int PASS_ROOM = 4 * L * LINE + 16 * LINE + 2 * L * 20;
 constexpr int GRADIENTS_ROOM = 8 * L * LINE + 2 * L * SQUARE + SLICES * N;
 
-__device__ inline View in_shared(const float *p) { return {p, LINE, 1}; }
+// Matrices that stay in shared memory for products are rounded when they are written; what is added to a sum is not.
+__device__ inline View<> in_shared(const float *p) { return {p, LINE, 1}; }
 
 struct Part {
     int begin, count;
@@ -51,10 +52,10 @@ __device__ inline void scaled(
         const float before = expf(sum);
         if (there) sum += w[p];
         const float up = expf(sum), down = expf(-sum);
-        qa[i * LINE + j] = there ? from(r[p]) * up : 0.0f;
-        qa[(L + i) * LINE + j] = there ? from(a[p]) * before : 0.0f;
-        kb[i * LINE + j] = there ? from(k[p]) * down : 0.0f;
-        kb[(L + i) * LINE + j] = there ? from(b[p]) * down : 0.0f;
+        qa[i * LINE + j] = there ? tf32(from(r[p]) * up) : 0.0f;
+        qa[(L + i) * LINE + j] = there ? tf32(from(a[p]) * before) : 0.0f;
+        kb[i * LINE + j] = there ? tf32(from(k[p]) * down) : 0.0f;
+        kb[(L + i) * LINE + j] = there ? tf32(from(b[p]) * down) : 0.0f;
     }
     if (end && own + SLICE == L) end[j] = expf(sum);
 }
@@ -62,7 +63,7 @@ __device__ inline void scaled(
 template <typename T> __device__ inline void loaded(float *to, const T *x, Part part, int H, int h) {
     for (int n = threadIdx.x; n < L * N; n += THREADS) {
         const int i = n / N, j = n % N;
-        to[i * LINE + j] = i < part.count ? from(x[at(part.begin + i, H, h, j)]) : 0.0f;
+        to[i * LINE + j] = i < part.count ? tf32(from(x[at(part.begin + i, H, h, j)])) : 0.0f;
     }
 }
 
@@ -71,7 +72,7 @@ __device__ inline bool sees(int i, int j) { return i < L ? i >= j % L : i - L > 
 
 // (1 - m)^-1 [L, L] of a matrix m below its diagonal, by substitution in the halves on the diagonal and their product with what is
 // between them. Powers of m are never formed: with repeated keys they grow like binomials and cancel to noise.
-__device__ inline void inverse(float *out, View m) {
+__device__ inline void inverse(float *out, View<> m) {
     constexpr int HALF = L / 2;
     if (threadIdx.x < L) {
         const int half = threadIdx.x / HALF * HALF, column = threadIdx.x % HALF;
@@ -86,7 +87,7 @@ __device__ inline void inverse(float *out, View m) {
         }
     }
     __syncthreads();
-    const View found = {out, HALVES, 1};
+    const View<> found = {out, HALVES, 1};
     // beside the diagonal, above it: the product so far, until the one below it is there
     for (int n = threadIdx.x; n < HALF * HALF; n += THREADS) {
         const int i = n / HALF, j = n % HALF;
@@ -127,17 +128,20 @@ __device__ inline void prepare(
     {
         Product<2 * L, 2 * L> scores;
         scores.template add<N>(in_shared(qa), in_shared(kb).transposed());
-        scores.each([=](int i, int j, float value) { x[i * SQUARE + j] = sees(i, j) ? value : 0.0f; });
+        // (of A and B only the inverse is wanted, and that of what they are)
+        scores.each([=](int i, int j, float value) {
+            x[i * SQUARE + j] = !sees(i, j) ? 0.0f : i < L || j < L ? tf32(value) : value;
+        });
     }
     for (int n = threadIdx.x; n < 2 * L * N; n += THREADS) keys[corner + n] = other[n / N * LINE + n % N];
     __syncthreads();
-    inverse(inv, View{x, SQUARE, 1}.from(L, L));
-    const View straight = {x, SQUARE, 1}, solving = {inv, HALVES, 1};
-    const View seen = Back ? straight.transposed() : straight, solved = Back ? solving.transposed() : solving;
+    inverse(inv, View<>{x, SQUARE, 1}.from(L, L));
+    const View<> straight = {x, SQUARE, 1}, seen = Back ? straight.transposed() : straight;
+    const View<false> solving = {inv, HALVES, 1}, solved = Back ? solving.transposed() : solving;
     {
         Product<2 * L, N> of_values;  // of the queries', then of those that are solved for; where the others were
         of_values.template add<L>(seen, in_shared(values));
-        of_values.store(other, LINE);
+        of_values.each([=](int i, int j, float value) { other[i * LINE + j] = i < L ? value : tf32(value); });
     }
     __syncthreads();
     float *first = own, *second = own + L * LINE, *out = other, *asked = other + L * LINE;
@@ -145,13 +149,14 @@ __device__ inline void prepare(
     z.template add<L>(solved, in_shared(second));
     u.template add<L>(solved, in_shared(asked));
     __syncthreads();
-    z.store(second, LINE), u.store(asked, LINE);
-    z.store(asks + corner, N), u.store(adds + corner, N);
+    u.store(adds + corner, N);
+    z.round(), u.round();
+    z.store(asks + corner, N), z.store(second, LINE), u.store(asked, LINE);
     __syncthreads();
     Product<L, N> more, plus;
     more.template add<L>(seen.from(0, L), in_shared(second));
     plus.template add<L>(seen.from(0, L), in_shared(asked));
-    more.each([=](int i, int j, float value) { asks[corner + (L + i) * N + j] = first[i * LINE + j] + value; });
+    more.each([=](int i, int j, float value) { asks[corner + (L + i) * N + j] = tf32(first[i * LINE + j] + value); });
     plus.each([=](int i, int j, float value) { adds[corner + (L + i) * N + j] = out[i * LINE + j] + value; });
 }
 
@@ -190,7 +195,7 @@ __device__ inline void pass(
             ask[place] = next_ask[n], key[place] = next_key[n];
         }
         for (int t = line; t < L; t += THREADS / 16)
-            value[t * 20 + i16] = t < here.count ? from(v[at(here.begin + t, H, h, row + i16)]) : 0.0f;
+            value[t * 20 + i16] = t < here.count ? tf32(from(v[at(here.begin + t, H, h, row + i16)])) : 0.0f;
         const int place = again ? p : part[3 * p + 2];
         float *keep = place < 0 || !states ? nullptr : states + ((long)place * H + h) * N * N + row * N;
         // all that memory has to give is asked for at once: behind a store, each number would wait for the one before
@@ -200,7 +205,7 @@ __device__ inline void pass(
         decays.each([=](int, int j, float &x) { x = decay[j]; });
         if (Back) s.scale(decays);
         s.each([=](int i, int j, float &x) {
-            state[i * LINE + j] = x;
+            state[i * LINE + j] = tf32(x);
             if (keep) keep[i * N + j] = x;
         });
         __syncthreads();
@@ -208,13 +213,13 @@ __device__ inline void pass(
         found.template add<N>(in_shared(ask), in_shared(state).transposed());
         found.each([=](int t, int i, float x) {
             if (t < L) {
-                value[(L + t) * 20 + i] = x;
+                value[(L + t) * 20 + i] = tf32(x);
                 if (again) adds[corner + t * N + row + i] = x;
             } else if (y && t - L < here.count)
                 put(y + at(here.begin + t - L, H, h, row + i), x);
         });
         __syncthreads();
-        s.template add<2 * L>(View{value, 20, 1}.transposed(), in_shared(key));
+        s.template add<2 * L>(View<>{value, 20, 1}.transposed(), in_shared(key));
         if (!Back) s.scale(decays);
         __syncthreads();
     }
@@ -234,25 +239,25 @@ __device__ inline void gradients(
     const int h = blockIdx.x, p = blockIdx.y;
     const Part here(part, p);
     const long corner = ((long)p * H + h) * 2 * L * N;
-    const View state = {states + ((long)p * H + h) * N * N, N, 1}, slope = {slopes + ((long)p * H + h) * N * N, N, 1};
+    const View<false> state = {states + ((long)p * H + h) * N * N, N, 1}, slope = {slopes + ((long)p * H + h) * N * N, N, 1};
     scaled<T>(qa, kb, nullptr, r, w, k, a, b, here, H, h);
     loaded<T>(values, v, here, H, h), loaded<T>(dvalues, dy, here, H, h);
     for (int n = threadIdx.x; n < L * N; n += THREADS) {
         const int place = (L + n / N) * LINE + n % N;
-        values[place] = solved[corner + n], dvalues[place] = dsolved[corner + n];
+        values[place] = tf32(solved[corner + n]), dvalues[place] = tf32(dsolved[corner + n]);
     }
     __syncthreads();
     {
         Product<2 * L, 2 * L> scores;
         scores.template add<N>(in_shared(dvalues), in_shared(values).transposed());
-        scores.each([=](int i, int j, float value) { x[i * SQUARE + j] = sees(i, j) ? value : 0.0f; });
+        scores.each([=](int i, int j, float value) { x[i * SQUARE + j] = sees(i, j) ? tf32(value) : 0.0f; });
     }
     Product<2 * L, N> dqa, dkb;
     dqa.template add<N>(in_shared(dvalues), state);
     dkb.template add<N>(in_shared(values), slope);
     __syncthreads();
     dkb.store(values, LINE);  // what the state behind the part has of the keys
-    const View seen = {x, SQUARE, 1};
+    const View<> seen = {x, SQUARE, 1};
     dqa.template add<2 * L>(seen, in_shared(kb));
     dkb.template add<2 * L>(seen.transposed(), in_shared(qa));
     __syncthreads();

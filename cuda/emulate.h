@@ -79,7 +79,8 @@ inline bool release(int begin, int end, Wait what) {
 
 // One round runs every warp to the next barrier of the block, each as far as it gets before the next one begins: so that a missing
 // barrier cannot hide. backwards: in the opposite order.
-// False if threads wait at different barriers for ever, or use more shared memory than was asked for.
+// False if threads wait at different barriers for ever, use more shared memory than was asked for, or give tensor cores more digits
+// than these read.
 inline bool block(int threads, bool backwards) {
     std::fill(std::begin(room), std::end(room), NAN);
     if ((int)fibers.size() != threads) fibers = std::vector<Fiber>(threads);
@@ -157,6 +158,8 @@ inline void mma(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
     auto &given = emulate::exchange[threadIdx.x / 32];
     const bool side = emulate::fibers[mine].side = !emulate::fibers[mine].side;
     memcpy(given.a[side][lane], a, sizeof a), memcpy(given.b[side][lane], b, sizeof b);
+    for (float x : {a[0], a[1], a[2], a[3], b[0], b[1]})
+        if (!(x != x || tf32(x) == x)) emulate::room_size = -1;  // a GPU would cut it off
     emulate::wait(emulate::FOR_WARP);
     for (int n = 0; n < 4; n++) {
         const int i = lane / 4 + n / 2 * 8, j = lane % 4 * 2 + n % 2;

@@ -40,8 +40,8 @@ using namespace of_mix;
     KERNEL(name##_float32); \
     KERNEL(name##_bfloat16)
 
-// args: pointers to the arguments, as cuLaunchKernel takes them. backwards: threads in the opposite order. 1: no such kernel; 2: its
-// threads wait for each other for ever, or use more shared memory than was asked for.
+// args: pointers to the arguments, as cuLaunchKernel takes them. backwards: threads in the opposite order. 1: no such kernel; 2: see
+// emulate::block.
 extern "C" int emulated(const char *which, int x, int y, int threads, int shared, void **args, int backwards) {
     FOR_BOTH(wkv7_forward);
     FOR_BOTH(wkv7_again);

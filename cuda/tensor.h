@@ -19,11 +19,12 @@ __device__ inline void mma(float (&c)[4], const float (&a)[4], const float (&b)[
 }
 #endif
 
-// A matrix in memory, or its transpose.
-struct View {
+// A matrix in memory, or its transpose. Ready: its numbers are rounded to tf32 already, as those should be that are read often.
+template <bool Ready = true> struct View {
     const float *p;
     int row, column;  // how far the next one is
     __device__ inline float operator()(int i, int j) const { return p[i * row + j * column]; }
+    __device__ inline float operand(int i, int j) const { return Ready ? (*this)(i, j) : tf32((*this)(i, j)); }
     __device__ inline View transposed() const { return {p, column, row}; }
     __device__ inline View from(int i, int j) const { return {p + i * row + j * column, row, column}; }
 };
@@ -38,7 +39,7 @@ template <int ROWS, int COLUMNS> struct Product {
     float c[TURNS][WIDE][4] = {};
 
     // Add a [ROWS, INNER] b [INNER, COLUMNS].
-    template <int INNER> __device__ inline void add(View a, View b) {
+    template <int INNER, typename A, typename B> __device__ inline void add(A a, B b) {
         const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
         for (int turn = 0; turn < TURNS; turn++) {
@@ -48,10 +49,10 @@ template <int ROWS, int COLUMNS> struct Product {
 #pragma unroll
             for (int step = 0; step < INNER; step += 8) {
                 const int k = step + t;
-                const float left[4] = {tf32(a(i, k)), tf32(a(i + 8, k)), tf32(a(i, k + 4)), tf32(a(i + 8, k + 4))};
+                const float left[4] = {a.operand(i, k), a.operand(i + 8, k), a.operand(i, k + 4), a.operand(i + 8, k + 4)};
 #pragma unroll
                 for (int part = 0; part < WIDE; part++) {
-                    const float right[2] = {tf32(b(k, j + 8 * part)), tf32(b(k + 4, j + 8 * part))};
+                    const float right[2] = {b.operand(k, j + 8 * part), b.operand(k + 4, j + 8 * part)};
                     mma(c[turn][part], left, right);
                 }
             }
@@ -84,5 +85,10 @@ template <int ROWS, int COLUMNS> struct Product {
 
     __device__ inline void store(float *to, int row) {
         each([=](int i, int j, float x) { to[i * row + j] = x; });
+    }
+
+    // For products.
+    __device__ inline void round() {
+        each([](int, int, float &x) { x = tf32(x); });
     }
 };

@@ -425,7 +425,9 @@ def write_zip(out: Writer, contents: Mapping[str, Content]) -> None:
                 yield piece
 
         begin = info.header_offset + len(info.FileHeader(zip64=True))
-        at = out.pieces(counted(), begin)
+        # closed at once where writing fails: what comes in pieces may hold a lock, and an error would keep it alive
+        with contextlib.closing(counted()) as pieces:
+            at = out.pieces(pieces, begin)
         if at - begin != info.file_size:
             raise ValueError(f"{info.filename} has {at - begin:,} bytes instead of {info.file_size:,}")
         if contents[info.filename].checksum not in (None, info.CRC):

@@ -4,10 +4,13 @@ import errno
 import fcntl
 import hashlib
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from test_scripts import ROOT
 
 from rwkv_peft import hashing, straight
 from rwkv_peft.straight import Reader, Writer, aligned
@@ -89,3 +92,30 @@ def test_a_full_disk_is_an_error_on_both_ways(way, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "pwrite", full)
     with open(tmp_path / "x", "wb") as file, Writer(file) as out, pytest.raises(OSError, match="No space left"):
         out.pieces([bytes(3 << 20)], 0)
+
+
+FAILING = """
+import sys, torch
+from pathlib import Path
+from rwkv_peft import checkpoint, straight
+
+folder = Path(sys.argv[1])
+checkpoint.save(folder / "base.pth", {name: torch.zeros(1000) for name in "abcd"})
+
+def full(self, data, at):
+    raise OSError(28, "No space left on device")
+
+straight.Writer.flush = straight.Writer.write = full
+try:
+    checkpoint.rewrite(folder / "base.pth", folder / "new.pth", lambda name: lambda tensor: tensor + 1)
+except OSError as error:
+    print(error.errno)
+"""
+
+
+def test_a_full_disk_ends_a_change_of_several_tensors_at_once(tmp_path):
+    """And leaves nobody waiting for a tensor's turn."""
+    command = [sys.executable, "-c", FAILING, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.stdout == "28\n", done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["base.pth"]
