@@ -54,7 +54,7 @@ def test_without_the_package_it_is_said_how_to_get_it(monkeypatch):
         monkeypatch.setattr(importlib.util, "find_spec", lambda name, m=missing: None if name == m else object())
         monkeypatch.setattr(fla, "PACKAGE", "no-such-package")
         with pytest.raises(Problems, match=words):
-            dispatch.on_gpu("fla", "x070")
+            dispatch.on_gpu("fla", "x070", 64)
     fla.version.cache_clear()
 
 
