@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,8 @@ def checkpoint_files(words: Sequence[str], run: str) -> list[Path]:
         folder = runs.run_folder(run)
         newest = runs.checkpoint_file(folder)
         if runs.better(folder, newest):
-            print(f"careful   the validation was better before {newest.name}: ./merge.sh best takes that checkpoint")
+            command = f"RUN={shlex.quote(folder.name)} ./merge.sh best"
+            print(f"careful   the validation was better before {newest.name}: {command} takes that checkpoint")
         return [newest]
     return [one_file(word, run) for word in words]
 

@@ -1,6 +1,7 @@
 """Law 8 and the merge door: streaming = naive, names and formats of the base, and refusal of what does not belong."""
 
 import dataclasses
+import json
 import shutil
 import threading
 
@@ -803,3 +804,17 @@ def test_runs_on_different_bases_do_not_go_together(project_folder):
     write_sidecar(folder, base.with_name("other.pth"), base="other.pth")
     with pytest.raises(UserError, match="only runs on one base go together"):
         merge("a", "b")
+
+
+def test_a_merge_of_the_last_epoch_names_the_better_one(tmp_path, monkeypatch, capsys):
+    from merge.parts import checkpoint_files
+
+    monkeypatch.setattr(project, "OUTPUT", tmp_path)
+    for name, step in (("0", 4), ("1", 8), ("best", 4)):
+        (tmp_path / "a run").mkdir(exist_ok=True)
+        (tmp_path / f"a run/rwkv-{name}.pth").touch()
+        (tmp_path / f"a run/rwkv-{name}.json").write_text(json.dumps({"step": step}))
+    assert checkpoint_files([], "a run") == [tmp_path / "a run/rwkv-1.pth"]
+    assert "RUN='a run' ./merge.sh best takes that checkpoint" in capsys.readouterr().out
+    (tmp_path / "a run/rwkv-best.json").write_text(json.dumps({"step": 8}))
+    assert checkpoint_files([], "a run") and not capsys.readouterr().out
