@@ -270,7 +270,30 @@ def test_the_states_that_are_kept_are_those_of_the_other_way():
     kept = []
     for way in (wkv.TOKENS, wkv.PARTS):
         flat = [x.reshape(150, 2, 16) for x in inputs]
-        y, _ = wkv.WKV7.apply(*flat, s0, ((0, 20), (20, 150)), way, True)
+        y, _ = wkv.WKV7.apply(*flat, s0, ((0, 20), (20, 150)), way)
         kept.append(y.grad_fn.saved_tensors[-1])
     assert kept[0].shape == kept[1].shape == (4, 2, 16, 16)
     assert (kept[0] - kept[1]).norm() <= 1e-6 * kept[0].norm()
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_nothing_is_kept_where_no_gradient_is_made(monkeypatch, version):
+    """Even if a parameter that learns is among the inputs, as a learnt state is in validation."""
+    asked, launcher = [], build.launcher
+
+    def watched(device, size):
+        launch = launcher(device, size)
+
+        def seen(name, grid, args, *more):
+            if "_forward_" in name:  # ... kept, span, keep, H; RWKV-6 has one number more
+                asked.append(args[-3] if version != "x070" else args[-2])
+            launch(name, grid, args, *more)
+
+        return seen
+
+    monkeypatch.setattr(build, "launcher", watched)
+    inputs, s0 = inputs_of(version, 1, 5, 1, 16), laws.start(1, 1, 16)
+    KERNELS[version](*inputs, s0)
+    with torch.no_grad():
+        KERNELS[version](*inputs, s0)
+    assert asked == [1, 0]

@@ -11,6 +11,12 @@ from torch import Tensor
 from .reference import must_fit, sequences
 
 
+def unlearnt(*given: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What a Function is given: where no gradient is made, without a mark that there could be one. Else it would be told of every
+    parameter that learns, and keep for a backward pass that never comes."""
+    return given if torch.is_grad_enabled() else tuple(None if x is None else x.detach() for x in given)
+
+
 def recurrence(
     kernel: Callable,
     fits: Callable[[Tensor], bool],
@@ -32,5 +38,5 @@ def recurrence(
     must_fit([x for x in inputs if x.dim() != 2], [x for x in inputs if x.dim() == 2], s0, spans)
     start = r.new_zeros(len(spans), heads, size, size, dtype=torch.float32) if s0 is None else s0
     flat = (x if x.dim() == 2 else x.reshape(batch * tokens, heads, size) for x in inputs)
-    y, end = kernel(*flat, start, spans)
+    y, end = kernel(*unlearnt(*flat, start), spans)
     return y.view(r.shape), end

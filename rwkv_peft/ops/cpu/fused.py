@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import neighbours
+from ..compiled import unlearnt
 from ..neighbours import Gates, Own, Where
 from ..reference import sequences
 from . import folding, token7
@@ -122,7 +123,7 @@ def around7(wkv: Callable, x: Gates, own: Own, s0: Tensor, where: Where, heads: 
         raise ValueError(
             f"shapes do not go with {T} tokens of {C} channels in {heads} heads and {len(spans)} sequences"
         )
-    return Around7.apply(*x, *(z.float() for z in own), s0, where.cu_seqlens, heads)
+    return Around7.apply(*unlearnt(*x, *(z.float() for z in own), s0), where.cu_seqlens, heads)
 
 
 class Around7(torch.autograd.Function):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import neighbours
+from ..compiled import unlearnt
 from ..neighbours import Gates, Own, Where
 from ..reference import sequences
 from . import build, wkv
@@ -125,7 +126,7 @@ def around7(recurrence: Callable, x: Gates, own: Own, s0: Tensor, where: Where, 
             f"shapes do not go with {T} tokens of {C} channels in {heads} heads and {len(spans)} sequences"
         )
     way = WAYS[recurrence](x.r.view(T, heads, C // heads), spans)
-    return Around7.apply(*x, *(z.float() for z in own), s0, spans, heads, way, torch.is_grad_enabled())
+    return Around7.apply(*unlearnt(*x, *(z.float() for z in own), s0), spans, heads, way)
 
 
 # recurrence -> from r [T, H, N] and the spans to the way that it goes
@@ -136,11 +137,11 @@ class Around7(torch.autograd.Function):
     """Keeps what the layers gave, the recurrence's outputs and every 64th state; the rest is made again."""
 
     @staticmethod
-    def forward(ctx, r, w, k, v, a, g, mix, v_first, k_k, k_a, r_k, weight, bias, s0, spans, heads, way, learns):
+    def forward(ctx, r, w, k, v, a, g, mix, v_first, k_k, k_a, r_k, weight, bias, s0, spans, heads, way):
         gates = [None if z is None else z.contiguous() for z in (r, w, k, v, a, mix, v_first)]
         own, g = [z.contiguous() for z in (k_k, k_a, r_k, weight, bias)], g.contiguous()
         inputs = prepared(gates, own, heads)
-        y, last, kept = way.forward(inputs, s0.float().contiguous(), spans, learns and any(ctx.needs_input_grad))
+        y, last, kept = way.forward(inputs, s0.float().contiguous(), spans, any(ctx.needs_input_grad))
         (T, H, N), out = y.shape, torch.empty_like(gates[0])
         args = (y, inputs[0], inputs[2], inputs[3], *own[2:], g, out, T, H)
         start("around7_behind", out, (parts(T, WARPS), H), args, N)
@@ -171,7 +172,7 @@ class Around7(torch.autograd.Function):
         start("around7_beforeback", g, grid, args, N)
         tr, tw, tk, tv, ta, tmix, tfirst = out
         own_grads = (None if total is None else total.sum(0) for total in sums)
-        return tr, tw, tk, tv, ta, dg, tmix, tfirst, *own_grads, ds0.to(ctx.s0_dtype), None, None, None, None
+        return tr, tw, tk, tv, ta, dg, tmix, tfirst, *own_grads, ds0.to(ctx.s0_dtype), None, None, None
 
 
 def prepared(gates: Sequence[Tensor | None], own: Sequence[Tensor], heads: int) -> list[Tensor]:

@@ -60,7 +60,7 @@ def in_a_way(choose: Callable, inputs: Sequence[Tensor], s0: Tensor | None, cu_s
     """choose: from r [T, H, N] and the spans of the sequences to a Way."""
 
     def kernel(r, *others):
-        return WKV7.apply(r, *others, choose(r, others[-1]), torch.is_grad_enabled())
+        return WKV7.apply(r, *others, choose(r, others[-1]))
 
     return recurrence(kernel, fits, chunked.wkv7, inputs, s0, cu_seqlens)
 
@@ -108,9 +108,9 @@ def quicker(r: Tensor, spans: Spans) -> Way:
 
 class WKV7(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, r, w, k, v, a, b, s0, spans, way: Way, learns: bool):
+    def forward(ctx, r, w, k, v, a, b, s0, spans, way: Way):
         inputs = in_memory((r, w, k, v, a, b))
-        y, last, kept = way.forward(inputs, s0.float().contiguous(), spans, learns and any(ctx.needs_input_grad))
+        y, last, kept = way.forward(inputs, s0.float().contiguous(), spans, any(ctx.needs_input_grad))
         ctx.save_for_backward(r, w, k, v, a, b, kept)
         ctx.spans, ctx.way, ctx.s0_dtype = spans, way, s0.dtype
         return y.to(r.dtype), last.to(s0.dtype)
@@ -122,7 +122,7 @@ class WKV7(torch.autograd.Function):
         dy, dlast = dy.to(inputs[0].dtype).contiguous(), dlast.float().contiguous()
         grads, ds0 = ctx.way.backward(inputs, kept, dy, dlast, ctx.spans)
         grads = (g.to(x.dtype) for g, x in zip(grads, given, strict=True))
-        return *grads, ds0.to(ctx.s0_dtype), None, None, None
+        return *grads, ds0.to(ctx.s0_dtype), None, None
 
 
 def in_memory(given: Sequence[Tensor]) -> list[Tensor]:
