@@ -7,6 +7,7 @@ commands, within this process, and is asked the laws in `laws`.
 
     python tests/matrix.py --docs               write docs/matrix.md
     python tests/matrix.py --all [--shard i/n]  run every accepted cell (or part i of n, from 1), one line each
+    python tests/matrix.py --turns [--shard i/n] the same, but of cells that differ in the file alone run one: by turns
     python tests/matrix.py --some N [SEED]      run N accepted cells, drawn at random
     python tests/matrix.py --pairs, --triples   run those in which every pair, or every three values, occur
     python tests/matrix.py v7 fp32 lora ...     run one cell: its values, in the order of the axes
@@ -198,6 +199,19 @@ def accepted() -> tuple[Cell, ...]:
 
 
 # ------------------------------------------------------------------------------------------------ which cells run
+
+
+def by_turns() -> list[Cell]:
+    """One of the accepted cells that are the same in all but the file, which changes with every step along any axis."""
+    at = NAMES.index("file")
+    alike: dict[Cell, list[Cell]] = {}
+    for cell in accepted():
+        alike.setdefault(cell[:at] + cell[at + 1 :], []).append(cell)
+    places = [{value: number for number, value in enumerate(values)} for values in AXES.values()]
+    return [
+        same[sum(place[value] for place, value in zip(places, same[0], strict=True)) % len(same)]
+        for same in alike.values()
+    ]
 
 
 def groups_of(cell: Cell, size: int) -> Iterator[tuple]:
@@ -675,9 +689,9 @@ def main(words: list[str]) -> int:
     if words == ["--docs"]:
         DOCS.write_text(docs(), encoding="utf-8")
         return 0
-    if words[:1] == ["--all"] and words[1:2] in ([], ["--shard"]):
+    if words[:1] in (["--all"], ["--turns"]) and words[1:2] in ([], ["--shard"]):
         number, parts = map(int, words[2].split("/")) if words[1:] else (1, 1)
-        return try_cells(accepted()[number - 1 :: parts]) > 0
+        return try_cells((accepted() if words[0] == "--all" else by_turns())[number - 1 :: parts]) > 0
     if words[:1] == ["--some"] and len(words) in (2, 3):
         return try_cells(random.Random(int((words[2:] or ["0"])[0])).sample(accepted(), int(words[1]))) > 0
     if words[:1] in (["--pairs"], ["--triples"]):

@@ -43,6 +43,16 @@ def test_every_cell_is_accepted_or_refused_with_variables_and_sentences():
     assert 0 < refused < len(accepted()) + refused == sum(1 for _ in cells())
 
 
+def test_cells_by_turns_are_every_accepted_one_but_for_its_file_and_have_each_file_with_each_value():
+    turns, at = matrix.by_turns(), NAMES.index("file")
+    assert {*turns} <= {*accepted()}
+    without = [cell[:at] + cell[at + 1 :] for cell in turns]
+    assert len(without) == len({*without})
+    assert {*without} == {cell[:at] + cell[at + 1 :] for cell in accepted()}
+    pairs = {(cell[at], axis, value) for cell in accepted() for axis, value in enumerate(cell)}
+    assert {(cell[at], axis, value) for cell in turns for axis, value in enumerate(cell)} == pairs
+
+
 def test_reading_the_script_finds_the_same_as_the_matrix():
     dice = random.Random(0)
     for cell in [*dice.sample(list(cells()), 60), *dice.sample(accepted(), 20)]:
