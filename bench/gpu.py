@@ -181,7 +181,7 @@ def main() -> None:
                 attempt(
                     (version, name, shape),
                     lambda v=version, n=name, s=(1, 65, 2) if given.quick else shape: wkv_row(meter, v, n, s, copy),
-                    "{version} OP={op:<12} B={B} T={T} H={H}: {ms:9.3f} ms  {ns:8.2f} ns a token and head  {mb:8.0f} MB  "
+                    "{version} OP={op:<21} B={B} T={T} H={H}: {ms:9.3f} ms  {ns:8.2f} ns a token and head  {mb:8.0f} MB  "
                     "{share_of_copy:.1%} of the copy",
                 )
     with tempfile.TemporaryDirectory() as folder:

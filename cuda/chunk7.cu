@@ -12,101 +12,17 @@
 // [spans, 2] first part, behind the last one. What is handed on between kernels (asks, adds, keys): float32 [parts, H, 2 L, N].
 #include "tensor.h"
 
-namespace {
-
 constexpr int L = 32;
-constexpr int LINE = N + 4, SQUARE = 2 * L + 4, HALVES = L + 4;  // from row to row in shared memory: few conflicts in products
-constexpr int SLICES = THREADS / N, SLICE = L / SLICES;         // a column's tokens are divided among so many threads
+#include "part7.h"
+
+namespace {
 
 // shared memory of a block, in floats
 constexpr int PREPARE_ROOM = 5 * L * LINE + 2 * L * SQUARE + L * HALVES;
 constexpr int PASS_ROOM = 4 * L * LINE + 16 * LINE + 2 * L * 20;
-constexpr int GRADIENTS_ROOM = 8 * L * LINE + 2 * L * SQUARE + SLICES * N;
+constexpr int GRADIENTS_ROOM = 8 * L * LINE + 2 * L * SQUARE + SUMS;
 
-// Matrices that stay in shared memory for products are rounded when they are written; what is added to a sum is not.
-__device__ inline View<> in_shared(const float *p) { return {p, LINE, 1}; }
-
-struct Part {
-    int begin, count;
-    __device__ inline Part(const int *part, int p) : begin(part[3 * p]), count(part[3 * p + 1] - part[3 * p]) {}
-};
-
-// The running sum of the logarithms of a column's decays before the thread's own tokens.
-__device__ inline float before_slice(const float *w, Part part, int H, int h) {
-    const int j = threadIdx.x % N, own = threadIdx.x / N * SLICE;
-    float sum = 0.0f;
-    for (int i = 0; i < own && i < part.count; i++) sum += w[at(part.begin + i, H, h, j)];
-    return sum;
-}
-
-// [Q; A] and [K; B] of a part, in rows of LINE; behind its last token there is nothing. end: E, if it is wanted.
-template <typename T>
-__device__ inline void scaled(
-    float *qa, float *kb, float *end, const T *r, const float *w, const T *k, const T *a, const T *b, Part part, int H, int h
-) {
-    const int j = threadIdx.x % N, own = threadIdx.x / N * SLICE;
-    float sum = before_slice(w, part, H, h);
-    for (int i = own; i < own + SLICE; i++) {
-        const bool there = i < part.count;
-        const long p = at(part.begin + i, H, h, j);
-        const float before = expf(sum);
-        if (there) sum += w[p];
-        const float up = expf(sum), down = expf(-sum);
-        qa[i * LINE + j] = there ? tf32(from(r[p]) * up) : 0.0f;
-        qa[(L + i) * LINE + j] = there ? tf32(from(a[p]) * before) : 0.0f;
-        kb[i * LINE + j] = there ? tf32(from(k[p]) * down) : 0.0f;
-        kb[(L + i) * LINE + j] = there ? tf32(from(b[p]) * down) : 0.0f;
-    }
-    if (end && own + SLICE == L) end[j] = expf(sum);
-}
-
-template <typename T> __device__ inline void loaded(float *to, const T *x, Part part, int H, int h) {
-    for (int n = threadIdx.x; n < L * N; n += THREADS) {
-        const int i = n / N, j = n % N;
-        to[i * LINE + j] = i < part.count ? tf32(from(x[at(part.begin + i, H, h, j)])) : 0.0f;
-    }
-}
-
-// Whether token i of [Q; A] sees token j of [K; B].
-__device__ inline bool sees(int i, int j) { return i < L ? i >= j % L : i - L > j % L; }
-
-// (1 - m)^-1 [L, L] of a matrix m below its diagonal, by substitution in the halves on the diagonal and their product with what is
-// between them. Powers of m are never formed: with repeated keys they grow like binomials and cancel to noise.
-__device__ inline void inverse(float *out, View<> m) {
-    constexpr int HALF = L / 2;
-    if (threadIdx.x < L) {
-        const int half = threadIdx.x / HALF * HALF, column = threadIdx.x % HALF;
-        float x[HALF];
-#pragma unroll
-        for (int i = 0; i < HALF; i++) {
-            float sum = i == column ? 1.0f : 0.0f;
-#pragma unroll
-            for (int j = 0; j < i; j++) sum += m(half + i, half + j) * x[j];
-            x[i] = sum;
-            out[(half + i) * HALVES + half + column] = sum;
-        }
-    }
-    __syncthreads();
-    const View<> found = {out, HALVES, 1};
-    // beside the diagonal, above it: the product so far, until the one below it is there
-    for (int n = threadIdx.x; n < HALF * HALF; n += THREADS) {
-        const int i = n / HALF, j = n % HALF;
-        float sum = 0.0f;
-#pragma unroll
-        for (int x = 0; x < HALF; x++) sum += m(HALF + i, x) * found(x, j);
-        out[i * HALVES + HALF + j] = sum;
-    }
-    __syncthreads();
-    for (int n = threadIdx.x; n < HALF * HALF; n += THREADS) {
-        const int i = n / HALF, j = n % HALF;
-        float sum = 0.0f;
-#pragma unroll
-        for (int x = 0; x < HALF; x++) sum += found(HALF + i, HALF + x) * found(x, HALF + j);
-        out[(HALF + i) * HALVES + j] = sum;
-    }
-    __syncthreads();
-    for (int n = threadIdx.x; n < HALF * HALF; n += THREADS) out[n / HALF * HALVES + HALF + n % HALF] = 0.0f;
-}
+__device__ inline Part part_of(const int *part, int p) { return {part[3 * p], part[3 * p + 1] - part[3 * p]}; }
 
 // What `pass` needs of every part, which does not depend on the state. Forwards:
 //   asks = [I A; Q + X_QB I A]   adds = [I X_AK V; X_QK V + X_QB I X_AK V]   keys = [K; B]
@@ -119,20 +35,18 @@ __device__ inline void prepare(
     ROOM(room, PREPARE_ROOM);
     float *qa = room, *kb = qa + 2 * L * LINE, *values = kb + 2 * L * LINE, *x = values + L * LINE, *inv = x + 2 * L * SQUARE;
     const int h = blockIdx.x, p = blockIdx.y;
-    const Part here(part, p);
+    const Part here = part_of(part, p);
     const long corner = ((long)p * H + h) * 2 * L * N;
-    scaled<T>(qa, kb, Back ? nullptr : end + ((long)p * H + h) * N, r, w, k, a, b, here, H, h);
-    loaded<T>(values, v, here, H, h);
+    {
+        Inputs<T> in;
+        Share<T> value;
+        in.fetch(r, w, k, a, b, here, H, h), value.fetch(v, here, H, h);
+        scaled<T>(qa, kb, Back ? nullptr : end + ((long)p * H + h) * N, x, in);
+        value.lay(values);
+    }
     __syncthreads();
     float *own = Back ? kb : qa, *other = Back ? qa : kb;
-    {
-        Product<2 * L, 2 * L> scores;
-        scores.template add<N>(in_shared(qa), in_shared(kb).transposed());
-        // (of A and B only the inverse is wanted, and that of what they are)
-        scores.each([=](int i, int j, float value) {
-            x[i * SQUARE + j] = !sees(i, j) ? 0.0f : i < L || j < L ? tf32(value) : value;
-        });
-    }
+    scores(x, qa, kb);
     for (int n = threadIdx.x; n < 2 * L * N; n += THREADS) keys[corner + n] = other[n / N * LINE + n % N];
     __syncthreads();
     inverse(inv, View<>{x, SQUARE, 1}.from(L, L));
@@ -186,7 +100,7 @@ __device__ inline void pass(
     int p = Back ? to_part - 1 : from_part;
     if (from_part < to_part) fetch(p);
     for (; p >= from_part && p < to_part; p += step) {
-        const Part here(part, p);
+        const Part here = part_of(part, p);
         const float *decay = end + ((long)p * H + h) * N;
         const long corner = ((long)p * H + h) * 2 * L * N;
 #pragma unroll
@@ -227,71 +141,33 @@ __device__ inline void pass(
 }
 
 // Every other gradient of a part's inputs, from the states before it (states), the gradient of the one behind it times its decay
-// (slopes), and what was solved for both ways (solved, dsolved: the adds of both passes). grid (H, parts)
+// (slopes_behind), and what was solved for both ways (solved, dsolved: the adds of both passes). grid (H, parts)
 template <typename T>
 __device__ inline void gradients(
     const T *r, const float *w, const T *k, const T *v, const T *a, const T *b, const T *dy, const float *solved,
-    const float *dsolved, const float *states, const float *slopes, T *dr, float *dw, T *dk, T *da, T *db, const int *part, int H
+    const float *dsolved, const float *states, const float *slopes_behind, T *dr, float *dw, T *dk, T *da, T *db, const int *part, int H
 ) {
     ROOM(room, GRADIENTS_ROOM);
     float *qa = room, *kb = qa + 2 * L * LINE, *values = kb + 2 * L * LINE, *dvalues = values + 2 * L * LINE;
     float *x = dvalues + 2 * L * LINE, *sums = x + 2 * L * SQUARE;
     const int h = blockIdx.x, p = blockIdx.y;
-    const Part here(part, p);
-    const long corner = ((long)p * H + h) * 2 * L * N;
-    const View<false> state = {states + ((long)p * H + h) * N * N, N, 1}, slope = {slopes + ((long)p * H + h) * N * N, N, 1};
-    scaled<T>(qa, kb, nullptr, r, w, k, a, b, here, H, h);
-    loaded<T>(values, v, here, H, h), loaded<T>(dvalues, dy, here, H, h);
+    const Part here = part_of(part, p);
+    const long corner = ((long)p * H + h) * 2 * L * N, square = ((long)p * H + h) * N * N;
+    float before;
+    {
+        Inputs<T> in;
+        Share<T> value, dvalue;
+        in.fetch(r, w, k, a, b, here, H, h), value.fetch(v, here, H, h), dvalue.fetch(dy, here, H, h);
+        before = scaled<T>(qa, kb, nullptr, sums, in);
+        value.lay(values), dvalue.lay(dvalues);
+    }
     for (int n = threadIdx.x; n < L * N; n += THREADS) {
         const int place = (L + n / N) * LINE + n % N;
         values[place] = tf32(solved[corner + n]), dvalues[place] = tf32(dsolved[corner + n]);
     }
     __syncthreads();
-    {
-        Product<2 * L, 2 * L> scores;
-        scores.template add<N>(in_shared(dvalues), in_shared(values).transposed());
-        scores.each([=](int i, int j, float value) { x[i * SQUARE + j] = sees(i, j) ? tf32(value) : 0.0f; });
-    }
-    Product<2 * L, N> dqa, dkb;
-    dqa.template add<N>(in_shared(dvalues), state);
-    dkb.template add<N>(in_shared(values), slope);
-    __syncthreads();
-    dkb.store(values, LINE);  // what the state behind the part has of the keys
-    const View<> seen = {x, SQUARE, 1};
-    dqa.template add<2 * L>(seen, in_shared(kb));
-    dkb.template add<2 * L>(seen.transposed(), in_shared(qa));
-    __syncthreads();
-    dqa.store(qa, LINE), dkb.store(kb, LINE);
-    __syncthreads();
-    // back through the scaling: e^x passes on gradient * value, and x is a running sum of w
-    const int j = threadIdx.x % N, slice = threadIdx.x / N, own = slice * SLICE;
-    float sum = before_slice(w, here, H, h), total = 0.0f;
-    for (int i = slice * (N / SLICES); i < (slice + 1) * (N / SLICES); i++) total += state(i, j) * slope(i, j);
-    for (int i = own; i < own + SLICE; i++) {
-        float *q = qa + i * LINE + j, *ask = q + L * LINE, *key = kb + i * LINE + j, *add = key + L * LINE;
-        if (i >= here.count) {
-            *q = *ask = 0.0f;
-            continue;
-        }
-        const long place = at(here.begin + i, H, h, j);
-        const float before = expf(sum);
-        sum += w[place];
-        const float up = expf(sum), down = expf(-sum), key_now = from(k[place]) * down, add_now = from(b[place]) * down;
-        const float of_r = *q * up, of_a = *ask * before;
-        put(dr + place, of_r), put(da + place, of_a), put(dk + place, *key * down), put(db + place, *add * down);
-        total += key_now * values[i * LINE + j] + add_now * values[(L + i) * LINE + j];
-        *ask = of_a * from(a[place]);
-        *q = of_r * from(r[place]) + *ask - key_now * *key - add_now * *add;
-    }
-    sums[slice * N + j] = total;
-    __syncthreads();
-    float behind = 0.0f;
-    for (int n = 0; n < SLICES; n++) behind += sums[n * N + j];
-    for (int i = own + SLICE; i < L; i++) behind += qa[i * LINE + j];
-    for (int i = own + SLICE - 1; i >= own; i--) {
-        behind += qa[i * LINE + j];
-        if (i < here.count) dw[at(here.begin + i, H, h, j)] = behind - qa[(L + i) * LINE + j];
-    }
+    const View<false> state = {states + square, N, 1}, slope = {slopes_behind + square, N, 1};
+    slopes<T>(qa, kb, values, dvalues, x, sums, state, slope, before, r, w, k, a, b, dr, dw, dk, da, db, here, H, h, [] {});
 }
 
 }  // namespace

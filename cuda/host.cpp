@@ -27,7 +27,13 @@ namespace of_mix {
 namespace of_chunk7 {
 #include "chunk7.cu"
 }
+#undef FOR_TYPE
+#undef BOUNDS
+namespace of_single7 {
+#include "single7.cu"
+}
 using namespace of_chunk7;
+using namespace of_single7;
 #endif
 using namespace of_wkv7;
 using namespace of_wkv6;
@@ -65,6 +71,8 @@ extern "C" int emulated(const char *which, int x, int y, int threads, int shared
     FOR_BOTH(chunk7_pass);
     FOR_BOTH(chunk7_passback);
     FOR_BOTH(chunk7_gradients);
+    FOR_BOTH(single7_forward);
+    FOR_BOTH(single7_backward);
 #endif
     return 1;
 }

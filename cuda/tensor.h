@@ -46,7 +46,7 @@ template <int ROWS, int COLUMNS> struct Product {
             const int tile = warp + turn * WARPS;
             if (tile >= TILES) break;
             const int i = tile / (ACROSS / WIDE) * 16 + g, j = tile % (ACROSS / WIDE) * 8 * WIDE + g;
-#pragma unroll
+#pragma unroll 4  // (all at once take more registers than there are for three blocks on a multiprocessor)
             for (int step = 0; step < INNER; step += 8) {
                 const int k = step + t;
                 const float left[4] = {a.operand(i, k), a.operand(i + 8, k), a.operand(i, k + 4), a.operand(i + 8, k + 4)};
@@ -60,7 +60,9 @@ template <int ROWS, int COLUMNS> struct Product {
     }
 
     // Call f(row, column, value) for every number that this thread has; it may change the value.
-    template <typename F> __device__ inline void each(F f) {
+    template <typename F> __device__ inline void each(F f) { over(c, f); }
+    template <typename F> __device__ inline void each(F f) const { over(c, f); }
+    template <typename C, typename F> __device__ static inline void over(C &c, F f) {
         const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
         for (int turn = 0; turn < TURNS; turn++) {
@@ -83,7 +85,7 @@ template <int ROWS, int COLUMNS> struct Product {
                 for (int n = 0; n < 4; n++) c[turn][part][n] *= by.c[turn][part][n];
     }
 
-    __device__ inline void store(float *to, int row) {
+    __device__ inline void store(float *to, int row) const {
         each([=](int i, int j, float x) { to[i * row + j] = x; });
     }
 

@@ -65,12 +65,13 @@ def gpu(monkeypatch, tmp_path):
         proof, "prove_around", lambda around, wkv, device, *more: prove_around(around, wkv, "cpu", *more)
     )
 
-    def has(wkv, name="cuda", in_parts=None, **around):
+    def has(wkv, name="cuda", ways=(), **around):
         monkeypatch.setitem(dispatch.WKV["x070"], name, wkv)
         if name == "cuda":
             stand_in = types.SimpleNamespace(**{**vars(neighbours), **around})
             monkeypatch.setitem(dispatch.AROUND, name, stand_in)
-            monkeypatch.setitem(dispatch.WAYS, (name, "x070"), dispatch.Ways(wkv, in_parts or wkv))
+            others = dispatch.Ways(tuple(dict(ways)), dict(ways).get, lambda right: (wkv, *right))
+            monkeypatch.setitem(dispatch.WAYS, (name, "x070"), others)
         if name == "fla":
             monkeypatch.setattr(fla, "version", lambda: f"version {id(wkv)}")
 
@@ -125,12 +126,15 @@ def test_a_kernel_that_leaves_the_gpu_unusable_is_told_as_that(gpu, monkeypatch)
         dispatch.choose("auto", "x070", "cuda")
 
 
-def test_kernels_that_are_wrong_in_parts_only_go_on_token_by_token(gpu):
-    gpu(chunked.wkv7, in_parts=wrong("x070", "a wrong state"))
+@pytest.mark.parametrize("bad", [["in parts"], ["in a single pass"], ["in parts", "in a single pass"]])
+def test_kernels_that_are_wrong_in_one_way_go_on_in_the_others(gpu, bad):
+    ways = ["in parts", "in a single pass"]
+    gpu(chunked.wkv7, ways=[(way, wrong("x070", "a wrong state") if way in bad else chunked.wkv7) for way in ways])
     for op in ("auto", "cuda"):
         found = dispatch.choose(op, "x070", "cuda")
-        assert found.name == "cuda" and found.wkv is chunked.wkv7
-        assert "not on tensor cores: they are wrong on this GPU" in found.why
+        assert found.name == "cuda" and found.wkv == (chunked.wkv7, *(way for way in ways if way not in bad))
+        for way in ways:
+            assert (f"not {way}: they are wrong on this GPU" in found.why) == (way in bad)
 
 
 @pytest.mark.parametrize("name", ["mixes", "square_relu", "slopes", "around7"])

@@ -50,17 +50,22 @@ FOR_GPU = {
 
 
 class Ways(NamedTuple):
-    """Recurrences that a backend chooses between, by the shape of what it is given."""
+    """Recurrences that a backend chooses between, by the shape of what it is given: token by token, and others.
 
-    tokens: Callable  # one token after another
-    parts: Callable  # of several tokens, on tensor cores
+    others: their names. only: from one of them to the recurrence that is always computed so; among: from those that may be chosen
+    beside token by token.
+    """
+
+    others: tuple[str, ...]
+    only: Callable[[str], Callable]
+    among: Callable[[Sequence[str]], Callable]
 
 
 # backend -> what stands around its recurrence; the others have the definition
 AROUND: dict[str, ModuleType] = {"cpu": fused, "cuda": cuda_fused}
 
 # (backend, version) -> that
-WAYS = {("cuda", "x070"): Ways(cuda.recurrent7, cuda.chunked7)}
+WAYS = {("cuda", "x070"): Ways(tuple(cuda.WAYS), cuda.only, cuda.among)}
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,7 @@ def every_way(version: str, device: str) -> dict[str, Callable]:
     found = available(version, device)
     for (name, of), ways in WAYS.items():
         if name in found and of == version:
-            found |= {f"{name} {way}": wkv for way, wkv in ways._asdict().items()}
+            found |= {f"{name} tokens": ways.among(()), **{f"{name} {way}": ways.only(way) for way in ways.others}}
     return found
 
 
@@ -183,9 +188,12 @@ def on_gpu(op: str, version: str, size: int) -> Ops:
 def what_is_right(ops: Ops, version: str, size: int) -> Ops:
     """A backend whose recurrence token by token is right: with what else of it is right as well."""
     if ways := WAYS.get((ops.name, version)):
-        _, wrong = tried(ops.name, f"{version} in parts", size, recurrence(version, ways.parts, size))
-        if wrong:
-            ops = replace(ops, wkv=ways.tokens, why=f"{ops.why}; not on tensor cores: {wrong}")
+        right = []
+        for way in ways.others:
+            _, wrong = tried(ops.name, f"{version} {way}", size, recurrence(version, ways.only(way), size))
+            right += [] if wrong else [way]
+            ops = replace(ops, why=f"{ops.why}; not {way}: {wrong}") if wrong else ops
+        ops = replace(ops, wkv=ways.among(right)) if len(right) < len(ways.others) else ops
     if ops.around is not neighbours:
         wkv = WKV["x070"][ops.name]
         _, wrong = tried(ops.name, "around", size, lambda *place: proof.prove_around(ops.around, wkv, *place, size))

@@ -28,7 +28,7 @@ def selftest() -> None:
     print("every gradient, states in and out: the largest difference from the float64 definition, of the norm of each")
     for what, name, prove in asked(kind):
         for dtype in (torch.float32, torch.bfloat16):
-            words = f"{what} OP={name:<12}{str(dtype).removeprefix('torch.'):<9}"
+            words = f"{what} OP={name:<22}{str(dtype).removeprefix('torch.'):<9}"
             try:
                 if name == "cpu":
                     cpu_build.library()

@@ -21,9 +21,9 @@ from ...project import ROOT
 from .. import cache
 
 SOURCES = ROOT / "cuda"
-FILES = ("wkv7", "wkv6", "chunk7", "around7", "mix")
+FILES = ("wkv7", "wkv6", "chunk7", "single7", "around7", "mix")
 UNASKED = 48 << 10  # bytes of shared memory that a block may have without being allowed more
-HEADERS = ("device.h", "tensor.h")
+HEADERS = ("device.h", "tensor.h", "part7.h")
 
 
 class Missing(Exception):

@@ -117,7 +117,8 @@ def slopes(logits: Tensor, targets: Tensor, wanted: bool) -> tuple[Tensor, Tenso
 def around7(recurrence: Callable, x: Gates, own: Own, s0: Tensor, where: Where, heads: int) -> tuple[Tensor, Tensor]:
     alike = all(z is None or z.dtype == x.r.dtype for z in x)  # a kernel cannot see what it is given
     T, C = x.r.shape
-    if x.r.dtype not in NAMES or not alike or not T or C // heads not in SIZES or recurrence not in WAYS:
+    one_of_ours = isinstance(recurrence, wkv.Recurrence7)
+    if x.r.dtype not in NAMES or not alike or not T or C // heads not in SIZES or not one_of_ours:
         return neighbours.around7(recurrence, x, own, s0, where, heads)
     spans = tuple(sequences(1, T, where.cu_seqlens))
     wide = [z for z in own if z.shape != (C,)] + [z for z in x if z is not None and z.shape != (T, C)]
@@ -125,12 +126,8 @@ def around7(recurrence: Callable, x: Gates, own: Own, s0: Tensor, where: Where, 
         raise ValueError(
             f"shapes do not go with {T} tokens of {C} channels in {heads} heads and {len(spans)} sequences"
         )
-    way = WAYS[recurrence](x.r.view(T, heads, C // heads), spans)
+    way = recurrence.way(x.r.view(T, heads, C // heads), spans)
     return Around7.apply(*unlearnt(*x, *(z.float() for z in own), s0), spans, heads, way)
-
-
-# recurrence -> from r [T, H, N] and the spans to the way that it goes
-WAYS = {wkv.wkv7: wkv.quicker, wkv.recurrent7: lambda _r, _spans: wkv.TOKENS}
 
 
 class Around7(torch.autograd.Function):

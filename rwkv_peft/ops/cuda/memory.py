@@ -1,6 +1,8 @@
-"""How inputs lie in memory for the kernels: formats, head sizes, and how far kept states are apart."""
+"""How inputs lie in memory for the kernels: formats, head sizes, sequences, and how far kept states are apart."""
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
@@ -26,3 +28,13 @@ def on_device(rows: list[tuple[int, ...]], device: torch.device) -> Tensor:
     """A table of integers; the host does not wait until it is there."""
     table = torch.tensor(rows, dtype=torch.int32)
     return table.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else table.to(device)
+
+
+@functools.lru_cache(maxsize=8)  # every layer, and the backward pass, asks for the same one
+def tables(spans: Spans, device: torch.device) -> tuple[Tensor, Tensor]:
+    """[sequences, 3]: first token, behind the last one, first chunk. [chunks, 3]: first token, behind the last one, sequence."""
+    rows, chunks = [], []
+    for number, (begin, end) in enumerate(spans):
+        rows.append((begin, end, len(chunks)))
+        chunks += [(at, min(at + EVERY, end), number) for at in range(begin, end, EVERY)]
+    return on_device(rows, device), on_device(chunks, device)

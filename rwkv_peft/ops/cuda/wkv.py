@@ -6,8 +6,8 @@ is computed again.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -15,18 +15,8 @@ from torch import Tensor
 
 from .. import chunked, chunked6
 from ..compiled import recurrence
-from . import build, chunk7
-from .memory import EVERY, NAMES, Spans, fits, format_of, on_device
-
-
-@functools.lru_cache(maxsize=8)  # every layer, and the backward pass, asks for the same one
-def tables(spans: Spans, device: torch.device) -> tuple[Tensor, Tensor]:
-    """[sequences, 3]: first token, behind the last one, first chunk. [chunks, 3]: first token, behind the last one, sequence."""
-    rows, chunks = [], []
-    for number, (begin, end) in enumerate(spans):
-        rows.append((begin, end, len(chunks)))
-        chunks += [(at, min(at + EVERY, end), number) for at in range(begin, end, EVERY)]
-    return on_device(rows, device), on_device(chunks, device)
+from . import build, chunk7, single7
+from .memory import NAMES, Spans, fits, format_of, tables
 
 
 class Way(NamedTuple):
@@ -34,35 +24,33 @@ class Way(NamedTuple):
 
     forward: Callable  # as forward7
     backward: Callable  # as backward7
+    possible: Callable  # whether there are kernels for these inputs, r [T, H, N]
+    pays: Callable  # whether it is quicker than those behind it for such inputs and the spans of their sequences
 
 
-def wkv7(r, w, k, v, a, b, s0: Tensor | None = None, cu_seqlens: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-    """reference.wkv7, computed in float32, with gradients for all inputs and s0: token by token, or in parts on tensor cores (of
-    bfloat16 inputs only, with products in tf32), whichever should be quicker."""
-    return in_a_way(lambda r, spans: quicker(r, spans), (r, w, k, v, a, b), s0, cu_seqlens)
+@dataclass(frozen=True)
+class Recurrence7:
+    """reference.wkv7, computed in float32, with gradients for all inputs and s0: token by token, or (of bfloat16 inputs only, and
+    with products in tf32) on tensor cores, whichever should be quicker.
 
+    ways: those that may be taken beside token by token, and always: that they are wherever there are kernels for them.
+    """
 
-def recurrent7(
-    r, w, k, v, a, b, s0: Tensor | None = None, cu_seqlens: Sequence[int] | None = None
-) -> tuple[Tensor, Tensor]:
-    """wkv7, token by token."""
-    return in_a_way(lambda _r, _spans: TOKENS, (r, w, k, v, a, b), s0, cu_seqlens)
+    ways: tuple[Way, ...]
+    always: bool = False
 
+    def __call__(
+        self, r, w, k, v, a, b, s0: Tensor | None = None, cu_seqlens: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        def kernel(r, *others):
+            return WKV7.apply(r, *others, self.way(r, others[-1]))
 
-def chunked7(
-    r, w, k, v, a, b, s0: Tensor | None = None, cu_seqlens: Sequence[int] | None = None
-) -> tuple[Tensor, Tensor]:
-    """wkv7, in parts where this GPU has kernels for that."""
-    return in_a_way(lambda r, _spans: PARTS if chunk7.possible(r) else TOKENS, (r, w, k, v, a, b), s0, cu_seqlens)
+        return recurrence(kernel, fits, chunked.wkv7, (r, w, k, v, a, b), s0, cu_seqlens)
 
-
-def in_a_way(choose: Callable, inputs: Sequence[Tensor], s0: Tensor | None, cu_seqlens: Sequence[int] | None):
-    """choose: from r [T, H, N] and the spans of the sequences to a Way."""
-
-    def kernel(r, *others):
-        return WKV7.apply(r, *others, choose(r, others[-1]))
-
-    return recurrence(kernel, fits, chunked.wkv7, inputs, s0, cu_seqlens)
+    def way(self, r: Tensor, spans: Spans) -> Way:
+        """The way for these inputs, [T, H, N]."""
+        fitting = (way for way in self.ways if (way.possible(r) if self.always else way.pays(r, spans)))
+        return next(fitting, TOKENS)
 
 
 def forward7(inputs: Sequence[Tensor], start: Tensor, spans: Spans, keep: bool) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -98,12 +86,24 @@ def backward7(
     return [dr, dw, dk, dv, da, db], ds0
 
 
-TOKENS, PARTS = Way(forward7, backward7), Way(chunk7.forward, chunk7.backward)
+TOKENS = Way(forward7, backward7, lambda _r: True, lambda _r, _spans: True)
+PARTS = Way(chunk7.forward, chunk7.backward, chunk7.possible, chunk7.pays)
+SINGLE = Way(single7.forward, single7.backward, chunk7.possible, single7.pays)
+# the quickest first, where it pays
+WAYS = {"in parts": PARTS, "in a single pass": SINGLE}
 
 
-def quicker(r: Tensor, spans: Spans) -> Way:
-    """The way that should be quicker for these inputs, [T, H, N]."""
-    return PARTS if chunk7.pays(r, spans) else TOKENS
+def among(ways: Sequence[str]) -> Recurrence7:
+    """One that chooses between token by token and these of WAYS."""
+    return Recurrence7(tuple(WAYS[name] for name in WAYS if name in ways))
+
+
+def only(way: str) -> Recurrence7:
+    """One that goes this way wherever it can."""
+    return Recurrence7((WAYS[way],), always=True)
+
+
+wkv7 = among(tuple(WAYS))
 
 
 class WKV7(torch.autograd.Function):
