@@ -16,9 +16,9 @@ from .chunk7 import THREADS, possible
 from .memory import EVERY, NAMES, Spans, tables
 
 PART = 16  # tokens of a part, as in single7.cu
-# arithmetic, not measured (cuda/README.md): tokens of a sequence, in the mean, from which on parts are full enough to pay; and the
-# capabilities of GPUs whose tensor cores multiply in tf32 several times as fast as the rest of them does. Those of consumers do not
-WORTH = 16
+# both are arithmetic, not measured (cuda/README.md)
+WORTH = 16  # tokens of a sequence, in the mean, from which on parts are full enough to pay
+# capabilities of GPUs whose tensor cores are several times as quick in tf32 as the rest of them in float32; consumers' are not
 QUICK = ((8, 0), (9, 0), (10, 0), (10, 3))
 
 
