@@ -30,6 +30,14 @@ hypothesis.settings.register_profile("same", derandomize=True)
 hypothesis.settings.load_profile("same")
 # EVERYTHING=1 in the shell: more trials and combinations than CI has time for (docs/reliability.md, docs/parallel.md)
 EVERYTHING = bool(os.environ.get("EVERYTHING"))
+
+
+def few(values, kept=()):
+    """The values of a parameter: ./test.sh takes those in `kept`, .ci/run all of them."""
+    slow = pytest.mark.slow
+    return [v if v in kept else pytest.param(*(v if isinstance(v, tuple) else (v,)), marks=slow) for v in values]
+
+
 SCRIPTS = ("make_tokenize.sh", "training.sh", "merge.sh", "chat.sh")
 
 

@@ -651,8 +651,9 @@ def docs() -> str:
         more += "".join(f"; {method} {value:g}" for (name, method), value in ALLOWED.items() if name == law)
         lines.append(f"| {law} | {said} | {limit:g}{more} |")
     lines += [
-        "", f"`./test.sh` asks {len(covering(2))} cells, in which every pair of values occurs that is accepted at all; "
-        f"`.ci/run` asks", f"{len(covering(3))} in which every three do. `python tests/matrix.py --all` asks every cell.", "",
+        "", f"`./test.sh` asks {len(covering(1))} cells, in which every value occurs; `.ci/run` asks {len(covering(2))} in which "
+        "every pair", "does that is accepted at all, and with `EVERYTHING=1` those "
+        f"{len(covering(3))} in which every three do (without it, a", "part of them). `python tests/matrix.py --all` asks every cell.", "",
     ]  # fmt: skip
     return "\n".join(lines)
 

@@ -267,6 +267,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_instant_the_last_finished_checkpoint_loads(tmp_path):
     for kill in range(12):
         process = subprocess.Popen(

@@ -114,8 +114,14 @@ def with_others(ready):
     [
         ({"LR_INIT": "1e-7", "LR_FINAL": "1e-7", "EPOCH_COUNT": "8"}, "the learning rate is too low"),
         ({"FINETUNE_MODE": "full", "LR_INIT": "0.9", "LR_FINAL": "0.9", "EPOCH_COUNT": "1"}, "the learning rate is too high"),
-        ({"FINETUNE_MODE": "full", "EPOCH_COUNT": "30", "EMB_FINETUNE": "0", "LR_INIT": "1e-2", "LR_FINAL": "1e-2"}, "overfit"),
-        ({"VAL_DATA": "chat", "EPOCH_COUNT": "20", "LR_INIT": "1e-3", "LR_FINAL": "1e-3", "lora_r": "16"}, "underfit"),
+        pytest.param(
+            {"FINETUNE_MODE": "full", "EPOCH_COUNT": "30", "EMB_FINETUNE": "0", "LR_INIT": "1e-2", "LR_FINAL": "1e-2"},
+            "overfit", marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"VAL_DATA": "chat", "EPOCH_COUNT": "20", "LR_INIT": "1e-3", "LR_FINAL": "1e-3", "lora_r": "16"},
+            "underfit", marks=pytest.mark.slow,
+        ),
     ],
 )  # fmt: skip
 def test_runs_that_went_wrong_are_told_apart(with_others, capsys, settings, expected):

@@ -19,6 +19,7 @@ QUICK = {
 }
 
 
+@pytest.mark.slow
 def test_tokenize_train_merge_chat_by_script_with_spaces_everywhere(kit):
     tiny.save_model(kit.root / "model" / "my tiny.pth")
     kit.data("my chat.jsonl", *tiny.CHATS)
@@ -136,9 +137,8 @@ def test_a_run_without_a_name_gets_one_of_its_own(shared_kit):
         assert steps == list(range(1, len(steps) + 1))
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stop_signal_saves_and_says_how_to_go_on(kit, number, code):
     tiny.save_model(kit.root / "model" / "tiny.pth")
     kit.data("chat.jsonl", *tiny.CHATS)
@@ -221,6 +221,7 @@ def test_the_kit_beside_the_script_is_used_not_one_in_the_current_folder(kit, tm
     assert done.returncode == 0 and "the wrong kit" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "split", "settings"),
     [
@@ -229,7 +230,7 @@ def test_the_kit_beside_the_script_is_used_not_one_in_the_current_folder(kit, tm
             ("4", "1"),
             {"FINETUNE_MODE": "pissa", "pissa_r": "4", "QUANT": "nf4", "TRAIN_TYPE": "infctx", "CHUNK_CTX": "16"},
         ),
-        pytest.param("1", ("3", "2"), {}, marks=pytest.mark.slow),
+        ("1", ("3", "2"), {}),
     ],
     ids=["even, in chunks on a compressed base", "uneven"],
 )

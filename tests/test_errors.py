@@ -271,6 +271,7 @@ def test_torn_and_foreign_data_are_refused(shared_kit):
     assert "describes other rows than" in training(shared_kit, DATA_PATH="torn")
 
 
+@pytest.mark.slow
 def test_a_foreign_file_without_roles_trains_by_its_headings_and_says_so(shared_kit):
     data = shared_kit.root / "data"
     for ending in ("bin", "idx"):

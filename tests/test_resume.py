@@ -12,7 +12,7 @@ import time
 import pytest
 import tiny
 import torch
-from conftest import EVERYTHING
+from conftest import EVERYTHING, few
 from inprocess import config, run
 
 from rwkv_peft import checkpoint, runs, train
@@ -100,13 +100,7 @@ CASES = {
 }  # fmt: skip
 
 
-MORE = (
-    "workers", "infctx", "state", "windows", "dora", "miss", "bat", "bf16", "lion8bit", "adafactor", "full",
-    "lora+ and whole tensors",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c in MORE else c for c in CASES])
+@pytest.mark.parametrize("case", few(CASES, ["accumulated, and a short last step", "pissa on nf4", "stream"]))
 def test_a_run_that_was_stopped_and_killed_is_one_that_went_through(ready, monkeypatch, case):
     """Stopped in the first epoch, and killed two steps after a state was saved."""
     settings = BASE | {"SAVE_STEPS": "5"} | CASES[case]
@@ -139,7 +133,7 @@ def test_a_checkpoint_that_is_not_said_to_be_of_the_middle_of_an_epoch_stays(tmp
     assert runs.drop_unfinished(tmp_path, 1) is None and sorted(tmp_path.iterdir()) == before
 
 
-@pytest.mark.parametrize("at", [3, 4, 11])
+@pytest.mark.parametrize("at", few([3, 4, 11], [4]))
 def test_it_may_be_stopped_several_times_and_where_an_epoch_ends(ready, monkeypatch, at):
     settings = BASE | {"SAVE_STEPS": "0"}
     _, whole = run(ready, "whole", **settings)

@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from conftest import few
 from inprocess import run, tokenize
 from test_resume import BASE, interrupted
 
@@ -21,7 +22,15 @@ def steps(root, name="run"):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"QUANT": "nf4", "QUANT_PARTS": "att,ffn,emb,head"}, {"FINETUNE_MODE": "full"}, {"FINETUNE_MODE": "state"}],
+    few(
+        [
+            {},
+            {"QUANT": "nf4", "QUANT_PARTS": "att,ffn,emb,head"},
+            {"FINETUNE_MODE": "full"},
+            {"FINETUNE_MODE": "state"},
+        ],
+        [{}],
+    ),
     ids=str,
 )
 def test_asking_changes_nothing_of_the_training(ready, settings):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from conftest import few
 from inprocess import run, tokenize
 from written import write
 
@@ -24,7 +25,7 @@ def close(a: dict, b: dict, tolerance: float) -> None:
         torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("dataload", ["pack", "pad", "only", "get", "concat"])
+@pytest.mark.parametrize("dataload", few(["pack", "pad", "only", "get", "concat"], ["pack", "pad"]))
 def test_batch_8_is_4_times_2_accumulated(ready, dataload):
     """Also where the last step of the epoch is short, and rows have different numbers of trained tokens."""
     settings = {"DATALOAD": dataload, "CTX_LEN": "96", "EPOCH_COUNT": "2"}
@@ -143,7 +144,14 @@ WAYS = {
     "get": {}, "magic": {"DATALOAD": "get", "MAGIC_PRIME": "1", "CTX_LEN": "32"},
 }  # fmt: skip
 MASKS = ["qa", "last", "pad", "none", "se"]
-MATRIX = [*itertools.product(WAYS, MASKS, ["lora"]), *itertools.product(WAYS, ["qa"], ["full"])]
+MATRIX = few(
+    [*itertools.product(WAYS, MASKS, ["lora"]), *itertools.product(WAYS, ["qa"], ["full"])],
+    [
+        *itertools.product(WAYS, ["qa"], ["lora"]),
+        *itertools.product(["pack"], MASKS, ["lora"]),
+        ("magic", "qa", "full"),
+    ],
+)
 
 
 @pytest.mark.parametrize(("dataload", "mask", "mode"), MATRIX)
@@ -193,7 +201,7 @@ def test_a_worker_changes_nothing(ready):
     assert all(torch.equal(alone[n], helped[n]) for n in alone)
 
 
-@pytest.mark.parametrize("dataload", WAYS)
+@pytest.mark.parametrize("dataload", few(WAYS, ["pack", "bucket", "get"]))
 def test_a_mixture_trains_in_every_way(ready, dataload):
     said = tokenizer.encode("User: Say no.\n\nAssistant: No, no, no, never ever.")
     write(ready / "data" / "my no", [np.array([*said, 0])] * 8)  # without roles: found by its headings
@@ -206,7 +214,7 @@ def test_a_mixture_trains_in_every_way(ready, dataload):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("mode", ["lora", "full"])
-@pytest.mark.parametrize("op", ["torch", "reference"])
+@pytest.mark.parametrize("op", few(["torch", "reference"], ["torch"]))
 def test_every_precision_method_and_operator_learns(ready, precision, mode, op):
     rate = "1e-2" if mode == "lora" else "2e-3"
     settings = {"PRECISION": precision, "FINETUNE_MODE": mode, "OP": op, "LR_INIT": rate, "CTX_LEN": "48"}

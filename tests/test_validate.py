@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from conftest import few
 from inprocess import run, tokenize
 from test_resume import BASE, interrupted, same
 
@@ -86,8 +87,8 @@ def test_auto_looks_at_what_make_tokenize_has_held_out(ready, capsys):
     assert [r["step"] for r in looks(ready)] == [0, 4, 8]
 
 
-@pytest.mark.parametrize("at", [2, 4, 6])
-@pytest.mark.parametrize("steps", ["0", "2"])
+@pytest.mark.parametrize("at", few([2, 4, 6], [4]))
+@pytest.mark.parametrize("steps", few(["0", "2"], ["2"]))
 @pytest.mark.parametrize("how", ["killed", "told"])
 def test_a_run_that_goes_on_has_seen_what_one_that_never_stopped_has(held, monkeypatch, at, steps, how):
     settings = {**BASE, "VAL_DATA": "held", "VAL_STEPS": steps, "SAVE_STEPS": "2"}
