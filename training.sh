@@ -331,6 +331,11 @@ GRAD_CP=1
 # if it would take a hundredth of the GPU's memory or more. 冻结的词嵌入放在内存（1）还是显存（0）；auto 在占显存 1% 以上时放内存
 EMB_ON_CPU=auto
 
+# 1: on a GPU, start all kernels of a micro-batch at once where its shape has come before (DATALOAD=pad or bucket, PACK=concat; other
+# packs hardly repeat): for small models on few tokens, whose GPU waits for the host. Tried against the kernels one by one before it is
+# used; not yet run on a GPU by its authors. CUDA 图：小模型小批量时减少等待（适用于 pad、bucket、PACK=concat）；作者尚未在显卡上运行过
+CUDA_GRAPHS=0
+
 # GPUs on this machine (without a GPU: processes). 显卡数量（无显卡时为进程数）
 GPU_COUNT=1
 

@@ -8,7 +8,7 @@ Printed, with GPU, driver and versions:
     head, memory above the inputs, share of the copy's rate if a token and head were 3.1 KB (inputs, outputs, gradients:
     research/kernels.md 2.1)
     LoRA (rank 16), full and state steps of random 0.1B to 2.9B files, some on a compressed base: tokens/s, peak memory, share of
-    the product's rate (see bench/step.py)
+    the product's rate (see bench/step.py); one with and without CUDA graphs; rwkvtune beside some, if it is installed and runs
 It begins nothing new after --minutes. --quick: the smallest of each; with --device cpu it only shows that the program works.
 """
 
@@ -20,6 +20,7 @@ sys.path[0] = __file__.rpartition("bench")[0]  # the kit, instead of this folder
 
 # ruff: noqa: E402
 import argparse
+import importlib.util
 import json
 import statistics
 import tempfile
@@ -29,11 +30,12 @@ from types import SimpleNamespace
 
 import torch
 
-from bench.step import GEOMETRIES, Ours, needed_flops, telling
+from bench.step import GEOMETRIES, HERE, Child, Ended, Ours, median_seconds, needed_flops, telling
 from rwkv_peft import checkpoint
 from rwkv_peft.model.initial import initial_tensors
 from rwkv_peft.ops import dispatch, fla, proof
 from rwkv_peft.ops.cuda import build as cuda_build
+from rwkv_peft.training.graphs import OFTEN, Graphs
 
 WKV = [(1, 1024, 12), (1, 4096, 32), (8, 1024, 32), (8, 4096, 64)]  # sequences, tokens of each, heads
 # geometry, method, compressed base, tokens of a row, rows: what the targets are about first, then all sizes
@@ -46,7 +48,9 @@ STEPS = [
     *((name, "lora", "none", 1024, 1) for name in ("0.4b", "2.9b")),
     *(("2.9b", "lora", quant, 1024, 1) for quant in ("nf4", "int8")),
 ]
-FAULTS = RuntimeError, cuda_build.Missing, fla.Missing
+BESIDE = STEPS[0], STEPS[1]  # what rwkvtune does too
+REPEATED = (STEPS[0],)  # what may wait for the host: with and without CUDA graphs
+FAULTS = RuntimeError, cuda_build.Missing, fla.Missing, Ended
 BYTES = 3100  # of a token and head of size 64, forward and backward
 
 
@@ -118,24 +122,53 @@ def wkv_row(meter: Meter, version: str, name: str, shape: tuple[int, int, int], 
     }  # fmt: skip
 
 
-def step_row(meter: Meter, path: str, step: tuple[str, str, str, int, int], product: float) -> dict:
+def step_row(
+    meter: Meter, path: str, step: tuple[str, str, str, int, int], product: float, graphs: bool | None = None
+) -> dict:
+    """graphs: nothing is computed again, and CUDA graphs are taken or not."""
     name, method, quant, ctx, batch = step
     how = {
         "geometry": name,
         "precision": "bf16",
         "op": "auto",
-        "grad_cp": "1",
+        "grad_cp": "1" if graphs is None else "0",
         "method": method,
         "rank": 16,
         "quant": quant,
     }
     meter.begin_memory()
     ours = Ours(SimpleNamespace(**how, ctx=ctx, batch=batch), path, meter.device)
+    if graphs:
+        taken = ours.module.model.replay = Graphs(ours.module.model, print)
+        for _ in range(OFTEN):
+            ours.step()
+        if taken.off:
+            raise RuntimeError("CUDA graphs are not used")
     seconds = meter.seconds(ours.step, 4)
     rate = batch * ctx / seconds
     return {
-        "what": "step", **how, "op": ours.op, "ctx": ctx, "batch": batch, "tokens_per_s": rate, "peak_mb": meter.peak_mb(),
+        "what": "step", **how, "graphs": graphs, "op": ours.op, "ctx": ctx, "batch": batch, "tokens_per_s": rate,
+        "peak_mb": meter.peak_mb(),
         "share_of_product": rate * needed_flops(GEOMETRIES[name], method, 16) / product,
+    }  # fmt: skip
+
+
+def peer_row(device: str, path: str, step: tuple[str, str, str, int, int]) -> dict:
+    """rwkvtune on the same file and tokens, computing blocks again as ours does."""
+    name, _, _, ctx, batch = step
+    precision = "bf16" if device == "cuda" else "fp32"
+    wishes = {"child": path, "ctx": ctx, "batch": batch, "rank": 16, "precision": precision, "threads": 1, "grad_cp": 1}
+    command = [sys.executable, str(HERE / "peers" / "train_rwkvtune.py"), json.dumps(wishes | {"device": device})]
+    peer = Child(command, 1, device)
+    try:
+        for _ in range(4):
+            peer.step()
+    finally:
+        peer.end()
+    rate = batch * ctx / median_seconds(peer.steps[1:])
+    return {
+        "what": "peer", **peer.about, "geometry": name, "ctx": ctx, "batch": batch, "tokens_per_s": rate,
+        "peak_mb": peer.steps[-1]["peak_mb"],
     }  # fmt: skip
 
 
@@ -198,12 +231,38 @@ def main() -> None:
                 "{peak_mb:8.0f} MB  "
                 "{share_of_product:.1%} of the product's rate",
             )
+            for graphs in (False, True) if step in REPEATED and given.device == "cuda" else ():
+                attempt(
+                    (step, "graphs"),
+                    lambda s=step, p=str(path), g=graphs: step_row(meter, p, s, product, g),
+                    "{geometry} {method} bf16, nothing computed again, CUDA graphs {graphs}: {tokens_per_s:10,.0f} tokens/s  "
+                    "{peak_mb:8.0f} MB  {share_of_product:.1%} of the product's rate",
+                )
+            if importlib.util.find_spec("rwkvtune") and (step in BESIDE or given.quick):
+                attempt(
+                    ("rwkvtune", step),
+                    lambda s=step, p=str(path): peer_row(given.device, p, s),
+                    "rwkvtune {version} {geometry} lora ctx {ctx} batch {batch}: {tokens_per_s:10,.0f} tokens/s  "
+                    "{peak_mb:8.0f} MB",
+                )
     of = {(r["version"], r["B"], r["T"], r["H"], r["op"]): r["ms"] for r in rows if r["what"] == "wkv"}
     for (version, b, t, h, op), ms in of.items():
         for other in ("torch", "fla"):
             if op == "cuda" and (version, b, t, h, other) in of:
                 ratio = of[version, b, t, h, other] / ms
                 print(f"ratio: {version} B={b} T={t} H={h} OP={op} is {ratio:.1f} times as fast as OP={other}")
+    ours = {
+        (r["geometry"], r["ctx"], r["batch"]): r
+        for r in rows
+        if r["what"] == "step" and (r["method"], r["quant"], r["graphs"]) == ("lora", "none", None)
+    }
+    for peer in (r for r in rows if r["what"] == "peer"):
+        mine = ours.get((peer["geometry"], peer["ctx"], peer["batch"]))
+        if mine:
+            ratio = mine["tokens_per_s"] / peer["tokens_per_s"]
+            print(
+                f"ratio: {peer['geometry']} lora ctx {peer['ctx']} batch {peer['batch']} is {ratio:.1f} times as fast as rwkvtune"
+            )
 
 
 if __name__ == "__main__":

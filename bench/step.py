@@ -149,8 +149,9 @@ class Ended(Exception):
 class Child:
     """A process that answers every line with one step's figures. What it says on stderr is kept for when it fails."""
 
-    def __init__(self, command: list[str], threads: int):
-        environment = AS_RUN_SH | os.environ | {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
+    def __init__(self, command: list[str], threads: int, device: str = "cpu"):
+        environment = AS_RUN_SH | os.environ | {"OMP_NUM_THREADS": str(threads)}
+        environment |= {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
         self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115 (open as long as the process)
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said, text=True, env=environment
@@ -227,7 +228,12 @@ def run_peers(given, base: Path, ours: Child, rates: list[float]) -> tuple[list[
     """Every peer beside ours: (peer, the steps of ours in its rounds), and what could not be run."""
     python, done, left_out = peers_python(), [], []
     wishes = {name: getattr(given, name) for name in ("ctx", "batch", "rank", "precision", "threads")}
-    wishes |= {"child": str(base), "grad_cp": int(given.grad_cp), "vocab": GEOMETRIES[given.geometry].vocab_size}
+    wishes |= {
+        "child": str(base),
+        "grad_cp": int(given.grad_cp),
+        "vocab": GEOMETRIES[given.geometry].vocab_size,
+        "device": "cpu",
+    }
     for script, precisions in PEERS.items():
         if given.precision not in precisions:
             left_out.append(f"{script} has no {given.precision} on a CPU")

@@ -139,6 +139,7 @@ class TrainConfig:
     )
     grad_cp: Literal["0", "1", "selective"] = var("GRAD_CP")
     emb_on_cpu: Literal["auto", "0", "1"] = var("EMB_ON_CPU")
+    cuda_graphs: bool = var("CUDA_GRAPHS")
     gpu_count: int = var("GPU_COUNT", ge=1, le=MOST)
     nnodes: int = var("NNODES", ge=1, le=MOST)
     node_rank: int = var("NODE_RANK", ge=0, le=MOST)
@@ -238,6 +239,7 @@ class TrainConfig:
             + method_problems(given)
             + quant_problems(given)
             + embedding_problems(given)
+            + graph_problems(given)
         )
         exp = given.lr_schedule == "exp" and given.lr_init is not None and given.lr_final is not None
         rule(exp and not given.lr_init, "LR_INIT", "must be more than 0 with LR_SCHEDULE=exp")
@@ -408,6 +410,20 @@ def embedding_problems(given: SimpleNamespace) -> list[Problem]:
         f"STRATEGY={given.strategy}, which lays weights where it wants": strategy is not None and bool(strategy.spread),
     }
     return [Problem("EMB_ON_CPU", f"must be 0 or auto with {why}") for why, so in reasons.items() if so]
+
+
+def graph_problems(given: SimpleNamespace) -> list[Problem]:
+    """What CUDA_GRAPHS=1 does not go with: what has no addresses that stay, and what is begun again inside a backward pass."""
+    if not given.cuda_graphs:
+        return []
+    reasons = {
+        "GRAD_CP=1, which computes blocks again; take GRAD_CP=selective": given.grad_cp == "1",
+        "TRAIN_TYPE=infctx, whose chunks hand on their states": given.train_type == "infctx",
+        "FINETUNE_MODE=lisa, whose blocks come and go": given.finetune_mode == "lisa",
+        f"OP={given.op}; it is for those of OP=cuda": given.op not in ("auto", "cuda", None),
+        "several processes": (given.gpu_count or 1) > 1 or (given.nnodes or 1) > 1,
+    }
+    return [Problem("CUDA_GRAPHS", f"must be 0 with {why}") for why, so in reasons.items() if so]
 
 
 def numbers(text: str) -> tuple[int, ...]:

@@ -653,7 +653,8 @@ def docs() -> str:
     lines += [
         "", f"`./test.sh` asks {len(covering(1))} cells, in which every value occurs; `.ci/run` asks {len(covering(2))} in which "
         "every pair", "does that is accepted at all, and with `EVERYTHING=1` those "
-        f"{len(covering(3))} in which every three do (without it, a", "part of them). `python tests/matrix.py --all` asks every cell.", "",
+        f"{len(covering(3))} in which every three do (without it, a",
+        "part of them). `python tests/matrix.py --all` asks every cell.", "",
     ]  # fmt: skip
     return "\n".join(lines)
 

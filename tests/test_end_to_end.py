@@ -121,6 +121,7 @@ def test_a_v6_state_by_script_trained_on_a_compressed_base_in_chunks_gone_on_fro
     assert all(word in help_text for word in ("safetensors", "gguf", "peft", "state", "rwkvcpp", "--average"))
 
 
+@pytest.mark.slow
 def test_a_run_without_a_name_gets_one_of_its_own(shared_kit):
     """Also when two start in the same second: both are started at once here, from a shell like a notebook's."""
     script = str(shared_kit.root / "training.sh")
@@ -189,6 +190,7 @@ def started(kit, settings, **options) -> subprocess.Popen:
     return process
 
 
+@pytest.mark.slow
 def test_a_terminal_that_is_closed_ends_the_run_with_its_work_saved(kit):
     import pty
 
@@ -202,6 +204,7 @@ def test_a_terminal_that_is_closed_ends_the_run_with_its_work_saved(kit):
     assert len(list((kit.root / "output/r").glob("rwkv-*.pth"))) == 1
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_does_not_end_the_run_and_nohup_is_respected(kit):
     process = started(
         kit, {"EPOCH_COUNT": "40"}, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,

@@ -34,3 +34,14 @@ def test_a_run_on_the_kernels_learns_what_one_on_torch_learns(ready, settings):
     _, one = run(ready, "torch", OP="torch", **common)
     _, other = run(ready, "cuda", OP="cuda", **common)
     assert [r["loss"] for r in other] == pytest.approx([r["loss"] for r in one], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"DATALOAD": "pad"}, {"PACK": "concat"}, {"DATALOAD": "pad", "FINETUNE_MODE": "full"}], ids=str
+)
+def test_cuda_graphs_are_recorded_and_learn_the_same(ready, capsys, settings):
+    common = {"EPOCH_COUNT": "6", "MINI_BSZ": "2", "PRECISION": "fp32", "GRAD_CP": "0", "OP": "cuda"} | settings
+    _, one = run(ready, "one by one", **common)
+    _, other = run(ready, "graphs", CUDA_GRAPHS="1", **common)
+    assert "CUDA graph recorded" in capsys.readouterr().out
+    assert [r["loss"] for r in other] == pytest.approx([r["loss"] for r in one], rel=1e-4)

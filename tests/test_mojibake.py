@@ -121,7 +121,7 @@ BEGINS = ["", "", "", "“", "„", "«\xa0", "«", "‘", "¿", "¡", "(", "—
 
 
 @pytest.mark.parametrize("language", WORD_LETTERS)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_random_words_with_the_punctuation_of_their_language_are_clean(language, data):
     word = st.text(WORD_LETTERS[language], min_size=1, max_size=8)

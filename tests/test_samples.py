@@ -52,7 +52,7 @@ def test_a_model_that_has_learnt_says_it(ready):
     assert "> Blue and wide." not in text.split("## step 30")[0] and "> Blue and wide." in text.split("## step 90")[1]
 
 
-@pytest.mark.parametrize("at", [3, 5])
+@pytest.mark.parametrize("at", few([3, 5], [5]))
 def test_a_run_that_goes_on_has_said_everything_once(ready, monkeypatch, at):
     settings = {**BASE, **ASKED, "SAMPLE_STEPS": "2", "SAVE_STEPS": "2", "SAMPLE_TOKENS": "4"}
     run(ready, "whole", **settings)

@@ -1,7 +1,8 @@
 """What every implementation in bench/step.py has in common: the tokens, and how a process answers.
 
 A process prints one JSON line when it is ready, then one for every line that comes in. It is given a JSON object: child (the
-.pth), ctx, batch, rank, precision, threads, grad_cp. Only torch and numpy are imported: peers have an environment of their own.
+.pth), ctx, batch, rank, precision, threads, grad_cp, device. Only torch and numpy are imported: peers have an environment of
+their own.
 """
 
 from __future__ import annotations
@@ -46,9 +47,17 @@ def training_step(loss_of: Callable[[], Tensor], optimizer: torch.optim.Optimize
 
 
 def serve(
-    threads: int, make: Callable[[], tuple[dict, Callable]], warm_ups: int, loss_of: Callable[[Any], float] = float
+    threads: int,
+    make: Callable[[], tuple[dict, Callable]],
+    warm_ups: int,
+    loss_of: Callable[[Any], float] = float,
+    device: str = "cpu",
 ) -> None:
-    """make: builds what runs, and says what it is and how to take a step. loss_of: from what a step returns; not timed."""
+    """make: builds what runs, and says what it is and how to take a step. loss_of: from what a step returns; not timed.
+
+    device: whose memory is told, and whose work is waited for.
+    """
+    on_gpu = device == "cuda"
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     begin = time.perf_counter()
@@ -57,8 +66,13 @@ def serve(
     ready = {"torch": torch.__version__, "first_loss": losses[0], "ready_s": time.perf_counter() - begin}
     print("\n" + json.dumps(about | ready), flush=True)  # peers may have left a line unfinished
     for _ in sys.stdin:
+        if on_gpu:
+            torch.cuda.synchronize()
         begin = time.perf_counter()
         result = step()
+        if on_gpu:
+            torch.cuda.synchronize()
         seconds = time.perf_counter() - begin
-        peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+        host = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+        peak = torch.cuda.max_memory_allocated() / 1e6 if on_gpu else host
         print(json.dumps({"seconds": seconds, "peak_mb": peak, "loss": loss_of(result)}), flush=True)

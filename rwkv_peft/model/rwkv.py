@@ -81,6 +81,7 @@ class RWKV(nn.Module):
         self.blocks = nn.ModuleList(Block(geometry, i, ops) for i in range(geometry.n_layer))
         self.ln_out = LayerNorm(geometry.n_embd)
         self.head = Linear(geometry.n_embd, geometry.vocab_size)
+        self.replay = None  # takes the place of `through` for whole texts: see training/graphs.py
         self.one_token = None  # takes the place of the blocks where a single token goes through: see for_generating
         for module in self.modules():
             if isinstance(module, Linear):
@@ -122,11 +123,22 @@ class RWKV(nn.Module):
             cu_seqlens = range(0, batch * tokens + 1, tokens)
         device = self.ln_out.weight.device
         borders = Borders(tuple(cu_seqlens), device)
-        state = self.first_state(len(borders)) if state is None else state
-        x, v_first, after = self.emb(ids.reshape(-1), self.dtype, device), None, []
+        x = self.emb(ids.reshape(-1), self.dtype, device)
         if self.one_token and batch * tokens == 1 and not torch.is_grad_enabled():
+            state = self.first_state(len(borders)) if state is None else state
             x, after = self.one_token(self.blocks[0].ln0(x), [before.tensors() for before in state])
             return self.ln_out(x).view(1, 1, -1), [BlockState(*tensors) for tensors in after]
+        if self.replay and state is None and not carry and torch.is_grad_enabled():
+            return self.replay(x, borders).view(batch, tokens, -1), []
+        x, after = self.through(x, state, borders, carry)
+        return x.view(batch, tokens, -1), after
+
+    def through(
+        self, x: Tensor, state: Sequence[BlockState] | None, borders: Borders, carry: bool
+    ) -> tuple[Tensor, list[BlockState]]:
+        """What features does behind the embedding. x: [T, C]. Returns [T, C] after ln_out, and the new state if it is wanted."""
+        state = self.first_state(len(borders)) if state is None else state
+        v_first, after = None, []
         for block, before in zip(self.blocks, state, strict=True):
             if not torch.is_grad_enabled() or self.recompute == "nothing":
                 x, v_first, *new = block(x, v_first, borders, *before.tensors())
@@ -138,7 +150,7 @@ class RWKV(nn.Module):
             if carry:
                 after.append(BlockState(*new))
             del new
-        return self.ln_out(x).view(batch, tokens, -1), after
+        return self.ln_out(x), after
 
     def forward(self, ids, state=None, cu_seqlens=None) -> tuple[Tensor, list[BlockState]]:
         """Logits [B, T, V] and the state after each sequence; arguments as in `features`."""

@@ -16,6 +16,7 @@ from ..adapters import attach
 from ..adapters.later import Later, settle
 from ..model import arch
 from ..model.rwkv import RWKV, build
+from ..training.graphs import Graphs
 from ..training.lisa import Lisa
 from ..training.module import TrainingModule
 from ..training.optim import parameter_groups
@@ -68,6 +69,10 @@ def make_learner(run: Prepared, cleanup: contextlib.ExitStack, say: Callable[[st
 
     begun = {name: tensor.cpu() for name, tensor in begun.items()}
     model.emb.on_host = run.settings["EMB_ON_CPU"] == "1"
+    if config.cuda_graphs and run.ops.name == "cuda":
+        model.replay = Graphs(model, say)
+    elif config.cuda_graphs:
+        say(f"CUDA graphs are not used: they are for OP=cuda, and this run computes with {run.ops.name}")
     learner = Learner(model, begun, lisa, held, groups, later or {})
     if run.found:
         weights = run.found.tensors("weights")

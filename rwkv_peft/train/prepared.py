@@ -133,6 +133,7 @@ def prepare(
         and not spread.memory_in_pieces,
         geometry.vocab_size * geometry.n_embd * machine.DTYPES[precision].itemsize,
     )
+    machine.check_graphs(config.cuda_graphs)
     settings = resolved(config, ops.name, precision, on_host, data, data.plan, geometry, name, workers)
     run = Prepared(
         config=config, place=place, settings=settings, base=base, stored=stored, geometry=geometry, setup=setup, ops=ops,

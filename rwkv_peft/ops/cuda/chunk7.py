@@ -6,14 +6,13 @@ recurrent kernels, every 64th state; while one layer's backward pass runs, 3 kB 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from . import build
-from .memory import EVERY, NAMES, Spans, on_device
+from .memory import EVERY, NAMES, Spans, on_device, remembered
 
 PART = 32  # tokens of a part, as in chunk7.cu
 SIZES = (16, 32, 64)  # head sizes; larger ones do not fit into shared memory
@@ -28,7 +27,7 @@ SHARE = 0.05  # of the GPU's memory that they may take
 WORTH = 256  # tokens of the longest sequence from which on it is worth the launches (likewise)
 
 
-@functools.lru_cache(maxsize=8)
+@remembered
 def tables(spans: Spans, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """[parts, 3]: first token, behind the last one, which kept state is the one before it, or -1. [sequences, 2] and [chunks, 2]:
     first part, behind the last one; chunks are from one kept state to the next."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -30,7 +32,34 @@ def on_device(rows: list[tuple[int, ...]], device: torch.device) -> Tensor:
     return table.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else table.to(device)
 
 
-@functools.lru_cache(maxsize=8)  # every layer, and the backward pass, asks for the same one
+keepers: list[list[object]] = []
+
+
+@contextlib.contextmanager
+def keeping() -> Iterator[list[object]]:
+    """A list of all tables that are asked for inside: what has recorded their addresses keeps them."""
+    keepers.append([])
+    try:
+        yield keepers[-1]
+    finally:
+        keepers.pop()
+
+
+def remembered(make: Callable) -> Callable:
+    """A cache of tables: every layer, and the backward pass, asks for the same one."""
+    cached = functools.lru_cache(maxsize=8)(make)
+
+    @functools.wraps(make)
+    def asked(*how):
+        found = cached(*how)
+        for held in keepers:
+            held.append(found)
+        return found
+
+    return asked
+
+
+@remembered
 def tables(spans: Spans, device: torch.device) -> tuple[Tensor, Tensor]:
     """[sequences, 3]: first token, behind the last one, first chunk. [chunks, 3]: first token, behind the last one, sequence."""
     rows, chunks = [], []

@@ -1,0 +1,202 @@
+"""CUDA_GRAPHS: blocks that are replayed train as those that are not, and what is wrong or fails is not used.
+
+Nothing here is a GPU: a stand-in computes again from what lies at the recorded addresses, into buffers that stay.
+"""
+
+import itertools
+
+import pytest
+import tiny
+import torch
+from inprocess import run
+
+from rwkv_peft import machine
+from rwkv_peft.adapters import attach
+from rwkv_peft.data.loading import Batch
+from rwkv_peft.errors import Problems
+from rwkv_peft.model.rwkv import build
+from rwkv_peft.ops import dispatch
+from rwkv_peft.ops.cuda import chunk7, memory
+from rwkv_peft.training import graphs
+from rwkv_peft.training.graphs import Graphs, Recorded
+
+BORDERS = (0, 8, 16, 24)
+
+
+def stand_in(body, x, wanted, change=lambda tensors: tensors):
+    x = x.detach().clone().requires_grad_(x.requires_grad)
+    inputs = [*([x] if x.requires_grad else []), *wanted]
+
+    def gradients(slope):
+        with torch.enable_grad():
+            return torch.autograd.grad(body(x), inputs, slope, allow_unused=True)
+
+    def forward():
+        out.copy_(body(x).detach())
+
+    def backward():
+        for kept, new in zip(grads, change(gradients(slope)), strict=True):
+            if kept is not None:
+                kept.copy_(new)
+
+    out = body(x).detach()
+    slope = torch.zeros_like(out)
+    grads = change(gradients(slope))
+    return Recorded(x, out, slope, grads, forward, backward, (body,))
+
+
+@pytest.fixture
+def said(monkeypatch):
+    monkeypatch.setattr(graphs, "record", stand_in)
+    return []
+
+
+def learner(method="lora", version="x070", recompute="nothing", dropout=0.0, said=None, **more):
+    """A model that trains, with graphs if there is somebody to tell."""
+    torch.manual_seed(0)
+    shape = tiny.geometry(version=version)
+    model = build(shape, tiny.tensors(0, shape), dispatch.choose("torch", version), torch.float32, recompute)
+    options = {"rank": 4, "alpha": 8.0} if method == "lora" else {}
+    attach.adapt(model, attach.Setup(method, options, ("att", "ffn"), dropout, **more), torch.float32)
+    model.train()
+    if said is not None:
+        model.replay = Graphs(model, said.append)
+    return model
+
+
+def batch(seed, borders=BORDERS):
+    ids = torch.randint(1, 200, (1, borders[-1]), generator=torch.Generator().manual_seed(seed))
+    positions = torch.arange(seed % 3, borders[-1])  # (another number of rows that count each time)
+    return Batch(ids, borders, positions, ids[0, positions], len(positions), borders[-1])
+
+
+def loss_of(model, given):
+    x, _ = model.features(given.ids, cu_seqlens=given.cu_seqlens, carry=False)
+    return model.ops.cross_entropy(x[0].index_select(0, given.positions), model.head_weight(), given.targets)
+
+
+def steps(model, count=5, micro=2, borders=(BORDERS,)):
+    """What a model learns in some steps of some micro-batches each: its parameters."""
+    learnt = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(learnt, lr=1e-2)
+    kinds = itertools.cycle(borders)
+    for step in range(count):
+        for number in range(micro):
+            loss_of(model, batch(step * micro + number, next(kinds))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return learnt
+
+
+@pytest.mark.parametrize("version", ["x070", "x060"])
+@pytest.mark.parametrize("method", ["lora", "full", "state"])
+@pytest.mark.parametrize("recompute", ["nothing", "cheap"])
+def test_what_is_replayed_learns_the_same_to_the_last_bit(said, version, method, recompute):
+    """Two micro-batches a step: the gradients of the first must outlive the replay of the second."""
+    plain, replayed = learner(method, version, recompute), learner(method, version, recompute, said=said)
+    assert all(torch.equal(a, b) for a, b in zip(steps(plain), steps(replayed), strict=True))
+    assert said == ["CUDA graph recorded: 24 tokens, 3 sequences"]
+
+
+def test_some_shapes_are_recorded_at_their_third_time_and_all_others_go_one_by_one(said, monkeypatch):
+    monkeypatch.setattr(graphs, "MOST", 2)
+    three = [(0, 12, 24), (0, 10, 24), (0, 24)]
+    plain, replayed = learner(), learner(said=said)
+    steps(replayed, 2, 2, three[:2])
+    assert said == []
+    steps(replayed, 4, 3, three)
+    assert len(said) == len(replayed.replay.recorded) == 2
+    steps(plain, 2, 2, three[:2])
+    steps(plain, 4, 3, three)
+    now = zip(plain.parameters(), replayed.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in now)
+
+
+@pytest.mark.parametrize("wrong", ["an output", "a gradient", "nan", "a gradient is missing"])
+def test_what_replays_something_else_is_not_used_and_that_is_told(said, monkeypatch, wrong):
+    changes = {
+        "a gradient": lambda grads: [None if g is None else g * 1.01 for g in grads],
+        "nan": lambda grads: [None if g is None else g * torch.nan for g in grads],
+        "a gradient is missing": lambda grads: [None, *grads[1:]],
+    }
+
+    def record(body, x, wanted):
+        if wrong == "an output":
+            return stand_in(lambda x: body(x) * 1.01, x, wanted)
+        return stand_in(body, x, wanted, changes[wrong])
+
+    monkeypatch.setattr(graphs, "record", record)
+    plain, tried = learner(), learner(said=said)
+    assert all(torch.equal(a, b) for a, b in zip(steps(plain), steps(tried), strict=True))
+    assert len(said) == 1 and "CUDA graphs are not used: ValueError: replayed, the blocks compute something" in said[0]
+
+
+def test_what_cannot_be_recorded_is_told_once_and_changes_nothing(said, monkeypatch):
+    def fails(body, x, wanted):
+        torch.rand(1)
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(graphs, "record", fails)
+    plain, tried = learner(dropout=0.2), learner(dropout=0.2, said=said)
+    torch.manual_seed(1)
+    wanted = steps(plain)
+    torch.manual_seed(1)
+    assert all(torch.equal(a, b) for a, b in zip(wanted, steps(tried), strict=True))
+    assert said == [
+        "CUDA graphs are not used: RuntimeError: CUDA error: operation not permitted when stream is capturing"
+    ]
+
+
+def test_dropout_is_out_of_the_comparison_and_in_what_is_replayed(said, monkeypatch):
+    recorded = []
+
+    def record(body, x, wanted):
+        recorded.append({m.dropout for m in model.modules() if hasattr(m, "dropout")})
+        return stand_in(body, x, wanted)
+
+    monkeypatch.setattr(graphs, "record", record)
+    model = learner(dropout=0.2, said=said)
+    steps(model, 1)
+    dice = torch.random.get_rng_state()
+    model.replay.try_to_record(("key",), model.emb(batch(0).ids[0], torch.float32, "cpu"), Plain())
+    assert recorded == [{0.0}, {0.2}] and torch.equal(torch.random.get_rng_state(), dice)
+
+
+class Plain:
+    """Borders of one sequence of 24 tokens."""
+
+    cu_seqlens, host, first, last = (0, 24), torch.tensor([0, 24]), torch.tensor([0]), torch.tensor([23])
+
+    def __len__(self):
+        return 1
+
+
+def test_what_hands_on_states_or_wants_no_gradient_is_never_replayed(said):
+    model = learner(said=said)
+    for seed in range(6):
+        ids = batch(seed).ids
+        with torch.no_grad():
+            model.features(ids, cu_seqlens=BORDERS, carry=False)
+        _, state = model.features(ids, cu_seqlens=BORDERS)
+        model.features(ids, state, BORDERS, carry=False)
+    assert said == [] and not model.replay.seen
+
+
+def test_a_recording_keeps_the_tables_whose_addresses_it_has():
+    spans = ((0, 3), (3, 70))
+    with memory.keeping() as held:
+        first, second = memory.tables(spans, torch.device("cpu")), chunk7.tables(spans, torch.device("cpu"))
+        assert memory.tables(spans, torch.device("cpu")) is first
+    memory.tables(spans, torch.device("cpu"))
+    assert [id(x) for x in held] == [id(first), id(second), id(first)]
+
+
+def test_without_a_gpu_they_are_refused(ready):
+    with pytest.raises(Problems, match="CUDA_GRAPHS.*is for GPUs, and none was found; use 0"):
+        run(ready, CUDA_GRAPHS="1", GRAD_CP="0")
+
+
+def test_kernels_that_they_are_not_for_are_told(ready, monkeypatch, capsys):
+    monkeypatch.setattr(machine, "check_graphs", lambda wanted: None)
+    run(ready, CUDA_GRAPHS="1", GRAD_CP="0")
+    assert "CUDA graphs are not used: they are for OP=cuda, and this run computes with" in capsys.readouterr().out
