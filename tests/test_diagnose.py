@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import tiny
+from conftest import few
 from inprocess import run, tokenize
 
 from rwkv_peft import chat, checkpoint, hashing
@@ -137,7 +138,7 @@ ASKING = chat.ChatConfig("", "", "rwkv-world", "", 5, 0.0, 1.0, 0, "fp32")
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"FINETUNE_MODE": "state_tuning"}, {"FINETUNE_MODE": "full"}, {"QUANT": "nf4"}]
+    "settings", few([{}, {"FINETUNE_MODE": "state_tuning"}, {"FINETUNE_MODE": "full"}, {"QUANT": "nf4"}], [{}])
 )
 def test_the_losses_are_those_of_the_training(ready, settings):
     """Of one row that is all there is: the run's first step has the base's loss, one more its last."""

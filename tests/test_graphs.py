@@ -8,6 +8,7 @@ import itertools
 import pytest
 import tiny
 import torch
+from conftest import few
 from inprocess import run
 
 from rwkv_peft import machine
@@ -88,7 +89,7 @@ def steps(model, count=5, micro=2, borders=(BORDERS,)):
     return learnt
 
 
-@pytest.mark.parametrize("version", ["x070", "x060"])
+@pytest.mark.parametrize("version", few(["x070", "x060"], ["x070"]))
 @pytest.mark.parametrize("method", ["lora", "full", "state"])
 @pytest.mark.parametrize("recompute", ["nothing", "cheap"])
 def test_what_is_replayed_learns_the_same_to_the_last_bit(said, version, method, recompute):

@@ -280,6 +280,7 @@ def processes(session: int) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_leaves_no_worker_behind(kit):
     tiny.save_model(kit.root / "model" / "tiny.pth")
     kit.data("chat.jsonl", *tiny.CHATS)

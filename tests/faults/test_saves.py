@@ -231,7 +231,7 @@ class Evil:
 PLACES = ("state/step-000002/evil.pth", "state/step-000002/weights.safetensors", "rwkv-0.pth", "init_pissa.pth")
 
 
-@pytest.mark.parametrize("where", PLACES)
+@pytest.mark.parametrize("where", few(PLACES, PLACES[:2]))
 def test_a_run_folder_of_somebody_else_executes_nothing(ready, tmp_path, where):
     """F21: pickles in every place that going on, merging and talking look at."""
     from merge.parts import found
