@@ -1,8 +1,11 @@
 """The chunked head and cross entropy equal the plain ones, and never hold more than a chunk of logits."""
 
 import pytest
+import tiny
 import torch
 
+from rwkv_peft.ops import dispatch
+from rwkv_peft.ops.cpu import wkv as cpu
 from rwkv_peft.ops.loss import linear_cross_entropy, naive_cross_entropy
 
 R, C, V = 23, 12, 50
@@ -57,3 +60,18 @@ def test_logits_are_never_larger_than_a_chunk(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "logsumexp", watch)
     linear_cross_entropy(*setting(), chunk_values=4 * V)
     assert max(seen) <= 4 * V and len(seen) == 6
+
+
+def refused_twice(y, x):
+    (slope,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.square().sum().backward()
+
+
+def test_a_second_derivative_is_refused_rather_than_wrong():
+    """The gradients of these are made by hand, and nothing knows theirs."""
+    x, weight, targets = setting(torch.float32)
+    refused_twice(linear_cross_entropy(x, weight, targets), x)
+    if dispatch.choose("auto", "x070").name == "cpu":
+        r, *others = (x.requires_grad_() for x in tiny.wkv_inputs(1, 5, 1, 16))
+        refused_twice(cpu.wkv7(r, *others)[0], others[-1])

@@ -53,6 +53,7 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: about)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(cache, "folder", lambda: tmp_path)
+    monkeypatch.setattr(build, "compiler", lambda: "13.0")
     prove = proof.prove
     monkeypatch.setattr(proof, "prove", lambda version, wkv, device, *more: prove(version, wkv, "cpu", *more))
 
@@ -85,8 +86,10 @@ def test_kernels_that_pass_are_taken_and_are_asked_once(gpu, monkeypatch):
     assert first.name == "cuda" and "on this GPU" in first.why
     monkeypatch.setattr(proof, "prove", None)
     assert dispatch.choose("auto", "x070", "cuda").name == "cuda"
-    monkeypatch.setattr(build, "digest", lambda: "other sources")
-    assert dispatch.choose("auto", "x070", "cuda").name == "torch"  # asked again, and there is nobody to ask
+    for what in ("digest", "compiler"):
+        with monkeypatch.context() as changed:
+            changed.setattr(build, what, lambda: "another")
+            assert dispatch.choose("auto", "x070", "cuda").name == "torch"  # asked again, and there is nobody to ask
 
 
 @pytest.mark.parametrize("how", ["wrong", "missing", "refused", "other bindings"])

@@ -44,7 +44,7 @@ class ForGPU(NamedTuple):
 
 # kernels for GPUs, the quickest first
 FOR_GPU = {
-    "cuda": ForGPU("CUDA kernels", lambda: cuda_build.digest(), cuda_build.Missing),
+    "cuda": ForGPU("CUDA kernels", lambda: f"{cuda_build.digest()} {cuda_build.compiler()}", cuda_build.Missing),
     "fla": ForGPU("flash-linear-attention", lambda: fla.version(), fla.Missing),
 }
 

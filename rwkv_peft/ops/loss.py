@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .neighbours import slopes
 
@@ -59,6 +60,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dloss):
         saved = list(ctx.saved_tensors)
         dx = saved.pop(0).mul(dloss) if ctx.need_x else None

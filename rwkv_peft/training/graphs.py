@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ..model.rwkv import RWKV
 from ..model.state import Borders
@@ -84,7 +85,7 @@ class Replay(torch.autograd.Function):
         return recorded.out.detach().clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, slope: Tensor):
         recorded = ctx.recorded
         recorded.slope.copy_(slope)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ..model.rwkv import RWKV
 from ..model.state import BlockState
@@ -102,6 +103,7 @@ class KnownGradients(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dloss: Tensor):
         grads, ctx.grads = ctx.grads, None
         return None, *(g.mul_(dloss.to(g.dtype)) for g in grads)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import neighbours
 from ..compiled import unlearnt
@@ -65,6 +66,7 @@ class Mixes(torch.autograd.Function):
         return mixed(x, before, shares, borders)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *dout):
         x, before, shares = ctx.saved_tensors
         threads = torch.get_num_threads()
@@ -105,6 +107,7 @@ class SquareRelu(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         [x] = ctx.saved_tensors
         dy, dx = dy.contiguous(), torch.empty_like(x)
@@ -148,6 +151,7 @@ class Around7(torch.autograd.Function):
         return out, end.to(s0.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout, dstate):
         saved = ctx.saved_tensors
         gates, own, (g, y, kept) = saved[:7], saved[7:12], saved[12:]

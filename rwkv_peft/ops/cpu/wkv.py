@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import chunked, chunked6
 from ..compiled import recurrence
@@ -53,6 +54,7 @@ class WKV7(torch.autograd.Function):
         return y.to(r.dtype), end.to(s0.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy, dstate):
         *inputs, kept = ctx.saved_tensors
         grads, ds0 = backward7([plain(x) for x in inputs], kept, plain(dy), plain(dstate), ctx.spans)
@@ -117,6 +119,7 @@ class WKV6(torch.autograd.Function):
         return y.to(r.dtype), end.to(s0.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy, dstate):
         *inputs, kept = ctx.saved_tensors
         x, dy, dstate = [plain(x) for x in inputs], plain(dy), plain(dstate)

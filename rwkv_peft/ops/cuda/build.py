@@ -117,13 +117,8 @@ def functions(index: int, file: str, size: int) -> Callable[[str], object]:
 def compiled(file: str, capability: str, size: int) -> bytes:
     """The machine code of a source file for GPUs of a capability (90 for 9.0). Missing if NVRTC does not make it."""
     nvrtc, _ = bindings()
-    try:
-        _, *version = nvrtc.nvrtcVersion()
-    except RuntimeError as error:  # its library is not there
-        raise Missing(
-            f"NVRTC does not load ({str(error).splitlines()[0]}); it comes with torch's builds for CUDA"
-        ) from None
-    kept = cache.folder() / f"{file}-{capability}-{size}-{digest()}-{'.'.join(map(str, version))}.cubin"
+    version = compiler()
+    kept = cache.folder() / f"{file}-{capability}-{size}-{digest()}-{version}.cubin"
     if kept.is_file():
         return kept.read_bytes()
     source = (SOURCES / f"{file}.cu").read_bytes()
@@ -136,9 +131,7 @@ def compiled(file: str, capability: str, size: int) -> bytes:
         log = b" " * length
         nvrtc.nvrtcGetProgramLog(program, log)
         words = log.decode(errors="replace").strip("\0 \n") or str(error)
-        raise Missing(
-            f"NVRTC {'.'.join(map(str, version))} cannot compile {file}.cu for sm_{capability} ({words[:300]})"
-        )
+        raise Missing(f"NVRTC {version} cannot compile {file}.cu for sm_{capability} ({words[:300]})")
     _, length = nvrtc.nvrtcGetCUBINSize(program)
     code = b" " * length
     nvrtc.nvrtcGetCUBIN(program, code)
@@ -146,6 +139,18 @@ def compiled(file: str, capability: str, size: int) -> bytes:
     with writing(kept) as out:
         out.write(code)
     return code
+
+
+@functools.cache
+def compiler() -> str:
+    """The version of NVRTC. Missing without it."""
+    nvrtc, _ = bindings()
+    try:
+        _, *version = nvrtc.nvrtcVersion()
+    except RuntimeError as error:  # its library is not there
+        words = str(error).splitlines()[0]
+        raise Missing(f"NVRTC does not load ({words}); it comes with torch's builds for CUDA") from None
+    return ".".join(map(str, version))
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import neighbours
 from ..compiled import unlearnt
@@ -63,6 +64,7 @@ class Mixes(torch.autograd.Function):
         return tuple(out)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *dout):
         x, before, shares = ctx.saved_tensors
         (T, C), M = x.shape, len(shares)
@@ -97,6 +99,7 @@ class SquareRelu(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         [x] = ctx.saved_tensors
         dx = torch.empty_like(x)
@@ -148,6 +151,7 @@ class Around7(torch.autograd.Function):
         return out, last.to(s0.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout, dlast):
         saved = ctx.saved_tensors
         gates, own, (g, y, kept) = saved[:7], saved[7:12], saved[12:]

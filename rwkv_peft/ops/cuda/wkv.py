@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import chunked, chunked6
 from ..compiled import recurrence
@@ -116,6 +117,7 @@ class WKV7(torch.autograd.Function):
         return y.to(r.dtype), last.to(s0.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy, dlast):
         *given, kept = ctx.saved_tensors
         inputs = in_memory(given)
@@ -160,6 +162,7 @@ class WKV6(torch.autograd.Function):
         return y.to(r.dtype), end.to(s0.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy, dend):
         *inputs, kept = ctx.saved_tensors
         kind = format_of(inputs[0])
