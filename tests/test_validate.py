@@ -10,10 +10,10 @@ import tiny
 import torch
 import torch.nn.functional as F
 from conftest import few
-from inprocess import run, tokenize
+from inprocess import config, run, tokenize
 from test_resume import BASE, interrupted, same
 
-from rwkv_peft import checkpoint
+from rwkv_peft import checkpoint, train
 from rwkv_peft.data.binidx import Reader
 from rwkv_peft.errors import Problems, UserError
 from rwkv_peft.roles import Role
@@ -107,6 +107,13 @@ def test_without_a_better_look_for_so_long_the_run_ends_and_is_finished(held, mo
     assert "VAL_PATIENCE=2: no better validation" in capsys.readouterr().out
     with pytest.raises(Problems, match="has ended output/early at step 8"):
         run(held, "early", **settings)
+    capsys.readouterr()
+    train.command(config(RUN_NAME="", **settings), [])
+    said = capsys.readouterr().out
+    assert (
+        "new run   VAL_PATIENCE has ended output/early at step 8 of 36. RUN_NAME=early and a larger VAL_PATIENCE"
+        in said
+    )
     _, records = run(held, "early", **{**settings, "VAL_PATIENCE": "3"})
     assert len(records) == 12
 

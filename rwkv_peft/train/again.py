@@ -58,9 +58,11 @@ def find(config: TrainConfig, anew: bool, first: bool, say: Callable[[str], None
     if folder is None or (first and runs.is_running(folder)):
         return None
     different: list[tuple[str, str]] = []
+    early: list[Snapshot] = []
 
     def wanted(found: Snapshot) -> bool:
         different.extend([] if found.facts["finished"] else changes(found, config, FREE | SPLIT))
+        early.extend([found] if ended_early(found) else [])
         return not different and not found.facts["finished"]
 
     try:
@@ -73,6 +75,11 @@ def find(config: TrainConfig, anew: bool, first: bool, say: Callable[[str], None
         say(
             f"new run   {project.shown(folder)} was stopped, and had other settings ({names}). To go on with it, set them back "
             f"and RUN_NAME={folder.name}"
+        )
+    if early:
+        say(
+            f"new run   VAL_PATIENCE has ended {place(early[0])}. RUN_NAME={folder.name} and a larger VAL_PATIENCE, or 0, train "
+            "that one further"
         )
     return found
 
@@ -140,6 +147,11 @@ def hand_over(found: Snapshot | None) -> None:
     os.environ[HANDED] = str(found.folder) if found else ""
 
 
+def ended_early(found: Snapshot) -> bool:
+    """Whether VAL_PATIENCE has ended it before its last step."""
+    return found.facts["finished"] and found.step < found.facts["steps"]
+
+
 def must_be_unchanged(found: Snapshot) -> None:
     """Moved if another process has saved a state since this one was found. To be asked once the run is ours."""
     snapshot.tidy(found.run)
@@ -159,8 +171,11 @@ def must_not_be_finished(found: Snapshot, steps: int, config: TrainConfig, missi
                 more, f"has {count(steps, 'step')}, and {found.step:,} are done in {run}; it cannot be less than that"
             )
         )
-    early = found.facts["finished"] and found.step < found.facts["steps"]
-    if early and config.val_data != "none" and config.val_patience == found.facts["settings"].get("VAL_PATIENCE"):
+    if (
+        ended_early(found)
+        and config.val_data != "none"
+        and config.val_patience == found.facts["settings"].get("VAL_PATIENCE")
+    ):
         words = (
             f"has ended {run} at step {found.step:,}: no better validation for so long. 0, or more, trains it further"
         )
