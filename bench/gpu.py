@@ -20,6 +20,7 @@ sys.path[0] = __file__.rpartition("bench")[0]  # the kit, instead of this folder
 
 # ruff: noqa: E402
 import argparse
+import gc
 import importlib.util
 import json
 import statistics
@@ -75,6 +76,7 @@ class Meter:
         return statistics.median(times[1:])
 
     def begin_memory(self) -> None:
+        gc.collect()
         if self.device == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -146,6 +148,7 @@ def step_row(
             raise RuntimeError("CUDA graphs are not used")
     seconds = meter.seconds(ours.step, 4)
     rate = batch * ctx / seconds
+    ours.module.model.replay = None  # (it knows the model, which would stay)
     return {
         "what": "step", **how, "graphs": graphs, "op": ours.op, "ctx": ctx, "batch": batch, "tokens_per_s": rate,
         "peak_mb": meter.peak_mb(),

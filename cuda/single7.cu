@@ -3,7 +3,8 @@
 // algebra is that of chunk7.cu.
 //
 // Backwards the states between two that were kept are made again, once for EVERY tokens, and lie with what was solved for in room of
-// the block's own (states, solved: float32 [sequences, H, STEPS, N, N] and [.., STEPS, L, N]), small enough to stay in the GPU's cache.
+// the block's own (states, solved: float32 [sequences, H, steps, N, N] and [.., steps, L, N]; steps: parts in EVERY tokens, or in the
+// longest sequence), small enough to stay in the GPU's cache.
 //
 // Inputs, outputs and states as in wkv7.cu; span: [sequences, 3] first token, behind the last one, first chunk.
 #include "tensor.h"
@@ -12,8 +13,6 @@ constexpr int L = 16;
 #include "part7.h"
 
 namespace {
-
-constexpr int STEPS = EVERY / L;
 
 // shared memory of a block, in floats
 constexpr int COMMON = 4 * L * LINE + 2 * L * SQUARE + L * HALVES + N + SUMS;
@@ -102,7 +101,7 @@ __device__ inline void forward(
 template <typename T>
 __device__ inline void backward(
     const T *r, const float *w, const T *k, const T *v, const T *a, const T *b, const T *dy, const float *dlast, const float *kept,
-    T *dr, float *dw, T *dk, T *dv, T *da, T *db, float *ds0, float *states, float *solved, const int *span, int H
+    T *dr, float *dw, T *dk, T *dv, T *da, T *db, float *ds0, float *states, float *solved, const int *span, int steps, int H
 ) {
     ROOM(room, BACKWARD_ROOM);
     const Common in(room);
@@ -110,7 +109,7 @@ __device__ inline void backward(
     const int h = blockIdx.x, q = blockIdx.y;
     const long block = (long)q * H + h, mine = block * N * N;
     const int begin = span[3 * q], end = span[3 * q + 1], first = span[3 * q + 2];
-    states += block * STEPS * N * N, solved += block * STEPS * L * N;
+    states += block * steps * N * N, solved += block * steps * L * N;
     for (int n = threadIdx.x; n < N * N; n += THREADS) slope[n / N * LINE + n % N] = dlast[mine + n];
     for (int c = (end - begin + EVERY - 1) / EVERY - 1; c >= 0; c--) {
         const int chunk = begin + c * EVERY, chunk_end = chunk + EVERY < end ? chunk + EVERY : end, parts = (chunk_end - chunk + L - 1) / L;
@@ -201,9 +200,9 @@ __device__ inline void backward(
     extern "C" __global__ void BOUNDS single7_backward_##name(                                                                    \
         const T *r, const float *w, const T *k, const T *v, const T *a, const T *b, const T *dy, const float *dlast,               \
         const float *kept, T *dr, float *dw, T *dk, T *dv, T *da, T *db, float *ds0, float *states, float *solved,                 \
-        const int *span, int H                                                                                                     \
+        const int *span, int steps, int H                                                                                          \
     ) {                                                                                                                            \
-        backward<T>(r, w, k, v, a, b, dy, dlast, kept, dr, dw, dk, dv, da, db, ds0, states, solved, span, H);                      \
+        backward<T>(r, w, k, v, a, b, dy, dlast, kept, dr, dw, dk, dv, da, db, ds0, states, solved, span, steps, H);                      \
     }
 FOR_TYPE(bf16, bfloat16)
 #ifdef EMULATE

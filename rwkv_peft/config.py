@@ -420,6 +420,8 @@ def graph_problems(given: SimpleNamespace) -> list[Problem]:
         "GRAD_CP=1, which computes blocks again; take GRAD_CP=selective": given.grad_cp == "1",
         "TRAIN_TYPE=infctx, whose chunks hand on their states": given.train_type == "infctx",
         "FINETUNE_MODE=lisa, whose blocks come and go": given.finetune_mode == "lisa",
+        "FINETUNE_MODE=peft, whose package may wait for the GPU": given.finetune_mode == "peft",
+        f"STRATEGY={given.strategy}; it is for a model in one piece": given.strategy not in ("auto", "single", None),
         f"OP={given.op}; it is for those of OP=cuda": given.op not in ("auto", "cuda", None),
         "several processes": (given.gpu_count or 1) > 1 or (given.nnodes or 1) > 1,
     }

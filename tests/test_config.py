@@ -141,6 +141,7 @@ def test_weights_that_are_trained_are_not_compressed(mode):
             "CUDA_GRAPHS",
             "must be 0 with FINETUNE_MODE=lisa",
         ),
+        ({"CUDA_GRAPHS": "1", "GRAD_CP": "0", "STRATEGY": "fsdp"}, "CUDA_GRAPHS", "must be 0 with STRATEGY=fsdp"),
         ({"CUDA_GRAPHS": "1", "GRAD_CP": "0", "OP": "torch"}, "CUDA_GRAPHS", "must be 0 with OP=torch"),
         ({"CUDA_GRAPHS": "1", "GRAD_CP": "0", "GPU_COUNT": "2"}, "CUDA_GRAPHS", "must be 0 with several processes"),
         ({"EMB_ON_CPU": "1", "FINETUNE_MODE": "full"}, "EMB_ON_CPU", "must be 0 or auto with FINETUNE_MODE=full"),

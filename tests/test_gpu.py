@@ -3,10 +3,12 @@
 import importlib.util
 
 import pytest
+import test_graphs
 import torch
 from inprocess import run
 
 from rwkv_peft.ops import dispatch, proof
+from rwkv_peft.training.graphs import Graphs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 
@@ -45,3 +47,20 @@ def test_cuda_graphs_are_recorded_and_learn_the_same(ready, capsys, settings):
     _, other = run(ready, "graphs", CUDA_GRAPHS="1", **common)
     assert "CUDA graph recorded" in capsys.readouterr().out
     assert [r["loss"] for r in other] == pytest.approx([r["loss"] for r in one], rel=1e-4)
+
+
+def test_a_recording_has_all_that_it_reads():
+    """What it does not hold has been given away, and overwritten."""
+    told = []
+    model = test_graphs.learner(op="cuda").cuda()
+    model.replay = Graphs(model, told.append)
+    given = [test_graphs.batch(seed, device="cuda") for seed in range(6)]
+    test_graphs.steps(model, 3, 1, batches=given)
+    assert told and "recorded" in told[0]
+    torch.cuda.empty_cache()
+    junk = [torch.full((2**20,), float("nan"), device="cuda") for _ in range(200)]
+    del junk
+    test_graphs.steps(model, 2, 2, batches=given)
+    replayed = [test_graphs.loss_of(model, one).item() for one in given]
+    model.replay = None
+    assert replayed == pytest.approx([test_graphs.loss_of(model, one).item() for one in given], rel=1e-5)

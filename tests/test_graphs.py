@@ -14,7 +14,7 @@ from inprocess import run
 from rwkv_peft import machine
 from rwkv_peft.adapters import attach
 from rwkv_peft.data.loading import Batch
-from rwkv_peft.errors import Problems
+from rwkv_peft.errors import Problems, UserError
 from rwkv_peft.model.rwkv import build
 from rwkv_peft.ops import dispatch
 from rwkv_peft.ops.cuda import chunk7, memory
@@ -52,11 +52,11 @@ def said(monkeypatch):
     return []
 
 
-def learner(method="lora", version="x070", recompute="nothing", dropout=0.0, said=None, **more):
+def learner(method="lora", version="x070", recompute="nothing", dropout=0.0, said=None, op="torch", **more):
     """A model that trains, with graphs if there is somebody to tell."""
     torch.manual_seed(0)
     shape = tiny.geometry(version=version)
-    model = build(shape, tiny.tensors(0, shape), dispatch.choose("torch", version), torch.float32, recompute)
+    model = build(shape, tiny.tensors(0, shape), dispatch.made(op, version), torch.float32, recompute)
     options = {"rank": 4, "alpha": 8.0} if method == "lora" else {}
     attach.adapt(model, attach.Setup(method, options, ("att", "ffn"), dropout, **more), torch.float32)
     model.train()
@@ -65,10 +65,11 @@ def learner(method="lora", version="x070", recompute="nothing", dropout=0.0, sai
     return model
 
 
-def batch(seed, borders=BORDERS):
+def batch(seed, borders=BORDERS, device="cpu"):
     ids = torch.randint(1, 200, (1, borders[-1]), generator=torch.Generator().manual_seed(seed))
     positions = torch.arange(seed % 3, borders[-1])  # (another number of rows that count each time)
-    return Batch(ids, borders, positions, ids[0, positions], len(positions), borders[-1])
+    targets = ids[0, positions].to(device)
+    return Batch(ids.to(device), borders, positions.to(device), targets, len(positions), borders[-1])
 
 
 def loss_of(model, given):
@@ -76,14 +77,14 @@ def loss_of(model, given):
     return model.ops.cross_entropy(x[0].index_select(0, given.positions), model.head_weight(), given.targets)
 
 
-def steps(model, count=5, micro=2, borders=(BORDERS,)):
+def steps(model, count=5, micro=2, borders=(BORDERS,), batches=None):
     """What a model learns in some steps of some micro-batches each: its parameters."""
     learnt = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(learnt, lr=1e-2)
-    kinds = itertools.cycle(borders)
-    for step in range(count):
-        for number in range(micro):
-            loss_of(model, batch(step * micro + number, next(kinds))).backward()
+    given = itertools.cycle(batches or [batch(seed, borders[seed % len(borders)]) for seed in range(count * micro)])
+    for _ in range(count):
+        for _ in range(micro):
+            loss_of(model, next(given)).backward()
         optimizer.step()
         optimizer.zero_grad()
     return learnt
@@ -113,12 +114,13 @@ def test_some_shapes_are_recorded_at_their_third_time_and_all_others_go_one_by_o
     assert all(torch.equal(a, b) for a, b in now)
 
 
-@pytest.mark.parametrize("wrong", ["an output", "a gradient", "nan", "a gradient is missing"])
+@pytest.mark.parametrize("wrong", ["an output", "a gradient", "nan", "a gradient is missing", "there are none"])
 def test_what_replays_something_else_is_not_used_and_that_is_told(said, monkeypatch, wrong):
     changes = {
         "a gradient": lambda grads: [None if g is None else g * 1.01 for g in grads],
         "nan": lambda grads: [None if g is None else g * torch.nan for g in grads],
         "a gradient is missing": lambda grads: [None, *grads[1:]],
+        "there are none": lambda grads: [None] * len(grads),
     }
 
     def record(body, x, wanted):
@@ -146,6 +148,17 @@ def test_what_cannot_be_recorded_is_told_once_and_changes_nothing(said, monkeypa
     assert said == [
         "CUDA graphs are not used: RuntimeError: CUDA error: operation not permitted when stream is capturing"
     ]
+
+
+def test_a_recording_that_breaks_off_ends_the_run(said, monkeypatch):
+    """What CUDA has begun cannot be taken back: going on would be wrong in ways that nobody sees."""
+
+    def breaks(body, x, wanted):
+        raise graphs.Broken("RuntimeError: operation not permitted")
+
+    monkeypatch.setattr(graphs, "record", breaks)
+    with pytest.raises(UserError, match="cannot be recorded here .*not permitted.*Set CUDA_GRAPHS=0"):
+        steps(learner(said=said))
 
 
 def test_dropout_is_out_of_the_comparison_and_in_what_is_replayed(said, monkeypatch):

@@ -285,6 +285,7 @@ def test_the_way_is_chosen_by_the_shape(monkeypatch):
     assert way(size=128, among=wkv.only("in parts")) is wkv.TOKENS
     about.total_memory = 10**9
     assert way() is wkv.SINGLE and way(tokens=1024) is wkv.PARTS
+    assert way(12, 40, 64) is way(32, 64, 16) is wkv.SINGLE and way(32, 40, 64) is way(32, 100, 16) is wkv.TOKENS
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 9))
     assert way(tokens=1024) is wkv.PARTS and way(40, 16) is wkv.TOKENS
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (7, 5))

@@ -67,12 +67,15 @@ def gpu(monkeypatch, tmp_path):
         proof, "prove_around", lambda around, wkv, device, *more: prove_around(around, wkv, "cpu", *more)
     )
 
-    def has(wkv, name="cuda", ways=(), **around):
+    def has(wkv, name="cuda", ways=(), tokens=None, **around):
         monkeypatch.setitem(dispatch.WKV["x070"], name, wkv)
         if name == "cuda":
             stand_in = types.SimpleNamespace(**{**vars(neighbours), **around})
             monkeypatch.setitem(dispatch.AROUND, name, stand_in)
-            others = dispatch.Ways(tuple(dict(ways)), dict(ways).get, lambda right: (wkv, *right))
+            among = {(): tokens or wkv}
+            others = dispatch.Ways(
+                tuple(dict(ways)), dict(ways).get, lambda right: among.get(tuple(right), tuple(right))
+            )
             monkeypatch.setitem(dispatch.WAYS, (name, "x070"), others)
         if name == "fla":
             monkeypatch.setattr(fla, "version", lambda: f"version {id(wkv)}")
@@ -138,9 +141,24 @@ def test_kernels_that_are_wrong_in_one_way_go_on_in_the_others(gpu, bad):
     gpu(chunked.wkv7, ways=[(way, wrong("x070", "a wrong state") if way in bad else chunked.wkv7) for way in ways])
     for op in ("auto", "cuda"):
         found = dispatch.choose(op, "x070", "cuda")
-        assert found.name == "cuda" and found.wkv == (chunked.wkv7, *(way for way in ways if way not in bad))
+        assert found.name == "cuda" and found.wkv == (tuple(way for way in ways if way not in bad) or chunked.wkv7)
         for way in ways:
             assert (f"not {way}: they are wrong on this GPU" in found.why) == (way in bad)
+
+
+def test_token_by_token_is_proved_by_itself_where_a_backend_would_go_another_way(gpu, monkeypatch):
+    """What it chooses for the proof's short texts is not what it chooses for others."""
+    asked = set()
+    passed = proof.Proof(0.0, 1.0, "")
+    monkeypatch.setattr(proof, "prove_around", lambda _around, wkv, *_more: asked.add(wkv) or passed)
+    ways = [("in a single pass", chunked.wkv7)]
+    gpu(chunked.wkv7, ways=ways, tokens=wrong("x070", "a wrong state"))
+    found = dispatch.choose("auto", "x070", "cuda")
+    assert found.name == "torch" and "OP=cuda: they are wrong on this GPU" in found.why
+    gpu(wrong("x070", "a wrong state"), ways=[("in a single pass", wrong("x070", "NaN"))], tokens=chunked.wkv7)
+    found = dispatch.choose("auto", "x070", "cuda")
+    assert found.name == "cuda" and found.wkv is chunked.wkv7 and "not in a single pass" in found.why
+    assert asked == {chunked.wkv7}  # the rest of a block is proved with what is right
 
 
 @pytest.mark.parametrize("name", ["mixes", "square_relu", "slopes", "around7"])

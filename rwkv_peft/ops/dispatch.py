@@ -44,7 +44,7 @@ class ForGPU(NamedTuple):
 
 # kernels for GPUs, the quickest first
 FOR_GPU = {
-    "cuda": ForGPU("CUDA kernels", lambda: f"{cuda_build.digest()} {cuda_build.compiler()}", cuda_build.Missing),
+    "cuda": ForGPU("CUDA kernels", lambda: cuda_build.state(), cuda_build.Missing),
     "fla": ForGPU("flash-linear-attention", lambda: fla.version(), fla.Missing),
 }
 
@@ -175,7 +175,7 @@ def on_gpu(op: str, version: str, size: int) -> Ops:
     """Kernels that compute on this GPU what the definition says. They are asked once for a GPU and a driver."""
     reasons = []
     for name in FOR_GPU if op == "auto" else (op,):
-        found, wrong = tried(name, version, size, recurrence(version, WKV[version][name], size))
+        found, wrong = tried(name, version, size, recurrence(version, by_tokens(name, version), size))
         if not wrong:
             ops = made(name, version, f"{FOR_GPU[name].words}{seen(found)}")
             return what_is_right(ops, version, size)
@@ -195,11 +195,17 @@ def what_is_right(ops: Ops, version: str, size: int) -> Ops:
             ops = replace(ops, why=f"{ops.why}; not {way}: {wrong}") if wrong else ops
         ops = replace(ops, wkv=ways.among(right)) if len(right) < len(ways.others) else ops
     if ops.around is not neighbours:
-        wkv = WKV["x070"][ops.name]
+        wkv = by_tokens(ops.name, "x070")
         _, wrong = tried(ops.name, "around", size, lambda *place: proof.prove_around(ops.around, wkv, *place, size))
         if wrong:
             ops = replace(ops, around=neighbours, why=f"{ops.why}; the rest of a block on torch: {wrong}")
     return ops
+
+
+def by_tokens(name: str, version: str) -> Callable:
+    """The recurrence of a backend in the way that every shape can go."""
+    ways = WAYS.get((name, version))
+    return ways.among(()) if ways else WKV[version][name]
 
 
 def recurrence(version: str, wkv: Callable, size: int) -> Callable:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..errors import UserError
 from ..model.rwkv import RWKV
 from ..model.state import Borders
 from ..ops.cuda.memory import keeping
@@ -29,6 +30,10 @@ REMEMBERED = 64  # shapes whose number is kept
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 2**-7, torch.float16: 2**-7}
 
 Body = Callable[[Tensor], Tensor]
+
+
+class Broken(Exception):
+    """A recording that has begun has failed."""
 
 
 class Recorded(NamedTuple):
@@ -64,13 +69,19 @@ def record(body: Body, x: Tensor, wanted: Sequence[Tensor]) -> Recorded:
             for _ in range(2):
                 out = body(x)
                 gradients(out, torch.zeros_like(out))
+                del out  # autograd would hold on to what belongs to this pass
         begin.wait_stream(side)
         there, back = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(there):
-            out = body(x)
-        slope = torch.zeros_like(out)
-        with torch.cuda.graph(back, pool=there.pool()):
-            grads = gradients(out, slope)
+        try:
+            with torch.cuda.graph(there, stream=side):
+                out = body(x)
+            slope = torch.zeros_like(out)
+            with torch.cuda.graph(back, pool=there.pool(), stream=side):
+                grads = gradients(out, slope)
+        except (
+            Exception
+        ) as error:  # what was begun cannot be taken back: the stream, the allocator and the dice are in it
+            raise Broken(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}") from error
     return Recorded(x, out.detach(), slope, grads, there.replay, back.replay, (body, *held))
 
 
@@ -148,6 +159,8 @@ class Graphs:
                 raise ValueError(f"replayed, the blocks compute something else (by {error:.1e})")
             self.recorded[key] = record(body, x, wanted) if dropping else recorded
             self.say(f"CUDA graph recorded: {len(x)} tokens, {len(borders)} sequences")
+        except Broken as failed:
+            raise UserError(f"CUDA graphs cannot be recorded here ({failed}). Set CUDA_GRAPHS=0") from failed
         except Exception as failed:  # whatever a driver has against it: the kernels can be started one by one
             words = (str(failed).splitlines() or [""])[0][:200]
             self.off = True
@@ -170,6 +183,8 @@ def difference(recorded: Recorded, body: Body, x: Tensor, wanted: Sequence[Tenso
         slope = torch.linspace(-1, 1, out.numel(), device=out.device).view(out.shape).to(out.dtype)
         return [out.detach(), *torch.autograd.grad(out, inputs, slope, allow_unused=True)]
 
+    if all(grad is None for grad in recorded.grads):
+        return float("inf")  # nothing would learn
     worst = 0.0
     for one, other in zip(all_of(lambda x: Replay.apply(recorded, x, *wanted)), all_of(body), strict=True):
         if (one is None) != (other is None):

@@ -271,6 +271,8 @@ def print_samples(sequences: Iterator, most: int) -> None:
 
 def out_of_memory(settings: dict, error: Exception) -> str:
     advice = []
+    if settings.get("CUDA_GRAPHS"):
+        advice.append("CUDA_GRAPHS=0 (each shape that is recorded keeps a pass's activations)")
     if settings["GRAD_CP"] == "0":
         advice.append("GRAD_CP=selective (a third less for activations, hardly any time)")
     if settings["GRAD_CP"] != "1":

@@ -10,7 +10,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -156,7 +157,18 @@ def compiler() -> str:
 @functools.cache
 def digest() -> str:
     """Tells one state of the sources from another."""
+    return hashed(SOURCES / name for name in (*(f"{file}.cu" for file in FILES), *HEADERS))
+
+
+def state() -> str:
+    """Tells one state of whatever a proof depends on from another: the sources, what compiles and launches them, the proof
+    itself. Missing without a compiler."""
+    here = Path(__file__).parent
+    return f"{digest()} {hashed([*here.glob('*.py'), here.parent / 'proof.py'])} {compiler()}"
+
+
+def hashed(files: Iterable[Path]) -> str:
     found = hashlib.sha256()
-    for path in sorted(SOURCES / name for name in (*(f"{file}.cu" for file in FILES), *HEADERS)):
+    for path in sorted(files):
         found.update(path.name.encode() + path.read_bytes())
     return found.hexdigest()[:16]

@@ -1,7 +1,8 @@
 """WKV-7 in a single pass on a GPU's tensor cores (cuda/single7.cu), with gradients: for many heads and sequences.
 
 Operands of products are rounded to tf32, sums are float32. Between forward and backward pass the same is kept as by the
-recurrent kernels, every 64th state; while one layer's backward pass runs, 80 kB for each head (of size 64) of each sequence.
+recurrent kernels, every 64th state; while one layer's backward pass runs, up to 80 kB for each head (of size 64) of each
+sequence.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import build
-from .chunk7 import THREADS, possible
+from .chunk7 import SHARE, THREADS, possible
 from .memory import EVERY, NAMES, Spans, tables
 
 PART = 16  # tokens of a part, as in single7.cu
@@ -24,7 +25,16 @@ QUICK = ((8, 0), (9, 0), (10, 0), (10, 3))
 
 def pays(r: Tensor, spans: Spans) -> bool:
     """Whether it is quicker than token by token. r: [T, H, N]."""
-    return possible(r) and torch.cuda.get_device_capability(r.device) in QUICK and len(r) >= WORTH * len(spans)
+    if not possible(r) or torch.cuda.get_device_capability(r.device) not in QUICK or len(r) < WORTH * len(spans):
+        return False
+    _, H, N = r.shape
+    scratch = 4 * len(spans) * H * steps_of(spans) * (N + PART) * N
+    return scratch <= torch.cuda.get_device_properties(r.device).total_memory * SHARE
+
+
+def steps_of(spans: Spans) -> int:
+    """Parts whose states are made again at a time."""
+    return min(EVERY // PART, -(-max(end - begin for begin, end in spans) // PART))
 
 
 class Room:
@@ -59,8 +69,9 @@ def backward(
     span, _ = tables(spans, r.device)
     dw, ds0 = torch.empty_like(w), torch.empty_like(dlast)
     dr, dk, dv, da, db = (torch.empty_like(r) for _ in range(5))
-    states, solved = (kept.new_empty(len(span), H, EVERY // PART, rows, N) for rows in (N, PART))
-    args = (*inputs, dy, dlast, kept, dr, dw, dk, dv, da, db, ds0, states, solved, span, H)
+    steps = steps_of(spans)
+    states, solved = (kept.new_empty(len(span), H, steps, rows, N) for rows in (N, PART))
+    args = (*inputs, dy, dlast, kept, dr, dw, dk, dv, da, db, ds0, states, solved, span, steps, H)
     launch = build.launcher(r.device, N)
     launch(f"single7_backward_{NAMES[r.dtype]}", (H, len(span)), args, THREADS, Room(N).backward)
     return [dr, dw, dk, dv, da, db], ds0
