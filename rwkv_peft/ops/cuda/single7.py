@@ -19,8 +19,9 @@ from .memory import EVERY, NAMES, Spans, tables
 PART = 16  # tokens of a part, as in single7.cu
 # both are arithmetic, not measured (cuda/README.md)
 WORTH = 16  # tokens of a sequence, in the mean, from which on parts are full enough to pay
-# capabilities of GPUs whose tensor cores are several times as quick in tf32 as the rest of them in float32; consumers' are not
-QUICK = ((8, 0), (9, 0), (10, 0), (10, 3))
+# capabilities of GPUs (A100; H100, H200) whose tensor cores are several times as quick in tf32 as the rest of them in float32.
+# Those of consumers' are not; of newer ones these instructions' rate is not known to us
+QUICK = ((8, 0), (9, 0))
 
 
 def pays(r: Tensor, spans: Spans) -> bool:
