@@ -5,7 +5,7 @@ usage: python bench/gpu.py [--minutes 7] [--quick] [--json FILE]
 Printed, with GPU, driver and versions:
     the rate of a large bfloat16 product, and of a copy from the GPU's memory to itself (bytes read and written)
     the recurrences, forward and backward, OP=cuda beside OP=fla, if that is installed, and OP=torch: ms, ns for each token and
-    head, memory above the inputs, share of the copy's rate if a token and head were 3.1 KB (inputs, outputs, gradients:
+    head, memory above the inputs, error, share of the copy's rate if a token and head were 3.1 KB (inputs, outputs, gradients:
     research/kernels.md 2.1)
     LoRA (rank 16), full and state steps of random 0.1B to 2.9B files, some on a compressed base: tokens/s, peak memory, share of
     the product's rate (see bench/step.py); one with and without CUDA graphs; rwkvtune beside some, if it is installed and runs
@@ -20,6 +20,7 @@ sys.path[0] = __file__.rpartition("bench")[0]  # the kit, instead of this folder
 
 # ruff: noqa: E402
 import argparse
+import functools
 import gc
 import importlib.util
 import json
@@ -96,6 +97,12 @@ def copy_rate(meter: Meter, numbers: int) -> float:
     return 2 * x.nbytes / meter.seconds(lambda: y.copy_(x))
 
 
+@functools.cache
+def error_of(version: str, name: str, device: str) -> float:
+    """Largest difference from the definition, of the norm of an output or a gradient, of bfloat16 inputs."""
+    return proof.prove(version, dispatch.every_way(version, device)[name], device, torch.bfloat16).error
+
+
 def wkv_row(meter: Meter, version: str, name: str, shape: tuple[int, int, int], copy: float) -> dict:
     batch, tokens, heads = shape
     some = [x.detach() for x in proof.inputs(version, "random")]
@@ -107,6 +114,7 @@ def wkv_row(meter: Meter, version: str, name: str, shape: tuple[int, int, int], 
         x.append((-torch.exp(drawn - 1) if kind == torch.float32 and len(x) == 1 else drawn).to(kind).requires_grad_())
     s0 = torch.zeros(batch, heads, 64, 64, device=meter.device).requires_grad_()
     wkv = dispatch.every_way(version, meter.device)[name]
+    error = error_of(version, name, meter.device)
     dy = torch.randn(batch, tokens, heads, 64, device=meter.device, dtype=torch.bfloat16)
 
     def step() -> None:
@@ -120,7 +128,7 @@ def wkv_row(meter: Meter, version: str, name: str, shape: tuple[int, int, int], 
     each = seconds / (batch * tokens * heads)
     return {
         "what": "wkv", "version": version, "op": name, "B": batch, "T": tokens, "H": heads, "ms": 1e3 * seconds,
-        "ns": 1e9 * each, "mb": meter.peak_mb() - before, "share_of_copy": BYTES / each / copy,
+        "ns": 1e9 * each, "error": error, "mb": meter.peak_mb() - before, "share_of_copy": BYTES / each / copy,
     }  # fmt: skip
 
 
@@ -218,7 +226,7 @@ def main() -> None:
                     (version, name, shape),
                     lambda v=version, n=name, s=(1, 65, 2) if given.quick else shape: wkv_row(meter, v, n, s, copy),
                     "{version} OP={op:<21} B={B} T={T} H={H}: {ms:9.3f} ms  {ns:8.2f} ns a token and head  {mb:8.0f} MB  "
-                    "{share_of_copy:.1%} of the copy",
+                    "{share_of_copy:.1%} of the copy  error {error:.1e}",
                 )
     with tempfile.TemporaryDirectory() as folder:
         for step in [("0.1b", "lora", "none", 64, 1)] if given.quick else STEPS:
