@@ -190,19 +190,19 @@ __device__ inline void backward(
 }  // namespace
 
 #define BOUNDS __launch_bounds__(THREADS, 3)
-#define FOR_TYPE(T, name)                                                                                                          \
+#define FOR_TYPE(T, name)                                                                                                         \
     extern "C" __global__ void BOUNDS single7_forward_##name(                                                                     \
-        const T *r, const float *w, const T *k, const T *v, const T *a, const T *b, const float *s0, T *y, float *last,            \
-        float *kept, const int *span, int H                                                                                        \
-    ) {                                                                                                                            \
-        forward<T>(r, w, k, v, a, b, s0, y, last, kept, span, H);                                                                  \
-    }                                                                                                                              \
+        const T *r, const float *w, const T *k, const T *v, const T *a, const T *b, const float *s0, T *y, float *last,           \
+        float *kept, const int *span, int H                                                                                       \
+    ) {                                                                                                                           \
+        forward<T>(r, w, k, v, a, b, s0, y, last, kept, span, H);                                                                 \
+    }                                                                                                                             \
     extern "C" __global__ void BOUNDS single7_backward_##name(                                                                    \
-        const T *r, const float *w, const T *k, const T *v, const T *a, const T *b, const T *dy, const float *dlast,               \
-        const float *kept, T *dr, float *dw, T *dk, T *dv, T *da, T *db, float *ds0, float *states, float *solved,                 \
-        const int *span, int steps, int H                                                                                          \
-    ) {                                                                                                                            \
-        backward<T>(r, w, k, v, a, b, dy, dlast, kept, dr, dw, dk, dv, da, db, ds0, states, solved, span, steps, H);                      \
+        const T *r, const float *w, const T *k, const T *v, const T *a, const T *b, const T *dy, const float *dlast,              \
+        const float *kept, T *dr, float *dw, T *dk, T *dv, T *da, T *db, float *ds0, float *states, float *solved,                \
+        const int *span, int steps, int H                                                                                         \
+    ) {                                                                                                                           \
+        backward<T>(r, w, k, v, a, b, dy, dlast, kept, dr, dw, dk, dv, da, db, ds0, states, solved, span, steps, H);              \
     }
 FOR_TYPE(bf16, bfloat16)
 #ifdef EMULATE

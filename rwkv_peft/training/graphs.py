@@ -78,9 +78,7 @@ def record(body: Body, x: Tensor, wanted: Sequence[Tensor]) -> Recorded:
             slope = torch.zeros_like(out)
             with torch.cuda.graph(back, pool=there.pool(), stream=side):
                 grads = gradients(out, slope)
-        except (
-            Exception
-        ) as error:  # what was begun cannot be taken back: the stream, the allocator and the dice are in it
+        except Exception as error:  # what was begun cannot be taken back: stream, allocator and dice are in it
             raise Broken(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}") from error
     return Recorded(x, out.detach(), slope, grads, there.replay, back.replay, (body, *held))
 
