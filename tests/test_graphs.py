@@ -15,11 +15,14 @@ from rwkv_peft import machine
 from rwkv_peft.adapters import attach
 from rwkv_peft.data.loading import Batch
 from rwkv_peft.errors import Problems, UserError
+from rwkv_peft.methods import OPTIMS
 from rwkv_peft.model.rwkv import build
 from rwkv_peft.ops import dispatch
 from rwkv_peft.ops.cuda import chunk7, memory
 from rwkv_peft.training import graphs
+from rwkv_peft.training.estimate import memory_bytes
 from rwkv_peft.training.graphs import Graphs, Recorded
+from rwkv_peft.training.report import recorded_shapes
 
 BORDERS = (0, 8, 16, 24)
 
@@ -203,6 +206,22 @@ def test_a_recording_keeps_the_tables_whose_addresses_it_has():
         assert memory.tables(spans, torch.device("cpu")) is first
     memory.tables(spans, torch.device("cpu"))
     assert [id(x) for x in held] == [id(first), id(second), id(first)]
+
+
+@pytest.mark.parametrize("lengths, shapes", [(None, 1), ("8 16", 2), ("2 4 8 16 32 64", graphs.MOST)])
+def test_the_estimate_of_memory_counts_the_passes_that_recordings_keep(lengths, shapes):
+    settings = {"CUDA_GRAPHS": True, "DATALOAD": "bucket" if lengths else "pad", "TRAIN_LENGTHS": lengths}
+    assert recorded_shapes(settings) == shapes and recorded_shapes(settings | {"CUDA_GRAPHS": False}) == 0
+    shape = tiny.geometry()
+    sizes = {name: tensor.shape for name, tensor in tiny.tensors(0, shape).items()}
+
+    def memory(tokens, recorded):
+        return memory_bytes(
+            sizes, 1000, tokens, shape, 2, "0", "lora", "cuda", "cuda", OPTIMS["adamw"], recorded=recorded
+        )
+
+    assert memory(512, shapes) - memory(512, 0) == pytest.approx(shapes * (memory(512, 1) - memory(512, 0)), abs=8)
+    assert memory(512, 1) - memory(512, 0) > 2 * (memory(256, 1) - memory(256, 0)) * 0.9
 
 
 def test_without_a_gpu_they_are_refused(ready):

@@ -541,7 +541,8 @@ def test_every_save_steps_there_is_a_checkpoint_that_merges(ready, capsys):
         state = snapshot.described(folder / f"state/step-{step:06}").tensors("weights")
         found = checkpoint.load(folder / f"rwkv-step-{step}.pth")
         assert found.keys() == state.keys() and all(torch.equal(found[n], state[n]) for n in found)
-    capsys.readouterr()
+    said = capsys.readouterr().out
+    assert all(f"saved output/whole/rwkv-step-{step}.pth\n" in said for step in (3, 6, 9))
     merge("step-6", RUN="whole")
     assert "step 6" in capsys.readouterr().out and (ready / "merge/tiny-LORA-step-6.pth").is_file()
     with pytest.raises(UserError, match=r"has no rwkv-step-7.pth; it has the epochs 1, 2 and the steps 3, 6, 9"):

@@ -283,7 +283,8 @@ class Save(pl.Callback):
         if finished and self.is_due(epoch):
             return
         try:
-            if self.put(trainer, module, epoch, finished, step, f"step-{step}"):
+            if path := self.put(trainer, module, epoch, finished, step, f"step-{step}"):
+                self.say(f"saved {path}")
                 runs.drop_old_steps(self.folder, step, self.most_steps)
                 self.draw(False)
         except (OSError, UserError) as error:

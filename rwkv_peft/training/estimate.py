@@ -73,6 +73,7 @@ def memory_bytes(
     sequences: int = 1,
     strategy: Strategy = ALONE,
     processes: int = 1,
+    recorded: int = 0,
 ) -> int:
     """Peak bytes on the device, of one process.
 
@@ -80,6 +81,7 @@ def memory_bytes(
     (infctx: of one chunk). itemsize: bytes of a value in the working dtype. grad_cp: 0, 1 or selective. op: what computes.
     method: of methods.METHODS. largest: values of the largest tensor that is trained whole. compressed: bytes of the tensors
     that are. sequences: that begin in one micro-batch; each has a state. strategy, processes: how they share what is trained.
+    recorded: shapes that CUDA_GRAPHS holds on to.
     """
     channels, layers = geometry.n_embd, geometry.n_layer
     inner = geometry.dim_ffn / channels
@@ -114,4 +116,5 @@ def memory_bytes(
         pieces = 0 if host else trained * (4 + optim.moments) // processes  # (a copy of the weights here, too)
         gradients = master - 4 if strategy.stage == 1 else 0 if host else (master - 4) // processes
         learning = trained * (4 + gradients) + pieces
-    return int(frozen + compressed + learning + activations + work + states + logits + OVERHEAD[device])
+    passes = (1 + recorded) * (activations + work + states)
+    return int(frozen + compressed + learning + passes + logits + OVERHEAD[device])

@@ -18,6 +18,7 @@ from ..methods import METHODS, OPTIMS, Method, method_of
 from ..model import arch
 from ..strategies import STRATEGIES
 from ..words import clock, count
+from . import graphs
 from .estimate import memory_bytes
 
 MANY = 100_000  # from here on, numbers are told in millions
@@ -52,7 +53,7 @@ def plan_lines(
         largest=max((math.prod(shapes[name]) for name in setup.whole(geometry)), default=0),
         compressed=int(sum(math.prod(shapes[name]) for name in compressed) * bits / 8),
         sequences=max(1, sequences * min(tokens, settings["CHUNK_CTX"]) // tokens) if infctx else sequences,
-        strategy=STRATEGIES[settings["STRATEGY"]], processes=plan.world,
+        strategy=STRATEGIES[settings["STRATEGY"]], processes=plan.world, recorded=recorded_shapes(settings),
     )  # fmt: skip
     last = settings["LR_INIT"] if settings["LR_SCHEDULE"] == "constant" else settings["LR_FINAL"]
     rows = [
@@ -109,6 +110,13 @@ def plan_lines(
         ("output", f"output/{settings['RUN_NAME']}/ (loss.jsonl has the loss of each step; what is shown here is smoothed)"),
     ]  # fmt: skip
     return [f"{label:<10}{text}" for label, text in rows]
+
+
+def recorded_shapes(settings) -> int:
+    """How many shapes of a micro-batch CUDA_GRAPHS will hold on to."""
+    if not settings["CUDA_GRAPHS"]:
+        return 0
+    return min(graphs.MOST, len(settings["TRAIN_LENGTHS"].split())) if settings["DATALOAD"] == "bucket" else 1
 
 
 def values(number: int) -> str:
