@@ -661,8 +661,8 @@ def docs() -> str:
         "every pair", "does that is accepted at all, and with `EVERYTHING=1` those "
         f"{len(covering(3))} in which every three do (without it, a",
         f"part of them). `python tests/matrix.py --turns` asks {len(by_turns()):,}, which is every accepted cell of all axes but "
-        "the file's, the", "file's number formats taking turns; it did so last on 2026-11-23, in ten parts: six cells failed, were",
-        "mended and run again. `--all` asks every cell.", "",
+        "the file's, the", "file's number formats taking turns; it did so last on 2026-11-23, in ten parts: six cells failed,",
+        "were mended and run again. `--all` asks every cell.", "",
     ]  # fmt: skip
     return "\n".join(lines)
 
