@@ -416,6 +416,10 @@ def graph_problems(given: SimpleNamespace) -> list[Problem]:
     """What CUDA_GRAPHS=1 does not go with: what has no addresses that stay, and what is begun again inside a backward pass."""
     if not given.cuda_graphs:
         return []
+    from .machine import device_kind  # (with torch, which takes a second: who wants graphs has it)
+
+    if device_kind() != "cuda":
+        return [Problem("CUDA_GRAPHS", "is for GPUs, and none was found; use 0")]
     reasons = {
         "GRAD_CP=1, which computes blocks again; take GRAD_CP=selective": given.grad_cp == "1",
         "TRAIN_TYPE=infctx, whose chunks hand on their states": given.train_type == "infctx",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ def door(report_problems=None) -> Iterator[None]:
             raise
         leave(
             f"The Python package {error.name} is missing. Run ./test.sh or ./quickstart.sh once: they make .venv with all "
-            "that is needed. Or: pip install -r requirements.txt",
+            f"that is needed. Or: {install('-r requirements.txt')}",
             EXIT_USER,
         )
     except OSError as error:
@@ -70,6 +71,11 @@ def door(report_problems=None) -> Iterator[None]:
         leave("Out of host memory. Close other programs, or lower CTX_LEN and MICRO_BSZ.", EXIT_MEMORY)
     except KeyboardInterrupt:
         leave("\nStopped by Ctrl-C. Nothing half-written was left behind.", EXIT_INTERRUPTED)
+
+
+def install(packages: str) -> str:
+    """The command that installs packages where this Python finds them; another `pip` may belong to another one."""
+    return f"{shlex.quote(sys.executable)} -m pip install {packages}"
 
 
 def describe_os_error(error: OSError) -> tuple[str, int]:

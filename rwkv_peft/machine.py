@@ -48,12 +48,6 @@ def embedding_on_host(wanted: str, possible: bool, size: int) -> bool:
     return possible and size >= torch.cuda.get_device_properties(0).total_memory / 100
 
 
-def check_graphs(wanted: bool) -> None:
-    """Problems if CUDA_GRAPHS=1 is asked for where there is no GPU."""
-    if wanted and device_kind() != "cuda":
-        raise Problems(Problem("CUDA_GRAPHS", "is for GPUs, and none was found; use 0"))
-
-
 def cpu_has_bf16(cpuinfo: str | None = None) -> bool:
     """Whether the processor multiplies bf16 itself. Where it does not, bf16 is about ten times slower than fp32."""
     return (

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .atomic import need_space, writing
-from .errors import UserError
+from .errors import UserError, install
 from .pieces import bytes_of, side_by_side
 from .project import shown
 from .straight import Writer
@@ -88,7 +88,9 @@ def library():
     try:
         import safetensors
     except ModuleNotFoundError:
-        raise UserError("Writing safetensors files needs a package that is missing: pip install safetensors") from None
+        raise UserError(
+            f"Writing safetensors files needs a package that is missing: {install('safetensors')}"
+        ) from None
     return safetensors
 
 

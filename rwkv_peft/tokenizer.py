@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import UserError
+from .errors import UserError, install
 
 END_OF_DOC = 0
 LITERALS = 512  # of the vocabulary that are read at once: one by one takes twice the time, all together 90 MB
@@ -33,7 +33,7 @@ def vocabulary_file() -> Path:
         for folder in (spec.submodule_search_locations or []) if spec else []:
             if (path := Path(folder) / name).is_file():
                 return path
-    raise UserError("The World vocabulary is missing. Install it: pip install rwkv==0.8.32")
+    raise UserError(f"The World vocabulary is missing. Install it: {install('rwkv==0.8.32')}")
 
 
 @functools.cache

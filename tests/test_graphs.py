@@ -11,7 +11,7 @@ import torch
 from conftest import few
 from inprocess import run
 
-from rwkv_peft import machine
+from rwkv_peft import config
 from rwkv_peft.adapters import attach
 from rwkv_peft.data.loading import Batch
 from rwkv_peft.errors import Problems, UserError
@@ -230,6 +230,6 @@ def test_without_a_gpu_they_are_refused(ready):
 
 
 def test_kernels_that_they_are_not_for_are_told(ready, monkeypatch, capsys):
-    monkeypatch.setattr(machine, "check_graphs", lambda wanted: None)
+    monkeypatch.setattr(config, "graph_problems", lambda given: [])
     run(ready, CUDA_GRAPHS="1", GRAD_CP="0")
     assert "CUDA graphs are not used: they are for OP=cuda, and this run computes with" in capsys.readouterr().out

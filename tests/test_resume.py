@@ -155,7 +155,7 @@ def test_without_a_name_the_newest_run_goes_on_if_its_settings_are_the_same(read
     assert "goes on   output/" in said and "at step 5 of 12" in said
     train.command(config(RUN_NAME="", **settings | {"LR_INIT": "2e-3"}), ["--dry-run"])
     said = capsys.readouterr().out
-    assert "goes on" not in said.replace("To go on", "") and "had other settings (LR_INIT)" in said
+    assert "goes on" not in said.replace("To go on", "") and "had other settings (LR_INIT=" in said
     train.command(config(RUN_NAME="", **settings), ["--dry-run", "--new"])
     assert "goes on   " not in capsys.readouterr().out
     train.command(config(RUN_NAME="", **settings), [])

@@ -28,7 +28,7 @@ from torch import Tensor
 from rwkv_peft import tokenizer
 from rwkv_peft.atomic import need_space, writing
 from rwkv_peft.checkpoint import Archive
-from rwkv_peft.errors import UserError
+from rwkv_peft.errors import UserError, install
 from rwkv_peft.model import arch
 from rwkv_peft.model.arch import Geometry
 from rwkv_peft.project import shown
@@ -230,7 +230,7 @@ def head(geometry: Geometry, dtype: torch.dtype, name: str):
     try:
         import gguf
     except ModuleNotFoundError:
-        raise UserError("Writing .gguf files needs a package that is missing: pip install gguf==0.19.0") from None
+        raise UserError(f"Writing .gguf files needs a package that is missing: {install('gguf==0.19.0')}") from None
     kind = {"x070": gguf.MODEL_ARCH.RWKV7, "x060": gguf.MODEL_ARCH.RWKV6}[geometry.version]
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[kind])
     writer.add_type(gguf.GGUFType.MODEL)

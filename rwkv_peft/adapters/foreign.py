@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import UserError, install
 from ..model.layers import Linear
 from ..project import shown
 from ..words import did_you_mean, listed
 from .base import Adapter, device_of, exact
 
+INSTALL = install('"peft==0.21.*"')
 NAME = "default"  # what peft calls an adapter that nobody named; it stands inside its tensors' names
 PROBES = 4  # random inputs that an adapter is asked for, to see whether it keeps its law
 TOLERANCE = 1e-3  # of the size of the outputs; the methods of the table stay below 1e-5 in float32
@@ -317,9 +318,9 @@ def config_class(name: str) -> type:
     try:
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
     except ModuleNotFoundError as error:
-        raise UserError('FINETUNE_MODE=peft needs the package peft: pip install "peft==0.21.*"') from error
+        raise UserError(f"FINETUNE_MODE=peft needs the package peft: {INSTALL}") from error
     if name not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        raise UserError(f'This version of peft has no {name}: pip install "peft==0.21.*"')
+        raise UserError(f"This version of peft has no {name}: {INSTALL}")
     return PEFT_TYPE_TO_CONFIG_MAPPING[name]
 
 

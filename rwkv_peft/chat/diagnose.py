@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .. import project, runs, sidecars, tokenizer
+from .. import hashing, project, runs, sidecars, tokenizer
 from ..data.loading import Data
 from ..errors import Problems, UserError
 from ..generate import advance, generate
@@ -37,6 +37,7 @@ WANTED = (
 )  # fmt: skip
 SHOWN = 160  # characters of a text
 WIDTH = 125  # of the lines of a verdict
+MOST_READ = 1 << 30  # bytes of a file that is compared with what it was
 TARGETS = 256  # whose logits are in memory at once
 
 
@@ -63,8 +64,12 @@ def diagnose(name: str, base: str, precision: str) -> None:
     model = models.built(original, precision)
     files, lines, targets = rows_of(settings, model.geometry.vocab_size)
     told = [r for r in records if r["step"] <= chosen.sidecar["step"]]
-    all_seen = sum(r["targets"] for r in told) >= targets
-    if files[0] and not all_seen:
+    changed = changed_files(settings, chosen.sidecar)
+    all_seen = sum(r["targets"] for r in told) >= targets and not changed
+    if changed:
+        words = "is not what the run learnt from; make_tokenize.sh has been run again: rows below as trained may be new to it, and"
+        lines.append(f"careful   {', '.join(changed)} {words} held-out ones may not be")
+    elif files[0] and not all_seen:
         lines.append(
             "careful   it had not gone through all its rows by then: some of those below as trained are new to it"
         )
@@ -108,6 +113,8 @@ def diagnose(name: str, base: str, precision: str) -> None:
             }  # fmt: skip
             print("\n".join(f"  {label:<9} {shortened(text)}" for label, text in texts.items()))
             number += 1
+    pairs = zip([row for rows in asked.values() for row in rows], said_after, strict=True)
+    right = [same(said, text_of(row.expected)) for row, said in pairs][: len(asked["trained"])]
     step = chosen.sidecar["step"]
     sources = [(file, measured(rows), measured(files[1].get(file, []))) for file, rows in files[0].items()]
     run = Run(
@@ -121,10 +128,24 @@ def diagnose(name: str, base: str, precision: str) -> None:
         (adapter.parent / runs.BEST).is_file(),
         all_seen,
         *course(settings, records, looks, chosen.sidecar),
+        (sum(right), len(right)),
     )
     print()
     for finding in judge(run):
         print(textwrap.fill(f"verdict   {finding.words}.", WIDTH, subsequent_indent=" " * 10, break_on_hyphens=False))
+
+
+def changed_files(settings: dict, sidecar: dict) -> list[str]:
+    """Which of a run's tokenized files have another content than when it learnt from them. Large ones are taken on trust: their
+    index is there as well, and tells nearly every change."""
+    known = sidecar.get("data") or {}
+    if settings["STREAMING"]:
+        return []
+    paths = [
+        Path(f"{prefix}{ending}") for prefix, _ in data_files(settings["DATA_PATH"])[0] for ending in (".bin", ".idx")
+    ]
+    there = [path for path in paths if path.name in known and path.is_file() and path.stat().st_size <= MOST_READ]
+    return [project.shown(path) for path in there if hashing.sha256(path) != known[path.name]]
 
 
 def course(settings: dict, records: list[dict], looks: list[dict], sidecar: dict) -> tuple[int, bool]:
@@ -218,10 +239,13 @@ def take(settings: dict, pair: tuple, vocab_size: int, say: Callable[[str], None
     data = Data([source], "only", mask_of(masks[0]), settings["CTX_LEN"], overlong, 0, False)
     mean = max(1, int(data.parts[0].items.length.mean()))
     count = min(data.rows, MOST_ROWS, max(LEAST_ROWS, MOST_TOKENS // mean))
-    found = []
+    found, known = [], set()
     for number in np.linspace(0, data.rows - 1, count).round().astype(int).tolist():
         [piece], _, _ = data.parts_of(number)
         [(tokens, weights)] = data.row(number)
+        if tokens.tobytes() in known:  # make_tokenize.sh repeats rows, if it is told to
+            continue
+        known.add(tokens.tobytes())
         asked, expected = 0, tokens[:0]
         roles = source.roles[piece.start : piece.stop] if source.roles is not None else np.zeros(0, dtype=np.uint8)
         answers = np.flatnonzero(roles == Role.ASSISTANT)
@@ -264,6 +288,12 @@ def answer(model: RWKV, row: Row, stops: Sequence[str]) -> str:
 
 def text_of(tokens: np.ndarray) -> str:
     return tokenizer.decode(tokens[tokens != tokenizer.END_OF_DOC].tolist())
+
+
+def same(said: str, expected: str) -> bool:
+    """Whether an answer is the expected one, as far as both go: an answer has ANSWER tokens at most."""
+    said, expected = said.strip(), expected.strip()
+    return bool(said) and (expected.startswith(said) if len(tokenizer.encode(said)) >= ANSWER - 1 else said == expected)
 
 
 def shortened(text: str) -> str:

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..words import count
+
 SURE = 2.5  # standard errors
 MANY = 0.01  # of the steps: if more came to no number, it was no accident
 SELDOM = 4.0  # ... between the lowest and the highest of many
@@ -21,6 +23,8 @@ FLAT = 0.02  # of the base's loss: who gains less on rows that were trained has 
 STILL = 0.1  # of all that the loss has fallen: if the last quarter of the steps brought more, it was still falling
 HALF = 0.5  # of what is gained on rows that were trained: if held-out rows gain less, rows were learnt by heart
 FAR = 4.0  # loss per token: each comes as one in 55; no text in a language that a model knows is so hard
+BURST = 1.5  # of the base's loss, and one more: a run whose loss was that for AWHILE was thrown off
+AWHILE = 3  # steps
 BY_HEART = 0.1  # loss per token of a row that is known by heart ...
 NEW = 0.5  # ... if it was not known before
 
@@ -68,7 +72,8 @@ class Run(NamedTuple):
     learnt from, held-out rows or None) of each file, if there are several. losses: of its steps. skipped: steps that were left
     out. looks: its validations, (step, loss). rate: LR_INIT. kept: whether its best checkpoint was kept. all_seen:
     whether it has gone through all its rows: else some of `trained` are new to it. left: steps that it has still to do.
-    patience: whether VAL_PATIENCE has ended it."""
+    patience: whether VAL_PATIENCE has ended it. answers: how many questions of trained rows were answered as they should be, and
+    how many were asked."""
 
     trained: Rows | None
     held: Rows | None
@@ -81,6 +86,7 @@ class Run(NamedTuple):
     all_seen: bool = True
     left: int = 0
     patience: bool = False
+    answers: tuple[int, int] = (0, 0)
 
     @property
     def whose(self) -> str:
@@ -103,7 +109,7 @@ def judge(run: Run) -> list[Finding]:
     if not run.held and run.trained and not found:
         before, after = run.trained.losses
         words = (
-            f"on its own rows the loss is {after:.3f} instead of {before:.3f}. {where(run)}What it says to others cannot be told "
+            f"on its own rows the loss is {after:.3f} instead of {before:.3f}{answered(run)}. {where(run)}What it says to others cannot be told "
             "without held-out rows: VALID_PERCENT in make_tokenize.sh sets some aside, or VAL_DATA in training.sh names them"
         )
         return [Finding("unknown", words)]
@@ -153,7 +159,13 @@ def too_high(run: Run) -> Finding | None:
         rise = f"{share} the loss rose from {means[low]:.3f} to {means[i]:.3f}"
         after = f"and came down again to {means[i:].min():.3f}: it oscillates" if back else "and never came back"
         return Finding("too high", f"the learning rate is too high: {rise} {after}. {cure}")
-    if (rows := run.trained or run.held) and not rows.gain[0] > -FLAT * rows.losses[0]:  # (or no number)
+    if (rows := run.trained or run.held) and len(run.losses) >= AWHILE:
+        before = rows.losses[0]
+        peak = float(np.convolve(run.losses, np.full(AWHILE, 1 / AWHILE), "valid").max())
+        if peak > max(BURST * before, before + 1):
+            rise = f"the base's loss is {before:.3f}, and {AWHILE} steps behind one another had {peak:.3f}"
+            return Finding("too high", f"the learning rate is too high: {rise}. {cure}")
+    if rows and not rows.gain[0] > -FLAT * rows.losses[0]:  # (or no number)
         before, after = rows.losses
         words = f"{run.whose} are worse than before: loss {after:.3f} instead of {before:.3f}"
         return Finding("too high", f"the learning rate is too high, or a setting is extreme: {words}. {cure}")
@@ -262,4 +274,13 @@ def fits(run: Run) -> Finding:
     words = f"of {run.whose} the loss is {after:.3f} instead of {before:.3f}"
     if run.held and run.trained:
         words += f", and held-out rows have gained {run.held.gain[0]:.3f} beside {run.trained.gain[0]:.3f}"
-    return Finding("fits", f"nothing is wrong with the fit: {words}")
+    return Finding("fits", f"neither underfit nor overfit: {words}{answered(run)}")
+
+
+def answered(run: Run) -> str:
+    """What the answers to questions of trained rows say beside the losses."""
+    right, asked = run.answers
+    if not asked or not run.all_seen:
+        return ""
+    more = "" if right == asked else ": to have them by heart takes more epochs, a larger rank or a higher rate"
+    return f"; of {count(asked, 'question')} of trained rows, {right or 'none'} had the expected answer word for word{more}"

@@ -17,13 +17,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..errors import install
 from . import chunked, chunked6
 from .compiled import recurrence
 
 CHUNK = 16
 DTYPES = (torch.bfloat16, torch.float16)
 PACKAGE = "fla-core"
-HOW = 'pip install "fla-core==0.6.0" einops'
+HOW = install('"fla-core==0.6.0" einops')
 
 Spans = tuple[tuple[int, int], ...]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from ..errors import UserError
+from ..errors import UserError, install
 from ..project import shown
 from .schemas import Row, RowError
 
@@ -73,7 +73,7 @@ def unpacked(path: Path) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
                 import zstandard
             except ImportError:
                 raise UserError(
-                    f"{shown(path)}: reading .zst needs the package zstandard: pip install zstandard"
+                    f"{shown(path)}: reading .zst needs the package zstandard: {install('zstandard')}"
                 ) from None
             unpacker = zstandard.ZstdDecompressor()
             file = open_files.enter_context(io.BufferedReader(Frames(raw, unpacker.decompressobj), HEAD))

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, install
 from ..project import shown
 from ..words import count
 from . import reading
@@ -109,7 +109,7 @@ def columnar(path: Path) -> Iterator[Block]:
         import pyarrow.parquet as pq
     except ImportError:
         raise UserError(
-            f"{shown(path)}: reading {path.suffix} needs the package pyarrow: pip install pyarrow"
+            f"{shown(path)}: reading {path.suffix} needs the package pyarrow: {install('pyarrow')}"
         ) from None
 
     def batches():

@@ -7,6 +7,7 @@ said then; otherwise a new one begins.
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,29 +59,33 @@ def find(config: TrainConfig, anew: bool, first: bool, say: Callable[[str], None
     if folder is None or (first and runs.is_running(folder)):
         return None
     different: list[tuple[str, str]] = []
-    early: list[Snapshot] = []
+    finished: list[Snapshot] = []
 
     def wanted(found: Snapshot) -> bool:
-        different.extend([] if found.facts["finished"] else changes(found, config, FREE | SPLIT))
-        early.extend([found] if ended_early(found) else [])
-        return not different and not found.facts["finished"]
+        changed = changes(found, config, FREE | SPLIT)
+        if found.facts["finished"]:
+            finished.extend([found] if ended_early(found) or not changed else [])
+            return False
+        different.extend(changed)
+        return not different
 
     try:
         found = snapshot.whole(folder, say, wanted)
     except UserError as error:
         say(f"new run   {error}")
         return None
+    name = f"RUN_NAME={shlex.quote(folder.name)}"
     if different:
-        names = ", ".join(name for name, _ in different[:4]) + (", ..." if len(different) > 4 else "")
+        names = ", ".join(f"{name}={was}" for name, was in different[:4]) + (", ..." if len(different) > 4 else "")
         say(
             f"new run   {project.shown(folder)} was stopped, and had other settings ({names}). To go on with it, set them back "
-            f"and RUN_NAME={folder.name}"
+            f"and {name}"
         )
-    if early:
-        say(
-            f"new run   VAL_PATIENCE has ended {place(early[0])}. RUN_NAME={folder.name} and a larger VAL_PATIENCE, or 0, train "
-            "that one further"
-        )
+    for one in finished:
+        how, more = f"{project.shown(folder)} is finished", longer(one)
+        if ended_early(one):
+            how, more = f"VAL_PATIENCE has ended {place(one)}", "VAL_PATIENCE, or 0,"
+        say(f"new run   {how}. {name} and a larger {more} train that one further")
     return found
 
 
@@ -147,6 +152,11 @@ def hand_over(found: Snapshot | None) -> None:
     os.environ[HANDED] = str(found.folder) if found else ""
 
 
+def longer(found: Snapshot) -> str:
+    """The setting that says how long a run is."""
+    return "MAX_STEPS" if found.facts["settings"].get("STREAMING") else "EPOCH_COUNT"
+
+
 def ended_early(found: Snapshot) -> bool:
     """Whether VAL_PATIENCE has ended it before its last step."""
     return found.facts["finished"] and found.step < found.facts["steps"]
@@ -164,7 +174,7 @@ def must_not_be_finished(found: Snapshot, steps: int, config: TrainConfig, missi
     """Problems if there is nothing left to do. steps: of the whole run as the script has it now. missing: the last epoch's
     checkpoint, if it is not there."""
     stream = found.facts["settings"].get("STREAMING")
-    more, run = "MAX_STEPS" if stream else "EPOCH_COUNT", project.shown(found.run)
+    more, run = longer(found), project.shown(found.run)
     if found.step > steps:
         raise Problems(
             Problem(
@@ -207,14 +217,11 @@ def said(value) -> str:
     return as_written(value) or '""'
 
 
-def must_be_the_same(
-    found: Snapshot, given: dict, settings: dict, plan: dict, options: dict, content: dict, data: dict, start: Path
-) -> None:
-    """Problems where what only the machine and the files can tell is not what it was. given: the settings of the script;
-    settings: resolved. plan: what `plan_facts` says. options: of the method. content: of the base. data: what identifies the
-    data. start: the file of what adapters began with."""
+def must_have_its_files(found: Snapshot, options: dict, content: dict, data: dict, start: Path) -> None:
+    """Problems where what lies in files is not what it was. options: of the method. content: of the base. data: what identifies
+    the data. start: the file of what adapters began with."""
     facts, where = found.facts, place(found)
-    became, wrong = facts["became"], []
+    wrong = []
     if content["sha256"] != facts["base"]["sha256"]:
         wrong.append(
             Problem("MODEL_PATH", f"is another file than {facts['base']['name']}, which {where} was trained on")
@@ -233,6 +240,15 @@ def must_be_the_same(
                 f"{project.shown(start)} is {how} what {where} began with: put it back from a copy of the run",
             )
         )
+    if wrong:
+        raise Problems(*wrong)
+
+
+def must_be_the_same(found: Snapshot, given: dict, settings: dict, plan: dict) -> None:
+    """Problems where what only the machine can tell of the settings is not what it was. given: the settings of the script;
+    settings: resolved. plan: what `plan_facts` says."""
+    facts, where = found.facts, place(found)
+    became, wrong = facts["became"], []
     free = FREE | BY_CONTENT | ({"EPOCH_STEPS"} if settings["STREAMING"] else set())
     alike = plan == facts["plan"] or same_steps(settings, plan, became, facts["plan"])
     free |= SPLIT if alike else {"EPOCH_STEPS"} if given["EPOCH_STEPS"] == "auto" else set()

@@ -133,7 +133,6 @@ def prepare(
         and not spread.memory_in_pieces,
         geometry.vocab_size * geometry.n_embd * machine.DTYPES[precision].itemsize,
     )
-    machine.check_graphs(config.cuda_graphs)
     settings = resolved(config, ops.name, precision, on_host, data, data.plan, geometry, name, workers)
     run = Prepared(
         config=config, place=place, settings=settings, base=base, stored=stored, geometry=geometry, setup=setup, ops=ops,
@@ -184,13 +183,12 @@ def must_be_the_same(run: Prepared) -> dict:
     from . import again
 
     found = run.found
-    again.must_not_be_finished(found, run.steps, run.config, run.missing)
     content = hashing.content(run.base, found.facts["base"])
     start_file = runs.init_file(found.run, run.config.method)
-    contents = content, run.data.content(found.facts["data"])
-    again.must_be_the_same(
-        found, script_values(run.config), run.settings, run.plan_facts, run.options, *contents, start_file
-    )
+    # first: what else may be different follows from another content
+    again.must_have_its_files(found, run.options, content, run.data.content(found.facts["data"]), start_file)
+    again.must_not_be_finished(found, run.steps, run.config, run.missing)
+    again.must_be_the_same(found, script_values(run.config), run.settings, run.plan_facts)
     return content
 
 

@@ -81,6 +81,8 @@ class Results:
         sidecar = describe_run(*about, epoch, step, finished)
         templates = run.data.templates
         sidecar["prompt_type"], sidecar["eot"] = templates[0] if len(templates) == 1 else (None, None)
+        if not run.config.streaming:
+            sidecar["data"] = {file["name"]: file["sha256"] for file in self.identity.result()["files"]}
         if learner.begun:
             sidecar["start_sha256"] = self.start_sha256
         fresh = temporary(path)  # it gets its name when its sidecar is there

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ..errors import Problem, Problems
+from ..errors import Problem, Problems, install
 from ..methods import OPTIMS
 
 
@@ -61,6 +61,6 @@ def bitsandbytes():
         import bitsandbytes
     except ImportError as error:
         raise Problems(
-            Problem("OPTIM", f"needs a package that is missing ({error}): pip install bitsandbytes")
+            Problem("OPTIM", f"needs a package that is missing ({error}): {install('bitsandbytes')}")
         ) from None
     return bitsandbytes

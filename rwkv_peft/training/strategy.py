@@ -11,7 +11,7 @@ import torch
 from pytorch_lightning.plugins.precision import MixedPrecision
 from pytorch_lightning.strategies import DDPStrategy
 
-from ..errors import Problem, Problems
+from ..errors import Problem, Problems, install
 from ..machine import device_kind
 from ..strategies import STRATEGIES
 from .spread import Spread
@@ -58,7 +58,7 @@ def trainer_arguments(precision: str, gpu_count: int, nodes: int, word: str, gra
             with quietly():
                 from .zero import AsItIs, Zero, ZeroSpread
         except ImportError as error:
-            words = f"needs a package that is missing ({error}): .venv/bin/pip install -r requirements-deepspeed.txt"
+            words = f"needs a package that is missing ({error}): {install('-r requirements-deepspeed.txt')}"
             wrong.append(Problem("STRATEGY", words))
         else:
             made, plugins = Zero(strategy, grad_clip), [AsItIs("32-true")]

@@ -11,6 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..errors import install
+
 
 class Opened(NamedTuple):
     """A run at a tracker. log: takes numbers by name, and the optimizer step. id: what it calls the run, to go on with it."""
@@ -85,7 +87,7 @@ class Tracker:
             with nobody_to_ask():
                 self.opened = OPEN[name](project, folder, settings, earlier, step)
         except (Exception, SystemExit) as error:  # whatever a tracker does, it must not stop training
-            cure = f" (.venv/bin/pip install {name})" if isinstance(error, ImportError) else ""
+            cure = f" ({install(name)})" if isinstance(error, ImportError) else ""
             self.warn(f"{name} did not start ({reason(error)}){cure}; training goes on.")
 
     @property

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ...atomic import writing
+from ...errors import install
 from ...project import ROOT
 from .. import cache
 
@@ -94,7 +95,7 @@ def bindings():
     try:
         from cuda.bindings import driver, nvrtc
     except ImportError as error:
-        raise Missing(f"a package is missing ({error}): pip install cuda-bindings") from None
+        raise Missing(f"a package is missing ({error}): {install('cuda-bindings')}") from None
     return nvrtc, driver
 
 
