@@ -84,20 +84,26 @@ def command(config: MergeConfig, typed: list[str]) -> None:
         told = f"{project.shown(models[0])}: is a whole model, no checkpoint of a run: there is nothing to fold."
         raise UserError(f"{told} --average takes models, and --export writes one for other programs.")
     if kinds and len(files) == 1 and models:
-        if alone:
-            raise UserError(
-                f"--export {alone[0]} takes the checkpoint of a run; {project.shown(files[0])} is a whole model."
-            )
+        if "peft" in alone:
+            raise UserError(f"--export peft takes the checkpoint of a run; {project.shown(files[0])} is a whole model.")
         must_be_unset(config, ("merge_base", "method", "lora_alpha", "pissa_init"), "a model is exported as it is")
         _, geometry = bases.inspect(files[0])
         for kind in kinds:
-            export(kind, files[0], files[0].stem, geometry)
+            stem = f"{files[0].stem}-alone" if kind in alone else files[0].stem  # (the state that it holds)
+            export(kind, files[0], stem, geometry)
         return
     if averaged and len(files) < 2:
         raise UserError("--average needs two checkpoints or more.")
     init = project.find(config.pissa_init, "output") if config.pissa_init else None
     alpha = config.lora_alpha if config.lora_alpha != "" else None
-    found = [parts.found(path, config.method, alpha, init, config.merge_base == "quantised") for path in files]
+    # METHOD and LORA_ALPHA are of those that have no sidecar, if there are any
+    told = {path for path in files if not parts.has_sidecar(path)} or {*files}
+    found = [
+        parts.found(
+            path, *((config.method, alpha) if path in told else ("", None)), init, config.merge_base == "quantised"
+        )
+        for path in files
+    ]
     if config.merge_base == "quantised":
         parts.must_be_one_compressed_run(found)
     if not any(one.part.setup.method == "pissa" for one in found):

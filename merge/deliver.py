@@ -9,14 +9,14 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from rwkv_peft import __version__, bases, checkpoint, hashing, project, sidecars
 from rwkv_peft.atomic import clear_leftovers, sync_folder, temporary, write_json
 from rwkv_peft.errors import UserError
 from rwkv_peft.methods import METHODS
-from rwkv_peft.model.arch import Geometry
+from rwkv_peft.model.arch import STATE_NAME, Geometry
 from rwkv_peft.pieces import side_by_side
 from rwkv_peft.words import listed
 
@@ -58,7 +58,7 @@ def folded(
     described, geometry = bases.inspect(base)
     opened = side_by_side(lambda one: fold.opened(one.part, described, geometry), found)
     for one, part in zip(found, opened, strict=True):
-        for doubt in [] if one.sidecar else foreign.doubts(part, base, geometry):
+        for doubt in [] if one.sidecar else foreign.doubts(one.path, part, base, geometry):
             print(f"careful   {project.shown(one.path)}: {doubt}")
     added = fold.added(opened, weights)
     change = fold.average(opened, weights, geometry) if weights else fold.in_turn(opened, geometry)
@@ -85,15 +85,29 @@ def folded(
     for line in checks:
         print(f"checked   {line}")
     print(f"wrote     {project.shown(target)}: {target.stat().st_size / 1e6:,.1f} MB")
-    talk = f"./chat.sh --model {shlex.quote(target.name)}"
-    if added and geometry.version == "x070":
-        print(
-            f"next      {talk}      begins from the state. The rwkv package and RWKV-Runner ignore a state inside a .pth of"
-        )
-        print("          RWKV-7: load it there as a file of its own, which ./merge.sh --export state writes")
-    else:
-        print(f"next      {talk}      or load it in RWKV-Runner or with the rwkv package")
+    for line in next_lines(target, {*described, *added}, geometry):
+        print(line)
     return target, geometry
+
+
+def next_lines(model: Path, names: Iterable[str], geometry: Geometry) -> list[str]:
+    """Where to go with a merged model. names: of its tensors."""
+    talk = f"next      ./chat.sh --model {shlex.quote(model.name)}"
+    states = [name for name in names if STATE_NAME.fullmatch(name)]
+    if states and geometry.version == "x070":
+        command = f"./merge.sh --export state {shlex.quote(project.shown(model))}"
+        lines = [
+            f"{talk}      begins from the state. The rwkv package and RWKV-Runner ignore a state inside a .pth of",
+            f"          RWKV-7: load it there as a file of its own: {command}",
+        ]
+    else:
+        lines = [f"{talk}      or load it in RWKV-Runner or with the rwkv package"]
+    if any(name.endswith("ts_state") for name in states):
+        lines.append(
+            "careful   its learnt token shifts (state_shifts) are read by ./chat.sh, and by rwkv.cpp from --export rwkvcpp; other"
+        )
+        lines.append("          programs begin with zero there, and do not compute what was trained")
+    return lines
 
 
 def describe(found: Sequence[Found], weights, sources: list[dict], base: Path, geometry: Geometry) -> dict:

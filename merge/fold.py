@@ -20,9 +20,10 @@ from rwkv_peft.adapters.registry import ADAPTERS
 from rwkv_peft.checkpoint import Change, Stored
 from rwkv_peft.errors import UserError
 from rwkv_peft.methods import METHODS
-from rwkv_peft.model.arch import Geometry, state_shapes
+from rwkv_peft.model.arch import Geometry, shapes, state_shapes
 from rwkv_peft.model.layers import Linear
 from rwkv_peft.quantize import quantise
+from rwkv_peft.words import listed
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,11 @@ def opened(part: Part, base: Mapping[str, Stored], geometry: Geometry) -> Part:
     strange += states if states and name != "state" and not method.saves_model else []
     for layer, leaves in layers.items() if method.wraps else ():
         outputs, inputs = base[f"{layer}.weight"].shape
+        rank = part.setup.options.get("rank")
+        if rank and (refused := ADAPTERS[name].refusal(outputs, inputs, **part.setup.options)):
+            raise UserError(
+                f"{where}: does not fit the base: its rank, {rank}, {refused} ({layer} is {outputs} x {inputs})."
+            )
         wanted = ADAPTERS[name].shapes(outputs, inputs, **part.setup.options)
         strange += [f"{layer}.{leaf}" for leaf in {*wanted, *leaves} if leaf not in wanted or leaf not in leaves]
         strange += [
@@ -102,6 +108,10 @@ def opened(part: Part, base: Mapping[str, Stored], geometry: Geometry) -> Part:
             )
     if strange:
         raise UserError(f"{where}: does not fit the base: {', '.join(strange[:4])}.")
+    lost = [n for n in shapes(geometry) if n not in part.tensors] if method.saves_model else []
+    if lost:
+        words = f"lacks {listed(lost, 3)}; it is another model, or damaged"
+        raise UserError(f"{where}: does not fit the base: {words}.")
     if method.wraps and not layers:
         raise UserError(f"{where}: holds no adapter on any layer; it is no {method.words} checkpoint.")
     depth = {layer.split(".")[1] for layer in layers}

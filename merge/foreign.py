@@ -22,18 +22,21 @@ from rwkv_peft.words import listed
 from .fold import Part
 
 PREFIX = "model."
+INIT = "init_pissa.pth"
 RENAMED = {"bone": "disha"}
 MOST_LEFT = 0.5  # of what a PiSSA took out: next to 0 on its own base, far above 1 on any other
 
 
-def our_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by the names that we would have saved them under."""
-    plain = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
-    return {
-        f"{layer}.{RENAMED.get(leaf, leaf)}" if layer else leaf: tensor
-        for name, tensor in plain.items()
-        for layer, _, leaf in [name.rpartition(".")]
-    }
+def our_names(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Tensors by the names that we would have saved them under. where: the file, for messages."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        layer, _, leaf = name.removeprefix(PREFIX).rpartition(".")
+        ours = f"{layer}.{RENAMED.get(leaf, leaf)}" if layer else leaf
+        if ours in found:
+            raise UserError(f"{where}: holds {ours} twice, under two names; which one was trained?")
+        found[ours] = tensor
+    return found
 
 
 def is_model(names) -> bool:
@@ -91,13 +94,13 @@ def start_of(path: Path, setup: Setup, given: Path | None) -> dict[str, Tensor]:
     """What a foreign PiSSA began with: PISSA_INIT, or init_pissa.pth beside it."""
     if setup.method != "pissa":
         return {}
-    init = given or path.parent / "init_pissa.pth"
+    init = given or path.parent / INIT
     if not init.is_file():
         raise Problems(Problem("PISSA_INIT", f"must name the init_pissa.pth of the run; {init} is not there"))
-    return our_names(checkpoint.load(init))
+    return our_names(checkpoint.load(init), str(init))
 
 
-def doubts(part: Part, base: Path, geometry: Geometry) -> Iterator[str]:
+def doubts(path: Path, part: Part, base: Path, geometry: Geometry) -> Iterator[str]:
     """What looks odd about a foreign adapter on this base, in words. UserError where its PiSSA was taken out of other weights.
 
     What PiSSA began with are the base's main directions: what is left of the base without them has no share in these.
@@ -106,6 +109,8 @@ def doubts(part: Part, base: Path, geometry: Geometry) -> Iterator[str]:
     kinds = sorted({".".join(name.split(".")[2:]) for name in missing})
     if part.leaves and missing:
         yield f"it has no adapter on {listed(kinds)} ({len(missing)} layers): was it trained so?"
+    if part.setup.method == "lora" and (path.parent / INIT).is_file():
+        yield f"{INIT} lies beside it: if it is a PiSSA, this result is wrong, and METHOD=pissa makes the right one"
     if part.setup.method != "pissa":
         return
     layer = next(iter(part.leaves))

@@ -101,8 +101,8 @@ def found(path: Path, method: str, alpha: float | None, init: Path | None, quant
     where = project.shown(path)
     described = checkpoint.describe(path)  # refuses what is no checkpoint before its sidecar is asked for
     tensors = checkpoint.load(path)
-    if sidecars.path_of(path).is_file() and "method" in (sidecar := sidecars.read(path, ())):
-        sidecars.read(path, SIDECAR)
+    if has_sidecar(path):
+        sidecar = sidecars.read(path, SIDECAR)
         if foreign.is_model(described) and "merged" in sidecar:  # a model that merge.sh made
             checkpoint.must_be_sound(path)
             return Found(path, Part(where, attach.Setup("full"), tensors), {}, path.stem)
@@ -126,7 +126,7 @@ def found(path: Path, method: str, alpha: float | None, init: Path | None, quant
     if not method and not foreign.is_model(described):  # METHOD says that it is another's file
         bases.must_not_lack_its_sidecar(path)
     checkpoint.must_be_sound(path)
-    tensors = foreign.our_names(tensors)
+    tensors = foreign.our_names(tensors, where)
     setup = foreign.setup_of(tensors, where, method, alpha)
     part = Part(where, setup, tensors, foreign.start_of(path, setup, init))
     return Found(
@@ -135,6 +135,11 @@ def found(path: Path, method: str, alpha: float | None, init: Path | None, quant
         {},
         path.stem if setup.method == "full" else f"{setup.method.upper()}-{path.stem.removeprefix('rwkv-')}",
     )
+
+
+def has_sidecar(path: Path) -> bool:
+    """Whether a checkpoint's sidecar says what it is."""
+    return sidecars.path_of(path).is_file() and "method" in sidecars.read(path, ())
 
 
 def number_of(path: Path, sidecar: Mapping[str, Any]) -> str:

@@ -53,7 +53,8 @@ def verify(base: Path, target: Path, answers: Answers, added: Mapping[str, Tenso
         def check(name: str) -> Checked:
             try:
                 if name in added:
-                    return Checked(torch.equal(new.tensor(name), added[name]))
+                    moved = name in wanted and not torch.equal(old.tensor(name), added[name])
+                    return Checked(torch.equal(new.tensor(name), added[name]), moved)
                 if answers.change(name) is None:
                     return Checked(identical(old, new, name))
                 return check_changed(name, old, new, answers, one_at_a_time)
@@ -74,8 +75,9 @@ def verify(base: Path, target: Path, answers: Answers, added: Mapping[str, Tenso
             "it was removed. Is the disk sound?"
         )
     changed = sum(checked.changed for checked in found.values())
-    more = f", {len(added)} added" if added else ""
-    if not changed and not added:
+    fresh = [name for name in added if name not in wanted]
+    more = f", {len(fresh)} added" if fresh else ""
+    if not changed and not fresh:
         yield "careful: nothing in it differs from the base; what was learnt is nothing, or less than the base's numbers can hold"
     yield f"{len(wanted)} tensors read back: {changed} changed, {len(wanted) - changed} identical to the base{more}"
     asked = [checked.difference for checked in found.values() if checked.difference is not None]
@@ -117,7 +119,7 @@ def check_changed(name: str, old: Archive, new: Archive, answers: Answers, one_a
     for block, rows in of_changed(name, new, answers, one_at_a_time):
         finite &= are_numbers(rows)
         same &= meant is None or torch.equal(rows, (meant[block] if rows.dim() else meant).to(rows.dtype))
-    if not finite and (meant is None or not are_numbers(meant)):
+    if not finite and (meant is None or not are_numbers(meant.to(new.described[name].dtype))):
         raise no_numbers(name)
     return Checked(finite and same, moved)
 

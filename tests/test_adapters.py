@@ -9,9 +9,11 @@ import torch
 from rwkv_peft.adapters import attach
 from rwkv_peft.adapters.attach import Setup
 from rwkv_peft.adapters.later import settle
+from rwkv_peft.adapters.registry import ADAPTERS
 from rwkv_peft.errors import UserError
 from rwkv_peft.methods import METHODS, QUANTS
 from rwkv_peft.model.arch import linear_layers
+from rwkv_peft.model.layers import Linear
 from rwkv_peft.model.rwkv import build
 from rwkv_peft.quantize import QuantEmbedding, QuantLinear, codes_as_parameters
 from rwkv_peft.training.lisa import Lisa
@@ -243,5 +245,23 @@ def test_a_weight_with_nan_is_not_compressed_in_silence():
     model = tiny.model(0, shape_of())
     with torch.no_grad():
         model.blocks[1].ffn.key.weight[0, 0] = float("nan")
-    with pytest.raises(UserError, match="blocks.1.ffn.key.weight: .*NaN or infinity"):
+    with pytest.raises(UserError, match="blocks.1.ffn.key.weight of the base: .*NaN or infinity. Take another"):
         attach.adapt(model, Setup("state", quant="nf4", quant_parts=("ffn",)))
+
+
+def test_a_row_of_zeros_learns_in_dora_as_in_lora_and_gets_no_length_of_its_own():
+    torch.manual_seed(0)
+    linear, rank, alpha = Linear(24, 16).requires_grad_(False), 4, 8.0
+    torch.nn.init.normal_(linear.weight)
+    linear.weight[3] = 0.0
+    layer, x = ADAPTERS["dora"](linear, rank, alpha), torch.randn(5, 24)
+    assert torch.equal(layer(x), linear(x)) and layer.lora_magnitude[3] == 0
+    with torch.no_grad():
+        layer.lora_B.add_(torch.randn_like(layer.lora_B) * 1e-4)
+    layer(x).square().sum().backward()
+    assert layer.lora_magnitude.grad[3] == 0 and layer.lora_magnitude.grad[2] != 0
+    lora = alpha / rank * (layer.lora_B @ layer.lora_A)[3]
+    torch.testing.assert_close(layer(x)[:, 3], x @ lora)
+    tensors = {name: getattr(layer, name).detach() for name in layer.tensors}
+    merged = ADAPTERS["dora"].merge(linear.weight, tensors, {"rank": rank, "alpha": alpha, "rslora": False})
+    torch.testing.assert_close(x @ merged.T, layer(x).detach())

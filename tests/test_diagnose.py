@@ -219,6 +219,43 @@ def test_what_has_no_place_beside_it_is_refused(words):
         chat.command(ASKING, ["--diagnose", "one", *words])
 
 
+def test_data_that_were_made_anew_since_the_run_are_told(ready, capsys):
+    run(ready, "one")
+    capsys.readouterr()
+    chat.command(ASKING, ["--diagnose", "one"])
+    assert "not what the run learnt from" not in capsys.readouterr().out
+    (ready / "data" / "chat.jsonl").write_text("\n".join(OTHERS) + "\n")
+    tokenize(ready / "data" / "chat.jsonl", OVERWRITE_CACHE="1")
+    chat.command(ASKING, ["--diagnose", "one"])
+    said = capsys.readouterr().out
+    assert (
+        "careful   data/chat.bin, data/chat.idx: not what the run learnt from" in said and "rows of its files" in said
+    )
+
+
+def test_rows_that_stand_there_several_times_are_looked_at_once(ready, capsys):
+    tokenize(ready / "data" / "chat.jsonl", epochs=4, OVERWRITE_CACHE="1")
+    run(ready, "one", DATALOAD="only")
+    capsys.readouterr()
+    chat.command(ASKING, ["--diagnose", "one"])
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("trained rows")]
+    assert 0 < int(line.split()[2]) <= len(tiny.CHATS)
+
+
+@pytest.mark.parametrize(
+    ("right", "words"), [(0, "none had the expected answer"), (3, "3 had the expected answer word for word")]
+)
+def test_a_verdict_says_what_became_of_the_questions(right, words):
+    [found] = judge(made(answers=(right, 3)))
+    assert found.what == "fits" and f"of 3 questions of trained rows, {words}" in found.words
+
+
+def test_a_loss_far_above_the_bases_is_a_rate_that_threw_the_run_off():
+    losses = np.array([2.0, 2.1, 9.0, 15.0, 12.0, 8.0, 7.0, 6.9])
+    [found] = judge(made(trained=(2.0, 1.9))._replace(losses=losses))
+    assert found.what == "too high" and "had 12.000" in found.words
+
+
 def test_a_run_whose_data_are_gone_says_so(ready, capsys):
     run(ready, "one")
     (ready / "data/chat.bin").unlink()

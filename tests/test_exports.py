@@ -525,6 +525,14 @@ def test_what_a_client_could_not_load_is_refused(tmp_path, kind, shape, message)
     assert [p.name for p in tmp_path.iterdir()] == ["m.pth"]
 
 
+def test_two_tensors_that_get_one_name_are_refused(tmp_path):
+    shape = small()
+    checkpoint.save(tmp_path / "m.pth", tiny.tensors(0, shape) | {"blocks.0.ATT.w1": torch.zeros(2, 2)})
+    with pytest.raises(UserError, match=r"blocks.0.ATT.w1 and blocks.0.att.w1 would both be called blocks.0.att.w1"):
+        write("safetensors", tmp_path / "m.pth", tmp_path / "m.st", shape)
+    assert not (tmp_path / "m.st").exists()
+
+
 def test_tensors_that_llama_cpp_has_no_place_for_are_left_out_aloud(tmp_path, few_tokens):
     shape = small()
     checkpoint.save(tmp_path / "m.pth", tiny.tensors(0, shape) | states_of(shape) | {"note": torch.ones(1)})

@@ -292,6 +292,47 @@ def test_a_run_that_trained_whole_tensors_is_told_how_to_become_a_peft_adapter(r
         merge("--export", "peft")
 
 
+@pytest.mark.parametrize("lacking", ["blocks.1.att.key.weight", "blocks.1."], ids=["a tensor", "a layer"])
+def test_a_model_that_lacks_something_is_not_averaged_with_one_that_has_it(run, lacking):
+    other = project.ROOT / "model" / "other.pth"
+    checkpoint.save(other, {n: t for n, t in checkpoint.load(run[1]).items() if not n.startswith(lacking)})
+    with pytest.raises(UserError, match=r"other.pth: does not fit the base: lacks blocks.1.*another model, or damaged"):
+        merge("--average", "base.pth", "other.pth")
+    assert not list((project.ROOT / "merge").glob("*"))
+
+
+@pytest.mark.parametrize(("version", "ignored"), [("x070", True), ("x060", False)])
+def test_a_merged_model_says_which_programs_do_not_know_the_state_in_it(project_folder, capsys, version, ignored):
+    folder, base, _ = make_run(project_folder, "s", "state", version)
+    merge("s")
+    said = capsys.readouterr().out
+    assert ("ignore a state inside a .pth" in said) == ignored
+    assert ("token shifts (state_shifts) are read by ./chat.sh" in said) == OPTIONS["state"]["shifts"]
+    # a run on a base that holds one, which its own checkpoint does not
+    shutil.copy(result("base-STATE-3.pth"), base)
+    make_run(project_folder, "l", version=version)
+    merge("l")
+    said = capsys.readouterr().out
+    assert ("ignore a state inside a .pth" in said) == ignored
+    merge("--export", "state", result("base-LORA-3.pth"))
+    alone = checkpoint.load(result("base-LORA-3-alone.pth"))
+    learnt = checkpoint.load(folder / "rwkv-3.pth")
+    assert len(alone) == 2 and all(torch.equal(tensor, learnt[name]) for name, tensor in alone.items())
+
+
+def test_a_state_that_takes_anothers_place_is_counted_as_changed(project_folder, monkeypatch, capsys):
+    monkeypatch.setitem(OPTIONS, "state", {"shifts": False})
+    _, base, _ = make_run(project_folder, "a", "state")
+    merge("a")
+    assert "0 changed" in capsys.readouterr().out
+    shutil.copy(result("base-STATE-3.pth"), base)
+    shutil.rmtree(project_folder / "output" / "a")
+    make_run(project_folder, "a", "state", seed=7)
+    merge("a")
+    said = capsys.readouterr().out
+    assert "2 changed" in said and "added" not in said
+
+
 def test_states_are_averaged_as_well(project_folder):
     make_run(project_folder, "a", "state", seed=1)
     make_run(project_folder, "b", "state", seed=2)
@@ -670,7 +711,52 @@ def test_a_foreign_pissa_on_another_base_is_refused(project_folder):
         merge(path, MODEL_PATH="other.pth", METHOD="pissa")
 
 
+def test_a_run_of_ours_and_a_foreign_one_are_folded_in_turn(project_folder, monkeypatch):
+    monkeypatch.setitem(OPTIONS, "lora", {"rank": 4, "alpha": 8.0})
+    folder, _, _ = make_run(project_folder, "a", seed=1)
+    make_run(project_folder, "b", seed=2)
+    path = foreign_file(project_folder / "output" / "b", "lora")
+    merge("a", "b")
+    both = checkpoint.load(result("base-LORA-3+LORA-3.pth"))
+    merge("a", path, METHOD="lora", LORA_ALPHA="8")
+    ours = checkpoint.load(result("base-LORA-3+LORA-lora-7.pth"))
+    assert all(torch.equal(ours[n], t) for n, t in both.items())
+    merge("a", path, METHOD="lora", LORA_ALPHA="16")
+    other = checkpoint.load(result("base-LORA-3+LORA-lora-7.pth"))
+    assert not torch.equal(other["blocks.0.att.key.weight"], ours["blocks.0.att.key.weight"])
+
+
+def test_a_lora_that_may_be_a_pissa_is_told(run, monkeypatch, capsys):
+    monkeypatch.setitem(OPTIONS, "lora", {"rank": 4, "alpha": 8.0})
+    path = foreign_file(run[0], "lora")
+    given = {"MODEL_PATH": "base.pth", "METHOD": "lora", "LORA_ALPHA": "8"}
+    merge(path, **given)
+    assert "PiSSA" not in capsys.readouterr().out
+    checkpoint.save(path.parent / "init_pissa.pth", {"x": torch.zeros(1)})
+    merge(path, **given)
+    assert "init_pissa.pth lies beside it: if it is a PiSSA, this result is wrong" in capsys.readouterr().out
+
+
+def test_numbers_that_do_not_fit_the_bases_format_are_not_blamed_on_the_disk(project_folder):
+    folder, base, _ = make_run(project_folder, dtype=torch.float16)
+    tensors = checkpoint.load(folder / "rwkv-3.pth")
+    checkpoint.save(folder / "rwkv-3.pth", tensors | {"blocks.0.ln1.weight": torch.full((32,), 1e6)})
+    with pytest.raises(UserError, match="blocks.0.ln1.weight would hold NaN or infinity"):
+        merge()
+
+
 def foreign_refusals():
+    def a_rank_that_does_not_divide(path):
+        layers = {n.rpartition(".")[0] for n in checkpoint.load(path) if n.endswith("lora_A")}
+        shapes = {layer: checkpoint.load(path)[f"{layer}.lora_A"].shape[1] for layer in layers}
+        checkpoint.save(path, {f"{layer}.bone": torch.zeros(n // 24, 24, 24) for layer, n in shapes.items()})
+        return [path], {"MODEL_PATH": "base.pth"}
+
+    def two_names_of_one(path):
+        tensors = checkpoint.load(path)
+        checkpoint.save(path, tensors | {"model.blocks.0.att.key.lora_A": torch.zeros(4, 32)})
+        return [path], {"MODEL_PATH": "base.pth", "METHOD": "lora", "LORA_ALPHA": "8"}
+
     def without_a_base(path):
         return [path], {"METHOD": "lora", "LORA_ALPHA": "8"}
 
@@ -743,6 +829,8 @@ def foreign_refusals():
         return ["nowhere/rwkv-1.pth"], {}
 
     return {
+        a_rank_that_does_not_divide: "does not fit the base: its rank, 24, must divide 32",
+        two_names_of_one: "holds blocks.0.att.key.lora_A twice",
         without_a_base: "must name the base: .* has no sidecar",
         without_a_method: "must be lora or pissa: .* has no sidecar",
         without_alpha: "must be the lora_alpha that .* was trained with",

@@ -584,6 +584,14 @@ def test_settings_that_would_not_begin_as_the_base_or_do_not_fit_the_layer_are_r
     assert PeftLayer.refusal(OUTPUTS, INPUTS, config)
 
 
+@pytest.mark.parametrize("setting", [{"lora_alpha": 0}, {"lora_dropout": 1.0}], ids=str)
+def test_settings_with_which_nothing_is_learnt_are_refused(setting):
+    before = torch.random.get_rng_state()
+    words = PeftLayer.refusal(OUTPUTS, INPUTS, {"peft_type": "LORA", "r": 4, **setting})
+    assert "LORA learns nothing: lora_A_weight" in words
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -604,6 +612,8 @@ def test_settings_that_would_not_begin_as_the_base_or_do_not_fit_the_layer_are_r
             "use_qalora of LORA cannot be set here, only init_lora_weights, l",
         ),
         ('{"peft_type": "OFT", "r": 8, "oft_block_size": 4}', "peft does not take these settings"),
+        ('{"peft_type": "LORA", "init_lora_weights": "lora_ga"}', "init_lora_weights=lora_ga .*does not make"),
+        ('{"peft_type": "LORA", "init_lora_weights": "eva"}', "init_lora_weights=eva .*does not make"),
     ],
 )
 def test_a_file_of_settings_that_cannot_be_used_says_why(tmp_path, text, words):
@@ -668,13 +678,18 @@ def test_an_exported_folder_does_in_peft_what_the_run_does(name, tmp_path):
 
     names = ("blocks.0.att.key", "blocks.0.att.output", "blocks.1.att.key", "blocks.0.ffn.key")
     weights = {n: torch.randn(OUTPUTS, INPUTS) for n in names}
+    weights[names[0]][3] = 0.0  # (of which DoRA keeps no length)
     adapted, (kind, settings), expected, tensors, x = names[:2], OURS[name], [], {}, torch.randn(5, INPUTS)
     for layer_name, weight in weights.items():
         linear = Linear(INPUTS, OUTPUTS)
         linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
         if layer_name in adapted:
             linear = kind(linear, **settings)
-            tensors |= {f"{layer_name}.{leaf}": t for leaf, t in randomise(linear).items()}
+            still = {"lora_magnitude": linear.lora_magnitude == 0} if name == "dora" else {}
+            learnt = randomise(linear)
+            for leaf, rows in still.items():
+                learnt[leaf].masked_fill_(rows, 0.0)
+            tensors |= {f"{layer_name}.{leaf}": t for leaf, t in learnt.items()}
         expected.append(linear(x))
     config, named = peft_weights(tensors, {"method": EXPORTED[name], **settings}, adapted)
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))

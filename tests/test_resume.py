@@ -160,6 +160,14 @@ def test_without_a_name_the_newest_run_goes_on_if_its_settings_are_the_same(read
     assert "goes on   " not in capsys.readouterr().out
     train.command(config(RUN_NAME="", **settings), [])
     assert len(folders()) == 1  # a finished one does not go on: the next is a new run
+    capsys.readouterr()
+    train.command(config(RUN_NAME="", **settings), ["--dry-run"])
+    said = capsys.readouterr().out
+    [name] = folders()
+    words = f"new run   output/{name} is finished. RUN_NAME={name} and a larger EPOCH_COUNT train that one further"
+    assert words in said and "goes on   " not in said
+    train.command(config(RUN_NAME="", **settings | {"LR_INIT": "2e-3"}), ["--dry-run"])
+    assert "is finished" not in capsys.readouterr().out  # (it is another one that is wanted)
     train.command(config(RUN_NAME="", **settings), [])
     assert len(folders()) == 2
 

@@ -338,6 +338,30 @@ def test_a_step_without_a_number_is_left_out_and_changes_nothing(ready, monkeypa
     )
 
 
+def test_a_run_of_which_every_step_was_left_out_is_no_success(ready, monkeypatch):
+    with_nan_in(monkeypatch, {1, 2})
+    with pytest.raises(UserError, match=r"All 2 steps were left out, so nothing was learnt. LR_INIT is too high"):
+        run(ready, MINI_BSZ="1", EPOCH_STEPS="2", NAN_LIMIT="3")
+
+
+def test_a_state_is_learnt_from_the_one_that_the_base_holds(ready, capsys):
+    settings = {"FINETUNE_MODE": "state_tuning", "LR_INIT": "1", "EPOCH_STEPS": "2", "MINI_BSZ": "1"}
+    learnt, _ = run(ready, "first", **settings)
+    base = checkpoint.load(ready / "model" / "tiny.pth")
+    checkpoint.save(ready / "model" / "with.pth", {**base, **learnt})
+    state = [name for name in learnt if name.endswith("time_state")]
+    capsys.readouterr()
+    further, records = run(
+        ready, "second", **settings | {"MODEL_PATH": "with.pth", "LR_INIT": "1e-6", "LR_FINAL": "1e-6"}
+    )
+    assert "the base holds a learnt state: what is learnt goes on from it" in capsys.readouterr().out
+    assert all(torch.allclose(further[name], learnt[name], atol=1e-4) for name in state)
+    assert not any(torch.equal(further[name], learnt[name]) for name in state)
+    _, others = run(ready, "third", MODEL_PATH="with.pth", EPOCH_STEPS="2", MINI_BSZ="1")
+    assert others[0]["loss"] == pytest.approx(records[0]["loss"], rel=1e-5)
+    assert "the base holds a learnt state: texts begin with it" in capsys.readouterr().out
+
+
 def test_so_many_steps_in_a_row_end_the_training_and_the_batch_is_named(ready, monkeypatch):
     with_nan_in(monkeypatch, {2, 4, 5})
     common = {"MINI_BSZ": "1", "EPOCH_STEPS": "8", "NAN_LIMIT": "2"}

@@ -55,6 +55,8 @@ def write(source: Path, target: Path, geometry: Geometry) -> Iterator[str]:
         sources, shapes = {}, {}
         for name, stored in archive.described.items():
             swap = stored.shape[-2:][::-1] if is_transposed(name) else stored.shape[-2:]
+            if other := sources.get(new_name(name)):
+                raise UserError(f"{shown(source)}: {name} and {other} would both be called {new_name(name)} there.")
             sources[new_name(name)], shapes[new_name(name)] = name, (*stored.shape[:-2], *swap)
 
         def pieces(new: str):

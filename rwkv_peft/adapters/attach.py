@@ -87,8 +87,11 @@ def adapt(
     Returns what a run must keep beside its checkpoints, by name: empty but for PiSSA.
     """
     geometry = model.geometry
+    # (a base may hold a learnt state: what is learnt begins there)
+    own = {name: p.detach().clone() for name, p in model.named_parameters() if STATE_NAME.fullmatch(name)}
+    states = {name: own.get(name, zero) for name, zero in setup.states(geometry).items()}
     return change_layers(
-        model, setup, setup.wrapped(geometry), setup.whole(geometry), setup.states(geometry), keep, start, device, later
+        model, setup, setup.wrapped(geometry), setup.whole(geometry), states, keep, start, device, later
     )
 
 
@@ -200,7 +203,7 @@ def frozen(module: nn.Module, name: str, mode: str | None, keep: torch.dtype | N
     try:
         return (QuantEmbedding if name == "emb" else QuantLinear)(weight.to(device), mode)
     except UserError as error:
-        raise UserError(f"{name}.weight: {error}") from None
+        raise UserError(f"{name}.weight of the base: {error}. Take another copy of it; MODEL_PATH names it.") from None
 
 
 def given(model: RWKV, setup: Setup) -> Callable[[str], bool]:

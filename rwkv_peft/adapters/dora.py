@@ -20,7 +20,8 @@ from .product import low_rank
 class Dora(Adapter):
     """lora_A [r, in] and lora_B [out, r] as in LoRA, lora_magnitude [out], float32.
 
-    The magnitude starts as the very norm that forward divides by: a fresh adapter changes nothing, to the last bit.
+    The magnitude starts as the very norm that forward divides by: a fresh adapter changes nothing, to the last bit. A row of
+    zeros has no length to keep: its magnitude is 0, never learns, and says that the row learns as LoRA's do.
     """
 
     tensors = ("lora_A", "lora_B", "lora_magnitude")
@@ -29,12 +30,13 @@ class Dora(Adapter):
         super().__init__(linear)
         self.scale, self.dropout = scale(rank, alpha, rslora), dropout
         self.lora_A, self.lora_B = fresh_factors(linear, rank)
-        self.lora_magnitude = nn.Parameter(norms(linear.dense(torch.float32), self.lora_A, self.lora_B, self.scale))
+        moved = added(linear.dense(torch.float32), self.lora_A, self.lora_B, self.scale)
+        self.lora_magnitude = nn.Parameter(torch.linalg.vector_norm(moved, dim=1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Dropout acts on the input of all that is added to the frozen layer's output, as in HF peft."""
         kind = exact(x.dtype)
-        gain = self.lora_magnitude.to(kind) / norms(self.linear.dense(kind), self.lora_A, self.lora_B, self.scale)
+        gain = gains(self.lora_magnitude.to(kind), added(self.linear.dense(kind), self.lora_A, self.lora_B, self.scale))
         more = (gain - 1).to(x.dtype)  # gain is near 1: bfloat16 has room for gain - 1, not for gain
         if not (self.training and self.dropout > 0):
             moved = low_rank(self.linear, x, self.lora_A, self.lora_B, self.scale)
@@ -50,16 +52,17 @@ class Dora(Adapter):
     @staticmethod
     def merge(weight: Tensor, tensors: dict[str, Tensor], sidecar: dict) -> Tensor:
         moved = Lora.merge(weight, tensors, sidecar)
-        return (tensors["lora_magnitude"].to(moved.dtype) / lengths(moved))[:, None] * moved
+        return gains(tensors["lora_magnitude"].to(moved.dtype), moved)[:, None] * moved
 
 
 @torch.no_grad()
-def norms(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """|W + scale B A| of every output, [out], in the dtype of the weight."""
-    return lengths(torch.addmm(weight, B.to(weight.dtype), A.to(weight.dtype), alpha=scale))
+def added(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """W + scale B A, [out, in], in the dtype of the weight."""
+    return torch.addmm(weight, B.to(weight.dtype), A.to(weight.dtype), alpha=scale)
 
 
-def lengths(matrix: Tensor) -> Tensor:
-    """The length of every row. A row of zeros has no direction to scale; 1 keeps it zero instead of 0/0."""
-    length = torch.linalg.vector_norm(matrix, dim=1)
-    return length.masked_fill(length == 0, 1.0)
+def gains(magnitude: Tensor, moved: Tensor) -> Tensor:
+    """What every row of W + scale B A is multiplied by, [out]: 1 where its magnitude is 0."""
+    length = torch.linalg.vector_norm(moved, dim=1)
+    sound = (magnitude != 0) & (length != 0)
+    return torch.where(sound, magnitude / length.masked_fill(~sound, 1.0), 1.0)

@@ -93,6 +93,7 @@ REFUSED = {
     "XLORA": "it mixes adapters that were trained before",
 }
 
+PREPARED = ("corda", "eva", "lora_ga")  # ways to begin that look at data
 # where a saved adapter_config.json says what it was made from, which is no setting of a method
 NOTES = (
     "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "runtime_config", "task_type",
@@ -147,6 +148,12 @@ def read_config(path: str | Path) -> dict:
                 f"{where}: {setting} must be {json.dumps(value)}, or left out: otherwise a fresh {name} adapter would change "
                 "what the model says before it has learnt anything."
             )
+    begins = str(config.get("init_lora_weights")).lower()
+    if begins in PREPARED:
+        raise UserError(
+            f"{where}: init_lora_weights={begins} begins with what peft has gathered from data beforehand, by calls that this "
+            "training loop does not make. Leave it out, or take FINETUNE_MODE=pissa."
+        )
     config = {"peft_type": name, **config}
     try:
         peft_config(config)
@@ -264,7 +271,7 @@ class PeftLayer(Adapter):
 
 
 def must_keep_its_law(outputs: int, inputs: int, config: dict) -> None:
-    """UserError unless an adapter with these settings begins as its base, and merges into what it does."""
+    """UserError unless an adapter with these settings begins as its base, merges into what it does, and learns."""
     base = Linear(inputs, outputs).requires_grad_(False)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -277,6 +284,19 @@ def must_keep_its_law(outputs: int, inputs: int, config: dict) -> None:
         merged = PeftLayer.merge(base.weight, kept, {"config": config})
         x = probes(base)
         wrong = difference(F.linear(x, merged), layer(x))
+    with torch.random.fork_rng(devices=[]):  # (of its dropout)
+        torch.manual_seed(0)
+        layer.train()(x).square().sum().backward()
+    still = [
+        name
+        for name in layer.tensors
+        if not (getattr(layer, name).grad is not None and getattr(layer, name).grad.any())
+    ]
+    if still:
+        raise UserError(
+            f"With these settings {config['peft_type']} learns nothing: {listed(still)} never gets a gradient. "
+            "Is an alpha 0, or a dropout 1?"
+        )
     if not wrong <= TOLERANCE:
         raise UserError(
             f"With these settings what peft merges for {config['peft_type']} is not what its layer does (outputs differ by "

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..words import listed
 from .dora import Dora
-from .lora import Lora
+from .lora import Lora, scale
 from .miss import Miss
 from .pissa import Pissa
 
@@ -59,8 +59,17 @@ def peft_weights(tensors: Mapping[str, Tensor], sidecar: dict, layers: Iterable[
         "peft_type": "LORA", "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "init_lora_weights": True,
         "use_rslora": bool(sidecar.get("rslora", False)), "use_dora": method == "dora", "fan_in_fan_out": False,
     }  # fmt: skip
+    if method == "dora":
+        own = {layer: with_lengths(t, rank, alpha, config["use_rslora"]) for layer, t in own.items()}
     named = {f"{BEFORE}{layer}.{LORA_NAMES[leaf]}": x.contiguous() for layer, t in own.items() for leaf, x in t.items()}
     return config | common, named
+
+
+def with_lengths(layer: dict[str, Tensor], rank: int, alpha: float, rslora: bool) -> dict[str, Tensor]:
+    """peft has a length for every row; those of the base that are zero have what LoRA adds to them."""
+    magnitude, learnt = layer["lora_magnitude"], scale(rank, alpha, rslora) * layer["lora_B"] @ layer["lora_A"]
+    lengths = torch.linalg.vector_norm(learnt, dim=1)
+    return layer | {"lora_magnitude": torch.where(magnitude == 0, lengths, magnitude)}
 
 
 def side_by_side(layer: dict[str, Tensor]) -> dict[str, Tensor]:

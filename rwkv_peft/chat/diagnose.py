@@ -67,8 +67,9 @@ def diagnose(name: str, base: str, precision: str) -> None:
     changed = changed_files(settings, chosen.sidecar)
     all_seen = sum(r["targets"] for r in told) >= targets and not changed
     if changed:
-        words = "is not what the run learnt from; make_tokenize.sh has been run again: rows below as trained may be new to it, and"
-        lines.append(f"careful   {', '.join(changed)} {words} held-out ones may not be")
+        words = "not what the run learnt from (make_tokenize.sh has written it anew)"
+        rows = "rows that stand below as trained may be new to it, and held-out ones may not be"
+        lines.append(f"careful   {', '.join(changed)}: {words}; {rows}")
     elif files[0] and not all_seen:
         lines.append(
             "careful   it had not gone through all its rows by then: some of those below as trained are new to it"

@@ -109,8 +109,9 @@ def judge(run: Run) -> list[Finding]:
     if not run.held and run.trained and not found:
         before, after = run.trained.losses
         words = (
-            f"on its own rows the loss is {after:.3f} instead of {before:.3f}{answered(run)}. {where(run)}What it says to others cannot be told "
-            "without held-out rows: VALID_PERCENT in make_tokenize.sh sets some aside, or VAL_DATA in training.sh names them"
+            f"on its own rows the loss is {after:.3f} instead of {before:.3f}{answered(run)}. {where(run)}What it says to others "
+            "cannot be told without held-out rows: VALID_PERCENT in make_tokenize.sh sets some aside, or VAL_DATA in training.sh "
+            "names them"
         )
         return [Finding("unknown", words)]
     return found or [fits(run)]

@@ -129,7 +129,7 @@ def train(run, cleanup: contextlib.ExitStack, say) -> None:
     from ..data.loading import heaviest
     from ..data.workers import end_workers, make_loader
     from ..training import report
-    from ..training.callbacks import Save, StepRecorder, StopOnSignal
+    from ..training.callbacks import TOO_HIGH, Save, StepRecorder, StopOnSignal
     from ..training.heaviest import Heaviest
     from ..training.lisa import Resample
     from ..training.resume import GoOn, Keep
@@ -207,6 +207,9 @@ def train(run, cleanup: contextlib.ExitStack, say) -> None:
             how = "stopped" if stop.received else "done"
             print(f"node {run.place.node}: {how}; node 0 has the results", flush=True)
         sys.exit(128 + stop.received if stop.received else 0)
+    done = 0 if finished else trainer.global_step - (found.step if found else 0)
+    if done and recorder.in_a_row >= done:
+        raise UserError(f"All {done} steps were left out, so nothing was learnt. {TOO_HIGH}")
     complete = finished or trainer.global_step == run.steps
     early = validation is not None and validation.stopped
     if config.streaming and not complete and not stop.received and not early:

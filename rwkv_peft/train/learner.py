@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from ..adapters import attach
 from ..adapters.later import Later, settle
 from ..model import arch
 from ..model.rwkv import RWKV, build
+from ..training import snapshot
 from ..training.graphs import Graphs
 from ..training.lisa import Lisa
 from ..training.module import TrainingModule
@@ -61,6 +63,10 @@ def make_learner(run: Prepared, cleanup: contextlib.ExitStack, say: Callable[[st
         shown = project.shown(run.begins_with)
         attach.load_trained(model, checkpoint.load(run.begins_with), shown, later)
         say(f"starts from {shown} (what it has learnt; the optimizer starts anew)")
+        folder = run.begins_with.resolve().parent
+        if folder.parent == project.OUTPUT and snapshot.newest_first(folder):
+            more = f"RUN_NAME={shlex.quote(folder.name)} and a larger EPOCH_COUNT"
+            say(f"          {more} would go on with that run itself, optimizer, data and all, as if it had never ended")
 
     def groups() -> list[dict]:
         rate = functools.partial(arch.lr_scale, run.geometry)

@@ -62,6 +62,7 @@ def plan_lines(
         ("method", f"{method_words(setup)}: {values(trained_values)} trained values "
                    f"({trained_values / total:.1%} of the model's)"),
         *base_rows(settings, setup),
+        *state_rows(setup, stored),
         *lines,
         ("length", f"{count(settings['EPOCH_COUNT'], 'epoch')} x EPOCH_STEPS={plan.micro_batches} micro-batches = "
                    f"{count(steps, 'optimizer step')}; LR {settings['LR_INIT']:g} -> {last:g} ({settings['LR_SCHEDULE']}, "
@@ -146,6 +147,14 @@ def base_rows(settings, setup) -> list[tuple[str, str]]:
         how = "end at a chunk's border" if settings["INFCTX_GRAD"] == "detach" else "go on through all chunks"
         rows.append(("", f"infctx: {settings['CHUNK_CTX']} tokens at once, states are carried on, gradients {how}"))
     return rows
+
+
+def state_rows(setup, stored) -> list[tuple[str, str]]:
+    """What becomes of a state that the base holds."""
+    if not any(arch.STATE_NAME.fullmatch(name) for name in stored):
+        return []
+    how = "what is learnt goes on from it" if setup.method == "state" else "texts begin with it"
+    return [("", f"the base holds a learnt state: {how}")]
 
 
 def template_lines(templates) -> list[tuple[str, str]]:
