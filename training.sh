@@ -33,7 +33,8 @@ set -a # every variable below is handed to Python                              �
 FINETUNE_MODE=lora
 
 # What is trained. att and ffn get the method's adapters on all their matrices; the others are trained whole: time (token-shift
-# mixes, decays and their low-rank parts), ln (norms), emb, head. Not for full and state_tuning.
+# mixes, decays and their low-rank parts), ln (norms), emb, head. Not for full and state_tuning. (A folder for the peft package,
+# ./merge.sh --export peft, can hold att and ffn alone.)
 # 训练哪些部分：att、ffn 加适配器；time、ln、emb、head 直接训练
 lora_parts="att,ffn,ln"
 

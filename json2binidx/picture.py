@@ -25,7 +25,7 @@ def draw_lengths(prefix: Path, sizes: np.ndarray, median: int, ctx_len: int, buc
     with figure(9, 4.2) as (drawing, axes):
         rows, _ = np.histogram(np.minimum(sizes, right), bins=edges)
         axes.stairs(
-            rows, edges, fill=True, color="#4878a8", edgecolor="white", linewidth=0.7
+            rows, edges - 0.5, fill=True, color="#4878a8", edgecolor="white", linewidth=0.7
         )  # one shape: quick to draw
         lines = [n for n in (ctx_len, *bucket_edges) if n <= right * FAR]
         axes.set_xlim(0, max(right, *lines, 0) * 1.02)
@@ -38,9 +38,12 @@ def draw_lengths(prefix: Path, sizes: np.ndarray, median: int, ctx_len: int, buc
                        f"median {median:,}, mean {sizes.mean():,.0f}", parse_math=False)  # fmt: skip
         for i, edge in enumerate(e for e in bucket_edges if e in lines):
             label = None if i else "TRAIN_LENGTHS=auto of DATALOAD=bucket"
-            axes.axvline(edge, color="#c44e52", linewidth=1, linestyle=":", label=label)
+            # (a row has one input less than tokens)
+            axes.axvline(edge + 1.5, color="#c44e52", linewidth=1, linestyle=":", label=label)
         if ctx_len in lines:
-            axes.axvline(ctx_len, color="#55a868", linewidth=1.5, label=f"CTX_LEN=auto of DATALOAD=pack: {ctx_len:,}")
+            axes.axvline(
+                ctx_len + 1.5, color="#55a868", linewidth=1.5, label=f"CTX_LEN=auto of DATALOAD=pack: {ctx_len:,}"
+            )
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False)
         drawing.subplots_adjust(0.08, 0.12, 0.985, 0.92)  # by hand: working it out would double the time

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ UNSAFE = set('"$`\\!\n')  # characters that double quotes do not protect from ba
 BATCHES = (4, 8)  # micro-batch sizes for which the filling of DATALOAD=pad is told
 SAMPLE = 20_000  # rows that are looked at for the shares of filling
 BINS = 40
+MANY = 0.1  # of the rows: if more cannot be used, that is worth a word of its own
 WORLD = (
     "rwkv-world",
     "rwkv-g1",
@@ -153,10 +154,13 @@ def say(content: Mapping[str, Any], prefix: Path, made: bool = True) -> None:
         line(
             "rejected", f"{count(rejected, 'row')} ({reasons(rows['rejected'])}), all of them in {shown}.rejects.jsonl:"
         )
-        for file, number, message in places["rejected"]:
-            line("", f"{file}:{number}: {message}")
+        for words in told_once(places["rejected"]):
+            line("", words)
         if rejected > len(places["rejected"]):
             line("", f"... and {rejected - len(places['rejected']):,} more")
+        if rejected > MANY * rows["read"]:
+            missing = share(rejected, rows["read"])
+            line("careful", f"{missing} of all rows are missing from what follows: mend them, and run this again")
     if dropped := sum(rows["dropped"].values()):
         line("dropped", f"{count(dropped, 'row')} ({reasons(rows['dropped'])}): {where('dropped')}{more(dropped)}")
     for name, words in (("pieces_without_answer", "piece"), ("lost_some_answers", "row")):
@@ -189,9 +193,10 @@ def say(content: Mapping[str, Any], prefix: Path, made: bool = True) -> None:
     found = [f"{facts[name]:,} {words}" for name, words in others.items() if facts.get(name)]
     scripts = [f"{name} {part:.0%}" for name, part in content["scripts"].items() if part >= 0.005]
     line("", f"{turns}{'; '.join(found) or 'no duplicates'}; {', '.join(scripts[:4])}")
-    filled = [f"{name} {part:.0%}" for name, part in content["filling"].items() if part]
+    filled = [f"{part:.0%} with {name}" for name, part in content["filling"].items() if part]
     none = [name for name, part in content["filling"].items() if not part]
-    line("filling", f"computed for nothing: {', '.join([*filled, ', '.join(none[:-1]) + f' and {none[-1]} nothing'])}")
+    words = ", ".join([*filled, f"none with {', '.join(none[:-1])} and {none[-1]}"])
+    line("filling", f"what each DATALOAD would compute for nothing: {words}")
     of = "" if rows["made"] == rows["kept"] else f" (made of {count(rows['kept'], 'row')})"
     line(
         "wrote" if made else "there is", f"{shown}.bin/.idx and .roles.bin/.idx: {count(rows['written'], 'row')}{of}, "
@@ -202,6 +207,15 @@ def say(content: Mapping[str, Any], prefix: Path, made: bool = True) -> None:
         line("", f"{shown}.valid.bin/.idx: {count(rows['held_out'], 'row')} held out, none of them in the other file")
     line("", f"{shown}.report.json, {prefix.name}.lengths.png: all of this, and the lengths as a picture")
     print(labels(content["advice"], data_path(prefix)))
+
+
+def told_once(rejected: Sequence[Sequence]) -> Iterator[str]:
+    """(file, line, message) of rows that cannot be used, in words; those of a file with one message together."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for file, number, message in rejected:
+        alike.setdefault((file, message), []).append(str(number))
+    for (file, message), numbers in alike.items():
+        yield f"{file}:{numbers[0]}: {message}" + (f" (and lines {', '.join(numbers[1:])})" if numbers[1:] else "")
 
 
 def reasons(found: Mapping[str, int]) -> str:

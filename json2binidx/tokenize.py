@@ -39,7 +39,7 @@ FORMS = """A line of .jsonl must be one whole JSON object, with no comma behind 
   {"instruction": "Say hello", "output": "Hello!"}
 Other columns are named with MAP_KEYS; ./make_tokenize.sh --help tells the rest."""
 COLUMNS = """Columns are known by their names: text; instruction and output; prompt and completion; question and answer; messages.
-Other names are told like this:  --map-keys '{"prompt": "Frage", "response": "Antwort"}'      (MAP_KEYS in the script)"""
+Other names are told like this:  --map-keys '{"prompt": "ask", "response": "reply"}'      (MAP_KEYS in the script)"""
 ROWS = 4096  # that are copied at once
 MANY = 500_000  # rows from which on their own sizes and places take memory that the vocabulary must make room for
 IN_MEMORY = 64 << 20  # bytes of tokens up to which copying reads from memory

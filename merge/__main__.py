@@ -118,15 +118,18 @@ def command(config: MergeConfig, typed: list[str]) -> None:
         print(f"run       {one.words}")
     doubts = []  # only a merge goes on before the base's content is known
     base = parts.base_of(found, config.model_path, None if alone else doubts)
+    refused = []  # what can be written is, and the others are told together
     for kind in alone:
-        if kind == "peft":
-            export_adapter(found, base)
-        else:
-            export_state(kind, found, base)
+        try:
+            export_adapter(found, base) if kind == "peft" else export_state(kind, found, base)
+        except UserError as error:
+            refused.append(str(error))
     if of_model or not alone:
         target, geometry = merge(found, weights, base, doubts)
         for kind in of_model:
             export(kind, target, target.stem, geometry)
+    if refused:
+        raise UserError("\n".join(dict.fromkeys(refused)))
 
 
 def must_be_unset(config: MergeConfig, names: Sequence[str], why: str) -> None:

@@ -192,9 +192,10 @@ def enter(
     that the script set, if not those of this process. options: settings may be typed behind the command as well.
     """
     if not arguments or {"-h", "--help"} & set(arguments[1:]):
-        print(usage)
-        if arguments:
-            print(where_to_set(Path(arguments[0]), cls))
+        with door():
+            print(usage)
+            if arguments:
+                print(where_to_set(Path(arguments[0]), cls))
         return
     script = None
     for stream in (sys.stdout, sys.stderr, sys.stdin):

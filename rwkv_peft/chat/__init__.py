@@ -88,7 +88,8 @@ def command(config: ChatConfig, typed: list[str]) -> None:
         check_template(trained_with, f"{name} was trained with PROMPT_TYPE={trained_with}, which")
         config = dataclasses.replace(config, prompt_type=trained_with)
     if prompt is not None:
-        print(f"{name}:", file=sys.stderr)  # standard output holds the answer alone
+        if sys.stdout.isatty():
+            print(f"{name}:", file=sys.stderr)  # standard output holds the answer alone
         once(model, config, prompt, raw)
     else:
         talk(model, config, name, ending)
@@ -104,7 +105,8 @@ def check_template(name: str, who: str) -> None:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        raise UserError(f"{message}. See ./chat.sh --help")
+        alone = message.startswith("unrecognized arguments:") and "-" not in message
+        raise UserError(f"{message}{' (a question goes behind --prompt)' if alone else ''}. See ./chat.sh --help")
 
 
 def command_line(arguments: list[str], config: ChatConfig) -> Asked:

@@ -56,6 +56,9 @@ class Row:
 
 def diagnose(name: str, base: str, precision: str) -> None:
     """name: of a run, or of one of its checkpoints. base: where the base lies, "" for where the sidecar says."""
+    folder = project.OUTPUT / name
+    if (folder / "run.json").is_file() and not any(runs.saved(folder)):
+        return of_its_course(folder.resolve())
     adapter = models.adapter_file(name)
     chosen = models.of_run(adapter, base)
     sidecars.read(adapter, ("step",))
@@ -132,6 +135,21 @@ def diagnose(name: str, base: str, precision: str) -> None:
         (sum(right), len(right)),
     )
     print()
+    tell(run)
+
+
+def of_its_course(folder: Path) -> None:
+    """What can be told of a run without a checkpoint. UserError where it has not taken a step."""
+    settings, records, looks = facts_of(folder)
+    if not records:
+        raise UserError(f"{project.shown(folder)}: has taken no step yet.")
+    print(f"{project.shown(folder)} has saved no checkpoint: this is what the course of its loss tells\n")
+    losses = np.array([r["loss"] for r in records if r["loss"] is not None and not r.get("skipped")])
+    seen = [(look["step"], look["loss"]) for look in looks if look["step"]]
+    tell(Run(None, None, [], losses, sum(bool(r.get("skipped")) for r in records), seen, settings["LR_INIT"]))
+
+
+def tell(run: Run) -> None:
     for finding in judge(run):
         print(textwrap.fill(f"verdict   {finding.words}.", WIDTH, subsequent_indent=" " * 10, break_on_hyphens=False))
 

@@ -21,6 +21,10 @@ def json_lines(path: Path) -> Iterator[Block]:
         while piece := file.read(reading.BLOCK):
             if not piece.endswith(b"\n"):
                 piece += file.readline(reading.LINE_LIMIT + 1)
+            if number == 1 and begins_a_list(piece):
+                raise UserError(
+                    f"{name}: is one JSON list over many lines; a .jsonl has an object on every line. Give it the ending .json"
+                )
             end = piece.rfind(b"\n") + 1
             is_too_long = len(piece) - end > reading.LINE_LIMIT
             whole = piece[:end] if is_too_long else piece
@@ -31,6 +35,12 @@ def json_lines(path: Path) -> Iterator[Block]:
                 yield Block(name, number, [(number, too_long("Every line must be one JSON object"))], read())
                 skip_line(file)
                 number += 1
+
+
+def begins_a_list(text: bytes) -> bool:
+    """Whether a file that begins so is a list whose first line does not end it."""
+    line = text.lstrip().partition(b"\n")[0].strip()
+    return line.startswith(b"[") and not line.endswith(b"]")
 
 
 # a JSON text is cut at its brackets; strings are stepped over as a whole; a lone quote begins a string that was cut

@@ -17,6 +17,7 @@ from ..project import shown
 from .schemas import Row, RowError
 
 BLOCK = 1 << 18  # bytes of lines that are worked on at once; larger ones fall out of the processor's cache
+BEGINNING = 512  # bytes in which a file that is no text shows that
 HEAD = 1 << 16  # bytes that are read from the disk at once, and that a format may be told by
 LINE_LIMIT = 32 << 20  # bytes; a longer line is a file without line breaks, not a row
 ROWS = 512  # of a table that are worked on at once
@@ -80,6 +81,8 @@ def unpacked(path: Path) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
         try:
             if file.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
                 raise UserError(f"{shown(path)}: is UTF-16. Save it as UTF-8 (in an editor: Save as, encoding UTF-8).")
+            if b"\0" in file.peek(HEAD)[:BEGINNING]:
+                raise UserError(f"{shown(path)}: is no text; it holds bytes that no text has.")
             if file.peek(3)[:3] == codecs.BOM_UTF8:
                 file.read(3)
             yield file, raw.tell if raw.seekable() else lambda: 0  # nobody knows how far a pipe is

@@ -195,6 +195,10 @@ def train(run, cleanup: contextlib.ExitStack, say) -> None:
         with stop.listening(), watch.instead_of_lightnings():
             if not finished:
                 trainer.fit(module, loader)
+    except UserError:
+        if first:
+            save.draw(True)  # which tells more than words
+        raise
     except RuntimeError as error:
         # torch's words for an empty host; a GPU has an exception of its own
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):

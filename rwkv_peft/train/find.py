@@ -145,8 +145,8 @@ def find_lr(config: TrainConfig, place: Place) -> None:
         raise UserError("The first loss is no number: the base holds NaN or infinity, or PRECISION does not suit it.")
     tried = every[: len(sound)]
     picture = draw(tried, sound, project.OUTPUT / time.strftime("find-lr-%Y%m%d-%H%M%S.png"))
-    spent = f"{len(losses)} steps in {time.monotonic() - began:.0f} s"
-    why = f" of {STEPS}, where the loss burst" if len(losses) < STEPS else ""
+    spent = f"{len(losses)} of {STEPS} steps in {time.monotonic() - began:.0f} s"
+    why = ": there the loss burst" if len(losses) < STEPS else ""
     print(f"{spent}{why}; rates from {every[0]:.0e} to {tried[-1]:.0e}: {project.shown(picture)}")
     found = advise(tried, sound)
     if found.take is None:

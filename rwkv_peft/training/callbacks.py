@@ -164,7 +164,7 @@ class Progress:
         self.bar = None
         if sys.stderr.isatty():
             self.bar = tqdm(total=steps, initial=self.done, dynamic_ncols=True, bar_format=form)
-        self.every = max(1, steps // 20)
+        self.every = max(1, -(-steps // 20))
 
     def __call__(self, record: Record) -> None:
         with unheard():

@@ -78,6 +78,8 @@ def plan_lines(
     elif settings["WARMUP_STEPS"] > steps * LONG_WARMUP:
         rows.append(("", f"WARMUP_STEPS={settings['WARMUP_STEPS']} is {settings['WARMUP_STEPS'] / steps:.0%} of the run; a "
                          f"tenth of the run, {max(1, steps // 10)}, is enough"))  # fmt: skip
+    if last > settings["LR_INIT"]:
+        rows.append(("", "LR_FINAL is above LR_INIT: the rate rises until the end; were the two exchanged?"))
     if setup.method == "state" and settings["LR_INIT"] < STATE_RATE:
         rows.append(("", f"LR_INIT={settings['LR_INIT']:g} will hardly move a state: 1 to LR_FINAL=0.01 is usual"))
     usual = MOST_STATE_RATE if setup.method == "state" else MOST_RATE

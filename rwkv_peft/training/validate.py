@@ -11,6 +11,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 
+from .. import runs
 from ..atomic import writing
 from ..data.loading import Batch
 from .rounds import Rounds
@@ -109,7 +110,7 @@ class Validate(Rounds):
             sink(record)
         waited, best = rounds_without_a_better(self.records), self.best
         known = (
-            "the best so far"
+            f"the best so far{f', kept as {runs.BEST}' if self.keep and step else ''}"
             if not waited
             else f"the best was {best['loss']:.4f} at step {best['step']}"
             if best
