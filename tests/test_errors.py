@@ -33,6 +33,14 @@ def bad_rows():
         ),
         "not utf-8": (GOOD + b'\n{"text": "\xff\xfe"}', "data/bad.jsonl:2: is not valid UTF-8; save the file as UTF-8"),
         "utf-16": (GOOD.decode().encode("utf-16"), "data/bad.jsonl: is UTF-16. Save it as UTF-8"),
+        "no text at all": (
+            b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR",
+            "data/bad.jsonl: is no text; it holds bytes that no text",
+        ),
+        "a list over lines": (
+            b'[\n{"text": "x"},\n{"text": "y"}\n]',
+            "data/bad.jsonl: is one JSON list over many lines",
+        ),
         "a list": (b"[1, 2]", "data/bad.jsonl:1: must be a JSON object"),
         "a number": (b"7", "data/bad.jsonl:1: must be a JSON object like"),
         "text is null": (b'{"text": null}', 'data/bad.jsonl:1: its "text" must be a string, not null'),

@@ -212,6 +212,11 @@ def test_a_file_in_utf_16_says_what_to_do(tmp_path):
             rows_in(tmp_path / name)
 
 
+def test_a_list_of_words_on_every_line_is_a_jsonl(tmp_path):
+    (tmp_path / "x.jsonl").write_text('[1]\n{"text": "a"}\n')
+    assert len(rows_in(tmp_path / "x.jsonl")) == 2
+
+
 @pytest.mark.parametrize("name", ["x.jsonl", "x.csv", "x.txt"])
 def test_a_file_of_chinese_windows_is_told_how_to_convert(tmp_path, name):
     text = {"x.jsonl": '{"text": "你好，世界"}', "x.csv": "text,other\n你好，世界,x", "x.txt": "你好，世界"}[name]

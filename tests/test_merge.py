@@ -257,6 +257,12 @@ def test_every_kind_of_export_that_is_asked_for_is_written_once(run, plain_expor
     assert result("base-LORA-3.gguf").read_bytes() == result().read_bytes() != result("base-LORA-3.r.gguf").read_bytes()
 
 
+def test_what_can_be_exported_is_and_all_refusals_are_told(run, plain_exports, capsys):
+    with pytest.raises(UserError, match=r"(?s)has trained .* whole.*\n.*holds a run of LoRA, and no state"):
+        merge("--export", "peft", "--export", "state", "--export", "gguf")
+    assert {p.name for p in result().parent.iterdir()} == {f"base-LORA-3.{e}" for e in ("pth", "json", "gguf")}
+
+
 def test_what_was_exported_from_an_earlier_result_goes_with_it_under_its_runs_name(project_folder, plain_exports):
     make_run(project_folder, "a", seed=1)
     make_run(project_folder, "b", seed=2)

@@ -36,6 +36,17 @@ def test_the_progress_line_shows_the_plain_mean_of_the_last_steps(capsys):
     assert losses == ["1.000", "1.500", "2.000", "2.500", "3.000", "4.000", "5.000", "6.000"]
 
 
+@pytest.mark.parametrize("steps", [8, 34, 400])
+def test_without_a_terminal_there_are_some_twenty_lines_of_progress(capsys, steps):
+    from rwkv_peft.training.callbacks import Progress, Record
+
+    progress = Progress(steps=steps, epochs=1)
+    for step in range(1, steps + 1):
+        progress(Record(step, 0, 1.0, 1e-4, 1.0, 10, 10, 1.0, 1.0, 1.0))
+    lines = capsys.readouterr().out.splitlines()
+    assert min(steps, 17) <= len(lines) <= 21 and f"step {steps}/{steps}" in lines[-1]
+
+
 def test_a_slow_first_step_does_not_spoil_the_time_left(capsys):
     from rwkv_peft.training.callbacks import Progress, Record
 

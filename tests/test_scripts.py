@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -87,6 +88,12 @@ def test_help_is_shown_from_any_folder(name, tmp_path):
     assert f"./{name}" in done.stdout
     assert f"Settings are changed in {name} itself" in done.stdout
     assert ("Only RUN is taken from there" in done.stdout) == (name == "merge.sh")
+
+
+def test_help_may_be_cut_off():
+    words = f"{shlex.quote(str(ROOT / 'training.sh'))} --help | head -1"
+    done = subprocess.run(["bash", "-c", words], capture_output=True, text=True)
+    assert "./training.sh" in done.stdout and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("name", CONFIGS)

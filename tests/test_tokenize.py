@@ -38,6 +38,15 @@ def data(project_folder):
     return project_folder / "data"
 
 
+def test_what_is_wrong_with_many_rows_is_said_once_and_that_many_are_missing(data, capsys):
+    good, bad = b'{"text": "User: a\\n\\nAssistant: b"}\n', '{"text": "你好，世界"}\n'.encode("gb18030")
+    (data / "x.jsonl").write_bytes((good + bad) * 4)
+    tokenize(data / "x.jsonl")
+    said = capsys.readouterr().out
+    assert said.count("is not valid UTF-8") == 1 and "data/x.jsonl:2: is not" in said and "(and lines 4, 6, 8)" in said
+    assert "careful   50% of all rows are missing from what follows" in said
+
+
 def many(n: int) -> list[dict]:
     return [{"messages": [{"role": "user", "content": f"Row {i}?"}, {"role": "assistant", "content": f"{i}。" * (i % 7 + 1)}]}
             for i in range(n)]  # fmt: skip
