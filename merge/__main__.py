@@ -22,8 +22,9 @@ shapes and number formats of the result are the base's. The result is read back 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -88,22 +89,22 @@ def command(config: MergeConfig, typed: list[str]) -> None:
             raise UserError(f"--export peft takes the checkpoint of a run; {project.shown(files[0])} is a whole model.")
         must_be_unset(config, ("merge_base", "method", "lora_alpha", "pissa_init"), "a model is exported as it is")
         _, geometry = bases.inspect(files[0])
-        for kind in kinds:
-            stem = f"{files[0].stem}-alone" if kind in alone else files[0].stem  # (the state that it holds)
-            export(kind, files[0], stem, geometry)
+        stems = {kind: f"{files[0].stem}-alone" if kind in alone else files[0].stem for kind in kinds}
+        all_that_can_be([functools.partial(export, kind, files[0], stem, geometry) for kind, stem in stems.items()])
         return
     if averaged and len(files) < 2:
         raise UserError("--average needs two checkpoints or more.")
     init = project.find(config.pissa_init, "output") if config.pissa_init else None
     alpha = config.lora_alpha if config.lora_alpha != "" else None
-    # METHOD and LORA_ALPHA are of those that have no sidecar, if there are any
-    told = {path for path in files if not parts.has_sidecar(path)} or {*files}
-    found = [
-        parts.found(
-            path, *((config.method, alpha) if path in told else ("", None)), init, config.merge_base == "quantised"
-        )
+    # METHOD and LORA_ALPHA are of those that need them, if there are any; else they may contradict what a sidecar says
+    strangers = {path for path in files if not parts.has_sidecar(path) and foreign.has(path, foreign.ADAPTER)}
+    unsaid = {path for path in strangers if foreign.has(path, foreign.LORA)}
+    told = [
+        (config.method if path in (strangers or files) else "", alpha if path in (unsaid or files) else None)
         for path in files
     ]
+    quantised = config.merge_base == "quantised"
+    found = [parts.found(path, *said, init, quantised) for path, said in zip(files, told, strict=True)]
     if config.merge_base == "quantised":
         parts.must_be_one_compressed_run(found)
     if not any(one.part.setup.method == "pissa" for one in found):
@@ -118,16 +119,26 @@ def command(config: MergeConfig, typed: list[str]) -> None:
         print(f"run       {one.words}")
     doubts = []  # only a merge goes on before the base's content is known
     base = parts.base_of(found, config.model_path, None if alone else doubts)
-    refused = []  # what can be written is, and the others are told together
-    for kind in alone:
-        try:
-            export_adapter(found, base) if kind == "peft" else export_state(kind, found, base)
-        except UserError as error:
-            refused.append(str(error))
+    jobs = [
+        functools.partial(export_adapter, found, base)
+        if kind == "peft"
+        else functools.partial(export_state, kind, found, base)
+        for kind in alone
+    ]
     if of_model or not alone:
         target, geometry = merge(found, weights, base, doubts)
-        for kind in of_model:
-            export(kind, target, target.stem, geometry)
+        jobs += [functools.partial(export, kind, target, target.stem, geometry) for kind in of_model]
+    all_that_can_be(jobs)
+
+
+def all_that_can_be(exports: Sequence[Callable[[], None]]) -> None:
+    """Write what can be written. UserError with all refusals behind that."""
+    refused = []
+    for write in exports:
+        try:
+            write()
+        except UserError as error:
+            refused.append(str(error))
     if refused:
         raise UserError("\n".join(dict.fromkeys(refused)))
 

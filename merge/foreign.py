@@ -7,7 +7,7 @@ look alike, and so the user must say which it is, and LoRA's alpha. (RWKV-PEFT a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -22,6 +22,7 @@ from rwkv_peft.words import listed
 from .fold import Part
 
 PREFIX = "model."
+LORA, ADAPTER = ("lora_A", "lora_B"), ("lora_A", "lora_B", "bone", "disha")  # last names of tensors
 INIT = "init_pissa.pth"
 RENAMED = {"bone": "disha"}
 MOST_LEFT = 0.5  # of what a PiSSA took out: next to 0 on its own base, far above 1 on any other
@@ -37,6 +38,11 @@ def our_names(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
             raise UserError(f"{where}: holds {ours} twice, under two names; which one was trained?")
         found[ours] = tensor
     return found
+
+
+def has(path: Path, leaves: Sequence[str]) -> bool:
+    """Whether a file has tensors of these last names."""
+    return any(name.endswith(tuple(leaves)) for name in checkpoint.describe(path))
 
 
 def is_model(names) -> bool:

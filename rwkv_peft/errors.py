@@ -48,7 +48,8 @@ def door(report_problems=None) -> Iterator[None]:
     """
     try:
         yield
-        sys.stdout.flush()
+        if sys.stdout:  # (it may have been closed)
+            sys.stdout.flush()
     except Problems as found:
         leave(report_problems(found) if report_problems else str(found), EXIT_USER)
     except UserError as error:

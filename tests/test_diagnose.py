@@ -8,7 +8,7 @@ import tiny
 from conftest import few
 from inprocess import run, tokenize
 
-from rwkv_peft import chat, checkpoint, hashing
+from rwkv_peft import chat, checkpoint, hashing, tokenizer
 from rwkv_peft.chat import diagnose, models
 from rwkv_peft.chat.verdict import Rows, Run, judge
 from rwkv_peft.errors import UserError
@@ -250,10 +250,29 @@ def test_a_verdict_says_what_became_of_the_questions(right, words):
     assert found.what == "fits" and f"of 3 questions of trained rows, {words}" in found.words
 
 
-def test_a_loss_far_above_the_bases_is_a_rate_that_threw_the_run_off():
-    losses = np.array([2.0, 2.1, 9.0, 15.0, 12.0, 8.0, 7.0, 6.9])
-    [found] = judge(made(trained=(2.0, 1.9))._replace(losses=losses))
-    assert found.what == "too high" and "had 12.000" in found.words
+def test_a_rate_far_above_the_usual_is_named_where_a_high_loss_is_left():
+    [found] = judge(made(trained=(8.0, 6.9), held=None)._replace(rate=0.2, usual=0.01))
+    assert found.what == "too high" and "LR_INIT=0.2 is far above what is usual (0.01 at most)" in found.words
+    [found] = judge(made(trained=(8.0, 6.9), held=None)._replace(rate=0.01, usual=0.01))
+    assert found.what == "underfit"
+
+
+def test_an_answer_is_right_if_it_is_what_was_expected_as_far_as_it_may_go():
+    long = np.array(tokenizer.encode(" 😀🎉 tea" * 40))
+    short = np.array(tokenizer.encode(" Seven.\n\n"))
+    cut = tokenizer.decode(long[: diagnose.ANSWER].tolist())
+    assert diagnose.same(cut.rstrip("\ufffd"), long) and diagnose.same("Seven.", short)
+    assert not diagnose.same(cut[:20], long) and not diagnose.same("Seve", short) and not diagnose.same("", short[:0])
+
+
+def test_two_files_of_one_name_are_not_taken_for_one_another(ready, capsys):
+    for name, rows in (("a", tiny.CHATS), ("b", tiny.CHATS[:3])):
+        (ready / "data" / name).mkdir()
+        tokenize(tiny.write_jsonl(ready / "data" / name / "chat.jsonl", rows))
+    run(ready, "one", DATA_PATH="data/a/chat:1 data/b/chat:1")
+    capsys.readouterr()
+    chat.command(ASKING, ["--diagnose", "one"])
+    assert "not what the run learnt from" not in capsys.readouterr().out
 
 
 def test_a_run_whose_data_are_gone_says_so(ready, capsys):

@@ -212,8 +212,9 @@ def test_a_file_in_utf_16_says_what_to_do(tmp_path):
             rows_in(tmp_path / name)
 
 
-def test_a_list_of_words_on_every_line_is_a_jsonl(tmp_path):
-    (tmp_path / "x.jsonl").write_text('[1]\n{"text": "a"}\n')
+@pytest.mark.parametrize("first", ["[1]", "[INFO] begun", '["a", "b"],', "a\0b"])
+def test_a_first_line_that_is_no_row_costs_no_other(tmp_path, first):
+    (tmp_path / "x.jsonl").write_text(first + '\n{"text": "a"}\n')
     assert len(rows_in(tmp_path / "x.jsonl")) == 2
 
 

@@ -261,6 +261,9 @@ def test_what_can_be_exported_is_and_all_refusals_are_told(run, plain_exports, c
     with pytest.raises(UserError, match=r"(?s)has trained .* whole.*\n.*holds a run of LoRA, and no state"):
         merge("--export", "peft", "--export", "state", "--export", "gguf")
     assert {p.name for p in result().parent.iterdir()} == {f"base-LORA-3.{e}" for e in ("pth", "json", "gguf")}
+    with pytest.raises(UserError, match="holds no learnt state"):
+        merge("--export", "state", "--export", "safetensors", result())
+    assert result("base-LORA-3.st").is_file()
 
 
 def test_what_was_exported_from_an_earlier_result_goes_with_it_under_its_runs_name(project_folder, plain_exports):
@@ -730,6 +733,10 @@ def test_a_run_of_ours_and_a_foreign_one_are_folded_in_turn(project_folder, monk
     merge("a", path, METHOD="lora", LORA_ALPHA="16")
     other = checkpoint.load(result("base-LORA-3+LORA-lora-7.pth"))
     assert not torch.equal(other["blocks.0.att.key.weight"], ours["blocks.0.att.key.weight"])
+    # what no file needs is not passed over
+    checkpoint.save(project.ROOT / "model" / "other.pth", checkpoint.load(project.ROOT / "model" / "base.pth"))
+    with pytest.raises(Problems, match="LORA_ALPHA: but .* was trained with alpha 8"):
+        merge("--average", "a", "other.pth", LORA_ALPHA="16")
 
 
 def test_a_lora_that_may_be_a_pissa_is_told(run, monkeypatch, capsys):

@@ -69,6 +69,11 @@ def with_lengths(layer: dict[str, Tensor], rank: int, alpha: float, rslora: bool
     """peft has a length for every row; those of the base that are zero have what LoRA adds to them."""
     magnitude, learnt = layer["lora_magnitude"], scale(rank, alpha, rslora) * layer["lora_B"] @ layer["lora_A"]
     lengths = torch.linalg.vector_norm(learnt, dim=1)
+    if ((magnitude == 0) & (lengths == 0)).any():
+        raise UserError(
+            "This dora run cannot be written as a peft adapter: its base has rows of zeros that have learnt nothing, and peft "
+            "divides by their length. Merge it with ./merge.sh instead."
+        )
     return layer | {"lora_magnitude": torch.where(magnitude == 0, lengths, magnitude)}
 
 

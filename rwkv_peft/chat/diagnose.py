@@ -24,6 +24,7 @@ from ..roles import Role
 from ..templates.named import template
 from ..tokenized import data_files, mask_of, missing_data, open_sources
 from ..training import validate
+from ..training.report import MOST_RATE, MOST_STATE_RATE
 from . import models
 from .verdict import Rows, Run, judge
 
@@ -56,13 +57,15 @@ class Row:
 
 def diagnose(name: str, base: str, precision: str) -> None:
     """name: of a run, or of one of its checkpoints. base: where the base lies, "" for where the sidecar says."""
-    folder = project.OUTPUT / name
-    if (folder / "run.json").is_file() and not any(runs.saved(folder)):
-        return of_its_course(folder.resolve())
+    folder = project.find(name, "output")
+    if (folder / "run.json").is_file() and not runs.checkpoints(folder) and not any(runs.saved(folder)):
+        return of_its_course(folder.resolve(), "has saved no checkpoint")
     adapter = models.adapter_file(name)
     chosen = models.of_run(adapter, base)
     sidecars.read(adapter, ("step",))
     settings, records, looks = facts_of(adapter.parent)
+    if settings["STREAMING"] and settings["VAL_DATA"] in ("auto", "none"):
+        return of_its_course(adapter.parent, "has learnt from a stream, and has no held-out rows")
     original = chosen.model if chosen.adapter else models.base_of(adapter, chosen.sidecar, base)
     model = models.built(original, precision)
     files, lines, targets = rows_of(settings, model.geometry.vocab_size)
@@ -118,7 +121,7 @@ def diagnose(name: str, base: str, precision: str) -> None:
             print("\n".join(f"  {label:<9} {shortened(text)}" for label, text in texts.items()))
             number += 1
     pairs = zip([row for rows in asked.values() for row in rows], said_after, strict=True)
-    right = [same(said, text_of(row.expected)) for row, said in pairs][: len(asked["trained"])]
+    right = [same(said, row.expected) for row, said in pairs][: len(asked["trained"])]
     step = chosen.sidecar["step"]
     sources = [(file, measured(rows), measured(files[1].get(file, []))) for file, rows in files[0].items()]
     run = Run(
@@ -133,17 +136,18 @@ def diagnose(name: str, base: str, precision: str) -> None:
         all_seen,
         *course(settings, records, looks, chosen.sidecar),
         (sum(right), len(right)),
+        MOST_STATE_RATE if chosen.setup.method == "state" else MOST_RATE,
     )
     print()
     tell(run)
 
 
-def of_its_course(folder: Path) -> None:
-    """What can be told of a run without a checkpoint. UserError where it has not taken a step."""
+def of_its_course(folder: Path, why: str) -> None:
+    """What can be told of a run without looking at rows. UserError where it has not taken a step."""
     settings, records, looks = facts_of(folder)
     if not records:
         raise UserError(f"{project.shown(folder)}: has taken no step yet.")
-    print(f"{project.shown(folder)} has saved no checkpoint: this is what the course of its loss tells\n")
+    print(f"{project.shown(folder)} {why}: this is what the course of its loss tells\n")
     losses = np.array([r["loss"] for r in records if r["loss"] is not None and not r.get("skipped")])
     seen = [(look["step"], look["loss"]) for look in looks if look["step"]]
     tell(Run(None, None, [], losses, sum(bool(r.get("skipped")) for r in records), seen, settings["LR_INIT"]))
@@ -157,14 +161,15 @@ def tell(run: Run) -> None:
 def changed_files(settings: dict, sidecar: dict) -> list[str]:
     """Which of a run's tokenized files have another content than when it learnt from them. Large ones are taken on trust: their
     index is there as well, and tells nearly every change."""
-    known = sidecar.get("data") or {}
+    known = [tuple(one) for one in sidecar.get("data") or ()]  # (several may have one name)
+    names = {name for name, _ in known}
     if settings["STREAMING"]:
         return []
     paths = [
         Path(f"{prefix}{ending}") for prefix, _ in data_files(settings["DATA_PATH"])[0] for ending in (".bin", ".idx")
     ]
-    there = [path for path in paths if path.name in known and path.is_file() and path.stat().st_size <= MOST_READ]
-    return [project.shown(path) for path in there if hashing.sha256(path) != known[path.name]]
+    there = [path for path in paths if path.name in names and path.is_file() and path.stat().st_size <= MOST_READ]
+    return [project.shown(path) for path in there if (path.name, hashing.sha256(path)) not in known]
 
 
 def course(settings: dict, records: list[dict], looks: list[dict], sidecar: dict) -> tuple[int, bool]:
@@ -309,10 +314,10 @@ def text_of(tokens: np.ndarray) -> str:
     return tokenizer.decode(tokens[tokens != tokenizer.END_OF_DOC].tolist())
 
 
-def same(said: str, expected: str) -> bool:
-    """Whether an answer is the expected one, as far as both go: an answer has ANSWER tokens at most."""
-    said, expected = said.strip(), expected.strip()
-    return bool(said) and (expected.startswith(said) if len(tokenizer.encode(said)) >= ANSWER - 1 else said == expected)
+def same(said: str, expected: np.ndarray) -> bool:
+    """Whether an answer is the expected one, as far as it may go: ANSWER tokens, and no half of a character."""
+    wanted = text_of(expected[:ANSWER]).rstrip("\ufffd").strip()
+    return bool(wanted) and said.rstrip("\ufffd").strip() == wanted
 
 
 def shortened(text: str) -> str:

@@ -23,8 +23,6 @@ FLAT = 0.02  # of the base's loss: who gains less on rows that were trained has 
 STILL = 0.1  # of all that the loss has fallen: if the last quarter of the steps brought more, it was still falling
 HALF = 0.5  # of what is gained on rows that were trained: if held-out rows gain less, rows were learnt by heart
 FAR = 4.0  # loss per token: each comes as one in 55; no text in a language that a model knows is so hard
-BURST = 1.5  # of the base's loss, and one more: a run whose loss was that for AWHILE was thrown off
-AWHILE = 3  # steps
 BY_HEART = 0.1  # loss per token of a row that is known by heart ...
 NEW = 0.5  # ... if it was not known before
 
@@ -73,7 +71,7 @@ class Run(NamedTuple):
     out. looks: its validations, (step, loss). rate: LR_INIT. kept: whether its best checkpoint was kept. all_seen:
     whether it has gone through all its rows: else some of `trained` are new to it. left: steps that it has still to do.
     patience: whether VAL_PATIENCE has ended it. answers: how many questions of trained rows were answered as they should be, and
-    how many were asked."""
+    how many were asked. usual: the highest rate that is usual."""
 
     trained: Rows | None
     held: Rows | None
@@ -87,6 +85,7 @@ class Run(NamedTuple):
     left: int = 0
     patience: bool = False
     answers: tuple[int, int] = (0, 0)
+    usual: float = float("inf")
 
     @property
     def whose(self) -> str:
@@ -160,13 +159,7 @@ def too_high(run: Run) -> Finding | None:
         rise = f"{share} the loss rose from {means[low]:.3f} to {means[i]:.3f}"
         after = f"and came down again to {means[i:].min():.3f}: it oscillates" if back else "and never came back"
         return Finding("too high", f"the learning rate is too high: {rise} {after}. {cure}")
-    if (rows := run.trained or run.held) and len(run.losses) >= AWHILE:
-        before = rows.losses[0]
-        peak = float(np.convolve(run.losses, np.full(AWHILE, 1 / AWHILE), "valid").max())
-        if peak > max(BURST * before, before + 1):
-            rise = f"the base's loss is {before:.3f}, and {AWHILE} steps behind one another had {peak:.3f}"
-            return Finding("too high", f"the learning rate is too high: {rise}. {cure}")
-    if rows and not rows.gain[0] > -FLAT * rows.losses[0]:  # (or no number)
+    if (rows := run.trained or run.held) and not rows.gain[0] > -FLAT * rows.losses[0]:  # (or no number)
         before, after = rows.losses
         words = f"{run.whose} are worse than before: loss {after:.3f} instead of {before:.3f}"
         return Finding("too high", f"the learning rate is too high, or a setting is extreme: {words}. {cure}")
@@ -206,6 +199,11 @@ def far(run: Run) -> Finding | None:
         return None
     before, after = rows.losses
     guessed = f"as if each token were guessed among {np.exp(after):,.0f}"
+    if run.rate > run.usual:
+        words = f"LR_INIT={run.rate:g} is far above what is usual ({run.usual:g} at most)"
+        words += f", and of {run.whose} the loss is {after:.3f}"
+        cure = "Take a tenth of it or less; ./training.sh --find-lr tells what the settings bear"
+        return Finding("too high", f"the learning rate is too high: {words}, {guessed}. {cure}")
     left = f"of {run.whose} the loss is still {after:.3f} ({before:.3f} before), {guessed}"
     cures = [
         f"another LR_INIT than {run.rate:g} (./training.sh --find-lr tells what the settings bear)",

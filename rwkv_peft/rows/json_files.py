@@ -40,7 +40,7 @@ def json_lines(path: Path) -> Iterator[Block]:
 def begins_a_list(text: bytes) -> bool:
     """Whether a file that begins so is a list whose first line does not end it."""
     line = text.lstrip().partition(b"\n")[0].strip()
-    return line.startswith(b"[") and not line.endswith(b"]")
+    return line[:1] == b"[" and line[1:].lstrip()[:1] in (b"", b"{") and not line.endswith(b"]")
 
 
 # a JSON text is cut at its brackets; strings are stepped over as a whole; a lone quote begins a string that was cut

@@ -81,7 +81,7 @@ def unpacked(path: Path) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
         try:
             if file.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
                 raise UserError(f"{shown(path)}: is UTF-16. Save it as UTF-8 (in an editor: Save as, encoding UTF-8).")
-            if b"\0" in file.peek(HEAD)[:BEGINNING]:
+            if is_no_text(file.peek(HEAD)[:BEGINNING]):
                 raise UserError(f"{shown(path)}: is no text; it holds bytes that no text has.")
             if file.peek(3)[:3] == codecs.BOM_UTF8:
                 file.read(3)
@@ -94,6 +94,15 @@ def unpacked(path: Path) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
             if type(error).__name__ != "ZstdError":
                 raise
             raise UserError(f"{shown(path)}: cannot be unpacked: {error}. It was cut off or damaged.") from None
+
+
+def is_no_text(beginning: bytes) -> bool:
+    """Whether a file that begins so is none: a picture, a program. One stray byte makes no row worthless but its own."""
+    try:
+        beginning.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return b"\0" in beginning and error.start < len(beginning) - 3  # (else a character is cut off)
+    return False
 
 
 def too_long(law: str) -> RowError:

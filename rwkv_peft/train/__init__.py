@@ -211,9 +211,8 @@ def train(run, cleanup: contextlib.ExitStack, say) -> None:
             how = "stopped" if stop.received else "done"
             print(f"node {run.place.node}: {how}; node 0 has the results", flush=True)
         sys.exit(128 + stop.received if stop.received else 0)
-    done = 0 if finished else trainer.global_step - (found.step if found else 0)
-    if done and recorder.in_a_row >= done:
-        raise UserError(f"All {done} steps were left out, so nothing was learnt. {TOO_HIGH}")
+    if 0 < trainer.global_step <= recorder.in_a_row:
+        raise UserError(f"All {trainer.global_step} steps were left out, so nothing was learnt. {TOO_HIGH}")
     complete = finished or trainer.global_step == run.steps
     early = validation is not None and validation.stopped
     if config.streaming and not complete and not stop.received and not early:

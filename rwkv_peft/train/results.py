@@ -82,7 +82,7 @@ class Results:
         templates = run.data.templates
         sidecar["prompt_type"], sidecar["eot"] = templates[0] if len(templates) == 1 else (None, None)
         if not run.config.streaming:
-            sidecar["data"] = {file["name"]: file["sha256"] for file in self.identity.result()["files"]}
+            sidecar["data"] = [[file["name"], file["sha256"]] for file in self.identity.result()["files"]]
         if learner.begun:
             sidecar["start_sha256"] = self.start_sha256
         fresh = temporary(path)  # it gets its name when its sidecar is there
