@@ -200,7 +200,7 @@ WARMUP_STEPS=10
 
 # Optimizer. 优化器
 #   adamw      8 bytes for each trained value                                                每个参数 8 字节
-#   adamw8bit  2 bytes; needs: .venv/bin/pip install bitsandbytes                                      需要 bitsandbytes
+#   adamw8bit  2 bytes; needs: .venv/bin/pip install bitsandbytes                            需要 bitsandbytes
 #   lion       4 bytes; wants a third to a tenth of AdamW's LR_INIT; needs bitsandbytes      学习率应为 AdamW 的 1/3 到 1/10
 #   lion8bit   1 byte; as lion                                                               同 lion，更省显存
 #   adafactor  next to nothing; for full fine-tuning where memory is short                   几乎不占显存，适合全量微调
@@ -317,8 +317,8 @@ QUANT=none
 QUANT_PARTS="att,ffn"
 
 # What computes: auto; cuda (kernels for NVIDIA GPUs, compiled at first use and tried against the definition); fla (Triton kernels,
-# tried as well; needs: .venv/bin/pip install "fla-core==0.6.0" einops); cpu (C++ kernels, compiled at first use, want g++); torch (everywhere,
-# slower); reference (the slow definition).
+# tried as well; needs: .venv/bin/pip install "fla-core==0.6.0" einops); cpu (C++ kernels, compiled at first use, want g++); torch
+# (everywhere, slower); reference (the slow definition).
 # 算子：auto 自动选择；cuda 为 NVIDIA 显卡内核（首次使用时编译并自检）；fla 为 Triton 内核（需另装）；cpu 为 C++ 内核（需要 g++）；torch 通用但较慢
 OP=auto
 

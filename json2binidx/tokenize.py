@@ -152,13 +152,11 @@ def check(tally: Tally, made_from: Recipe, source: Path) -> None:
     if not tally.rejects:
         why = listed(tally.group("dropped: "))
         raise UserError(f"{shown}: every row was dropped ({why}); nothing was written, earlier files are untouched.")
-    told: dict[str, str] = {}  # what is wrong with many rows is said once
-    for reject in tally.rejects:
-        told.setdefault(reject.message, f"{reject.file}:{reject.line}: {reject.message}")
-    more = sum(tally.group("rejected: ").values()) - len(told)
+    told = list(report.told_once([(r.file, r.line, r.message) for r in tally.rejects]))
+    more = sum(tally.group("rejected: ").values()) - len(tally.rejects)
     more = f"\n... and {more:,} more" if more else ""
     forms = FORMS if any(r.file.endswith((".jsonl", ".json", ".gz", ".zst")) for r in tally.rejects) else COLUMNS
-    first = "\n".join(told.values())
+    first = "\n".join(told)
     raise UserError(f"{first}{more}\n{shown} has no row that can be used; nothing was written.\n{forms}")
 
 

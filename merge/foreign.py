@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rwkv_peft import checkpoint
+from rwkv_peft import checkpoint, runs
 from rwkv_peft.adapters.attach import Setup
 from rwkv_peft.errors import Problem, Problems, UserError
 from rwkv_peft.methods import ALIASES, PARTS
@@ -23,7 +23,6 @@ from .fold import Part
 
 PREFIX = "model."
 LORA, ADAPTER = ("lora_A", "lora_B"), ("lora_A", "lora_B", "bone", "disha")  # last names of tensors
-INIT = "init_pissa.pth"
 RENAMED = {"bone": "disha"}
 MOST_LEFT = 0.5  # of what a PiSSA took out: next to 0 on its own base, far above 1 on any other
 
@@ -100,7 +99,7 @@ def start_of(path: Path, setup: Setup, given: Path | None) -> dict[str, Tensor]:
     """What a foreign PiSSA began with: PISSA_INIT, or init_pissa.pth beside it."""
     if setup.method != "pissa":
         return {}
-    init = given or path.parent / INIT
+    init = given or runs.init_file(path.parent, "pissa")
     if not init.is_file():
         raise Problems(Problem("PISSA_INIT", f"must name the init_pissa.pth of the run; {init} is not there"))
     return our_names(checkpoint.load(init), str(init))
@@ -115,8 +114,9 @@ def doubts(path: Path, part: Part, base: Path, geometry: Geometry) -> Iterator[s
     kinds = sorted({".".join(name.split(".")[2:]) for name in missing})
     if part.leaves and missing:
         yield f"it has no adapter on {listed(kinds)} ({len(missing)} layers): was it trained so?"
-    if part.setup.method == "lora" and (path.parent / INIT).is_file():
-        yield f"{INIT} lies beside it: if it is a PiSSA, this result is wrong, and METHOD=pissa makes the right one"
+    init = runs.init_file(path.parent, "pissa")
+    if part.setup.method == "lora" and init.is_file():
+        yield f"{init.name} lies beside it: if it is a PiSSA, this result is wrong, and METHOD=pissa makes the right one"
     if part.setup.method != "pissa":
         return
     layer = next(iter(part.leaves))

@@ -146,11 +146,7 @@ def run_folder(name: str) -> Path:
     if name:
         folder = project.OUTPUT / name if (project.OUTPUT / name).is_dir() else Path(name)
         if not folder.is_dir():
-            there = [p.name for p in project.OUTPUT.glob("*") if p.is_dir() and not p.is_symlink()]
-            raise UserError(
-                f"RUN={name}: there is no such run{did_you_mean(name, there) or '.'} "
-                f"In {project.shown(project.OUTPUT)}/ there is: {listed(there)}."
-            )
+            raise none_of_that_name(f"RUN={name}: there is no such run", name)
         return folder
     if any(saved(project.OUTPUT / "latest")):
         return (project.OUTPUT / "latest").resolve()
@@ -166,6 +162,14 @@ def run_folder(name: str) -> Path:
         words = f"the newest run, {project.shown(empty)}, has saved nothing; this is {project.shown(found)}"
         print(f"careful   {words}", file=sys.stderr)
     return found
+
+
+def none_of_that_name(words: str, name: str) -> UserError:
+    """words, and which runs there are instead of the one of this name."""
+    there = [p.name for p in project.OUTPUT.glob("*") if p.is_dir() and not p.is_symlink()]
+    return UserError(
+        f"{words}{did_you_mean(name, there) or '.'} In {project.shown(project.OUTPUT)}/ there is: {listed(there)}."
+    )
 
 
 def best_file(folder: Path) -> Path:

@@ -99,7 +99,11 @@ def test_a_file_without_a_good_row_tells_what_is_wrong_once_and_writes_nothing(k
     (kit.root / "data/all.jsonl").write_bytes(b"\n".join([b"{", b"[]", *[b"{"] * 10]))
     said = kit.run("make_tokenize.sh", "all.jsonl", ok=False).stderr.splitlines()
     assert [line.partition(": ")[0] for line in said[:2]] == ["data/all.jsonl:1", "data/all.jsonl:2"]
-    assert said[2] == "... and 10 more" and "has no row that can be used; nothing was written" in said[3]
+    assert (
+        "(and lines 3, 4, 5, " in said[0]
+        and said[2] == "... and 2 more"
+        and "has no row that can be used; nothing was written" in said[3]
+    )
     assert [p.name for p in (kit.root / "data").glob("all.*")] == ["all.jsonl"]
 
 

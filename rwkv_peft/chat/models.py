@@ -134,11 +134,7 @@ def adapter_file(name: str) -> Path:
     if path.is_dir():
         return runs.checkpoint_file(path)
     if not path.exists():
-        there = [p.name for p in project.OUTPUT.glob("*") if p.is_dir() and not p.is_symlink()]
-        raise UserError(
-            f"{name}: there is no such run or file{did_you_mean(name, there) or '.'} "
-            f"In {project.shown(project.OUTPUT)}/ there is: {listed(there)}."
-        )
+        raise runs.none_of_that_name(f"{name}: there is no such run or file", name)
     holds = checkpoint.describe(path)
     if sidecars.path_of(path).is_file():
         method = METHODS.get(sidecars.read(path, ("method",))["method"])

@@ -74,18 +74,18 @@ def find(config: TrainConfig, anew: bool, first: bool, say: Callable[[str], None
     except UserError as error:
         say(f"new run   {error}")
         return None
-    name = f"RUN_NAME={shlex.quote(folder.name)}"
+    its_name = f"RUN_NAME={shlex.quote(folder.name)}"
     if different:
         names = ", ".join(f"{name}={was}" for name, was in different[:4]) + (", ..." if len(different) > 4 else "")
         say(
             f"new run   {project.shown(folder)} was stopped, and had other settings ({names}). To go on with it, set them back "
-            f"and {name}"
+            f"and {its_name}"
         )
     for one in finished:
         how, more = f"{project.shown(folder)} is finished", longer(one)
         if ended_early(one):
             how, more = f"VAL_PATIENCE has ended {place(one)}", "VAL_PATIENCE, or 0,"
-        say(f"new run   {how}. {name} and a larger {more} train that one further")
+        say(f"new run   {how}. {its_name} and a larger {more} train that one further")
     return found
 
 
