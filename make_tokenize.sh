@@ -37,8 +37,12 @@ EOT=doc
 HANDLER=auto
 
 # Other names of columns, as JSON: '{"prompt": "question", "response": "reply"}'. Keys: prompt query response system history
-# messages text tools think. A part that is to be left out has the name "".             自定义列名
+# messages text tools think images. A part that is to be left out has the name "".      自定义列名
 MAP_KEYS=""
+
+# Other names of those who speak, as JSON: '{"customer": "user", "agent": "assistant"}'. Roles: system user assistant tool; ""
+# leaves the messages of a role out.                                                    自定义角色名
+ROLE_MAP=""
 
 # What a document is in .txt: file (all of it), line, or paragraph (up to a blank line). txt 文件中一篇文档的划分
 TXT_MODE=file

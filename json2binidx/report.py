@@ -81,6 +81,10 @@ def make(
             "rejected": [[r.file, r.line, r.message] for r in tally.rejects],
             **{what: [list(place) for place in found] for what, found in tally.places.items()},
         },
+        "unused": {
+            file: [[level, key, rows] for (level, key), rows in keys.most_common()]
+            for file, keys in tally.unused.items()
+        },
     }
 
 
@@ -160,7 +164,7 @@ def say(content: Mapping[str, Any], prefix: Path, made: bool = True) -> None:
             line("", f"... and {rejected - len(places['rejected']):,} more")
         if rejected > MANY * rows["read"]:
             missing = share(rejected, rows["read"])
-            line("careful", f"{missing} of all rows are missing from what follows: mend them, and run this again")
+            line("warning", f"{missing} of all rows are missing from what follows: mend them, and run this again")
     if dropped := sum(rows["dropped"].values()):
         line("dropped", f"{count(dropped, 'row')} ({reasons(rows['dropped'])}): {where('dropped')}{more(dropped)}")
     for name, words in (("pieces_without_answer", "piece"), ("lost_some_answers", "row")):
@@ -172,16 +176,20 @@ def say(content: Mapping[str, Any], prefix: Path, made: bool = True) -> None:
         line("repaired", f"{count(mojibake['repaired'], 'row')} of mojibake (UTF-8 that was read as cp1252 and saved again): "
                          f"{where('repaired')}{more(mojibake['repaired'])}")  # fmt: skip
     if mojibake["lossy"]:
-        line("careful", f"{count(mojibake['lossy'], 'row')} of mojibake that cannot be undone, taken as they are: "
+        line("warning", f"{count(mojibake['lossy'], 'row')} of mojibake that cannot be undone, taken as they are: "
                         f"{where('lossy')}{more(mojibake['lossy'])}")  # fmt: skip
+    for file, keys in content["unused"].items():
+        of = f"{file}: " if several else ""
+        for words in unused_words(keys):
+            line("warning", f"{of}{words}")
     if overlooked := places.get("overlooked"):
-        line("careful", f"{'at least ' * (len(overlooked) >= SHOW)}{count(len(overlooked), 'row')} with what looks like a turn "
+        line("warning", f"{'at least ' * (len(overlooked) >= SHOW)}{count(len(overlooked), 'row')} with what looks like a turn "
                         f"but is not written as the models know it: {where('overlooked')}. A turn begins with exactly "
                         '"User:", "Assistant:" or "System:", behind an empty line (\\n\\n in the JSON).')  # fmt: skip
     texts, template = rows["schemas"].get("text", 0), content["settings"]["PROMPT_TYPE"]
     if texts and rows["with_answer"] and template not in WORLD:
         line(
-            "careful",
+            "warning",
             f"{count(texts, 'row')} with text are taken as they are: PROMPT_TYPE={template} changes dialogues only",
         )
     length, facts = content["lengths"], content["content"]
@@ -207,6 +215,19 @@ def say(content: Mapping[str, Any], prefix: Path, made: bool = True) -> None:
         line("", f"{shown}.valid.bin/.idx: {count(rows['held_out'], 'row')} held out, none of them in the other file")
     line("", f"{shown}.report.json, {prefix.name}.lengths.png: all of this, and the lengths as a picture")
     print(labels(content["advice"], data_path(prefix)))
+
+
+def unused_words(keys: Sequence[Sequence]) -> Iterator[str]:
+    """(level, key, rows) of what is not used, in words."""
+    for level, key, rows in keys[:SHOW]:
+        yield (
+            f'{level} "{key}" is not used ({count(rows, "row")})'
+            if key
+            else f"more of them: {level}s ({count(rows, 'row')})"
+        )
+    if len(keys) > SHOW:
+        others = ", ".join(f'"{key}"' for _, key, _ in keys[SHOW : 2 * SHOW])
+        yield f"{len(keys) - SHOW} more are not used: {others}{' ...' if len(keys) > 2 * SHOW else ''}"
 
 
 def told_once(rejected: Sequence[Sequence]) -> Iterator[str]:

@@ -12,6 +12,9 @@ from rwkv_peft.roles import Role
 from rwkv_peft.rows.recipe import Cooked, Place, Reject
 
 SHOW = 10  # places that are listed; the rest are counted
+KEYS = (
+    200  # different keys of a file that are counted one by one; data sets with a key for each row have no end of them
+)
 
 
 class Tally:
@@ -27,6 +30,7 @@ class Tally:
         self.rejects: list[Reject] = []
         self.places: dict[str, list[Place]] = {}
         self.seen: set[str] = set()
+        self.unused: dict[str, Counter[tuple[str, str]]] = {}  # file -> (level, key) -> rows in which it is not used
 
     def add(self, one: Cooked) -> None:
         self.counts += one.counts
@@ -41,6 +45,10 @@ class Tally:
             kept = self.places.setdefault(what, [])
             kept += found[: SHOW - len(kept)]
         self.seen |= one.seen
+        if one.unused:
+            keys = self.unused.setdefault(one.file, Counter())
+            for key, rows in one.unused.items():
+                keys[key if key in keys or len(keys) < KEYS else (key[0], "")] += rows
 
     def group(self, prefix: str) -> dict[str, int]:
         """The counts whose names begin so, the largest first: "rejected: not JSON" -> {"not JSON": ...}."""

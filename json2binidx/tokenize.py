@@ -55,6 +55,7 @@ def tokenize(source: Path, config: TokenizeConfig, epochs: int, end_of_doc: bool
     made_from = recipe(config, end_of_doc)
     settings = {
         "EPOCHS": epochs, "EOF": end_of_doc, "EOT": config.eot, "HANDLER": config.handler, "MAP_KEYS": config.map_keys,
+        "ROLE_MAP": config.role_map,
         "TXT_MODE": config.txt_mode, "REPAIR": config.repair, "EXPAND": config.expand,
         "MASK_HISTORY": config.mask_history, "MAX_TOKENS": config.max_tokens, "SOURCE_LENGTH": config.source_length,
         "TARGET_LENGTH": config.target_length, "OVERLONG": config.overlong, "VALID_PERCENT": config.valid_percent,

@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 from rwkv_peft import tokenizer
 from rwkv_peft.errors import Problems
 from rwkv_peft.roles import Role
+from rwkv_peft.rows.columns import columns
 from rwkv_peft.rows.encode import Pieces, encode_row, encode_rows
 from rwkv_peft.rows.limits import Limits
 from rwkv_peft.rows.quick import Quick
 from rwkv_peft.rows.reading import Block
 from rwkv_peft.rows.recipe import NOTHING_TO_LEARN, Cook, Recipe
-from rwkv_peft.rows.schemas import HANDLERS, Reader, RowError, columns
+from rwkv_peft.rows.schemas import HANDLERS, Reader
+from rwkv_peft.rows.values import RowError
 from rwkv_peft.templates.presets import PRESETS
 from rwkv_peft.templates.template import ENDINGS, Dialogue, Message, spans_of
 
@@ -117,11 +119,12 @@ def test_a_handler_reads_its_own_kind_and_refuses_the_others(handler):
     [
         ({"messages": []}, "wrong type", "at least one"),
         ({"messages": "hello"}, "wrong type", "must be a list"),
-        ({"messages": {"role": "user"}}, "wrong type", "must be a list"),
-        ({"messages": ["user"]}, "wrong type", "message 1 must be an object"),
+        ({"messages": {"rolle": "user"}}, "wrong type", "must be a list"),
+        ({"messages": ["user"]}, "no answer", "a question without an answer"),
+        ({"messages": [CHAT[0], "hi"]}, "wrong type", "message 2 must be an object"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "unknown role", "the role 'wizard'; known are system"),
         ({"messages": [{"role": 7, "content": "x"}]}, "unknown role", "the role 7"),
-        ({"messages": [{"content": "x"}]}, "unknown role", "the role None"),
+        ({"messages": [{"contents": "x"}]}, "unknown role", "the role None"),
         ({"messages": [{"role": "user", "content": None}]}, "wrong type", "no text in content"),
         ({"messages": [{"role": "user", "content": " \n "}]}, "empty", "message 1 (user) is empty"),
         ({"messages": [*CHAT[:1], {"role": "assistant", "content": ""}]}, "empty", "message 2 (assistant) is empty"),
@@ -132,7 +135,7 @@ def test_a_handler_reads_its_own_kind_and_refuses_the_others(handler):
         ({"messages": [{"role": "function_call", "content": "add"}]}, "tool call", "as JSON"),
         ({"instruction": "", "output": "x"}, "empty", 'its "instruction" is empty'),
         ({"instruction": "x", "output": ""}, "empty", 'its "output" is empty'),
-        ({"instruction": 7, "output": "x"}, "wrong type", 'its "instruction" must be a string, not a number'),
+        ({"instruction": [7], "output": "x"}, "wrong type", 'its "instruction" must be a string, not a list'),
         ({"instruction": "x", "output": "y", "history": [["a"]]}, "wrong type", "turn 1 of its"),
         ({"text": None}, "wrong type", "not null"),
         ({"text": ["a"]}, "wrong type", "not a list"),
@@ -140,7 +143,8 @@ def test_a_handler_reads_its_own_kind_and_refuses_the_others(handler):
         (
             {"txt": "x"},
             "unknown columns",
-            "has none of the keys messages, conversations, instruction with output, prompt with completion, text; it has",
+            "has none of the keys messages, conversations, instruction with output, prompt with completion, question with "
+            "answer, text; it has 'txt'. Say which is which, for example --map-keys '{\"text\": \"txt\"}'",
         ),
         ([1], "wrong type", "must be a JSON object"),
     ],

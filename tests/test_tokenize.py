@@ -44,7 +44,7 @@ def test_what_is_wrong_with_many_rows_is_said_once_and_that_many_are_missing(dat
     tokenize(data / "x.jsonl")
     said = capsys.readouterr().out
     assert said.count("is not valid UTF-8") == 1 and "data/x.jsonl:2: is not" in said and "(and lines 4, 6, 8)" in said
-    assert "careful   50% of all rows are missing from what follows" in said
+    assert "warning   50% of all rows are missing from what follows" in said
 
 
 def many(n: int) -> list[dict]:
@@ -263,7 +263,7 @@ def test_mojibake_is_told_with_its_lines(data, capsys):
     said = capsys.readouterr().out
     assert made["mojibake"] == {"repaired": 1, "lossy": 1}
     assert "repaired  1 row of mojibake" in said and "saved again): line 2\n" in said
-    assert "careful   1 row of mojibake that cannot be undone, taken as they are: line 3\n" in said
+    assert "warning   1 row of mojibake that cannot be undone, taken as they are: line 3\n" in said
     assert sorted(map(len, rows_of(data / "x")))[0] == len(tokenizer.encode(good)) + 1
     assert made["content"]["duplicates"] == 1
 

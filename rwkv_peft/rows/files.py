@@ -16,6 +16,7 @@ from ..project import shown
 from ..words import did_you_mean, listed
 from . import reading
 from .json_files import json_array, json_lines
+from .one_message import conversations
 from .reading import Block, grouped, skip_line, text_row, too_long, unpacked
 from .schemas import Row, RowError
 from .tables import columnar, table
@@ -128,4 +129,4 @@ def named(name: str) -> Path:
 def blocks(path: Path, txt_mode: str = "file") -> Iterator[Block]:
     """The rows of one file, whatever its format."""
     kind = format_of(path)
-    return plain(path, txt_mode) if kind == ".txt" else READERS[kind](path)
+    return conversations(plain(path, txt_mode) if kind == ".txt" else READERS[kind](path))

@@ -10,7 +10,8 @@ from ..errors import UserError
 from ..project import shown
 from . import reading
 from .reading import Block, skip_line, too_long, unpacked
-from .schemas import MESSAGES, PAIRS, Row, RowError
+from .schemas import ROW_KEYS as ROW_NAMES
+from .schemas import Row, RowError
 
 
 def json_lines(path: Path) -> Iterator[Block]:
@@ -45,9 +46,7 @@ def begins_a_list(text: bytes) -> bool:
 
 # a JSON text is cut at its brackets; strings are stepped over as a whole; a lone quote begins a string that was cut
 JSON_PARTS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\]]|"', re.S)
-ROW_KEYS = {
-    b'"%s"' % key.encode() for key in (*MESSAGES, *(name for pair in PAIRS for name in pair), "text", "history")
-}
+ROW_KEYS = {b'"%s"' % key.encode() for key in ROW_NAMES}
 
 
 def json_array(path: Path) -> Iterator[Block]:

@@ -8,9 +8,11 @@ tests/test_rows.py.
 from __future__ import annotations
 
 from ..roles import Role
-from ..templates.template import THINK, Ending, Template
+from ..templates.template import Ending, Template
+from .columns import MESSAGES, ROLE_NAMES, Columns, left_over
 from .encode import Pieces
-from .schemas import HANDLERS, ROLE_NAMES, Columns, Row
+from .schemas import HANDLERS, Row
+from .values import is_nothing, wants_a_look
 
 SPEAKERS = (Role.SYSTEM, Role.USER, Role.ASSISTANT)
 
@@ -19,12 +21,11 @@ class Quick:
     """conversation(row) -> (schema, pieces), or None."""
 
     def __init__(self, template: Template, ending: Ending, columns: Columns, handler: str):
-        self.columns = columns.messages if HANDLERS[handler] in ("auto", "messages") else ()
-        if columns.named or template.answer_in_user or template.opening or template.think != "keep":
+        self.columns = MESSAGES if HANDLERS[handler] in ("auto", "messages") else ()
+        if columns.given or columns.roles or template.answer_in_user or template.opening or template.think != "keep":
             self.columns = ()
         if template.format_prefix or template.default_system or not template.strip:
             self.columns = ()
-        self.system, self.tools = columns.system, columns.tools
         self.speakers = {}
         for name, role in ROLE_NAMES.items():
             if role in SPEAKERS:
@@ -49,8 +50,10 @@ class Quick:
                 break
         else:
             return None
-        if type(messages) is not list or not messages or row.get(self.system) or row.get(self.tools):
+        if type(messages) is not list or not messages:
             return None
+        if len(row) > 1 and any(not is_nothing(row[key]) for key in left_over(tuple(row), (column,))):
+            return None  # there is more than a conversation in the row
         try:
             who, what, schema = ("from", "value", "sharegpt") if "from" in messages[0] else ("role", "content", column)
             texts: list[str] = []
@@ -61,7 +64,7 @@ class Quick:
                 content = cleaner(content) if "\n" in content or "\r" in content else content.strip()
                 if not content or len(one) != 2 or (doctor and not content.isascii()):
                     return None
-                if role is Role.ASSISTANT and content.startswith(THINK):
+                if wants_a_look(content):
                     return None
                 if heading:
                     texts.append(heading)

@@ -86,6 +86,7 @@ class Cooked:
     rejects: list[Reject] = field(default_factory=list)
     places: dict[str, list[Place]] = field(default_factory=dict)  # "dropped", "overlooked", "repaired", "lossy"
     seen: frozenset[str] = frozenset()  # columns of MAP_KEYS that were met
+    unused: Counter[tuple[str, str]] = field(default_factory=Counter)  # (level, key) -> rows in which it is not used
 
 
 class Rows(NamedTuple):
@@ -165,6 +166,8 @@ class Cook:
             places.setdefault(what, []).append(Place(block.file, line, words))
 
         quick, schemas, row = self.quick.conversation, [], -1
+        self.reader.padded = block.file.endswith((".parquet", ".arrow"))
+        unused: Counter[tuple[str, str]] = Counter()
         for row, (line, item) in enumerate(items(block)):
             try:
                 content = parse(item)
@@ -177,6 +180,7 @@ class Cook:
                 else:
                     self.reader.repair = doctor
                     drafts += self.drafts(row, line, content, counts, note)
+                    unused.update(self.reader.unused)
             except RowError as error:
                 counts[f"rejected: {error.reason}"] += 1
                 rejects.append(Reject(block.file, line, error.reason, error.message, beginning(item)))
@@ -188,7 +192,7 @@ class Cook:
         hashes = hashes_of(made.ids, sizes)
         return Cooked(
             made.ids, made.roles, sizes, hashes, documents_of(hashes, made.rows), made.lines, counts, made.scripts,
-            block.file, block.read, rejects, places, frozenset(self.reader.seen),
+            block.file, block.read, rejects, places, frozenset(self.reader.seen), unused,
         )  # fmt: skip
 
     def drafts(self, number: int, line: int, row: Row, counts: Counter[str], note) -> list[Draft]:

@@ -1,61 +1,65 @@
 """A row of any data set of the field -> a dialogue, or a text that is ready.
 
-What a row is shows in its columns; roles are read from their names, never from their places. A row that cannot be used
-raises RowError with a reason (counted) and a sentence (shown); the caller knows the file and the line.
+What a row is shows in its columns (columns.py); roles are read from their names, never from their places. A row that cannot be
+used raises RowError with a reason (counted) and a sentence (shown); the caller knows the file and the line. Every key is used,
+is harmless metadata, or is counted in `Reader.unused`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
 
-from ..errors import Problem, Problems
 from ..roles import Role
-from ..templates.template import THINK, Dialogue, Message, split_thought
-from ..words import did_you_mean
+from ..templates.template import Dialogue, Message
+from . import turns
+from .columns import (
+    CALLS,
+    CERTAIN_MESSAGES,
+    CERTAIN_TEXTS,
+    HARMLESS_IN_MESSAGES,
+    HISTORY,
+    MESSAGES,
+    PROMPTS,
+    QUESTION_NAMES,
+    RESPONSES,
+    ROLE_NAMES,
+    TEXTS,
+    Columns,
+    Parts,
+    chosen,
+    columns,
+    left_over,
+    parts_of,
+    proposed_keys,
+    proposed_roles,
+    squashed,
+)
 from .mojibake import doctor
+from .values import (
+    NOT_TEXT,
+    RowError,
+    as_text,
+    check_text_only,
+    is_nothing,
+    kind,
+    short,
+    split_reasoning,
+    wants_a_look,
+    without_padding,
+)
+
+__all__ = ["HANDLERS", "Columns", "Reader", "Row", "RowError", "columns", "kind"]
 
 Row = Mapping[str, Any]
 
-
-class RowError(Exception):
-    """Why a row cannot be used. reason: a few words that are counted; the message: a sentence about this row."""
-
-    def __init__(self, reason: str, message: str):
-        super().__init__(reason, message)  # both, so that it survives the way between processes
-        self.reason, self.message = reason, message
-
-    def __str__(self) -> str:
-        return self.message
-
-
-# the names that data sets give to those who speak
-ROLE_NAMES = {
-    "system": Role.SYSTEM, "developer": Role.SYSTEM,
-    "user": Role.USER, "human": Role.USER, "prompter": Role.USER,
-    "assistant": Role.ASSISTANT, "gpt": Role.ASSISTANT, "bot": Role.ASSISTANT, "model": Role.ASSISTANT,
-    "chatgpt": Role.ASSISTANT, "ai": Role.ASSISTANT,
-    "tool": Role.TOOL, "observation": Role.TOOL, "function": Role.TOOL, "function_response": Role.TOOL,
-    "ipython": Role.TOOL, "tool_response": Role.TOOL,
-}  # fmt: skip
-PLAIN_ROLES = {name: role for name, role in ROLE_NAMES.items() if role in (Role.USER, Role.ASSISTANT)}
-CALLS = ("function_call", "tool_call")  # roles of a message that is a tool call of the assistant
-
-# columns that hold a conversation, and the three that hold a question, its input and its answer
-MESSAGES = ("messages", "conversations", "conversation")
-PAIRS = (
-    ("instruction", "input", "output"),
-    ("prompt", "", "completion"),
-    ("prompt", "", "response"),
-    ("question", "", "answer"),
-    ("query", "", "response"),
-)
-
-MAPPABLE = ("prompt", "query", "response", "system", "history", "messages", "text", "tools", "think")
+# what tells that an object of a .json file is a row, not something around rows
+ROW_KEYS = (*MESSAGES, *TEXTS, *PROMPTS, *RESPONSES, *HISTORY)
 
 # HANDLER: short names, and those of the field; what each reads
 HANDLERS = {
@@ -66,104 +70,145 @@ HANDLERS = {
     "sharegpt": "messages", "ShareGPTStyleHandler": "messages",
     "openai": "messages", "OpenAIMessagesHandler": "messages",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Which column of the data plays which part; MAP_KEYS changes the names."""
-
-    messages: tuple[str, ...] = MESSAGES
-    pairs: tuple[tuple[str, str, str], ...] = PAIRS
-    text: str = "text"
-    system: str = "system"
-    history: str = "history"
-    tools: str = "tools"
-    think: str = "think"
-    named: tuple[str, ...] = ()  # the columns that MAP_KEYS names: each must be somewhere in the data
-
-
-def columns(map_keys: str) -> Columns:
-    """MAP_KEYS, like {"prompt": "question", "response": "reply"}; "" leaves a part out. Problems if it is wrong."""
-    if not map_keys.strip():
-        return Columns()
-    try:
-        given = json.loads(map_keys)
-    except json.JSONDecodeError as error:
-        raise Problems(
-            Problem("MAP_KEYS", f'is not valid JSON ({error}); write it like {{"text": "content"}}')
-        ) from None
-    if not isinstance(given, dict) or not all(isinstance(v, str) for v in given.values()):
-        raise Problems(Problem("MAP_KEYS", 'must be an object of texts, like {"text": "content"}'))
-    unknown = [key for key in given if key not in MAPPABLE]
-    if unknown:
-        meant = did_you_mean(unknown[0], MAPPABLE)
-        raise Problems(Problem("MAP_KEYS", f"has the key {unknown[0]!r}{meant}; known are {', '.join(MAPPABLE)}"))
-    found = {key: given[key] for key in ("text", "system", "history", "tools", "think") if key in given}
-    if "messages" in given:
-        found["messages"] = (given["messages"],)
-    if {"prompt", "query", "response"} & set(given):
-        usual = dict(zip(("prompt", "query", "response"), PAIRS[0], strict=True))
-        # a column that plays a part of its own plays no other one besides
-        free = {part: "" if name in given.values() else name for part, name in usual.items()}
-        found["pairs"] = (tuple(given.get(part, free[part]) for part in usual),)
-    return Columns(**found, named=tuple(name for name in given.values() if name))
+# what a refusal says that rows may have
+KNOWN = {
+    "messages": ("messages", "conversations"),
+    "pair": ("instruction with output", "prompt with completion", "question with answer"),
+    "text": ("text",),
+}
+PLAIN_ROLES = {name: role for name, role in ROLE_NAMES.items() if role in (Role.USER, Role.ASSISTANT)}
+FLAG_WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
 @dataclass
 class Reader:
-    """Reads rows. verdicts: what the mojibake doctor said of the strings of the last row. seen: named columns met."""
+    """Reads rows. verdicts: what the mojibake doctor said of the strings of the last row. seen: named columns met. unused:
+    (level, key) -> 1 for every key of the last row that was not used. padded: rows are Arrow's, which puts null where an object
+    lacks a field that others have."""
 
-    columns: Columns = Columns()
+    columns: Columns = field(default_factory=Columns)
     handler: str = "auto"
     repair: bool = True
+    padded: bool = False
     verdicts: set[str] = field(default_factory=set)
     seen: set[str] = field(default_factory=set)
+    unused: dict[tuple[str, str], int] = field(default_factory=Counter)
+    layouts: dict[tuple[str, ...], Parts] = field(default_factory=dict)
 
     def read(self, row: Row) -> tuple[str, Dialogue | str]:
         """The schema's name, and a dialogue or a ready text. RowError if the row is none that can be used."""
         if self.verdicts:
             self.verdicts.clear()
+        if self.unused:
+            self.unused = Counter()
         if self.columns.named:
             self.seen.update(name for name in self.columns.named if name in row)
-        kind, name = self.recognise(row)
-        if kind == "text":
-            return "text", self.text(row[name], name)
-        if kind == "pair":
-            pair = next(p for p in self.columns.pairs if p[0] == name and p[2] in row)
-            schema = "alpaca" if pair == PAIRS[0] else "/".join((pair[0], pair[2]))
-            return schema, self.pair(row, *pair)
-        rows = parsed(row[name]) if isinstance(row[name], str) else row[name]
-        messages = self.messages(rows, row)
-        return ("sharegpt" if "from" in rows[0] else name), messages
+        keys = tuple(row)
+        parts = self.layout(keys)
+        form, names = self.recognise(row, parts)
+        for name in parts.media:
+            if not is_nothing(row[name]):
+                raise RowError(
+                    "not text",
+                    f'has something in "{name}": {NOT_TEXT}. (To train the text alone: --map-keys \'{{"images": ""}}\')',
+                )
+        if form == "text":
+            found: Dialogue | str = self.text(row[names[0]], names[0])
+            check_text_only(found, f'its "{names[0]}"')
+            schema, used = "text", (*names, *parts.media)
+        elif form == "pair":
+            schema, found, used = self.pair(row, parts, *names)
+        else:
+            schema, found, used = self.conversation(row, parts, names[0])
+        for key in left_over(keys, used):
+            if not is_nothing(row[key]):
+                self.unused["column", key] = 1
+        return schema, found
 
-    def recognise(self, row: Row) -> tuple[str, str]:
-        """messages, pair or text, and the column that tells it."""
-        wanted = HANDLERS[self.handler]
-        if wanted != "pair" and wanted != "text":
-            for name in self.columns.messages:  # what most rows are
-                if row.get(name) is not None:
-                    return "messages", name
-        kinds = {
-            "messages": self.columns.messages,
-            "pair": [p[0] for p in self.columns.pairs if p[0] in row and p[2] in row],
-            "text": (self.columns.text,),
-        }
-        kinds = kinds if wanted == "auto" else {wanted: kinds[wanted]}
-        empty = None
-        for kind, names in kinds.items():
-            for name in names:
-                if row.get(name) is not None:
-                    return kind, name
-                if name in row and name:  # exports of several kinds have all the columns, and null in those not used
-                    empty = empty or (kind, name)
+    def layout(self, keys: tuple[str, ...]) -> Parts:
+        """The parts that the columns of a row play, MAP_KEYS considered."""
+        found = self.layouts.get(keys)
+        if found is None:
+            if len(self.layouts) > 4096:  # rows with keys of their own each
+                self.layouts.clear()
+            found = self.layouts[keys] = chosen(parts_of(keys), self.columns.given, keys)
+        return found
+
+    def recognise(self, row: Row, parts: Parts) -> tuple[str, tuple[str, ...]]:
+        """messages, pair or text, and the columns that tell it. Exports of several kinds have all the columns, and null in
+        those that are not used."""
+        wanted, given = HANDLERS[self.handler], self.columns.given
+        certain = {given["messages"]} if "messages" in given else set()
+        empty: tuple[str, tuple[str, ...]] | None = None
+        if wanted in ("auto", "messages"):
+            for name in parts.messages:
+                sure = name in certain or squashed(name) in CERTAIN_MESSAGES
+                if row[name] is not None and (sure or turns.looks_like_turns(row[name])):
+                    return "messages", (name,)
+                if sure:
+                    empty = empty or ("messages", (name,))
+        if wanted in ("auto", "pair") and (pair := self.pair_of(row, parts)):
+            if row[pair[0]] is not None:
+                return "pair", pair
+            empty = empty or ("pair", pair)
+        if wanted in ("auto", "text"):
+            for name in parts.texts:
+                sure = name == given.get("text") or squashed(name) in CERTAIN_TEXTS
+                if row[name] is not None and (sure or wanted == "text" or isinstance(row[name], str)):
+                    self.refuse_single_message(row, parts, name)
+                    return "text", (name,)
+                if sure:
+                    empty = empty or ("text", (name,))
         if empty:
             return empty
         has = ", ".join(map(repr, list(row)[:6])) or "nothing"
-        pairs = [" with ".join(filter(None, pair[::2])) for pair in self.columns.pairs[:2]]
-        known = [*self.columns.messages[:2], *pairs, self.columns.text]
-        if wanted != "auto":
-            known = {"messages": self.columns.messages[:2], "pair": pairs, "text": known[-1:]}[wanted]
-        raise RowError("unknown columns", f"has none of the keys {', '.join(known)}; it has {has}")
+        known = ", ".join(name for part in KNOWN if wanted in ("auto", part) for name in KNOWN[part])
+        line = proposed_keys(row) if wanted == "auto" else ""
+        paste = f". Say which is which, for example {line}" if line else ""
+        raise RowError("unknown columns", f"has none of the keys {known}; it has {has}{paste}")
+
+    def pair_of(self, row: Row, parts: Parts) -> tuple[str, ...] | None:
+        """The columns of question, second text ("" for none) and answer; None if the row has no pair."""
+        given = self.columns.given
+        calls = [name for name in parts.calls if not is_nothing(row[name])]
+        best = None
+        for prompt in parts.prompts:
+            answers = [name for name in (*parts.responses, *calls) if name != prompt]
+            if not answers:
+                continue
+            response = next((name for name in answers if row[name] is not None), answers[0])
+            complete = row[prompt] is not None and row[response] is not None
+            if best is None or complete:
+                best = prompt, response
+            if complete:
+                break
+        if best is None:
+            return None
+        prompt, response = best
+        materials = [name for name in parts.materials if name not in best]
+        if (
+            "prompt" not in given
+            and squashed(prompt) not in QUESTION_NAMES
+            and squashed(prompt) not in ("user", "human")
+        ):
+            # an instruction beside a question: both are needed
+            materials += [p for p in parts.prompts if squashed(p) in QUESTION_NAMES and p not in best]
+        if "query" in given:
+            materials = [name for name in parts.materials if name == given["query"]]
+        material = next((name for name in materials if not is_nothing(row[name])), "")
+        return prompt, material, response
+
+    def refuse_single_message(self, row: Row, parts: Parts, name: str) -> None:
+        """RowError if a text is one message of a dialogue whose other messages are other rows."""
+        for key in parts.speaker:
+            if isinstance(row[key], str) and row[key].strip().lower() in ROLE_NAMES and squashed(key) != "author":
+                raise RowError(
+                    "single message",
+                    f'is one message ("{key}" is {row[key]!r}). Rows of one conversation are put together by a column '
+                    "conversation_id, or message_id and parent_id",
+                )
+
+    # ---- values ----
 
     def string(self, value: str) -> str:
         if self.repair and not value.isascii():
@@ -172,73 +217,185 @@ class Reader:
                 self.verdicts.add(verdict)
         return value
 
-    def text(self, value: Any, name: str) -> str:
-        if not isinstance(value, str):
+    def text(self, value: Any, name: str, structured: bool = False) -> str:
+        """A text that must be there. structured: an object or a list is written as JSON."""
+        if isinstance(value, dict | list) and not structured or value is None:
             raise RowError("wrong type", f'its "{name}" must be a string, not {kind(value)}')
-        if not value or value.isspace():
+        words = "" if isinstance(value, float) and is_nothing(value) else as_text(value)
+        if not words or words.isspace():
             raise RowError("empty", f'its "{name}" is empty')
-        return self.string(value)
+        if "\r" in words:
+            words = words.replace("\r\n", "\n").replace("\r", "\n")
+        return self.string(words)
 
     def optional(self, row: Row, name: str) -> str:
         """A column that may be absent, null or empty."""
         value = row.get(name) if name else None
-        if value is None or value == "":
-            return ""
-        if not isinstance(value, str):
-            raise RowError("wrong type", f'its "{name}" must be a string, not {kind(value)}')
-        return "" if value.isspace() else self.string(value)
+        return "" if is_nothing(value) else self.text(value, name)
 
-    def pair(self, row: Row, prompt: str, query: str, response: str) -> Dialogue:
-        """A question with its input, what came before (history), and the answer."""
-        if isinstance(row[prompt], list) and isinstance(row[response], list):  # lists of messages on both sides
-            return self.messages([*row[prompt], *row[response]], row)
-        system = self.optional(row, self.columns.system)
-        found = [Message(Role.SYSTEM, system)] if system else []
-        history = row.get(self.columns.history) or []
-        if isinstance(history, str):
-            history = parsed(history)
-        if not isinstance(history, list):
-            raise RowError("wrong type", f'its "{self.columns.history}" must be a list of [question, answer] pairs')
-        for i, turn in enumerate(history, 1):
-            if not isinstance(turn, list) or len(turn) != 2:
+    def agreed(self, row: Row, names: Sequence[str], where: str = "its", structured: bool = False) -> str:
+        """The text of a part that may have several names. RowError where two of them disagree."""
+        found = [(name, self.text(row[name], name, structured)) for name in names if not is_nothing(row[name])]
+        for name, text in found[1:]:
+            if text.strip() != found[0][1].strip():
+                first = found[0]
                 raise RowError(
-                    "wrong type", f'turn {i} of its "{self.columns.history}" must be a [question, answer] pair'
+                    "two values", f'{where} "{first[0]}" and "{name}" disagree: {short(first[1])} and {short(text)}'
                 )
-            found.append(Message(Role.USER, self.text(turn[0], f"{self.columns.history}, question {i}")))
-            found.append(Message(Role.ASSISTANT, self.text(turn[1], f"{self.columns.history}, answer {i}")))
+        return found[0][1] if found else ""
+
+    def flag(self, one: Row, names: Sequence[str], where: str) -> bool | None:
+        """Whether an answer is to be learnt, as the flags of a row or message say; None where they say nothing."""
+        found: dict[str, bool] = {}
+        for name in names:
+            value = one[name]
+            if is_nothing(value) or isinstance(value, list):
+                continue
+            word = str(value).strip().lower()
+            learn = FLAG_WORDS.get(word.removesuffix(".0"))
+            if learn is None:
+                raise RowError("wrong type", f"{where} has the {name} {value!r}; it must be 0 or 1")
+            found[name] = learn != (squashed(name) == "masked")
+        if len(set(found.values())) > 1:
+            says = " and ".join(f"{name}={one[name]!r}" for name in found)
+            raise RowError("two values", f"{where} has flags that disagree: {says}")
+        return next(iter(found.values()), None)
+
+    def flags_of_row(self, row: Row, parts: Parts) -> tuple[bool | None, str, list[Any] | None]:
+        """The flag of a whole row; the name of the column that has one flag for each message, and its list."""
+        lists = [name for name in parts.flags if isinstance(row[name], list) and row[name]]
+        if len(lists) > 1 and any(row[name] != row[lists[0]] for name in lists[1:]):
+            raise RowError("two values", f'its "{lists[0]}" and "{lists[1]}" disagree')
+        return self.flag(row, parts.flags, "it"), lists[0] if lists else "", row[lists[0]] if lists else None
+
+    # ---- rows of a question and an answer ----
+
+    def pair(
+        self, row: Row, parts: Parts, prompt: str, query: str, response: str
+    ) -> tuple[str, Dialogue, tuple[str, ...]]:
+        """A question with its second text, what came before (history), and the answer."""
+        system_names = tuple(name for name in parts.system if name not in (prompt, query, response))
+        think_names = tuple(name for name in parts.think if name not in (prompt, query, response))
+        used = (
+            prompt,
+            query,
+            response,
+            *system_names,
+            *think_names,
+            *parts.tools,
+            *parts.flags,
+            *parts.history,
+            *parts.media,
+        )
+        schema = "alpaca" if (prompt, response) == ("instruction", "output") else f"{prompt}/{response}"
+        if turns.have_roles(row[prompt]) or turns.have_roles(row[response]):  # messages on one side or both
+            asked = row[prompt] if isinstance(row[prompt], list) else [{"role": "user", "content": row[prompt]}]
+            said = (
+                row[response] if isinstance(row[response], list) else [{"role": "assistant", "content": row[response]}]
+            )
+            dialogue = self.messages([*asked, *said], row, parts._replace(beside_messages=()))
+            return schema, dialogue, tuple(name for name in used if name not in (query, *think_names, *parts.history))
+        system = self.agreed(row, system_names)
+        found = [Message(Role.SYSTEM, system)] if system else []
+        for name in parts.history:
+            if not is_nothing(row[name]):
+                found += self.history(row[name], name)
         question, material = self.optional(row, prompt), self.optional(row, query)
         if not question and not material:
             raise RowError("empty", f'its "{prompt}" is empty')
         if not question:
             question, material = material, ""
+        for text, name in ((question, prompt), (material, query), (system, "system")):
+            check_text_only(text, f'its "{name}"')
         found.append(Message(Role.USER, question, material=material))
-        if row[response] is None:
+        think, words, call = "", "", ""
+        if response in parts.calls:
+            call = self.call_text("its call", row[response])
+        elif is_nothing(row[response]):
             raise RowError("empty", f'its "{response}" is empty')
-        think, words = split_thought(self.text(row[response], response))
-        found.append(Message(Role.ASSISTANT, words, think=self.optional(row, self.columns.think) or think))
-        return Dialogue(tuple(found), tools_text(row.get(self.columns.tools)))
+        else:
+            think, words = split_reasoning(self.text(row[response], response, structured=True))
+            check_text_only(words, f'its "{response}"')
+            if not words.strip() and not think:
+                raise RowError("empty", f'its "{response}" is empty')
+        think = self.one_thought(think, self.agreed(row, think_names), "its answer")
+        learn, list_name, flags = self.flags_of_row(row, parts)
+        if flags is not None:
+            if len(flags) not in (1, 2):
+                raise RowError("wrong type", f'its "{list_name}" has {len(flags)} flags for a question and an answer')
+            learn = self.flag({list_name: flags[-1]}, (list_name,), "its answer")
+        found.append(Message(Role.ASSISTANT, words, think=think, learn=learn is not False, call=call))
+        return schema, Dialogue(tuple(found), self.tools([(name, row[name]) for name in parts.tools])), used
 
-    def messages(self, rows: Any, row: Row) -> Dialogue:
+    def one_thought(self, inside: str, beside: str, where: str) -> str:
+        if inside and beside and inside.strip() != beside.strip():
+            raise RowError("two values", f"{where} has two thoughts that disagree: {short(inside)} and {short(beside)}")
+        return inside or beside
+
+    def history(self, value: Any, name: str) -> list[Message]:
+        """What was said before: [question, answer] pairs, or messages."""
+        rows = turns.parsed(value) if isinstance(value, str) else value
+        if not isinstance(rows, list):
+            raise RowError("wrong type", f'its "{name}" must be a list of [question, answer] pairs')
+        if turns.is_messages(rows):
+            return [m for i, one in enumerate(turns.normal(rows), 1) if (m := self.message(i, one))]
+        found = []
+        for i, turn in enumerate(rows, 1):
+            if not isinstance(turn, list) or len(turn) != 2:
+                raise RowError("wrong type", f'turn {i} of its "{name}" must be a [question, answer] pair')
+            found.append(Message(Role.USER, self.text(turn[0], f"{name}, question {i}")))
+            think, words = split_reasoning(self.text(turn[1], f"{name}, answer {i}", structured=True))
+            found.append(Message(Role.ASSISTANT, words, think))
+        return found
+
+    # ---- conversations ----
+
+    def conversation(self, row: Row, parts: Parts, name: str) -> tuple[str, Dialogue, tuple[str, ...]]:
+        rows = turns.normal(turns.parsed(row[name]) if isinstance(row[name], str) else row[name])
+        dialogue = self.messages(rows, row, parts)
+        used = [name, *parts.system, *parts.tools, *parts.flags, *parts.media, *parts.beside_messages]
+        if thoughts := [key for key in parts.think if not is_nothing(row[key])]:
+            answers = [i for i, m in enumerate(dialogue.messages) if m.role is Role.ASSISTANT]
+            if (
+                len(answers) == 1
+            ):  # of several answers, nothing tells which one it belongs to: it is reported as not used
+                used += thoughts
+                answer = dialogue.messages[answers[0]]
+                think = self.one_thought(answer.think, self.agreed(row, thoughts), "its answer")
+                changed = list(dialogue.messages)
+                changed[answers[0]] = answer._replace(think=think)
+                dialogue = Dialogue(tuple(changed), dialogue.tools)
+        return ("sharegpt" if "from" in rows[0] else name), dialogue, tuple(used)
+
+    def messages(self, rows: Any, row: Row, parts: Parts) -> Dialogue:
         """A conversation from [{"role": ..., "content": ...}, ...], or "from" and "value"."""
-        if not isinstance(rows, list) or not rows:
-            raise RowError("wrong type", "its conversation must be a list of messages with at least one in it")
         found: list[Message] = []
         answers = 0
-        tools = row.get(self.columns.tools)
-        system = self.optional(row, self.columns.system)
+        tools = [(name, row[name]) for name in parts.tools]
+        learn, list_name, flags = self.flags_of_row(row, parts)
+        if flags is not None:
+            rows = self.with_flags(rows, list_name, flags)
+        system = self.agreed(row, (*parts.system, *parts.beside_messages))
         if system:
             found.append(Message(Role.SYSTEM, system))
+        unknown = [] if self.columns.roles else None
         for i, one in enumerate(rows, 1):
-            message = self.plain_message(one) or self.message(i, one)
+            message = self.plain_message(one) or self.message(i, one, rows, unknown)
             if message is None:
+                if isinstance(one, dict):
+                    tools += self.tools_of_system(one)
                 continue
             role = message.role
             if role is Role.ASSISTANT:
                 answers += 1
+                if learn is False:
+                    message = message._replace(learn=False)
             elif role is Role.SYSTEM:
-                tools = tools or one.get("tools")
+                tools += self.tools_of_system(one)
                 if system and len(found) == 1:  # said in a column of its own and in the conversation
-                    found[0] = message
+                    if system.strip() != message.content.strip():
+                        says = f"{short(system)} and {short(message.content)}"
+                        raise RowError("two values", f"has two system texts, in a column and as a message: {says}")
                     continue
             elif role is Role.TOOL and found and found[-1].role is Role.TOOL:
                 found[-1] = Message(Role.TOOL, f"{found[-1].content}\n{message.content}")
@@ -246,7 +403,44 @@ class Reader:
             found.append(message)
         if not answers:
             raise RowError("no answer", "the conversation has no assistant message")
-        return Dialogue(tuple(found), tools_text(tools))
+        return Dialogue(tuple(found), self.tools(tools))
+
+    def with_flags(self, rows: list[Any], name: str, flags: list[Any]) -> list[Any]:
+        """The messages with the flags of a list beside them: one for each message, or one for each answer."""
+        answers = [i for i, one in enumerate(rows) if self.role_of(one) is Role.ASSISTANT]
+        if len(flags) not in (len(rows), len(answers)):
+            raise RowError(
+                "wrong type", f'its "{name}" has {len(flags)} flags for {len(rows)} messages ({len(answers)} answers)'
+            )
+        which = range(len(rows)) if len(flags) == len(rows) else answers
+        changed = list(rows)
+        for i, value in zip(which, flags, strict=True):
+            learn = self.flag({name: value}, (name,), f"message {i + 1}")
+            own = (
+                self.flag(rows[i], parts_of(tuple(rows[i])).flags, f"message {i + 1}")
+                if isinstance(rows[i], dict)
+                else None
+            )
+            if own is not None and learn is not None and own != learn:
+                raise RowError(
+                    "two values", f'message {i + 1} and its place in "{name}" disagree on whether it is learnt'
+                )
+            if i in answers and learn is False:
+                changed[i] = {**rows[i], "weight": 0}
+            elif i not in answers and learn:
+                self.unused["flag", f"{name} of a message that is no answer"] = 1
+        return changed
+
+    def role_of(self, one: Any) -> Role | None:
+        """The role of a message, None where it has none that is known."""
+        if not isinstance(one, dict):
+            return None
+        names = parts_of(tuple(one)).speaker
+        name = next((one[key] for key in names if not is_nothing(one[key])), None)
+        word = str(name).strip().lower()
+        if word in self.columns.roles:
+            return self.columns.roles[word]
+        return Role.ASSISTANT if word in CALLS else ROLE_NAMES.get(word)
 
     def plain_message(self, one: Any) -> Message | None:
         """A message of nothing but a role and its words, which most are: what `message` would give, sooner. Or None."""
@@ -256,119 +450,232 @@ class Reader:
             role, content = one["role"], one["content"]
         except KeyError:
             role, content = one.get("from"), one.get("value")
-        role = PLAIN_ROLES.get(role) if type(role) is str else None
-        if role is None or type(content) is not str or not content or content.isspace() or THINK in content[:40]:
+        role = PLAIN_ROLES.get(role) if type(role) is str and not self.columns.roles else None
+        if role is None or type(content) is not str or not content or content.isspace() or wants_a_look(content):
+            return None
+        if "\r" in content:
             return None
         return Message(role, content if content.isascii() else self.string(content))
 
-    def message(self, i: int, one: Any) -> Message | None:
-        """Message i (from 1) of a conversation; None for a system message that says nothing."""
+    def message(self, i: int, one: Any, rows: Sequence[Any] = (), unknown: Any = None) -> Message | None:
+        """Message i (from 1) of a conversation; None for a system message that says nothing, and for a role that ROLE_MAP
+        leaves out."""
         if not isinstance(one, dict):
             raise RowError("wrong type", f"message {i} must be an object with role and content")
-        name = one.get("role") or one.get("from")
-        role = ROLE_NAMES.get(name) if isinstance(name, str) else None
-        if role is None:
-            name, role = self.unusual_role(i, one, name)
-        content = one.get("content", one.get("value"))
-        if isinstance(content, list):
-            content = joined_parts(i, content)
-        call = ""
-        if role is Role.ASSISTANT:
-            if name in CALLS:
-                call, content = call_text(i, content), ""
-            elif calls := one.get("tool_calls") or one.get("function_call"):  # the latter is OpenAI's older form
-                call, content = call_text(i, calls), content or ""
-        if not isinstance(content, str):
-            raise RowError("wrong type", f"message {i} ({name}) has no text in content")
-        empty = not content or content.isspace()
-        if role is Role.SYSTEM and empty:
-            return None
-        content = self.string(content)
-        if role is not Role.ASSISTANT:
-            if empty:
-                raise RowError("empty", f"message {i} ({name}) is empty")
-            return Message(role, content)
-        think, content = split_thought(content)
-        for key in (self.columns.think, "reasoning_content"):
-            think = think or self.optional(one, key)
-        if empty and not call:
-            raise RowError("empty", f"message {i} ({name}) is empty")
-        weight = one.get("weight", 1)
-        if weight is not None and weight not in (0, 1):
-            raise RowError("wrong type", f"message {i} ({name}) has the weight {weight!r}; it must be 0 or 1")
-        return Message(role, content, think, learn=weight != 0, call=call)
-
-    def unusual_role(self, i: int, one: dict[str, Any], name: Any) -> tuple[str, Role]:
-        """A role that is not written as the table has it."""
+        keys = tuple(one)
+        parts = parts_of(keys)
+        speaker = next((key for key in parts.speaker if not is_nothing(one[key])), None)
+        name = one[speaker] if speaker else None
         word = name.strip().lower() if isinstance(name, str) else ""
-        if word in CALLS:
-            return word, Role.ASSISTANT
-        if word not in ROLE_NAMES:
-            raise RowError("unknown role", f"message {i} has the role {name!r}; known are {', '.join(ROLE_NAMES)}")
-        return word, ROLE_NAMES[word]
-
-
-def parsed(text: str) -> Any:
-    """A list that stands in a text, as the columns of tables hold it."""
-    try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError:
-        raise RowError("wrong type", "its conversation must be a list of messages (or JSON text of one)") from None
-
-
-def joined_parts(i: int, parts: Iterable[Any]) -> str:
-    """OpenAI's list of parts; only text can be trained."""
-    found = []
-    for part in parts:
-        text = part if isinstance(part, str) else part.get("text") if isinstance(part, dict) else None
-        if not isinstance(text, str):
-            what = part.get("type") if isinstance(part, dict) else kind(part)
-            raise RowError("not text", f"message {i} has a part of type {what}; only text can be trained")
-        found.append(text)
-    return "\n".join(found)
-
-
-def call_text(i: int, calls: Any) -> str:
-    """Tool calls as JSON text: {"name": ..., "arguments": {...}}, or a list of such where there are several."""
-    if isinstance(calls, str):
+        if word in self.columns.roles:
+            role = self.columns.roles[word]
+            if role is None:
+                return None
+        else:
+            role = Role.ASSISTANT if word in CALLS else ROLE_NAMES.get(word)
+            if role is None:
+                raise self.unknown_role(i, name, rows)
+        said = next((key for key in parts.said if one[key] is not None and key != speaker), None)
+        content = one[said] if said else None
+        used = [key for key in (speaker, said) if key]
+        for key in parts.media:
+            if not is_nothing(one[key]):
+                raise RowError("not text", f'message {i} ({name}) has something in "{key}": {NOT_TEXT}')
+        think = call = ""
+        structured = role in (Role.ASSISTANT, Role.TOOL) and isinstance(content, list) and not turns.are_parts(content)
+        if isinstance(content, list) and not structured or turns.is_part(content):
+            content, think = self.joined_parts(i, content if isinstance(content, list) else [content])
+        if role is Role.ASSISTANT:
+            used += [*parts.calls, *parts.flags, *parts.think]
+            calls = [(key, one[key]) for key in parts.calls if not is_nothing(one[key])]
+            if word in CALLS:
+                calls, content = [(word, content), *calls], ""
+            if calls:
+                call = self.agreed_call(f"message {i}", calls)
+                content = "" if content is None else content
+        elif role is Role.SYSTEM:
+            used += parts.tools
+        where = f"message {i} ({name})"
+        if content is None and role in (Role.SYSTEM, Role.TOOL):
+            content = ""
+        elif isinstance(content, dict | list) and role in (Role.USER, Role.SYSTEM) or content is None:
+            raise RowError("wrong type", f"{where} has no text in content")
+        content = "" if isinstance(content, float) and is_nothing(content) else as_text(content)
+        if "\r" in content:
+            content = content.replace("\r\n", "\n").replace("\r", "\n")
+        content = self.string(content)
+        check_text_only(content, where)
+        self.count_unused(one, left_over(keys, tuple(used), HARMLESS_IN_MESSAGES), parts, role)
+        empty = not content or content.isspace()
+        if role is not Role.ASSISTANT:
+            if empty and role is Role.SYSTEM:
+                return None
+            if empty and role is Role.USER:
+                raise RowError("empty", f"{where} is empty")
+            return Message(role, content)
         try:
-            calls = orjson.loads(calls)
-        except orjson.JSONDecodeError:
-            raise RowError("tool call", f"message {i} must hold its tool call as JSON") from None
-    written = []
-    for call in calls if isinstance(calls, list) else [calls]:
-        call = call.get("function", call) if isinstance(call, dict) else call
-        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-            raise RowError("tool call", f"message {i} has a tool call without a name")
-        arguments = call.get("arguments", {})
-        if isinstance(arguments, str):
-            try:
-                arguments = orjson.loads(arguments)
-            except orjson.JSONDecodeError:
+            inside, content = split_reasoning(content)
+        except RowError as error:
+            raise RowError(error.reason, f"{where} {error.message}") from None
+        thoughts = self.agreed(one, parts.think, f"{where}:") if parts.think else ""
+        think = self.one_thought(self.one_thought(inside, think, where), thoughts, where)
+        if empty and not call and not think:
+            raise RowError("empty", f"{where} is empty")
+        learn = self.flag(one, parts.flags, where) if parts.flags else None
+        if any(isinstance(one[key], list) for key in parts.flags):
+            raise RowError("wrong type", f"{where} has a list of flags; a message has one, 0 or 1")
+        return Message(role, content, think, learn=learn is not False, call=call)
+
+    def count_unused(self, one: Row, keys: Iterable[str], parts: Parts, role: Role) -> None:
+        """Keys of a message that are not used. A flag that only says what happens anyway counts as used."""
+        for key in keys:
+            if is_nothing(one[key]):
+                continue
+            if key in parts.flags and self.flag(one, (key,), "a message") is False:
+                continue
+            of = (
+                f" of {role.name.lower()} messages"
+                if key in (*parts.flags, *parts.calls, *parts.think, *parts.tools)
+                else ""
+            )
+            self.unused["message key", key + of] = 1
+
+    def unknown_role(self, i: int, name: Any, rows: Sequence[Any]) -> RowError:
+        """What to say of a role that is not known, with the line that makes it known."""
+        if not isinstance(name, str):
+            return RowError("unknown role", f"message {i} has the role {name!r}; known are {known_roles()}")
+        others = [
+            value
+            for one in rows
+            if isinstance(one, dict)
+            for value in [next((one[key] for key in parts_of(tuple(one)).speaker if isinstance(one[key], str)), None)]
+            if value and value.strip().lower() not in ROLE_NAMES and value.strip().lower() not in CALLS
+        ]
+        paste = proposed_roles(others or [name])
+        return RowError(
+            "unknown role", f"message {i} has the role {name!r}; known are {known_roles()}. For others: {paste}"
+        )
+
+    def joined_parts(self, i: int, parts: Iterable[Any]) -> tuple[str, str]:
+        """OpenAI's list of parts as text, and the thought in it; only text can be trained."""
+        found, thoughts = [], []
+        for part in parts:
+            if isinstance(part, str):
+                found.append(part)
+                continue
+            if not isinstance(part, dict):
+                raise RowError("not text", f"message {i} has a part of type {kind(part)}; only text can be trained")
+            named = parts_of(tuple(part))
+            thought = [key for key in named.think if isinstance(part[key], str)]
+            if isinstance(part.get("text"), str):
+                found.append(part["text"])
+                used = ("text", "type")
+            elif thought and part.get("type") in ("thinking", "reasoning", "thought", None):
+                thoughts.append(part[thought[0]])
+                used = ("type", "signature", thought[0])
+            else:
                 raise RowError(
-                    "tool call", f"message {i}: the arguments of {call['name']} are not valid JSON"
-                ) from None
-        written.append({"name": call["name"], "arguments": arguments})
-    return json.dumps(written[0] if len(written) == 1 else written, ensure_ascii=False)
+                    "not text", f"message {i} has a part of type {part.get('type')}; only text can be trained"
+                )
+            if any(not is_nothing(part[key]) for key in named.media):
+                raise RowError("not text", f"message {i} has a part with {named.media[0]}; {NOT_TEXT}")
+            for key in left_over(tuple(part), used):
+                if not is_nothing(part[key]):
+                    self.unused["key of a content part", key] = 1
+        return "\n".join(found), "\n".join(thoughts)
+
+    # ---- tools and calls ----
+
+    def tools_of_system(self, one: Row) -> list[tuple[str, Any]]:
+        return [(name, one[name]) for name in parts_of(tuple(one)).tools]
+
+    def tools(self, found: Sequence[tuple[str, Any]]) -> str:
+        """The list of tools as one line of JSON; functions without the wrapper that OpenAI puts around them. RowError where
+        two lists disagree."""
+        texts = [(name, text) for name, value in found if (text := self.tools_text(value))]
+        for name, text in texts[1:]:
+            if text != texts[0][1]:
+                says = f"{short(texts[0][1])} and {short(text)}"
+                raise RowError(
+                    "two values", f'has two lists of tools, "{texts[0][0]}" and "{name}", that disagree: {says}'
+                )
+        return texts[0][1] if texts else ""
+
+    def tools_text(self, tools: Any) -> str:
+        if isinstance(tools, str):
+            try:
+                tools = orjson.loads(tools)
+            except orjson.JSONDecodeError:
+                return tools.strip()  # a description in words
+        elif self.padded:
+            tools = without_padding(tools)
+        if is_nothing(tools):
+            return ""
+        bare = []
+        for tool in tools if isinstance(tools, list) else [tools]:
+            if isinstance(tool, str):  # Arrow's columns of mixed kinds hold JSON text
+                try:
+                    tool = orjson.loads(tool)
+                except orjson.JSONDecodeError:
+                    bare.append(tool)
+                    continue
+            function = tool.get("function") if isinstance(tool, dict) else None
+            if isinstance(function, dict):
+                self.count_keys(tool, ("function", "type", "strict"), "key beside a tool's function")
+                bare.append(function)
+            else:
+                bare.append(tool)
+        return json.dumps(bare, ensure_ascii=False, default=str)
+
+    def count_keys(self, one: Row, used: tuple[str, ...], level: str) -> None:
+        for key in left_over(tuple(one), used):
+            if not is_nothing(one[key]):
+                self.unused[level, key] = 1
+
+    def agreed_call(self, where: str, calls: Sequence[tuple[str, Any]]) -> str:
+        texts = [(name, self.call_text(where, value)) for name, value in calls]
+        for name, text in texts[1:]:
+            if text != texts[0][1]:
+                raise RowError(
+                    "two values",
+                    f'{where}: "{texts[0][0]}" and "{name}" disagree: {short(texts[0][1])} and {short(text)}',
+                )
+        return texts[0][1]
+
+    def call_text(self, where: str, calls: Any) -> str:
+        """Tool calls as JSON text: {"name": ..., "arguments": {...}}, or a list of such where there are several. No arguments
+        at all (null, "", {}) are {}."""
+        if isinstance(calls, str):
+            try:
+                calls = orjson.loads(calls)
+            except orjson.JSONDecodeError:
+                raise RowError("tool call", f"{where} must hold its tool call as JSON") from None
+        written = []
+        for entry in calls if isinstance(calls, list) else [calls]:
+            call = entry
+            if isinstance(entry, dict) and isinstance(entry.get("function"), dict):
+                call = entry["function"]
+                self.count_keys(entry, ("function", "type", "id", "index"), "key beside a call's function")
+            if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+                raise RowError("tool call", f"{where} has a tool call without a name")
+            names = [key for key in ("arguments", "parameters", "args") if key in call]
+            values = [self.arguments(where, call["name"], call[key]) for key in names]
+            if any(value != values[0] for value in values[1:]):
+                raise RowError("two values", f'{where}: "{names[0]}" and "{names[1]}" of {call["name"]} disagree')
+            self.count_keys(call, ("name", *names, *(("id", "type") if call is entry else ())), "key of a call")
+            written.append({"name": call["name"], "arguments": values[0] if values else {}})
+        return json.dumps(written[0] if len(written) == 1 else written, ensure_ascii=False, default=str)
+
+    def arguments(self, where: str, name: str, value: Any) -> Any:
+        if is_nothing(value):
+            return {}
+        if isinstance(value, str):
+            try:
+                return orjson.loads(value)
+            except orjson.JSONDecodeError:
+                raise RowError("tool call", f"{where}: the arguments of {name} are not valid JSON") from None
+        return without_padding(value) if self.padded else value
 
 
-def tools_text(tools: Any) -> str:
-    """The list of tools as one line of JSON; functions without the wrapper that OpenAI puts around them."""
-    if not tools:
-        return ""
-    if isinstance(tools, str):
-        try:
-            tools = orjson.loads(tools)
-        except orjson.JSONDecodeError:
-            return tools.strip()  # a description in words
-    if not isinstance(tools, list):
-        tools = [tools]
-    if not tools:
-        return ""
-    bare = [t.get("function", t) if isinstance(t, dict) else t for t in tools]
-    return json.dumps(bare, ensure_ascii=False)
-
-
-def kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
+def known_roles() -> str:
+    return ", ".join(name for name in ROLE_NAMES if name.isascii())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Literal
@@ -9,9 +10,10 @@ from typing import Literal
 from ..errors import Problem, Problems, UserError
 from ..shell_vars import MOST, var
 from ..templates.named import template
+from .columns import columns
 from .limits import Limits
 from .recipe import Recipe
-from .schemas import HANDLERS, columns
+from .schemas import HANDLERS
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class TokenizeConfig:
     eot: Literal["doc", "blank", "both", "x17"] = var("EOT")
     handler: Literal[tuple(HANDLERS)] = var("HANDLER")
     map_keys: str = var("MAP_KEYS")
+    role_map: str = var("ROLE_MAP")
     txt_mode: Literal["file", "line", "paragraph"] = var("TXT_MODE")
     repair: bool = var("REPAIR")
     strict: bool = var("STRICT")
@@ -43,7 +46,8 @@ class TokenizeConfig:
     def problems(given: SimpleNamespace) -> list[Problem]:
         """What no single variable can tell. given: the values that are sound, None where one is not."""
         found = []
-        for check, value in ((template, given.prompt_type), (columns, given.map_keys)):
+        roles = functools.partial(columns, "")
+        for check, value in ((template, given.prompt_type), (columns, given.map_keys), (roles, given.role_map)):
             try:
                 if value is not None:
                     check(value)
@@ -68,6 +72,7 @@ def recipe(config: TokenizeConfig, end_of_doc: bool) -> Recipe:
     """How rows become tokens under these settings."""
     limits = Limits(config.max_tokens, config.source_length, config.target_length, config.overlong)
     return Recipe(
-        template(config.prompt_type), config.eot, end_of_doc, config.handler, columns(config.map_keys), config.repair,
+        template(config.prompt_type), config.eot, end_of_doc, config.handler,
+        columns(config.map_keys, config.role_map), config.repair,
         config.expand, config.mask_history, limits,
     )  # fmt: skip

@@ -4,6 +4,7 @@ are read again and again; a pipe is read once."""
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 
 from ..errors import UserError
 from ..project import shown
+from ..words import count
 from . import files
 from .encode import Tokens
 from .reading import Block
@@ -35,7 +37,7 @@ class RowStream:
 
     def documents(self) -> Iterator[Tokens]:
         """Every row that can be used, pass after pass. UserError if a whole pass has none."""
-        cook, told = Cook(self.recipe), 0
+        cook, told, unused = Cook(self.recipe), 0, Counter()
         for number in itertools.count():
             used, reject = 0, None
             rows = shuffled(self.rows(), np.random.default_rng([self.seed, number]), self.buffer)
@@ -48,12 +50,16 @@ class RowStream:
                         file, line, _ = some[reject.line]
                         self.say(f"left out  {file}:{line}: {reject.message}")
                 used += len(made.sizes)
+                if number == 0:
+                    unused.update(made.unused)
                 ends = np.cumsum(made.sizes)
                 for begin, end in zip((ends - made.sizes).tolist(), ends.tolist(), strict=True):
                     yield Tokens(made.ids[begin:end], made.roles[begin:end])
             if not used:
                 why = f": {reject.message}" if reject else ""
                 raise UserError(f"{shown(self.paths[0])}: holds no row that can be used{why}.")
+            for (level, key), rows_of_it in unused.most_common(TOLD) if number == 0 else ():
+                self.say(f'warning   {level} "{key}" is not used ({count(rows_of_it, "row")})')
             if number == 0 and told > TOLD:
                 self.say(f"left out  {told:,} rows of the first pass; the first {TOLD} are told above")
             if not all(path.is_file() for path in self.paths):  # a pipe is empty now

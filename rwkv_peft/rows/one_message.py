@@ -1,0 +1,171 @@
+"""Files that have one message in every row -> rows that are whole conversations.
+
+Rows of one conversation have the same conversation_id (or the like), or they are the nodes of trees by message_id and
+parent_id (OASST). Such a file is read as a whole before its first conversation is complete. An answer that several paths of a
+tree share is learnt in the first of them only.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from . import reading
+from .columns import ROLE_NAMES, Parts, parts_of, squashed
+from .reading import Block
+from .recipe import items, parse
+from .values import RowError, is_nothing
+
+CONVERSATION = {squashed(name): i for i, name in enumerate((
+    "conversation_id", "conv_id", "conversation", "dialogue_id", "dialog_id", "chat_id", "session_id", "thread_id", "group_id",
+    "对话id", "会话id", "id", "编号"))}  # fmt: skip
+UNSURE = ("id", "编号")  # these name a conversation only where rows share a value
+TURN = tuple(
+    map(
+        squashed,
+        ("turn", "turn_id", "turn_index", "turn_number", "position", "order", "seq", "message_index", "step", "轮次"),
+    )
+)
+LOOKED_AT = 32  # rows at the beginning of a file that tell its kind
+
+
+def conversations(blocks: Iterable[Block]) -> Iterator[Block]:
+    """The blocks of a file, with its messages put together where it has one in every row."""
+    blocks = iter(blocks)
+    first = next(blocks, None)
+    if first is None:
+        return
+    key = grouping(first)
+    every = itertools.chain([first], blocks)
+    if not key:
+        yield from every
+        return
+    messages: list[tuple[int, dict[str, Any]]] = []
+    wrong: list[tuple[int, RowError]] = []
+    last = first
+    for last in every:  # noqa: B007 - the last one is used below
+        for number, item in items(last):
+            try:
+                messages.append((number, dict(parse(item))))
+            except RowError as error:
+                wrong.append((number, error))
+    found = trees(messages) if len(key) == 2 else groups(messages, key[0])
+    rows: list[tuple[int, Any]] = sorted([*wrong, *found], key=lambda row: row[0])
+    for begin in range(0, len(rows), reading.ROWS):
+        some = rows[begin : begin + reading.ROWS]
+        yield Block(last.file, some[0][0], some, last.read)
+
+
+def grouping(block: Block) -> tuple[str, ...]:
+    """The columns that tell which messages belong together: (message_id, parent_id), (conversation_id,), or () if the rows
+    are no single messages."""
+    seen: dict[str, list[Any]] = {}
+    for _, item in itertools.islice(items(block), LOOKED_AT):
+        try:
+            row = parse(item)
+        except RowError:
+            continue
+        parts = parts_of(tuple(row))
+        if not is_single_message(row, parts):
+            return ()
+        names = {squashed(key): key for key in row}
+        if "messageid" in names and "parentid" in names:
+            return names["messageid"], names["parentid"]
+        for name in sorted(names, key=lambda name: CONVERSATION.get(name, 99)):
+            if name in CONVERSATION:
+                seen.setdefault(names[name], []).append(row[names[name]])
+    for key, values in seen.items():
+        if squashed(key) not in UNSURE or len(set(map(str, values))) < len(values):
+            return (key,)
+    return ()
+
+
+def is_single_message(row: Any, parts: Parts) -> bool:
+    """Whether a row is a message: it has a role and a text, and no conversation."""
+    role = next((row[key] for key in parts.speaker if isinstance(row[key], str)), "")
+    said = any(isinstance(row[key], str) for key in parts.said)
+    lists = any(isinstance(row[key], list) for key in parts.messages)
+    return said and not lists and (role.strip().lower() in ROLE_NAMES)
+
+
+def whole(messages: list[tuple[int, dict[str, Any]]]) -> tuple[int, dict[str, Any]]:
+    """One row of these messages: what belongs to the conversation as a whole stands beside them."""
+    row: dict[str, Any] = {"messages": [message for _, message in messages]}
+    for _, message in messages:
+        parts = parts_of(tuple(message))
+        for key in (*parts.system, *parts.tools):
+            if key not in parts.said and not is_nothing(value := message.pop(key)):
+                row.setdefault(key, value)
+    return messages[0][0], row
+
+
+def groups(messages: list[tuple[int, dict[str, Any]]], key: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Messages of one id, in the order of the file or of their turn numbers. A row without an id goes on with the last one's."""
+    found: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+    name = ""
+    for number, message in messages:
+        if not is_nothing(value := message.pop(key, None)):
+            name = str(value)
+        found.setdefault(name, []).append((number, message))
+    for group in found.values():
+        turn = next((k for k in group[0][1] if squashed(k) in TURN), None)
+        if turn and all(is_number(message.get(turn)) for _, message in group):
+            group.sort(key=lambda pair: float(pair[1][turn]))
+        for _, message in group:
+            message.pop(turn, None)
+        yield whole(group)
+
+
+def is_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def trees(messages: list[tuple[int, dict[str, Any]]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Every path from a root to a leaf; of the children of a message, the one of the best rank comes first."""
+    keys = {squashed(key): key for key in messages[0][1]}
+    own, parent = keys["messageid"], keys["parentid"]
+    alive = [(number, m) for number, m in messages if m.get("deleted") is not True]
+    known = {str(m.get(own)) for _, m in alive}
+    children: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+    for number, message in alive:
+        above = message.get(parent)
+        place = (
+            str(above) if not is_nothing(above) and str(above) in known and str(above) != str(message.get(own)) else ""
+        )
+        children.setdefault(place, []).append((number, message))
+    for some in children.values():
+        some.sort(key=lambda pair: pair[1]["rank"] if is_number(pair[1].get("rank")) else 0)
+    used: set[int] = set()  # messages that an earlier path has
+    waiting = [[root] for root in reversed(children.get("", []))]
+    while waiting:
+        path = waiting.pop()
+        below = children.get(str(path[-1][1].get(own)), []) if len(path) < 1000 else []
+        waiting += [[*path, child] for child in reversed(below)]
+        if (
+            below
+            or all(number in used or not is_answer(m) for number, m in path)
+            and any(is_answer(m) for _, m in path)
+        ):
+            continue
+        yield whole(
+            [
+                (
+                    number,
+                    {k: v for k, v in m.items() if k not in (own, parent)} | ({"weight": 0} if number in used else {}),
+                )
+                if is_answer(m)
+                else (number, {k: v for k, v in m.items() if k not in (own, parent)})
+                for number, m in path
+            ]
+        )
+        used |= {number for number, _ in path}
+
+
+def is_answer(message: dict[str, Any]) -> bool:
+    role = next((message[key] for key in parts_of(tuple(message)).speaker if isinstance(message[key], str)), "")
+    return ROLE_NAMES.get(role.strip().lower()) is not None and ROLE_NAMES[role.strip().lower()].name == "ASSISTANT"

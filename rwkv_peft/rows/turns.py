@@ -1,0 +1,179 @@
+"""The shapes that conversations have in data sets -> one list of messages with a role and a content each.
+
+[{"role": "user", "content": "Hi"}, ...]                 as it is; other names of the keys are read by schemas.py
+[{"human": "Hi", "assistant": "Hello"}, ...]             an object for each turn
+[{"user": "Hi"}, {"assistant": "Hello"}]                 the role is the key
+["Hi", "Hello", ...]                                     texts in turn, the user first (UltraChat)
+[["Hi", "Hello"], ...]                                   pairs
+{"role": ["user", "assistant"], "content": ["Hi", ...]}  one list for each key (Hugging Face's Sequence)
+{"turn_1": {"Human": "Hi", "MOSS": "Hello"}, ...}        turns by number (MOSS)
+{"prompt": {"text": ..., "replies": [...]}}              a tree (OASST): the path of the best replies
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import orjson
+
+from ..roles import Role
+from .columns import CALLS, ROLE_NAMES, parts_of, squashed
+from .values import RowError, is_nothing
+
+SHAPE = "its conversation must be a list of messages with at least one in it"
+MOSS_TAGS = re.compile(r"\A\s*<\|[\w ]+\|>:?\s*|\s*<eo[a-z]>\s*\Z")
+NUMBERED = re.compile(r"\D*(\d+)\Z")
+
+
+def parsed(text: str) -> Any:
+    """A list that stands in a text, as the columns of tables hold it."""
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        raise RowError("wrong type", "its conversation must be a list of messages (or JSON text of one)") from None
+
+
+def looks_like_turns(value: Any) -> bool:
+    """Whether a column whose name alone does not tell it holds a conversation."""
+    if isinstance(value, str):
+        return value.lstrip()[:1] in ("[", "{")
+    if isinstance(value, dict):
+        return bool(value) and (is_struct_of_lists(value) or all(isinstance(v, dict) for v in value.values()))
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict | str | list) for one in value)
+
+
+def is_messages(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
+
+
+def have_roles(value: Any) -> bool:
+    """Whether a value is a list of messages that say who speaks."""
+    return is_messages(value) and all(parts_of(tuple(one)).speaker and parts_of(tuple(one)).said for one in value)
+
+
+def is_part(value: Any) -> bool:
+    """Whether an object is one part of a content, like {"type": "text", "text": "Hi"}."""
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("type"), str)
+        and "type" in value
+        and len(value) > 1
+        and (
+            isinstance(value.get("text"), str)
+            or value["type"] in value
+            or value["type"] in ("image", "audio", "video", "file")
+        )
+    )
+
+
+def are_parts(content: list[Any]) -> bool:
+    """Whether a list is a content in parts, not a value of its own (what a tool gave back, say)."""
+    return all(
+        isinstance(one, str) or isinstance(one, dict) and ("type" in one or isinstance(one.get("text"), str))
+        for one in content
+    )
+
+
+def is_struct_of_lists(value: dict[str, Any]) -> bool:
+    lists = [key for key, one in value.items() if isinstance(one, list)]
+    parts = parts_of(tuple(lists))
+    return bool(parts.speaker and parts.said)
+
+
+def normal(rows: Any) -> list[Any]:
+    """The messages of a conversation of any shape. RowError if it has none."""
+    if isinstance(rows, dict):
+        rows = of_object(rows)
+    if not isinstance(rows, list) or not rows:
+        raise RowError("wrong type", SHAPE)
+    if all(isinstance(one, str) for one in rows):
+        return of_texts(rows)
+    if all(isinstance(one, list) and len(one) == 2 for one in rows):
+        return [m for pair in rows for m in of_texts(pair)]
+    if isinstance(rows[0], dict) and ("role" in rows[0] or "from" in rows[0]):  # what most are
+        return rows
+    found: list[Any] = []
+    for one in rows:
+        found += of_turn(one) if isinstance(one, dict) else [one]
+    return found
+
+
+def of_texts(texts: Sequence[Any]) -> list[dict[str, Any]]:
+    if len(texts) < 2:
+        raise RowError("no answer", "its conversation has one text, a question without an answer")
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def of_object(rows: dict[str, Any]) -> list[Any]:
+    """A conversation that is one object."""
+    if is_struct_of_lists(rows):
+        lists = {key: value for key, value in rows.items() if not is_nothing(value)}
+        sizes = {len(value) if isinstance(value, list) else -1 for value in lists.values()}
+        if len(sizes) != 1 or -1 in sizes:
+            raise RowError("wrong type", "its conversation is an object of lists, which must all be of one length")
+        return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
+    if parts_of(tuple(rows)).speaker:
+        return [rows]
+    if rows and all(NUMBERED.match(str(key)) and isinstance(value, dict) for key, value in rows.items()):
+        ordered = sorted(rows, key=lambda key: int(NUMBERED.match(str(key))[1]))
+        return [rows[key] for key in ordered]
+    if isinstance(rows.get("replies"), list) or isinstance(rows.get("prompt"), dict):
+        return of_tree(rows["prompt"] if isinstance(rows.get("prompt"), dict) else rows)
+    raise RowError(
+        "wrong type", f"{SHAPE}, not an object with {', '.join(map(repr, list(rows)[:4])) or 'nothing in it'}"
+    )
+
+
+def of_tree(node: dict[str, Any]) -> list[Any]:
+    """The best path through a tree of replies: at every place the one of the lowest rank, or the first."""
+    found = []
+    while isinstance(node, dict):
+        found.append({key: value for key, value in node.items() if key != "replies"})
+        replies = [one for one in node.get("replies") or [] if isinstance(one, dict) and not one.get("deleted")]
+        ranked = [one for one in replies if isinstance(one.get("rank"), int | float)]
+        node = min(ranked, key=lambda one: one["rank"]) if ranked else replies[0] if replies else None
+    return found
+
+
+def of_turn(one: dict[str, Any]) -> list[dict[str, Any]]:
+    """The messages of an object that has what several speakers say: the system first, then the user, then the assistant."""
+    parts = parts_of(tuple(one))
+    if any(isinstance(one[key], str) for key in parts.speaker):
+        return [one]
+    roles = {key: role for key in one if (role := role_of_key(key)) is not None}
+    if Role.USER not in roles.values():
+        roles |= {key: Role.USER for key in parts.prompts[:1] if key not in roles}
+    if Role.ASSISTANT not in roles.values():
+        roles |= {key: Role.ASSISTANT for key in parts.responses[:1] if key not in roles}
+    if not roles or parts.said and not set(parts.said) & set(roles) and Role.USER not in roles.values():
+        return [one]
+    names = {Role.SYSTEM: "system", Role.USER: "user", Role.ASSISTANT: "assistant", Role.TOOL: "tool"}
+    found = []
+    rest = {key: value for key, value in one.items() if key not in roles and not is_moss_nothing(key, value)}
+    for role in (Role.SYSTEM, Role.USER, Role.ASSISTANT, Role.TOOL):
+        for key in (key for key, of in roles.items() if of is role):
+            value = MOSS_TAGS.sub("", one[key]) if isinstance(one[key], str) and "<eo" in one[key] else one[key]
+            if not is_nothing(value) or role is Role.ASSISTANT:
+                found.append({"role": names[role], "content": value})
+                if role is Role.ASSISTANT:  # thoughts, flags, calls, and what is reported as not used
+                    found[-1] |= {squashed_thought(k): v for k, v in rest.items()}
+                    rest = {}
+    if rest:
+        found[-1] |= rest
+    return found
+
+
+def role_of_key(key: str) -> Role | None:
+    word = key.strip().lower()
+    return None if word in CALLS or squashed(word) in ("function", "functions") else ROLE_NAMES.get(word)
+
+
+def squashed_thought(key: str) -> str:
+    return "thinking" if squashed(key) == "innerthoughts" else key
+
+
+def is_moss_nothing(key: str, value: Any) -> bool:
+    """Whether a value of MOSS's turns says None in its own words."""
+    return isinstance(value, str) and "<eo" in value and MOSS_TAGS.sub("", value).strip() in ("None", "")

@@ -1,0 +1,539 @@
+# ruff: noqa: E501 - tables of rows
+"""What rows of other people's data sets become: every key is used, is harmless metadata, or is reported."""
+
+import copy
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rwkv_peft.errors import Problems
+from rwkv_peft.roles import Role
+from rwkv_peft.rows import columns as names
+from rwkv_peft.rows.columns import HARMLESS_IN_MESSAGES, columns, parts_of, squashed
+from rwkv_peft.rows.one_message import conversations
+from rwkv_peft.rows.reading import Block
+from rwkv_peft.rows.schemas import Reader
+from rwkv_peft.rows.values import RowError, split_reasoning
+from rwkv_peft.templates.template import Dialogue
+
+S, U, A, T = Role.SYSTEM, Role.USER, Role.ASSISTANT, Role.TOOL
+Q, ANSWER = {"role": "user", "content": "7 times 8?"}, {"role": "assistant", "content": "56"}
+TOOL = {"name": "tide", "parameters": {"type": "object"}}
+CALL = {"name": "tide", "arguments": {"place": "Bay"}}
+
+
+def read(row, **options):
+    reader = Reader(**options)
+    _, found = reader.read(row)
+    return found, reader
+
+
+def said(row, **options):
+    """Role and words of every message; thoughts as (thought, words); answers that are not learnt begin with -."""
+    found, _ = read(row, **options)
+    assert isinstance(found, Dialogue)
+    return [
+        (m.role, ("" if m.learn else "-") + (m.content if not m.think else f"({m.think}) {m.content}") + m.call)
+        for m in found.messages
+    ]
+
+
+def refused(row, reason, *words, **options):
+    with pytest.raises(RowError) as error:
+        read(row, **options)
+    assert error.value.reason == reason, str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+# ---- aliases ----
+
+
+@pytest.mark.parametrize("name", [*names.SYSTEM, "System Prompt", "systemPrompt", "SYSTEM-MESSAGE"])
+def test_a_system_text_is_read_under_every_name_and_in_every_schema(name):
+    for row in (
+        {"messages": [Q, ANSWER]},
+        {"prompt": "7 times 8?", "response": "56"},
+        {"question": "7 times 8?", "answer": "56"},
+    ):
+        assert said({name: "Be brief.", **row}) == [(S, "Be brief."), (U, "7 times 8?"), (A, "56")]
+
+
+def test_an_instruction_beside_messages_is_the_system_text():
+    assert said({"instruction": "Be brief.", "messages": [Q, ANSWER]})[0] == (S, "Be brief.")
+
+
+@pytest.mark.parametrize("name", [*names.THINK, "Complex_CoT", "Reasoning Content"])
+def test_reasoning_is_read_under_every_name_in_rows_and_in_messages(name):
+    for row in (
+        {"messages": [Q, {**ANSWER, name: "7*8"}]},
+        {"messages": [Q, ANSWER], name: "7*8"},
+        {"instruction": "7 times 8?", "output": "56", name: "7*8"},
+        {"prompt": "7 times 8?", "response": "56", name: "7*8"},
+    ):
+        assert said(row)[-1] == (A, "(7*8) 56")
+
+
+@pytest.mark.parametrize("name", ["tools", "functions"])
+@pytest.mark.parametrize(
+    "wrap", [lambda t: [t], lambda t: [{"type": "function", "function": t}], lambda t: json.dumps([t])]
+)
+@pytest.mark.parametrize("place", ["row", "system", "empty system", "null system", "pair"])
+def test_tools_are_read_in_the_row_and_in_a_system_message_with_and_without_a_text(name, wrap, place):
+    tools = wrap(TOOL)
+    row = {
+        "row": {"messages": [Q, ANSWER], name: tools},
+        "system": {"messages": [{"role": "system", "content": "Be.", name: tools}, Q, ANSWER]},
+        "empty system": {"messages": [{"role": "system", "content": "", name: tools}, Q, ANSWER]},
+        "null system": {"conversations": [{"role": "system", "content": None, name: tools}, Q, ANSWER]},
+        "pair": {"prompt": "7 times 8?", "response": "56", name: tools},
+    }[place]
+    found, reader = read(row)
+    assert json.loads(found.tools) == [TOOL] and not reader.unused
+    assert [m.role for m in found.messages] == ([S, U, A] if place == "system" else [U, A])
+
+
+@pytest.mark.parametrize("name", ["tool_calls", "tool_call", "function_call"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        CALL,
+        [CALL],
+        [{"id": "1", "type": "function", "function": {**CALL, "arguments": '{"place": "Bay"}'}}],
+        json.dumps(CALL),
+    ],
+)
+def test_calls_are_read_under_every_name(name, call):
+    assert said({"messages": [Q, {"role": "assistant", "content": None, name: call}]})[-1] == (A, json.dumps(CALL))
+
+
+@pytest.mark.parametrize("value", [None, "", " ", {}])
+def test_a_call_of_no_arguments_has_an_empty_object(value):
+    row = {"messages": [Q, {"role": "assistant", "tool_calls": [{"function": {"name": "now", "arguments": value}}]}]}
+    assert said(row)[-1] == (A, '{"name": "now", "arguments": {}}')
+
+
+FLAGS = [
+    ("weight", 0),
+    ("loss", False),
+    ("train", "false"),
+    ("trainable", 0.0),
+    ("masked", True),
+    ("loss_mask", 0),
+    ("masked", 1),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), FLAGS)
+def test_a_flag_of_a_message_keeps_its_answer_from_being_learnt(name, value):
+    other = {"role": "assistant", "content": "yes"}
+    assert said({"messages": [Q, {**ANSWER, name: value}, Q, other]})[1::2] == [(A, "-56"), (A, "yes")]
+    assert said({"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y", name: value}]})[
+        1
+    ] == (A, "-y")
+
+
+@pytest.mark.parametrize(("name", "value"), FLAGS)
+def test_a_flag_of_a_row_is_one_of_all_its_answers(name, value):
+    assert said({"messages": [Q, ANSWER], name: value})[1] == (A, "-56")
+    assert said({"instruction": "x", "output": "y", name: value})[1] == (A, "-y")
+
+
+@pytest.mark.parametrize("flags", [[0, 0, 0, 1], [0, 1], [False, True], ["0", "1"]])
+def test_a_list_of_flags_has_one_for_each_message_or_for_each_answer(flags):
+    row = {"messages": [Q, ANSWER, Q, ANSWER], "loss_mask": flags}
+    assert said(row)[1::2] == [(A, "-56"), (A, "56")]
+
+
+def test_a_list_of_flags_of_another_length_is_refused():
+    refused({"messages": [Q, ANSWER], "loss_mask": [1, 0, 1]}, "wrong type", '"loss_mask" has 3 flags for 2 messages')
+
+
+@pytest.mark.parametrize(
+    ("row", "values"),
+    [
+        ({"system": "a", "system_prompt": "b", "messages": [Q, ANSWER]}, ("'a'", "'b'")),
+        ({"system": "a", "messages": [{"role": "system", "content": "b"}, Q, ANSWER]}, ("'a'", "'b'")),
+        ({"prompt": "x", "response": "y", "cot": "a", "think": "b"}, ("'a'", "'b'")),
+        ({"messages": [Q, {**ANSWER, "thinking": "a", "reasoning": "b"}]}, ("'a'", "'b'")),
+        ({"messages": [Q, {**ANSWER, "content": "<think>a</think>56", "reasoning": "b"}]}, ("'a'", "'b'")),
+        ({"messages": [Q, {**ANSWER, "weight": 0, "loss": True}]}, ("weight=0", "loss=True")),
+        ({"messages": [Q, {**ANSWER, "weight": 1, "masked": True}]}, ("weight=1", "masked=True")),
+        ({"messages": [Q, {**ANSWER, "loss": True}], "loss_mask": [0, 0]}, ("message 2", "loss_mask")),
+        ({"messages": [Q, ANSWER], "tools": [TOOL], "functions": [{"name": "other"}]}, ("tide", "other")),
+        ({"messages": [{"role": "system", "content": "", "tools": [{"name": "other"}]}, Q, ANSWER], "tools": [TOOL]}, ("tide", "other")),
+        ({"messages": [Q, {**ANSWER, "tool_call": CALL, "function_call": {"name": "b"}}]}, ("tide", "'{\"name\": \"b\"")),
+    ],
+)  # fmt: skip
+def test_two_names_of_one_part_that_disagree_reject_the_row_with_both_values(row, values):
+    refused(row, "two values", *values)
+
+
+def test_two_names_of_one_part_that_agree_are_one():
+    row = {
+        "system": "a",
+        "system_prompt": "a ",
+        "messages": [{"role": "system", "content": "a"}, Q, ANSWER],
+        "tools": [TOOL],
+    }
+    assert said({**row, "functions": [{"type": "function", "function": TOOL}]})[0] == (S, "a")
+
+
+# ---- nothing is dropped silently ----
+
+ROWS = {
+    "messages": {"messages": [{"role": "system", "content": "Be."}, Q, ANSWER]},
+    "sharegpt": {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+    "pair": {"prompt": "a", "response": "b"},
+    "alpaca": {"instruction": "a", "input": "c", "output": "b"},
+    "text": {"text": "some text"},
+    "tools": {
+        "tools": [{"type": "function", "function": TOOL}],
+        "messages": [Q, {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "function": CALL}]}, {"role": "tool", "content": "x"}],
+    },
+    "parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}, ANSWER]},
+    "turns": {"conversation": [{"human": "a", "assistant": "b"}]},
+}  # fmt: skip
+# the objects inside a row that may have keys of their own
+LEVELS = {
+    "row": lambda row: row,
+    "message": lambda row: (row.get("messages") or row.get("conversations") or row.get("conversation") or [row])[0],
+    "answer": lambda row: (row.get("messages") or row.get("conversations") or row.get("conversation") or [row])[-1],
+    "part": lambda row: row["messages"][0]["content"][0],
+    "tool": lambda row: row["tools"][0],
+    "call": lambda row: row["messages"][1]["tool_calls"][0],
+    "function": lambda row: row["messages"][1]["tool_calls"][0]["function"],
+}
+KNOWN = [name for group in vars(names).values() if isinstance(group, tuple) for name in group if isinstance(name, str)]
+KEYS = st.one_of(st.sampled_from(KNOWN), st.text(st.characters(codec="utf-8"), min_size=1, max_size=12))
+VALUES = st.one_of(
+    st.text(min_size=1),
+    st.integers(),
+    st.booleans(),
+    st.lists(st.integers(), min_size=1),
+    st.just({"a": 1}),
+    st.just([0, 1]),
+)
+
+
+@settings(max_examples=1500, deadline=None)
+@given(st.sampled_from(sorted(ROWS)), st.sampled_from(sorted(LEVELS)), KEYS, VALUES)
+def test_every_key_at_every_level_is_used_or_harmless_or_reported(kind, level, key, value):
+    row = copy.deepcopy(ROWS[kind])
+    try:
+        target = LEVELS[level](row)
+    except (KeyError, TypeError):
+        return
+    if not isinstance(target, dict) or key in target:
+        return
+    before, _ = read(row)
+    target[key] = value
+    try:
+        after, reader = read(row)
+    except RowError:
+        return  # reported with file and line
+    if after != before or not str(value).strip():
+        return  # it is used
+    word = squashed(key)
+    same = [v for v in ("a", "b", "c", "Be.", "some text") if v == value]  # another name for what is there already
+    learns = key in parts_of((key,)).flags
+    assert any(key in name for _, name in reader.unused) or word in HARMLESS_IN_MESSAGES or same or learns, (
+        level,
+        key,
+        value,
+    )
+
+
+def test_a_key_that_says_nothing_is_not_reported():
+    _, reader = read({"messages": [{**Q, "extra": None}, ANSWER], "label": "", "notes": [], "id": 7})
+    assert not reader.unused
+
+
+def test_columns_of_another_kind_in_a_row_are_reported():
+    _, reader = read({"messages": [Q, ANSWER], "prompt": "7 times 8?", "text": "x"})
+    assert set(reader.unused) == {("column", "prompt"), ("column", "text")}
+
+
+# ---- pictures and sound ----
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [Q, ANSWER], "images": ["a.png"]},
+        {"prompt": "a", "response": "b", "image": "a.png"},
+        {"messages": [Q, ANSWER], "audios": [{"path": "a.wav"}]},
+        {"text": "a", "video": "a.mp4"},
+        {"messages": [{**Q, "images": ["a.png"]}, ANSWER]},
+        {"messages": [{"role": "user", "content": "<image>\nWhat is it?"}, ANSWER]},
+        {"messages": [{"role": "user", "content": "What is <image> here?"}, ANSWER]},
+        {"conversations": [{"from": "human", "value": "<video>What?"}, {"from": "gpt", "value": "A gull."}]},
+        {"prompt": "<|image_1|>\nWhat?", "response": "b"},
+        {"instruction": "Look", "input": "<|vision_start|><|image_pad|><|vision_end|>", "output": "b"},
+        {"messages": [{"role": "user", "content": "<img>a.png</img> What?"}, ANSWER]},
+        {"text": "User: <image>\nWhat?\n\nAssistant: A gull."},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image"}]}, ANSWER]},
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, ANSWER]},
+        {"messages": [{"role": "user", "content": {"type": "image", "image": "x"}}, ANSWER]},
+    ],
+)
+def test_a_row_that_needs_a_picture_or_sound_is_refused_with_the_reason(row):
+    refused(row, "not text", "only text can be trained")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Use <video src='a'> in HTML",
+        "<video>\n<source>\n</video>",
+        "What does `<image>` mean?",
+        "a<b and [IMG]x[/IMG]",
+        "<svg><image href='x'/></svg>",
+    ],
+)
+def test_code_about_pictures_is_text(words):
+    assert said({"messages": [{"role": "user", "content": words}, ANSWER]})[0] == (U, words)
+
+
+def test_empty_columns_of_pictures_are_harmless_and_map_keys_leaves_full_ones_out():
+    assert said({"messages": [Q, ANSWER], "images": [], "audio": None, "video": ""})
+    found, reader = read({"messages": [Q, ANSWER], "images": ["a.png"]}, columns=columns('{"images": ""}'))
+    assert found and ("column", "images") in reader.unused
+
+
+# ---- Arrow's padding ----
+
+
+@pytest.mark.parametrize(("padded", "arguments"), [(True, {"a": 2}), (False, {"place": None, "a": 2})])
+def test_nulls_that_arrow_filled_in_are_removed_and_nulls_of_json_stay(padded, arguments):
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": {"place": None, "a": 2}}}]}
+    tools = [{"name": "add", "parameters": {"properties": {"place": None, "a": {"type": "number", "enum": None}}}}]
+    found, _ = read({"messages": [Q, call], "tools": tools}, padded=padded)
+    assert json.loads(found.messages[-1].call)["arguments"] == arguments
+    assert ("null" in found.tools) != padded
+
+
+# ---- reasoning ----
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("56", ("", "56")),
+        ("<think>7*8</think>56", ("7*8", "56")),
+        ("<think>\n7*8\n</think>\n\n56", ("7*8", "56")),
+        ("7*8\n</think>\n\n56", ("7*8", "56")),
+        ("</think>56", ("", "56")),
+        ("<think></think>\n\n    return 56", ("", "    return 56")),
+        ("<think>a</think>\n　　段落", ("a", "　　段落")),
+        ("<thinking>7*8</thinking>56", ("7*8", "56")),
+        ("<|begin_of_thought|>a<|end_of_thought|>\n<|begin_of_solution|>\nb\n<|end_of_solution|>", ("a", "b")),
+        ("The tag `<think>` begins a thought.", ("", "The tag `<think>` begins a thought.")),
+        ("Write `<think>x</think>` first.", ("", "Write `<think>x</think>` first.")),
+    ],
+)
+def test_a_thought_is_taken_out_of_an_answer_and_one_without_its_opening_tag_is_repaired(answer, expected):
+    assert split_reasoning(answer) == expected
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "<think>7*8",
+        "x <think>7*8</think> 56",
+        "<think>a</think>b<think>c</think>d",
+        "a</think>b</think>c",
+        "</think>a<think>",
+    ],
+)
+def test_a_thought_that_can_be_read_in_more_than_one_way_rejects_the_row(answer):
+    for row in ({"messages": [Q, {**ANSWER, "content": answer}]}, {"prompt": "a", "response": answer}):
+        refused(row, "reasoning", "think>")
+
+
+# ---- shapes ----
+
+EXPECTED = [(U, "a"), (A, "b"), (U, "c"), (A, "d")]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversation": [{"human": "a", "assistant": "b"}, {"human": "c", "assistant": "d"}]},
+        {"conversation": [{"assistant": "b", "human": "a"}, {"assistant": "d", "human": "c"}], "conversation_id": 3},
+        {"conversations": [{"user": "a"}, {"assistant": "b"}, {"user": "c"}, {"assistant": "d"}]},
+        {"conversations": [{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}]},
+        {"messages": [{"问": "a", "答": "b"}, {"问": "c", "答": "d"}]},
+        {"messages": [{"speaker": "human", "text": "a"}, {"speaker": "bot", "text": "b"}, {"speaker": "Human", "text": "c"}, {"speaker": "Bot", "text": "d"}]},
+        {"data": ["a", "b", "c", "d"], "id": "0"},
+        {"dialog": ["a", "b", "c", "d"]},
+        {"conversations": [["a", "b"], ["c", "d"]]},
+        {"conversations": {"from": ["human", "gpt", "human", "gpt"], "value": ["a", "b", "c", "d"]}},
+        {"messages": {"role": ["user", "assistant"] * 2, "content": ["a", "b", "c", "d"]}},
+        {"chat": {"turn_2": {"Human": "c", "MOSS": "d"}, "turn_1": {"Human": "<|Human|>: a<eoh>\n", "Inner Thoughts": "<|Inner Thoughts|>: None<eot>\n", "MOSS": "<|MOSS|>: b<eom>\n"}}},
+        {"messages": [{"role": "用户", "content": "a"}, {"role": "助手", "content": "b"}, {"role": "用户", "content": "c"}, {"role": "模型", "content": "d"}]},
+        {"对话": [{"角色": "用户", "内容": "a"}, {"角色": "助手", "内容": "b"}, {"角色": "用户", "内容": "c"}, {"角色": "助手", "内容": "d"}]},
+        {"message_tree": 1, "conversation": {"prompt": {"text": "a", "role": "prompter", "replies": [
+            {"text": "x", "role": "assistant", "rank": 1, "replies": []},
+            {"text": "b", "role": "assistant", "rank": 0, "replies": [{"text": "c", "role": "prompter", "replies": [{"text": "d", "role": "assistant"}]}]}]}}},
+    ],
+)  # fmt: skip
+def test_a_conversation_of_any_shape_is_read(row):
+    assert said(row) == EXPECTED
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "q", "context": "m", "response": "r", "category": "x"},  # Dolly
+        {"instruction": "q", "input": "m", "output": "r", "task_type": "x"},  # COIG-CQIA
+        {"指令": "q", "输入": "m", "输出": "r"},
+        {"Instruction": "q", "Input": "m", "Output": "r"},
+    ],
+)
+def test_columns_of_instruction_input_and_output_are_known(row):
+    found, reader = read(row)
+    assert [(m.content, m.material) for m in found.messages] == [("q", "m"), ("r", "")] and not reader.unused
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"system_prompt": "s", "question": "q", "response": "r", "id": 1},  # OpenOrca
+        {"kind": "x", "input": "q", "target": "r", "system": "s"},  # Firefly
+        {"meta_instruction": "s", "conversation": [{"human": "q", "assistant": "r"}]},  # MOSS
+        {"系统": "s", "问题": "q", "回答": "r"},
+        {"system": "s", "用户": "q", "助手": "r"},
+        {"system": "s", "user": "q", "assistant": "r"},
+        {"System": "s", "Question": "q", "Answer": "r"},
+        {" system": "s", "question ": "q", "answer": "r"},
+        {"system": "s", "problem": "q", "solution": "r"},  # OpenR1
+        {"system": "s", "input": "q", "content": "r"},  # a Chinese R1 distillation
+    ],
+)
+def test_columns_of_system_question_and_answer_are_known(row):
+    assert said(row) == [(S, "s"), (U, "q"), (A, "r")]
+
+
+@pytest.mark.parametrize("prompt", ["7 times 8?", [Q]])
+@pytest.mark.parametrize("completion", ["56", [ANSWER]])
+def test_messages_on_one_side_of_a_pair_are_messages(prompt, completion):
+    assert said({"prompt": prompt, "completion": completion}) == [(U, "7 times 8?"), (A, "56")]
+
+
+def test_unknown_columns_are_refused_with_the_line_to_paste():
+    refused(
+        {"frage": "a", "antwort": "b", "id": 1},
+        "unknown columns",
+        """--map-keys '{"prompt": "frage", "response": "antwort"}'""",
+    )
+    refused({"verlauf": [{"role": "user"}]}, "unknown columns", """--map-keys '{"messages": "verlauf"}'""")
+
+
+# ---- roles ----
+
+
+def test_role_map_names_roles_and_leaves_out_what_it_maps_to_nothing():
+    rows = [("customer", "a"), ("narrator", "n"), ("Agent", "b"), ("environment", "t"), ("agent", "d")]
+    roles = columns("", '{"customer": "user", "agent": "assistant", "environment": "tool", "narrator": ""}')
+    row = {"messages": [{"role": role, "content": words} for role, words in rows]}
+    assert said(row, columns=roles) == [(U, "a"), (A, "b"), (T, "t"), (A, "d")]
+
+
+def test_unknown_roles_are_refused_with_the_line_to_paste():
+    row = {"conversations": [{"from": "customer", "value": "a"}, {"from": "agent", "value": "b"}]}
+    refused(row, "unknown role", """--role-map '{"customer": "user", "agent": "assistant"}'""")
+    row = {"messages": [{"role": "Anna", "content": "a"}, {"role": "Bob", "content": "b"}]}
+    refused(row, "unknown role", """--role-map '{"Anna": "user", "Bob": "assistant"}'""")
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "must be an object"),
+        ('{"a": "wizard"}', "known are"),
+        ('{"user": "customer"}', "turn it round"),
+    ],
+)
+def test_a_role_map_that_cannot_be_used_says_why(value, words):
+    with pytest.raises(Problems, match="ROLE_MAP") as error:
+        columns("", value)
+    assert words in str(error.value)
+
+
+# ---- values ----
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (42, "42"),
+        (3.5, "3.5"),
+        (True, "true"),
+        ({"a": [1, None]}, '{"a": [1, null]}'),
+        ([1, "x"], '[1, "x"]'),
+        ("42", "42"),
+        (0, "0"),
+        (False, "false"),
+    ],
+)
+def test_answers_and_tool_results_that_are_no_text_are_what_json_writes(value, text):
+    assert said({"instruction": "a", "output": value})[-1] == (A, text)
+    assert said({"messages": [Q, {"role": "assistant", "content": value}]})[-1] == (A, text)
+    assert said({"messages": [Q, ANSWER, {"role": "tool", "content": value}]})[-1] == (T, text)
+
+
+@pytest.mark.parametrize("empty", [None, "", "  ", float("nan")])
+def test_an_empty_system_text_and_an_empty_tool_result_are_no_fault(empty):
+    assert said({"messages": [{"role": "system", "content": empty}, Q, ANSWER]}) == [(U, "7 times 8?"), (A, "56")]
+    call = {"role": "assistant", "tool_calls": [CALL]}
+    made = said({"messages": [Q, call, {"role": "tool", "content": empty}, ANSWER]})
+    assert made[2][0] is T and not made[2][1].strip() and made[3] == (A, "56")
+
+
+def test_line_ends_of_ready_texts_are_newlines():
+    assert read({"text": "User: a\r\n\r\nAssistant: b\rc"})[0] == "User: a\n\nAssistant: b\nc"
+
+
+# ---- one message a row ----
+
+
+def together(*rows):
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    return [row for block in conversations([Block("x.jsonl", 1, data, 0)]) for _, row in block.data]
+
+
+def test_rows_of_one_message_are_put_together_by_their_conversation():
+    rows = [{"conversation_id": c, "role": r, "content": w} for c, r, w in
+            [(1, "user", "a"), (2, "user", "x"), (1, "assistant", "b"), (2, "assistant", "y")]]  # fmt: skip
+    assert [said(row) for row in together(*rows)] == [[(U, "a"), (A, "b")], [(U, "x"), (A, "y")]]
+
+
+def test_rows_of_one_message_follow_their_turn_numbers():
+    rows = [{"id": 1, "turn": t, "role": r, "content": w} for t, r, w in [(2, "assistant", "b"), (1, "user", "a")]]
+    assert [said(row) for row in together(*rows)] == [[(U, "a"), (A, "b")]]
+
+
+def test_a_tree_of_messages_gives_its_paths_and_every_answer_is_learnt_once():
+    rows = [
+        {"message_id": "1", "parent_id": None, "text": "a", "role": "prompter"},
+        {"message_id": "3", "parent_id": "1", "text": "worse", "role": "assistant", "rank": 1},
+        {"message_id": "2", "parent_id": "1", "text": "b", "role": "assistant", "rank": 0},
+        {"message_id": "4", "parent_id": "2", "text": "c", "role": "prompter"},
+        {"message_id": "5", "parent_id": "4", "text": "d", "role": "assistant"},
+        {"message_id": "6", "parent_id": "4", "text": "e", "role": "assistant"},
+        {"message_id": "7", "parent_id": "6", "text": "gone", "role": "prompter", "deleted": True},
+    ]
+    found = [said(row) for row in together(*rows)]
+    assert found == [
+        [(U, "a"), (A, "b"), (U, "c"), (A, "d")],
+        [(U, "a"), (A, "-b"), (U, "c"), (A, "e")],
+        [(U, "a"), (A, "worse")],
+    ]
+
+
+def test_a_single_message_without_a_conversation_is_refused_and_never_taken_as_text():
+    refused({"role": "user", "text": "a", "number": 1}, "single message", "conversation_id")
