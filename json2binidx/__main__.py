@@ -14,9 +14,11 @@ usage: ./make_tokenize.sh FILE [EPOCHS] [MAX_TOKENS] [--no-eof] [--preview N] [-
 Rows, found by their columns (MAP_KEYS gives other names, HANDLER forces one kind):
   {"text": "User: Hi\\n\\nAssistant: Hello!"}                                             as it is
   {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
-        also "conversations"; "from" and "value"; tools, tool_calls, reasoning_content, "weight": 0 (not to be learnt)
+        also "conversations"; "from" and "value"; tools, tool_calls, reasoning_content, "weight": 0 or "loss": false (not to be
+        learnt)
   {"instruction": "...", "input": "...", "output": "...", "system": "...", "history": [["...", "..."]]}
-  {"prompt": "...", "completion": "..."}      also prompt/response, question/answer, query/response
+  {"prompt": "...", "completion": "..."}      also prompt/response, question/answer, input/target, 问题/回答, ...
+Other names, shapes, flags and roles: docs/data.md. A column that is not used is reported.
 
 The files appear beside FILE when everything was fine; otherwise earlier files stay as they are. Beside them: NAME.report.json
 and NAME.lengths.png (what the data are like), NAME.rejects.jsonl (rows that cannot be used, with file, line and reason).

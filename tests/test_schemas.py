@@ -3,6 +3,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -537,3 +538,9 @@ def test_a_tree_of_messages_gives_its_paths_and_every_answer_is_learnt_once():
 
 def test_a_single_message_without_a_conversation_is_refused_and_never_taken_as_text():
     refused({"role": "user", "text": "a", "number": 1}, "single message", "conversation_id")
+
+
+@pytest.mark.parametrize("page", ["data.md", "data_zh.md"])
+def test_the_documentation_lists_every_name(page):
+    text = (Path(__file__).resolve().parent.parent / "docs" / page).read_text(encoding="utf-8")
+    assert names.documented() in text

@@ -265,3 +265,33 @@ def chosen(parts: Parts, given: Mapping[str, str], keys: tuple[str, ...]) -> Par
 def quoted(value: Mapping[str, str]) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return "'" + text.replace("'", "'\\''") + "'"
+
+
+def documented() -> str:
+    """The lists of names as docs/data.md and docs/data_zh.md have them (Markdown)."""
+    rows = {
+        "conversation": (*MESSAGES, *MORE_MESSAGES),
+        "text": (*TEXTS, *MORE_TEXTS),
+        "question": PROMPTS,
+        "second text": MATERIALS,
+        "answer": RESPONSES,
+        "system text": SYSTEM,
+        "reasoning": THINK,
+        "tools": TOOLS,
+        "calls": TOOL_CALLS,
+        "learnt or not": FLAGS,
+        "history": HISTORY,
+        "who speaks": SPEAKER,
+        "what is said": SAID,
+        "pictures, sound": MEDIA,
+        "harmless": HARMLESS,
+    }
+    roles = {
+        role: [name for name, of in ROLE_NAMES.items() if of is role] for role in dict.fromkeys(ROLE_NAMES.values())
+    }
+    lines = ["| part | names |", "|---|---|"]
+    lines += [f"| {part} | {' '.join(f'`{name}`' for name in found)} |" for part, found in rows.items()]
+    lines += [
+        f"| role {role.name.lower()} | {' '.join(f'`{name}`' for name in found)} |" for role, found in roles.items()
+    ]
+    return "\n".join(lines)
