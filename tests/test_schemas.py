@@ -424,6 +424,30 @@ def test_messages_on_one_side_of_a_pair_are_messages(prompt, completion):
     assert said({"prompt": prompt, "completion": completion}) == [(U, "7 times 8?"), (A, "56")]
 
 
+def test_answers_that_are_calls_are_calls_where_there_are_tools():
+    row = {"query": "7 times 8?", "tools": json.dumps([TOOL]), "answers": json.dumps([CALL])}  # xlam
+    assert said(row) == [(U, "7 times 8?"), (A, json.dumps(CALL))]
+
+
+def test_of_several_right_answers_the_first_is_learnt_and_the_rest_is_reported():
+    squad = {"context": "m", "question": "q", "answers": {"text": ["r", "s"], "answer_start": [0, 3]}, "id": "7"}
+    found, reader = read(squad)
+    assert said(squad)[-1] == (A, "r") and [name for _, name in reader.unused] == [
+        "answers, but for the first text of them"
+    ]
+
+
+def test_googles_contents_and_parts_are_messages():
+    row = {"contents": [{"role": "user", "parts": [{"text": "a"}]}, {"role": "model", "parts": [{"text": "b"}]}]}
+    assert said(row) == [(U, "a"), (A, "b")]
+
+
+@pytest.mark.parametrize(("name", "value"), [("loss", 0.53), ("weight", 2.5), ("train", "part 3")])
+def test_a_column_with_the_name_of_a_flag_that_is_none_is_reported(name, value):
+    for row in ({"prompt": "a", "response": "b", name: value}, {"messages": [Q, ANSWER], name: value}):
+        assert list(read(row)[1].unused) == [("column", name)]
+
+
 def test_unknown_columns_are_refused_with_the_line_to_paste():
     refused(
         {"frage": "a", "antwort": "b", "id": 1},

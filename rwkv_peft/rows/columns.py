@@ -46,6 +46,8 @@ MORE_MESSAGES = (
     "dialog",
     "chat",
     "data",
+    "contents",
+    "items",
     "对话",
     "對話",
     "会话",
@@ -61,7 +63,7 @@ PROMPTS = ("instruction", "prompt", "question", "query", "problem", "user", "hum
 MATERIALS = ("input", "context", "输入", "上下文", "背景", "资料", "参考资料", "trans_input", "input_zh")
 QUESTIONS = ("question", "query", "problem", "问题", "問題", "提问")
 RESPONSES = ("output", "completion", "response", "answer", "assistant", "reply", "target", "targets", "bot", "gpt", "a",
-             "solution", "generated_solution", "content", "输出", "回答", "答案", "回复", "助手", "答", "回覆",
+             "solution", "generated_solution", "answers", "content", "输出", "回答", "答案", "回复", "助手", "答", "回覆",
              "trans_output", "output_zh")  # fmt: skip
 
 SYSTEM = ("system", "system_prompt", "system_message", "system_text", "system_instruction", "sys_prompt",
@@ -77,7 +79,7 @@ HISTORY = ("history", "chat_history", "历史", "历史对话")
 MEDIA = ("image", "images", "img", "imgs", "image_url", "image_urls", "image_path", "image_paths", "picture", "pictures",
          "audio", "audios", "audio_path", "video", "videos", "video_path", "图片", "图像", "音频", "视频")  # fmt: skip
 SPEAKER = ("role", "from", "speaker", "author", "sender", "角色", "说话人")
-SAID = ("content", "value", "text", "message", "utterance", "内容", "文本")
+SAID = ("content", "value", "text", "message", "utterance", "parts", "内容", "文本")
 
 # keys that say nothing a model could learn: they are left out without a word (docs/data.md lists them)
 HARMLESS = (

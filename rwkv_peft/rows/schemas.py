@@ -251,8 +251,7 @@ class Reader:
             value = one[name]
             if is_nothing(value) or isinstance(value, list):
                 continue
-            word = str(value).strip().lower()
-            learn = FLAG_WORDS.get(word.removesuffix(".0"))
+            learn = flag_word(value)
             if learn is None:
                 raise RowError("wrong type", f"{where} has the {name} {value!r}; it must be 0 or 1")
             found[name] = learn != (squashed(name) == "masked")
@@ -261,12 +260,12 @@ class Reader:
             raise RowError("two values", f"{where} has flags that disagree: {says}")
         return next(iter(found.values()), None)
 
-    def flags_of_row(self, row: Row, parts: Parts) -> tuple[bool | None, str, list[Any] | None]:
+    def flags_of_row(self, row: Row, names: tuple[str, ...]) -> tuple[bool | None, str, list[Any] | None]:
         """The flag of a whole row; the name of the column that has one flag for each message, and its list."""
-        lists = [name for name in parts.flags if isinstance(row[name], list) and row[name]]
+        lists = [name for name in names if isinstance(row[name], list) and row[name]]
         if len(lists) > 1 and any(row[name] != row[lists[0]] for name in lists[1:]):
             raise RowError("two values", f'its "{lists[0]}" and "{lists[1]}" disagree')
-        return self.flag(row, parts.flags, "it"), lists[0] if lists else "", row[lists[0]] if lists else None
+        return self.flag(row, names, "it"), lists[0] if lists else "", row[lists[0]] if lists else None
 
     # ---- rows of a question and an answer ----
 
@@ -276,17 +275,9 @@ class Reader:
         """A question with its second text, what came before (history), and the answer."""
         system_names = tuple(name for name in parts.system if name not in (prompt, query, response))
         think_names = tuple(name for name in parts.think if name not in (prompt, query, response))
-        used = (
-            prompt,
-            query,
-            response,
-            *system_names,
-            *think_names,
-            *parts.tools,
-            *parts.flags,
-            *parts.history,
-            *parts.media,
-        )
+        flag_names = flags_in(row, parts)
+        found_names = (*system_names, *think_names, *parts.tools, *flag_names, *parts.history, *parts.media)
+        used = (prompt, query, response, *found_names)
         schema = "alpaca" if (prompt, response) == ("instruction", "output") else f"{prompt}/{response}"
         if turns.have_roles(row[prompt]) or turns.have_roles(row[response]):  # messages on one side or both
             asked = row[prompt] if isinstance(row[prompt], list) else [{"role": "user", "content": row[prompt]}]
@@ -309,23 +300,35 @@ class Reader:
             check_text_only(text, f'its "{name}"')
         found.append(Message(Role.USER, question, material=material))
         think, words, call = "", "", ""
-        if response in parts.calls:
-            call = self.call_text("its call", row[response])
+        answer = self.one_answer(row[response], response)
+        if response in parts.calls or parts.tools and turns.is_call(answer):
+            call = self.call_text("its call", answer)
         elif is_nothing(row[response]):
             raise RowError("empty", f'its "{response}" is empty')
         else:
-            think, words = split_reasoning(self.text(row[response], response, structured=True))
+            think, words = split_reasoning(self.text(answer, response, structured=True))
             check_text_only(words, f'its "{response}"')
             if not words.strip() and not think:
                 raise RowError("empty", f'its "{response}" is empty')
         think = self.one_thought(think, self.agreed(row, think_names), "its answer")
-        learn, list_name, flags = self.flags_of_row(row, parts)
+        learn, list_name, flags = self.flags_of_row(row, flag_names)
         if flags is not None:
             if len(flags) not in (1, 2):
                 raise RowError("wrong type", f'its "{list_name}" has {len(flags)} flags for a question and an answer')
             learn = self.flag({list_name: flags[-1]}, (list_name,), "its answer")
         found.append(Message(Role.ASSISTANT, words, think=think, learn=learn is not False, call=call))
         return schema, Dialogue(tuple(found), self.tools([(name, row[name]) for name in parts.tools])), used
+
+    def one_answer(self, value: Any, name: str) -> Any:
+        """Of a column "answers", which holds several that are right: the first (SQuAD: its text)."""
+        if squashed(name) != "answers":
+            return value
+        texts = value.get("text") if isinstance(value, dict) else value
+        if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
+            if len(texts) > 1 or isinstance(value, dict) and len(value) > 1:
+                self.unused["part of the column", "answers, but for the first text of them"] = 1
+            return texts[0]
+        return value
 
     def one_thought(self, inside: str, beside: str, where: str) -> str:
         if inside and beside and inside.strip() != beside.strip():
@@ -353,7 +356,7 @@ class Reader:
     def conversation(self, row: Row, parts: Parts, name: str) -> tuple[str, Dialogue, tuple[str, ...]]:
         rows = turns.normal(turns.parsed(row[name]) if isinstance(row[name], str) else row[name])
         dialogue = self.messages(rows, row, parts)
-        used = [name, *parts.system, *parts.tools, *parts.flags, *parts.media, *parts.beside_messages]
+        used = [name, *parts.system, *parts.tools, *flags_in(row, parts), *parts.media, *parts.beside_messages]
         if thoughts := [key for key in parts.think if not is_nothing(row[key])]:
             answers = [i for i, m in enumerate(dialogue.messages) if m.role is Role.ASSISTANT]
             if (
@@ -372,7 +375,7 @@ class Reader:
         found: list[Message] = []
         answers = 0
         tools = [(name, row[name]) for name in parts.tools]
-        learn, list_name, flags = self.flags_of_row(row, parts)
+        learn, list_name, flags = self.flags_of_row(row, flags_in(row, parts))
         if flags is not None:
             rows = self.with_flags(rows, list_name, flags)
         system = self.agreed(row, (*parts.system, *parts.beside_messages))
@@ -675,6 +678,17 @@ class Reader:
             except orjson.JSONDecodeError:
                 raise RowError("tool call", f"{where}: the arguments of {name} are not valid JSON") from None
         return without_padding(value) if self.padded else value
+
+
+def flag_word(value: Any) -> bool | None:
+    """What a flag says: true, false, 0, 1, and the same as texts; None for anything else."""
+    return FLAG_WORDS.get(str(value).strip().lower().removesuffix(".0"))
+
+
+def flags_in(row: Row, parts: Parts) -> tuple[str, ...]:
+    """The columns of a row that are flags. One of this name with another number (the loss of an earlier model, the weight of a
+    sample) is none, and is reported as not used."""
+    return tuple(name for name in parts.flags if isinstance(row[name], list) or flag_word(row[name]) is not None)
 
 
 def known_roles() -> str:

@@ -68,6 +68,16 @@ def is_part(value: Any) -> bool:
     )
 
 
+def is_call(value: Any) -> bool:
+    """Whether an answer is a list of calls, {"name": ..., "arguments": ...}, or JSON text of one (xlam)."""
+    if isinstance(value, str) and value.lstrip()[:1] == "[":
+        try:
+            value = orjson.loads(value)
+        except orjson.JSONDecodeError:
+            return False
+    return is_messages(value) and all(isinstance(one.get("name"), str) and "arguments" in one for one in value)
+
+
 def are_parts(content: list[Any]) -> bool:
     """Whether a list is a content in parts, not a value of its own (what a tool gave back, say)."""
     return all(
