@@ -457,6 +457,32 @@ def test_unknown_columns_are_refused_with_the_line_to_paste():
     refused({"verlauf": [{"role": "user"}]}, "unknown columns", """--map-keys '{"messages": "verlauf"}'""")
 
 
+WORDS = st.one_of(
+    st.text(max_size=6),
+    st.sampled_from(["a", "", " ", "<think>x</think>y", "<image>", "a\rb", "é", "Ã©t"]),
+    st.integers(),
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    st.sampled_from(["instruction", "prompt", "question", "input"]), st.sampled_from(["output", "answer", "answers"]),
+    st.fixed_dictionaries({}, optional={"input": WORDS, "context": WORDS, "id": WORDS, "title": WORDS}), WORDS, WORDS, st.booleans(),
+)  # fmt: skip
+def test_the_short_way_of_plain_pairs_gives_what_the_long_way_gives(prompt, response, others, question, answer, repair):
+    row = {**others, prompt: question, response: answer}
+    short, long = Reader(repair=repair), Reader(repair=repair)
+    long.columns_of_plain_pair = lambda *_: ()
+
+    def outcome(reader):
+        try:
+            return reader.read(row), dict(reader.unused), reader.verdicts
+        except RowError as error:
+            return error.reason, str(error)
+
+    assert outcome(short) == outcome(long)
+
+
 # ---- roles ----
 
 

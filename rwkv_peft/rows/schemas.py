@@ -94,6 +94,7 @@ class Reader:
     seen: set[str] = field(default_factory=set)
     unused: dict[tuple[str, str], int] = field(default_factory=Counter)
     layouts: dict[tuple[str, ...], Parts] = field(default_factory=dict)
+    pairs: dict[tuple[str, ...], tuple[str, ...]] = field(default_factory=dict)  # see columns_of_plain_pair
 
     def read(self, row: Row) -> tuple[str, Dialogue | str]:
         """The schema's name, and a dialogue or a ready text. RowError if the row is none that can be used."""
@@ -105,6 +106,8 @@ class Reader:
             self.seen.update(name for name in self.columns.named if name in row)
         keys = tuple(row)
         parts = self.layout(keys)
+        if (plain := self.plain_pair(row, keys, parts)) is not None:
+            return plain
         form, names = self.recognise(row, parts)
         for name in parts.media:
             if not is_nothing(row[name]):
@@ -124,6 +127,55 @@ class Reader:
             if not is_nothing(row[key]):
                 self.unused["column", key] = 1
         return schema, found
+
+    def plain_pair(self, row: Row, keys: tuple[str, ...], parts: Parts) -> tuple[str, Dialogue] | None:
+        """A row of nothing but a question, perhaps its second text, and an answer, which most pairs are: what the long way
+        would give, sooner. Or None."""
+        pair = self.pairs.get(keys)
+        if pair is None:
+            pair = self.pairs[keys] = self.columns_of_plain_pair(row, keys, parts)
+        if not pair:
+            return None
+        prompt, query, response = pair
+        question, answer, material = row[prompt], row[response], row[query] if query else ""
+        if type(question) is not str or type(answer) is not str or type(material) is not str:
+            return None
+        for text in pair:
+            text = row[text] if text else ""
+            if wants_a_look(text) or "\r" in text or text.isspace() or (self.repair and not text.isascii()):
+                return None
+        if not question or not answer:
+            return None
+        for key in left_over(keys, pair):
+            if not is_nothing(row[key]):
+                self.unused["column", key] = 1
+        messages = (Message(Role.USER, question, material=material), Message(Role.ASSISTANT, answer))
+        return self.name_of_pair(prompt, response), Dialogue(messages)
+
+    def columns_of_plain_pair(self, row: Row, keys: tuple[str, ...], parts: Parts) -> tuple[str, ...]:
+        """Question, second text and answer of rows with these keys; () where other columns may have a say."""
+        if len(self.pairs) > 4096:
+            self.pairs.clear()
+        others = (
+            parts.messages,
+            parts.texts,
+            parts.system,
+            parts.think,
+            parts.tools,
+            parts.calls,
+            parts.flags,
+            parts.history,
+        )
+        prompts = [name for name in parts.prompts if name not in parts.materials]
+        one_of_each = len(prompts) == len(parts.responses) == 1 and len(parts.materials) < 2
+        if HANDLERS[self.handler] not in ("auto", "pair") or any(others) or parts.media or not one_of_each:
+            return ()
+        if squashed(parts.responses[0]) == "answers":
+            return ()
+        return prompts[0], parts.materials[0] if parts.materials else "", parts.responses[0]
+
+    def name_of_pair(self, prompt: str, response: str) -> str:
+        return "alpaca" if (prompt, response) == ("instruction", "output") else f"{prompt}/{response}"
 
     def layout(self, keys: tuple[str, ...]) -> Parts:
         """The parts that the columns of a row play, MAP_KEYS considered."""
@@ -278,7 +330,7 @@ class Reader:
         flag_names = flags_in(row, parts)
         found_names = (*system_names, *think_names, *parts.tools, *flag_names, *parts.history, *parts.media)
         used = (prompt, query, response, *found_names)
-        schema = "alpaca" if (prompt, response) == ("instruction", "output") else f"{prompt}/{response}"
+        schema = self.name_of_pair(prompt, response)
         if turns.have_roles(row[prompt]) or turns.have_roles(row[response]):  # messages on one side or both
             asked = row[prompt] if isinstance(row[prompt], list) else [{"role": "user", "content": row[prompt]}]
             said = (
