@@ -92,6 +92,7 @@ def tokenize(source: Path, config: TokenizeConfig, epochs: int, end_of_doc: bool
     content = {
         "key": key,
         **content,
+        "template": made_from.template.to_dict(),
         "files": cache.describe([*names, *([rejects] if rejects.is_file() else []), picture]),
     }
     write_json(report_file, content)

@@ -27,13 +27,14 @@ import argparse
 import contextlib
 import dataclasses
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ..errors import Problems, UserError
 from ..shell_vars import convert, enter, var
-from ..templates.named import template
-from ..templates.template import ENDINGS, Ending
+from ..templates.named import recorded, template
+from ..templates.template import ENDINGS, Ending, Template
 
 COMMANDS = "/reset forgets the talk, /quit or an empty line ends it, Ctrl-C ends an answer"
 
@@ -82,17 +83,32 @@ def command(config: ChatConfig, typed: list[str]) -> None:
     from .models import load
 
     model, name, told = load(config, base_was_named)
-    trained_with, ending = told.get("prompt_type"), ENDINGS.get(told.get("eot"), ENDINGS["doc"])
-    if trained_with and trained_with != config.prompt_type and not raw and not was_typed:
-        print(f"PROMPT_TYPE={trained_with}: what it was trained with. --prompt-type takes another.", file=sys.stderr)
-        check_template(trained_with, f"{name} was trained with PROMPT_TYPE={trained_with}, which")
-        config = dataclasses.replace(config, prompt_type=trained_with)
+    ending = ENDINGS.get(told.get("eot"), ENDINGS["doc"])
+    form = template(config.prompt_type) if raw else form_to_talk_in(config.prompt_type, was_typed, told, name)
     if prompt is not None:
         if sys.stdout.isatty():
             print(f"{name}:", file=sys.stderr)  # standard output holds the answer alone
-        once(model, config, prompt, raw)
+        once(model, config, form, prompt, raw)
     else:
-        talk(model, config, name, ending)
+        talk(model, config, form, name, ending)
+
+
+def form_to_talk_in(asked: str, was_typed: bool, told: Mapping[str, Any], name: str) -> Template:
+    """The template that was typed, else the one that the model was trained with, else that of the script.
+
+    asked: PROMPT_TYPE. told: the sidecar. name: what the model is called.
+    """
+    if was_typed:
+        return template(asked)
+    try:
+        trained = recorded(told, f"{name} (its .json)")
+    except Problems as found:
+        which = f"{name} was trained with PROMPT_TYPE={told['prompt_type']}, which"
+        raise UserError(f"{which} {found.problems[0].message}.") from None
+    if trained and trained != template(asked):
+        words = f"PROMPT_TYPE={told.get('prompt_type') or trained.name}: what it was trained with."
+        print(f"{words} --prompt-type takes another.", file=sys.stderr)
+    return trained or template(asked)
 
 
 def check_template(name: str, who: str) -> None:
@@ -154,14 +170,13 @@ def command_line(arguments: list[str], config: ChatConfig) -> Asked:
     )
 
 
-def once(model, config: ChatConfig, prompt: str, raw: bool) -> None:
+def once(model, config: ChatConfig, form: Template, prompt: str, raw: bool) -> None:
     """--prompt: one answer to standard output."""
     from .. import tokenizer
     from ..generate import advance
     from ..roles import Role
     from ..templates.template import Message
 
-    form = template(config.prompt_type)
     text = prompt.encode("utf-8", "replace").decode()  # bytes that are no text arrive as half characters
     if not raw:
         system = [Message(Role.SYSTEM, config.system)] if config.system.strip() else []
@@ -193,7 +208,7 @@ def answer(model, config: ChatConfig, logits, state, stops, strip: bool, talking
     return text
 
 
-def talk(model, config: ChatConfig, name: str, ending: Ending = ENDINGS["doc"]) -> None:
+def talk(model, config: ChatConfig, form: Template, name: str, ending: Ending = ENDINGS["doc"]) -> None:
     """A conversation. The whole of it is encoded anew each turn, and the model goes on from the end of the last prompt: that
     is a border which later text cannot move, while the end of an answer is not. ending: how turns of the training data end."""
     with contextlib.suppress(ImportError):  # gives input() its line editing and the arrow keys
@@ -204,7 +219,6 @@ def talk(model, config: ChatConfig, name: str, ending: Ending = ENDINGS["doc"]) 
     from ..roles import Role
     from ..templates.template import Message, split_thought
 
-    form = template(config.prompt_type)
     print(f"{name}: type a question. {COMMANDS}.")
     start = [Message(Role.SYSTEM, config.system)] if config.system.strip() else []
     messages, known, state = list(start), 0, None

@@ -101,3 +101,6 @@ PRESETS: dict[str, Template] = {
         Template("empty", format_user="{{content}}", format_assistant="{{content}}", format_separator="", strip=False),
     )
 }
+
+# what a name meant in the files of versions that did not write a template's content beside it
+BEFORE: dict[str, str] = {}

@@ -13,12 +13,13 @@ Source: the model card of BlinkDL/rwkv-7-world and RWKV7-G1x-templates.txt in Bl
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..roles import Role, Span
 from .headings import WORLD
@@ -131,6 +132,43 @@ class Template:
     strip: bool = True
     think: str = "keep"
     opening: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, as JSON can hold it: what a run keeps, so that it is served in the form that it was trained in, whatever
+        the name means in a later version."""
+        found = {}
+        for one in dataclasses.fields(self):
+            value = getattr(self, one.name)
+            if isinstance(value, frozenset):
+                value = sorted(role.name.lower() for role in value)
+            found[one.name] = list(value) if isinstance(value, tuple) else value
+        return found
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Template:
+        """The template that `to_dict` has described. ValueError if it is none, or one of a newer version of this kit."""
+        fields = {one.name: one for one in dataclasses.fields(cls)}
+        missing = [n for n, one in fields.items() if one.default is dataclasses.MISSING and n not in content]
+        if missing:
+            raise ValueError(f"lacks {missing[0]}")
+        values = {}
+        for name, value in content.items():
+            if name not in fields:
+                raise ValueError(f"has the field {name!r}, which this version of the kit does not know")
+            default = fields[name].default
+            if isinstance(default, (tuple, frozenset)):
+                if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+                    raise ValueError(f"{name} must be a list of texts, not {value!r}")
+                value = tuple(value)
+                if isinstance(default, frozenset):
+                    unknown = [one for one in value if one.upper() not in Role.__members__]
+                    if unknown:
+                        raise ValueError(f"{name} holds {unknown[0]!r}, which is no role")
+                    value = frozenset(Role[one.upper()] for one in value)
+            elif not isinstance(value, bool if isinstance(default, bool) else str):
+                raise ValueError(f"{name} cannot be {value!r}")
+            values[name] = value
+        return cls(**values)
 
     @functools.cached_property
     def patterns(self) -> dict[Role, Pattern]:

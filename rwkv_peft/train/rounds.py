@@ -6,6 +6,7 @@ import functools
 
 from ..generate import likeliest_answer
 from ..templates.named import template
+from ..tokenized import common
 from ..training import samples, validate
 from ..training.callbacks import Save, StepRecorder, StopOnSignal
 from ..training.rounds import Rounds
@@ -39,7 +40,8 @@ def make_rounds(
     """The validation and what comes beside it, in their order. stop: cuts them short. recorder: does not count their time."""
     config, rounds = run.config, [validation] if validation else []
     if run.questions:
-        form = template(run.data.templates[0][0] if len(run.data.templates) == 1 else DEFAULT_TEMPLATE)
+        written = common(run.data.forms)
+        form = (written and written.template) or template(DEFAULT_TEMPLATE)
         answer = functools.partial(say_after, form, config.sample_tokens)
         where = run.folder / samples.FILE
         every = config.sample_steps, run.plan.optimizer_steps
