@@ -24,7 +24,7 @@ class Quick:
             self.columns = ()
         if template.format_prefix or template.default_system or not template.strip:
             self.columns = ()
-        self.system, self.tools = columns.system, columns.tools
+        self.system, self.tools, self.reserved = columns.system, columns.tools, template.reserved
         self.speakers = {}
         for name, role in ROLE_NAMES.items():
             if role in SPEAKERS:
@@ -58,10 +58,13 @@ class Quick:
             for one in messages:
                 content = one[what]
                 role, pair, heading, lead, end, cleaner = self.speakers[one[who]]
-                content = cleaner(content) if "\n" in content or "\r" in content else content.strip()
+                plain = "\n" not in content and "\r" not in content and not content[:1].isspace()
+                content = content.rstrip() if plain else cleaner(content)
                 if not content or len(one) != 2 or (doctor and not content.isascii()):
                     return None
                 if role is Role.ASSISTANT and content.startswith(THINK):
+                    return None
+                if self.reserved and any(word in content for word in self.reserved):
                     return None
                 if heading:
                     texts.append(heading)

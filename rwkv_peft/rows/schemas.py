@@ -53,7 +53,9 @@ PAIRS = (
     ("prompt", "", "response"),
     ("question", "", "answer"),
     ("query", "", "response"),
+    ("prefix", "suffix", "middle"),
 )
+INFILLING = "prefix/middle"  # how the last of these is called
 
 MAPPABLE = ("prompt", "query", "response", "system", "history", "messages", "text", "tools", "think")
 
@@ -111,11 +113,13 @@ def columns(map_keys: str) -> Columns:
 
 @dataclass
 class Reader:
-    """Reads rows. verdicts: what the mojibake doctor said of the strings of the last row. seen: named columns met."""
+    """Reads rows. infill: whether they are to be written as prefix, suffix and middle. verdicts: what the mojibake doctor said of
+    the strings of the last row. seen: named columns met."""
 
     columns: Columns = Columns()
     handler: str = "auto"
     repair: bool = True
+    infill: bool = False
     verdicts: set[str] = field(default_factory=set)
     seen: set[str] = field(default_factory=set)
 
@@ -188,6 +192,11 @@ class Reader:
             raise RowError("wrong type", f'its "{name}" must be a string, not {kind(value)}')
         return "" if value.isspace() else self.string(value)
 
+    def part(self, row: Row, name: str) -> str:
+        """A question or its input. In rows for infilling blanks are words as well: a suffix may be a line break."""
+        value = row.get(name) if name else None
+        return self.string(value) if self.infill and isinstance(value, str) else self.optional(row, name)
+
     def pair(self, row: Row, prompt: str, query: str, response: str) -> Dialogue:
         """A question with its input, what came before (history), and the answer."""
         if isinstance(row[prompt], list) and isinstance(row[response], list):  # lists of messages on both sides
@@ -206,10 +215,10 @@ class Reader:
                 )
             found.append(Message(Role.USER, self.text(turn[0], f"{self.columns.history}, question {i}")))
             found.append(Message(Role.ASSISTANT, self.text(turn[1], f"{self.columns.history}, answer {i}")))
-        question, material = self.optional(row, prompt), self.optional(row, query)
+        question, material = self.part(row, prompt), self.part(row, query)
         if not question and not material:
             raise RowError("empty", f'its "{prompt}" is empty')
-        if not question:
+        if not question and not self.infill:
             question, material = material, ""
         found.append(Message(Role.USER, question, material=material))
         if row[response] is None:
@@ -240,9 +249,6 @@ class Reader:
                 if system and len(found) == 1:  # said in a column of its own and in the conversation
                     found[0] = message
                     continue
-            elif role is Role.TOOL and found and found[-1].role is Role.TOOL:
-                found[-1] = Message(Role.TOOL, f"{found[-1].content}\n{message.content}")
-                continue
             found.append(message)
         if not answers:
             raise RowError("no answer", "the conversation has no assistant message")
