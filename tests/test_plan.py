@@ -109,7 +109,7 @@ def test_a_run_remembers_the_template_of_its_data_and_chat_talks_in_it(ready, ca
     assert "PROMPT_TYPE=rwkv-qa: what it was trained with." in capsys.readouterr().err
     chat.command(settings, ["--prompt", "Hi", "--prompt-type", "chatml"])
     chat.command(settings, ["--prompt", "Hi", "--raw"])
-    assert asked == ["rwkv-qa", "chatml", "rwkv-world"]
+    assert asked == ["rwkv-qa", "chatml", "empty"]
 
 
 def test_data_of_different_templates_are_told(ready, capsys):

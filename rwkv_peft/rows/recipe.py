@@ -227,7 +227,7 @@ class Cook:
         if word := template.holds_reserved(dialogue):
             raise RowError(
                 f"holds {word}",
-                f"holds {word}, which ends a turn in PROMPT_TYPE={template.name}: write another sign, or take another template",
+                f"holds {word}, which is a border in PROMPT_TYPE={template.name}: write another sign, or take another template",
             )
         if template.infill and ([m.role for m in dialogue.messages] != [Role.USER, Role.ASSISTANT] or dialogue.tools):
             raise RowError(

@@ -20,7 +20,9 @@ def template(name: str) -> Template:
     file, _, inner = name.rpartition(":") if ".json:" in name else (name, "", "")
     if not file.endswith(".json"):
         known = ", ".join(PRESETS)
-        raise Problems(Problem("PROMPT_TYPE", f"must be one of {known}, or a .json file{did_you_mean(name, PRESETS)}"))
+        raise Problems(
+            Problem("PROMPT_TYPE", f"must be one of {known}, auto, or a .json file{did_you_mean(name, PRESETS)}")
+        )
     path = find(file, "data")
     if not path.is_file():
         raise Problems(Problem("PROMPT_TYPE", f"{shown(path)}: there is no such file"))

@@ -13,7 +13,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import hashing
+from .. import hashing, project
 from ..config import TrainConfig
 from ..errors import Problem, Problems, UserError
 from ..shell_vars import MOST, Script, values_as_written
@@ -115,11 +115,12 @@ def plan_run(config: TrainConfig, files, vocab_size: int, say) -> Planned:
 
 @dataclass(frozen=True)
 class Held:
-    """Held-out data. names: of the files; missing: of those that are trained and have none. rows: places of the context's length.
-    untrained: documents that have nothing to learn from. data: tells these from others. batches: from a process's number and
-    their count to its share."""
+    """Held-out data. names, prefixes: of the files; missing: of those that are trained and have none. rows: places of the
+    context's length. untrained: documents that have nothing to learn from. data: tells these from others. batches: from a
+    process's number and their count to its share."""
 
     names: tuple[str, ...]
+    prefixes: tuple[Path, ...]
     missing: tuple[str, ...]
     rows: int
     targets: int
@@ -181,7 +182,8 @@ def held_out(config: TrainConfig, files, ctx_len: int, vocab_size: int, say) -> 
 
     names = tuple(prefix.name for prefix, _ in pairs)
     facts = data.facts()
-    return Held(names, tuple(missing), data.rows, facts.targets, facts.untrained, mark, batches)
+    prefixes = tuple(prefix for prefix, _ in pairs)
+    return Held(names, prefixes, tuple(missing), data.rows, facts.targets, facts.untrained, mark, batches)
 
 
 def content_of_files(files, before: dict | None) -> dict:
@@ -201,7 +203,7 @@ def plan_stream(config: TrainConfig, source: Path, vocab_size: int, say) -> Plan
     from ..data.sampling import Plan
     from ..data.streaming import Stream
     from ..rows import files
-    from ..rows.settings import TokenizeConfig, recipe
+    from ..rows.settings import TokenizeConfig, recipe, settled
     from ..rows.stream import RowStream
     from ..tokenized import Form, mask_of, roles_in_text, unescaped
     from ..training import report
@@ -211,6 +213,7 @@ def plan_stream(config: TrainConfig, source: Path, vocab_size: int, say) -> Plan
         tokenizing = script.read(TokenizeConfig)
     except Problems as problems:  # of another script than the one that runs
         raise UserError(script.report(problems)) from None
+    tokenizing = settled(tokenizing, project.model_file(config.model_path))[0]
     micro_bsz = max(1, AUTO_BATCH_TOKENS // config.ctx_len) if config.micro_bsz == "auto" else config.micro_bsz
     rows = config.max_steps * micro_bsz * config.mini_bsz * config.processes
     plan = Plan(rows, None, micro_bsz, config.mini_bsz, config.processes)

@@ -162,7 +162,7 @@ def state_rows(setup, stored) -> list[tuple[str, str]]:
 def form_lines(forms) -> list[tuple[str, str]]:
     """A word where the data were made with several templates: no chat can use them all at once."""
     words = ", ".join(f"{form.prompt_type} with EOT={form.eot}" for form in sorted(forms, key=lambda one: one[:2]))
-    return [("", f"these data were made with different templates: {words}")] if len(forms) > 1 else []
+    return [("warning", f"these data were made with different templates: {words}")] if len(forms) > 1 else []
 
 
 def more_steps(settings, plan) -> str:
