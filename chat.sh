@@ -20,7 +20,8 @@ MODEL_PATH="rwkv7-tiny.pth"
 ADAPTER=""
 
 # The template to talk in, as in make_tokenize.sh; where a run or merged model tells its own, that is used. 对话模板，默认与训练一致
-PROMPT_TYPE=rwkv-world
+# auto: what it was trained with, else by the base's name: rwkv-g1 for G1 models, else rwkv-world   auto 按训练结果或模型名选择
+PROMPT_TYPE=auto
 
 # What the assistant is told at the start; empty: nothing. 系统提示
 SYSTEM=""

@@ -15,16 +15,23 @@ set -a
 ########################################## What rows become  渲染成什么文本 ##########################################
 
 # The template that dialogues are written in. What you train with is what you must chat with. 对话模板，训练与推理须一致
+#   auto               by MODEL_PATH in training.sh: rwkv-g1 for G1 models, else rwkv-world; it says which     自动选择，并告知
 #   rwkv-world         User: ... Assistant: ...  with a blank line between: all RWKV World models      通用
 #   rwkv-g1            the same for G1 models: answers keep their blank lines and thoughts             G1 模型
 #   rwkv-g1-think      the answer begins with <think: always a thought                                 总是先思考
-#   rwkv-g1-fakethink  an empty thought before every answer: quick and good                            空思考
+#   rwkv-g1-think-cue  the same, with (think) behind the question; -think-bit, -think-lot: (think a bit), (think a lot)  控制思考长度
+#   rwkv-g1-fakethink  an empty thought, <think></think>, before every answer: quick and good          空思考
+#   rwkv-g1-bot        User✿...✿ Bot✿...✿ from G1h on; also rwkv-g1-bot-think, rwkv-g1-bot-fakethink   ✿ 格式
 #   rwkv-g1-tools      function calls: the answer begins with ```json                                  函数调用
+#   rwkv-g1-toolcall   function calls in <tool_call>, results in <tool_response>                       函数调用
+#   rwkv-g1-function-calling   function calls under ### headings; also ...-think, ...-fakethink        函数调用
 #   rwkv-g1-rag        material first, then the question                                               先资料后提问
+#   rwkv-g1-fim        fills in the middle: columns prefix, suffix, middle                             中间填空
 #   rwkv-qa            Question: ... Answer: ...              rwkv-instruct   Instruction: Input: Response:
+#   rwkv-g1-emptythink-2025   the older empty thought, for models trained with it                      旧版空思考
 #   alpaca chatml default ext-cat empty                       formats of other models                  其他格式
 #   my.json            your own: {"format_user": "Q: {{content}}", "format_assistant": "A: {{content}}"}    自定义模板
-PROMPT_TYPE=rwkv-world
+PROMPT_TYPE=auto
 
 # How rows end. 结束方式
 #   doc    token 0: the end of the document                                          词元 0

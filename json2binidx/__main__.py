@@ -53,7 +53,22 @@ def main(arguments: list[str], environment: dict[str, str] | None = None) -> Non
     with door():  # a package that is missing is told in words as well
         from rwkv_peft.rows.settings import TokenizeConfig
 
-        enter(arguments, __doc__, TokenizeConfig, command, environment=environment, options=True)
+        enter(arguments, usage(), TokenizeConfig, command, environment=environment, options=True)
+
+
+def usage() -> str:
+    """The text above, and the templates by their names."""
+    from rwkv_peft.templates.presets import ABOUT
+
+    width = max(map(len, ABOUT)) + 2
+    names = [f"  {name:<{width}}{about}" for name, about in ABOUT.items()]
+    return "\n".join([
+        __doc__,
+        "PROMPT_TYPE, the template that dialogues are written in: auto (by MODEL_PATH in training.sh: rwkv-g1 for G1 models,",
+        "else rwkv-world), a .json file of your own, or one of these:",
+        *names,
+        "",
+    ])  # fmt: skip
 
 
 def command(config: TokenizeConfig, typed: list[str]) -> None:
@@ -96,7 +111,7 @@ def command_line(typed: list[str], settings: list[str]) -> tuple[list[str], bool
         else:
             words.append(word)
     if not words:
-        leave(__doc__, 2)
+        leave(usage(), 2)
     others = [word for word in words[1:] if not re.match(r"[+-]?\d", word)]
     if len(words) > 3 or others:
         many = f"{len(words)} words where at most 3 belong (FILE EPOCHS MAX_TOKENS)"

@@ -12,7 +12,7 @@ from rwkv_peft.errors import UserError
 from rwkv_peft.roles import Role
 from rwkv_peft.rows import files
 from rwkv_peft.rows.recipe import Cook
-from rwkv_peft.rows.settings import TokenizeConfig, recipe
+from rwkv_peft.rows.settings import TokenizeConfig, recipe, settled
 from rwkv_peft.words import count
 
 from .tally import Tally
@@ -24,6 +24,9 @@ MARKS = {"begin": "[[", "end": "]]", "border": "|"}
 
 def preview(source: Path, config: TokenizeConfig, end_of_doc: bool, most: int) -> None:
     """Print the first `most` rows, and what cannot be used on the way to them."""
+    config, told = settled(config)
+    if told:
+        print(f"template  {told}")
     paths, _ = files.find(source)
     cook = Cook(recipe(config, end_of_doc))
     marks = COLOURS if sys.stdout.isatty() else MARKS

@@ -13,6 +13,7 @@ from rwkv_peft import __version__, project
 from rwkv_peft.data import buckets
 from rwkv_peft.data.sampling import auto_ctx_len
 from rwkv_peft.rows.recipe import Place
+from rwkv_peft.templates.presets import PRESETS
 from rwkv_peft.words import count, listed
 
 from .advice import factor_table, power_of_two
@@ -23,14 +24,11 @@ BATCHES = (4, 8)  # micro-batch sizes for which the filling of DATALOAD=pad is t
 SAMPLE = 20_000  # rows that are looked at for the shares of filling
 BINS = 40
 MANY = 0.1  # of the rows: if more cannot be used, that is worth a word of its own
-WORLD = (
-    "rwkv-world",
-    "rwkv-g1",
-    "rwkv-g1-think",
-    "rwkv-g1-fakethink",
-    "rwkv-g1-tools",
-    "rwkv-g1-rag",
-)  # User: and Assistant:
+WORLD = frozenset(  # User: and Assistant:
+    name
+    for name, form in PRESETS.items()
+    if (form.format_user, form.format_assistant) == ("User: {{content}}", "Assistant: {{content}}")
+)
 
 
 def make(

@@ -25,7 +25,7 @@ from rwkv_peft.errors import UserError
 from rwkv_peft.rows import files
 from rwkv_peft.rows.reading import Block
 from rwkv_peft.rows.recipe import Cooked, Recipe
-from rwkv_peft.rows.settings import TokenizeConfig, recipe
+from rwkv_peft.rows.settings import TokenizeConfig, recipe, settled
 from rwkv_peft.words import listed
 
 from . import cache, report
@@ -51,6 +51,9 @@ def tokenize(source: Path, config: TokenizeConfig, epochs: int, end_of_doc: bool
     UserError if nothing can be used, or STRICT=1 and anything cannot.
     """
     prefix = files.stem_of(source) if source.is_file() else source.resolve()
+    config, told = settled(config)
+    if told:
+        print(f"template  {told}")
     found, other = files.find(source)
     made_from = recipe(config, end_of_doc)
     settings = {
@@ -93,6 +96,7 @@ def tokenize(source: Path, config: TokenizeConfig, epochs: int, end_of_doc: bool
     content = {
         "key": key,
         **content,
+        "template": made_from.template.to_dict(),
         "files": cache.describe([*names, *([rejects] if rejects.is_file() else []), picture]),
     }
     write_json(report_file, content)

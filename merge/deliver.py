@@ -117,7 +117,7 @@ def describe(found: Sequence[Found], weights, sources: list[dict], base: Path, g
     own = {k: v for k, v in same[0].items() if k != "checkpoint_sha256"} if len(same) == 1 == len(found) else {
         "method": "+".join(one.part.setup.method for one in found), "base": base.name, "base_path": str(base.resolve()),
         "geometry": geometry.as_dict(),
-        **{k: same[0][k] for k in ("prompt_type", "eot") if same and len({s.get(k) for s in same}) == 1 and k in same[0]},
+        **{k: same[0][k] for keys in FORM if same and all(alike(s, same[0], keys) for s in same) for k in keys if k in same[0]},
     }  # fmt: skip
     how = {"weights": list(weights)} if weights else {}
     if found[0].part.quantised:
@@ -125,6 +125,14 @@ def describe(found: Sequence[Found], weights, sources: list[dict], base: Path, g
     if len(found) == 1:
         how |= found[0].part.setup.options
     return {"merged": sources, **own, **how, "merged_by": __version__}
+
+
+# what says how a model's dialogues are written: a template's name means nothing without its content
+FORM = (("prompt_type", "template"), ("eot",))
+
+
+def alike(one: dict, other: dict, keys: Sequence[str]) -> bool:
+    return all(one.get(key) == other.get(key) for key in keys)
 
 
 def make_room(target: Path, fresh: Path, sources: Sequence[dict]) -> None:

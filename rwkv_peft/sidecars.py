@@ -70,4 +70,5 @@ SIDECAR: dict[str, Callable[[Any], bool]] = {
     "step": lambda value: whole(value, 0),
     "prompt_type": lambda value: value is None or isinstance(value, str),
     "eot": lambda value: value is None or isinstance(value, str),
+    "template": lambda value: value is None or isinstance(value, dict),
 }

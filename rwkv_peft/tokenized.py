@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
@@ -11,6 +10,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,9 +19,11 @@ from .data import mixture
 from .data.binidx import Reader
 from .data.masking import Markers, roles_of_tokens
 from .data.sources import Source
-from .errors import Problem, Problems
+from .errors import Problem, Problems, UserError
 from .roles import Span
+from .templates import named
 from .templates.headings import spans_of_text
+from .templates.template import Template
 from .words import did_you_mean, listed
 
 
@@ -56,12 +58,37 @@ def missing_data(prefix: Path) -> str:
     return f"{project.shown(prefix)}{' and '.join(missing)}: there is no such file{hint}"
 
 
-def template_of(prefix: Path) -> tuple[str, str] | None:
-    """The PROMPT_TYPE and EOT that tokenized data were made with, as NAME.report.json tells; None where there is none."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        settings = json.loads(Path(f"{prefix}.report.json").read_text(encoding="utf-8"))["settings"]
-        return str(settings["PROMPT_TYPE"]), str(settings["EOT"])
-    return None
+class Form(NamedTuple):
+    """What dialogues were written in: PROMPT_TYPE, EOT, and the template itself (None: its file is gone)."""
+
+    prompt_type: str
+    eot: str
+    template: Template | None
+
+
+def form_of(prefix: Path) -> Form | None:
+    """What tokenized data were written in, as NAME.report.json tells; None where there is none. UserError if it holds a template
+    that cannot be read."""
+    path = Path(f"{prefix}.report.json")
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        settings = report["settings"]
+        name, eot = str(settings["PROMPT_TYPE"]), str(settings["EOT"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    told = {"template": report.get("template"), "prompt_type": name}
+    try:
+        return Form(name, eot, named.recorded(told, project.shown(path)))
+    except (Problems, UserError):
+        if told["template"] is not None:
+            raise
+        return Form(name, eot, None)  # an older version has kept the name alone, and the user's file is not there now
+
+
+def common(forms: Sequence[Form]) -> Form | None:
+    """The one form of several files, None where they differ."""
+    first = forms[0] if forms else None
+    return first if first and all(one == first for one in forms) else None
 
 
 def mask_of(loss_mask: str) -> str:

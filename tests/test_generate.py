@@ -87,7 +87,7 @@ def test_a_talk_goes_on_from_exactly_what_the_whole_conversation_would_give(monk
 
     monkeypatch.setattr("rwkv_peft.generate.advance", watch)
     config = chat.ChatConfig("", "", "rwkv-world", "Be brief.", 5, 0.0, 1.0, 0, "fp32")
-    chat.talk(model, config, "tiny")
+    chat.talk(model, config, PRESETS["rwkv-world"], "tiny")
     turn = [Message(Role.SYSTEM, "Be brief."), Message(Role.USER, "你好。"), Message(Role.ASSISTANT, "好的。")]
     second = PRESETS["rwkv-world"].prompt([*turn, Message(Role.USER, "And?")])
     assert fed[0][0] + fed[1][0] == tokenizer.encode(second)
@@ -108,7 +108,7 @@ def test_ctrl_c_while_a_question_is_read_forgets_it_and_the_talk_goes_on(monkeyp
         return original(m, ids, state)
 
     monkeypatch.setattr("rwkv_peft.generate.advance", interrupted)
-    chat.talk(model, chat.ChatConfig("", "", "rwkv-world", "", 5, 0.0, 1.0, 0, "fp32"), "tiny")
+    chat.talk(model, chat.ChatConfig("", "", "rwkv-world", "", 5, 0.0, 1.0, 0, "fp32"), PRESETS["rwkv-world"], "tiny")
     turn = [Message(Role.USER, "Hi"), Message(Role.ASSISTANT, "Yes."), Message(Role.USER, "And?")]
     assert fed[0] + fed[2] == tokenizer.encode(PRESETS["rwkv-world"].prompt(turn))
     said = capsys.readouterr().out

@@ -102,14 +102,14 @@ def test_a_run_remembers_the_template_of_its_data_and_chat_talks_in_it(ready, ca
     sidecar = sidecars.read(ready / "output" / "qa" / "rwkv-0.pth", ("prompt_type", "eot"))
     assert (sidecar["prompt_type"], sidecar["eot"]) == ("rwkv-qa", "both")
     asked = []
-    monkeypatch.setattr(chat, "once", lambda model, config, prompt, raw: asked.append(config.prompt_type))
+    monkeypatch.setattr(chat, "once", lambda model, config, form, prompt, raw: asked.append(form.name))
     settings = chat.ChatConfig("", "output/qa", "rwkv-world", "", 5, 0.0, 1.0, 0, "fp32")
     capsys.readouterr()
     chat.command(settings, ["--prompt", "Hi"])
     assert "PROMPT_TYPE=rwkv-qa: what it was trained with." in capsys.readouterr().err
     chat.command(settings, ["--prompt", "Hi", "--prompt-type", "chatml"])
     chat.command(settings, ["--prompt", "Hi", "--raw"])
-    assert asked == ["rwkv-qa", "chatml", "rwkv-world"]
+    assert asked == ["rwkv-qa", "chatml", "empty"]
 
 
 def test_data_of_different_templates_are_told(ready, capsys):

@@ -36,6 +36,7 @@ DIALOGUE = (
     Message(U, "再见"),
     Message(A, "再见。"),
 )
+CUES = {"cue": " (think)", "bit": " (think a bit)", "lot": " (think a lot)"}
 GOLDEN = {
     "rwkv-world": "System: Be\nkind.\n\nUser: Q?\nSoon!\nM\n\nAssistant: <think>\nHm.\n</think>\nA.\nB.\n\n"
     "User: 再见\n\nAssistant: 再见。",
@@ -47,8 +48,30 @@ GOLDEN = {
     "User: 再见\n\nAssistant: 再见。",
     "rwkv-g1-think": "System: Be\nkind.\n\nUser: Q?\nSoon!\nM\n\nAssistant: <think>\nHm.\n</think>\nA.\n\nB.\n\n"
     "User: 再见\n\nAssistant: <think>\n</think>\n再见。",
-    "rwkv-g1-fakethink": "System: Be\nkind.\n\nUser: Q?\nSoon!\nM\n\nAssistant: <think>\n</think>\nA.\n\nB.\n\n"
+    "rwkv-g1-fakethink": "System: Be\nkind.\n\nUser: Q?\nSoon!\nM\n\nAssistant: <think></think>\nA.\n\nB.\n\n"
+    "User: 再见\n\nAssistant: <think></think>\n再见。",
+    "rwkv-g1-emptythink-2025": "System: Be\nkind.\n\nUser: Q?\nSoon!\nM\n\nAssistant: <think>\n</think>\nA.\n\nB.\n\n"
     "User: 再见\n\nAssistant: <think>\n</think>\n再见。",
+    "rwkv-g1-bot": "System✿Be\nkind.✿\nUser✿Q?\nSoon!\nM✿\nBot✿<think>\nHm.\n</think>\nA.\n\nB.✿\nUser✿再见✿\nBot✿再见。✿",
+    "rwkv-g1-bot-think": "System✿Be\nkind.✿\nUser✿Q?\nSoon!\nM✿\nBot✿<think>\nHm.\n</think>\nA.\n\nB.✿\nUser✿再见✿\n"
+    "Bot✿<think></think>\n再见。✿",
+    "rwkv-g1-bot-fakethink": "System✿Be\nkind.✿\nUser✿Q?\nSoon!\nM✿\nBot✿<think></think>\nA.\n\nB.✿\nUser✿再见✿\n"
+    "Bot✿<think></think>\n再见。✿",
+    "rwkv-g1-toolcall": "System: Be\nkind.\n\nUser: Q?\nSoon!\nM\n\nAssistant: <think>\nHm.\n</think>\nA.\n\nB.\n\n"
+    "User: 再见\n\nAssistant: 再见。",
+    "rwkv-g1-function-calling": "### System\nBe\nkind.\n### User\nQ?\nSoon!\nM\n### Assistant\n<think>\nHm.\n</think>\nA.\n\nB.\n"
+    "### User\n再见\n### Assistant\n再见。",
+    "rwkv-g1-function-calling-think": "### System\nBe\nkind.\n### User\nQ?\nSoon!\nM\n### Assistant\n<think>\nHm.\n</think>\n"
+    "A.\n\nB.\n### User\n再见\n### Assistant\n<think></think>\n再见。",
+    "rwkv-g1-function-calling-fakethink": "### System\nBe\nkind.\n### User\nQ?\nSoon!\nM\n### Assistant\n<think></think>\n"
+    "A.\n\nB.\n### User\n再见\n### Assistant\n<think></think>\n再见。",
+    "rwkv-g1-fim": "Be\n\nkind.✿prefix✿✿suffix✿M✿middle✿Q?\n\nSoon!<think>\nHm.\n</think>\nA.\n\nB."
+    "✿prefix✿✿suffix✿✿middle✿再见再见。",
+    **{
+        f"rwkv-g1-think-{name}": f"System: Be\nkind.\n\nUser: Q?\nSoon!\nM{cue}\n\nAssistant: <think>\nHm.\n</think>\nA."
+        "\n\nB.\n\nUser: 再见\n\nAssistant: <think></think>\n再见。"
+        for name, cue in CUES.items()
+    },
     "rwkv-g1-tools": "System: Be\nkind.\n\nUser: Q?\nSoon!\nM\n\nAssistant: <think>\nHm.\n</think>\nA.\n\nB.\n\n"
     "User: 再见\n\nAssistant: 再见。",
     "rwkv-g1-rag": "Be\nkind.\n\nM\n\nUser: Q?\nSoon!\n\nAssistant: <think>\nHm.\n</think>\nA.\n\nB.\n\n"
@@ -61,13 +84,21 @@ GOLDEN = {
     "default": "System: Be\n\nkind.\nHuman: Q?\n\nSoon!\nM\nAssistant: <think>\nHm.\n</think>\nA.\n\nB.\n"
     "Human: 再见\nAssistant: 再见。",
     "ext-cat": "Be\n\nkind.\n🐱:Q?\n\nSoon!\nM\n🤖:<think>\nHm.\n</think>\nA.\n\nB.\n🐱:再见\n🤖:再见。",
-    "empty": "Be\n\nkind.Q?\r\n\r\nSoon!\nM<think>\nHm.\n</think>\nA.\n\nB.再见再见。",
+    "empty": "Be\n\nkind.Q?\n\nSoon!\nM<think>\nHm.\n</think>\nA.\n\nB.再见再见。",
 }
 PROMPTS = {
     "rwkv-world": "User: Hi\n\nAssistant:", "rwkv-qa": "Question: Hi\n\nAnswer:",
     "rwkv-instruct": "Instruction: Hi\n\nResponse:", "rwkv-g1": "User: Hi\n\nAssistant:",
     "rwkv-g1-think": "User: Hi\n\nAssistant: <think",
-    "rwkv-g1-fakethink": "User: Hi\n\nAssistant: <think>\n</think",
+    "rwkv-g1-fakethink": "User: Hi\n\nAssistant: <think></think",
+    "rwkv-g1-emptythink-2025": "User: Hi\n\nAssistant: <think>\n</think",
+    "rwkv-g1-bot": "User✿Hi✿\nBot✿", "rwkv-g1-bot-think": "User✿Hi✿\nBot✿<think",
+    "rwkv-g1-bot-fakethink": "User✿Hi✿\nBot✿<think></think", "rwkv-g1-toolcall": "User: Hi\n\nAssistant:",
+    "rwkv-g1-function-calling": "### User\nHi\n### Assistant",
+    "rwkv-g1-function-calling-think": "### User\nHi\n### Assistant\n<think",
+    "rwkv-g1-function-calling-fakethink": "### User\nHi\n### Assistant\n<think></think",
+    "rwkv-g1-fim": "✿prefix✿✿suffix✿✿middle✿Hi",
+    **{f"rwkv-g1-think-{name}": f"User: Hi{cue}\n\nAssistant: <think" for name, cue in CUES.items()},
     "rwkv-g1-tools": "User: Hi\n\nAssistant: ```json", "rwkv-g1-rag": "User: Hi\n\nAssistant:",
     "alpaca": "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
               "### Instruction:\nHi\n\n### Response:",
@@ -91,7 +122,7 @@ def test_a_prompt_ends_at_the_heading_of_the_answer_and_never_with_a_blank(name)
 @pytest.mark.parametrize("name", [n for n in PRESETS if n not in ("empty", "rwkv-g1-tools")])
 def test_a_prompt_is_how_a_trained_row_begins_in_tokens_too(name):
     prompt = PRESETS[name].prompt([Message(U, "你好。")])
-    whole = text_of(PRESETS[name], Message(U, "你好。"), Message(A, "好。"))
+    whole = text_of(PRESETS[name], Message(U, "你好。"), Message(A, "好。", think="嗯。"))
     ids = tokenizer.encode(prompt)
     assert tokenizer.encode(whole)[: len(ids)] == ids
 

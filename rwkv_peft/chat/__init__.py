@@ -11,7 +11,8 @@ usage: ./chat.sh [--model FILE] [--adapter FILE] [--prompt TEXT] [--raw] [--syst
   --prompt TEXT   answer this one question and leave; without it you talk, and an empty line, /quit or Ctrl-D ends it
   --raw           the prompt is the beginning of a text to go on with, not a question
   --system TEXT   a system message at the start of the talk
-  --prompt-type   the template to talk in, as in make_tokenize.sh; else that of the run, or PROMPT_TYPE in the script
+  --prompt-type   the template to talk in, as in make_tokenize.sh; else that of the run, else PROMPT_TYPE in the script (auto: by
+                  the base's name)
   --temperature   0 takes the likeliest token every time; 1 is the model's own spread
   --top-p         only the likeliest tokens that together have this share
   --diagnose RUN  how well did a run fit? Rows that it has learnt from and held-out ones go through its base and what became
@@ -27,13 +28,17 @@ import argparse
 import contextlib
 import dataclasses
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 from ..errors import Problems, UserError
 from ..shell_vars import convert, enter, var
-from ..templates.named import template
-from ..templates.template import ENDINGS, Ending
+from ..templates.named import recorded, template
+from ..templates.of_base import AUTO, known_by, misfit
+from ..templates.presets import PRESETS
+from ..templates.template import ENDINGS, Dialogue, Ending, Message, Template, split_thought, tidy_answer
 
 COMMANDS = "/reset forgets the talk, /quit or an empty line ends it, Ctrl-C ends an answer"
 
@@ -74,25 +79,56 @@ def command(config: ChatConfig, typed: list[str]) -> None:
         from .diagnose import diagnose
 
         return diagnose(run, config.model_path if base_was_named else "", config.precision)
-    was_typed = any(word.startswith("--prompt-type") for word in typed)
+    was_typed = any(word.startswith("--prompt-type") for word in typed) and config.prompt_type != AUTO
     if was_typed:
         check_template(config.prompt_type, f"--prompt-type {config.prompt_type}")
-    else:
+    elif config.prompt_type != AUTO:
         template(config.prompt_type)  # a name that is none is told before a model is loaded
-    from .models import load
+    from .models import load, model_place
 
     model, name, told = load(config, base_was_named)
-    trained_with, ending = told.get("prompt_type"), ENDINGS.get(told.get("eot"), ENDINGS["doc"])
-    if trained_with and trained_with != config.prompt_type and not raw and not was_typed:
-        print(f"PROMPT_TYPE={trained_with}: what it was trained with. --prompt-type takes another.", file=sys.stderr)
-        check_template(trained_with, f"{name} was trained with PROMPT_TYPE={trained_with}, which")
-        config = dataclasses.replace(config, prompt_type=trained_with)
+    ending = ENDINGS.get(told.get("eot"), ENDINGS["doc"])
+    base = Path(told["base_path"]) if told.get("base_path") else model_place(config.model_path)
+    form = PRESETS["empty"] if raw else form_to_talk_in(config.prompt_type, was_typed, told, name, base)
     if prompt is not None:
         if sys.stdout.isatty():
             print(f"{name}:", file=sys.stderr)  # standard output holds the answer alone
-        once(model, config, prompt, raw)
+        once(model, config, form, prompt, raw)
     else:
-        talk(model, config, name, ending)
+        talk(model, config, form, name, ending)
+
+
+def form_to_talk_in(asked: str, was_typed: bool, told: Mapping[str, Any], name: str, base: Path) -> Template:
+    """The template that was typed, else the one that the model was trained with, else that of the script, where auto is what
+    the base knows. It is said where these are not the same.
+
+    asked: PROMPT_TYPE. told: the sidecar. name: what the model is called. base: its file, or that of the base below it.
+    """
+    try:
+        trained = recorded(told, f"{name} (its .json)")
+    except Problems as found:
+        if was_typed:
+            return template(asked)
+        which = f"{name} was trained with PROMPT_TYPE={told['prompt_type']}, which"
+        raise UserError(f"{which} {found.problems[0].message}.") from None
+    trained_with = trained and (told.get("prompt_type") or trained.name)
+    form = template(asked) if asked != AUTO else trained or known_by(base).template
+    if trained and was_typed and trained != form:
+        say(
+            f"warning: --prompt-type {asked}, but {name} was trained with PROMPT_TYPE={trained_with}: it may not end its answers."
+        )
+    elif trained and trained != form:
+        say(f"PROMPT_TYPE={trained_with}: what it was trained with. --prompt-type takes another.")
+    elif not trained and asked == AUTO:
+        say(f"PROMPT_TYPE=auto became {known_by(base).name} (by the base, {base.name}). --prompt-type takes another.")
+    elif not trained and (words := misfit(base, form)):
+        say(f"warning: PROMPT_TYPE={asked}, but {words}.")
+    return form if was_typed or not trained else trained
+
+
+def say(words: str) -> None:
+    """Beside the answer, which standard output holds alone."""
+    print(words, file=sys.stderr)
 
 
 def check_template(name: str, who: str) -> None:
@@ -154,36 +190,42 @@ def command_line(arguments: list[str], config: ChatConfig) -> Asked:
     )
 
 
-def once(model, config: ChatConfig, prompt: str, raw: bool) -> None:
+def once(model, config: ChatConfig, form: Template, prompt: str, raw: bool) -> None:
     """--prompt: one answer to standard output."""
     from .. import tokenizer
     from ..generate import advance
     from ..roles import Role
-    from ..templates.template import Message
 
-    form = template(config.prompt_type)
     text = prompt.encode("utf-8", "replace").decode()  # bytes that are no text arrive as half characters
     if not raw:
         system = [Message(Role.SYSTEM, config.system)] if config.system.strip() else []
-        text = form.prompt([*system, Message(Role.USER, text)])
+        messages = [*system, Message(Role.USER, text)]
+        if word := form.holds_reserved(Dialogue(tuple(messages))):
+            raise UserError(
+                f"--prompt or SYSTEM holds {word}, which ends a turn in PROMPT_TYPE={form.name}: ask without it."
+            )
+        text = form.prompt(messages)
     stops = () if raw else form.stops()
+    strip, lead = not raw and not form.opening, form.patterns[Role.ASSISTANT].lead
     if form.opening and not raw:
         print(form.opening, end="")  # the answer goes on from it
-    answer(model, config, *advance(model, tokenizer.encode(text)), stops=stops, strip=not raw)
+    answer(model, config, *advance(model, tokenizer.encode(text)), stops, strip, lead=lead)
     print()
 
 
-def answer(model, config: ChatConfig, logits, state, stops, strip: bool, talking: bool = False) -> str:
-    """Print an answer while it is made; returns it. talking: Ctrl-C ends the answer, not the program."""
+def answer(model, config: ChatConfig, logits, state, stops, strip: bool, talking: bool = False, lead: str = " ") -> str:
+    """Print an answer while it is made; returns it. strip: without what stands before its words; their indentation stays. lead:
+    what the template writes behind the heading. talking: Ctrl-C ends the answer, not the program."""
     from ..generate import generate
 
-    text = ""
+    text = before = ""
     try:
         for piece in generate(
             model, logits, state, config.max_tokens, config.temperature, config.top_p, config.seed, stops
         ):
             if strip and not text:
-                piece = piece.lstrip()
+                before += piece
+                piece = tidy_answer(before.removeprefix(lead) + ".")[:-1] if before.strip() else ""
             text += piece
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
@@ -193,7 +235,7 @@ def answer(model, config: ChatConfig, logits, state, stops, strip: bool, talking
     return text
 
 
-def talk(model, config: ChatConfig, name: str, ending: Ending = ENDINGS["doc"]) -> None:
+def talk(model, config: ChatConfig, form: Template, name: str, ending: Ending = ENDINGS["doc"]) -> None:
     """A conversation. The whole of it is encoded anew each turn, and the model goes on from the end of the last prompt: that
     is a border which later text cannot move, while the end of an answer is not. ending: how turns of the training data end."""
     with contextlib.suppress(ImportError):  # gives input() its line editing and the arrow keys
@@ -202,11 +244,14 @@ def talk(model, config: ChatConfig, name: str, ending: Ending = ENDINGS["doc"]) 
     from .. import tokenizer
     from ..generate import advance
     from ..roles import Role
-    from ..templates.template import Message, split_thought
 
-    form = template(config.prompt_type)
     print(f"{name}: type a question. {COMMANDS}.")
-    start = [Message(Role.SYSTEM, config.system)] if config.system.strip() else []
+    start, lead = (
+        [Message(Role.SYSTEM, config.system)] if config.system.strip() else [],
+        form.patterns[Role.ASSISTANT].lead,
+    )
+    if word := form.holds_reserved(Dialogue(tuple(start))):
+        raise UserError(f"SYSTEM holds {word}, which ends a turn in PROMPT_TYPE={form.name}: write it without.")
     messages, known, state = list(start), 0, None
     while True:
         try:
@@ -225,7 +270,10 @@ def talk(model, config: ChatConfig, name: str, ending: Ending = ENDINGS["doc"]) 
         if word in ("/help", "/?"):
             print(COMMANDS)
             continue
-        messages.append(Message(Role.USER, question))
+        if word := form.holds_reserved(Dialogue((Message(Role.USER, question),))):
+            print(f"{word} ends a turn in PROMPT_TYPE={form.name}: ask without it.")
+            continue
+        messages.append(Message(Role.USER, form.asked(question)))
         ids = tokenizer.encode(form.prompt(messages, ending=ending))
         try:
             logits, state = advance(model, ids[known:], state)
@@ -235,10 +283,10 @@ def talk(model, config: ChatConfig, name: str, ending: Ending = ENDINGS["doc"]) 
             continue
         known = len(ids)
         print(f"\nAssistant: {form.opening}", end="", flush=True)
-        said = answer(model, config, logits, state, form.stops(), strip=True, talking=True)
+        said = answer(model, config, logits, state, form.stops(), not form.opening, True, lead)
         print()
         think, words = split_thought(form.opening + said)
-        messages.append(Message(Role.ASSISTANT, words.strip() or "...", think))
+        messages.append(Message(Role.ASSISTANT, tidy_answer(words) or "...", think))
 
 
 if __name__ == "__main__":

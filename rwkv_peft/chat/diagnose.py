@@ -21,7 +21,8 @@ from ..generate import advance, generate
 from ..methods import METHODS
 from ..model.rwkv import RWKV
 from ..roles import Role
-from ..templates.named import template
+from ..templates.named import recorded
+from ..templates.of_base import known_by
 from ..tokenized import data_files, mask_of, missing_data, open_sources
 from ..training import validate
 from ..training.report import MOST_RATE, MOST_STATE_RATE
@@ -81,7 +82,7 @@ def diagnose(name: str, base: str, precision: str) -> None:
             "careful   it had not gone through all its rows by then: some of those below as trained are new to it"
         )
     trained, held = [[row for rows in by_file.values() for row in rows] for by_file in files]
-    form = template(chosen.sidecar.get("prompt_type") or "rwkv-world")
+    form = recorded(chosen.sidecar, project.shown(adapter)) or known_by(original).template
     print(f"{project.shown(adapter)} ({METHODS[chosen.setup.method].words}) beside its base {project.shown(original)}")
     for line in lines:
         print(line, flush=True)

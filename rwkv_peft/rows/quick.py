@@ -26,6 +26,7 @@ class Quick:
             self.columns = ()
         if template.format_prefix or template.default_system or not template.strip:
             self.columns = ()
+        self.reserved = template.reserved
         self.speakers = {}
         for name, role in ROLE_NAMES.items():
             if role in SPEAKERS:
@@ -61,10 +62,11 @@ class Quick:
             for one in messages:
                 content = one[what]
                 role, pair, heading, lead, end, cleaner = self.speakers[one[who]]
-                content = cleaner(content) if "\n" in content or "\r" in content else content.strip()
+                plain = "\n" not in content and "\r" not in content and not content[:1].isspace()
+                content = content.rstrip() if plain else cleaner(content)
                 if not content or len(one) != 2 or (doctor and not content.isascii()):
                     return None
-                if wants_a_look(content):
+                if wants_a_look(content) or self.reserved and any(word in content for word in self.reserved):
                     return None
                 if heading:
                     texts.append(heading)

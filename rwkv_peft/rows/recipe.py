@@ -23,7 +23,7 @@ from .encode import NO_ROWS, Pieces, Tokens, encode_row, encode_rows
 from .limits import Limits, TooLong, cut_row, cut_turns, within_turns
 from .quick import Quick
 from .reading import LINE_LIMIT, Block, is_utf8, not_utf8, too_long
-from .schemas import Columns, Reader, Row, RowError, kind
+from .schemas import INFILLING, Columns, Reader, Row, RowError, kind
 
 NOTHING_TO_LEARN = "nothing to learn"  # all answers have weight 0, or were cut away
 RAW_LIMIT = 2000  # characters of a rejected row that are kept
@@ -144,7 +144,7 @@ class Cook:
 
     def __init__(self, recipe: Recipe):
         self.recipe, self.template, self.ending = recipe, recipe.template, recipe.ending
-        self.reader = Reader(recipe.columns, recipe.handler, recipe.repair)
+        self.reader = Reader(recipe.columns, recipe.handler, recipe.repair, infill=recipe.template.infill)
         self.words = self.template.headings
         self.quick = Quick(self.template, self.ending, recipe.columns, recipe.handler)
         if recipe.expand or recipe.mask_history:  # these look at single answers
@@ -204,6 +204,7 @@ class Cook:
         counts[f"schema: {schema}"] += 1
         if isinstance(found, str):
             return self.text_drafts(number, line, found, note)
+        self.check_writable(schema, found)
         messages = found.messages
         counts["tools"] += bool(found.tools)
         if not (self.recipe.expand or self.recipe.mask_history):
@@ -223,6 +224,25 @@ class Cook:
             counts[f"dropped: {NOTHING_TO_LEARN}"] += 1
             note("dropped", line, NOTHING_TO_LEARN)
         return [Draft(number, line, Pieces(*self.template.render(d, self.ending)), d) for d in several]
+
+    def check_writable(self, schema: str, dialogue: Dialogue) -> None:
+        """RowError for a dialogue that this template cannot write."""
+        template = self.template
+        if word := template.holds_reserved(dialogue):
+            raise RowError(
+                f"holds {word}",
+                f"holds {word}, which is a border in PROMPT_TYPE={template.name}: write another sign, or take another template",
+            )
+        if template.infill and ([m.role for m in dialogue.messages] != [Role.USER, Role.ASSISTANT] or dialogue.tools):
+            raise RowError(
+                "not for infilling",
+                f"is a conversation, and PROMPT_TYPE={template.name} writes a prefix, a suffix and the middle between them",
+            )
+        if schema == INFILLING and not template.infill:
+            raise RowError(
+                "for infilling",
+                f"has prefix, suffix and middle, which PROMPT_TYPE={template.name} cannot write; take rwkv-g1-fim",
+            )
 
     def text_drafts(self, number: int, line: int, text: str, note) -> list[Draft]:
         """A ready text is taken as it is; only its end is made, and which of its answers are to be learnt."""

@@ -54,7 +54,7 @@ from .values import (
     without_padding,
 )
 
-__all__ = ["HANDLERS", "Columns", "Reader", "Row", "RowError", "columns", "kind"]
+__all__ = ["HANDLERS", "INFILLING", "Columns", "Reader", "Row", "RowError", "columns", "kind"]
 
 Row = Mapping[str, Any]
 
@@ -76,19 +76,21 @@ KNOWN = {
     "pair": ("instruction with output", "prompt with completion", "question with answer"),
     "text": ("text",),
 }
+INFILLING = "prefix/middle"  # what rows of prefix, suffix and middle are called
 PLAIN_ROLES = {name: role for name, role in ROLE_NAMES.items() if role in (Role.USER, Role.ASSISTANT)}
 FLAG_WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
 @dataclass
 class Reader:
-    """Reads rows. verdicts: what the mojibake doctor said of the strings of the last row. seen: named columns met. unused:
-    (level, key) -> 1 for every key of the last row that was not used. padded: rows are Arrow's, which puts null where an object
-    lacks a field that others have."""
+    """Reads rows. infill: they are to be written as prefix, suffix and middle. verdicts: what the mojibake doctor said of the
+    strings of the last row. seen: named columns met. unused: (level, key) -> 1 for every key of the last row that was not used.
+    padded: rows are Arrow's, which puts null where an object lacks a field that others have."""
 
     columns: Columns = field(default_factory=Columns)
     handler: str = "auto"
     repair: bool = True
+    infill: bool = False
     padded: bool = False
     verdicts: set[str] = field(default_factory=set)
     seen: set[str] = field(default_factory=set)
@@ -222,6 +224,8 @@ class Reader:
     def pair_of(self, row: Row, parts: Parts) -> tuple[str, ...] | None:
         """The columns of question, second text ("" for none) and answer; None if the row has no pair."""
         given = self.columns.given
+        if "prefix" in row and "middle" in row:  # code to be filled in
+            return "prefix", "suffix" if "suffix" in row else "", "middle"
         calls = [name for name in parts.calls if not is_nothing(row[name])]
         best = None
         for prompt in parts.prompts:
@@ -343,10 +347,10 @@ class Reader:
         for name in parts.history:
             if not is_nothing(row[name]):
                 found += self.history(row[name], name)
-        question, material = self.optional(row, prompt), self.optional(row, query)
+        question, material = self.asked(row, prompt), self.asked(row, query)
         if not question and not material:
             raise RowError("empty", f'its "{prompt}" is empty')
-        if not question:
+        if not question and not self.infill:
             question, material = material, ""
         for text, name in ((question, prompt), (material, query), (system, "system")):
             check_text_only(text, f'its "{name}"')
@@ -370,6 +374,11 @@ class Reader:
             learn = self.flag({list_name: flags[-1]}, (list_name,), "its answer")
         found.append(Message(Role.ASSISTANT, words, think=think, learn=learn is not False, call=call))
         return schema, Dialogue(tuple(found), self.tools([(name, row[name]) for name in parts.tools])), used
+
+    def asked(self, row: Row, name: str) -> str:
+        """A question or its second text. In rows for infilling blanks are words as well: a suffix may be a line break."""
+        value = row.get(name) if name else None
+        return self.string(value) if self.infill and isinstance(value, str) else self.optional(row, name)
 
     def one_answer(self, value: Any, name: str) -> Any:
         """Of a column "answers", which holds several that are right: the first (SQuAD: its text)."""
@@ -452,9 +461,6 @@ class Reader:
                         says = f"{short(system)} and {short(message.content)}"
                         raise RowError("two values", f"has two system texts, in a column and as a message: {says}")
                     continue
-            elif role is Role.TOOL and found and found[-1].role is Role.TOOL:
-                found[-1] = Message(Role.TOOL, f"{found[-1].content}\n{message.content}")
-                continue
             found.append(message)
         if not answers:
             raise RowError("no answer", "the conversation has no assistant message")

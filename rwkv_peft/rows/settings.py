@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
+from .. import project
 from ..errors import Problem, Problems, UserError
-from ..shell_vars import MOST, var
+from ..shell_vars import MOST, values_as_written, var
 from ..templates.named import template
+from ..templates.of_base import AUTO, known_by, says_g1
 from .columns import columns
 from .limits import Limits
 from .recipe import Recipe
@@ -49,7 +54,7 @@ class TokenizeConfig:
         roles = functools.partial(columns, "")
         for check, value in ((template, given.prompt_type), (columns, given.map_keys), (roles, given.role_map)):
             try:
-                if value is not None:
+                if value is not None and not (check is template and value == AUTO):
                     check(value)
             except Problems as problems:
                 found += problems.problems
@@ -66,6 +71,41 @@ class TokenizeConfig:
         if given.expand and given.mask_history:
             found.append(Problem("MASK_HISTORY", "must be 0 with EXPAND=1, which makes a row for every answer"))
         return found
+
+
+def settled(config: TokenizeConfig, base: Path | None = None) -> tuple[TokenizeConfig, str]:
+    """The settings with PROMPT_TYPE=auto replaced by the name of a template, and what to say of it ("" where it was none).
+
+    base: what will be trained; else training.sh says it.
+    """
+    if config.prompt_type != AUTO:
+        return config, ""
+    where = "the base"
+    if base is None:
+        where, base = "MODEL_PATH in training.sh", base_of_training()
+    if base is None:
+        name, why = "rwkv-world", "there is no training.sh that names a base; --prompt-type takes another"
+    else:
+        known = known_by(base)
+        name, why = known.name, f"{where} is {base.name}"
+        if known.trained:
+            why += f", which was trained with {name}"
+            try:
+                fits = template(name) == known.template
+            except (Problems, UserError):
+                fits = False
+            if not fits:
+                name = "rwkv-g1" if says_g1(base) else "rwkv-world"
+                why += ", a template that is not here any more: give it with --prompt-type"
+    return dataclasses.replace(config, prompt_type=name), f"PROMPT_TYPE=auto became {name} ({why})"
+
+
+def base_of_training() -> Path | None:
+    """The base that training.sh names, read without bash; None where there is none."""
+    with contextlib.suppress(OSError, ValueError, UserError):
+        name = values_as_written(project.ROOT / "training.sh").get("MODEL_PATH", "").strip()
+        return project.model_file(name) if name else None
+    return None
 
 
 def recipe(config: TokenizeConfig, end_of_doc: bool) -> Recipe:

@@ -28,6 +28,8 @@ PLACES = {  # what may stand in a pattern; the first must
     "format_tools": ("content",),
     "format_user_input": ("content", "input"),
     "format_function": ("content", "name", "arguments"),
+    "format_thought": ("content",),
+    "format_tool": ("name", "description", "parameters"),
 }
 RETIRED = {
     "efficient_eos": "the end of an answer is EOT in make_tokenize.sh",
@@ -36,7 +38,7 @@ RETIRED = {
     "force_system": "default_system is used wherever a row has no system text",
 }
 ROLES = {"system": Role.SYSTEM, "user": Role.USER, "assistant": Role.ASSISTANT, "observation": Role.TOOL}
-THINK = ("keep", "always", "fake")
+WORDS = {"think": ("keep", "always", "fake"), "json_style": ("line", "compact", "indent")}
 FIELDS = [f.name for f in dataclasses.fields(Template) if f.name != "name"]
 
 
@@ -81,7 +83,7 @@ def check(key: str, value: Any) -> Any:
         raise ValueError(f"is not used here: {RETIRED[key]}; leave it out")
     if key not in FIELDS:
         raise ValueError(f"is not a field of a template{did_you_mean(key, FIELDS)}")
-    if key == "stop_words":
+    if key in ("stop_words", "reserved"):
         if not isinstance(value, list) or not all(isinstance(word, str) and word for word in value):
             raise ValueError("must be a list of texts")
         return tuple(value)
@@ -89,7 +91,7 @@ def check(key: str, value: Any) -> Any:
         if not isinstance(value, list) or not all(isinstance(word, str) and word in ROLES for word in value):
             raise ValueError(f"must be a list of roles out of {', '.join(ROLES)}")
         return frozenset(ROLES[word] for word in value)
-    if key == "strip":
+    if key in ("strip", "infill"):
         if not isinstance(value, bool):
             raise ValueError("must be true or false")
         return value
@@ -99,8 +101,8 @@ def check(key: str, value: Any) -> Any:
         raise ValueError("must be text (or a list of texts, which are joined)")
     if not is_text(value):
         raise ValueError("holds half of a surrogate pair, which no file can store")
-    if key == "think" and value not in THINK:
-        raise ValueError(f"must be one of {', '.join(THINK)}")
+    if key in WORDS and value not in WORDS[key]:
+        raise ValueError(f"must be one of {', '.join(WORDS[key])}")
     if key not in PLACES:
         return value
     places = re.findall(r"\{\{(.*?)\}\}", value)
@@ -110,7 +112,7 @@ def check(key: str, value: Any) -> Any:
     wanted = (
         ["name", "arguments"]
         if key == "format_function" and "name" in places
-        else PLACES[key][: 1 if key == "format_function" else None]
+        else PLACES[key][: 1 if key in ("format_function", "format_tool") else None]
     )
     for place in wanted:
         if places.count(place) != 1:

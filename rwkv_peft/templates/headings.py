@@ -11,13 +11,19 @@ from ..roles import Role, Span
 WORLD = {"System": Role.SYSTEM, "User": Role.USER, "Assistant": Role.ASSISTANT}
 
 
+def is_mark(heading: str) -> bool:
+    """Whether a heading needs no colon: Bot✿, which stands at the start of a line, or ### User, which is one."""
+    return bool(re.fullmatch(r"\w+✿|### \w[\w ]*", heading))
+
+
 @functools.cache
 def patterns(words: tuple[str, ...]) -> tuple[re.Pattern[bytes], re.Pattern[bytes]]:
     """What is a heading: at the start of the text or after a blank line, with a half- or full-width colon. And what looks
     like one to a reader: the word at the start of a line, in any case."""
-    any_word = "|".join(map(re.escape, words))
+    any_word = "|".join(re.escape(word) for word in words if not is_mark(word))
+    marks = "".join(f"|^{re.escape(word)}" + "$" * word.startswith("#") for word in words if is_mark(word))
     return (
-        re.compile(f"(?:\\A|(?<=\n\n)|(?<=\n\r\n))({any_word})(?::|：)".encode()),
+        re.compile(f"(?:\\A|(?<=\n\n)|(?<=\n\r\n))(?:{any_word})(?::|：){marks}".encode(), re.M),
         re.compile(f"^[ \t]*(?:{any_word})[ \t]*(?::|：)".encode(), re.I | re.M),
     )
 
@@ -25,7 +31,7 @@ def patterns(words: tuple[str, ...]) -> tuple[re.Pattern[bytes], re.Pattern[byte
 def spans_of_text(data: bytes, words: Mapping[str, Role] = WORLD) -> list[Span]:
     """The turns that a ready text (UTF-8) holds, found by their headings; one TEXT span where it has none.
 
-    words: what stands before the colon -> who speaks.
+    words: what stands before the colon (or is a mark by itself) -> who speaks.
     """
     spans: list[Span] = []
     role, start = Role.TEXT, 0
@@ -33,7 +39,8 @@ def spans_of_text(data: bytes, words: Mapping[str, Role] = WORLD) -> list[Span]:
         if heading.start() > start:
             spans.append(Span(start, heading.start(), role))
         spans.append(Span(*heading.span(), Role.HEADING))
-        role, start = words[heading[1].decode()], heading.end()
+        text = heading[0].decode()
+        role, start = words[text if text in words else text[:-1]], heading.end()
     if len(data) > start:
         spans.append(Span(start, len(data), role))
     return spans

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from ..errors import Problem, Problems
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import Problem, Problems, UserError
 from ..project import find, shown
 from ..words import did_you_mean
 from . import custom
-from .presets import PRESETS
+from .presets import BEFORE, PRESETS
 from .template import Template
 
 
@@ -17,8 +20,27 @@ def template(name: str) -> Template:
     file, _, inner = name.rpartition(":") if ".json:" in name else (name, "", "")
     if not file.endswith(".json"):
         known = ", ".join(PRESETS)
-        raise Problems(Problem("PROMPT_TYPE", f"must be one of {known}, or a .json file{did_you_mean(name, PRESETS)}"))
+        raise Problems(
+            Problem("PROMPT_TYPE", f"must be one of {known}, auto, or a .json file{did_you_mean(name, PRESETS)}")
+        )
     path = find(file, "data")
     if not path.is_file():
         raise Problems(Problem("PROMPT_TYPE", f"{shown(path)}: there is no such file"))
     return custom.load(path, inner)
+
+
+def recorded(record: Mapping[str, Any], where: str, key: str = "prompt_type") -> Template | None:
+    """The template that a sidecar or NAME.report.json tells of, None where it tells none. Its content ("template") counts, and
+    its name only where an older version of this kit has written no content.
+
+    where: how to call the file in an error. key: what it calls the name. Problems or UserError for one that cannot be used.
+    """
+    content, name = record.get("template"), record.get(key)
+    if content is not None:
+        try:
+            return Template.from_dict(content)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{where}: its template {error}. Was the file edited, or made by a newer version?"
+            ) from None
+    return template(BEFORE.get(name, name)) if name else None

@@ -1,4 +1,8 @@
-"""PROMPT_TYPE: the templates that the kit brings, by name. Sources stand beside each."""
+"""PROMPT_TYPE: the templates that the kit brings, by name. Sources and their dates stand beside each.
+
+Official: RWKV-v7/RWKV7-G1x-templates.txt in BlinkDL/RWKV-LM, as of 2026-07-18. Organisation: the renderer of
+rwkv-rs/vllm-rwkv and transformers-rwkv (templates "bot", "assistant", "function_calling"), 2026-08 and later.
+"""
 
 from __future__ import annotations
 
@@ -17,21 +21,57 @@ WORLD = {
     "format_function": "```json\n{{content}}\n```",
     "format_tools": "Tools:\n{{content}}\nReturn only a JSON function call.",
 }
-# RWKV-v7/RWKV7-G1x-templates.txt in BlinkDL/RWKV-LM
+# official: "it's better to clean System: and User: inputs"
 G1 = WORLD | {"clean": LISTENERS}
+# the prompt ends with "<think": the model writes the rest of the thought itself
+THINK = {"think": "always", "opening": "<think"}
+# official, and rwkv.cn Prompt-Format of 2026-03-27 ("must be"): the prompt ends with "<think></think", behind which the model
+# writes ">", a line break and the answer ("></" is one token, 5439)
+NO_THOUGHT = {"format_no_thought": "<think></think>\n"}
+FAKETHINK = {"think": "fake", "opening": "<think></think"} | NO_THOUGHT
+# from G1h (2026-07): ✿, token 10060, ends every turn. "normal" of vllm-rwkv, lighteval-rwkv and SkyRL, whose stop is ✿
+BOT = G1 | {
+    "format_system": "System✿{{content}}✿",
+    "format_user": "User✿{{content}}✿",
+    "format_assistant": "Bot✿{{content}}✿",
+    "format_observation": "User✿Function output:\n{{content}}✿",
+    "format_separator": "\n",
+    "stop_words": ("✿",),
+    "reserved": ("✿",),
+}
+# "function_calling" of vllm-rwkv, whose stop is "\n### User"
+FUNCTIONS = {
+    "format_system": "### System\n{{content}}",
+    "format_user": "### User\n{{content}}",
+    "format_assistant": "### Assistant\n{{content}}",
+    "format_observation": "### Tool Output\n```json\n{{content}}\n```",
+    "format_function": "**Tool Call:**\n```json\n{{content}}\n```",
+    "format_tool": "### `{{name}}`\n**Description:** {{description}}\n**Parameters:**\n```json\n{{parameters}}\n```",
+    "format_tools": "{{content}}\nTo call one of these tools, write exactly this format:\n**Tool Call:**\n```json\n"
+    '{"name": "tool_name", "arguments": {"key": "value"}}\n```\n'
+    "Do not invent tool call IDs or write tool outputs yourself.",
+    "format_separator": "\n",
+    "json_style": "indent",
+    "stop_words": ("\n### User",),
+    "clean": LISTENERS,
+}
 
-PRESETS: dict[str, Template] = {
-    template.name: template
-    for template in (
-        # model card of BlinkDL/rwkv-7-world, "Recommended fine-tuning format"
-        Template("rwkv-world", **WORLD, clean=SPEAKERS),
-        # "Question: xxx\n\nAnswer:" of the same cards
+# each with what --help says of it
+ALL: tuple[tuple[str, Template], ...] = (
+    # model card of BlinkDL/rwkv-7-world, "Recommended fine-tuning format"
+    ("User: Q, blank line, Assistant: A", Template("rwkv-world", **WORLD, clean=SPEAKERS)),
+    # "Question: xxx\n\nAnswer:" of the same cards
+    (
+        "Question: and Answer:",
         Template(
             "rwkv-qa",
             **WORLD | {"format_user": "Question: {{content}}", "format_assistant": "Answer: {{content}}"},
             clean=SPEAKERS,
         ),
-        # "Instruction: xxx\n\nInput: xxx\n\nResponse:" of the same cards
+    ),
+    # "Instruction: xxx\n\nInput: xxx\n\nResponse:" of the same cards
+    (
+        "Instruction:, Input: and Response:",
         Template(
             "rwkv-instruct",
             **WORLD
@@ -42,19 +82,91 @@ PRESETS: dict[str, Template] = {
             },
             clean=SPEAKERS,
         ),
-        Template("rwkv-g1", **G1),
-        # the client sends "Assistant: <think": the model writes the rest of the thought itself
-        Template("rwkv-g1-think", **G1, think="always", opening="<think"),
-        # the client sends an empty thought: "fake thinking, nice results and fast"
-        Template("rwkv-g1-fakethink", **G1, think="fake", opening="<think>\n</think"),
-        # the client sends "Assistant: ```json" and gets a function call
+    ),
+    # official, "Basic templates"
+    ("rwkv-world for G1 models: answers keep blank lines and thoughts", Template("rwkv-g1", **G1)),
+    # official, "Think mode"
+    ("every answer begins with a thought; the prompt ends with <think", Template("rwkv-g1-think", **G1, **THINK)),
+    # official, "Control think length" (from G1c): the cue ends the user's turn
+    (
+        "the same, and the cue (think) ends the user's turn",
+        Template("rwkv-g1-think-cue", **G1, **THINK, **NO_THOUGHT, user_cue=" (think)"),
+    ),
+    (
+        "the cue is (think a bit)",
+        Template("rwkv-g1-think-bit", **G1, **THINK, **NO_THOUGHT, user_cue=" (think a bit)"),
+    ),
+    (
+        "the cue is (think a lot)",
+        Template("rwkv-g1-think-lot", **G1, **THINK, **NO_THOUGHT, user_cue=" (think a lot)"),
+    ),
+    ("every thought is empty; the prompt ends with <think></think", Template("rwkv-g1-fakethink", **G1, **FAKETHINK)),
+    # official, "fake thinking": the older of the two forms, which was rwkv-g1-fakethink here until 2026-11
+    (
+        "the older empty thought, with a line break inside",
+        Template("rwkv-g1-emptythink-2025", **G1, think="fake", opening="<think>\n</think"),
+    ),
+    ("from G1h: User✿Q✿, line break, Bot✿A✿", Template("rwkv-g1-bot", **BOT)),
+    ("the same; the prompt ends with Bot✿<think", Template("rwkv-g1-bot-think", **BOT, **THINK, **NO_THOUGHT)),
+    (
+        "the same; the prompt ends with Bot✿<think></think",
+        Template("rwkv-g1-bot-fakethink", **BOT, **FAKETHINK),
+    ),
+    # official, "Function call": the client sends "Assistant: ```json" and gets a call
+    (
+        "function calls in ```json blocks; the prompt ends with ```json",
         Template("rwkv-g1-tools", **G1, opening="```json"),
-        # rwkv.cn, Prompt-Format: the material first, then the question
+    ),
+    # what g1k writes by itself: RWKV-Agent of No-22-Github, docs/design/corpus-g1k-wire-format.md, 2026-09-24
+    (
+        "function calls in <tool_call>, results in <tool_response>",
+        Template(
+            "rwkv-g1-toolcall",
+            **G1
+            | {
+                "format_observation": "User: <tool_response>{{content}}</tool_response>",
+                "format_function": "<tool_call>{{content}}</tool_call>",
+                "format_tools": "<tools>{{content}}</tools>",
+                "json_style": "compact",
+            },
+        ),
+    ),
+    # organisation, "function_calling"
+    ("function calls under ### System, ### User, ### Assistant", Template("rwkv-g1-function-calling", **FUNCTIONS)),
+    (
+        "the same; the prompt ends with <think",
+        Template("rwkv-g1-function-calling-think", **FUNCTIONS, **THINK, **NO_THOUGHT),
+    ),
+    (
+        "the same; the prompt ends with <think></think",
+        Template("rwkv-g1-function-calling-fakethink", **FUNCTIONS, **FAKETHINK),
+    ),
+    # rwkv.cn, Prompt-Format: the material first, then the question
+    (
+        "the material first, then the question",
         Template(
             "rwkv-g1-rag",
             **G1 | {"format_system": "{{content}}", "format_user_input": "{{input}}\n\nUser: {{content}}"},
         ),
-        # stanford_alpaca: two introductions, with and without an input
+    ),
+    # "Fill-in-the-middle", from G1c: rwkv_lightning's /FIM/v1/batch-FIM, Albatross; 2026-03 and later
+    (
+        "fills the middle between columns prefix and suffix",
+        Template(
+            "rwkv-g1-fim",
+            format_user="✿prefix✿✿suffix✿✿middle✿{{content}}",
+            format_user_input="✿prefix✿✿suffix✿{{input}}✿middle✿{{content}}",
+            format_assistant="{{content}}",
+            format_separator="",
+            stop_words=("✿",),
+            reserved=("✿",),
+            strip=False,
+            infill=True,
+        ),
+    ),
+    # stanford_alpaca: two introductions, with and without an input
+    (
+        "### Instruction:, ### Input:, ### Response:",
         Template(
             "alpaca",
             format_system="{{content}}",
@@ -68,7 +180,10 @@ PRESETS: dict[str, Template] = {
             "context. Write a response that appropriately completes the request.",
             stop_words=("\n\n### ",),
         ),
-        # OpenAI's markup, with the tool tags of Qwen
+    ),
+    # OpenAI's markup, with the tool tags of Qwen
+    (
+        "<|im_start|> and <|im_end|>",
         Template(
             "chatml",
             format_system="<|im_start|>system\n{{content}}<|im_end|>",
@@ -80,7 +195,10 @@ PRESETS: dict[str, Template] = {
             format_separator="\n",
             stop_words=("<|im_end|>",),
         ),
-        # "default" of LLaMA-Factory and MindSpeed-RL
+    ),
+    # "default" of LLaMA-Factory and MindSpeed-RL
+    (
+        "Human: and Assistant:, a line break between",
         Template(
             "default",
             format_system="System: {{content}}",
@@ -89,7 +207,10 @@ PRESETS: dict[str, Template] = {
             format_observation="Observation: {{content}}",
             format_separator="\n",
         ),
-        # RWKV_LM_EXT (without the empty line that it leaves for an empty input)
+    ),
+    # RWKV_LM_EXT (without the empty line that it leaves for an empty input)
+    (
+        "🐱: and 🤖:",
         Template(
             "ext-cat",
             format_system="{{content}}",
@@ -97,7 +218,14 @@ PRESETS: dict[str, Template] = {
             format_assistant="🤖:{{content}}",
             format_separator="\n",
         ),
-        # nothing but the contents
+    ),
+    (
+        "the contents and nothing else",
         Template("empty", format_user="{{content}}", format_assistant="{{content}}", format_separator="", strip=False),
-    )
-}
+    ),
+)
+PRESETS: dict[str, Template] = {template.name: template for _, template in ALL}
+ABOUT: dict[str, str] = {template.name: about for about, template in ALL}
+
+# what a name meant in the files of versions that did not write a template's content beside it
+BEFORE = {"rwkv-g1-fakethink": "rwkv-g1-emptythink-2025"}

@@ -13,18 +13,23 @@ Source: the model card of BlinkDL/rwkv-7-world and RWKV7-G1x-templates.txt in Bl
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..roles import Role, Span
-from .headings import WORLD
+from .headings import WORLD, is_mark
 
 BLANK_LINES = re.compile(r"\n\s*\n")
+LINE_ENDS = re.compile("[\n\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")  # of str.splitlines
+TOOL_PLACES = re.compile(r"\{\{(name|description|parameters)\}\}")
 THINK, END_OF_THINK = "<think>", "</think>"
+CUES = ("(think)", "(think a bit)", "(think a lot)")  # RWKV7-G1x-templates.txt in BlinkDL/RWKV-LM, 2026-07-18
+SPEAKERS = (Role.SYSTEM, Role.USER, Role.ASSISTANT)
 
 
 class Message(NamedTuple):
@@ -66,16 +71,39 @@ ENDINGS = {
 }
 
 
+def lines(content: str) -> str:
+    """Line ends are \\n."""
+    return content.replace("\r\n", "\n").replace("\r", "\n") if "\r" in content else content
+
+
 def tidy(content: str) -> str:
     """Line ends are \\n, and no blanks at the ends."""
-    if "\r" in content:
-        content = content.replace("\r\n", "\n").replace("\r", "\n")
-    return content.strip()
+    return lines(content).strip()
 
 
 def clean(content: str) -> str:
     """tidy, and no blank line inside: in most templates a blank line is what ends a turn."""
-    content = tidy(content)
+    return without_blank_lines(tidy(content))
+
+
+def tidy_answer(content: str) -> str:
+    """tidy for what is learnt: the indentation of the first line stays, as in code or a Chinese paragraph. Blank lines before it
+    go, and so does a single space (prompt/completion data of OpenAI begin with one)."""
+    content = lines(content).rstrip()
+    if not content[:1].isspace():
+        return content
+    words = content.lstrip()
+    before = content[: len(content) - len(words)]
+    indentation = before[before.rindex(found[-1]) + 1 :] if (found := LINE_ENDS.findall(before)) else before
+    return words if indentation == " " else indentation + words
+
+
+def clean_answer(content: str) -> str:
+    """tidy_answer, and no blank line inside."""
+    return without_blank_lines(tidy_answer(content))
+
+
+def without_blank_lines(content: str) -> str:
     return BLANK_LINES.sub("\n", content) if "\n" in content else content
 
 
@@ -84,7 +112,7 @@ def split_thought(content: str) -> tuple[str, str]:
     if not content.lstrip().startswith(THINK) or END_OF_THINK not in content:
         return "", content
     think, _, words = content.partition(THINK)[2].partition(END_OF_THINK)
-    return think.strip(), words.strip()
+    return think.strip(), tidy_answer(words)
 
 
 class Pattern(NamedTuple):
@@ -111,7 +139,15 @@ class Template:
     default_system(_input): the system's text where a row has none (and its first turn has a second text).
     clean: roles whose turns lose their blank lines. strip: whether turns lose blanks at their ends.
     think: keep | always (an empty thought where there is none) | fake (an empty thought instead of any).
+    format_thought, format_no_thought: how a thought and an empty one are written.
     opening: how an answer begins when it is asked for; that much is given, not learnt.
+    user_cue: stands at the end of a user's turn whose answer has a thought, and of the one that is to be answered.
+    json_style: how calls and lists of tools are written: line (as they are), compact (no blanks; a tool a line), indent (two
+    blanks; results of tools too, as text of JSON where they are none). Of the last two, every call has its own format_function.
+    format_tool: each tool by itself, with {{name}}, {{description}} (its line is left out where there is none), {{parameters}};
+    "" is the list.
+    reserved: texts that mean a border here; a dialogue that holds one cannot be written.
+    infill: whether this is for rows of prefix, suffix and middle. The prefix is {{content}}, the suffix {{input}}.
     """
 
     name: str
@@ -131,6 +167,50 @@ class Template:
     strip: bool = True
     think: str = "keep"
     opening: str = ""
+    format_thought: str = f"{THINK}\n{{{{content}}}}\n{END_OF_THINK}\n"
+    format_no_thought: str = f"{THINK}\n{END_OF_THINK}\n"
+    user_cue: str = ""
+    json_style: str = "line"
+    format_tool: str = ""
+    reserved: tuple[str, ...] = ()
+    infill: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, as JSON can hold it: what a run keeps, so that it is served in the form that it was trained in, whatever
+        the name means in a later version."""
+        found = {}
+        for one in dataclasses.fields(self):
+            value = getattr(self, one.name)
+            if isinstance(value, frozenset):
+                value = sorted(role.name.lower() for role in value)
+            found[one.name] = list(value) if isinstance(value, tuple) else value
+        return found
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Template:
+        """The template that `to_dict` has described. ValueError if it is none, or one of a newer version of this kit."""
+        fields = {one.name: one for one in dataclasses.fields(cls)}
+        missing = [n for n, one in fields.items() if one.default is dataclasses.MISSING and n not in content]
+        if missing:
+            raise ValueError(f"lacks {missing[0]}")
+        values = {}
+        for name, value in content.items():
+            if name not in fields:
+                raise ValueError(f"has the field {name!r}, which this version of the kit does not know")
+            default = fields[name].default
+            if isinstance(default, (tuple, frozenset)):
+                if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+                    raise ValueError(f"{name} must be a list of texts, not {value!r}")
+                value = tuple(value)
+                if isinstance(default, frozenset):
+                    unknown = [one for one in value if one.upper() not in Role.__members__]
+                    if unknown:
+                        raise ValueError(f"{name} holds {unknown[0]!r}, which is no role")
+                    value = frozenset(Role[one.upper()] for one in value)
+            elif not isinstance(value, bool if isinstance(default, bool) else str):
+                raise ValueError(f"{name} cannot be {value!r}")
+            values[name] = value
+        return cls(**values)
 
     @functools.cached_property
     def patterns(self) -> dict[Role, Pattern]:
@@ -153,22 +233,43 @@ class Template:
         return not pattern(self.format_assistant).heading and bool(pattern(self.format_user).tail.strip())
 
     @functools.cached_property
-    def cleaners(self) -> dict[Role, object]:
-        plain = tidy if self.strip else str
-        return {role: clean if role in self.clean else plain for role in Role}
+    def cleaners(self) -> dict[Role, Callable[[str], str]]:
+        if not self.strip:
+            return {role: clean if role in self.clean else lines for role in Role}
+        found = {role: clean if role in self.clean else tidy for role in Role}
+        return found | {Role.ASSISTANT: clean_answer if Role.ASSISTANT in self.clean else tidy_answer}
 
     @functools.cached_property
     def headings(self) -> dict[str, Role]:
-        """Words before a colon that begin a turn behind a blank line, for texts that are ready."""
-        own = {self.patterns[role].heading.strip(): role for role in (Role.USER, Role.ASSISTANT)}
+        """What begins a turn in texts that are ready (spans_of_text): words before a colon behind a blank line, and headings like
+        Bot✿ and ### User at the start of a line."""
+        own = {self.patterns[r].heading.split("\n")[0].strip(): r for r in (Role.TOOL, *SPEAKERS)}
         blank = self.format_separator == "\n\n"
-        return WORLD | {h[:-1]: role for h, role in own.items() if blank and re.fullmatch(r"\w[\w ]*:", h)}
+        words = {h[:-1]: role for h, role in own.items() if blank and re.fullmatch(r"\w[\w ]*:", h)}
+        return WORLD | words | {h: role for h, role in own.items() if is_mark(h)}
 
     def stops(self) -> tuple[str, ...]:
         """Texts that end an answer when the model goes on with the next turn by itself."""
-        headings = {self.patterns[r].heading for r in (Role.USER, Role.SYSTEM, Role.ASSISTANT)}
+        headings = {self.patterns[role].heading for role in SPEAKERS}
+        tool = self.patterns[Role.TOOL].heading
+        if not tool.startswith(self.patterns[Role.USER].heading):
+            headings.add(tool.split("\n")[0])
         border = "" if self.answer_in_user else self.format_separator
-        return (*self.stop_words, ENDINGS["x17"].answer, *sorted(border + h for h in headings if h.strip()))
+        found = (*self.stop_words, ENDINGS["x17"].answer, *sorted(border + h for h in headings if h.strip()))
+        return tuple(dict.fromkeys(found))
+
+    def holds_reserved(self, dialogue: Dialogue) -> str:
+        """A reserved text that a dialogue holds, or ""."""
+        if not self.reserved:
+            return ""
+        says = "\n".join(part for m in dialogue.messages for part in (m.content, m.think, m.material, m.call))
+        return next((word for word in self.reserved if word in says or word in dialogue.tools), "")
+
+    def asked(self, question: str) -> str:
+        """A question with the cue behind it, unless it ends with one already."""
+        if not self.user_cue or question.rstrip().endswith(CUES):
+            return question
+        return question.rstrip() + self.user_cue
 
     def render(
         self, dialogue: Dialogue, ending: Ending = ENDINGS["doc"], open_answer: bool = False
@@ -181,6 +282,8 @@ class Template:
         roles: list[Role] = []
 
         messages = self.with_system(dialogue)
+        if self.user_cue:
+            messages = self.with_cues(messages, open_answer)
         if self.format_prefix:
             texts.append(self.format_prefix)
             roles.append(Role.HEADING)
@@ -201,7 +304,7 @@ class Template:
                 if not learn:
                     role = Role.UNTRAINED
             elif not material:
-                body = lead + cleaners[role](content)
+                body = lead + (self.result(content) if role is Role.TOOL else cleaners[role](content))
             elif role is Role.USER and self.format_user_input:
                 heading, parts = self.with_input
                 says = {"content": content, "input": material}
@@ -240,6 +343,8 @@ class Template:
     def with_system(self, dialogue: Dialogue) -> Sequence[Message]:
         """The messages, with the template's own system text where there is none, and with the tools in it."""
         messages = dialogue.messages
+        if self.json_style == "line" and any(message.role is Role.TOOL for message in messages):
+            messages = joined_results(messages)
         if not (dialogue.tools or self.default_system):
             return messages
         has = bool(messages) and messages[0].role is Role.SYSTEM
@@ -247,9 +352,60 @@ class Template:
         if not has and self.default_system_input and messages and messages[0].material:
             words = self.default_system_input
         if dialogue.tools:
-            tools = self.format_tools.replace("{{content}}", dialogue.tools)
+            tools = self.format_tools.replace("{{content}}", self.tools_text(dialogue.tools))
             words = f"{words}\n{tools}" if words else tools
         return (Message(Role.SYSTEM, words), *messages[has:])
+
+    def with_cues(self, messages: Sequence[Message], open_answer: bool) -> Sequence[Message]:
+        """The messages, with the cue behind every user's turn that a thought answers, or that is still to be answered."""
+        found = list(messages)
+        content_last = self.format_user_input.rfind("{{content}}") > self.format_user_input.rfind("{{input}}")
+        for i, message in enumerate(found):
+            answered = found[i + 1].role is Role.ASSISTANT and found[i + 1].think if i + 1 < len(found) else open_answer
+            if message.role is Role.USER and answered:
+                part = "material" if message.material and not content_last else "content"
+                found[i] = message._replace(**{part: self.asked(getattr(message, part))})
+        return found
+
+    def tools_text(self, tools: str) -> str:
+        """The list of tools (JSON text) as this template writes it; a description in words as it is."""
+        if self.json_style == "line" and not self.format_tool:
+            return tools
+        try:
+            found = json.loads(tools)
+        except ValueError:
+            return tools
+        found = found if isinstance(found, list) else [found]
+        if not self.format_tool or not all(isinstance(one, dict) for one in found):
+            if self.json_style == "compact":
+                return "[\n" + ",\n".join(map(self.json_text, found)) + "\n]"
+            return self.json_text(found)
+        return "\n".join(map(self.tool_text, found))
+
+    def tool_text(self, tool: Mapping[str, Any]) -> str:
+        """One tool by format_tool."""
+        says = {name: tool.get(name) for name in ("name", "description")}
+        says = {name: tidy(value) if isinstance(value, str) else "" for name, value in says.items()}
+        says["parameters"] = self.json_text(tool.get("parameters") or {})
+        text = self.format_tool
+        if not says["description"]:
+            text = "\n".join(line for line in text.split("\n") if "{{description}}" not in line)
+        return "".join(says[p] if i % 2 else p for i, p in enumerate(TOOL_PLACES.split(text)))
+
+    def json_text(self, value: Any) -> str:
+        if self.json_style == "indent":
+            return json.dumps(value, ensure_ascii=False, indent=2)
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":") if self.json_style == "compact" else None)
+
+    def result(self, content: str) -> str:
+        """What a tool gave back, cleaned, and written as JSON where the template wants that."""
+        content = self.cleaners[Role.TOOL](content)
+        if self.json_style != "indent":
+            return content
+        try:
+            return self.json_text(json.loads(content))
+        except ValueError:
+            return self.json_text(content)
 
     def answer(self, message: Message) -> str:
         """What the assistant says in a turn: thought, words and tool call, cleaned."""
@@ -261,16 +417,21 @@ class Template:
         if self.think == "keep" and not message.think:
             return words
         thought = "" if self.think == "fake" else cleaner(message.think)
-        return f"{THINK}\n{thought}\n{END_OF_THINK}\n{words}" if thought else f"{THINK}\n{END_OF_THINK}\n{words}"
+        thought = tidy(thought) if self.strip else thought
+        return (self.format_thought.replace("{{content}}", thought) if thought else self.format_no_thought) + words
 
     def call_text(self, call: str) -> str:
-        if "{{name}}" not in self.format_function:
+        """Tool calls (JSON text) as this template writes them."""
+        if "{{name}}" not in self.format_function and self.json_style == "line":
             return self.format_function.replace("{{content}}", call)
         found = json.loads(call)
         written = []
         for one in found if isinstance(found, list) else [found]:
+            if "{{name}}" not in self.format_function:
+                written.append(self.format_function.replace("{{content}}", self.json_text(one)))
+                continue
             arguments = one["arguments"]
-            arguments = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+            arguments = arguments if isinstance(arguments, str) else self.json_text(arguments)
             says = {"name": one["name"], "arguments": arguments}
             parts = re.split(r"\{\{(name|arguments)\}\}", self.format_function)
             written.append("".join(says[p] if i % 2 else p for i, p in enumerate(parts)))
@@ -279,6 +440,17 @@ class Template:
     def prompt(self, messages: Sequence[Message], tools: str = "", ending: Ending = ENDINGS["doc"]) -> str:
         """What a client sends for an answer to these messages."""
         return "".join(self.render(Dialogue(tuple(messages), tools), ending, open_answer=True)[0])
+
+
+def joined_results(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """The messages, with results of tools that follow one another in one turn."""
+    found: list[Message] = []
+    for message in messages:
+        if message.role is Role.TOOL and found and found[-1].role is Role.TOOL:
+            found[-1] = Message(Role.TOOL, f"{found[-1].content}\n{message.content}")
+        else:
+            found.append(message)
+    return tuple(found)
 
 
 def spans_of(texts: Sequence[str], roles: Sequence[Role]) -> list[Span]:

@@ -13,7 +13,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import hashing
+from .. import hashing, project
 from ..config import TrainConfig
 from ..errors import Problem, Problems, UserError
 from ..shell_vars import MOST, Script, values_as_written
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from ..data.buckets import Buckets
     from ..data.sampling import Plan
+    from ..tokenized import Form
 
 TOKENIZE = Path(__file__).resolve().parent.parent.parent / "make_tokenize.sh"  # how a stream becomes tokens
 AUTO_BATCH_TOKENS = 4096  # MICRO_BSZ=auto: about this many tokens at once ...
@@ -38,8 +39,8 @@ class Planned:
     most_sequences: how many lie in it, as far as is known.
     lines: from the settings to the rows of the plan that the user sees. batches: from a rank, and for a stream the micro-batch
     that it begins with, to its micro-batches.
-    sequences: what is trained, to look at: tokens [n] and weights [n-1] of one after another. templates: the PROMPT_TYPEs
-    and EOTs that the data were made with, as far as they tell. content: what tells these data from others; from what it was at
+    sequences: what is trained, to look at: tokens [n] and weights [n-1] of one after another. forms: what the data
+    were written in, as far as they tell. content: what tells these data from others; from what it was at
     an earlier time, or None, which saves reading files that nobody has written to since.
     """
 
@@ -51,7 +52,7 @@ class Planned:
     lines: Callable[[dict], list[tuple[str, str]]]
     batches: Callable[[int, int], Dataset]
     sequences: Callable[[], Iterator]
-    templates: tuple[tuple[str, str], ...]
+    forms: tuple[Form, ...]
     content: Callable[[dict | None], dict]
 
 
@@ -60,7 +61,7 @@ def plan_run(config: TrainConfig, files, vocab_size: int, say) -> Planned:
     from ..data import buckets
     from ..data.loading import ITEM_MODES, Batches, Data
     from ..data.sampling import AUTO_CTX_LIMIT
-    from ..tokenized import mask_of, template_of
+    from ..tokenized import form_of, mask_of
     from ..training import report
 
     mode = "concat" if config.pack == "concat" else "magic" if config.magic_prime else config.dataload
@@ -91,7 +92,7 @@ def plan_run(config: TrainConfig, files, vocab_size: int, say) -> Planned:
         micro_bsz = max(1, min(AUTO_BATCH_TOKENS // data.ctx_len, several))
     epoch_steps = None if config.epoch_steps == "auto" else config.epoch_steps
     plan = data.make_plan(epoch_steps, micro_bsz, config.mini_bsz, config.processes)
-    templates = tuple(sorted({found for prefix, _ in files if (found := template_of(prefix))}))
+    forms = tuple(dict.fromkeys(form for prefix, _ in files if (form := form_of(prefix))))
     facts = data.facts()
     most_tokens = min(plan.most_tokens(data.ctx_len), facts.tokens)
     sequences = (
@@ -103,22 +104,23 @@ def plan_run(config: TrainConfig, files, vocab_size: int, say) -> Planned:
         data.buckets,
         most_tokens,
         max(1, sequences),
-        lambda settings: report.data_lines(data, plan, settings) + report.template_lines(templates),
+        lambda settings: report.data_lines(data, plan, settings) + report.form_lines(forms),
         # (DeepSpeed counts micro-batches by itself)
         lambda rank, _first: Batches(data, plan, rank, STRATEGIES[config.strategy_name].stage > 0),
         lambda: itertools.chain.from_iterable(map(data.row, range(data.rows))),
-        templates,
+        forms,
         functools.partial(content_of_files, files),
     )
 
 
 @dataclass(frozen=True)
 class Held:
-    """Held-out data. names: of the files; missing: of those that are trained and have none. rows: places of the context's length.
-    untrained: documents that have nothing to learn from. data: tells these from others. batches: from a process's number and
-    their count to its share."""
+    """Held-out data. names, prefixes: of the files; missing: of those that are trained and have none. rows: places of the
+    context's length. untrained: documents that have nothing to learn from. data: tells these from others. batches: from a
+    process's number and their count to its share."""
 
     names: tuple[str, ...]
+    prefixes: tuple[Path, ...]
     missing: tuple[str, ...]
     rows: int
     targets: int
@@ -180,7 +182,8 @@ def held_out(config: TrainConfig, files, ctx_len: int, vocab_size: int, say) -> 
 
     names = tuple(prefix.name for prefix, _ in pairs)
     facts = data.facts()
-    return Held(names, tuple(missing), data.rows, facts.targets, facts.untrained, mark, batches)
+    prefixes = tuple(prefix for prefix, _ in pairs)
+    return Held(names, prefixes, tuple(missing), data.rows, facts.targets, facts.untrained, mark, batches)
 
 
 def content_of_files(files, before: dict | None) -> dict:
@@ -200,9 +203,9 @@ def plan_stream(config: TrainConfig, source: Path, vocab_size: int, say) -> Plan
     from ..data.sampling import Plan
     from ..data.streaming import Stream
     from ..rows import files
-    from ..rows.settings import TokenizeConfig, recipe
+    from ..rows.settings import TokenizeConfig, recipe, settled
     from ..rows.stream import RowStream
-    from ..tokenized import mask_of, roles_in_text, unescaped
+    from ..tokenized import Form, mask_of, roles_in_text, unescaped
     from ..training import report
 
     script = Script(TOKENIZE, values_as_written(TOKENIZE))
@@ -210,13 +213,15 @@ def plan_stream(config: TrainConfig, source: Path, vocab_size: int, say) -> Plan
         tokenizing = script.read(TokenizeConfig)
     except Problems as problems:  # of another script than the one that runs
         raise UserError(script.report(problems)) from None
+    tokenizing = settled(tokenizing, project.model_file(config.model_path))[0]
     micro_bsz = max(1, AUTO_BATCH_TOKENS // config.ctx_len) if config.micro_bsz == "auto" else config.micro_bsz
     rows = config.max_steps * micro_bsz * config.mini_bsz * config.processes
     plan = Plan(rows, None, micro_bsz, config.mini_bsz, config.processes)
     markers = Markers(unescaped(config.mask_start), unescaped(config.mask_end))
     found = files.find(source)[0]
     buffer = config.stream_buffer if config.data_shuffle else 1
-    stream = RowStream(found, recipe(tokenizing, True), tokenizing.txt_mode, config.seed, buffer, say)
+    made_from = recipe(tokenizing, True)
+    stream = RowStream(found, made_from, tokenizing.txt_mode, config.seed, buffer, say)
 
     def make_data(part, number: int) -> Data:
         return Data(
@@ -242,7 +247,7 @@ def plan_stream(config: TrainConfig, source: Path, vocab_size: int, say) -> Plan
         lambda settings: report.stream_lines(found, tokenizing, buffer, plan, settings),
         batches,
         lambda: batches(0, 0).sequences(),
-        ((tokenizing.prompt_type, tokenizing.eot),),
+        (Form(tokenizing.prompt_type, tokenizing.eot, made_from.template),),
         lambda _before: {
             # (a stream may be too long to be read twice)
             "files": [{"name": p.name, "sample": hashing.sample(p) if p.is_file() else None} for p in found],

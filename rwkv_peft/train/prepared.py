@@ -14,6 +14,7 @@ from ..config import TrainConfig
 from ..errors import Problems
 from ..methods import METHODS, Method
 from ..words import count
+from . import forms
 from .data import Held, Planned, held_out, plan_run, plan_stream
 from .opening import check_earlier, open_files, questions_of
 from .place import Place, plugins
@@ -219,6 +220,8 @@ def header(run: Prepared) -> list[str]:
         run.settings, run.setup, run.base, run.geometry, run.data.lines(run.settings), *largest, run.plan, run.steps,
         attach.count_trained(run.geometry, run.setup), run.stored, machine.DTYPES[run.precision], run.ops.why,
     )  # fmt: skip
+    held = list(run.held.prefixes) if run.held else []
+    lines[-1:-1] = [f"{'warning':<10}{words}" for words in forms.warnings(run.base, run.data.forms, held)]
     if run.held:
         every = f"every {run.config.val_steps} steps" if run.config.val_steps else "after every epoch"
         what = f"{', '.join(run.held.names)}: {run.held.targets:,} trained tokens in {count(run.held.rows, 'pack')}"

@@ -14,6 +14,7 @@ from .. import __version__, checkpoint, hashing, project, runs, sidecars
 from ..atomic import clear_leftovers, need_space, sync_folder, temporary, write_json
 from ..errors import UserError
 from ..methods import OPTIMS
+from ..tokenized import common
 from ..training import snapshot
 from ..training.callbacks import TOO_HIGH
 from ..training.spread import Parts
@@ -79,8 +80,9 @@ class Results:
 
         about = run.config, run.geometry, run.setup.options, run.base, self.content, run.precision
         sidecar = describe_run(*about, epoch, step, finished)
-        templates = run.data.templates
-        sidecar["prompt_type"], sidecar["eot"] = templates[0] if len(templates) == 1 else (None, None)
+        form = common(run.data.forms)
+        sidecar["prompt_type"], sidecar["eot"] = (form.prompt_type, form.eot) if form else (None, None)
+        sidecar["template"] = form.template.to_dict() if form and form.template else None
         if not run.config.streaming:
             sidecar["data"] = [[file["name"], file["sha256"]] for file in self.identity.result()["files"]]
         if learner.begun:

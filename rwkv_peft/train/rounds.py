@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 
 from ..generate import likeliest_answer
-from ..templates.named import template
+from ..templates.of_base import known_by
+from ..tokenized import common
 from ..training import samples, validate
 from ..training.callbacks import Save, StepRecorder, StopOnSignal
 from ..training.rounds import Rounds
 from .prepared import Prepared
 from .told import Told
-
-DEFAULT_TEMPLATE = "rwkv-world"  # where the data do not tell theirs
 
 
 def make_validation(run: Prepared, told: Told, save: Save) -> validate.Validate | None:
@@ -39,7 +38,8 @@ def make_rounds(
     """The validation and what comes beside it, in their order. stop: cuts them short. recorder: does not count their time."""
     config, rounds = run.config, [validation] if validation else []
     if run.questions:
-        form = template(run.data.templates[0][0] if len(run.data.templates) == 1 else DEFAULT_TEMPLATE)
+        written = common(run.data.forms)
+        form = (written and written.template) or known_by(run.base).template
         answer = functools.partial(say_after, form, config.sample_tokens)
         where = run.folder / samples.FILE
         every = config.sample_steps, run.plan.optimizer_steps

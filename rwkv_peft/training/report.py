@@ -159,10 +159,10 @@ def state_rows(setup, stored) -> list[tuple[str, str]]:
     return [("", f"the base holds a learnt state: {how}")]
 
 
-def template_lines(templates) -> list[tuple[str, str]]:
+def form_lines(forms) -> list[tuple[str, str]]:
     """A word where the data were made with several templates: no chat can use them all at once."""
-    words = ", ".join(f"{name} with EOT={eot}" for name, eot in templates)
-    return [("", f"these data were made with different templates: {words}")] if len(templates) > 1 else []
+    words = ", ".join(f"{form.prompt_type} with EOT={form.eot}" for form in sorted(forms, key=lambda one: one[:2]))
+    return [("warning", f"these data were made with different templates: {words}")] if len(forms) > 1 else []
 
 
 def more_steps(settings, plan) -> str:
