@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from rwkv_peft import tokenizer
 from rwkv_peft.errors import Problems
 from rwkv_peft.roles import Role
-from rwkv_peft.rows.columns import columns
 from rwkv_peft.rows.encode import Pieces, encode_row, encode_rows
+from rwkv_peft.rows.keys import columns
 from rwkv_peft.rows.limits import Limits
 from rwkv_peft.rows.quick import Quick
 from rwkv_peft.rows.reading import Block

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from rwkv_peft.errors import Problems
 from rwkv_peft.roles import Role
-from rwkv_peft.rows import columns as names
-from rwkv_peft.rows.columns import HARMLESS_IN_MESSAGES, columns, parts_of, squashed
+from rwkv_peft.rows import keys as names
+from rwkv_peft.rows.keys import HARMLESS_IN_MESSAGES, columns, parts_of, squashed
 from rwkv_peft.rows.one_message import conversations
 from rwkv_peft.rows.reading import Block
 from rwkv_peft.rows.schemas import Reader

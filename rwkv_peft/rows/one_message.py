@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from . import reading
-from .columns import ROLE_NAMES, Parts, parts_of, squashed
+from .keys import ROLE_NAMES, Parts, parts_of, squashed
 from .reading import Block
 from .recipe import items, parse
 from .values import RowError, is_nothing

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from ..roles import Role
 from ..templates.template import Ending, Template
-from .columns import MESSAGES, ROLE_NAMES, Columns, left_over
 from .encode import Pieces
+from .keys import MESSAGES, ROLE_NAMES, Columns, left_over
 from .schemas import HANDLERS, Row
 from .values import is_nothing, wants_a_look
 

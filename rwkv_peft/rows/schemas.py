@@ -1,6 +1,6 @@
 """A row of any data set of the field -> a dialogue, or a text that is ready.
 
-What a row is shows in its columns (columns.py); roles are read from their names, never from their places. A row that cannot be
+What a row is shows in its columns (keys.py); roles are read from their names, never from their places. A row that cannot be
 used raises RowError with a reason (counted) and a sentence (shown); the caller knows the file and the line. Every key is used,
 is harmless metadata, or is counted in `Reader.unused`.
 """
@@ -18,7 +18,7 @@ import orjson
 from ..roles import Role
 from ..templates.template import Dialogue, Message
 from . import turns
-from .columns import (
+from .keys import (
     CALLS,
     CERTAIN_MESSAGES,
     CERTAIN_TEXTS,

@@ -15,7 +15,7 @@ from ..errors import Problem, Problems, UserError
 from ..shell_vars import MOST, values_as_written, var
 from ..templates.named import template
 from ..templates.of_base import AUTO, known_by, says_g1
-from .columns import columns
+from .keys import columns
 from .limits import Limits
 from .recipe import Recipe
 from .schemas import HANDLERS

@@ -19,7 +19,7 @@ from typing import Any
 import orjson
 
 from ..roles import Role
-from .columns import CALLS, ROLE_NAMES, parts_of, squashed
+from .keys import CALLS, ROLE_NAMES, parts_of, squashed
 from .values import RowError, is_nothing
 
 SHAPE = "its conversation must be a list of messages with at least one in it"
