@@ -31,10 +31,9 @@ from typing import Literal
 
 from rwkv_peft import project, sidecars
 from rwkv_peft.errors import Problem, Problems, UserError
+from rwkv_peft.methods import MOST_ALPHA
 from rwkv_peft.shell_vars import enter, var
 from rwkv_peft.words import did_you_mean
-
-MOST_ALPHA = 65536
 
 # --export KIND -> what it is for
 KINDS = {

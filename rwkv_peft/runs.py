@@ -120,7 +120,13 @@ def init_file(folder: Path, method: str) -> Path:
 def abandon(folder: Path) -> None:
     """What leaving in the middle of a save must not leave behind: half a file, or a sidecar without its checkpoint."""
     for half in folder.glob(f"*.tmp-{os.getpid()}"):
-        half.unlink()
+        target = half.with_name(half.name.removesuffix(f".tmp-{os.getpid()}"))
+        note = target.with_suffix(".json")
+        # a sidecar that is younger than its whole checkpoint was renamed just now: its checkpoint follows
+        if target.suffix == ".pth" and note.is_file() and note.stat().st_mtime_ns >= half.stat().st_mtime_ns:
+            half.replace(target)
+        else:
+            half.unlink()
     for sidecar in folder.glob("rwkv-*.json"):
         if not sidecar.with_suffix(".pth").exists():
             sidecar.unlink()

@@ -177,7 +177,7 @@ def course(settings: dict, records: list[dict], looks: list[dict], sidecar: dict
     done = records[-1]["step"] if records else 0
     if settings["STREAMING"] or sidecar["step"] < done:
         return 0, False
-    planned = settings["EPOCH_COUNT"] * (settings["EPOCH_STEPS"] // settings["MINI_BSZ"])
+    planned = settings["EPOCH_COUNT"] * -(-settings["EPOCH_STEPS"] // settings["MINI_BSZ"])
     seen = [look for look in looks if look["loss"] is not None]
     ended = 0 < settings["VAL_PATIENCE"] <= validate.rounds_without_a_better(seen)
     return (0, ended) if ended else (max(0, planned - done), False)
