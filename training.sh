@@ -200,7 +200,7 @@ WARMUP_STEPS=10
 
 # Optimizer. 优化器
 #   adamw      8 bytes for each trained value                                                每个参数 8 字节
-#   adamw8bit  2 bytes; needs: .venv/bin/pip install bitsandbytes                            需要 bitsandbytes
+#   adamw8bit  2 bytes; needs: .venv/bin/python -m pip install bitsandbytes                            需要 bitsandbytes
 #   lion       4 bytes; wants a third to a tenth of AdamW's LR_INIT; needs bitsandbytes      学习率应为 AdamW 的 1/3 到 1/10
 #   lion8bit   1 byte; as lion                                                               同 lion，更省显存
 #   adafactor  next to nothing; for full fine-tuning where memory is short                   几乎不占显存，适合全量微调
@@ -291,7 +291,7 @@ lisa_k=20
 ########################################## The peft package  ####################################################
 
 # FINETUNE_MODE=peft: a JSON file with the method and its settings, like {"peft_type": "LOHA", "r": 16, "alpha": 16}.
-# It needs the package: .venv/bin/pip install "peft==0.21.*"                          peft 配置文件（JSON）
+# It needs the package: .venv/bin/python -m pip install "peft==0.21.*"                          peft 配置文件（JSON）
 PEFT_CONFIG=""
 
 # Go on from an earlier run of it: a path. 从已有结果继续
@@ -317,7 +317,7 @@ QUANT=none
 QUANT_PARTS="att,ffn"
 
 # What computes: auto; cuda (kernels for NVIDIA GPUs, compiled at first use and tried against the definition); fla (Triton kernels,
-# tried as well; needs: .venv/bin/pip install "fla-core==0.6.0" einops); cpu (C++ kernels, compiled at first use, want g++); torch
+# tried as well; needs: .venv/bin/python -m pip install "fla-core==0.6.0" einops); cpu (C++ kernels, compiled at first use, want g++); torch
 # (everywhere, slower); reference (the slow definition).
 # 算子：auto 自动选择；cuda 为 NVIDIA 显卡内核（首次使用时编译并自检）；fla 为 Triton 内核（需另装）；cpu 为 C++ 内核（需要 g++）；torch 通用但较慢
 OP=auto
@@ -361,7 +361,7 @@ NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-}"
 #   deepspeed_stage_2     and the gradients                                                    梯度也分片
 #   deepspeed_stage_3     and the weights, like fsdp                                           权重也分片
 #   deepspeed_stage_2_offload, deepspeed_stage_3_offload: the pieces lie in the host's memory: slow, least GPU memory  卸载到内存
-# fsdp and deepspeed want OPTIM=adamw; deepspeed wants: .venv/bin/pip install -r requirements-deepspeed.txt
+# fsdp and deepspeed want OPTIM=adamw                                                        需 OPTIM=adamw
 STRATEGY=auto
 
 # Processes per GPU that prepare batches while it computes. auto: 1, without a GPU 0. 每卡的数据加载进程数
@@ -393,13 +393,13 @@ SAMPLE_TOKENS=100
 # Name of a wandb project; empty: no wandb. WANDB_MODE=offline in your shell keeps it on this machine. wandb 项目名，空则不用
 WANDB=""
 
-# 1: for tensorboard as well: tensorboard --logdir output. It needs: .venv/bin/pip install tensorboard. 是否写 tensorboard 日志（需安装）
+# 1: for tensorboard as well: tensorboard --logdir output. It needs: .venv/bin/python -m pip install tensorboard. 是否写 tensorboard 日志（需安装）
 TENSORBOARD=0
 
-# Name of a SwanLab project; empty: none. SWANLAB_MODE=offline in your shell keeps it here. It needs: .venv/bin/pip install swanlab. SwanLab 项目名
+# Name of a SwanLab project; empty: none. SWANLAB_MODE=offline in your shell keeps it here. It needs: .venv/bin/python -m pip install swanlab. SwanLab 项目名
 SWANLAB=""
 
-# Name of a trackio project; empty: none. It stays on this machine. It needs: .venv/bin/pip install trackio. trackio 项目名
+# Name of a trackio project; empty: none. It stays on this machine. It needs: .venv/bin/python -m pip install trackio. trackio 项目名
 TRACKIO=""
 
 set +a
