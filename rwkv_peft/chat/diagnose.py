@@ -58,7 +58,12 @@ class Row:
 def diagnose(name: str, base: str, precision: str) -> None:
     """name: of a run, or of one of its checkpoints. base: where the base lies, "" for where the sidecar says."""
     folder = project.find(name, "output")
-    if (folder / "run.json").is_file() and not runs.checkpoints(folder) and not any(runs.saved(folder)):
+    if (
+        not runs.is_epoch(name)
+        and (folder / "run.json").is_file()
+        and not runs.checkpoints(folder)
+        and not any(runs.saved(folder))
+    ):
         return of_its_course(folder.resolve(), "has saved no checkpoint")
     adapter = models.adapter_file(name)
     chosen = models.of_run(adapter, base)
