@@ -246,8 +246,8 @@ use_dora=0
 # How much faster lora_B learns than lora_A (LoRA+; its authors take 16). 1: alike. LoRA+ 学习率倍数，1 为不用
 loraplus_lr_ratio=1
 
-# Go on from an earlier run's LoRA: a path, like output/RUN/rwkv-2.pth. Rank, alpha and base must be the same.
-# 从已有 LoRA 继续：填路径，秩、alpha、底模须一致
+# Go on from an earlier run's LoRA: my-run, my-run/2, my-run/best or a file. Rank, alpha and base must be the same.
+# 从已有 LoRA 继续：填训练名、训练名/轮或文件，秩、alpha、底模须一致
 lora_load=""
 
 ############################################# PiSSA  ############################################################
@@ -258,7 +258,7 @@ pissa_r=64
 # Rounds that look for them before training: 0 is exact and slow, 8 is close. 奇异值分解迭代次数，0 为精确
 svd_niter=8
 
-# Go on from an earlier run's PiSSA: a path, like output/RUN/rwkv-2.pth (init_pissa.pth lies beside it). 从已有 PiSSA 继续
+# Go on from an earlier run's PiSSA: my-run/2 or a file (with its init_pissa.pth). 从已有 PiSSA 继续
 pissa_load=""
 
 # Where its init_pissa.pth is, if not beside it; without pissa_load: begin a new run with that. 初始分解文件，一般留空
@@ -269,7 +269,7 @@ pissa_init=""
 # Rank of bone, miss and bat. bat needs one that divides the widths of all layers. 秩；bat 需整除各层宽度
 disha_r=64
 
-# Go on from an earlier run of the same method: a path. 从已有结果继续
+# Go on from an earlier run of the same method: my-run/2 or a file. 从已有结果继续
 disha_load=""
 
 ########################################### State tuning  #######################################################
@@ -277,7 +277,7 @@ disha_load=""
 # 1: learn the two token shifts of every layer as well. Other programs do not read them; chat.sh does. 是否同时训练 token shift
 state_shifts=0
 
-# Go on from an earlier state: a path, like output/RUN/rwkv-2.pth or a .pth of blocks.N.att.time_state. 从已有 state 继续
+# Go on from an earlier state: my-run/2, a file of a run, or a .pth of blocks.N.att.time_state. 从已有 state 继续
 state_load=""
 
 ############################################## LISA  ############################################################
@@ -294,7 +294,7 @@ lisa_k=20
 # It needs the package: .venv/bin/python -m pip install "peft==0.21.*"                          peft 配置文件（JSON）
 PEFT_CONFIG=""
 
-# Go on from an earlier run of it: a path. 从已有结果继续
+# Go on from an earlier run of it: my-run/2 or a file. 从已有结果继续
 peft_load=""
 
 ########################################### Machine  机器 ########################################################

@@ -51,12 +51,16 @@ def checkpoint_files(words: Sequence[str], run: str, several: str = "") -> list[
     """
     if several:
         return several_files(words, run, several)
-    if len(words) > 1 and not (len(words) == 2 and runs.is_epoch(words[1])):
+    epoch = words[1].removeprefix("rwkv-").removesuffix(".pth") if len(words) == 2 else ""
+    if len(words) > 1 and not runs.is_epoch(epoch):
+        for word in words:
+            if not runs.is_epoch(word):
+                runs.find(word, places=PLACES)  # what is no checkpoint is not to be stacked
         raise UserError(
             f"{only_one(words)} Several are folded into one model, one after the other, by {stacking(words)}"
         )
     if len(words) == 2:
-        return [of_run(*words, run)]
+        return [of_run(words[0], epoch, run)]
     if not words or (run and runs.is_epoch(words[0])):
         folder = runs.run_folder(run)
         return [runs.epoch_file(folder, words[0]) if words else last_of(folder)]

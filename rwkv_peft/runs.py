@@ -192,9 +192,8 @@ def find(word: str, run: str = "", places: Sequence[str] = ("output",)) -> Path:
     if folder and is_epoch(epoch):
         return epoch_file(folder, epoch)
     if folder:
-        raise UserError(
-            f"{word}: {project.shown(folder)} has no {tail}. Behind a run and a slash stands an epoch: a number, last, best or step-N."
-        )
+        how = "Write a run and its epoch as RUN/EPOCH; an epoch is a number, last, best or step-N."
+        raise UserError(f"{word}: {project.shown(folder)} has no {tail}. {how}")
     raise none_of_that_name(f"{word}: there is no such run or checkpoint", word)
 
 

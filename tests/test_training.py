@@ -434,7 +434,11 @@ def test_the_precision_follows_the_processor():
         ({"FINETUNE_MODE": "bat", "disha_r": "5"}, "disha_r", "must divide 32, to cut a layer into square blocks"),
         ({"FINETUNE_MODE": "pissa", "pissa_r": "33"}, "pissa_r", "must be 32 or less"),
         ({"FINETUNE_MODE": "peft", "PEFT_CONFIG": "no.json"}, "PEFT_CONFIG", "there is no such file"),
-        ({"FINETUNE_MODE": "pissa", "pissa_load": "no.pth"}, "pissa_load", "no.pth: there is no such run or checkpoint"),
+        (
+            {"FINETUNE_MODE": "pissa", "pissa_load": "no.pth"},
+            "pissa_load",
+            "no.pth: there is no such run or checkpoint",
+        ),
         ({"FINETUNE_MODE": "pissa", "pissa_init": "no.pth"}, "pissa_init", "no.pth: there is no such file"),
         ({"MODEL_VERSION": "v6"}, "MODEL_VERSION", "but model/tiny.pth has v7; use auto"),
     ],
