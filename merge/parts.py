@@ -76,11 +76,14 @@ def several_files(words: Sequence[str], run: str, option: str) -> list[Path]:
         raise UserError(f"{option} needs two checkpoints or more.")
     bare = [word for word in words if runs.is_epoch(word)]
     if bare and len(bare) < len(words) and not run:
-        other = next(word for word in words if word not in bare)
+        others = [word for word in words if word not in bare]
+        name = next((word.rstrip("/") for word in others if runs.folder_of(word)), "RUN")
         raise UserError(
-            f"{bare[0]}: of which run? Write the run and the epoch together, as {shlex.quote(f'{other}/{bare[0]}')}, or name the "
+            f"{bare[0]}: of which run? Write the run and the epoch together, as {shlex.quote(f'{name}/{bare[0]}')}, or name the "
             "run of bare epochs with --run."
         )
+    if run and not bare:
+        print(f"note: RUN={run} is not used, because every checkpoint is named with its run", file=sys.stderr)
     return [runs.find(word, run, PLACES) for word in words]
 
 

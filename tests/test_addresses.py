@@ -121,6 +121,7 @@ def test_merge_takes_a_run_and_an_epoch(two, typed, run, file):
         ("0", "c", "RUN=c: there is no such run"),
         ("model", "", "model: there is no such run"),
         ("--stack b 'a run'/0 0", "", "of which run\\? Write the run and the epoch together, as b/0"),
+        ("--stack b/0 output/b/rwkv-7.pth 7", "", "of which run\\? Write the run and the epoch together, as RUN/7"),
         ("--stack b", "", "--stack needs two"),
         ("--average b", "", "--average needs two"),
     ],
@@ -146,9 +147,10 @@ def test_options_that_contradict_each_other_are_refused(two, typed, words):
         command(MergeConfig("", "", "original", "", "", ""), shlex.split(typed))
 
 
-@pytest.mark.parametrize("words", [["a run"], ["a run", "0"], ["a run/0"]])
+@pytest.mark.parametrize("words", [["a run"], ["a run", "0"], ["a run/0"], ["--stack", "a run", "b/0"]])
 def test_a_run_that_is_set_and_not_used_is_told(two, capsys, words):
-    checkpoint_files(words, "b")
+    words, _, how, _ = command_line(words)
+    checkpoint_files(words, "b", how)
     assert "note: RUN=b is not used" in capsys.readouterr().err
 
 
