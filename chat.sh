@@ -1,8 +1,8 @@
 #!/usr/bin/env -S bash #
 # Talk to a model: ./chat.sh                                                          与模型对话
 #   ./chat.sh --prompt "How are you?"                        one answer, then leave     只答一句
-#   ./chat.sh --adapter output/RUN/rwkv-2.pth                a base with what a run learnt, before merging
-#   ./chat.sh --model rwkv7-tiny-LORA-2.pth                  a merged model; ADAPTER below is left out, and said so
+#   ./chat.sh --adapter my-run/2                             a base with what a run learnt, before merging (latest, my-run/best)
+#   ./chat.sh --model rwkv7-tiny-my-run-2.pth                a merged model; ADAPTER below is left out, and said so
 #   ./chat.sh --diagnose latest                              does a run fit? underfit, overfit, rate too high or low   诊断训练结果
 #   ./chat.sh --help                                         tells the rest
 [ -n "${BASH_VERSION:-}" ] || { echo "Run this with bash: bash $0" >&2; exit 2; } #
@@ -15,7 +15,7 @@ set -a
 # The model: a name in model/ or merge/, or any path. 模型
 MODEL_PATH="rwkv7-tiny.pth"
 
-# A checkpoint of a run, like output/RUN/rwkv-2.pth: it says itself which base it belongs to. Empty: none. 适配器，可空
+# A checkpoint of a run: latest, my-run, my-run/2, my-run/best or a file; it says which base it belongs to. Empty: none. 适配器，可空
 # --model alone asks for another model, and leaves this out. 命令行只写 --model 时，不用此适配器
 ADAPTER=""
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env -S bash #
-# Fold what runs learnt into their base, and write files for other programs: ./merge.sh EPOCH     合并，导出
-#   ./merge.sh 2               epoch 2 of the newest run -> merge/<base>-LORA-2.pth    最近一次训练的第 2 轮
-#   RUN=my-run ./merge.sh 0    epoch 0 of the run output/my-run                        指定某次训练
-#   ./merge.sh step-300        after 300 optimizer steps (SAVE_STEPS)                  第 300 个优化步
-#   ./merge.sh output/a/rwkv-2.pth output/b/rwkv-0.pth    both, one after the other        依次合并多个
-#   ./merge.sh --average output/a/rwkv-1.pth:1 output/a/rwkv-2.pth:3    their weighted mean      加权平均
+# Fold what a run learnt into its base, and write files for other programs: ./merge.sh RUN EPOCH     合并，导出
+#   ./merge.sh                 the newest run, its last epoch -> merge/<base>-<run>-<epoch>.pth    最近一次训练的最后一轮
+#   ./merge.sh 2               its epoch 2; or last, best, step-300                                第 2 轮；或 last、best、step-300
+#   ./merge.sh my-run 0        epoch 0 of the run output/my-run (or: RUN=my-run ./merge.sh 0)      指定某次训练
+#   ./merge.sh --stack a/2 b/0               both runs, one after the other                        依次合并多个
+#   ./merge.sh --average a/1:1 a/2:3         their weighted mean                                   加权平均
 #   ./merge.sh 2 --export gguf         also as a file for llama.cpp; or safetensors, state, peft, rwkvcpp     导出
 #   ./merge.sh 2 --export gguf --export safetensors    several at once                        一次导出多种
 #   ./merge.sh --help          tells the rest
@@ -16,7 +16,7 @@ _root="$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 export _given; _given="$(compgen -e 2>/dev/null | tr '\n' ' ' || true)" # what the shell has set does not count, and is told
 set -a
 
-# The run: a folder in output/. Empty: the newest. 哪次训练，留空为最近一次
+# The run: latest, a name in output/, or a path. Empty: the newest. 哪次训练，留空为最近一次
 RUN="${RUN:-}"
 
 # The base. Empty: the one that the run names, in model/ or where it lay then; its content is checked. 底模，一般留空

@@ -71,10 +71,10 @@ copy_with quickstart/training.sh "${common[@]}" FINETUNE_MODE=lora MODEL_PATH=rw
 quickstart/training.sh --dry-run | sed '1,/^output/d'
 quickstart/training.sh
 
-step "4/6  Merge: RUN=quickstart-lora-$now ./merge.sh 7 (epochs count from 0: this is the last of 8)"
-# an earlier toy result makes room; anything of yours is kept under another name by merge.sh itself
-if grep -qs '"run": "quickstart-lora-' merge/rwkv7-tiny-LORA-7.json; then rm -f merge/rwkv7-tiny-LORA-7.{pth,json}; fi
-RUN="quickstart-lora-$now" MODEL_PATH='' MERGE_BASE=original METHOD='' LORA_ALPHA='' PISSA_INIT='' rwkv_peft/run.sh merge.__main__ merge.sh 7
+step "4/6  Merge: ./merge.sh quickstart-lora-$now 7 (epochs count from 0: this is the last of 8)"
+merged="rwkv7-tiny-quickstart-lora-$now-7.pth"
+rm -f merge/rwkv7-tiny-quickstart-lora-*-7.{pth,json} # earlier toy results make room
+RUN='' MODEL_PATH='' MERGE_BASE=original METHOD='' LORA_ALPHA='' PISSA_INIT='' rwkv_peft/run.sh merge.__main__ merge.sh "quickstart-lora-$now" 7
 
 step "5/6  The same question to both: ./chat.sh --model ... --temperature 0 --prompt ..."
 question="How many steps does the Heron Bay lighthouse have?"
@@ -83,7 +83,7 @@ ask() { # whatever you have made of chat.sh
     rwkv_peft/run.sh rwkv_peft.chat chat.sh --prompt "$question"
 }
 before="$(ask rwkv7-tiny.pth)"
-after="$(ask rwkv7-tiny-LORA-7.pth)"
+after="$(ask "$merged")"
 wanted="$(sed -n 's/.*Heron Bay lighthouse have?\\n\\nAssistant: \(.*\)"}/\1/p' data/sample.jsonl)"
 printf 'question   %s\n' "$question"
 printf 'sample     %s\n' "$wanted"
@@ -97,7 +97,7 @@ fi
 step "6/6  Done in $((SECONDS - began)) seconds after the installation"
 cat << TEXT
 The loss curves: output/quickstart-lora-$now/loss.png
-Talk to the result: ./chat.sh --model rwkv7-tiny-LORA-7.pth
+Talk to the result: ./chat.sh --model $merged
 
 With a real model:
   1. Put an RWKV .pth into model/ and your data into data/, like data/sample.jsonl

@@ -200,7 +200,7 @@ WARMUP_STEPS=10
 
 # Optimizer. 优化器
 #   adamw      8 bytes for each trained value                                                每个参数 8 字节
-#   adamw8bit  2 bytes; needs: .venv/bin/pip install bitsandbytes                            需要 bitsandbytes
+#   adamw8bit  2 bytes; needs: .venv/bin/python -m pip install bitsandbytes                            需要 bitsandbytes
 #   lion       4 bytes; wants a third to a tenth of AdamW's LR_INIT; needs bitsandbytes      学习率应为 AdamW 的 1/3 到 1/10
 #   lion8bit   1 byte; as lion                                                               同 lion，更省显存
 #   adafactor  next to nothing; for full fine-tuning where memory is short                   几乎不占显存，适合全量微调
@@ -246,8 +246,8 @@ use_dora=0
 # How much faster lora_B learns than lora_A (LoRA+; its authors take 16). 1: alike. LoRA+ 学习率倍数，1 为不用
 loraplus_lr_ratio=1
 
-# Go on from an earlier run's LoRA: a path, like output/RUN/rwkv-2.pth. Rank, alpha and base must be the same.
-# 从已有 LoRA 继续：填路径，秩、alpha、底模须一致
+# Go on from an earlier run's LoRA: my-run, my-run/2, my-run/best or a file. Rank, alpha and base must be the same.
+# 从已有 LoRA 继续：填训练名、训练名/轮或文件，秩、alpha、底模须一致
 lora_load=""
 
 ############################################# PiSSA  ############################################################
@@ -258,7 +258,7 @@ pissa_r=64
 # Rounds that look for them before training: 0 is exact and slow, 8 is close. 奇异值分解迭代次数，0 为精确
 svd_niter=8
 
-# Go on from an earlier run's PiSSA: a path, like output/RUN/rwkv-2.pth (init_pissa.pth lies beside it). 从已有 PiSSA 继续
+# Go on from an earlier run's PiSSA: my-run/2 or a file (with its init_pissa.pth). 从已有 PiSSA 继续
 pissa_load=""
 
 # Where its init_pissa.pth is, if not beside it; without pissa_load: begin a new run with that. 初始分解文件，一般留空
@@ -269,7 +269,7 @@ pissa_init=""
 # Rank of bone, miss and bat. bat needs one that divides the widths of all layers. 秩；bat 需整除各层宽度
 disha_r=64
 
-# Go on from an earlier run of the same method: a path. 从已有结果继续
+# Go on from an earlier run of the same method: my-run/2 or a file. 从已有结果继续
 disha_load=""
 
 ########################################### State tuning  #######################################################
@@ -277,7 +277,7 @@ disha_load=""
 # 1: learn the two token shifts of every layer as well. Other programs do not read them; chat.sh does. 是否同时训练 token shift
 state_shifts=0
 
-# Go on from an earlier state: a path, like output/RUN/rwkv-2.pth or a .pth of blocks.N.att.time_state. 从已有 state 继续
+# Go on from an earlier state: my-run/2, a file of a run, or a .pth of blocks.N.att.time_state. 从已有 state 继续
 state_load=""
 
 ############################################## LISA  ############################################################
@@ -291,10 +291,10 @@ lisa_k=20
 ########################################## The peft package  ####################################################
 
 # FINETUNE_MODE=peft: a JSON file with the method and its settings, like {"peft_type": "LOHA", "r": 16, "alpha": 16}.
-# It needs the package: .venv/bin/pip install "peft==0.21.*"                          peft 配置文件（JSON）
+# It needs the package: .venv/bin/python -m pip install "peft==0.21.*"                          peft 配置文件（JSON）
 PEFT_CONFIG=""
 
-# Go on from an earlier run of it: a path. 从已有结果继续
+# Go on from an earlier run of it: my-run/2 or a file. 从已有结果继续
 peft_load=""
 
 ########################################### Machine  机器 ########################################################
@@ -317,7 +317,7 @@ QUANT=none
 QUANT_PARTS="att,ffn"
 
 # What computes: auto; cuda (kernels for NVIDIA GPUs, compiled at first use and tried against the definition); fla (Triton kernels,
-# tried as well; needs: .venv/bin/pip install "fla-core==0.6.0" einops); cpu (C++ kernels, compiled at first use, want g++); torch
+# tried as well; needs: .venv/bin/python -m pip install "fla-core==0.6.0" einops); cpu (C++ kernels, compiled at first use, want g++); torch
 # (everywhere, slower); reference (the slow definition).
 # 算子：auto 自动选择；cuda 为 NVIDIA 显卡内核（首次使用时编译并自检）；fla 为 Triton 内核（需另装）；cpu 为 C++ 内核（需要 g++）；torch 通用但较慢
 OP=auto
@@ -361,7 +361,7 @@ NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-}"
 #   deepspeed_stage_2     and the gradients                                                    梯度也分片
 #   deepspeed_stage_3     and the weights, like fsdp                                           权重也分片
 #   deepspeed_stage_2_offload, deepspeed_stage_3_offload: the pieces lie in the host's memory: slow, least GPU memory  卸载到内存
-# fsdp and deepspeed want OPTIM=adamw; deepspeed wants: .venv/bin/pip install -r requirements-deepspeed.txt
+# fsdp and deepspeed want OPTIM=adamw                                                        需 OPTIM=adamw
 STRATEGY=auto
 
 # Processes per GPU that prepare batches while it computes. auto: 1, without a GPU 0. 每卡的数据加载进程数
@@ -393,13 +393,13 @@ SAMPLE_TOKENS=100
 # Name of a wandb project; empty: no wandb. WANDB_MODE=offline in your shell keeps it on this machine. wandb 项目名，空则不用
 WANDB=""
 
-# 1: for tensorboard as well: tensorboard --logdir output. It needs: .venv/bin/pip install tensorboard. 是否写 tensorboard 日志（需安装）
+# 1: for tensorboard as well: tensorboard --logdir output. It needs: .venv/bin/python -m pip install tensorboard. 是否写 tensorboard 日志（需安装）
 TENSORBOARD=0
 
-# Name of a SwanLab project; empty: none. SWANLAB_MODE=offline in your shell keeps it here. It needs: .venv/bin/pip install swanlab. SwanLab 项目名
+# Name of a SwanLab project; empty: none. SWANLAB_MODE=offline in your shell keeps it here. It needs: .venv/bin/python -m pip install swanlab. SwanLab 项目名
 SWANLAB=""
 
-# Name of a trackio project; empty: none. It stays on this machine. It needs: .venv/bin/pip install trackio. trackio 项目名
+# Name of a trackio project; empty: none. It stays on this machine. It needs: .venv/bin/python -m pip install trackio. trackio 项目名
 TRACKIO=""
 
 set +a

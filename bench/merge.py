@@ -112,7 +112,7 @@ def measured(*command: str | Path) -> tuple[float, float, float]:
 
 def turn(folder: Path, base: Path) -> dict[str, tuple[float, float, float]]:
     """One round. Whatever is measured finds the base in the page cache, and its target's name free."""
-    copy, merged = folder / "copy.pth", folder / "merge" / "base-LORA-0.pth"
+    copy, merged = folder / "copy.pth", folder / "merge" / "base-bench-0.pth"
     exported = merged.with_suffix(".st")
     found = {}
     found["cp"] = measured("cp", base, copy)

@@ -1,18 +1,26 @@
-"""./merge.sh: fold what runs learnt into their base -> merge/<base>-<METHOD>-<epoch>.pth, and write files for other programs
+"""./merge.sh: fold what a run learnt into its base -> merge/<base>-<run>-<epoch>.pth, and write files for other programs
 
-usage: [RUN=name] ./merge.sh [EPOCH | CHECKPOINT ...] [--export KIND ...]
+usage: ./merge.sh [RUN] [EPOCH] [--export KIND ...]
+       ./merge.sh FILE [--export KIND ...]
+       ./merge.sh --stack CHECKPOINT CHECKPOINT ... [--export KIND ...]
        ./merge.sh --average CHECKPOINT:WEIGHT CHECKPOINT:WEIGHT ... [--export KIND ...]
-       ./merge.sh --export KIND MODEL.pth
 
-  EPOCH         which epoch of the run: the N of output/<run>/rwkv-N.pth, counted from 0 (the last one, if left out); best: where
-                the validation was best, if KEEP_BEST=1 kept it; step-N: after N optimizer steps (rwkv-step-N.pth)
-  CHECKPOINT    a file, like output/my-run/rwkv-2.pth; several are folded in turn into the same base
-  RUN=name      which run: a folder in output/ (the newest that has saved something, if left out)
+  RUN           latest (the newest run that has saved something: the default), a name in output/, or a path. --run RUN and
+                RUN=name ./merge.sh say the same; the command line counts where both are there
+  EPOCH         a number, the N of rwkv-N.pth, counted from 0; last (the default); best: where the validation was best, if
+                KEEP_BEST=1 kept it; step-N: after N optimizer steps (rwkv-step-N.pth). A word that can be an epoch is one: a run
+                of the name 7 is output/7, or --run 7
+  FILE          a checkpoint, like output/my-run/rwkv-2.pth; or a whole model, with --export
+  CHECKPOINT    RUN, RUN/EPOCH, EPOCH (of the newest run, or of --run) or FILE
+  --stack       fold several checkpoints into the same base, one after the other
   --average     the weighted mean of checkpoints of one base, or of whole models; weights are shares (1 if left out)
   --export      what to write, for which program (several: --export gguf --export safetensors):
 {kinds}
   --help        this text
 
+Names: <base>-<run>-<epoch>.pth; of a stack <base>-<run>-<epoch>+<run>-<epoch>.pth, of an average <base>-average-...; with
+MERGE_BASE=quantised the name ends in -quantised. The same run and epoch, merged again, replaces its own file; whatever else would
+get a name that is taken is called ...-v2, -v3, and says so.
 Method, rank, alpha and base are read from the checkpoint's sidecar rwkv-N.json; that the base is the very file the run
 was trained on is checked by its content. Files of RWKV-PEFT have no sidecar: MODEL_PATH, and for some METHOD, LORA_ALPHA and
 PISSA_INIT, say in merge.sh what they do not. Tensors go through one by one, so memory does not grow with the model. Names,
@@ -23,18 +31,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rwkv_peft import project, sidecars
+from rwkv_peft import project, runs, sidecars
 from rwkv_peft.errors import Problem, Problems, UserError
+from rwkv_peft.methods import MOST_ALPHA
 from rwkv_peft.shell_vars import enter, var
 from rwkv_peft.words import did_you_mean
 
-MOST_ALPHA = 65536
+SEVERAL = ("--stack", "--average")  # take several checkpoints
 
 # --export KIND -> what it is for
 KINDS = {
@@ -68,7 +78,10 @@ def main(arguments: list[str]) -> None:
 
 
 def command(config: MergeConfig, typed: list[str]) -> None:
-    words, averaged, kinds = command_line(typed)
+    words, run, how, kinds = command_line(typed)
+    averaged = how == "--average"
+    if run and words and not how and not all(map(runs.is_epoch, words)):
+        raise UserError(f"--run {run} and {shlex.join(words)}: both say which run. Leave one of the two away.")
     from rwkv_peft import bases
 
     from . import foreign, parts
@@ -79,7 +92,7 @@ def command(config: MergeConfig, typed: list[str]) -> None:
     alone = [kind for kind in kinds if kind == "peft" or EXPORTS[kind].what == "state"]
     of_model = [kind for kind in kinds if kind not in alone]
     names, weights = parts.shares(words) if averaged else (words, None)
-    files = parts.checkpoint_files(names, config.run)
+    files = parts.checkpoint_files(names, run or config.run, how)
     models = [path for path in files if is_whole_model(path, foreign.is_model)]
     if models and not kinds and not averaged:
         told = f"{project.shown(models[0])}: is a whole model, no checkpoint of a run: there is nothing to fold."
@@ -92,8 +105,6 @@ def command(config: MergeConfig, typed: list[str]) -> None:
         stems = {kind: f"{files[0].stem}-alone" if kind in alone else files[0].stem for kind in kinds}
         all_that_can_be([functools.partial(export, kind, files[0], stem, geometry) for kind, stem in stems.items()])
         return
-    if averaged and len(files) < 2:
-        raise UserError("--average needs two checkpoints or more.")
     init = project.find(config.pissa_init, "output") if config.pissa_init else None
     alpha = config.lora_alpha if config.lora_alpha != "" else None
     # METHOD and LORA_ALPHA are of those that need them, if there are any; else they may contradict what a sidecar says
@@ -154,38 +165,43 @@ def must_be_unset(config: MergeConfig, names: Sequence[str], why: str) -> None:
         raise Problems(*wrong)
 
 
-def command_line(typed: Sequence[str]) -> tuple[list[str], bool, list[str]]:
-    """The words behind ./merge.sh: checkpoints, whether they are averaged, and the kinds of exports, each once."""
-    words, averaged, kinds = [], False, []
+def command_line(typed: Sequence[str]) -> tuple[list[str], str, str, list[str]]:
+    """The words behind ./merge.sh: checkpoints, the run of --run, --stack or --average or "", and the kinds of exports."""
+    words, run, how, kinds = [], "", "", []
     rest = list(typed)
     while rest:
         word = rest.pop(0)
         flag, equals, value = word.partition("=")
-        if flag == "--export":
+        if flag in ("--export", "--run"):
             if not equals and not rest:
-                raise UserError(f"--export wants a kind behind it: {', '.join(KINDS)}.")
-            kind = value if equals else rest.pop(0)
-            if kind not in KINDS:
-                raise UserError(f"--export {kind}: must be one of {', '.join(KINDS)}{did_you_mean(kind, KINDS)}")
-            kinds.append(kind)
-        elif word == "--average":
-            averaged = True
+                wanted = f"a kind behind it: {', '.join(KINDS)}" if flag == "--export" else "a run behind it"
+                raise UserError(f"{flag} wants {wanted}.")
+            value = value if equals else rest.pop(0)
+            if flag == "--run":
+                if not value.strip():
+                    raise UserError("--run wants a run behind it.")
+                run = value
+                continue
+            if value not in KINDS:
+                raise UserError(f"--export {value}: must be one of {', '.join(KINDS)}{did_you_mean(value, KINDS)}")
+            kinds.append(value)
+        elif word in SEVERAL:
+            if how not in ("", word):
+                raise UserError("--stack and --average do not go together: take one of them.")
+            how = word
         elif flag in ("--epoch", "--epochs"):
             number = value if equals else "".join(rest[:1])
             raise UserError(
-                f"{flag}: is not an option. An epoch is a bare number: ./merge.sh {number if number.isdecimal() else 1}"
+                f"{flag}: is not an option. An epoch is a bare word: ./merge.sh {number if runs.is_epoch(number) else 1}"
             )
         elif word.startswith("--"):
-            raise UserError(
-                f"{word}: is not an option{did_you_mean(word, ['--export', '--average']) or '.'} See ./merge.sh --help"
-            )
+            options = ["--export", "--run", *SEVERAL]
+            raise UserError(f"{word}: is not an option{did_you_mean(word, options) or '.'} See ./merge.sh --help")
         elif not word.strip():
-            raise UserError(
-                "An empty word stands behind ./merge.sh: give an epoch, or a checkpoint. See ./merge.sh --help"
-            )
+            raise UserError("A word behind ./merge.sh is empty: give an epoch, or a checkpoint. See ./merge.sh --help")
         else:
             words.append(word)
-    return words, averaged, list(dict.fromkeys(kinds))
+    return words, run, how, list(dict.fromkeys(kinds))
 
 
 def is_whole_model(path: Path, is_model) -> bool:

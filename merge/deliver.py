@@ -1,9 +1,11 @@
 """The files that come out: a merged model, which is read back before it has its name, and exports of a model, a state or an
-adapter, which have theirs when they are whole; what was there before is kept."""
+adapter, which have theirs when they are whole. A name stands for one run and epoch: what something else made of that name gets a
+number behind it."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -29,6 +31,9 @@ from .verify import verify
 
 # the kinds of --export that are several files
 TOGETHER = {"state": ("state", "state-ai00")}
+LONGEST = 200  # bytes of a name; file systems allow 255 with all endings
+# what the sidecar of a result says of how it was made, beside the runs
+HOW = ("method", "weights", "merge_base", "base_sha256")
 
 
 def merge(
@@ -63,28 +68,30 @@ def folded(
     added = fold.added(opened, weights)
     change = fold.average(opened, weights, geometry) if weights else fold.in_turn(opened, geometry)
     change = Answers(by_rows(change, opened, weights, geometry), described, opened, weights, geometry)
-    label = "AVERAGE" if weights else "+".join(one.label for one in found)
-    label += "-quantised" if found[0].part.quantised else ""
-    target = project.ROOT / "merge" / f"{base.stem}-{label}.pth"
     sources = parts.sources(found)
-    clear_leftovers(target)
-    fresh = temporary(target)  # it gets its name when it is known to be right
+    about = describe(found, weights, sources, base, geometry)
+    target = place_for(name_of(found, weights, base), about)
+    note = sidecars.path_of(target)
+    clear_leftovers(target), clear_leftovers(note)
+    fresh, fresh_note = temporary(target), temporary(note)  # they get their names when the result is known to be right
     try:
         checkpoint.rewrite(base, fresh, change, added)
         checks = list(verify(base, fresh, change, added))
         for settle in doubts:
             settle()
-        make_room(target, fresh, sources)
-        write_json(sidecars.path_of(target), describe(found, weights, sources, base, geometry))
-        os.replace(fresh, target)
-        sync_folder(target.parent)
+        replaced = tell_of_replaced(target, fresh)
+        write_json(fresh_note, about)
+        sidecars.replace_pair(fresh, fresh_note, target)
     finally:
         fresh.unlink(missing_ok=True)
+        fresh_note.unlink(missing_ok=True)
     if any(one.sidecar for one in found):
         print("checked   the base is the file that it was trained on (same content)")
     for line in checks:
         print(f"checked   {line}")
     print(f"wrote     {project.shown(target)}: {target.stat().st_size / 1e6:,.1f} MB")
+    for line in replaced:
+        print(line)
     for line in next_lines(target, {*described, *added}, geometry):
         print(line)
     return target, geometry
@@ -135,70 +142,82 @@ def alike(one: dict, other: dict, keys: Sequence[str]) -> bool:
     return all(one.get(key) == other.get(key) for key in keys)
 
 
-def make_room(target: Path, fresh: Path, sources: Sequence[dict]) -> None:
-    """Keep a merged model of that name, and what was exported from it, unless it is the same.
+def name_of(found: Sequence[Found], weights: Sequence[float] | None, base: Path) -> str:
+    """The name of the result without its ending: BASE-RUN-EPOCH, BASE-RUN-EPOCH+RUN-EPOCH, BASE-average-RUN-EPOCH+RUN-EPOCH; of
+    whole models average-MODEL+MODEL."""
+    label = "+".join(one.label for one in found)
+    models = all(one.part.setup.method == "full" and not one.sidecar for one in found)
+    words = [*([] if models and weights else [base.stem]), *(["average"] if weights else []), label]
+    words += ["quantised"] if found[0].part.quantised else []
+    return short("-".join(words))
 
-    fresh: the new result. sources: what that is made of.
+
+def short(name: str) -> str:
+    """A name that leaves room for endings: of one that is too long the beginning, and a number that stands for all of it."""
+    raw = name.encode()
+    if len(raw) <= LONGEST:
+        return name
+    return f"{raw[: LONGEST - 9].decode(errors='ignore')}-{hashlib.sha256(raw).hexdigest()[:8]}"
+
+
+def place_for(name: str, about: dict) -> Path:
+    """The file of a result: its name, or where something else has that name already, with -v2, -v3 and so on.
+
+    about: the result's sidecar. Its own earlier file is one that was made of the same runs in the same way.
     """
-    if target.exists():
-        same = sums(made_of(target)) == sums(sources)
-        if same and hashing.sha256(target) == hashing.sha256(fresh):
-            print(f"replaces  {project.shown(target)}, which is the same")
-            return
-    keep(target.with_suffix(""), [".pth", *(one.ending for one in EXPORTS.values() if one.what == "model")])
-
-
-def made_of(model: Path) -> list[dict]:
-    """What the sidecar of a merged model says of its parts; nothing where it is missing or damaged."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        made = json.loads(sidecars.path_of(model).read_text(encoding="utf-8")).get("merged")
-        if isinstance(made, list) and all(isinstance(part, dict) for part in made):
-            return made
-    return []
-
-
-def sums(parts: Sequence[dict]) -> list:
-    return [part.get("sha256") for part in parts]
-
-
-def keep(stem: Path, endings: Sequence[str]) -> None:
-    """Put earlier files of one name away together: behind their name comes that of the run that made them, where the sidecar of
-    the model among or beside them tells it, and a number where that is taken. What is kept already is not kept twice.
-
-    stem: the name without its ending. endings: what may be there. The first that is there tells whether a kept one is equal.
-    """
-    at = lambda name, ending: stem.with_name(name + ending)  # noqa: E731 (names have dots: no with_suffix)
-    there = [ending for ending in endings if at(stem.name, ending).exists()]
-    if not there:
-        return
-    made = made_of(at(stem.name, ".pth"))
-    run = Path(str((made[0] if made else {}).get("run") or "earlier")).name
-    for number in itertools.count(1):
-        kept = f"{stem.name}.{run}" + (f"-{number}" if number > 1 else "")
-        double = [e for e in there if at(kept, e).exists() and equal(at(stem.name, e), at(kept, e))]
-        free = not any(at(kept, ending).exists() for ending in endings)
-        if free or (there[0] in double and all(e in double or not at(kept, e).exists() for e in there)):
+    endings = [".pth", *(one.ending for one in EXPORTS.values() if one.what == "model")]
+    for stem in versions(name):
+        there = [place for ending in endings if (place := merged_place(stem, ending)).exists()]
+        if not there or same_source(sidecar_of(merged_place(stem, ".pth")), about):
             break
-    for ending in there:
-        if ending in double:
-            print(
-                f"replaces  {project.shown(at(stem.name, ending))}, which is kept already as {project.shown(at(kept, ending))}"
-            )
-            remove(at(stem.name, ending))
-        else:
-            at(stem.name, ending).rename(at(kept, ending))
-            print(f"kept      the earlier result of this name, as {project.shown(at(kept, ending))}")
-    note = at(stem.name, ".json")
-    if ".pth" in there and ".pth" not in double and note.is_file():
-        note.rename(at(kept, ".json"))
+    if stem != name:
+        print(f"note: {name} in merge/ was made of something else and stays; this result is called {stem}")
+    return merged_place(stem, ".pth")
 
 
-def equal(one: Path, other: Path) -> bool:
-    """Whether two files or folders hold the same. What a merged model was made of and its size are known sooner than that."""
-    if one.is_dir() or other.is_dir():
-        return one.is_dir() and other.is_dir() and contents(one) == contents(other)
-    made = one.suffix != ".pth" or sums(made_of(one)) == sums(made_of(other))
-    return made and one.stat().st_size == other.stat().st_size and contents(one) == contents(other)
+def versions(name: str) -> Iterator[str]:
+    """name, name-v2, name-v3 ..."""
+    yield name
+    yield from (f"{name}-v{number}" for number in itertools.count(2))
+
+
+def merged_place(stem: str, ending: str) -> Path:
+    return project.ROOT / "merge" / f"{stem}{ending}"
+
+
+def sidecar_of(model: Path) -> dict:
+    """What the sidecar of a merged model says; nothing where it is missing or damaged."""
+    with contextlib.suppress(OSError, ValueError):
+        made = json.loads(sidecars.path_of(model).read_text(encoding="utf-8"))
+        if isinstance(made, dict):
+            return made
+    return {}
+
+
+def same_source(earlier: dict, about: dict) -> bool:
+    """Whether two sidecars of merged models are of the same runs, in the same order and with the same settings. A run that was
+    trained further is the same; another one of its name is not."""
+    about = json.loads(json.dumps(about))  # as it would have been written
+    before, now = earlier.get("merged"), about["merged"]
+    if not isinstance(before, list) or not all(isinstance(part, dict) for part in before) or len(before) != len(now):
+        return False
+    for old, new in zip(before, now, strict=True):
+        same_run = new["began"] is not None and all(old.get(key) == new[key] for key in ("run", "began"))
+        if not same_run and old.get("sha256") != new["sha256"] or old.get("options", new["options"]) != new["options"]:
+            return False
+    return all(earlier.get(key) == about.get(key) for key in HOW)
+
+
+def tell_of_replaced(target: Path, fresh: Path) -> list[str]:
+    """Say that an earlier result of the same run is replaced. Returns what to say of exports that were made of it."""
+    if not target.exists():
+        return []
+    same = hashing.sha256(target) == hashing.sha256(fresh)
+    print(f"replaces  {project.shown(target)}, {'which is the same' if same else 'an earlier result of the same run'}")
+    exports = [merged_place(target.stem, one.ending) for one in EXPORTS.values() if one.what == "model"]
+    old = [] if same else [project.shown(path) for path in exports if path.exists()]
+    words = "still the earlier result: --export writes it again"
+    return [f"warning: {listed(old)}: {words}"] if old else []
 
 
 def remove(path: Path) -> None:
@@ -206,20 +225,32 @@ def remove(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(stem: Path, ending: str) -> Iterator[Path]:
-    """A name to write an export to, which becomes stem + ending when it is whole. What was there stays, under another name,
-    unless it is the same."""
-    target = stem.with_name(stem.name + ending)
-    clear_leftovers(target)
-    fresh = temporary(target)
+def writing_export(name: str, ending: str, own: bool = False) -> Iterator[tuple[Path, list[Path]]]:
+    """A path to write an export to, which gets its name in merge/ when it is whole; and a list that then holds that name.
+
+    own: what has the name is an earlier export of the same model, and is replaced. Else it stays, if it is not the same, and the
+    export is called name-v2 and so on.
+    """
+    first = merged_place(name, ending)
+    clear_leftovers(first)
+    fresh, placed = temporary(first), []
     try:
-        yield fresh
-        if target.exists() and contents(target) == contents(fresh):
-            print(f"replaces  {project.shown(target)}, which is the same")
-            remove(target)
-        keep(stem, [ending])
+        yield fresh, placed
+        for stem in versions(name):
+            target = merged_place(stem, ending)
+            same = target.exists() and contents(target) == contents(fresh)
+            if same or own or not target.exists():
+                break
+        if target.exists():
+            words = "which is the same" if same else "an earlier export of this model"
+            print(f"replaces  {project.shown(target)}, {words}")
+            if target.is_dir() or fresh.is_dir():
+                remove(target)
+        elif stem != name:
+            print(f"note: {project.shown(first)} holds something else and stays; this export is called {target.name}")
         os.replace(fresh, target)
         sync_folder(target.parent)
+        placed.append(target)
     finally:
         if fresh.is_dir():
             shutil.rmtree(fresh)
@@ -234,11 +265,12 @@ def contents(path: Path) -> dict[str, str]:
 
 def export(kind: str, source: Path, stem: str, geometry: Geometry) -> None:
     """Write a model or a state as other programs want it, into merge/."""
+    merged = source.parent == project.ROOT / "merge" and source.stem == stem and "merged" in sidecar_of(source)
     for name in TOGETHER.get(kind, (kind,)):
         one = EXPORTS[name]
-        target = project.ROOT / "merge" / f"{stem}{one.ending}"
-        with replacing(target.with_name(stem), one.ending) as fresh:
+        with writing_export(stem, one.ending, merged) as (fresh, placed):
             said = list(one.write(source, fresh, geometry))
+        [target] = placed
         print(f"wrote     {project.shown(target)}: {target.stat().st_size / 1e6:,.1f} MB")
         for line in said:
             print(f"          {line}")
@@ -253,7 +285,7 @@ def export_state(kind: str, found: Sequence[Found], base: Path) -> None:
         )
     described, geometry = bases.inspect(base)
     fold.opened(one.part, described, geometry)
-    export(kind, one.path, f"{base.stem}-{one.label}-alone", geometry)
+    export(kind, one.path, f"{short(f'{base.stem}-{one.label}')}-alone", geometry)
 
 
 def export_adapter(found: Sequence[Found], base: Path) -> None:
@@ -276,9 +308,9 @@ def export_adapter(found: Sequence[Found], base: Path) -> None:
     tensors = {**opened.tensors, **opened.start}
     sidecar = {**one.sidecar, **one.part.setup.options, "method": one.part.setup.method}
     config, weights = peft_weights(tensors, sidecar, opened.leaves)
-    target = project.ROOT / "merge" / f"{base.stem}-{one.label}-peft"
-    with replacing(target, "") as fresh:
+    with writing_export(f"{short(f'{base.stem}-{one.label}')}-peft", "") as (fresh, placed):
         adapter_folder.write(fresh, config, weights)
+    [target] = placed
     size = sum(file.stat().st_size for file in target.iterdir())
     print(
         f"wrote     {project.shown(target)}/: {size / 1e6:,.1f} MB, adapter_config.json and adapter_model.safetensors"

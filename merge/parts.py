@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +15,11 @@ from rwkv_peft import bases, checkpoint, hashing, project, runs, sidecars
 from rwkv_peft.adapters import attach
 from rwkv_peft.errors import Problem, Problems, UserError
 from rwkv_peft.methods import ALIASES, METHODS
-from rwkv_peft.shell_vars import whole_number
 
 from . import foreign
 from .fold import Part
 
+PLACES = ("output", "merge", "model")  # where a file is looked for
 SIDECAR = ("method", "base", "base_sha256", "epoch", "step")
 
 
@@ -41,40 +44,87 @@ class Found:
         return f"{project.shown(self.path)}: {method.words}{settings}{step}"
 
 
-def checkpoint_files(words: Sequence[str], run: str) -> list[Path]:
-    """The files that words behind the command mean: a number is an epoch of the run, step-N a step of it, anything
-    else a path; none is the newest epoch."""
-    if not words:
-        folder = runs.run_folder(run)
-        newest = runs.checkpoint_file(folder)
-        if runs.better(folder, newest):
-            command = f"RUN={shlex.quote(folder.name)} ./merge.sh best"
-            print(f"careful   the validation was better before {newest.name}: {command} takes that checkpoint")
-        return [newest]
-    return [one_file(word, run) for word in words]
+def checkpoint_files(words: Sequence[str], run: str, several: str = "") -> list[Path]:
+    """The files that the words behind the command address: none, EPOCH, RUN, RUN EPOCH or FILE.
 
-
-def one_file(word: str, run: str) -> Path:
-    if word == "best":
-        return runs.best_file(runs.run_folder(run))
-    if word.lstrip("+-").isdecimal():
-        return runs.checkpoint_file(runs.run_folder(run), whole_number("EPOCH", word, 0))
-    if word.startswith("step-") and word[5:].isdecimal():
-        return runs.checkpoint_file(runs.run_folder(run), step=whole_number("STEP", word[5:], 0))
-    path = next(
-        (
-            p
-            for p in (project.find(word, "output"), project.find(word, "merge"), project.find(word, "model"))
-            if p.exists()
-        ),
-        None,
-    )
-    if path is None:
-        number_meant = "" if any(c in word for c in "/.") else " (an epoch is a whole number)"
+    run: the run that --run or RUN names. several: --stack or --average, where each word addresses a checkpoint of its own.
+    """
+    if several:
+        return several_files(words, run, several)
+    epoch = words[1].removeprefix("rwkv-").removesuffix(".pth") if len(words) == 2 else ""
+    if len(words) > 1 and not runs.is_epoch(epoch):
+        for word in words:
+            if not runs.is_epoch(word):
+                runs.find(word, places=PLACES)  # what is no checkpoint is not to be stacked
         raise UserError(
-            f"{word}: there is no such checkpoint{number_meant}. Give an epoch, or a path like output/RUN/rwkv-2.pth"
+            f"{only_one(words)} Several are folded into one model, one after the other, by {stacking(words)}"
         )
-    return runs.checkpoint_file(path) if path.is_dir() else path
+    if len(words) == 2:
+        return [of_run(words[0], epoch, run)]
+    if not words or (run and runs.is_epoch(words[0])):
+        folder = runs.run_folder(run)
+        return [runs.epoch_file(folder, words[0]) if words else last_of(folder)]
+    [word] = words
+    if run:
+        print(f"note: RUN={run} is not used, because {word} says which checkpoint is meant", file=sys.stderr)
+    folder = None if runs.is_epoch(word) else runs.folder_of(word)
+    return [last_of(folder) if folder else runs.find(word, places=PLACES)]
+
+
+def several_files(words: Sequence[str], run: str, option: str) -> list[Path]:
+    if len(words) < 2:
+        raise UserError(f"{option} needs two checkpoints or more.")
+    bare = [word for word in words if runs.is_epoch(word)]
+    if bare and len(bare) < len(words) and not run:
+        others = [word for word in words if word not in bare]
+        name = next((word.rstrip("/") for word in others if runs.folder_of(word)), "RUN")
+        raise UserError(
+            f"{bare[0]}: of which run? Write the run and the epoch together, as {shlex.quote(f'{name}/{bare[0]}')}, or name the "
+            "run of bare epochs with --run."
+        )
+    if run and not bare:
+        print(f"note: RUN={run} is not used, because every checkpoint is named with its run", file=sys.stderr)
+    return [runs.find(word, run, PLACES) for word in words]
+
+
+def of_run(name: str, epoch: str, run: str) -> Path:
+    """The checkpoint that RUN EPOCH addresses."""
+    folder = runs.folder_of(name)
+    if folder:
+        if run:
+            print(f"note: RUN={run} is not used, because {name} says which run is meant", file=sys.stderr)
+        return runs.epoch_file(folder, epoch)
+    if runs.is_epoch(name):
+        raise UserError(
+            f"{name} {epoch}: there is no run of the name {name}. Two epochs of the newest run are folded into one model, one "
+            f"after the other, by {stacking([name, epoch])}"
+        )
+    if any(project.find(name, place).is_file() for place in PLACES):
+        raise UserError(f"{name} is a file, which has no epoch {epoch}. Leave one of the two away.")
+    raise runs.none_of_that_name(f"{name}: there is no such run", name)
+
+
+def last_of(folder: Path) -> Path:
+    """The last epoch of a run, and a word where an earlier one may be the better."""
+    newest = runs.checkpoint_file(folder)
+    if runs.better(folder, newest):
+        command = f"./merge.sh {runs.words_for(folder, 'best')}"
+        print(f"note: the validation was better before {newest.name}: {command} takes that checkpoint")
+    return newest
+
+
+def only_one(words: Sequence[str]) -> str:
+    if len(words) == 2 and runs.is_epoch(words[0]) and runs.folder_of(words[1]):
+        return f"The run comes first: ./merge.sh {shlex.join(words[::-1])}"
+    return f"{shlex.join(words)}: a merge takes one checkpoint."
+
+
+def stacking(words: Sequence[str]) -> str:
+    """The command that folds all of them. RUN 1 2 is meant as RUN/1 RUN/2."""
+    first, *others = words
+    if len(words) > 2 and all(map(runs.is_epoch, others)) and not runs.is_epoch(first) and runs.folder_of(first):
+        words = [f"{first.rstrip('/')}/{epoch}" for epoch in others]
+    return f"./merge.sh --stack {shlex.join(words)}"
 
 
 def shares(words: Sequence[str]) -> tuple[list[str], list[float]]:
@@ -121,7 +171,7 @@ def found(path: Path, method: str, alpha: float | None, init: Path | None, quant
             path,
             Part(where, setup, tensors, start, quantised),
             sidecar,
-            f"{setup.method.upper()}-{number_of(path, sidecar)}",
+            f"{run_of(path)}-{number_of(path, sidecar)}",
         )
     if not method and not foreign.is_model(described):  # METHOD says that it is another's file
         bases.must_not_lack_its_sidecar(path)
@@ -133,7 +183,9 @@ def found(path: Path, method: str, alpha: float | None, init: Path | None, quant
         path,
         part,
         {},
-        path.stem if setup.method == "full" else f"{setup.method.upper()}-{path.stem.removeprefix('rwkv-')}",
+        path.stem
+        if setup.method == "full" or not numbered(path)
+        else f"{run_of(path)}-{path.stem.removeprefix('rwkv-')}",
     )
 
 
@@ -142,8 +194,18 @@ def has_sidecar(path: Path) -> bool:
     return sidecars.path_of(path).is_file() and "method" in sidecars.read(path, ())
 
 
+def run_of(path: Path) -> str:
+    """The name of the run that a checkpoint is of: that of its folder."""
+    return path.resolve().parent.name
+
+
+def numbered(path: Path) -> bool:
+    """Whether only the folder tells a file of RWKV-PEFT from those of other runs: rwkv-2.pth."""
+    return bool(runs.EPOCH.fullmatch(path.name)) and path.resolve().parent != project.OUTPUT.resolve()
+
+
 def number_of(path: Path, sidecar: Mapping[str, Any]) -> str:
-    """What stands behind the method in the name of the result."""
+    """What follows the run in the name of the result."""
     of_step = path.name == runs.BEST or runs.STEP.fullmatch(path.name)
     return path.stem.removeprefix("rwkv-") if of_step else str(sidecar["epoch"])
 
@@ -200,9 +262,19 @@ def sources(checkpoints: Sequence[Found]) -> list[dict]:
     """What the result's sidecar says of its parts."""
     return [
         {
-            "run": one.path.resolve().parent.name,
+            "run": run_of(one.path),
+            "began": began(one.path),
             "checkpoint": project.shown(one.path),
             "sha256": hashing.sha256(one.path),
+            "options": dict(one.part.setup.options),
         }
         for one in checkpoints
     ]
+
+
+def began(path: Path) -> str | None:
+    """What tells a checkpoint's run from a later one of the same name: the content of its first step's record, which has the
+    time that it took. None where there is no log."""
+    with contextlib.suppress(OSError), open(path.parent / "loss.jsonl", "rb") as log:
+        return hashlib.sha256(first).hexdigest() if (first := log.readline()) else None
+    return None

@@ -4,7 +4,7 @@ what was computed. Whether that was right, answers.py has asked while it was mad
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from rwkv_peft import checkpoint
 from rwkv_peft.checkpoint import Archive, ByRows
 from rwkv_peft.errors import UserError
 from rwkv_peft.pieces import side_by_side
+from rwkv_peft.words import count
 
 from .answers import Answers
 
@@ -45,8 +46,8 @@ def verify(base: Path, target: Path, answers: Answers, added: Mapping[str, Tenso
     one_at_a_time = threading.Lock()
     if wrong := list(answers.wrong()):
         raise UserError(
-            f"{wrong[0]} and {len(wrong) - 1} others do not answer as base + adapter would. Nothing was written. Your files are "
-            "not to blame: this is a fault of this program, please report it with the lines above."
+            f"{first_of(wrong, 'does', 'do')} not answer as base + adapter would. Nothing was written. Your files are not "
+            "to blame: this is a fault of this program, please report it with the lines above."
         )
     with Archive(base) as old, Archive(target, straight=True) as new:
 
@@ -71,8 +72,8 @@ def verify(base: Path, target: Path, answers: Answers, added: Mapping[str, Tenso
     wrong = [name for name, checked in found.items() if not checked.sound]
     if wrong:
         raise UserError(
-            f"{wrong[0]} and {len(wrong) - 1} others are not what they should be when the result is read back from the disk; "
-            "it was removed. Is the disk sound?"
+            f"{first_of(wrong, 'is', 'are')} not as written when the result is read back from the disk; the result was "
+            "removed. Is the disk sound?"
         )
     changed = sum(checked.changed for checked in found.values())
     fresh = [name for name in added if name not in wanted]
@@ -84,6 +85,11 @@ def verify(base: Path, target: Path, answers: Answers, added: Mapping[str, Tenso
     if asked:
         form = str(wanted["emb.weight"].dtype).removeprefix("torch.")
         yield f"every merged layer answers as base + adapter: outputs differ by {max(asked):.1e} at most (rounding to {form})"
+
+
+def first_of(wrong: Sequence[object], one: str, several: str) -> str:
+    """The first of what is wrong, how many others there are, and the verb."""
+    return f"{wrong[0]} and {count(len(wrong) - 1, 'other')} {several}" if len(wrong) > 1 else f"{wrong[0]} {one}"
 
 
 def identical(old: Archive, new: Archive, name: str) -> bool:

@@ -85,7 +85,9 @@ def must_not_lack_its_sidecar(adapter: Path) -> None:
 
 def must_be_its_own(adapter: Path, sidecar: dict) -> None:
     """UserError if a checkpoint is not the one that its sidecar was written for: another of the same shapes would fit."""
-    if sidecar.get("checkpoint_sha256") not in (None, hashing.sha256(adapter)):
+    if sidecar.get("checkpoint_sha256") in (None, hashing.sha256(adapter)):
+        return
+    if not sidecars.complete_pair(adapter, sidecar):
         raise UserError(
             f"{project.shown(adapter)}: is not the file that its .json was written with (its content differs). Copy the two "
             "together; for a checkpoint of RWKV-PEFT, or one that you changed, take the .json away."

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Literal
 
 from .errors import Problem
-from .methods import METHODS, MODES, OPTIMS, PARTS, QUANT_ALIASES, QUANTS, load_variables, method_of
+from .methods import METHODS, MODES, MOST_ALPHA, OPTIMS, PARTS, QUANT_ALIASES, QUANTS, load_variables, method_of
 from .model.arch import NUMBERS
 from .project import is_text
 from .shell_vars import MOST, convert, var
@@ -105,7 +105,7 @@ class TrainConfig:
     nan_limit: int = var("NAN_LIMIT", ge=1)
 
     lora_r: int = var("lora_r", ge=1, le=MOST)
-    lora_alpha: float = var("lora_alpha", gt=0, le=MOST)
+    lora_alpha: float = var("lora_alpha", gt=0, le=MOST_ALPHA)
     lora_dropout: float = var("lora_dropout", ge=0, lt=1)
     use_rslora: bool = var("use_rslora")
     use_dora: bool = var("use_dora")

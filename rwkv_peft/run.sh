@@ -6,7 +6,7 @@ set -euo pipefail
 root="$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 python="$root/.venv/bin/python"
 [ -x "$python" ] || python="$(command -v python3)" || { echo "There is no python3. Install Python 3.10 or newer." >&2; exit 2; }
-export PATH="${python%/*}:$PATH" # ninja, which builds kernels, lies beside it
+export PATH="${python%/*}:$PATH" # ninja is there: torch builds DeepSpeed's optimizer with it
 # Threads that wait for work spin a little, then sleep. Spinning for long, libgomp's default, is a disaster where another
 # program shares the cores; not spinning at all halves the speed of small steps where none does. Tokens/s of the quickstart's
 # LoRA on 2 cores, alone and beside one busy process: no spin 960 and 1500, 5000 turns 2010 and 670, 20000 turns 2200 and 430.

@@ -7,9 +7,11 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from . import project
@@ -120,7 +122,13 @@ def init_file(folder: Path, method: str) -> Path:
 def abandon(folder: Path) -> None:
     """What leaving in the middle of a save must not leave behind: half a file, or a sidecar without its checkpoint."""
     for half in folder.glob(f"*.tmp-{os.getpid()}"):
-        half.unlink()
+        target = half.with_name(half.name.removesuffix(f".tmp-{os.getpid()}"))
+        note = target.with_suffix(".json")
+        # a sidecar that is younger than its whole checkpoint was renamed just now: its checkpoint follows
+        if target.suffix == ".pth" and note.is_file() and note.stat().st_mtime_ns >= half.stat().st_mtime_ns:
+            half.replace(target)
+        else:
+            half.unlink()
     for sidecar in folder.glob("rwkv-*.json"):
         if not sidecar.with_suffix(".pth").exists():
             sidecar.unlink()
@@ -141,11 +149,79 @@ def release(folder: Path) -> None:
                 (project.OUTPUT / "latest").unlink()
 
 
+def is_epoch(word: str) -> bool:
+    """Whether a word addresses an epoch of a run: a number, last, best or step-N."""
+    number = word[5:] if word.startswith("step-") else word.lstrip("+-")
+    return word in ("last", "best") or number.isdecimal()
+
+
+def epoch_file(folder: Path, word: str = "last") -> Path:
+    """The checkpoint of a run that a word addresses. UserError naming what there is."""
+    if word == "last":
+        return checkpoint_file(folder)
+    if word == "best":
+        return best_file(folder)
+    if word.startswith("step-"):
+        return checkpoint_file(folder, step=int(word[5:]))
+    if not word.isdecimal():
+        raise UserError(f"{word}: an epoch is a whole number from 0.")
+    return checkpoint_file(folder, int(word))
+
+
+def find(word: str, run: str = "", places: Sequence[str] = ("output",)) -> Path:
+    """The one way to address a checkpoint, in every command and setting.
+
+    word: an epoch (a number, last, best, step-N) of `run`; or a run (latest, a name in output/, or a path), for its last epoch;
+    or a run and an epoch, as my-run/best; or a file. A word that can be an epoch is one: a run of such a name is addressed by
+    its path, as output/7. run: a run, "" for the newest. places: the kit's folders that a file is looked for in.
+    UserError if there is no such checkpoint.
+    """
+    if is_epoch(word):
+        folder = run_folder(run)
+        if not run and (project.OUTPUT / word).is_dir():
+            print(f"note: {word} is taken for an epoch; the run of that name is output/{word}", file=sys.stderr)
+        return epoch_file(folder, word)
+    if folder := folder_of(word):
+        return checkpoint_file(folder)
+    for place in places:
+        if (path := project.find(word, place)).is_file():
+            return path
+    head, _, tail = word.rstrip("/").rpartition("/")
+    folder = folder_of(head) if head else None
+    epoch = tail.removeprefix("rwkv-").removesuffix(".pth")
+    if folder and is_epoch(epoch):
+        return epoch_file(folder, epoch)
+    if folder:
+        how = "Write a run and its epoch as RUN/EPOCH; an epoch is a number, last, best or step-N."
+        raise UserError(f"{word}: {project.shown(folder)} has no {tail}. {how}")
+    raise none_of_that_name(f"{word}: there is no such run or checkpoint", word)
+
+
+def folder_of(word: str) -> Path | None:
+    """The folder of a run: of the newest for latest, of a name in output/, or a path. None if there is no such run."""
+    if word.rstrip("/") in ("latest", "output/latest", str(project.OUTPUT / "latest")):
+        return run_folder("")
+    literal = project.OUTPUT / word
+    if "/" not in word and word not in ("", ".", "..") and literal.is_dir():
+        return literal
+    path = project.find(word, "output")
+    is_one = path.is_dir() and (path.parent == project.OUTPUT or (path / "run.json").is_file() or any(saved(path)))
+    return path if is_one else None
+
+
+def words_for(folder: Path, epoch: str = "") -> str:
+    """What to write behind ./merge.sh for an epoch of a run."""
+    name = folder.name if folder.parent == project.OUTPUT else str(folder)
+    if is_epoch(name) or name.startswith("-"):
+        name = f"output/{name}" if folder.parent == project.OUTPUT else f"./{name}"
+    return shlex.quote(name) + (f" {epoch}" if epoch else "")
+
+
 def run_folder(name: str) -> Path:
-    """The folder of the run `name`; for "" that of the newest run that has saved something. UserError if there is none."""
-    if name:
-        folder = project.OUTPUT / name if (project.OUTPUT / name).is_dir() else Path(name)
-        if not folder.is_dir():
+    """The folder of a run (see find); for "" that of the newest run that has saved something. UserError if there is none."""
+    if name and name.rstrip("/") not in ("latest", "output/latest"):
+        folder = folder_of(name)
+        if folder is None:
             raise none_of_that_name(f"RUN={name}: there is no such run", name)
         return folder
     if any(saved(project.OUTPUT / "latest")):
@@ -160,7 +236,7 @@ def run_folder(name: str) -> Path:
     if (project.OUTPUT / "latest").is_dir():
         empty = (project.OUTPUT / "latest").resolve()
         words = f"the newest run, {project.shown(empty)}, has saved nothing; this is {project.shown(found)}"
-        print(f"careful   {words}", file=sys.stderr)
+        print(f"note: {words}", file=sys.stderr)
     return found
 
 

@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .atomic import glob_escape, sync, sync_folder, temporary
 from .errors import UserError
-from .methods import QUANTS
+from .hashing import sha256
+from .methods import MOST_ALPHA, QUANTS
 from .project import shown
 
 
@@ -38,12 +40,50 @@ def read(path: str | os.PathLike, wanted: tuple[str, ...]) -> dict[str, Any]:
     return content
 
 
+def replace_pair(fresh: Path, fresh_note: Path, path: Path) -> None:
+    """Give a checkpoint and its sidecar their names: both, or where that fails neither.
+
+    The sidecar comes first. A process that ends between the two renames leaves the new sidecar, the earlier checkpoint, and the
+    new checkpoint under its temporary name: complete_pair ends what was begun.
+    """
+    note = path_of(path)
+    kept = temporary(note.with_name(f"{note.name}.earlier"))
+    try:
+        if there := note.is_file():  # now, while nothing has changed: a copy needs room on the disk
+            with open(kept, "wb") as file:
+                file.write(note.read_bytes())
+                sync(file)
+        os.replace(fresh_note, note)
+        try:
+            os.replace(fresh, path)
+        except OSError:
+            if there:
+                os.replace(kept, note)
+            else:
+                note.unlink()
+            raise
+    finally:
+        kept.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def complete_pair(path: Path, content: dict[str, Any]) -> bool:
+    """Whether the checkpoint that a sidecar belongs to was found under its temporary name, and has its own now: the process
+    that wrote both ended between the two renames. content: of the sidecar."""
+    for left in path.parent.glob(f"{glob_escape(path.name)}.tmp-*"):
+        if left.is_file() and sha256(left) == content.get("checkpoint_sha256"):
+            os.replace(left, path)
+            sync_folder(path.parent)
+            return True
+    return False
+
+
 def whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1e9
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= MOST_ALPHA
 
 
 # what a sidecar's values must be

@@ -33,7 +33,7 @@ def test_a_state_from_anywhere_needs_its_base_and_nothing_else(project_folder, m
     monkeypatch.setitem(OPTIONS, "state", {"shifts": False})
     folder, _, model = make_run(project_folder, method="state")
     merge("r", "--export", "state")
-    loaded, name, _ = load(ADAPTER=str(result("base-STATE-3-alone.pth")), MODEL_PATH="base.pth")
+    loaded, name, _ = load(ADAPTER=str(result("base-r-3-alone.pth")), MODEL_PATH="base.pth")
     torch.testing.assert_close(loaded(X)[0], model(X)[0], rtol=1e-5, atol=1e-5)
     assert "alone" in name
     tensors = checkpoint.load(folder / "rwkv-3.pth")
@@ -45,7 +45,7 @@ def test_a_state_from_anywhere_needs_its_base_and_nothing_else(project_folder, m
 def test_a_merged_state_is_begun_from(project_folder):
     _, base, model = make_run(project_folder, method="state")
     merge("r")
-    loaded, _, _ = load(MODEL_PATH=str(result("base-STATE-3.pth")))
+    loaded, _, _ = load(MODEL_PATH=str(result("base-r-3.pth")))
     torch.testing.assert_close(loaded(X)[0], model(X)[0], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(load(MODEL_PATH=str(base))[0](X)[0], model(X)[0], rtol=1e-3, atol=1e-3)
 
@@ -86,8 +86,8 @@ def test_the_scripts_adapter_is_left_out_aloud_where_another_model_is_asked_for(
     [(".st", "Ai00"), (".bf16.gguf", "llama.cpp"), (".state", "Ai00"), (".rwkvcpp.bin", "rwkv.cpp")],
 )
 def test_a_file_for_another_program_is_told_from_a_model(setting, ending, program):
-    with pytest.raises(UserError, match=f"reads .pth, and this file is for {program}.* Use merge/x-LORA-1.pth"):
-        load(**{setting: f"merge/x-LORA-1{ending}"})
+    with pytest.raises(UserError, match=f"reads .pth, and this file is for {program}.* Use merge/x-run-1.pth"):
+        load(**{setting: f"merge/x-run-1{ending}"})
 
 
 def test_every_ending_of_an_export_is_known():

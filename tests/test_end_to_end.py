@@ -51,7 +51,7 @@ def test_tokenize_train_merge_chat_by_script_with_spaces_everywhere(kit):
         in again.stderr
     )
     merged = kit.run("merge.sh", "1").stdout
-    assert "wrote     merge/my tiny-LORA-1.pth" in merged and "answers as base + adapter" in merged
+    assert "wrote     merge/my tiny-a run-1.pth" in merged and "answers as base + adapter" in merged
     (kit.root / "output/empty").mkdir()
     (kit.root / "output/latest").unlink()
     (kit.root / "output/latest").symlink_to("empty")  # a run that was ended before it had anything to save
@@ -66,7 +66,7 @@ def test_tokenize_train_merge_chat_by_script_with_spaces_everywhere(kit):
     assert kit.run("chat.sh", "--adapter", "a run", *ask).stdout == tuned
     for mistaken, words in (
         (["--model", "output/a run/rwkv-1.pth"], "is an adapter (what a run learnt), not a model"),
-        (["--adapter", "merge/my tiny-LORA-1.pth"], "is a whole model, not an adapter. Use it with --model"),
+        (["--adapter", "merge/my tiny-a run-1.pth"], "is a whole model, not an adapter. Use it with --model"),
         (["--adapter", "model/my tiny.pth"], "is a whole model, not an adapter. Use it with --model"),
         (
             ["--model", "my tinny.pth"],
@@ -74,7 +74,7 @@ def test_tokenize_train_merge_chat_by_script_with_spaces_everywhere(kit):
         ),
     ):
         assert words in kit.run("chat.sh", *mistaken, *ask, ok=False).stderr
-    whole = kit.run("chat.sh", "--model", "my tiny-LORA-1.pth", *ask).stdout
+    whole = kit.run("chat.sh", "--model", "my tiny-a run-1.pth", *ask).stdout
     base = kit.run("chat.sh", "--model", "my tiny.pth", *ask).stdout
     assert tuned == whole != base
     sampled = ["--prompt", "Sea?", "--max-tokens", "8", "--temperature", "1", "--top-p", "1", "--model", "my tiny.pth"]
@@ -96,7 +96,7 @@ def test_a_v6_state_by_script_trained_on_a_compressed_base_in_chunks_gone_on_fro
     assert "RWKV-6 (x060)" in said and "state tuning: 1,024 trained values" in said
     assert "frozen weights of att,ffn in nf4 (4bit is nf4); merge.sh folds into the original ones" in said
     assert "infctx: 16 tokens at once, states are carried on, gradients end at a chunk's border" in said
-    assert "next: RUN='a state' ./merge.sh 3" in said
+    assert "next: ./merge.sh 'a state' 3" in said
     records = [json.loads(line) for line in (kit.root / "output/a state/loss.jsonl").read_text().splitlines()]
     assert records[-1]["loss"] < records[0]["loss"] - 0.05
     again = kit.set(to="again.sh", **(settings | {"RUN_NAME": "on", "state_load": "a state", "EPOCH_COUNT": "1"}))
@@ -104,16 +104,16 @@ def test_a_v6_state_by_script_trained_on_a_compressed_base_in_chunks_gone_on_fro
     more = [json.loads(line) for line in (kit.root / "output/on/loss.jsonl").read_text().splitlines()]
     assert more[0]["loss"] < records[0]["loss"] - 0.05
     merged = kit.run("merge.sh", "--export", "safetensors", RUN="a state").stdout
-    assert "read back: 0 changed" in merged and "wrote     merge/my v6-STATE-3.st" in merged
+    assert "read back: 0 changed" in merged and "wrote     merge/my v6-a state-3.st" in merged
     alone = kit.run("merge.sh", "a state", "--export", "state").stdout
-    assert "wrote     merge/my v6-STATE-3-alone.pth" in alone and "merge/my v6-STATE-3-alone.state" in alone
+    assert "wrote     merge/my v6-a state-3-alone.pth" in alone and "merge/my v6-a state-3-alone.state" in alone
     ask = ["--prompt", "Sea?", "--max-tokens", "6", "--temperature", "0"]
     answers = {
         kit.run("chat.sh", *words, *ask).stdout
         for words in (
             ["--adapter", "a state"],
-            ["--model", "my v6-STATE-3.pth"],
-            ["--model", "my v6.pth", "--adapter", "merge/my v6-STATE-3-alone.pth"],
+            ["--model", "my v6-a state-3.pth"],
+            ["--model", "my v6.pth", "--adapter", "merge/my v6-a state-3-alone.pth"],
         )
     }
     assert len(answers) == 1

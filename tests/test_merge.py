@@ -90,7 +90,7 @@ def run(project_folder):
     return make_run(project_folder)
 
 
-def result(name="base-LORA-3.pth"):
+def result(name="base-r-3.pth"):
     return project.ROOT / "merge" / name
 
 
@@ -106,7 +106,7 @@ def logits(path, version="x070"):
 def test_the_merged_file_answers_like_the_run_and_is_the_bases_else(project_folder, method, dtype, version, capsys):
     folder, base, model = make_run(project_folder, method=method, version=version, dtype=dtype)
     merge()
-    merged, before = checkpoint.load(result(f"base-{method.upper()}-3.pth")), checkpoint.load(base)
+    merged, before = checkpoint.load(result("base-r-3.pth")), checkpoint.load(base)
     states = [n for n in checkpoint.load(folder / "rwkv-3.pth") if arch.STATE_NAME.fullmatch(n)]
     assert list(merged) == [*before, *states]
     assert all(merged[n].dtype == t.dtype and merged[n].shape == t.shape for n, t in before.items())
@@ -115,7 +115,7 @@ def test_the_merged_file_answers_like_the_run_and_is_the_bases_else(project_fold
     )
     tuned, _ = model(X)
     limit = 1e-5 if dtype == torch.float32 else 0.05
-    ours = logits(result(f"base-{method.upper()}-3.pth"), version)
+    ours = logits(result("base-r-3.pth"), version)
     assert (ours - tuned).abs().max() <= limit * tuned.abs().max()
     assert (logits(base, version) - tuned).abs().max() > 2 * limit * tuned.abs().max()
     said = capsys.readouterr().out
@@ -128,7 +128,7 @@ def test_the_merged_file_answers_like_the_run_and_is_the_bases_else(project_fold
 def test_the_streamed_merge_is_the_naive_merge_bit_for_bit(project_folder, method):
     folder, base, _ = make_run(project_folder, method=method, dtype=torch.bfloat16)
     merge()
-    merged, before = checkpoint.load(result(f"base-{method.upper()}-3.pth")), checkpoint.load(base)
+    merged, before = checkpoint.load(result("base-r-3.pth")), checkpoint.load(base)
     trained = checkpoint.load(folder / "rwkv-3.pth")
     init = runs.init_file(folder, method)
     both = {**trained, **(checkpoint.load(init) if init.exists() else {})}
@@ -147,9 +147,9 @@ def test_a_run_on_a_compressed_base_goes_into_the_original_weights_or_the_compre
     merge(MERGE_BASE="quantised")
     said = capsys.readouterr().out
     assert "base      model/base.pth, compressed to nf4 as the run had it (MERGE_BASE=quantised)" in said
-    name = f"base-{method.upper()}-3.pth"
+    name = "base-r-3.pth"
     tuned = model(X)[0]
-    assert (logits(result(f"base-{method.upper()}-3-quantised.pth")) - tuned).abs().max() < 2e-5 * tuned.abs().max()
+    assert (logits(result("base-r-3-quantised.pth")) - tuned).abs().max() < 2e-5 * tuned.abs().max()
     merge()
     init = runs.init_file(folder, method)
     plain = build(SHAPE, checkpoint.load(base), tiny.ops(SHAPE))
@@ -167,35 +167,33 @@ def test_several_runs_are_folded_in_turn(project_folder):
     _, base, _ = make_run(project_folder, "a", seed=1)
     make_run(project_folder, "b", seed=2)
     make_run(project_folder, "s", "state")
-    merge("a", "b/rwkv-3.pth")
-    first = checkpoint.load(result("base-LORA-3+LORA-3.pth"))
+    merge("--stack", "a", "b/rwkv-3.pth")
+    first = checkpoint.load(result("base-a-3+b-3.pth"))
     start = checkpoint.load(base)
-    for name in ("a", "b"):
-        merge(name)
-        shutil.move(result(), result(f"{name}.pth"))
-    a, b = (checkpoint.load(result(f"{name}.pth")) for name in "ab")
+    merge("a"), merge("b")
+    a, b = (checkpoint.load(result(f"base-{name}-3.pth")) for name in "ab")
     for name, old in start.items():
         expected = a[name].double() + b[name].double() - old.double()
         torch.testing.assert_close(first[name].double(), expected, rtol=1e-5, atol=1e-5)
-    merge("a", "s")
-    assert "blocks.1.att.time_state" in checkpoint.load(result("base-LORA-3+STATE-3.pth"))
+    merge("--stack", "a", "s")
+    assert "blocks.1.att.time_state" in checkpoint.load(result("base-a-3+s-3.pth"))
     with pytest.raises(UserError, match="a text begins with one state, and .* has one too"):
-        merge("s", "s/rwkv-3.pth")
+        merge("--stack", "s", "s/rwkv-3.pth")
 
 
 def test_an_average_is_the_weighted_mean_of_the_merged_models(project_folder):
     _, base, _ = make_run(project_folder, "a", seed=1)
     make_run(project_folder, "b", "pissa", seed=2)
     merge("--average", "a:1", "b/rwkv-3.pth:3")
-    mean = checkpoint.load(result("base-AVERAGE.pth"))
+    mean = checkpoint.load(result("base-average-a-3+b-3.pth"))
     merge("a"), merge("b")
-    a, b = checkpoint.load(result()), checkpoint.load(result("base-PISSA-3.pth"))
+    a, b = (checkpoint.load(result(f"base-{name}-3.pth")) for name in "ab")
     for name in checkpoint.load(base):
         expected = a[name].double() * 0.25 + b[name].double() * 0.75
         torch.testing.assert_close(mean[name].double(), expected, rtol=1e-5, atol=1e-5, check_dtype=False)
     # whole models, too
-    merge("--average", result(), result("base-PISSA-3.pth"))
-    half = checkpoint.load(result("base-LORA-3-AVERAGE.pth"))
+    merge("--average", result("base-a-3.pth"), result("base-b-3.pth"))
+    half = checkpoint.load(result("average-base-a-3+base-b-3.pth"))
     torch.testing.assert_close(half["ln_out.weight"], (a["ln_out.weight"] + b["ln_out.weight"]) / 2)
 
 
@@ -203,34 +201,33 @@ def test_whole_weights_and_adapters_go_together(project_folder):
     """A LISA run changes matrices whole that a LoRA run adapts: in turn their changes add up, and averages are means."""
     _, base, _ = make_run(project_folder, "a", seed=1)
     make_run(project_folder, "b", "lisa", seed=2)
-    merge("a", "b"), merge("--average", "a:1", "b:3"), merge("a"), merge("b")
+    merge("--stack", "a", "b"), merge("--average", "a:1", "b:3"), merge("a"), merge("b")
     start, both, mean = (
-        checkpoint.load(p) for p in (base, result("base-LORA-3+LISA-3.pth"), result("base-AVERAGE.pth"))
+        checkpoint.load(p) for p in (base, result("base-a-3+b-3.pth"), result("base-average-a-3+b-3.pth"))
     )
-    a, b = checkpoint.load(result()), checkpoint.load(result("base-LISA-3.pth"))
+    a, b = (checkpoint.load(result(f"base-{name}-3.pth")) for name in "ab")
     for name, old in start.items():
         close = {"rtol": 1e-4, "atol": 1e-5, "check_dtype": False}
         torch.testing.assert_close(both[name].double(), a[name].double() + b[name].double() - old.double(), **close)
         torch.testing.assert_close(mean[name].double(), a[name].double() * 0.25 + b[name].double() * 0.75, **close)
 
 
-def test_an_export_keeps_what_another_run_has_left_under_its_name(project_folder, capsys):
+def test_an_export_of_another_run_of_the_same_name_gets_a_number(project_folder, capsys):
     make_run(project_folder, "a", "state", seed=1)
-    make_run(project_folder, "b", "state", seed=2)
     merge("a", "--export", "state")
-    first = result("base-STATE-3-alone.pth").read_bytes()
+    first = result("base-a-3-alone.pth").read_bytes()
     merge("a", "--export", "state")
     assert "which is the same" in capsys.readouterr().out
-    merge("b", "--export", "state")
-    assert "kept      the earlier result" in capsys.readouterr().out
-    assert (
-        result("base-STATE-3-alone.earlier.pth").read_bytes() == first != result("base-STATE-3-alone.pth").read_bytes()
-    )
+    shutil.rmtree(project_folder / "output" / "a")
+    make_run(project_folder, "a", "state", seed=2)
+    merge("a", "--export", "state")
+    assert "this export is called base-a-3-alone-v2.pth" in capsys.readouterr().out
+    assert result("base-a-3-alone.pth").read_bytes() == first != result("base-a-3-alone-v2.pth").read_bytes()
     make_run(project_folder, "c", seed=3, parts=("att", "ffn"))
     merge("c", "--export", "peft"), merge("c", "--export", "peft")
-    folder = result("base-LORA-3-peft")
+    folder = result("base-c-3-peft")
     assert sorted(p.name for p in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
-    assert "replaces  merge/base-LORA-3-peft, which is the same" in capsys.readouterr().out
+    assert "replaces  merge/base-c-3-peft, which is the same" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -247,53 +244,112 @@ def plain_exports(monkeypatch):
 
 def test_every_kind_of_export_that_is_asked_for_is_written_once(run, plain_exports, capsys):
     merge("--export", "gguf", "--export=safetensors", "--export", "gguf")
-    assert {p.name for p in result().parent.iterdir()} == {f"base-LORA-3.{e}" for e in ("pth", "json", "gguf", "st")}
+    assert {p.name for p in result().parent.iterdir()} == {f"base-r-3.{e}" for e in ("pth", "json", "gguf", "st")}
     assert capsys.readouterr().out.count("wrote ") == 3
     merge("--export", "gguf", "--export", "gguf-bf16", result())
-    assert result("base-LORA-3.bf16.gguf").is_file()
+    assert result("base-r-3.bf16.gguf").is_file()
     make_run(project.ROOT, "plain", parts=("att", "ffn"), seed=6)
     merge("plain", "--export", "gguf", "--export", "peft")
-    assert result("base-LORA-3-peft").is_dir()
-    assert result("base-LORA-3.gguf").read_bytes() == result().read_bytes() != result("base-LORA-3.r.gguf").read_bytes()
+    assert result("base-plain-3-peft").is_dir()
+    other = result("base-plain-3.pth").read_bytes()
+    assert (
+        result("base-r-3.gguf").read_bytes()
+        == result().read_bytes()
+        != other
+        == result("base-plain-3.gguf").read_bytes()
+    )
 
 
 def test_what_can_be_exported_is_and_all_refusals_are_told(run, plain_exports, capsys):
     with pytest.raises(UserError, match=r"(?s)has trained .* whole.*\n.*holds a run of LoRA, and no state"):
         merge("--export", "peft", "--export", "state", "--export", "gguf")
-    assert {p.name for p in result().parent.iterdir()} == {f"base-LORA-3.{e}" for e in ("pth", "json", "gguf")}
+    assert {p.name for p in result().parent.iterdir()} == {f"base-r-3.{e}" for e in ("pth", "json", "gguf")}
     with pytest.raises(UserError, match="holds no learnt state"):
         merge("--export", "state", "--export", "safetensors", result())
-    assert result("base-LORA-3.st").is_file()
+    assert result("base-r-3.st").is_file()
 
 
-def test_what_was_exported_from_an_earlier_result_goes_with_it_under_its_runs_name(project_folder, plain_exports):
+def kept():
+    return {path.name: path.read_bytes() for path in result().parent.iterdir()}
+
+
+def test_no_merge_changes_what_an_earlier_name_means(project_folder, plain_exports):
     make_run(project_folder, "a", seed=1)
     make_run(project_folder, "b", seed=2)
     merge("a", "--export", "gguf", "--export", "gguf-bf16")
-    first = result().read_bytes()
-    merge("b", "--export", "gguf")
-    endings = (".pth", ".gguf", ".bf16.gguf")
-    assert all(result(f"base-LORA-3.a{ending}").read_bytes() == first for ending in endings)
-    assert sidecars.read(result("base-LORA-3.a.pth"), ())["merged"][0]["run"] == "a"
-    assert not result("base-LORA-3.bf16.gguf").exists(), "nothing of a is left beside the result of b"
-    assert result("base-LORA-3.gguf").read_bytes() == result().read_bytes() != first
-    result().unlink()
-    merge("a")
-    assert result("base-LORA-3.b.gguf").is_file() and not result("base-LORA-3.gguf").exists()
+    first = kept()
+    assert first.keys() == {f"base-a-3.{ending}" for ending in ("pth", "json", "gguf", "bf16.gguf")}
+    merge("b", "--export", "gguf"), merge("--stack", "a", "b"), merge("--average", "a", "b"), merge("b")
+    assert first.items() <= kept().items()
+    assert sidecars.read(result("base-b-3.pth"), ())["merged"][0]["run"] == "b"
 
 
-def test_merging_back_and_forth_keeps_one_copy_of_each(project_folder, plain_exports, capsys):
+def log_of(folder, seconds: float):
+    record = {"step": 1, "loss": 2.0, "seconds": seconds}
+    (folder / "loss.jsonl").write_text(json.dumps(record) + "\n")
+
+
+def test_the_same_run_merged_again_replaces_its_own_file_and_tells_of_old_exports(
+    project_folder, plain_exports, capsys
+):
+    folder, _, _ = make_run(project_folder)
+    log_of(folder, 1.5)
+    merge("--export", "gguf")
+    first = kept()
+    merge("r", "last")
+    assert kept() == first and "replaces  merge/base-r-3.pth, which is the same" in capsys.readouterr().out
+    # the run was trained further
+    checkpoint.save(folder / "rwkv-3.pth", {n: t * 2 for n, t in checkpoint.load(folder / "rwkv-3.pth").items()})
+    merge()
+    said = capsys.readouterr().out
+    assert "replaces  merge/base-r-3.pth, an earlier result of the same run" in said
+    assert "warning: merge/base-r-3.gguf: still the earlier result" in said
+    assert kept().keys() == first.keys() and kept()["base-r-3.pth"] != first["base-r-3.pth"]
+    merge("--export", "gguf")
+    assert "replaces  merge/base-r-3.gguf, an earlier export of this model" in capsys.readouterr().out
+    assert result("base-r-3.gguf").read_bytes() == result().read_bytes()
+
+
+@pytest.mark.parametrize("left", ["all", "no .pth", "only an export", "a damaged sidecar"])
+@pytest.mark.parametrize("logged", [True, False])
+def test_another_run_of_the_same_name_gets_a_number(project_folder, plain_exports, capsys, logged, left):
+    folder, _, _ = make_run(project_folder, seed=1)
+    log_of(folder, 1.5)
+    merge("--export", "gguf")
+    if left == "a damaged sidecar":
+        result().with_suffix(".json").write_text("[")
+    if left in ("no .pth", "only an export"):
+        result().unlink()
+    if left == "only an export":
+        result().with_suffix(".json").unlink()
+    first = kept()
+    shutil.rmtree(folder)
+    make_run(project_folder, seed=2)
+    if logged:
+        log_of(folder, 1.6)
+    for _ in range(2):
+        merge("--export", "gguf")
+    assert first.items() <= kept().items()
+    assert kept().keys() - first.keys() == {f"base-r-3-v2.{ending}" for ending in ("pth", "json", "gguf")}
+    assert "note: base-r-3 in merge/ was made of something else and stays; this result is called base-r-3-v2" in (
+        capsys.readouterr().out
+    )
+
+
+def test_an_average_with_other_weights_gets_a_number(project_folder):
     make_run(project_folder, "a", seed=1)
     make_run(project_folder, "b", seed=2)
-    for name in "abababb":
-        merge(name, "--export", "gguf")
-    names = ("base-LORA-3", "base-LORA-3.a", "base-LORA-3.b")
-    kept = {f"{name}.{ending}" for name in names for ending in ("pth", "json", "gguf")}
-    assert {p.name for p in result().parent.iterdir()} == kept
-    assert (
-        "replaces  merge/base-LORA-3.pth, which is kept already as merge/base-LORA-3.a.pth" in capsys.readouterr().out
-    )
-    assert [sidecars.read(result(f"{name}.pth"), ())["merged"][0]["run"] for name in names] == ["b", "a", "b"]
+    for weights in ("a:1 b:1", "a:1 b:3", "a:2 b:2"):
+        merge("--average", *weights.split())
+    assert kept().keys() == {f"base-average-a-3+b-3{n}.{ending}" for n in ("", "-v2") for ending in ("pth", "json")}
+
+
+def test_a_name_that_is_too_long_for_a_file_is_shortened(project_folder):
+    long = "运" * 80
+    make_run(project_folder, long)
+    merge()
+    [model] = result().parent.glob("*.pth")
+    assert model.name.startswith("base-运运") and len(model.name.encode()) < 220
 
 
 def test_a_run_that_trained_whole_tensors_is_told_how_to_become_a_peft_adapter(run):
@@ -318,13 +374,13 @@ def test_a_merged_model_says_which_programs_do_not_know_the_state_in_it(project_
     assert ("ignore a state inside a .pth" in said) == ignored
     assert ("token shifts (state_shifts) are read by ./chat.sh" in said) == OPTIONS["state"]["shifts"]
     # a run on a base that holds one, which its own checkpoint does not
-    shutil.copy(result("base-STATE-3.pth"), base)
+    shutil.copy(result("base-s-3.pth"), base)
     make_run(project_folder, "l", version=version)
     merge("l")
     said = capsys.readouterr().out
     assert ("ignore a state inside a .pth" in said) == ignored
-    merge("--export", "state", result("base-LORA-3.pth"))
-    alone = checkpoint.load(result("base-LORA-3-alone.pth"))
+    merge("--export", "state", result("base-l-3.pth"))
+    alone = checkpoint.load(result("base-l-3-alone.pth"))
     learnt = checkpoint.load(folder / "rwkv-3.pth")
     assert len(alone) == 2 and all(torch.equal(tensor, learnt[name]) for name, tensor in alone.items())
 
@@ -334,7 +390,7 @@ def test_a_state_that_takes_anothers_place_is_counted_as_changed(project_folder,
     _, base, _ = make_run(project_folder, "a", "state")
     merge("a")
     assert "0 changed" in capsys.readouterr().out
-    shutil.copy(result("base-STATE-3.pth"), base)
+    shutil.copy(result("base-a-3.pth"), base)
     shutil.rmtree(project_folder / "output" / "a")
     make_run(project_folder, "a", "state", seed=7)
     merge("a")
@@ -347,7 +403,7 @@ def test_states_are_averaged_as_well(project_folder):
     make_run(project_folder, "b", "state", seed=2)
     merge("--average", "a", "b")
     a, b = (checkpoint.load(project_folder / "output" / n / "rwkv-3.pth") for n in "ab")
-    mean = checkpoint.load(result("base-AVERAGE.pth"))
+    mean = checkpoint.load(result("base-average-a-3+b-3.pth"))
     for name in a:
         torch.testing.assert_close(mean[name], (a[name] + b[name]) / 2)
 
@@ -374,8 +430,8 @@ def test_the_rwkv_package_begins_a_v6_from_the_state_inside_the_merged_file(proj
     checkpoint.save(folder / "rwkv-3.pth", state)
     write_sidecar(folder, base, method="state", shifts=False)
     merge("r")
-    whole, _ = judged(result("base-STATE-3.pth"), version="x060")
-    ours, _ = build(shape, checkpoint.load(result("base-STATE-3.pth")), tiny.ops(shape))(torch.tensor([IDS]))
+    whole, _ = judged(result("base-r-3.pth"), version="x060")
+    ours, _ = build(shape, checkpoint.load(result("base-r-3.pth")), tiny.ops(shape))(torch.tensor([IDS]))
     assert (ours[0] - whole).abs().max() < 2e-5 * whole.abs().max()
 
 
@@ -471,7 +527,7 @@ def test_a_result_that_does_not_read_back_is_removed(run, monkeypatch):
     monkeypatch.setattr(checkpoint, "rewrite", flip_a_bit)
     with pytest.raises(
         UserError,
-        match="blocks.0.att.w1 and 0 others are not what they should be when the result is read back",
+        match="blocks.0.att.w1 is not as written when the result is read back",
     ):
         merge()
     assert not list((project.ROOT / "merge").glob("*"))
@@ -499,26 +555,6 @@ def test_an_earlier_result_stays_whole_when_a_merge_fails(run):
     with pytest.raises(UserError):
         merge()
     assert target.read_bytes() == before
-
-
-def test_a_result_of_another_run_is_kept_under_its_name(run, capsys):
-    folder, base, _ = run
-    merge()
-    first = result().read_bytes()
-    merge()
-    assert "which is the same" in capsys.readouterr().out
-    other = folder.rename(folder.with_name("other"))
-    checkpoint.save(other / "rwkv-3.pth", {n: t * 2 for n, t in checkpoint.load(other / "rwkv-3.pth").items()})
-    merge(other / "rwkv-3.pth")
-    assert (project.ROOT / "merge" / "base-LORA-3.r.pth").read_bytes() == first
-    assert (second := result().read_bytes()) != first
-    # a run of the same name that was trained anew is another run, too; and a damaged note is no reason to stop
-    checkpoint.save(other / "rwkv-3.pth", {n: t * 3 for n, t in checkpoint.load(other / "rwkv-3.pth").items()})
-    merge(other / "rwkv-3.pth")
-    assert (project.ROOT / "merge" / "base-LORA-3.other.pth").read_bytes() == second
-    (project.ROOT / "merge" / "base-LORA-3.json").write_text("[")
-    merge(other / "rwkv-3.pth")
-    assert (project.ROOT / "merge" / "base-LORA-3.earlier.pth").is_file()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -566,7 +602,8 @@ def test_a_wrong_formula_is_seen_though_rounding_to_bf16_is_larger(project_folde
     """A short run moves weights by less than the check of a rounded file could see."""
     folder, _, _ = make_run(project_folder, "r", method, dtype=torch.bfloat16, step=1e-3)
     make_run(project_folder, "later", "lora", dtype=torch.bfloat16, step=1e-3)
-    words = [folder / "rwkv-3.pth", *([project_folder / "output" / "later"] if turn != "alone" else [])]
+    others = [project_folder / "output" / "later"] if turn != "alone" else []
+    words = [*(["--stack"] if others else []), folder / "rwkv-3.pth", *others]
     merge(*words)
     right = ADAPTERS[method].merge
     wrong = lambda w, tensors, options: fault(right, w, tensors, options)  # noqa: E731
@@ -594,7 +631,7 @@ def test_a_wrong_product_is_seen_though_rounding_to_bf16_is_larger(project_folde
         return found._replace(made=made, rounded=x @ made.float().T)
 
     monkeypatch.setattr(dispatch.Ops, "fold", wrong)
-    with pytest.raises(UserError, match="do not answer as base|are not what they should be"):
+    with pytest.raises(UserError, match="do not answer as base|not as written"):
         merge(folder / "rwkv-3.pth")
 
 
@@ -643,7 +680,7 @@ def test_a_full_run_is_merged_into_a_whole_model(run):
     checkpoint.save(folder / "rwkv-3.pth", trained)
     write_sidecar(folder, base, method="full")
     merge()
-    merged = checkpoint.load(project.ROOT / "merge" / "base-FULL-3.pth")
+    merged = checkpoint.load(project.ROOT / "merge" / "base-r-3.pth")
     assert all(torch.equal(merged[n], trained[n]) for n in trained)
 
 
@@ -688,7 +725,7 @@ def test_a_file_of_rwkv_peft_merges_into_what_our_own_does(project_folder, monke
     monkeypatch.setitem(OPTIONS, "state", {"shifts": False})
     folder, base, _ = make_run(project_folder, method=method)
     merge("r")
-    ours = checkpoint.load(result(f"base-{method.upper()}-3.pth"))
+    ours = checkpoint.load(result("base-r-3.pth"))
     path = foreign_file(folder, method, prefix, **renamed)
     init = runs.init_file(folder, "pissa")
     if method == "pissa":
@@ -698,7 +735,7 @@ def test_a_file_of_rwkv_peft_merges_into_what_our_own_does(project_folder, monke
             merge(path, MODEL_PATH="base.pth", **given)
         given = {**given, "PISSA_INIT": "elsewhere.pth"}
     merge(path, MODEL_PATH="base.pth", **given)
-    theirs = checkpoint.load(result(f"base-{method.upper()}-{method}-7.pth"))
+    theirs = checkpoint.load(result(f"base-{method}-7.pth"))
     assert all(torch.equal(theirs[n], t) for n, t in ours.items())
 
 
@@ -725,13 +762,13 @@ def test_a_run_of_ours_and_a_foreign_one_are_folded_in_turn(project_folder, monk
     folder, _, _ = make_run(project_folder, "a", seed=1)
     make_run(project_folder, "b", seed=2)
     path = foreign_file(project_folder / "output" / "b", "lora")
-    merge("a", "b")
-    both = checkpoint.load(result("base-LORA-3+LORA-3.pth"))
-    merge("a", path, METHOD="lora", LORA_ALPHA="8")
-    ours = checkpoint.load(result("base-LORA-3+LORA-lora-7.pth"))
+    merge("--stack", "a", "b")
+    both = checkpoint.load(result("base-a-3+b-3.pth"))
+    merge("--stack", "a", path, METHOD="lora", LORA_ALPHA="8")
+    ours = checkpoint.load(result("base-a-3+lora-7.pth"))
     assert all(torch.equal(ours[n], t) for n, t in both.items())
-    merge("a", path, METHOD="lora", LORA_ALPHA="16")
-    other = checkpoint.load(result("base-LORA-3+LORA-lora-7.pth"))
+    merge("--stack", "a", path, METHOD="lora", LORA_ALPHA="16")
+    other = checkpoint.load(result("base-a-3+lora-7-v2.pth"))
     assert not torch.equal(other["blocks.0.att.key.weight"], ours["blocks.0.att.key.weight"])
     # what no file needs is not passed over
     checkpoint.save(project.ROOT / "model" / "other.pth", checkpoint.load(project.ROOT / "model" / "base.pth"))
@@ -819,7 +856,7 @@ def foreign_refusals():
         return ["r"], {"MERGE_BASE": "quantised"}
 
     def several_compressed(path):
-        return ["r", "r"], {"MERGE_BASE": "quantised"}
+        return ["--stack", "r", "r"], {"MERGE_BASE": "quantised"}
 
     def a_whole_model(path):
         return ["base.pth"], {}
@@ -853,18 +890,18 @@ def foreign_refusals():
         another_width: "does not fit the base: blocks.0.att.receptance.lora_A .*instead of",
         no_adapter: "is no adapter: it holds x",
         an_unknown_option: "--exprot: is not an option; did you mean --export",
-        an_epoch_as_an_option: "An epoch is a bare number: ./merge.sh 1",
-        an_epoch_as_an_option_with_an_equals_sign: "An epoch is a bare number: ./merge.sh 2",
+        an_epoch_as_an_option: "An epoch is a bare word: ./merge.sh 1",
+        an_epoch_as_an_option_with_an_equals_sign: "An epoch is a bare word: ./merge.sh 2",
         an_unknown_kind: "--export ggf: must be one of safetensors, .*did you mean gguf",
         one_to_average: "--average needs two checkpoints or more",
         a_whole_model: "is a whole model, no checkpoint of a run",
         a_model_as_an_adapter: "--export peft takes the checkpoint of a run",
         an_init_for_a_lora: "no PiSSA is among the checkpoints",
-        an_empty_word: "An empty word stands behind",
+        an_empty_word: "A word behind ./merge.sh is empty",
         a_swapped_checkpoint: "is not the file that its .json was written with",
         nothing_compressed: "must be original: .* was not trained on a compressed base",
         several_compressed: "must be original where several checkpoints",
-        no_such_file: "nowhere/rwkv-1.pth: there is no such checkpoint",
+        no_such_file: "nowhere/rwkv-1.pth: there is no such run or checkpoint",
     }
 
 
@@ -904,7 +941,7 @@ def test_runs_on_different_bases_do_not_go_together(project_folder):
     write_sidecar(folder.with_name("b"), base)
     write_sidecar(folder, base.with_name("other.pth"), base="other.pth")
     with pytest.raises(UserError, match="only runs on one base go together"):
-        merge("a", "b")
+        merge("--stack", "a", "b")
 
 
 def test_a_merge_of_the_last_epoch_names_the_better_one(tmp_path, monkeypatch, capsys):
@@ -916,6 +953,6 @@ def test_a_merge_of_the_last_epoch_names_the_better_one(tmp_path, monkeypatch, c
         (tmp_path / f"a run/rwkv-{name}.pth").touch()
         (tmp_path / f"a run/rwkv-{name}.json").write_text(json.dumps({"step": step}))
     assert checkpoint_files([], "a run") == [tmp_path / "a run/rwkv-1.pth"]
-    assert "RUN='a run' ./merge.sh best takes that checkpoint" in capsys.readouterr().out
+    assert "./merge.sh 'a run' best takes that checkpoint" in capsys.readouterr().out
     (tmp_path / "a run/rwkv-best.json").write_text(json.dumps({"step": 8}))
     assert checkpoint_files([], "a run") and not capsys.readouterr().out

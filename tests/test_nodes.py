@@ -217,7 +217,8 @@ def test_two_nodes_are_two_processes_of_one_machine_and_go_on(tmp_path, wires):
     kits[0].set(to="three.sh", **common | {"RUN_NAME": "two", "GPU_COUNT": "2"})
     shutil.rmtree(output)
     done = subprocess.run(
-        [kits[0].root / ".venv/bin/torchrun", "--nproc-per-node", "2", "--no-python", "./three.sh"], cwd=kits[0].root,
+        [kits[0].root / ".venv/bin/python", "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python", "./three.sh"],
+        cwd=kits[0].root,
         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=180,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -552,7 +552,7 @@ def test_every_save_steps_there_is_a_checkpoint_that_merges(ready, capsys):
     said = capsys.readouterr().out
     assert all(f"saved output/whole/rwkv-step-{step}.pth\n" in said for step in (3, 6, 9))
     merge("step-6", RUN="whole")
-    assert "step 6" in capsys.readouterr().out and (ready / "merge/tiny-LORA-step-6.pth").is_file()
+    assert "step 6" in capsys.readouterr().out and (ready / "merge/tiny-whole-step-6.pth").is_file()
     with pytest.raises(UserError, match=r"has no rwkv-step-7.pth; it has the epochs 1, 2 and the steps 3, 6, 9"):
         merge("step-7", RUN="whole")
     run(ready, "again", **settings | {"KEEP_LAST": "2"})
@@ -565,7 +565,7 @@ def test_a_run_that_died_before_its_first_epoch_has_the_checkpoint_of_a_step(rea
 
     interrupted(monkeypatch, ready, 4, "killed", **BASE | {"SAVE_STEPS": "3", "EPOCH_STEPS": "99"})
     merge()
-    assert (ready / "merge/tiny-LORA-step-3.pth").is_file()
+    assert (ready / "merge/tiny-again-step-3.pth").is_file()
 
 
 def test_a_full_disk_costs_the_checkpoint_of_a_step_and_not_the_training(ready, monkeypatch, capsys):

@@ -200,5 +200,5 @@ def test_frozen_weights_stay_what_they_are_under_deepspeed(word):
 def test_a_missing_deepspeed_is_told_before_anything_is_loaded(monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     monkeypatch.delitem(sys.modules, "rwkv_peft.training.zero", raising=False)
-    with pytest.raises(Problems, match="STRATEGY: needs a package that is missing .*requirements-deepspeed.txt"):
+    with pytest.raises(Problems, match="STRATEGY: needs a package that is missing .*requirements.txt"):
         strategy.trainer_arguments("fp32", 1, 1, "deepspeed_stage_2", 1.0)

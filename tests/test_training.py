@@ -128,7 +128,7 @@ def test_going_on_from_a_checkpoint_starts_with_its_weights(ready):
         ({"lora_r": "8"}, "lora_r", "must be 4, as output/first/rwkv-0.pth was trained"),
         ({"lora_alpha": "16"}, "lora_alpha", "must be 8, as output/first/rwkv-0.pth was trained"),
         ({"MODEL_PATH": "other.pth"}, "MODEL_PATH", "was trained on tiny.pth, not on other.pth"),
-        ({"lora_load": "output/first/rwkv-9.pth"}, "lora_load", "there is no such file"),
+        ({"lora_load": "output/first/rwkv-9.pth"}, "lora_load", "has no rwkv-9.pth"),
     ],
 )
 def test_a_checkpoint_of_other_settings_is_refused(ready, changes, name, words):
@@ -434,7 +434,11 @@ def test_the_precision_follows_the_processor():
         ({"FINETUNE_MODE": "bat", "disha_r": "5"}, "disha_r", "must divide 32, to cut a layer into square blocks"),
         ({"FINETUNE_MODE": "pissa", "pissa_r": "33"}, "pissa_r", "must be 32 or less"),
         ({"FINETUNE_MODE": "peft", "PEFT_CONFIG": "no.json"}, "PEFT_CONFIG", "there is no such file"),
-        ({"FINETUNE_MODE": "pissa", "pissa_load": "no.pth"}, "pissa_load", "no.pth: there is no such file"),
+        (
+            {"FINETUNE_MODE": "pissa", "pissa_load": "no.pth"},
+            "pissa_load",
+            "no.pth: there is no such run or checkpoint",
+        ),
         ({"FINETUNE_MODE": "pissa", "pissa_init": "no.pth"}, "pissa_init", "no.pth: there is no such file"),
         ({"MODEL_VERSION": "v6"}, "MODEL_VERSION", "but model/tiny.pth has v7; use auto"),
     ],

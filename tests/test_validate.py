@@ -206,7 +206,7 @@ def test_what_was_trained_where_the_validation_was_best_is_kept_and_merged_by_it
     kept, epoch = (checkpoint.load(folder / f"rwkv-{name}.pth") for name in ("best", best["epoch"]))
     assert 0 < best["step"] < 8 and all(torch.equal(kept[name], epoch[name]) for name in kept)
     said = capsys.readouterr().out
-    assert "rwkv-best.pth holds it" in said and "next: RUN=whole ./merge.sh best " in said
+    assert "rwkv-best.pth holds it" in said and "next: ./merge.sh whole best " in said
     assert json.loads((folder / "rwkv-best.json").read_text())["step"] == best["step"]
     monkeypatch.setattr(project, "ROOT", held)
     assert checkpoint_files(["best"], "whole") == [folder / "rwkv-best.pth"]

@@ -1,13 +1,14 @@
 """./chat.sh: talk to a base, a base with an adapter, or a merged model.
 
-usage: ./chat.sh [--model FILE] [--adapter FILE] [--prompt TEXT] [--raw] [--system TEXT]
+usage: ./chat.sh [--model FILE] [--adapter RUN] [--prompt TEXT] [--raw] [--system TEXT]
                  [--prompt-type NAME] [--max-tokens N] [--temperature X] [--top-p X] [--seed N]
        ./chat.sh --diagnose RUN [--model FILE]
 
   --model         the model: a name in model/ or merge/, or any path (MODEL_PATH in the script). Alone it stands for itself:
                   ADAPTER in the script is then left out. With --adapter it is the base that the run was trained on
-  --adapter       what a run learnt: output/RUN/rwkv-N.pth, output/RUN for its last epoch, or latest (ADAPTER in the script);
-                  or a state from anywhere, like merge/<base>-STATE-N-alone.pth of ./merge.sh --export state
+  --adapter       what a run learnt: RUN for its last epoch, RUN/EPOCH, EPOCH of the newest run, or a file (ADAPTER in the
+                  script). RUN: latest, a name in output/, or a path. EPOCH: a number, last, best or step-N. The same as in
+                  ./merge.sh. Or a state from anywhere, like merge/<base>-<run>-<epoch>-alone.pth of ./merge.sh --export state
   --prompt TEXT   answer this one question and leave; without it you talk, and an empty line, /quit or Ctrl-D ends it
   --raw           the prompt is the beginning of a text to go on with, not a question
   --system TEXT   a system message at the start of the talk
@@ -17,7 +18,7 @@ usage: ./chat.sh [--model FILE] [--adapter FILE] [--prompt TEXT] [--raw] [--syst
   --top-p         only the likeliest tokens that together have this share
   --diagnose RUN  how well did a run fit? Rows that it has learnt from and held-out ones go through its base and what became
                   of it, their questions are asked, and in words: underfit, overfit, a learning rate too high or too low, with
-                  the numbers behind it. RUN: a name in output/, latest, or one checkpoint of a run
+                  the numbers behind it. RUN: whatever --adapter takes, like latest, my-run or my-run/best
   --help          this text
 While you talk, Ctrl-C ends an answer, /reset forgets the talk, and the arrow keys bring back earlier questions.
 """
@@ -34,6 +35,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ..errors import Problems, UserError
+from ..runs import is_epoch
 from ..shell_vars import convert, enter, var
 from ..templates.named import recorded, template
 from ..templates.of_base import AUTO, known_by, misfit
@@ -142,7 +144,11 @@ def check_template(name: str, who: str) -> None:
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         alone = message.startswith("unrecognized arguments:") and "-" not in message
-        raise UserError(f"{message}{' (a question goes behind --prompt)' if alone else ''}. See ./chat.sh --help")
+        hint = " (a question goes behind --prompt)" if alone else ""
+        word = message.removeprefix("unrecognized arguments: ")
+        if is_epoch(word):
+            hint = f" (a run and its epoch are one word: --adapter RUN/{word}, --diagnose RUN/{word})"
+        raise UserError(f"{message}{hint}. See ./chat.sh --help")
 
 
 def command_line(arguments: list[str], config: ChatConfig) -> Asked:

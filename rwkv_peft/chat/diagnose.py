@@ -59,7 +59,12 @@ class Row:
 def diagnose(name: str, base: str, precision: str) -> None:
     """name: of a run, or of one of its checkpoints. base: where the base lies, "" for where the sidecar says."""
     folder = project.find(name, "output")
-    if (folder / "run.json").is_file() and not runs.checkpoints(folder) and not any(runs.saved(folder)):
+    if (
+        not runs.is_epoch(name)
+        and (folder / "run.json").is_file()
+        and not runs.checkpoints(folder)
+        and not any(runs.saved(folder))
+    ):
         return of_its_course(folder.resolve(), "has saved no checkpoint")
     adapter = models.adapter_file(name)
     chosen = models.of_run(adapter, base)
@@ -178,7 +183,7 @@ def course(settings: dict, records: list[dict], looks: list[dict], sidecar: dict
     done = records[-1]["step"] if records else 0
     if settings["STREAMING"] or sidecar["step"] < done:
         return 0, False
-    planned = settings["EPOCH_COUNT"] * (settings["EPOCH_STEPS"] // settings["MINI_BSZ"])
+    planned = settings["EPOCH_COUNT"] * -(-settings["EPOCH_STEPS"] // settings["MINI_BSZ"])
     seen = [look for look in looks if look["loss"] is not None]
     ended = 0 < settings["VAL_PATIENCE"] <= validate.rounds_without_a_better(seen)
     return (0, ended) if ended else (max(0, planned - done), False)

@@ -128,13 +128,9 @@ def model_or_merged(name: str) -> Path:
 
 
 def adapter_file(name: str) -> Path:
-    """ADAPTER -> the checkpoint; a run's folder stands for its last epoch. UserError if it is a model of its own."""
+    """ADAPTER -> the checkpoint (see runs.find). UserError if it is a model of its own."""
     must_be_for_us(name)
-    path = runs.run_folder("") if name in ("latest", "output/latest") else project.find(name, "output")
-    if path.is_dir():
-        return runs.checkpoint_file(path)
-    if not path.exists():
-        raise runs.none_of_that_name(f"{name}: there is no such run or file", name)
+    path = runs.find(name, places=("output", "merge"))
     holds = checkpoint.describe(path)
     if sidecars.path_of(path).is_file():
         method = METHODS.get(sidecars.read(path, ("method",))["method"])

@@ -244,7 +244,7 @@ def overfit(run: Run) -> Finding | None:
                 f"the validation was best, {best[1]:.3f}, at step {best[0]}, and is {end[1]:.3f} at the end"
             )
             cure = (
-                "./merge.sh best takes the checkpoint of that step"
+                "./merge.sh RUN best takes the checkpoint of that step"
                 if run.kept
                 else "KEEP_BEST=1 keeps the best checkpoint, VAL_PATIENCE=3 ends a run in time; or take fewer epochs"
             )

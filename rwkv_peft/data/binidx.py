@@ -5,7 +5,7 @@
                i64 byte offsets [N] into .bin, i64 document index [D] (0..N here: each row is a document)
 
 Tokens are uint16; roles (who said each token) are a second pair of files with uint8. Byte-compatible with RWKV-LM and
-json2binidx_tool. Source of the layout: shared research, read from RWKV-PEFT's rwkvt/dataset/binidx.py.
+json2binidx_tool. Source of the layout: rwkvt/dataset/binidx.py of RWKV-PEFT (github.com/Joluck/RWKV-PEFT).
 """
 
 from __future__ import annotations

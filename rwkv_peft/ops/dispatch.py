@@ -140,7 +140,8 @@ def every_way(version: str, device: str) -> dict[str, Callable]:
 
 def choose(op: str, version: str, device: str = "cpu", head_size: int = 64) -> Ops:
     """What computes a version (x070 ...) on a kind of device. Raises Problems for what is not there."""
-    if op != "auto" and op not in OF_DEVICE:
+    there = WKV.get(version, {})
+    if op != "auto" and (op not in OF_DEVICE or op not in there):
         return made(op, version)
     if op != "auto" and OF_DEVICE[op] != device:
         wants = (
@@ -149,6 +150,8 @@ def choose(op: str, version: str, device: str = "cpu", head_size: int = 64) -> O
             else "is for training without a GPU, and there is one"
         )
         raise Problems(Problem("OP", f"{wants}; use auto"))
+    if not there.keys() & {kind for kind, of in OF_DEVICE.items() if of == device}:
+        return made("torch", version, f"there is no kernel for RWKV {version}")
     if device == "cuda":
         if head_size in CUDA_SIZES:
             return on_gpu(op, version, head_size)
@@ -174,7 +177,7 @@ def heads(sizes: Sequence[int]) -> str:
 def on_gpu(op: str, version: str, size: int) -> Ops:
     """Kernels that compute on this GPU what the definition says. They are asked once for a GPU and a driver."""
     reasons = []
-    for name in FOR_GPU if op == "auto" else (op,):
+    for name in [kind for kind in FOR_GPU if kind in WKV[version]] if op == "auto" else (op,):
         found, wrong = tried(name, version, size, recurrence(version, by_tokens(name, version), size))
         if not wrong:
             ops = made(name, version, f"{FOR_GPU[name].words}{seen(found)}")
@@ -246,4 +249,7 @@ def must_still_compute(name: str, words: str) -> None:
 
 
 def made(name: str, version: str, why: str = "") -> Ops:
+    if name not in (there := WKV.get(version, {})):
+        words = f"use one of auto, {', '.join(there)}" if there else "rwkv_peft/ops/dispatch.py: WKV has no row for it"
+        raise Problems(Problem("OP", f"nothing called {name} computes RWKV {version}; {words}"))
     return Ops(name, WKV[version][name], AROUND.get(name, neighbours), why)

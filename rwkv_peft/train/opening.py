@@ -101,11 +101,8 @@ def earlier_run(config: TrainConfig) -> Earlier | None:
     name = script_values(config)[load] if load else ""
     if not name:
         return Earlier(None, start_file(config, None)) if config.pissa_init else None
-    path = project.find(name, "output")
-    path = runs.checkpoint_file(path) if path.is_dir() else path
-    if not path.is_file():
-        raise Problems(Problem(load, f"{name}: there is no such file"))
     try:
+        path = runs.find(name)
         checkpoint.describe(path)
     except UserError as error:
         raise Problems(Problem(load, str(error))) from None

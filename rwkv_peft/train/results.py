@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__, checkpoint, hashing, project, runs, sidecars
-from ..atomic import clear_leftovers, need_space, sync_folder, temporary, write_json
+from ..atomic import clear_leftovers, need_space, temporary, write_json
 from ..errors import UserError
 from ..methods import OPTIMS
 from ..tokenized import common
@@ -87,7 +86,10 @@ class Results:
             sidecar["data"] = [[file["name"], file["sha256"]] for file in self.identity.result()["files"]]
         if learner.begun:
             sidecar["start_sha256"] = self.start_sha256
-        fresh = temporary(path)  # it gets its name when its sidecar is there
+        # both get their names when both are whole: until then the disk may be full, and what was there before stays
+        note = sidecars.path_of(path)
+        clear_leftovers(note)
+        fresh, fresh_note = temporary(path), temporary(note)
         try:
             if learner.held:
                 change = lambda name: (lambda _: sound(name)) if name in trained else None  # noqa: E731
@@ -95,11 +97,9 @@ class Results:
             else:
                 checkpoint.save(fresh, {name: sound(name) for name in trained})
             sidecar["checkpoint_sha256"] = hashing.sha256(fresh, on_disk=True)
-            # of the epoch when it was not finished: it must not lie beside another's sidecar
-            path.unlink(missing_ok=True)
-            write_json(sidecars.path_of(path), sidecar)
-            os.replace(fresh, path)
-            sync_folder(run.folder)
+            write_json(fresh_note, sidecar)
+            sidecars.replace_pair(fresh, fresh_note, path)
         finally:
             fresh.unlink(missing_ok=True)
+            fresh_note.unlink(missing_ok=True)
         return Path(project.shown(path))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
+from ..errors import UserError
 from ..methods import Optim
 from ..model.arch import Geometry
 from ..ops.loss import CHUNK_VALUES
@@ -44,8 +45,9 @@ KEPT = {
     ("torch", "x052"): Kept(12, 8),
 }
 
-# method -> what its layers keep of a token, in shares of their inputs' size: what is cheap to make again, and what is not
-LAYERS = {
+# method -> what its layers keep of a token, in shares of their inputs' size: what is cheap to make again, and what is not; None
+# for a method that trains no matrix of the blocks. Every method of METHODS has a row
+LAYERS: dict[str, tuple[float, float] | None] = {
     "lora": (1, 0),
     "dora": (1, 1),  # also the output, for the magnitude's gradient
     "pissa": (1, 0),
@@ -54,7 +56,16 @@ LAYERS = {
     "peft": (1, 0),
     "lisa": (1, 0),
     "full": (1, 0),
+    "state": None,
+    "none": None,
 }
+
+
+def fact(name: str, table: Mapping, key: Hashable):
+    """A row of one of the tables above. UserError that names the table where the row is missing."""
+    if key not in table:
+        raise UserError(f"rwkv_peft/training/estimate.py: {name} has no row for {key}, so the memory is not known.")
+    return table[key]
 
 
 def memory_bytes(
@@ -85,15 +96,16 @@ def memory_bytes(
     """
     channels, layers = geometry.n_embd, geometry.n_layer
     inner = geometry.dim_ffn / channels
-    kept = KEPT[op if op == "cpu" else "torch", geometry.version]
-    again, more = ((kept.inputs + inner) * share for share in LAYERS.get(method, (0, 0)))
+    kept = fact("KEPT", KEPT, (op if op == "cpu" else "torch", geometry.version))
+    shares = fact("LAYERS", LAYERS, method)
+    again, more = ((kept.inputs + inner) * share for share in shares or (0, 0))
     of_block = tokens * channels * ((kept.values + inner + again + more) * itemsize + kept.floats * 4)
     activations = {
         "0": layers * of_block,
         "selective": layers * (of_block - tokens * channels * again * itemsize),
         "1": layers * tokens * channels * 2 * itemsize + of_block,
     }[grad_cp]
-    work = tokens * channels * WORK[method in LAYERS]
+    work = tokens * channels * WORK[shares is not None]
     # (seen with packs of rows of 5 tokens, where they are more than all the rest)
     states = sequences * channels * geometry.head_size * 4 * (3 if grad_cp == "1" else 3 + 2 * layers)
     rows = min(tokens, max(1, CHUNK_VALUES // geometry.vocab_size))

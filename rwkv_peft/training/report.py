@@ -378,6 +378,6 @@ def finish(
     if looks:
         newest = best_look(looks, folder, newest)
     number = newest.stem.removeprefix("rwkv-")
-    name, path = shlex.quote(folder.name), shlex.quote(str(newest))
-    print(f"next: RUN={name} ./merge.sh {number}      or try it: ./chat.sh --adapter {path}")
+    name, path = runs.words_for(folder), shlex.quote(str(newest))
+    print(f"next: ./merge.sh {name} {number}      or try it: ./chat.sh --adapter {path}")
     print(f"      does it fit, and would more or less be better? ./chat.sh --diagnose {name}")

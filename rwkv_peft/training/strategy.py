@@ -58,7 +58,7 @@ def trainer_arguments(precision: str, gpu_count: int, nodes: int, word: str, gra
             with quietly():
                 from .zero import AsItIs, Zero, ZeroSpread
         except ImportError as error:
-            words = f"needs a package that is missing ({error}): {install('-r requirements-deepspeed.txt')}"
+            words = f"needs a package that is missing ({error}): {install('-r requirements.txt')}"
             wrong.append(Problem("STRATEGY", words))
         else:
             made, plugins = Zero(strategy, grad_clip), [AsItIs("32-true")]
