@@ -17,6 +17,7 @@ from ..errors import Problem, Problems
 from ..roles import Role
 from ..templates.template import THINK, Dialogue, Message, split_thought
 from ..words import did_you_mean
+from .encodings import one_line_end
 from .mojibake import doctor
 
 Row = Mapping[str, Any]
@@ -166,6 +167,8 @@ class Reader:
         raise RowError("unknown columns", f"has none of the keys {', '.join(known)}; it has {has}")
 
     def string(self, value: str) -> str:
+        if "\r" in value:
+            value = one_line_end(value)
         if self.repair and not value.isascii():
             value, verdict = doctor(value)
             if verdict != "clean":

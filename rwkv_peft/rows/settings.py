@@ -9,6 +9,7 @@ from typing import Literal
 from ..errors import Problem, Problems, UserError
 from ..shell_vars import MOST, var
 from ..templates.named import template
+from . import encodings
 from .limits import Limits
 from .recipe import Recipe
 from .schemas import HANDLERS, columns
@@ -23,6 +24,7 @@ class TokenizeConfig:
     handler: Literal[tuple(HANDLERS)] = var("HANDLER")
     map_keys: str = var("MAP_KEYS")
     txt_mode: Literal["file", "line", "paragraph"] = var("TXT_MODE")
+    encoding: str = var("ENCODING")
     repair: bool = var("REPAIR")
     strict: bool = var("STRICT")
 
@@ -51,6 +53,8 @@ class TokenizeConfig:
                 found += problems.problems
             except UserError as error:
                 found.append(Problem("PROMPT_TYPE", str(error)))
+        if given.encoding is not None and (wrong := encodings.check(given.encoding)):
+            found.append(Problem("ENCODING", wrong))
         if given.overlong == "split" and (given.source_length or given.target_length):
             which = "SOURCE_LENGTH" if given.source_length else "TARGET_LENGTH"
             found.append(

@@ -216,7 +216,8 @@ def plan_stream(config: TrainConfig, source: Path, vocab_size: int, say) -> Plan
     markers = Markers(unescaped(config.mask_start), unescaped(config.mask_end))
     found = files.find(source)[0]
     buffer = config.stream_buffer if config.data_shuffle else 1
-    stream = RowStream(found, recipe(tokenizing, True), tokenizing.txt_mode, config.seed, buffer, say)
+    text = tokenizing.txt_mode, config.seed, buffer, say, tokenizing.encoding
+    stream = RowStream(found, recipe(tokenizing, True), *text)
 
     def make_data(part, number: int) -> Data:
         return Data(
