@@ -98,7 +98,8 @@ def unpacked(path: Path) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
     with opened(path) as (file, raw):
         found = encoding_of(path) if raw.seekable() else encoding_of_pipe(path, file)
         if isinstance(found, encodings.Binary):
-            raise UserError(f"{shown(path)}: is no text; it {f'is {found.what}' if found.what else 'holds bytes that no text has'}.")
+            why = f"is {found.what}" if found.what else "holds bytes that no text has"
+            raise UserError(f"{shown(path)}: is no text; it {why}.")
         if isinstance(found, encodings.Unsure):
             raise UserError(undecided(path, found))
         file.read(found.skip)
@@ -160,10 +161,10 @@ def encoding_of_pipe(path: Path, file: IO[bytes]) -> Found:
 
 def undecided(path: Path, found: encodings.Unsure) -> str:
     """What to say of a file whose encoding cannot be told."""
-    width = max(len(codec) for codec, _ in found.candidates)
+    width = max(len(codec) for codec, _ in (*found.candidates, ("utf-8", "")))
     rows = "\n".join(f"  --encoding {codec:{width}}   {sample}" for codec, sample in found.candidates)
     return (
-        f"error: {shown(path)}: is not UTF-8 ({count(found.lines, 'line')} at least), and its encoding cannot be told for sure. "
+        f"{shown(path)}: is not UTF-8 ({count(found.lines, 'line')} at least), and its encoding cannot be told for sure. "
         "Add the option whose\ntext reads right, or set ENCODING in make_tokenize.sh:\n"
         f"{rows}\n  --encoding {'utf-8':{width}}   leaves out the rows that are not UTF-8\n"
         "Or save the file as UTF-8 (in an editor: Save as, encoding UTF-8)."

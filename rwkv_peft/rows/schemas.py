@@ -262,7 +262,7 @@ class Reader:
         role = PLAIN_ROLES.get(role) if type(role) is str else None
         if role is None or type(content) is not str or not content or content.isspace() or THINK in content[:40]:
             return None
-        return Message(role, content if content.isascii() else self.string(content))
+        return Message(role, content if content.isascii() and "\r" not in content else self.string(content))
 
     def message(self, i: int, one: Any) -> Message | None:
         """Message i (from 1) of a conversation; None for a system message that says nothing."""
