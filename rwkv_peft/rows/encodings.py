@@ -11,6 +11,7 @@ from __future__ import annotations
 import codecs
 import functools
 import io
+import itertools
 import re
 import unicodedata
 from collections.abc import Iterator
@@ -21,10 +22,12 @@ from ..words import did_you_mean
 
 CHUNK = 1 << 18  # bytes that are looked at together
 WINDOW = 1 << 14  # bytes of lines that are judged together
+LISTED = 6  # candidates that are compared
 WINDOWS = 6  # of them, spread over the file
 ENOUGH = 256  # weight of UTF-8 characters after which a file with next to nothing else is UTF-8
 SHARE = 8  # so many times the weight of what is not UTF-8
 PARTIAL = 1 << 20  # bytes of one line that are decoded before its end is known
+PIECE = 1 << 16  # bytes that are decoded together
 
 # codec -> the name in messages
 SHOWN = {
@@ -140,15 +143,24 @@ def decide(file: IO[bytes], whole: bool = True) -> Encoding | Unsure | Binary:
         return Binary(what)
     if codec := wide(chunk[:4096]):
         return Encoding(codec)
-    found, rest = Counts(), b""
+    found, before = Counts(), b""  # the end of the last chunk, if what follows may belong to it
     while chunk:
-        chunk = rest + chunk
+        if chunk.isascii() and b"\x1b" not in chunk:
+            found.size += len(chunk)
+            before = chunk
+            chunk = file.read(CHUNK)
+            continue
+        if before:
+            found.size -= len(before) - cut(before)
+            chunk = before[cut(before) :] + chunk
         following = file.read(CHUNK)
         end = cut(chunk) if following or not whole else len(chunk)
         found.add(chunk[:end])
         if found.is_utf8:
             return Encoding()
-        chunk, rest = following, chunk[end:]
+        before, chunk = chunk[end:], following
+    if before:
+        found.add(before)
     return found.verdict()
 
 
@@ -236,7 +248,7 @@ class Counts:
 
     @property
     def is_legacy(self) -> bool:
-        return self.bad >= 8 * ENOUGH and self.bad > SHARE * self.good
+        return self.bad >= 8 * ENOUGH and self.bad > 3 * self.good
 
     def add(self, data: bytes) -> None:
         self.size += len(data)
@@ -398,6 +410,8 @@ def ranking(data: bytes) -> list[Candidate]:
             text = tolerant(data, codec)
             if text is None:
                 continue
+            if codec == "cp437" and strict(data, "cp850") == text:
+                codec = "cp850"  # the same letters, and the one that Excel's "CSV (MS-DOS)" writes in Europe
             if text in texts:
                 break
             letters, odd = oddities(text)
@@ -405,6 +419,8 @@ def ranking(data: bytes) -> list[Candidate]:
             if odd <= 0.02 * letters + (letters >= 10):
                 found.append(Candidate(codec, one["confidence"], letters, odd, sample_of(text), text))
                 break
+        if len(found) == LISTED:
+            break
     return found
 
 
@@ -504,6 +520,8 @@ def japanese(c: str) -> bool:
 
 ESCAPE = re.compile(r'\\(?:u[0-9a-fA-F]{4}|["\\/bfnrt])')
 BEYOND = re.compile(r"[^\x00-\x7f]")
+CONTROL = re.compile(r"[\x80-\x9f]")
+LETTERS = 3000  # characters outside ASCII that are looked at
 BETWEEN = frozenset("’ʼ·–—…‘“”„«»‹›\xa0\xad\u200b\u200c\u200d־،。、・ー々〜～")  # may stand between letters
 BEHIND = frozenset("°™®©²³¹№")  # may stand directly behind a word or number
 ALPHABETS = ("LATIN", "CYRILLIC", "GREEK", "HEBREW", "ARABIC", "ARMENIAN", "GEORGIAN")
@@ -519,13 +537,13 @@ def oddities(text: str) -> tuple[int, int]:
     words, words of two alphabets, capitals inside a word."""
     text = f" {ESCAPE.sub(' ', text)} "
     letters = odd = 0
-    for found in BEYOND.finditer(text):
+    if CONTROL.search(text):  # where another encoding has quotes and letters
+        return len(BEYOND.findall(text)), len(text)
+    for found in itertools.islice(BEYOND.finditer(text), LETTERS):
         at, c = found.start(), found[0]
         before, after, kind = text[at - 1], text[at + 1], unicodedata.category(c)
         letters += 1
-        if c <= "\x9f":  # control characters, where another encoding has quotes and letters
-            odd += 100
-        elif kind in ("Cn", "Co", "Cs") or c == "¤":
+        if kind in ("Cn", "Co", "Cs") or c == "¤":
             odd += 1
         elif c in "ªº":
             odd += after.isalpha()
@@ -588,11 +606,17 @@ class AsUtf8(io.RawIOBase):
 
     def readinto(self, target) -> int:
         while not self.left and not self.ended:
-            data = self.file.read1(max(len(target), 1 << 16))
+            data = self.file.read1(min(len(target), PIECE))
             self.ended = not data
             if self.codec:
                 data = self.decoded(data)
-            self.left = self.unified(data)
+            data = self.unified(data)
+            if len(data) <= len(target):
+                target[: len(data)] = data
+                if data:
+                    return len(data)
+                continue
+            self.left = data
         size = min(len(target), len(self.left))
         target[:size], self.left = self.left[:size], self.left[size:]
         return size
