@@ -296,7 +296,16 @@ def test_line_ends_inside_texts_become_one_kind_on_every_path(preset, row, end):
     assert ids(end) == ids("\n\n")
 
 
-def test_the_scripts_and_its_documents_name_the_setting():
+@pytest.mark.parametrize("row", [{"text": "a\0b"}, {"instruction": "q", "output": "a\0"}, {"messages": [
+    {"role": "user", "content": "a"}, {"role": "assistant", "content": "\0b"}]}])  # fmt: skip
+def test_a_row_with_nul_characters_is_rejected(row):
+    good = {"text": "good"}
+    made = Cook(Recipe(PRESETS["rwkv-world"])).block(reading.Block("x", 1, [(1, good), (2, row), (3, good)], 0))
+    assert [(r.line, r.reason) for r in made.rejects] == [(2, "not text")] and len(made.sizes) == 2
+    assert "NUL (\\u0000)" in made.rejects[0].message
+
+
+def test_the_script_and_its_documents_name_the_setting():
     assert "\nENCODING=auto\n" in (ROOT / "make_tokenize.sh").read_text(encoding="utf-8")
     for name in ("data.md", "data_zh.md"):
         assert "`ENCODING`" in (ROOT / "docs" / name).read_text(encoding="utf-8")

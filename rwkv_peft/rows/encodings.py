@@ -49,6 +49,7 @@ SUPERSETS = {
     "shift_jis": ["cp932"], "cp932": ["cp932"], "shift_jis_2004": ["cp932"], "shift_jisx0213": ["cp932"],
     "euc_jp": ["euc_jp"], "euc_jis_2004": ["euc_jp"], "euc_jisx0213": ["euc_jp"],
     "iso8859_1": ["cp1252", "iso8859_1"], "iso8859_15": ["cp1252", "iso8859_15"], "iso8859_9": ["cp1254", "iso8859_9"],
+    "iso8859_8": ["cp1255", "iso8859_8"], "iso8859_7": ["cp1253", "iso8859_7"], "iso8859_13": ["cp1257", "iso8859_13"],
     "iso8859_11": ["cp874"], "tis_620": ["cp874"], "iso2022_jp_2": ["iso2022_jp"],
 }  # fmt: skip
 DOUBLE = ("gb18030", "cp950", "big5hkscs", "cp932", "euc_jp", "cp949")  # two bytes a character
@@ -266,7 +267,7 @@ class Counts:
         self.chunks += 1
         if self.is_legacy and self.chunks % self.stride:
             return  # what is still wanted is a sample of every part of the file
-        window, size = [], 0
+        wrong = []
         for line in re.split(b"[\r\n]+", data):
             if line.isascii():
                 continue
@@ -274,17 +275,14 @@ class Counts:
             self.good += good
             self.bad += bad
             if not bad:
-                self.sound += 1
+                self.sound += is_utf8_line(line, "")
                 continue
             self.lines += 1
             self.size_bad += len(line)
             self.stray = self.stray and not line.translate(None, NOT_STRAY)
-            if size < WINDOW:
-                piece = around(line)
-                window.append(piece)
-                size += len(piece)
-        if window:
-            self.windows.append(b"\n".join(window))
+            wrong.append(around(line))
+        for piece in parts(wrong):
+            self.windows.append(piece)
             if len(self.windows) > WINDOWS:
                 self.windows, self.stride = self.windows[::2], 2 * self.stride
 
@@ -313,20 +311,39 @@ NOT_STRAY = bytes(b for b in range(256) if b < 0x80 or b in STRAY)
 PRINTED = bytes(b for b in range(256) if b >= 0x20 or b in b"\t\n\r\f\x1b\x1a")
 
 
+def parts(lines: list[bytes]) -> Iterator[bytes]:
+    """Samples from the beginning, the middle and the end; all of the lines if they are few."""
+    sizes = list(itertools.accumulate(map(len, lines), initial=0))
+    if sizes[-1] <= WINDOW:
+        starts, most = [0], WINDOW
+    else:
+        starts, most = [0, sizes[-1] // 2 - WINDOW // 4, sizes[-1] - WINDOW // 2], WINDOW // 2
+    for start in starts:
+        some = [line for line, at in zip(lines, sizes, strict=False) if start <= at < start + most]
+        if some:
+            yield b"\n".join(some)
+
+
 def around(line: bytes) -> bytes:
-    """A line, or of a long one the part that begins where it leaves ASCII."""
+    """A line, or of a long one a part that begins and ends at a sign which is no half of a character in any encoding."""
     if len(line) <= WINDOW:
         return line
-    first = next((m.start() for m in re.finditer(b"[^\x00-\x7f]", line)), 0)
-    begin = line.rfind(b" ", 0, first) + 1 if first > 200 else 0
-    return line[max(begin, first - 200) :][:WINDOW]
+    first = next(m.start() for m in re.finditer(b"[^\x00-\x7f]", line))
+    piece = line[max(0, first - 200) :][:WINDOW]
+    begin = next((m.end() for m in re.finditer(rb'[ ",]', piece)), 0)
+    return piece[begin : max(piece.rfind(mark) for mark in (b" ", b'"', b",")) + 1 or None]
 
 
 def utf8_weights(line: bytes) -> tuple[int, int]:
     """The weight of the characters that are UTF-8, and the number of bytes that are not."""
+    line, variants = VARIANTS.subn(b"", line)
     text = line.decode("utf-8", "ignore")
     kept = len(text.encode("utf-8"))
-    return kept - len(text), len(line) - kept
+    return kept - len(text) + 2 * variants, len(line) - kept
+
+
+# UTF-8 as Java and some data bases write it: surrogate pairs one by one, NUL in two bytes. It is refused row by row
+VARIANTS = re.compile(b"\xed[\xa0-\xaf][\x80-\xbf]\xed[\xb0-\xbf][\x80-\xbf]|\xc0\x80")
 
 
 def is_utf8_line(line: bytes, codec: str) -> bool:
@@ -360,7 +377,10 @@ def judged(windows: list[bytes], lines: int, only: tuple[str, ...] = ()) -> Enco
         for codec in (*DOUBLE, "cp1252", "cp1251"):
             if (text := strict(windows[0], codec)) is not None and text.isprintable() | ("\n" in text):
                 seen.setdefault(codec, sample_of(text))
-    return Unsure(tuple(seen.items())[:5], lines)
+    rows = list(seen.items())[:5]
+    if not only and "cp1252" not in dict(rows) and (text := strict(windows[0], "cp1252")) and not CONTROL.search(text):
+        rows[4:] = [("cp1252", sample_of(text))]
+    return Unsure(tuple(rows), lines)
 
 
 @dataclass(frozen=True)
@@ -404,7 +424,10 @@ def ranking(data: bytes) -> list[Candidate]:
             name = codecs.lookup(one["encoding"]).name.replace("-", "_")
         except LookupError:
             continue  # one that chardet knows and Python does not
+        own = strict(data, name)
         for codec in SUPERSETS.get(name, [name]):
+            if codec != name and own and not CONTROL.search(own) and strict(data, codec) != own:
+                continue  # no superset of what is there
             if codec not in DOUBLE + SINGLE + RIVALS:
                 continue
             text = tolerant(data, codec)
@@ -471,6 +494,8 @@ def winner(ranked: list[Candidate]) -> str:
     margin = first.score / max(rest[0].score if rest else 0.0, 1e-9)
     if first.codec in DOUBLE:
         return first.codec if n >= 4 and margin >= 1.5 and is_common(first) else ""
+    if any(one.codec == "cp1252" and is_typographic(one.text) for one in ranked):
+        return "cp1252"
     if first.codec not in SINGLE or first.score < 0.05:
         return ""
     if n < 12 and not first.text.translate(NO_LATIN).isascii():
@@ -484,12 +509,21 @@ NO_LATIN = dict.fromkeys((*range(0xA0, 0x250), *range(0x300, 0x370), *range(0x1E
 MARGINS = ((200, 1.02), (50, 1.05), (20, 1.08), (10, 1.15), (6, 1.3), (4, 2.0))
 
 
+def is_typographic(text: str) -> bool:
+    """Whether all that is outside ASCII is quotes, apostrophes and dashes where English has them: "don’t", “so”."""
+    signs = BEYOND.findall(text)
+    proper = re.findall("(?<=[A-Za-z])’(?=[A-Za-z])|(?<![A-Za-z])“(?=[A-Za-z])|(?<=[A-Za-z.,!?])”(?![A-Za-z])", text)
+    return set(signs) <= set("‘’“”–—…\xa0") and len(proper) >= max(2, len(signs) / 2)
+
+
 def is_common(one: Candidate) -> bool:
     """Whether East Asian text consists of characters in daily use: each standard lists these first."""
     usual = {"gb18030": chinese, "cp950": traditional, "big5hkscs": traditional, "cp949": korean}.get(
         one.codec, japanese
     )
     letters = [c for c in one.text if "\u3041" <= c <= "\ud7a3" or "\uff66" <= c <= "\uff9f"]
+    if usual is japanese and sum("\u3041" <= c <= "\u3093" for c in letters) >= 0.2 * len(letters):
+        letters = [c for c in letters if c < "\uff66"]  # half-width kana beside the usual ones
     return len(letters) >= 2 and sum(map(usual, letters)) >= 0.8 * len(letters)
 
 
