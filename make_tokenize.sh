@@ -54,6 +54,10 @@ ROLE_MAP=""
 # What a document is in .txt: file (all of it), line, or paragraph (up to a blank line). txt 文件中一篇文档的划分
 TXT_MODE=file
 
+# The encoding of text files. auto finds it for each file, says which it is, and refuses where that is not sure. A name (utf-8
+# gb18030 big5 cp932 cp949 cp1252 ...) counts for all files.                         文本编码，auto 自动识别，不确定时拒绝
+ENCODING=auto
+
 # 1: undo mojibake (UTF-8 that was read as cp1252 and saved: "Ã©" for "é") where every byte can be restored. 修复乱码
 REPAIR=1
 

@@ -10,7 +10,7 @@ import numpy as np
 from rwkv_peft import project, tokenizer
 from rwkv_peft.errors import UserError
 from rwkv_peft.roles import Role
-from rwkv_peft.rows import files
+from rwkv_peft.rows import files, reading
 from rwkv_peft.rows.recipe import Cook
 from rwkv_peft.rows.settings import TokenizeConfig, recipe, settled
 from rwkv_peft.words import count
@@ -29,6 +29,8 @@ def preview(source: Path, config: TokenizeConfig, end_of_doc: bool, most: int) -
         print(f"template  {told}")
     paths, _ = files.find(source)
     cook = Cook(recipe(config, end_of_doc))
+    for name, encoding in reading.settle(paths, config.encoding).items():
+        print(f"note: {name} is {encoding}; it was read as such")
     marks = COLOURS if sys.stdout.isatty() else MARKS
     how = "green" if marks is COLOURS else "in [[double brackets]]"
     print(

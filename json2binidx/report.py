@@ -150,6 +150,8 @@ def say(content: Mapping[str, Any], prefix: Path, made: bool = True) -> None:
     files = f" in {len(content['read_files'])} files" if several else ""
     line("read", f"{content['source']}: {count(rows['read'], 'row')}{files} ({kinds}), {rows['kept']:,} kept, "
                  f"{rows['with_answer']:,} with an Assistant turn")  # fmt: skip
+    for name, encoding in content.get("encodings", {}).items():
+        line("", f"note: {name} is {encoding}; it was read as such")
     if content["left_out_files"]:
         line("", f"not read: {listed(content['left_out_files'])}")
     if rejected := sum(rows["rejected"].values()):

@@ -22,7 +22,7 @@ from rwkv_peft import project, tokenizer
 from rwkv_peft.atomic import clear_leftovers, need_space, temporary, write_json
 from rwkv_peft.data.binidx import Writer
 from rwkv_peft.errors import UserError
-from rwkv_peft.rows import files
+from rwkv_peft.rows import files, reading
 from rwkv_peft.rows.reading import Block
 from rwkv_peft.rows.recipe import Cooked, Recipe
 from rwkv_peft.rows.settings import TokenizeConfig, recipe, settled
@@ -58,8 +58,8 @@ def tokenize(source: Path, config: TokenizeConfig, epochs: int, end_of_doc: bool
     made_from = recipe(config, end_of_doc)
     settings = {
         "EPOCHS": epochs, "EOF": end_of_doc, "EOT": config.eot, "HANDLER": config.handler, "MAP_KEYS": config.map_keys,
-        "ROLE_MAP": config.role_map,
-        "TXT_MODE": config.txt_mode, "REPAIR": config.repair, "EXPAND": config.expand,
+        "ROLE_MAP": config.role_map, "TXT_MODE": config.txt_mode, "ENCODING": config.encoding, "REPAIR": config.repair,
+        "EXPAND": config.expand,
         "MASK_HISTORY": config.mask_history, "MAX_TOKENS": config.max_tokens, "SOURCE_LENGTH": config.source_length,
         "TARGET_LENGTH": config.target_length, "OVERLONG": config.overlong, "VALID_PERCENT": config.valid_percent,
         "SEED": config.seed, "PROMPT_TYPE": config.prompt_type,
@@ -72,6 +72,7 @@ def tokenize(source: Path, config: TokenizeConfig, epochs: int, end_of_doc: bool
         report.say(known, prefix, made=False)
         return known
     replaced = made_from_other(report_file, project.shown(source))
+    others = reading.settle(found, config.encoding)
     tally = Tally(keep_documents=config.valid_percent > 0)
     rejects = Path(f"{prefix}.rejects.jsonl")
     with contextlib.ExitStack() as open_files:
@@ -89,7 +90,7 @@ def tokenize(source: Path, config: TokenizeConfig, epochs: int, end_of_doc: bool
         names = write(prefix, stored, tally, epochs, config.valid_percent, config.seed)
         rejected.keep()
     # drawn before the report, whose presence says that all is there
-    content = report.make(tally, source, found, other, settings, stored.held_out)
+    content = report.make(tally, source, found, other, settings, stored.held_out) | {"encodings": others}
     advice = content["advice"]
     sizes, median = np.frombuffer(tally.sizes, np.int32), content["lengths"]["median"]
     picture = draw_lengths(prefix, sizes, median, advice["CTX_LEN"], advice["TRAIN_LENGTHS"])

@@ -31,11 +31,14 @@ def bad_rows():
             "data/bad.jsonl:1: has none of the keys messages, conversations, instruction with output, prompt with completion, "
             "text; it has 'txt'",
         ),
-        "not utf-8": (GOOD + b'\n{"text": "\xff\xfe"}', "data/bad.jsonl:2: is not valid UTF-8; save the file as UTF-8"),
-        "utf-16": (GOOD.decode().encode("utf-16"), "data/bad.jsonl: is UTF-16. Save it as UTF-8"),
+        "not utf-8": (GOOD + b'\n{"text": "\xff\xfe"}', "data/bad.jsonl:2: is not valid UTF-8, the encoding of"),
+        "encoding unsure": (
+            '{"text": "na\xefve"}'.encode("cp1252"),
+            "data/bad.jsonl: is not UTF-8 (1 line at least), and its encoding cannot be told for sure",
+        ),
         "no text at all": (
             b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR",
-            "data/bad.jsonl: is no text; it holds bytes that no text",
+            "data/bad.jsonl: is no text; it is a picture",
         ),
         "a list over lines": (
             b'[\n{"text": "x"},\n{"text": "y"}\n]',

@@ -39,7 +39,7 @@ def data(project_folder):
 
 
 def test_what_is_wrong_with_many_rows_is_said_once_and_that_many_are_missing(data, capsys):
-    good, bad = b'{"text": "User: a\\n\\nAssistant: b"}\n', '{"text": "你好，世界"}\n'.encode("gb18030")
+    good, bad = '{"text": "User: 早上好\\n\\nAssistant: b"}\n'.encode(), '{"text": "你好"}\n'.encode("gb18030")
     (data / "x.jsonl").write_bytes((good + bad) * 4)
     tokenize(data / "x.jsonl")
     said = capsys.readouterr().out

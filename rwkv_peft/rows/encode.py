@@ -20,6 +20,7 @@ from ..templates.template import spans_of
 from .schemas import RowError
 
 NUL = "\0"
+HAS_NUL = "holds the character NUL (\\u0000), which no text has; it is left of binary data, or of UTF-16 that was read wrongly"
 SAMPLE = 31
 CONTINUATION_END = -64  # bytes 80..BF, which go on with a character, are below this as signed numbers
 
@@ -41,6 +42,8 @@ class Pieces(NamedTuple):
 def encode_row(pieces: Pieces, end_of_doc: bool) -> Tokens:
     """One row; with end_of_doc its last id is 0 and belongs to the last speaker."""
     text = "".join(pieces.texts)
+    if NUL in text:
+        raise RowError("not text", HAS_NUL)
     tokens = encoded(text)
     if tokenizer.decode_bytes(tokens) != text.encode("utf-8"):
         raise RowError("tokenizer", "does not survive tokenizing (decoding gives another text); please report this row")
@@ -150,6 +153,8 @@ def encode_rows(rows: Sequence[Pieces], end_of_doc: bool) -> Encoded:
         texts.append(NUL)
         said.append(roles[-1])
     joined = "".join(texts)
+    if joined.count(NUL) > len(rows):
+        raise RowError("not text", HAS_NUL)
     tokens = encoded(joined)
     ids = np.fromiter(tokens, np.intp, len(tokens))  # as wide as indices are: it is used as one several times
     del tokens

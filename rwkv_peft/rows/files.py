@@ -48,17 +48,17 @@ def documents(file: IO[bytes], mode: str) -> Iterator[tuple[int, Row | RowError]
             continue
         if mode == "line":
             if line.strip():
-                yield number, text_row(line.rstrip(b"\r\n"))
+                yield number, text_row(line.rstrip(b"\n"))
             continue
         if line.strip():
             begun = begun if held else number
             held.append(line)
             size += len(line)
         elif held:
-            yield begun, text_row(b"".join(held).rstrip(b"\r\n"))
+            yield begun, text_row(b"".join(held).rstrip(b"\n"))
             held, size = [], 0
     if held:
-        yield begun, text_row(b"".join(held).rstrip(b"\r\n"))
+        yield begun, text_row(b"".join(held).rstrip(b"\n"))
 
 
 READERS: dict[str, Callable[..., Iterator[Block]]] = {

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import gzip
 import io
+import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from ..errors import UserError, install
 from ..project import shown
+from ..words import count
+from . import encodings
 from .schemas import Row, RowError
 
 BLOCK = 1 << 18  # bytes of lines that are worked on at once; larger ones fall out of the processor's cache
-BEGINNING = 512  # bytes in which a file that is no text shows that
 HEAD = 1 << 16  # bytes that are read from the disk at once, and that a format may be told by
 LINE_LIMIT = 32 << 20  # bytes; a longer line is a file without line breaks, not a row
 ROWS = 512  # of a table that are worked on at once
@@ -62,8 +63,8 @@ class Frames(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def unpacked(path: Path) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
-    """The bytes of a file, unpacked, and a function that tells how many bytes of the file itself have been read."""
+def opened(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """The bytes of a file, unpacked, and the file itself."""
     with contextlib.ExitStack() as open_files:
         raw = open_files.enter_context(open(path, "rb", HEAD))
         file = raw
@@ -79,13 +80,7 @@ def unpacked(path: Path) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
             unpacker = zstandard.ZstdDecompressor()
             file = open_files.enter_context(io.BufferedReader(Frames(raw, unpacker.decompressobj), HEAD))
         try:
-            if file.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                raise UserError(f"{shown(path)}: is UTF-16. Save it as UTF-8 (in an editor: Save as, encoding UTF-8).")
-            if is_no_text(file.peek(HEAD)[:BEGINNING]):
-                raise UserError(f"{shown(path)}: is no text; it holds bytes that no text has.")
-            if file.peek(3)[:3] == codecs.BOM_UTF8:
-                file.read(3)
-            yield file, raw.tell if raw.seekable() else lambda: 0  # nobody knows how far a pipe is
+            yield file, raw
         except (EOFError, OSError, zlib.error) as error:
             if isinstance(error, OSError) and error.errno is not None and not isinstance(error, gzip.BadGzipFile):
                 raise
@@ -96,13 +91,84 @@ def unpacked(path: Path) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
             raise UserError(f"{shown(path)}: cannot be unpacked: {error}. It was cut off or damaged.") from None
 
 
-def is_no_text(beginning: bytes) -> bool:
-    """Whether a file that begins so is none: a picture, a program. One stray byte makes no row worthless but its own."""
-    try:
-        beginning.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return b"\0" in beginning and error.start < len(beginning) - 3  # (else a character is cut off)
-    return False
+@contextlib.contextmanager
+def unpacked(path: Path) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
+    """The text of a file, unpacked, as UTF-8 with \\n as line end, and a function that tells how many bytes of the file itself
+    have been read. UserError if it is no text, or in an encoding that cannot be told."""
+    with opened(path) as (file, raw):
+        found = encoding_of(path) if raw.seekable() else encoding_of_pipe(path, file)
+        if isinstance(found, encodings.Binary):
+            why = f"is {found.what}" if found.what else "holds bytes that no text has"
+            raise UserError(f"{shown(path)}: is no text; it {why}.")
+        if isinstance(found, encodings.Unsure):
+            raise UserError(undecided(path, found))
+        file.read(found.skip)
+        text = io.BufferedReader(encodings.AsUtf8(file, found), HEAD)
+        yield text, raw.tell if raw.seekable() else lambda: 0  # nobody knows how far a pipe is
+
+
+Found = encodings.Encoding | encodings.Unsure | encodings.Binary
+NO_TEXTS = (".parquet", ".arrow", ".feather", ".xlsx", ".xlsm", ".xlsb", ".xls", ".ods")
+# file -> ENCODING for it, what identifies its content, and what it is in. Reading a file twice, as tables and streams do, must
+# not mean looking for its encoding twice, which takes a pass over all of it where it is ASCII
+_settled: dict[str, tuple[str, tuple[int, int], Found]] = {}
+
+
+def settle(paths: Sequence[Path], wanted: str = "auto") -> dict[str, str]:
+    """Decide which encoding each file of text is read in. wanted: ENCODING of make_tokenize.sh.
+
+    Returns the names of the files that are not UTF-8, as shown, with their encodings. UserError with all files whose encoding
+    cannot be told.
+    """
+    others, refused = {}, []
+    for path in paths:
+        if path.suffix.lower() in NO_TEXTS or not path.is_file():
+            _settled[os.path.abspath(path)] = (wanted, (0, 0), encodings.Encoding())
+            continue
+        _settled.pop(os.path.abspath(path), None)
+        found = encoding_of(path, wanted)
+        if isinstance(found, encodings.Unsure):
+            refused.append(undecided(path, found))
+        elif isinstance(found, encodings.Encoding) and found.codec:
+            others[shown(path)] = found.shown
+    if refused:
+        raise UserError("\n".join(refused))
+    return others
+
+
+def encoding_of(path: Path, wanted: str = "") -> Found:
+    """What a file is in; as `settle` has decided, if it has. wanted: a name that takes the place of looking."""
+    facts = path.stat()
+    name, stamp = os.path.abspath(path), (facts.st_size, facts.st_mtime_ns)
+    known = _settled.get(name)
+    if known and known[1] == stamp and wanted in ("", known[0]):
+        return known[2]
+    wanted = wanted or (known[0] if known else "auto")
+    with opened(path) as (file, _):
+        found = encodings.decide(file) if wanted == "auto" else encodings.of_name(wanted, file.peek(4)[:4])
+    _settled[name] = (wanted, stamp, found)
+    return found
+
+
+def encoding_of_pipe(path: Path, file: IO[bytes]) -> Found:
+    """What a pipe is in, from what has come of it so far; it cannot be read twice."""
+    known = _settled.get(os.path.abspath(path))
+    head = file.peek(HEAD)
+    if known and known[0] != "auto":
+        return encodings.of_name(known[0], head[:4])
+    return encodings.decide(io.BytesIO(head), whole=False)
+
+
+def undecided(path: Path, found: encodings.Unsure) -> str:
+    """What to say of a file whose encoding cannot be told."""
+    width = max(len(codec) for codec, _ in (*found.candidates, ("utf-8", "")))
+    rows = "\n".join(f"  --encoding {codec:{width}}   {sample}" for codec, sample in found.candidates)
+    return (
+        f"{shown(path)}: is not UTF-8 ({count(found.lines, 'line')} at least), and its encoding cannot be told for sure. "
+        "Add the option whose\ntext reads right, or set ENCODING in make_tokenize.sh:\n"
+        f"{rows}\n  --encoding {'utf-8':{width}}   leaves out the rows that are not UTF-8\n"
+        "Or save the file as UTF-8 (in an editor: Save as, encoding UTF-8)."
+    )
 
 
 def too_long(law: str) -> RowError:
@@ -116,12 +182,14 @@ def skip_line(file: IO[bytes]) -> None:
 
 
 def not_utf8(data: bytes) -> RowError:
-    """What to say of a row in another encoding; Chinese Windows and its Excel write GB18030."""
-    words = "is not valid UTF-8; save the file as UTF-8"
-    with contextlib.suppress(UnicodeDecodeError):
-        if any("\u4e00" <= c <= "\u9fff" for c in data.decode("gb18030")):
-            words += ". It looks like GB18030: iconv -f GB18030 -t UTF-8 OLD > NEW"
-    return RowError("not UTF-8", words)
+    """What to say of a row that does not belong to the encoding of its file."""
+    if mark := encodings.MARK.search(data):
+        name = mark[1].decode("utf-8", "replace")
+        if name.startswith(encodings.UTF8_INSIDE):
+            rest = name.removeprefix(encodings.UTF8_INSIDE)
+            return RowError("not UTF-8", f"is UTF-8, but the file was read as {rest}. Save all of it in one encoding")
+        return RowError("not UTF-8", f"holds bytes that are not {name}, the encoding that the file was read in")
+    return RowError("not UTF-8", "is not valid UTF-8, the encoding of the file. Save this row as UTF-8, or take it out")
 
 
 def is_utf8(text: str) -> bool:

@@ -18,6 +18,7 @@ import orjson
 from ..roles import Role
 from ..templates.template import Dialogue, Message
 from . import turns
+from .encodings import one_line_end
 from .keys import (
     CALLS,
     CERTAIN_MESSAGES,
@@ -267,6 +268,8 @@ class Reader:
     # ---- values ----
 
     def string(self, value: str) -> str:
+        if "\r" in value:
+            value = one_line_end(value)
         if self.repair and not value.isascii():
             value, verdict = doctor(value)
             if verdict != "clean":
@@ -280,8 +283,6 @@ class Reader:
         words = "" if isinstance(value, float) and is_nothing(value) else as_text(value)
         if not words or words.isspace():
             raise RowError("empty", f'its "{name}" is empty')
-        if "\r" in words:
-            words = words.replace("\r\n", "\n").replace("\r", "\n")
         return self.string(words)
 
     def optional(self, row: Row, name: str) -> str:
@@ -514,9 +515,7 @@ class Reader:
         role = PLAIN_ROLES.get(role) if type(role) is str and not self.columns.roles else None
         if role is None or type(content) is not str or not content or content.isspace() or wants_a_look(content):
             return None
-        if "\r" in content:
-            return None
-        return Message(role, content if content.isascii() else self.string(content))
+        return Message(role, content if content.isascii() and "\r" not in content else self.string(content))
 
     def message(self, i: int, one: Any, rows: Sequence[Any] = (), unknown: Any = None) -> Message | None:
         """Message i (from 1) of a conversation; None for a system message that says nothing, and for a role that ROLE_MAP
@@ -562,8 +561,6 @@ class Reader:
         elif isinstance(content, dict | list) and role in (Role.USER, Role.SYSTEM) or content is None:
             raise RowError("wrong type", f"{where} has no text in content")
         content = "" if isinstance(content, float) and is_nothing(content) else as_text(content)
-        if "\r" in content:
-            content = content.replace("\r\n", "\n").replace("\r", "\n")
         content = self.string(content)
         check_text_only(content, where)
         self.count_unused(one, left_over(keys, tuple(used), HARMLESS_IN_MESSAGES), parts, role)

@@ -15,6 +15,7 @@ from ..errors import Problem, Problems, UserError
 from ..shell_vars import MOST, values_as_written, var
 from ..templates.named import template
 from ..templates.of_base import AUTO, known_by, says_g1
+from . import encodings
 from .keys import columns
 from .limits import Limits
 from .recipe import Recipe
@@ -31,6 +32,7 @@ class TokenizeConfig:
     map_keys: str = var("MAP_KEYS")
     role_map: str = var("ROLE_MAP")
     txt_mode: Literal["file", "line", "paragraph"] = var("TXT_MODE")
+    encoding: str = var("ENCODING")
     repair: bool = var("REPAIR")
     strict: bool = var("STRICT")
 
@@ -60,6 +62,8 @@ class TokenizeConfig:
                 found += problems.problems
             except UserError as error:
                 found.append(Problem("PROMPT_TYPE", str(error)))
+        if given.encoding is not None and (wrong := encodings.check(given.encoding)):
+            found.append(Problem("ENCODING", wrong))
         if given.overlong == "split" and (given.source_length or given.target_length):
             which = "SOURCE_LENGTH" if given.source_length else "TARGET_LENGTH"
             found.append(

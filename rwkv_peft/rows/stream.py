@@ -14,7 +14,7 @@ import numpy as np
 from ..errors import UserError
 from ..project import shown
 from ..words import count
-from . import files
+from . import files, reading
 from .encode import Tokens
 from .reading import Block
 from .recipe import Cook, Recipe, items
@@ -34,10 +34,13 @@ class RowStream:
     seed: int
     buffer: int
     say: Callable[[str], None]
+    encoding: str = "auto"
 
     def documents(self) -> Iterator[Tokens]:
         """Every row that can be used, pass after pass. UserError if a whole pass has none."""
         cook, told, unused = Cook(self.recipe), 0, Counter()
+        for file, encoding in reading.settle(self.paths, self.encoding).items():
+            self.say(f"note: {file} is {encoding}; it was read as such")
         for number in itertools.count():
             used, reject = 0, None
             rows = shuffled(self.rows(), np.random.default_rng([self.seed, number]), self.buffer)

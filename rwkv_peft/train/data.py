@@ -221,7 +221,8 @@ def plan_stream(config: TrainConfig, source: Path, vocab_size: int, say) -> Plan
     found = files.find(source)[0]
     buffer = config.stream_buffer if config.data_shuffle else 1
     made_from = recipe(tokenizing, True)
-    stream = RowStream(found, made_from, tokenizing.txt_mode, config.seed, buffer, say)
+    text = tokenizing.txt_mode, config.seed, buffer, say, tokenizing.encoding
+    stream = RowStream(found, made_from, *text)
 
     def make_data(part, number: int) -> Data:
         return Data(
