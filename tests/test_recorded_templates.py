@@ -72,6 +72,10 @@ def test_the_report_of_tokenized_data_holds_their_template(tmp_path):
     del content["template"]  # as an older version wrote it
     report.write_text(json.dumps(content))
     assert form_of(tmp_path / "rows") == form
+    content["settings"]["PROMPT_TYPE"] = "rwkv-g1-fakethink"  # which meant another form then
+    report.write_text(json.dumps(content))
+    old = "rwkv-g1-emptythink-2025"
+    assert form_of(tmp_path / "rows") == Form(old, "doc", PRESETS[old]) and PRESETS[old].opening == "<think>\n</think"
     content["settings"]["PROMPT_TYPE"] = "gone.json"
     report.write_text(json.dumps(content))
     assert form_of(tmp_path / "rows") == Form("gone.json", "doc", None)

@@ -11,6 +11,7 @@ from test_rows import cook
 from rwkv_peft import tokenizer
 from rwkv_peft.errors import UserError
 from rwkv_peft.roles import Role
+from rwkv_peft.rows.limits import Limits
 from rwkv_peft.rows.schemas import Reader, columns
 from rwkv_peft.templates import custom
 from rwkv_peft.templates.headings import spans_of_text
@@ -74,6 +75,15 @@ def test_the_turns_of_ready_texts_under_hashes_are_found():
     ]  # fmt: skip
 
 
+def test_each_answer_of_a_ready_text_ends_with_its_border_where_rows_are_expanded():
+    row = {"text": "User✿a✿\nBot✿b✿\nUser✿c✿\nBot✿d✿"}
+    made = cook(row, template=PRESETS["rwkv-g1-bot"], expand=True)
+    ends = made.sizes.cumsum().tolist()
+    assert [tokenizer.decode(made.ids[e - n : e].tolist()) for e, n in zip(ends, made.sizes.tolist(), strict=True)] == [
+        "User✿a✿\nBot✿b✿", "User✿a✿\nBot✿b✿\nUser✿c✿\nBot✿d✿",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("name", BOT)
 def test_a_client_stops_at_the_border(name):
     assert PRESETS[name].stops()[0] == "✿"
@@ -129,6 +139,12 @@ def test_results_under_hashes_are_json_one_by_one():
     assert said.count("**Tool Call:**") == 3  # how to call one, and two calls
 
 
+@pytest.mark.parametrize("result", ["1e400", '{"a": 1, "a": 2}', "NaN", "[" * 100_000, "{", "天气"])
+def test_a_result_that_json_would_change_stays_as_it_is(result):
+    said = text_of("rwkv-g1-function-calling", Message(U, "q"), Message(T, result), Message(A, "a"))
+    assert f"```json\n{json.dumps(result, ensure_ascii=False)}\n```" in said
+
+
 def test_a_description_of_tools_in_words_is_taken_as_it_is():
     for name in ("rwkv-g1-toolcall", "rwkv-g1-function-calling", "rwkv-g1-tools"):
         assert "add(a: int)" in text_of(name, *TURNS, tools="add(a: int)")
@@ -169,6 +185,14 @@ def test_only_the_middle_is_learnt():
     made = cook({"prefix": "f(x):", "suffix": "b", "middle": " return"}, template=PRESETS["rwkv-g1-fim"])
     learnt = [i for i, role in zip(made.ids.tolist(), made.roles.tolist(), strict=True) if role == A]
     assert tokenizer.decode(learnt[:-1]) == " return" and learnt[-1] == 0
+
+
+@pytest.mark.parametrize("policy", ["drop", "truncate", "truncate-left", "split"])
+@pytest.mark.parametrize("most", [{"max_tokens": 30}, {"source": 20}, {"target": 20}])
+def test_a_row_for_infilling_is_never_cut(policy, most):
+    row = {"prefix": "a " * 30, "suffix": "b " * 30, "middle": " c" * 30}
+    made = cook(row, template=PRESETS["rwkv-g1-fim"], limits=Limits(policy=policy, **most))
+    assert not len(made.ids) and sum(n for what, n in made.counts.items() if what.startswith("dropped: longer")) == 1
 
 
 def test_rows_for_infilling_and_talks_are_not_mixed_up():

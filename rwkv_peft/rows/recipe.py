@@ -143,6 +143,8 @@ class Cook:
     """Turns blocks into tokens by a recipe."""
 
     def __init__(self, recipe: Recipe):
+        if recipe.template.infill:  # cut, they would not be a text with a gap any more
+            recipe = dataclasses.replace(recipe, limits=dataclasses.replace(recipe.limits, policy="drop"))
         self.recipe, self.template, self.ending = recipe, recipe.template, recipe.ending
         self.reader = Reader(recipe.columns, recipe.handler, recipe.repair, infill=recipe.template.infill)
         self.words = self.template.headings
@@ -266,7 +268,8 @@ class Cook:
         drafts = []
         for some, said in several:
             some = list(some)
-            some[-1] = some[-1].removesuffix("\n\n" if len(some) < len(texts) else end) + end
+            border = "\n\n" if some[-1].endswith("\n\n") else self.template.format_separator
+            some[-1] = some[-1].removesuffix(border if len(some) < len(texts) else end) + end
             drafts.append(Draft(number, line, Pieces(some, said), None))
         return drafts
 

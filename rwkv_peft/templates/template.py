@@ -373,7 +373,7 @@ class Template:
             return tools
         try:
             found = json.loads(tools)
-        except ValueError:
+        except (ValueError, RecursionError):
             return tools
         found = found if isinstance(found, list) else [found]
         if not self.format_tool or not all(isinstance(one, dict) for one in found):
@@ -403,8 +403,9 @@ class Template:
         if self.json_style != "indent":
             return content
         try:
-            return self.json_text(json.loads(content))
-        except ValueError:
+            found = json.loads(content, object_pairs_hook=without_doubles)
+            return json.dumps(found, ensure_ascii=False, indent=2, allow_nan=False)
+        except (ValueError, RecursionError):  # no JSON, or JSON that this would change
             return self.json_text(content)
 
     def answer(self, message: Message) -> str:
@@ -440,6 +441,13 @@ class Template:
     def prompt(self, messages: Sequence[Message], tools: str = "", ending: Ending = ENDINGS["doc"]) -> str:
         """What a client sends for an answer to these messages."""
         return "".join(self.render(Dialogue(tuple(messages), tools), ending, open_answer=True)[0])
+
+
+def without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. ValueError if it says a key twice, of which one would be lost."""
+    if len({key for key, _ in pairs}) < len(pairs):
+        raise ValueError("a key twice")
+    return dict(pairs)
 
 
 def joined_results(messages: Sequence[Message]) -> tuple[Message, ...]:
