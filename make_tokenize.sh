@@ -66,9 +66,10 @@ SOURCE_LENGTH=0
 # The longest answer, its terminator included; 0: no limit. 单个回答上限
 TARGET_LENGTH=0
 
-# What happens to what is longer. The terminator always stays. 超长处理
+# What happens to what is longer. A cut adds nothing: the model does not learn to stop from a row that lost its end. 超长处理；
+#   被截断处不补结束符，也不会学到停止
 #   drop            the row is left out, and counted                      丢弃整行
-#   truncate        its end is cut off                                    截断结尾
+#   truncate        its end is cut off; TARGET_LENGTH: the row ends in that answer     截断结尾；TARGET_LENGTH：该行到此为止
 #   truncate-left   its beginning is cut off                              截断开头
 #   split           the row becomes several (MAX_TOKENS only)             切成多行
 OVERLONG=drop

@@ -67,6 +67,9 @@ def make(
             "made": len(sizes),  # several of a row with EXPAND=1 and OVERLONG=split
             "pieces_without_answer": counts["pieces without an answer"],
             "lost_some_answers": counts["rows that lost some of their answers"],
+            "cut": counts["cut rows"],
+            "cut_off": counts["cut off"],  # of these, those that lost the end of what is learnt last
+            "turns_cut_off": counts["turns cut off"],
             "held_out": valid_rows,
             "written": train * epochs,
         },
@@ -167,6 +170,13 @@ def say(content: Mapping[str, Any], prefix: Path, made: bool = True) -> None:
         if rows[name]:
             lost = "without an answer left out" if words == "piece" else "kept without some of their answers"
             line("", f"{count(rows[name], words)} {lost}")
+    if rows["cut"]:
+        turns = f", and {count(rows['turns_cut_off'], 'turn')} behind the cut left out" if rows["turns_cut_off"] else ""
+        line("cut", f"{count(rows['cut'], 'row')} (OVERLONG={content['settings']['OVERLONG']}){turns}")
+    if rows["cut_off"]:
+        line("warning", f"{count(rows['cut_off'], 'row')} lost the end of the answer or text: the model does not learn to stop "
+                        f"from {'it' if rows['cut_off'] == 1 else 'them'}: {where('cut off')}{more(rows['cut_off'])}. "
+                        "OVERLONG=drop leaves such rows out")  # fmt: skip
     mojibake = content["mojibake"]
     if mojibake["repaired"]:
         line("repaired", f"{count(mojibake['repaired'], 'row')} of mojibake (UTF-8 that was read as cp1252 and saved again): "

@@ -20,7 +20,7 @@ from ..roles import Role
 from ..templates.headings import overlooked_heading, spans_of_text
 from ..templates.template import ENDINGS, Dialogue, Ending, Template
 from .encode import NO_ROWS, Pieces, Tokens, encode_row, encode_rows
-from .limits import Limits, TooLong, cut_row, cut_turns, within_turns
+from .limits import Cut, Limits, TooLong, cut_row, cut_turns, within_turns
 from .quick import Quick
 from .reading import LINE_LIMIT, Block, is_utf8, not_utf8, too_long
 from .schemas import Columns, Reader, Row, RowError, kind
@@ -148,11 +148,6 @@ class Cook:
         self.quick = Quick(self.template, self.ending, recipe.columns, recipe.handler)
         if recipe.expand or recipe.mask_history:  # these look at single answers
             self.quick.columns = ()
-        ending = self.ending
-        patterns = self.template.patterns
-        self.tails = {int(r): patterns[r].tail + ending.last for r in (Role.SYSTEM, Role.USER, Role.TOOL)}
-        answer = patterns[Role.ASSISTANT].tail + ending.answer + ending.last
-        self.tails |= {Role.TEXT: ending.answer + ending.last, Role.ASSISTANT: answer, Role.UNTRAINED: answer}
 
     def block(self, block: Block) -> Cooked:
         counts: Counter[str] = Counter()
@@ -290,7 +285,7 @@ class Cook:
             if i == len(drafts):
                 break
             tokens = Tokens(found.ids[b : found.first[i + 1]], found.roles[b : found.first[i + 1]])
-            for cut in self.within_limits(drafts[i], tokens, i in long_turns, counts, lost):
+            for cut in self.within_limits(drafts[i], tokens, i in long_turns, counts, lost, note):
                 ids.append(cut.ids)
                 roles.append(cut.roles)
                 sizes.append(np.array([len(cut.ids)]))
@@ -327,26 +322,35 @@ class Cook:
             and not within_turns(d.pieces, counts[end - len(d.pieces.texts) : end].tolist(), self.ending.token, limits)
         }
 
-    def within_limits(self, draft: Draft, tokens: Tokens, long_turn: bool, counts, lost) -> list[Tokens]:
+    def within_limits(self, draft: Draft, tokens: Tokens, long_turn: bool, counts, lost, note) -> list[Tokens]:
         """A row that breaks a limit, or has nothing to learn, as the policy wants it; none if it is to be left out."""
-        limits, token = self.recipe.limits, self.ending.token
+        limits = self.recipe.limits
         try:
+            first = Cut(tokens)
             if long_turn:
                 source = draft.source
                 dialogue = source if isinstance(source, Dialogue) else self.reader.read(parse(source))[1]
-                tokens = encode_row(cut_turns(self.template, dialogue, self.ending, token, limits), token)
-            rows = cut_row(tokens, self.tails, token, limits) if limits.max_tokens else [tokens]
+                first = cut_turns(self.template, dialogue, self.ending, limits)
+            cuts = cut_row(first.tokens, limits) if limits.max_tokens else [first]
+            cuts[-1] = cuts[-1]._replace(end=cuts[-1].end or first.end)
         except TooLong as why:
             lost.setdefault(draft.row, (draft.line, f"longer than {why}", f"{len(tokens.ids):,} tokens"))
             return []
         if draft.source is not None:
-            learnt = [row for row in rows if (row.roles == Role.ASSISTANT).any()]
+            learnt = [cut for cut in cuts if (cut.tokens.roles == Role.ASSISTANT).any()]
             if not learnt:
                 lost.setdefault(draft.row, (draft.line, NOTHING_TO_LEARN, NOTHING_TO_LEARN))
             else:
-                counts["pieces without an answer"] += len(rows) - len(learnt)
-            rows = learnt
-        return rows
+                counts["pieces without an answer"] += len(cuts) - len(learnt)
+            cuts = learnt
+        if cuts and (long_turn or len(tokens.ids) > limits.max_tokens > 0):
+            counts["cut rows"] += 1
+            counts["turns cut off"] += first.turns
+            # what is learnt last: of a row that ends in a question, the answers are whole
+            if cuts[-1].end and cuts[-1].tokens.roles[-1] in (Role.ASSISTANT, Role.TEXT):
+                counts["cut off"] += 1
+                note("cut off", draft.line)
+        return [cut.tokens for cut in cuts]
 
 
 def learn_only(messages, which: int):
