@@ -141,8 +141,9 @@ def tokens_of_pieces(pieces: Pieces) -> list[int]:
 
 
 def shortened(message: Message, excess: int, policy: str) -> Message | None:
-    """The message without `excess` tokens of its words, or of its second text or thought where those are not enough."""
-    for part in ("content", "material", "think"):
+    """The message without `excess` tokens, part by part from the side that is cut; a thought stands before the words, a second
+    text behind them."""
+    for part in ("think", "content", "material") if policy == "truncate-left" else ("material", "content", "think"):
         words = getattr(message, part)
         if not words or words.isspace():
             continue
