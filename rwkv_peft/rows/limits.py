@@ -141,20 +141,17 @@ def tokens_of_pieces(pieces: Pieces) -> list[int]:
 
 
 def shortened(message: Message, excess: int, policy: str) -> Message | None:
-    """The message without `excess` tokens, part by part from the side that is cut; a thought stands before the words, a second
-    text behind them."""
-    for part in ("think", "content", "material") if policy == "truncate-left" else ("material", "content", "think"):
-        words = getattr(message, part)
-        if not words or words.isspace():
-            continue
-        size = len(encoded(words))
-        left = shortened_text(words, excess, policy) if excess < size else ""
-        message = message._replace(**{part: left})
-        excess -= size
-        if left or excess <= 0:
-            break
-    # an answer may be a thought alone; a turn of nothing at all is none
-    return message if any(getattr(message, part).strip() for part in ("content", "material", "think")) else None
+    """The message without `excess` tokens of the part that is cut first, or without that part. None if that is all it says.
+
+    A thought stands before the words, and a second text behind them.
+    """
+    order = ("think", "content", "material") if policy == "truncate-left" else ("material", "content", "think")
+    said = [part for part in order if getattr(message, part).strip()]
+    if not said:
+        return None  # a tool call
+    words = getattr(message, said[0])
+    left = shortened_text(words, excess, policy) if excess < len(encoded(words)) else ""
+    return message._replace(**{said[0]: left}) if left or said[1:] else None
 
 
 def shortened_text(text: str, excess: int, policy: str) -> str:
