@@ -46,6 +46,11 @@ TXT_MODE=file
 # 1: undo mojibake (UTF-8 that was read as cp1252 and saved: "Ã©" for "é") where every byte can be restored. 修复乱码
 REPAIR=1
 
+# 1: rewrite what was made for another tool, where it can be read in one way only: headings (用户：/助手：, Q:/A:, ChatML tags, ...)
+# become turns of PROMPT_TYPE, \n written as letters becomes a line break, end tokens of other models go. The report counts such
+# rows in any case. On the command line: --convert-headings.                          把其他格式的标题、转义和结束符改写成本模板
+CONVERT_HEADINGS=0
+
 # 1: stop at the first row that cannot be used. 0: leave such rows out, count them, write them to NAME.rejects.jsonl. 严格模式
 STRICT=0
 

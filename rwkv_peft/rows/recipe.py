@@ -19,6 +19,7 @@ import orjson
 from ..roles import Role
 from ..templates.headings import overlooked_heading, spans_of_text
 from ..templates.template import ENDINGS, Dialogue, Ending, Template
+from . import foreign_headings
 from .encode import NO_ROWS, Pieces, Tokens, encode_row, encode_rows
 from .limits import Cut, Limits, TooLong, cut_row, cut_turns, within_turns
 from .quick import Quick
@@ -42,6 +43,7 @@ class Recipe:
     expand: bool = False
     mask_history: bool = False
     limits: Limits = Limits()
+    convert: bool = False  # CONVERT_HEADINGS: texts with another tool's headings become dialogues of the template
 
     @property
     def ending(self) -> Ending:
@@ -84,7 +86,7 @@ class Cooked:
     file: str = ""
     read: int = 0
     rejects: list[Reject] = field(default_factory=list)
-    places: dict[str, list[Place]] = field(default_factory=dict)  # "dropped", "overlooked", "repaired", "lossy"
+    places: dict[str, list[Place]] = field(default_factory=dict)  # "dropped", "overlooked", "repaired", ...
     seen: frozenset[str] = frozenset()  # columns of MAP_KEYS that were met
 
 
@@ -146,7 +148,7 @@ class Cook:
         self.reader = Reader(recipe.columns, recipe.handler, recipe.repair)
         self.words = self.template.headings
         self.quick = Quick(self.template, self.ending, recipe.columns, recipe.handler)
-        if recipe.expand or recipe.mask_history:  # these look at single answers
+        if recipe.expand or recipe.mask_history or recipe.convert:  # these look at single turns
             self.quick.columns = ()
 
     def block(self, block: Block) -> Cooked:
@@ -193,6 +195,21 @@ class Cook:
             counts[verdict] += 1
             note(verdict, line)
         counts[f"schema: {schema}"] += 1
+        if self.recipe.convert:
+            texts, changed = (
+                foreign_headings.convert_text(found, self.words)
+                if isinstance(found, str)
+                else foreign_headings.convert_dialogue(found)
+            )
+            for what in changed:
+                counts[f"converted: {what}"] += 1
+            found = texts if isinstance(texts, Dialogue) else texts[0]
+            if isinstance(texts, list) and len(texts) > 1:
+                counts["documents made of others"] += len(texts) - 1
+                return [draft for one in texts for draft in self.drafts_of(number, line, one, counts, note)]
+        return self.drafts_of(number, line, found, counts, note)
+
+    def drafts_of(self, number: int, line: int, found: Dialogue | str, counts: Counter[str], note) -> list[Draft]:
         if isinstance(found, str):
             return self.text_drafts(number, line, found, note)
         messages = found.messages
@@ -219,7 +236,8 @@ class Cook:
         """A ready text is taken as it is; only its end is made, and which of its answers are to be learnt."""
         data = text.encode("utf-8")
         spans = spans_of_text(data, self.words)
-        if heading := overlooked_heading(data, spans, self.words):
+        heading = overlooked_heading(data, spans, self.words)
+        if heading and not any(one.kind == "headings" for one in foreign_headings.look_at_text(text, self.words)):
             note("overlooked", line, heading)
         if text.isascii():
             texts = [text[span.start : span.end] for span in spans]
@@ -258,6 +276,9 @@ class Cook:
                     rejects.append(Reject(block.file, draft.line, error.reason, error.message, ""))
             drafts = [d for d in drafts if d.row not in bad]
             found = encode_rows([d.pieces for d in drafts], token) if drafts else NO_ROWS
+        looked: set[tuple[int, str]] = set()
+        for i in foreign_headings.suspects(found.ids, found.roles, found.first).tolist():
+            self.look(drafts[i], block.file, counts, note, looked)
         # with EXPAND a row is there several times, each with one answer to learn, and its system text every time
         counts["turns"] = found.turns - found.untrained if self.recipe.expand else found.turns
         counts["system"] = (
@@ -308,6 +329,28 @@ class Cook:
             counts[f"dropped: {reason}"] += 1
             note("dropped", line, words)
         return made
+
+    def look(self, draft: Draft, file: str, counts, note, looked: set[tuple[int, str]]) -> None:
+        """Note what a row holds that another tool has left in it; every kind once. looked: rows and kinds noted before."""
+        texts, roles = draft.pieces
+        if draft.source is None:
+            found = foreign_headings.look_at_text("".join(texts), self.words)
+        else:
+            tails = {role: pattern.tail.strip() for role, pattern in self.template.patterns.items()}
+            said = [
+                (role, text.strip(" \n\x17").removesuffix(tails.get(role, "")))
+                for text, role in zip(texts, roles, strict=True)
+                if role is not Role.HEADING
+            ]
+            keeps = self.template.format_separator == "\n\n" and Role.ASSISTANT not in self.template.clean
+            found = foreign_headings.look_at_dialogue(said, keeps)
+        for what, words, at in found:
+            if (draft.row, what) not in looked:
+                looked.add((draft.row, what))
+                counts[f"found: {what}"] += 1
+                # a text of its own is read from a file as it stands there; elsewhere a row is a line
+                inside = "".join(texts).count("\n", 0, at) if ".txt" in file and draft.source is None else 0
+                note(what, draft.line + inside, words)
 
     def long_turns(self, drafts: list[Draft], counts: np.ndarray) -> set[int]:
         """Which drafts have a turn above its limit. counts: tokens that begin in each piece of all drafts."""

@@ -24,6 +24,7 @@ class TokenizeConfig:
     map_keys: str = var("MAP_KEYS")
     txt_mode: Literal["file", "line", "paragraph"] = var("TXT_MODE")
     repair: bool = var("REPAIR")
+    convert_headings: bool = var("CONVERT_HEADINGS")
     strict: bool = var("STRICT")
 
     expand: bool = var("EXPAND")
@@ -69,5 +70,5 @@ def recipe(config: TokenizeConfig, end_of_doc: bool) -> Recipe:
     limits = Limits(config.max_tokens, config.source_length, config.target_length, config.overlong)
     return Recipe(
         template(config.prompt_type), config.eot, end_of_doc, config.handler, columns(config.map_keys), config.repair,
-        config.expand, config.mask_history, limits,
+        config.expand, config.mask_history, limits, config.convert_headings,
     )  # fmt: skip

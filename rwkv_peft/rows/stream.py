@@ -14,6 +14,7 @@ from ..errors import UserError
 from ..project import shown
 from . import files
 from .encode import Tokens
+from .foreign_headings import KINDS
 from .reading import Block
 from .recipe import Cook, Recipe, items
 from .schemas import Row, RowError
@@ -35,7 +36,7 @@ class RowStream:
 
     def documents(self) -> Iterator[Tokens]:
         """Every row that can be used, pass after pass. UserError if a whole pass has none."""
-        cook, told = Cook(self.recipe), 0
+        cook, told, warned = Cook(self.recipe), 0, set()
         for number in itertools.count():
             used, reject = 0, None
             rows = shuffled(self.rows(), np.random.default_rng([self.seed, number]), self.buffer)
@@ -47,6 +48,15 @@ class RowStream:
                     if number == 0 and told <= TOLD:
                         file, line, _ = some[reject.line]
                         self.say(f"left out  {file}:{line}: {reject.message}")
+                for what in [kind for kind in KINDS if kind in made.places and kind not in warned]:
+                    warned.add(what)
+                    place = made.places[what][0]
+                    file, line, _ = some[place.line]
+                    self.say(
+                        f"warning   {file}:{line}: a row {KINDS[what].name} ({place.note}): {KINDS[what].effect}. "
+                        "CONVERT_HEADINGS=1 in make_tokenize.sh rewrites such rows where they can be read in one way only. "
+                        "Others like it are not named"
+                    )
                 used += len(made.sizes)
                 ends = np.cumsum(made.sizes)
                 for begin, end in zip((ends - made.sizes).tolist(), ends.tolist(), strict=True):
