@@ -147,6 +147,7 @@ TAG = re.compile(
     r"|(?P<flower>System|User|Bot)✿"
     r"|(?P<inst>\[INST\])\s*|(?P<endinst>\[/INST\])\s*"
 )
+TAG_SIGNS = ("<|", "<｜", "<start_of_turn>", "<human>", "<bot>", "[INST]", "✿", "GPT4 ")  # none of these: no TAG
 VICUNA = re.compile(r"(?:^|(?<=\s)|(?<=</s>))(?P<word>USER|ASSISTANT):(?=\s|$)", re.M)
 LLAMA_SYSTEM = re.compile(r"\A<<SYS>>\s*(.*?)\s*<</SYS>>\s*", re.S)
 ALPACA = re.compile(r"\ABelow is an instruction that describes a task[^\n]*\n*\Z")
@@ -159,6 +160,7 @@ END = (
 BEGIN = r"<s>|<\|(?:begin_of_text|startoftext|bos)\|>|<bos>|\[BOS\]|<[|｜]begin▁of▁sentence[|｜]>|\[gMASK\](?:<sop>)?"
 DOCUMENT_END = re.compile(r"<\|(?:endoftext|end_of_text)\|>|</s>|<eos>|\[EOS\]|<[|｜]end▁of▁sentence[|｜]>")
 MARKER = re.compile(f"{END}|{BEGIN}")
+MARKER_SIGNS = ("<|", "<｜", "s>", "turn>", "[EOS]", "[BOS]", "[gMASK]")  # none of these: no MARKER
 ENDS_WITH = re.compile(rf"(?:\s*(?:{END}|{BEGIN}|✿))+\s*\Z")
 BEGINS_WITH = re.compile(rf"\A(?:\s*(?:{BEGIN}))+\s*")
 
@@ -203,16 +205,18 @@ class Parsed(NamedTuple):
 
 def parse(text: str) -> Parsed:
     """The turns of a text by tags if it has any, else by Vicuna's words, else by words before colons."""
-    found = [(m.start(), m.end(), *tag_of(m)) for m in TAG.finditer(text)]
+    found = []
+    if any(sign in text for sign in TAG_SIGNS):
+        found = [(m.start(), m.end(), *tag_of(m)) for m in TAG.finditer(text)]
     if not any(side in (USER, ANSWER) for *_, side, _ in found):
-        inline = list(VICUNA.finditer(text))
+        inline = list(VICUNA.finditer(text)) if "ASSISTANT:" in text else []
         if {m["word"] for m in inline} == {"USER", "ASSISTANT"} and any(
             not begins_line(text, m.start()) for m in inline
         ):
             found = [(m.start(), m.end(), "vicuna", USER if m["word"] == "USER" else ANSWER, m[0]) for m in inline]
         else:
             found = []
-            for m in COLON.finditer(text):
+            for m in colon_headings(text):
                 kind, side = SIDES[(m["word"] or m["bare"] or m["hash"]).casefold()]
                 found.append((m.start(), m.end(), kind, side, m[0].strip()))
             if {w for *_, w in found} & {"A:", "A："} and OPTION_B.search(text):
@@ -223,6 +227,18 @@ def parse(text: str) -> Parsed:
         for i, (start, end, kind, side, word) in enumerate(found)
     )  # fmt: skip
     return Parsed(text[: turns[0].start] if turns else text, turns)
+
+
+def colon_headings(text: str) -> Iterator[re.Match[str]]:
+    """What COLON finds. It is tried where a line begins; only a text with ### is gone through character by character."""
+    if "###" in text:
+        yield from COLON.finditer(text)
+        return
+    at = 0
+    while at >= 0:
+        if m := COLON.match(text, at):
+            yield m
+        at = text.find("\n", m.end() if m else at) + 1 or -1
 
 
 def tag_of(m: re.Match[str]) -> tuple[str, str, str]:
@@ -318,6 +334,8 @@ def names_of(turns: Sequence[Turn]) -> str:
 
 def first_marker(text: str) -> re.Match[str] | None:
     """The first token of another tool that stands in a text as letters, but not where the text is about it."""
+    if not any(sign in text for sign in MARKER_SIGNS):
+        return None
     for m in MARKER.finditer(text):
         before, behind = text[: m.start()], text[m.end() :]
         if m[0] in ("</s>", "<s>"):  # HTML strikes words out with them
@@ -525,8 +543,10 @@ def tables() -> tuple[np.ndarray, np.ndarray]:
     """What a token may be the first part of, and the second, uint8 [65536] each. ALONE: it is all of it."""
     first, second = np.zeros(65536, np.uint8), np.zeros(65536, np.uint8)
     table = tokenizer.token_bytes()
-    forms = {form for word in ALL_WORDS for form in (word, word.upper(), word.capitalize())}
-    words = {form.encode() for form in forms | {word.lower() for word in ANY_CASE}}
+    # (a system's heading is worth nothing without another one)
+    sides = [word for word in ALL_WORDS if word not in SYSTEMS]
+    forms = {form for word in sides for form in (word, word.upper(), word.capitalize())}
+    words = {form.encode() for form in forms | {word.lower() for word in ANY_CASE if word not in SYSTEMS}}
     ends, nexts, starts = set(), set(), set()
     for needle in NEEDLES:
         ids = tokenizer.encode(needle)
@@ -571,16 +591,15 @@ def tables() -> tuple[np.ndarray, np.ndarray]:
     return first, second
 
 
-def suspects(ids: np.ndarray, roles: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """Which rows may hold something, their numbers in order. ids, roles: of all rows; first: where each begins, and the end.
+def suspects(ids: np.ndarray, roles: np.ndarray) -> np.ndarray:
+    """Where something may begin in the tokens of rows, int64. What a template itself writes does not count.
 
-    What a template itself writes does not count.
+    ids: intp [n], with a token behind the last row. roles: uint8 [n].
     """
-    if len(ids) < 2:
-        return np.zeros(0, np.int64)
     begins, follows = tables()
-    a, b = begins[ids], follows[ids]
-    hit = a[:-1] & (b[1:] | ALONE)
-    found = np.flatnonzero(hit)
-    found = found[(roles[found + 1] != Role.HEADING) | (hit[found] == ALONE)]
-    return np.unique(np.searchsorted(first, found, side="right") - 1)
+    found = np.flatnonzero(begins.take(ids))
+    found = found[found + 1 < len(ids)]
+    first = begins[ids[found]]
+    alone = first & ALONE > 0
+    hit = (first & follows[ids[found + 1]]) > 0
+    return found[alone | (hit & (roles[found + 1] != Role.HEADING))]

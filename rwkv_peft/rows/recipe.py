@@ -277,7 +277,7 @@ class Cook:
             drafts = [d for d in drafts if d.row not in bad]
             found = encode_rows([d.pieces for d in drafts], token) if drafts else NO_ROWS
         looked: set[tuple[int, str]] = set()
-        for i in foreign_headings.suspects(found.ids, found.roles, found.first).tolist():
+        for i in found.suspects.tolist():
             self.look(drafts[i], block.file, counts, note, looked)
         # with EXPAND a row is there several times, each with one answer to learn, and its system text every time
         counts["turns"] = found.turns - found.untrained if self.recipe.expand else found.turns
