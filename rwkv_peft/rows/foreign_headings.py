@@ -147,6 +147,7 @@ TAG = re.compile(
     r"|(?P<flower>System|User|Bot)✿"
     r"|(?P<inst>\[INST\])\s*|(?P<endinst>\[/INST\])\s*"
 )
+HEAD = 40  # characters in which a heading has its colon
 TAG_SIGNS = ("<|", "<｜", "<start_of_turn>", "<human>", "<bot>", "[INST]", "✿", "GPT4 ")  # none of these: no TAG
 VICUNA = re.compile(r"(?:^|(?<=\s)|(?<=</s>))(?P<word>USER|ASSISTANT):(?=\s|$)", re.M)
 LLAMA_SYSTEM = re.compile(r"\A<<SYS>>\s*(.*?)\s*<</SYS>>\s*", re.S)
@@ -235,10 +236,11 @@ def colon_headings(text: str) -> Iterator[re.Match[str]]:
         yield from COLON.finditer(text)
         return
     at = 0
-    while at >= 0:
-        if m := COLON.match(text, at):
+    for line in text.split("\n"):
+        head = line[:HEAD]
+        if (":" in head or "：" in head or "】" in head or "#" in head) and (m := COLON.match(text, at)):
             yield m
-        at = text.find("\n", m.end() if m else at) + 1 or -1
+        at += len(line) + 1
 
 
 def tag_of(m: re.Match[str]) -> tuple[str, str, str]:
@@ -315,7 +317,9 @@ def look_at_dialogue(messages: Sequence[tuple[Role, str]], hard: bool) -> list[F
     for i, (role, content) in enumerate(messages):
         if role in (Role.HEADING, Role.TOOL):
             continue
-        alike = answered_alike([Message(*m) for m in messages[i : i + 2]], 0) if role is Role.USER else []
+        alike = []
+        if role is Role.USER and COLON.match(content):
+            alike = answered_alike([Message(*m) for m in messages[i : i + 2]], 0)
         for one in look_at_turn(content, role, hard) + alike:
             whose = "question" if role is Role.USER else "answer"
             note = f"{one.note} in {'an' if whose == 'answer' else 'a'} {whose}" if one.kind == "inside" else one.note
@@ -539,8 +543,9 @@ NEEDLES = ("<|", "<｜", "</s>", "<s>", "<eos>", "<bos>", "[INST", "[/INST", "[E
 
 
 @functools.cache
-def tables() -> tuple[np.ndarray, np.ndarray]:
-    """What a token may be the first part of, and the second, uint8 [65536] each. ALONE: it is all of it."""
+def tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What a token may be the first part of, and the second, uint8 [65536] each (ALONE: it is all of it); and whether it may be
+    the first part of anything, bool [65536]."""
     first, second = np.zeros(65536, np.uint8), np.zeros(65536, np.uint8)
     table = tokenizer.token_bytes()
     # (a system's heading is worth nothing without another one)
@@ -588,7 +593,7 @@ def tables() -> tuple[np.ndarray, np.ndarray]:
             second[tokenizer.encode(form)[0]] |= HASH
     for word in NUMBERED:
         first[tokenizer.encode(word)[-1]] |= NUMBER
-    return first, second
+    return first, second, first > 0
 
 
 def suspects(ids: np.ndarray, roles: np.ndarray) -> np.ndarray:
@@ -596,8 +601,8 @@ def suspects(ids: np.ndarray, roles: np.ndarray) -> np.ndarray:
 
     ids: intp [n], with a token behind the last row. roles: uint8 [n].
     """
-    begins, follows = tables()
-    found = np.flatnonzero(begins.take(ids))
+    begins, follows, may_begin = tables()
+    found = np.flatnonzero(may_begin.take(ids))
     found = found[found + 1 < len(ids)]
     first = begins[ids[found]]
     alone = first & ALONE > 0

@@ -147,6 +147,7 @@ class Cook:
         self.recipe, self.template, self.ending = recipe, recipe.template, recipe.ending
         self.reader = Reader(recipe.columns, recipe.handler, recipe.repair)
         self.words = self.template.headings
+        self.tails = {role: pattern.tail.strip() for role, pattern in self.template.patterns.items()}
         self.quick = Quick(self.template, self.ending, recipe.columns, recipe.handler)
         if recipe.expand or recipe.mask_history or recipe.convert:  # these look at single turns
             self.quick.columns = ()
@@ -336,9 +337,8 @@ class Cook:
         if draft.source is None:
             found = foreign_headings.look_at_text("".join(texts), self.words)
         else:
-            tails = {role: pattern.tail.strip() for role, pattern in self.template.patterns.items()}
             said = [
-                (role, text.strip(" \n\x17").removesuffix(tails.get(role, "")))
+                (role, text.strip(" \n\x17").removesuffix(self.tails.get(role, "")))
                 for text, role in zip(texts, roles, strict=True)
                 if role is not Role.HEADING
             ]
