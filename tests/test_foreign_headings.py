@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from inprocess import tokenize
 
 from rwkv_peft import tokenizer
 from rwkv_peft.roles import Role
@@ -57,6 +58,9 @@ HEADINGS = {
     "openchat": ("GPT4 Correct User: Hi<|end_of_turn|>GPT4 Correct Assistant: Yo<|end_of_turn|>", TWO_TURNS),
     "together": ("<human>: Hi\n<bot>: Yo", TWO_TURNS),
     "vicuna": ("USER: Hi ASSISTANT: Yo</s>USER: More ASSISTANT: Ok</s>", FOUR_TURNS),
+    "moss": ("<|Human|>: Hi<eoh>\n<|MOSS|>: Yo<eom>", TWO_TURNS),
+    "dolly": ("### Instruction:\nHi\n\n### Response:\nYo\n\n### End", TWO_TURNS),
+    "pairs apart": ("问：Hi\n答：Yo\n\n问：More\n答：Ok", FOUR_TURNS),
     "bot format": ("System✿Be.✿\nUser✿Hi✿\nBot✿Yo✿", WITH_SYSTEM),
 }  # fmt: skip
 
@@ -130,6 +134,8 @@ def test_our_own_headings_spelled_otherwise_become_turns(text):
         'tokenizer.add({"eos_token": "<|endoftext|>", "pad": "</s>"})',
         "ChatML writes `<|im_start|>user` and then `<|im_end|>`.",
         "let f = g <| h x\n|> printf",
+        "Use [^\\n]+\\n and \\r?\\n for lines.",
+        "The token </s> ends a text in Llama; </s> again.",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("convert", [False, True])
@@ -313,4 +319,43 @@ def test_a_stream_says_it_once(tmp_path):
         len(said) == 1
         and "x.jsonl:2: a row with headings of another format" in said[0]
         and "CONVERT_HEADINGS" in said[0]
+    )
+
+
+def test_the_report_counts_names_the_first_line_and_says_what_to_do(project_folder, capsys):
+    path = project_folder / "data" / "x.jsonl"
+    rows = [{"text": "Q: When?\n\nA: At sunset."}, {"text": "问：几点？\n\n答：日落。"}]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    tokenize(path)
+    said = capsys.readouterr().out
+    assert "warning   2 rows with headings of another format (Q: A:, 问： 答：)" in said
+    assert "The first is data/x.jsonl:1. --convert-headings rewrites" in said
+    assert "LOSS_MASK=qa          # 2 rows written for another tool" in said and "LOSS_MASK=pad" not in said
+    tokenize(path)  # what was made before says it again
+    assert "warning   2 rows with headings" in capsys.readouterr().out
+    tokenize(path, CONVERT_HEADINGS="1")
+    said = capsys.readouterr().out
+    assert (
+        "rewrote   2 rows with headings of another format\n" in said
+        and "warning" not in said
+        and "LOSS_MASK=qa\n" in said
+    )
+
+
+@pytest.mark.parametrize("words", [["--convert-headings"], ["--convert-headings", "1"], ["--convert-headings=1"]])
+def test_the_option_is_a_switch(kit, words):
+    kit.data("x.jsonl", {"text": "Q: Hi\nA: Yo"})
+    assert "1 row with headings" in kit.run("make_tokenize.sh", "x.jsonl").stdout
+    said = kit.run("make_tokenize.sh", *words, "x.jsonl", "2").stdout
+    assert "rewrote   1 row with headings" in said and "2 rows" in said
+
+
+def test_rows_that_are_cut_are_counted_in_the_report(project_folder, capsys):
+    path = project_folder / "data" / "x.jsonl"
+    path.write_text(json.dumps(chat("Count.", "one two three four five six", "More.", "seven")) + "\n")
+    tokenize(path, TARGET_LENGTH="4", OVERLONG="truncate")
+    said = capsys.readouterr().out
+    assert "cut       1 row (OVERLONG=truncate), and 2 turns behind the cut left out\n" in said
+    assert (
+        "warning   1 row lost the end of the answer or text: the model does not learn to stop from it: line 1." in said
     )

@@ -134,13 +134,13 @@ OPTION_B = re.compile(r"^[ \t]*B[ ]?[.:：、)]", re.M)  # "A: ..." above "B: ..
 
 ROLE_WORDS = {
     "user": USER, "human": USER, "prompter": USER, "assistant": ANSWER, "model": ANSWER, "bot": ANSWER, "gpt": ANSWER,
-    "system": SYSTEM, "developer": SYSTEM,
+    "moss": ANSWER, "system": SYSTEM, "developer": SYSTEM,
 }  # fmt: skip
 TAG = re.compile(
     r"<\|im_start\|>[ ]?(?P<chatml>\w+)[ \t]*\n?"
     r"|<\|start_header_id\|>\s*(?P<llama3>\w+)\s*<\|end_header_id\|>\s*"
     r"|<\|start\|>(?P<harmony>\w+)(?P<channel><\|channel\|>\w+)?<\|message\|>"
-    r"|<[|｜](?P<role>(?i:user|assistant|system|prompter|human|bot|model|observation|tool))[|｜]>:?\s*"
+    r"|<[|｜](?P<role>(?i:user|assistant|system|prompter|human|bot|moss|model|observation|tool))[|｜]>:?\s*"
     r"|<start_of_turn>[ ]?(?P<gemma>\w+)[ \t]*\n?"
     r"|(?:GPT4(?:[ ]Correct)?)[ ](?P<openchat>User|Assistant):"
     r"|<(?P<together>human|bot)>:\s*"
@@ -155,20 +155,25 @@ ALPACA = re.compile(r"\ABelow is an instruction that describes a task[^\n]*\n*\Z
 VICUNA_SYSTEM = re.compile(r"\AA chat between [^\n]*\Z")
 
 END = (
-    r"<\|(?:im_end|eot_id|eom_id|end_of_turn|end|endoftext|end_of_text|return|EOT|eos)\|>|<end_of_turn>|</s>|<eos>|\[EOS\]"
+    r"<\|(?:im_end|eot_id|eom_id|end_of_turn|end|endoftext|end_of_text|return|EOT|eos)\|>|<end_of_turn>|</s>|<eo[shm]>|\[EOS\]"
     r"|<[|｜]end▁of▁sentence[|｜]>"
 )
 BEGIN = r"<s>|<\|(?:begin_of_text|startoftext|bos)\|>|<bos>|\[BOS\]|<[|｜]begin▁of▁sentence[|｜]>|\[gMASK\](?:<sop>)?"
-DOCUMENT_END = re.compile(r"<\|(?:endoftext|end_of_text)\|>|</s>|<eos>|\[EOS\]|<[|｜]end▁of▁sentence[|｜]>")
+DOCUMENT_END = re.compile(r"<\|(?:endoftext|end_of_text)\|>|</s>|<eo[sm]>|\[EOS\]|<[|｜]end▁of▁sentence[|｜]>")
 MARKER = re.compile(f"{END}|{BEGIN}")
-MARKER_SIGNS = ("<|", "<｜", "s>", "turn>", "[EOS]", "[BOS]", "[gMASK]")  # none of these: no MARKER
-ENDS_WITH = re.compile(rf"(?:\s*(?:{END}|{BEGIN}|✿))+\s*\Z")
+MARKER_SIGNS = ("<|", "<｜", "s>", "<eo", "turn>", "[EOS]", "[BOS]", "[gMASK]")  # none of these: no MARKER
+ENDS_WITH = re.compile(rf"(?:\s*(?:{END}|{BEGIN}|✿|\#\#\# End\b))+\s*\Z")
 BEGINS_WITH = re.compile(rf"\A(?:\s*(?:{BEGIN}))+\s*")
 
 STRING = re.compile(r'"(?:[^"\\\n]|\\.){0,300}"|(?<!\w)\'(?:[^\'\\\n]|\\.){0,300}\'|`[^`\n]{0,300}`')
-OTHER_COMMAND = re.compile(r'\\(?!n|r|t|"|\\|/|u[0-9a-fA-F]{4})[A-Za-z]|\\[nrt](?=[a-z]{2,}\b[^.]*[\\$])')
+# LaTeX, paths and patterns of grep have other letters behind backslashes, or a \\n among brackets
+OTHER_COMMAND = re.compile(
+    r'\[\^?\\[nrt]|\\[nrt][?+*\]]|\\(?!n|r|t|"|\\|/|u[0-9a-fA-F]{4})[A-Za-z]|\\[nrt](?=[a-z]{2,}\b[^.]*[\\$])'
+)
 TWO_BREAKS = re.compile(r"(?<=\S)(?<![`'\"(])(?:\\r)?\\n(?:\\r)?\\n(?=[^\s`'\")])")
-ONE_BREAK = re.compile(r"(?<=\S)(?<![`'\"(])(?:\\r)?\\n(?:(?=[^\sa-z`'\")\\])|(?<=[.,;:!?。！？，；：]\\n)(?=[a-z]))")
+ONE_BREAK = re.compile(
+    r"(?<=\S)(?<![`'\"(])(?:\\r)?\\n(?:(?=[A-Z0-9\u00c0-\U0010ffff#*>|(\[“-])|(?<=[.,;:!?。！？，；：]\\n)(?=[a-z]))"
+)
 PLAIN_BREAK = re.compile(r"(?<=[a-z])\\n(?=[a-z])")
 BREAK_AND_HEADING = re.compile(rf"\\n(?:{any_of(ALL_WORDS)})[ ]?[:：]")
 BREAK_AT_LINE_END = re.compile(r"[^\s`'\"\\]\\n[ \t]*$", re.M)
@@ -348,7 +353,7 @@ def first_marker(text: str) -> re.Match[str] | None:
                 continue
         if before[-1:] in tuple("`'\"“「") or behind[:1] in tuple("`'\"”」"):
             continue
-        if re.search(r"[a-z,] \Z", before[-2:]) and re.match(r" [a-z(]", behind):
+        if re.search(r"[a-z,;:(] \Z", before[-2:]) and re.match(r" [a-z(]", behind):
             continue  # "GPT-2 writes <|endoftext|> between documents"
         return m
     return None
@@ -424,8 +429,9 @@ def messages_of(parsed: Parsed, open_end: bool = False) -> list[Message] | None:
         by_side.setdefault(turn.side, set()).add(turn.word.rstrip(":：* ").rstrip("0123456789 "))
     if any(len(words) > 1 for side, words in by_side.items() if kind in WORDS):
         return None
-    if kind in WORDS and len({turn.gap for turn in turns[1:]}) > 1:
-        return None  # some after an empty line and some not: those may be part of what is said
+    for side in by_side if kind in WORDS else ():
+        if len({turn.gap for turn in turns[1:] if turn.side == side}) > 1:
+            return None  # some after an empty line and some not: those may be part of what is said
     for turn in turns:
         content, last = stripped(turn.content), found[-1].role if found else None
         if kind == "inst" and turn.side == USER and (system := LLAMA_SYSTEM.match(content)):
@@ -538,7 +544,8 @@ def answered_alike(messages: Sequence[Message], i: int, parsed: Parsed | None = 
 PAIR, NUMBER, TAGS, LETTERS, HASH, ALONE = 1, 2, 4, 8, 16, 128  # bits of the tables below
 SEPARATORS = (b":", "：".encode(), b" :", " ：".encode(), b"**", "】".encode(), b"]:", b">:")
 NUMBERED = ("Q", "Question", "问", "问题", "提问")
-NEEDLES = ("<|", "<｜", "</s>", "<s>", "<eos>", "<bos>", "[INST", "[/INST", "[EOS", "[BOS", "[gMASK", "<start_of_turn",
+NEEDLES = ("<|", "<｜", "</s>", "<s>", "<eos>", "<eoh>", "<eom>", "<bos>", "[INST", "[/INST", "[EOS", "[BOS", "[gMASK",
+           "<start_of_turn",
            "<end_of_turn", "<human>", "<bot>", "User✿", "Bot✿")  # fmt: skip
 
 
