@@ -61,6 +61,11 @@ ENCODING=auto
 # 1: undo mojibake (UTF-8 that was read as cp1252 and saved: "Ã©" for "é") where every byte can be restored. 修复乱码
 REPAIR=1
 
+# 1: rewrite what was made for another tool, where it can be read in one way only: headings (用户：/助手：, Q:/A:, ChatML tags, ...)
+# become turns of PROMPT_TYPE, \n written as letters becomes a line break, end tokens of other models go. The report counts such
+# rows in any case. On the command line: --convert-headings.                          把其他格式的标题、转义和结束符改写成本模板
+CONVERT_HEADINGS=0
+
 # 1: stop at the first row that cannot be used. 0: leave such rows out, count them, write them to NAME.rejects.jsonl. 严格模式
 STRICT=0
 
@@ -81,9 +86,10 @@ SOURCE_LENGTH=0
 # The longest answer, its terminator included; 0: no limit. 单个回答上限
 TARGET_LENGTH=0
 
-# What happens to what is longer. The terminator always stays. 超长处理
+# What happens to what is longer. A cut adds nothing: the model does not learn to stop from a row that lost its end. 超长处理；
+#   被截断处不补结束符，也不会学到停止
 #   drop            the row is left out, and counted                      丢弃整行
-#   truncate        its end is cut off                                    截断结尾
+#   truncate        its end is cut off; TARGET_LENGTH: the row ends in that answer     截断结尾；TARGET_LENGTH：该行到此为止
 #   truncate-left   its beginning is cut off                              截断开头
 #   split           the row becomes several (MAX_TOKENS only)             切成多行
 OVERLONG=drop

@@ -73,7 +73,8 @@ VOCAB_SIZE=auto
 CTX_LEN=auto
 
 # What becomes of rows that are longer; the start-up says how many there are. Not for get and concat, which cut nothing off.
-#   truncate        the first CTX_LEN tokens, and the end-of-text token behind them      保留开头，并保留结束符
+# A cut adds no end token: the model does not learn to stop from rows that lost their end.    被截断处不会补结束符，也不会学到停止
+#   truncate        the first CTX_LEN tokens                                             保留开头
 #   truncate-left   the last CTX_LEN tokens                                              保留结尾
 #   drop            left out                                                             丢弃整条
 #   split           several pieces, every token once                                     切成多段，全部使用
@@ -89,7 +90,8 @@ DATALOAD=pack
 
 # DATALOAD=pack: how rows lie in a pack. 拼接方式
 #   isolated   each begins with an empty state, as if it were alone                     互相隔离，微调用
-#   concat     all in one long text, an end-of-text token between, cut at CTX_LEN       首尾相连不重置，预训练用
+#   concat     all in one long text, an end-of-text token between (not learnt where a row has none), cut at CTX_LEN
+#                                                                                       首尾相连不重置，预训练用
 PACK=isolated
 
 # DATALOAD=bucket: the longest row of each bucket, rising multiples of 16, like "64 128 256 512"; the last one is the context.

@@ -9,6 +9,8 @@ usage: ./make_tokenize.sh FILE [EPOCHS] [MAX_TOKENS] [--no-eof] [--preview N] [-
   MAX_TOKENS   the longest row, its terminator included (0: no limit); OVERLONG says what happens to longer ones
   --no-eof     do not end rows with token 0. Without it the model does not learn to stop
   --preview N  show the first N rows token by token, what is learnt marked; write nothing
+  --convert-headings  rewrite what was made for another tool (headings like Q:/A: or 用户：/助手：, ChatML tags, \\n written as
+               letters, <|endoftext|>) where it can be read in one way only; the report counts such rows in any case
   --SETTING    any variable of the script for this one call: --prompt-type rwkv-g1, --strict 1, --eot both, ...
   --help       this text
 

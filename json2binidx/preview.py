@@ -15,6 +15,7 @@ from rwkv_peft.rows.recipe import Cook
 from rwkv_peft.rows.settings import TokenizeConfig, recipe, settled
 from rwkv_peft.words import count
 
+from .report import foreign_lines
 from .tally import Tally
 
 MOST = 600  # tokens of a row that are shown, from its beginning and its end
@@ -37,6 +38,12 @@ def preview(source: Path, config: TokenizeConfig, end_of_doc: bool, most: int) -
         f"PROMPT_TYPE={config.prompt_type}, EOT={config.eot}. Tokens with | between; LOSS_MASK=qa trains what is {how}."
     )
     shown, tally = 0, Tally()
+
+    def warn() -> None:
+        found = tally.group("found: ")
+        for words in foreign_lines(found, tally.places, config.convert_headings):
+            print(f"\nwarning   {words}")
+
     for path in paths:
         for block in files.blocks(path, config.txt_mode):
             made = cook.block(block)
@@ -49,7 +56,9 @@ def preview(source: Path, config: TokenizeConfig, end_of_doc: bool, most: int) -
                 show(block.file, int(made.lines[i]), made.ids[row], made.roles[row], marks)
                 shown += 1
             if shown == most:
+                warn()
                 return
+    warn()
     if not shown:
         why = ", ".join(
             f"{n:,} {reason}" for what in ("rejected: ", "dropped: ") for reason, n in tally.group(what).items()

@@ -12,6 +12,7 @@ import numpy as np
 from rwkv_peft import __version__, project
 from rwkv_peft.data import buckets
 from rwkv_peft.data.sampling import auto_ctx_len
+from rwkv_peft.rows.foreign_headings import KINDS
 from rwkv_peft.rows.recipe import Place
 from rwkv_peft.templates.presets import PRESETS
 from rwkv_peft.words import count, listed
@@ -23,6 +24,7 @@ UNSAFE = set('"$`\\!\n')  # characters that double quotes do not protect from ba
 BATCHES = (4, 8)  # micro-batch sizes for which the filling of DATALOAD=pad is told
 SAMPLE = 20_000  # rows that are looked at for the shares of filling
 BINS = 40
+NOTES = 3  # ways to write headings that are named
 MANY = 0.1  # of the rows: if more cannot be used, that is worth a word of its own
 WORLD = frozenset(  # User: and Assistant:
     name
@@ -65,11 +67,18 @@ def make(
             "made": len(sizes),  # several of a row with EXPAND=1 and OVERLONG=split
             "pieces_without_answer": counts["pieces without an answer"],
             "lost_some_answers": counts["rows that lost some of their answers"],
+            "cut": counts["cut rows"],
+            "cut_off": counts["cut off"],  # of these, those that lost the end of what is learnt last
+            "turns_cut_off": counts["turns cut off"],
             "held_out": valid_rows,
             "written": train * epochs,
         },
         "tokens": {"once": int(sizes.sum(dtype=np.int64)), "learnt_with_qa": tally.learnt},
         "mojibake": {"repaired": counts["repaired"], "lossy": counts["lossy"]},
+        "foreign": {
+            "found": {kind: counts[f"found: {kind}"] for kind in KINDS if counts[f"found: {kind}"]},
+            "converted": {kind: counts[f"converted: {kind}"] for kind in KINDS if counts[f"converted: {kind}"]},
+        },
         "content": dialogues | {"duplicates": duplicates(np.frombuffer(tally.hashes, np.uint64))},
         "scripts": script_shares(tally.scripts),
         "lengths": lengths(sizes),
@@ -120,7 +129,9 @@ def filling(sizes: np.ndarray, seed: int) -> dict[str, float]:
 
 
 def advice(sizes: np.ndarray, rows: int, held_out: bool, end_of_doc: bool, tally: Tally) -> dict[str, Any]:
-    answers = tally.counts["with an answer"] > 0 or "overlooked" in tally.places
+    # (a text whose line breaks are letters may well be a dialogue)
+    foreign = tally.counts["found: headings"] + tally.counts["found: escaped"]
+    answers = tally.counts["with an answer"] > 0 or "overlooked" in tally.places or foreign > 0
     return {
         "append_eof": end_of_doc,
         "max_length": int(sizes.max()),
@@ -131,7 +142,22 @@ def advice(sizes: np.ndarray, rows: int, held_out: bool, end_of_doc: bool, tally
         "LOSS_MASK": "qa" if answers else "pad",
         "without_answer": tally.counts["kept"] - tally.counts["with an answer"],
         "held_out": held_out,
+        "other_headings": foreign,
     }
+
+
+def foreign_lines(found: Mapping[str, int], places: Mapping[str, Sequence], converting: bool) -> Iterator[str]:
+    """A warning for each thing that another tool left in the rows: how many, the first, and what to do."""
+    for kind, rows in found.items():
+        what, effect, instead = KINDS[kind]
+        file, number, _ = places[kind][0]
+        notes = list(dict.fromkeys(note for *_, note in places[kind]))
+        note = ", ".join(notes[:NOTES]) + ", ..." * (len(notes) > NOTES)
+        if converting:
+            todo = f"CONVERT_HEADINGS=1 left them as they are, because they can be read in several ways. {instead}"
+        else:
+            todo = f"--convert-headings rewrites those that can be read in one way only. Or: {instead[0].lower()}{instead[1:]}"
+        yield f"{count(rows, 'row')} {what} ({note}): {effect}. The first is {file}:{number}. {todo}"
 
 
 def say(content: Mapping[str, Any], prefix: Path, made: bool = True) -> None:
@@ -171,6 +197,13 @@ def say(content: Mapping[str, Any], prefix: Path, made: bool = True) -> None:
         if rows[name]:
             lost = "without an answer left out" if words == "piece" else "kept without some of their answers"
             line("", f"{count(rows[name], words)} {lost}")
+    if rows["cut"]:
+        turns = f", and {count(rows['turns_cut_off'], 'turn')} behind the cut left out" if rows["turns_cut_off"] else ""
+        line("cut", f"{count(rows['cut'], 'row')} (OVERLONG={content['settings']['OVERLONG']}){turns}")
+    if rows["cut_off"]:
+        line("warning", f"{count(rows['cut_off'], 'row')} lost the end of the answer or text: the model does not learn to stop "
+                        f"from {'it' if rows['cut_off'] == 1 else 'them'}: {where('cut off')}{more(rows['cut_off'])}. "
+                        "OVERLONG=drop leaves such rows out")  # fmt: skip
     mojibake = content["mojibake"]
     if mojibake["repaired"]:
         line("repaired", f"{count(mojibake['repaired'], 'row')} of mojibake (UTF-8 that was read as cp1252 and saved again): "
@@ -185,7 +218,13 @@ def say(content: Mapping[str, Any], prefix: Path, made: bool = True) -> None:
     if overlooked := places.get("overlooked"):
         line("warning", f"{'at least ' * (len(overlooked) >= SHOW)}{count(len(overlooked), 'row')} with what looks like a turn "
                         f"but is not written as the models know it: {where('overlooked')}. A turn begins with exactly "
-                        '"User:", "Assistant:" or "System:", behind an empty line (\\n\\n in the JSON).')  # fmt: skip
+                        '"User:", "Assistant:" or "System:", behind an empty line (\\n\\n in the JSON); '
+                        "--convert-headings rewrites those that can be read in one way only")  # fmt: skip
+    foreign = content["foreign"]
+    if converted := foreign["converted"]:
+        line("rewrote", ", ".join(f"{count(n, 'row')} {KINDS[kind].name}" for kind, n in converted.items()))
+    for words in foreign_lines(foreign["found"], places, bool(content["settings"]["CONVERT_HEADINGS"])):
+        line("warning", words)
     texts, template = rows["schemas"].get("text", 0), content["settings"]["PROMPT_TYPE"]
     if texts and rows["with_answer"] and template not in WORLD:
         line(
@@ -271,6 +310,9 @@ def labels(facts: Mapping[str, Any], name: str) -> str:
     counted = ", held-out ones counted" if facts.get("held_out") else ""
     words = f"          # leaves out {count(alone, 'row')} without an Assistant turn{counted}; pad takes all text"
     left_out = words if alone else ""
+    if facts.get("other_headings"):
+        rows = count(facts["other_headings"], "row")
+        left_out = f"          # {rows} written for another tool: --convert-headings finds their answers"
     return "\n".join([
         f"### append_eof = {facts['append_eof']}",
         f"### max_length = {facts['max_length']}",

@@ -164,12 +164,15 @@ def values_as_written(path: Path) -> dict[str, str]:
 def take_options(arguments: list[str], cls: type) -> tuple[dict[str, str], list[str]]:
     """Options behind a command that stand for settings, like --prompt-type chatml for PROMPT_TYPE; and the other words."""
     flags = {"--" + f.metadata["var"].lower().replace("_", "-"): f.metadata["var"] for f in dataclasses.fields(cls)}
+    switches = {f.metadata["var"] for f in dataclasses.fields(cls) if f.type in (bool, "bool")}
     found, rest, words = {}, [], list(arguments)
     while words:
         word = words.pop(0)
         flag, equals, value = word.partition("=")
         if flag not in flags:
             rest.append(word)
+        elif flags[flag] in switches and not equals and (not words or words[0] not in ("0", "1")):
+            found[flags[flag]] = "1"  # said alone, it is switched on
         elif equals or words:
             found[flags[flag]] = value if equals else words.pop(0)
         else:

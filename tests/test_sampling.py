@@ -26,10 +26,10 @@ def targets(sequences):
 def test_exactly_the_context_fits_and_overlong_says_what_becomes_of_more(sizes, ctx_len, overlong, zero):
     ids, _ = documents(sizes, ended=float(zero))
     tokens, starts = np.concatenate(ids), np.concatenate([[0], np.cumsum(sizes)])
-    items = cut(np.array(sizes), starts, tokens, ctx_len, overlong)
+    items = cut(np.array(sizes), starts, ctx_len, overlong)
     pieces = {}
-    for document, start, stop, ended in zip(items.document, items.start, items.stop(), items.ended, strict=True):
-        piece = [*tokens[start:stop].tolist(), *([0] if ended else [])]
+    for document, start, stop in zip(items.document, items.start, items.stop(), strict=True):
+        piece = tokens[start:stop].tolist()
         assert 2 <= len(piece) <= ctx_len + 1
         pieces.setdefault(int(document), []).append(piece)
     for i, document in enumerate(ids):
@@ -37,7 +37,7 @@ def test_exactly_the_context_fits_and_overlong_says_what_becomes_of_more(sizes, 
         if len(whole) <= n:
             assert pieces[i] == [whole]
         elif overlong == "truncate":
-            assert pieces[i] == [[*whole[: n - 1], 0] if zero else whole[:n]]
+            assert pieces[i] == [whole[:n]]
         elif overlong == "truncate-left":
             assert pieces[i] == [whole[-n:]]
         elif overlong == "drop":

@@ -1,11 +1,12 @@
 """What becomes of documents with more than CTX_LEN targets (OVERLONG): documents -> items, the pieces that rows take whole.
 
-    truncate        the first part, and the document's token 0 behind it: a text that is cut still ends
+    truncate        the first part
     truncate-left   the last part
     drop            nothing
     split           several items, one behind the other: every target once
 
-A document with exactly CTX_LEN targets fits. All arrays are numpy; a document of n tokens has n-1 targets.
+A cut adds nothing: what loses its end has no end, and the model does not learn to stop there. A document with exactly CTX_LEN
+targets fits. All arrays are numpy; a document of n tokens has n-1 targets.
 """
 
 from __future__ import annotations
@@ -19,30 +20,28 @@ import numpy as np
 class Items:
     """Runs of tokens, in the order of the file. An item of `length` targets has length+1 tokens.
 
-    document: int32 [I]. start: int64 [I], its first token in the .bin. length: int32 [I]. ended: bool [I], its last token is
-    a 0 that does not stand there in the file: the end of its document, brought forward.
+    document: int32 [I]. start: int64 [I], its first token in the .bin. length: int32 [I].
     """
 
     document: np.ndarray
     start: np.ndarray
     length: np.ndarray
-    ended: np.ndarray
 
     def __len__(self) -> int:
         return len(self.start)
 
     def stop(self) -> np.ndarray:
         """Where their run in the file ends, int64 [I]."""
-        return self.start + self.length + 1 - self.ended
+        return self.start + self.length + 1
 
     def take(self, which: np.ndarray) -> Items:
-        return Items(self.document[which], self.start[which], self.length[which], self.ended[which])
+        return Items(self.document[which], self.start[which], self.length[which])
 
 
-def cut(sizes: np.ndarray, starts: np.ndarray, tokens: np.ndarray, ctx_len: int, overlong: str) -> Items:
+def cut(sizes: np.ndarray, starts: np.ndarray, ctx_len: int, overlong: str) -> Items:
     """Every document that has a target, as OVERLONG wants it.
 
-    sizes: tokens per document [N]. starts: their first tokens in the .bin, [N + 1]. tokens: the .bin.
+    sizes: tokens per document [N]. starts: their first tokens in the .bin, [N + 1].
     """
     document = np.flatnonzero(sizes > 1).astype(np.int32)
     targets = sizes[document].astype(np.int64) - 1
@@ -59,7 +58,4 @@ def cut(sizes: np.ndarray, starts: np.ndarray, tokens: np.ndarray, ctx_len: int,
     start = starts[document] + offset
     if overlong == "truncate-left":
         start = np.where(over, starts[document + 1] - (ctx_len + 1), start)
-    ended = np.zeros(len(document), dtype=bool)
-    if overlong == "truncate":
-        ended[over] = tokens[starts[document[over] + 1] - 1] == 0
-    return Items(document, start, length.astype(np.int32), ended)
+    return Items(document, start, length.astype(np.int32))

@@ -24,6 +24,7 @@ class Facts:
     lost: int = 0  # ... and their tokens that are not used
     emptied: int = 0  # ... those of them that are left without a target, and so left out
     pieces: int = 0  # ... and what the rest became
+    unfinished: int = 0  # ... and those of them that end inside what is trained: no end is learnt from them
 
 
 @dataclass(frozen=True)
@@ -40,25 +41,23 @@ class Part:
 
 def window_part(source: Source, mode: str, mask: str, ctx_len: int, key: tuple[int, ...], shuffle: bool) -> Part:
     """A source whose rows ignore where documents end."""
-    starts, ended = source.starts, np.zeros(0, dtype=np.int64)
+    starts = source.starts
     end = int(starts[-1])
     if mode == "concat":
         unended = source.tokens[np.maximum(starts[1:] - 1, 0)] != 0
         windows = Concatenated(source.sizes, starts, unended, ctx_len, key, shuffle)
-        ended = np.flatnonzero(unended & (source.sizes > 0))
     elif mode == "magic":
         windows = MagicPrime(starts, ctx_len, key, shuffle)
         end = windows.rows * ctx_len + 1
     else:
         windows = Windows(starts, ctx_len, key, shuffle)
     if mask == "none":
-        targets = end - 1 + len(ended)
+        targets = end - 1
     else:
         documents = np.flatnonzero(source.sizes)
         stops = np.minimum(starts[documents + 1], end)
         begins = np.minimum(starts[documents] + 1, stops)
         targets = int(source.count_trained(begins, stops, documents, mask).sum())
-        targets += int(source.is_trained(starts[ended + 1] - 1, ended, mask).sum())
     return Part(source, Facts(len(source), int(starts[-1]), targets), windows=windows)
 
 
@@ -68,12 +67,15 @@ def item_part(source: Source, mask: str, ctx_len: int, overlong: str) -> Part:
     documents = np.flatnonzero(sizes > 1)
     whole = np.zeros(len(sizes), dtype=np.int64)  # trained targets of the documents as they are
     whole[documents] = source.count_trained(starts[documents] + 1, starts[documents + 1], documents, mask)
-    items = cut(sizes, starts, source.tokens, ctx_len, overlong)
+    items = cut(sizes, starts, ctx_len, overlong)
     counts, too_long = whole[items.document], sizes - 1 > ctx_len
     touched = np.flatnonzero(too_long[items.document])
     pieces, stop = items.take(touched), items.stop()[touched]
     counts[touched] = source.count_trained(pieces.start + 1, stop, pieces.document, mask)
-    counts[touched[pieces.ended]] += source.is_trained(stop[pieces.ended] - 1, pieces.document[pieces.ended], mask)
+    # of pieces that lost their end: whether what was cut off goes on with what the piece is trained on
+    inner = np.flatnonzero((stop < starts[pieces.document + 1]) & (overlong == "truncate"))
+    last, whose = stop[inner] - 1, pieces.document[inner]
+    unfinished = int((source.is_trained(last, whose, mask) & source.is_trained(last + 1, whose, mask)).sum())
     over = np.flatnonzero(too_long & (whole > 0))
     left = np.bincount(items.document, counts, minlength=len(sizes))
     lost = {"split": 0, "drop": int(sizes[over].sum())}.get(overlong, int((sizes[over] - (ctx_len + 1)).sum()))
@@ -88,5 +90,6 @@ def item_part(source: Source, mask: str, ctx_len: int, overlong: str) -> Part:
         lost=lost,
         emptied=int((left[over] == 0).sum()),
         pieces=int(np.isin(items.document, over).sum()),
+        unfinished=unfinished,
     )
     return Part(source, facts, items, counts)

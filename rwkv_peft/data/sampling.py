@@ -33,7 +33,7 @@ class Piece(NamedTuple):
     document: int
     start: int
     stop: int
-    ended: bool  # a token 0 is put behind them: the end of the document
+    ended: bool  # a token 0 is put behind them, which only separates documents (PACK=concat): it is never trained
     joined: bool  # they go on in the sequence of the piece before, at the beginning of another document
 
 
@@ -91,9 +91,8 @@ class ItemRows:
     def row(self, number: int) -> list[Piece]:
         items, pieces = self.items, []
         for i in self.items_of(number).tolist():
-            start, ended = int(items.start[i]), bool(items.ended[i])
-            stop = start + int(items.length[i]) + 1 - ended
-            pieces.append(Piece(int(items.document[i]), start, stop, ended, False))
+            start = int(items.start[i])
+            pieces.append(Piece(int(items.document[i]), start, start + int(items.length[i]) + 1, False, False))
         return pieces
 
 

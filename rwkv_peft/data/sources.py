@@ -15,7 +15,7 @@ from .binidx import Reader
 from .sampling import Piece
 
 BLOCK = 1 << 22  # tokens that are looked at together
-ZERO = np.zeros(1, dtype=np.uint16)  # the end of a document that the file does not have there
+ZERO = np.zeros(1, dtype=np.uint16)  # what separates documents where the file has no token 0
 
 
 class Source:
@@ -137,20 +137,19 @@ class Source:
     def trained(self, pieces: Sequence[Piece], mask: str) -> list[np.ndarray]:
         """Whether each token of the pieces is trained where it is a target, bool, in parts like those of `text`.
 
-        A document's first token is no target for the end of another, unless the mask is none. The end of a document that
-        is put behind a piece belongs to whoever spoke last in it.
+        A document's first token is no target for the end of another, unless the mask is none. A token 0 that is put behind a
+        piece only separates documents: no mask trains it, or cut texts would teach to stop in mid-sentence.
         """
         parts = []
         for document, start, stop, ended, joined in pieces:
             if mask in ("none", "pad"):
-                flags = np.ones(stop - start + ended, dtype=bool)
+                flags = np.ones(stop - start, dtype=bool)
             else:
-                begin = min(start, stop - 1)  # a piece may be nothing but the end of its document
-                flags = self.roles[begin:stop] == Role.ASSISTANT
+                flags = self.roles[start:stop] == Role.ASSISTANT
                 if self.last_answer is not None:
-                    flags[: max(0, int(self.last_answer[document]) - begin)] = False
-                if ended:
-                    flags = np.append(flags[start - begin :], flags[-1])
+                    flags[: max(0, int(self.last_answer[document]) - start)] = False
+            if ended:
+                flags = np.append(flags, False)
             if joined and mask != "none":
                 flags[0] = False
             parts.append(flags)

@@ -89,8 +89,8 @@ def is_prime(n: int) -> bool:
 
 
 class Concatenated:
-    """PACK=concat: the documents in a new order every pass, behind one another, each ended by a token 0 (put there where the
-    file has none), cut into rows of CTX_LEN targets; the last row is shorter.
+    """PACK=concat: the documents in a new order every pass, behind one another, with a token 0 behind each (put there, and not
+    trained, where the file has none), cut into rows of CTX_LEN targets; the last row is shorter.
 
     sizes: tokens of the documents [N]. starts: [N + 1]. unended: bool [N], documents that do not end with token 0.
     """

@@ -17,6 +17,7 @@ from .. import tokenizer
 from ..data.masking import roles_of_tokens
 from ..roles import Role
 from ..templates.template import spans_of
+from .foreign_headings import suspects
 from .schemas import RowError
 
 NUL = "\0"
@@ -63,7 +64,8 @@ def encoded(text: str) -> list[int]:
 class Encoded(NamedTuple):
     """Many rows. ids uint16 [n], roles uint8 [n] of all of them; first [rows + 1]: where each begins;
     answered bool [rows]: whether the row has something to learn; pieces: tokens that begin in each piece of text, over all
-    rows; turns: how many answers there are; untrained: those not to be learnt; systems: system texts; scripts: see below."""
+    rows; turns: how many answers there are; untrained: those not to be learnt; systems: system texts; scripts: see below;
+    suspects int64: rows that may hold what another tool left in them, see foreign_headings."""
 
     ids: np.ndarray
     roles: np.ndarray
@@ -74,6 +76,7 @@ class Encoded(NamedTuple):
     untrained: int
     systems: int
     scripts: np.ndarray
+    suspects: np.ndarray
 
 
 def scripts(text: np.ndarray) -> np.ndarray:
@@ -96,6 +99,7 @@ NO_ROWS = Encoded(
     0,
     0,
     np.zeros(257, np.int64),
+    NONE,
 )
 
 
@@ -178,6 +182,7 @@ def encode_rows(rows: Sequence[Pieces], end_of_doc: bool) -> Encoded:
         roles[at[roles[at] != Role.ASSISTANT]] = kind
     of_row = np.array(nuls)
     separators = piece_tokens[of_row] - 1
+    marked = np.unique(np.searchsorted(separators, suspects(ids, roles)))
     ids = ids.astype(np.uint16)
     if end_of_doc:
         ids[separators] = tokenizer.END_OF_DOC
@@ -196,5 +201,6 @@ def encode_rows(rows: Sequence[Pieces], end_of_doc: bool) -> Encoded:
     turns = int(learnt[spoken].sum()) + untrained
     systems = int((speakers[spoken] == Role.SYSTEM).sum())
     return Encoded(
-        ids, roles, first, answered, counts[spoken], turns, untrained, systems, scripts(np.frombuffer(data, np.uint8))
+        ids, roles, first, answered, counts[spoken], turns, untrained, systems, scripts(np.frombuffer(data, np.uint8)),
+        marked,
     )  # fmt: skip

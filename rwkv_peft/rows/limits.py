@@ -1,21 +1,26 @@
 """Rows that are too long: what OVERLONG does with them, in tokens.
 
-SOURCE_LENGTH and TARGET_LENGTH limit single turns: the turn's words are cut and the row is rendered anew. MAX_TOKENS limits
-the row: its tokens are cut where a character ends (any run of tokens is what its own text encodes to, because the
-vocabulary is matched greedily from the left). The terminator of the row survives every cut at its end.
+A cut adds nothing that is learnt: every pair of neighbouring tokens that a cut row trains stands in the whole row as well. So a
+row whose end is cut off just stops, without a terminator: a model that is trained on an invented one learns to stop in
+mid-sentence.
+
+MAX_TOKENS limits the row, and TARGET_LENGTH with OVERLONG=truncate ends it inside the first answer that is too long: the row's
+tokens are cut where a character ends (any run of tokens is what its own text encodes to, because the vocabulary is matched
+greedily from the left). Else, SOURCE_LENGTH and TARGET_LENGTH cut the turn's words, and the row is rendered again.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from .. import tokenizer
 from ..roles import Role
-from ..templates.template import Dialogue, Ending, Message, Template
+from ..templates.template import END_OF_THINK, THINK, Dialogue, Ending, Message, Template
 from .encode import Pieces, Tokens, encode_row, encoded
 
 ANSWERS = (Role.ASSISTANT, Role.UNTRAINED)
@@ -52,9 +57,19 @@ def within_turns(pieces: Pieces, counts: Sequence[int], end_of_doc: bool, limits
     )
 
 
-def cut_turns(template: Template, dialogue: Dialogue, ending: Ending, end_of_doc: bool, limits: Limits) -> Pieces:
-    """The dialogue with every turn within its limit, rendered. TooLong if the policy is to drop, or nothing would be left."""
+class Cut(NamedTuple):
+    """What a cut has made of a row. end: whether it lost its end. turns: how many turns behind the cut went with it."""
+
+    tokens: Tokens
+    end: bool = False
+    turns: int = 0
+
+
+def cut_turns(template: Template, dialogue: Dialogue, ending: Ending, limits: Limits) -> Cut:
+    """The dialogue with every turn within its limit. TooLong if the policy is to drop, or nothing would be left."""
+    end_of_doc = ending.token
     messages = list(template.with_system(dialogue))
+    whole = Pieces(*template.render(Dialogue(tuple(messages)), ending))
     while True:
         pieces = Pieces(*template.render(Dialogue(tuple(messages)), ending))
         counts = tokens_of_pieces(pieces)
@@ -63,12 +78,59 @@ def cut_turns(template: Template, dialogue: Dialogue, ending: Ending, end_of_doc
             raise TooLong(limits.name(Role.ASSISTANT if limits.target else Role.USER))
         said[-1] = (said[-1][0] + end_of_doc, said[-1][1])
         over = [(i, n - limits.of_turn(role)) for i, (n, role) in enumerate(said) if 0 < limits.of_turn(role) < n]
+        if limits.policy == "truncate":  # the row will end in the first answer that is too long: see cut_answer
+            ends = next((i for i, _ in over if said[i][1] is Role.ASSISTANT), len(said))
+            over = [(i, excess) for i, excess in over if i < ends]
         if not over:
-            return pieces
+            break
         for i, excess in over:
             if limits.policy == "drop" or not (shorter := shortened(messages[i], excess, limits.policy)):
                 raise TooLong(limits.name(messages[i].role))
             messages[i] = shorter
+    tokens = encode_row(pieces, end_of_doc)
+    if limits.policy == "truncate-left":
+        unlearn_what_is_new(tokens, pieces, encode_row(whole, end_of_doc), whole)
+        return Cut(tokens)
+    places = [i for i, role in enumerate(pieces.roles) if role is not Role.HEADING]
+    for turn, ((n, role), place) in enumerate(zip(said, places, strict=True)):
+        if role is Role.ASSISTANT and 0 < limits.target < n:
+            if messages[turn].call:  # half a call is none
+                raise TooLong(limits.name(role))
+            return Cut(cut_answer(tokens, pieces, place, limits), True, len(said) - turn - 1)
+    return Cut(tokens)
+
+
+def runs_of_pieces(tokens: Tokens, pieces: Pieces) -> list[tuple[int, int]]:
+    """The tokens that hold bytes of each piece: the first, and behind the last."""
+    ends = np.cumsum(tokenizer.token_lengths()[tokens.ids])
+    borders = np.cumsum([0, *(len(text.encode("utf-8")) for text in pieces.texts)])
+    first = np.searchsorted(ends, borders[:-1], side="right")
+    behind = np.searchsorted(ends, borders[1:], side="left") + 1
+    return list(zip(first.tolist(), behind.tolist(), strict=True))
+
+
+def cut_answer(tokens: Tokens, pieces: Pieces, place: int, limits: Limits) -> Tokens:
+    """The row up to as much of the answer in this piece as its limit allows. TooLong if that says nothing."""
+    begin, _ = runs_of_pieces(tokens, pieces)[place]
+    end = border(tokens.ids, begin + limits.target, -1)
+    words = text_of(tokens.ids[begin : max(begin, end)].tolist()).strip()
+    if not words.strip("<>/") or f"{THINK}\n{END_OF_THINK}".startswith(words):
+        raise TooLong(limits.name(Role.ASSISTANT))
+    return Tokens(tokens.ids[:end], tokens.roles[:end])
+
+
+def unlearn_what_is_new(tokens: Tokens, pieces: Pieces, before: Tokens, whole: Pieces) -> None:
+    """Answers that lost their beginning are not learnt where what is left of them begins: no answer begins so. Of tokens that
+    follow others than before the cut, the role becomes UNTRAINED."""
+    pairs = zip(runs_of_pieces(tokens, pieces), runs_of_pieces(before, whole), pieces.roles, strict=True)
+    for (a, b), (c, d), role in pairs:
+        if role is not Role.ASSISTANT:
+            continue
+        new, old = tokens.ids[a:b], before.ids[c:d]
+        same = min(len(new), len(old))
+        head = int(np.append(np.flatnonzero(new[:same] != old[:same]), same)[0])
+        tail = int(np.append(np.flatnonzero(new[::-1][:same] != old[::-1][:same]), same)[0])
+        tokens.roles[a + head : a + max(head, len(new) - tail + 1)] = Role.UNTRAINED
 
 
 def tokens_of_pieces(pieces: Pieces) -> list[int]:
@@ -79,19 +141,17 @@ def tokens_of_pieces(pieces: Pieces) -> list[int]:
 
 
 def shortened(message: Message, excess: int, policy: str) -> Message | None:
-    """The message without `excess` tokens of its words, or of its second text or thought where those are not enough."""
-    for part in ("content", "material", "think"):
-        words = getattr(message, part)
-        if not words or words.isspace():
-            continue
-        size = len(encoded(words))
-        left = shortened_text(words, excess, policy) if excess < size else ""
-        message = message._replace(**{part: left})
-        excess -= size
-        if left or excess <= 0:
-            break
-    # an answer may be a thought alone; a turn of nothing at all is none
-    return message if any(getattr(message, part).strip() for part in ("content", "material", "think")) else None
+    """The message without `excess` tokens of the part that is cut first, or without that part. None if that is all it says.
+
+    A thought stands before the words, and a second text behind them.
+    """
+    order = ("think", "content", "material") if policy == "truncate-left" else ("material", "content", "think")
+    said = [part for part in order if getattr(message, part).strip()]
+    if not said:
+        return None  # a tool call
+    words = getattr(message, said[0])
+    left = shortened_text(words, excess, policy) if excess < len(encoded(words)) else ""
+    return message._replace(**{said[0]: left}) if left or said[1:] else None
 
 
 def shortened_text(text: str, excess: int, policy: str) -> str:
@@ -119,48 +179,22 @@ def text_of(ids: Sequence[int]) -> str:
     return tokenizer.decode_bytes(ids).decode("utf-8")
 
 
-def cut_row(tokens: Tokens, tails: Mapping[int, str], end_of_doc: bool, limits: Limits) -> list[Tokens]:
-    """A row above max_tokens as the policy wants it: one row, or several with split. TooLong if it is to be dropped.
-
-    tails: what ends a row by who speaks last.
-    """
+def cut_row(tokens: Tokens, limits: Limits) -> list[Cut]:
+    """A row above max_tokens as the policy wants it: one row, or several with split. TooLong if it is to be dropped."""
     ids, roles = tokens
     most = limits.max_tokens
     if len(ids) <= most:
-        return [tokens]
+        return [Cut(tokens)]
     if limits.policy == "drop":
         raise TooLong("MAX_TOKENS")
-    if limits.policy == "truncate":
-        return [truncated(tokens, tails, end_of_doc, most)]
     if limits.policy == "truncate-left":
         begin = border(ids, len(ids) - most, +1)
-        return [Tokens(ids[begin:], roles[begin:])]
+        return [Cut(Tokens(ids[begin:], roles[begin:]))]
     found, begin = [], 0
     while begin < len(ids):
         end = border(ids, begin + most, -1) if begin + most < len(ids) else len(ids)
         if end <= begin:
             raise TooLong("MAX_TOKENS")  # not even one character fits
-        found.append(Tokens(ids[begin:end], roles[begin:end]))
+        found.append(Cut(Tokens(ids[begin:end], roles[begin:end]), end < len(ids)))
         begin = end
-    return found
-
-
-def truncated(tokens: Tokens, tails: Mapping[int, str], end_of_doc: bool, most: int) -> Tokens:
-    """The first tokens of a row, and its terminator, at most `most` together."""
-    ids, roles = tokens
-    keep = most - end_of_doc
-    while keep := border(ids, keep, -1):
-        tail = tails.get(int(roles[keep - 1]), "")
-        if not tail:
-            kept = Tokens(ids[:keep], roles[:keep])
-            if not end_of_doc:
-                return kept
-            return Tokens(np.append(kept.ids, np.uint16(tokenizer.END_OF_DOC)), np.append(kept.roles, kept.roles[-1]))
-        borders = [0, *(np.flatnonzero(np.diff(roles[:keep])) + 1).tolist(), keep]
-        texts = [text_of(ids[a:b].tolist()) for a, b in zip(borders, borders[1:], strict=False)]
-        said = [Role(roles[a]) for a in borders[:-1]]
-        found = encode_row(Pieces([*texts, tail], [*said, said[-1]]), end_of_doc)
-        if len(found.ids) <= most:
-            return found
-        keep -= 1
-    raise TooLong("MAX_TOKENS")
+    return found[:1] if limits.policy == "truncate" else found

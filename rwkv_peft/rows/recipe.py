@@ -19,8 +19,9 @@ import orjson
 from ..roles import Role
 from ..templates.headings import overlooked_heading, spans_of_text
 from ..templates.template import ENDINGS, Dialogue, Ending, Template
+from . import foreign_headings
 from .encode import NO_ROWS, Pieces, Tokens, encode_row, encode_rows
-from .limits import Limits, TooLong, cut_row, cut_turns, within_turns
+from .limits import Cut, Limits, TooLong, cut_row, cut_turns, within_turns
 from .quick import Quick
 from .reading import LINE_LIMIT, Block, is_utf8, not_utf8, too_long
 from .schemas import INFILLING, Columns, Reader, Row, RowError, kind
@@ -42,6 +43,7 @@ class Recipe:
     expand: bool = False
     mask_history: bool = False
     limits: Limits = Limits()
+    convert: bool = False  # CONVERT_HEADINGS: texts with another tool's headings become dialogues of the template
 
     @property
     def ending(self) -> Ending:
@@ -84,7 +86,7 @@ class Cooked:
     file: str = ""
     read: int = 0
     rejects: list[Reject] = field(default_factory=list)
-    places: dict[str, list[Place]] = field(default_factory=dict)  # "dropped", "overlooked", "repaired", "lossy"
+    places: dict[str, list[Place]] = field(default_factory=dict)  # "dropped", "overlooked", "repaired", ...
     seen: frozenset[str] = frozenset()  # columns of MAP_KEYS that were met
     unused: Counter[tuple[str, str]] = field(default_factory=Counter)  # (level, key) -> rows in which it is not used
 
@@ -148,14 +150,10 @@ class Cook:
         self.recipe, self.template, self.ending = recipe, recipe.template, recipe.ending
         self.reader = Reader(recipe.columns, recipe.handler, recipe.repair, infill=recipe.template.infill)
         self.words = self.template.headings
+        self.tails = {role: pattern.tail.strip() for role, pattern in self.template.patterns.items()}
         self.quick = Quick(self.template, self.ending, recipe.columns, recipe.handler)
-        if recipe.expand or recipe.mask_history:  # these look at single answers
+        if recipe.expand or recipe.mask_history or recipe.convert:  # these look at single turns
             self.quick.columns = ()
-        ending = self.ending
-        patterns = self.template.patterns
-        self.tails = {int(r): patterns[r].tail + ending.last for r in (Role.SYSTEM, Role.USER, Role.TOOL)}
-        answer = patterns[Role.ASSISTANT].tail + ending.answer + ending.last
-        self.tails |= {Role.TEXT: ending.answer + ending.last, Role.ASSISTANT: answer, Role.UNTRAINED: answer}
 
     def block(self, block: Block) -> Cooked:
         counts: Counter[str] = Counter()
@@ -204,6 +202,24 @@ class Cook:
             counts[verdict] += 1
             note(verdict, line)
         counts[f"schema: {schema}"] += 1
+        if self.recipe.convert:
+            texts, changed = (
+                foreign_headings.convert_text(found, self.words)
+                if isinstance(found, str)
+                else foreign_headings.convert_dialogue(found)
+            )
+            for what in changed:
+                counts[f"converted: {what}"] += 1
+            found = texts if isinstance(texts, Dialogue) else texts[0]
+            if isinstance(texts, list) and len(texts) > 1:
+                counts["documents made of others"] += len(texts) - 1
+                return [draft for one in texts for draft in self.drafts_of(number, line, schema, one, counts, note)]
+        return self.drafts_of(number, line, schema, found, counts, note)
+
+    def drafts_of(
+        self, number: int, line: int, schema: str, found: Dialogue | str, counts: Counter[str], note
+    ) -> list[Draft]:
+        """The same for what a row was read as, or one of several documents in it."""
         if isinstance(found, str):
             return self.text_drafts(number, line, found, note)
         self.check_writable(schema, found)
@@ -250,7 +266,8 @@ class Cook:
         """A ready text is taken as it is; only its end is made, and which of its answers are to be learnt."""
         data = text.encode("utf-8")
         spans = spans_of_text(data, self.words)
-        if heading := overlooked_heading(data, spans, self.words):
+        heading = overlooked_heading(data, spans, self.words)
+        if heading and not any(one.kind == "headings" for one in foreign_headings.look_at_text(text, self.words)):
             note("overlooked", line, heading)
         if text.isascii():
             texts = [text[span.start : span.end] for span in spans]
@@ -290,6 +307,9 @@ class Cook:
                     rejects.append(Reject(block.file, draft.line, error.reason, error.message, ""))
             drafts = [d for d in drafts if d.row not in bad]
             found = encode_rows([d.pieces for d in drafts], token) if drafts else NO_ROWS
+        looked: set[tuple[int, str]] = set()
+        for i in found.suspects.tolist():
+            self.look(drafts[i], block.file, counts, note, looked)
         # with EXPAND a row is there several times, each with one answer to learn, and its system text every time
         counts["turns"] = found.turns - found.untrained if self.recipe.expand else found.turns
         counts["system"] = (
@@ -317,7 +337,7 @@ class Cook:
             if i == len(drafts):
                 break
             tokens = Tokens(found.ids[b : found.first[i + 1]], found.roles[b : found.first[i + 1]])
-            for cut in self.within_limits(drafts[i], tokens, i in long_turns, counts, lost):
+            for cut in self.within_limits(drafts[i], tokens, i in long_turns, counts, lost, note):
                 ids.append(cut.ids)
                 roles.append(cut.roles)
                 sizes.append(np.array([len(cut.ids)]))
@@ -341,6 +361,27 @@ class Cook:
             note("dropped", line, words)
         return made
 
+    def look(self, draft: Draft, file: str, counts, note, looked: set[tuple[int, str]]) -> None:
+        """Note what a row holds that another tool has left in it; every kind once. looked: rows and kinds noted before."""
+        texts, roles = draft.pieces
+        if draft.source is None:
+            found = foreign_headings.look_at_text("".join(texts), self.words)
+        else:
+            said = [
+                (role, text.strip(" \n\x17").removesuffix(self.tails.get(role, "")))
+                for text, role in zip(texts, roles, strict=True)
+                if role is not Role.HEADING
+            ]
+            keeps = self.template.format_separator == "\n\n" and Role.ASSISTANT not in self.template.clean
+            found = foreign_headings.look_at_dialogue(said, keeps)
+        for what, words, at in found:
+            if (draft.row, what) not in looked:
+                looked.add((draft.row, what))
+                counts[f"found: {what}"] += 1
+                # a text of its own is read from a file as it stands there; elsewhere a row is a line
+                inside = "".join(texts).count("\n", 0, at) if ".txt" in file and draft.source is None else 0
+                note(what, draft.line + inside, words)
+
     def long_turns(self, drafts: list[Draft], counts: np.ndarray) -> set[int]:
         """Which drafts have a turn above its limit. counts: tokens that begin in each piece of all drafts."""
         limits = self.recipe.limits
@@ -354,26 +395,35 @@ class Cook:
             and not within_turns(d.pieces, counts[end - len(d.pieces.texts) : end].tolist(), self.ending.token, limits)
         }
 
-    def within_limits(self, draft: Draft, tokens: Tokens, long_turn: bool, counts, lost) -> list[Tokens]:
+    def within_limits(self, draft: Draft, tokens: Tokens, long_turn: bool, counts, lost, note) -> list[Tokens]:
         """A row that breaks a limit, or has nothing to learn, as the policy wants it; none if it is to be left out."""
-        limits, token = self.recipe.limits, self.ending.token
+        limits = self.recipe.limits
         try:
+            first = Cut(tokens)
             if long_turn:
                 source = draft.source
                 dialogue = source if isinstance(source, Dialogue) else self.reader.read(parse(source))[1]
-                tokens = encode_row(cut_turns(self.template, dialogue, self.ending, token, limits), token)
-            rows = cut_row(tokens, self.tails, token, limits) if limits.max_tokens else [tokens]
+                first = cut_turns(self.template, dialogue, self.ending, limits)
+            cuts = cut_row(first.tokens, limits) if limits.max_tokens else [first]
+            cuts[-1] = cuts[-1]._replace(end=cuts[-1].end or first.end)
         except TooLong as why:
             lost.setdefault(draft.row, (draft.line, f"longer than {why}", f"{len(tokens.ids):,} tokens"))
             return []
         if draft.source is not None:
-            learnt = [row for row in rows if (row.roles == Role.ASSISTANT).any()]
+            learnt = [cut for cut in cuts if (cut.tokens.roles == Role.ASSISTANT).any()]
             if not learnt:
                 lost.setdefault(draft.row, (draft.line, NOTHING_TO_LEARN, NOTHING_TO_LEARN))
             else:
-                counts["pieces without an answer"] += len(rows) - len(learnt)
-            rows = learnt
-        return rows
+                counts["pieces without an answer"] += len(cuts) - len(learnt)
+            cuts = learnt
+        if cuts and (long_turn or len(tokens.ids) > limits.max_tokens > 0):
+            counts["cut rows"] += 1
+            counts["turns cut off"] += first.turns
+            # what is learnt last: of a row that ends in a question, the answers are whole
+            if cuts[-1].end and cuts[-1].tokens.roles[-1] in (Role.ASSISTANT, Role.TEXT):
+                counts["cut off"] += 1
+                note("cut off", draft.line)
+        return [cut.tokens for cut in cuts]
 
 
 def learn_only(messages, which: int):

@@ -34,6 +34,7 @@ class TokenizeConfig:
     txt_mode: Literal["file", "line", "paragraph"] = var("TXT_MODE")
     encoding: str = var("ENCODING")
     repair: bool = var("REPAIR")
+    convert_headings: bool = var("CONVERT_HEADINGS")
     strict: bool = var("STRICT")
 
     expand: bool = var("EXPAND")
@@ -118,5 +119,5 @@ def recipe(config: TokenizeConfig, end_of_doc: bool) -> Recipe:
     return Recipe(
         template(config.prompt_type), config.eot, end_of_doc, config.handler,
         columns(config.map_keys, config.role_map), config.repair,
-        config.expand, config.mask_history, limits,
+        config.expand, config.mask_history, limits, config.convert_headings,
     )  # fmt: skip

@@ -16,6 +16,7 @@ from ..project import shown
 from ..words import count
 from . import files, reading
 from .encode import Tokens
+from .foreign_headings import KINDS
 from .reading import Block
 from .recipe import Cook, Recipe, items
 from .schemas import Row, RowError
@@ -38,7 +39,7 @@ class RowStream:
 
     def documents(self) -> Iterator[Tokens]:
         """Every row that can be used, pass after pass. UserError if a whole pass has none."""
-        cook, told, unused = Cook(self.recipe), 0, Counter()
+        cook, told, unused, warned = Cook(self.recipe), 0, Counter(), set()
         for file, encoding in reading.settle(self.paths, self.encoding).items():
             self.say(f"note: {file} is {encoding}; it was read as such")
         for number in itertools.count():
@@ -52,6 +53,15 @@ class RowStream:
                     if number == 0 and told <= TOLD:
                         file, line, _ = some[reject.line]
                         self.say(f"left out  {file}:{line}: {reject.message}")
+                for what in [kind for kind in KINDS if kind in made.places and kind not in warned]:
+                    warned.add(what)
+                    place = made.places[what][0]
+                    file, line, _ = some[place.line]
+                    self.say(
+                        f"warning   {file}:{line}: a row {KINDS[what].name} ({place.note}): {KINDS[what].effect}. "
+                        "CONVERT_HEADINGS=1 in make_tokenize.sh rewrites such rows where they can be read in one way only. "
+                        "Others like it are not named"
+                    )
                 used += len(made.sizes)
                 if number == 0:
                     unused.update(made.unused)

@@ -137,7 +137,7 @@ def held_out(config: TrainConfig, files, ctx_len: int, vocab_size: int, say) -> 
 
     def opened(pairs) -> Data:
         sources = open_masked(config, pairs, vocab_size, say)
-        return Data(sources, "pack", mask_of(config.loss_mask), ctx_len, "cut", 0, False)
+        return Data(sources, "pack", mask_of(config.loss_mask), ctx_len, "truncate", 0, False)
 
     missing: list[str] = []
     if config.val_data == "none":

@@ -233,6 +233,10 @@ def data_rows(data, facts, plan, settings) -> list[tuple[str, str]]:
             "split": f"cut into {count(facts.pieces, 'piece')} (OVERLONG=split)",
         }[data.overlong]
         rows.append(("", f"{count(facts.overlong, 'row')} longer than CTX_LEN={data.ctx_len}: {what}"))
+        if facts.unfinished:
+            rows.append(("warning", f"{facts.unfinished:,} of those end inside what is learnt: the model does not learn to stop "
+                                    f"from {'it' if facts.unfinished == 1 else 'them'}; {advice}, and OVERLONG=drop "
+                                    "leaves such rows out"))  # fmt: skip
         if facts.emptied and data.overlong != "drop":
             rows.append(("", f"{count(facts.emptied, 'row')} of those with nothing left to train: left out"))
     return rows
