@@ -111,7 +111,9 @@ def check(name: str) -> str:
     except (LookupError, ValueError):
         ansi = name.lower() in ("ansi", "mbcs", "oem")
         meant = "; ANSI is cp1252 in the west, gbk in China." if ansi else did_you_mean(name, NAMES)
-        return f"is no encoding that Python knows{meant or '.'} Known are gb18030, big5, cp932, cp949, cp1252 and others"
+        return (
+            f"is no encoding that Python knows{meant or '.'} Known are gb18030, big5, cp932, cp949, cp1252 and others"
+        )
     # (the flag says whether a codec turns text into bytes; base64 and the like do not)
     if not getattr(found, "_is_text_encoding", True) or found.name.replace("-", "_") in NO_TEXT_CODECS:
         return "is not an encoding of text files; take one such as gb18030, big5, cp932, cp949, cp1252"
