@@ -162,8 +162,6 @@ def decide(file: IO[bytes], whole: bool = True) -> Encoding | Unsure | Binary:
         if found.is_utf8:
             return Encoding()
         before, chunk = chunk[end:], following
-    if before:
-        found.add(before)
     return found.verdict()
 
 
