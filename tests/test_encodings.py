@@ -7,7 +7,9 @@ import codecs
 import gzip
 import io
 import json
+import os
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -230,6 +232,16 @@ def test_a_stream_reads_and_names_the_encoding(tmp_path):
     expected = Cook(recipe).block(reading.Block("", 1, [(1, {"text": CHINESE})], 0))
     assert np.array_equal(next(stream.documents()).ids, expected.ids)
     assert any("x.jsonl is GB18030; it was read as such" in line for line in said)
+
+
+@pytest.mark.parametrize("codec", ["gbk", "utf-16", "utf-8"])
+def test_a_pipe_is_decoded_by_what_comes_first(tmp_path, codec):
+    os.mkfifo(tmp_path / "x.jsonl")
+    data = (json.dumps({"text": CHINESE}, ensure_ascii=False) + "\n").encode(codec)
+    writer = threading.Thread(target=(tmp_path / "x.jsonl").write_bytes, args=(data,))
+    writer.start()
+    assert rows_in(tmp_path / "x.jsonl") == [(1, {"text": CHINESE})]
+    writer.join()
 
 
 def test_utf_8_passes_through_untouched_and_the_look_ends_early():

@@ -110,8 +110,10 @@ def check(name: str) -> str:
         found = codecs.lookup(name)
     except (LookupError, ValueError):
         ansi = name.lower() in ("ansi", "mbcs", "oem")
-        meant = "; ANSI is cp1252 in the west, gbk in China" if ansi else did_you_mean(name, NAMES).rstrip("?")
-        return f"is no encoding that Python knows{meant}; known are gb18030, big5, cp932, cp949, cp1252 and others"
+        meant = "; ANSI is cp1252 in the west, gbk in China." if ansi else did_you_mean(name, NAMES)
+        return (
+            f"is no encoding that Python knows{meant or '.'} Known are gb18030, big5, cp932, cp949, cp1252 and others"
+        )
     # (the flag says whether a codec turns text into bytes; base64 and the like do not)
     if not getattr(found, "_is_text_encoding", True) or found.name.replace("-", "_") in NO_TEXT_CODECS:
         return "is not an encoding of text files; take one such as gb18030, big5, cp932, cp949, cp1252"
@@ -160,8 +162,6 @@ def decide(file: IO[bytes], whole: bool = True) -> Encoding | Unsure | Binary:
         if found.is_utf8:
             return Encoding()
         before, chunk = chunk[end:], following
-    if before:
-        found.add(before)
     return found.verdict()
 
 
@@ -279,7 +279,7 @@ class Counts:
                 continue
             self.lines += 1
             self.size_bad += len(line)
-            self.stray = self.stray and not line.translate(None, NOT_STRAY)
+            self.stray = self.stray and not line.translate(None, NOT_STRAY) and not IN_WORD.search(line)
             wrong.append(around(line))
         for piece in parts(wrong):
             self.windows.append(piece)
@@ -307,6 +307,7 @@ class Counts:
 
 FEW = 10  # lines that are not UTF-8 among at least a hundred times as much ASCII are damaged, if nothing tells their encoding
 STRAY = b"\xfe\xff"  # bytes that damage tests and broken files have, and no UTF-8
+IN_WORD = re.compile(b"[A-Za-z][\xfe\xff]|[\xfe\xff][A-Za-z]")  # letters of Turkish and Icelandic, and spaces
 NOT_STRAY = bytes(b for b in range(256) if b < 0x80 or b in STRAY)
 PRINTED = bytes(b for b in range(256) if b >= 0x20 or b in b"\t\n\r\f\x1b\x1a")
 
@@ -500,6 +501,8 @@ def winner(ranked: list[Candidate]) -> str:
         return ""
     if n < 12 and not first.text.translate(NO_LATIN).isascii():
         return ""  # a word or two of another alphabet
+    if n < 20 and first.codec in ("cp850", "cp852", "mac_roman"):
+        return ""  # rare, and much alike
     wanted = next((ratio for least, ratio in MARGINS if n >= least), float("inf"))
     return first.codec if margin >= wanted else ""
 

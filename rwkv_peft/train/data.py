@@ -202,7 +202,7 @@ def plan_stream(config: TrainConfig, source: Path, vocab_size: int, say) -> Plan
     from ..data.masking import Markers
     from ..data.sampling import Plan
     from ..data.streaming import Stream
-    from ..rows import files
+    from ..rows import files, reading
     from ..rows.settings import TokenizeConfig, recipe, settled
     from ..rows.stream import RowStream
     from ..tokenized import Form, mask_of, roles_in_text, unescaped
@@ -219,6 +219,7 @@ def plan_stream(config: TrainConfig, source: Path, vocab_size: int, say) -> Plan
     plan = Plan(rows, None, micro_bsz, config.mini_bsz, config.processes)
     markers = Markers(unescaped(config.mask_start), unescaped(config.mask_end))
     found = files.find(source)[0]
+    reading.settle(found, tokenizing.encoding)  # refuses what cannot be read before a model is loaded
     buffer = config.stream_buffer if config.data_shuffle else 1
     made_from = recipe(tokenizing, True)
     text = tokenizing.txt_mode, config.seed, buffer, say, tokenizing.encoding
