@@ -130,8 +130,9 @@ def advice(sizes: np.ndarray, rows: int, held_out: bool, end_of_doc: bool, tally
     }
 
 
-def say(content: Mapping[str, Any], prefix: Path, made: bool = True) -> None:
-    """The report in words; its last lines are those that training.sh wants. made: now, not by an earlier call."""
+def say(content: Mapping[str, Any], prefix: Path, template: str = "", made: bool = True) -> None:
+    """The report in words; its last lines are those that training.sh wants. template: what PROMPT_TYPE=auto became. made: now,
+    not by an earlier call."""
     rows, places, tokens = content["rows"], content["places"], content["tokens"]
     several = len(content["read_files"]) > 1
     shown = project.shown(prefix)
@@ -146,6 +147,8 @@ def say(content: Mapping[str, Any], prefix: Path, made: bool = True) -> None:
     files = f" in {len(content['read_files'])} files" if several else ""
     line("read", f"{content['source']}: {count(rows['read'], 'row')}{files} ({kinds}), {rows['kept']:,} kept, "
                  f"{rows['with_answer']:,} with an Assistant turn")  # fmt: skip
+    if template:
+        line("template", template)
     if content["left_out_files"]:
         line("", f"not read: {listed(content['left_out_files'])}")
     if rejected := sum(rows["rejected"].values()):
