@@ -160,8 +160,9 @@ def foreign_lines(found: Mapping[str, int], places: Mapping[str, Sequence], conv
         yield f"{count(rows, 'row')} {what} ({note}): {effect}. The first is {file}:{number}. {todo}"
 
 
-def say(content: Mapping[str, Any], prefix: Path, made: bool = True) -> None:
-    """The report in words; its last lines are those that training.sh wants. made: now, not by an earlier call."""
+def say(content: Mapping[str, Any], prefix: Path, template: str = "", made: bool = True) -> None:
+    """The report in words; its last lines are those that training.sh wants. template: what PROMPT_TYPE=auto became. made: now,
+    not by an earlier call."""
     rows, places, tokens = content["rows"], content["places"], content["tokens"]
     several = len(content["read_files"]) > 1
     shown = project.shown(prefix)
@@ -177,7 +178,9 @@ def say(content: Mapping[str, Any], prefix: Path, made: bool = True) -> None:
     line("read", f"{content['source']}: {count(rows['read'], 'row')}{files} ({kinds}), {rows['kept']:,} kept, "
                  f"{rows['with_answer']:,} with an Assistant turn")  # fmt: skip
     for name, encoding in content.get("encodings", {}).items():
-        line("", f"note: {name} is {encoding}; it was read as such")
+        line("note", f" {name} is {encoding}; it was read as such")
+    if template:
+        line("template", template)
     if content["left_out_files"]:
         line("", f"not read: {listed(content['left_out_files'])}")
     if rejected := sum(rows["rejected"].values()):

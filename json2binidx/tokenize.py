@@ -51,9 +51,7 @@ def tokenize(source: Path, config: TokenizeConfig, epochs: int, end_of_doc: bool
     UserError if nothing can be used, or STRICT=1 and anything cannot.
     """
     prefix = files.stem_of(source) if source.is_file() else source.resolve()
-    config, told = settled(config)
-    if told:
-        print(f"template  {told}")
+    config, template = settled(config)
     found, other = files.find(source)
     made_from = recipe(config, end_of_doc)
     settings = {
@@ -69,7 +67,7 @@ def tokenize(source: Path, config: TokenizeConfig, epochs: int, end_of_doc: bool
     known = None if config.overwrite_cache else cache.fresh(report_file, key)
     if known and not (config.strict and known["rows"]["rejected"]):
         print(f"unchanged {project.shown(prefix)}: made from the same data with the same settings; nothing to encode")
-        report.say(known, prefix, made=False)
+        report.say(known, prefix, template, made=False)
         return known
     replaced = made_from_other(report_file, project.shown(source))
     others = reading.settle(found, config.encoding)
@@ -103,7 +101,7 @@ def tokenize(source: Path, config: TokenizeConfig, epochs: int, end_of_doc: bool
     write_json(report_file, content)
     if replaced:
         print(f"replaced  {project.shown(prefix)}.bin/.idx, which had been made from {replaced}")
-    report.say(content, prefix)
+    report.say(content, prefix, template)
     return content
 
 
