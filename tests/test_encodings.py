@@ -219,7 +219,7 @@ def test_the_setting_is_checked_and_decides_the_cache(project_folder, capsys):
     path = project_folder / "data" / "x.jsonl"
     path.write_bytes('{"text": "Le café crème"}\n'.encode("cp1252"))
     first = tokenize(path, ENCODING="cp1252")
-    assert "note: data/x.jsonl is cp1252; it was read as such" in capsys.readouterr().out
+    assert "note      data/x.jsonl is cp1252; it was read as such" in capsys.readouterr().out
     assert tokenize(path, ENCODING="cp1252") == first and "unchanged" in capsys.readouterr().out
     assert tokenize(path, ENCODING="mac_roman")["key"] != first["key"]
 
