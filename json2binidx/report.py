@@ -178,7 +178,7 @@ def say(content: Mapping[str, Any], prefix: Path, template: str = "", made: bool
     line("read", f"{content['source']}: {count(rows['read'], 'row')}{files} ({kinds}), {rows['kept']:,} kept, "
                  f"{rows['with_answer']:,} with an Assistant turn")  # fmt: skip
     for name, encoding in content.get("encodings", {}).items():
-        line("note", f" {name} is {encoding}; it was read as such")
+        line("note", f"{name} is {encoding}; it was read as such")
     if template:
         line("template", template)
     if content["left_out_files"]:
