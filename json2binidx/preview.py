@@ -24,7 +24,7 @@ MARKS = {"begin": "[[", "end": "]]", "border": "|"}
 
 def preview(source: Path, config: TokenizeConfig, end_of_doc: bool, most: int) -> None:
     """Print the first `most` rows, and what cannot be used on the way to them."""
-    paths, _ = files.find(source)
+    chosen = files.chosen(source, config.valid_split)
     cook = Cook(recipe(config, end_of_doc))
     marks = COLOURS if sys.stdout.isatty() else MARKS
     how = "green" if marks is COLOURS else "in [[double brackets]]"
@@ -32,8 +32,13 @@ def preview(source: Path, config: TokenizeConfig, end_of_doc: bool, most: int) -
         f"PROMPT_TYPE={config.prompt_type}, EOT={config.eot}. Tokens with | between; LOSS_MASK=qa trains what is {how}."
     )
     shown, tally = 0, Tally()
-    for path in paths:
-        for block in files.blocks(path, config.txt_mode):
+    for note in chosen.notes:
+        print(f"{note.level:<9} {note.file}: {note.words}")
+    for path in [*chosen.train, *chosen.held_out]:
+        wanted = "" if chosen.held_out else config.valid_split
+        for block in files.blocks(path, config.txt_mode, wanted):
+            for note in block.notes:
+                print(f"{note.level:<9} {note.file}: {note.words}")
             made = cook.block(block)
             tally.add(made)
             for reject in made.rejects[: most - shown]:

@@ -12,12 +12,20 @@ import numpy as np
 from rwkv_peft import __version__, project
 from rwkv_peft.data import buckets
 from rwkv_peft.data.sampling import auto_ctx_len
+from rwkv_peft.rows.literals import FAULTS
+from rwkv_peft.rows.reading import Note
 from rwkv_peft.rows.recipe import Place
 from rwkv_peft.words import count, listed
 
 from .advice import factor_table, power_of_two
 from .tally import SHOW, Tally, script_shares
 
+CELLS = {
+    "empty": "with a word that stands for an empty cell (nan, NaN, None, NULL), taken as empty",
+    "None": "with nothing but the word None or null in a column that a row needs, taken as text; if it means that nothing is "
+    "there, take these rows out",
+}
+WORDS = FAULTS | CELLS
 UNSAFE = set('"$`\\!\n')  # characters that double quotes do not protect from bash
 BATCHES = (4, 8)  # micro-batch sizes for which the filling of DATALOAD=pad is told
 SAMPLE = 20_000  # rows that are looked at for the shares of filling
@@ -40,8 +48,9 @@ def make(
     other: Sequence[Path],
     settings: Mapping[str, Any],
     held_out: np.ndarray,
+    notes: Sequence[Note] = (),
 ) -> dict:
-    """held_out: of each row made, bool."""
+    """held_out: of each row made, bool. notes: what is to be said of the files, besides what their readers say."""
     sizes = np.frombuffer(tally.sizes, np.int32)
     counts = tally.counts
     epochs = settings["EPOCHS"]
@@ -56,6 +65,7 @@ def make(
         "read_files": [project.shown(path) for path in files],
         "left_out_files": [project.shown(path) for path in other],
         "settings": dict(settings),
+        "notes": [list(note) for note in (*notes, *tally.notes)],
         # kept + rejected + dropped = read
         "rows": {
             "read": counts["read"],
@@ -64,6 +74,7 @@ def make(
             "rejected": tally.group("rejected: "),
             "dropped": tally.group("dropped: "),
             "schemas": tally.group("schema: "),
+            "faults": tally.group("fault: "),
             "made": len(sizes),  # several of a row with EXPAND=1 and OVERLONG=split
             "pieces_without_answer": counts["pieces without an answer"],
             "lost_some_answers": counts["rows that lost some of their answers"],
@@ -150,6 +161,14 @@ def say(content: Mapping[str, Any], prefix: Path, made: bool = True) -> None:
                  f"{rows['with_answer']:,} with an Assistant turn")  # fmt: skip
     if content["left_out_files"]:
         line("", f"not read: {listed(content['left_out_files'])}")
+    for level, words in notes_together(content["notes"]):
+        line(level, words)
+    for fault, number in rows["faults"].items():
+        what = f"fault: {fault}"
+        line(
+            "warning",
+            f"{count(number, 'cell' if fault in CELLS else 'row')} {WORDS[fault]}: {where(what)}{more(number)}",
+        )
     if rejected := sum(rows["rejected"].values()):
         line(
             "rejected", f"{count(rejected, 'row')} ({reasons(rows['rejected'])}), all of them in {shown}.rejects.jsonl:"
@@ -207,6 +226,16 @@ def say(content: Mapping[str, Any], prefix: Path, made: bool = True) -> None:
         line("", f"{shown}.valid.bin/.idx: {count(rows['held_out'], 'row')} held out, none of them in the other file")
     line("", f"{shown}.report.json, {prefix.name}.lengths.png: all of this, and the lengths as a picture")
     print(labels(content["advice"], data_path(prefix)))
+
+
+def notes_together(notes: Sequence[Sequence]) -> Iterator[tuple[str, str]]:
+    """(level, words) of what is said of files; what is said of many files alike is said once."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for level, file, words in notes:
+        alike.setdefault((level, words), []).append(file)
+    for (level, words), names in alike.items():
+        others = f" (and {listed(names[1:])})" if names[1:] else ""
+        yield level, f"{names[0]}: {words}{others}"
 
 
 def told_once(rejected: Sequence[Sequence]) -> Iterator[str]:

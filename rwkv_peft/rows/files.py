@@ -6,6 +6,7 @@ is counted and told with its place; a file that is broken as a whole raises User
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
@@ -14,11 +15,12 @@ from .. import project
 from ..errors import UserError
 from ..project import shown
 from ..words import did_you_mean, listed
-from . import reading
-from .json_files import json_array, json_lines
-from .reading import Block, grouped, skip_line, text_row, too_long, unpacked
+from . import kinds, reading, splits
+from .json_files import json_array, json_lines, no_such_split
+from .reading import Block, Note, grouped, skip_line, text_row, too_long, unpacked
 from .schemas import Row, RowError
 from .tables import columnar, table
+from .workbooks import workbook
 
 
 def plain(path: Path, mode: str) -> Iterator[Block]:
@@ -62,14 +64,25 @@ def documents(file: IO[bytes], mode: str) -> Iterator[tuple[int, Row | RowError]
 
 READERS: dict[str, Callable[..., Iterator[Block]]] = {
     ".jsonl": json_lines,
+    ".ndjson": json_lines,
+    ".jsonlines": json_lines,
+    ".ldjson": json_lines,
     ".json": json_array,
     ".csv": table,
     ".tsv": table,
+    ".xlsx": workbook,
+    ".xlsm": workbook,
+    ".xlsb": workbook,
+    ".xls": workbook,
+    ".ods": workbook,
     ".parquet": columnar,
     ".arrow": columnar,
+    ".feather": columnar,
     ".txt": plain,
 }
 PACKED = (".gz", ".zst")
+# what the `datasets` library and dataset pages leave beside data: facts about them, no rows
+METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 OURS = (".rejects.jsonl", ".report.json")  # what make_tokenize.sh leaves beside data is never data
 
 
@@ -78,9 +91,7 @@ def format_of(path: Path) -> str:
     suffixes = [s.lower() for s in path.suffixes]
     if suffixes and suffixes[-1] in PACKED:
         return (
-            suffixes[-2]
-            if len(suffixes) > 1 and suffixes[-2] in READERS and suffixes[-2] not in (".parquet", ".arrow")
-            else ""
+            suffixes[-2] if len(suffixes) > 1 and suffixes[-2] in READERS and suffixes[-2] not in kinds.BINARY else ""
         )
     if suffixes and suffixes[-1] in READERS:
         return suffixes[-1]
@@ -120,12 +131,75 @@ def named(name: str) -> Path:
     if source.is_dir():
         if not find(source)[0]:
             raise UserError(f"{where}: holds no file that can be read ({endings}).")
-    elif not format_of(source):
-        raise UserError(f"{where}: must end in one of {endings} (or one of these with .gz or .zst behind it).")
+    elif not format_of(source) and not kinds.kind_of(source, "")[0]:
+        raise UserError(unknown_ending(source))
     return source
 
 
-def blocks(path: Path, txt_mode: str = "file") -> Iterator[Block]:
-    """The rows of one file, whatever its format."""
-    kind = format_of(path)
-    return plain(path, txt_mode) if kind == ".txt" else READERS[kind](path)
+def blocks(path: Path, txt_mode: str = "file", valid_split: str = "", held_out: bool = False) -> Iterator[Block]:
+    """The rows of one file, whatever its format. What is to be said of the file comes with them.
+
+    valid_split: the split whose rows are held out where a file holds several. held_out: the file is held out as a whole.
+    """
+    kind, notes = kinds.kind_of(path, format_of(path))
+    if not kind:
+        raise UserError(unknown_ending(path))
+    if notes:
+        yield Block(shown(path), 1, [], 0, notes=tuple(notes))
+    if kind == ".txt":
+        found = plain(path, txt_mode)
+    elif kind == ".json":
+        found = json_array(path, "" if held_out else valid_split)
+    else:
+        found = READERS[kind](path)
+    yield from (dataclasses.replace(block, held_out=True) for block in found) if held_out else found
+
+
+def unknown_ending(path: Path) -> str:
+    return (
+        f"{shown(path)}: must end in one of {', '.join(READERS)} (or one of the text formats with .gz or .zst behind it); its "
+        "content shows no rows either."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The files of a file or folder that is to be read. train, held_out: what becomes of their rows; left_out: what is not
+    read; notes: what is to be said of that."""
+
+    train: list[Path]
+    held_out: list[Path]
+    left_out: list[Path]
+    notes: list[Note]
+
+
+def chosen(source: Path, valid_split: str = "") -> Source:
+    """The files to read: those for training, and those of VALID_SPLIT. UserError if there is no such split in a folder."""
+    known, unknown = find(source)
+    if not source.is_dir():
+        return Source(known, [], unknown, [])
+    metadata = [p for p in known if p.name in METADATA]
+    known = [p for p in known if p.name not in METADATA]
+    train, held, others, unnamed = splits.chosen(known, source, valid_split)
+    name = shown(source)
+
+    def names(paths: list[Path]) -> str:
+        return listed(str(p.relative_to(source)) for p in paths)
+
+    if valid_split and not held and others:
+        raise UserError(no_such_split(name, valid_split, [str(p.relative_to(source)) for p in others]))
+    if held and not train:
+        raise UserError(f"{name}: VALID_SPLIT={valid_split} would hold out all of its files ({names(held)}).")
+    notes = []
+    if others:
+        words = f"not used, because their names say that they are not for training: {names(others)}"
+        which = splits.split_of_file(others[0], source)
+        notes.append(Note("warning", name, f"{words}. VALID_SPLIT={which} makes held-out data of them"))
+    if unnamed and (held or others):
+        notes.append(
+            Note("warning", name, f"read as training data, though their names do not say so: {names(unnamed)}")
+        )
+    elif unnamed:
+        words = "read as training data, because no file is named train, though their names say that they are held out"
+        notes.append(Note("warning", name, f"{words}: {names(unnamed)}"))
+    return Source(train, held, [*unknown, *others, *metadata], notes)

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from ..errors import UserError, install
 from ..project import shown
@@ -23,15 +23,29 @@ LINE_LIMIT = 32 << 20  # bytes; a longer line is a file without line breaks, not
 ROWS = 512  # of a table that are worked on at once
 
 
+class Note(NamedTuple):
+    """What is to be said of a file as a whole. level: note or warning."""
+
+    level: str
+    file: str
+    words: str
+
+
+class TableRow(dict):
+    """A row of a table whose cells are text: an empty cell may hold a word for it, like nan."""
+
+
 @dataclass(frozen=True)
 class Block:
     """Rows behind one another. data: bytes of whole JSON lines, the first of which is line `first`; or a list of
-    (number, JSON bytes | row | RowError). read: bytes of the file up to here."""
+    (number, JSON bytes | row | RowError). read: bytes of the file up to here. held_out: they belong to NAME.valid."""
 
     file: str
     first: int
     data: bytes | list[tuple[int, bytes | Row | RowError]]
     read: int
+    held_out: bool = False
+    notes: tuple[Note, ...] = ()
 
 
 class Frames(io.RawIOBase):

@@ -17,6 +17,7 @@ from ..errors import Problem, Problems
 from ..roles import Role
 from ..templates.template import THINK, Dialogue, Message, split_thought
 from ..words import did_you_mean
+from .literals import parse_list
 from .mojibake import doctor
 
 Row = Mapping[str, Any]
@@ -311,9 +312,10 @@ class Reader:
 def parsed(text: str) -> Any:
     """A list that stands in a text, as the columns of tables hold it."""
     try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError:
-        raise RowError("wrong type", "its conversation must be a list of messages (or JSON text of one)") from None
+        return parse_list(text)
+    except ValueError as error:
+        words = f"its conversation must be a list of messages, or text of one, but the text {error}"
+        raise RowError("wrong type", words) from None
 
 
 def joined_parts(i: int, parts: Iterable[Any]) -> str:
@@ -370,5 +372,6 @@ def tools_text(tools: Any) -> str:
 
 
 def kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null",
+             bytes: "bytes that are no UTF-8 text"}  # fmt: skip
     return names.get(type(value), "a number")

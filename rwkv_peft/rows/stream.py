@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from ..errors import UserError
 from ..project import shown
 from . import files
 from .encode import Tokens
-from .reading import Block
+from .reading import Block, Note
 from .recipe import Cook, Recipe, items
 from .schemas import Row, RowError
 
@@ -32,6 +32,8 @@ class RowStream:
     seed: int
     buffer: int
     say: Callable[[str], None]
+    valid_split: str = ""  # the part of the files that is not trained on
+    said: set[Note] = field(default_factory=set, compare=False)
 
     def documents(self) -> Iterator[Tokens]:
         """Every row that can be used, pass after pass. UserError if a whole pass has none."""
@@ -59,10 +61,19 @@ class RowStream:
             if not all(path.is_file() for path in self.paths):  # a pipe is empty now
                 return
 
+    def say_once(self, note: Note) -> None:
+        if note not in self.said:
+            self.said.add(note)
+            self.say(f"{note.level:<9} {note.file}: {note.words}")
+
     def rows(self) -> Iterator[tuple[str, int, bytes | Row | RowError]]:
         """File, number and content of every row, in the order of the files."""
         for path in self.paths:
-            for block in files.blocks(path, self.txt_mode):
+            for block in files.blocks(path, self.txt_mode, self.valid_split):
+                for note in block.notes:
+                    self.say_once(note)
+                if block.held_out:
+                    continue
                 for number, item in items(block):
                     yield block.file, number, item
 

@@ -214,9 +214,12 @@ def plan_stream(config: TrainConfig, source: Path, vocab_size: int, say) -> Plan
     rows = config.max_steps * micro_bsz * config.mini_bsz * config.processes
     plan = Plan(rows, None, micro_bsz, config.mini_bsz, config.processes)
     markers = Markers(unescaped(config.mask_start), unescaped(config.mask_end))
-    found = files.find(source)[0]
+    chosen = files.chosen(source, tokenizing.valid_split)
+    found = chosen.train
+    for note in chosen.notes:
+        say(f"{note.level:<9} {note.file}: {note.words}")
     buffer = config.stream_buffer if config.data_shuffle else 1
-    stream = RowStream(found, recipe(tokenizing, True), tokenizing.txt_mode, config.seed, buffer, say)
+    stream = RowStream(found, recipe(tokenizing, True), tokenizing.txt_mode, config.seed, buffer, say, tokenizing.valid_split)
 
     def make_data(part, number: int) -> Data:
         return Data(
