@@ -117,11 +117,13 @@ def progress(chosen: files.Source, made_from: Recipe, config: TokenizeConfig) ->
     total = sum(path.stat().st_size for path in found)
     workers = number_of_workers(config.workers, total)
 
+    held_out = set(chosen.held_out)
+
     def blocks() -> Iterator[Block]:
         for path in found:
             # (a folder has its parts in files; what a file holds is then all of one part)
             wanted = "" if chosen.held_out else config.valid_split
-            yield from files.blocks(path, config.txt_mode, wanted, path in chosen.held_out)
+            yield from files.blocks(path, config.txt_mode, wanted, path in held_out)
 
     before, at, name = 0, 0, ""
     sizes = {project.shown(path): path.stat().st_size for path in found}

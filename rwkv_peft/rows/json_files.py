@@ -360,11 +360,9 @@ def rows_of_value(value: dict, name: str, split: str) -> list[tuple[str, Row]] |
         return [(split, dict(zip(names, row, strict=True))) for row in cells]
     lists = {k: v for k, v in value.items() if isinstance(v, list)}
     needed = [k for k in value if k in ROW_KEYS and k != "history"]
-    if (
-        lists
-        and all(k in lists and is_column(k, lists[k]) for k in needed)
-        and (needed or len(lists) == len(value) > 1)
-    ):
+    # columns that have other names than rows usually have (MAP_KEYS may know them) are all of the object
+    strange = len(lists) == len(value) > 1 and not any(split_of(k) or not is_column(k, v) for k, v in lists.items())
+    if lists and all(k in lists and is_column(k, lists[k]) for k in needed) and (needed or strange):
         return from_columns(value, lists, name, split)
     if not value or not all(isinstance(v, dict) for v in value.values()):
         inner = [(k, v) for k, v in value.items() if isinstance(v, dict)]

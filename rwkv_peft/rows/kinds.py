@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..project import shown
 from . import reading
 from .literals import COMMENTS, mended
-from .reading import Note, unpacked
+from .reading import Note, packing, unpacked
 from .schemas import MESSAGES, PAIRS
 
 ROW_KEYS = frozenset((*MESSAGES, *(name for pair in PAIRS for name in pair if name), "text", "history"))
@@ -33,6 +33,7 @@ FOREIGN = (
     (b"\x93NUMPY", "is a NumPy array, not text"),
     (b"SQLite format 3\0", "is an SQLite database: export its table as .csv"),
     (b"MMIDIDX", "is the index of tokenized data (.idx) already: name it in DATA_PATH of training.sh"),
+    (b"\x04\"M\x18", "is packed with lz4: unpack it, or pack it with gzip or zstd"),
     (b"BZh", "is packed with bzip2: unpack it (bunzip2), or pack it with gzip or zstd"),
     (b"\xfd7zXZ\0", "is packed with xz: unpack it (unxz), or pack it with gzip or zstd"),
     (b"7z\xbc\xaf\x27\x1c", "is a 7-Zip archive: unpack it, and give the file or folder that comes out"),
@@ -46,6 +47,7 @@ ZIPPED = {  # a file that a zip holds -> how it is read, or what it is
     "ppt/presentation.xml": "is a PowerPoint file: save its text as .txt",
     "META-INF/container.xml": "is an e-book (EPUB): save its text as .txt",
 }  # fmt: skip
+PACKED = {".gz": "gzip", ".zst": "zstd"}
 BINARY = (".parquet", ".arrow", ".feather", ".xlsx", ".xlsm", ".xlsb", ".xls", ".ods")
 LINES = (".jsonl", ".ndjson", ".jsonlines", ".ldjson")
 TABLES = (".csv", ".tsv")
@@ -63,7 +65,16 @@ def kind_of(path: Path, by_name: str) -> tuple[str, list[Note]]:
         return by_name, []
     with open(path, "rb") as file:
         magic = file.read(4096)
-    found = binary_kind(path, magic, by_name)
+    packed = packing(magic)
+    if path.suffix.lower() in PACKED and packed != path.suffix.lower():
+        what = PACKED[path.suffix.lower()]
+        raise UserError(
+            f"{shown(path)}: cannot be unpacked: it is not {what}, though its name ends in {path.suffix}. If it has been "
+            "unpacked already, take that ending off its name; else download it again."
+        )
+    found = "" if packed else binary_kind(path, magic, by_name)
+    if not found and not by_name and not packed and not is_text(magic):
+        return "", []
     if not found and magic and by_name not in BINARY:
         with unpacked(path) as (file, _):
             head = file.read(reading.HEAD)
@@ -78,6 +89,9 @@ def kind_of(path: Path, by_name: str) -> tuple[str, list[Note]]:
             head = file.read(reading.HEAD)
         found = text_kind(head, len(head) < reading.HEAD, "") or by_name
     kind = found or by_name
+    if kind == ".json" and by_name in LINES:
+        words = "is one JSON text over several lines, not an object on each; it is read as .json"
+        return kind, [Note("note", shown(path), words)]
     same = kind == by_name or {kind, by_name} <= set(LINES) or (kind, by_name) == (".xlsx", ".xlsm")
     same = same or (kind, by_name) == (".arrow", ".feather")
     if same or not kind:
@@ -137,7 +151,7 @@ def text_kind(head: bytes, whole: bool, by_name: str) -> str:
     bare = COMMENTS.sub(lambda m: m[1] or "", text) if text.lstrip()[:1] in ("/", "#") else text
     bare = bare.lstrip("\ufeff \t\r\n")
     if bare[:1] not in ("{", "["):
-        if by_name in (*LINES, ".json") and is_table(bare):
+        if by_name not in (".txt", *TABLES) and is_table(bare):
             return ".csv"
         return ""
     lines = bare.split("\n")
@@ -149,11 +163,9 @@ def text_kind(head: bytes, whole: bool, by_name: str) -> str:
     if by_name in LINES:
         return "" if is_lines(lines, whole) else ".json"
     first = [value_of(line) for line in lines[:LOOKED_AT]]
-    rows = all(isinstance(value, dict) for value in first)
-    if by_name in TABLES or not by_name:
-        likely = isinstance(first[0], dict) and bool(first[0])
-    else:
-        likely = rows and bool(ROW_KEYS & set().union(*first))
+    # one line tells enough of a table or of a name without a known ending; a .txt may be meant to be text
+    told_by = first if by_name == ".txt" else first[:1]
+    likely = all(isinstance(value, dict) and value for value in told_by)
     if likely and not (whole and len(lines) == 1 and is_one_object_of_many(first[0])):
         return ".jsonl"
     if re.match(r'\[\s*[{\[]|\{\s*["\']', bare) and (by_name != ".txt" or names_a_row(bare)):

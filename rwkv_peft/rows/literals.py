@@ -29,6 +29,7 @@ FAULTS = {
 STRING = r'"[^"\\]*(?:\\.[^"\\]*)*"'
 SINGLE = r"'[^'\\]*(?:\\.[^'\\]*)*'"
 COMMENTS = re.compile(rf"({STRING})|//[^\n]*|/\*.*?\*/|#[^\n]*", re.S)
+COMMENTS_BESIDE_BOTH = re.compile(rf"({STRING}|{SINGLE})|//[^\n]*|/\*.*?\*/|#[^\n]*", re.S)
 TRAILING = re.compile(rf"({STRING})|,(?=\s*(?:[}}\]]|\Z))", re.S)
 OUTSIDE = re.compile(STRING, re.S)
 CONTROL = re.compile(rf"{STRING}", re.S)
@@ -92,7 +93,7 @@ def python_value(text: str) -> Any:
             return ""
         return f"{part[0]}," if part[1] else part[0]
 
-    text = PRINTED.sub(separated, text)
+    text = PRINTED.sub(separated, COMMENTS_BESIDE_BOTH.sub(lambda m: m[1] or " ", text))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of backslashes that Python keeps as they are
@@ -141,10 +142,8 @@ def fault(text: str, error: Exception) -> str:
         return f"it begins with {text[:SHOWN]!r}, where a row begins with {{"
     odd = [mark for pattern in (TYPOGRAPHIC, FULL_WIDTH) if (mark := pattern.search(OUTSIDE.sub('""', text)))]
     if odd:
-        marks = " and ".join(m[1] for m in odd)
-        return (
-            f'it has the typographic mark {marks} where JSON needs the plain " : or , (replace them outside the texts)'
-        )
+        marks = " ".join(m[1] for m in odd)
+        return f'it has {marks} (typographic or full-width) where JSON needs a plain " or : or , ; replace them around the texts'
     message = str(error)
     if message.startswith("it holds half"):
         return message

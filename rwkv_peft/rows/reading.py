@@ -81,9 +81,10 @@ def unpacked(path: Path) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
     with contextlib.ExitStack() as open_files:
         raw = open_files.enter_context(open(path, "rb", HEAD))
         file = raw
-        if path.suffix.lower() == ".gz":
+        packed = path.suffix.lower() if path.suffix.lower() in (".gz", ".zst") else packing(raw.peek(4))
+        if packed == ".gz":
             file = open_files.enter_context(gzip.GzipFile(fileobj=raw))
-        elif path.suffix.lower() == ".zst":
+        elif packed == ".zst":
             try:
                 import zstandard
             except ImportError:
@@ -108,6 +109,13 @@ def unpacked(path: Path) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
             if type(error).__name__ != "ZstdError":
                 raise
             raise UserError(f"{shown(path)}: cannot be unpacked: {error}. It was cut off or damaged.") from None
+
+
+def packing(begins: bytes) -> str:
+    """.gz or .zst by the first bytes of a file, or ""."""
+    if begins.startswith(b"\x1f\x8b"):
+        return ".gz"
+    return ".zst" if begins.startswith(b"\x28\xb5\x2f\xfd") or begins[1:4] == b"\x2a\x4d\x18" else ""
 
 
 def is_no_text(beginning: bytes) -> bool:

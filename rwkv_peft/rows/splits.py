@@ -40,19 +40,22 @@ def split_of_file(path: Path, root: Path) -> str:
 
 
 def chosen(files: Sequence[Path], root: Path, wanted: str) -> tuple[list[Path], list[Path], list[Path], list[Path]]:
-    """Files to train on, files to hold out, files of other splits, and those among the first that name no split.
+    """Files to train on, files to hold out, files of other splits, and those among the first whose names do not
+    say that they are for training.
 
-    A folder without a file for training has no splits: all of it is read.
+    A folder with nothing but files for testing is read as training data.
     """
     kinds = {path: split_of_file(path, root) for path in files}
     held = [p for p in files if wanted and kinds[p] != "train" and is_wanted_file(p, root, wanted, kinds[p])]
-    if "train" not in kinds.values() and not held:
-        return list(files), [], [], [p for p in files if kinds[p]]
-    if "train" not in kinds.values() and not any(kinds[p] == "" for p in files if p not in held):
-        return [p for p in files if p not in held], held, [], []
-    train = [p for p in files if kinds[p] in ("train", "") and p not in held]
-    others = [p for p in files if p not in held and p not in train]
-    return train, held, others, [p for p in train if not kinds[p]] if held or others else []
+    rest = [p for p in files if p not in set(held)]
+    train = [p for p in rest if kinds[p] in ("train", "")]
+    if not train and not held:
+        return list(files), [], [], list(files)
+    if not train:  # nothing but two splits, one of which is wanted
+        return rest, held, [], []
+    others = [p for p in rest if kinds[p] not in ("train", "")]
+    unnamed = [p for p in train if not kinds[p]] if "train" in kinds.values() and (held or others) else []
+    return train, held, others, unnamed
 
 
 def is_wanted_file(path: Path, root: Path, wanted: str, kind: str) -> bool:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 from ..errors import UserError, install
 from ..project import shown
+from ..words import count
 from . import reading
-from .columns import Header, cell_text, header_row
+from .columns import Header, cell_text, header_row, trimmed
+from .kinds import ROW_KEYS
 from .reading import Block, Note, TableRow
 from .schemas import Row, RowError
 
@@ -16,7 +18,7 @@ CELLS_LIMIT = 200_000_000  # of a sheet's rectangle: a stray cell in its last co
 
 
 def workbook(path: Path) -> Iterator[Block]:
-    """Rows of the sheets that have the header of the first one with anything in it; other sheets are named."""
+    """Rows of all sheets with the same columns; other sheets are named."""
     try:
         import python_calamine as calamine
     except ImportError:
@@ -36,36 +38,43 @@ def workbook(path: Path) -> Iterator[Block]:
 
 
 def sheets(book, name: str, size: int) -> Iterator[Block]:
-    first: Header | None = None
-    several = len(book.sheet_names) > 1
-    others: list[str] = []
+    """The sheet that is read is the first whose columns have a known name, else the first with anything in it."""
+    found: list[tuple[str, list[list[str]], int, list[str]]] = []
     for title in book.sheet_names:
         try:
             sheet = book.get_sheet_by_name(title)
-        except Exception as error:  # a sheet that holds a chart
+        except Exception as error:  # a sheet that holds nothing but a chart
             if type(error).__name__ not in ("WorksheetNotFound", "CalamineError"):
                 raise
             continue
         if sheet.end is None:
             continue
         if (sheet.end[0] + 1) * (sheet.end[1] + 1) > CELLS_LIMIT:
-            raise UserError(f"{name}: the sheet {title} has a cell at row {sheet.end[0] + 1:,}, column {sheet.end[1] + 1:,}: "
-                            "far more cells than are read. Delete what is outside the table.")  # fmt: skip
+            raise UserError(
+                f"{name}: the sheet {title} has a cell at row {sheet.end[0] + 1:,}, column {sheet.end[1] + 1:,}, and more cells "
+                "than can be read. Delete what is outside the table."
+            )
         cells = [[cell_text(cell) for cell in row] for row in sheet.to_python(skip_empty_area=False)]
-        if not any(any(row) for row in cells):
-            continue
-        place = header_row(cells)
-        header = Header(cells[place], f"{name}, sheet {title}" if several else name)
-        if first is not None and header.named() != first.named():
-            others.append(title)
-            continue
-        first = first or header
-        yield from sheet_blocks(cells, place, header, f"{name}:{title}" if several else name, size)
-    if first is None:
+        if any(any(row) for row in cells):
+            place = header_row(cells)
+            found.append((title, cells, place, [trimmed(cell) for cell in cells[place] if trimmed(cell)]))
+    if not found:
         return
+    known = [columns for _, _, _, columns in found if any(column.lower() in ROW_KEYS for column in columns)]
+    wanted = known[0] if known else found[0][3]
+    read = [title for title, _, _, columns in found if columns == wanted]
+    others = [title for title, _, _, columns in found if columns != wanted]
+    for title, cells, place, columns in found:
+        if columns == wanted:
+            where = f"{name}:{title}" if len(found) > 1 else name
+            yield from sheet_blocks(cells, place, Header(cells[place], where), where, size)
+    notes = []
+    if len(read) > 1:
+        notes.append(Note("note", name, f"{len(read)} sheets with the same columns are read: {', '.join(read)}"))
     if others:
-        words = f"not used: {', '.join(others)} (other columns than the first sheet; save each as a file of its own)"
-        yield Block(name, 1, [], size, notes=(Note("warning", name, f"sheets {words}"),))
+        words = f"not used, because their columns are others than those of {read[0]}: {', '.join(others)}"
+        notes.append(Note("warning", name, f"{count(len(others), 'sheet')} {words}"))
+    yield Block(name, 1, [], size, notes=tuple(notes))
 
 
 def sheet_blocks(cells: list[list[str]], place: int, header: Header, name: str, size: int) -> Iterator[Block]:

@@ -219,7 +219,9 @@ def plan_stream(config: TrainConfig, source: Path, vocab_size: int, say) -> Plan
     for note in chosen.notes:
         say(f"{note.level:<9} {note.file}: {note.words}")
     buffer = config.stream_buffer if config.data_shuffle else 1
-    stream = RowStream(found, recipe(tokenizing, True), tokenizing.txt_mode, config.seed, buffer, say, tokenizing.valid_split)
+    stream = RowStream(
+        found, recipe(tokenizing, True), tokenizing.txt_mode, config.seed, buffer, say, tokenizing.valid_split
+    )
 
     def make_data(part, number: int) -> Data:
         return Data(
