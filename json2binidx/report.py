@@ -223,7 +223,9 @@ def say(content: Mapping[str, Any], prefix: Path, made: bool = True) -> None:
                   if not rows["held_out"] else
                   f"{shown}.bin/.idx and .roles.bin/.idx: {count(rows['written'], 'row')}{of}")  # fmt: skip
     if rows["held_out"]:
-        line("", f"{shown}.valid.bin/.idx: {count(rows['held_out'], 'row')} held out, none of them in the other file")
+        split = content["settings"]["VALID_SPLIT"]
+        how = f"those of VALID_SPLIT={split}" if split else "none of them in the other file"
+        line("", f"{shown}.valid.bin/.idx: {count(rows['held_out'], 'row')} held out, {how}")
     line("", f"{shown}.report.json, {prefix.name}.lengths.png: all of this, and the lengths as a picture")
     print(labels(content["advice"], data_path(prefix)))
 

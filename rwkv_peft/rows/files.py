@@ -123,6 +123,8 @@ def named(name: str) -> Path:
     """What the user calls a file, pipe or folder of rows: a name in data/, or a path. UserError if it cannot be read."""
     source = project.find(name, "data")
     where, endings = shown(source), ", ".join(READERS)
+    if not source.exists() and (foreign := project.foreign_path(name)):
+        raise UserError(foreign)
     if not source.exists():
         there = [p.name for p in (project.ROOT / "data").glob("*") if format_of(p) and not p.name.endswith(OURS)]
         raise UserError(

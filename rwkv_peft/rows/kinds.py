@@ -179,10 +179,14 @@ def is_lines(lines: list[str], whole: bool) -> bool:
     value = value_of(first)
     if isinstance(value, dict):
         return not (whole and len(lines) == 1 and is_one_object_of_many(value))
-    if isinstance(value, list):
-        return not (
-            value and all(isinstance(one, dict) for one in value) and not is_message(value[0]) and names_row(value[0])
+    if isinstance(value, list):  # a conversation; or several rows, or several conversations, on one line
+        rows = (
+            bool(value)
+            and all(isinstance(one, dict) for one in value)
+            and not is_message(value[0])
+            and names_row(value[0])
         )
+        return not (rows or bool(value) and all(isinstance(one, list) and one and is_message(one[0]) for one in value))
     if first.startswith("["):
         if len(lines) == 1 and not whole:  # one line, longer than what was read
             return bool(re.match(r'\[\s*\{\s*"(?:role|from|speaker|sender)"', first))

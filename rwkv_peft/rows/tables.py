@@ -133,8 +133,9 @@ class Table:
         place = skip + header_row(cells) if cells else skip
         first = head[place] if place < len(head) else ""
         self.mark = best_mark(first, marks)
+        again = self.lines.row[place:]  # as they are in the file: they will be changed when they are read again
         self.lines.begin()
-        self.lines.again.extend(head[place:])
+        self.lines.again.extend(again)
         try:
             names = next(dialect.reader(self.lines, self.mark), [])
         except csv.Error as error:

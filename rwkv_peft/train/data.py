@@ -162,7 +162,8 @@ def held_out(config: TrainConfig, files, ctx_len: int, vocab_size: int, say) -> 
         if not pairs:
             return None
     else:
-        pairs, wrong = data_files(config.val_data)
+        trained = [] if config.streaming else [prefix.name for prefix, _ in files]
+        pairs, wrong = data_files(config.val_data, trained)
         if wrong:
             raise Problems(*(Problem("VAL_DATA", message) for message in wrong))
     try:
