@@ -98,7 +98,7 @@ def test_a_name_that_says_something_else_is_told(tmp_path):
 @pytest.mark.parametrize("content", [b"hello\n", b"\0\1\2", b""])
 def test_an_unknown_ending_without_rows_lists_the_endings(tmp_path, content):
     (tmp_path / "x.foo").write_bytes(content)
-    with pytest.raises(UserError, match=r"must end in one of \.jsonl, \.ndjson"):
+    with pytest.raises(UserError, match=r"must end in one of \.jsonl, \.json, .*\.xlsx, .*\.ndjson"):
         files.named(str(tmp_path / "x.foo"))
 
 

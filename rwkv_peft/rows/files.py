@@ -64,21 +64,21 @@ def documents(file: IO[bytes], mode: str) -> Iterator[tuple[int, Row | RowError]
 
 READERS: dict[str, Callable[..., Iterator[Block]]] = {
     ".jsonl": json_lines,
-    ".ndjson": json_lines,
-    ".jsonlines": json_lines,
-    ".ldjson": json_lines,
     ".json": json_array,
     ".csv": table,
     ".tsv": table,
+    ".parquet": columnar,
+    ".arrow": columnar,
+    ".txt": plain,
     ".xlsx": workbook,
     ".xlsm": workbook,
     ".xlsb": workbook,
     ".xls": workbook,
     ".ods": workbook,
-    ".parquet": columnar,
-    ".arrow": columnar,
+    ".ndjson": json_lines,
+    ".jsonlines": json_lines,
+    ".ldjson": json_lines,
     ".feather": columnar,
-    ".txt": plain,
 }
 PACKED = (".gz", ".zst")
 # what the `datasets` library and dataset pages leave beside data: facts about them, no rows

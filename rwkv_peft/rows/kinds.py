@@ -191,7 +191,7 @@ def is_lines(lines: list[str], whole: bool) -> bool:
         if len(lines) == 1 and not whole:  # one line, longer than what was read
             return bool(re.match(r'\[\s*\{\s*"(?:role|from|speaker|sender)"', first))
         return first[1:].lstrip()[:1] not in ("", "{", "[") or first.endswith("]")
-    return not (first == "{" or continues(lines))
+    return not continues(lines)
 
 
 def continues(lines: list[str]) -> bool:
