@@ -70,6 +70,8 @@ LINES = f"{J(A)}\n{J(B)}\n"
         ("x.json", J({"info": {"made": [{"by": "me"}]}, "rows": [A, B]})),
         ("x.json", J({"data": {"rows": [A, B]}})),
         ("x.jsonl", J({"data": [A, B]})),
+        ("x.jsonl", f"{J(J(A))}\n{J(J(B))}\n"),
+        ("x.json", J({"data": {"0": A, "1": B}})),
     ],
 )
 def test_rows_are_found_in_every_shape_and_under_every_name(tmp_path, name, text):
@@ -146,6 +148,7 @@ def test_plain_text_stays_text(tmp_path):
         ('{"a": "NaN", "b": [1,],}', {"a": "NaN", "b": [1]}, "comma"),
         ('{"a": "// no", /* yes */ "b": 1} # end', {"a": "// no", "b": 1}, "comment"),
         ('{"a": "x\ty\nz"}', {"a": "x\ty\nz"}, "control"),
+        ('{"a": 1e999}', {"a": None}, "nan"),
         ("[{'a': 1}\n {'a': 2}]", [{"a": 1}, {"a": 2}], "python"),
         ("[array(['a', 'b'], dtype=object)]", [["a", "b"]], "python"),
     ],

@@ -58,6 +58,7 @@ def cook(path, **options):
         "My questions,,\n\nquestion,answer,\na,b,\nc,d,\n",
         "My questions\nquestion;answer\na;b\nc;d\n",
         ",question,answer\n0,a,b\n1,c,d\n",
+        "|question|answer|\n|:---|---|\n|a|b|\n|c|d|\n",
     ],
 )
 def test_tables_as_programs_write_them(tmp_path, text):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import decimal
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..words import count
 from .kinds import ROW_KEYS
 
 INVISIBLE = " \t\r\n\ufeff\u200b\u200c\u200d\u2060\u00a0\u3000"  # what may stand around a name without being seen
+RULE = re.compile(r":?-{3,}:?")
 LOOKED_AT = 20  # rows in which a header may be
 TOLD = 8  # line numbers that a note lists
 
@@ -53,6 +55,7 @@ class Header:
         self.unnamed = [i for i, name in enumerate(self.names) if not name]
         self.without_name: dict[int, int] = {}  # column -> rows that have something in it
         self.repeated: list[int] = []
+        self.number_of_rows = 0
 
     def named(self) -> list[str]:
         return [name for name in self.names if name]
@@ -61,6 +64,9 @@ class Header:
         """The row of these cells, as many as there are names; None for an empty row and for a header that comes again."""
         if not any(cells):
             return None
+        if self.number_of_rows == 0 and all(RULE.fullmatch(cell.strip()) for cell in cells if cell.strip()):
+            return None  # the line under the header of a table in Markdown
+        self.number_of_rows += 1
         if cells[0].strip(INVISIBLE) and [trimmed(cell) for cell in cells] == self.names or self.is_again(cells):
             self.repeated.append(number)
             return None

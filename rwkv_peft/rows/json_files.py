@@ -362,7 +362,8 @@ def rows_of_value(value: dict, name: str, split: str) -> list[tuple[str, Row]] |
     needed = [k for k in value if k in ROW_KEYS and k != "history"]
     # columns that have other names than rows usually have (MAP_KEYS may know them) are all of the object
     strange = len(lists) == len(value) > 1 and not any(split_of(k) or not is_column(k, v) for k, v in lists.items())
-    if lists and all(k in lists and is_column(k, lists[k]) for k in needed) and (needed or strange):
+    several = len(lists) > 1 or any(len(cells) > 1 for cells in lists.values())  # {"text": ["a"]} is a row with a fault
+    if several and all(k in lists and is_column(k, lists[k]) for k in needed) and (needed or strange):
         return from_columns(value, lists, name, split)
     if not value or not all(isinstance(v, dict) for v in value.values()):
         inner = [(k, v) for k, v in value.items() if isinstance(v, dict)]
@@ -428,5 +429,5 @@ def blocks_of_object(path: Path, rows: list[tuple[str, Row]], wanted: str, read:
         for begin in range(0, len(found), TOGETHER):
             part = found[begin : begin + TOGETHER]
             yield Block(name, part[0][0], part, read, held)
-    words = f"is one object that holds all rows: {count(len(rows), 'row')} are read, and numbered in place of lines"
+    words = f"is one object that holds {count(len(rows), 'row')}; in messages their numbers stand in place of lines"
     yield Block(name, 1, [], read, notes=(Note("note", name, words), *lists.notes()))

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import re
 import warnings
 from typing import Any
@@ -23,6 +24,7 @@ FAULTS = {
     "comma": "with a comma that nothing follows; read all the same",
     "comment": "with a comment inside; read without it",
     "control": "with a line break or tab inside a text, which JSON writes as \\n or \\t; read all the same",
+    "twice": "that are a text which holds the row, as JSON written twice has it; read all the same",
     "bytes": "with a byte order mark in front; read without it",
 }
 
@@ -71,7 +73,13 @@ def lenient(text: str, kind: str) -> tuple[Any, str]:
     whole = TRAILING.sub(lambda m: m[1] or "", bare)
     kind = "comma" if whole != bare else kind
     found: set[str] = set()
-    value = json.loads(whole, strict=False, parse_constant=found.add)  # (`add` returns None: NaN becomes null)
+
+    def number(text: str) -> float | None:
+        value = float(text)
+        return value if math.isfinite(value) else found.add(text)
+
+    # (`add` returns None: NaN becomes null)
+    value = json.loads(whole, strict=False, parse_constant=found.add, parse_float=number)
     if found:
         return value, "nan"
     if any(ord(c) < 32 for string in CONTROL.findall(whole) for c in string):

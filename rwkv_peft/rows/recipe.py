@@ -6,6 +6,7 @@ know of one another, so any number of workers gives the same bytes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 from collections import Counter
@@ -148,6 +149,11 @@ def parse(item: bytes | Row | RowError, faults: set[str] | None = None) -> Row:
             raise RowError("not JSON", str(fault)) from None
         if faults is not None:
             faults.add(kind_of_fault)
+    if isinstance(row, str) and row.lstrip()[:1] == "{":  # JSON that was made JSON once more
+        with contextlib.suppress(orjson.JSONDecodeError):
+            row = orjson.loads(row)
+            if faults is not None:
+                faults.add("twice")
     if isinstance(row, list) and row and (isinstance(row[0], dict) or all(isinstance(one, str) for one in row)):
         return {"messages": row}
     if not isinstance(row, dict):
