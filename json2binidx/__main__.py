@@ -2,9 +2,10 @@
 
 usage: ./make_tokenize.sh FILE [EPOCHS] [MAX_TOKENS] [--no-eof] [--preview N] [--SETTING VALUE ...]
 
-  FILE         a file or a folder: a name in data/, or any path. Formats, known by the ending: .jsonl .json .csv .tsv
-               .parquet .arrow .txt, and packed ones (.jsonl.gz, .jsonl.zst, ...). A folder may hold them mixed. The
-               encoding of text is found (ENCODING), or the file refused with the option to add: --encoding gb18030
+  FILE         a file or a folder: a name in data/, or any path. Formats: .jsonl .ndjson .json .csv .tsv .xlsx .xls .ods
+               .parquet .arrow .txt, and packed ones (.jsonl.gz, .jsonl.zst, ...). The content decides where the name says
+               something else. A folder may hold them mixed; parts named test or valid are not used (see VALID_SPLIT).
+               The encoding of text is found (ENCODING), or the file refused with the option to add: --encoding gb18030
   EPOCHS       how often all rows are written, newly shuffled each time (1). training.sh shuffles anyway
   MAX_TOKENS   the longest row, its terminator included (0: no limit); OVERLONG says what happens to longer ones
   --no-eof     do not end rows with token 0. Without it the model does not learn to stop

@@ -15,7 +15,7 @@ from rwkv_peft.hashing import sha256
 # what decides what is written
 CODE = ("json2binidx", "rwkv_peft/rows", "rwkv_peft/templates", "rwkv_peft/tokenizer.py", "rwkv_peft/data/binidx.py",
         "rwkv_peft/data/masking.py", "rwkv_peft/roles.py")  # fmt: skip
-LIBRARIES = ("pyrwkv-tokenizer", "orjson", "pyarrow", "numpy", "chardet")
+LIBRARIES = ("pyrwkv-tokenizer", "orjson", "pyarrow", "numpy", "chardet", "python-calamine")
 
 
 def key(files: Sequence[Path], settings: dict[str, Any], template: str) -> str:

@@ -28,7 +28,8 @@ def preview(source: Path, config: TokenizeConfig, end_of_doc: bool, most: int) -
     config, told = settled(config)
     if told:
         print(f"template  {told}")
-    paths, _ = files.find(source)
+    chosen = files.chosen(source, config.valid_split)
+    paths = [*chosen.train, *chosen.held_out]
     cook = Cook(recipe(config, end_of_doc))
     for name, encoding in reading.settle(paths, config.encoding).items():
         print(f"note: {name} is {encoding}; it was read as such")
@@ -44,8 +45,13 @@ def preview(source: Path, config: TokenizeConfig, end_of_doc: bool, most: int) -
         for words in foreign_lines(found, tally.places, config.convert_headings):
             print(f"\nwarning   {words}")
 
+    for note in chosen.notes:
+        print(f"{note.level:<9} {note.file}: {note.words}")
     for path in paths:
-        for block in files.blocks(path, config.txt_mode):
+        wanted = "" if chosen.held_out else config.valid_split
+        for block in files.blocks(path, config.txt_mode, wanted):
+            for note in block.notes:
+                print(f"{note.level:<9} {note.file}: {note.words}")
             made = cook.block(block)
             tally.add(made)
             for reject in made.rejects[: most - shown]:

@@ -13,6 +13,8 @@ from rwkv_peft import __version__, project
 from rwkv_peft.data import buckets
 from rwkv_peft.data.sampling import auto_ctx_len
 from rwkv_peft.rows.foreign_headings import KINDS
+from rwkv_peft.rows.literals import FAULTS
+from rwkv_peft.rows.reading import Note
 from rwkv_peft.rows.recipe import Place
 from rwkv_peft.templates.presets import PRESETS
 from rwkv_peft.words import count, listed
@@ -20,6 +22,12 @@ from rwkv_peft.words import count, listed
 from .advice import factor_table, power_of_two
 from .tally import SHOW, Tally, script_shares
 
+CELLS = {
+    "empty": "with a word that stands for an empty cell (nan, NaN, None, NULL), taken as empty",
+    "None": "with nothing but the word None or null in a column that a row needs, taken as text; if it means that nothing is "
+    "there, take these rows out",
+}
+WORDS = FAULTS | CELLS
 UNSAFE = set('"$`\\!\n')  # characters that double quotes do not protect from bash
 BATCHES = (4, 8)  # micro-batch sizes for which the filling of DATALOAD=pad is told
 SAMPLE = 20_000  # rows that are looked at for the shares of filling
@@ -40,8 +48,9 @@ def make(
     other: Sequence[Path],
     settings: Mapping[str, Any],
     held_out: np.ndarray,
+    notes: Sequence[Note] = (),
 ) -> dict:
-    """held_out: of each row made, bool."""
+    """held_out: of each row made, bool. notes: what is to be said of the files, besides what their readers say."""
     sizes = np.frombuffer(tally.sizes, np.int32)
     counts = tally.counts
     epochs = settings["EPOCHS"]
@@ -56,6 +65,7 @@ def make(
         "read_files": [project.shown(path) for path in files],
         "left_out_files": [project.shown(path) for path in other],
         "settings": dict(settings),
+        "notes": [list(note) for note in (*notes, *tally.notes)],
         # kept + rejected + dropped = read
         "rows": {
             "read": counts["read"],
@@ -64,6 +74,7 @@ def make(
             "rejected": tally.group("rejected: "),
             "dropped": tally.group("dropped: "),
             "schemas": tally.group("schema: "),
+            "faults": tally.group("fault: "),
             "made": len(sizes),  # several of a row with EXPAND=1 and OVERLONG=split
             "pieces_without_answer": counts["pieces without an answer"],
             "lost_some_answers": counts["rows that lost some of their answers"],
@@ -183,6 +194,14 @@ def say(content: Mapping[str, Any], prefix: Path, template: str = "", made: bool
         line("template", template)
     if content["left_out_files"]:
         line("", f"not read: {listed(content['left_out_files'])}")
+    for level, words in notes_together(content["notes"]):
+        line(level, words)
+    for fault, number in rows["faults"].items():
+        what = f"fault: {fault}"
+        line(
+            "warning",
+            f"{count(number, 'cell' if fault in CELLS else 'row')} {WORDS[fault]}: {where(what)}{more(number)}",
+        )
     if rejected := sum(rows["rejected"].values()):
         line(
             "rejected", f"{count(rejected, 'row')} ({reasons(rows['rejected'])}), all of them in {shown}.rejects.jsonl:"
@@ -254,7 +273,9 @@ def say(content: Mapping[str, Any], prefix: Path, template: str = "", made: bool
                   if not rows["held_out"] else
                   f"{shown}.bin/.idx and .roles.bin/.idx: {count(rows['written'], 'row')}{of}")  # fmt: skip
     if rows["held_out"]:
-        line("", f"{shown}.valid.bin/.idx: {count(rows['held_out'], 'row')} held out, none of them in the other file")
+        split = content["settings"]["VALID_SPLIT"]
+        how = f"those of VALID_SPLIT={split}" if split else "none of them in the other file"
+        line("", f"{shown}.valid.bin/.idx: {count(rows['held_out'], 'row')} held out, {how}")
     line("", f"{shown}.report.json, {prefix.name}.lengths.png: all of this, and the lengths as a picture")
     print(labels(content["advice"], data_path(prefix)))
 
@@ -270,6 +291,16 @@ def unused_words(keys: Sequence[Sequence]) -> Iterator[str]:
     if len(keys) > SHOW:
         others = ", ".join(f'"{key}"' for _, key, _ in keys[SHOW : 2 * SHOW])
         yield f"{len(keys) - SHOW} more are not used: {others}{' ...' if len(keys) > 2 * SHOW else ''}"
+
+
+def notes_together(notes: Sequence[Sequence]) -> Iterator[tuple[str, str]]:
+    """(level, words) of what is said of files; what is said of many files alike is said once."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for level, file, words in notes:
+        alike.setdefault((level, words), []).append(file)
+    for (level, words), names in alike.items():
+        others = f" (and {listed(names[1:])})" if names[1:] else ""
+        yield level, f"{names[0]}: {words}{others}"
 
 
 def told_once(rejected: Sequence[Sequence]) -> Iterator[str]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from rwkv_peft.roles import Role
+from rwkv_peft.rows.reading import Note
 from rwkv_peft.rows.recipe import Cooked, Place, Reject
 
 SHOW = 10  # places that are listed; the rest are counted
@@ -31,6 +32,8 @@ class Tally:
         self.places: dict[str, list[Place]] = {}
         self.seen: set[str] = set()
         self.unused: dict[str, Counter[tuple[str, str]]] = {}  # file -> (level, key) -> rows in which it is not used
+        self.held_out = array.array("b")  # of every row that is written: whether VALID_SPLIT names its part
+        self.notes: list[Note] = []
 
     def add(self, one: Cooked) -> None:
         self.counts += one.counts
@@ -49,6 +52,8 @@ class Tally:
             keys = self.unused.setdefault(one.file, Counter())
             for key, rows in one.unused.items():
                 keys[key if key in keys or len(keys) < KEYS else (key[0], "")] += rows
+        self.held_out.frombytes(bytes([one.held_out]) * len(one.sizes))
+        self.notes += one.notes
 
     def group(self, prefix: str) -> dict[str, int]:
         """The counts whose names begin so, the largest first: "rejected: not JSON" -> {"not JSON": ...}."""

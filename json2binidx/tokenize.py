@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -23,10 +23,10 @@ from rwkv_peft.atomic import clear_leftovers, need_space, temporary, write_json
 from rwkv_peft.data.binidx import Writer
 from rwkv_peft.errors import UserError
 from rwkv_peft.rows import files, reading
-from rwkv_peft.rows.reading import Block
+from rwkv_peft.rows.reading import Block, Note
 from rwkv_peft.rows.recipe import Cooked, Recipe
 from rwkv_peft.rows.settings import TokenizeConfig, recipe, settled
-from rwkv_peft.words import listed
+from rwkv_peft.words import count, listed
 
 from . import cache, report
 from .picture import draw_lengths
@@ -52,7 +52,8 @@ def tokenize(source: Path, config: TokenizeConfig, epochs: int, end_of_doc: bool
     """
     prefix = files.stem_of(source) if source.is_file() else source.resolve()
     config, template = settled(config)
-    found, other = files.find(source)
+    chosen = files.chosen(source, config.valid_split)
+    found, other = [*chosen.train, *chosen.held_out], chosen.left_out
     made_from = recipe(config, end_of_doc)
     settings = {
         "EPOCHS": epochs, "EOF": end_of_doc, "EOT": config.eot, "HANDLER": config.handler, "MAP_KEYS": config.map_keys,
@@ -60,7 +61,8 @@ def tokenize(source: Path, config: TokenizeConfig, epochs: int, end_of_doc: bool
         "EXPAND": config.expand,
         "MASK_HISTORY": config.mask_history, "MAX_TOKENS": config.max_tokens, "SOURCE_LENGTH": config.source_length,
         "TARGET_LENGTH": config.target_length, "OVERLONG": config.overlong, "VALID_PERCENT": config.valid_percent,
-        "SEED": config.seed, "PROMPT_TYPE": config.prompt_type, "CONVERT_HEADINGS": config.convert_headings,
+        "VALID_SPLIT": config.valid_split, "SEED": config.seed, "PROMPT_TYPE": config.prompt_type,
+        "CONVERT_HEADINGS": config.convert_headings,
     }  # fmt: skip
     key = cache.key(found, settings, repr(made_from.template))
     report_file = Path(f"{prefix}.report.json")
@@ -76,7 +78,7 @@ def tokenize(source: Path, config: TokenizeConfig, epochs: int, end_of_doc: bool
     with contextlib.ExitStack() as open_files:
         stored = Stored(*(open_files.enter_context(tempfile.TemporaryFile(dir=prefix.parent)) for _ in range(2)))
         rejected = open_files.enter_context(Rejects(rejects))
-        for one in progress(found, made_from, config):
+        for one in progress(chosen, made_from, config):
             if one.rejects and config.strict:
                 stop(one, source)
             stored.add(one)
@@ -85,10 +87,11 @@ def tokenize(source: Path, config: TokenizeConfig, epochs: int, end_of_doc: bool
         if len(tally.sizes) > MANY:
             tokenizer.unload()
         check(tally, made_from, source)
-        names = write(prefix, stored, tally, epochs, config.valid_percent, config.seed)
+        held_out = held_out_rows(tally, config, source)
+        names = write(prefix, stored, tally, epochs, held_out, config.seed)
         rejected.keep()
     # drawn before the report, whose presence says that all is there
-    content = report.make(tally, source, found, other, settings, stored.held_out) | {"encodings": others}
+    content = report.make(tally, source, found, other, settings, stored.held_out, chosen.notes) | {"encodings": others}
     advice = content["advice"]
     sizes, median = np.frombuffer(tally.sizes, np.int32), content["lengths"]["median"]
     picture = draw_lengths(prefix, sizes, median, advice["CTX_LEN"], advice["TRAIN_LENGTHS"])
@@ -113,14 +116,19 @@ def made_from_other(report_file: Path, source: str) -> str:
     return ""
 
 
-def progress(found: Sequence[Path], made_from: Recipe, config: TokenizeConfig) -> Iterator[Cooked]:
+def progress(chosen: files.Source, made_from: Recipe, config: TokenizeConfig) -> Iterator[Cooked]:
     """Every cooked block, with a bar that shows how far reading is."""
+    found = [*chosen.train, *chosen.held_out]
     total = sum(path.stat().st_size for path in found)
     workers = number_of_workers(config.workers, total)
 
+    held_out = set(chosen.held_out)
+
     def blocks() -> Iterator[Block]:
         for path in found:
-            yield from files.blocks(path, config.txt_mode)
+            # (a folder has its parts in files; what a file holds is then all of one part)
+            wanted = "" if chosen.held_out else config.valid_split
+            yield from files.blocks(path, config.txt_mode, wanted, path in held_out)
 
     before, at, name = 0, 0, ""
     sizes = {project.shown(path): path.stat().st_size for path in found}
@@ -216,12 +224,32 @@ class Stored:
                 yield file.fileno()
 
 
-def write(prefix: Path, stored: Stored, tally: Tally, epochs: int, valid_percent: float, seed: int) -> list[Path]:
+def held_out_rows(tally: Tally, config: TokenizeConfig, source: Path) -> np.ndarray:
+    """Which rows become NAME.valid, bool [rows]: those of VALID_SPLIT, or VALID_PERCENT of all. UserError if VALID_SPLIT names
+    nothing that is there, or everything."""
+    if not config.valid_split:
+        documents = np.frombuffer(tally.documents, np.uint64)
+        return valid_rows(documents, len(tally.sizes), config.valid_percent, config.seed)
+    held_out = np.frombuffer(tally.held_out, bool)
+    if not held_out.any() or held_out.all():
+        wrong = (
+            "would hold out all rows" if held_out.any() else "names no part of it that holds a row which can be used"
+        )
+        raise UserError(f"{project.shown(source)}: VALID_SPLIT={config.valid_split} {wrong}; nothing was written.")
+    hashes = np.frombuffer(tally.hashes, np.uint64)
+    if again := int(np.isin(hashes[held_out], hashes[~held_out]).sum()):
+        words = (
+            f"{count(again, 'held-out row')} are also among the rows for training: their loss says less than it seems"
+        )
+        tally.notes.append(Note("warning", project.shown(source), words))
+    return held_out
+
+
+def write(prefix: Path, stored: Stored, tally: Tally, epochs: int, held_out: np.ndarray, seed: int) -> list[Path]:
     """NAME.bin/.idx with roles, every row `epochs` times in a new order each; NAME.valid with what is held out, once."""
     sizes = np.frombuffer(tally.sizes, np.int32)
     starts = np.zeros(len(sizes) + 1, np.int64)
     np.cumsum(sizes, out=starts[1:])
-    held_out = valid_rows(np.frombuffer(tally.documents, np.uint64), len(sizes), valid_percent, seed)
     stored.held_out = held_out
     need_space(prefix.parent, epochs * (3 * int(starts[-1]) + 2 * 20 * len(sizes)))
     streams = {"": np.dtype(np.uint16), ".roles": np.dtype(np.uint8)}
@@ -266,11 +294,11 @@ def valid_rows(hashes: np.ndarray, rows: int, percent: float, seed: int) -> np.n
     if not percent:
         return np.zeros(rows, dtype=bool)
     contents = np.unique(hashes)
-    count = max(1, round(len(contents) * percent / 100))
-    if count >= len(contents):
+    many = max(1, round(len(contents) * percent / 100))
+    if many >= len(contents):
         raise UserError(
             f"VALID_PERCENT={percent:g} would hold out all of {len(contents)} different rows; nothing was written. "
             "Set it to 0, or give more rows."
         )
-    chosen = np.random.default_rng([seed, 1]).permutation(contents)[:count]
+    chosen = np.random.default_rng([seed, 1]).permutation(contents)[:many]
     return np.isin(hashes, chosen)

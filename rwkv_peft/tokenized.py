@@ -27,8 +27,9 @@ from .templates.template import Template
 from .words import did_you_mean, listed
 
 
-def data_files(text: str) -> tuple[list[tuple[Path, Fraction]], list[str]]:
-    """DATA_PATH -> prefixes and weights of the tokenized files, and what is wrong with them."""
+def data_files(text: str, other_than: Sequence[str] = ()) -> tuple[list[tuple[Path, Fraction]], list[str]]:
+    """DATA_PATH -> prefixes and weights of the tokenized files, and what is wrong with them. other_than: names that cannot be
+    meant, such as the data for training where held-out data are wanted."""
     if not missing_data(project.data_prefix(text)):  # a file whose very name looks like a mixture
         return [(project.data_prefix(text), Fraction(1))], []
     try:
@@ -36,7 +37,11 @@ def data_files(text: str) -> tuple[list[tuple[Path, Fraction]], list[str]]:
     except ValueError as error:
         return [], [str(error)]
     files = [(project.data_prefix(name), weight) for name, weight in names]
-    wrong = [missing for prefix, _ in files if (missing := missing_data(prefix))]
+    wrong = [
+        project.foreign_path(name) or missing
+        for (name, _), (prefix, _) in zip(names, files, strict=True)
+        if (missing := missing_data(prefix, other_than))
+    ]
     prefixes = [os.path.abspath(prefix) for prefix, _ in files]
     wrong += [
         f"names {project.shown(prefix)} more than once; give each file one weight"
@@ -45,13 +50,13 @@ def data_files(text: str) -> tuple[list[tuple[Path, Fraction]], list[str]]:
     return files, wrong
 
 
-def missing_data(prefix: Path) -> str:
-    """What to say if a tokenized file is not there, else ""."""
+def missing_data(prefix: Path, other_than: Sequence[str] = ()) -> str:
+    """What to say if a tokenized file is not there, else "". other_than: names that are not proposed."""
     missing = [ending for ending in (".bin", ".idx") if not Path(f"{prefix}{ending}").is_file()]
     if not missing:
         return ""
     source = Path(f"{prefix}.jsonl")
-    there = project.data_names()
+    there = [name for name in project.data_names() if name not in other_than]
     hint = f"{did_you_mean(prefix.name, there) or '.'} Tokenized data in data/: {listed(there)}"
     if source.is_file():
         hint = f"; make it: ./make_tokenize.sh {shlex.quote(source.name)}"

@@ -141,7 +141,7 @@ def test_a_text_file_is_one_document_or_one_for_every_line_or_paragraph(tmp_path
         ("x.csv", b"text,other\na,b\nc\nd,e\n", 3),
         ("x.csv", b'text,other\n"a\nb",c\n"d"e,f\ng,h\n', 4),
         ("x.csv", b"text,other\na,b\n\xff,c\nd,e\n", 3),
-        ("x.tsv", b'text\tother\na\tb\n"c\td\n', 3),
+        ("x.tsv", b'text\tother\n"a"\tb\n"c\td\n', 3),
     ],
 )
 def test_one_bad_row_is_told_with_its_line_and_spoils_only_itself(tmp_path, name, content, place):

@@ -120,6 +120,8 @@ def model_or_merged(name: str) -> Path:
     path = model_place(name)
     if path.exists():
         return path
+    if foreign := project.foreign_path(name):
+        raise UserError(f"--model, or MODEL_PATH in chat.sh: {foreign}")
     there = [p.name for folder in ("model", "merge") for p in (project.ROOT / folder).glob("*.pth")]
     raise UserError(
         f"{name} (--model, or MODEL_PATH in chat.sh): there is no such model{did_you_mean(name, there) or '.'} "

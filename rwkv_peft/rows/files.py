@@ -6,6 +6,7 @@ is counted and told with its place; a file that is broken as a whole raises User
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
@@ -14,12 +15,13 @@ from .. import project
 from ..errors import UserError
 from ..project import shown
 from ..words import did_you_mean, listed
-from . import reading
-from .json_files import json_array, json_lines
+from . import kinds, reading, splits
+from .json_files import json_array, json_lines, no_such_split
 from .one_message import conversations
-from .reading import Block, grouped, skip_line, text_row, too_long, unpacked
+from .reading import Block, Note, grouped, skip_line, text_row, too_long, unpacked
 from .schemas import Row, RowError
 from .tables import columnar, table
+from .workbooks import workbook
 
 
 def plain(path: Path, mode: str) -> Iterator[Block]:
@@ -69,8 +71,19 @@ READERS: dict[str, Callable[..., Iterator[Block]]] = {
     ".parquet": columnar,
     ".arrow": columnar,
     ".txt": plain,
+    ".xlsx": workbook,
+    ".xlsm": workbook,
+    ".xlsb": workbook,
+    ".xls": workbook,
+    ".ods": workbook,
+    ".ndjson": json_lines,
+    ".jsonlines": json_lines,
+    ".ldjson": json_lines,
+    ".feather": columnar,
 }
 PACKED = (".gz", ".zst")
+# what the `datasets` library and dataset pages leave beside data: facts about them, no rows
+METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 OURS = (".rejects.jsonl", ".report.json")  # what make_tokenize.sh leaves beside data is never data
 
 
@@ -79,9 +92,7 @@ def format_of(path: Path) -> str:
     suffixes = [s.lower() for s in path.suffixes]
     if suffixes and suffixes[-1] in PACKED:
         return (
-            suffixes[-2]
-            if len(suffixes) > 1 and suffixes[-2] in READERS and suffixes[-2] not in (".parquet", ".arrow")
-            else ""
+            suffixes[-2] if len(suffixes) > 1 and suffixes[-2] in READERS and suffixes[-2] not in kinds.BINARY else ""
         )
     if suffixes and suffixes[-1] in READERS:
         return suffixes[-1]
@@ -113,6 +124,8 @@ def named(name: str) -> Path:
     """What the user calls a file, pipe or folder of rows: a name in data/, or a path. UserError if it cannot be read."""
     source = project.find(name, "data")
     where, endings = shown(source), ", ".join(READERS)
+    if not source.exists() and (foreign := project.foreign_path(name)):
+        raise UserError(foreign)
     if not source.exists():
         there = [p.name for p in (project.ROOT / "data").glob("*") if format_of(p) and not p.name.endswith(OURS)]
         raise UserError(
@@ -121,12 +134,76 @@ def named(name: str) -> Path:
     if source.is_dir():
         if not find(source)[0]:
             raise UserError(f"{where}: holds no file that can be read ({endings}).")
-    elif not format_of(source):
-        raise UserError(f"{where}: must end in one of {endings} (or one of these with .gz or .zst behind it).")
+    elif not format_of(source) and not kinds.kind_of(source, "")[0]:
+        raise UserError(unknown_ending(source))
     return source
 
 
-def blocks(path: Path, txt_mode: str = "file") -> Iterator[Block]:
-    """The rows of one file, whatever its format."""
-    kind = format_of(path)
-    return conversations(plain(path, txt_mode) if kind == ".txt" else READERS[kind](path))
+def blocks(path: Path, txt_mode: str = "file", valid_split: str = "", held_out: bool = False) -> Iterator[Block]:
+    """The rows of one file, whatever its format. What is to be said of the file comes with them.
+
+    valid_split: the split whose rows are held out where a file holds several. held_out: the file is held out as a whole.
+    """
+    kind, notes = kinds.kind_of(path, format_of(path))
+    if not kind:
+        raise UserError(unknown_ending(path))
+    if notes:
+        yield Block(shown(path), 1, [], 0, notes=tuple(notes))
+    if kind == ".txt":
+        found = plain(path, txt_mode)
+    elif kind == ".json":
+        found = json_array(path, "" if held_out else valid_split)
+    else:
+        found = READERS[kind](path)
+    found = conversations(found)
+    yield from (dataclasses.replace(block, held_out=True) for block in found) if held_out else found
+
+
+def unknown_ending(path: Path) -> str:
+    return (
+        f"{shown(path)}: must end in one of {', '.join(READERS)} (or one of the text formats with .gz or .zst behind it); its "
+        "content shows no rows either."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The files of a file or folder that is to be read. train, held_out: what becomes of their rows; left_out: what is not
+    read; notes: what is to be said of that."""
+
+    train: list[Path]
+    held_out: list[Path]
+    left_out: list[Path]
+    notes: list[Note]
+
+
+def chosen(source: Path, valid_split: str = "") -> Source:
+    """The files to read: those for training, and those of VALID_SPLIT. UserError if there is no such split in a folder."""
+    known, unknown = find(source)
+    if not source.is_dir():
+        return Source(known, [], unknown, [])
+    metadata = [p for p in known if p.name in METADATA]
+    known = [p for p in known if p.name not in METADATA]
+    train, held, others, unnamed = splits.chosen(known, source, valid_split)
+    name = shown(source)
+
+    def names(paths: list[Path]) -> str:
+        return listed(str(p.relative_to(source)) for p in paths)
+
+    if valid_split and not held and others:
+        raise UserError(no_such_split(name, valid_split, [str(p.relative_to(source)) for p in others]))
+    if held and not train:
+        raise UserError(f"{name}: VALID_SPLIT={valid_split} would hold out all of its files ({names(held)}).")
+    notes = []
+    if others:
+        words = f"not used, because their names say that they are not for training: {names(others)}"
+        which = splits.split_of_file(others[0], source)
+        notes.append(Note("warning", name, f"{words}. VALID_SPLIT={which} makes held-out data of them"))
+    if unnamed and (held or others):
+        notes.append(
+            Note("warning", name, f"read as training data, though their names do not say so: {names(unnamed)}")
+        )
+    elif unnamed:
+        words = "read as training data, because there is nothing else, though their names say that they are held out"
+        notes.append(Note("warning", name, f"{words}: {names(unnamed)}"))
+    return Source(train, held, [*unknown, *others, *metadata], notes)

@@ -8,7 +8,7 @@ tree share is learnt in the first of them only.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from . import reading
@@ -33,28 +33,39 @@ LOOKED_AT = 32  # rows at the beginning of a file that tell its kind
 def conversations(blocks: Iterable[Block]) -> Iterator[Block]:
     """The blocks of a file, with its messages put together where it has one in every row."""
     blocks = iter(blocks)
-    first = next(blocks, None)
-    if first is None:
+    for first in blocks:
+        if first.data:
+            break
+        yield first  # something to be said of the file
+    else:
         return
     key = grouping(first)
     every = itertools.chain([first], blocks)
     if not key:
         yield from every
         return
+    for held_out, part in itertools.groupby(every, key=lambda block: block.held_out):
+        yield from together(list(part), key, held_out)
+
+
+def together(blocks: Sequence[Block], key: tuple[str, ...], held_out: bool) -> Iterator[Block]:
+    """The conversations of some blocks of messages."""
     messages: list[tuple[int, dict[str, Any]]] = []
-    wrong: list[tuple[int, RowError]] = []
-    last = first
-    for last in every:  # noqa: B007 - the last one is used below
-        for number, item in items(last):
-            try:
-                messages.append((number, dict(parse(item))))
-            except RowError as error:
-                wrong.append((number, error))
-    found = trees(messages) if len(key) == 2 else groups(messages, key[0])
-    rows: list[tuple[int, Any]] = sorted([*wrong, *found], key=lambda row: row[0])
+    rows: list[tuple[int, Any]] = []
+    for number, item in itertools.chain.from_iterable(map(items, blocks)):
+        try:
+            messages.append((number, dict(parse(item))))
+        except RowError as error:
+            rows.append((number, error))
+    if messages:
+        rows += trees(messages) if len(key) == 2 else groups(messages, key[0])
+    rows.sort(key=lambda row: row[0])
+    notes = tuple(note for block in blocks for note in block.notes)
+    last = blocks[-1]
+    yield Block(last.file, 1, [], 0, held_out, notes)
     for begin in range(0, len(rows), reading.ROWS):
         some = rows[begin : begin + reading.ROWS]
-        yield Block(last.file, some[0][0], some, last.read)
+        yield Block(last.file, some[0][0], some, last.read, held_out)
 
 
 def grouping(block: Block) -> tuple[str, ...]:

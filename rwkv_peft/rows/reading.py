@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from ..errors import UserError, install
 from ..project import shown
@@ -24,15 +24,29 @@ LINE_LIMIT = 32 << 20  # bytes; a longer line is a file without line breaks, not
 ROWS = 512  # of a table that are worked on at once
 
 
+class Note(NamedTuple):
+    """What is to be said of a file as a whole. level: note or warning."""
+
+    level: str
+    file: str
+    words: str
+
+
+class TableRow(dict):
+    """A row of a table whose cells are text: an empty cell may hold a word for it, like nan."""
+
+
 @dataclass(frozen=True)
 class Block:
     """Rows behind one another. data: bytes of whole JSON lines, the first of which is line `first`; or a list of
-    (number, JSON bytes | row | RowError). read: bytes of the file up to here."""
+    (number, JSON bytes | row | RowError). read: bytes of the file up to here. held_out: they belong to NAME.valid."""
 
     file: str
     first: int
     data: bytes | list[tuple[int, bytes | Row | RowError]]
     read: int
+    held_out: bool = False
+    notes: tuple[Note, ...] = ()
 
 
 class Frames(io.RawIOBase):
@@ -68,9 +82,10 @@ def opened(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     with contextlib.ExitStack() as open_files:
         raw = open_files.enter_context(open(path, "rb", HEAD))
         file = raw
-        if path.suffix.lower() == ".gz":
+        packed = path.suffix.lower() if path.suffix.lower() in (".gz", ".zst") else packing(raw.peek(4))
+        if packed == ".gz":
             file = open_files.enter_context(gzip.GzipFile(fileobj=raw))
-        elif path.suffix.lower() == ".zst":
+        elif packed == ".zst":
             try:
                 import zstandard
             except ImportError:
@@ -169,6 +184,13 @@ def undecided(path: Path, found: encodings.Unsure) -> str:
         f"{rows}\n  --encoding {'utf-8':{width}}   leaves out the rows that are not UTF-8\n"
         "Or save the file as UTF-8 (in an editor: Save as, encoding UTF-8)."
     )
+
+
+def packing(begins: bytes) -> str:
+    """.gz or .zst by the first bytes of a file, or ""."""
+    if begins.startswith(b"\x1f\x8b"):
+        return ".gz"
+    return ".zst" if begins.startswith(b"\x28\xb5\x2f\xfd") or begins[1:4] == b"\x2a\x4d\x18" else ""
 
 
 def too_long(law: str) -> RowError:

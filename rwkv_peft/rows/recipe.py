@@ -6,6 +6,7 @@ know of one another, so any number of workers gives the same bytes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 from collections import Counter
@@ -21,13 +22,19 @@ from ..templates.headings import overlooked_heading, spans_of_text
 from ..templates.template import ENDINGS, Dialogue, Ending, Template
 from . import foreign_headings
 from .encode import NO_ROWS, Pieces, Tokens, encode_row, encode_rows
+from .keys import MATERIALS, MESSAGES, PROMPTS, RESPONSES, TEXTS, squashed
 from .limits import Cut, Limits, TooLong, cut_row, cut_turns, within_turns
+from .literals import mended
 from .quick import Quick
-from .reading import LINE_LIMIT, Block, is_utf8, not_utf8, too_long
+from .reading import LINE_LIMIT, Block, Note, TableRow, is_utf8, not_utf8, too_long
 from .schemas import INFILLING, Columns, Reader, Row, RowError, kind
 
 NOTHING_TO_LEARN = "nothing to learn"  # all answers have weight 0, or were cut away
+COMMENT = "comment"  # a line of .jsonl that is none of the rows; reported, not rejected
 RAW_LIMIT = 2000  # characters of a rejected row that are kept
+# what pandas writes for an empty cell. Where a row needs a text, None may be one: it stays, and is reported
+MISSING = frozenset(("nan", "NaN", "NAN", "-nan", "NULL", "null", "<NA>", "NaT", "None", "#N/A"))
+MAY_BE_TEXT = frozenset(("None", "null"))
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,8 @@ class Cooked:
     places: dict[str, list[Place]] = field(default_factory=dict)  # "dropped", "overlooked", "repaired", ...
     seen: frozenset[str] = frozenset()  # columns of MAP_KEYS that were met
     unused: Counter[tuple[str, str]] = field(default_factory=Counter)  # (level, key) -> rows in which it is not used
+    held_out: bool = False  # all rows of the block belong to NAME.valid
+    notes: tuple[Note, ...] = ()  # what is to be said of the file
 
 
 class Rows(NamedTuple):
@@ -124,18 +133,33 @@ def items(block: Block) -> Iterator[tuple[int, bytes | Row | RowError]]:
             yield number, (line if len(line) <= LINE_LIMIT else too_long("Every line must be one JSON object"))
 
 
-def parse(item: bytes | Row | RowError) -> Row:
-    """The row itself. RowError if it is none."""
+def parse(item: bytes | Row | RowError, faults: set[str] | None = None) -> Row:
+    """The row itself; a list of messages is a conversation. RowError if it is none. faults: gets the kind of fault of JSON that
+    is not quite JSON (literals.FAULTS)."""
     if isinstance(item, RowError):
         raise item
     if not isinstance(item, bytes):
         return item
     try:
         row = orjson.loads(item)
-    except orjson.JSONDecodeError as error:
+    except orjson.JSONDecodeError:
         if not is_utf8(item.decode("utf-8", "surrogateescape")):
             raise not_utf8(item) from None
-        raise RowError("not JSON", f"is not valid JSON: {error.msg}, column {error.colno}") from None
+        if item.lstrip()[:2].startswith((b"//", b"#", b"/*")):
+            raise RowError(COMMENT, "is a comment") from None
+        try:
+            row, kind_of_fault = mended(item.decode("utf-8"))
+        except ValueError as fault:
+            raise RowError("not JSON", str(fault)) from None
+        if faults is not None:
+            faults.add(kind_of_fault)
+    if isinstance(row, str) and row.lstrip()[:1] == "{":  # JSON that was made JSON once more
+        with contextlib.suppress(orjson.JSONDecodeError):
+            row = orjson.loads(row)
+            if faults is not None:
+                faults.add("twice")
+    if isinstance(row, list) and row and (isinstance(row[0], dict) or all(isinstance(one, str) for one in row)):
+        return {"messages": row}
     if not isinstance(row, dict):
         raise RowError("wrong type", f'must be a JSON object like {{"text": "..."}}, not {kind(row)}')
     return row
@@ -151,6 +175,10 @@ class Cook:
         self.reader = Reader(recipe.columns, recipe.handler, recipe.repair, infill=recipe.template.infill)
         self.words = self.template.headings
         self.tails = {role: pattern.tail.strip() for role, pattern in self.template.patterns.items()}
+        given = recipe.columns.given
+        # columns that a row needs
+        self.needed = {*map(squashed, (*MESSAGES, *PROMPTS, *RESPONSES, *TEXTS))} - {*map(squashed, MATERIALS)}
+        self.needed |= {squashed(given[part]) for part in ("prompt", "response", "messages", "text") if given.get(part)}
         self.quick = Quick(self.template, self.ending, recipe.columns, recipe.handler)
         if recipe.expand or recipe.mask_history or recipe.convert:  # these look at single turns
             self.quick.columns = ()
@@ -166,11 +194,20 @@ class Cook:
             places.setdefault(what, []).append(Place(block.file, line, words))
 
         quick, schemas, row = self.quick.conversation, [], -1
-        self.reader.padded = block.file.endswith((".parquet", ".arrow"))
+        self.reader.padded = block.file.endswith((".parquet", ".arrow", ".feather"))
         unused: Counter[tuple[str, str]] = Counter()
+        faults: set[str] = set()
         for row, (line, item) in enumerate(items(block)):
+            hint = ""
             try:
-                content = parse(item)
+                content = parse(item, faults)
+                if faults:
+                    fault = faults.pop()
+                    counts[f"fault: {fault}"] += 1
+                    note(f"fault: {fault}", line)
+                    hint = " (the row holds NaN, which JSON does not have: it counts as null)" * (fault == "nan")
+                if type(content) is TableRow:
+                    hint = self.empty_cells(content, line, counts, note)
                 # what was read as cp1252 holds letters from À to ÿ, which are C3 and another byte: rows without one need no
                 # doctor. (A row in ASCII may hold them as \u00e9; no writer does both.)
                 doctor = repair and (type(item) is not bytes or item.isascii() or b"\xc3" in item)
@@ -182,8 +219,12 @@ class Cook:
                     drafts += self.drafts(row, line, content, counts, note)
                     unused.update(self.reader.unused)
             except RowError as error:
+                if error.reason == COMMENT:
+                    counts[f"dropped: {COMMENT}"] += 1
+                    note("dropped", line, COMMENT)
+                    continue
                 counts[f"rejected: {error.reason}"] += 1
-                rejects.append(Reject(block.file, line, error.reason, error.message, beginning(item)))
+                rejects.append(Reject(block.file, line, error.reason, error.message + hint, beginning(item)))
         counts["read"] = row + 1
         for schema, rows in Counter(schemas).items():
             counts[f"schema: {schema}"] += rows
@@ -192,8 +233,25 @@ class Cook:
         hashes = hashes_of(made.ids, sizes)
         return Cooked(
             made.ids, made.roles, sizes, hashes, documents_of(hashes, made.rows), made.lines, counts, made.scripts,
-            block.file, block.read, rejects, places, frozenset(self.reader.seen), unused,
+            block.file, block.read, rejects, places, frozenset(self.reader.seen), unused, block.held_out, block.notes,
         )  # fmt: skip
+
+    def empty_cells(self, row: dict[str, Any], line: int, counts: Counter[str], note) -> str:
+        """Cells in which pandas wrote that they are empty become empty, but for those that may be a text in a column that a
+        row needs (an answer may be None). Returns what to add to an error of a row that needs such a cell."""
+        hint = ""
+        for name, cell in row.items():
+            if type(cell) is str and cell in MISSING:
+                if cell in MAY_BE_TEXT and squashed(name) in self.needed:
+                    counts["fault: None"] += 1
+                    note("fault: None", line, f"{name}: {cell}")
+                else:
+                    row[name] = None
+                    counts["fault: empty"] += 1
+                    note("fault: empty", line, f"{name}: {cell}")
+                    if squashed(name) in self.needed:
+                        hint = f" (the cell holds {cell}, which counts as empty)"
+        return hint
 
     def drafts(self, number: int, line: int, row: Row, counts: Counter[str], note) -> list[Draft]:
         """The texts that a row gives: one, or one for every answer with EXPAND."""

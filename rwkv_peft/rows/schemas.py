@@ -24,13 +24,8 @@ from .keys import (
     CERTAIN_MESSAGES,
     CERTAIN_TEXTS,
     HARMLESS_IN_MESSAGES,
-    HISTORY,
-    MESSAGES,
-    PROMPTS,
     QUESTION_NAMES,
-    RESPONSES,
     ROLE_NAMES,
-    TEXTS,
     Columns,
     Parts,
     chosen,
@@ -58,9 +53,6 @@ from .values import (
 __all__ = ["HANDLERS", "INFILLING", "Columns", "Reader", "Row", "RowError", "columns", "kind"]
 
 Row = Mapping[str, Any]
-
-# what tells that an object of a .json file is a row, not something around rows
-ROW_KEYS = (*MESSAGES, *TEXTS, *PROMPTS, *RESPONSES, *HISTORY)
 
 # HANDLER: short names, and those of the field; what each reads
 HANDLERS = {

@@ -46,6 +46,7 @@ class TokenizeConfig:
     overlong: Literal["drop", "truncate", "truncate-left", "split"] = var("OVERLONG")
 
     valid_percent: float = var("VALID_PERCENT", ge=0, lt=100)
+    valid_split: str = var("VALID_SPLIT")
     seed: int = var("SEED", ge=0, le=2**31 - 1)
     workers: Literal["auto"] | int = var("WORKERS", ge=1, le=1024)
     overwrite_cache: bool = var("OVERWRITE_CACHE")
@@ -73,6 +74,10 @@ class TokenizeConfig:
         for name, value in (("SOURCE_LENGTH", given.source_length), ("TARGET_LENGTH", given.target_length)):
             if given.max_tokens and value and value > given.max_tokens:
                 found.append(Problem(name, f"is more than MAX_TOKENS={given.max_tokens}, which limits the whole row"))
+        if given.valid_split and given.valid_percent:
+            found.append(
+                Problem("VALID_SPLIT", f"must be empty with VALID_PERCENT={given.valid_percent:g}, or that be 0")
+            )
         if given.expand and given.mask_history:
             found.append(Problem("MASK_HISTORY", "must be 0 with EXPAND=1, which makes a row for every answer"))
         return found

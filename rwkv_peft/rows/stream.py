@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from ..words import count
 from . import files, reading
 from .encode import Tokens
 from .foreign_headings import KINDS
-from .reading import Block
+from .reading import Block, Note
 from .recipe import Cook, Recipe, items
 from .schemas import Row, RowError
 
@@ -36,6 +36,8 @@ class RowStream:
     buffer: int
     say: Callable[[str], None]
     encoding: str = "auto"
+    valid_split: str = ""  # the part of the files that is not trained on
+    said: set[Note] = field(default_factory=set, compare=False)
 
     def documents(self) -> Iterator[Tokens]:
         """Every row that can be used, pass after pass. UserError if a whole pass has none."""
@@ -78,10 +80,19 @@ class RowStream:
             if not all(path.is_file() for path in self.paths):  # a pipe is empty now
                 return
 
+    def say_once(self, note: Note) -> None:
+        if note not in self.said:
+            self.said.add(note)
+            self.say(f"{note.level:<9} {note.file}: {note.words}")
+
     def rows(self) -> Iterator[tuple[str, int, bytes | Row | RowError]]:
         """File, number and content of every row, in the order of the files."""
         for path in self.paths:
-            for block in files.blocks(path, self.txt_mode):
+            for block in files.blocks(path, self.txt_mode, self.valid_split):
+                for note in block.notes:
+                    self.say_once(note)
+                if block.held_out:
+                    continue
                 for number, item in items(block):
                     yield block.file, number, item
 

@@ -4,54 +4,182 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
+import math
 import re
-from collections import deque
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 from ..errors import UserError, install
 from ..project import shown
 from ..words import count
 from . import reading
-from .reading import Block, grouped, is_utf8, not_utf8, unpacked
+from .kinds import ROW_KEYS
+from .reading import Block, Note, TableRow, grouped, is_utf8, not_utf8, unpacked
 from .schemas import Row, RowError
+from .table_header import LOOKED_AT, Header, header_row, trimmed, value_text
 
 FIELDS_LIMIT = 1 << 27  # characters of a cell that Python's reader takes; RowLines ends what is no row long before
 
 
+@dataclass(frozen=True)
+class Dialect:
+    """How a table is written. quotes: standard ("" for a quote), backslash (\" for one), or none (a quote is a letter).
+    all_escaped: a backslash itself is written as two."""
+
+    quotes: str = "standard"
+    all_escaped: bool = False
+
+    def line(self, line: str) -> str:
+        """A line as the standard reader wants it."""
+        return BACKSLASHES.sub(self.without_backslash, line) if self.quotes == "backslash" and "\\" in line else line
+
+    def without_backslash(self, found: re.Match) -> str:
+        size = len(found[1])
+        if found[2]:
+            return "\\" * (size // 2) + ('""' if size % 2 else '"')
+        return "\\" * -(-size // 2) if self.all_escaped else found[0]
+
+    def reader(self, lines: RowLines, mark: str):
+        quoting = csv.QUOTE_NONE if self.quotes == "none" else csv.QUOTE_MINIMAL
+        return csv.reader(lines, delimiter=mark, strict=self.quotes != "none", quoting=quoting)
+
+
+BACKSLASHES = re.compile(r'(\\+)("?)')
+MARKS = ",;\t|"  # what may stand between cells
+QUOTED_SO = {
+    "backslash": 'quotes inside cells are written \\" in it, not "", and are read as quotes',
+    "none": "its quotes do not enclose cells, and are read as letters",
+}
+
+
 def table(path: Path) -> Iterator[Block]:
-    """Rows of a .csv or .tsv file; the first line names the columns. Cells that hold JSON lists are read where they are
-    wanted as lists."""
+    """Rows of a .csv or .tsv file; the first line names the columns. Cells that hold lists are read where they are wanted as
+    lists."""
     csv.field_size_limit(FIELDS_LIMIT)
+    name, notes = shown(path), []
     with unpacked(path) as (file, read):
-        text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
-        lines, number = RowLines(text), 2
-        first = next(lines, "")
-        told = re.fullmatch(r"sep=(.)\s*", first)  # Excel's way to say what stands between cells
-        if told:
-            first, number = next(lines, ""), 3
-        bare = re.sub(r'"[^"]*"', "", first)
-        marks = told[1] if told else "\t" if ".tsv" in path.suffixes else max(",;\t", key=bare.count)
-        lines.again.append(first)
-        lines.begin()
+        opened = Table(file, Dialect(), path)
+        dialect = best_dialect(path, opened)
+        if dialect.quotes == "standard":
+            yield from grouped(path, opened.rows(), read)
+            notes, size = opened.notes(), read()
+    if dialect.quotes != "standard":
+        with unpacked(path) as (file, read):
+            opened = Table(file, dialect, path)
+            yield from grouped(path, opened.rows(), read)
+            notes, size = [*opened.notes(), Note("note", name, QUOTED_SO[dialect.quotes])], read()
+    if notes:
+        yield Block(name, 1, [], size, notes=tuple(notes))
+
+
+def best_dialect(path: Path, opened: Table) -> Dialect:
+    """The dialect in which most of a table can be read; the file is read beforehand only where quotes are unusual."""
+    if not path.is_file():  # a pipe can be read only once
+        return Dialect()
+    escaped = lone = quoted = False
+    before = b""
+    with unpacked(path) as (file, _):
+        while piece := file.read(reading.BLOCK):
+            piece = before + piece
+            escaped = escaped or b'\\"' in piece
+            lone = lone or b"\\" in piece and re.search(rb'(?<!\\)(?:\\\\)*\\[^"\\\r\n]', piece) is not None
+            quoted = quoted or b'"' in piece
+            before = piece[-1:]
+    others = [Dialect("backslash", all_escaped=not lone)] * escaped
+    others += [Dialect("none")] * (quoted and opened.mark == "\t")
+    if not others:
+        return Dialect()
+    faults = faults_of(path, Dialect())
+    for dialect in others:
+        if faults and faults_of(path, dialect) < (faults if dialect.quotes == "backslash" else 1):
+            return dialect
+    return Dialect()
+
+
+def faults_of(path: Path, dialect: Dialect) -> int:
+    """Rows that cannot be read in a dialect. Cells that are enclosed in quotes speak against one without quotes."""
+    with unpacked(path) as (file, _):
         try:
-            header = next(csv.reader(lines, delimiter=marks, strict=True), [])
+            rows = (row for _, row in Table(file, dialect, path).rows())
+            if dialect.quotes != "none":
+                return sum(isinstance(row, RowError) and row.reason == "not CSV" for row in rows)
+            return sum(
+                row.reason == "not CSV" if isinstance(row, RowError) else any(map(is_enclosed, row.values()))
+                for row in rows
+            )
+        except UserError:
+            return 1 << 60
+
+
+def is_enclosed(cell: str | None) -> bool:
+    return cell is not None and len(cell) > 1 and cell[0] == cell[-1] == '"'
+
+
+class Table:
+    """A table that is open: its header is read, and its rows can be read."""
+
+    def __init__(self, file: IO[bytes], dialect: Dialect, path: Path):
+        self.lines = RowLines(io.TextIOWrapper(file, "utf-8", "surrogateescape", newline=""), dialect.line)
+        self.dialect, self.path, self.warnings = dialect, path, []
+        head = list(itertools.islice(self.lines, LOOKED_AT))
+        told = re.fullmatch(r"sep=(.)\s*", head[0]) if head else None  # Excel's way to say what stands between cells
+        skip = 1 if told else 0
+        marks = told[1] if told else MARKS
+        cells = [split_plainly(line, best_mark(line, marks)) for line in head[skip:]]
+        place = skip + header_row(cells) if cells else skip
+        first = head[place] if place < len(head) else ""
+        self.mark = best_mark(first, marks)
+        again = self.lines.row[place:]  # as they are in the file: they will be changed when they are read again
+        self.lines.begin()
+        self.lines.again.extend(again)
+        try:
+            names = next(dialect.reader(self.lines, self.mark), [])
         except csv.Error as error:
             raise UserError(
                 f"{shown(path)}: its first line, which names the columns, is not valid CSV: {error}."
             ) from None
-        twice = sorted({name for name in header if header.count(name) > 1})
-        if not any(header) or twice:
-            wrong = f"names {twice[0]!r} twice" if twice else "must name the columns"
-            raise UserError(f"{shown(path)}: its first line {wrong}.")
-        yield from grouped(path, table_rows(lines, header, marks, number - 1 + len(lines.row)), read)
+        self.header = Header(names, shown(path))
+        self.number = place + 1 + len(self.lines.row)
+        if place > skip:
+            self.warnings = self.header.skipped_above(cells[: place - skip])
+
+    def rows(self) -> Iterator[tuple[int, Row | RowError]]:
+        return table_rows(self.lines, self.header, self.dialect, self.mark, self.number)
+
+    def notes(self) -> list[Note]:
+        name = shown(self.path)
+        found = [("warning", words) for words in self.warnings] + self.header.notes()
+        if ".tsv" in self.path.suffixes and self.mark != "\t" and self.header.size > 1:
+            found.append(("note", f"{self.mark!r} stands between its cells, not tabs"))
+        return [Note(level, name, words) for level, words in found]
+
+
+def split_plainly(line: str, mark: str) -> list[str]:
+    try:
+        return next(csv.reader([line], delimiter=mark), [])
+    except csv.Error:
+        return line.split(mark)
+
+
+def best_mark(line: str, marks: str) -> str:
+    """What stands between the cells of a header: what gives the most known names, else what is there most often."""
+    bare = re.sub(r'"[^"]*"', "", line)
+
+    def known(mark: str) -> int:
+        return sum(trimmed(cell).lower() in ROW_KEYS for cell in line.split(mark)) if mark in bare else 0
+
+    return max(marks, key=lambda mark: (known(mark), bare.count(mark)))
 
 
 class RowLines:
     """The lines of a table, one by one, with those of the row at hand kept: they can be given back."""
 
-    def __init__(self, lines: Iterator[str]):
-        self.lines, self.again = lines, deque()
+    def __init__(self, lines: Iterator[str], change: Callable[[str], str]):
+        self.lines, self.change, self.again = lines, change, deque()
         self.begin()
 
     def begin(self) -> None:
@@ -64,27 +192,38 @@ class RowLines:
 
     def __next__(self) -> str:
         line = self.again.popleft() if self.again else next(self.lines)
+        if line.startswith("\ufeff"):  # of a file that was joined to the one above
+            line = line.lstrip("\ufeff")
         self.row.append(line)
         self.size += len(line)
         if self.size > reading.LINE_LIMIT:
             raise csv.Error("a quote that is opened here is never closed")
-        return line
+        return self.change(line)
 
     def give_back_all_but_one(self) -> None:
         """Only the first line of the row is at fault: the others are rows of their own."""
         self.again.extendleft(reversed(self.row[1:]))
 
 
-def table_rows(lines: RowLines, header: list[str], marks: str, number: int) -> Iterator[tuple[int, Row | RowError]]:
+def table_rows(
+    lines: RowLines, header: Header, dialect: Dialect, mark: str, number: int
+) -> Iterator[tuple[int, Row | RowError]]:
     """Rows with their lines, from line `number` on. A quote that is not closed spoils its own line and no other."""
-    rows = csv.reader(lines, delimiter=marks, strict=True)
+    rows = dialect.reader(lines, mark)
     while True:
         lines.begin()
         wrong, cells = "", []
         try:
             cells = next(rows)
-            if cells and len(cells) != len(header):
-                wrong = f"has {count(len(cells), 'cell')}, but the first line names {len(header)}"
+            if cells and len(cells) != header.size:
+                if len(cells) > header.size and not any(cells[header.size :]):
+                    del cells[header.size :]  # empty columns that only some lines have
+                elif any(cells):
+                    wrong = f"has {count(len(cells), 'cell')}, but the first line names {header.size}"
+                    if len(cells) > header.size:
+                        wrong += f"; a cell that holds {mark!r} must stand in quotes"
+                else:
+                    cells = []
         except StopIteration:
             return
         except csv.Error as error:
@@ -93,12 +232,14 @@ def table_rows(lines: RowLines, header: list[str], marks: str, number: int) -> I
         if wrong:
             yield number, RowError("not CSV", wrong)
             lines.give_back_all_but_one()
-            number, rows = number + 1, csv.reader(lines, delimiter=marks, strict=True)
+            number, rows = number + 1, dialect.reader(lines, mark)
             continue
         if any(not cell.isascii() and not is_utf8(cell) for cell in cells):
             yield number, not_utf8(",".join(cells).encode("utf-8", "surrogateescape"))
         elif cells:
-            yield number, dict(zip(header, (cell or None for cell in cells), strict=True))
+            row = header.row(cells, number)
+            if row is not None:
+                yield number, TableRow(row)
         number += len(lines.row)
 
 
@@ -112,8 +253,12 @@ def columnar(path: Path) -> Iterator[Block]:
             f"{shown(path)}: reading {path.suffix} needs the package pyarrow: {install('pyarrow')}"
         ) from None
 
+    with open(path, "rb") as file:
+        is_parquet = file.read(4) == b"PAR1"
+    changed: Counter[str] = Counter()  # columns whose values are changed -> how many
+
     def batches():
-        if path.suffix.lower() == ".parquet":
+        if is_parquet or path.suffix.lower() == ".parquet":
             with pq.ParquetFile(path) as file:
                 yield from file.iter_batches(batch_size=reading.ROWS)
             return
@@ -130,10 +275,47 @@ def columnar(path: Path) -> Iterator[Block]:
     try:
         for batch in batches():
             batch.validate(full=True)
+            odd = [
+                name for name, kind in zip(batch.schema.names, batch.schema.types, strict=True) if ODD.search(str(kind))
+            ]
+            twice = [name for name in batch.schema.names if batch.schema.names.count(name) > 1]
+            if twice:
+                raise UserError(f"{shown(path)}: it has two columns called {twice[0]!r}.")
             for begin in range(0, batch.num_rows, reading.ROWS):
                 rows = batch.slice(begin, reading.ROWS).to_pylist()
+                for row in rows:
+                    for column in odd:
+                        value = row[column]
+                        row[column] = plain_value(value)
+                        changed[column] += value is not None and row[column] is None
                 yield Block(shown(path), number, list(enumerate(rows, number)), 0)
                 number += len(rows)
     except (pa.ArrowException, OSError, ValueError, SystemError, OverflowError) as error:
         raise UserError(f"{shown(path)}: cannot be read as {path.suffix[1:]}: {str(error).splitlines()[0]}.") from None
-    yield Block(shown(path), number, [], size)
+    notes = tuple(
+        Note("warning", shown(path), f"{count(rows, 'value')} NaN in the column {column!r} taken as null (empty)")
+        for column, rows in changed.items() if rows
+    )  # fmt: skip
+    yield Block(shown(path), number, [], size, notes=notes)
+
+
+# types of columns whose values are no JSON: bytes, dates, exact numbers; and fractions, which may be NaN
+ODD = re.compile(r"binary|date|time|duration|decimal|float|double|map<")
+
+
+def plain_value(value: Any) -> Any:
+    """A value of an Arrow column as JSON has it: bytes and dates as text, NaN as null. Bytes that are no text stay."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, list):
+        if value and all(isinstance(one, tuple) and len(one) == 2 for one in value):  # a map
+            return {str(key): plain_value(one) for key, one in value}
+        return [plain_value(one) for one in value]
+    if isinstance(value, dict):
+        return {key: plain_value(one) for key, one in value.items()}
+    return value if value is None or isinstance(value, str | bool | int) else value_text(value)

@@ -20,6 +20,7 @@ import orjson
 
 from ..roles import Role
 from .keys import CALLS, ROLE_NAMES, parts_of, squashed
+from .literals import parse_list
 from .values import RowError, is_nothing
 
 SHAPE = "its conversation must be a list of messages with at least one in it"
@@ -30,9 +31,10 @@ NUMBERED = re.compile(r"\D*(\d+)\Z")
 def parsed(text: str) -> Any:
     """A list that stands in a text, as the columns of tables hold it."""
     try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError:
-        raise RowError("wrong type", "its conversation must be a list of messages (or JSON text of one)") from None
+        return parse_list(text)
+    except ValueError as error:
+        words = f"its conversation must be a list of messages, or text of one, but the text {error}"
+        raise RowError("wrong type", words) from None
 
 
 def looks_like_turns(value: Any) -> bool:

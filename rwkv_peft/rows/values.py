@@ -49,7 +49,8 @@ def without_padding(value: Any) -> Any:
 
 
 def kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null",
+             bytes: "bytes that are no UTF-8 text"}  # fmt: skip
     return names.get(type(value), "a number")
 
 

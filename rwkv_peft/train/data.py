@@ -164,7 +164,8 @@ def held_out(config: TrainConfig, files, ctx_len: int, vocab_size: int, say) -> 
         if not pairs:
             return None
     else:
-        pairs, wrong = data_files(config.val_data)
+        trained = [] if config.streaming else [prefix.name for prefix, _ in files]
+        pairs, wrong = data_files(config.val_data, trained)
         if wrong:
             raise Problems(*(Problem("VAL_DATA", message) for message in wrong))
     try:
@@ -218,11 +219,14 @@ def plan_stream(config: TrainConfig, source: Path, vocab_size: int, say) -> Plan
     rows = config.max_steps * micro_bsz * config.mini_bsz * config.processes
     plan = Plan(rows, None, micro_bsz, config.mini_bsz, config.processes)
     markers = Markers(unescaped(config.mask_start), unescaped(config.mask_end))
-    found = files.find(source)[0]
+    chosen = files.chosen(source, tokenizing.valid_split)
+    found = chosen.train
+    for note in chosen.notes:
+        say(f"{note.level:<9} {note.file}: {note.words}")
     reading.settle(found, tokenizing.encoding)  # refuses what cannot be read before a model is loaded
     buffer = config.stream_buffer if config.data_shuffle else 1
     made_from = recipe(tokenizing, True)
-    text = tokenizing.txt_mode, config.seed, buffer, say, tokenizing.encoding
+    text = tokenizing.txt_mode, config.seed, buffer, say, tokenizing.encoding, tokenizing.valid_split
     stream = RowStream(found, made_from, *text)
 
     def make_data(part, number: int) -> Data:

@@ -24,7 +24,8 @@ def open_files(config: TrainConfig, base: Path, new: bool):
     try:
         stored, geometry = bases.inspect(base)
     except UserError as error:
-        found.append(Problem("MODEL_PATH", str(error)))
+        foreign = "" if base.exists() else project.foreign_path(config.model_path)
+        found.append(Problem("MODEL_PATH", foreign or str(error)))
     if geometry:
         sizes = {"MODEL_VERSION": NUMBERS[geometry.version], "N_LAYER": geometry.n_layer, "EMBD_SIZE": geometry.n_embd}
         sizes["VOCAB_SIZE"] = geometry.vocab_size

@@ -1,0 +1,66 @@
+"""Names of splits: which rows of a data set are meant for training, and which are held out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+# the names that data sets give to their splits; those of one kind mean the same
+KINDS = {
+    "train": ("train", "training", "trainset"),
+    "valid": ("valid", "validation", "val", "dev", "eval", "evaluation", "validset", "devset"),
+    "test": ("test", "testing", "testset"),
+}
+OF_NAME = {name: kind for kind, names in KINDS.items() for name in names}
+WORDS = re.compile(r"[a-z]+")
+
+
+def split_of(name: str) -> str:
+    """train, valid or test by the words of a name (train_sft, test-00000-of-00002, my.dev), or "" if it has none of these."""
+    words = WORDS.findall(re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
+    found = [OF_NAME[word] for word in words if word in OF_NAME]
+    return found[0] if found else ""
+
+
+def is_wanted(name: str, wanted: str) -> bool:
+    """Whether the split called `name` is the one that VALID_SPLIT names: by its own name, or by the kind of it."""
+    if not wanted:
+        return False
+    return name.lower() == wanted.lower() or (wanted.lower() in OF_NAME and split_of(name) == OF_NAME[wanted.lower()])
+
+
+def split_of_file(path: Path, root: Path) -> str:
+    """The split that a file of a folder belongs to: by its own name, else by the folders between."""
+    for part in reversed(path.relative_to(root).parts):
+        # only the first word without its number counts inside a name: "train-00000-of-00001", "my_test.jsonl"
+        if found := split_of(part.partition(".")[0]):
+            return found
+    return ""
+
+
+def chosen(files: Sequence[Path], root: Path, wanted: str) -> tuple[list[Path], list[Path], list[Path], list[Path]]:
+    """Files to train on, files to hold out, files of other splits, and those among the first whose names do not
+    say that they are for training.
+
+    A folder with nothing but files for testing is read as training data.
+    """
+    kinds = {path: split_of_file(path, root) for path in files}
+    held = [p for p in files if wanted and kinds[p] != "train" and is_wanted_file(p, root, wanted, kinds[p])]
+    rest = [p for p in files if p not in set(held)]
+    train = [p for p in rest if kinds[p] in ("train", "")]
+    if not train and not held:
+        return list(files), [], [], list(files)
+    if not train:  # nothing but two splits, one of which is wanted
+        return rest, held, [], []
+    others = [p for p in rest if kinds[p] not in ("train", "")]
+    unnamed = [p for p in train if not kinds[p]] if "train" in kinds.values() and (held or others) else []
+    return train, held, others, unnamed
+
+
+def is_wanted_file(path: Path, root: Path, wanted: str, kind: str) -> bool:
+    """Whether VALID_SPLIT names the split of this file, or its name without endings, or a folder that it is in."""
+    parts = path.relative_to(root).parts
+    return (wanted.lower() in OF_NAME and kind == OF_NAME[wanted.lower()]) or wanted.lower() in [
+        part.lower().partition(".")[0] for part in parts
+    ]

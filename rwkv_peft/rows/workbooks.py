@@ -1,0 +1,92 @@
+"""Rows of workbooks: .xlsx and its relatives, read by python-calamine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import UserError, install
+from ..project import shown
+from ..words import count
+from . import reading
+from .kinds import ROW_KEYS
+from .reading import Block, Note, TableRow
+from .schemas import Row, RowError
+from .table_header import Header, cell_text, header_row, trimmed
+
+CELLS_LIMIT = 200_000_000  # of a sheet's rectangle: a stray cell in its last corner would ask for 17 thousand million
+
+
+def workbook(path: Path) -> Iterator[Block]:
+    """Rows of all sheets with the same columns; other sheets are named."""
+    try:
+        import python_calamine as calamine
+    except ImportError:
+        raise UserError(
+            f"{shown(path)}: reading {path.suffix} needs the package python-calamine: {install('python-calamine')}"
+        ) from None
+    name, size = shown(path), path.stat().st_size
+    try:
+        with calamine.CalamineWorkbook.from_path(str(path)) as book:
+            yield from sheets(book, name, size)
+    except calamine.PasswordError:
+        raise UserError(f"{name}: is protected by a password. Save it without one.") from None
+    except (calamine.CalamineError, OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise UserError(f"{name}: cannot be read as a workbook: {str(error).splitlines()[0]}.") from None
+
+
+def sheets(book, name: str, size: int) -> Iterator[Block]:
+    """The sheet that is read is the first whose columns have a known name, else the first with anything in it."""
+    found: list[tuple[str, list[list[str]], int, list[str]]] = []
+    for title in book.sheet_names:
+        try:
+            sheet = book.get_sheet_by_name(title)
+        except Exception as error:  # a sheet that holds nothing but a chart
+            if type(error).__name__ not in ("WorksheetNotFound", "CalamineError"):
+                raise
+            continue
+        if sheet.end is None:
+            continue
+        if (sheet.end[0] + 1) * (sheet.end[1] + 1) > CELLS_LIMIT:
+            raise UserError(
+                f"{name}: the sheet {title} has a cell at row {sheet.end[0] + 1:,}, column {sheet.end[1] + 1:,}, and more cells "
+                "than can be read. Delete what is outside the table."
+            )
+        cells = [[cell_text(cell) for cell in row] for row in sheet.to_python(skip_empty_area=False)]
+        if any(any(row) for row in cells):
+            place = header_row(cells)
+            found.append((title, cells, place, [trimmed(cell) for cell in cells[place] if trimmed(cell)]))
+    if not found:
+        return
+    known = [columns for _, _, _, columns in found if any(column.lower() in ROW_KEYS for column in columns)]
+    wanted = known[0] if known else found[0][3]
+    read = [title for title, _, _, columns in found if columns == wanted]
+    others = [title for title, _, _, columns in found if columns != wanted]
+    for title, cells, place, columns in found:
+        if columns == wanted:
+            where = f"{name}:{title}" if len(found) > 1 else name
+            yield from sheet_blocks(cells, place, Header(cells[place], where), where, size)
+    notes = []
+    if len(read) > 1:
+        notes.append(Note("note", name, f"{len(read)} sheets with the same columns are read: {', '.join(read)}"))
+    if others:
+        words = f"not used, because their columns are others than those of {read[0]}: {', '.join(others)}"
+        notes.append(Note("warning", name, f"{count(len(others), 'sheet')} {words}"))
+    yield Block(name, 1, [], size, notes=tuple(notes))
+
+
+def sheet_blocks(cells: list[list[str]], place: int, header: Header, name: str, size: int) -> Iterator[Block]:
+    """The rows of a sheet; their numbers are those that the program shows beside them."""
+    notes = [Note("warning", name, words) for words in header.skipped_above(cells[:place])]
+    found: list[tuple[int, Row | RowError]] = []
+    for number, row in enumerate(cells[place + 1 :], place + 2):
+        made = header.row(row, number)
+        if made is not None:
+            found.append((number, TableRow(made)))
+        if len(found) == reading.ROWS:
+            yield Block(name, found[0][0], found, 0)
+            found = []
+    notes += [Note(level, name, words) for level, words in header.notes()]
+    yield Block(name, found[0][0] if found else 1, found, size, notes=tuple(notes))

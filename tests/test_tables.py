@@ -1,0 +1,250 @@
+"""Tables as people have them: joined, with empty columns, odd names, other quotes, words for empty cells, bytes."""
+
+import datetime
+import decimal
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from test_files import rows_in
+
+from rwkv_peft.errors import UserError
+from rwkv_peft.rows import reading
+from rwkv_peft.rows.files import blocks
+from rwkv_peft.rows.recipe import Cook, Recipe
+from rwkv_peft.rows.schemas import RowError, columns
+from rwkv_peft.rows.table_header import cell_text, header_row, trimmed
+from rwkv_peft.templates.presets import PRESETS
+
+QA = [{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}]
+
+
+def table(tmp_path, text: str, name: str = "x.csv"):
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8", newline="")
+    return path
+
+
+def read(path) -> list:
+    return [row for _, row in rows_in(path)]
+
+
+def notes_of(path) -> list[tuple[str, str]]:
+    return [(n.level, n.words) for block in blocks(path) for n in block.notes]
+
+
+def cook(path, **options):
+    made = [Cook(Recipe(PRESETS["rwkv-world"], **options)).block(block) for block in blocks(path)]
+    return next(one for one in made if one.counts["read"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "question, answer\na,b\nc,d\n",
+        "\ufeff question ,\u200banswer\u00a0\na,b\nc,d\n",
+        '"question"," answer "\na,b\nc,d\n',
+        "'question','answer'\na,b\nc,d\n",
+        "question,answer,,,\na,b,,,\nc,d,,,\n",
+        "question,answer\na,b,,\nc,d\n",
+        "question,answer\n,\na,b\n , \n".replace(" , ", ",") + "c,d\n,\n",
+        "\ufeffquestion,answer\na,b\n\ufeffquestion,answer\nc,d\n",
+        "\ufeffquestion,answer\na,b\n\ufeffc,d\n",
+        "question,answer\na,b\nanswer,question\nd,c\n",
+        "question|answer\na|b\nc|d\n",
+        "question\tanswer\na\tb\nc\td\n",
+        "sep=;\nquestion;answer\na;b\nc;d\n",
+        "My questions,,\n\nquestion,answer,\na,b,\nc,d,\n",
+        "My questions\nquestion;answer\na;b\nc;d\n",
+        ",question,answer\n0,a,b\n1,c,d\n",
+        "|question|answer|\n|:---|---|\n|a|b|\n|c|d|\n",
+    ],
+)
+def test_tables_as_programs_write_them(tmp_path, text):
+    assert read(table(tmp_path, text)) == QA
+
+
+def test_decimal_commas_do_not_part_cells(tmp_path):
+    path = table(tmp_path, "question;answer\nHalf, or more?;0,5\n")
+    assert read(path) == [{"question": "Half, or more?", "answer": "0,5"}]
+
+
+def test_a_tsv_with_commas_is_read_and_told(tmp_path):
+    path = table(tmp_path, "question,answer\na,b\nc,d\n", "x.tsv")
+    assert read(path) == QA and "not tabs" in notes_of(path)[0][1]
+
+
+def test_headers_that_come_again_are_told_with_their_lines(tmp_path):
+    path = table(tmp_path, "question,answer\na,b\nquestion,answer\nc,d\n question ,answer\n")
+    [(level, words)] = notes_of(path)
+    assert level == "warning" and "2 lines" in words and words.endswith("line 3, 5")
+    assert [n for n, _ in rows_in(path)] == [2, 4]
+
+
+def test_columns_without_a_name_are_ignored_if_empty_and_named_if_not(tmp_path):
+    path = table(tmp_path, "question,answer,,\na,b,,x\nc,d,,\n")
+    assert notes_of(path) == [
+        ("note", "1 column without a name and without content ignored"),
+        ("warning", "column 4 has no name and is not used (1 row)"),
+    ]
+
+
+def test_lines_above_the_header_are_told(tmp_path):
+    path = table(tmp_path, "My questions,,\nof 2026,,\nquestion,answer,\na,b,\n")
+    assert ("warning", "2 lines above the names of the columns not used ('My questions')") in notes_of(path)
+    assert [n for n, _ in rows_in(path)] == [4]
+
+
+@pytest.mark.parametrize("text", ["question,question\na,b\n", "question, question \na,b\n"])
+def test_two_columns_of_one_name_are_refused(tmp_path, text):
+    with pytest.raises(UserError, match="names 'question' twice"):
+        read(table(tmp_path, text))
+
+
+def test_a_row_with_more_cells_than_names_says_why(tmp_path):
+    [_, error] = read(table(tmp_path, "question,answer\na,b\nYes, or no?,d\n"))
+    assert isinstance(error, RowError) and "has 3 cells" in error.message and "must stand in quotes" in error.message
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        ('"He said \\"hi\\" to me","Say \\"hello\\" back"\n"b","d"\n', ['He said "hi" to me', "b"]),
+        ('"ends with \\\\","say \\"x\\""\n', ["ends with \\"]),
+        ('"\\alpha \\"b\\"","x"\n', ['\\alpha "b"']),
+        ('"a line\nand \\"more\\", here","x"\n', ['a line\nand "more", here']),
+    ],
+)
+def test_quotes_that_are_written_with_a_backslash(tmp_path, text, rows):
+    path = table(tmp_path, "question,answer\n" + text)
+    assert [row["question"] for row in read(path)] == rows
+    assert 'written \\" in it' in notes_of(path)[-1][1]
+
+
+def test_a_backslash_before_the_closing_quote_is_a_letter_where_that_reads_the_file(tmp_path):
+    path = table(tmp_path, 'question,answer\n"C:\\","a ""b"""\n')
+    assert read(path) == [{"question": "C:\\", "answer": 'a "b"'}] and not notes_of(path)
+
+
+def test_a_tsv_with_stray_quotes_takes_them_as_letters(tmp_path):
+    path = table(tmp_path, 'question\tanswer\n5" pipe\tyes\n"half\tno\n', "x.tsv")
+    assert [row["question"] for row in read(path)] == ['5" pipe', '"half']
+    assert "read as letters" in notes_of(path)[0][1]
+
+
+def test_words_of_pandas_for_an_empty_cell_are_empty_and_counted(tmp_path):
+    path = table(tmp_path, "instruction,input,output\na,nan,b\na,NaN,b\na,None,b\na,NULL,b\na,<NA>,b\na,nano,b\n")
+    made = cook(path)
+    plain = cook(table(tmp_path, "instruction,input,output\na,,b\n", "y.csv"))
+    assert made.counts["kept"] == 6 and made.counts["fault: empty"] == 5
+    assert made.sizes[:5].tolist() == plain.sizes.tolist() * 5 and made.sizes[5] > made.sizes[0]
+    assert made.places["fault: empty"][0].note == "input: nan"
+
+
+@pytest.mark.parametrize(
+    ("word", "kept"), [("None", True), ("null", True), ("nan", False), ("NaN", False), ("<NA>", False)]
+)
+def test_an_answer_may_be_none_but_not_nan(tmp_path, word, kept):
+    made = cook(table(tmp_path, f"question,answer\na,{word}\nb,c\n"))
+    assert made.counts["kept"] == 1 + kept and made.counts["fault: None" if kept else "fault: empty"] == 1
+    assert kept or word in made.rejects[0].message
+
+
+def test_map_keys_tells_which_columns_a_row_needs(tmp_path):
+    path = table(tmp_path, "ask,context,reply\na,None,None\n")
+    made = cook(path, columns=columns('{"prompt": "ask", "query": "context", "response": "reply"}'))
+    assert made.counts["kept"] == made.counts["fault: None"] == made.counts["fault: empty"] == 1
+
+
+def test_words_in_json_stay(tmp_path):
+    made = cook(table(tmp_path, '{"question": "a", "answer": "nan"}\n', "x.jsonl"))
+    assert made.counts["kept"] == 1
+
+
+@pytest.mark.parametrize("separator", [", ", "\n "])
+def test_a_cell_may_hold_a_list_as_python_or_numpy_prints_it(tmp_path, separator):
+    chat = [{"role": "user", "content": 'It\'s, "so"'}, {"role": "assistant", "content": "Hello"}]
+    cell = "[" + separator.join(map(str, chat)) + "]"
+    path = table(tmp_path, 'messages\n"' + cell.replace('"', '""') + '"\n')
+    same = table(tmp_path, json.dumps({"messages": chat}), "y.jsonl")
+    assert cook(path).ids.tolist() == cook(same).ids.tolist()
+
+
+def parquet(tmp_path, **given):
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table(given), path)
+    return path
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary(3), pa.large_string(), pa.string()])
+def test_text_in_arrow_columns_of_any_kind(tmp_path, kind):
+    words = [b"abc", "中".encode()] if "string" not in str(kind) else ["abc", "中"]
+    assert read(parquet(tmp_path, text=pa.array(words, kind))) == [{"text": "abc"}, {"text": "中"}]
+
+
+def test_a_dictionary_column_is_its_words(tmp_path):
+    path = parquet(tmp_path, text=pa.array(["a", "b", "a"]).dictionary_encode())
+    assert read(path) == [{"text": "a"}, {"text": "b"}, {"text": "a"}]
+
+
+def test_bytes_inside_lists_and_structs_are_text_too(tmp_path):
+    path = parquet(tmp_path, messages=pa.array([[{"role": b"user", "content": b"Hi"}]]))
+    assert read(path) == [{"messages": [{"role": "user", "content": "Hi"}]}]
+
+
+def test_bytes_that_are_no_text_are_refused_by_their_name(tmp_path):
+    made = cook(parquet(tmp_path, text=pa.array([b"\xff\xfe\xfd", b"ok"])))
+    assert made.counts["kept"] == 1 and "bytes that are no UTF-8 text" in made.rejects[0].message
+
+
+def test_nan_in_an_arrow_column_is_null_and_told(tmp_path):
+    path = parquet(tmp_path, instruction=["a"], input=[float("nan")], output=["b"])
+    assert read(path) == [{"instruction": "a", "input": None, "output": "b"}]
+    assert notes_of(path) == [("warning", "1 value NaN in the column 'input' taken as null (empty)")]
+
+
+def test_dates_and_exact_numbers_of_arrow_are_text(tmp_path):
+    path = parquet(tmp_path, a=[datetime.date(2026, 11, 30)], b=[decimal.Decimal("1.50")])
+    assert read(path) == [{"a": "2026-11-30", "b": "1.50"}]
+
+
+@pytest.mark.parametrize(
+    ("cell", "text"),
+    [
+        (3.0, "3"), (2.5, "2.5"), (0.1, "0.1"), (-4.0, "-4"), (True, "TRUE"), (False, "FALSE"), ("3.0", "3.0"), (7, "7"),
+        (datetime.date(2026, 1, 5), "2026-01-05"), (datetime.datetime(2026, 1, 5), "2026-01-05"),
+        (datetime.datetime(2026, 1, 5, 6, 7, 8), "2026-01-05 06:07:08"), (datetime.time(1, 2), "01:02:00"),
+        (datetime.timedelta(hours=30), "30:00:00"), ("", ""), (None, ""), (float("nan"), ""), (1e20, "1e+20"),
+    ],
+)  # fmt: skip
+def test_cells_become_text_by_one_rule(cell, text):
+    assert cell_text(cell) == text
+
+
+@pytest.mark.parametrize(
+    ("rows", "place"),
+    [
+        ([["", ""], ["question", "answer"]], 1),
+        ([["Title"], ["question", "answer"]], 1),
+        ([["ask", "say"], ["text", "answer"]], 0),
+        ([["Title"], ["ask", "say"]], 0),
+        ([["text"], ["a"]], 0),
+        ([["Title"], ["text"], ["a"]], 1),
+        ([], 0),
+    ],
+)
+def test_where_the_header_is(rows, place):
+    assert header_row(rows) == place
+
+
+def test_names_are_trimmed_of_what_cannot_be_seen():
+    assert trimmed('\ufeff "question" \u200b') == "question" and trimmed("'") == "'" and trimmed(" a b ") == "a b"
+
+
+def test_block_borders_change_no_table(tmp_path, monkeypatch):
+    path = table(tmp_path, 'question,answer\n"He \\"said\\"",b\n' * 5)
+    whole = rows_in(path)
+    monkeypatch.setattr(reading, "BLOCK", 3)
+    monkeypatch.setattr(reading, "ROWS", 1)
+    assert rows_in(path) == whole and len(whole) == 5
