@@ -147,6 +147,7 @@ TAG = re.compile(
     r"|(?P<flower>System|User|Bot)✿"
     r"|(?P<inst>\[INST\])\s*|(?P<endinst>\[/INST\])\s*"
 )
+NEAR = 16  # characters that are looked at before a place: whole texts would be copied for each
 HEAD = 40  # characters in which a heading has its colon
 TAG_SIGNS = ("<|", "<｜", "<start_of_turn>", "<human>", "<bot>", "[INST]", "✿", "GPT4 ")  # none of these: no TAG
 VICUNA = re.compile(r"(?:^|(?<=\s)|(?<=</s>))(?P<word>USER|ASSISTANT):(?=\s|$)", re.M)
@@ -162,13 +163,14 @@ BEGIN = r"<s>|<\|(?:begin_of_text|startoftext|bos)\|>|<bos>|\[BOS\]|<[|｜]begin
 DOCUMENT_END = re.compile(r"<\|(?:endoftext|end_of_text)\|>|</s>|<eo[sm]>|\[EOS\]|<[|｜]end▁of▁sentence[|｜]>")
 MARKER = re.compile(f"{END}|{BEGIN}")
 MARKER_SIGNS = ("<|", "<｜", "s>", "<eo", "turn>", "[EOS]", "[BOS]", "[gMASK]")  # none of these: no MARKER
-ENDS_WITH = re.compile(rf"(?:\s*(?:{END}|{BEGIN}|✿|\#\#\# End\b))+\s*\Z")
+LAST = re.compile(rf"(?:{END}|{BEGIN}|✿|\#\#\# End)\Z")
+LONGEST = 40  # characters of such a token
 BEGINS_WITH = re.compile(rf"\A(?:\s*(?:{BEGIN}))+\s*")
 
 STRING = re.compile(r'"(?:[^"\\\n]|\\.){0,300}"|(?<!\w)\'(?:[^\'\\\n]|\\.){0,300}\'|`[^`\n]{0,300}`')
 # LaTeX, paths and patterns of grep have other letters behind backslashes, or a \\n among brackets
 OTHER_COMMAND = re.compile(
-    r'\[\^?\\[nrt]|\\[nrt][?+*\]]|\\(?!n|r|t|"|\\|/|u[0-9a-fA-F]{4})[A-Za-z]|\\[nrt](?=[a-z]{2,}\b[^.]*[\\$])'
+    r'\[\^?\\[nrt]|\\[nrt][?+*\]]|\\(?!n|r|t|"|\\|/|u[0-9a-fA-F]{4})[A-Za-z]|\\[nrt](?=[a-z]{2,}\b[^.]{0,80}[\\$])'
 )
 TWO_BREAKS = re.compile(r"(?<=\S)(?<![`'\"(])(?:\\r)?\\n(?:\\r)?\\n(?=[^\s`'\")])")
 ONE_BREAK = re.compile(
@@ -229,7 +231,7 @@ def parse(text: str) -> Parsed:
                 found = [one for one in found if one[2] != "question"]
     turns = tuple(
         Turn(kind, side, word, start, text[end : found[i + 1][0] if i + 1 < len(found) else len(text)],
-             text[:start].rstrip(" \t").endswith("\n\n"))
+             text[max(0, start - NEAR) : start].rstrip(" \t").endswith("\n\n"))
         for i, (start, end, kind, side, word) in enumerate(found)
     )  # fmt: skip
     return Parsed(text[: turns[0].start] if turns else text, turns)
@@ -259,7 +261,7 @@ def tag_of(m: re.Match[str]) -> tuple[str, str, str]:
 
 
 def begins_line(text: str, at: int) -> bool:
-    return not text[:at].rpartition("\n")[2].strip()
+    return not text[text.rfind("\n", 0, at) + 1 : at].strip()
 
 
 def is_tagged(parsed: Parsed) -> bool:
@@ -345,15 +347,17 @@ def first_marker(text: str) -> re.Match[str] | None:
     """The first token of another tool that stands in a text as letters, but not where the text is about it."""
     if not any(sign in text for sign in MARKER_SIGNS):
         return None
+    # HTML strikes words out with <s> and </s>
+    strikes = text.count("</s>") <= text.count("<s>") and not (
+        text.lstrip().startswith("<s>") and text.rstrip().endswith("</s>")
+    )
     for m in MARKER.finditer(text):
-        before, behind = text[: m.start()], text[m.end() :]
-        if m[0] in ("</s>", "<s>"):  # HTML strikes words out with them
-            wrapped = text.lstrip().startswith("<s>") and text.rstrip().endswith("</s>")
-            if text.count("</s>") <= text.count("<s>") and not wrapped:
-                continue
+        before, behind = text[max(0, m.start() - 2) : m.start()], text[m.end() : m.end() + 2]
+        if m[0] in ("</s>", "<s>") and strikes:
+            continue
         if before[-1:] in tuple("`'\"“「") or behind[:1] in tuple("`'\"”」"):
             continue
-        if re.search(r"[a-z,;:(] \Z", before[-2:]) and re.match(r" [a-z(]", behind):
+        if re.search(r"[a-z,;:(] \Z", before) and re.match(r" [a-z(]", behind):
             continue  # "GPT-2 writes <|endoftext|> between documents"
         return m
     return None
@@ -457,7 +461,15 @@ def messages_of(parsed: Parsed, open_end: bool = False) -> list[Message] | None:
 
 def stripped(content: str) -> str:
     """The words of a turn without the tokens that end it."""
-    return BEGINS_WITH.sub("", ENDS_WITH.sub("", content)).strip()
+    return BEGINS_WITH.sub("", without_end(content)).strip()
+
+
+def without_end(text: str) -> str:
+    """The text without the tokens at its end."""
+    text = text.rstrip()
+    while m := LAST.search(text, max(0, len(text) - LONGEST)):
+        text = text[: m.start()].rstrip()
+    return text
 
 
 def convert_text(text: str, own: Mapping[str, Role] = WORLD) -> tuple[list[str | Dialogue], set[str]]:
@@ -489,7 +501,7 @@ def documents_of(text: str) -> Iterator[str]:
         yield text
         return
     parts = [BEGINS_WITH.sub("", part).strip("\n") for part in DOCUMENT_END.split(text)]
-    parts = [ENDS_WITH.sub("", part) for part in parts if part.strip()]
+    parts = [without_end(part) for part in parts if part.strip()]
     yield from parts or [text]
 
 
