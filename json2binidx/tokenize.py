@@ -91,6 +91,7 @@ def tokenize(source: Path, config: TokenizeConfig, epochs: int, end_of_doc: bool
     picture = draw_lengths(prefix, sizes, median, advice["CTX_LEN"], advice["TRAIN_LENGTHS"])
     content = {
         "key": key,
+        "vocabulary": tokenizer.VOCABULARY,
         **content,
         "files": cache.describe([*names, *([rejects] if rejects.is_file() else []), picture]),
     }

@@ -58,7 +58,7 @@ class Results:
             "steps": run.steps, "finished": facts["step"] == run.steps, "settings": script_values(run.config),
             "became": run.settings, "plan": run.plan_facts, "options": run.options, "start_sha256": self.start_sha256,
             "world": run.plan.world, "base": {"name": run.base.name, **self.content}, "data": self.identity.result(),
-            "blocks": lisa.active if lisa else None, "kit": __version__,
+            "quant_kept": list(run.setup.quant_kept), "blocks": lisa.active if lisa else None, "kit": __version__,
         }  # fmt: skip
         snapshot.write(run.folder, parts, {**facts, **more, **self.running()}, run.config.keep_last)
 
@@ -79,6 +79,7 @@ class Results:
 
         about = run.config, run.geometry, run.setup.options, run.base, self.content, run.precision
         sidecar = describe_run(*about, epoch, step, finished)
+        sidecar["quant_kept"] = list(run.setup.quant_kept)
         templates = run.data.templates
         sidecar["prompt_type"], sidecar["eot"] = templates[0] if len(templates) == 1 else (None, None)
         if not run.config.streaming:
