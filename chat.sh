@@ -12,7 +12,7 @@ _root="$(CDPATH= cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 export _given; _given="$(compgen -e 2>/dev/null | tr '\n' ' ' || true)" # what the shell has set does not count, and is told
 set -a
 
-# The model: a name in model/ or merge/, or any path. 模型
+# The model, .pth or .safetensors: a name in model/ or merge/, or any path. 模型
 MODEL_PATH="rwkv7-tiny.pth"
 
 # A checkpoint of a run: latest, my-run, my-run/2, my-run/best or a file; it says which base it belongs to. Empty: none. 适配器，可空

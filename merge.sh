@@ -19,7 +19,7 @@ set -a
 # The run: latest, a name in output/, or a path. Empty: the newest. 哪次训练，留空为最近一次
 RUN="${RUN:-}"
 
-# The base. Empty: the one that the run names, in model/ or where it lay then; its content is checked. 底模，一般留空
+# The base, .pth or .safetensors. Empty: the one that the run names, in model/ or where it lay then; its content is checked. 底模，一般留空
 MODEL_PATH=""
 
 # A run on a compressed base (QUANT): fold into the original weights, or into the compressed ones as the run had them.

@@ -27,7 +27,7 @@ copy_with() {
 }
 
 # every setting that matters is set here: whatever you have made of training.sh, the toy run is the same
-common=(RUN_NAME= MODEL_VERSION=auto N_LAYER=auto EMBD_SIZE=auto VOCAB_SIZE=auto DATALOAD=pack DATA_SHUFFLE=1 SEED=42
+common=(RUN_NAME= MODEL_VERSION=auto N_LAYER=auto EMBD_SIZE=auto VOCAB_SIZE=auto VOCABULARY=world DATALOAD=pack DATA_SHUFFLE=1 SEED=42
   TRAIN_TYPE=none EPOCH_STEPS=auto EPOCH_SAVE=100 MICRO_BSZ=1 MINI_BSZ=1 LR_INIT=3e-3 LR_FINAL=3e-4
   LR_SCHEDULE=cos WARMUP_STEPS=10 OPTIM=adamw BETA1=0.9 BETA2=0.99 ADAM_EPS=1e-8 WEIGHT_DECAY=0 GRAD_CLIP=1.0 lora_r=64
   lora_alpha=128 lora_dropout=0 lora_parts=att,ffn,ln EMB_FINETUNE=0 lora_load= PRECISION=auto QUANT=none OP=auto

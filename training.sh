@@ -41,8 +41,8 @@ lora_parts="att,ffn,ln"
 # 1: emb and head as well (large: saved whole with every checkpoint). 是否同时训练词嵌入与输出头
 EMB_FINETUNE=0
 
-# The base model: a name in model/, or any path (spaces are fine). Version and sizes are read from the file.
-# 底模：model/ 下的文件名，或任意路径（可含空格）。版本与尺寸自动读取。
+# The base model, .pth or .safetensors: a name in model/, or any path (spaces are fine). Version and sizes are read from the file.
+# 底模（.pth 或 .safetensors）：model/ 下的文件名，或任意路径（可含空格）。版本与尺寸自动读取。
 MODEL_PATH="rwkv7-tiny.pth"
 
 # The tokenized data: the name that ./make_tokenize.sh printed, in data/, without ending; or any path. A mixture of several:
@@ -64,6 +64,11 @@ N_LAYER=auto
 EMBD_SIZE=auto
 # Vocabulary rows. 词表大小
 VOCAB_SIZE=auto
+# Whose ids the tokenized data hold. 数据所用的词表
+#   world   the World vocabulary of all official RWKV-5, -6 and -7: a sample is decoded, and data of another one are refused
+#   own     a vocabulary of the model's own (music, proteins): ids are not looked at. (Nor are they where VOCAB_SIZE is not 65536.)
+#   world：官方模型的词表，抽样解码检查，其它词表的数据会被拒绝；own：自定义词表，不检查
+VOCABULARY=world
 
 ############################################### Data  数据 ######################################################
 
@@ -183,7 +188,8 @@ MINI_BSZ=1
 ######################################### Learning rate  学习率 ##################################################
 
 # First and last learning rate. 初始与最终学习率
-#   lora, pissa, bone, bat: 1e-4 to 5e-5 for 0.1B-3B, 2e-5 above; full, lisa: 1e-5; state_tuning: 1 (LR_FINAL=1e-2)
+#   lora, pissa, bone, bat: 1e-4 to 5e-5 for 0.1B-3B, 2e-5 above; full, lisa: 1e-5
+#   state_tuning: 1e-3 for 0.1B to 1e-2 for 7B, LR_FINAL a tenth of it; above 3e-2 is warned of: 1 destroys an RWKV-7   高于 3e-2 会警告，1 会毁掉 RWKV-7
 # (Decays learn at twice the rate, as in the official trainer; they are trained by full and by lora_parts with time.)
 LR_INIT=1e-4
 # The last one; LR_SCHEDULE says how it gets there. 最终学习率
@@ -315,7 +321,9 @@ PRECISION=auto
 # merge.sh folds into the original weights, so nothing of the error stays. 合并到原始权重，不损失精度
 QUANT=none
 
-# What of them: att, ffn (the large matrices); emb and head too, if memory is very short. 量化哪些部分
+# What of them: att, ffn (the large matrices); emb and head too, if memory is very short. nf4 and fp4 leave layer 0's att.output as
+# it is: one channel of its input is millions of times larger than the others; a 2.9B model loses 2.4 % instead of 4.0 % that way.
+# "att,ffn,blocks.0.att.output" compresses it as well. 量化哪些部分；4 位时默认不量化第 0 层的 att.output，写上 blocks.0.att.output 则一并量化
 QUANT_PARTS="att,ffn"
 
 # What computes: auto; cuda (kernels for NVIDIA GPUs, compiled at first use and tried against the definition); fla (Triton kernels,

@@ -1,10 +1,11 @@
 """python -m json2binidx.inspect: what a .bin/.idx pair holds, and every place where it is damaged.
 
-usage: python -m json2binidx.inspect NAME [--rows N]
+usage: python -m json2binidx.inspect NAME [--rows N] [--own-vocabulary]
 
   NAME        as in DATA_PATH: a name in data/, or any path, with or without .bin or .idx. Files of json2binidx_tool,
               RWKV-LM and Megatron are understood as well (all of them are MMIDIDX)
   --rows N    show the first N rows as text (2). What LOSS_MASK=qa trains stands [[like this]], <end> is the end of a document
+  --own-vocabulary    the ids are those of another vocabulary than World's (VOCABULARY=own in training.sh): no text is looked for
   --help      this text
 
 Changes nothing. Answers 0 when the files are sound, and 2 when they are not, with the place of every fault.
@@ -27,6 +28,7 @@ from rwkv_peft.roles import Role
 from rwkv_peft.shell_vars import whole_number
 from rwkv_peft.templates.headings import spans_of_text
 from rwkv_peft.tokenized import roles_in_text
+from rwkv_peft.vocabulary import what_is_wrong
 from rwkv_peft.words import count, did_you_mean, listed
 
 from .index_faults import Faults, Pair, read_pair
@@ -34,6 +36,7 @@ from .token_faults import LAST_WORLD_ID, Facts, find_roles, read_roles, read_tok
 
 SHOWN_TOKENS = 400  # of a row
 SHOWN_CHARACTERS = 1200
+OWN = "--own-vocabulary"
 
 
 def main(arguments: list[str]) -> None:
@@ -47,22 +50,23 @@ def main(arguments: list[str]) -> None:
         inspect(*command_line(arguments))
 
 
-def command_line(arguments: list[str]) -> tuple[Path, int]:
-    """The path without ending, and the number of rows to show."""
-    words, rows, rest = [], 2, list(arguments)
+def command_line(arguments: list[str]) -> tuple[Path, int, bool]:
+    """The path without ending, the number of rows to show, and whether the vocabulary is another one than World's."""
+    own = OWN in arguments
+    words, rows, rest = [], 2, [word for word in arguments if word != OWN]
     while rest:
         word = rest.pop(0)
         if word == "--rows" or word.startswith("--rows="):
             given = word.partition("=")[2] if "=" in word else (rest.pop(0) if rest else "")
             rows = whole_number("--rows", given, 0)
         elif word.startswith("--"):
-            meant = did_you_mean(word, ["--rows", "--help"])
-            raise UserError(f"{word}: is not an option{meant or '.'} There are --rows N and --help.")
+            meant = did_you_mean(word, ["--rows", OWN, "--help"])
+            raise UserError(f"{word}: is not an option{meant or '.'} There are --rows N, {OWN} and --help.")
         else:
             words.append(word)
     if len(words) != 1 or not words[0]:
         leave(__doc__, 2)
-    return find_pair(words[0]), rows
+    return find_pair(words[0]), rows, own
 
 
 def find_pair(name: str) -> Path:
@@ -82,7 +86,7 @@ def find_pair(name: str) -> Path:
     )
 
 
-def inspect(prefix: Path, rows: int) -> None:
+def inspect(prefix: Path, rows: int, own: bool = False) -> None:
     faults, warnings = Faults(), Faults()
     pair = read_pair(prefix, faults)
     if pair:
@@ -101,8 +105,10 @@ def inspect(prefix: Path, rows: int) -> None:
             f"text      the ids ({facts.lowest:,} to {facts.highest:,}) do not belong to the World vocabulary "
             f"(0 to {LAST_WORLD_ID}): these data were made with another tokenizer"
         )
+    if pair and pair.sound and pair.tokens and not facts.outside and not own and (wrong := what_is_wrong(prefix)):
+        faults.add("vocabulary", f"{wrong}.")
     for line in warnings.lines():
-        print(f"careful   {line}")
+        print(f"warning   {line}")
     if pair and pair.sound and not facts.outside:
         show_rows(pair, roles if roles and roles.sound and not faults else None, rows)
     if faults:
@@ -155,9 +161,7 @@ def show_lengths(pair: Pair, facts: Facts) -> None:
         f"text      no valid UTF-8 in {facts.not_text:,} of {count(n, 'row')}, the first is row {facts.first_not_text:,}"
     )
     if facts.not_text > n / 2:
-        print(
-            "careful   most rows are no UTF-8: these may be ids of another vocabulary, or pieces cut at fixed lengths"
-        )
+        print("warning   most rows are no whole UTF-8: they may be pieces cut at fixed lengths")
 
 
 def show_roles(tallies: np.ndarray) -> None:

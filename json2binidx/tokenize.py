@@ -97,6 +97,7 @@ def tokenize(source: Path, config: TokenizeConfig, epochs: int, end_of_doc: bool
     picture = draw_lengths(prefix, sizes, median, advice["CTX_LEN"], advice["TRAIN_LENGTHS"])
     content = {
         "key": key,
+        "vocabulary": tokenizer.VOCABULARY,
         **content,
         "template": made_from.template.to_dict(),
         "files": cache.describe([*names, *([rejects] if rejects.is_file() else []), picture]),

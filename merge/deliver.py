@@ -47,8 +47,13 @@ def merge(
     doubts: what bases.base_of has left open about the base. It is settled before the result gets its name.
     """
     how = found[0].part
+    described, geometry = bases.inspect(base)
+    sound = hashing.Meanwhile(lambda: bases.must_be_sound_model(base, geometry))
+    doubts = [*doubts, sound.result]
     compressed = f", compressed to {how.setup.quant} as the run had it (MERGE_BASE=quantised)" if how.quantised else ""
     print(f"base      {project.shown(base)}{compressed}")
+    if words := checkpoint.differences(described):
+        print(f"note: {words} The result is a .pth with the official names and shapes.")
     try:
         return folded(found, weights, base, doubts)
     except UserError:

@@ -166,6 +166,7 @@ def found(path: Path, method: str, alpha: float | None, init: Path | None, quant
             setup.options,
             quant=sidecar.get("quant", "none"),
             quant_parts=tuple(sidecar.get("quant_parts", ())),
+            quant_kept=tuple(sidecar.get("quant_kept", ())),  # earlier versions kept none
         )
         return Found(
             path,

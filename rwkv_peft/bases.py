@@ -3,15 +3,17 @@ adapters begin with?"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from . import checkpoint, hashing, project, runs, sidecars
 from .errors import UserError
 from .model import arch
 from .model.arch import Geometry
+from .pieces import side_by_side
 
 
 def inspect(path: Path) -> tuple[dict[str, checkpoint.Stored], Geometry]:
@@ -22,6 +24,38 @@ def inspect(path: Path) -> tuple[dict[str, checkpoint.Stored], Geometry]:
     if odd:
         raise UserError(f"{project.shown(path)}: {odd[0]} holds {stored[odd[0]].dtype}, not floating-point numbers.")
     return stored, geometry
+
+
+def must_be_finite(path: Path, names: Iterable[str]) -> None:
+    """UserError if one of these tensors of a model holds NaN or infinity, or is not what its file's checksum says. Read a
+    few MB at a time: memory holds nothing of it afterwards."""
+    with checkpoint.Archive(path) as archive:
+
+        def look(name: str) -> None:
+            stored = archive.described[name]
+            whole = stored.whole and stored.dtype.is_floating_point
+            pieces = archive.pieces(name) if whole else [archive.tensor(name)]
+            for piece in pieces:
+                numbers = torch.frombuffer(piece, dtype=stored.dtype) if whole else piece
+                if not are_finite(numbers):
+                    what = "NaN" if torch.isnan(numbers).any() else "infinity"
+                    raise UserError(
+                        f"{project.shown(path)}: {name} holds {what}, so nothing can be computed with this file. Either the "
+                        "download is damaged (get it again and compare its sha256 with that of its page), or an earlier run "
+                        "has damaged the model (take an earlier checkpoint). Nothing was written."
+                    )
+
+        side_by_side(look, [name for name in names if name in archive.described])
+
+
+def must_be_sound_model(path: Path, geometry: Geometry) -> None:
+    """must_be_finite for all that a model of this geometry computes with."""
+    must_be_finite(path, [*arch.shapes(geometry), *arch.state_shapes(geometry)])
+
+
+def are_finite(numbers: Tensor) -> bool:
+    """Whether all are finite. Their sum is, where they all are and small enough, and takes a tenth of the time."""
+    return bool(torch.isfinite(numbers.sum())) or bool(torch.isfinite(numbers).all())
 
 
 def base_of(

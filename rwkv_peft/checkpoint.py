@@ -1,7 +1,9 @@
 """Checkpoint files: what is in one (without loading it), mapped reading, atomic writing, and rewriting record by record.
 
 A .pth is a zip archive: NAME/data.pkl says which tensor lies in which record, NAME/data/K are the records. Reading the
-pickle here executes nothing: only the few names that describe tensors are understood, anything else is refused.
+pickle here executes nothing: only the few names that describe tensors are understood, anything else is refused. A
+.safetensors file is read as well, whatever its name; what is written is a .pth. Models with the official names behind a prefix,
+or with flattened vectors, are read as the official files are (native.py).
 """
 
 from __future__ import annotations
@@ -14,23 +16,25 @@ import itertools
 import math
 import os
 import pickle
+import re
 import struct
 import threading
 import zipfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from . import filetype, native
 from .atomic import need_space, writing
 from .errors import UserError
 from .hashing import crc32
 from .pieces import bytes_of, side_by_side
-from .project import shown
+from .project import models_in, shown
 from .straight import Reader, Writer
 from .straight import aligned as room_for
 from .words import listed
@@ -61,14 +65,26 @@ DTYPES = {
 }
 
 
+SAFETENSORS = {
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "BOOL": torch.bool,
+    "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as its file describes it: dtype, shape, and the record that holds it (whole: nothing else is in it)."""
+    """A tensor as its file describes it: dtype, shape, and the record that holds it (whole: nothing else is in it).
+
+    name: in the file, where that or the shape is not the official one, which this has. offset: where its bytes begin in a
+    .safetensors file.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     record: str
     whole: bool
+    name: str = field(default="", compare=False)
+    offset: int | None = field(default=None, compare=False)
 
     @property
     def bytes(self) -> int:
@@ -113,56 +129,188 @@ def describe_tensor(storage: _Storage, offset: int, shape, stride, *_rest) -> St
 
 
 def describe(path: str | os.PathLike) -> dict[str, Stored]:
-    """What a .pth holds, name -> description, without reading a weight. UserError if it is no checkpoint of tensors."""
+    """What a .pth or .safetensors file holds, name -> description, without reading a weight. UserError, with what it is instead,
+    if it is no checkpoint of tensors."""
     path = Path(path)
     if path.is_dir():
-        raise UserError(f"{shown(path)}: is a folder, not a .pth file.{nearby(path / 'x')}")
+        raise UserError(f"{shown(path)}: is a folder, not a .pth or .safetensors file.{inside(path)}")
     if not path.is_file():
         raise UserError(f"{shown(path)}: there is no such file.{nearby(path)}")
+    with open(path, "rb") as file:
+        head = file.read(filetype.HEAD)
+    if filetype.is_safetensors(head, path.stat().st_size):
+        return official_names(describe_safetensors(path))
+    if not has_zip_end(path):
+        if head.startswith(b"PK\3\4"):
+            raise UserError(f"{shown(path)}: {filetype.cut_off(path.stat().st_size, size_by_list(path), True)}")
+        raise UserError(f"{shown(path)}: {filetype.what_it_is(path)}")
     try:
         with zipfile.ZipFile(path) as archive:
-            pickles = [n for n in archive.namelist() if n.endswith("/data.pkl")]
-            if len(pickles) != 1:
-                raise UserError(f"{shown(path)}: is a zip file, but no torch checkpoint (no data.pkl in it).")
+            names = archive.namelist()
+            pickles = [n for n in names if n.endswith("/data.pkl")]
+            program = any("/code/" in n for n in names)
+            if len(pickles) != 1 or program:
+                raise UserError(f"{shown(path)}: {filetype.what_zip_it_is(names)}")
             content = _Describe(io.BytesIO(archive.read(pickles[0]))).load()
             sizes = {i.filename: i.file_size for i in archive.infolist() if i.compress_type == zipfile.ZIP_STORED}
-    except zipfile.BadZipFile:
-        with open(path, "rb") as file:
-            legacy = file.read(2) == b"\x80\x02"
-        old = "It may be a checkpoint of torch before 1.6; load and save it with a newer torch." if legacy else ""
-        raise UserError(
-            f"{shown(path)}: is no .pth checkpoint, or it was cut off (download it again). {old}".rstrip()
-        ) from None
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{shown(path)}: is damaged ({error}). Get the file again.") from None
     except UNREADABLE as error:
         raise UserError(
             f"{shown(path)}: holds more than plain tensors ({error}). It was not loaded, and nothing in it was run."
         ) from None
     if not isinstance(content, dict) or not all(isinstance(v, Stored) for v in content.values()):
-        raise UserError(f"{shown(path)}: is not a dictionary of tensors, so it is no model and no adapter.")
+        raise UserError(
+            f"{shown(path)}: is not a dictionary of tensors, so it is no model and no adapter.{within(content)}"
+        )
     folder = pickles[0].removesuffix("data.pkl")
     for name, stored in content.items():
         if sizes.get(folder + stored.record, -1) < stored.bytes or stored.bytes < 0:
             raise UserError(
                 f"{shown(path)}: the record of {name} is missing, too short or compressed. Get the file again."
             )
-    return dict(content)
+    return official_names(dict(content))
+
+
+def has_zip_end(path: Path) -> bool:
+    """Whether a file has the end of a zip file, which says what is in it."""
+    try:
+        return zipfile.is_zipfile(path)
+    except (*UNREADABLE, OSError):
+        return False
+
+
+def official_names(content: dict[str, Stored]) -> dict[str, Stored]:
+    """What a file holds by the official names and in the official shapes."""
+    if not all(isinstance(name, str) for name in content):
+        return content
+    official = native.native({name: stored.shape for name, stored in content.items()})
+    return {
+        name: content[old]
+        if (name, shape) == (old, content[old].shape)
+        else replace(content[old], shape=shape, name=old)
+        for name, (old, shape) in official.items()
+    }
+
+
+def differences(described: Mapping[str, Stored]) -> str:
+    """A sentence about how a model's file differs from the official form; "" where it does not."""
+    renamed = sum(stored.name not in ("", name) for name, stored in described.items())
+    shaped = sum(stored.name == name for name, stored in described.items())
+    if renamed:
+        old = next(stored.name for name, stored in described.items() if stored.name not in ("", name))
+        return f"The file has other names than the official ones ({old})."
+    if shaped:
+        return "The file has flattened vectors."
+    return "The base is a .safetensors file." if any(s.offset is not None for s in described.values()) else ""
+
+
+def within(content) -> str:
+    """A sentence about a model that lies in a dictionary of other things, as trainers save it."""
+    for key in ("state_dict", "model", "module", "model_state_dict", "weights") if isinstance(content, dict) else ():
+        part = content.get(key)
+        if isinstance(part, dict) and part and all(isinstance(v, Stored) for v in part.values()):
+            return (
+                f' Its "{key}" is one: take that out, with python -c "import torch; torch.save(torch.load(\'FILE\', '
+                f"map_location='cpu', weights_only=True)['{key}'], 'model.pth')\"."
+            )
+    return ""
+
+
+def describe_safetensors(path: Path) -> dict[str, Stored]:
+    """What a .safetensors file holds. UserError if its header is not right, or the file is cut off."""
+    try:
+        header, begin = filetype.safetensors_header(path)
+        content, size = {}, path.stat().st_size
+        for name, entry in header.items():
+            dtype, shape = SAFETENSORS.get(entry["dtype"]), tuple(entry["shape"])
+            first, last = entry["data_offsets"]
+            if dtype is None:
+                raise ValueError(
+                    f"holds {name} as {entry['dtype']}, which this version does not read: use an F16, BF16 or F32 copy."
+                )
+            stored = Stored(dtype, shape, f"data/{len(content)}", True, offset=begin + first)
+            if not all(isinstance(n, int) and n >= 0 for n in (*shape, first, last)) or stored.bytes != last - first:
+                raise ValueError(f"is a .safetensors file whose header is damaged ({name}). {filetype.AGAIN}.")
+            content[name] = stored
+        end = max((stored.offset + stored.bytes for stored in content.values()), default=begin)
+        if end > size:
+            raise ValueError(filetype.cut_off(size, end))
+    except ValueError as error:
+        raise UserError(f"{shown(path)}: {error}") from None
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{shown(path)}: is a .safetensors file whose header is damaged. {filetype.AGAIN}.") from None
+    if content and all(name.endswith("time_state") for name in content):
+        raise UserError(
+            f"{shown(path)}: is a learnt state for Ai00 and web-rwkv, whose matrices are transposed. Use the checkpoint of "
+            "its run (output/RUN/rwkv-N.pth), or the .pth that ./merge.sh --export state writes."
+        )
+    return content
+
+
+def size_by_list(path: Path) -> int | None:
+    """How many bytes a .pth that was cut off should have at least, by the list of tensors at its beginning."""
+    storages: dict[str, int] = {}
+
+    class Sizes(_Describe):
+        def persistent_load(self, pid):
+            storage = super().persistent_load(pid)
+            storages[storage.key] = storage.size * storage.dtype.itemsize
+            return storage
+
+    try:
+        with open(path, "rb") as file:
+            header = file.read(LOCAL_HEADER)
+            name, extra = struct.unpack("<HH", header[-4:])
+            if not file.read(name).endswith(b"/data.pkl"):
+                return None
+            file.seek(extra, os.SEEK_CUR)
+            Sizes(file).load()
+    except (*UNREADABLE, OSError):
+        return None
+    return sum(storages.values())
 
 
 def nearby(path: Path) -> str:
     """A sentence about what lies in the folder instead, for messages."""
-    there = [p.name for p in path.parent.glob("*.pth")] if path.parent.is_dir() else []
+    there = models_in(path.parent)
     return f" In {shown(path.parent)}/ there is: {listed(there)}." if there else ""
 
 
+def inside(folder: Path) -> str:
+    """A sentence about which file of a folder to name."""
+    there = models_in(folder)
+    shards = [name for name in there if re.search(r"-\d{5}-of-\d{5}\.safetensors$", name)]
+    if len(shards) > 1:
+        return (
+            f" It holds a model in {len(shards)} .safetensors files; this version reads one file: join them, in their folder: "
+            + filetype.join_command("*-of-*.safetensors")
+        )
+    return f" Name the file in it: {shown(folder / there[0])}" if len(there) == 1 else nearby(folder / "x")
+
+
 def load(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The tensors of a .pth, mapped: nothing is read until it is used."""
-    described = describe(path)
+    """The tensors of a .pth or .safetensors file, mapped: nothing is read until it is used."""
+    path, described = Path(path), describe(path)
+    if any(stored.offset is not None for stored in described.values()):
+        whole = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
+        return {name: mapped(whole, stored) for name, stored in described.items()}
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return {name: tensors[name].detach() for name in described}
+        return {name: tensors[s.name or name].detach().reshape(s.shape) for name, s in described.items()}
     except UNREADABLE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{shown(path)}: is damaged ({reason}). Get the file again.") from None
+
+
+def mapped(whole: torch.UntypedStorage, stored: Stored) -> Tensor:
+    """A tensor in a mapped .safetensors file."""
+    if stored.offset % stored.dtype.itemsize:  # behind tensors of single bytes
+        data = bytes(whole[stored.offset : stored.offset + stored.bytes])
+        return torch.frombuffer(bytearray(data), dtype=stored.dtype).view(stored.shape)
+    at = stored.offset // stored.dtype.itemsize
+    strides = torch.empty(stored.shape, device="meta").stride()
+    return torch.empty(0, dtype=stored.dtype).set_(whole, at, stored.shape, strides)
 
 
 def save(path: str | os.PathLike, tensors: Mapping[str, Tensor]) -> None:
@@ -185,8 +333,11 @@ class Damaged(UserError):
 
 
 def must_be_sound(path: str | os.PathLike) -> None:
-    """Damaged if a record of a .pth has another checksum than the file says: mapped reading does not look at them."""
+    """Damaged if a record of a .pth has another checksum than the file says: mapped reading does not look at them. (A
+    .safetensors file has none.)"""
     with Archive(path) as archive:
+        if archive.zip is None:
+            return
 
         def look(info: zipfile.ZipInfo) -> None:
             for _ in archive.read(info, []):
@@ -200,9 +351,10 @@ class WrongChecksum(Exception):
 
 
 class Archive:
-    """A .pth opened for reading one tensor, or some rows of one, at a time: memory holds nothing of the rest.
+    """A .pth or .safetensors file opened for reading one tensor, or some rows of one, at a time. Memory holds nothing else.
 
-    Unlike a mapped file it checks what it reads: every record carries a checksum. Threads may read from it side by side.
+    Unlike a mapped file it checks what it reads: every record of a .pth carries a checksum. Threads may read from it side by
+    side.
     straight: read what is on the disk, not what the system may still have in memory.
     """
 
@@ -211,20 +363,64 @@ class Archive:
         self.straight = straight
 
     def __enter__(self) -> Archive:
+        self.zip, self.plain, self.folder = None, None, ""
+        self.reader = Reader(self.path) if self.straight else None
+        if any(stored.offset is not None for stored in self.described.values()):
+            self.plain = open(self.path, "rb")  # noqa: SIM115 (closed by __exit__)
+            self.file = self.plain.fileno()
+            return self
         self.zip = zipfile.ZipFile(self.path)
         self.file = self.zip.fp.fileno()
-        self.reader = Reader(self.path) if self.straight else None
         self.folder = next(n for n in self.zip.namelist() if n.endswith("/data.pkl")).removesuffix("data.pkl")
         return self
 
     def __exit__(self, *_exception) -> None:
         if self.reader:
             self.reader.close()
-        self.zip.close()
+        for file in (self.zip, self.plain):
+            if file:
+                file.close()
+
+    @property
+    def size(self) -> int:
+        """Bytes of all records."""
+        if self.zip is None:
+            return sum(stored.bytes for stored in self.described.values())
+        return sum(info.file_size for info in self.zip.infolist())
+
+    @property
+    def is_official(self) -> bool:
+        """Whether it is a .pth with the official names and shapes, of which the list of tensors can be copied."""
+        return self.zip is not None and not any(stored.name for stored in self.described.values())
 
     def info(self, name: str) -> zipfile.ZipInfo:
-        """The directory's entry of the record that holds a tensor."""
-        return self.zip.getinfo(self.folder + self.described[name].record)
+        """The directory's entry of the record that holds a tensor; for .safetensors one like it, without a checksum."""
+        stored = self.described[name]
+        if self.zip is not None:
+            return self.zip.getinfo(self.folder + stored.record)
+        info = zipfile.ZipInfo(stored.record)
+        info.compress_type, info.header_offset = zipfile.ZIP_STORED, stored.offset
+        info.file_size = info.compress_size = stored.bytes
+        info.CRC = None
+        return info
+
+    def checksum(self, name: str) -> int:
+        """The checksum of a tensor's record, read for it where the file does not have it."""
+        crc = self.info(name).CRC
+        if crc is None:
+            crc = 0
+            for piece in self.pieces(name):
+                crc = crc32(piece, crc)
+        return crc
+
+    def begin(self, info: zipfile.ZipInfo) -> int:
+        """Where a record's bytes begin."""
+        if self.zip is None:
+            return info.header_offset
+        header = os.pread(self.file, LOCAL_HEADER, info.header_offset)
+        if header[:4] != b"PK\3\4":
+            raise self.damaged(info, "it does not lie where it should")
+        return info.header_offset + LOCAL_HEADER + sum(struct.unpack("<HH", header[-4:]))
 
     def tensor(self, name: str) -> Tensor:
         stored = self.described[name]
@@ -259,10 +455,7 @@ class Archive:
             except UNREADABLE:
                 raise self.damaged(info, "it cannot be unpacked") from None
             return
-        header = os.pread(self.file, LOCAL_HEADER, info.header_offset)
-        if header[:4] != b"PK\3\4":
-            raise self.damaged(info, "it does not lie where it should")
-        at = info.header_offset + LOCAL_HEADER + sum(struct.unpack("<HH", header[-4:]))
+        at, test = self.begin(info), test and info.CRC is not None
         left, crc, sizes = info.file_size, 0, list(sizes)
         most = min(left, max([COPY_BYTES, *sizes]))
         buffer = room_for(most) if self.reader else memoryview(bytearray(most))
@@ -327,12 +520,13 @@ def rewrite(
     source: a path, or an archive that is open already (it then does not matter what has become of its path). added: tensors
     that the source has not got, by name, or that take the place of what it has.
     A changed tensor is written in the dtype and shape of the source; key set, shapes, dtypes and (without added) pickle
-    stay the source's, and so do the bytes of all that does not change.
+    stay the source's, and so do the bytes of all that does not change. The target is a .pth, with the official names and shapes
+    where the source has others.
     """
     added = added or {}
     with contextlib.nullcontext(source) if isinstance(source, Archive) else Archive(source) as old:
         more = sum(t.numel() * t.element_size() for t in added.values())
-        need_space(Path(target).parent, sum(info.file_size for info in old.zip.infolist()) + more)
+        need_space(Path(target).parent, old.size + more)
         owners: dict[str, list[str]] = {}
         for name, stored in old.described.items():
             owners.setdefault(old.folder + stored.record, []).append(name)
@@ -344,11 +538,21 @@ def rewrite(
         places = {name: stored for name, stored in old.described.items() if name not in added}
         contents: dict[str, Content] = {}
         one_at_a_time = threading.Lock()
-        for info in old.zip.infolist():
+        folder, infos = (old.folder, old.zip.infolist()) if old.zip else ("archive/", [])
+        listed_anew = bool(added) or not old.is_official
+        if old.zip is None:
+            contents |= {f"{folder}data.pkl": whole_bytes(b""), f"{folder}byteorder": whole_bytes(b"little")}
+            for name in places:
+                make, info = change(name), old.info(name)
+                pieces = functools.partial(old.read, info, [])
+                copied = Content(info.file_size, pieces)
+                contents[folder + info.filename] = changed_rows(old, name, make, one_at_a_time) if make else copied
+            contents[f"{folder}version"] = whole_bytes(b"3\n")
+        for info in infos:
             name = owners.get(info.filename, [""])[0]
             if name in added:
                 continue
-            if added and info.filename == f"{old.folder}data.pkl":
+            if listed_anew and info.filename == f"{old.folder}data.pkl":
                 contents[info.filename] = whole_bytes(b"")  # its turn comes when all places are known
             elif name and (make := change(name)):
                 contents[info.filename] = changed_rows(old, name, make, one_at_a_time)
@@ -359,9 +563,9 @@ def rewrite(
                 contents[info.filename] = Content(info.file_size, pieces, info.CRC if stored else None)
         for number, (name, tensor) in enumerate(added.items()):
             places[name] = Stored(tensor.dtype, tuple(tensor.shape), f"data/added{number}", True)
-            contents[old.folder + places[name].record] = whole_bytes(bytes_of(tensor.detach().cpu()))
-        if added:
-            contents[f"{old.folder}data.pkl"] = whole_bytes(pickled(places))
+            contents[folder + places[name].record] = whole_bytes(bytes_of(tensor.detach().cpu()))
+        if listed_anew:
+            contents[f"{folder}data.pkl"] = whole_bytes(pickled(places))
         with writing(target) as file, Writer(file) as out:
             try:
                 write_zip(out, contents)

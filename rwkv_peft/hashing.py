@@ -86,11 +86,11 @@ class Meanwhile(Generic[T]):
     def run(self) -> None:
         try:
             self.found = self.work()
-        except OSError as error:
+        except Exception as error:  # raised where the result is asked for
             self.error = error
 
     def result(self) -> T:
-        """Waits for it. OSError if a file could not be read."""
+        """Waits for it. Raises what the work has raised, like OSError if a file could not be read."""
         self.thread.join()
         if self.error:
             raise self.error

@@ -13,6 +13,7 @@ from .errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "output"
+MODELS = (".pth", ".safetensors")  # endings of the files that are read as models
 
 
 def find(name: str, folder: str) -> Path:
@@ -117,11 +118,17 @@ def is_text(name: str) -> bool:
 
 
 def model_file(name: str) -> Path:
-    """MODEL_PATH -> the file; the ending .pth may be left out."""
+    """MODEL_PATH -> the file; the ending .pth or .safetensors may be left out."""
     path = find(name, "model")
-    if not path.exists() and not name.endswith(".pth") and find(name + ".pth", "model").exists():
-        return find(name + ".pth", "model")
-    return path
+    with_endings = [
+        find(name + ending, "model") for ending in MODELS if not path.exists() and not name.endswith(ending)
+    ]
+    return next((place for place in with_endings if place.exists()), path)
+
+
+def models_in(folder: Path) -> list[str]:
+    """The names of the files in a folder that may be models or adapters."""
+    return [p.name for p in folder.iterdir() if p.suffix in MODELS] if folder.is_dir() else []
 
 
 def data_prefix(name: str) -> Path:

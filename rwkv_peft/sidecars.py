@@ -106,6 +106,7 @@ SIDECAR: dict[str, Callable[[Any], bool]] = {
     "geometry": lambda value: isinstance(value, dict),
     "quant": lambda value: value in ("none", *QUANTS),
     "quant_parts": lambda value: isinstance(value, list) and all(isinstance(part, str) for part in value),
+    "quant_kept": lambda value: isinstance(value, list) and all(isinstance(layer, str) for layer in value),
     "epoch": lambda value: whole(value, 0),
     "step": lambda value: whole(value, 0),
     "prompt_type": lambda value: value is None or isinstance(value, str),

@@ -21,6 +21,7 @@ import numpy as np
 
 from .errors import UserError, install
 
+VOCABULARY = "rwkv_vocab_v20230424"  # its name in reports
 END_OF_DOC = 0
 LITERALS = 512  # of the vocabulary that are read at once: one by one takes twice the time, all together 90 MB
 VOCAB_SIZE = 65536  # rows of emb and head: the vocabulary and the reserved ids

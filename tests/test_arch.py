@@ -78,7 +78,7 @@ def found(version="x070", **changes):
             {"blocks.0.att.time_maa_x": (1, 1, 32)},
             r"looks like RWKV-6 \(x060\), but a tensor that gives its size is missing",
         ),
-        ({"blocks.0.att.time_mix_g": (1, 1, 32), "blocks.0.att.time_decay": (2,)}, r"is RWKV-5.1; of RWKV-5, this kit"),
+        ({"blocks.0.att.time_mix_g": (1, 1, 32), "blocks.0.att.time_decay": (2,)}, r"is RWKV-5.1; this kit works with"),
         ({"blocks.0.att.time_mix_k": (1, 1, 32)}, r"is RWKV-4; this kit works with RWKV-5 \(x052\), RWKV-6"),
         (
             found(version="x060", blocks__0__att__gate__weight=None),

@@ -75,7 +75,7 @@ def test_code_in_a_file_is_refused_and_never_run(tmp_path, kind, monkeypatch):
     ("make", "words"),
     [
         (lambda p: None, "there is no such file"),
-        (lambda p: p.write_bytes(b""), "is no .pth checkpoint"),
+        (lambda p: p.write_bytes(b""), "is empty"),
         (lambda p: p.write_text("hello"), "is no .pth checkpoint"),
         (lambda p: torch.save([torch.zeros(1)], p), "is not a dictionary of tensors"),
         (lambda p: torch.save({"x": "words"}, p), "is not a dictionary of tensors"),

@@ -242,8 +242,8 @@ def models(folder):
         "other.pth": "is not an RWKV model",
         "evil.pth": "holds more than plain tensors",
         "pickle.pth": "is no .pth checkpoint",
-        "half.pth": "is no .pth checkpoint, or it was cut off",
-        "empty.pth": "is no .pth checkpoint",
+        "half.pth": "is not complete: it was cut off after 5,000 bytes",
+        "empty.pth": "is empty (0 bytes). Download it again",
         "missing.pth": "there is no such file. In model/ there is:",
     }
 
@@ -309,7 +309,7 @@ def test_a_token_outside_the_vocabulary_is_named(shared_kit):
         ({"DATA_PATH": "."}, "there is no such file"),
         ({"DATA_PATH": "chat/nothing/"}, "there is no such file"),
         ({"MODEL_PATH": "~nosuch.pth"}, "there is no such file"),
-        ({"MODEL_PATH": "../model"}, "is a folder, not a .pth file"),
+        ({"MODEL_PATH": "../model"}, "is a folder, not a .pth or .safetensors file"),
         ({"DATA_PATH": "chaat"}, "there is no such file; did you mean chat?"),
     ],
 )

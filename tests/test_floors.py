@@ -7,7 +7,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 DOORS = ["rwkv_peft.train", "rwkv_peft.chat", "rwkv_peft.init", "rwkv_peft.run", "json2binidx", "merge"]
-MAKERS = ["rwkv_peft." + r for r in ("config", "rows", "adapters", "training", "generate", "bases", "tokenized")]
+MAKERS = [
+    "rwkv_peft." + r for r in ("config", "rows", "adapters", "training", "generate", "bases", "tokenized", "vocabulary")
+]
 MATERIALS = [
     "rwkv_peft." + r
     for r in (
@@ -31,7 +33,9 @@ GROUND = [
         "words",
         "roles",
         "atomic",
+        "filetype",
         "hashing",
+        "native",
         "pieces",
         "straight",
         "project",

@@ -132,7 +132,8 @@ def test_held_out_data_that_are_not_there_are_named(held, name, words):
     assert [(p.name, words in p.message) for p in found.value.problems] == [("VAL_DATA", True)]
 
 
-def test_a_loss_without_a_number_is_null_and_ends_nothing(held):
+def test_a_loss_without_a_number_is_null_and_ends_nothing(held, monkeypatch):
+    monkeypatch.setattr("rwkv_peft.bases.must_be_sound_model", lambda *_: None)  # which refuses such a base
     base = checkpoint.load(held / "model" / "tiny.pth")
     broken = {name: t.clone() for name, t in base.items()}
     broken["blocks.1.ffn.value.weight"][0, 0] = torch.nan

@@ -30,7 +30,8 @@ class Setup:
     """What a run does to a model.
 
     method: of methods.METHODS. options: keyword arguments of its adapter, as sidecars keep them. parts: of methods.PARTS.
-    quant: none or a mode of quantize; quant_parts: what of the base it compresses (att, ffn, emb, head).
+    quant: none or a mode of quantize; quant_parts: what of the base it compresses (att, ffn, emb, head); quant_kept: layers of
+    these that it leaves as they are.
     """
 
     method: str
@@ -39,6 +40,7 @@ class Setup:
     dropout: float = 0.0
     quant: str = "none"
     quant_parts: tuple[str, ...] = ()
+    quant_kept: tuple[str, ...] = ()
 
     def wrapped(self, geometry: Geometry) -> list[str]:
         """The linear layers that get an adapter."""
@@ -56,7 +58,8 @@ class Setup:
         """The layers whose frozen weight is compressed."""
         if self.quant == "none":
             return set()
-        return {*linear_layers(geometry, self.quant_parts), *({"emb", "head"} & set(self.quant_parts))}
+        parts = {*linear_layers(geometry, self.quant_parts), *({"emb", "head"} & set(self.quant_parts))}
+        return parts - set(self.quant_kept)
 
 
 def setup_of(sidecar: Mapping[str, Any], where: str) -> Setup:

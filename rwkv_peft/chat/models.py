@@ -80,6 +80,7 @@ def base_of(adapter: Path, sidecar: dict, given: str) -> Path:
 def built(path: Path, precision: str) -> RWKV:
     """A model from its file, on the host. precision: PRECISION."""
     _, geometry = bases.inspect(path)
+    bases.must_be_sound_model(path, geometry)
     ops = dispatch.choose("auto", geometry.version, machine.device_kind(), geometry.head_size)
     # where large matrices are read as they are stored, float32 costs no more than bfloat16 and rounds nothing
     exact = precision == "auto" and torch.bfloat16 in ops.reads
@@ -122,7 +123,7 @@ def model_or_merged(name: str) -> Path:
         return path
     if foreign := project.foreign_path(name):
         raise UserError(f"--model, or MODEL_PATH in chat.sh: {foreign}")
-    there = [p.name for folder in ("model", "merge") for p in (project.ROOT / folder).glob("*.pth")]
+    there = [name for folder in ("model", "merge") for name in project.models_in(project.ROOT / folder)]
     raise UserError(
         f"{name} (--model, or MODEL_PATH in chat.sh): there is no such model{did_you_mean(name, there) or '.'} "
         f"In model/ and merge/ there is: {listed(there)}."

@@ -199,12 +199,15 @@ def detect(found: Mapping[str, tuple[int, ...]], where: str) -> Geometry:
     found: tensor name -> shape. where: the file, for the message.
     """
     arch = next((arch for arch in ARCHS.values() if arch.marker in found), None)
+    if other := other_version(found):
+        raise UserError(f"{where}: is {other}; this kit works with {versions()}. Use another base: {OFFICIAL}.")
     if arch is None:
         raise UserError(f"{where}: {what_it_is(found)}")
-    if any(name.endswith((".ffn.s_emb", ".ffn.s_emb.weight")) for name in found):
-        raise UserError(f"{where}: is an RWKV-7 with DeepEmbed (x070a or x070b), which this version does not know.")
-    if arch is V5 and len(found.get("blocks.0.att.time_decay", (0, 0))) == 1:
-        raise UserError(f"{where}: is RWKV-5.1; of RWKV-5, this kit works with 5.2 (x052) only.")
+    if of_web_rwkv(found):
+        raise UserError(
+            f"{where}: is a model in the form of web-rwkv and Ai00 (.st): its low-rank matrices are transposed, and of RWKV-5 "
+            "and -6 some names are other ones. Use the .pth that it was made from."
+        )
     try:
         layers = 1 + max(int(m[1]) for name in found if (m := re.match(r"blocks\.(\d+)\.", name)))
         heads, size = found[arch.heads]
@@ -235,16 +238,85 @@ def detect(found: Mapping[str, tuple[int, ...]], where: str) -> Geometry:
     return geometry
 
 
+def versions() -> str:
+    return listed([arch.name for arch in ARCHS.values()])
+
+
+# a part of a name that no official tensor of versions 5 to 7 has -> the version that has it
+LATER = {
+    "ffn.s_emb": "an RWKV-7 with DeepEmbed (x070a or x070b)",
+    ".qkv.": "an RWKV-7 with DeepEmbedAttention (x070b)",
+    "att.time_aaa": "an early draft of RWKV-7",
+    "att.time_kkk": "an early draft of RWKV-7",
+    ".rosa": "an RWKV-8 (ROSA)",
+    "att.rosa": "an RWKV-8 (ROSA)",
+}
+
+
+def other_version(found: Mapping[str, tuple[int, ...]]) -> str:
+    """Which other version of RWKV a whole model with the official names is, in words; "" for none."""
+    block = {name.removeprefix("blocks.0."): shape for name, shape in found.items() if name.startswith("blocks.0.")}
+    later = next((words for part, words in LATER.items() if any(part in name for name in found)), "")
+    if later and "emb.weight" in found and block:
+        return later
+    decay = block.get("att.time_decay", ())
+    if "att.time_mix_k" not in block and "att.time_mix_g" not in block:
+        return ""
+    if "att.time_mix_g" in block or "att.gate.weight" in block:
+        return "RWKV-5.1" if decay and (len(decay) == 1 or decay[1] == 1) and decay[0] > 1 else ""
+    return "RWKV-5.0" if "att.ln_x.weight" in block else "RWKV-4"
+
+
+def of_web_rwkv(found: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a file is one that web-rwkv's converter has made: the low-rank matrices of RWKV-7 are [out, in] there, and those of
+    RWKV-5 and -6 have other names."""
+    if {"blocks.0.att.time_first", "blocks.0.att.time_mix_g"} <= {*found}:
+        return True
+    width = found.get("emb.weight", (0, 0))[-1]
+    first, second = (found.get(f"blocks.0.att.{name}", (0, 0)) for name in ("w1", "w2"))
+    return len(first) == len(second) == 2 and first[1] == second[0] == width and first[0] == second[1] != width
+
+
+RUN_WORDS = (
+    "Talk to it with ./chat.sh --adapter, fold it into its base with ./merge.sh, or go on from it with {}. MODEL_PATH names the "
+    "base that it was trained on."
+)
+OFFICIAL = (
+    "the official .pth (BlinkDL/rwkv7-g1 on Hugging Face, RWKV/rwkv7-g1 on ModelScope; model/README.md lists more)"
+)
+
+
 def what_it_is(found: Iterable[str]) -> str:
-    """What a file without any version's marker seems to be, in words."""
+    """What a file without any version's marker seems to be, and what to do, in words behind its name."""
     names = list(found)
-    if any(name.endswith(("lora_A", "lora_B", "disha", "bone", "time_state")) for name in names):
+    if not names:
+        return f"holds no tensor. Use {OFFICIAL}."
+    if all(name.endswith(("time_state", "ts_state")) for name in names):
+        return "is an adapter, not a model: a learnt state (state tuning). " + RUN_WORDS.format("state_load")
+    if any(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in names):
         return (
-            "is an adapter (what a run learnt), not a model. Talk to it with ./chat.sh --adapter, fold it into its base with "
-            "./merge.sh, or go on from it with lora_load."
+            "is an adapter of the peft package, not a model. The kit reads the checkpoint that it was made from "
+            "(output/RUN/rwkv-N.pth); MODEL_PATH names the base."
         )
-    if "blocks.0.att.time_mix_k" in names:
-        return f"is RWKV-4; this kit works with {listed([arch.name for arch in ARCHS.values()])}."
+    if any(name.endswith(("lora_A", "lora_B", "disha", "bone", "lora_magnitude")) for name in names):
+        load = "disha_load" if any(name.endswith(("disha", "bone")) for name in names) else "lora_load or pissa_load"
+        return "is an adapter (what a run learnt), not a model. " + RUN_WORDS.format(load)
+    if any(".attn.r_proj." in name or ".attn.r_k" in name or ".attn.x_r" in name for name in names):
+        return (
+            "is an RWKV-7 with the names of flash-linear-attention (fla, Hugging Face), which this version does not read: it "
+            f"holds {listed(names, 2)}. Use {OFFICIAL}; it has the same weights."
+        )
+    if any(re.search(r"\bblocks\.\d+\.attention\.", name) for name in names):
+        marks = {"time_maa": "RWKV-6", "attention.gate": "RWKV-5"}
+        version = next((words for mark, words in marks.items() if any(mark in name for name in names)), "RWKV-4")
+        return f"is {version} with the names of the transformers library (Hugging Face). Use {OFFICIAL}."
+    if any(part in name for name in names for part in (".self_attn.", ".mixer.", "attn.c_attn", ".attention.query")):
+        other = "a model of another architecture (a transformer or Mamba), not RWKV"
+        return f"is {other}: it holds {listed(names, 3)}. Use {OFFICIAL}."
+    if "emb.weight" in names and any(name.startswith("blocks.") for name in names):
+        return (
+            f"is an RWKV of a version that is not known, or only a part of a model. This kit works with {versions()}."
+        )
     markers = listed([arch.marker for arch in ARCHS.values()])
     return f"is not an RWKV model: it holds none of {markers}, but {listed(names, 3)}."
 

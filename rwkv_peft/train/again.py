@@ -24,7 +24,7 @@ from .record import script_values
 # settings that may differ: they change when it ends, what is written, or how fast it is, and no step that is done
 FREE = {
     "RUN_NAME", "EPOCH_COUNT", "MAX_STEPS", "EPOCH_SAVE", "SAVE_STEPS", "KEEP_LAST", "WANDB", "TENSORBOARD", "SWANLAB", "TRACKIO",
-    "NUM_WORKERS", "OP", "GRAD_CP", "EMB_ON_CPU", "CUDA_GRAPHS", "STRATEGY", "NAN_LIMIT",
+    "NUM_WORKERS", "VOCABULARY", "OP", "GRAD_CP", "EMB_ON_CPU", "CUDA_GRAPHS", "STRATEGY", "NAN_LIMIT",
     "VAL_DATA", "VAL_STEPS", "VAL_PATIENCE", "KEEP_BEST",
     "SAMPLE_PROMPTS", "SAMPLE_STEPS", "SAMPLE_TOKENS", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME",
     "NCCL_SOCKET_IFNAME",

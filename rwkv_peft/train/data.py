@@ -277,6 +277,12 @@ def stream_source(name: str) -> tuple[Path, list[str]]:
 
 
 def open_masked(config: TrainConfig, files, vocab_size: int, say) -> list:
+    from .. import tokenizer, vocabulary
     from ..tokenized import open_sources
 
+    if config.vocabulary == "world" and vocab_size == tokenizer.VOCAB_SIZE:
+        cure = "make it again from the text with ./make_tokenize.sh, or set VOCABULARY=own if the model has that vocabulary"
+        found = [wrong for prefix, _ in files if (wrong := vocabulary.what_is_wrong(Path(prefix)))]
+        if found:
+            raise Problems(*(Problem("DATA_PATH", f"{wrong}; {cure}") for wrong in found))
     return open_sources(files, config.loss_mask, config.mask_start, config.mask_end, vocab_size, say)

@@ -23,6 +23,7 @@ from ..data.loading import Batch, heaviest
 from ..errors import Problem, Problems, UserError
 from ..pictures import figure
 from ..training.module import TrainingModule
+from ..training.report import MOST_STATE_RATE, USUAL_STATE
 from ..training.strategy import FP16_SCALE
 from .learner import make_learner, make_module
 from .place import Place
@@ -30,7 +31,7 @@ from .prepared import Prepared, prepare
 
 STEPS = 100  # of the way from the lowest rate to the highest
 LOWEST, HIGHEST = 1e-7, 10.0
-STATE = 100.0  # a state's rates are so much higher
+STATE = (1e-6, 10.0)  # the same for a state
 SMOOTHED = 0.8  # of the mean that came before, in each step's smoothed loss
 FAR = 0.3  # of the first loss, above the lowest: it has burst, and nothing more is to be learnt
 FIRST = 10  # steps whose loss is that of the base: their rates are too low to change it
@@ -132,8 +133,8 @@ def find_lr(config: TrainConfig, place: Place) -> None:
     """Print which rates the first steps bear, and draw output/find-lr-TIME.png."""
     with contextlib.ExitStack() as cleanup:
         one = trial(config, place, cleanup)
-        more = STATE if one.run.config.method == "state" else 1.0
-        every, batches = rates(LOWEST * more, HIGHEST * more), steps_of(one.run)
+        state = one.run.config.method == "state"
+        every, batches = rates(*(STATE if state else (LOWEST, HIGHEST))), steps_of(one.run)
         losses: list[float] = []
         began = time.monotonic()
         for rate in every:
@@ -142,7 +143,10 @@ def find_lr(config: TrainConfig, place: Place) -> None:
                 break
     sound = [loss for loss in losses if math.isfinite(loss)]
     if not sound:
-        raise UserError("The first loss is no number: the base holds NaN or infinity, or PRECISION does not suit it.")
+        raise UserError(
+            "The first loss is NaN or infinite, though the base's weights are finite: PRECISION does not suit it (try bf16 or "
+            "fp32)."
+        )
     tried = every[: len(sound)]
     picture = draw(tried, sound, project.OUTPUT / time.strftime("find-lr-%Y%m%d-%H%M%S.png"))
     spent = f"{len(losses)} of {STEPS} steps in {time.monotonic() - began:.0f} s"
@@ -156,7 +160,15 @@ def find_lr(config: TrainConfig, place: Place) -> None:
         return
     high = "" if found.held else ", and rises behind it"
     print(f"The loss is lowest at {found.lowest:.0e}{high}.")
+    if state and found.take > MOST_STATE_RATE:
+        print(
+            f"warning: a tenth of that is {found.take:.0e}. What the first steps bear is no measure for a state: a rate of 1 "
+            f"has destroyed models over a whole run. Take {MOST_STATE_RATE:g} at most; usual are {USUAL_STATE}."
+        )
+        return
     print(f"Begin with LR_INIT={found.take:.0e} (a tenth of that) and LR_FINAL={found.take / 10:.0e}.")
+    if state:
+        print(f"Usual for a state are {USUAL_STATE}; take {MOST_STATE_RATE:g} at most.")
     print(
         "This is what the first steps bear. Which rate is best after a whole run, only whole runs tell: try it and a third of it."
     )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import checkpoint, machine, project, runs
+from .. import bases, checkpoint, machine, project, runs
 from ..adapters import attach
 from ..adapters.later import Later, settle
 from ..model import arch
@@ -48,6 +48,9 @@ class Learner:
 
 def make_learner(run: Prepared, cleanup: contextlib.ExitStack, say: Callable[[str], None]) -> Learner:
     config, setup, dtype = run.config, run.setup, machine.DTYPES[run.precision]
+    bases.must_be_sound_model(run.base, run.geometry)
+    if run.begins_with:
+        bases.must_be_finite(run.begins_with, checkpoint.describe(run.begins_with))
     torch.manual_seed(config.seed)
     held = cleanup.enter_context(checkpoint.Archive(run.base)) if run.method.saves_model else None
     model = build(run.geometry, checkpoint.load(run.base), run.ops, dtype, RECOMPUTE[config.grad_cp])

@@ -116,8 +116,16 @@ def prepare(
     word = config.strategy_name
     trainer, spread = strategy.trainer_arguments(precision, config.gpu_count, config.nnodes, word, config.grad_clip)
     trainer.setdefault("plugins", []).extend(plugins(place, config.processes))
+    # (a run of an earlier version goes on as it began)
+    kept = tuple(found.facts.get("quant_kept", ())) if found else config.quant_kept
     setup = attach.Setup(
-        config.method, options_of(config), config.parts, config.lora_dropout, config.quantised, config.quantised_parts
+        config.method,
+        options_of(config),
+        config.parts,
+        config.lora_dropout,
+        config.quantised,
+        config.quantised_parts,
+        kept,
     )
     begins = earlier is not None and earlier.path is not None
     content = check_earlier(config, geometry, setup, base, earlier, say) if begins and place.first else None

@@ -58,7 +58,7 @@ class Results:
             "steps": run.steps, "finished": facts["step"] == run.steps, "settings": script_values(run.config),
             "became": run.settings, "plan": run.plan_facts, "options": run.options, "start_sha256": self.start_sha256,
             "world": run.plan.world, "base": {"name": run.base.name, **self.content}, "data": self.identity.result(),
-            "blocks": lisa.active if lisa else None, "kit": __version__,
+            "quant_kept": list(run.setup.quant_kept), "blocks": lisa.active if lisa else None, "kit": __version__,
         }  # fmt: skip
         snapshot.write(run.folder, parts, {**facts, **more, **self.running()}, run.config.keep_last)
 
@@ -82,6 +82,7 @@ class Results:
         form = common(run.data.forms)
         sidecar["prompt_type"], sidecar["eot"] = (form.prompt_type, form.eot) if form else (None, None)
         sidecar["template"] = form.template.to_dict() if form and form.template else None
+        sidecar["quant_kept"] = list(run.setup.quant_kept)
         if not run.config.streaming:
             sidecar["data"] = [[file["name"], file["sha256"]] for file in self.identity.result()["files"]]
         if learner.begun:

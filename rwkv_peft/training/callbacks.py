@@ -26,8 +26,8 @@ from .plot import draw_loss, looks_back
 from .spread import together
 
 TOO_HIGH = (
-    "LR_INIT is too high (take a third of it, and GRAD_CLIP=1; ./training.sh --find-lr tells what the settings bear), another "
-    "setting is extreme (lora_alpha, ADAM_EPS, WEIGHT_DECAY), or the base itself holds NaN. What was saved before is whole."
+    "LR_INIT is too high (take a third of it, and GRAD_CLIP=1; ./training.sh --find-lr tells what the settings bear), or "
+    "another setting is extreme (lora_alpha, ADAM_EPS, WEIGHT_DECAY). What was saved before is whole."
 )
 
 STOPPING = b"\nStopping after this batch and saving. Ctrl-C again leaves at once, without saving.\n"

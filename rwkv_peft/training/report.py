@@ -22,8 +22,11 @@ from . import graphs
 from .estimate import memory_bytes
 
 MANY = 100_000  # from here on, numbers are told in millions
-STATE_RATE = 1e-2  # a state wants rates far above those of weights
-MOST_STATE_RATE, MOST_RATE = 5.0, 1e-2  # rates above these diverge with all but toys
+# Rates of state tuning. Runs on RWKV-7 that were evaluated used 3e-4 to 2e-2 (rwkv-metal on 0.1B, RWKV-Agent on 7.2B, the
+# tutorial of rwkv.cn; 2026). The 1 -> 0.01 of the RWKV-5 and -6 instructions destroys an RWKV-7.
+LEAST_STATE_RATE, MOST_STATE_RATE = 3e-4, 3e-2
+MOST_RATE = 1e-2  # of all else; rates above diverge with all but toys
+USUAL_STATE = "1e-3 (0.1B) to 1e-2 (7B)"
 FEW_STEPS = 30  # fewer optimizer steps than this are worth a word
 ROW = {"pack": "pack", "concat": "window", "get": "window", "magic": "window"}  # what a row is called in each mode
 FILLED_BY_CTX = ("pack", "get")  # rows as long as the context: a shorter one gives more of them
@@ -80,12 +83,13 @@ def plan_lines(
                          f"tenth of the run, {max(1, steps // 10)}, is enough"))  # fmt: skip
     if last > settings["LR_INIT"]:
         rows.append(("", "LR_FINAL is above LR_INIT: the rate rises until the end; were the two exchanged?"))
-    if setup.method == "state" and settings["LR_INIT"] < STATE_RATE:
-        rows.append(("", f"LR_INIT={settings['LR_INIT']:g} will hardly move a state: 1 to LR_FINAL=0.01 is usual"))
+    if setup.method == "state" and settings["LR_INIT"] < LEAST_STATE_RATE:
+        rows.append(("", f"note: LR_INIT={settings['LR_INIT']:g} will hardly move a state: {usual_state(total)}"))
     usual = MOST_STATE_RATE if setup.method == "state" else MOST_RATE
     if settings["LR_INIT"] > usual:
         words = f"LR_INIT={settings['LR_INIT']:g} is far above what is usual ({usual:g} at most)"
-        rows.append(("", f"{words}; ./training.sh --find-lr tells what the settings bear"))
+        more = f": {usual_state(total)}" if setup.method == "state" else ""
+        rows.append(("", f"warning: {words}{more}; ./training.sh --find-lr tells what the settings bear"))
     if infctx and tokens <= settings["CHUNK_CTX"]:
         rows.append(
             ("", f"a micro-batch has at most {tokens:,} tokens: one chunk holds it, so infctx changes nothing here")
@@ -113,6 +117,14 @@ def plan_lines(
         ("output", f"output/{settings['RUN_NAME']}/ (loss.jsonl has the loss of each step; what is shown here is smoothed)"),
     ]  # fmt: skip
     return [f"{label:<10}{text}" for label, text in rows]
+
+
+def usual_state(values: int) -> str:
+    """Which rates are usual for a state, of a model of so many values: between those of 0.1B and of 7B on a straight line of
+    logarithms."""
+    share = math.log(min(max(values, 1e8), 7e9) / 1e8) / math.log(70)
+    rate = float(f"{1e-3 * 10**share:.0e}")
+    return f"usual are {USUAL_STATE}; here about LR_INIT={rate:g} with LR_FINAL={rate / 10:g}"
 
 
 def recorded_shapes(settings) -> int:
@@ -145,6 +157,9 @@ def base_rows(settings, setup) -> list[tuple[str, str]]:
         alias = f" ({settings['QUANT']} is {setup.quant})" if settings["QUANT"] != setup.quant else ""
         rows.append(("", f"frozen weights of {','.join(setup.quant_parts)} in {setup.quant}{alias}; merge.sh folds into the "
                          "original ones"))  # fmt: skip
+        if setup.quant_kept:
+            rows.append(("", f"{','.join(setup.quant_kept)} stays as it is, for its inputs are extreme (QUANT_PARTS in "
+                             "training.sh)"))  # fmt: skip
     if settings["TRAIN_TYPE"] == "infctx":
         how = "end at a chunk's border" if settings["INFCTX_GRAD"] == "detach" else "go on through all chunks"
         rows.append(("", f"infctx: {settings['CHUNK_CTX']} tokens at once, states are carried on, gradients {how}"))

@@ -1,0 +1,140 @@
+"""Learning rates of states, and the layer that 4 bits leave as it is."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from inprocess import config, run
+
+from merge import fold
+from rwkv_peft import checkpoint, train
+from rwkv_peft.adapters import attach
+from rwkv_peft.adapters.attach import Setup
+from rwkv_peft.errors import Problems
+from rwkv_peft.quantize import QuantLinear
+from rwkv_peft.train import find
+from rwkv_peft.training import report
+
+FIRST = "blocks.0.att.output"
+ALL = "att,ffn,blocks.0.att.output"
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"QUANT": "nf4"}, (FIRST,)),
+        ({"QUANT": "fp4"}, (FIRST,)),
+        ({"QUANT": "4bit"}, (FIRST,)),
+        ({"QUANT": "nf4", "QUANT_PARTS": "att,ffn,emb,head"}, (FIRST,)),
+        ({"QUANT": "nf4", "QUANT_PARTS": "ffn"}, ()),
+        ({"QUANT": "nf4", "QUANT_PARTS": ALL}, ()),
+        ({"QUANT": "int8"}, ()),
+        ({"QUANT": "fp8", "QUANT_PARTS": ALL}, ()),
+        ({"QUANT": "none", "QUANT_PARTS": ALL}, ()),
+    ],
+    ids=str,
+)
+def test_four_bits_leave_the_first_output_as_it_is_unless_quant_parts_names_it(settings, kept):
+    made = config(**settings)
+    assert made.quant_kept == kept and FIRST not in made.quantised_parts
+
+
+def test_quant_parts_names_the_first_output_with_att_only():
+    with pytest.raises(Problems, match="names blocks.0.att.output without att"):
+        config(QUANT="nf4", QUANT_PARTS="ffn,blocks.0.att.output")
+
+
+def test_a_kept_layer_computes_with_the_bases_weight():
+    model = tiny.model(shape=tiny.geometry(vocab=64))
+    before = model.blocks[0].att.output.weight.detach().clone()
+    attach.adapt(model, Setup("none", parts=("ln",), quant="nf4", quant_parts=("att", "ffn"), quant_kept=(FIRST,)))
+    assert torch.equal(model.blocks[0].att.output.weight, before)
+    assert isinstance(model.blocks[1].att.output, QuantLinear) and isinstance(model.blocks[0].att.key, QuantLinear)
+
+
+@pytest.mark.parametrize(("parts", "kept"), [("att,ffn", [FIRST]), (ALL, [])])
+def test_a_run_says_which_layers_it_left(ready, capsys, parts, kept):
+    run(ready, QUANT="nf4", QUANT_PARTS=parts)
+    sidecar = json.loads((ready / "output/run/rwkv-0.json").read_text())
+    assert sidecar["quant_parts"] == ["att", "ffn"] and sidecar["quant_kept"] == kept
+    said = capsys.readouterr().out
+    assert ("blocks.0.att.output stays as it is" in said) == bool(kept)
+
+
+@pytest.mark.parametrize("kept", [[FIRST], [], None], ids=["kept", "compressed", "of an earlier version"])
+def test_a_merge_into_the_compressed_base_knows_what_was_left(ready, kept):
+    from merge.parts import found
+
+    run(ready, QUANT="nf4", QUANT_PARTS=ALL if kept == [] else "att,ffn")
+    path = ready / "output/run/rwkv-0.pth"
+    facts = json.loads(path.with_suffix(".json").read_text())
+    if kept is None:
+        del facts["quant_kept"]
+        path.with_suffix(".json").write_text(json.dumps(facts))
+    one = found(path, "", None, None, True)
+    base, shape = checkpoint.load(ready / "model/tiny.pth"), tiny.geometry()
+    part = fold.opened(one.part, checkpoint.describe(ready / "model/tiny.pth"), shape)
+    same = torch.equal(part.compressed(f"{FIRST}.weight", base[f"{FIRST}.weight"], shape), base[f"{FIRST}.weight"])
+    assert same == bool(kept)
+    second = "blocks.1.att.output.weight"
+    assert not torch.equal(part.compressed(second, base[second], shape), base[second])
+
+
+@pytest.mark.parametrize("fact", [[FIRST], [], None], ids=["kept", "compressed", "of an earlier version"])
+def test_a_run_goes_on_with_what_it_left(ready, monkeypatch, fact):
+    from rwkv_peft.train import prepared
+
+    run(ready, QUANT="nf4", KEEP_LAST="1", QUANT_PARTS=ALL if fact == [] else "att,ffn")
+    [state] = (ready / "output/run/state").glob("step-*")
+    manifest = next(p for p in state.glob("*.json") if "quant_kept" in p.read_text())
+    facts = json.loads(manifest.read_text())
+    assert facts["quant_kept"] == ([FIRST] if fact is None else fact)
+    if fact is None:
+        from rwkv_peft.training import snapshot
+
+        described = snapshot.described
+        monkeypatch.setattr(
+            snapshot,
+            "described",
+            lambda folder: (lambda found: (found.facts.pop("quant_kept"), found)[1])(described(folder)),
+        )
+    seen, header = [], prepared.header
+    monkeypatch.setattr(train, "header", lambda made: (seen.append(made.setup), header(made))[1])
+    more = {"QUANT": "nf4", "KEEP_LAST": "1", "EPOCH_COUNT": "2", "QUANT_PARTS": ALL if fact == [] else "att,ffn"}
+    train.command(config(RUN_NAME="run", **more), [])
+    assert seen[-1].quant_kept == tuple(fact or ())
+
+
+def test_the_estimate_counts_a_kept_layer_at_its_full_size(ready, capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        report, "memory_bytes", lambda shapes, *_, **more: asked.append((shapes, more["compressed"])) or 1
+    )
+    for parts in ("att,ffn", ALL):
+        train.command(config(QUANT="nf4", QUANT_PARTS=parts), ["--dry-run"])
+    (left, less), (whole, more) = asked
+    assert {*left} - {*whole} == {f"{FIRST}.weight"} and less < more
+
+
+@pytest.mark.parametrize(
+    ("values", "rate"),
+    [(2e7, "0.001"), (1e8, "0.001"), (1.5e9, "0.004"), (2.9e9, "0.006"), (7.2e9, "0.01"), (13e9, "0.01")],
+)
+def test_the_usual_rate_of_a_state_grows_with_the_model(values, rate):
+    assert report.usual_state(int(values)).endswith(f"about LR_INIT={rate} with LR_FINAL={float(rate) / 10:g}")
+
+
+def test_find_lr_does_not_advise_a_state_rate_that_destroys_models(ready, capsys, monkeypatch):
+    monkeypatch.setattr(find, "STEPS", 6)
+    monkeypatch.setattr(find, "advise", lambda *_: find.Advice(10.0, 1.0, False))
+    train.command(config(FINETUNE_MODE="state_tuning"), ["--find-lr"])
+    said = capsys.readouterr().out
+    assert (
+        "warning: a tenth of that is 1e+00" in said and "1e-3 (0.1B) to 1e-2 (7B)" in said and "Begin with" not in said
+    )
+    assert "rates from 1e-06" in said
+    monkeypatch.setattr(find, "advise", lambda *_: find.Advice(0.1, 0.01, False))
+    train.command(config(FINETUNE_MODE="state_tuning"), ["--find-lr"])
+    said = capsys.readouterr().out
+    assert "Begin with LR_INIT=1e-02" in said and "Usual for a state are 1e-3" in said
