@@ -29,7 +29,7 @@ class Method:
     saves_model: bool = False
 
 
-MOST_ALPHA = 1e9  # of lora_alpha in training.sh, LORA_ALPHA in merge.sh and the sidecars
+MOST_ALPHA = 10**9  # of lora_alpha in training.sh, LORA_ALPHA in merge.sh and the sidecars
 
 LORA = {"rank": "lora_r", "alpha": "lora_alpha", "rslora": "use_rslora"}
 

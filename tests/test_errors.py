@@ -29,7 +29,7 @@ def bad_rows():
         "no text": (
             b'{"txt": "x"}',
             "data/bad.jsonl:1: has none of the keys messages, conversations, instruction with output, prompt with completion, "
-            "text; it has 'txt'",
+            "question with answer, text; it has 'txt'",
         ),
         "not utf-8": (GOOD + b'\n{"text": "\xff\xfe"}', "data/bad.jsonl:2: is not valid UTF-8, the encoding of"),
         "encoding unsure": (
@@ -220,7 +220,7 @@ def test_what_only_the_files_can_tell_comes_in_the_same_form(shared_kit):
     assert "N_LAYER=24" in said and "but model/tiny.pth has 2; use auto" in said
     assert "but model/tiny.pth has 32; use auto" in said
     assert "data/nothing.bin and .idx: there is no such file. Tokenized data in data/: chat" in said
-    assert "x.pth: there is no such file" in said
+    assert "x.pth: there is no such run or checkpoint" in said
     assert "wrong.sh has 4 problems:" in said
 
 
