@@ -23,17 +23,23 @@ ADAPTER=""
 # auto: what it was trained with, else by the base's name: rwkv-g1 for G1 models, else rwkv-world   auto 按训练结果或模型名选择
 PROMPT_TYPE=auto
 
+# Token 0 before the first turn: 0 no, 1 yes, auto as the run was trained (without a run: as the template's clients do). 开头的词元 0
+BOS=auto
+
 # What the assistant is told at the start; empty: nothing. 系统提示
 SYSTEM=""
 
 # Longest answer, in tokens. 最长回答
 MAX_TOKENS=300
 
-# 0: the likeliest token every time; 1: the model's own spread. 温度
-TEMPERATURE=0.7
+# 0: the likeliest token every time; 1: the model's own spread. auto: the template's (World 0.7, G1 1). 温度
+TEMPERATURE=auto
 
-# Only the likeliest tokens that together have this share. 核采样
-TOP_P=0.5
+# Only the likeliest tokens that together have this share. auto: the template's (World 0.5, G1 0.28). 核采样
+TOP_P=auto
+
+# Only so many of the likeliest tokens, before TOP_P; 0: all. auto: the template's (World 0, G1 32). 只取概率最高的若干词元
+TOP_K=auto
 
 # The same number gives the same answers. 随机种子
 SEED=42

@@ -39,6 +39,10 @@ PROMPT_TYPE=auto
 #   x17    \x17 behind every answer, no token 0                                      每个回答后加 \x17
 EOT=doc
 
+# Token 0 before every row: 0 no, 1 yes. auto: as the clients of the template begin (docs/data.md): no, but for the Bot format.
+# chat.sh, samples and exports follow what was trained. 每行开头是否加词元 0，auto 与该模板的客户端一致
+BOS=auto
+
 # What rows are. auto finds it for every row by its columns; others: text alpaca sharegpt openai prompt-completion (or the
 # field's names, like AlpacaStyleInstructionHandler).                                   行的类型，auto 自动识别
 HANDLER=auto

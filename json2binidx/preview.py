@@ -36,7 +36,8 @@ def preview(source: Path, config: TokenizeConfig, end_of_doc: bool, most: int) -
     marks = COLOURS if sys.stdout.isatty() else MARKS
     how = "green" if marks is COLOURS else "in [[double brackets]]"
     print(
-        f"PROMPT_TYPE={config.prompt_type}, EOT={config.eot}. Tokens with | between; LOSS_MASK=qa trains what is {how}."
+        f"PROMPT_TYPE={config.prompt_type}, EOT={config.eot}, BOS={int(cook.recipe.bos)}. Tokens with | between; LOSS_MASK=qa "
+        f"trains what is {how}."
     )
     shown, tally = 0, Tally()
 

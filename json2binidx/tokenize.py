@@ -62,7 +62,7 @@ def tokenize(source: Path, config: TokenizeConfig, epochs: int, end_of_doc: bool
         "MASK_HISTORY": config.mask_history, "MAX_TOKENS": config.max_tokens, "SOURCE_LENGTH": config.source_length,
         "TARGET_LENGTH": config.target_length, "OVERLONG": config.overlong, "VALID_PERCENT": config.valid_percent,
         "VALID_SPLIT": config.valid_split, "SEED": config.seed, "PROMPT_TYPE": config.prompt_type,
-        "CONVERT_HEADINGS": config.convert_headings,
+        "BOS": int(made_from.bos), "CONVERT_HEADINGS": config.convert_headings,
     }  # fmt: skip
     key = cache.key(found, settings, repr(made_from.template))
     report_file = Path(f"{prefix}.report.json")

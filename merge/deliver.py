@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from rwkv_peft import __version__, bases, checkpoint, hashing, project, sidecars
+from rwkv_peft import __version__, bases, checkpoint, hashing, project, prompting, sidecars
 from rwkv_peft.atomic import clear_leftovers, sync_folder, temporary, write_json
 from rwkv_peft.errors import UserError
 from rwkv_peft.methods import METHODS
@@ -70,6 +70,8 @@ def folded(
     for one, part in zip(found, opened, strict=True):
         for doubt in [] if one.sidecar else foreign.doubts(one.path, part, base, geometry):
             print(f"careful   {project.shown(one.path)}: {doubt}")
+    for words in differing_forms(found):
+        print(f"warning   {words}")
     added = fold.added(opened, weights)
     change = fold.average(opened, weights, geometry) if weights else fold.in_turn(opened, geometry)
     change = Answers(by_rows(change, opened, weights, geometry), described, opened, weights, geometry)
@@ -125,11 +127,12 @@ def next_lines(model: Path, names: Iterable[str], geometry: Geometry) -> list[st
 def describe(found: Sequence[Found], weights, sources: list[dict], base: Path, geometry: Geometry) -> dict:
     """The sidecar of a merged model: where it came from. A single run's own sidecar goes into it whole."""
     same = [one.sidecar for one in found if one.sidecar]
+    forms = [told_of(one.path) for one in found]  # of merged models as well
     # (a run's own checksum is that of its checkpoint, not of this file)
     own = {k: v for k, v in same[0].items() if k != "checkpoint_sha256"} if len(same) == 1 == len(found) else {
         "method": "+".join(one.part.setup.method for one in found), "base": base.name, "base_path": str(base.resolve()),
         "geometry": geometry.as_dict(),
-        **{k: same[0][k] for keys in FORM if same and all(alike(s, same[0], keys) for s in same) for k in keys if k in same[0]},
+        **{k: forms[0][k] for keys in FORM if all(alike(s, forms[0], keys) for s in forms) for k in keys if k in forms[0]},
     }  # fmt: skip
     how = {"weights": list(weights)} if weights else {}
     if found[0].part.quantised:
@@ -140,11 +143,25 @@ def describe(found: Sequence[Found], weights, sources: list[dict], base: Path, g
 
 
 # what says how a model's dialogues are written: a template's name means nothing without its content
-FORM = (("prompt_type", "template"), ("eot",))
+FORM = (("prompt_type", "template"), ("eot",), ("bos",), ("blank_lines",))
 
 
 def alike(one: dict, other: dict, keys: Sequence[str]) -> bool:
-    return all(one.get(key) == other.get(key) for key in keys)
+    # (what an older version did not write was no)
+    return all((one.get(key) or 0) == (other.get(key) or 0) for key in keys)
+
+
+def differing_forms(found: Sequence[Found]) -> Iterator[str]:
+    """A warning where what goes together was trained to be asked in different ways."""
+    forms = {one.path: told_of(one.path) for one in found}
+    first = next(iter(forms.values()))
+    if not all(alike(form, first, keys) for form in forms.values() for keys in FORM):
+        words = "; ".join(f"{project.shown(path)}: {label_of(form)}" for path, form in forms.items())
+        yield f"they were trained with different formats ({words}): the result has no format that all of it knows"
+
+
+def label_of(form: dict) -> str:
+    return f"PROMPT_TYPE={form.get('prompt_type') or 'unknown'}, EOT={form.get('eot') or 'unknown'}, BOS={form.get('bos') or 0}"
 
 
 def name_of(found: Sequence[Found], weights: Sequence[float] | None, base: Path) -> str:
@@ -269,16 +286,46 @@ def contents(path: Path) -> dict[str, str]:
 
 
 def export(kind: str, source: Path, stem: str, geometry: Geometry) -> None:
-    """Write a model or a state as other programs want it, into merge/."""
+    """Write a model or a state as other programs want it, into merge/, and beside it how it was trained to be asked."""
+    asked = prompting_of(source)
     merged = source.parent == project.ROOT / "merge" and source.stem == stem and "merged" in sidecar_of(source)
     for name in TOGETHER.get(kind, (kind,)):
         one = EXPORTS[name]
         with writing_export(stem, one.ending, merged) as (fresh, placed):
-            said = list(one.write(source, fresh, geometry))
+            said = list(one.write(source, fresh, geometry, asked))
         [target] = placed
+        asked.write(target)
         print(f"wrote     {project.shown(target)}: {target.stat().st_size / 1e6:,.1f} MB")
         for line in said:
             print(f"          {line}")
+        if not name.startswith("gguf"):  # which tells it itself: most of it is inside
+            for line in client_lines(asked):
+                print(f"          {line}")
+        print(f"          {project.shown(prompting.beside(target))}: an example prompt, stop texts and stop tokens")
+    if asked.assumed:
+        print(f"warning   {asked.assumed}. ./chat.sh shows which template it answers in")
+
+
+def prompting_of(source: Path) -> prompting.Prompting:
+    """How a model or checkpoint was trained to be asked, as its sidecar tells."""
+    sidecar = told_of(source)
+    return prompting.of_sidecar(
+        sidecar, project.shown(sidecars.path_of(source)), Path(sidecar.get("base_path") or source)
+    )
+
+
+def told_of(path: Path) -> dict:
+    return sidecars.read(path, ()) if sidecars.path_of(path).is_file() else {}
+
+
+def client_lines(asked: prompting.Prompting) -> Iterator[str]:
+    """What a client must be set to whose files have no place for it."""
+    texts = ", ".join(map(prompting.shell_text, asked.stop_strings))
+    yield f"It was trained with {asked.label}. Set the client to that format, and to stop at token 0 and at: {texts}"
+    if not asked.stops_at_blank_lines:
+        yield "Its answers may hold blank lines, at which Ai00 stops unless a request has a stop of its own."
+    if asked.bos:
+        yield "Its prompts begin with token 0, which RWKV-Runner and Ai00 do not send by themselves (docs/data.md)."
 
 
 def export_state(kind: str, found: Sequence[Found], base: Path) -> None:
@@ -313,8 +360,10 @@ def export_adapter(found: Sequence[Found], base: Path) -> None:
     tensors = {**opened.tensors, **opened.start}
     sidecar = {**one.sidecar, **one.part.setup.options, "method": one.part.setup.method}
     config, weights = peft_weights(tensors, sidecar, opened.leaves)
+    asked = prompting.of_sidecar(one.sidecar, project.shown(sidecars.path_of(one.path)), base)
     with writing_export(f"{short(f'{base.stem}-{one.label}')}-peft", "") as (fresh, placed):
         adapter_folder.write(fresh, config, weights)
+        asked.write(fresh)
     [target] = placed
     size = sum(file.stat().st_size for file in target.iterdir())
     print(
@@ -323,6 +372,10 @@ def export_adapter(found: Sequence[Found], base: Path) -> None:
     print(
         "          peft.PeftModel.from_pretrained(model, folder) takes it; the model's layers must be called blocks.0.att.key"
     )
+    for line in client_lines(asked):
+        print(f"          {line}")
+    if asked.assumed:
+        print(f"warning   {asked.assumed}")
 
 
 def alone(kind: str, found: Sequence[Found]) -> Found:

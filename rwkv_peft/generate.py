@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -30,13 +30,16 @@ def advance(model, ids: Sequence[int], state=None):
     return model.head(x[0, -1]).float()[:VOCAB_SIZE], state
 
 
-def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """The next token. temperature 0: the likeliest. top_p: only the likeliest tokens that together have this share."""
+def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator, top_k: int = 0) -> int:
+    """The next token. temperature 0: the likeliest. top_k: only so many of the likeliest (0: all); then top_p: of those, only
+    the likeliest that together have this share."""
     if not bool(torch.isfinite(logits).all()):
         raise UserError("The model's answer is not a number: its weights hold NaN or infinity. Take an earlier epoch.")
     if temperature < COLDEST:
         return int(logits.argmax())
     shares, order = torch.softmax(logits.cpu().double() / temperature, -1).sort(descending=True, stable=True)
+    if top_k:
+        shares = shares[:top_k] / shares[:top_k].sum()
     keep = shares.cumsum(-1) - shares < top_p  # the first one always stays
     keep[0] = True
     shares = shares * keep
@@ -44,17 +47,27 @@ def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
 
 
 def generate(
-    model, logits: Tensor, state, max_tokens: int, temperature: float, top_p: float, seed: int, stops: Sequence[str]
+    model,
+    logits: Tensor,
+    state,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    stops: Sequence[str],
+    stop_tokens: Collection[int] = (END_OF_DOC,),
+    top_k: int = 0,
 ) -> Iterator[str]:
-    """Pieces of text until the end of the document, a stop string or max_tokens; never half a character.
+    """Pieces of text until a stop token, a stop string or max_tokens; never half a character.
 
-    logits, state: after the prompt. Text that might be the beginning of a stop string is held back until it is clear.
+    logits, state: after the prompt. stop_tokens: token 0, the end of the document, should be among them. Text that might be the
+    beginning of a stop string is held back until it is clear.
     """
     generator = torch.Generator().manual_seed(seed)
     stream, held = Utf8Stream(), ""
     for i in range(max_tokens):
-        token = choose(logits, temperature, top_p, generator)
-        if token == END_OF_DOC:
+        token = choose(logits, temperature, top_p, generator, top_k)
+        if token in stop_tokens:
             break
         held += stream.push(token)
         found = [held.index(stop) for stop in stops if stop in held]
@@ -71,10 +84,13 @@ def generate(
         yield held
 
 
-def likeliest_answer(model, form: Template, question: str, most: int) -> str:
-    """To a question that stands alone, of at most so many tokens."""
-    ids = encode(form.prompt([Message(Role.USER, question)]))
-    return form.opening + "".join(generate(model, *advance(model, ids), most, 0.0, 1.0, 0, form.stops()))
+def likeliest_answer(
+    model, form: Template, question: str, most: int, stop_tokens: Collection[int] = (END_OF_DOC,), bos: bool = False
+) -> str:
+    """To a question that stands alone, of at most so many tokens. bos: token 0 comes first."""
+    ids = [END_OF_DOC] * bos + encode(form.prompt([Message(Role.USER, question)]))
+    said = generate(model, *advance(model, ids), most, 0.0, 1.0, 0, form.stops(), stop_tokens)
+    return form.opening + "".join(said)
 
 
 def longest_beginning(text: str, stops: Sequence[str]) -> int:

@@ -36,15 +36,16 @@ def write(
     dtypes: torch.dtype | Mapping[str, torch.dtype],
     pieces: Callable[[str], Iterable[Tensor]],
     digest: Any = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> int:
     """Write a file; it has its name only when it is whole. Returns its size in bytes.
 
     shapes: name -> shape, in the order of the file. dtypes: of all tensors, or name -> its own. pieces: name -> the tensor's
     numbers in their order, in its dtype; asked by several threads. digest: of hashlib; gets all bytes, for which tensors are
-    written one after another.
+    written one after another. metadata: texts by name, for the head of the file.
     """
     safetensors = library()
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, dict] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name, shape in shapes.items():
         dtype = dtypes if isinstance(dtypes, torch.dtype) else dtypes[name]

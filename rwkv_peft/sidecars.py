@@ -111,5 +111,7 @@ SIDECAR: dict[str, Callable[[Any], bool]] = {
     "step": lambda value: whole(value, 0),
     "prompt_type": lambda value: value is None or isinstance(value, str),
     "eot": lambda value: value is None or isinstance(value, str),
+    "bos": lambda value: value is None or value in (0, 1),
+    "blank_lines": lambda value: value is None or isinstance(value, bool),
     "template": lambda value: value is None or isinstance(value, dict),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -20,7 +21,7 @@ from .data.binidx import Reader
 from .data.masking import Markers, roles_of_tokens
 from .data.sources import Source
 from .errors import Problem, Problems, UserError
-from .roles import Span
+from .roles import Role, Span
 from .templates import named
 from .templates.headings import spans_of_text
 from .templates.template import Template
@@ -97,6 +98,46 @@ def common(forms: Sequence[Form]) -> Form | None:
     return first if first and all(one == first for one in forms) else None
 
 
+LOOKED_AT = 1000  # rows of a file, from all over it, that tell whether it begins rows with token 0
+
+
+def bos_share(reader: Reader) -> float:
+    """The share of a file's rows that begin with token 0. Rows of one token tell nothing."""
+    rows = np.flatnonzero(reader.sizes > 1)
+    if not len(rows):
+        return 0.0
+    some = rows[np.linspace(0, len(rows) - 1, min(LOOKED_AT, len(rows))).astype(np.int64)]
+    starts = np.cumsum(reader.sizes, dtype=np.int64) - reader.sizes
+    return float(np.mean(np.asarray(reader.tokens)[starts[some]] == tokenizer.END_OF_DOC))
+
+
+def bos_of(prefix: Path) -> tuple[int, str]:
+    """Whether the rows of tokenized data begin with token 0: 1 or 0, and a warning ("" for none). NAME.report.json tells; for
+    files without it, the rows do."""
+    share, told = bos_share(Reader(prefix)), None
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        told = int(json.loads(Path(f"{prefix}.report.json").read_text(encoding="utf-8"))["settings"]["BOS"])
+    found = int(share >= 0.5)
+    if told is not None and told != found:
+        return found, (
+            f"{project.shown(prefix)}.report.json says BOS={told}, but {share:.0%} of the rows begin with token 0: the "
+            "report belongs to other tokens. BOS is taken from the rows"
+        )
+    if 0 < share < 1:
+        return found, (
+            f"{share:.0%} of the rows of {project.shown(prefix)} begin with token 0, the others do not; it counts as "
+            f"BOS={found}. Tokenize the rows again with one BOS"
+        )
+    return found, ""
+
+
+def blank_lines_of(prefix: Path) -> bool:
+    """Whether answers of ready texts hold blank lines, as NAME.report.json tells: then a blank line does not end a turn."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return bool(json.loads(Path(f"{prefix}.report.json").read_text(encoding="utf-8"))["places"].get("blank lines"))
+    return False
+
+
 def mask_of(loss_mask: str) -> str:
     """LOSS_MASK=se is qa with roles that the markers tell."""
     return "qa" if loss_mask == "se" else loss_mask
@@ -135,7 +176,10 @@ def roles_in_text(ids: np.ndarray, find_spans: Callable[[bytes], Sequence[Span]]
     """Who said each token of a document whose file does not tell, uint8 [n]. find_spans: from its bytes to spans of them."""
     ids = np.where(ids < tokenizer.VOCAB_SIZE, ids, tokenizer.END_OF_DOC)  # others have no bytes
     spans = find_spans(tokenizer.decode_bytes(ids.tolist()))
-    return roles_of_tokens(tokenizer.token_lengths()[ids], spans, end_of_doc=len(ids) > 0 and ids[-1] == 0)
+    roles = roles_of_tokens(tokenizer.token_lengths()[ids], spans, end_of_doc=len(ids) > 0 and ids[-1] == 0)
+    if len(ids) > 1 and ids[0] == tokenizer.END_OF_DOC:  # BOS
+        roles[0] = Role.HEADING
+    return roles
 
 
 def unescaped(text: str) -> bytes:

@@ -72,13 +72,16 @@ def decode_bytes(ids) -> bytes:
 
 
 def marked(ids: Sequence[int], trained: Sequence[bool], begin: str = "[[", end: str = "]]", border: str = "") -> str:
-    """The text of ids with marks around every run of trained ones; <end> is token 0. Nothing in it can steer a terminal.
+    """The text of ids with marks around every run of trained ones; <end> is token 0, <bos> where the text begins with it.
+    Nothing in it can steer a terminal.
 
     ids, trained: [n]. border: what stands between tokens; with one, bytes that are half a character show as \\xe4.
     """
-    table, out = token_bytes(), []
+    table, out, begun = token_bytes(), [], len(ids) > 1 and ids[0] == END_OF_DOC
     for is_trained, group in itertools.groupby(zip(trained, ids, strict=True), key=lambda pair: bool(pair[0])):
         tokens = [table[i] or (b"<end>" if i == END_OF_DOC else b"<%d>" % i) for _, i in group]
+        if begun:
+            tokens[0], begun = b"<bos>", False
         if border:
             words = border.join(visible(token.decode("utf-8", "backslashreplace"), border) for token in tokens)
         else:

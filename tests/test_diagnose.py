@@ -134,7 +134,7 @@ def test_runs_that_went_wrong_are_told_apart(with_others, capsys, settings, expe
     assert "expected" in said and "tuned" in said
 
 
-ASKING = chat.ChatConfig("", "", "rwkv-world", "", 5, 0.0, 1.0, 0, "fp32")
+ASKING = chat.ChatConfig("", "", "rwkv-world", "auto", "", 5, 0.0, 1.0, 0, 0, "fp32")
 
 
 @pytest.mark.parametrize(

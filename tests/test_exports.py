@@ -13,16 +13,19 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from merge.exports import EXPORTS, gguf_file, numbers, web_rwkv
+from merge.exports import EXPORTS, numbers, web_rwkv
 from rwkv_peft import checkpoint, hashing, safetensors_file, tokenizer
 from rwkv_peft.errors import UserError
 from rwkv_peft.model import arch
 from rwkv_peft.model.rwkv import build
 from rwkv_peft.model.state import BlockState
+from rwkv_peft.prompting import Prompting
+from rwkv_peft.templates.presets import PRESETS
 
 gguf = pytest.importorskip("gguf")
 
 IDS = [5, 77, 300, 2, 2, 2, 499, 13, 1, 260, 42, 9]
+WORLD = Prompting(PRESETS["rwkv-world"])
 MODELS = [kind for kind, export in EXPORTS.items() if export.what == "model"]
 STATES = [kind for kind, export in EXPORTS.items() if export.what == "state"]
 DTYPES = {"gguf": torch.float16, "gguf-bf16": torch.bfloat16, "gguf-f32": torch.float32}
@@ -41,8 +44,8 @@ def states_of(shape, full=False, seed=1):
     return {n: torch.randn(sizes[n], generator=generator).half().float() for n in reversed(names)}
 
 
-def write(kind, source, target, shape):
-    return " ".join(EXPORTS[kind].write(source, target, shape))
+def write(kind, source, target, shape, asked=WORLD):
+    return " ".join(EXPORTS[kind].write(source, target, shape, asked))
 
 
 @pytest.fixture
@@ -302,21 +305,6 @@ def test_the_vocabulary_in_a_gguf_file_has_the_bytes_of_every_token(tmp_path):
     assert len(tokens) == 65536 and tokens[0] == b"<s>"
     for i, token in enumerate(tokenizer.token_bytes()[1:], 1):
         assert unescaped(tokens[i]) == (token or b"[PAD%d]" % i), i
-
-
-@pytest.mark.parametrize("thing", ["system", "user"])
-def test_the_chat_template_writes_a_conversation_as_this_kit_trains_it(thing):
-    jinja2 = pytest.importorskip("jinja2")
-    messages = [
-        {"role": "user", "content": " Hi\n"},
-        {"role": "assistant", "content": "Ho"},
-        {"role": "user", "content": "?"},
-    ]
-    wanted = "User: Hi\n\nAssistant: Ho\n\nUser: ?\n\nAssistant:"
-    if thing == "system":
-        messages, wanted = [{"role": "system", "content": "Be brief."}, *messages], "System: Be brief.\n\n" + wanted
-    template = jinja2.Template(gguf_file.CHAT_TEMPLATE)
-    assert template.render(messages=messages, add_generation_prompt=True) == wanted
 
 
 # --- learnt states ---

@@ -8,7 +8,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 DOORS = ["rwkv_peft.train", "rwkv_peft.chat", "rwkv_peft.init", "rwkv_peft.run", "json2binidx", "merge"]
 MAKERS = [
-    "rwkv_peft." + r for r in ("config", "rows", "adapters", "training", "generate", "bases", "tokenized", "vocabulary")
+    "rwkv_peft." + r
+    for r in ("config", "rows", "adapters", "training", "generate", "bases", "tokenized", "vocabulary", "prompting")
 ]
 MATERIALS = [
     "rwkv_peft." + r

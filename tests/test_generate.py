@@ -9,6 +9,7 @@ import torch
 from rwkv_peft import chat, tokenizer
 from rwkv_peft.generate import advance, choose, generate
 from rwkv_peft.model.rwkv import build, for_generating
+from rwkv_peft.prompting import Prompting
 from rwkv_peft.roles import Role
 from rwkv_peft.templates.presets import PRESETS
 from rwkv_peft.templates.template import Message
@@ -86,8 +87,8 @@ def test_a_talk_goes_on_from_exactly_what_the_whole_conversation_would_give(monk
         return original(m, ids, state)
 
     monkeypatch.setattr("rwkv_peft.generate.advance", watch)
-    config = chat.ChatConfig("", "", "rwkv-world", "Be brief.", 5, 0.0, 1.0, 0, "fp32")
-    chat.talk(model, config, PRESETS["rwkv-world"], "tiny")
+    config = chat.ChatConfig("", "", "rwkv-world", "auto", "Be brief.", 5, 0.0, 1.0, 0, 0, "fp32")
+    chat.talk(model, config, Prompting(PRESETS["rwkv-world"]), "tiny")
     turn = [Message(Role.SYSTEM, "Be brief."), Message(Role.USER, "你好。"), Message(Role.ASSISTANT, "好的。")]
     second = PRESETS["rwkv-world"].prompt([*turn, Message(Role.USER, "And?")])
     assert fed[0][0] + fed[1][0] == tokenizer.encode(second)
@@ -108,7 +109,12 @@ def test_ctrl_c_while_a_question_is_read_forgets_it_and_the_talk_goes_on(monkeyp
         return original(m, ids, state)
 
     monkeypatch.setattr("rwkv_peft.generate.advance", interrupted)
-    chat.talk(model, chat.ChatConfig("", "", "rwkv-world", "", 5, 0.0, 1.0, 0, "fp32"), PRESETS["rwkv-world"], "tiny")
+    chat.talk(
+        model,
+        chat.ChatConfig("", "", "rwkv-world", "auto", "", 5, 0.0, 1.0, 0, 0, "fp32"),
+        Prompting(PRESETS["rwkv-world"]),
+        "tiny",
+    )
     turn = [Message(Role.USER, "Hi"), Message(Role.ASSISTANT, "Yes."), Message(Role.USER, "And?")]
     assert fed[0] + fed[2] == tokenizer.encode(PRESETS["rwkv-world"].prompt(turn))
     said = capsys.readouterr().out
@@ -116,7 +122,7 @@ def test_ctrl_c_while_a_question_is_read_forgets_it_and_the_talk_goes_on(monkeyp
 
 
 def test_a_prompt_may_begin_with_a_minus():
-    config = chat.ChatConfig("m", "", "rwkv-world", "", 5, 0.0, 1.0, 0, "fp32")
+    config = chat.ChatConfig("m", "", "rwkv-world", "auto", "", 5, 0.0, 1.0, 0, 0, "fp32")
     assert chat.command_line(["--prompt", "-5+3?", "--seed", "7"], config)[1] == "-5+3?"
     with pytest.raises(chat.UserError, match="--prompt: expected one argument"):
         chat.command_line(["--prompt", "--raw"], config)
@@ -134,7 +140,7 @@ def test_a_prompt_may_begin_with_a_minus():
     ],
 )
 def test_a_wrong_option_is_named(arguments, words):
-    config = chat.ChatConfig("m", "", "rwkv-world", "", 5, 0.0, 1.0, 0, "fp32")
+    config = chat.ChatConfig("m", "", "rwkv-world", "auto", "", 5, 0.0, 1.0, 0, 0, "fp32")
     with pytest.raises(chat.UserError, match=words):
         chat.command_line(arguments, config)
 
@@ -156,3 +162,21 @@ def test_a_model_for_generating_says_what_the_model_says(backend, stored):
             theirs, state = plain(torch.tensor([[token]]), state)
             ours, mine = ready(torch.tensor([[token]]), mine)
     assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+
+
+def test_top_k_leaves_only_the_likeliest_and_comes_before_top_p():
+    from rwkv_peft.generate import choose
+
+    logits = torch.log(torch.tensor([0.4, 0.3, 0.2, 0.1]))
+    draw = lambda **how: {choose(logits, 1.0, generator=torch.Generator().manual_seed(i), **how) for i in range(200)}  # noqa: E731
+    assert draw(top_p=1.0) == {0, 1, 2, 3} and draw(top_p=1.0, top_k=2) == {0, 1} and draw(top_p=1.0, top_k=1) == {0}
+    assert draw(top_p=1.0, top_k=99) == {0, 1, 2, 3}
+    # of all, the first has 0.4 of the share: too little for 0.5; of two it has 0.57
+    assert draw(top_p=0.5) == {0, 1} and draw(top_p=0.5, top_k=2) == {0}
+
+
+def test_a_stop_token_ends_an_answer_without_its_text():
+    model = tiny.model()
+    logits, state = advance(model, [5, 6, 7])
+    first = int(logits.argmax())
+    assert "".join(generate(model, logits, state, 5, 0.0, 1.0, 0, (), (0, first))) == ""

@@ -15,10 +15,17 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from inprocess import run, tokenize
 from test_exports import DTYPES, V7_V6, judged, write
 
-from merge.exports import gguf_file
-from rwkv_peft import tokenizer
+from merge import __main__ as merge
+from rwkv_peft import checkpoint, prompting, sidecars, tokenizer
+from rwkv_peft.generate import advance, generate
+from rwkv_peft.model.rwkv import build
+from rwkv_peft.roles import Role
+from rwkv_peft.templates.jinja import WORLD_LAYOUT, jinja
+from rwkv_peft.templates.presets import PRESETS
+from rwkv_peft.templates.template import Message
 
 if importlib.util.find_spec("llama_cpp") is None:
     pytest.skip("llama.cpp is not installed: pip install llama-cpp-python==0.3.36", allow_module_level=True)
@@ -85,5 +92,88 @@ def test_llama_cpp_makes_the_ids_of_our_tokenizer(tmp_path):
 
 def test_older_clients_of_llama_cpp_find_their_built_in_template_by_ours():
     """Those have no Jinja: they look for a mark in the template and take a layout of their own."""
-    made = json.loads(llama("", "template", gguf_file.CHAT_TEMPLATE).split("RESULT")[1])
-    assert made == "System: Be brief.\n\nUser: Hi\n\nAssistant: Ho\n\nUser: ?\n\nAssistant:"
+    made = json.loads(llama("", "template", jinja(PRESETS["rwkv-world"])).split("RESULT")[1])
+    assert made == WORLD_LAYOUT
+
+
+# ---- the exported model stops where ours stops ----
+
+# PROMPT_TYPE, EOT -> texts that a .gguf has no place for, and what its answers show without them
+TRAINED = {
+    ("rwkv-world", "doc"): "",
+    ("rwkv-g1-think", "doc"): "",
+    ("rwkv-g1-bot", "doc"): "",
+    ("rwkv-g1-bot-fakethink", "doc"): "",
+    ("chatml", "doc"): "<|im_end|>",
+    ("rwkv-world", "x17"): "",
+    ("chatml", "x17"): "<|im_end|>",
+}
+ASKED = {"Red?": "A ripe tomato", "Poem?": "One line.\n\nAnother.", "Sea?": "Salt, wind."}
+CHAT = """
+import json, sys
+import llama_cpp
+model = llama_cpp.Llama(sys.argv[1], n_ctx=256, n_threads=1, verbose=False)
+found = {}
+for question in json.loads(sys.argv[2]):
+    made = model.create_chat_completion(
+        [{"role": "user", "content": question}], temperature=0.0, max_tokens=60, repeat_penalty=1.0, stop=json.loads(sys.argv[3])
+    )["choices"][0]
+    found[question] = [made["message"]["content"], made["finish_reason"]]
+print("RESULT" + json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize(("name", "eot"), TRAINED)
+def test_the_exported_model_stops_where_ours_stops(ready, name, eot, capsys):
+    """A model that has learnt its rows by heart; llama.cpp has the file alone: its chat template and its stop tokens."""
+    # without a token that ends a turn, a row of one turn: behind its answer comes token 0
+    more = [("user", "And?"), ("assistant", "No.")] if name != "rwkv-g1-think" else []
+    rows = [
+        {"messages": [{"role": role, "content": words} for role, words in (("user", q), ("assistant", a), *more)]}
+        for q, a in ASKED.items()
+    ]
+    tokenize(tiny.write_jsonl(ready / "data" / "asked.jsonl", rows), PROMPT_TYPE=name, EOT=eot)
+    tiny.save_model(ready / "model" / "tiny.pth", shape=tiny.geometry(2, 64, 65536, 64))  # heads of 64, as llama.cpp's
+    run(
+        ready, "run", DATA_PATH="asked", FINETUNE_MODE="full", EPOCH_COUNT="120", EPOCH_SAVE="120", MICRO_BSZ="1",
+        DATALOAD="only", LR_INIT="5e-3", LR_FINAL="1e-3", LR_SCHEDULE="linear",
+    )  # fmt: skip
+    [path] = (ready / "output" / "run").glob("rwkv-[0-9]*.pth")
+    merge.command(merge.MergeConfig("", "", "original", "", "", ""), [str(path), "--export", "gguf-f32"])
+    [file] = (ready / "merge").glob("*.gguf")
+    asked = prompting.of_sidecar(sidecars.read(path, ()), "", path)
+    model = build(
+        tiny.geometry(2, 64, 65536, 64), checkpoint.load(path), tiny.ops(tiny.geometry()), torch.float32
+    ).eval()
+    ours = {}
+    for question in ASKED:
+        ids = asked.encode(asked.template.prompt([Message(Role.USER, question)], ending=asked.ending))
+        with torch.no_grad():
+            pieces = generate(model, *advance(model, ids), 60, 0.0, 1.0, 0, asked.template.stops(), asked.stop_tokens)
+            ours[question] = "".join(pieces)
+    shown = TRAINED[name, eot]
+
+    def theirs(*stops: str) -> dict:
+        done = subprocess.run(
+            [sys.executable, "-c", CHAT, str(file), json.dumps(list(ASKED)), json.dumps(stops)],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.split("RESULT")[1])
+
+    told = list(asked.stop_strings_beside_tokens)
+    alone, helped = theirs(), theirs(*told)
+    with capsys.disabled():
+        print(f"\n{name}, EOT={eot}: stop tokens {asked.stop_tokens}")
+        for question in ASKED:
+            print(
+                f"  {question} ours {ours[question]!r}, llama.cpp alone {alone[question]}, with {told} {helped[question]}"
+            )
+    # the answers were learnt, and end where the row's turn ended: the model would go on with the next question
+    wanted = {q: a.replace("\n\n", "\n") if Role.ASSISTANT in asked.template.clean else a for q, a in ASKED.items()}
+    assert all(ours[q].strip().endswith(a) for q, a in wanted.items()), ours
+    assert {q: text for q, (text, _) in helped.items()} == ours
+    assert all(why == "stop" for _, why in helped.values())
+    if not shown:  # the file alone is enough
+        assert {q: text for q, (text, _) in alone.items()} == ours

@@ -226,7 +226,11 @@ def test_an_export_of_another_run_of_the_same_name_gets_a_number(project_folder,
     make_run(project_folder, "c", seed=3, parts=("att", "ffn"))
     merge("c", "--export", "peft"), merge("c", "--export", "peft")
     folder = result("base-c-3-peft")
-    assert sorted(p.name for p in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "rwkv.prompt.json",
+    ]
     assert "replaces  merge/base-c-3-peft, which is the same" in capsys.readouterr().out
 
 
@@ -235,7 +239,7 @@ def plain_exports(monkeypatch):
     """Exports of a model that are copies of it: which files go where is what is looked at."""
     for kind in ("gguf", "gguf-bf16", "safetensors"):
 
-        def write(source, target, _geometry):
+        def write(source, target, _geometry, _prompting):
             shutil.copy(source, target)
             yield "a copy"
 
@@ -244,7 +248,9 @@ def plain_exports(monkeypatch):
 
 def test_every_kind_of_export_that_is_asked_for_is_written_once(run, plain_exports, capsys):
     merge("--export", "gguf", "--export=safetensors", "--export", "gguf")
-    assert {p.name for p in result().parent.iterdir()} == {f"base-r-3.{e}" for e in ("pth", "json", "gguf", "st")}
+    assert {p.name for p in result().parent.iterdir() if not p.name.endswith(".prompt.json")} == {
+        f"base-r-3.{e}" for e in ("pth", "json", "gguf", "st")
+    }
     assert capsys.readouterr().out.count("wrote ") == 3
     merge("--export", "gguf", "--export", "gguf-bf16", result())
     assert result("base-r-3.bf16.gguf").is_file()
@@ -263,14 +269,18 @@ def test_every_kind_of_export_that_is_asked_for_is_written_once(run, plain_expor
 def test_what_can_be_exported_is_and_all_refusals_are_told(run, plain_exports, capsys):
     with pytest.raises(UserError, match=r"(?s)has trained .* whole.*\n.*holds a run of LoRA, and no state"):
         merge("--export", "peft", "--export", "state", "--export", "gguf")
-    assert {p.name for p in result().parent.iterdir()} == {f"base-r-3.{e}" for e in ("pth", "json", "gguf")}
+    assert {p.name for p in result().parent.iterdir() if not p.name.endswith(".prompt.json")} == {
+        f"base-r-3.{e}" for e in ("pth", "json", "gguf")
+    }
     with pytest.raises(UserError, match="holds no learnt state"):
         merge("--export", "state", "--export", "safetensors", result())
     assert result("base-r-3.st").is_file()
 
 
 def kept():
-    return {path.name: path.read_bytes() for path in result().parent.iterdir()}
+    return {
+        path.name: path.read_bytes() for path in result().parent.iterdir() if not path.name.endswith(".prompt.json")
+    }
 
 
 def test_no_merge_changes_what_an_earlier_name_means(project_folder, plain_exports):

@@ -297,7 +297,7 @@ def test_a_run_that_becomes_nan_stops_with_words_and_saves_nothing_of_it(ready, 
         run(ready, FINETUNE_MODE=mode, LR_INIT="1e9", LR_FINAL="1e9", GRAD_CLIP="0", EPOCH_COUNT="30", EPOCH_SAVE="30")
     assert not list((ready / "output/run").glob("*.pth")) and (ready / "output/run/loss.png").is_file()
     capsys.readouterr()
-    chat.command(chat.ChatConfig("", "", "rwkv-world", "", 5, 0.0, 1.0, 0, "fp32"), ["--diagnose", "run"])
+    chat.command(chat.ChatConfig("", "", "rwkv-world", "auto", "", 5, 0.0, 1.0, 0, 0, "fp32"), ["--diagnose", "run"])
     said = capsys.readouterr().out
     assert "output/run has saved no checkpoint" in said and "verdict   the learning rate is too high" in said
     log = (ready / "output/run/loss.jsonl").read_text()

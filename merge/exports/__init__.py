@@ -1,7 +1,8 @@
 """Files that other clients load, written from a model's .pth or from a learnt state.
 
-Each write(source, target, geometry) is a generator: it writes the whole file, atomically and a few MB at a time, and then
-yields sentences about what is in it and what loads it. geometry is that of the model, or of the state's base.
+Each write(source, target, geometry, prompting) is a generator: it writes the whole file, atomically and a few MB at a time,
+and then yields sentences about what is in it and what loads it. geometry is that of the model, or of the state's base.
+prompting: how the model was trained to be asked; formats that have a place for it hold it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 
 from rwkv_peft.model.arch import Geometry
+from rwkv_peft.prompting import Prompting
 
 from . import gguf_file, rwkvcpp, states, web_rwkv
 
@@ -25,10 +27,10 @@ class Export:
     kind: str
     ending: str
     what: str
-    write: Callable[[Path, Path, Geometry], Iterator[str]]
+    write: Callable[[Path, Path, Geometry, Prompting], Iterator[str]]
 
 
-def gguf(dtype: torch.dtype) -> Callable[[Path, Path, Geometry], Iterator[str]]:
+def gguf(dtype: torch.dtype) -> Callable[[Path, Path, Geometry, Prompting], Iterator[str]]:
     return functools.partial(gguf_file.write, dtype=dtype)
 
 

@@ -10,13 +10,18 @@ loaders (src/models/rwkv7.cpp, rwkv6.cpp) and its converter for HF folders (conv
 - a RWKV-6 of float16 halves its activations after every 6th layer, so that float16 cannot overflow on a GPU: att.output and
   ffn.value of layer i are divided by 2 ** (i // 6) for that, as in the rwkv package;
 - layer norms have eps 1e-5; the 64e-5 of ln_x is in llama.cpp's code;
-- tokens are written as Python writes bytes (\\n, \\xe4); token 0 begins and ends documents, a turn ends with token 261, "\\n\\n".
+- tokens are written as Python writes bytes (\\n, \\xe4); token 0 begins and ends documents;
+- its tokenizer for this vocabulary never adds a token 0 in front (src/llama-vocab.cpp, LLAMA_VOCAB_TYPE_RWKV), whatever
+  add_bos_token says, which only takes it from the chat template (common/chat.cpp): so it is false, and BOS=1 is the
+  template's own first token;
+- an answer ends at the tokens eos (0), eot and eom; there is no place for a stop of several tokens, like <|im_end|>.
 
 The library writes the head of the file. The tensors follow in pieces of a few MB, so memory does not grow with the model.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -32,6 +37,8 @@ from rwkv_peft.errors import UserError, install
 from rwkv_peft.model import arch
 from rwkv_peft.model.arch import Geometry
 from rwkv_peft.project import shown
+from rwkv_peft.prompting import Prompting, shell_text
+from rwkv_peft.templates.jinja import jinja
 from rwkv_peft.words import count, listed
 
 from .numbers import fitted, numbers
@@ -39,7 +46,6 @@ from .sources import must_be_model
 
 # of the official converter: RWKV has no limit, and llama.cpp wants a number
 CONTEXT_LENGTH = 1048576
-END_OF_TURN = 261  # "\n\n"
 RESCALE = 6  # layers of a RWKV-6 of float16 between two halvings
 
 # dtype -> its name in llama.cpp's list of file types, and in its list of number formats
@@ -103,18 +109,6 @@ FLOAT32 = (
     "decay_w2.weight",
 )
 
-# Jinja: what the clients of llama.cpp make a prompt with. The comment lets older ones find their built-in of that name.
-CHAT_TEMPLATE = (
-    "{# rwkv-world #}"
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'system' -%}{{ 'System: ' }}"
-    "{%- elif message['role'] == 'user' -%}{{ 'User: ' }}"
-    "{%- else -%}{{ 'Assistant: ' }}{%- endif -%}"
-    "{{ message['content']|trim + '\\n\\n' }}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ 'Assistant:' }}{%- endif -%}"
-)
-
 
 @dataclass(frozen=True)
 class Entry:
@@ -130,7 +124,7 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write(source: Path, target: Path, geometry: Geometry, dtype: torch.dtype) -> Iterator[str]:
+def write(source: Path, target: Path, geometry: Geometry, prompting: Prompting, dtype: torch.dtype) -> Iterator[str]:
     """Write a model's .gguf file with matrices in dtype. Yields sentences about it.
 
     UserError if the source is no model, is an RWKV-5, has not the World vocabulary, or does not fit dtype.
@@ -146,13 +140,33 @@ def write(source: Path, target: Path, geometry: Geometry, dtype: torch.dtype) ->
                 f"{tokenizer.VOCAB_SIZE:,}. Models with a vocabulary of their own cannot become a .gguf file."
             )
         entries, used = plan(archive, geometry, dtype)
-        write_file(target, entries, geometry, dtype, source.stem)
+        write_file(target, entries, geometry, dtype, source.stem, prompting)
         rest = [name for name in archive.described if name not in used]
     if rest:
         yield f"{count(len(rest), 'tensor')} had to be left out, for which llama.cpp has no place: {listed(rest, 4)}."
     made = f"{count(len(entries), 'tensor')}: matrices are {FORMATS[dtype][1]}, vectors and mixes F32"
-    yield f"{made}. The World vocabulary and the chat template are inside."
-    yield "Load it with llama.cpp: llama-cli -m FILE --jinja    or make it smaller first with llama-quantize."
+    yield f"{made}. The World vocabulary is inside."
+    yield from told(prompting)
+
+
+def told(prompting: Prompting) -> Iterator[str]:
+    """What of the training is inside, what is not, and how to load the file."""
+    inside, outside = stop_tokens(prompting)
+    names = ", ".join(f"{token} ({shell_text(text) if text else 'end of text'})" for token, text in inside.items())
+    yield f"The chat template of {prompting.label} is inside, with the stop tokens {names}."
+    texts = [*outside.values(), *prompting.stop_strings_beside_tokens]
+    command = "llama-cli -m FILE --jinja"
+    if texts:
+        yield "A .gguf has no place for stop texts either. Give the client these:"
+        yield f'  llama-server, "stop" of a request: {json.dumps(texts, ensure_ascii=False)}'
+        command += "".join(f" --reverse-prompt {shell_text(text)}" for text in texts)
+    yield f"Load it with llama.cpp: {command}    or make it smaller first with llama-quantize."
+
+
+def stop_tokens(prompting: Prompting) -> tuple[dict[int, str], dict[int, str]]:
+    """Those that the file has a place for (eos, eot, eom), and the others; with their texts."""
+    found = list(prompting.token_texts.items())
+    return dict(found[:3]), dict(found[3:])
 
 
 def plan(archive: Archive, geometry: Geometry, dtype: torch.dtype) -> tuple[list[Entry], set[str]]:
@@ -204,8 +218,10 @@ def fused_entry(archive: Archive, names: list[str], new: str) -> Entry:
     )
 
 
-def write_file(target: Path, entries: list[Entry], geometry: Geometry, dtype: torch.dtype, name: str) -> None:
-    gguf, writer = head(geometry, dtype, name)
+def write_file(
+    target: Path, entries: list[Entry], geometry: Geometry, dtype: torch.dtype, name: str, prompting: Prompting
+) -> None:
+    gguf, writer = head(geometry, dtype, name, prompting)
     for e in entries:
         # the library asks for numpy's dtype and does not look at it where the number format is given
         writer.add_tensor_info(e.name, e.shape, "float16", e.bytes, gguf.GGMLQuantizationType[FORMATS[e.dtype][1]])
@@ -225,7 +241,7 @@ def write_file(target: Path, entries: list[Entry], geometry: Geometry, dtype: to
         writer.write_padding(file, file.tell())
 
 
-def head(geometry: Geometry, dtype: torch.dtype, name: str):
+def head(geometry: Geometry, dtype: torch.dtype, name: str, prompting: Prompting):
     """The gguf module and its writer, with everything said that is not a tensor."""
     try:
         import gguf
@@ -254,7 +270,21 @@ def head(geometry: Geometry, dtype: torch.dtype, name: str):
         writer.add_time_decay_extra_dim(geometry.rank_w)
         writer.add_rescale_every_n_layers(RESCALE if rescaled(geometry, dtype) else 0)
     add_vocabulary(gguf, writer, geometry.vocab_size)
+    add_prompting(writer, prompting)
     return gguf, writer
+
+
+def add_prompting(writer, prompting: Prompting) -> None:
+    """The chat template, and the tokens that begin and end texts. All that was trained is in rwkv_peft.prompt, as JSON."""
+    eos, *others = stop_tokens(prompting)[0]
+    writer.add_bos_token_id(tokenizer.END_OF_DOC)
+    writer.add_add_bos_token(False)
+    writer.add_eos_token_id(eos)
+    writer.add_eot_token_id(others[0] if others else eos)
+    if len(others) > 1:
+        writer.add_eom_token_id(others[1])
+    writer.add_chat_template(jinja(prompting.template, prompting.ending, prompting.bos))
+    writer.add_string("rwkv_peft.prompt", json.dumps(prompting.describe(), ensure_ascii=False))
 
 
 def add_vocabulary(gguf, writer, rows: int) -> None:
@@ -269,7 +299,3 @@ def add_vocabulary(gguf, writer, rows: int) -> None:
     writer.add_tokenizer_model("rwkv")
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
-    writer.add_bos_token_id(tokenizer.END_OF_DOC)
-    writer.add_eos_token_id(tokenizer.END_OF_DOC)
-    writer.add_eot_token_id(END_OF_TURN)
-    writer.add_chat_template(CHAT_TEMPLATE)

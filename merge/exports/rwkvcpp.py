@@ -16,6 +16,7 @@ import torch
 from rwkv_peft.atomic import need_space, writing
 from rwkv_peft.model.arch import Geometry
 from rwkv_peft.project import shown
+from rwkv_peft.prompting import Prompting
 
 from .numbers import fitted
 from .sources import learnt_state
@@ -23,7 +24,7 @@ from .sources import learnt_state
 KEY_FIRST = {"x070": False, "x060": True, "x052": True}
 
 
-def write(source: Path, target: Path, geometry: Geometry) -> Iterator[str]:
+def write(source: Path, target: Path, geometry: Geometry, prompting: Prompting) -> Iterator[str]:
     """Write the buffer. Yields sentences about it; UserError if the source holds no state of such a model."""
     states = {
         name: fitted(tensor, torch.float32, f"{shown(source)}: {name}")

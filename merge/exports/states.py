@@ -18,6 +18,7 @@ from torch import Tensor
 from rwkv_peft import checkpoint, safetensors_file
 from rwkv_peft.model.arch import Geometry
 from rwkv_peft.project import shown
+from rwkv_peft.prompting import Prompting
 from rwkv_peft.words import count
 
 from .numbers import fitted
@@ -39,7 +40,7 @@ def left_out(shifts: int) -> Iterator[str]:
         )
 
 
-def write_pth(source: Path, target: Path, geometry: Geometry) -> Iterator[str]:
+def write_pth(source: Path, target: Path, geometry: Geometry, prompting: Prompting) -> Iterator[str]:
     """Write a state's .pth. Yields sentences about it; UserError if the source holds no state of such a model."""
     chosen, shifts = matrices(source, geometry, torch.float32)
     checkpoint.save(target, chosen)
@@ -48,12 +49,12 @@ def write_pth(source: Path, target: Path, geometry: Geometry) -> Iterator[str]:
     yield "Load it in RWKV-Runner: put it into its folder state-models and choose it as the state of its .pth base."
 
 
-def write_ai00(source: Path, target: Path, geometry: Geometry) -> Iterator[str]:
+def write_ai00(source: Path, target: Path, geometry: Geometry, prompting: Prompting) -> Iterator[str]:
     """Write a state's .state. Yields sentences about it; UserError as above, or if a number does not fit float16."""
     chosen, shifts = matrices(source, geometry, torch.float16)
     turned = {name: tensor.transpose(1, 2) for name, tensor in chosen.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in turned.items()}
-    safetensors_file.write(target, shapes, torch.float16, lambda name: [turned[name]])
+    safetensors_file.write(target, shapes, torch.float16, lambda name: [turned[name]], metadata=prompting.metadata())
     yield from left_out(shifts)
     yield f"It holds the matrices of {count(len(chosen), 'layer')}, float16 [head, key, value]."
     yield "Load it in Ai00: name it under [[state]] in Config.toml, or send it to /api/models/state/load."

@@ -23,6 +23,7 @@ from rwkv_peft.checkpoint import Archive
 from rwkv_peft.errors import UserError
 from rwkv_peft.model.arch import Geometry
 from rwkv_peft.project import shown
+from rwkv_peft.prompting import Prompting
 
 from .numbers import fitted, numbers
 from .sources import must_be_model
@@ -46,7 +47,7 @@ def is_transposed(name: str) -> bool:
     return name.startswith("blocks.") and name.split(".", 2)[2] in TRANSPOSED
 
 
-def write(source: Path, target: Path, geometry: Geometry) -> Iterator[str]:
+def write(source: Path, target: Path, geometry: Geometry, prompting: Prompting) -> Iterator[str]:
     """Write a model's .st file. Yields sentences about it; UserError if the source is no model or does not fit float16."""
     with Archive(source) as archive:
         must_be_model(archive, geometry)
@@ -66,6 +67,6 @@ def write(source: Path, target: Path, geometry: Geometry) -> Iterator[str]:
             tensor = archive.tensor(name).transpose(-2, -1)
             return [fitted(tensor, torch.float16, f"{shown(source)}: {name}")]
 
-        safetensors_file.write(target, shapes, torch.float16, pieces)
+        safetensors_file.write(target, shapes, torch.float16, pieces, metadata=prompting.metadata())
     yield f"All {len(shapes):,} tensors are float16 under web-rwkv's names; the safetensors library opens the file."
     yield "Load it in Ai00 (put it into its folder of models, name it in Config.toml) or in the WebGPU mode of RWKV-Runner."

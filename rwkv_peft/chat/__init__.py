@@ -1,7 +1,7 @@
 """./chat.sh: talk to a base, a base with an adapter, or a merged model.
 
-usage: ./chat.sh [--model FILE] [--adapter RUN] [--prompt TEXT] [--raw] [--system TEXT]
-                 [--prompt-type NAME] [--max-tokens N] [--temperature X] [--top-p X] [--seed N]
+usage: ./chat.sh [--model FILE] [--adapter RUN] [--prompt TEXT] [--raw] [--system TEXT] [--prompt-type NAME]
+                 [--bos X] [--max-tokens N] [--temperature X] [--top-p X] [--top-k N] [--seed N]
        ./chat.sh --diagnose RUN [--model FILE]
 
   --model         the model: a name in model/ or merge/, or any path (MODEL_PATH in the script). Alone it stands for itself:
@@ -14,8 +14,10 @@ usage: ./chat.sh [--model FILE] [--adapter RUN] [--prompt TEXT] [--raw] [--syste
   --system TEXT   a system message at the start of the talk
   --prompt-type   the template to talk in, as in make_tokenize.sh; else that of the run, else PROMPT_TYPE in the script (auto: by
                   the base's name)
-  --temperature   0 takes the likeliest token every time; 1 is the model's own spread
-  --top-p         only the likeliest tokens that together have this share
+  --bos           1: token 0 comes before the first turn; 0: it does not; auto: as the run was trained, else as the template says
+  --temperature   0 takes the likeliest token every time; 1 is the model's own spread; auto: as the template says
+  --top-k         only so many of the likeliest tokens, before --top-p; 0: all of them; auto: as the template says
+  --top-p         only the likeliest tokens that together have this share; auto: as the template says
   --diagnose RUN  how well did a run fit? Rows that it has learnt from and held-out ones go through its base and what became
                   of it, their questions are asked, and in words: underfit, overfit, a learning rate too high or too low, with
                   the numbers behind it. RUN: whatever --adapter takes, like latest, my-run or my-run/best
@@ -29,18 +31,21 @@ import argparse
 import contextlib
 import dataclasses
 import sys
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ..errors import Problems, UserError
+from ..prompting import Prompting
 from ..runs import is_epoch
 from ..shell_vars import convert, enter, var
 from ..templates.named import recorded, template
 from ..templates.of_base import AUTO, known_by, misfit
 from ..templates.presets import PRESETS
-from ..templates.template import ENDINGS, Dialogue, Ending, Message, Template, split_thought, tidy_answer
+from ..templates.template import ENDINGS, Dialogue, Message, Template, split_thought, tidy_answer
+from ..tokenizer import END_OF_DOC
 
 COMMANDS = "/reset forgets the talk, /quit or an empty line ends it, Ctrl-C ends an answer"
 
@@ -52,10 +57,12 @@ class ChatConfig:
     model_path: str = var("MODEL_PATH")
     adapter: str = var("ADAPTER")
     prompt_type: str = var("PROMPT_TYPE")
+    bos: Literal["auto", "0", "1"] = var("BOS")
     system: str = var("SYSTEM")
     max_tokens: int = var("MAX_TOKENS", ge=1)
-    temperature: float = var("TEMPERATURE", ge=0)
-    top_p: float = var("TOP_P", gt=0, le=1)
+    temperature: Literal["auto"] | float = var("TEMPERATURE", ge=0)
+    top_p: Literal["auto"] | float = var("TOP_P", gt=0, le=1)
+    top_k: Literal["auto"] | int = var("TOP_K", ge=0, le=65536)
     seed: int = var("SEED", ge=0, le=2**31 - 1)
     precision: Literal["auto", "bf16", "fp16", "fp32"] = var("PRECISION")
 
@@ -89,15 +96,32 @@ def command(config: ChatConfig, typed: list[str]) -> None:
     from .models import load, model_place
 
     model, name, told = load(config, base_was_named)
-    ending = ENDINGS.get(told.get("eot"), ENDINGS["doc"])
     base = Path(told["base_path"]) if told.get("base_path") else model_place(config.model_path)
     form = PRESETS["empty"] if raw else form_to_talk_in(config.prompt_type, was_typed, told, name, base)
+    asked = prompting(config, form, told, name)
+    config = with_sampling(config, form)
     if prompt is not None:
         if sys.stdout.isatty():
             print(f"{name}:", file=sys.stderr)  # standard output holds the answer alone
-        once(model, config, form, prompt, raw)
+        once(model, config, asked, prompt, raw)
     else:
-        talk(model, config, form, name, ending)
+        talk(model, config, asked, name)
+
+
+def prompting(config: ChatConfig, form: Template, told: Mapping[str, Any], name: str) -> Prompting:
+    """How to talk in a template: with the end of turns and the token 0 in front that were trained. told: the sidecar."""
+    eot = told.get("eot") if told.get("eot") in ENDINGS else "doc"
+    trained = bool(told.get("bos")) if told.get("prompt_type") or "bos" in told else None  # older runs had none
+    bos = form.begins_with_zero(config.bos) if config.bos != "auto" or trained is None else trained
+    if trained is not None and bos != trained:
+        say(f"warning: BOS={config.bos}, but {name} was trained with BOS={int(trained)}.")
+    return Prompting(form, eot, bos, blank_lines=bool(told.get("blank_lines")))
+
+
+def with_sampling(config: ChatConfig, form: Template) -> ChatConfig:
+    """The settings with `auto` replaced by the sampling of the template."""
+    names = [name for name in ("temperature", "top_p", "top_k") if getattr(config, name) == "auto"]
+    return dataclasses.replace(config, **{name: getattr(form, name) for name in names})
 
 
 def form_to_talk_in(asked: str, was_typed: bool, told: Mapping[str, Any], name: str, base: Path) -> Template:
@@ -156,8 +180,8 @@ def command_line(arguments: list[str], config: ChatConfig) -> Asked:
     parser = Parser(add_help=False, allow_abbrev=False)
     options = {f.metadata["var"]: f for f in dataclasses.fields(ChatConfig)}
     flags = {"--model": "MODEL_PATH", "--adapter": "ADAPTER", "--system": "SYSTEM",
-             "--prompt-type": "PROMPT_TYPE", "--max-tokens": "MAX_TOKENS",
-             "--temperature": "TEMPERATURE", "--top-p": "TOP_P", "--seed": "SEED"}  # fmt: skip
+             "--prompt-type": "PROMPT_TYPE", "--bos": "BOS", "--max-tokens": "MAX_TOKENS",
+             "--temperature": "TEMPERATURE", "--top-p": "TOP_P", "--top-k": "TOP_K", "--seed": "SEED"}  # fmt: skip
     for flag, name in flags.items():
         parser.add_argument(flag, dest=name)
     parser.add_argument("--prompt")
@@ -168,13 +192,13 @@ def command_line(arguments: list[str], config: ChatConfig) -> Asked:
         if word in (*flags, "--prompt") and not words[i + 1].startswith("--"):
             words[i : i + 2] = [f"{word}={words[i + 1]}"]
     given = parser.parse_args(words)
-    kinds = {"MAX_TOKENS": int, "SEED": int, "TEMPERATURE": float, "TOP_P": float}
+    kinds = typing.get_type_hints(ChatConfig)
     changed = {}
     for flag, name in flags.items():
         text = getattr(given, name)
         if text is not None:
             try:
-                changed[options[name].name] = convert(text, kinds.get(name, str), options[name].metadata)
+                changed[options[name].name] = convert(text, kinds[options[name].name], options[name].metadata)
             except ValueError as error:
                 raise UserError(f"{flag} {text}: {error}.") from None
     if given.diagnose is not None:
@@ -196,12 +220,12 @@ def command_line(arguments: list[str], config: ChatConfig) -> Asked:
     )
 
 
-def once(model, config: ChatConfig, form: Template, prompt: str, raw: bool) -> None:
+def once(model, config: ChatConfig, asked: Prompting, prompt: str, raw: bool) -> None:
     """--prompt: one answer to standard output."""
-    from .. import tokenizer
     from ..generate import advance
     from ..roles import Role
 
+    form = asked.template
     text = prompt.encode("utf-8", "replace").decode()  # bytes that are no text arrive as half characters
     if not raw:
         system = [Message(Role.SYSTEM, config.system)] if config.system.strip() else []
@@ -210,24 +234,24 @@ def once(model, config: ChatConfig, form: Template, prompt: str, raw: bool) -> N
             raise UserError(
                 f"--prompt or SYSTEM holds {word}, which ends a turn in PROMPT_TYPE={form.name}: ask without it."
             )
-        text = form.prompt(messages)
-    stops = () if raw else form.stops()
+        text = form.prompt(messages, ending=asked.ending)
+    stops = ((), (END_OF_DOC,)) if raw else (form.stops(), asked.stop_tokens)
     strip, lead = not raw and not form.opening, form.patterns[Role.ASSISTANT].lead
     if form.opening and not raw:
         print(form.opening, end="")  # the answer goes on from it
-    answer(model, config, *advance(model, tokenizer.encode(text)), stops, strip, lead=lead)
+    answer(model, config, *advance(model, asked.encode(text)), stops, strip, lead=lead)
     print()
 
 
 def answer(model, config: ChatConfig, logits, state, stops, strip: bool, talking: bool = False, lead: str = " ") -> str:
     """Print an answer while it is made; returns it. strip: without what stands before its words; their indentation stays. lead:
-    what the template writes behind the heading. talking: Ctrl-C ends the answer, not the program."""
+    what the template writes behind the heading. stops: texts and tokens. talking: Ctrl-C ends the answer, not the program."""
     from ..generate import generate
 
     text = before = ""
     try:
         for piece in generate(
-            model, logits, state, config.max_tokens, config.temperature, config.top_p, config.seed, stops
+            model, logits, state, config.max_tokens, config.temperature, config.top_p, config.seed, *stops, config.top_k
         ):
             if strip and not text:
                 before += piece
@@ -241,16 +265,16 @@ def answer(model, config: ChatConfig, logits, state, stops, strip: bool, talking
     return text
 
 
-def talk(model, config: ChatConfig, form: Template, name: str, ending: Ending = ENDINGS["doc"]) -> None:
-    """A conversation. The whole of it is encoded anew each turn, and the model goes on from the end of the last prompt: that
-    is a border which later text cannot move, while the end of an answer is not. ending: how turns of the training data end."""
+def talk(model, config: ChatConfig, asked: Prompting, name: str) -> None:
+    """A conversation. The whole of it is encoded again each turn, and the model continues from the end of the last prompt: that
+    is a border which later text cannot move, while the end of an answer is not."""
     with contextlib.suppress(ImportError):  # gives input() its line editing and the arrow keys
         import readline  # noqa: F401
 
-    from .. import tokenizer
     from ..generate import advance
     from ..roles import Role
 
+    form = asked.template
     print(f"{name}: type a question. {COMMANDS}.")
     start, lead = (
         [Message(Role.SYSTEM, config.system)] if config.system.strip() else [],
@@ -280,7 +304,7 @@ def talk(model, config: ChatConfig, form: Template, name: str, ending: Ending = 
             print(f"{word} ends a turn in PROMPT_TYPE={form.name}: ask without it.")
             continue
         messages.append(Message(Role.USER, form.asked(question)))
-        ids = tokenizer.encode(form.prompt(messages, ending=ending))
+        ids = asked.encode(form.prompt(messages, ending=asked.ending))
         try:
             logits, state = advance(model, ids[known:], state)
         except KeyboardInterrupt:
@@ -289,7 +313,7 @@ def talk(model, config: ChatConfig, form: Template, name: str, ending: Ending = 
             continue
         known = len(ids)
         print(f"\nAssistant: {form.opening}", end="", flush=True)
-        said = answer(model, config, logits, state, form.stops(), not form.opening, True, lead)
+        said = answer(model, config, logits, state, (form.stops(), asked.stop_tokens), not form.opening, True, lead)
         print()
         think, words = split_thought(form.opening + said)
         messages.append(Message(Role.ASSISTANT, tidy_answer(words) or "...", think))

@@ -20,9 +20,8 @@ from ..errors import Problems, UserError
 from ..generate import advance, generate
 from ..methods import METHODS
 from ..model.rwkv import RWKV
+from ..prompting import Prompting, of_sidecar
 from ..roles import Role
-from ..templates.named import recorded
-from ..templates.of_base import known_by
 from ..tokenized import data_files, mask_of, missing_data, open_sources
 from ..training import validate
 from ..training.report import MOST_RATE, MOST_STATE_RATE
@@ -87,7 +86,7 @@ def diagnose(name: str, base: str, precision: str) -> None:
             "careful   it had not gone through all its rows by then: some of those below as trained are new to it"
         )
     trained, held = [[row for rows in by_file.values() for row in rows] for by_file in files]
-    form = recorded(chosen.sidecar, project.shown(adapter)) or known_by(original).template
+    asked_as = of_sidecar(chosen.sidecar, project.shown(adapter), original)
     print(f"{project.shown(adapter)} ({METHODS[chosen.setup.method].words}) beside its base {project.shown(original)}")
     for line in lines:
         print(line, flush=True)
@@ -105,7 +104,7 @@ def diagnose(name: str, base: str, precision: str) -> None:
         model = models.ready(model)
         bar = tqdm(everything, desc=which, disable=not sys.stderr.isatty(), leave=False, unit="row")
         losses = [loss_of(model, row) for row in bar]
-        answers = [answer(model, row, form.stops()) for rows in asked.values() for row in rows]
+        answers = [answer(model, row, asked_as) for rows in asked.values() for row in rows]
         found.append((losses, answers))
     (before, said_before), (after, said_after) = found
 
@@ -279,7 +278,7 @@ def take(settings: dict, pair: tuple, vocab_size: int, say: Callable[[str], None
         asked, expected = 0, tokens[:0]
         roles = source.roles[piece.start : piece.stop] if source.roles is not None else np.zeros(0, dtype=np.uint8)
         answers = np.flatnonzero(roles == Role.ASSISTANT)
-        if len(answers) and answers[0]:
+        if len(answers) and answers[0] > (tokens[0] == tokenizer.END_OF_DOC):  # a token 0 alone is no question
             asked = int(answers[0])
             others = np.flatnonzero(roles[asked:] != Role.ASSISTANT)
             expected = tokens[asked : asked + int(others[0]) if len(others) else len(roles)]
@@ -308,10 +307,11 @@ def loss_of(model: RWKV, row: Row) -> float:
     return total
 
 
-def answer(model: RWKV, row: Row, stops: Sequence[str]) -> str:
+def answer(model: RWKV, row: Row, asked_as: Prompting) -> str:
     ids = row.tokens[: row.asked].tolist()
     try:
-        return "".join(generate(model, *advance(model, ids), ANSWER, 0.0, 1.0, 0, stops))
+        stops = asked_as.template.stops(), asked_as.stop_tokens
+        return "".join(generate(model, *advance(model, ids), ANSWER, 0.0, 1.0, 0, *stops))
     except UserError:  # of a model that has gone wrong, which the losses tell
         return "(no number)"
 

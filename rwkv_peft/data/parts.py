@@ -41,24 +41,31 @@ class Part:
 
 def window_part(source: Source, mode: str, mask: str, ctx_len: int, key: tuple[int, ...], shuffle: bool) -> Part:
     """A source whose rows ignore where documents end."""
-    starts = source.starts
-    end = int(starts[-1])
+    starts, end = source.starts, int(source.starts[-1])
+    heads = np.zeros(len(source), dtype=np.int32)
     if mode == "concat":
         unended = source.tokens[np.maximum(starts[1:] - 1, 0)] != 0
-        windows = Concatenated(source.sizes, starts, unended, ctx_len, key, shuffle)
+        heads = begins_with_zero(source)  # the end of the document before stands for it
+        windows = Concatenated(source.sizes - heads, starts[:-1] + heads, unended, ctx_len, key, shuffle)
     elif mode == "magic":
         windows = MagicPrime(starts, ctx_len, key, shuffle)
         end = windows.rows * ctx_len + 1
     else:
         windows = Windows(starts, ctx_len, key, shuffle)
     if mask == "none":
-        targets = end - 1
+        targets = end - 1 - int(heads.sum())
     else:
         documents = np.flatnonzero(source.sizes)
         stops = np.minimum(starts[documents + 1], end)
-        begins = np.minimum(starts[documents] + 1, stops)
+        begins = np.minimum(starts[documents] + 1 + heads[documents], stops)
         targets = int(source.count_trained(begins, stops, documents, mask).sum())
     return Part(source, Facts(len(source), int(starts[-1]), targets), windows=windows)
+
+
+def begins_with_zero(source: Source) -> np.ndarray:
+    """1 for every document that begins with token 0 (BOS), else 0: int32 [N]."""
+    first = np.asarray(source.tokens)[np.minimum(source.starts[:-1], source.starts[-1] - 1)]
+    return ((source.sizes > 1) & (first == 0)).astype(np.int32)
 
 
 def item_part(source: Source, mask: str, ctx_len: int, overlong: str) -> Part:

@@ -90,9 +90,11 @@ def is_prime(n: int) -> bool:
 
 class Concatenated:
     """PACK=concat: the documents in a new order every pass, behind one another, with a token 0 behind each (put there, and not
-    trained, where the file has none), cut into rows of CTX_LEN targets; the last row is shorter.
+    trained, where the file has none), cut into rows of CTX_LEN targets; the last row is shorter. A token 0 that a document
+    begins with (BOS) is left out by whoever makes this: the end of the document before is one.
 
-    sizes: tokens of the documents [N]. starts: [N + 1]. unended: bool [N], documents that do not end with token 0.
+    sizes: tokens of the documents [N]. starts: their first tokens, int64 [N]. unended: bool [N], documents that do not end with
+    token 0.
     """
 
     def __init__(
@@ -107,7 +109,7 @@ class Concatenated:
         self.documents = np.flatnonzero(sizes).astype(np.int32)
         self.sizes, self.starts, self.unended = sizes, starts, unended
         self.ctx_len, self.key, self.shuffle = ctx_len, key, shuffle
-        self.targets = int(starts[-1]) + int(unended[self.documents].sum()) - 1
+        self.targets = int(sizes.sum(dtype=np.int64)) + int(unended[self.documents].sum()) - 1
         self.rows = -(-self.targets // ctx_len)
         self.one_pass = functools.lru_cache(maxsize=2)(self.make_pass)
 

@@ -40,8 +40,9 @@ class Pieces(NamedTuple):
     roles: list[Role]
 
 
-def encode_row(pieces: Pieces, end_of_doc: bool) -> Tokens:
-    """One row; with end_of_doc its last id is 0 and belongs to the last speaker."""
+def encode_row(pieces: Pieces, end_of_doc: bool, bos: bool = False) -> Tokens:
+    """One row; with end_of_doc its last id is 0 and belongs to the last speaker; with bos its first id is 0 as well, which
+    is never trained."""
     text = "".join(pieces.texts)
     if NUL in text:
         raise RowError("not text", HAS_NUL)
@@ -51,7 +52,14 @@ def encode_row(pieces: Pieces, end_of_doc: bool) -> Tokens:
     if end_of_doc:
         tokens = [*tokens, tokenizer.END_OF_DOC]
     ids = np.array(tokens, dtype=np.uint16)
-    return Tokens(ids, roles_of_tokens(tokenizer.token_lengths()[ids], spans_of(*pieces), end_of_doc))
+    row = Tokens(ids, roles_of_tokens(tokenizer.token_lengths()[ids], spans_of(*pieces), end_of_doc))
+    return with_bos(row) if bos else row
+
+
+def with_bos(row: Tokens) -> Tokens:
+    """The row behind token 0, which belongs to the layout: no LOSS_MASK trains it."""
+    zero, heading = np.uint16(tokenizer.END_OF_DOC), np.uint8(Role.HEADING)
+    return Tokens(np.insert(row.ids, 0, zero), np.insert(row.roles, 0, heading))
 
 
 def encoded(text: str) -> list[int]:
@@ -144,8 +152,8 @@ def is_the_text(ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray, data: 
     return True
 
 
-def encode_rows(rows: Sequence[Pieces], end_of_doc: bool) -> Encoded:
-    """All rows at once. RowError if any cannot be encoded: then one by one tells which."""
+def encode_rows(rows: Sequence[Pieces], end_of_doc: bool, bos: bool = False) -> Encoded:
+    """All rows at once. RowError if any cannot be encoded: then one by one tells which. bos: token 0 before every row."""
     # a NUL behind every row is a piece of its own and belongs to the last speaker; it becomes the end of the document
     texts: list[str] = []
     said: list[Role] = []
@@ -192,6 +200,10 @@ def encode_rows(rows: Sequence[Pieces], end_of_doc: bool) -> Encoded:
         keep[separators] = False
         ids, roles = ids[keep], roles[keep]
         first = np.concatenate([[0], separators - np.arange(len(rows))])
+    if bos:
+        ids = np.insert(ids, first[:-1], np.uint16(tokenizer.END_OF_DOC))
+        roles = np.insert(roles, first[:-1], np.uint8(Role.HEADING))
+        first = first + np.arange(len(first))
     spoken = np.ones(len(texts), dtype=bool)
     spoken[of_row] = False
     begins = np.concatenate([[0], of_row[:-1] + 1])

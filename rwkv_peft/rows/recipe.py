@@ -21,7 +21,7 @@ from ..roles import Role
 from ..templates.headings import overlooked_heading, spans_of_text
 from ..templates.template import ENDINGS, Dialogue, Ending, Template
 from . import foreign_headings
-from .encode import NO_ROWS, Pieces, Tokens, encode_row, encode_rows
+from .encode import NO_ROWS, Pieces, Tokens, encode_row, encode_rows, with_bos
 from .keys import MATERIALS, MESSAGES, PROMPTS, RESPONSES, TEXTS, squashed
 from .limits import Cut, Limits, TooLong, cut_row, cut_turns, within_turns
 from .literals import mended
@@ -51,6 +51,7 @@ class Recipe:
     mask_history: bool = False
     limits: Limits = Limits()
     convert: bool = False  # CONVERT_HEADINGS: texts with another tool's headings become dialogues of the template
+    bos: bool = False  # token 0 before every row
 
     @property
     def ending(self) -> Ending:
@@ -334,6 +335,8 @@ class Cook:
         end = self.ending.answer + self.ending.last
         roles = [span.role for span in spans]
         answers = [i for i, role in enumerate(roles) if role is Role.ASSISTANT]
+        if any("\n\n" in texts[i].strip() for i in answers):  # no client may stop at a blank line then
+            note("blank lines", line)
         if not answers or not (self.recipe.expand or self.recipe.mask_history):
             several = [(texts, roles)]
         else:
@@ -350,9 +353,9 @@ class Cook:
 
     def encoded(self, drafts: list[Draft], block: Block, counts, rejects, note) -> Rows:
         """The rows to write, within all limits; counts and notes what is left out."""
-        token, limits = self.ending.token, self.recipe.limits
+        token, limits, bos = self.ending.token, self.recipe.limits, self.recipe.bos
         try:
-            found = encode_rows([d.pieces for d in drafts], token) if drafts else NO_ROWS
+            found = encode_rows([d.pieces for d in drafts], token, bos) if drafts else NO_ROWS
         except RowError:  # one of them cannot be encoded: find it, and do without
             bad = set()
             for draft in drafts:
@@ -364,7 +367,7 @@ class Cook:
                     counts[f"rejected: {error.reason}"] += 1
                     rejects.append(Reject(block.file, draft.line, error.reason, error.message, ""))
             drafts = [d for d in drafts if d.row not in bad]
-            found = encode_rows([d.pieces for d in drafts], token) if drafts else NO_ROWS
+            found = encode_rows([d.pieces for d in drafts], token, bos) if drafts else NO_ROWS
         looked: set[tuple[int, str]] = set()
         for i in found.suspects.tolist():
             self.look(drafts[i], block.file, counts, note, looked)
@@ -462,7 +465,8 @@ class Cook:
                 source = draft.source
                 dialogue = source if isinstance(source, Dialogue) else self.reader.read(parse(source))[1]
                 first = cut_turns(self.template, dialogue, self.ending, limits)
-            cuts = cut_row(first.tokens, limits) if limits.max_tokens else [first]
+                first = first._replace(tokens=with_bos(first.tokens)) if self.recipe.bos else first
+            cuts = self.cut_row(first.tokens) if limits.max_tokens else [first]
             cuts[-1] = cuts[-1]._replace(end=cuts[-1].end or first.end)
         except TooLong as why:
             lost.setdefault(draft.row, (draft.line, f"longer than {why}", f"{len(tokens.ids):,} tokens"))
@@ -482,6 +486,17 @@ class Cook:
                 counts["cut off"] += 1
                 note("cut off", draft.line)
         return [cut.tokens for cut in cuts]
+
+    def cut_row(self, tokens: Tokens) -> list[Cut]:
+        """limits.cut_row, where the token 0 before a row stays before everything that the row becomes."""
+        limits = self.recipe.limits
+        if not self.recipe.bos or len(tokens.ids) <= limits.max_tokens:
+            return cut_row(tokens, limits)
+        if limits.max_tokens == 1:  # nothing would be left beside it
+            raise TooLong("MAX_TOKENS")
+        body, rest = Tokens(tokens.ids[1:], tokens.roles[1:]), limits.max_tokens - 1
+        cuts = cut_row(body, dataclasses.replace(limits, max_tokens=rest))
+        return [cut._replace(tokens=with_bos(cut.tokens)) for cut in cuts]
 
 
 def learn_only(messages, which: int):

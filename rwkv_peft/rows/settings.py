@@ -28,6 +28,7 @@ class TokenizeConfig:
 
     prompt_type: str = var("PROMPT_TYPE")
     eot: Literal["doc", "blank", "both", "x17"] = var("EOT")
+    bos: Literal["auto", "0", "1"] = var("BOS")
     handler: Literal[tuple(HANDLERS)] = var("HANDLER")
     map_keys: str = var("MAP_KEYS")
     role_map: str = var("ROLE_MAP")
@@ -121,8 +122,8 @@ def base_of_training() -> Path | None:
 def recipe(config: TokenizeConfig, end_of_doc: bool) -> Recipe:
     """How rows become tokens under these settings."""
     limits = Limits(config.max_tokens, config.source_length, config.target_length, config.overlong)
+    form = template(config.prompt_type)
     return Recipe(
-        template(config.prompt_type), config.eot, end_of_doc, config.handler,
-        columns(config.map_keys, config.role_map), config.repair,
-        config.expand, config.mask_history, limits, config.convert_headings,
+        form, config.eot, end_of_doc, config.handler, columns(config.map_keys, config.role_map), config.repair,
+        config.expand, config.mask_history, limits, config.convert_headings, form.begins_with_zero(config.bos),
     )  # fmt: skip

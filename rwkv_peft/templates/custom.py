@@ -39,6 +39,7 @@ RETIRED = {
 }
 ROLES = {"system": Role.SYSTEM, "user": Role.USER, "assistant": Role.ASSISTANT, "observation": Role.TOOL}
 WORDS = {"think": ("keep", "always", "fake"), "json_style": ("line", "compact", "indent")}
+SAMPLING = {"temperature": (float, 0, 100), "top_p": (float, 0, 1), "top_k": (int, 0, 65536)}
 FIELDS = [f.name for f in dataclasses.fields(Template) if f.name != "name"]
 
 
@@ -91,10 +92,16 @@ def check(key: str, value: Any) -> Any:
         if not isinstance(value, list) or not all(isinstance(word, str) and word in ROLES for word in value):
             raise ValueError(f"must be a list of roles out of {', '.join(ROLES)}")
         return frozenset(ROLES[word] for word in value)
-    if key in ("strip", "infill"):
+    if key in ("strip", "infill", "bos"):
         if not isinstance(value, bool):
             raise ValueError("must be true or false")
         return value
+    if key in SAMPLING:
+        kind, least, most = SAMPLING[key]
+        number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+        if not number or not least <= value <= most or (key == "top_p" and not value):
+            raise ValueError(f"must be a {'whole ' * (kind is int)}number from {least} to {most:,}")
+        return kind(value)
     if isinstance(value, list) and all(isinstance(part, str) for part in value):
         value = "".join(value)
     if not isinstance(value, str):

@@ -22,7 +22,8 @@ WORLD = {
     "format_tools": "Tools:\n{{content}}\nReturn only a JSON function call.",
 }
 # official: "it's better to clean System: and User: inputs"
-G1 = WORLD | {"clean": LISTENERS}
+# sampling of the official evaluation of G1 (BlinkDL/Albatross, MATH500, 2026): temperature 1, top_k 32, top_p 0.28
+G1 = WORLD | {"clean": LISTENERS, "temperature": 1.0, "top_p": 0.28, "top_k": 32}
 # the prompt ends with "<think": the model writes the rest of the thought itself
 THINK = {"think": "always", "opening": "<think"}
 # official, and rwkv.cn Prompt-Format of 2026-03-27 ("must be"): the prompt ends with "<think></think", behind which the model
@@ -38,6 +39,7 @@ BOT = G1 | {
     "format_separator": "\n",
     "stop_words": ("✿",),
     "reserved": ("✿",),
+    "bos": True,  # the tokenizer of rwkv-rs/transformers-rwkv begins with token 0
 }
 # "function_calling" of vllm-rwkv, whose stop is "\n### User"
 FUNCTIONS = {
@@ -54,6 +56,10 @@ FUNCTIONS = {
     "json_style": "indent",
     "stop_words": ("\n### User",),
     "clean": LISTENERS,
+    "bos": True,  # as in BOT
+    "temperature": 1.0,
+    "top_p": 0.28,
+    "top_k": 32,
 }
 
 # each with what --help says of it

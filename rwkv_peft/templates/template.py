@@ -148,6 +148,8 @@ class Template:
     "" is the list.
     reserved: texts that mean a border here; a dialogue that holds one cannot be written.
     infill: whether this is for rows of prefix, suffix and middle. The prefix is {{content}}, the suffix {{input}}.
+    bos: whether BOS=auto puts token 0 before the first turn: true where the clients of the format do (docs/data.md).
+    temperature, top_p, top_k: sampling that chat.sh takes for `auto`. top_k 0: no limit.
     """
 
     name: str
@@ -174,6 +176,14 @@ class Template:
     format_tool: str = ""
     reserved: tuple[str, ...] = ()
     infill: bool = False
+    bos: bool = False
+    temperature: float = 0.7
+    top_p: float = 0.5
+    top_k: int = 0
+
+    def begins_with_zero(self, bos: str) -> bool:
+        """Whether texts begin with token 0. bos: the setting BOS, of which auto leaves it to the template."""
+        return self.bos if bos == "auto" else bos == "1"
 
     def to_dict(self) -> dict[str, Any]:
         """Every field, as JSON can hold it: what a run keeps, so that it is served in the form that it was trained in, whatever
@@ -207,8 +217,12 @@ class Template:
                     if unknown:
                         raise ValueError(f"{name} holds {unknown[0]!r}, which is no role")
                     value = frozenset(Role[one.upper()] for one in value)
-            elif not isinstance(value, bool if isinstance(default, bool) else str):
-                raise ValueError(f"{name} cannot be {value!r}")
+            else:
+                kind = type(default) if isinstance(default, (bool, int, float)) else str
+                if isinstance(value, bool) is not (kind is bool) or not isinstance(
+                    value, (int, float) if kind is float else kind
+                ):
+                    raise ValueError(f"{name} cannot be {value!r}")
             values[name] = value
         return cls(**values)
 

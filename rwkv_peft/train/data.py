@@ -41,7 +41,8 @@ class Planned:
     that it begins with, to its micro-batches.
     sequences: what is trained, to look at: tokens [n] and weights [n-1] of one after another. forms: what the data
     were written in, as far as they tell. content: what tells these data from others; from what it was at
-    an earlier time, or None, which saves reading files that nobody has written to since.
+    an earlier time, or None, which saves reading files that nobody has written to since. bos: the different BOS of the files.
+    blank_lines: whether answers may hold blank lines that the template does not tell of.
     """
 
     plan: Plan
@@ -54,6 +55,8 @@ class Planned:
     sequences: Callable[[], Iterator]
     forms: tuple[Form, ...]
     content: Callable[[dict | None], dict]
+    bos: tuple[int, ...] = (0,)
+    blank_lines: bool = False
 
 
 def plan_run(config: TrainConfig, files, vocab_size: int, say) -> Planned:
@@ -61,7 +64,7 @@ def plan_run(config: TrainConfig, files, vocab_size: int, say) -> Planned:
     from ..data import buckets
     from ..data.loading import ITEM_MODES, Batches, Data
     from ..data.sampling import AUTO_CTX_LIMIT
-    from ..tokenized import form_of, mask_of
+    from ..tokenized import blank_lines_of, bos_of, form_of, mask_of
     from ..training import report
 
     mode = "concat" if config.pack == "concat" else "magic" if config.magic_prime else config.dataload
@@ -93,6 +96,7 @@ def plan_run(config: TrainConfig, files, vocab_size: int, say) -> Planned:
     epoch_steps = None if config.epoch_steps == "auto" else config.epoch_steps
     plan = data.make_plan(epoch_steps, micro_bsz, config.mini_bsz, config.processes)
     forms = tuple(dict.fromkeys(form for prefix, _ in files if (form := form_of(prefix))))
+    begun = {prefix: bos_of(prefix) for prefix, _ in files}
     facts = data.facts()
     most_tokens = min(plan.most_tokens(data.ctx_len), facts.tokens)
     sequences = (
@@ -104,12 +108,16 @@ def plan_run(config: TrainConfig, files, vocab_size: int, say) -> Planned:
         data.buckets,
         most_tokens,
         max(1, sequences),
-        lambda settings: report.data_lines(data, plan, settings) + report.form_lines(forms),
+        lambda settings: (
+            report.data_lines(data, plan, settings) + report.form_lines(forms) + report.bos_lines(begun, mode)
+        ),
         # (DeepSpeed counts micro-batches by itself)
         lambda rank, _first: Batches(data, plan, rank, STRATEGIES[config.strategy_name].stage > 0),
         lambda: itertools.chain.from_iterable(map(data.row, range(data.rows))),
         forms,
         functools.partial(content_of_files, files),
+        tuple(sorted({bos for bos, _ in begun.values()})),
+        any(blank_lines_of(prefix) for prefix, _ in files),
     )
 
 
@@ -259,6 +267,8 @@ def plan_stream(config: TrainConfig, source: Path, vocab_size: int, say) -> Plan
             "files": [{"name": p.name, "sample": hashing.sample(p) if p.is_file() else None} for p in found],
             "tokenizing": dataclasses.asdict(tokenizing),
         },
+        (int(made_from.bos),),
+        True,  # nobody has looked at all of the stream
     )
 
 

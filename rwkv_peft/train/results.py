@@ -83,6 +83,8 @@ class Results:
         sidecar["prompt_type"], sidecar["eot"] = (form.prompt_type, form.eot) if form else (None, None)
         sidecar["template"] = form.template.to_dict() if form and form.template else None
         sidecar["quant_kept"] = list(run.setup.quant_kept)
+        sidecar["bos"] = run.data.bos[0] if len(run.data.bos) == 1 else None
+        sidecar["blank_lines"] = run.data.blank_lines
         if not run.config.streaming:
             sidecar["data"] = [[file["name"], file["sha256"]] for file in self.identity.result()["files"]]
         if learner.begun:

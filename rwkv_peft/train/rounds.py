@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 from ..generate import likeliest_answer
+from ..prompting import Prompting
 from ..templates.of_base import known_by
 from ..tokenized import common
 from ..training import samples, validate
@@ -40,7 +41,9 @@ def make_rounds(
     if run.questions:
         written = common(run.data.forms)
         form = (written and written.template) or known_by(run.base).template
-        answer = functools.partial(say_after, form, config.sample_tokens)
+        bos = run.data.bos == (1,)
+        asked = Prompting(form, written.eot if written else "doc", bos, blank_lines=run.data.blank_lines)
+        answer = functools.partial(say_after, asked, config.sample_tokens)
         where = run.folder / samples.FILE
         every = config.sample_steps, run.plan.optimizer_steps
         rounds.append(samples.Samples(where, run.questions, answer, *every, told.say))
@@ -49,5 +52,5 @@ def make_rounds(
     return rounds
 
 
-def say_after(form, most_tokens: int, model, question: str) -> str:
-    return likeliest_answer(model, form, question, most_tokens)
+def say_after(asked: Prompting, most_tokens: int, model, question: str) -> str:
+    return likeliest_answer(model, asked.template, question, most_tokens, asked.stop_tokens, asked.bos)

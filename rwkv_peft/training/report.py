@@ -180,6 +180,21 @@ def form_lines(forms) -> list[tuple[str, str]]:
     return [("warning", f"these data were made with different templates: {words}")] if len(forms) > 1 else []
 
 
+def bos_lines(begun, mode: str) -> list[tuple[str, str]]:
+    """Words about rows that begin with token 0. begun: prefix of a tokenized file -> its BOS and a warning. mode: of Data."""
+    found = [("", f"warning: {words}") for _, words in begun.values() if words]
+    names = {bos: ", ".join(p.name for p, (own, _) in begun.items() if own == bos) for bos in (0, 1)}
+    if names[0] and names[1]:
+        words = f"the rows of {names[1]} begin with token 0 (BOS=1), those of {names[0]} do not (BOS=0)"
+        found.append(("", f"warning: {words}: no client does both. Tokenize them again with one BOS"))
+    elif names[1]:
+        found.append(("", "rows begin with token 0 (BOS=1); chat, samples and exports of this run do so as well"))
+    if names[1] and mode in ("get", "magic"):
+        words = "DATALOAD=get reads the file as one text, in which rows that begin and end with token 0 have two between them"
+        found.append(("", f"warning: {words}. Use PACK=concat, or tokenize with BOS=0"))
+    return found
+
+
 def more_steps(settings, plan) -> str:
     """What gives a run more steps, of what is not as it should be already."""
     if settings["STREAMING"]:
@@ -216,7 +231,7 @@ def stream_lines(files, tokenizing, buffer: int, plan, settings) -> list[tuple[s
     order = f"shuffled among {buffer:,} rows" if buffer > 1 else "in the order of the files"
     return [
         ("data", f"{names}: {what}, encoded on the way as make_tokenize.sh says (PROMPT_TYPE={tokenizing.prompt_type}, "
-                 f"EOT={tokenizing.eot}); LOSS_MASK={settings['LOSS_MASK']}"),
+                 f"EOT={tokenizing.eot}, BOS={tokenizing.bos}); LOSS_MASK={settings['LOSS_MASK']}"),
         ("batches", f"DATALOAD={settings['DATALOAD']}, CTX_LEN={settings['CTX_LEN']}, {order}; {at_once(plan, settings)}"),
     ]  # fmt: skip
 
