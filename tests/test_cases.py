@@ -3,7 +3,14 @@
 
 from pathlib import Path
 
+import pytest
+from inprocess import tokenize
+
+from rwkv_peft import bases, tokenizer
+from rwkv_peft.data.binidx import Reader
+from rwkv_peft.errors import UserError
 from rwkv_peft.roles import Role
+from rwkv_peft.rows.files import stem_of
 
 CASES = Path(__file__).resolve().parent / "cases"
 A = Role.ASSISTANT
@@ -30,4 +37,104 @@ DATA = {
     "m04-tool-result-empty.jsonl": ({}, [" Done.<end>"], []),
     "m06-columns-dolly.jsonl": ({}, [" At sunset.<end>"], []),
     "m06-columns-orca.jsonl": ({}, [" At sunset, as ever.<end>"], ["1 with a system text"]),
+    # told and refused
+    "k05-images-column-and-placeholder.jsonl": ({}, None, ["only text can be trained"]),
+    "m01-roles-of-ones-own.jsonl": ({}, None, ["""--role-map '{"customer": "user", "agent": "assistant"}'"""]),
+    # encodings and line ends
+    "k06-big5.jsonl": ({}, ["\u71c8"], ["is Big5; it was read as such"]),
+    "k06-cp1252-german.jsonl": ({}, [" Nein, früh.<end>", " Um zwölf Uhr, außer sonntags.<end>"], ["is cp1252; it was read as such"]),
+    "k06-cp949-korean.jsonl": ({}, [" 해가 질 때 켜집니다.<end>"], ["is EUC-KR (cp949); it was read as such"]),
+    "p04-utf16-without-bom.jsonl": ({}, [""], ["is UTF-16; it was read as such"]),
+    "k10-text-crlf.jsonl": ({}, ["\n\n"], ["2.0 answers a dialogue"]),
+    "k14-indented-completion.jsonl": ({}, ["     return x<end>"], []),
+    # formats and tables
+    "k11-train-and-test-in-one.json": ({}, [""] * 3, ['its list "test" (2 rows) is not used']),
+    "k12-rows.jsonl.txt": ({}, [""] * 2, ["is JSON lines by its content"]),
+    "k17-nan-cells.csv": ({}, [""] * 3, ["warning   3 cells with a word that stands for an empty cell"]),
+    "k18-two-csv-joined.csv": ({}, [""] * 2, ["names of the columns again", "not used as rows: line 3"]),
+    "m02-list-of-conversations.json": ({}, [""] * 2, ["2 sharegpt"]),
+    "m06-header-with-blanks.csv": ({}, [" Now.<end>"], ["question/answer"]),
+    "p04-comment-first.json": ({}, [""] * 2, ["1 comment between rows skipped"]),
+    "p04-lists-per-column.json": ({}, [""] * 2, ["is one object that holds 2 rows"]),
+    "p04-nan.jsonl": ({}, [""], ["warning   1 row with NaN"]),
+    "p04-objects-over-lines.jsonl": ({}, [""] * 2, ["is one JSON text over several lines"]),
+    "p04-python-dicts.jsonl": ({}, [""] * 2, ["warning   2 rows written as Python prints them"]),
+    "p05-backslash-quotes.csv": ({}, [""] * 2, ["note"]),
+    "p05-empty-columns.csv": ({}, [""], ["3 columns without a name and without content ignored"]),
+    "p05-python-list-cell.csv": ({}, [""], ["1 messages"]),
+    "p06-rows.ndjson": ({}, [""], []),
+    "p07-binary-text.parquet": ({}, [""], []),
+    # made for another tool
+    "k16-turns-inside-answer-g1.jsonl": ({"PROMPT_TYPE": "rwkv-g1"}, [""], ["warning   1 row with turns inside a question or an answer"]),
+    "k16-turns-inside-instruction.jsonl": ({"CONVERT_HEADINGS": "1"}, [""], ["1 row"]),
+    "m07-text-with-other-headings.jsonl": ({}, None, ["warning   2 rows with headings of another format"]),
+    "m08-text-escaped-twice.jsonl": ({}, None, ["warning   1 row with line breaks or characters written as letters"]),
+    "m09-endoftext-in.txt": ({}, None, ["warning   1 row with tokens of another model written as letters", "m09-endoftext-in.txt:2"]),
+    # a template of another format; what its .gguf holds: tests/test_prompting.py
+    "k09-gguf-template-chatml.jsonl": ({"PROMPT_TYPE": "chatml"}, None, []),
+    # cut by a limit: the last thing learnt is no end
+    "k15-thought-cut-by-ctx_len.jsonl": ({"PROMPT_TYPE": "rwkv-g1", "MAX_TOKENS": "96", "OVERLONG": "truncate"}, ["Step"] * 6, ["warning"]),
 }  # fmt: skip
+
+BASES = {
+    "p01-lfs-pointer.pth": "Git LFS pointer",
+    "p01-model.safetensors": "not an RWKV model",
+    "p02-hugging-face-names.pth": "fla",
+    "p03-rwkv-5.0.pth": "RWKV-5.0",
+}
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_a_reported_input_becomes_what_its_author_meant_or_is_named(name, tmp_path, capsys):
+    changes, learnt, words = DATA[name]
+    path = tmp_path / name
+    path.write_bytes((CASES / name).read_bytes())
+    try:
+        tokenize(path, **changes)
+        said = capsys.readouterr().out
+    except UserError as error:
+        assert learnt is None, error
+        said = str(error)
+    for word in words:
+        assert word in said, said
+    if learnt is not None:
+        assert len(found := learnt_of(path)) == len(learnt), found
+        for expected in learnt:
+            assert any(expected in text for text in found), (expected, found)
+
+
+def learnt_of(path: Path) -> list[str]:
+    """What is learnt of every row: the text of its answers, <end> where token 0 is."""
+    prefix = stem_of(path)
+    rows, roles = Reader(prefix), Reader(f"{prefix}.roles")
+    found = []
+    for i in range(len(rows)):
+        ids = rows.row(i)[roles.row(i) == A]
+        found.append(tokenizer.decode(ids) + ("<end>" if len(ids) and ids[-1] == 0 else ""))
+    return found
+
+
+def test_a_cut_thought_is_not_followed_by_an_end(tmp_path):
+    name = "k15-thought-cut-by-ctx_len.jsonl"
+    path = tmp_path / name
+    path.write_bytes((CASES / name).read_bytes())
+    tokenize(path, PROMPT_TYPE="rwkv-g1", MAX_TOKENS="96", OVERLONG="truncate")
+    assert not any(text.endswith("<end>") for text in learnt_of(path))
+
+
+def test_an_answer_that_is_not_to_be_learnt_is_not(tmp_path):
+    for name in ("k01-message-loss-false.jsonl", "k01-row-loss_mask-list.jsonl"):
+        (path := tmp_path / name).write_bytes((CASES / name).read_bytes())
+        tokenize(path)
+        assert "never closes" not in learnt_of(path)[0]
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_reported_base_is_named_by_what_it_is(name):
+    with pytest.raises(UserError, match=BASES[name]):
+        bases.inspect(CASES / name)
+
+
+def test_every_case_has_its_line():
+    rest = {"m05-ids-of-20b-vocabulary.bin", "m05-ids-of-20b-vocabulary.idx"}  # tests/test_vocabulary.py
+    assert {path.name for path in CASES.iterdir()} == {*DATA, *BASES, *rest}
