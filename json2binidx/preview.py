@@ -15,7 +15,7 @@ from rwkv_peft.rows.recipe import Cook
 from rwkv_peft.rows.settings import TokenizeConfig, recipe, settled
 from rwkv_peft.words import count
 
-from .report import foreign_lines
+from .report import foreign_lines, unused_words
 from .tally import Tally
 
 MOST = 600  # tokens of a row that are shown, from its beginning and its end
@@ -45,6 +45,9 @@ def preview(source: Path, config: TokenizeConfig, end_of_doc: bool, most: int) -
         found = tally.group("found: ")
         for words in foreign_lines(found, tally.places, config.convert_headings):
             print(f"\nwarning   {words}")
+        for file, keys in tally.unused_keys().items():
+            for words in unused_words(keys):
+                print(f"\nwarning   {file}: {words}")
 
     for note in chosen.notes:
         print(f"{note.level:<9} {note.file}: {note.words}")

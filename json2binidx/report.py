@@ -99,10 +99,7 @@ def make(
             "rejected": [[r.file, r.line, r.message] for r in tally.rejects],
             **{what: [list(place) for place in found] for what, found in tally.places.items()},
         },
-        "unused": {
-            file: [[level, key, rows] for (level, key), rows in keys.most_common()]
-            for file, keys in tally.unused.items()
-        },
+        "unused": tally.unused_keys(),
     }
 
 

@@ -55,6 +55,13 @@ class Tally:
         self.held_out.frombytes(bytes([one.held_out]) * len(one.sizes))
         self.notes += one.notes
 
+    def unused_keys(self) -> dict[str, list[list]]:
+        """file -> [level, key, rows] of what is not used, the most frequent first."""
+        return {
+            file: [[level, key, rows] for (level, key), rows in keys.most_common()]
+            for file, keys in self.unused.items()
+        }
+
     def group(self, prefix: str) -> dict[str, int]:
         """The counts whose names begin so, the largest first: "rejected: not JSON" -> {"not JSON": ...}."""
         found = {name[len(prefix) :]: n for name, n in self.counts.items() if name.startswith(prefix) and n}

@@ -148,6 +148,12 @@ def test_a_list_of_flags_has_one_for_each_message_or_for_each_answer(flags):
     assert said(row)[1::2] == [(A, "-56"), (A, "56")]
 
 
+@pytest.mark.parametrize("flags", [[[0, 1], [1]], [0, 2], [1, "maybe"]])
+def test_a_list_of_what_is_no_flag_is_refused(flags):
+    refused({"messages": [Q, ANSWER], "loss_mask": flags}, "wrong type", "it must be 0 or 1")
+    refused({"prompt": "a", "response": "b", "loss_mask": [[1]]}, "wrong type", "it must be 0 or 1")
+
+
 def test_a_list_of_flags_of_another_length_is_refused():
     refused({"messages": [Q, ANSWER], "loss_mask": [1, 0, 1]}, "wrong type", '"loss_mask" has 3 flags for 2 messages')
 
@@ -371,6 +377,7 @@ EXPECTED = [(U, "a"), (A, "b"), (U, "c"), (A, "d")]
         {"data": ["a", "b", "c", "d"], "id": "0"},
         {"dialog": ["a", "b", "c", "d"]},
         {"conversations": [["a", "b"], ["c", "d"]]},
+        {"dialogue": [{"speaker": "Human", "utterance": "a"}, {"speaker": "AI", "utterance": "b"}, {"speaker": "Human", "utterance": "c"}, {"speaker": "AI", "utterance": "d"}]},
         {"conversations": {"from": ["human", "gpt", "human", "gpt"], "value": ["a", "b", "c", "d"]}},
         {"messages": {"role": ["user", "assistant"] * 2, "content": ["a", "b", "c", "d"]}},
         {"chat": {"turn_2": {"Human": "c", "MOSS": "d"}, "turn_1": {"Human": "<|Human|>: a<eoh>\n", "Inner Thoughts": "<|Inner Thoughts|>: None<eot>\n", "MOSS": "<|MOSS|>: b<eom>\n"}}},
@@ -453,6 +460,11 @@ def test_unknown_columns_are_refused_with_the_line_to_paste():
         {"frage": "a", "antwort": "b", "id": 1},
         "unknown columns",
         """--map-keys '{"prompt": "frage", "response": "antwort"}'""",
+    )
+    refused(
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        "unknown columns",
+        """--map-keys '{"prompt": "prompt", "response": "chosen"}'""",
     )
     refused({"verlauf": [{"role": "user"}]}, "unknown columns", """--map-keys '{"messages": "verlauf"}'""")
 

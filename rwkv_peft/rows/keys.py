@@ -228,6 +228,9 @@ def proposed_keys(row: Mapping[str, Any]) -> str:
     names = [name for name, value in row.items() if name and squashed(name) not in HARMLESS_NAMES]
     lists = [name for name in names if isinstance(row[name], list) and row[name] and isinstance(row[name][0], dict)]
     texts = [name for name in names if isinstance(row[name], str | int | float) and row[name] != ""]
+    texts = [
+        name for name in texts if squashed(name) not in ("rejected", "wronganswer")
+    ]  # of pairs of answers, the worse one
     if lists:
         keys = {"messages": lists[0]}
     elif len(texts) > 1:

@@ -11,13 +11,29 @@ import orjson
 from ..errors import UserError
 from ..project import shown
 from . import reading
-from .keys import HISTORY, MESSAGES, PROMPTS, RESPONSES, TEXTS
+from .keys import HISTORY, MESSAGES, MORE_MESSAGES, PROMPTS, RESPONSES, TEXTS
 from .literals import COMMENTS, mended
 from .reading import Note, packing, unpacked
 
 # names that an object around rows may have as well
-UNSURE = ("user", "human", "q", "a", "bot", "gpt", "content", "inputs", "target", "targets", "assistant")
-ROW_KEYS = frozenset((*MESSAGES, *PROMPTS, *RESPONSES, *TEXTS, *HISTORY)) - {*UNSURE}
+UNSURE = (
+    "data",
+    "items",
+    "contents",
+    "user",
+    "human",
+    "q",
+    "a",
+    "bot",
+    "gpt",
+    "content",
+    "inputs",
+    "target",
+    "targets",
+    "assistant",
+)
+ROW_KEYS = frozenset((*MESSAGES, *MORE_MESSAGES, *PROMPTS, *RESPONSES, *TEXTS, *HISTORY)) - {*UNSURE}
+CONVERSATIONS = frozenset((*MESSAGES, *MORE_MESSAGES)) - {*UNSURE}
 SPEAKERS = ("role", "from", "speaker", "sender")  # the keys that make an object a message
 ROWS_OF_THEIR_OWN = ("id", "parent_id", "message_id", "conversation_id", "message_tree_id")  # a message as a row
 LOOKED_AT = 20  # lines at the beginning of a file
@@ -240,7 +256,7 @@ def is_one_object_of_many(value: dict) -> bool:
     return (
         len(value) > 0
         and all(isinstance(v, list | dict) for v in value.values())
-        and not any(k in value for k in MESSAGES)
+        and not any(k in value for k in CONVERSATIONS)
     )
 
 

@@ -364,7 +364,10 @@ class Reader:
         if flags is not None:
             if len(flags) not in (1, 2):
                 raise RowError("wrong type", f'its "{list_name}" has {len(flags)} flags for a question and an answer')
-            learn = self.flag({list_name: flags[-1]}, (list_name,), "its answer")
+            learn = flag_word(flags[-1])
+            if learn is None:
+                raise RowError("wrong type", f'its "{list_name}" has {short(flags[-1])}; it must be 0 or 1')
+            learn = learn != (squashed(list_name) == "masked")
         found.append(Message(Role.ASSISTANT, words, think=think, learn=learn is not False, call=call))
         return schema, Dialogue(tuple(found), self.tools([(name, row[name]) for name in parts.tools])), used
 
@@ -469,6 +472,8 @@ class Reader:
         which = range(len(rows)) if len(flags) == len(rows) else answers
         changed = list(rows)
         for i, value in zip(which, flags, strict=True):
+            if not is_nothing(value) and flag_word(value) is None:
+                raise RowError("wrong type", f'its "{name}" has {short(value)} for message {i + 1}; it must be 0 or 1')
             learn = self.flag({name: value}, (name,), f"message {i + 1}")
             own = (
                 self.flag(rows[i], parts_of(tuple(rows[i])).flags, f"message {i + 1}")

@@ -131,6 +131,8 @@ def of_object(rows: dict[str, Any]) -> list[Any]:
     if rows and all(NUMBERED.match(str(key)) and isinstance(value, dict) for key, value in rows.items()):
         ordered = sorted(rows, key=lambda key: int(NUMBERED.match(str(key))[1]))
         return [rows[key] for key in ordered]
+    if len(found := of_turn(rows)) > 1:
+        return found
     if isinstance(rows.get("replies"), list) or isinstance(rows.get("prompt"), dict):
         return of_tree(rows["prompt"] if isinstance(rows.get("prompt"), dict) else rows)
     raise RowError(
