@@ -315,7 +315,7 @@ class Run:
     @functools.cached_property
     def setup(self) -> attach.Setup:
         c = self.config
-        return attach.Setup(c.method, options_of(c), c.parts, 0.0, c.quantised, c.quantised_parts)
+        return attach.Setup(c.method, options_of(c), c.parts, 0.0, c.quantised, c.quantised_parts, c.quant_kept)
 
     @functools.cached_property
     def base(self) -> Mapping[str, Tensor]:

@@ -178,7 +178,7 @@ def test_chat_and_training_take_the_same_addresses(ready, word):
 
 def test_diagnose_takes_a_run_and_its_epoch(ready, capsys):
     train.command(config(RUN_NAME="first", EPOCH_COUNT="2"), [])
-    asking = chat.ChatConfig("", "", "rwkv-world", "", 8, 0.0, 1.0, 1, "fp32")
+    asking = chat.ChatConfig("", "", "rwkv-world", "auto", "", 8, 0.0, 1.0, 0, 1, "fp32")
     chat.command(asking, ["--diagnose", "first/0"])
     assert "output/first/rwkv-0.pth (LoRA) beside its base" in capsys.readouterr().out
     with pytest.raises(UserError, match="a run and its epoch are one word: --adapter RUN/0, --diagnose RUN/0"):

@@ -138,7 +138,9 @@ def test_the_zero_in_front_is_an_input_and_no_target(mask, mode):
 
 def test_concat_puts_one_zero_between_rows_that_begin_and_end_with_it():
     [(tokens, weights)] = Data([source()], "concat", "none", 64, "cut", 1, False).row(0)
-    assert tokens.tolist() == [5, 6, 7, 0, 8, 9, 0, 10, 11, 0] and weights.sum() == 9
+    assert (
+        tokens.tolist() == [5, 6, 7, 0, 8, 9, 0, 10, 11, 0] and weights.sum() == 8
+    )  # (the zero that was put there is no target)
     plain = [r[1:] for r in ROWS], [s[1:] for s in SAID]
     [(same, _)] = Data([source(*plain)], "concat", "none", 64, "cut", 1, False).row(0)
     assert same.tolist() == tokens.tolist()

@@ -233,7 +233,11 @@ BOT = [name for name in PRESETS if "-bot" in name]
 @pytest.mark.parametrize("name", BOT)
 @settings(max_examples=150, deadline=None)
 @given(
-    st.lists(st.text(min_size=1, max_size=12).filter(lambda t: BORDER not in t and t.strip()), min_size=2, max_size=4)
+    st.lists(
+        st.text(min_size=1, max_size=12).filter(lambda t: BORDER not in t and "\0" not in t and t.strip()),
+        min_size=2,
+        max_size=4,
+    )
 )
 def test_every_turn_of_the_bot_format_ends_with_its_token_whatever_stands_before_it(name, contents):
     messages = tuple(Message(role, c) for role, c in zip(itertools.cycle((U, A)), contents, strict=False))

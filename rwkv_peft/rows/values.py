@@ -7,7 +7,7 @@ import math
 import re
 from typing import Any
 
-from ..templates.template import END_OF_THINK, THINK
+from ..templates.template import END_OF_THINK, THINK, tidy_answer
 
 
 class RowError(Exception):
@@ -101,16 +101,7 @@ def split_reasoning(answer: str) -> tuple[str, str]:
     end = bare.index(END_OF_THINK)
     if end < begin:
         raise RowError("reasoning", f"has {END_OF_THINK} before {THINK}")
-    return answer[begin:end].strip(), without_blank_lines_around(answer[end + len(END_OF_THINK) :])
-
-
-def without_blank_lines_around(text: str) -> str:
-    """Without empty lines at its beginning and blanks at its end; the indentation of the first line stays if it has one of its
-    own (a blank directly behind a tag is no indentation)."""
-    lines = text.rstrip()
-    body = lines.lstrip("\r\n \t\u3000")
-    lead = lines[: len(lines) - len(body)]
-    return lead[max(lead.rfind("\n"), lead.rfind("\r")) + 1 :] + body if "\n" in lead or "\r" in lead else body
+    return answer[begin:end].strip(), tidy_answer(answer[end + len(END_OF_THINK) :])
 
 
 # a picture, sound or film stands here in data for models that can see or hear

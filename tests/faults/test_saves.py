@@ -1,6 +1,7 @@
 """F1, F9, F11, F12, F14, F16, F21, F22: whatever happens while something is written, what was there before is whole, and what
 has a name is whole as well. Few trials in the default suite, those of docs/reliability.md with the marker slow."""
 
+import codecs
 import contextlib
 import os
 import random
@@ -158,6 +159,14 @@ def test_a_folder_that_cannot_be_written_is_told_and_nothing_is_written(ready, m
         folder.chmod(0o555 if folder.is_dir() else 0o444)
     for parent in list(ready.parents)[:4]:
         parent.chmod(0o755)
+
+    for codec in (
+        "utf_16_le",
+        "utf_16_be",
+        "utf_32_le",
+        "utf_32_be",
+    ):  # of Python's own files, which nobody may not read here
+        codecs.lookup(codec)
 
     def as_nobody():
         os.setuid(65534)
