@@ -69,7 +69,7 @@ def folded(
     opened = side_by_side(lambda one: fold.opened(one.part, described, geometry), found)
     for one, part in zip(found, opened, strict=True):
         for doubt in [] if one.sidecar else foreign.doubts(one.path, part, base, geometry):
-            print(f"careful   {project.shown(one.path)}: {doubt}")
+            print(f"warning   {project.shown(one.path)}: {doubt}")
     for words in differing_forms(found):
         print(f"warning   {words}")
     added = fold.added(opened, weights)
@@ -118,7 +118,7 @@ def next_lines(model: Path, names: Iterable[str], geometry: Geometry) -> list[st
         lines = [f"{talk}      or load it in RWKV-Runner or with the rwkv package"]
     if any(name.endswith("ts_state") for name in states):
         lines.append(
-            "careful   its learnt token shifts (state_shifts) are read by ./chat.sh, and by rwkv.cpp from --export rwkvcpp; other"
+            "warning   its learnt token shifts (state_shifts) are read by ./chat.sh, and by rwkv.cpp from --export rwkvcpp; other"
         )
         lines.append("          programs begin with zero there, and do not compute what was trained")
     return lines

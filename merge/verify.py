@@ -80,7 +80,7 @@ def verify(base: Path, target: Path, answers: Answers, added: Mapping[str, Tenso
     fresh = [name for name in added if name not in wanted]
     more = f", {len(fresh)} added" if fresh else ""
     if not changed and not fresh:
-        yield "careful: nothing in it differs from the base; what was learnt is nothing, or less than the base's numbers can hold"
+        yield "warning: nothing in it differs from the base; what was learnt is nothing, or less than the base's numbers can hold"
     yield f"{len(wanted)} tensors read back: {changed} changed, {len(wanted) - changed} identical to the base{more}"
     asked = [checked.difference for checked in found.values() if checked.difference is not None]
     if asked:

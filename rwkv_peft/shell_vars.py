@@ -210,7 +210,7 @@ def enter(
         script = Script(arguments[0], {**values, **typed} if typed else values)
         settings = script.read(cls, retired)
         for words in script.in_vain(cls):
-            print(f"careful   {words}", file=sys.stderr)
+            print(f"warning   {words}", file=sys.stderr)
         body(settings, rest)
 
 

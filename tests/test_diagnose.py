@@ -229,7 +229,7 @@ def test_data_that_were_made_anew_since_the_run_are_told(ready, capsys):
     chat.command(ASKING, ["--diagnose", "one"])
     said = capsys.readouterr().out
     assert (
-        "careful   data/chat.bin, data/chat.idx: not what the run learnt from" in said and "rows of its files" in said
+        "warning   data/chat.bin, data/chat.idx: not what the run learnt from" in said and "rows of its files" in said
     )
 
 

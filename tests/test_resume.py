@@ -579,5 +579,5 @@ def test_a_full_disk_costs_the_checkpoint_of_a_step_and_not_the_training(ready, 
     monkeypatch.setattr(checkpoint, "save", full)
     _, records = run(ready, "again", **BASE | {"SAVE_STEPS": "3"})
     said = capsys.readouterr().out
-    assert len(records) == 12 and "careful   rwkv-step-3.pth could not be saved; training goes on." in said
+    assert len(records) == 12 and "warning   rwkv-step-3.pth could not be saved; training goes on." in said
     assert runs.saved(ready / "output/again") == ([0, 1, 2], [])

@@ -101,7 +101,7 @@ def test_a_setting_of_the_shell_counts_for_nothing_and_is_told(name):
     given = {**os.environ, "RUN": "no such run", "SEED": "7", "MODEL_PATH": "no such model"}
     done = subprocess.run([str(ROOT / name), "--no-such-option"], capture_output=True, text=True, env=given)
     told = re.findall(
-        r"careful   (\w+) was set in the shell, which counts for nothing: .* of " + re.escape(name), done.stderr
+        r"warning   (\w+) was set in the shell, which counts for nothing: .* of " + re.escape(name), done.stderr
     )
     fields = {f.metadata["var"] for f in dataclasses.fields(CONFIGS[name])}
     assert done.returncode == 2 and set(told) == {"SEED", "MODEL_PATH"} & fields, done.stderr

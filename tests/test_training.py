@@ -337,7 +337,7 @@ def test_a_step_without_a_number_is_left_out_and_changes_nothing(ready, monkeypa
     assert records[-1]["loss"] is None and records[-1]["grad_norm"] is None
     said = capsys.readouterr().out
     assert (
-        "careful   step 6: its loss is nan (micro-batch 5: 'User: " in said
+        "warning   step 6: its loss is nan (micro-batch 5: 'User: " in said
         and "left out, 1 of NAN_LIMIT=3 in a row" in said
     )
 

@@ -181,7 +181,7 @@ def test_auto_leaves_out_what_has_nothing_to_learn_and_says_so(ready, capsys):
     tokenize(tiny.write_jsonl(ready / "data" / "many.jsonl", rows))
     tokenize(tiny.write_jsonl(ready / "data" / "many.valid.jsonl", [{"text": "nothing that anybody has said"}]))
     run(ready, **{**COMMON, "VAL_DATA": "auto", "DATA_PATH": "many"})
-    assert "careful   many.valid is not looked at: " in capsys.readouterr().out
+    assert "warning   many.valid is not looked at: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name, words", [("none", "needs held-out data"), ("auto", "finds no NAME.valid")])

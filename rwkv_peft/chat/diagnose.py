@@ -80,10 +80,10 @@ def diagnose(name: str, base: str, precision: str) -> None:
     if changed:
         words = "not what the run learnt from (make_tokenize.sh has written it anew)"
         rows = "rows that stand below as trained may be new to it, and held-out ones may not be"
-        lines.append(f"careful   {', '.join(changed)}: {words}; {rows}")
+        lines.append(f"warning   {', '.join(changed)}: {words}; {rows}")
     elif files[0] and not all_seen:
         lines.append(
-            "careful   it had not gone through all its rows by then: some of those below as trained are new to it"
+            "warning   it had not gone through all its rows by then: some of those below as trained are new to it"
         )
     trained, held = [[row for rows in by_file.values() for row in rows] for by_file in files]
     asked_as = of_sidecar(chosen.sidecar, project.shown(adapter), original)
@@ -224,14 +224,14 @@ def rows_of(
     pairs, wrong = data_files(settings["DATA_PATH"]) if not settings["STREAMING"] else ([], [])
     if settings["STREAMING"]:
         lines.append("its rows were streamed: only held-out rows and the course of the loss can be looked at")
-    lines += [f"careful   DATA_PATH: {words}" for words in wrong]
+    lines += [f"warning   DATA_PATH: {words}" for words in wrong]
     targets = 0
 
     def put(by_file: dict[str, list[Row]], pair: tuple) -> int:
         try:
             found, whole = take(settings, pair, vocab_size, lines.append)
         except Problems as problems:  # nothing that could be learnt from
-            lines.append(f"careful   {project.shown(pair[0])}: {problems.problems[0].message}")
+            lines.append(f"warning   {project.shown(pair[0])}: {problems.problems[0].message}")
             return 0
         by_file.setdefault(project.shown(pair[0]).removesuffix(".valid"), []).extend(found)
         return whole
@@ -243,12 +243,12 @@ def rows_of(
         others = [(prefix.with_name(f"{prefix.name}.valid"), weight) for prefix, weight in pairs]
     else:
         others, wrong = data_files(settings["VAL_DATA"])
-        lines += [f"careful   VAL_DATA: {words}" for words in wrong]
+        lines += [f"warning   VAL_DATA: {words}" for words in wrong]
     for pair in there(others):
         put(held, pair)
     if trained and not held:
         words = "what was learnt by heart cannot be told; VALID_PERCENT=5 in make_tokenize.sh sets some aside"
-        lines.append(f"careful   there are no held-out rows: {words}")
+        lines.append(f"warning   there are no held-out rows: {words}")
     if not trained and not held:
         raise UserError("\n".join([*lines, "There is no row to look at: see DATA_PATH and VAL_DATA in training.sh."]))
     return (trained, held), lines, targets

@@ -160,7 +160,7 @@ def held_out(config: TrainConfig, files, ctx_len: int, vocab_size: int, say) -> 
                 opened([(prefix, Fraction(1))])
                 pairs.append((prefix, Fraction(1)))
             except Problems as problems:  # (nobody has asked for it by name)
-                say(f"careful   {prefix.name} is not looked at: {problems.problems[0].message}")
+                say(f"warning   {prefix.name} is not looked at: {problems.problems[0].message}")
         wanted = [
             name for name, value in (("VAL_PATIENCE", config.val_patience), ("KEEP_BEST", config.keep_best)) if value
         ]

@@ -47,9 +47,9 @@ def everybody(run: Prepared, cleanup: contextlib.ExitStack, say: Callable[[str],
     write_json(folder / "run.json", run.settings)
     runs.point_latest(folder)
     if not found and (folder / runs.BEFORE).exists():
-        say(f"careful   an earlier run of this name saved nothing; its log is {project.shown(folder / runs.BEFORE)}")
+        say(f"warning   an earlier run of this name saved nothing; its log is {project.shown(folder / runs.BEFORE)}")
     if len(before) < done:
-        say(f"careful   loss.jsonl has only {len(before)} of the {done} steps that are done; loss.png will show a gap")
+        say(f"warning   loss.jsonl has only {len(before)} of the {done} steps that are done; loss.png will show a gap")
     progress = Progress(run.steps, config.epoch_count, before, machine.most_memory, done)
     log = LossFile(folder / "loss.jsonl")
     known = {"wandb": found.facts["wandb"], **found.facts.get("trackers", {})} if found else {}

@@ -139,7 +139,7 @@ class StepRecorder(pl.Callback):
             raise UserError(
                 f"\nTraining stops: NAN_LIMIT={self.limit} steps in a row were left out. The last, {words}. {TOO_HIGH}"
             )
-        self.say(f"careful   {words}: left out, {self.in_a_row} of NAN_LIMIT={self.limit} in a row")
+        self.say(f"warning   {words}: left out, {self.in_a_row} of NAN_LIMIT={self.limit} in a row")
 
 
 class Progress:
@@ -288,7 +288,7 @@ class Save(pl.Callback):
                 runs.drop_old_steps(self.folder, step, self.most_steps)
                 self.draw(False)
         except (OSError, UserError) as error:
-            self.say(f"careful   rwkv-step-{step}.pth could not be saved; training goes on. {error}")
+            self.say(f"warning   rwkv-step-{step}.pth could not be saved; training goes on. {error}")
 
     def put(self, trainer, module, *what) -> Path | None:
         """Write what is trained, with all processes; returns the first one's path. what: the rest of `write`'s arguments."""

@@ -145,7 +145,7 @@ class Keep(pl.Callback):
                     self.write(ready, facts)
                     self.saved = self.step
             except (OSError, UserError) as error:
-                self.say(f"careful   the state of step {self.step} could not be saved; training goes on. {error}")
+                self.say(f"warning   the state of step {self.step} could not be saved; training goes on. {error}")
         if trainer.world_size > 1:
             trainer.strategy.barrier()
 

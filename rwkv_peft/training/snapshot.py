@@ -198,7 +198,7 @@ def whole(
             must_be_whole(found)
             return found
         except UserError as error:
-            say(f"careful   {error}")
+            say(f"warning   {error}")
     if folders:
         raise UserError(f"{shown(folder_of(run))}: none of its states is whole; nothing can go on from there.")
     return None

@@ -83,7 +83,7 @@ class Validate(Rounds):
             self.records, self.others = trainer.strategy.broadcast((self.records, self.others))
         super().on_train_start(trainer, module)
         if self.others:
-            self.say("careful   VAL_DATA is not what it was: what is the best so far is counted anew")
+            self.say("warning   VAL_DATA is not what it was: what is the best so far is counted anew")
             self.begin(trainer, module)
 
     @torch.no_grad()
