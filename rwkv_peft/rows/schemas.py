@@ -7,13 +7,10 @@ is harmless metadata, or is counted in `Reader.unused`.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-
-import orjson
 
 from ..roles import Role
 from ..templates.template import Dialogue, Message
@@ -37,6 +34,7 @@ from .keys import (
     squashed,
 )
 from .mojibake import doctor
+from .tools import agreed_call, agreed_tools, call_text
 from .values import (
     NOT_TEXT,
     RowError,
@@ -47,7 +45,6 @@ from .values import (
     short,
     split_reasoning,
     wants_a_look,
-    without_padding,
 )
 
 __all__ = ["HANDLERS", "INFILLING", "Columns", "Reader", "Row", "RowError", "columns", "kind"]
@@ -351,7 +348,7 @@ class Reader:
         think, words, call = "", "", ""
         answer = self.one_answer(row[response], response)
         if response in parts.calls or parts.tools and turns.is_call(answer):
-            call = self.call_text("its call", answer)
+            call = call_text("its call", answer, self.padded, self.unused)
         elif is_nothing(row[response]):
             raise RowError("empty", f'its "{response}" is empty')
         else:
@@ -369,7 +366,11 @@ class Reader:
                 raise RowError("wrong type", f'its "{list_name}" has {short(flags[-1])}; it must be 0 or 1')
             learn = learn != (squashed(list_name) == "masked")
         found.append(Message(Role.ASSISTANT, words, think=think, learn=learn is not False, call=call))
-        return schema, Dialogue(tuple(found), self.tools([(name, row[name]) for name in parts.tools])), used
+        return (
+            schema,
+            Dialogue(tuple(found), agreed_tools([(name, row[name]) for name in parts.tools], self.padded, self.unused)),
+            used,
+        )
 
     def asked(self, row: Row, name: str) -> str:
         """A question or its second text. In rows for infilling blanks are words as well: a suffix may be a line break."""
@@ -443,7 +444,7 @@ class Reader:
             message = self.plain_message(one) or self.message(i, one, rows, unknown)
             if message is None:
                 if isinstance(one, dict):
-                    tools += self.tools_of_system(one)
+                    tools += tools_of_system(one)
                 continue
             role = message.role
             if role is Role.ASSISTANT:
@@ -451,7 +452,7 @@ class Reader:
                 if learn is False:
                     message = message._replace(learn=False)
             elif role is Role.SYSTEM:
-                tools += self.tools_of_system(one)
+                tools += tools_of_system(one)
                 if system and len(found) == 1:  # said in a column of its own and in the conversation
                     if system.strip() != message.content.strip():
                         says = f"{short(system)} and {short(message.content)}"
@@ -460,7 +461,7 @@ class Reader:
             found.append(message)
         if not answers:
             raise RowError("no answer", "the conversation has no assistant message")
-        return Dialogue(tuple(found), self.tools(tools))
+        return Dialogue(tuple(found), agreed_tools(tools, self.padded, self.unused))
 
     def with_flags(self, rows: list[Any], name: str, flags: list[Any]) -> list[Any]:
         """The messages with the flags of a list beside them: one for each message, or one for each answer."""
@@ -548,7 +549,7 @@ class Reader:
             if word in CALLS:
                 calls, content = [(word, content), *calls], ""
             if calls:
-                call = self.agreed_call(f"message {i}", calls)
+                call = agreed_call(f"message {i}", calls, self.padded, self.unused)
                 content = "" if content is None else content
         elif role is Role.SYSTEM:
             used += parts.tools
@@ -639,97 +640,10 @@ class Reader:
                     self.unused["key of a content part", key] = 1
         return "\n".join(found), "\n".join(thoughts)
 
-    # ---- tools and calls ----
 
-    def tools_of_system(self, one: Row) -> list[tuple[str, Any]]:
-        return [(name, one[name]) for name in parts_of(tuple(one)).tools]
-
-    def tools(self, found: Sequence[tuple[str, Any]]) -> str:
-        """The list of tools as one line of JSON; functions without the wrapper that OpenAI puts around them. RowError where
-        two lists disagree."""
-        texts = [(name, text) for name, value in found if (text := self.tools_text(value))]
-        for name, text in texts[1:]:
-            if text != texts[0][1]:
-                says = f"{short(texts[0][1])} and {short(text)}"
-                raise RowError(
-                    "two values", f'has two lists of tools, "{texts[0][0]}" and "{name}", that disagree: {says}'
-                )
-        return texts[0][1] if texts else ""
-
-    def tools_text(self, tools: Any) -> str:
-        if isinstance(tools, str):
-            try:
-                tools = orjson.loads(tools)
-            except orjson.JSONDecodeError:
-                return tools.strip()  # a description in words
-        elif self.padded:
-            tools = without_padding(tools)
-        if is_nothing(tools):
-            return ""
-        bare = []
-        for tool in tools if isinstance(tools, list) else [tools]:
-            if isinstance(tool, str):  # Arrow's columns of mixed kinds hold JSON text
-                try:
-                    tool = orjson.loads(tool)
-                except orjson.JSONDecodeError:
-                    bare.append(tool)
-                    continue
-            function = tool.get("function") if isinstance(tool, dict) else None
-            if isinstance(function, dict):
-                self.count_keys(tool, ("function", "type", "strict"), "key beside a tool's function")
-                bare.append(function)
-            else:
-                bare.append(tool)
-        return json.dumps(bare, ensure_ascii=False, default=str)
-
-    def count_keys(self, one: Row, used: tuple[str, ...], level: str) -> None:
-        for key in left_over(tuple(one), used):
-            if not is_nothing(one[key]):
-                self.unused[level, key] = 1
-
-    def agreed_call(self, where: str, calls: Sequence[tuple[str, Any]]) -> str:
-        texts = [(name, self.call_text(where, value)) for name, value in calls]
-        for name, text in texts[1:]:
-            if text != texts[0][1]:
-                raise RowError(
-                    "two values",
-                    f'{where}: "{texts[0][0]}" and "{name}" disagree: {short(texts[0][1])} and {short(text)}',
-                )
-        return texts[0][1]
-
-    def call_text(self, where: str, calls: Any) -> str:
-        """Tool calls as JSON text: {"name": ..., "arguments": {...}}, or a list of such where there are several. No arguments
-        at all (null, "", {}) are {}."""
-        if isinstance(calls, str):
-            try:
-                calls = orjson.loads(calls)
-            except orjson.JSONDecodeError:
-                raise RowError("tool call", f"{where} must hold its tool call as JSON") from None
-        written = []
-        for entry in calls if isinstance(calls, list) else [calls]:
-            call = entry
-            if isinstance(entry, dict) and isinstance(entry.get("function"), dict):
-                call = entry["function"]
-                self.count_keys(entry, ("function", "type", "id", "index"), "key beside a call's function")
-            if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-                raise RowError("tool call", f"{where} has a tool call without a name")
-            names = [key for key in ("arguments", "parameters", "args") if key in call]
-            values = [self.arguments(where, call["name"], call[key]) for key in names]
-            if any(value != values[0] for value in values[1:]):
-                raise RowError("two values", f'{where}: "{names[0]}" and "{names[1]}" of {call["name"]} disagree')
-            self.count_keys(call, ("name", *names, *(("id", "type") if call is entry else ())), "key of a call")
-            written.append({"name": call["name"], "arguments": values[0] if values else {}})
-        return json.dumps(written[0] if len(written) == 1 else written, ensure_ascii=False, default=str)
-
-    def arguments(self, where: str, name: str, value: Any) -> Any:
-        if is_nothing(value):
-            return {}
-        if isinstance(value, str):
-            try:
-                return orjson.loads(value)
-            except orjson.JSONDecodeError:
-                raise RowError("tool call", f"{where}: the arguments of {name} are not valid JSON") from None
-        return without_padding(value) if self.padded else value
+def tools_of_system(one: Row) -> list[tuple[str, Any]]:
+    """The tools that a system message brings, by their keys."""
+    return [(name, one[name]) for name in parts_of(tuple(one)).tools]
 
 
 def flag_word(value: Any) -> bool | None:
