@@ -79,7 +79,7 @@ RUN='' MODEL_PATH='' MERGE_BASE=original METHOD='' LORA_ALPHA='' PISSA_INIT='' r
 step "5/6  The same question to both: ./chat.sh --model ... --temperature 0 --prompt ..."
 question="How many steps does the Heron Bay lighthouse have?"
 ask() { # whatever you have made of chat.sh
-  MODEL_PATH="$1" ADAPTER='' PROMPT_TYPE=rwkv-world SYSTEM='' MAX_TOKENS=40 TEMPERATURE=0 TOP_P=1 SEED=1 PRECISION=auto \
+  MODEL_PATH="$1" ADAPTER='' PROMPT_TYPE=rwkv-world BOS=auto SYSTEM='' MAX_TOKENS=40 TEMPERATURE=0 TOP_K=0 TOP_P=1 SEED=1 PRECISION=auto \
     rwkv_peft/run.sh rwkv_peft.chat chat.sh --prompt "$question"
 }
 before="$(ask rwkv7-tiny.pth)"

@@ -157,7 +157,7 @@ def told(prompting: Prompting) -> Iterator[str]:
     texts = [*outside.values(), *prompting.stop_strings_beside_tokens]
     command = "llama-cli -m FILE --jinja"
     if texts:
-        yield "A .gguf has no place for stop texts either. Give the client these:"
+        yield "A .gguf has no place for stop texts. Give the client these:"
         yield f'  llama-server, "stop" of a request: {json.dumps(texts, ensure_ascii=False)}'
         command += "".join(f" --reverse-prompt {shell_text(text)}" for text in texts)
     yield f"Load it with llama.cpp: {command}    or make it smaller first with llama-quantize."

@@ -74,10 +74,20 @@ THINK = ("think", "thinking", "thought", "reasoning", "reasoning_content", "cot"
          "推理过程")  # fmt: skip
 TOOLS = ("tools", "functions", "available_tools", "工具", "工具列表", "函数")
 TOOL_CALLS = ("tool_calls", "tool_call", "function_call", "function_calls")
-FLAGS = ("weight", "loss", "train", "trainable", "masked", "loss_mask")  # is an answer to be learnt?
+FLAGS = (
+    "weight",
+    "loss",
+    "train",
+    "trainable",
+    "masked",
+    "loss_mask",
+    "loss_masks",
+    "train_mask",
+    "loss_weight",
+)  # is an answer to be learnt?
 HISTORY = ("history", "chat_history", "历史", "历史对话")
-MEDIA = ("image", "images", "img", "imgs", "image_url", "image_urls", "image_path", "image_paths", "picture", "pictures",
-         "audio", "audios", "audio_path", "video", "videos", "video_path", "图片", "图像", "音频", "视频")  # fmt: skip
+MEDIA = ("image", "images", "img", "imgs", "picture", "pictures", "audio", "audios", "video", "videos",
+         "photo", "photos", "pixel_values", "frames", "media", "图片", "图像", "音频", "视频")  # fmt: skip
 SPEAKER = ("role", "from", "speaker", "author", "sender", "角色", "说话人")
 SAID = ("content", "value", "text", "message", "utterance", "parts", "内容", "文本")
 
@@ -132,6 +142,12 @@ CERTAIN_MESSAGES = frozenset(map(squashed, MESSAGES))
 CERTAIN_TEXTS = frozenset(map(squashed, TEXTS))
 
 
+# ... and these words with what says where or how it is kept: image_path, audio_file, img_base64
+MEDIUM = re.compile(
+    r"(images?|imgs?|pictures?|photos?|audios?|videos?)(path|file|url|uri|bytes|base64|b64|data|filename|name)s?\Z"
+)
+
+
 class Parts(NamedTuple):
     """The keys of an object by the part that each may play, in the order of the tables. A key may stand in several."""
 
@@ -159,6 +175,7 @@ def parts_of(keys: tuple[str, ...]) -> Parts:
         part: tuple(key for _, key in sorted((names[squashed(key)], key) for key in keys if squashed(key) in names))
         for part, names in TABLES.items()
     }
+    found["media"] += tuple(key for key in keys if key not in found["media"] and MEDIUM.match(squashed(key)))
     return Parts(**found, beside_messages=tuple(key for key in keys if squashed(key) in BESIDE_MESSAGES))
 
 
@@ -223,14 +240,27 @@ def texts_of(variable: str, value: str, example: str) -> dict[str, str]:
     return given
 
 
+# what a text of turns begins a line with, in rows that hold a whole talk as one text
+TALK = re.compile(r"^\s*(?:USER|User|Human|HUMAN|用户|###\s*(?:Human|User))\s*[:：]", re.M)
+WORSE = frozenset(map(squashed, ("rejected", "wrong_answer", "wrong_answers")))  # of pairs of answers, the worse one
+
+
 def proposed_keys(row: Mapping[str, Any]) -> str:
     """The MAP_KEYS line that could make a row of unknown columns usable, or ""."""
-    names = [name for name, value in row.items() if name and squashed(name) not in HARMLESS_NAMES]
-    lists = [name for name in names if isinstance(row[name], list) and row[name] and isinstance(row[name][0], dict)]
-    texts = [name for name in names if isinstance(row[name], str | int | float) and row[name] != ""]
-    texts = [
-        name for name in texts if squashed(name) not in ("rejected", "wronganswer")
-    ]  # of pairs of answers, the worse one
+    names = [
+        n
+        for n in row
+        if n and squashed(n) not in HARMLESS_NAMES and squashed(n) not in WORSE and "id" not in words_of(n)
+    ]
+    lists = [
+        n for n in names if isinstance(row[n], list) and row[n] and isinstance(row[n][0], dict) and is_talk(row[n][0])
+    ]
+    texts = [n for n in names if isinstance(row[n], str) and row[n].strip()]
+    talk = next((n for n in texts if TALK.search(row[n])), "")
+    if talk:
+        return f"--convert-headings --map-keys {quoted({'text': talk})}"
+    # of many texts the two longest are what is asked and what is said
+    texts = [n for n in names if n in sorted(texts, key=lambda name: -len(row[name]))[:2]] if len(texts) > 2 else texts
     if lists:
         keys = {"messages": lists[0]}
     elif len(texts) > 1:
@@ -240,6 +270,16 @@ def proposed_keys(row: Mapping[str, Any]) -> str:
     else:
         return ""
     return f"--map-keys {quoted(keys)}"
+
+
+def words_of(name: str) -> list[str]:
+    return re.findall(r"[a-z]+", name.lower())
+
+
+def is_talk(one: Mapping[str, Any]) -> bool:
+    """Whether an object of a list may be a message."""
+    parts = parts_of(tuple(one))
+    return bool(parts.speaker or parts.said)
 
 
 def proposed_roles(unknown: Iterable[str]) -> str:

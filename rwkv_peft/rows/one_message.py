@@ -20,6 +20,7 @@ from .values import RowError, is_nothing
 CONVERSATION = {squashed(name): i for i, name in enumerate((
     "conversation_id", "conv_id", "conversation", "dialogue_id", "dialog_id", "chat_id", "session_id", "thread_id", "group_id",
     "对话id", "会话id", "id", "编号"))}  # fmt: skip
+ROLES = tuple(map(squashed, ("role", "speaker", "角色", "说话人")))
 UNSURE = ("id", "编号")  # these name a conversation only where rows share a value
 TURN = tuple(
     map(
@@ -94,10 +95,12 @@ def grouping(block: Block) -> tuple[str, ...]:
 
 def is_single_message(row: Any, parts: Parts) -> bool:
     """Whether a row is a message: it has a role and a text, and no conversation."""
-    role = next((row[key] for key in parts.speaker if isinstance(row[key], str)), "")
     said = any(isinstance(row[key], str) for key in parts.said)
     lists = any(isinstance(row[key], list) for key in parts.messages)
-    return said and not lists and (role.strip().lower() in ROLE_NAMES)
+    # (an author or a sender may be anybody; a role or a speaker is one of a conversation, known or not)
+    sure = any(isinstance(row[key], str) and row[key].strip() and squashed(key) in ROLES for key in parts.speaker)
+    role = next((row[key] for key in parts.speaker if isinstance(row[key], str)), "")
+    return said and not lists and (sure or role.strip().lower() in ROLE_NAMES)
 
 
 def whole(messages: list[tuple[int, dict[str, Any]]]) -> tuple[int, dict[str, Any]]:
@@ -136,7 +139,7 @@ def is_number(value: Any) -> bool:
     return True
 
 
-def trees(messages: list[tuple[int, dict[str, Any]]]) -> Iterator[tuple[int, dict[str, Any]]]:
+def trees(messages: list[tuple[int, dict[str, Any]]]) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
     """Every path from a root to a leaf; of the children of a message, the one of the best rank comes first."""
     keys = {squashed(key): key for key in messages[0][1]}
     own, parent = keys["messageid"], keys["parentid"]
@@ -152,7 +155,11 @@ def trees(messages: list[tuple[int, dict[str, Any]]]) -> Iterator[tuple[int, dic
     for some in children.values():
         some.sort(key=lambda pair: pair[1]["rank"] if is_number(pair[1].get("rank")) else 0)
     used: set[int] = set()  # messages that an earlier path has
-    waiting = [[root] for root in reversed(children.get("", []))]
+    for number, message in children.get("", []):
+        if is_answer(message) and not is_nothing(message.get(parent)):
+            yield number, RowError("orphan", f"answers the message {message[parent]!r}, which is not in the file")
+    roots = [(n, m) for n, m in children.get("", []) if not is_answer(m) or is_nothing(m.get(parent))]
+    waiting = [[root] for root in reversed(roots)]
     while waiting:
         path = waiting.pop()
         below = children.get(str(path[-1][1].get(own)), []) if len(path) < 1000 else []

@@ -23,6 +23,7 @@ from .keys import (
     HARMLESS_IN_MESSAGES,
     QUESTION_NAMES,
     ROLE_NAMES,
+    THINK,
     Columns,
     Parts,
     chosen,
@@ -33,12 +34,14 @@ from .keys import (
     proposed_roles,
     squashed,
 )
+from .literals import parse_list
 from .mojibake import doctor
 from .tools import agreed_call, agreed_tools, call_text
 from .values import (
     NOT_TEXT,
     RowError,
     as_text,
+    bare_thought,
     check_text_only,
     is_nothing,
     kind,
@@ -68,6 +71,7 @@ KNOWN = {
 }
 INFILLING = "prefix/middle"  # what rows of prefix, suffix and middle are called
 PLAIN_ROLES = {name: role for name, role in ROLE_NAMES.items() if role in (Role.USER, Role.ASSISTANT)}
+THINK_NAMES = frozenset(map(squashed, THINK))
 FLAG_WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
@@ -94,6 +98,8 @@ class Reader:
             self.verdicts.clear()
         if self.unused:
             self.unused = Counter()
+        if isinstance(row.get("row"), dict) and "row_idx" in row:  # as the viewer of Hugging Face exports rows
+            row = row["row"]
         if self.columns.named:
             self.seen.update(name for name in self.columns.named if name in row)
         keys = tuple(row)
@@ -191,6 +197,9 @@ class Reader:
                     return "messages", (name,)
                 if sure:
                     empty = empty or ("messages", (name,))
+            for name in parts.prompts:
+                if isinstance(row[name], dict) and isinstance(row[name].get("replies"), list):
+                    return "messages", (name,)
         if wanted in ("auto", "pair") and (pair := self.pair_of(row, parts)):
             if row[pair[0]] is not None:
                 return "pair", pair
@@ -222,7 +231,8 @@ class Reader:
             answers = [name for name in (*parts.responses, *calls) if name != prompt]
             if not answers:
                 continue
-            response = next((name for name in answers if row[name] is not None), answers[0])
+            said_something = [name for name in answers if not is_nothing(row[name])]
+            response = (said_something or [name for name in answers if row[name] is not None] or answers)[0]
             complete = row[prompt] is not None and row[response] is not None
             if best is None or complete:
                 best = prompt, response
@@ -281,7 +291,7 @@ class Reader:
 
     def agreed(self, row: Row, names: Sequence[str], where: str = "its", structured: bool = False) -> str:
         """The text of a part that may have several names. RowError where two of them disagree."""
-        found = [(name, self.text(row[name], name, structured)) for name in names if not is_nothing(row[name])]
+        found = [(name, self.text(said(row[name]), name, structured)) for name in names if not is_nothing(row[name])]
         for name, text in found[1:]:
             if text.strip() != found[0][1].strip():
                 first = found[0]
@@ -308,10 +318,12 @@ class Reader:
 
     def flags_of_row(self, row: Row, names: tuple[str, ...]) -> tuple[bool | None, str, list[Any] | None]:
         """The flag of a whole row; the name of the column that has one flag for each message, and its list."""
-        lists = [name for name in names if isinstance(row[name], list) and row[name]]
-        if len(lists) > 1 and any(row[name] != row[lists[0]] for name in lists[1:]):
-            raise RowError("two values", f'its "{lists[0]}" and "{lists[1]}" disagree')
-        return self.flag(row, names, "it"), lists[0] if lists else "", row[lists[0]] if lists else None
+        lists = {name: found for name in names if (found := list_of_flags(row[name]))}
+        first = next(iter(lists), "")
+        for name, found in lists.items():
+            if found != lists[first]:
+                raise RowError("two values", f'its "{first}" and "{name}" disagree')
+        return self.flag(row, [name for name in names if name not in lists], "it"), first, lists.get(first)
 
     # ---- rows of a question and an answer ----
 
@@ -325,6 +337,7 @@ class Reader:
         found_names = (*system_names, *think_names, *parts.tools, *flag_names, *parts.history, *parts.media)
         used = (prompt, query, response, *found_names)
         schema = self.name_of_pair(prompt, response)
+        row = {**row, response: self.one_answer(row[response], response)}
         if turns.have_roles(row[prompt]) or turns.have_roles(row[response]):  # messages on one side or both
             asked = row[prompt] if isinstance(row[prompt], list) else [{"role": "user", "content": row[prompt]}]
             said = (
@@ -337,7 +350,7 @@ class Reader:
         for name in parts.history:
             if not is_nothing(row[name]):
                 found += self.history(row[name], name)
-        question, material = self.asked(row, prompt), self.asked(row, query)
+        question, material = self.asked(row, prompt), self.asked(row, query, structured=True)
         if not question and not material:
             raise RowError("empty", f'its "{prompt}" is empty')
         if not question and not self.infill:
@@ -346,7 +359,7 @@ class Reader:
             check_text_only(text, f'its "{name}"')
         found.append(Message(Role.USER, question, material=material))
         think, words, call = "", "", ""
-        answer = self.one_answer(row[response], response)
+        answer = row[response]
         if response in parts.calls or parts.tools and turns.is_call(answer):
             call = call_text("its call", answer, self.padded, self.unused)
         elif is_nothing(row[response]):
@@ -356,7 +369,7 @@ class Reader:
             check_text_only(words, f'its "{response}"')
             if not words.strip() and not think:
                 raise RowError("empty", f'its "{response}" is empty')
-        think = self.one_thought(think, self.agreed(row, think_names), "its answer")
+        think = self.one_thought(think, bare_thought(self.agreed(row, think_names)), "its answer")
         learn, list_name, flags = self.flags_of_row(row, flag_names)
         if flags is not None:
             if len(flags) not in (1, 2):
@@ -372,16 +385,30 @@ class Reader:
             used,
         )
 
-    def asked(self, row: Row, name: str) -> str:
+    def asked(self, row: Row, name: str, structured: bool = False) -> str:
         """A question or its second text. In rows for infilling blanks are words as well: a suffix may be a line break."""
         value = row.get(name) if name else None
-        return self.string(value) if self.infill and isinstance(value, str) else self.optional(row, name)
+        if self.infill and isinstance(value, str):
+            return self.string(value)
+        return "" if is_nothing(value) else self.text(value, name, structured)
 
     def one_answer(self, value: Any, name: str) -> Any:
-        """Of a column "answers", which holds several that are right: the first (SQuAD: its text)."""
+        """An answer that is a message or a content in parts; of a column "answers", which holds several that are right, the best
+        (SQuAD: its first text; Nectar: that of rank 1)."""
+        if isinstance(value, dict) and turns.have_roles([value]):
+            return [value]
+        if (
+            isinstance(value, list)
+            and value
+            and all(isinstance(one, dict) and set(one) <= {"type", "text"} for one in value)
+        ):
+            return said(value)
         if squashed(name) != "answers":
             return value
         texts = value.get("text") if isinstance(value, dict) else value
+        if turns.is_messages(texts):
+            texts = sorted(texts, key=lambda one: one["rank"] if isinstance(one.get("rank"), int | float) else 0)
+            texts = [one.get("answer", one.get("text")) for one in texts]
         if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
             if len(texts) > 1 or isinstance(value, dict) and len(value) > 1:
                 self.unused["part of the column", "answers, but for the first text of them"] = 1
@@ -412,19 +439,44 @@ class Reader:
     # ---- conversations ----
 
     def conversation(self, row: Row, parts: Parts, name: str) -> tuple[str, Dialogue, tuple[str, ...]]:
-        rows = turns.normal(turns.parsed(row[name]) if isinstance(row[name], str) else row[name])
+        value = turns.parsed(row[name]) if isinstance(row[name], str) else row[name]
+        if isinstance(value, dict) and turns.has_branches(value if "replies" in value else value.get("prompt")):
+            self.unused["part of the tree", "replies that are not the best"] = 1
+        rows = turns.normal(value)
+        answer = [key for key in parts.responses if key not in (name, *parts.said) and not is_nothing(row[key])]
+        if answer:  # the columns of a pair beside the messages: an instruction among them is no system text
+            parts = parts._replace(beside_messages=())
+        if answer and not any(
+            self.role_of(one) is Role.ASSISTANT for one in rows
+        ):  # the answer has a column of its own
+            rows = [*rows, {"role": "assistant", "content": row[answer[0]]}]
+            answer = answer[:1]
+        else:
+            answer = []
+        asked = next((one for one in rows if self.role_of(one) is Role.USER), {})
+        same = [key for key in parts.beside_messages if row[key] in asked.values()]  # the first question again
+        parts = parts._replace(beside_messages=tuple(key for key in parts.beside_messages if key not in same))
         dialogue = self.messages(rows, row, parts)
-        used = [name, *parts.system, *parts.tools, *flags_in(row, parts), *parts.media, *parts.beside_messages]
+        used = [
+            name,
+            *parts.system,
+            *parts.tools,
+            *flags_in(row, parts),
+            *parts.media,
+            *parts.beside_messages,
+            *same,
+            *answer,
+        ]
         if thoughts := [key for key in parts.think if not is_nothing(row[key])]:
             answers = [i for i, m in enumerate(dialogue.messages) if m.role is Role.ASSISTANT]
             if (
                 len(answers) == 1
             ):  # of several answers, nothing tells which one it belongs to: it is reported as not used
                 used += thoughts
-                answer = dialogue.messages[answers[0]]
-                think = self.one_thought(answer.think, self.agreed(row, thoughts), "its answer")
+                last = dialogue.messages[answers[0]]
+                think = self.one_thought(last.think, bare_thought(self.agreed(row, thoughts)), "its answer")
                 changed = list(dialogue.messages)
-                changed[answers[0]] = answer._replace(think=think)
+                changed[answers[0]] = last._replace(think=think)
                 dialogue = Dialogue(tuple(changed), dialogue.tools)
         return ("sharegpt" if "from" in rows[0] else name), dialogue, tuple(used)
 
@@ -439,9 +491,17 @@ class Reader:
         system = self.agreed(row, (*parts.system, *parts.beside_messages))
         if system:
             found.append(Message(Role.SYSTEM, system))
-        unknown = [] if self.columns.roles else None
+        unknown, pending = [] if self.columns.roles else None, ""
         for i, one in enumerate(rows, 1):
+            if thought := self.lone_thought(one):  # belongs to the answer that follows
+                pending = thought
+                continue
             message = self.plain_message(one) or self.message(i, one, rows, unknown)
+            if pending and message is not None:
+                if message.role is not Role.ASSISTANT:
+                    raise RowError("reasoning", f"message {i - 1} is a thought, and no answer follows it")
+                message = message._replace(think=self.one_thought(message.think, pending, f"message {i}"))
+                pending = ""
             if message is None:
                 if isinstance(one, dict):
                     tools += tools_of_system(one)
@@ -459,9 +519,21 @@ class Reader:
                         raise RowError("two values", f"has two system texts, in a column and as a message: {says}")
                     continue
             found.append(message)
+        if pending:
+            raise RowError("reasoning", "the last message is a thought, and no answer follows it")
         if not answers:
             raise RowError("no answer", "the conversation has no assistant message")
         return Dialogue(tuple(found), agreed_tools(tools, self.padded, self.unused))
+
+    def lone_thought(self, one: Any) -> str:
+        """The text of a message that is a thought by its role, "" for any other."""
+        if type(one) is not dict or one.get("role", "user") in PLAIN_ROLES:
+            return ""
+        parts = parts_of(tuple(one))
+        name = next((one[key] for key in parts.speaker if isinstance(one[key], str)), "")
+        if squashed(name) not in THINK_NAMES or name.strip().lower() in self.columns.roles:
+            return ""
+        return bare_thought(self.text(said(one[parts.said[0]]) if parts.said else None, name))
 
     def with_flags(self, rows: list[Any], name: str, flags: list[Any]) -> list[Any]:
         """The messages with the flags of a list beside them: one for each message, or one for each answer."""
@@ -495,12 +567,18 @@ class Reader:
         """The role of a message, None where it has none that is known."""
         if not isinstance(one, dict):
             return None
-        names = parts_of(tuple(one)).speaker
-        name = next((one[key] for key in names if not is_nothing(one[key])), None)
-        word = str(name).strip().lower()
+        word = str(self.speaker_of(one)[1]).strip().lower()
         if word in self.columns.roles:
             return self.columns.roles[word]
         return Role.ASSISTANT if word in CALLS else ROLE_NAMES.get(word)
+
+    def speaker_of(self, one: Row) -> tuple[str, Any]:
+        """The key that says who speaks, and what it says; ("", None) where there is none."""
+        key = next(
+            (key for key in parts_of(tuple(one)).speaker if not is_nothing(one[key])), ""
+        ) or turns.speaker_elsewhere(one)
+        name = one.get(key)
+        return key, name.get("role") if isinstance(name, dict) else name  # ChatGPT's {"author": {"role": ...}}
 
     def plain_message(self, one: Any) -> Message | None:
         """A message of nothing but a role and its words, which most are: what `message` would give, sooner. Or None."""
@@ -522,8 +600,7 @@ class Reader:
             raise RowError("wrong type", f"message {i} must be an object with role and content")
         keys = tuple(one)
         parts = parts_of(keys)
-        speaker = next((key for key in parts.speaker if not is_nothing(one[key])), None)
-        name = one[speaker] if speaker else None
+        speaker, name = self.speaker_of(one)
         word = name.strip().lower() if isinstance(name, str) else ""
         if word in self.columns.roles:
             role = self.columns.roles[word]
@@ -533,9 +610,11 @@ class Reader:
             role = Role.ASSISTANT if word in CALLS else ROLE_NAMES.get(word)
             if role is None:
                 raise self.unknown_role(i, name, rows)
-        said = next((key for key in parts.said if one[key] is not None and key != speaker), None)
-        content = one[said] if said else None
-        used = [key for key in (speaker, said) if key]
+        text_key = next((key for key in parts.said if one[key] is not None and key != speaker), None)
+        content = one[text_key] if text_key else None
+        if isinstance(content, dict) and isinstance(content.get("parts"), list):  # ChatGPT's export
+            content = content["parts"]
+        used = [key for key in (speaker, text_key) if key]
         for key in parts.media:
             if not is_nothing(one[key]):
                 raise RowError("not text", f'message {i} ({name}) has something in "{key}": {NOT_TEXT}')
@@ -554,7 +633,8 @@ class Reader:
         elif role is Role.SYSTEM:
             used += parts.tools
         where = f"message {i} ({name})"
-        if content is None and role in (Role.SYSTEM, Role.TOOL):
+        thought_elsewhere = think or role is Role.ASSISTANT and any(not is_nothing(one[key]) for key in parts.think)
+        if content is None and (role in (Role.SYSTEM, Role.TOOL) or thought_elsewhere):
             content = ""
         elif isinstance(content, dict | list) and role in (Role.USER, Role.SYSTEM) or content is None:
             raise RowError("wrong type", f"{where} has no text in content")
@@ -573,7 +653,7 @@ class Reader:
             inside, content = split_reasoning(content)
         except RowError as error:
             raise RowError(error.reason, f"{where} {error.message}") from None
-        thoughts = self.agreed(one, parts.think, f"{where}:") if parts.think else ""
+        thoughts = bare_thought(self.agreed(one, parts.think, f"{where}:")) if parts.think else ""
         think = self.one_thought(self.one_thought(inside, think, where), thoughts, where)
         if empty and not call and not think:
             raise RowError("empty", f"{where} is empty")
@@ -622,13 +702,21 @@ class Reader:
             if not isinstance(part, dict):
                 raise RowError("not text", f"message {i} has a part of type {kind(part)}; only text can be trained")
             named = parts_of(tuple(part))
-            thought = [key for key in named.think if isinstance(part[key], str)]
-            if isinstance(part.get("text"), str):
+            of_type = squashed(str(part.get("type", "")))
+            is_thought = of_type in THINK_NAMES or of_type == "summarytext" or part.get("thought") is True
+            held = next(
+                (key for key in ("text", *named.think, "content", "summary") if isinstance(said(part.get(key)), str)),
+                "",
+            )
+            if held and is_thought:
+                thoughts.append(said(part[held]))
+                used = ("type", "signature", "thought", held)
+            elif held == "text":
                 found.append(part["text"])
                 used = ("text", "type")
-            elif thought and part.get("type") in ("thinking", "reasoning", "thought", None):
-                thoughts.append(part[thought[0]])
-                used = ("type", "signature", thought[0])
+            elif held in named.think and not of_type:
+                thoughts.append(part[held])
+                used = (held,)
             else:
                 raise RowError(
                     "not text", f"message {i} has a part of type {part.get('type')}; only text can be trained"
@@ -646,15 +734,38 @@ def tools_of_system(one: Row) -> list[tuple[str, Any]]:
     return [(name, one[name]) for name in parts_of(tuple(one)).tools]
 
 
+def said(value: Any) -> Any:
+    """The text of a system text or thought that is an object or a list of parts (Gemini, Anthropic); else the value."""
+    if isinstance(value, dict) and len(named := parts_of(tuple(value)).said) and value.get("type", "text") == "text":
+        return said(value[named[0]])
+    if (
+        isinstance(value, list)
+        and value
+        and all(isinstance(one, dict) and isinstance(one.get("text"), str) for one in value)
+    ):
+        return "\n".join(one["text"] for one in value)
+    return value
+
+
 def flag_word(value: Any) -> bool | None:
     """What a flag says: true, false, 0, 1, and the same as texts; None for anything else."""
     return FLAG_WORDS.get(str(value).strip().lower().removesuffix(".0"))
 
 
+def list_of_flags(value: Any) -> list[Any] | None:
+    """A list of flags, or text of one, as a cell of a table holds it; None for anything else."""
+    if isinstance(value, str) and value.lstrip()[:1] == "[":
+        try:
+            value = parse_list(value)
+        except ValueError:
+            return None
+    return value if isinstance(value, list) and value else None
+
+
 def flags_in(row: Row, parts: Parts) -> tuple[str, ...]:
     """The columns of a row that are flags. One of this name with another number (the loss of an earlier model, the weight of a
     sample) is none, and is reported as not used."""
-    return tuple(name for name in parts.flags if isinstance(row[name], list) or flag_word(row[name]) is not None)
+    return tuple(name for name in parts.flags if list_of_flags(row[name]) or flag_word(row[name]) is not None)
 
 
 def known_roles() -> str:

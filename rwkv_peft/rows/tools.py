@@ -13,6 +13,7 @@ from typing import Any
 import orjson
 
 from .keys import left_over
+from .literals import parse_list
 from .values import RowError, is_nothing, short, without_padding
 
 Unused = dict[tuple[str, str], int]
@@ -104,7 +105,7 @@ def arguments(where: str, name: str, value: Any, padded: bool) -> Any:
         return {}
     if isinstance(value, str):
         try:
-            return orjson.loads(value)
-        except orjson.JSONDecodeError:
+            return parse_list(value)
+        except ValueError:
             raise RowError("tool call", f"{where}: the arguments of {name} are not valid JSON") from None
     return without_padding(value) if padded else value

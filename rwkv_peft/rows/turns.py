@@ -103,6 +103,8 @@ def normal(rows: Any) -> list[Any]:
     if all(isinstance(one, str) for one in rows):
         return of_texts(rows)
     if all(isinstance(one, list) and len(one) == 2 for one in rows):
+        if all(isinstance(who, str) and who.strip().lower() in ROLE_NAMES for who, _ in rows):
+            return [{"role": who, "content": words} for who, words in rows]
         return [m for pair in rows for m in of_texts(pair)]
     if isinstance(rows[0], dict) and ("role" in rows[0] or "from" in rows[0]):  # what most are
         return rows
@@ -126,6 +128,10 @@ def of_object(rows: dict[str, Any]) -> list[Any]:
         if len(sizes) != 1 or -1 in sizes:
             raise RowError("wrong type", "its conversation is an object of lists, which must all be of one length")
         return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
+    if isinstance(rows.get("replies"), list):
+        return of_tree(rows)
+    if isinstance(rows.get("prompt"), dict) and isinstance(rows["prompt"].get("replies"), list):
+        return of_tree(rows["prompt"])
     if parts_of(tuple(rows)).speaker:
         return [rows]
     if rows and all(NUMBERED.match(str(key)) and isinstance(value, dict) for key, value in rows.items()):
@@ -133,11 +139,18 @@ def of_object(rows: dict[str, Any]) -> list[Any]:
         return [rows[key] for key in ordered]
     if len(found := of_turn(rows)) > 1:
         return found
-    if isinstance(rows.get("replies"), list) or isinstance(rows.get("prompt"), dict):
-        return of_tree(rows["prompt"] if isinstance(rows.get("prompt"), dict) else rows)
     raise RowError(
         "wrong type", f"{SHAPE}, not an object with {', '.join(map(repr, list(rows)[:4])) or 'nothing in it'}"
     )
+
+
+def has_branches(node: dict[str, Any]) -> bool:
+    """Whether a tree of replies has more than one path."""
+    while isinstance(node, dict) and node.get("replies"):
+        if len(node["replies"]) > 1:
+            return True
+        node = node["replies"][0]
+    return False
 
 
 def of_tree(node: dict[str, Any]) -> list[Any]:
@@ -154,21 +167,25 @@ def of_tree(node: dict[str, Any]) -> list[Any]:
 def of_turn(one: dict[str, Any]) -> list[dict[str, Any]]:
     """The messages of an object that has what several speakers say: the system first, then the user, then the assistant."""
     parts = parts_of(tuple(one))
-    if any(isinstance(one[key], str) for key in parts.speaker):
+    if any(isinstance(one[key], str | dict) for key in parts.speaker) or speaker_elsewhere(one):
         return [one]
     roles = {key: role for key in one if (role := role_of_key(key)) is not None}
-    if Role.USER not in roles.values():
-        roles |= {key: Role.USER for key in parts.prompts[:1] if key not in roles}
-    if Role.ASSISTANT not in roles.values():
-        roles |= {key: Role.ASSISTANT for key in parts.responses[:1] if key not in roles}
-    if not roles or parts.said and not set(parts.said) & set(roles) and Role.USER not in roles.values():
+    asked = [key for key in parts.prompts if key not in roles]
+    answered = [key for key in parts.responses if key not in roles and key not in parts.said and key not in asked[:1]]
+    if Role.USER not in roles.values() and asked and (answered or Role.ASSISTANT in roles.values()):
+        roles[asked[0]] = Role.USER
+    if Role.ASSISTANT not in roles.values() and answered and Role.USER in roles.values():
+        roles[answered[0]] = Role.ASSISTANT
+    if not roles:
         return [one]
     names = {Role.SYSTEM: "system", Role.USER: "user", Role.ASSISTANT: "assistant", Role.TOOL: "tool"}
     found = []
-    rest = {key: value for key, value in one.items() if key not in roles and not is_moss_nothing(key, value)}
+    rest = {
+        key: without_moss_tags(value) for key, value in one.items() if key not in roles and not is_moss_nothing(value)
+    }
     for role in (Role.SYSTEM, Role.USER, Role.ASSISTANT, Role.TOOL):
         for key in (key for key, of in roles.items() if of is role):
-            value = MOSS_TAGS.sub("", one[key]) if isinstance(one[key], str) and "<eo" in one[key] else one[key]
+            value = without_moss_tags(one[key])
             if not is_nothing(value) or role is Role.ASSISTANT:
                 found.append({"role": names[role], "content": value})
                 if role is Role.ASSISTANT:  # thoughts, flags, calls, and what is reported as not used
@@ -177,6 +194,14 @@ def of_turn(one: dict[str, Any]) -> list[dict[str, Any]]:
     if rest:
         found[-1] |= rest
     return found
+
+
+def speaker_elsewhere(one: dict[str, Any]) -> str:
+    """The key that says who speaks where a message has none of the usual ones: LangChain's type, a name; or ""."""
+    for key in ("type", "name"):
+        if isinstance(one.get(key), str) and one[key].strip().lower() in ROLE_NAMES:
+            return key
+    return ""
 
 
 def role_of_key(key: str) -> Role | None:
@@ -188,6 +213,10 @@ def squashed_thought(key: str) -> str:
     return "thinking" if squashed(key) == "innerthoughts" else key
 
 
-def is_moss_nothing(key: str, value: Any) -> bool:
+def without_moss_tags(value: Any) -> Any:
+    return MOSS_TAGS.sub("", value) if isinstance(value, str) and "<eo" in value else value
+
+
+def is_moss_nothing(value: Any) -> bool:
     """Whether a value of MOSS's turns says None in its own words."""
-    return isinstance(value, str) and "<eo" in value and MOSS_TAGS.sub("", value).strip() in ("None", "")
+    return isinstance(value, str) and "<eo" in value and without_moss_tags(value).strip() in ("None", "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -60,58 +61,117 @@ def short(value: Any, most: int = 40) -> str:
     return repr(text if len(text) <= most else text[: most - 3] + "...")
 
 
-# tags that data sets put around a thought, besides <think>
-OTHER_TAGS = re.compile(
-    r"\s*(?:<(thinking|thought|reasoning)>(.*?)</\1>|<\|begin_of_thought\|>(.*?)<\|end_of_thought\|>|\[THINK\](.*?)\[/THINK\]"
-    r"|◁think▷(.*?)◁/think▷)(.*)\Z",
-    re.DOTALL,
+# tags that data sets put around a thought: what opens and what closes it. The last group are words of other markup too; they
+# count at the start of an answer, and where one closes that was never opened
+OPENING = re.compile(
+    r"<\s*think\s*>|<seed:think>|\[THINK\]|◁think▷|<\|begin_of_thought\|>|<\s*(thinking|thought|reasoning|reason)\s*>",
+    re.I,
 )
-SOLUTION = re.compile(r"\s*<\|begin_of_solution\|>(.*)<\|end_of_solution\|>\s*\Z", re.DOTALL)
-IN_CODE = re.compile(r"`+[^`]*</?think>[^`]*`+")  # an answer that writes about the tags
+CLOSING = re.compile(
+    r"<\s*/\s*think\s*>|</seed:think>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>|<\s*/\s*(thinking|thought|reasoning|reason)\s*>",
+    re.I,
+)
+SOLUTION = re.compile(r"\s*<\|begin_of_solution\|>(.*?)(?:<\|end_of_solution\|>)?\s*\Z", re.DOTALL)
+CHANNEL = re.compile(r"<\|channel\|>\s*(?:analysis|final|commentary)")
+MOST_TAGS = 50  # in an answer; one that writes about tags quotes a few
+TICKS = re.compile(r"`+")
 
 
 def split_reasoning(answer: str) -> tuple[str, str]:
-    """The thought of an answer, and the answer: <think>...</think> at its start.
+    """The thought of an answer, and the answer: <think>...</think> at its start, or the tags of other models.
 
     A closing tag without an opening one is repaired (DeepSeek's template gives the opening tag to the model, so its answers
     lack it). RowError where a thought never ends, or tags can be read in more than one way.
     """
     if not wants_a_look(answer):
         return "", answer
-    if other := OTHER_TAGS.match(answer):
-        think = next((text for text in other.groups()[1:5] if text is not None), "")
-        words = SOLUTION.match(other[6])
-        answer = f"{THINK}{think}{END_OF_THINK}{words[1] if words else other[6]}"
-    if THINK not in answer and END_OF_THINK not in answer:
-        return "", answer
-    bare = IN_CODE.sub(lambda found: " " * len(found[0]), answer)
-    opened, closed = bare.count(THINK), bare.count(END_OF_THINK)
-    starts = bare.lstrip().startswith(THINK)
-    if opened == closed == 0:
-        return "", answer
-    if opened > 1 or closed > 1:
+    if CHANNEL.search(answer):
         raise RowError(
-            "reasoning", f"has {opened} {THINK} and {closed} {END_OF_THINK} in one answer; one of each can be used"
+            "reasoning", "has the channels of gpt-oss (<|channel|>) in its text; put thought and answer into keys"
         )
-    if opened and not closed:
+    if solution := SOLUTION.match(answer):
+        answer = solution[1].strip()
+    starts = OPENING.match(answer.lstrip())
+    begin = len(answer) - len(answer.lstrip()) + starts.end() if starts else 0
+    tags = [list(itertools.islice(pattern.finditer(answer, begin), MOST_TAGS + 1)) for pattern in (OPENING, CLOSING)]
+    if max(map(len, tags)) > MOST_TAGS:
+        raise RowError("reasoning", f"has more than {MOST_TAGS} tags of thoughts in one answer")
+    opened, closed = ([tag for tag in some if not in_code(answer, begin, tag.start())] for some in tags)
+    if not starts:
+        # words that other markup has too count where one closes that was never opened
+        names = {(found[1] or "").lower() for found in opened}
+        closed = [found for found in closed if not (found[1] and found[1].lower() in names)]
+        opened = [found for found in opened if not found[1]]
+    elif starts[1]:
+        closed = [found for found in closed if (found[1] or "").lower() == starts[1].lower()]
+        opened = [found for found in opened if (found[1] or "").lower() == starts[1].lower()]
+    else:
+        opened, closed = [f for f in opened if not f[1]], [f for f in closed if not f[1]]
+    many = bool(starts) + len(opened)
+    if not many and not closed:
+        return "", answer
+    if many > 1 or len(closed) > 1:
+        raise RowError(
+            "reasoning", f"has {many} {THINK} and {len(closed)} {END_OF_THINK} in one answer; one of each can be used"
+        )
+    if not closed:
         raise RowError("reasoning", f"has a thought that never ends: there is {THINK}, but no {END_OF_THINK}")
-    if opened and not starts:
+    if opened:
         raise RowError("reasoning", f"has {THINK} in the middle of an answer; a thought must come first")
-    begin = bare.index(THINK) + len(THINK) if opened else 0
-    end = bare.index(END_OF_THINK)
-    if end < begin:
-        raise RowError("reasoning", f"has {END_OF_THINK} before {THINK}")
-    return answer[begin:end].strip(), tidy_answer(answer[end + len(END_OF_THINK) :])
+    words = answer[closed[0].end() :]
+    if solution := SOLUTION.match(words):
+        words = solution[1]
+    thought = answer[begin : closed[0].start()].strip()
+    # (what follows a prompt that ends with "<think")
+    return thought.removeprefix(">").lstrip() if not starts else thought, tidy_answer(words)
+
+
+def in_code(text: str, begin: int, at: int) -> bool:
+    """Whether a place is quoted as code: inside a fence that begins on a line of its own, or between backticks of its line,
+    paired from the left. begin: where the text begins that is looked at."""
+    if sum(line.lstrip().startswith("```") for line in text[begin:at].split("\n")[:-1]) % 2:
+        return True
+    line = max(text.rfind("\n", begin, at) + 1, begin)
+    end = text.find("\n", at)
+    waiting: dict[int, int] = {}  # how many backticks -> where they opened
+    for ticks in TICKS.finditer(text, line, end if end >= 0 else len(text)):
+        size = len(ticks[0])
+        if size in waiting:
+            if waiting.pop(size) < at < ticks.start():
+                return True
+            waiting.clear()
+        elif not waiting:
+            waiting[size] = ticks.start()
+        if ticks.start() > at and not waiting:
+            return False
+    return False
+
+
+def bare_thought(thought: str) -> str:
+    """A thought that stands in a key of its own, without the tags that may be around it."""
+    if not wants_a_look(thought):
+        return thought
+    text = thought.strip()
+    if opening := OPENING.match(text):
+        text = text[opening.end() :]
+    if closing := list(CLOSING.finditer(text)):
+        if text[closing[-1].end() :].strip():
+            raise RowError("reasoning", f"has {END_OF_THINK} inside the thought that stands in a key of its own")
+        text = text[: closing[-1].start()]
+    return text.strip()
 
 
 # a picture, sound or film stands here in data for models that can see or hear
 PLACEHOLDER = re.compile(
-    r"<(image|video|audio|img|speech)>(?!.*</\1>)|<\|(?:image|video|audio|vision|img)\w*\|>"
-    r"|<image_?(?:placeholder|token|soft_token|pad)?_?\d*>|<img>[^<\n]{1,300}</img>|\[IMG\](?!.*\[/IMG\])|data:image/\w+;base64",
-    re.DOTALL,
+    r"<(image|video|audio|img|speech)>(?!.*</\1>)|<\|(?:image|video|audio|vision|img)\w*\|>|<image[ _]\d+>"
+    r"|<image_(?:placeholder|token|soft_token|pad)>|<im_patch>|<start_of_image>|<ImageHere>|<img>[^<\n]{1,300}</img>"
+    r"|\[IMG\](?!.*\[/IMG\])|!\[[^\]\n]*\]\(data:image/",
+    re.DOTALL | re.I,
 )
 # how every such tag and placeholder begins
-SUSPECT = re.compile(r"<\|?/?(?:thi|tho|rea|ima|img|vid|aud|vis|spe|begin_of)|\[(?:THINK|IMG)")
+SUSPECT = re.compile(
+    r"<\|?\s*/?\s*(?:thi|tho|rea|ima|img|im_|vid|aud|vis|spe|see|sta|beg|end|cha)|\[/?(?:THINK|IMG)|\(data:image", re.I
+)
 QUOTED = re.compile(r"`[^`]*`|```.*?```", re.DOTALL)
 
 
@@ -120,7 +180,7 @@ NOT_TEXT = "the row needs a picture, sound or film, and only text can be trained
 
 def wants_a_look(text: str) -> bool:
     """Whether a text may hold reasoning or a placeholder; quick, for texts that have neither."""
-    return ("<" in text or "[" in text) and SUSPECT.search(text) is not None or "data:image/" in text or "◁" in text
+    return ("<" in text or "[" in text) and SUSPECT.search(text) is not None or "◁" in text
 
 
 def check_text_only(text: str, where: str) -> None:
