@@ -142,7 +142,7 @@ def test_a_flag_of_a_row_is_one_of_all_its_answers(name, value):
     assert said({"instruction": "x", "output": "y", name: value})[1] == (A, "-y")
 
 
-@pytest.mark.parametrize("flags", [[0, 0, 0, 1], [0, 1], [False, True], ["0", "1"]])
+@pytest.mark.parametrize("flags", [[0, 0, 0, 1], [0, 1], [False, True], ["0", "1"], "[0, 0, 0, 1]", "[False, True]"])
 def test_a_list_of_flags_has_one_for_each_message_or_for_each_answer(flags):
     row = {"messages": [Q, ANSWER, Q, ANSWER], "loss_mask": flags}
     assert said(row)[1::2] == [(A, "-56"), (A, "56")]
@@ -284,6 +284,11 @@ def test_columns_of_another_kind_in_a_row_are_reported():
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image"}]}, ANSWER]},
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, ANSWER]},
         {"messages": [{"role": "user", "content": {"type": "image", "image": "x"}}, ANSWER]},
+        {"prompt": "a", "response": "b", "image_path": "x"},
+        {"prompt": "a", "response": "b", "audio_file": "x", "id": 1},
+        {"prompt": "<Image>What?", "response": "b"},
+        {"prompt": "<image 1> What?", "response": "b"},
+        {"prompt": "<start_of_image>What?", "response": "b"},
     ],
 )
 def test_a_row_that_needs_a_picture_or_sound_is_refused_with_the_reason(row):
@@ -298,6 +303,8 @@ def test_a_row_that_needs_a_picture_or_sound_is_refused_with_the_reason(row):
         "What does `<image>` mean?",
         "a<b and [IMG]x[/IMG]",
         "<svg><image href='x'/></svg>",
+        "<rss><image><url>u</url></image></rss>",
+        "a { background: url(data:image/png;base64,x) }",
     ],
 )
 def test_code_about_pictures_is_text(words):
@@ -338,6 +345,21 @@ def test_nulls_that_arrow_filled_in_are_removed_and_nulls_of_json_stay(padded, a
         ("<thinking>7*8</thinking>56", ("7*8", "56")),
         ("<|begin_of_thought|>a<|end_of_thought|>\n<|begin_of_solution|>\nb\n<|end_of_solution|>", ("a", "b")),
         ("The tag `<think>` begins a thought.", ("", "The tag `<think>` begins a thought.")),
+        ("Use `a` first.\n</think>\n\nCall `b`.", ("Use `a` first.", "Call `b`.")),
+        ("<think>Use `a` first.</think>Call `b`.", ("Use `a` first.", "Call `b`.")),
+        ("<think>```a``` first.</think>Call ```b```.", ("```a``` first.", "Call ```b```.")),
+        ("<think>x</think>\n```\nprint('</think>')\n```", ("x", "```\nprint('</think>')\n```")),
+        (">\nhm\n</think>\n\nR", ("hm", "R")),
+        ("<THINK>hm</THINK>R", ("hm", "R")),
+        ("<think >hm</think >R", ("hm", "R")),
+        ("hm</thinking>R", ("hm", "R")),
+        ("<reason>hm</reason>R", ("hm", "R")),
+        ("<seed:think>hm</seed:think>R", ("hm", "R")),
+        ("[THINK]hm[/THINK]R", ("hm", "R")),
+        ("◁think▷hm◁/think▷R", ("hm", "R")),
+        ("<|begin_of_solution|>\nR\n<|end_of_solution|>", ("", "R")),
+        ("Give <reason>x</reason> tags in XML.", ("", "Give <reason>x</reason> tags in XML.")),
+        ("a < b and [1] and <b>bold</b>", ("", "a < b and [1] and <b>bold</b>")),
         ("Write `<think>x</think>` first.", ("", "Write `<think>x</think>` first.")),
     ],
 )
@@ -349,6 +371,11 @@ def test_a_thought_is_taken_out_of_an_answer_and_one_without_its_opening_tag_is_
     "answer",
     [
         "<think>7*8",
+        "<thinking>hm",
+        "[THINK]hm",
+        "<|begin_of_thought|>hm",
+        "<|channel|>analysis<|message|>hm",
+        "</think>" * 60,
         "x <think>7*8</think> 56",
         "<think>a</think>b<think>c</think>d",
         "a</think>b</think>c",
@@ -357,7 +384,43 @@ def test_a_thought_is_taken_out_of_an_answer_and_one_without_its_opening_tag_is_
 )
 def test_a_thought_that_can_be_read_in_more_than_one_way_rejects_the_row(answer):
     for row in ({"messages": [Q, {**ANSWER, "content": answer}]}, {"prompt": "a", "response": answer}):
-        refused(row, "reasoning", "think>")
+        refused(row, "reasoning")
+
+
+@pytest.mark.parametrize("thought", ["hm", "<think>hm</think>", "<think>hm", "hm</think>"])
+def test_tags_around_a_thought_in_a_key_of_its_own_are_taken_off(thought):
+    for row in (
+        {"messages": [Q, {**ANSWER, "reasoning_content": thought}]},
+        {"prompt": "a", "response": "56", "cot": thought},
+    ):
+        assert said(row)[-1] == (A, "(hm) 56")
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "reasoning", "text": "hm"},
+        {"type": "thinking", "thinking": "hm", "signature": "x"},
+        {"type": "think", "text": "hm"},
+        {"type": "summary_text", "text": "hm"},
+        {"text": "hm", "thought": True},
+        {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]},
+    ],
+)
+def test_a_part_that_is_a_thought_is_no_part_of_the_answer(part):
+    row = {"messages": [Q, {"role": "assistant", "content": [part, {"type": "text", "text": "56"}]}]}
+    found, reader = read(row)
+    assert said(row)[-1] == (A, "(hm) 56") and not reader.unused
+
+
+def test_a_message_that_is_a_thought_belongs_to_the_answer_behind_it():
+    assert said({"messages": [Q, {"role": "thought", "content": "7*8"}, ANSWER]})[-1] == (A, "(7*8) 56")
+    refused({"messages": [Q, ANSWER, {"role": "reasoning", "content": "7*8"}]}, "reasoning", "no answer follows")
+
+
+def test_many_backticks_and_tags_take_no_long_time():
+    for answer in ("`" * 300_000 + "</think>x", "`a` " * 60_000 + "</think>x", "<b" * 200_000 + "</think>x"):
+        split_reasoning(answer)
 
 
 # ---- shapes ----
@@ -395,6 +458,64 @@ def test_a_conversation_of_any_shape_is_read(row):
 @pytest.mark.parametrize(
     "row",
     [
+        {"messages": [{"type": "human", "content": "a"}, {"type": "ai", "content": "b"}]},  # LangChain
+        {"messages": [{"name": "user", "content": "a"}, {"name": "assistant", "content": "b"}]},
+        {"messages": [["user", "a"], ["assistant", "b"]]},
+        {"messages": [["human", "a"], ["gpt", "b"]]},
+        {"messages": [{"author": {"role": "user"}, "content": {"content_type": "text", "parts": ["a"]}}, {"author": {"role": "assistant"}, "content": {"content_type": "text", "parts": ["b"]}}]},  # ChatGPT
+        {"messages": {"user": "a", "assistant": "b"}},
+        {"turns": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        {"message_tree_id": "1", "tree_state": None, "prompt": {"text": "a", "role": "prompter", "replies": [{"text": "b", "role": "assistant"}]}},  # OASST trees
+        {"messages": [{"role": "user", "content": "a"}], "answer": "b"},  # Dolphin-R1
+        {"instruction": "a", "response": "b", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},  # Magpie
+        {"instruction": "a", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        {"prompt": "a", "response": {"role": "assistant", "content": "b"}},
+        {"prompt": "a", "response": [{"text": "b"}]},
+        {"prompt": "a", "answers": [{"answer": "c", "rank": 2}, {"answer": "b", "rank": 1}]},  # Nectar
+        {"row_idx": 0, "row": {"prompt": "a", "response": "b"}, "truncated_cells": []},  # the viewer of Hugging Face
+        {"prompt": "a", "response": "", "chosen": None, "output": "b"},
+    ],
+)  # fmt: skip
+def test_a_short_conversation_of_any_shape_is_read(row):
+    assert said(row) == [(U, "a"), (A, "b")]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"content": "a"}, {"content": "b"}],
+        [{"speaker_id": 0, "content": "a"}, {"speaker_id": 1, "content": "b"}],
+        [{"name": "Anna", "content": "a"}],
+    ],
+)
+def test_messages_that_do_not_say_who_speaks_are_refused(rows):
+    refused({"messages": rows}, "unknown role")
+
+
+def test_replies_that_are_not_the_best_are_reported():
+    tree = {
+        "text": "a",
+        "role": "prompter",
+        "replies": [{"text": "c", "role": "assistant", "rank": 1}, {"text": "b", "role": "assistant", "rank": 0}],
+    }
+    _, reader = read({"prompt": tree})
+    assert (
+        said({"prompt": tree}) == [(U, "a"), (A, "b")]
+        and ("part of the tree", "replies that are not the best") in reader.unused
+    )
+
+
+def test_gemini_system_instruction_is_the_system_text():
+    row = {
+        "systemInstruction": {"role": "system", "parts": [{"text": "s"}]},
+        "contents": [{"role": "user", "parts": [{"text": "a"}]}, {"role": "model", "parts": [{"text": "b"}]}],
+    }
+    assert said(row) == [(S, "s"), (U, "a"), (A, "b")]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
         {"instruction": "q", "context": "m", "response": "r", "category": "x"},  # Dolly
         {"instruction": "q", "input": "m", "output": "r", "task_type": "x"},  # COIG-CQIA
         {"指令": "q", "输入": "m", "输出": "r"},
@@ -423,6 +544,22 @@ def test_columns_of_instruction_input_and_output_are_known(row):
 )
 def test_columns_of_system_question_and_answer_are_known(row):
     assert said(row) == [(S, "s"), (U, "q"), (A, "r")]
+
+
+def test_a_context_that_is_no_text_is_what_json_writes():
+    found, _ = read({"context": {"title": ["x"]}, "question": "q", "answer": "a"})
+    assert found.messages[0].material == '{"title": ["x"]}'
+
+
+@pytest.mark.parametrize(
+    ("row", "line"),
+    [
+        ({"system": "s", "chat": "USER: hi\n\nASSISTANT: yo"}, """--convert-headings --map-keys '{"text": "chat"}'"""),
+        ({"role_1": "A", "topic": "t", "message_1": "a long question", "message_2": "a long answer"}, """'{"prompt": "message_1", "response": "message_2"}'"""),
+    ],
+)  # fmt: skip
+def test_the_line_to_paste_names_the_texts(row, line):
+    refused(row, "unknown columns", line)
 
 
 @pytest.mark.parametrize("prompt", ["7 times 8?", [Q]])
@@ -596,6 +733,18 @@ def test_a_tree_of_messages_gives_its_paths_and_every_answer_is_learnt_once():
         [(U, "a"), (A, "-b"), (U, "c"), (A, "e")],
         [(U, "a"), (A, "worse")],
     ]
+
+
+def test_single_messages_of_unknown_roles_are_put_together_and_refused_with_the_role_map_line():
+    rows = [{"dialog_id": "1", "speaker": "customer", "text": "q"}, {"dialog_id": "1", "speaker": "agent", "text": "a"}]
+    [row] = together(*rows)
+    refused(row, "unknown role", """--role-map '{"customer": "user", "agent": "assistant"}'""")
+    assert said(row, columns=columns("", '{"customer": "user", "agent": "assistant"}')) == [(U, "q"), (A, "a")]
+
+
+def test_an_answer_whose_question_is_not_in_the_file_is_refused():
+    [found] = together({"message_id": "2", "parent_id": "1", "text": "b", "role": "assistant"})
+    assert isinstance(found, RowError) and "'1', which is not in the file" in str(found)
 
 
 def test_a_single_message_without_a_conversation_is_refused_and_never_taken_as_text():

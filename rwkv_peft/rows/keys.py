@@ -48,6 +48,8 @@ MORE_MESSAGES = (
     "data",
     "contents",
     "items",
+    "turns",
+    "utterances",
     "对话",
     "對話",
     "会话",

@@ -170,7 +170,7 @@ PLACEHOLDER = re.compile(
 )
 # how every such tag and placeholder begins
 SUSPECT = re.compile(
-    r"<\|?\s*/?\s*(?:thi|tho|rea|ima|img|im_|vid|aud|vis|spe|see|sta|beg|end|cha)|\[/?(?:THINK|IMG)|\(data:image", re.I
+    r"[<\[(](?:\|?\s*/?\s*(?:thi|tho|rea|ima|img|im_|vid|aud|vis|spe|see|sta|beg|end|cha)|data:image)", re.IGNORECASE
 )
 QUOTED = re.compile(r"`[^`]*`|```.*?```", re.DOTALL)
 
