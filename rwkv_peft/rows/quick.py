@@ -43,8 +43,9 @@ class Quick:
                 )
         self.separator, self.last = len(template.format_separator), ending.last
 
-    def conversation(self, row: Row, doctor: bool) -> tuple[str, Pieces] | None:
-        """doctor: letters outside ASCII are to be looked at, which is the long way."""
+    def conversation(self, row: Row, doctor: bool, look: bool = True) -> tuple[str, Pieces] | None:
+        """doctor: letters outside ASCII are to be looked at, which is the long way. look: False where the bytes of the row have
+        nothing that reasoning or a placeholder could begin with (values.may_want_a_look)."""
         for column in self.columns:
             messages = row.get(column)
             if messages is not None:
@@ -53,8 +54,10 @@ class Quick:
             return None
         if type(messages) is not list or not messages:
             return None
-        if len(row) > 1 and any(not is_nothing(row[key]) for key in left_over(tuple(row), (column,))):
-            return None  # there is more than a conversation in the row
+        if len(row) > 1 and (others := left_over(tuple(row), (column,))):
+            for key in others:
+                if not is_nothing(row[key]):
+                    return None  # there is more than a conversation in the row
         try:
             who, what, schema = ("from", "value", "sharegpt") if "from" in messages[0] else ("role", "content", column)
             texts: list[str] = []
@@ -66,7 +69,9 @@ class Quick:
                 content = content.rstrip() if plain else cleaner(content)
                 if not content or len(one) != 2 or (doctor and not content.isascii()):
                     return None
-                if wants_a_look(content) or self.reserved and any(word in content for word in self.reserved):
+                if look and wants_a_look(content):
+                    return None
+                if self.reserved and any(word in content for word in self.reserved):
                     return None
                 if heading:
                     texts.append(heading)
