@@ -253,6 +253,29 @@ def test_every_key_at_every_level_is_used_or_harmless_or_reported(kind, level, k
     )
 
 
+JSON = st.recursive(
+    st.one_of(
+        st.none(), st.booleans(), st.integers(-2, 2), st.floats(allow_infinity=False), st.text(max_size=5),
+        st.sampled_from(["user", "assistant", "system", "tool", "think", "<think>a</think>b", "</think>", "[1]", "[{", '{"name": "f"}', "<image>"]),
+    ),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.one_of(st.sampled_from(KNOWN), st.text(max_size=2)), inner, max_size=3)),
+    max_leaves=12,
+)  # fmt: skip
+
+
+@settings(max_examples=1500, deadline=None)
+@given(st.dictionaries(st.sampled_from(KNOWN), JSON, min_size=1, max_size=4), st.booleans())
+def test_whatever_a_row_holds_it_is_read_or_refused_with_a_sentence(row, padded):
+    try:
+        _, found = Reader(padded=padded).read(row)
+    except RowError as error:
+        assert str(error)
+    else:
+        assert isinstance(found, str) or all(
+            isinstance(m.content, str) and isinstance(m.think, str) for m in found.messages
+        )
+
+
 def test_a_key_that_says_nothing_is_not_reported():
     _, reader = read({"messages": [{**Q, "extra": None}, ANSWER], "label": "", "notes": [], "id": 7})
     assert not reader.unused

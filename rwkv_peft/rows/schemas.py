@@ -527,7 +527,10 @@ class Reader:
 
     def lone_thought(self, one: Any) -> str:
         """The text of a message that is a thought by its role, "" for any other."""
-        if type(one) is not dict or one.get("role", "user") in PLAIN_ROLES:
+        if type(one) is not dict:
+            return ""
+        role = one.get("role", one.get("from", "user"))
+        if type(role) is str and role in PLAIN_ROLES:
             return ""
         parts = parts_of(tuple(one))
         name = next((one[key] for key in parts.speaker if isinstance(one[key], str)), "")
@@ -712,10 +715,10 @@ class Reader:
                 thoughts.append(said(part[held]))
                 used = ("type", "signature", "thought", held)
             elif held == "text":
-                found.append(part["text"])
+                found.append(said(part["text"]))
                 used = ("text", "type")
             elif held in named.think and not of_type:
-                thoughts.append(part[held])
+                thoughts.append(said(part[held]))
                 used = (held,)
             else:
                 raise RowError(

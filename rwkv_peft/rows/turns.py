@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -144,23 +145,32 @@ def of_object(rows: dict[str, Any]) -> list[Any]:
     )
 
 
-def has_branches(node: dict[str, Any]) -> bool:
+def replies_of(node: dict[str, Any]) -> list[dict[str, Any]]:
+    """The replies to a message of a tree, the best first: by their ranks, those without one in their order behind them."""
+    found = node.get("replies")
+    alive = (
+        [one for one in found if isinstance(one, dict) and not one.get("deleted")] if isinstance(found, list) else []
+    )
+    return sorted(alive, key=lambda one: one["rank"] if isinstance(one.get("rank"), int | float) else math.inf)
+
+
+def has_branches(node: Any) -> bool:
     """Whether a tree of replies has more than one path."""
-    while isinstance(node, dict) and node.get("replies"):
-        if len(node["replies"]) > 1:
+    while isinstance(node, dict):
+        replies = replies_of(node)
+        if len(replies) > 1:
             return True
-        node = node["replies"][0]
+        node = replies[0] if replies else None
     return False
 
 
 def of_tree(node: dict[str, Any]) -> list[Any]:
-    """The best path through a tree of replies: at every place the one of the lowest rank, or the first."""
+    """The best path through a tree of replies."""
     found = []
-    while isinstance(node, dict):
+    while node:
         found.append({key: value for key, value in node.items() if key != "replies"})
-        replies = [one for one in node.get("replies") or [] if isinstance(one, dict) and not one.get("deleted")]
-        ranked = [one for one in replies if isinstance(one.get("rank"), int | float)]
-        node = min(ranked, key=lambda one: one["rank"]) if ranked else replies[0] if replies else None
+        replies = replies_of(node)
+        node = replies[0] if replies else {}
     return found
 
 
@@ -191,8 +201,9 @@ def of_turn(one: dict[str, Any]) -> list[dict[str, Any]]:
                 if role is Role.ASSISTANT:  # thoughts, flags, calls, and what is reported as not used
                     found[-1] |= {squashed_thought(k): v for k, v in rest.items()}
                     rest = {}
-    if rest:
-        found[-1] |= rest
+    if not found:
+        return [one]
+    found[-1] |= rest
     return found
 
 

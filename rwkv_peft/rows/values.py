@@ -64,11 +64,11 @@ def short(value: Any, most: int = 40) -> str:
 # tags that data sets put around a thought: what opens and what closes it. The last group are words of other markup too; they
 # count at the start of an answer, and where one closes that was never opened
 OPENING = re.compile(
-    r"<\s*think\s*>|<seed:think>|\[THINK\]|◁think▷|<\|begin_of_thought\|>|<\s*(thinking|thought|reasoning|reason)\s*>",
+    r"<\s*think\s*>|<seed:think>|\[THINK\]|◁think▷|<\|begin_of_thought\|>|<\s*(thinking|thought|reasoning|reason|思考)\s*>",
     re.I,
 )
 CLOSING = re.compile(
-    r"<\s*/\s*think\s*>|</seed:think>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>|<\s*/\s*(thinking|thought|reasoning|reason)\s*>",
+    r"<\s*/\s*think\s*>|</seed:think>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>|<\s*/\s*(thinking|thought|reasoning|reason|思考)\s*>",
     re.I,
 )
 SOLUTION = re.compile(r"\s*<\|begin_of_solution\|>(.*?)(?:<\|end_of_solution\|>)?\s*\Z", re.DOTALL)
@@ -170,7 +170,7 @@ PLACEHOLDER = re.compile(
 )
 # how every such tag and placeholder begins
 SUSPECT = re.compile(
-    r"[<\[(](?:\|?\s*/?\s*(?:thi|tho|rea|ima|img|im_|vid|aud|vis|spe|see|sta|beg|end|cha)|data:image)", re.IGNORECASE
+    r"[<\[(](?:\|?\s*/?\s*(?:thi|tho|rea|思|ima|img|im_|vid|aud|vis|spe|see|sta|beg|end|cha)|data:image)", re.IGNORECASE
 )
 QUOTED = re.compile(r"`[^`]*`|```.*?```", re.DOTALL)
 
