@@ -224,3 +224,24 @@ def test_comments_between_rows_are_told(tmp_path):
 def test_a_broken_line_of_lines_costs_no_other(tmp_path):
     found = read(tmp_path, "x.jsonl", f'{{"text": \n{J(A)}\n{J(B)}\n')
     assert isinstance(found[0], RowError) and found[1:] == [A, B]
+
+
+@pytest.mark.parametrize("unit", [r"it\'s ", r"\'", r'\'a "b" ', r"\'[ ", "/* ", r"it\'s\n", r"5\" "])
+@pytest.mark.parametrize("end", ["'}\n", ""])
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json"])
+def test_many_escaped_quotes_take_no_time_that_grows_with_their_square(tmp_path, unit, end, name):
+    """With patterns that try every quote as a beginning, 200 KB take minutes."""
+    text = "{'prompt': 'q', 'response': '" + unit * (200_000 // len(unit)) + end
+    try:
+        found = read(tmp_path, name, text)
+    except UserError as error:
+        assert not end and "never ends" in str(error)
+        return
+    assert len(found) == 1
+    assert isinstance(found[0], RowError) if not end else len(found[0]["response"]) > 60_000
+
+
+@pytest.mark.parametrize("text", ['{"a": 1} /* never closed', '{"a": "never closed', "{'a': 'never closed"])
+def test_what_never_closes_is_refused(text):
+    with pytest.raises(ValueError, match="is not valid JSON"):
+        mended(text)

@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..project import shown
 from . import reading
 from .keys import HISTORY, MESSAGES, MORE_MESSAGES, PROMPTS, RESPONSES, TEXTS
-from .literals import COMMENTS, mended
+from .literals import COMMENTS, OUTSIDE, mended
 from .reading import Note, packing, unpacked
 
 # names that an object around rows may have as well
@@ -166,7 +166,7 @@ def refuse_foreign(path: Path, head: bytes, by_name: str) -> None:
 def text_kind(head: bytes, whole: bool, by_name: str) -> str:
     """The kind of a text file that begins so, "" if its own ending must decide. whole: head is all of it."""
     text = head.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")
-    bare = COMMENTS.sub(lambda m: m[1] or "", text) if text.lstrip()[:1] in ("/", "#") else text
+    bare = COMMENTS.sub(lambda m: m[1] or m[2] or "", text) if text.lstrip()[:1] in ("/", "#") else text
     bare = bare.lstrip("\ufeff \t\r\n")
     if bare[:1] not in ("{", "["):
         if by_name not in (".txt", *TABLES) and is_table(bare):
@@ -214,7 +214,7 @@ def is_lines(lines: list[str], whole: bool) -> bool:
 
 def continues(lines: list[str]) -> bool:
     """Whether the first line leaves a bracket open, and the next one goes on with what stands inside."""
-    bare = re.sub(r'"[^"\\]*(?:\\.[^"\\]*)*"', "", lines[0]).rstrip()
+    bare = OUTSIDE.sub(lambda m: "" if m[1] is None else m[0], lines[0]).rstrip()
     if len(lines) < 2 or '"' in bare or bare.count("{") + bare.count("[") <= bare.count("}") + bare.count("]"):
         return False
     return bare.endswith("[") or bool(bare.endswith(("{", ",")) and re.match(r"[\]}\"'/#]", lines[1]))
