@@ -108,14 +108,22 @@ def kind_of(path: Path, by_name: str) -> tuple[str, list[Note]]:
         found = text_kind(head, len(head) < reading.HEAD, "") or by_name
     kind = found or by_name
     if kind == ".json" and by_name in LINES:
-        words = "is one JSON text over several lines, not an object on each; it is read as .json"
-        return kind, [Note("note", shown(path), words)]
+        return kind, [Note("note", shown(path), f"{what_it_is(head)}; it is read as .json")]
     same = kind == by_name or {kind, by_name} <= set(LINES) or (kind, by_name) == (".xlsx", ".xlsm")
     same = same or (kind, by_name) == (".arrow", ".feather")
     if same or not kind:
         return by_name, []
     said = path.suffix or "no ending"
     return kind, [Note("note", shown(path), f"is {WORDS[kind]} by its content, not what its name says ({said})")]
+
+
+def what_it_is(head: bytes) -> str:
+    """What to say of a file of JSON lines that has no object on each; it begins with `head`."""
+    lines = [line for line in head.removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip()]
+    if len(lines) > 1:
+        return "is JSON over several lines, not an object on each"
+    what = "list of rows" if lines[0].lstrip()[:1] == b"[" else "object of lists or objects, which may hold many rows"
+    return f"is one JSON {what}, on one line"
 
 
 def is_text(data: bytes) -> bool:
