@@ -470,6 +470,9 @@ class Cook:
             if (draft.row, what) not in looked:
                 looked.add((draft.row, what))
                 counts[f"found: {what}"] += 1
+                if self.recipe.convert and what == "headings" and draft.source is None:
+                    why = foreign_headings.why_left("".join(texts).removesuffix(self.ending.answer + self.ending.last))
+                    counts[f"left: {why}"] += 1
                 # a text of its own is read from a file as it stands there; elsewhere a row is a line
                 inside = "".join(texts).count("\n", 0, at) if ".txt" in file and draft.source is None else 0
                 note(what, draft.line + inside, words)
