@@ -210,7 +210,7 @@ def test_rows_for_testing_by_their_column_are_left_out_and_named(project_folder,
     kept = sorted(f"{s}{i}" for i, s in enumerate(splits) if s in ("train", "train_sft", "x"))
     assert texts(path.with_suffix("")) == kept and report["rows"]["read"] == len(kept)
     said, others = warnings(report), [s for s in splits if s not in ("train", "train_sft", "x")]
-    assert f'{len(others)} row{"s" * (len(others) > 1)} not used, because by the column "split"' in said
+    assert f'{len(others)} row{"s" * (len(others) > 1)} not used, because of the column "split"' in said
     assert all(f"{s} (1 row)" in said for s in others) and f"VALID_SPLIT={others[0]}" in said
 
 

@@ -62,8 +62,8 @@ def by_column(blocks: Iterable[Block], again: Callable[[], Iterable[Block]] | No
             words = f'read as training data, because no row is for training by its column "split": {many}'
         else:
             words = (
-                f'{count(found.total(), "row")} not used, because by the column "split" they are not for training: {many}. '
-                f"VALID_SPLIT={next(iter(found))} makes held-out data of them"
+                f'{count(found.total(), "row")} not used, because of the column "split", which says: {many}. '
+                f"VALID_SPLIT={next(iter(found))} makes held-out data of such rows"
             )
         yield Block(name, 1, [], read, notes=(Note("warning", name, words),))
 
