@@ -97,7 +97,7 @@ class Header:
     def is_other(self, cells: Sequence[str], number: int) -> bool:
         """Whether a row is the header of another table, as joined files have it: from there on its names hold. All of its cells
         are names that columns have, of a question and of an answer among them."""
-        if not self.is_known or not cells or not is_name(cells[0] or cells[-1]):
+        if not self.is_known or not cells or len(cells[-1]) > LONGEST or not is_name(cells[0] or cells[-1]):
             return False
         names = [trimmed(cell) for cell in cells]
         given = [name for name in names if name]
