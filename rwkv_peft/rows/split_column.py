@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from ..words import count
-from .reading import Block, Note
+from .reading import Block, Note, TableRow
 from .recipe import items, parse
 from .schemas import Row, RowError
 from .splits import is_wanted, split_of
@@ -72,7 +72,13 @@ def has_column(block: Block) -> bool:
     """Whether a row of a block may have such a column."""
     if isinstance(block.data, bytes):
         return any(form in block.data for form in IN_BYTES)
-    return any(may_have_column(item) for _, item in block.data)
+    for _, item in block.data:
+        if type(item) is TableRow:  # (there are many, and looking into them further takes time)
+            if "split" in item or "Split" in item or "SPLIT" in item:
+                return True
+        elif may_have_column(item):
+            return True
+    return False
 
 
 def may_have_column(item: bytes | Row | RowError) -> bool:
