@@ -103,8 +103,9 @@ OVERLONG=drop
 # Percent of the rows that are held out in NAME.valid, never trained on; equal rows stay together. 留作验证的百分比
 VALID_PERCENT=0
 
-# The part of the data that becomes NAME.valid instead: a list of a .json ("test"), or the files of a folder that are named so.
-# Empty: such parts are not used, and are named in the report. 作为验证集的部分（如 test）；为空则不使用，仅在报告中列出
+# The part of the data that becomes NAME.valid instead: a list of a .json ("test"), the files of a folder or the sheets of a
+# workbook that are named so, or the rows with that value in a column called split. Empty: such parts are not used, and are
+# named in the report. 作为验证集的部分（如 test：列表、文件、工作表，或 split 列的值）；为空则不使用，仅在报告中列出
 VALID_SPLIT=""
 
 # Any whole number; the same number gives the same order of rows. 随机种子，相同种子顺序相同

@@ -43,7 +43,7 @@ def preview(source: Path, config: TokenizeConfig, end_of_doc: bool, most: int) -
 
     def warn() -> None:
         found = tally.group("found: ")
-        for words in foreign_lines(found, tally.places, config.convert_headings):
+        for words in foreign_lines(found, tally.places, config.convert_headings, tally.group("left: ")):
             print(f"\nwarning   {words}")
         for file, keys in tally.unused_keys().items():
             for words in unused_words(keys):

@@ -88,13 +88,16 @@ def make(
         "mojibake": {"repaired": counts["repaired"], "lossy": counts["lossy"]},
         "foreign": {
             "found": {kind: counts[f"found: {kind}"] for kind in KINDS if counts[f"found: {kind}"]},
+            "left": tally.group("left: "),
             "converted": {kind: counts[f"converted: {kind}"] for kind in KINDS if counts[f"converted: {kind}"]},
         },
         "content": dialogues | {"duplicates": duplicates(np.frombuffer(tally.hashes, np.uint64))},
         "scripts": script_shares(tally.scripts),
         "lengths": lengths(sizes),
         "filling": filling(seen, settings["SEED"]),
-        "advice": advice(seen, train * epochs, valid_rows > 0, settings["EOF"], tally),
+        "advice": advice(
+            seen, train * epochs, valid_rows > 0, settings["EOF"], tally, bool(settings["CONVERT_HEADINGS"])
+        ),
         "places": {
             "rejected": [[r.file, r.line, r.message] for r in tally.rejects],
             **{what: [list(place) for place in found] for what, found in tally.places.items()},
@@ -136,7 +139,9 @@ def filling(sizes: np.ndarray, seed: int) -> dict[str, float]:
     return {name: round(float(share), 4) for name, share in found.items()}
 
 
-def advice(sizes: np.ndarray, rows: int, held_out: bool, end_of_doc: bool, tally: Tally) -> dict[str, Any]:
+def advice(
+    sizes: np.ndarray, rows: int, held_out: bool, end_of_doc: bool, tally: Tally, converting: bool
+) -> dict[str, Any]:
     # (a text whose line breaks are letters may well be a dialogue)
     foreign = tally.counts["found: headings"] + tally.counts["found: escaped"]
     answers = tally.counts["with an answer"] > 0 or "overlooked" in tally.places or foreign > 0
@@ -151,17 +156,25 @@ def advice(sizes: np.ndarray, rows: int, held_out: bool, end_of_doc: bool, tally
         "without_answer": tally.counts["kept"] - tally.counts["with an answer"],
         "held_out": held_out,
         "other_headings": foreign,
+        "converting": converting,
+        "left": list(tally.group("left: ")),
     }
 
 
-def foreign_lines(found: Mapping[str, int], places: Mapping[str, Sequence], converting: bool) -> Iterator[str]:
-    """A warning for each thing that another tool left in the rows: how many, the first, and what to do."""
+def foreign_lines(
+    found: Mapping[str, int], places: Mapping[str, Sequence], converting: bool, left: Mapping[str, int]
+) -> Iterator[str]:
+    """A warning for each thing that another tool left in the rows: how many, the first, and what to do. left: why headings were
+    left -> rows."""
     for kind, rows in found.items():
         what, effect, instead = KINDS[kind]
         file, number, _ = places[kind][0]
         notes = list(dict.fromkeys(note for *_, note in places[kind]))
         note = ", ".join(notes[:NOTES]) + ", ..." * (len(notes) > NOTES)
-        if converting:
+        if converting and kind == "headings" and any(left):
+            why = ", ".join(f"{reason or 'several ways to read it'} ({count(n, 'row')})" for reason, n in left.items())
+            todo = f"CONVERT_HEADINGS=1 left them as they are: {why}. {instead}"
+        elif converting:
             todo = f"CONVERT_HEADINGS=1 left them as they are, because they can be read in several ways. {instead}"
         else:
             todo = f"--convert-headings rewrites those that can be read in one way only. Or: {instead[0].lower()}{instead[1:]}"
@@ -242,7 +255,9 @@ def say(content: Mapping[str, Any], prefix: Path, template: str = "", made: bool
     foreign = content["foreign"]
     if converted := foreign["converted"]:
         line("rewrote", ", ".join(f"{count(n, 'row')} {KINDS[kind].name}" for kind, n in converted.items()))
-    for words in foreign_lines(foreign["found"], places, bool(content["settings"]["CONVERT_HEADINGS"])):
+    for words in foreign_lines(
+        foreign["found"], places, bool(content["settings"]["CONVERT_HEADINGS"]), foreign.get("left", {})
+    ):
         line("warning", words)
     texts, template = rows["schemas"].get("text", 0), content["settings"]["PROMPT_TYPE"]
     if texts and rows["with_answer"] and template not in WORLD:
@@ -344,6 +359,9 @@ def labels(facts: Mapping[str, Any], name: str) -> str:
     if facts.get("other_headings"):
         rows = count(facts["other_headings"], "row")
         left_out = f"          # {rows} written for another tool: --convert-headings finds their answers"
+        if facts.get("converting"):
+            reasons = ", ".join(filter(None, facts["left"])) or "they can be read in several ways"
+            left_out = f"          # {rows} written for another tool, whose answers --convert-headings could not find: {reasons}"
     return "\n".join([
         f"### append_eof = {facts['append_eof']}",
         f"### max_length = {facts['max_length']}",

@@ -88,6 +88,7 @@ def tokenize(source: Path, config: TokenizeConfig, epochs: int, end_of_doc: bool
             tokenizer.unload()
         check(tally, made_from, source)
         held_out = held_out_rows(tally, config, source)
+        earlier = Path(f"{prefix}.valid.idx").exists() and not held_out.any()
         names = write(prefix, stored, tally, epochs, held_out, config.seed)
         rejected.keep()
     # drawn before the report, whose presence says that all is there
@@ -105,6 +106,9 @@ def tokenize(source: Path, config: TokenizeConfig, epochs: int, end_of_doc: bool
     write_json(report_file, content)
     if replaced:
         print(f"replaced  {project.shown(prefix)}.bin/.idx, which had been made from {replaced}")
+    if earlier:
+        none = "VALID_PERCENT=0 and an empty VALID_SPLIT hold out no rows"
+        print(f"removed   {project.shown(prefix)}.valid.bin/.idx, the held-out rows of an earlier call: {none}")
     report.say(content, prefix, template)
     return content
 

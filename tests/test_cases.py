@@ -57,7 +57,7 @@ DATA = {
     "p04-comment-first.json": ({}, [""] * 2, ["1 comment between rows skipped"]),
     "p04-lists-per-column.json": ({}, [""] * 2, ["is one object that holds 2 rows"]),
     "p04-nan.jsonl": ({}, [""], ["warning   1 row with NaN"]),
-    "p04-objects-over-lines.jsonl": ({}, [""] * 2, ["is one JSON text over several lines"]),
+    "p04-objects-over-lines.jsonl": ({}, [""] * 2, ["is JSON over several lines"]),
     "p04-python-dicts.jsonl": ({}, [""] * 2, ["warning   2 rows written as Python prints them"]),
     "p05-backslash-quotes.csv": ({}, [""] * 2, ["note"]),
     "p05-empty-columns.csv": ({}, [""], ["3 columns without a name and without content ignored"]),

@@ -136,6 +136,11 @@ def test_our_own_headings_spelled_otherwise_become_turns(text):
         "let f = g <| h x\n|> printf",
         "Use [^\\n]+\\n and \\r?\\n for lines.",
         "The token </s> ends a text in Llama; </s> again.",
+        "[INST] marks instructions in Llama 2 prompts.",
+        "[/INST] ends an instruction; then the answer begins.",
+        "So x = 1\\neq 2, y = 3\\neq 4 and 5\\ne 6.",
+        "2\\nu and 3\\nabla f, a\\neq b, c\\notin d",
+        'print("1\\n2\\nline3\\nline4")',
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("convert", [False, True])
@@ -359,3 +364,47 @@ def test_rows_that_are_cut_are_counted_in_the_report(project_folder, capsys):
     assert (
         "warning   1 row lost the end of the answer or text: the model does not learn to stop from it: line 1." in said
     )
+
+
+@pytest.mark.parametrize("text", ["line1\\nline2\\nline3", "step 1\\nthen 2\\nnext 3", "1\\na\\nb"])
+def test_line_breaks_between_a_digit_and_a_letter_are_found_and_undone(text):
+    assert found(cook({"text": text})) == {"escaped"}
+    made = cook({"text": text}, convert=True)
+    assert not found(made) and text.replace("\\n", "\n") in texts(made)[0]
+
+
+@pytest.mark.parametrize("word", ["答：", "回答：", "助手：", "答: ", "Assistant: "])
+def test_an_answer_that_begins_with_its_own_heading_is_found_and_loses_it(word):
+    row = {"instruction": "q", "output": f"{word}a"}
+    assert found(cook(row)) == {"inside"}
+    made = cook(row, convert=True)
+    assert not found(made) and texts(made) == ["User: q\n\nAssistant: a"]
+
+
+@pytest.mark.parametrize("word", ["A:", "Answer:", "答案："])
+def test_an_answer_that_may_be_meant_so_is_found_and_left(word):
+    row = {"instruction": "q", "output": f"{word} a"}
+    assert found(cook(row)) == {"inside"} == found(cook(row, convert=True))
+
+
+@pytest.mark.parametrize("question", ["Which? A. one B. two", "Which?\nA) one\nB) two", "(A) one or (B) two?"])
+def test_an_answer_that_names_a_choice_is_left_alone(question):
+    assert not found(cook({"instruction": question, "output": "A: one"}))
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("Some words.\nQ: When?\nA: At sunset.", ": text before its first heading"),
+        ("Q: When?\nA: At sunset.\nQ: Why?", ": no answer at its end"),
+        ("Q: When?\nA:\nQ: Why?\nA: So.", ": a turn without words"),
+        ("Q: When?\nA: At sunset.\nUser: Why?\nAssistant: So.", ", because they can be read in several ways"),
+    ],
+)
+def test_the_report_says_why_headings_were_left(project_folder, capsys, text, why):
+    path = project_folder / "data" / "x.jsonl"
+    path.write_text(json.dumps({"text": text}))
+    tokenize(path, CONVERT_HEADINGS="1")
+    said = capsys.readouterr().out
+    assert f"CONVERT_HEADINGS=1 left them as they are{why}" in said and "--convert-headings finds" not in said
+    assert "1 row written for another tool, whose answers --convert-headings could not find: " in said

@@ -224,3 +224,82 @@ def test_comments_between_rows_are_told(tmp_path):
 def test_a_broken_line_of_lines_costs_no_other(tmp_path):
     found = read(tmp_path, "x.jsonl", f'{{"text": \n{J(A)}\n{J(B)}\n')
     assert isinstance(found[0], RowError) and found[1:] == [A, B]
+
+
+@pytest.mark.parametrize("unit", [r"it\'s ", r"\'", r'\'a "b" ', r"\'[ ", "/* ", r"it\'s\n", r"5\" "])
+@pytest.mark.parametrize("end", ["'}\n", ""])
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json"])
+def test_many_escaped_quotes_take_no_time_that_grows_with_their_square(tmp_path, unit, end, name):
+    """With patterns that try every quote as a beginning, 200 KB take minutes."""
+    text = "{'prompt': 'q', 'response': '" + unit * (200_000 // len(unit)) + end
+    try:
+        found = read(tmp_path, name, text)
+    except UserError as error:
+        assert not end and "never ends" in str(error)
+        return
+    assert len(found) == 1
+    assert isinstance(found[0], RowError) if not end else len(found[0]["response"]) > 60_000
+
+
+@pytest.mark.parametrize("text", ['{"a": 1} /* never closed', '{"a": "never closed', "{'a': 'never closed"])
+def test_what_never_closes_is_refused(text):
+    with pytest.raises(ValueError, match="is not valid JSON"):
+        mended(text)
+
+
+@pytest.mark.parametrize(
+    ("row", "key"),
+    [
+        ('{"prompt": "q", "response": "a", "response": "b"}', "response"),
+        ('{"response":"b","prompt":"p","prompt":"q"}', "prompt"),
+        (r'{"\u95ee": "q", "\u7b54": "a", "\u7b54": "b"}', "答"),
+        ('{"text": "a", "text" : null}', "text"),
+        (f'{{"messages": {J(HI)}, "messages": {J(HI[::-1])}}}', "messages"),
+    ],
+)
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json"])
+def test_a_key_with_two_values_is_refused_with_its_name(tmp_path, row, key, name):
+    (tmp_path / name).write_text(f"{J(A)}\n{row}\n")
+    [reject] = [reject for made in cook(tmp_path / name) for reject in made.rejects]
+    assert reject.reason == "two values" and f'has "{key}" twice' in reject.message and reject.line == 2
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        '{"prompt": "q", "response": "b", "response": "b"}',
+        '{"id": 1, "prompt": "q", "response": "b", "id": 2}',
+        r'{"prompt": "\"prompt\" \"response\"", "response": "b"}',
+        '{"prompt": "prompt", "response": "response"}',
+        f'{{"id": 1, "messages": {J([{**one, "id": 2, "messages": 3} for one in HI])}}}',
+    ],
+)
+def test_a_key_that_is_there_again_elsewhere_or_with_the_same_value_is_none(tmp_path, row):
+    (tmp_path / "x.jsonl").write_text(row)
+    assert not any(made.rejects for made in cook(tmp_path / "x.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (J([A]), "is one JSON list of rows, on one line; it is read as .json"),
+        (J([A, B]), "is one JSON list of rows, on one line; it is read as .json"),
+        (
+            J({"train": [A]}),
+            "is one JSON object of lists or objects, which may hold many rows, on one line; it is read as .json",
+        ),
+        (J(A, indent=1), "is JSON over several lines, not an object on each; it is read as .json"),
+        (J([A, B], indent=1), "is JSON over several lines, not an object on each; it is read as .json"),
+    ],
+)
+def test_a_file_of_json_lines_that_is_none_is_told_as_what_it_is(tmp_path, text, words):
+    path = tmp_path / "x.jsonl"
+    path.write_text(text)
+    assert ("note", words) in notes_of(path)
+
+
+@pytest.mark.parametrize("row", [A, {"messages": HI}, {"text": "a"}])
+def test_json_lines_of_one_row_need_no_note(tmp_path, row):
+    path = tmp_path / "x.jsonl"
+    path.write_text(J(row))
+    assert not notes_of(path)

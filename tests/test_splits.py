@@ -4,8 +4,11 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from inprocess import tokenize
+from test_xlsx import workbook
 
 from rwkv_peft.data.binidx import Reader
 from rwkv_peft.errors import Problems, UserError
@@ -39,6 +42,7 @@ def warnings(report) -> str:
     [
         ("train", "train"), ("Train", "train"), ("train_sft", "train"), ("training", "train"), ("train-00000-of-00002", "train"),
         ("test", "test"), ("test_sft", "test"), ("my-test", "test"), ("validation", "valid"), ("valid", "valid"),
+        ("训练集", "train"), ("测试", "test"), ("验证集", "valid"), ("测试数据库的题", ""),
         ("val", "valid"), ("dev", "valid"), ("evaluation", "valid"), ("latest", ""), ("values", ""), ("contest", ""),
     ],
 )  # fmt: skip
@@ -175,3 +179,115 @@ def test_every_worker_count_holds_out_the_same(project_folder):
     one = (project_folder / "data" / "x.valid.bin").read_bytes()
     tokenize(path, VALID_SPLIT="test", WORKERS="2", OVERWRITE_CACHE="1")
     assert np.array_equal(one, (project_folder / "data" / "x.valid.bin").read_bytes())
+
+
+def by_column(path: Path, splits, suffix: str) -> Path:
+    """A file with a column called split; the word of each row is its split and its number."""
+    found = [{"instruction": f"{s or 'none'}{i}", "output": "x", "split": s} for i, s in enumerate(splits)]
+    path = path.with_suffix(suffix)
+    if suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(found), path)
+    elif suffix == ".csv":
+        path.write_text("\n".join(["instruction,output,split", *(",".join(map(str, r.values())) for r in found)]))
+    elif suffix == ".json":
+        path.write_text(json.dumps(found))
+    elif suffix == ".xlsx":
+        cells = [list(found[0])] + [[*row.values()] for row in found]
+        workbook(path, Sheet1=cells)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    return path
+
+
+ENDINGS = [".jsonl", ".json", ".csv", ".parquet", ".xlsx"]
+
+
+@pytest.mark.parametrize("suffix", ENDINGS)
+@pytest.mark.parametrize("splits", [("train", "test", "x"), ("test", "dev", "train", "x"), ("Test", "train_sft", "x")])
+def test_rows_for_testing_by_their_column_are_left_out_and_named(project_folder, suffix, splits):
+    path = by_column(project_folder / "data" / "x", splits, suffix)
+    report = tokenize(path)
+    kept = sorted(f"{s}{i}" for i, s in enumerate(splits) if s in ("train", "train_sft", "x"))
+    assert texts(path.with_suffix("")) == kept and report["rows"]["read"] == len(kept)
+    said, others = warnings(report), [s for s in splits if s not in ("train", "train_sft", "x")]
+    assert f'{len(others)} row{"s" * (len(others) > 1)} not used, because of the column "split"' in said
+    assert all(f"{s} (1 row)" in said for s in others) and f"VALID_SPLIT={others[0]}" in said
+
+
+@pytest.mark.parametrize("suffix", ENDINGS)
+def test_valid_split_holds_out_rows_by_their_column(project_folder, suffix):
+    path = by_column(project_folder / "data" / "x", ("train", "test", "train", "dev"), suffix)
+    report = tokenize(path, VALID_SPLIT="test")
+    assert texts(path.with_suffix("")) == ["train0", "train2"] and texts(f"{path.with_suffix('')}.valid") == ["test1"]
+    assert "dev (1 row)" in warnings(report)
+
+
+@pytest.mark.parametrize("suffix", ENDINGS)
+def test_rows_that_are_all_for_testing_are_used_with_a_warning(project_folder, suffix):
+    path = by_column(project_folder / "data" / "x", ("test", "test", "dev"), suffix)
+    report = tokenize(path)
+    assert texts(path.with_suffix("")) == ["dev2", "test0", "test1"]
+    assert "read as training data, because no row is for training" in warnings(report)
+
+
+@pytest.mark.parametrize("late", [0, 9000])
+def test_a_row_for_training_may_come_long_after_those_for_testing(project_folder, late):
+    path = by_column(project_folder / "data" / "x", ["test"] * late + ["train"], ".jsonl")
+    assert tokenize(path)["rows"]["read"] == 1 and texts(path.with_suffix("")) == [f"train{late}"]
+
+
+def test_a_column_with_other_words_or_texts_holds_no_split(project_folder):
+    path = project_folder / "data" / "x.jsonl"
+    long = "we test this sentence, which is a good deal longer than a name"
+    path.write_text("".join(json.dumps({"instruction": f"q{i}", "output": "x", "split": s}) + "\n"
+                            for i, s in enumerate(["a", 1, None, long])))  # fmt: skip
+    report = tokenize(path)
+    assert report["rows"]["read"] == 4 and "for training" not in warnings(report)
+
+
+def test_messages_that_are_rows_of_their_own_have_their_split(project_folder):
+    path = project_folder / "data" / "x.jsonl"
+    found = [
+        {"conversation_id": c, "role": role, "content": f"{s}", "split": s}
+        for c, s in ((1, "train"), (2, "test"))
+        for role in ("user", "assistant")
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    report = tokenize(path)
+    assert texts(path.with_suffix("")) == ["train"] and "test (1 row)" in warnings(report)
+
+
+SHEET = [["instruction", "output"]]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_sheets_for_testing_are_left_out_and_named(project_folder, first):
+    path = project_folder / "data" / "x.xlsx"
+    sheets = {"Train": [*SHEET, ["a", "x"], ["b", "x"]], "Test": [*SHEET, ["c", "x"]]}
+    workbook(path, **(sheets if first else dict(reversed(sheets.items()))))
+    report = tokenize(path)
+    assert texts(path.with_suffix("")) == ["a", "b"]
+    assert 'its sheet "Test" (1 row) is not used' in warnings(report) and "VALID_SPLIT=Test" in warnings(report)
+
+
+def test_valid_split_names_a_sheet(project_folder):
+    path = project_folder / "data" / "x.xlsx"
+    workbook(path, Train=[*SHEET, ["a", "x"]], Test=[*SHEET, ["c", "x"]])
+    tokenize(path, VALID_SPLIT="test")
+    assert texts(path.with_suffix("")) == ["a"] and texts(f"{path.with_suffix('')}.valid") == ["c"]
+    with pytest.raises(UserError, match="VALID_SPLIT=dev names no part of it; there is Test, Train"):
+        tokenize(path, VALID_SPLIT="dev")
+
+
+def test_sheets_that_are_all_for_testing_are_used_with_a_warning(project_folder):
+    path = project_folder / "data" / "x.xlsx"
+    workbook(path, Test=[*SHEET, ["a", "x"]])
+    report = tokenize(path)
+    assert texts(path.with_suffix("")) == ["a"] and "no sheet is for training by its name: Test" in warnings(report)
+
+
+def test_sheets_with_the_same_columns_in_another_order_are_read_by_their_names(project_folder):
+    path = project_folder / "data" / "x.xlsx"
+    workbook(path, One=[*SHEET, ["a", "x"]], Two=[["output", "instruction"], ["x", "b"]])
+    report = tokenize(path)
+    assert texts(path.with_suffix("")) == ["a", "b"] and not warnings(report)

@@ -8,10 +8,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from test_files import rows_in
+from test_xlsx import workbook
 
 from rwkv_peft.errors import UserError
 from rwkv_peft.rows import reading
 from rwkv_peft.rows.files import blocks
+from rwkv_peft.rows.keys import parts_of
 from rwkv_peft.rows.recipe import Cook, Recipe
 from rwkv_peft.rows.schemas import RowError, columns
 from rwkv_peft.rows.table_header import cell_text, header_row, trimmed
@@ -248,3 +250,75 @@ def test_block_borders_change_no_table(tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "BLOCK", 3)
     monkeypatch.setattr(reading, "ROWS", 1)
     assert rows_in(path) == whole and len(whole) == 5
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "question,answer\na,b\ninstruction,output\nc,d\n",
+        "question,answer\na,b\ninstruction,input,output\nc,,d\n",
+        "question,answer\na,b\nid,prompt,response\n1,c,d\n",
+        "question,answer\na,b\ninstruction,output,,\nc,d,,\n",
+        "question,answer\na,b\n\ufeff Prompt ,Response\nc,d\n",
+        "id,question,answer\n1,a,b\nquestion,answer\nc,d\n",
+        "问题,回答\na,b\ninstruction,output\nc,d\n",
+    ],
+)
+def test_a_header_of_other_names_holds_from_there_on_and_is_named(tmp_path, text):
+    path = table(tmp_path, text)
+    found = [parts_of(tuple(row)) for row in read(path)]
+    cells = [(row[of.prompts[0]], row[of.responses[0]]) for row, of in zip(read(path), found, strict=True)]
+    assert cells == [("a", "b"), ("c", "d")]
+    [(level, words)] = notes_of(path)
+    assert level == "warning" and words.startswith("line 3 names other columns")
+
+
+@pytest.mark.parametrize(
+    "row",
+    ["question,what it means", "the question,the answer", "problem,", "english,answer", "yes,no"],
+)
+def test_a_row_that_holds_a_name_of_a_column_is_a_row(tmp_path, row):
+    path = table(tmp_path, f"instruction,output\na,b\n{row}\n")
+    assert len(read(path)) == 2 and not notes_of(path)
+
+
+def test_a_table_of_words_has_no_second_header(tmp_path):
+    assert len(read(table(tmp_path, "word,antonym\nquestion,answer\ninput,output\n"))) == 2
+
+
+def test_a_second_header_in_a_workbook_holds_too(tmp_path):
+    pytest.importorskip("python_calamine")
+    workbook(tmp_path / "x.xlsx", One=[["question", "answer"], ["a", "b"], ["instruction", "output"], ["c", "d"]])
+    assert read(tmp_path / "x.xlsx") == [QA[0], {"instruction": "c", "output": "d"}]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '"question" , "answer"\n"a" , "b"\n"c" , "d"\n',
+        '"question" ,"answer"\na,b\nc,d\n',
+        '"question", "answer"\n"a", "b"\n"c", "d"\n',
+        ' "question";"answer" \n "a";"b" \n"c"; d\n',
+        '"question" | "answer"\n"a" | "b"\n"c" | "d"\n',
+    ],
+)
+def test_blanks_around_quoted_cells_are_left_out(tmp_path, text):
+    path = table(tmp_path, text)
+    assert [{k: v.strip() for k, v in row.items()} for row in read(path)] == QA
+    assert not any('"' in v for row in read(path) for v in row.values())
+    assert notes_of(path) == [("note", "blanks stand around the quotes of its cells, and are left out")]
+
+
+def test_commas_and_quotes_inside_cells_with_blanks_around_their_quotes(tmp_path):
+    path = table(tmp_path, '"question" , "answer"\n"a, ""b"" , c" , "1"\n"two\nlines" , "2"\n"3" , "two, \nlines" \n')
+    assert read(path) == [
+        {"question": 'a, "b" , c', "answer": "1"},
+        {"question": "two\nlines", "answer": "2"},
+        {"question": "3", "answer": "two, \nlines"},
+    ]
+
+
+def test_a_cell_that_holds_a_blank_and_quotes_stays_as_it_is(tmp_path):
+    path = table(tmp_path, 'question,answer\na," ""b"""\n"c , ""x"" , y",d\n')
+    assert read(path) == [{"question": "a", "answer": ' "b"'}, {"question": 'c , "x" , y', "answer": "d"}]
+    assert not notes_of(path)

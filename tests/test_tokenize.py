@@ -309,3 +309,27 @@ def test_colours_are_for_terminals_only(monkeypatch, capsys, data):
     ids = np.array([*tokenizer.encode("a b"), 0], np.uint16)
     preview.show("x", 1, ids, np.array([3, 4, 4], np.uint8), preview.COLOURS)
     assert "a\033[2m|\033[22m\033[32m b\033[2m|\033[22m<end>\033[0m" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("changes", "said"), [({}, True), ({"VALID_PERCENT": "20"}, False)])
+def test_held_out_rows_of_an_earlier_call_do_not_vanish_in_silence(data, capsys, changes, said):
+    path = tiny.write_jsonl(data / "x.jsonl", many(40))
+    tokenize(path, VALID_PERCENT="10")
+    assert "removed" not in capsys.readouterr().out
+    tokenize(path, **changes)
+    assert ("removed   data/x.valid.bin/.idx, the held-out rows of an earlier call" in capsys.readouterr().out) == said
+
+
+@pytest.mark.parametrize("rows", [1, 2, 300, 3000])
+@pytest.mark.parametrize(
+    ("words", "script"),
+    [
+        ("你好吗", "Chinese characters"),
+        ("Как дела", "Cyrillic"),
+        ("안녕하세요", "Korean"),
+        ("こんにちは", "Japanese kana"),
+    ],
+)
+def test_data_of_any_size_are_told_in_their_script_without_the_layout(data, rows, words, script):
+    made = tokenize(tiny.write_jsonl(data / "x.jsonl", [{"prompt": words, "response": words}] * rows))
+    assert made["scripts"] == {script: 1.0}

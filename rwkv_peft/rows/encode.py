@@ -22,7 +22,8 @@ from .schemas import RowError
 
 NUL = "\0"
 HAS_NUL = "holds the character NUL (\\u0000), which no text has; it is left of binary data, or of UTF-16 that was read wrongly"
-SAMPLE = 31
+# bytes below which a text is small enough for every so-manyth to be looked at; primes, since characters have 1 to 4 bytes
+SAMPLES = ((1 << 14, 1), (100_000, 7), (1 << 62, 31))
 CONTINUATION_END = -64  # bytes 80..BF, which go on with a character, are below this as signed numbers
 
 
@@ -87,13 +88,18 @@ class Encoded(NamedTuple):
     suspects: np.ndarray
 
 
-def scripts(text: np.ndarray) -> np.ndarray:
-    """The writing of a text (UTF-8, uint8): every 31st byte, counted by value, int64 [256]; and how many of those begin
-    Japanese kana. The first byte of a character tells its script, and every character has one, so this is a fair sample."""
-    found = np.bincount(text[::SAMPLE], minlength=256)
-    behind = text[1::SAMPLE]
-    kana = (text[::SAMPLE][: len(behind)] == 0xE3) & (behind >= 0x81) & (behind <= 0x83)
-    return np.append(found, kana.sum())
+def scripts(text: np.ndarray, said: np.ndarray) -> np.ndarray:
+    """The writing of a text (UTF-8, uint8): its bytes by value, int64 [256]; and how many of those begin Japanese kana. The first
+    byte of a character tells its script, and every character has one, so some of the bytes of a long text are a fair sample.
+
+    said: bool, whether a byte is not of the layout ("User: ").
+    """
+    step = next(step for size, step in SAMPLES if len(text) < size)
+    sample, counted = text[::step], said[::step]
+    found = np.bincount(sample[counted], minlength=256)
+    behind = text[1::step]
+    kana = (sample == 0xE3)[: len(behind)] & counted[: len(behind)] & (behind >= 0x81) & (behind <= 0x83)
+    return np.append(found, kana.sum()) * step
 
 
 NONE = np.zeros(0, np.int64)
@@ -209,10 +215,11 @@ def encode_rows(rows: Sequence[Pieces], end_of_doc: bool, bos: bool = False) -> 
     begins = np.concatenate([[0], of_row[:-1] + 1])
     learnt = speakers == Role.ASSISTANT
     answered = np.add.reduceat(learnt, begins, dtype=np.int64) > 0
+    said = np.repeat(speakers != Role.HEADING, np.diff(piece_ends, prepend=0))
     untrained = int((speakers == Role.UNTRAINED)[spoken].sum())
     turns = int(learnt[spoken].sum()) + untrained
     systems = int((speakers[spoken] == Role.SYSTEM).sum())
     return Encoded(
-        ids, roles, first, answered, counts[spoken], turns, untrained, systems, scripts(np.frombuffer(data, np.uint8)),
-        marked,
+        ids, roles, first, answered, counts[spoken], turns, untrained, systems,
+        scripts(np.frombuffer(data, np.uint8), said), marked,
     )  # fmt: skip

@@ -20,6 +20,7 @@ from .json_files import json_array, json_lines, no_such_split
 from .one_message import conversations
 from .reading import Block, Note, grouped, skip_line, text_row, too_long, unpacked
 from .schemas import Row, RowError
+from .split_column import by_column
 from .tables import columnar, table
 from .workbooks import workbook
 
@@ -81,6 +82,7 @@ READERS: dict[str, Callable[..., Iterator[Block]]] = {
     ".ldjson": json_lines,
     ".feather": columnar,
 }
+WITH_SPLITS = (json_array, workbook)  # readers of files that may hold several splits, each with a name
 PACKED = (".gz", ".zst")
 # what the `datasets` library and dataset pages leave beside data: facts about them, no rows
 METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
@@ -149,14 +151,17 @@ def blocks(path: Path, txt_mode: str = "file", valid_split: str = "", held_out: 
         raise UserError(unknown_ending(path))
     if notes:
         yield Block(shown(path), 1, [], 0, notes=tuple(notes))
-    if kind == ".txt":
-        found = plain(path, txt_mode)
-    elif kind == ".json":
-        found = json_array(path, "" if held_out else valid_split)
+    wanted = "" if held_out else valid_split
+
+    def found() -> Iterator[Block]:
+        if kind == ".txt":
+            return plain(path, txt_mode)
+        return conversations(READERS[kind](path, wanted) if READERS[kind] in WITH_SPLITS else READERS[kind](path))
+
+    if held_out:
+        yield from (dataclasses.replace(block, held_out=True) for block in found())
     else:
-        found = READERS[kind](path)
-    found = conversations(found)
-    yield from (dataclasses.replace(block, held_out=True) for block in found) if held_out else found
+        yield from by_column(found(), found if path.is_file() else None, wanted)
 
 
 def unknown_ending(path: Path) -> str:

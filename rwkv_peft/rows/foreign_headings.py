@@ -87,7 +87,7 @@ ANY_CASE = (
 # what a turn may begin with by mistake, alone: more words would find sentences ("AI: a short history")
 LEADING = {
     USER: {"user", "human", "用户", "用戶", "使用者"},
-    ANSWER: {"assistant", "ai assistant", "助手", "ai助手", "助理"},
+    ANSWER: {"assistant", "ai assistant", "助手", "ai助手", "助理", "答", "回答"},
 }
 
 SIDES: dict[str, tuple[str, str]] = {
@@ -130,6 +130,7 @@ COLON = re.compile(
     rf"|\#{{3}}[ ]*(?P<hash>{any_of(BARE)})[ ]?[:：]",
     re.M,
 )
+OPTIONS = re.compile(r"(?:^|[\s(（])[AB][.．:：、)）]", re.M)  # of a question whose answer may be a letter
 OPTION_B = re.compile(r"^[ \t]*B[ ]?[.:：、)]", re.M)  # "A: ..." above "B: ..." is a choice, no answer
 
 ROLE_WORDS = {
@@ -168,15 +169,22 @@ LONGEST = 40  # characters of such a token
 BEGINS_WITH = re.compile(rf"\A(?:\s*(?:{BEGIN}))+\s*")
 
 STRING = re.compile(r'"(?:[^"\\\n]|\\.){0,300}"|(?<!\w)\'(?:[^\'\\\n]|\\.){0,300}\'|`[^`\n]{0,300}`')
+# commands of LaTeX that begin with n, without it
+LATEX_N = (
+    "abla|atural|cong|e|earrow|eg|eq|equiv|ewblock|ewcommand|ewcounter|ewenvironment|ewlength|ewline|ewpage|ewtheorem|exists|geq|"
+    "leq|less|gtr|mid|obreak|ocite|ode|oindent|olimits|oncommand|onumber|opagebreak|orm|ormalfont|ormalsize|ot|otag|otin|parallel|"
+    "prec|sim|subset|subseteq|succ|u|ull|warrow"
+)
 # LaTeX, paths and patterns of grep have other letters behind backslashes, or a \\n among brackets
 OTHER_COMMAND = re.compile(
-    r'\[\^?\\[nrt]|\\[nrt][?+*\]]|\\(?!n|r|t|"|\\|/|u[0-9a-fA-F]{4})[A-Za-z]|\\[nrt](?=[a-z]{2,}\b[^.]{0,80}[\\$])'
+    r'\[\^?\\[nrt]|\\[nrt][?+*\]]|\\(?!n|r|t|"|\\|/|u[0-9a-fA-F]{4})[A-Za-z]|\\[rt](?=[a-z]{2,}\b[^.]{0,80}[\\$])'
+    rf"|\\n(?=(?:{LATEX_N})\b)|\b[C-Hc-h]:\\[a-z]"
 )
 TWO_BREAKS = re.compile(r"(?<=\S)(?<![`'\"(])(?:\\r)?\\n(?:\\r)?\\n(?=[^\s`'\")])")
 ONE_BREAK = re.compile(
     r"(?<=\S)(?<![`'\"(])(?:\\r)?\\n(?:(?=[A-Z0-9\u00c0-\U0010ffff#*>|(\[“-])|(?<=[.,;:!?。！？，；：]\\n)(?=[a-z]))"
 )
-PLAIN_BREAK = re.compile(r"(?<=[a-z])\\n(?=[a-z])")
+PLAIN_BREAK = re.compile(rf"(?<=[a-z0-9])\\n(?!(?:{LATEX_N})(?![a-z]))(?=[a-z])")
 BREAK_AND_HEADING = re.compile(rf"\\n(?:{any_of(ALL_WORDS)})[ ]?[:：]")
 BREAK_AT_LINE_END = re.compile(r"[^\s`'\"\\]\\n[ \t]*$", re.M)
 CODE_POINTS = re.compile(r"\\u[0-9a-f]{4}\\u[0-9a-f]{4}", re.I)
@@ -216,6 +224,8 @@ def parse(text: str) -> Parsed:
     found = []
     if any(sign in text for sign in TAG_SIGNS):
         found = [(m.start(), m.end(), *tag_of(m)) for m in TAG.finditer(text)]
+        if len({side for _, _, kind, side, _ in found if kind == "inst"}) == 1:  # a text about [INST]
+            found = [one for one in found if one[2] != "inst"]
     if not any(side in (USER, ANSWER) for *_, side, _ in found):
         inline = list(VICUNA.finditer(text)) if "ASSISTANT:" in text else []
         if {m["word"] for m in inline} == {"USER", "ASSISTANT"} and any(
@@ -327,11 +337,39 @@ def look_at_dialogue(messages: Sequence[tuple[Role, str]], hard: bool) -> list[F
         alike = []
         if role is Role.USER and COLON.match(content):
             alike = answered_alike([Message(*m) for m in messages[i : i + 2]], 0)
+        elif role is Role.ASSISTANT:
+            alike = labelled(content, messages[i - 1][1] if i else "")
         for one in look_at_turn(content, role, hard) + alike:
             whose = "question" if role is Role.USER else "answer"
             note = f"{one.note} in {'an' if whose == 'answer' else 'a'} {whose}" if one.kind == "inside" else one.note
             found.setdefault(one.kind, one._replace(note=note))
     return list(found.values())
+
+
+def labelled(answer: str, question: str) -> list[Finding]:
+    """ "Answer: ..." as an answer. "A: ..." is none where the question has choices."""
+    if not COLON.match(answer):
+        return []
+    parsed = parse(answer)
+    if parsed.before.strip() or len(parsed.turns) != 1 or not parsed.turns[0].content.strip():
+        return []
+    [turn] = parsed.turns
+    is_choice = bare(turn.word) in ("A", "a") and OPTIONS.search(question) is not None
+    if turn.kind != "question" or turn.side != ANSWER or is_choice:
+        return []
+    return [Finding("inside", turn.word, turn.start)]
+
+
+def why_left(text: str) -> str:
+    """Why a text with headings of another format was not rewritten, where that is known."""
+    parsed = parse(BEGINS_WITH.sub("", text))
+    if not parsed.turns:
+        return ""
+    if stripped(parsed.before):
+        return "text before its first heading"
+    if any(not stripped(turn.content) for turn in parsed.turns if turn.side != OTHER):
+        return "a turn without words"
+    return "" if parsed.turns[-1].side == ANSWER else "no answer at its end"
 
 
 def bare(word: str) -> str:

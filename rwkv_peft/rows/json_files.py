@@ -53,6 +53,7 @@ def begins_a_list(text: bytes) -> bool:
 # a JSON text is cut at its brackets; texts and comments are stepped over as a whole; a lone mark begins one that was cut
 JSON_PARTS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\]]|"|//[^\n]*\n?|/\*.*?\*/|/\*?|#[^\n]*\n?', re.S)
 PYTHON_PARTS = re.compile(JSON_PARTS.pattern + rb"|'[^'\\]*(?:\\.[^'\\]*)*'|'", re.S)
+LONE = (b'"', b"'", b"/*")  # what follows is cut off, or cannot be told apart
 PYTHON = re.compile(rb"[\s\[{]*\{\s*'")  # how a file begins that Python has printed
 MARK = b"\xef\xbb\xbf"  # of byte order; files that were joined have one in the middle
 TOGETHER = 512  # rows of one object that holds many
@@ -293,6 +294,8 @@ def first_object(head: bytes, level: int) -> Any:
     parts = PYTHON_PARTS if PYTHON.match(head) else JSON_PARTS
     for part in parts.finditer(head):
         token = part[0]
+        if token in LONE:
+            return None
         if token in (b"{", b"["):
             if stack == level and start is None:
                 if token == b"[":
@@ -310,6 +313,8 @@ def head_goes_on(head: bytes) -> bool:
     """Whether something stands behind the first object."""
     depth = 0
     for part in JSON_PARTS.finditer(head):
+        if part[0] in LONE:
+            return False
         depth += (part[0] in (b"{", b"[")) - (part[0] in (b"}", b"]"))
         if depth == 0:
             return bool(without_comments(head[part.end() :]))
@@ -319,9 +324,12 @@ def head_goes_on(head: bytes) -> bool:
 def wrapped_shape(head: bytes) -> Shape:
     """The shape of an object that is longer than what was read of it: {"data": [{...}, ..."""
     depth, last, key, holders = 0, b"", "", []
-    for part in JSON_PARTS.finditer(head):
+    parts = PYTHON_PARTS if PYTHON.match(head) else JSON_PARTS
+    for part in parts.finditer(head):
         token = part[0]
-        if token[:1] == b'"' and len(token) > 1:
+        if token in LONE:
+            break
+        if token[:1] in (b'"', b"'"):
             if depth == 1:
                 key = token[1:-1].decode("utf-8", "replace")
                 if key in ROW_KEYS:

@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..project import shown
 from . import reading
 from .keys import HISTORY, MESSAGES, MORE_MESSAGES, PROMPTS, RESPONSES, TEXTS
-from .literals import COMMENTS, mended
+from .literals import COMMENTS, OUTSIDE, mended
 from .reading import Note, packing, unpacked
 
 # names that an object around rows may have as well
@@ -108,14 +108,22 @@ def kind_of(path: Path, by_name: str) -> tuple[str, list[Note]]:
         found = text_kind(head, len(head) < reading.HEAD, "") or by_name
     kind = found or by_name
     if kind == ".json" and by_name in LINES:
-        words = "is one JSON text over several lines, not an object on each; it is read as .json"
-        return kind, [Note("note", shown(path), words)]
+        return kind, [Note("note", shown(path), f"{what_it_is(head)}; it is read as .json")]
     same = kind == by_name or {kind, by_name} <= set(LINES) or (kind, by_name) == (".xlsx", ".xlsm")
     same = same or (kind, by_name) == (".arrow", ".feather")
     if same or not kind:
         return by_name, []
     said = path.suffix or "no ending"
     return kind, [Note("note", shown(path), f"is {WORDS[kind]} by its content, not what its name says ({said})")]
+
+
+def what_it_is(head: bytes) -> str:
+    """What to say of a file of JSON lines that has no object on each; it begins with `head`."""
+    lines = [line for line in head.removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip()]
+    if len(lines) > 1:
+        return "is JSON over several lines, not an object on each"
+    what = "list of rows" if lines[0].lstrip()[:1] == b"[" else "object of lists or objects, which may hold many rows"
+    return f"is one JSON {what}, on one line"
 
 
 def is_text(data: bytes) -> bool:
@@ -166,7 +174,7 @@ def refuse_foreign(path: Path, head: bytes, by_name: str) -> None:
 def text_kind(head: bytes, whole: bool, by_name: str) -> str:
     """The kind of a text file that begins so, "" if its own ending must decide. whole: head is all of it."""
     text = head.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")
-    bare = COMMENTS.sub(lambda m: m[1] or "", text) if text.lstrip()[:1] in ("/", "#") else text
+    bare = COMMENTS.sub(lambda m: m[1] or m[2] or "", text) if text.lstrip()[:1] in ("/", "#") else text
     bare = bare.lstrip("\ufeff \t\r\n")
     if bare[:1] not in ("{", "["):
         if by_name not in (".txt", *TABLES) and is_table(bare):
@@ -214,7 +222,7 @@ def is_lines(lines: list[str], whole: bool) -> bool:
 
 def continues(lines: list[str]) -> bool:
     """Whether the first line leaves a bracket open, and the next one goes on with what stands inside."""
-    bare = re.sub(r'"[^"\\]*(?:\\.[^"\\]*)*"', "", lines[0]).rstrip()
+    bare = OUTSIDE.sub(lambda m: "" if m[1] is None else m[0], lines[0]).rstrip()
     if len(lines) < 2 or '"' in bare or bare.count("{") + bare.count("[") <= bare.count("}") + bare.count("]"):
         return False
     return bare.endswith("[") or bool(bare.endswith(("{", ",")) and re.match(r"[\]}\"'/#]", lines[1]))

@@ -28,12 +28,14 @@ FAULTS = {
     "bytes": "with a byte order mark in front; read without it",
 }
 
-STRING = r'"[^"\\]*(?:\\.[^"\\]*)*"'
-SINGLE = r"'[^'\\]*(?:\\.[^'\\]*)*'"
-COMMENTS = re.compile(rf"({STRING})|//[^\n]*|/\*.*?\*/|#[^\n]*", re.S)
-COMMENTS_BESIDE_BOTH = re.compile(rf"({STRING}|{SINGLE})|//[^\n]*|/\*.*?\*/|#[^\n]*", re.S)
+# one that never closes is taken to its end: otherwise each of its marks would be tried as the beginning of another
+STRING = r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)'
+SINGLE = r"'[^'\\]*(?:\\.[^'\\]*)*(?:'|\\?\Z)"
+COMMENT = r"//[^\n]*|/\*.*?\*/|(/\*.*\Z)|#[^\n]*"
+COMMENTS = re.compile(rf"({STRING})|{COMMENT}", re.S)
+COMMENTS_BESIDE_BOTH = re.compile(rf"({STRING}|{SINGLE})|{COMMENT}", re.S)
 TRAILING = re.compile(rf"({STRING})|,(?=\s*(?:[}}\]]|\Z))", re.S)
-OUTSIDE = re.compile(STRING, re.S)
+OUTSIDE = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|(\\?\Z))', re.S)
 CONTROL = re.compile(rf"{STRING}", re.S)
 # what numpy leaves out between the elements of an array that it prints, and what it puts around one
 PRINTED = re.compile(rf"({STRING}|{SINGLE}|[}}\])])(?=\s+[\"'{{\[(])|{STRING}|{SINGLE}|\barray\(|,\s*dtype=\w+\)", re.S)
@@ -68,7 +70,7 @@ def mended(text: str) -> tuple[Any, str]:
 
 def lenient(text: str, kind: str) -> tuple[Any, str]:
     """JSON with comments, commas that nothing follows, control characters, NaN. ValueError if it is not that."""
-    bare = COMMENTS.sub(lambda m: m[1] or " ", text)
+    bare = COMMENTS.sub(lambda m: m[1] or m[2] or " ", text)
     kind = "comment" if bare != text else kind
     whole = TRAILING.sub(lambda m: m[1] or "", bare)
     kind = "comma" if whole != bare else kind
@@ -101,7 +103,7 @@ def python_value(text: str) -> Any:
             return ""
         return f"{part[0]}," if part[1] else part[0]
 
-    text = PRINTED.sub(separated, COMMENTS_BESIDE_BOTH.sub(lambda m: m[1] or " ", text))
+    text = PRINTED.sub(separated, COMMENTS_BESIDE_BOTH.sub(lambda m: m[1] or m[2] or " ", text))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of backslashes that Python keeps as they are
@@ -148,7 +150,8 @@ def fault(text: str, error: Exception) -> str:
     """What is wrong with a text that is no JSON, in words."""
     if text[:1] not in ("{", "["):
         return f"it begins with {text[:SHOWN]!r}, where a row begins with {{"
-    odd = [mark for pattern in (TYPOGRAPHIC, FULL_WIDTH) if (mark := pattern.search(OUTSIDE.sub('""', text)))]
+    outside = OUTSIDE.sub(lambda m: '""' if m[1] is None else m[0], text)
+    odd = [mark for pattern in (TYPOGRAPHIC, FULL_WIDTH) if (mark := pattern.search(outside))]
     if odd:
         marks = " ".join(m[1] for m in odd)
         return f'it has {marks} (typographic or full-width) where JSON needs a plain " or : or , ; replace them around the texts'
@@ -164,7 +167,6 @@ def fault(text: str, error: Exception) -> str:
         return f"there is {rest[:SHOWN]!r} behind its end"
     except (ValueError, RecursionError):
         pass
-    outside = OUTSIDE.sub('""', text)
     if re.search(r"[{\[,:]\s*'", outside):
         return "it has single quotes, and JSON needs double ones"
     if bare := re.search(r"[{,]\s*([A-Za-z_]\w*)\s*:", outside):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from ..templates.headings import overlooked_heading, spans_of_text
 from ..templates.template import ENDINGS, Dialogue, Ending, Template
 from . import foreign_headings
 from .encode import NO_ROWS, Pieces, Tokens, encode_row, encode_rows, with_bos
-from .keys import MATERIALS, MESSAGES, PROMPTS, RESPONSES, TEXTS, squashed
+from .keys import HARMLESS_NAMES, MATERIALS, MESSAGES, PROMPTS, RESPONSES, TEXTS, squashed
 from .limits import Cut, Limits, TooLong, cut_row, cut_turns, within_turns
 from .literals import mended
 from .quick import Quick
@@ -155,6 +156,13 @@ def parse(item: bytes | Row | RowError, faults: set[str] | None = None) -> Row:
             raise RowError("not JSON", str(fault)) from None
         if faults is not None:
             faults.add(kind_of_fault)
+    else:
+        if type(row) is dict:
+            for key in row:
+                times = item.count(b'"%b"' % key.encode())
+                if times > 1 or not times and item.count(json.dumps(key).encode()) > 1:
+                    one_value_each(item)
+                    break
     if isinstance(row, str) and row.lstrip()[:1] == "{":  # JSON that was made JSON once more
         with contextlib.suppress(orjson.JSONDecodeError):
             row = orjson.loads(row)
@@ -165,6 +173,29 @@ def parse(item: bytes | Row | RowError, faults: set[str] | None = None) -> Row:
     if not isinstance(row, dict):
         raise RowError("wrong type", f'must be a JSON object like {{"text": "..."}}, not {kind(row)}')
     return row
+
+
+def one_value_each(item: bytes) -> None:
+    """RowError if a key of the row itself is there with two values, of which a parser keeps the last one only. Keys that say
+    nothing a model could learn may be."""
+    ended: list[list[tuple[str, Any]]] = []
+
+    def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
+        ended.append(found)
+        return dict(found)
+
+    try:
+        json.loads(item, object_pairs_hook=pairs)
+    except (
+        ValueError,
+        RecursionError,
+    ):  # numbers of thousands of digits, brackets a thousand deep: orjson has read them
+        return
+    values: dict[str, Any] = {}
+    for key, value in ended[-1]:  # the row itself ends last
+        if key in values and values[key] != value and squashed(key) not in HARMLESS_NAMES:
+            raise RowError("two values", f'has "{key}" twice, with different values: leave one of them')
+        values[key] = value
 
 
 class Cook:
@@ -441,6 +472,9 @@ class Cook:
             if (draft.row, what) not in looked:
                 looked.add((draft.row, what))
                 counts[f"found: {what}"] += 1
+                if self.recipe.convert and what == "headings" and draft.source is None:
+                    why = foreign_headings.why_left("".join(texts).removesuffix(self.ending.answer + self.ending.last))
+                    counts[f"left: {why}"] += 1
                 # a text of its own is read from a file as it stands there; elsewhere a row is a line
                 inside = "".join(texts).count("\n", 0, at) if ".txt" in file and draft.source is None else 0
                 note(what, draft.line + inside, words)

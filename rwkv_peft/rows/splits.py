@@ -14,12 +14,16 @@ KINDS = {
 }
 OF_NAME = {name: kind for kind, names in KINDS.items() for name in names}
 WORDS = re.compile(r"[a-z]+")
+CHINESE = {"训练": "train", "訓練": "train", "验证": "valid", "驗證": "valid", "测试": "test", "測試": "test"}
+IN_CHINESE = re.compile(rf"({'|'.join(CHINESE)})(?:集|\Z)")
 
 
 def split_of(name: str) -> str:
     """train, valid or test by the words of a name (train_sft, test-00000-of-00002, my.dev), or "" if it has none of these."""
     words = WORDS.findall(re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower())
     found = [OF_NAME[word] for word in words if word in OF_NAME]
+    if not found and (chinese := IN_CHINESE.search(name)):
+        return CHINESE[chinese[1]]
     return found[0] if found else ""
 
 

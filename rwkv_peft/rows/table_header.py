@@ -11,9 +11,13 @@ from typing import Any
 
 from ..errors import UserError
 from ..words import count
+from .keys import HARMLESS_NAMES, PROMPTS, RESPONSES, TABLES, squashed
 from .kinds import ROW_KEYS
 
 INVISIBLE = " \t\r\n\ufeff\u200b\u200c\u200d\u2060\u00a0\u3000"  # what may stand around a name without being seen
+ASKED, ANSWERED = frozenset(map(squashed, PROMPTS)), frozenset(map(squashed, RESPONSES))
+KNOWN = HARMLESS_NAMES.union(*TABLES.values())
+LONGEST = 40  # characters that a name of a column in the middle of a table may have
 RULE = re.compile(r":?-{3,}:?")
 LOOKED_AT = 20  # rows in which a header may be
 TOLD = 8  # line numbers that a note lists
@@ -40,6 +44,17 @@ def header_row(rows: Sequence[Sequence[str]]) -> int:
     return filled[0] if filled else next((i for i, row in enumerate(rows) if any(row)), 0)
 
 
+def is_name(cell: str) -> bool:
+    """Whether a cell is a name that columns of rows have."""
+    return len(cell) <= LONGEST and squashed(trimmed(cell)) in KNOWN
+
+
+def names_both(names: Sequence[str]) -> bool:
+    """Whether there are names of a question and of an answer among these."""
+    short = {squashed(name) for name in names}
+    return any(a != b for a in short & ASKED for b in short & ANSWERED)
+
+
 class Header:
     """The names of a table's columns, and what is noticed while its rows are made."""
 
@@ -55,6 +70,8 @@ class Header:
         self.unnamed = [i for i, name in enumerate(self.names) if not name]
         self.without_name: dict[int, int] = {}  # column -> rows that have something in it
         self.repeated: list[int] = []
+        self.changed: list[tuple[int, list[str]]] = []  # line -> the names that hold from there on
+        self.is_known = names_both(given)
         self.number_of_rows = 0
 
     def named(self) -> list[str]:
@@ -70,10 +87,28 @@ class Header:
         if cells[0].strip(INVISIBLE) and [trimmed(cell) for cell in cells] == self.names or self.is_again(cells):
             self.repeated.append(number)
             return None
+        if self.is_other(cells, number):
+            return None
         for i in self.unnamed:
             if cells[i].strip(INVISIBLE):
                 self.without_name[i] = self.without_name.get(i, 0) + 1
         return {name: cell or None for name, cell in zip(self.names, cells, strict=False) if name}
+
+    def is_other(self, cells: Sequence[str], number: int) -> bool:
+        """Whether a row is the header of another table, as joined files have it: from there on its names hold. All of its cells
+        are names that columns have, of a question and of an answer among them."""
+        if not self.is_known or not cells or len(cells[-1]) > LONGEST or not is_name(cells[0] or cells[-1]):
+            return False
+        names = [trimmed(cell) for cell in cells]
+        given = [name for name in names if name]
+        if not names_both(given) or len(set(given)) < len(given) or not all(map(is_name, given)):
+            return False
+        if sorted(given) == sorted(self.named()):
+            return False  # the same names again, see `row`
+        self.names, self.size = names, len(names)
+        self.unnamed = [i for i, name in enumerate(names) if not name]
+        self.changed.append((number, given))
+        return True
 
     def is_again(self, cells: Sequence[str]) -> bool:
         """Whether a row is a header of the same columns in another order, from where on they have that order."""
@@ -103,6 +138,11 @@ class Header:
             many = count(len(self.repeated), "line")
             words = f"{many} with the names of the columns again, as joined files have it, not used as rows: line {lines}{more}"
             found.append(("warning", words))
+        for number, names in self.changed[:TOLD]:
+            words = f"line {number} names other columns, as joined files have it; they hold from there on: {', '.join(names)}"
+            found.append(("warning", words))
+        if len(self.changed) > TOLD:
+            found.append(("warning", f"{len(self.changed) - TOLD:,} more lines name other columns"))
         empty = [i for i in self.unnamed if i not in self.without_name]
         if empty:
             found.append(("note", f"{count(len(empty), 'column')} without a name and without content ignored"))

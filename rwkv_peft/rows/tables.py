@@ -27,7 +27,8 @@ FIELDS_LIMIT = 1 << 27  # characters of a cell that Python's reader takes; RowLi
 
 @dataclass(frozen=True)
 class Dialect:
-    """How a table is written. quotes: standard ("" for a quote), backslash (\" for one), or none (a quote is a letter).
+    """How a table is written. quotes: standard ("" for a quote), backslash (\" for one), spaced (blanks around quoted cells),
+    or none (a quote is a letter).
     all_escaped: a backslash itself is written as two."""
 
     quotes: str = "standard"
@@ -35,6 +36,10 @@ class Dialect:
 
     def line(self, line: str) -> str:
         """A line as the standard reader wants it."""
+        if self.quotes == "spaced":
+            if '"' in line:
+                line = CLOSES.sub(r"\1", OPENS.sub(r"\1\2", SPACED.sub(r"\1\2", line)))
+            return line
         return BACKSLASHES.sub(self.without_backslash, line) if self.quotes == "backslash" and "\\" in line else line
 
     def without_backslash(self, found: re.Match) -> str:
@@ -48,10 +53,16 @@ class Dialect:
         return csv.reader(lines, delimiter=mark, strict=self.quotes != "none", quoting=quoting)
 
 
+SPACED = re.compile(r'(^|[,;\t|])[ \u00a0]*("(?:[^"]|"")*")[ \u00a0]*(?=[,;\t|]|\r?\n?\Z)')
+# a quoted cell that goes on in the next line, and one that ends in this one
+OPENS = re.compile(r'([,;\t|])[ \u00a0]+("(?:[^"]|"")*)\Z')
+CLOSES = re.compile(r'\A([^"]*(?:""[^"]*)*[^",;\t| ]")[ \u00a0]+(?=[,;\t|]|\r?\n?\Z)')
+IS_SPACED = re.compile(rb'(?:^|[,;\t|]) +"|" +(?:[,;\t|]|\r?$)', re.M)
 BACKSLASHES = re.compile(r'(\\+)("?)')
 MARKS = ",;\t|"  # what may stand between cells
 QUOTED_SO = {
     "backslash": 'quotes inside cells are written \\" in it, not "", and are read as quotes',
+    "spaced": "blanks stand around the quotes of its cells, and are left out",
     "none": "its quotes do not enclose cells, and are read as letters",
 }
 
@@ -62,8 +73,14 @@ def table(path: Path) -> Iterator[Block]:
     csv.field_size_limit(FIELDS_LIMIT)
     name, notes = shown(path), []
     with unpacked(path) as (file, read):
-        opened = Table(file, Dialect(), path)
-        dialect = best_dialect(path, opened)
+        try:
+            opened = Table(file, Dialect(), path)
+        except UserError:  # of a header that another dialect may read
+            dialect = best_dialect(path, "")
+            if dialect.quotes == "standard":
+                raise
+        else:
+            dialect = best_dialect(path, opened.mark)
         if dialect.quotes == "standard":
             yield from grouped(path, opened.rows(), read)
             notes, size = opened.notes(), read()
@@ -76,11 +93,12 @@ def table(path: Path) -> Iterator[Block]:
         yield Block(name, 1, [], size, notes=tuple(notes))
 
 
-def best_dialect(path: Path, opened: Table) -> Dialect:
-    """The dialect in which most of a table can be read; the file is read beforehand only where quotes are unusual."""
+def best_dialect(path: Path, mark: str) -> Dialect:
+    """The dialect in which most of a table can be read; the file is read beforehand only where quotes are unusual. mark: what
+    stands between its cells, if that is known."""
     if not path.is_file():  # a pipe can be read only once
         return Dialect()
-    escaped = lone = quoted = False
+    escaped = lone = quoted = spaced = False
     before = b""
     with unpacked(path) as (file, _):
         while piece := file.read(reading.BLOCK):
@@ -88,14 +106,16 @@ def best_dialect(path: Path, opened: Table) -> Dialect:
             escaped = escaped or b'\\"' in piece
             lone = lone or b"\\" in piece and re.search(rb'(?<!\\)(?:\\\\)*\\[^"\\\r\n]', piece) is not None
             quoted = quoted or b'"' in piece
+            spaced = spaced or IS_SPACED.search(piece) is not None
             before = piece[-1:]
     others = [Dialect("backslash", all_escaped=not lone)] * escaped
-    others += [Dialect("none")] * (quoted and opened.mark == "\t")
+    others += [Dialect("spaced")] * spaced
+    others += [Dialect("none")] * (quoted and mark == "\t")
     if not others:
         return Dialect()
     faults = faults_of(path, Dialect())
     for dialect in others:
-        if faults and faults_of(path, dialect) < (faults if dialect.quotes == "backslash" else 1):
+        if faults and faults_of(path, dialect) < (1 if dialect.quotes == "none" else faults):
             return dialect
     return Dialect()
 
@@ -106,13 +126,21 @@ def faults_of(path: Path, dialect: Dialect) -> int:
         try:
             rows = (row for _, row in Table(file, dialect, path).rows())
             if dialect.quotes != "none":
-                return sum(isinstance(row, RowError) and row.reason == "not CSV" for row in rows)
+                return sum(
+                    row.reason == "not CSV" if isinstance(row, RowError) else any(map(keeps_quotes, row.values()))
+                    for row in rows
+                )
             return sum(
                 row.reason == "not CSV" if isinstance(row, RowError) else any(map(is_enclosed, row.values()))
                 for row in rows
             )
         except UserError:
             return 1 << 60
+
+
+def keeps_quotes(cell: str | None) -> bool:
+    """Whether a cell has quotes around it behind a blank, which were meant to enclose it."""
+    return cell is not None and cell[:1] == " " and is_enclosed(cell.strip(" "))
 
 
 def is_enclosed(cell: str | None) -> bool:
@@ -216,10 +244,13 @@ def table_rows(
         try:
             cells = next(rows)
             if cells and len(cells) != header.size:
-                if len(cells) > header.size and not any(cells[header.size :]):
+                if header.is_other(without_empty_end(cells), number):
+                    cells = []
+                elif len(cells) > header.size and not any(cells[header.size :]):
                     del cells[header.size :]  # empty columns that only some lines have
                 elif any(cells):
-                    wrong = f"has {count(len(cells), 'cell')}, but the first line names {header.size}"
+                    names = f"line {header.changed[-1][0]}" if header.changed else "the first line"
+                    wrong = f"has {count(len(cells), 'cell')}, but {names} names {header.size}"
                     if len(cells) > header.size:
                         wrong += f"; a cell that holds {mark!r} must stand in quotes"
                 else:
@@ -241,6 +272,11 @@ def table_rows(
             if row is not None:
                 yield number, TableRow(row)
         number += len(lines.row)
+
+
+def without_empty_end(cells: list[str]) -> list[str]:
+    filled = [i for i, cell in enumerate(cells, 1) if cell]
+    return cells[: filled[-1]] if filled else []
 
 
 def columnar(path: Path) -> Iterator[Block]:

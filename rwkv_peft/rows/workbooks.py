@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,16 +11,20 @@ from ..errors import UserError, install
 from ..project import shown
 from ..words import count
 from . import reading
+from .json_files import no_such_split
 from .kinds import ROW_KEYS
 from .reading import Block, Note, TableRow
 from .schemas import Row, RowError
+from .splits import is_wanted, split_of
 from .table_header import Header, cell_text, header_row, trimmed
 
+NOT_TRAINING = ("valid", "test")
 CELLS_LIMIT = 200_000_000  # of a sheet's rectangle: a stray cell in its last corner would ask for 17 thousand million
 
 
-def workbook(path: Path) -> Iterator[Block]:
-    """Rows of all sheets with the same columns; other sheets are named."""
+def workbook(path: Path, valid_split: str = "") -> Iterator[Block]:
+    """Rows of all sheets with the same columns; other sheets are named, and so are those whose names say that they are for
+    testing. valid_split: the name of the sheet whose rows are held out."""
     try:
         import python_calamine as calamine
     except ImportError:
@@ -28,7 +34,7 @@ def workbook(path: Path) -> Iterator[Block]:
     name, size = shown(path), path.stat().st_size
     try:
         with calamine.CalamineWorkbook.from_path(str(path)) as book:
-            yield from sheets(book, name, size)
+            yield from sheets(book, name, size, valid_split)
     except calamine.PasswordError:
         raise UserError(f"{name}: is protected by a password. Save it without one.") from None
     except (calamine.CalamineError, OSError, ValueError) as error:
@@ -37,7 +43,7 @@ def workbook(path: Path) -> Iterator[Block]:
         raise UserError(f"{name}: cannot be read as a workbook: {str(error).splitlines()[0]}.") from None
 
 
-def sheets(book, name: str, size: int) -> Iterator[Block]:
+def sheets(book, name: str, size: int, valid_split: str = "") -> Iterator[Block]:
     """The sheet that is read is the first whose columns have a known name, else the first with anything in it."""
     found: list[tuple[str, list[list[str]], int, list[str]]] = []
     for title in book.sheet_names:
@@ -62,19 +68,44 @@ def sheets(book, name: str, size: int) -> Iterator[Block]:
         return
     known = [columns for _, _, _, columns in found if any(column.lower() in ROW_KEYS for column in columns)]
     wanted = known[0] if known else found[0][3]
-    read = [title for title, _, _, columns in found if columns == wanted]
-    others = [title for title, _, _, columns in found if columns != wanted]
-    for title, cells, place, columns in found:
-        if columns == wanted:
-            where = f"{name}:{title}" if len(found) > 1 else name
-            yield from sheet_blocks(cells, place, Header(cells[place], where), where, size)
+    same = [title for title, _, _, columns in found if sorted(columns) == sorted(wanted)]
+    others = [title for title, _, _, _ in found if title not in same]
+    uses = uses_of(same, name, valid_split)
+    rows: Counter[str] = Counter()
+    for title, cells, place, _ in found:
+        if title not in same:
+            continue
+        if not uses[title]:
+            rows[title] = sum(any(row) for row in cells[place + 1 :])
+            continue
+        where = f"{name}:{title}" if len(found) > 1 else name
+        for block in sheet_blocks(cells, place, Header(cells[place], where), where, size):
+            yield dataclasses.replace(block, held_out=uses[title] == "held")
     notes = []
+    read = [title for title in same if uses[title] == "train"]
     if len(read) > 1:
         notes.append(Note("note", name, f"{len(read)} sheets with the same columns are read: {', '.join(read)}"))
+    for title in same:
+        if not uses[title]:
+            words = f'its sheet "{title}" ({count(rows[title], "row")}) is not used: by its name it is not for training'
+            notes.append(Note("warning", name, f"{words}. VALID_SPLIT={title} makes held-out data of it"))
+    if held := [title for title in read if split_of(title) in NOT_TRAINING]:
+        words = "read as training data, because no sheet is for training by its name"
+        notes.append(Note("warning", name, f"{words}: {', '.join(held)}"))
     if others:
-        words = f"not used, because their columns are others than those of {read[0]}: {', '.join(others)}"
+        words = f"not used, because their columns are others than those of {same[0]}: {', '.join(others)}"
         notes.append(Note("warning", name, f"{count(len(others), 'sheet')} {words}"))
     yield Block(name, 1, [], size, notes=tuple(notes))
+
+
+def uses_of(titles: list[str], name: str, wanted: str) -> dict[str, str]:
+    """What becomes of each sheet: train, held, or "" for one that is not used. UserError if `wanted` names none of several."""
+    uses = {title: "held" if is_wanted(title, wanted) else "train" for title in titles}
+    if wanted and "held" not in uses.values() and any(map(split_of, titles)):
+        raise UserError(no_such_split(name, wanted, titles))
+    if any(use == "train" and split_of(title) not in NOT_TRAINING for title, use in uses.items()):
+        uses |= {title: "" for title, use in uses.items() if use == "train" and split_of(title) in NOT_TRAINING}
+    return uses
 
 
 def sheet_blocks(cells: list[list[str]], place: int, header: Header, name: str, size: int) -> Iterator[Block]:
