@@ -144,7 +144,7 @@ def test_the_usual_rate_of_a_state_grows_with_the_model(values, rate):
     ids=str,
 )
 def test_the_plan_has_a_line_of_its_own_for_the_highest_rate_of_a_state(ready, capsys, settings, line):
-    train.command(config(FINETUNE_MODE="state_tuning", **{"LR_SCHEDULE": "cosine", **settings}), ["--dry-run"])
+    train.command(config(FINETUNE_MODE="state_tuning", **{"LR_SCHEDULE": "cos", **settings}), ["--dry-run"])
     found = [
         text for text in capsys.readouterr().out.splitlines() if "is far above" in text or "hardly move a state" in text
     ]
