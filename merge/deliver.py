@@ -16,10 +16,11 @@ from pathlib import Path
 
 from rwkv_peft import __version__, bases, checkpoint, hashing, project, prompting, sidecars
 from rwkv_peft.atomic import clear_leftovers, sync_folder, temporary, write_json
-from rwkv_peft.errors import UserError
+from rwkv_peft.errors import Problems, UserError
 from rwkv_peft.methods import METHODS
 from rwkv_peft.model.arch import STATE_NAME, Geometry
 from rwkv_peft.pieces import side_by_side
+from rwkv_peft.templates.named import recorded, recorded_name
 from rwkv_peft.words import listed
 
 from . import fold, foreign, parts
@@ -132,8 +133,10 @@ def describe(found: Sequence[Found], weights, sources: list[dict], base: Path, g
     own = {k: v for k, v in same[0].items() if k != "checkpoint_sha256"} if len(same) == 1 == len(found) else {
         "method": "+".join(one.part.setup.method for one in found), "base": base.name, "base_path": str(base.resolve()),
         "geometry": geometry.as_dict(),
-        **{k: forms[0][k] for keys in FORM if all(alike(s, forms[0], keys) for s in forms) for k in keys if k in forms[0]},
     }  # fmt: skip
+    own |= {
+        k: forms[0][k] for keys in FORM if all(alike(s, forms[0], keys) for s in forms) for k in keys if k in forms[0]
+    }
     how = {"weights": list(weights)} if weights else {}
     if found[0].part.quantised:
         how["merge_base"] = "quantised"
@@ -148,6 +151,9 @@ FORM = (("prompt_type", "template"), ("eot",), ("bos",), ("blank_lines",))
 
 def alike(one: dict, other: dict, keys: Sequence[str]) -> bool:
     # (what an older version did not write was no)
+    with contextlib.suppress(UserError):  # (a template that cannot be read is not like another)
+        if "template" in keys and one.get("template") and other.get("template"):
+            return recorded(one, "one") == recorded(other, "the other")
     return all((one.get(key) or 0) == (other.get(key) or 0) for key in keys)
 
 
@@ -288,6 +294,8 @@ def contents(path: Path) -> dict[str, str]:
 def export(kind: str, source: Path, stem: str, geometry: Geometry) -> None:
     """Write a model or a state as other programs want it, into merge/, and beside it how it was trained to be asked."""
     asked = prompting_of(source)
+    if asked.assumed:
+        print(f"warning   {asked.assumed}. ./chat.sh shows which template it answers in")
     merged = source.parent == project.ROOT / "merge" and source.stem == stem and "merged" in sidecar_of(source)
     for name in TOGETHER.get(kind, (kind,)):
         one = EXPORTS[name]
@@ -302,8 +310,6 @@ def export(kind: str, source: Path, stem: str, geometry: Geometry) -> None:
             for line in client_lines(asked):
                 print(f"          {line}")
         print(f"          {project.shown(prompting.beside(target))}: an example prompt, stop texts and stop tokens")
-    if asked.assumed:
-        print(f"warning   {asked.assumed}. ./chat.sh shows which template it answers in")
 
 
 def prompting_of(source: Path) -> prompting.Prompting:
@@ -315,13 +321,24 @@ def prompting_of(source: Path) -> prompting.Prompting:
 
 
 def told_of(path: Path) -> dict:
-    return sidecars.read(path, ()) if sidecars.path_of(path).is_file() else {}
+    """A sidecar, {} for none. What an older version has left out of its form is filled in: a template is known by its name
+    alone, and EOT was doc."""
+    told = sidecars.read(path, ()) if sidecars.path_of(path).is_file() else {}
+    if name := recorded_name(told):
+        told = told | {"prompt_type": name, "eot": told.get("eot") or "doc"}
+        with contextlib.suppress(Problems):  # (a file of the user's that is gone)
+            if told.get("template") is None and (form := recorded(told, project.shown(sidecars.path_of(path)))):
+                told["template"] = form.to_dict()
+    return told
 
 
 def client_lines(asked: prompting.Prompting) -> Iterator[str]:
     """What a client must be set to whose files have no place for it."""
     texts = ", ".join(map(prompting.shell_text, asked.stop_strings))
-    yield f"It was trained with {asked.label}. Set the client to that format, and to stop at token 0 and at: {texts}"
+    told = (
+        f"If the guess is right, its format is {asked.label}" if asked.assumed else f"It was trained with {asked.label}"
+    )
+    yield f"{told}. Set the client to that format, and to stop at token 0 and at: {texts}"
     if not asked.stops_at_blank_lines:
         yield "Its answers may hold blank lines, at which Ai00 stops unless a request has a stop of its own."
     if asked.bos:
@@ -361,6 +378,8 @@ def export_adapter(found: Sequence[Found], base: Path) -> None:
     sidecar = {**one.sidecar, **one.part.setup.options, "method": one.part.setup.method}
     config, weights = peft_weights(tensors, sidecar, opened.leaves)
     asked = prompting.of_sidecar(one.sidecar, project.shown(sidecars.path_of(one.path)), base)
+    if asked.assumed:
+        print(f"warning   {asked.assumed}")
     with writing_export(f"{short(f'{base.stem}-{one.label}')}-peft", "") as (fresh, placed):
         adapter_folder.write(fresh, config, weights)
         asked.write(fresh)
@@ -374,8 +393,6 @@ def export_adapter(found: Sequence[Found], base: Path) -> None:
     )
     for line in client_lines(asked):
         print(f"          {line}")
-    if asked.assumed:
-        print(f"warning   {asked.assumed}")
 
 
 def alone(kind: str, found: Sequence[Found]) -> Found:

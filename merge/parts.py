@@ -56,9 +56,7 @@ def checkpoint_files(words: Sequence[str], run: str, several: str = "") -> list[
         for word in words:
             if not runs.is_epoch(word):
                 runs.find(word, places=PLACES)  # what is no checkpoint is not to be stacked
-        raise UserError(
-            f"{only_one(words)} Several are folded into one model, one after the other, by {stacking(words)}"
-        )
+        raise UserError(only_one(words))
     if len(words) == 2:
         return [of_run(words[0], epoch, run)]
     if not words or (run and runs.is_epoch(words[0])):
@@ -97,7 +95,7 @@ def of_run(name: str, epoch: str, run: str) -> Path:
     if runs.is_epoch(name):
         raise UserError(
             f"{name} {epoch}: there is no run of the name {name}. Two epochs of the newest run are folded into one model, one "
-            f"after the other, by {stacking([name, epoch])}"
+            f"after the other, by\n  {stacking([name, epoch])}"
         )
     if any(project.find(name, place).is_file() for place in PLACES):
         raise UserError(f"{name} is a file, which has no epoch {epoch}. Leave one of the two away.")
@@ -114,16 +112,27 @@ def last_of(folder: Path) -> Path:
 
 
 def only_one(words: Sequence[str]) -> str:
+    """What to write instead of words that are no RUN EPOCH, the command on a line of its own."""
     if len(words) == 2 and runs.is_epoch(words[0]) and runs.folder_of(words[1]):
-        return f"The run comes first: ./merge.sh {shlex.join(words[::-1])}"
-    return f"{shlex.join(words)}: a merge takes one checkpoint."
+        return f"{shlex.join(words)}: the run comes first:\n  ./merge.sh {shlex.join(words[::-1])}"
+    several = "Several are folded into one model, one after the other, by"
+    return f"{shlex.join(words)}: a merge takes one checkpoint. {several}\n  {stacking(words)}"
 
 
 def stacking(words: Sequence[str]) -> str:
-    """The command that folds all of them. RUN 1 2 is meant as RUN/1 RUN/2."""
-    first, *others = words
-    if len(words) > 2 and all(map(runs.is_epoch, others)) and not runs.is_epoch(first) and runs.folder_of(first):
-        words = [f"{first.rstrip('/')}/{epoch}" for epoch in others]
+    """The command that folds all of them. RUN 1 2 is meant as RUN/1 RUN/2: --stack takes bare epochs alone or none."""
+    if not all(map(runs.is_epoch, words)):
+        run = next((word for word in words if not runs.is_epoch(word) and runs.folder_of(word)), "latest")
+        named: list[str] = []
+        for i, word in enumerate(words):
+            if runs.is_epoch(word):
+                named.append(f"{run.rstrip('/')}/{word}")
+                continue
+            is_run = runs.folder_of(word) is not None
+            run = word if is_run else run
+            if not is_run or not runs.is_epoch(words[i + 1] if i + 1 < len(words) else ""):
+                named.append(word)
+        words = named if len(named) > 1 else words
     return f"./merge.sh --stack {shlex.join(words)}"
 
 

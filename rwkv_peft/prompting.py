@@ -13,7 +13,7 @@ from typing import Any
 from . import tokenizer
 from .atomic import write_json
 from .roles import Role
-from .templates.named import recorded
+from .templates.named import recorded, recorded_name
 from .templates.of_base import known_by
 from .templates.template import ENDINGS, Ending, Message, Template
 
@@ -126,7 +126,7 @@ def of_sidecar(sidecar: Mapping[str, Any], where: str, base: Path) -> Prompting:
         form,
         sidecar.get("eot") if sidecar.get("eot") in ENDINGS else "doc",
         bool(sidecar.get("bos")),
-        str(sidecar.get("prompt_type") or form.name),
+        recorded_name(sidecar) or form.name,
         bool(sidecar.get("blank_lines")),
         assumed,
     )

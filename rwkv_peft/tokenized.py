@@ -83,7 +83,7 @@ def form_of(prefix: Path) -> Form | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     told = {"template": report.get("template"), "prompt_type": name}
-    name = name if told["template"] is not None else named.BEFORE.get(name, name)
+    name = named.recorded_name(told)
     try:
         return Form(name, eot, named.recorded(told, project.shown(path)))
     except (Problems, UserError):

@@ -3,17 +3,21 @@
 Encoding a sample again and comparing ids does not tell: of ids of other vocabularies 94 to 99 % come out as they were, because
 tokens that follow one another by chance seldom make up a longer one, and of World files that were encoded piece by piece only
 50 to 90 %. What tells is the text. Of 100 tokens of another vocabulary, 1 to 25 bring bytes that are no UTF-8, or control
-characters; World files have none, whatever their language (byte-level BPE, SentencePiece BPE and WordPiece of 8,000 to 50,000
-ids, on English, Chinese and code). Alphabets that never meet in a word, and rare Han characters among Latin letters, tell of
-small files as well.
+characters; World files have hardly any, whatever their language (byte-level BPE, SentencePiece BPE and WordPiece of 8,000 to
+50,000 ids, on English, Chinese and code). Form feeds (pages) and token 24 (EOT=x17) are no evidence. Lone letters of an alphabet
+that has hardly any words in the text, inside words of another, and rare Han characters beside Latin letters that are no words,
+tell of small files as well.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
-from dataclasses import dataclass
+import re
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +36,10 @@ RARE, OF_HAN = (
     0.03,
     0.2,
 )  # share of tokens that bring rare Han characters, and of these among all, in a text mostly of Latin letters
+WORD = re.compile("[A-Za-z]{6,}")
 LAST = 65529  # ids above are reserved
 SHOWN = 60  # characters of a sample in a message
-CONTROL = {chr(n) for n in range(1, 32)} - set("\t\n\r\x1b") | {"\x7f"}
+CONTROL = {chr(n) for n in range(1, 32)} - set("\t\n\f\r\x17\x1b") | {"\x7f"}
 # the common Han characters: the first levels of the mainland's, Taiwan's and Japan's standards
 LEVELS = (("gb2312", 0xB0A1, 0xD7F9), ("big5", 0xA440, 0xC67E), ("shift_jis", 0x889F, 0x9872))
 # alphabets, by their first and last character. Han, kana and Latin letters meet in any text of East Asia
@@ -44,28 +49,30 @@ ALPHABETS = (
     ("arabic", "\u0600", "\u06ff"), ("devanagari", "\u0900", "\u097f"), ("indic", "\u0980", "\u0dff"),
     ("thai", "\u0e00", "\u0e7f"), ("georgian", "\u10a0", "\u10ff"), ("cjk", "\u3040", "\u9fff"), ("hangul", "\uac00", "\ud7af"),
 )  # fmt: skip
-# what does meet: Han, kana, hangul and Thai are written without blanks, Arabic and Hebrew articles stand before any word, and
-# Greek letters are signs of mathematics
-TOGETHER = [
-    set(pair.split())
-    for pair in (
-        "latin cjk", "latin hangul", "cjk hangul", "latin greek", "cjk greek", "hangul greek", "latin thai", "latin arabic",
-        "latin hebrew",
-    )
-]  # fmt: skip
+# these stand beside letters of any other: Han, kana and hangul are written without blanks, Greek letters are signs of mathematics
+ANYWHERE = {"cjk", "hangul", "greek"}
+# and these beside Latin ones: Thai is written without blanks, Arabic and Hebrew articles stand before any word
+BESIDE_LATIN = {"latin", "thai", "arabic", "hebrew"}
 
 
 @dataclass
 class Seen:
-    """What was counted in a sample. text: a piece of it that is none."""
+    """What was counted in a sample. lone: by alphabet, single letters beside another alphabet's; words: by alphabet, runs of
+    two letters and more. text: a piece of it that is none."""
 
     tokens: int = 0
     broken: int = 0
-    mixed: int = 0
+    lone: Counter[str] = field(default_factory=Counter)
+    words: Counter[str] = field(default_factory=Counter)
     rare: int = 0
     han: int = 0
     latin: int = 0
     text: str = ""
+
+    @property
+    def mixed(self) -> int:
+        """Lone letters of alphabets that are not those of the text: "TY\u0454", but neither "PDF\u044b" in Russian."""
+        return sum(n for name, n in self.lone.items() if n > 2 * self.words[name])
 
     def is_text(self) -> bool:
         """Whether the ids are those of the World vocabulary."""
@@ -81,12 +88,13 @@ def what_is_wrong(prefix: Path, reader: Reader | None = None) -> str:
 
     prefix: its path without ending. reader: the file, if it is open already.
     """
+    told = prefix if Path(f"{prefix}.report.json").is_file() else prefix.with_name(prefix.name.removesuffix(".valid"))
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        report = json.loads(Path(f"{prefix}.report.json").read_text(encoding="utf-8"))
+        report = json.loads(Path(f"{told}.report.json").read_text(encoding="utf-8"))
         named, size = report["vocabulary"], report["files"][f"{prefix.name}.bin"]["bytes"]
         if named != tokenizer.VOCABULARY:
             return (
-                f"{shown(prefix)}.report.json says that {prefix.name} was made with the vocabulary {named}, not World's"
+                f"{shown(told)}.report.json says that {prefix.name} was made with the vocabulary {named}, not World's"
             )
         if size == Path(f"{prefix}.bin").stat().st_size:
             return ""  # make_tokenize.sh has written it
@@ -128,13 +136,29 @@ def look_at(ids: np.ndarray, seen: Seen) -> None:
     broken = text.count(mark) - data.count(mark.encode()) - tail
     broken += sum(c in CONTROL for c in text) + int((ids > LAST).sum())
     letters = [alphabet(c) for c in text]
-    mixed = sum(bool(a and b and a != b and {a, b} not in TOGETHER) for a, b in zip(letters, letters[1:], strict=False))
+    runs = [(name, len(list(same))) for name, same in itertools.groupby(letters)]
+    mixed = Counter(
+        name
+        for (before, _), (name, many), (after, _) in zip([("", 0), *runs], runs, [*runs[1:], ("", 0)], strict=False)
+        if many == 1 and not (may_meet(before, name) and may_meet(name, after))
+    )
     han = [c for c in text if "\u4e00" <= c <= "\u9fff"]
-    rare = sum(not is_common(c) for c in han)
-    seen.tokens, seen.broken, seen.mixed = seen.tokens + len(ids), seen.broken + broken, seen.mixed + mixed
+    beside = zip(["", *letters], [*letters[1:], ""], text, strict=False)
+    rare = sum("\u4e00" <= c <= "\u9fff" and bool(before or after) and not is_common(c) for before, after, c in beside)
+    if rare and rare <= sum(len(tokenizer.encode(f" {word}")) == 1 for word in WORD.findall(text)):
+        rare = 0  # a list of rare characters that words explain
+    seen.tokens, seen.broken = seen.tokens + len(ids), seen.broken + broken
+    seen.lone += mixed
+    seen.words += Counter(name for name, many in runs if name and many > 1)
     seen.rare, seen.han, seen.latin = seen.rare + rare, seen.han + len(han), seen.latin + letters.count("latin")
     if not seen.text and (broken or mixed or rare):
         seen.text = text
+
+
+def may_meet(one: str, other: str) -> bool:
+    """Whether letters of two alphabets stand beside one another in texts; "" for what is no letter."""
+    both = {one, other}
+    return len(both) == 1 or "" in both or bool(both & ANYWHERE) or both <= BESIDE_LATIN
 
 
 @functools.cache

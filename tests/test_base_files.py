@@ -299,6 +299,8 @@ def test_a_base_with_nan_is_refused_before_anything_is_written(ready, more):
     with pytest.raises(UserError, match="blocks.1.ffn.key.weight holds NaN") as found:
         train.command(config(MODEL_PATH="nan.pth", RUN_NAME="", **more), [])
     assert "LR_INIT" not in str(found.value) and "damaged" in str(found.value)
+    with pytest.raises(UserError, match="blocks.1.ffn.key.weight holds NaN"):
+        train.command(config(MODEL_PATH="nan.pth", RUN_NAME="", **more), ["--dry-run"])
     assert not any((ready / "output").iterdir())
 
 

@@ -136,6 +136,21 @@ def test_the_zero_in_front_is_an_input_and_no_target(mask, mode):
         assert total == {"pad": 9, "qa": 7, "last": 7}[mask]
 
 
+@pytest.mark.parametrize("mode", ["get", "magic"])
+@pytest.mark.parametrize("ctx_len", [1, 2, 3, 5])
+def test_no_window_trains_the_zero_that_the_next_row_begins_with(mode, ctx_len):
+    rows = [[0, 5, 6, 7, 0], [0, 8, 9], [0, 10, 24], [11, 12, 0], [13, 14]] * 6  # rows without BOS train their ends
+    data = Data([source(rows, [[1] * len(row) for row in rows])], mode, "none", ctx_len, "truncate", 1, True)
+    text = [token for row in rows for token in row]
+    stretches = [data.row(number) for number in range(data.rows)]
+    found = [(int(a), int(b)) for row in stretches for t, w in row for a, b, on in zip(t, t[1:], w, strict=False) if on]
+    assert {(7, 0), (12, 0)} <= set(found) and not {(9, 0), (24, 0), (0, 0), (14, 0)} & set(found)
+    assert len(found) == data.facts().targets == sum(map(data.count_row, range(data.rows)))
+    if mode == "get":
+        begins = {sum(map(len, rows[:n])) for n, row in enumerate(rows) if row[0] == 0}
+        assert len(found) == len(text) - 1 - len(begins - {0})
+
+
 def test_concat_puts_one_zero_between_rows_that_begin_and_end_with_it():
     [(tokens, weights)] = Data([source()], "concat", "none", 64, "cut", 1, False).row(0)
     assert (

@@ -81,7 +81,9 @@ def test_an_answer_cut_by_target_length_trains_nothing_that_the_whole_one_does_n
     pairs = trained_pairs(whole, "qa") | (
         trained_pairs(cook(row, template, eot, expand=True), "qa") if expand else set()
     )
-    assert trained_pairs(cut, mask) <= pairs
+    # the first word of what is left has lost the blank in front of it, and may be other tokens
+    told = {(tokenizer.decode([a])[-1:], b) for a, b in pairs} if policy == "truncate-left" else set()
+    assert all((tokenizer.decode([a])[-1:], b) in told for a, b in trained_pairs(cut, mask) - pairs)
 
 
 @settings(max_examples=100, deadline=None)
@@ -126,6 +128,42 @@ def test_the_first_token_of_an_answer_that_lost_its_beginning_is_not_learnt():
         " six" not in tokenizer.decode(made.ids[made.roles == Role.ASSISTANT][:-1])
     )
     assert not made.counts["cut off"]
+
+
+@pytest.mark.parametrize("template", ["rwkv-world", "rwkv-g1", "rwkv-g1-bot", "chatml"])
+@pytest.mark.parametrize("target", [3, 4, 5, 12])
+def test_the_end_of_a_turn_that_lost_its_beginning_is_learnt(template, target):
+    """And what is left of it is learnt from its second token on."""
+    limits = Limits(target=target, policy="truncate-left")
+    made, whole = cook({"messages": LONG[:2]}, template, limits=limits), cook({"messages": LONG[:2]}, template)
+    if not len(made.ids):
+        return  # the end of a turn alone is longer
+    roles = made.roles.tolist()
+    behind = max((i + 1 for i, role in enumerate(roles) if role == Role.UNTRAINED), default=roles.index(Role.ASSISTANT))
+    learnt = made.ids[behind:].tolist()
+    assert set(roles[behind:]) == {Role.ASSISTANT}
+    assert roles[-1] == Role.ASSISTANT and whole.ids.tolist()[-len(learnt) :] == learnt
+    assert ("✿" in tokenizer.decode(learnt[:-1])) == (template == "rwkv-g1-bot")
+    assert roles.count(Role.UNTRAINED) <= 1 and len(learnt) >= min(target - 1, 2)
+
+
+@pytest.mark.parametrize("policy", ["truncate-left"])
+@pytest.mark.parametrize("template", ["rwkv-world", "rwkv-g1-bot"])
+def test_no_word_is_cut_inside_where_whole_ones_are_left(template, policy):
+    said = "Photosynthesis characteristically disestablishes incomprehensible electroencephalographic flowcharts daily"
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]
+    found = set()
+    for target in range(2, 40):
+        made = cook({"messages": turns}, template, limits=Limits(target=target, policy=policy))
+        if len(made.ids):
+            left = (
+                tokenizer.decode(made.ids[:-1])
+                .split("Assistant:" if template == "rwkv-world" else "Bot✿")[1]
+                .strip("✿ \n")
+            )
+            assert f" {said}".endswith(f" {left}"), left
+            found.add(left)
+    assert {"daily", "flowcharts daily", said} <= found
 
 
 def test_half_a_tool_call_is_not_kept():

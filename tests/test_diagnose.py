@@ -288,3 +288,12 @@ def test_a_run_whose_data_are_gone_says_so(ready, capsys):
 def test_a_run_that_its_patience_has_ended_is_not_told_to_go_on_for_longer():
     [found] = judge(made(trained=(11.2, 7.8), held=(11.2, 8.1), patience=True))
     assert "EPOCH_COUNT" not in found.words
+
+
+def test_the_verdict_names_the_run_whose_best_checkpoint_it_advises(monkeypatch, capsys):
+    """In one piece, wherever the line is broken."""
+    for width in range(60, 130, 5):
+        monkeypatch.setattr(diagnose, "WIDTH", width)
+        looks = [(100, 1.0), (200, 1.5), (300, 2.0)]
+        diagnose.tell(made(held=(2.0, 2.4), looks=looks, kept="./merge.sh 'a run' best"))
+        assert "./merge.sh 'a run' best takes" in capsys.readouterr().out.replace("\n          takes", " takes")

@@ -10,7 +10,7 @@ from inprocess import config, run, tokenize
 from test_merge import make_run
 from test_scripts import ROOT, shell_values
 
-from rwkv_peft import chat, project, sidecars, train
+from rwkv_peft import chat, project, prompting, sidecars, train
 from rwkv_peft.errors import UserError
 from rwkv_peft.prompting import Prompting
 from rwkv_peft.rows.settings import TokenizeConfig, settled
@@ -231,6 +231,13 @@ def test_several_runs_of_one_name_and_other_contents_leave_the_template_open(pro
     old = {"prompt_type": "rwkv-g1-fakethink"}
     new = old | {"template": PRESETS["rwkv-g1-fakethink"].to_dict()}
     assert alike(new, dict(new), ("prompt_type", "template")) and not alike(old, new, ("prompt_type", "template"))
+
+
+def test_chat_calls_the_old_empty_thought_by_its_name_of_now(capsys):
+    told, said = {"prompt_type": "rwkv-g1-fakethink"}, "was trained with PROMPT_TYPE=rwkv-g1-emptythink-2025"
+    assert said in form_of_chat(capsys, "rwkv-g1-fakethink", True, told)[1]
+    assert form_of_chat(capsys, "rwkv-g1-emptythink-2025", True, told) == ("rwkv-g1-emptythink-2025", "")
+    assert prompting.of_sidecar(told, "it", Path("x.pth")).name == "rwkv-g1-emptythink-2025"
 
 
 def test_a_plain_base_is_known_by_its_name_alone(project_folder):

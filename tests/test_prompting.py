@@ -166,6 +166,49 @@ def test_runs_of_different_formats_that_go_together_are_warned_of(project_folder
     assert "different formats" not in capsys.readouterr().out
 
 
+def make_old(path, **changes):
+    """A sidecar as an older version wrote it, without the template's content."""
+    told = sidecars.read(path, ())
+    del told["template"], told["bos"], told["blank_lines"]
+    sidecars.path_of(path).write_text(json.dumps(told | changes))
+
+
+def test_an_older_run_and_one_of_now_of_the_same_preset_go_together(project_folder, trained, capsys):
+    paths = [trained("a", "rwkv-world"), trained("b", "rwkv-world")]
+    make_old(paths[0])
+    capsys.readouterr()
+    merge.command(
+        merge.MergeConfig("", "", "original", "", "", ""), ["--average", *map(str, paths), "--export", "gguf"]
+    )
+    said = capsys.readouterr().out
+    assert "different formats" not in said and "guess" not in said
+    [merged] = (project.ROOT / "merge").glob("*.pth")
+    assert sidecars.read(merged, ())["prompt_type"] == "rwkv-world"
+
+
+def test_an_older_run_with_the_old_empty_thought_is_called_by_its_name_of_now(project_folder, trained, capsys):
+    paths = [trained("a", "rwkv-g1-emptythink-2025"), trained("b", "rwkv-g1-fakethink")]
+    make_old(paths[0], prompt_type="rwkv-g1-fakethink")
+    capsys.readouterr()
+    merge.command(merge.MergeConfig("a", "", "original", "", "", ""), ["0", "--export", "safetensors"])
+    assert "It was trained with PROMPT_TYPE=rwkv-g1-emptythink-2025" in capsys.readouterr().out
+    [content] = exported(project_folder).values()
+    assert content["prompt_type"] == "rwkv-g1-emptythink-2025" and content["example_prompt"].endswith(
+        "<think>\n</think"
+    )
+    [merged] = (project.ROOT / "merge").glob("*.pth")
+    assert sidecars.read(merged, ())["prompt_type"] == "rwkv-g1-emptythink-2025"
+    merge.command(
+        merge.MergeConfig("", "", "original", "", "", ""), ["--average", *map(str, paths), "--export", "safetensors"]
+    )
+    said = capsys.readouterr().out
+    assert (
+        "PROMPT_TYPE=rwkv-g1-emptythink-2025, EOT=doc, BOS=0" in said and "PROMPT_TYPE=rwkv-g1-fakethink, EOT" in said
+    )
+    assert said.index("is a guess by the name") < said.index("If the guess is right, its format is PROMPT_TYPE=")
+    assert "It was trained with" not in said
+
+
 # ---- talking ----
 
 

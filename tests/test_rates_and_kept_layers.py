@@ -125,14 +125,62 @@ def test_the_usual_rate_of_a_state_grows_with_the_model(values, rate):
     assert report.usual_state(int(values)).endswith(f"about LR_INIT={rate} with LR_FINAL={float(rate) / 10:g}")
 
 
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        (
+            {"LR_INIT": "1", "LR_FINAL": "1e-2"},
+            "warning   LR_INIT=1 is far above what is usual (0.03 at most): usual are",
+        ),
+        (
+            {"LR_INIT": "1e-3", "LR_FINAL": "0.1"},
+            "warning   LR_FINAL=0.1 is far above what is usual (0.03 at most): usual are",
+        ),
+        ({"LR_INIT": "1e-3", "LR_FINAL": "0.1", "LR_SCHEDULE": "constant"}, ""),
+        ({"LR_INIT": "3e-2", "LR_FINAL": "1e-3"}, ""),
+        ({"LR_INIT": "1e-5", "LR_FINAL": "1e-6"}, "note      LR_INIT=1e-05 will hardly move a state"),
+        ({"LR_INIT": "1e-5", "LR_FINAL": "1e-3"}, ""),
+    ],
+    ids=str,
+)
+def test_the_plan_has_a_line_of_its_own_for_the_highest_rate_of_a_state(ready, capsys, settings, line):
+    train.command(config(FINETUNE_MODE="state_tuning", **{"LR_SCHEDULE": "cos", **settings}), ["--dry-run"])
+    found = [
+        text for text in capsys.readouterr().out.splitlines() if "is far above" in text or "hardly move a state" in text
+    ]
+    assert len(found) == bool(line) and all(text.startswith(line) for text in found)
+
+
+def test_the_picture_of_find_lr_advises_no_more_than_its_text(tmp_path, monkeypatch):
+    import contextlib
+
+    from rwkv_peft import pictures
+
+    titles, lines = [], []
+
+    @contextlib.contextmanager
+    def watched(*size):
+        with pictures.figure(*size) as (drawing, axes):
+            yield drawing, axes
+            titles.append(axes.get_title())
+            lines.extend((line.get_color(), line.get_xdata()[0], line.get_label()) for line in axes.get_lines())
+
+    monkeypatch.setattr(find, "figure", watched)
+    monkeypatch.setattr(find, "advise", lambda *_: find.Advice(10.0, 1.0, False))
+    for state in (True, False):
+        find.draw([1e-3, 1e-2, 1e-1], [3.0, 2.0, 1.0], tmp_path / "x.png", state)
+    green = [(at, words) for colour, at, words in lines if colour == "#2e8b57"]
+    assert green == [(0.03, "the most that is usual for a state: 3e-02"), (1.0, "a tenth of the lowest: 1e+00")]
+    assert "a state 0.03 at most" in titles[0] and "a tenth of the last good one" in titles[1]
+
+
 def test_find_lr_does_not_advise_a_state_rate_that_destroys_models(ready, capsys, monkeypatch):
     monkeypatch.setattr(find, "STEPS", 6)
     monkeypatch.setattr(find, "advise", lambda *_: find.Advice(10.0, 1.0, False))
     train.command(config(FINETUNE_MODE="state_tuning"), ["--find-lr"])
     said = capsys.readouterr().out
-    assert (
-        "warning: a tenth of that is 1e+00" in said and "1e-3 (0.1B) to 1e-2 (7B)" in said and "Begin with" not in said
-    )
+    assert "warning: a tenth of that is 1e+00" in said and "1e-3 (0.1B) to 1e-2 (7B)" in said
+    assert "Begin with LR_INIT=0.03 and LR_FINAL=0.003, the most that is usual" in said
     assert "rates from 1e-06" in said
     monkeypatch.setattr(find, "advise", lambda *_: find.Advice(0.1, 0.01, False))
     train.command(config(FINETUNE_MODE="state_tuning"), ["--find-lr"])

@@ -218,3 +218,25 @@ def test_what_was_trained_where_the_validation_was_best_is_kept_and_merged_by_it
     run(held, "again", **settings)
     again = checkpoint.load(held / "output/again/rwkv-best.pth")
     assert all(torch.equal(kept[name], again[name]) for name in kept)
+
+
+def test_the_best_is_called_kept_when_it_is_saved(monkeypatch):
+    """And not where the disk is full."""
+    from types import SimpleNamespace
+
+    said, order = [], []
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    def look(keep):
+        one = validate.Validate(
+            lambda: [], "x", 1, 1, 0, [], lambda words: (said.append(words), order.append("said")), [], keep
+        )
+        one.round(SimpleNamespace(world_size=1, global_step=3, is_global_zero=True), None)
+
+    look(lambda *_: order.append("saved"))
+    assert order == ["saved", "said"] and said[0].endswith("(step 3, the best so far, kept as rwkv-best.pth)")
+    with pytest.raises(OSError, match="No space left"):
+        look(full)
+    assert said[1] == "validation loss 0.0000 (step 3, the best so far)"

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 import tiny
-from inprocess import config
+from inprocess import config, tokenize
 
 from json2binidx import inspect
 from rwkv_peft import tokenizer, train, vocabulary
@@ -75,6 +75,17 @@ TEXTS = {
     "five languages": "apple 苹果 яблоко りんご 사과 μήλο\nbook 书 книга 本 책 βιβλίο\n" * 30,
     "emoji and mathematics": "😀🎉 👍🏽 ❤️ naïve café Ω≈ç√∫ µm αx + βy = γ, Δt → ∞\n" * 30,
     "mojibake": "ä½ å¥½ï¼Œ Ã©tÃ© â€œquoteâ€ \ufffd\ufffd\n" * 30,
+    "EOT=x17": "User: What is red?\n\nAssistant: A colour.\x17\x17User: 你好\n\nAssistant: 好。\x17" * 20,
+    "pages": "a page\n\f" * 60,
+    "Cyrillic beside Han, kana and hangul": "книга书дом家 これはкнигаです。 книга는 дом에서\n" * 30,
+    "Latin with endings of others": "WhatsAppपर Googleमें VPNом APIшный PDFы Facebookএর PDFში WhatsAppல்\n" * 30,
+    "Russian endings": "VPNом PDFы JSONе\n" * 30,
+    "Thai and Chinese": "สวัสดี你好ครับ谢谢คุณ再见ไป\n" * 30,
+    "Indic, Arabic and Hebrew beside Chinese": "नमस्ते你好 مرحبا谢谢 שלום你好 функцияα\n" * 30,
+    "rare characters in English": "\n".join(
+        f"{chr(0x9F98 - 7 * n)} {chr(0x8800 + 5 * n)} is a character with a meaning" for n in range(100)
+    ),
+    "rare characters and their sounds": "\n".join(f"{chr(0x8D00 + n)}: zhen, name" for n in range(200)),
     "base64": "TWFuIGlzIGRpc3Rpbmd1aXNoZWQsIG5vdCBvbmx5IGJ5IGhpcyByZWFzb24sIGJ1dCBieSB0aGlz" * 10,
 }  # fmt: skip
 
@@ -180,3 +191,15 @@ def test_a_report_that_names_another_vocabulary_is_believed(ready):
 def test_a_replaced_bin_is_found_beside_a_report_of_ours(ready):
     write(ready / "data" / "chat", [IDS_20B * 4] * 12)
     assert "no text of the World vocabulary" in vocabulary.what_is_wrong(ready / "data" / "chat")
+
+
+def test_held_out_rows_are_known_by_the_report_of_their_data(ready):
+    path = tiny.write_jsonl(ready / "data" / "held.jsonl", tiny.CHATS)
+    tokenize(path, VALID_PERCENT="20", EOT="x17")
+    prefix, report = ready / "data" / "held.valid", ready / "data" / "held.report.json"
+    content = json.loads(report.read_text())
+    assert vocabulary.what_is_wrong(prefix) == ""
+    report.write_text(json.dumps(content | {"vocabulary": "20B"}))
+    assert "held.report.json says that held.valid was made with the vocabulary 20B" in vocabulary.what_is_wrong(prefix)
+    report.unlink()
+    assert vocabulary.what_is_wrong(prefix) == vocabulary.what_is_wrong(ready / "data" / "held") == ""

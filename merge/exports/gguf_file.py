@@ -153,7 +153,8 @@ def told(prompting: Prompting) -> Iterator[str]:
     """What of the training is inside, what is not, and how to load the file."""
     inside, outside = stop_tokens(prompting)
     names = ", ".join(f"{token} ({shell_text(text) if text else 'end of text'})" for token, text in inside.items())
-    yield f"The chat template of {prompting.label} is inside, with the stop tokens {names}."
+    guess = " (a guess)" if prompting.assumed else ""
+    yield f"The chat template of {prompting.label}{guess} is inside, with the stop tokens {names}."
     texts = [*outside.values(), *prompting.stop_strings_beside_tokens]
     command = "llama-cli -m FILE --jinja"
     if texts:

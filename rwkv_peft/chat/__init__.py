@@ -41,7 +41,7 @@ from ..errors import Problems, UserError
 from ..prompting import Prompting
 from ..runs import is_epoch
 from ..shell_vars import convert, enter, var
-from ..templates.named import recorded, template
+from ..templates.named import recorded, recorded_name, template
 from ..templates.of_base import AUTO, known_by, misfit
 from ..templates.presets import PRESETS
 from ..templates.template import ENDINGS, Dialogue, Message, Template, split_thought, tidy_answer
@@ -137,7 +137,7 @@ def form_to_talk_in(asked: str, was_typed: bool, told: Mapping[str, Any], name: 
             return template(asked)
         which = f"{name} was trained with PROMPT_TYPE={told['prompt_type']}, which"
         raise UserError(f"{which} {found.problems[0].message}.") from None
-    trained_with = trained and (told.get("prompt_type") or trained.name)
+    trained_with = trained and (recorded_name(told) or trained.name)
     form = template(asked) if asked != AUTO else trained or known_by(base).template
     if trained and was_typed and trained != form:
         say(

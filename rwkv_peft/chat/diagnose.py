@@ -26,7 +26,7 @@ from ..tokenized import data_files, mask_of, missing_data, open_sources
 from ..training import validate
 from ..training.report import MOST_RATE, MOST_STATE_RATE
 from . import models
-from .verdict import Rows, Run, judge
+from .verdict import BLANK, Rows, Run, judge
 
 MOST_ROWS, MOST_TOKENS, LEAST_ROWS = 64, 8192, 8  # of a file that go through the models
 QUESTIONS = 3  # of the rows that were trained, and of the held-out ones
@@ -137,7 +137,7 @@ def diagnose(name: str, base: str, precision: str) -> None:
         sum(bool(r.get("skipped")) for r in told),
         [(r["step"], r["loss"]) for r in looks if r["loss"] is not None and 0 < r["step"] <= step],
         settings["LR_INIT"],
-        (adapter.parent / runs.BEST).is_file(),
+        f"./merge.sh {runs.words_for(adapter.parent, 'best')}" if (adapter.parent / runs.BEST).is_file() else "",
         all_seen,
         *course(settings, records, looks, chosen.sidecar),
         (sum(right), len(right)),
@@ -160,7 +160,8 @@ def of_its_course(folder: Path, why: str) -> None:
 
 def tell(run: Run) -> None:
     for finding in judge(run):
-        print(textwrap.fill(f"verdict   {finding.words}.", WIDTH, subsequent_indent=" " * 10, break_on_hyphens=False))
+        filled = textwrap.fill(f"verdict   {finding.words}.", WIDTH, subsequent_indent=" " * 10, break_on_hyphens=False)
+        print(filled.replace(BLANK, " "))
 
 
 def changed_files(settings: dict, sidecar: dict) -> list[str]:

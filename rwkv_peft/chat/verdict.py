@@ -65,13 +65,16 @@ class Finding(NamedTuple):
     words: str
 
 
+BLANK = "\u00a0"  # in commands, which are not to be broken over lines; printed as a blank
+
+
 class Run(NamedTuple):
     """What is known of a run. trained, held: rows that it has learnt from, and others; None for none. sources: (name, rows it has
     learnt from, held-out rows or None) of each file, if there are several. losses: of its steps. skipped: steps that were left
-    out. looks: its validations, (step, loss). rate: LR_INIT. kept: whether its best checkpoint was kept. all_seen:
-    whether it has gone through all its rows: else some of `trained` are new to it. left: steps that it has still to do.
-    patience: whether VAL_PATIENCE has ended it. answers: how many questions of trained rows were answered as they should be, and
-    how many were asked. usual: the highest rate that is usual."""
+    out. looks: its validations, (step, loss). rate: LR_INIT. kept: the command that takes its best checkpoint, "" where none
+    was kept. all_seen: whether it has gone through all its rows: else some of `trained` are new to it. left: steps that it
+    has still to do. patience: whether VAL_PATIENCE has ended it. answers: how many questions of trained rows were answered as
+    they should be, and how many were asked. usual: the highest rate that is usual."""
 
     trained: Rows | None
     held: Rows | None
@@ -80,7 +83,7 @@ class Run(NamedTuple):
     skipped: int
     looks: Sequence[tuple[int, float]]
     rate: float
-    kept: bool = False
+    kept: str = ""
     all_seen: bool = True
     left: int = 0
     patience: bool = False
@@ -244,7 +247,7 @@ def overfit(run: Run) -> Finding | None:
                 f"the validation was best, {best[1]:.3f}, at step {best[0]}, and is {end[1]:.3f} at the end"
             )
             cure = (
-                "./merge.sh RUN best takes the checkpoint of that step"
+                f"{run.kept.replace(' ', BLANK)} takes the checkpoint of that step"
                 if run.kept
                 else "KEEP_BEST=1 keeps the best checkpoint, VAL_PATIENCE=3 ends a run in time; or take fewer epochs"
             )

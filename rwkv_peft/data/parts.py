@@ -42,19 +42,22 @@ class Part:
 def window_part(source: Source, mode: str, mask: str, ctx_len: int, key: tuple[int, ...], shuffle: bool) -> Part:
     """A source whose rows ignore where documents end."""
     starts, end = source.starts, int(source.starts[-1])
-    heads = np.zeros(len(source), dtype=np.int32)
+    heads = begins_with_zero(source)
     if mode == "concat":
         unended = source.tokens[np.maximum(starts[1:] - 1, 0)] != 0
-        heads = begins_with_zero(source)  # the end of the document before stands for it
+        # (without them: the end of the document before is a token 0 as well)
         windows = Concatenated(source.sizes - heads, starts[:-1] + heads, unended, ctx_len, key, shuffle)
     elif mode == "magic":
         windows = MagicPrime(starts, ctx_len, key, shuffle)
         end = windows.rows * ctx_len + 1
     else:
         windows = Windows(starts, ctx_len, key, shuffle)
-    if mask == "none":
+    if mask == "none" and mode == "concat":
         targets = end - 1 - int(heads.sum())
+    elif mask == "none":  # every token but the first one of all, and a BOS
+        targets = end - 1 - int(heads[(starts[:-1] > 0) & (starts[:-1] < end)].sum())
     else:
+        heads = heads if mode == "concat" else np.zeros_like(heads)
         documents = np.flatnonzero(source.sizes)
         stops = np.minimum(starts[documents + 1], end)
         begins = np.minimum(starts[documents] + 1 + heads[documents], stops)

@@ -125,6 +125,10 @@ class Source:
             i += int(np.searchsorted(ends[i:past], at, side="right"))
         return counts
 
+    def begins_with_zero(self, document: int, start: int) -> bool:
+        """Whether a token 0 at this place is the document's BOS: it comes first, and more follows."""
+        return start == self.starts[document] and self.sizes[document] > 1
+
     def text(self, pieces: Sequence[Piece]) -> list[np.ndarray]:
         """The tokens of pieces, in parts to be concatenated."""
         parts = []
@@ -137,8 +141,8 @@ class Source:
     def trained(self, pieces: Sequence[Piece], mask: str) -> list[np.ndarray]:
         """Whether each token of the pieces is trained where it is a target, bool, in parts like those of `text`.
 
-        A document's first token is no target for the end of another, unless the mask is none. A token 0 that is put behind a
-        piece only separates documents: no mask trains it, or cut texts would teach to stop in mid-sentence.
+        A document's first token is no target for the end of another, unless the mask is none and it is no BOS. A token 0 that is
+        put behind a piece only separates documents: no mask trains it, or cut texts would teach to stop in mid-sentence.
         """
         parts = []
         for document, start, stop, ended, joined in pieces:
@@ -150,7 +154,7 @@ class Source:
                     flags[: max(0, int(self.last_answer[document]) - start)] = False
             if ended:
                 flags = np.append(flags, False)
-            if joined and mask != "none":
+            if joined and (mask != "none" or (self.tokens[start] == 0 and self.begins_with_zero(document, start))):
                 flags[0] = False
             parts.append(flags)
         return parts

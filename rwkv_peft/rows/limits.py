@@ -12,6 +12,7 @@ greedily from the left). Else, SOURCE_LENGTH and TARGET_LENGTH cut the turn's wo
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -23,6 +24,9 @@ from ..roles import Role
 from ..templates.template import END_OF_THINK, THINK, Dialogue, Ending, Message, Template
 from .encode import Pieces, Tokens, encode_row, encoded
 
+LONGEST_WORD = 40  # characters; what is longer is no word
+# Thai, Lao, Tibetan, Burmese, Khmer, and kana and Han: scripts without blanks between words
+UNPARTED = re.compile("[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 ANSWERS = (Role.ASSISTANT, Role.UNTRAINED)
 
 
@@ -120,8 +124,9 @@ def cut_answer(tokens: Tokens, pieces: Pieces, place: int, limits: Limits) -> To
 
 
 def unlearn_what_is_new(tokens: Tokens, pieces: Pieces, before: Tokens, whole: Pieces) -> None:
-    """Answers that lost their beginning are not learnt where what is left of them begins: no answer begins so. Of tokens that
-    follow others than before the cut, the role becomes UNTRAINED."""
+    """Answers that lost their beginning are not learnt where what is left of them begins: no answer begins so. The role of the
+    first word that is left (of its first token, if the tokens are the same as before the cut) becomes UNTRAINED; what follows it,
+    the end of the turn as well, is learnt."""
     pairs = zip(runs_of_pieces(tokens, pieces), runs_of_pieces(before, whole), pieces.roles, strict=True)
     for (a, b), (c, d), role in pairs:
         if role is not Role.ASSISTANT:
@@ -130,7 +135,9 @@ def unlearn_what_is_new(tokens: Tokens, pieces: Pieces, before: Tokens, whole: P
         same = min(len(new), len(old))
         head = int(np.append(np.flatnonzero(new[:same] != old[:same]), same)[0])
         tail = int(np.append(np.flatnonzero(new[::-1][:same] != old[::-1][:same]), same)[0])
-        tokens.roles[a + head : a + max(head, len(new) - tail + 1)] = Role.UNTRAINED
+        first = len(new) - tail  # from here on, the tokens are those of the whole answer
+        word = tokenizer.decode_bytes(new[head : max(head, first)].tolist()).strip()
+        tokens.roles[a + head : a + max(head, first if word else first + 1)] = Role.UNTRAINED
 
 
 def tokens_of_pieces(pieces: Pieces) -> list[int]:
@@ -157,8 +164,27 @@ def shortened(message: Message, excess: int, policy: str) -> Message | None:
 def shortened_text(text: str, excess: int, policy: str) -> str:
     ids = encoded(text)
     if policy == "truncate-left":
-        return text_of(ids[border(ids, excess, +1) :]).lstrip()
+        at = len(text_of(ids[: border(ids, excess, +1)]))
+        return text[word_begin(text, at, len(ids) - excess) :].lstrip()
     return text_of(ids[: border(ids, len(ids) - excess, -1)]).rstrip()
+
+
+def word_begin(text: str, at: int, most: int) -> int:
+    """Where a text begins that is cut at a character and must keep to so many tokens: with the word that the cut goes through,
+    if it fits, else with the next one, else at the cut."""
+    begin = end = at
+    while inside_word(text, begin):
+        begin -= 1
+    if begin < at and len(encoded(text[begin:].lstrip())) <= most:
+        return begin
+    while inside_word(text, end) and end < at + LONGEST_WORD:
+        end += 1
+    return at if inside_word(text, end) or not any(c.isalnum() for c in text[end:]) else end
+
+
+def inside_word(text: str, at: int) -> bool:
+    """Whether letters of one word are on both sides of a place. Of scripts that part words by blanks."""
+    return 0 < at < len(text) and all(c.isalnum() and not UNPARTED.match(c) for c in text[at - 1 : at + 1])
 
 
 @functools.cache

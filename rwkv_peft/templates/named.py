@@ -29,13 +29,19 @@ def template(name: str) -> Template:
     return custom.load(path, inner)
 
 
+def recorded_name(record: Mapping[str, Any], key: str = "prompt_type") -> str:
+    """What a recorded template is called now: older versions have meant another by the same name. "" where none is recorded."""
+    name = str(record.get(key) or "")
+    return name if record.get("template") is not None else BEFORE.get(name, name)
+
+
 def recorded(record: Mapping[str, Any], where: str, key: str = "prompt_type") -> Template | None:
     """The template that a sidecar or NAME.report.json tells of, None where it tells none. Its content ("template") counts, and
     its name only where an older version of this kit has written no content.
 
     where: how to call the file in an error. key: what it calls the name. Problems or UserError for one that cannot be used.
     """
-    content, name = record.get("template"), record.get(key)
+    content, name = record.get("template"), recorded_name(record, key)
     if content is not None:
         try:
             return Template.from_dict(content)
@@ -43,4 +49,4 @@ def recorded(record: Mapping[str, Any], where: str, key: str = "prompt_type") ->
             raise UserError(
                 f"{where}: its template {error}. Was the file edited, or made by a newer version?"
             ) from None
-    return template(BEFORE.get(name, name)) if name else None
+    return template(name) if name else None

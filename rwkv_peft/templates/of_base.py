@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from .. import sidecars
 from ..errors import Problems, UserError
-from .named import recorded
+from .named import recorded, recorded_name
 from .presets import PRESETS
 from .template import Template
 
@@ -38,7 +38,7 @@ def known_by(base: Path) -> Known:
         found = None
     if found:
         same = next((name for name, preset in PRESETS.items() if preset == found), None)
-        return Known(same or str(told.get("prompt_type") or found.name), found, True)
+        return Known(same or recorded_name(told) or found.name, found, True)
     name = "rwkv-g1" if says_g1(base, str(told.get("base") or "")) else "rwkv-world"
     return Known(name, PRESETS[name], False)
 

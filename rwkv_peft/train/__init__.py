@@ -76,6 +76,7 @@ def command(config: TrainConfig, typed: list[str]) -> None:
 def run(config: TrainConfig, place: Place, dry_run: bool, anew: bool, cleanup: contextlib.ExitStack) -> None:
     """anew: begin a new run, even if one could go on. cleanup: what to do whether training ends well or not."""
     # heavy imports come after the settings are known to be sound: a typo answers in a fraction of a second
+    from .. import bases
     from ..training import report
     from .meeting import meeting
 
@@ -92,6 +93,8 @@ def run(config: TrainConfig, place: Place, dry_run: bool, anew: bool, cleanup: c
             f"node {place.node} of {place.nodes} trains with node 0, which tells how it goes and writes the results",
             flush=True,
         )
+    if dry_run:
+        bases.must_be_sound_model(prepared.base, prepared.geometry)
     lines = header(prepared)
     if dry_run:
         lines = report.setting_lines(prepared.settings, script_values(config)) + lines

@@ -129,6 +129,11 @@ def advise(tried: Sequence[float], losses: Sequence[float]) -> Advice:
     return Advice(tried[low], take, low == len(means) - 1)
 
 
+def to_begin_with(found: Advice, state: bool) -> float:
+    """The rate that is advised. What the first steps bear is no measure for a state. found: with a rate to take."""
+    return min(found.take, MOST_STATE_RATE) if state else found.take
+
+
 def find_lr(config: TrainConfig, place: Place) -> None:
     """Print which rates the first steps bear, and draw output/find-lr-TIME.png."""
     with contextlib.ExitStack() as cleanup:
@@ -148,7 +153,7 @@ def find_lr(config: TrainConfig, place: Place) -> None:
             "fp32)."
         )
     tried = every[: len(sound)]
-    picture = draw(tried, sound, project.OUTPUT / time.strftime("find-lr-%Y%m%d-%H%M%S.png"))
+    picture = draw(tried, sound, project.OUTPUT / time.strftime("find-lr-%Y%m%d-%H%M%S.png"), state)
     spent = f"{len(losses)} of {STEPS} steps in {time.monotonic() - began:.0f} s"
     why = ": there the loss burst" if len(losses) < STEPS else ""
     print(f"{spent}{why}; rates from {every[0]:.0e} to {tried[-1]:.0e}: {project.shown(picture)}")
@@ -160,13 +165,15 @@ def find_lr(config: TrainConfig, place: Place) -> None:
         return
     high = "" if found.held else ", and rises behind it"
     print(f"The loss is lowest at {found.lowest:.0e}{high}.")
-    if state and found.take > MOST_STATE_RATE:
+    take = to_begin_with(found, state)
+    if take < found.take:
         print(
             f"warning: a tenth of that is {found.take:.0e}. What the first steps bear is no measure for a state: a rate of 1 "
-            f"has destroyed models over a whole run. Take {MOST_STATE_RATE:g} at most; usual are {USUAL_STATE}."
+            f"has destroyed models over a whole run. Begin with LR_INIT={take:g} and LR_FINAL={take / 10:g}, the most that is "
+            f"usual; most runs take less, {USUAL_STATE}."
         )
         return
-    print(f"Begin with LR_INIT={found.take:.0e} (a tenth of that) and LR_FINAL={found.take / 10:.0e}.")
+    print(f"Begin with LR_INIT={take:.0e} (a tenth of that) and LR_FINAL={take / 10:.0e}.")
     if state:
         print(f"Usual for a state are {USUAL_STATE}; take {MOST_STATE_RATE:g} at most.")
     print(
@@ -187,7 +194,7 @@ def steps_of(run: Prepared) -> Iterator[list[Batch]]:
         number += accumulate
 
 
-def draw(tried: Sequence[float], losses: Sequence[float], path: Path) -> Path:
+def draw(tried: Sequence[float], losses: Sequence[float], path: Path, state: bool = False) -> Path:
     with figure(8, 4.5) as (drawing, axes):
         drawing.set_layout_engine("constrained")
         axes.plot(tried, losses, color="#9ec5e8", linewidth=1, label="each step")
@@ -195,8 +202,11 @@ def draw(tried: Sequence[float], losses: Sequence[float], path: Path) -> Path:
         found = advise(tried, losses)
         if found.take is not None:
             axes.axvline(found.lowest, color="#999999", linewidth=1, label=f"the lowest: {found.lowest:.0e}")
-            axes.axvline(found.take, color="#2e8b57", linewidth=1.5, label=f"a tenth of the lowest: {found.take:.0e}")
-        axes.set_title("each step has a higher rate; a whole run bears about a tenth of the last good one")
+            take = to_begin_with(found, state)
+            why = "the most that is usual for a state" if take < found.take else "a tenth of the lowest"
+            axes.axvline(take, color="#2e8b57", linewidth=1.5, label=f"{why}: {take:.0e}")
+        bears = f"a state {MOST_STATE_RATE:g} at most" if state else "about a tenth of the last good one"
+        axes.set_title(f"each step has a higher rate; a whole run bears {bears}")
         axes.set_xscale("log")
         low, high = min(losses), max(losses[: max(2, len(losses) // 2)])
         axes.set_ylim(low - 0.1 * (high - low), high + 0.5 * (high - low) + 1e-6)

@@ -83,13 +83,6 @@ def plan_lines(
                          f"tenth of the run, {max(1, steps // 10)}, is enough"))  # fmt: skip
     if last > settings["LR_INIT"]:
         rows.append(("", "LR_FINAL is above LR_INIT: the rate rises until the end; were the two exchanged?"))
-    if setup.method == "state" and settings["LR_INIT"] < LEAST_STATE_RATE:
-        rows.append(("", f"note: LR_INIT={settings['LR_INIT']:g} will hardly move a state: {usual_state(total)}"))
-    usual = MOST_STATE_RATE if setup.method == "state" else MOST_RATE
-    if settings["LR_INIT"] > usual:
-        words = f"LR_INIT={settings['LR_INIT']:g} is far above what is usual ({usual:g} at most)"
-        more = f": {usual_state(total)}" if setup.method == "state" else ""
-        rows.append(("", f"warning: {words}{more}; ./training.sh --find-lr tells what the settings bear"))
     if infctx and tokens <= settings["CHUNK_CTX"]:
         rows.append(
             ("", f"a micro-batch has at most {tokens:,} tokens: one chunk holds it, so infctx changes nothing here")
@@ -111,12 +104,27 @@ def plan_lines(
         rows.append(
             ("", "DeepSpeed compiles its optimizer for the host when it is first used: half a minute or so, once")
         )
+    rows += rate_rows(setup, {"LR_INIT": settings["LR_INIT"], "LR_FINAL": last}, total)
     rows += [
         ("machine", f"{device_words()}; PRECISION={settings['PRECISION']}, OP={settings['OP']}{op_words and f' ({op_words})'}, "
                     f"STRATEGY={settings['STRATEGY']}; about {memory / 2**30:.{digits}f} GB {kind} ({guess})"),
         ("output", f"output/{settings['RUN_NAME']}/ (loss.jsonl has the loss of each step; what is shown here is smoothed)"),
     ]  # fmt: skip
     return [f"{label:<10}{text}" for label, text in rows]
+
+
+def rate_rows(setup, rates: dict[str, float], values: int) -> list[tuple[str, str]]:
+    """A word about rates that are far from what is usual. rates: where the schedule begins and ends. values: of the model."""
+    name = max(rates, key=rates.__getitem__)
+    highest, state = rates[name], setup.method == "state"
+    usual = MOST_STATE_RATE if state else MOST_RATE
+    if highest > usual:
+        more = f": {usual_state(values)}" if state else ""
+        words = f"{name}={highest:g} is far above what is usual ({usual:g} at most){more}"
+        return [("warning", f"{words}; ./training.sh --find-lr tells what the settings bear")]
+    if state and highest < LEAST_STATE_RATE:
+        return [("note", f"{name}={highest:g} will hardly move a state: {usual_state(values)}")]
+    return []
 
 
 def usual_state(values: int) -> str:

@@ -109,17 +109,14 @@ class Validate(Rounds):
         for sink in self.sinks if trainer.is_global_zero else ():
             sink(record)
         waited, best = rounds_without_a_better(self.records), self.best
-        known = (
-            f"the best so far{f', kept as {runs.BEST}' if self.keep and step else ''}"
-            if not waited
-            else f"the best was {best['loss']:.4f} at step {best['step']}"
-            if best
-            else ""
-        )
+        known = f"the best was {best['loss']:.4f} at step {best['step']}" if waited else "the best so far"
         words = f"step {step}{sound and f', {known}' or ''}" if step else "before training"
-        self.say(f"validation loss {loss:.4f} ({words})")
-        if self.keep and sound and step and not waited:
-            self.keep(trainer, module)
+        try:
+            if self.keep and sound and step and not waited:
+                self.keep(trainer, module)
+                words += f", kept as {runs.BEST}"
+        finally:  # where the disk is full, the loss is told all the same
+            self.say(f"validation loss {loss:.4f} ({words})")
         if sound and self.patience and waited >= self.patience:
             self.stopped = trainer.should_stop = True
             self.say(f"VAL_PATIENCE={self.patience}: no better validation for so many rounds; training ends here.")
