@@ -167,10 +167,10 @@ def test_the_picture_of_find_lr_advises_no_more_than_its_text(tmp_path, monkeypa
 
     monkeypatch.setattr(find, "figure", watched)
     monkeypatch.setattr(find, "advise", lambda *_: find.Advice(10.0, 1.0, False))
-    for state in (True, False):
-        find.draw([1e-3, 1e-2, 1e-1], [3.0, 2.0, 1.0], tmp_path / "x.png", state)
+    for usual in (0.001, None):
+        find.draw([1e-3, 1e-2, 1e-1], [3.0, 2.0, 1.0], tmp_path / "x.png", usual)
     green = [(at, words) for colour, at, words in lines if colour == "#2e8b57"]
-    assert green == [(0.03, "the most that is usual for a state: 3e-02"), (1.0, "a tenth of the lowest: 1e+00")]
+    assert green == [(0.001, "usual for a state of this model: 1e-03"), (1.0, "a tenth of the lowest: 1e+00")]
     assert "a state 0.03 at most" in titles[0] and "a tenth of the last good one" in titles[1]
 
 
@@ -180,7 +180,7 @@ def test_find_lr_does_not_advise_a_state_rate_that_destroys_models(ready, capsys
     train.command(config(FINETUNE_MODE="state_tuning"), ["--find-lr"])
     said = capsys.readouterr().out
     assert "warning: a tenth of that is 1e+00" in said and "1e-3 (0.1B) to 1e-2 (7B)" in said
-    assert "Begin with LR_INIT=0.03 and LR_FINAL=0.003, the most that is usual" in said
+    assert "Begin with LR_INIT=0.001 and LR_FINAL=0.0001: usual are" in said
     assert "rates from 1e-06" in said
     monkeypatch.setattr(find, "advise", lambda *_: find.Advice(0.1, 0.01, False))
     train.command(config(FINETUNE_MODE="state_tuning"), ["--find-lr"])

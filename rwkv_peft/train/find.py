@@ -21,9 +21,10 @@ from ..atomic import writing
 from ..config import TrainConfig
 from ..data.loading import Batch, heaviest
 from ..errors import Problem, Problems, UserError
+from ..model import arch
 from ..pictures import figure
 from ..training.module import TrainingModule
-from ..training.report import MOST_STATE_RATE, USUAL_STATE
+from ..training.report import MOST_STATE_RATE, USUAL_STATE, usual_state_rate
 from ..training.strategy import FP16_SCALE
 from .learner import make_learner, make_module
 from .place import Place
@@ -129,9 +130,10 @@ def advise(tried: Sequence[float], losses: Sequence[float]) -> Advice:
     return Advice(tried[low], take, low == len(means) - 1)
 
 
-def to_begin_with(found: Advice, state: bool) -> float:
-    """The rate that is advised. What the first steps bear is no measure for a state. found: with a rate to take."""
-    return min(found.take, MOST_STATE_RATE) if state else found.take
+def to_begin_with(found: Advice, usual: float | None) -> float:
+    """The rate that is advised. found: with a rate to take. usual: for a state, the rate that is usual for its model: what the first
+    steps bear is no measure there."""
+    return found.take if usual is None or found.take <= MOST_STATE_RATE else usual
 
 
 def find_lr(config: TrainConfig, place: Place) -> None:
@@ -139,6 +141,7 @@ def find_lr(config: TrainConfig, place: Place) -> None:
     with contextlib.ExitStack() as cleanup:
         one = trial(config, place, cleanup)
         state = one.run.config.method == "state"
+        usual = usual_state_rate(sum(map(math.prod, arch.shapes(one.run.geometry).values()))) if state else None
         every, batches = rates(*(STATE if state else (LOWEST, HIGHEST))), steps_of(one.run)
         losses: list[float] = []
         began = time.monotonic()
@@ -153,7 +156,7 @@ def find_lr(config: TrainConfig, place: Place) -> None:
             "fp32)."
         )
     tried = every[: len(sound)]
-    picture = draw(tried, sound, project.OUTPUT / time.strftime("find-lr-%Y%m%d-%H%M%S.png"), state)
+    picture = draw(tried, sound, project.OUTPUT / time.strftime("find-lr-%Y%m%d-%H%M%S.png"), usual)
     spent = f"{len(losses)} of {STEPS} steps in {time.monotonic() - began:.0f} s"
     why = ": there the loss burst" if len(losses) < STEPS else ""
     print(f"{spent}{why}; rates from {every[0]:.0e} to {tried[-1]:.0e}: {project.shown(picture)}")
@@ -165,12 +168,12 @@ def find_lr(config: TrainConfig, place: Place) -> None:
         return
     high = "" if found.held else ", and rises behind it"
     print(f"The loss is lowest at {found.lowest:.0e}{high}.")
-    take = to_begin_with(found, state)
+    take = to_begin_with(found, usual)
     if take < found.take:
         print(
             f"warning: a tenth of that is {found.take:.0e}. What the first steps bear is no measure for a state: a rate of 1 "
-            f"has destroyed models over a whole run. Begin with LR_INIT={take:g} and LR_FINAL={take / 10:g}, the most that is "
-            f"usual; most runs take less, {USUAL_STATE}."
+            f"has destroyed models over a whole run. Begin with LR_INIT={take:g} and LR_FINAL={take / 10:g}: usual are "
+            f"{USUAL_STATE}, and {MOST_STATE_RATE:g} at most."
         )
         return
     print(f"Begin with LR_INIT={take:.0e} (a tenth of that) and LR_FINAL={take / 10:.0e}.")
@@ -194,7 +197,7 @@ def steps_of(run: Prepared) -> Iterator[list[Batch]]:
         number += accumulate
 
 
-def draw(tried: Sequence[float], losses: Sequence[float], path: Path, state: bool = False) -> Path:
+def draw(tried: Sequence[float], losses: Sequence[float], path: Path, usual: float | None = None) -> Path:
     with figure(8, 4.5) as (drawing, axes):
         drawing.set_layout_engine("constrained")
         axes.plot(tried, losses, color="#9ec5e8", linewidth=1, label="each step")
@@ -202,10 +205,10 @@ def draw(tried: Sequence[float], losses: Sequence[float], path: Path, state: boo
         found = advise(tried, losses)
         if found.take is not None:
             axes.axvline(found.lowest, color="#999999", linewidth=1, label=f"the lowest: {found.lowest:.0e}")
-            take = to_begin_with(found, state)
-            why = "the most that is usual for a state" if take < found.take else "a tenth of the lowest"
+            take = to_begin_with(found, usual)
+            why = "usual for a state of this model" if take < found.take else "a tenth of the lowest"
             axes.axvline(take, color="#2e8b57", linewidth=1.5, label=f"{why}: {take:.0e}")
-        bears = f"a state {MOST_STATE_RATE:g} at most" if state else "about a tenth of the last good one"
+        bears = f"a state {MOST_STATE_RATE:g} at most" if usual else "about a tenth of the last good one"
         axes.set_title(f"each step has a higher rate; a whole run bears {bears}")
         axes.set_xscale("log")
         low, high = min(losses), max(losses[: max(2, len(losses) // 2)])

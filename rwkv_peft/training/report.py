@@ -127,11 +127,16 @@ def rate_rows(setup, rates: dict[str, float], values: int) -> list[tuple[str, st
     return []
 
 
-def usual_state(values: int) -> str:
-    """Which rates are usual for a state, of a model of so many values: between those of 0.1B and of 7B on a straight line of
+def usual_state_rate(values: int) -> float:
+    """The rate that is usual for a state of a model of so many values: between those of 0.1B and of 7B on a straight line of
     logarithms."""
     share = math.log(min(max(values, 1e8), 7e9) / 1e8) / math.log(70)
-    rate = float(f"{1e-3 * 10**share:.0e}")
+    return float(f"{1e-3 * 10**share:.0e}")
+
+
+def usual_state(values: int) -> str:
+    """Which rates are usual for a state, in words."""
+    rate = usual_state_rate(values)
     return f"usual are {USUAL_STATE}; here about LR_INIT={rate:g} with LR_FINAL={rate / 10:g}"
 
 
