@@ -131,8 +131,8 @@ def advise(tried: Sequence[float], losses: Sequence[float]) -> Advice:
 
 
 def to_begin_with(found: Advice, usual: float | None) -> float:
-    """The rate that is advised. found: with a rate to take. usual: for a state, the rate that is usual for its model: what the first
-    steps bear is no measure there."""
+    """The rate that is advised. found: with a rate to take. usual: for a state, the rate that is usual for its model, because
+    what the first steps bear is no measure there."""
     return found.take if usual is None or found.take <= MOST_STATE_RATE else usual
 
 
