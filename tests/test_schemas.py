@@ -372,6 +372,8 @@ def test_nulls_that_arrow_filled_in_are_removed_and_nulls_of_json_stay(padded, a
         ("<think>Use `a` first.</think>Call `b`.", ("Use `a` first.", "Call `b`.")),
         ("<think>```a``` first.</think>Call ```b```.", ("```a``` first.", "Call ```b```.")),
         ("<think>x</think>\n```\nprint('</think>')\n```", ("x", "```\nprint('</think>')\n```")),
+        ("<think>\nTry ```py\nx=1\n``` ok\n</think>\n\n```py\nx=1\n```", ("Try ```py\nx=1\n``` ok", "```py\nx=1\n```")),
+        ("<think>\n```py\nx=1\n```</think>R", ("```py\nx=1\n```", "R")),
         (">\nhm\n</think>\n\nR", ("hm", "R")),
         ("<THINK>hm</THINK>R", ("hm", "R")),
         ("<think >hm</think >R", ("hm", "R")),

@@ -127,23 +127,24 @@ def split_reasoning(answer: str) -> tuple[str, str]:
 
 
 def in_code(text: str, begin: int, at: int) -> bool:
-    """Whether a place is quoted as code: inside a fence that begins on a line of its own, or between backticks of its line,
-    paired from the left. begin: where the text begins that is looked at."""
-    if sum(line.lstrip().startswith("```") for line in text[begin:at].split("\n")[:-1]) % 2:
+    """Whether a place is quoted as code: behind an odd number of fences (three backticks or more), or between one or two backticks
+    of its line, paired from the left. begin: where the text begins that is looked at."""
+    if sum(len(ticks[0]) > 2 for ticks in TICKS.finditer(text, begin, at)) % 2:
         return True
-    line = max(text.rfind("\n", begin, at) + 1, begin)
-    end = text.find("\n", at)
-    waiting: dict[int, int] = {}  # how many backticks -> where they opened
+    line, end = max(text.rfind("\n", begin, at) + 1, begin), text.find("\n", at)
+    opened = None  # the backticks that are open: how many, and where
     for ticks in TICKS.finditer(text, line, end if end >= 0 else len(text)):
         size = len(ticks[0])
-        if size in waiting:
-            if waiting.pop(size) < at < ticks.start():
+        if size > 2:
+            continue
+        if opened is None:
+            if ticks.start() > at:
+                return False
+            opened = size, ticks.start()
+        elif size == opened[0]:
+            if opened[1] < at < ticks.start():
                 return True
-            waiting.clear()
-        elif not waiting:
-            waiting[size] = ticks.start()
-        if ticks.start() > at and not waiting:
-            return False
+            opened = None
     return False
 
 
