@@ -127,8 +127,8 @@ def split_reasoning(answer: str) -> tuple[str, str]:
 
 
 def in_code(text: str, begin: int, at: int) -> bool:
-    """Whether a place is quoted as code: behind an odd number of fences (three backticks or more), or between one or two backticks
-    of its line, paired from the left. begin: where the text begins that is looked at."""
+    """Whether a place is quoted as code: behind an odd number of fences (three backticks or more), or between one or two
+    backticks of its line, paired from the left. begin: where the text begins that is looked at."""
     if sum(len(ticks[0]) > 2 for ticks in TICKS.finditer(text, begin, at)) % 2:
         return True
     line, end = max(text.rfind("\n", begin, at) + 1, begin), text.find("\n", at)
