@@ -334,6 +334,14 @@ def test_code_about_pictures_is_text(words):
     assert said({"messages": [{"role": "user", "content": words}, ANSWER]})[0] == (U, words)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("images", "[]"), ("image", "nan"), ("frames", 0), ("video", "a film about love"), ("photo", "no")],
+)
+def test_a_column_of_pictures_that_holds_none_is_no_reason_to_refuse(name, value):
+    assert said({"prompt": "a", "response": "b", name: value}) == [(U, "a"), (A, "b")]
+
+
 def test_empty_columns_of_pictures_are_harmless_and_map_keys_leaves_full_ones_out():
     assert said({"messages": [Q, ANSWER], "images": [], "audio": None, "video": ""})
     found, reader = read({"messages": [Q, ANSWER], "images": ["a.png"]}, columns=columns('{"images": ""}'))
@@ -374,6 +382,8 @@ def test_nulls_that_arrow_filled_in_are_removed_and_nulls_of_json_stay(padded, a
         ("<think>x</think>\n```\nprint('</think>')\n```", ("x", "```\nprint('</think>')\n```")),
         ("<think>\nTry ```py\nx=1\n``` ok\n</think>\n\n```py\nx=1\n```", ("Try ```py\nx=1\n``` ok", "```py\nx=1\n```")),
         ("<think>\n```py\nx=1\n```</think>R", ("```py\nx=1\n```", "R")),
+        ("I try:\n```py\nfor..\n</think>\n\nHere:\n```py\nx\n```", ("I try:\n```py\nfor..", "Here:\n```py\nx\n```")),
+        ("<think>\n```\nnever closed\n</think>\n\nR", ("```\nnever closed", "R")),
         (">\nhm\n</think>\n\nR", ("hm", "R")),
         ("<THINK>hm</THINK>R", ("hm", "R")),
         ("<think >hm</think >R", ("hm", "R")),
@@ -512,6 +522,17 @@ def test_a_short_conversation_of_any_shape_is_read(row):
     assert said(row) == [(U, "a"), (A, "b")]
 
 
+def test_pairs_of_roles_are_messages_also_in_a_history_and_by_role_map():
+    rows = [["customer", "q"], ["agent", "a"]]
+    assert said({"messages": rows}, columns=columns("", '{"customer": "user", "agent": "assistant"}')) == [
+        (U, "q"),
+        (A, "a"),
+    ]
+    row = {"prompt": "c", "response": "d", "history": [["user", "a"], ["assistant", "b"]]}
+    assert said(row) == EXPECTED
+    refused({"messages": [["user", "q"], ["bob", "a"]]}, "unknown role", "--role-map")
+
+
 @pytest.mark.parametrize(
     "rows",
     [
@@ -633,7 +654,7 @@ def test_unknown_columns_are_refused_with_the_line_to_paste():
     refused(
         {"prompt": "a", "chosen": "b", "rejected": "c"},
         "unknown columns",
-        """--map-keys '{"prompt": "prompt", "response": "chosen"}'""",
+        """--map-keys '{"response": "chosen"}'""",
     )
     refused({"verlauf": [{"role": "user"}]}, "unknown columns", """--map-keys '{"messages": "verlauf"}'""")
 
@@ -772,6 +793,25 @@ def test_single_messages_of_unknown_roles_are_put_together_and_refused_with_the_
     [row] = together(*rows)
     refused(row, "unknown role", """--role-map '{"customer": "user", "agent": "assistant"}'""")
     assert said(row, columns=columns("", '{"customer": "user", "agent": "assistant"}')) == [(U, "q"), (A, "a")]
+
+
+def test_ranks_may_be_text_and_keys_may_be_missing():
+    rows = [
+        {"id": 9, "role": "user", "text": "x", "message_id": "0", "parent_id": None},
+        {"message_id": "1", "parent_id": None, "role": "prompter", "text": "a"},
+        {"message_id": "2", "parent_id": "1", "role": "assistant", "text": "tenth", "rank": "10.0"},
+        {"message_id": "3", "parent_id": "1", "role": "assistant", "text": "second", "rank": "2.0"},
+        {"message_id": "4", "parent_id": "1", "role": "assistant", "text": "none", "rank": ""},
+        {"message_id": "5", "parent_id": "1", "role": "assistant", "text": "first", "rank": 1},
+    ]
+    found = [said(row)[-1][1] for row in together(*rows) if len(row["messages"]) > 1]
+    assert found == ["first", "second", "tenth", "none"]
+
+
+def test_a_call_among_single_messages_needs_no_text():
+    rows = [{"conversation_id": 1, "role": "user", "content": "q"},
+            {"conversation_id": 1, "role": "assistant", "content": None, "tool_calls": [CALL]}]  # fmt: skip
+    assert [said(row) for row in together(*rows)] == [[(U, "q"), (A, json.dumps(CALL))]]
 
 
 def test_an_answer_whose_question_is_not_in_the_file_is_refused():

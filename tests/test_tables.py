@@ -322,3 +322,9 @@ def test_a_cell_that_holds_a_blank_and_quotes_stays_as_it_is(tmp_path):
     path = table(tmp_path, 'question,answer\na," ""b"""\n"c , ""x"" , y",d\n')
     assert read(path) == [{"question": "a", "answer": ' "b"'}, {"question": 'c , "x" , y', "answer": "d"}]
     assert not notes_of(path)
+
+
+@pytest.mark.parametrize("rows", ["q,a\nx,y\n", "output,input\nup,down\n", "Q,A\n"])
+def test_rows_that_only_look_like_names_stay_rows(tmp_path, rows):
+    path = table(tmp_path, "question,answer\n" + rows)
+    assert len(read(path)) == rows.count("\n")

@@ -150,6 +150,11 @@ MEDIUM = re.compile(
 )
 
 
+def names_a_file(name: str) -> bool:
+    """Whether a column is called a picture's, a sound's or a film's file."""
+    return MEDIUM.match(squashed(name)) is not None
+
+
 class Parts(NamedTuple):
     """The keys of an object by the part that each may play, in the order of the tables. A key may stand in several."""
 
@@ -258,6 +263,12 @@ def proposed_keys(row: Mapping[str, Any]) -> str:
         n for n in names if isinstance(row[n], list) and row[n] and isinstance(row[n][0], dict) and is_talk(row[n][0])
     ]
     texts = [n for n in names if isinstance(row[n], str) and row[n].strip()]
+    if "chosen" in row:
+        return "--map-keys " + quoted(
+            ({} if "prompt" in row else {"prompt": texts[0]} if texts else {}) | {"response": "chosen"}
+        )
+    if not lists and any(isinstance(row[n], list | dict) and row[n] for n in names):
+        return ""  # a shape of its own, which no names of columns make usable
     talk = next((n for n in texts if TALK.search(row[n])), "")
     if talk:
         return f"--convert-headings --map-keys {quoted({'text': talk})}"

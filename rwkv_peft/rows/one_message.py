@@ -15,6 +15,7 @@ from . import reading
 from .keys import ROLE_NAMES, Parts, parts_of, squashed
 from .reading import Block
 from .recipe import items, parse
+from .turns import rank_of
 from .values import RowError, is_nothing
 
 CONVERSATION = {squashed(name): i for i, name in enumerate((
@@ -59,7 +60,7 @@ def together(blocks: Sequence[Block], key: tuple[str, ...], held_out: bool) -> I
         except RowError as error:
             rows.append((number, error))
     if messages:
-        rows += trees(messages) if len(key) == 2 else groups(messages, key[0])
+        rows += trees(messages, *key) if len(key) == 2 else groups(messages, key[0])
     rows.sort(key=lambda row: row[0])
     notes = tuple(note for block in blocks for note in block.notes)
     last = blocks[-1]
@@ -95,7 +96,7 @@ def grouping(block: Block) -> tuple[str, ...]:
 
 def is_single_message(row: Any, parts: Parts) -> bool:
     """Whether a row is a message: it has a role and a text, and no conversation."""
-    said = any(isinstance(row[key], str) for key in parts.said)
+    said = any(row[key] is None or isinstance(row[key], str | list) for key in parts.said)
     lists = any(isinstance(row[key], list) for key in parts.messages)
     # (an author or a sender may be anybody; a role or a speaker is one of a conversation, known or not)
     sure = any(isinstance(row[key], str) and row[key].strip() and squashed(key) in ROLES for key in parts.speaker)
@@ -139,11 +140,11 @@ def is_number(value: Any) -> bool:
     return True
 
 
-def trees(messages: list[tuple[int, dict[str, Any]]]) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
+def trees(
+    messages: list[tuple[int, dict[str, Any]]], own: str, parent: str
+) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
     """Every path from a root to a leaf; of the children of a message, the one of the best rank comes first."""
-    keys = {squashed(key): key for key in messages[0][1]}
-    own, parent = keys["messageid"], keys["parentid"]
-    alive = [(number, m) for number, m in messages if m.get("deleted") is not True]
+    alive = [(number, m) for number, m in messages if str(m.get("deleted")).lower() not in ("true", "1")]
     known = {str(m.get(own)) for _, m in alive}
     children: dict[str, list[tuple[int, dict[str, Any]]]] = {}
     for number, message in alive:
@@ -153,7 +154,7 @@ def trees(messages: list[tuple[int, dict[str, Any]]]) -> Iterator[tuple[int, dic
         )
         children.setdefault(place, []).append((number, message))
     for some in children.values():
-        some.sort(key=lambda pair: pair[1]["rank"] if is_number(pair[1].get("rank")) else 0)
+        some.sort(key=lambda pair: rank_of(pair[1]))
     used: set[int] = set()  # messages that an earlier path has
     for number, message in children.get("", []):
         if is_answer(message) and not is_nothing(message.get(parent)):

@@ -29,6 +29,7 @@ from .keys import (
     chosen,
     columns,
     left_over,
+    names_a_file,
     parts_of,
     proposed_keys,
     proposed_roles,
@@ -43,6 +44,7 @@ from .values import (
     as_text,
     bare_thought,
     check_text_only,
+    is_medium,
     is_nothing,
     kind,
     short,
@@ -108,7 +110,7 @@ class Reader:
             return plain
         form, names = self.recognise(row, parts)
         for name in parts.media:
-            if not is_nothing(row[name]):
+            if is_medium(row[name], names_a_file(name)):
                 raise RowError(
                     "not text",
                     f'has something in "{name}": {NOT_TEXT}. (To train the text alone: --map-keys \'{{"images": ""}}\')',
@@ -116,7 +118,7 @@ class Reader:
         if form == "text":
             found: Dialogue | str = self.text(row[names[0]], names[0])
             check_text_only(found, f'its "{names[0]}"')
-            schema, used = "text", (*names, *parts.media)
+            schema, used = "text", names
         elif form == "pair":
             schema, found, used = self.pair(row, parts, *names)
         else:
@@ -208,12 +210,14 @@ class Reader:
             for name in parts.texts:
                 sure = name == given.get("text") or squashed(name) in CERTAIN_TEXTS
                 if row[name] is not None and (sure or wanted == "text" or isinstance(row[name], str)):
-                    self.refuse_single_message(row, parts, name)
+                    self.refuse_single_message(row, parts)
                     return "text", (name,)
                 if sure:
                     empty = empty or ("text", (name,))
         if empty:
             return empty
+        if any(isinstance(row[key], str) for key in parts.said):
+            self.refuse_single_message(row, parts)
         has = ", ".join(map(repr, list(row)[:6])) or "nothing"
         known = ", ".join(name for part in KNOWN if wanted in ("auto", part) for name in KNOWN[part])
         line = proposed_keys(row) if wanted == "auto" else ""
@@ -254,7 +258,7 @@ class Reader:
         material = next((name for name in materials if not is_nothing(row[name])), "")
         return prompt, material, response
 
-    def refuse_single_message(self, row: Row, parts: Parts, name: str) -> None:
+    def refuse_single_message(self, row: Row, parts: Parts) -> None:
         """RowError if a text is one message of a dialogue whose other messages are other rows."""
         for key in parts.speaker:
             if isinstance(row[key], str) and row[key].strip().lower() in ROLE_NAMES and squashed(key) != "author":
@@ -334,7 +338,7 @@ class Reader:
         system_names = tuple(name for name in parts.system if name not in (prompt, query, response))
         think_names = tuple(name for name in parts.think if name not in (prompt, query, response))
         flag_names = flags_in(row, parts)
-        found_names = (*system_names, *think_names, *parts.tools, *flag_names, *parts.history, *parts.media)
+        found_names = (*system_names, *think_names, *parts.tools, *flag_names, *parts.history)
         used = (prompt, query, response, *found_names)
         schema = self.name_of_pair(prompt, response)
         row = {**row, response: self.one_answer(row[response], response)}
@@ -425,8 +429,9 @@ class Reader:
         rows = turns.parsed(value) if isinstance(value, str) else value
         if not isinstance(rows, list):
             raise RowError("wrong type", f'its "{name}" must be a list of [question, answer] pairs')
-        if turns.is_messages(rows):
-            return [m for i, one in enumerate(turns.normal(rows), 1) if (m := self.message(i, one))]
+        if turns.is_messages(rows) or turns.are_role_pairs(rows, self.columns.roles):
+            found = turns.normal(rows, self.columns.roles)
+            return [m for i, one in enumerate(found, 1) if (m := self.message(i, one, found))]
         found = []
         for i, turn in enumerate(rows, 1):
             if not isinstance(turn, list) or len(turn) != 2:
@@ -442,7 +447,7 @@ class Reader:
         value = turns.parsed(row[name]) if isinstance(row[name], str) else row[name]
         if isinstance(value, dict) and turns.has_branches(value if "replies" in value else value.get("prompt")):
             self.unused["part of the tree", "replies that are not the best"] = 1
-        rows = turns.normal(value)
+        rows = turns.normal(value, self.columns.roles)
         answer = [key for key in parts.responses if key not in (name, *parts.said) and not is_nothing(row[key])]
         if answer:  # the columns of a pair beside the messages: an instruction among them is no system text
             parts = parts._replace(beside_messages=())
@@ -454,7 +459,8 @@ class Reader:
         else:
             answer = []
         asked = next((one for one in rows if self.role_of(one) is Role.USER), {})
-        same = [key for key in parts.beside_messages if row[key] in asked.values()]  # the first question again
+        words = [value.strip() for value in asked.values() if isinstance(value, str)]
+        same = [key for key in parts.beside_messages if str(row[key]).strip() in words]  # the first question again
         parts = parts._replace(beside_messages=tuple(key for key in parts.beside_messages if key not in same))
         dialogue = self.messages(rows, row, parts)
         used = [
@@ -462,7 +468,6 @@ class Reader:
             *parts.system,
             *parts.tools,
             *flags_in(row, parts),
-            *parts.media,
             *parts.beside_messages,
             *same,
             *answer,
@@ -619,7 +624,7 @@ class Reader:
             content = content["parts"]
         used = [key for key in (speaker, text_key) if key]
         for key in parts.media:
-            if not is_nothing(one[key]):
+            if is_medium(one[key], names_a_file(key)):
                 raise RowError("not text", f'message {i} ({name}) has something in "{key}": {NOT_TEXT}')
         think = call = ""
         structured = role in (Role.ASSISTANT, Role.TOOL) and isinstance(content, list) and not turns.are_parts(content)

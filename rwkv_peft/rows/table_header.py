@@ -50,9 +50,10 @@ def is_name(cell: str) -> bool:
 
 
 def names_both(names: Sequence[str]) -> bool:
-    """Whether there are names of a question and of an answer among these."""
-    short = {squashed(name) for name in names}
-    return any(a != b for a in short & ASKED for b in short & ANSWERED)
+    """Whether there are names of a question and, after it, of an answer among these. One letter is no name."""
+    short = [squashed(name) for name in names if len(name) > 1]
+    asked = next((i for i, name in enumerate(short) if name in ASKED), len(short))
+    return any(name in ANSWERED for name in short[asked + 1 :])
 
 
 class Header:
@@ -101,7 +102,7 @@ class Header:
             return False
         names = [trimmed(cell) for cell in cells]
         given = [name for name in names if name]
-        if not names_both(given) or len(set(given)) < len(given) or not all(map(is_name, given)):
+        if not names_both(given) or len(set(given)) < len(given) or not all(len(n) > 1 and is_name(n) for n in given):
             return False
         if sorted(given) == sorted(self.named()):
             return False  # the same names again, see `row`

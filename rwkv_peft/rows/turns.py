@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import orjson
@@ -95,8 +96,18 @@ def is_struct_of_lists(value: dict[str, Any]) -> bool:
     return bool(parts.speaker and parts.said)
 
 
-def normal(rows: Any) -> list[Any]:
-    """The messages of a conversation of any shape. RowError if it has none."""
+def are_role_pairs(rows: Any, roles: Mapping[str, Any] = MappingProxyType({})) -> bool:
+    """Whether a list is of [role, text] pairs: some of the roles are known, or all of them are by ROLE_MAP."""
+    if not isinstance(rows, list) or not all(
+        isinstance(one, list) and len(one) == 2 and isinstance(one[0], str) for one in rows
+    ):
+        return False
+    names = [one[0].strip().lower() for one in rows]
+    return any(name in ROLE_NAMES for name in names) or bool(roles) and all(name in roles for name in names)
+
+
+def normal(rows: Any, roles: Mapping[str, Any] = MappingProxyType({})) -> list[Any]:
+    """The messages of a conversation of any shape. roles: of ROLE_MAP. RowError if it has none."""
     if isinstance(rows, dict):
         rows = of_object(rows)
     if not isinstance(rows, list) or not rows:
@@ -104,7 +115,7 @@ def normal(rows: Any) -> list[Any]:
     if all(isinstance(one, str) for one in rows):
         return of_texts(rows)
     if all(isinstance(one, list) and len(one) == 2 for one in rows):
-        if all(isinstance(who, str) and who.strip().lower() in ROLE_NAMES for who, _ in rows):
+        if are_role_pairs(rows, roles):
             return [{"role": who, "content": words} for who, words in rows]
         return [m for pair in rows for m in of_texts(pair)]
     if isinstance(rows[0], dict) and ("role" in rows[0] or "from" in rows[0]):  # what most are
@@ -151,7 +162,16 @@ def replies_of(node: dict[str, Any]) -> list[dict[str, Any]]:
     alive = (
         [one for one in found if isinstance(one, dict) and not one.get("deleted")] if isinstance(found, list) else []
     )
-    return sorted(alive, key=lambda one: one["rank"] if isinstance(one.get("rank"), int | float) else math.inf)
+    return sorted(alive, key=lambda one: rank_of(one))
+
+
+def rank_of(one: dict[str, Any]) -> float:
+    """The rank of a reply, also where it is written as text; infinite where it has none."""
+    try:
+        rank = float(one.get("rank"))
+    except (TypeError, ValueError):
+        return math.inf
+    return math.inf if math.isnan(rank) else rank
 
 
 def has_branches(node: Any) -> bool:

@@ -97,6 +97,8 @@ def split_reasoning(answer: str) -> tuple[str, str]:
     if max(map(len, tags)) > MOST_TAGS:
         raise RowError("reasoning", f"has more than {MOST_TAGS} tags of thoughts in one answer")
     opened, closed = ([tag for tag in some if not in_code(answer, begin, tag.start())] for some in tags)
+    if not closed and len(tags[1]) == 1 and (starts or alone_on_its_line(answer, tags[1][0])):
+        closed = tags[1]  # behind a fence that was never closed
     if not starts:
         # words that other markup has too count where one closes that was never opened
         names = {(found[1] or "").lower() for found in opened}
@@ -124,6 +126,11 @@ def split_reasoning(answer: str) -> tuple[str, str]:
     thought = answer[begin : closed[0].start()].strip()
     # (what follows a prompt that ends with "<think")
     return thought.removeprefix(">").lstrip() if not starts else thought, tidy_answer(words)
+
+
+def alone_on_its_line(text: str, tag: re.Match) -> bool:
+    before, behind = text[: tag.start()].rpartition("\n")[2], text[tag.end() :].partition("\n")[0]
+    return not before.strip() and not behind.strip()
 
 
 def in_code(text: str, begin: int, at: int) -> bool:
@@ -166,7 +173,7 @@ def bare_thought(thought: str) -> str:
 PLACEHOLDER = re.compile(
     r"<(image|video|audio|img|speech)>(?!.*</\1>)|<\|(?:image|video|audio|vision|img)\w*\|>|<image[ _]\d+>"
     r"|<image_(?:placeholder|token|soft_token|pad)>|<im_patch>|<start_of_image>|<ImageHere>|<img>[^<\n]{1,300}</img>"
-    r"|\[IMG\](?!.*\[/IMG\])|!\[[^\]\n]*\]\(data:image/",
+    r"|\[IMG\](?!.*\[/IMG\])|!\[[^\]\n]{0,300}\]\(data:image/",
     re.DOTALL | re.I,
 )
 # how every such tag and placeholder begins
@@ -174,6 +181,23 @@ SUSPECT = re.compile(
     r"[<\[(](?:\|?\s*/?\s*(?:thi|tho|rea|思|ima|img|im_|vid|aud|vis|spe|see|sta|beg|end|cha)|data:image)", re.IGNORECASE
 )
 QUOTED = re.compile(r"`[^`]*`|```.*?```", re.DOTALL)
+
+
+# what names or holds a picture, sound or film
+MEDIUM = re.compile(
+    r"\.(?:png|jpe?g|gif|webp|bmp|tiff?|svg|wav|mp3|flac|ogg|m4a|mp4|avi|mov|mkv|webm|npy|pt)\b|^https?://|^data:|[/\\]"
+    r"|^[\w+/=\s]{100,}$",
+    re.IGNORECASE,
+)
+
+
+def is_medium(value: Any, named: bool = False) -> bool:
+    """Whether a column of pictures, sounds or films has one: a list, an object, bytes, a path, an address; no word about it.
+    named: the column is called a path or a file, whatever it holds."""
+    if isinstance(value, str):
+        empty = is_nothing(value) or value.strip().lower() in ("n/a", "[]", "nan", "none", "null", "no", "false")
+        return not empty and (named or MEDIUM.search(value) is not None)
+    return isinstance(value, list | dict | bytes) and not is_nothing(value)
 
 
 NOT_TEXT = "the row needs a picture, sound or film, and only text can be trained"
