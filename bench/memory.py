@@ -61,7 +61,7 @@ def child(point: dict) -> None:
         "MODEL_PATH": f"{point['geometry']}.pth", "DATA_PATH": "rows", "CTX_LEN": str(point["ctx"]), "LOSS_MASK": "pad",
         "MICRO_BSZ": "1", "MINI_BSZ": "1", "EPOCH_STEPS": str(point["steps"]), "EPOCH_COUNT": "1", "WARMUP_STEPS": "0",
         "PRECISION": point["precision"], "GRAD_CP": point["grad_cp"], "OPTIM": point["optim"], "OP": point["op"],
-        "FINETUNE_MODE": point["method"], "MODEL_VERSION": "auto",
+        "FINETUNE_MODE": point["method"], "MODEL_VERSION": "auto", "VOCABULARY": "own",
     }  # fmt: skip
     values = values_as_written(SCRIPT) | rank | settings | METHODS.get(point["method"], {})
     train.command(Script(SCRIPT, values).read(TrainConfig), ["--new"])

@@ -46,6 +46,7 @@ def child(point: dict) -> None:
         "MODEL_PATH": "base.pth", "DATA_PATH": "rows", "CTX_LEN": str(point["ctx"]), "LOSS_MASK": "pad", "MICRO_BSZ": "1",
         "MINI_BSZ": "1", "EPOCH_STEPS": str(point["steps"]), "EPOCH_COUNT": "2", "WARMUP_STEPS": "0", "RUN_NAME": "",
         "PRECISION": point["precision"], "FINETUNE_MODE": "lora", "MODEL_VERSION": "auto", "VAL_DATA": "none",
+        "VOCABULARY": "own",  # (random ids)
     }  # fmt: skip
     if point["watched"]:
         has_board = importlib.util.find_spec("tensorboard") is not None

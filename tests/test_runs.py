@@ -88,13 +88,13 @@ def test_the_speed_is_that_of_the_last_steps_and_never_of_the_first(monkeypatch)
         ({"EPOCH_STEPS": "64"}, "EPOCH_STEPS makes an epoch"),
         (
             {"FINETUNE_MODE": "state_tuning", "LR_INIT": "1e-4"},
-            "note: LR_INIT=0.0001 will hardly move a state: usual are 1e-3 (0.1B) to 1e-2 (7B)",
+            "note      LR_INIT=0.0001 will hardly move a state: usual are 1e-3 (0.1B) to 1e-2 (7B)",
         ),
         (
             {"FINETUNE_MODE": "state_tuning", "LR_INIT": "1"},
-            "warning: LR_INIT=1 is far above what is usual (0.03 at most): usual",
+            "warning   LR_INIT=1 is far above what is usual (0.03 at most): usual",
         ),
-        ({"LR_INIT": "0.5"}, "warning: LR_INIT=0.5 is far above what is usual (0.01 at most); ./training.sh"),
+        ({"LR_INIT": "0.5"}, "warning   LR_INIT=0.5 is far above what is usual (0.01 at most); ./training.sh"),
         ({"TRAIN_TYPE": "infctx"}, "one chunk holds it, so infctx changes nothing here"),
         ({"GPU_COUNT": "64"}, "GPU_COUNT=64 starts 64 processes, but this machine has"),
     ],
