@@ -16,7 +16,7 @@ from rwkv_peft.rows.keys import HARMLESS_IN_MESSAGES, columns, parts_of, squashe
 from rwkv_peft.rows.one_message import conversations
 from rwkv_peft.rows.reading import Block
 from rwkv_peft.rows.schemas import Reader
-from rwkv_peft.rows.values import RowError, may_want_a_look, split_reasoning, wants_a_look
+from rwkv_peft.rows.values import RowError, split_reasoning
 from rwkv_peft.templates.template import Dialogue
 
 S, U, A, T = Role.SYSTEM, Role.USER, Role.ASSISTANT, Role.TOOL
@@ -451,13 +451,6 @@ def test_a_part_that_is_a_thought_is_no_part_of_the_answer(part):
 def test_a_message_that_is_a_thought_belongs_to_the_answer_behind_it():
     assert said({"messages": [Q, {"role": "thought", "content": "7*8"}, ANSWER]})[-1] == (A, "(7*8) 56")
     refused({"messages": [Q, ANSWER, {"role": "reasoning", "content": "7*8"}]}, "reasoning", "no answer follows")
-
-
-@settings(max_examples=500, deadline=None)
-@given(st.text(st.sampled_from("<[/tT hiIMG]k>◁(data:x|"), max_size=12), st.booleans())
-def test_bytes_of_a_row_tell_when_none_of_its_texts_wants_a_look(text, escaped):
-    row = json.dumps({"text": text}, ensure_ascii=escaped).encode()
-    assert may_want_a_look(row) or not wants_a_look(text)
 
 
 def test_many_backticks_and_tags_take_no_long_time():

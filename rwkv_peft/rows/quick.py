@@ -43,9 +43,8 @@ class Quick:
                 )
         self.separator, self.last = len(template.format_separator), ending.last
 
-    def conversation(self, row: Row, doctor: bool, look: bool = True) -> tuple[str, Pieces] | None:
-        """doctor: letters outside ASCII are to be looked at, which is the long way. look: False where the bytes of the row have
-        nothing that reasoning or a placeholder could begin with (values.may_want_a_look)."""
+    def conversation(self, row: Row, doctor: bool) -> tuple[str, Pieces] | None:
+        """doctor: letters outside ASCII are to be looked at, which is the long way."""
         for column in self.columns:
             messages = row.get(column)
             if messages is not None:
@@ -69,7 +68,7 @@ class Quick:
                 content = content.rstrip() if plain else cleaner(content)
                 if not content or len(one) != 2 or (doctor and not content.isascii()):
                     return None
-                if look and wants_a_look(content):
+                if wants_a_look(content):
                     return None
                 if self.reserved and any(word in content for word in self.reserved):
                     return None

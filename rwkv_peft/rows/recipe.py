@@ -29,7 +29,6 @@ from .literals import mended
 from .quick import Quick
 from .reading import LINE_LIMIT, Block, Note, TableRow, is_utf8, not_utf8, too_long
 from .schemas import INFILLING, Columns, Reader, Row, RowError, kind
-from .values import may_want_a_look
 
 NOTHING_TO_LEARN = "nothing to learn"  # all answers have weight 0, or were cut away
 COMMENT = "comment"  # a line of .jsonl that is none of the rows; reported, not rejected
@@ -244,8 +243,7 @@ class Cook:
                 # what was read as cp1252 holds letters from À to ÿ, which are C3 and another byte: rows without one need no
                 # doctor. (A row in ASCII may hold them as \u00e9; no writer does both.)
                 doctor = repair and (type(item) is not bytes or item.isascii() or b"\xc3" in item)
-                look = type(item) is not bytes or may_want_a_look(item)
-                if plain := quick(content, doctor, look):
+                if plain := quick(content, doctor):
                     schemas.append(plain[0])
                     drafts.append(Draft(row, line, plain[1], item))
                 else:

@@ -203,20 +203,6 @@ def is_medium(value: Any, named: bool = False) -> bool:
 NOT_TEXT = "the row needs a picture, sound or film, and only text can be trained"
 
 
-def may_want_a_look(row: bytes) -> bool:
-    """Whether a row of JSON may hold a text that `wants_a_look`, by its bytes as they are in the file; quick, for rows that have
-    one bracket, that of their messages, and no tag. (Writers that escape < write \\u003c.)"""
-    return (
-        b"<" in row
-        or row.count(b"[") > 1
-        or b"data:image/" in row
-        or b"\\u003" in row
-        or not row.isascii()
-        and b"\xe2\x97\x81" in row
-        or b"\\u25c1" in row
-    )
-
-
 def wants_a_look(text: str) -> bool:
     """Whether a text may hold reasoning or a placeholder; quick, for texts that have neither."""
     return ("<" in text or "[" in text) and SUSPECT.search(text) is not None or "◁" in text
