@@ -419,7 +419,7 @@ class Archive:
             return info.header_offset
         header = os.pread(self.file, LOCAL_HEADER, info.header_offset)
         if header[:4] != b"PK\3\4":
-            raise self.damaged(info, "it does not lie where it should")
+            raise self.damaged(info, "its position in the file is wrong")
         return info.header_offset + LOCAL_HEADER + sum(struct.unpack("<HH", header[-4:]))
 
     def tensor(self, name: str) -> Tensor:

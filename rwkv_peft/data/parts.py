@@ -82,7 +82,7 @@ def item_part(source: Source, mask: str, ctx_len: int, overlong: str) -> Part:
     touched = np.flatnonzero(too_long[items.document])
     pieces, stop = items.take(touched), items.stop()[touched]
     counts[touched] = source.count_trained(pieces.start + 1, stop, pieces.document, mask)
-    # of pieces that lost their end: whether what was cut off goes on with what the piece is trained on
+    # of pieces that lost their end: whether the part cut off continues text that the piece is trained on
     inner = np.flatnonzero((stop < starts[pieces.document + 1]) & (overlong == "truncate"))
     last, whose = stop[inner] - 1, pieces.document[inner]
     unfinished = int((source.is_trained(last, whose, mask) & source.is_trained(last + 1, whose, mask)).sum())

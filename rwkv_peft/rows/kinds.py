@@ -221,7 +221,7 @@ def is_lines(lines: list[str], whole: bool) -> bool:
 
 
 def continues(lines: list[str]) -> bool:
-    """Whether the first line leaves a bracket open, and the next one goes on with what stands inside."""
+    """Whether the first line leaves a bracket open, and the next one holds its content."""
     bare = OUTSIDE.sub(lambda m: "" if m[1] is None else m[0], lines[0]).rstrip()
     if len(lines) < 2 or '"' in bare or bare.count("{") + bare.count("[") <= bare.count("}") + bare.count("]"):
         return False

@@ -116,7 +116,7 @@ def whole(messages: list[tuple[int, dict[str, Any]]]) -> tuple[int, dict[str, An
 
 
 def groups(messages: list[tuple[int, dict[str, Any]]], key: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Messages of one id, in the order of the file or of their turn numbers. A row without an id goes on with the last one's."""
+    """Messages of one id, in the order of the file or of their turn numbers. A row without an id has that of the row before."""
     found: dict[str, list[tuple[int, dict[str, Any]]]] = {}
     name = ""
     for number, message in messages:

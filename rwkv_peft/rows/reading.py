@@ -119,7 +119,7 @@ def unpacked(path: Path) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
             raise UserError(undecided(path, found))
         file.read(found.skip)
         text = io.BufferedReader(encodings.AsUtf8(file, found), HEAD)
-        yield text, raw.tell if raw.seekable() else lambda: 0  # nobody knows how far a pipe is
+        yield text, raw.tell if raw.seekable() else lambda: 0  # a pipe has no position
 
 
 Found = encodings.Encoding | encodings.Unsure | encodings.Binary

@@ -5,7 +5,7 @@ template itself makes of short dialogues (`probe`). The cleaning of turns is rea
 
 Jinja of llama.cpp (common/jinja) has no regular expressions, and strips blanks of ASCII only: U+3000 at the ends of a turn
 stays there, which Python takes away. Jinja cannot parse JSON: results of tools and arguments that come as JSON text keep their
-blanks where the template would write them anew (json_style). The second text of a question ({{input}}) has no place there.
+blanks where the template would write them anew (json_style). The second text of a question ({{input}}) cannot be expressed there.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def cleaning_of(cleaner: Callable[[str], str]) -> Cleaning:
 
 @dataclass(frozen=True)
 class Layout:
-    """What stands around the words of turns. first: before those of the first turn. between: "ua" -> between a user's words and
+    """The text around the words of turns. first: before those of the first turn. between: "ua" -> between a user's words and
     the assistant's answer to them. asked: behind the last turn, up to where an answer begins; closed: where none is asked for.
     empty: the prompt without any turn."""
 

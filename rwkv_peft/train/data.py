@@ -41,7 +41,7 @@ class Planned:
     that it begins with, to its micro-batches.
     sequences: what is trained, to look at: tokens [n] and weights [n-1] of one after another. forms: what the data
     were written in, as far as they tell. content: what tells these data from others; from what it was at
-    an earlier time, or None, which saves reading files that nobody has written to since. bos: the different BOS of the files.
+    an earlier time, or None, which saves reading files that have not changed since. bos: the different BOS of the files.
     blank_lines: whether answers may hold blank lines that the template does not tell of.
     """
 
