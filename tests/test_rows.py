@@ -15,7 +15,7 @@ from rwkv_peft.rows.keys import columns
 from rwkv_peft.rows.limits import Limits
 from rwkv_peft.rows.quick import Quick
 from rwkv_peft.rows.reading import Block
-from rwkv_peft.rows.recipe import NOTHING_TO_LEARN, Cook, Recipe
+from rwkv_peft.rows.recipe import NOTHING_TO_LEARN, Cook, Recipe, parse
 from rwkv_peft.rows.schemas import HANDLERS, Reader
 from rwkv_peft.rows.values import RowError
 from rwkv_peft.templates.presets import PRESETS
@@ -450,3 +450,10 @@ def test_expanding_learns_the_same_as_learning_all_answers_of_a_row_but_for_thei
     whole, expanded = cook(row), cook(row, expand=True)
     assert len(expanded.sizes) == 2
     assert loss(whole) == pytest.approx(loss(expanded), rel=1e-5)
+
+
+@pytest.mark.parametrize("again", ['"content":"b"', '"role":"system"'])
+def test_a_message_with_a_key_twice_is_rejected_and_named(again):
+    row = f'{{"messages":[{{"role":"user","content":"a",{again}}},{{"role":"assistant","content":"c"}}]}}'
+    with pytest.raises(RowError, match=r'messages\[0\] has "(content|role)" twice, with different values'):
+        parse(row.encode())

@@ -156,12 +156,8 @@ def parse(item: bytes | Row | RowError, faults: set[str] | None = None) -> Row:
         if faults is not None:
             faults.add(kind_of_fault)
     else:
-        if type(row) is dict:
-            for key in row:
-                times = item.count(b'"%b"' % key.encode())
-                if times > 1 or not times and item.count(json.dumps(key).encode()) > 1:
-                    one_value_each(item)
-                    break
+        if type(row) is dict and has_key_twice(item, row):
+            one_value_each(item)
     if isinstance(row, str) and row.lstrip()[:1] == "{":  # JSON that was made JSON once more
         with contextlib.suppress(orjson.JSONDecodeError):
             row = orjson.loads(row)
@@ -174,27 +170,50 @@ def parse(item: bytes | Row | RowError, faults: set[str] | None = None) -> Row:
     return row
 
 
-def one_value_each(item: bytes) -> None:
-    """RowError if a key of the row itself is there with two values, of which a parser keeps the last one only. Keys that say
-    nothing a model could learn may be."""
-    ended: list[list[tuple[str, Any]]] = []
+def has_key_twice(item: bytes, row: Row) -> bool:
+    """Whether the bytes of a row may hold a key of the row, or of a message of its lists, more than once; quick."""
+    for key, value in row.items():
+        times = item.count(b'"%b"' % key.encode())
+        if times > 1 or not times and item.count(json.dumps(key).encode()) > 1:
+            return True
+        if type(value) is list and value and type(value[0]) is dict:
+            for name in value[0]:
+                if item.count(b'"%b"' % name.encode()) > len(value):
+                    return True
+    return False
 
-    def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
-        ended.append(found)
-        return dict(found)
+
+def one_value_each(item: bytes) -> None:
+    """RowError if a key of the row itself, or of a message of its lists, is there with two values, of which a parser keeps the
+    last one only. Keys that say nothing a model could learn may be."""
+    twice: dict[int, str] = {}  # the objects with such a key, by identity, and the key
+    kept: list[Row] = []  # all objects, so that no identity is given again
+
+    def pairs(found: list[tuple[str, Any]]) -> Row:
+        values: Row = {}
+        kept.append(values)
+        for key, value in found:
+            if key in values and values[key] != value and squashed(key) not in HARMLESS_NAMES:
+                twice.setdefault(id(values), key)
+            values[key] = value
+        return values
 
     try:
-        json.loads(item, object_pairs_hook=pairs)
+        row = json.loads(item, object_pairs_hook=pairs)
     except (
         ValueError,
         RecursionError,
     ):  # numbers of thousands of digits, brackets a thousand deep: orjson has read them
         return
-    values: dict[str, Any] = {}
-    for key, value in ended[-1]:  # the row itself ends last
-        if key in values and values[key] != value and squashed(key) not in HARMLESS_NAMES:
-            raise RowError("two values", f'has "{key}" twice, with different values: leave one of them')
-        values[key] = value
+    places = [("", row)]
+    for key, value in row.items():
+        if isinstance(value, list) and squashed(key) not in HARMLESS_NAMES:
+            places += [(f"{key}[{n}] ", one) for n, one in enumerate(value)]
+    for where, one in places:
+        if id(one) in twice:
+            raise RowError(
+                "two values", f'{where}has "{twice[id(one)]}" twice, with different values: leave one of them'
+            )
 
 
 class Cook:
