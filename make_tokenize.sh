@@ -48,7 +48,8 @@ BOS=auto
 HANDLER=auto
 
 # Other names of columns, as JSON: '{"prompt": "question", "response": "reply"}'. Keys: prompt query response system history
-# messages text tools think images. A part that is to be left out has the name "".      自定义列名
+# messages text tools think images; role and content for keys of messages. "body.messages" is a key inside an object. A part
+# that is to be left out has the name "".                                               自定义列名
 MAP_KEYS=""
 
 # Other names of those who speak, as JSON: '{"customer": "user", "agent": "assistant"}'. Roles: system user assistant tool; ""

@@ -124,7 +124,7 @@ def test_a_handler_reads_its_own_kind_and_refuses_the_others(handler):
         ({"messages": [CHAT[0], "hi"]}, "wrong type", "message 2 must be an object"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "unknown role", "the role 'wizard'; known are system"),
         ({"messages": [{"role": 7, "content": "x"}]}, "unknown role", "the role 7"),
-        ({"messages": [{"contents": "x"}]}, "unknown role", "the role None"),
+        ({"messages": [{"contents": "x"}]}, "unknown role", "message 1 has no role"),
         ({"messages": [{"role": "user", "content": None}]}, "wrong type", "no text in content"),
         ({"messages": [{"role": "user", "content": " \n "}]}, "empty", "message 1 (user) is empty"),
         ({"messages": [*CHAT[:1], {"role": "assistant", "content": ""}]}, "empty", "message 2 (assistant) is empty"),

@@ -142,7 +142,8 @@ def test_a_flag_of_a_row_is_one_of_all_its_answers(name, value):
     assert said({"instruction": "x", "output": "y", name: value})[1] == (A, "-y")
 
 
-@pytest.mark.parametrize("flags", [[0, 0, 0, 1], [0, 1], [False, True], ["0", "1"], "[0, 0, 0, 1]", "[False, True]"])
+@pytest.mark.parametrize("flags", [[0, 0, 0, 1], [0, 1], [False, True], ["0", "1"], "[0, 0, 0, 1]", "[False, True]",
+                                   "0 0 0 1", "0,1"])  # fmt: skip
 def test_a_list_of_flags_has_one_for_each_message_or_for_each_answer(flags):
     row = {"messages": [Q, ANSWER, Q, ANSWER], "loss_mask": flags}
     assert said(row)[1::2] == [(A, "-56"), (A, "56")]
@@ -388,6 +389,9 @@ def test_nulls_that_arrow_filled_in_are_removed_and_nulls_of_json_stay(padded, a
         ("<THINK>hm</THINK>R", ("hm", "R")),
         ("<think >hm</think >R", ("hm", "R")),
         ("hm</thinking>R", ("hm", "R")),
+        ("<scratchpad>hm</scratchpad>R", ("hm", "R")),
+        ("<思考过程>hm</思考过程>R", ("hm", "R")),
+        ("<analysis>hm</analysis><verdict>R</verdict>", ("", "<analysis>hm</analysis><verdict>R</verdict>")),
         ("<reason>hm</reason>R", ("hm", "R")),
         ("<seed:think>hm</seed:think>R", ("hm", "R")),
         ("[THINK]hm[/THINK]R", ("hm", "R")),
@@ -600,7 +604,7 @@ def test_a_context_that_is_no_text_is_what_json_writes():
 @pytest.mark.parametrize(
     ("row", "line"),
     [
-        ({"system": "s", "chat": "USER: hi\n\nASSISTANT: yo"}, """--convert-headings --map-keys '{"text": "chat"}'"""),
+        ({"system": "s", "transcript": "USER: hi\n\nASSISTANT: yo"}, """--convert-headings --map-keys '{"text": "transcript"}'"""),
         ({"role_1": "A", "topic": "t", "message_1": "a long question", "message_2": "a long answer"}, """'{"prompt": "message_1", "response": "message_2"}'"""),
     ],
 )  # fmt: skip
@@ -679,6 +683,62 @@ def test_the_short_way_of_plain_pairs_gives_what_the_long_way_gives(prompt, resp
 
 
 # ---- roles ----
+
+
+GLAIVE = {
+    "system": 'SYSTEM: You can call functions. Use them if required -\n{\n    "name": "tide"\n}\n\n{"name": "wind"}\n',
+    "chat": "USER: When is low tide?\n\n\nASSISTANT: <functioncall> "
+    '{"name": "tide", "arguments": \'{"place": "St. Peter\\\'s Bay"}\'} <|endoftext|>\n\n\n'
+    'FUNCTION RESPONSE: {"at": 4}\n\n\nASSISTANT: At four. <|endoftext|>\n\n\nUSER: Thanks\n\n\nASSISTANT: Welcome <|endoftext|>\n',
+}
+
+
+def test_glaives_talks_are_read_with_their_tools_calls_and_results():
+    found, reader = read(GLAIVE)
+    assert json.loads(found.tools) == [{"name": "tide"}, {"name": "wind"}] and not reader.unused
+    assert said(GLAIVE) == [
+        (S, "You can call functions. Use them if required -"), (U, "When is low tide?"),
+        (A, json.dumps({"name": "tide", "arguments": {"place": "St. Peter's Bay"}})), (T, '{"at": 4}'), (A, "At four."),
+        (U, "Thanks"), (A, "Welcome"),
+    ]  # fmt: skip
+    refused(
+        {**GLAIVE, "chat": "USER: a\n\n\nASSISTANT: <functioncall> {name: 1}"},
+        "wrong type",
+        "not valid JSON: {name: 1}",
+    )
+
+
+@pytest.mark.parametrize("name", ["label", "kto_tag"])
+def test_an_answer_that_preference_data_dislikes_is_not_learnt(name):
+    row = {"prompt": "7 times 8?", "completion": "56"}
+    assert said({**row, name: True}) == [(U, "7 times 8?"), (A, "56")]
+    assert said({**row, name: False}) == [(U, "7 times 8?"), (A, "-56")]
+    _, reader = read({"question": "a", "answer": "b", "label": False})
+    assert reader.unused == {("column", "label"): 1}
+
+
+@pytest.mark.parametrize("choices", [{"choices": ["54", "56"]}, {"options": {"A": "54", "B": "56"}}, {"A": "54", "B": "56"},
+                                     {"choices": {"label": ["A", "B"], "text": ["54", "56"]}}])  # fmt: skip
+@pytest.mark.parametrize("answer", [1, "B", "(B)", "1"])
+def test_an_answer_that_names_a_choice_which_the_question_does_not_show_rejects_the_row(choices, answer):
+    refused({"question": "7 times 8?", "answer": answer, **choices}, "choices", f"the answer {answer}")
+    shown = {"question": "7 times 8? A. 54 B. 56", "answer": answer, **choices}
+    assert said(shown)[-1] == (A, str(answer))
+    assert said({"question": "7 times 8?", "answer": "56", **choices})[-1] == (A, "56")
+
+
+def test_map_keys_reaches_into_an_object_and_names_the_keys_of_messages():
+    inside = {"body": {"messages": [Q, ANSWER], "temperature": 1}}
+    refused(inside, "unknown columns", """--map-keys '{"messages": "body.messages"}'""")
+    found, reader = read(inside, columns=columns('{"messages": "body.messages"}'))
+    assert len(found.messages) == 2 and reader.unused == {("column", "temperature"): 1}
+    assert reader.seen == {"body.messages"}
+    row = {"messages": [{"who": "user", "said": "7 times 8?"}, {"who": "bob", "said": "56"}]}
+    refused(
+        row, "unknown role", """--map-keys '{"role": "who", "content": "said"}' --role-map '{"bob": "assistant"}'"""
+    )
+    found = said(row, columns=columns('{"role": "who", "content": "said"}', '{"bob": "assistant"}'))
+    assert found == [(U, "7 times 8?"), (A, "56")]
 
 
 def test_role_map_names_roles_and_leaves_out_what_it_maps_to_nothing():
@@ -810,6 +870,48 @@ def test_a_call_among_single_messages_needs_no_text():
 def test_an_answer_whose_question_is_not_in_the_file_is_refused():
     [found] = together({"message_id": "2", "parent_id": "1", "text": "b", "role": "assistant"})
     assert isinstance(found, RowError) and "'1', which is not in the file" in str(found)
+
+
+def test_messages_whose_parents_lead_in_a_circle_are_refused():
+    found = together(
+        {"message_id": "1", "parent_id": "2", "text": "a", "role": "prompter"},
+        {"message_id": "2", "parent_id": "1", "text": "b", "role": "assistant"},
+        {"message_id": "3", "parent_id": None, "text": "c", "role": "prompter"},
+        {"message_id": "4", "parent_id": "3", "text": "d", "role": "assistant"},
+    )
+    assert [str(one) for one in found[:2]] == [
+        'its "parent_id" leads back to itself, or to a conversation that is too long'
+    ] * 2
+    assert said(found[2]) == [(U, "c"), (A, "d")]
+
+
+def test_a_message_with_the_id_of_another_one_is_refused_with_its_line():
+    first, second = together(
+        {"message_id": "1", "parent_id": None, "text": "a", "role": "prompter"},
+        {"message_id": "2", "parent_id": "1", "text": "b", "role": "assistant"},
+        {"message_id": "1", "parent_id": "2", "text": "c", "role": "prompter"},
+    )
+    assert said(first) == [(U, "a"), (A, "b")] and str(second) == "has the message_id '1', as line 1 has"
+
+
+def test_a_conversation_of_thousands_of_messages_is_one(monkeypatch):
+    rows = [{"message_id": str(i), "parent_id": str(i - 1) if i else None, "text": str(i),
+             "role": ("prompter", "assistant")[i % 2]} for i in range(3000)]  # fmt: skip
+    [row] = together(*rows)
+    assert [m["text"] for m in row["messages"]] == [str(i) for i in range(3000)]
+    monkeypatch.setattr("rwkv_peft.rows.one_message.LONGEST_PATH", 2998)
+    cut, *below = together(*rows)
+    assert "is message 2,998 of its conversation, and not the last" in str(cut) and len(below) == 2
+
+
+def test_a_question_that_nobody_answers_and_what_is_below_an_orphan_are_refused():
+    question, orphan, below = together(
+        {"message_id": "1", "parent_id": None, "text": "a", "role": "prompter"},
+        {"message_id": "2", "parent_id": "9", "text": "b", "role": "assistant"},
+        {"message_id": "3", "parent_id": "2", "text": "c", "role": "prompter"},
+    )
+    refused(question, "no answer")
+    assert orphan.reason == below.reason == "orphan" and "is below line 2, which answers" in str(below)
 
 
 def test_a_single_message_without_a_conversation_is_refused_and_never_taken_as_text():

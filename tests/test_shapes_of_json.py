@@ -179,7 +179,7 @@ def test_what_has_one_reading_is_read_and_its_fault_named(text, value, kind):
     ],
 )
 def test_what_cannot_be_read_is_refused_by_the_name_of_its_fault(text, words):
-    with pytest.raises(ValueError, match="is not valid JSON") as told:
+    with pytest.raises(ValueError, match="is not valid JSON|is nested too deeply") as told:
         mended(text)
     assert words.replace("\\\\", "\\") in str(told.value)
 
@@ -255,6 +255,9 @@ def test_what_never_closes_is_refused(text):
         (r'{"\u95ee": "q", "\u7b54": "a", "\u7b54": "b"}', "答"),
         ('{"text": "a", "text" : null}', "text"),
         (f'{{"messages": {J(HI)}, "messages": {J(HI[::-1])}}}', "messages"),
+        ('[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "content": "c"}]', "content"),
+        ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "text": "x", "text": "y"}]}', "text"),
+        ('{"tools": [{"a": {"b": "\\": 1", "b": 2}}], "text": "z"}', "b"),
     ],
 )
 @pytest.mark.parametrize("name", ["x.jsonl", "x.json"])

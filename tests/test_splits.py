@@ -210,7 +210,7 @@ def test_rows_for_testing_by_their_column_are_left_out_and_named(project_folder,
     kept = sorted(f"{s}{i}" for i, s in enumerate(splits) if s in ("train", "train_sft", "x"))
     assert texts(path.with_suffix("")) == kept and report["rows"]["read"] == len(kept)
     said, others = warnings(report), [s for s in splits if s not in ("train", "train_sft", "x")]
-    assert f'{len(others)} row{"s" * (len(others) > 1)} not used, because of the column "split"' in said
+    assert f"{len(others)} row{'s' * (len(others) > 1)} not used, because a column names their split: " in said
     assert all(f"{s} (1 row)" in said for s in others) and f"VALID_SPLIT={others[0]}" in said
 
 
@@ -291,3 +291,14 @@ def test_sheets_with_the_same_columns_in_another_order_are_read_by_their_names(p
     workbook(path, One=[*SHEET, ["a", "x"]], Two=[["output", "instruction"], ["x", "b"]])
     report = tokenize(path)
     assert texts(path.with_suffix("")) == ["a", "b"] and not warnings(report)
+
+
+@pytest.mark.parametrize("name", ["subset", "partition", "data_split"])
+def test_other_columns_name_splits_where_they_hold_nothing_but_such_a_name(project_folder, name):
+    path = project_folder / "data" / "x.jsonl"
+    values = ["train", "test", "test_of_strength", "Test "]
+    found = [{"instruction": f"q{i}", "output": "x", name: value} for i, value in enumerate(values)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    report = tokenize(path)
+    assert report["rows"]["read"] == 2
+    assert "2 rows not used, because a column names their split: test" in warnings(report)

@@ -184,6 +184,7 @@ TWO_BREAKS = re.compile(r"(?<=\S)(?<![`'\"(])(?:\\r)?\\n(?:\\r)?\\n(?=[^\s`'\")]
 ONE_BREAK = re.compile(
     r"(?<=\S)(?<![`'\"(])(?:\\r)?\\n(?:(?=[A-Z0-9\u00c0-\U0010ffff#*>|(\[“-])|(?<=[.,;:!?。！？，；：]\\n)(?=[a-z]))"
 )
+SENTENCE_BREAK = re.compile(r"(?<=[.!?。！？])\\n(?=[A-Z][a-z]+[ ,]|[\u3400-\u9fff])")  # one is enough
 PLAIN_BREAK = re.compile(rf"(?<=[a-z0-9])\\n(?!(?:{LATEX_N})(?![a-z]))(?=[a-z])")
 BREAK_AND_HEADING = re.compile(rf"\\n(?:{any_of(ALL_WORDS)})[ ]?[:：]")
 BREAK_AT_LINE_END = re.compile(r"[^\s`'\"\\]\\n[ \t]*$", re.M)
@@ -416,6 +417,8 @@ def where_escaped(text: str) -> int:
                 one += PLAIN_BREAK.findall(outside)
             if two or len(one) >= 2:
                 return outside.index("\\n")
+            if sentence := SENTENCE_BREAK.search(outside):
+                return sentence.start()
         elif len(lines := BREAK_AT_LINE_END.findall(outside)) >= 2 and 2 * len(lines) >= text.strip().count("\n"):
             return BREAK_AT_LINE_END.search(outside).start() + 1
     points = CODE_POINTS.search(outside)

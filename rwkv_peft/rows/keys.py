@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -194,7 +194,20 @@ def left_over(
     return tuple(key for key in keys if key not in used and squashed(key) not in harmless)
 
 
-MAPPABLE = ("prompt", "query", "response", "system", "history", "messages", "text", "tools", "think", "images")
+IN_MESSAGES = ("role", "content")  # keys of MAP_KEYS that name keys of messages
+MAPPABLE = (
+    "prompt",
+    "query",
+    "response",
+    "system",
+    "history",
+    "messages",
+    "text",
+    "tools",
+    "think",
+    "images",
+    *IN_MESSAGES,
+)
 
 
 @dataclass(frozen=True)
@@ -267,6 +280,11 @@ def proposed_keys(row: Mapping[str, Any]) -> str:
         return "--map-keys " + quoted(
             ({} if "prompt" in row else {"prompt": texts[0]} if texts else {}) | {"response": "chosen"}
         )
+    for n in names if not lists else ():
+        if isinstance(row[n], dict):
+            for inner, value in row[n].items():
+                if isinstance(value, list) and value and isinstance(value[0], dict) and is_talk(value[0]):
+                    return f"--map-keys {quoted({'messages': f'{n}.{inner}'})}"
     if not lists and any(isinstance(row[n], list | dict) and row[n] for n in names):
         return ""  # a shape of its own, which no names of columns make usable
     talk = next((n for n in texts if TALK.search(row[n])), "")
@@ -295,17 +313,32 @@ def is_talk(one: Mapping[str, Any]) -> bool:
     return bool(parts.speaker or parts.said)
 
 
-def proposed_roles(unknown: Iterable[str]) -> str:
-    """The ROLE_MAP line for roles that are not known, as far as their names tell who they are."""
+def proposed_message_keys(messages: Sequence[Mapping[str, Any]]) -> str:
+    """The MAP_KEYS line for messages that no known key says the speaker of, or the words; "" where none can be told."""
+    texts = {name: [one.get(name) for one in messages] for name in messages[0]} if messages else {}
+    texts = {name: values for name, values in texts.items() if all(isinstance(value, str) for value in values)}
+    said = [name for name in parts_of(tuple(texts)).said] or sorted(texts, key=lambda name: -sum(map(len, texts[name])))
+    who = [name for name in texts if said and name != said[0] and len(set(texts[name])) < max(len(messages), 3)]
+    if not who or squashed(who[0]) in HARMLESS_IN_MESSAGES:
+        return ""
+    keys = {"role": who[0]} | ({} if parts_of((said[0],)).said else {"content": said[0]})
+    return f"--map-keys {quoted(keys)} {proposed_roles(texts[who[0]])}".rstrip()
+
+
+def proposed_roles(names: Iterable[str]) -> str:
+    """The ROLE_MAP line for the roles among these that are not known, as far as their names tell who they are."""
+    words = {name: name.strip().lower() for name in names}
+    unknown = [name for name, word in words.items() if word not in ROLE_NAMES and word not in CALLS]
+    there = {ROLE_NAMES[word].name.lower() for word in words.values() if word in ROLE_NAMES}
     guesses: dict[str, str] = {}
-    for name in dict.fromkeys(unknown):
+    for name in unknown:
         word = squashed(name)
         guesses[name] = next((role for role, names in LIKELY_ROLES.items() if word in names.split()), "")
-    rest = [role for role in ("user", "assistant") if role not in guesses.values()]
+    rest = [role for role in ("user", "assistant") if role not in guesses.values() and role not in there]
     for name, role in guesses.items():
         if not role:
             guesses[name] = rest.pop(0) if rest else "user"
-    return f"--role-map {quoted(guesses)}"
+    return f"--role-map {quoted(guesses)}" if guesses else ""
 
 
 def chosen(parts: Parts, given: Mapping[str, str], keys: tuple[str, ...]) -> Parts:
@@ -316,6 +349,8 @@ def chosen(parts: Parts, given: Mapping[str, str], keys: tuple[str, ...]) -> Par
     fields = {"prompt": "prompts", "query": "materials", "response": "responses", "text": "texts", "images": "media"}
     found = {name: tuple(key for key in getattr(parts, name) if key not in named) for name in Parts._fields}
     for part, name in given.items():
+        if part in IN_MESSAGES:
+            continue
         found[fields.get(part, part)] = (name,) if name in keys else ()
     return Parts(**found)
 

@@ -55,7 +55,7 @@ def mended(text: str) -> tuple[Any, str]:
         text, kind = text.lstrip("\ufeff"), "bytes"
     text = text.strip()
     if too_deep(text):
-        raise ValueError(f"is not valid JSON: more than {DEPTH_LIMIT} brackets are open at once")
+        raise ValueError(f"is nested too deeply: more than {DEPTH_LIMIT} brackets are open at once")
     try:
         return lenient(text, kind)
     except (ValueError, RecursionError) as error:

@@ -16,7 +16,7 @@ from .keys import ROLE_NAMES, Parts, parts_of, squashed
 from .reading import Block
 from .recipe import items, parse
 from .turns import rank_of
-from .values import RowError, is_nothing
+from .values import RowError, is_nothing, short
 
 CONVERSATION = {squashed(name): i for i, name in enumerate((
     "conversation_id", "conv_id", "conversation", "dialogue_id", "dialog_id", "chat_id", "session_id", "thread_id", "group_id",
@@ -29,6 +29,7 @@ TURN = tuple(
         ("turn", "turn_id", "turn_index", "turn_number", "position", "order", "seq", "message_index", "step", "轮次"),
     )
 )
+LONGEST_PATH = 10_000  # messages from a root to a leaf
 LOOKED_AT = 32  # rows at the beginning of a file that tell its kind
 
 
@@ -144,45 +145,67 @@ def trees(
     messages: list[tuple[int, dict[str, Any]]], own: str, parent: str
 ) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
     """Every path from a root to a leaf; of the children of a message, the one of the best rank comes first."""
-    alive = [(number, m) for number, m in messages if str(m.get("deleted")).lower() not in ("true", "1")]
-    known = {str(m.get(own)) for _, m in alive}
-    children: dict[str, list[tuple[int, dict[str, Any]]]] = {}
-    for number, message in alive:
-        above = message.get(parent)
-        place = (
-            str(above) if not is_nothing(above) and str(above) in known and str(above) != str(message.get(own)) else ""
-        )
-        children.setdefault(place, []).append((number, message))
+    alive, twice = by_id(messages, own)
+    yield from twice
+    children: dict[str, list[str]] = {}
+    for name, (_, message) in alive.items():
+        above = str(message.get(parent))
+        children.setdefault(above if above in alive and above != name else "", []).append(name)
     for some in children.values():
-        some.sort(key=lambda pair: rank_of(pair[1]))
-    used: set[int] = set()  # messages that an earlier path has
-    for number, message in children.get("", []):
-        if is_answer(message) and not is_nothing(message.get(parent)):
-            yield number, RowError("orphan", f"answers the message {message[parent]!r}, which is not in the file")
-    roots = [(n, m) for n, m in children.get("", []) if not is_answer(m) or is_nothing(m.get(parent))]
-    waiting = [[root] for root in reversed(roots)]
+        some.sort(key=lambda name: rank_of(alive[name][1]))
+    waiting = [(root, 0) for root in reversed(children.get("", []))]  # the next one last, and how many are above each
+    seen: set[str] = set()
+    used: set[str] = set()  # messages that an earlier path has
+    path: list[str] = []
     while waiting:
-        path = waiting.pop()
-        below = children.get(str(path[-1][1].get(own)), []) if len(path) < 1000 else []
-        waiting += [[*path, child] for child in reversed(below)]
-        if (
-            below
-            or all(number in used or not is_answer(m) for number, m in path)
-            and any(is_answer(m) for _, m in path)
-        ):
+        name, above = waiting.pop()
+        seen.add(name)
+        path[above:] = [name]
+        number, root = alive[name][0], alive[path[0]][1]
+        below = children.get(name, [])
+        if len(path) < LONGEST_PATH:
+            waiting += [(child, len(path)) for child in reversed(below)]
+        if is_answer(root) and not is_nothing(root.get(parent)):
+            where = "" if len(path) == 1 else f"is below line {alive[path[0]][0]}, which "
+            yield (
+                number,
+                RowError("orphan", f"{where}answers the message {short(root[parent])}, which is not in the file"),
+            )
+        elif below and len(path) == LONGEST_PATH:
+            yield number, RowError("too long", f"is message {LONGEST_PATH:,} of its conversation, and not the last")
+        elif not below:
+            answers = {name for name in path if is_answer(alive[name][1])}
+            if not answers or answers - used:
+                yield whole([without_ids(*alive[name], (own, parent), name in used) for name in path])
+                used.update(path)
+    for name in alive.keys() - seen:
+        words = f'its "{parent}" leads back to itself, or to a conversation that is too long'
+        yield alive[name][0], RowError("no beginning", words)
+
+
+def by_id(
+    messages: list[tuple[int, dict[str, Any]]], own: str
+) -> tuple[dict[str, tuple[int, dict[str, Any]]], list[tuple[int, RowError]]]:
+    """The messages that were not deleted by their ids, and those whose id another one has."""
+    found: dict[str, tuple[int, dict[str, Any]]] = {}
+    twice = []
+    for number, message in messages:
+        if str(message.get("deleted")).lower() in ("true", "1"):
             continue
-        yield whole(
-            [
-                (
-                    number,
-                    {k: v for k, v in m.items() if k not in (own, parent)} | ({"weight": 0} if number in used else {}),
-                )
-                if is_answer(m)
-                else (number, {k: v for k, v in m.items() if k not in (own, parent)})
-                for number, m in path
-            ]
-        )
-        used |= {number for number, _ in path}
+        name = (
+            f" {number}" if is_nothing(message.get(own)) else str(message[own])
+        )  # (nothing is below one without an id)
+        if name in found:
+            twice.append((number, RowError("two values", f"has the {own} {short(name)}, as line {found[name][0]} has")))
+        else:
+            found[name] = number, message
+    return found, twice
+
+
+def without_ids(number: int, message: dict[str, Any], ids: tuple[str, str], used: bool) -> tuple[int, dict[str, Any]]:
+    """The message without the columns that make the tree; an answer that was used is not learnt once more."""
+    kept = {key: value for key, value in message.items() if key not in ids}
+    return number, kept | {"weight": 0} if used and is_answer(message) else kept
 
 
 def is_answer(message: dict[str, Any]) -> bool:

@@ -7,6 +7,7 @@ is harmless metadata, or is counted in `Reader.unused`.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,13 +15,15 @@ from typing import Any
 
 from ..roles import Role
 from ..templates.template import Dialogue, Message
-from . import turns
+from . import glaive, turns
 from .encodings import one_line_end
+from .glaive import is_glaive
 from .keys import (
     CALLS,
     CERTAIN_MESSAGES,
     CERTAIN_TEXTS,
     HARMLESS_IN_MESSAGES,
+    IN_MESSAGES,
     QUESTION_NAMES,
     ROLE_NAMES,
     THINK,
@@ -32,6 +35,7 @@ from .keys import (
     names_a_file,
     parts_of,
     proposed_keys,
+    proposed_message_keys,
     proposed_roles,
     squashed,
 )
@@ -74,6 +78,9 @@ KNOWN = {
 INFILLING = "prefix/middle"  # what rows of prefix, suffix and middle are called
 PLAIN_ROLES = {name: role for name, role in ROLE_NAMES.items() if role in (Role.USER, Role.ASSISTANT)}
 THINK_NAMES = frozenset(map(squashed, THINK))
+FLAGS_IN_TEXT = re.compile(r"\s*[01](?:[\s,;]+[01])+\s*\Z")
+CHOICES = frozenset(map(squashed, ("choices", "options", "选项", "候选项")))
+CHOICE = re.compile(r"\(?(?:[A-H]|\d{1,2})\)?\.?\Z")  # what may name one
 FLAG_WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
@@ -102,7 +109,10 @@ class Reader:
             self.unused = Counter()
         if isinstance(row.get("row"), dict) and "row_idx" in row:  # as the viewer of Hugging Face exports rows
             row = row["row"]
+        if is_glaive(row):
+            row = glaive.row_of(row)
         if self.columns.named:
+            row = lifted(row, self.columns.named)
             self.seen.update(name for name in self.columns.named if name in row)
         keys = tuple(row)
         parts = self.layout(keys)
@@ -170,7 +180,7 @@ class Reader:
         one_of_each = len(prompts) == len(parts.responses) == 1 and len(parts.materials) < 2
         if HANDLERS[self.handler] not in ("auto", "pair") or any(others) or parts.media or not one_of_each:
             return ()
-        if squashed(parts.responses[0]) == "answers":
+        if squashed(parts.responses[0]) == "answers" or choices_of(row) or says_whether_liked(row):
             return ()
         return prompts[0], parts.materials[0] if parts.materials else "", parts.responses[0]
 
@@ -341,6 +351,7 @@ class Reader:
         found_names = (*system_names, *think_names, *parts.tools, *flag_names, *parts.history)
         used = (prompt, query, response, *found_names)
         schema = self.name_of_pair(prompt, response)
+        refuse_choice(row, prompt, response)
         row = {**row, response: self.one_answer(row[response], response)}
         if turns.have_roles(row[prompt]) or turns.have_roles(row[response]):  # messages on one side or both
             asked = row[prompt] if isinstance(row[prompt], list) else [{"role": "user", "content": row[prompt]}]
@@ -447,7 +458,7 @@ class Reader:
         value = turns.parsed(row[name]) if isinstance(row[name], str) else row[name]
         if isinstance(value, dict) and turns.has_branches(value if "replies" in value else value.get("prompt")):
             self.unused["part of the tree", "replies that are not the best"] = 1
-        rows = turns.normal(value, self.columns.roles)
+        rows = turns.normal(self.renamed(value), self.columns.roles)
         answer = [key for key in parts.responses if key not in (name, *parts.said) and not is_nothing(row[key])]
         if answer:  # the columns of a pair beside the messages: an instruction among them is no system text
             parts = parts._replace(beside_messages=())
@@ -484,6 +495,21 @@ class Reader:
                 changed[answers[0]] = last._replace(think=think)
                 dialogue = Dialogue(tuple(changed), dialogue.tools)
         return ("sharegpt" if "from" in rows[0] else name), dialogue, tuple(used)
+
+    def renamed(self, value: Any) -> Any:
+        """A conversation whose keys MAP_KEYS names (role, content), with the usual ones."""
+        given = {name: part for part, name in self.columns.given.items() if part in IN_MESSAGES and name}
+        if not given or not turns.is_messages(value):
+            return value
+        self.seen.update(name for one in value for name in given if name in one)
+        return [
+            {
+                given.get(key, key): text
+                for key, text in one.items()
+                if given.get(key, key) not in one or key not in given
+            }
+            for one in value
+        ]
 
     def messages(self, rows: Any, row: Row, parts: Parts) -> Dialogue:
         """A conversation from [{"role": ..., "content": ...}, ...], or "from" and "value"."""
@@ -687,13 +713,21 @@ class Reader:
     def unknown_role(self, i: int, name: Any, rows: Sequence[Any]) -> RowError:
         """What to say of a role that is not known, with the line that makes it known."""
         if not isinstance(name, str):
-            return RowError("unknown role", f"message {i} has the role {name!r}; known are {known_roles()}")
+            line = proposed_message_keys([one for one in rows if isinstance(one, dict)])
+            paste = (
+                f"Say which of its keys is which: {line}"
+                if line
+                else 'If they are in turn, write texts alone: ["Hi", "Hello!"]'
+            )
+            return RowError(
+                "unknown role", f"message {i} has {'no role' if name is None else f'the role {name!r}'}. {paste}"
+            )
         others = [
             value
             for one in rows
             if isinstance(one, dict)
             for value in [next((one[key] for key in parts_of(tuple(one)).speaker if isinstance(one[key], str)), None)]
-            if value and value.strip().lower() not in ROLE_NAMES and value.strip().lower() not in CALLS
+            if value
         ]
         paste = proposed_roles(others or [name])
         return RowError(
@@ -761,7 +795,9 @@ def flag_word(value: Any) -> bool | None:
 
 
 def list_of_flags(value: Any) -> list[Any] | None:
-    """A list of flags, or text of one, as a cell of a table holds it; None for anything else."""
+    """A list of flags, or text of one, as a cell of a table holds it: [0, 1], or 0 0 1; None for anything else."""
+    if isinstance(value, str) and FLAGS_IN_TEXT.match(value):
+        return re.findall(r"[01]", value)
     if isinstance(value, str) and value.lstrip()[:1] == "[":
         try:
             value = parse_list(value)
@@ -773,7 +809,47 @@ def list_of_flags(value: Any) -> list[Any] | None:
 def flags_in(row: Row, parts: Parts) -> tuple[str, ...]:
     """The columns of a row that are flags. One of this name with another number (the loss of an earlier model, the weight of a
     sample) is none, and is reported as not used."""
-    return tuple(name for name in parts.flags if list_of_flags(row[name]) or flag_word(row[name]) is not None)
+    flags = tuple(name for name in parts.flags if list_of_flags(row[name]) or flag_word(row[name]) is not None)
+    return flags + says_whether_liked(row)
+
+
+def says_whether_liked(row: Row) -> tuple[str, ...]:
+    """The column of preference data (KTO) that is true for a liked answer, and false for one that is not to be learnt."""
+    liked = ("kto_tag", *(("label",) if "completion" in row else ()))
+    return tuple(name for name in liked if type(row.get(name)) is bool)
+
+
+def choices_of(row: Row) -> list[str]:
+    """The choices of a question, of a list or of columns A, B, C, ... (MMLU, C-Eval); none if it has no such thing."""
+    for name in row:
+        if squashed(name) in CHOICES and not is_nothing(row[name]):
+            found = row[name].get("text", list(row[name].values())) if isinstance(row[name], dict) else row[name]
+            return [as_text(one) for one in found] if isinstance(found, list) else []
+    return [as_text(row[name]) for name in "ABCDEFGH" if name in row] if "A" in row and "B" in row else []
+
+
+def refuse_choice(row: Row, prompt: str, response: str) -> None:
+    """RowError if an answer is the letter or the number of a choice that the question does not show."""
+    choices = choices_of(row)
+    answer, question = as_text(row[response]).strip(), as_text(row[prompt])
+    if not choices or response in "ABCDEFGH" or not CHOICE.match(answer) or answer in choices:
+        return
+    if not all(choice in question for choice in choices):
+        raise RowError(
+            "choices",
+            f'has the answer {answer}, one of several choices that its "{prompt}" does not name: write the choices into the '
+            "question, or the words of the right one as the answer",
+        )
+
+
+def lifted(row: Row, names: Iterable[str]) -> Row:
+    """The row with what is inside an object beside the rest, where MAP_KEYS names it as "body.messages"."""
+    for name in names:
+        outer, dot, inner = name.partition(".")
+        if dot and name not in row and isinstance(row.get(outer), dict) and inner in row[outer]:
+            inside = {key: value for key, value in row[outer].items() if key != inner}
+            row = {key: value for key, value in row.items() if key != outer} | inside | {name: row[outer][inner]}
+    return row
 
 
 def known_roles() -> str:

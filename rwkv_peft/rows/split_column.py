@@ -1,4 +1,4 @@
-"""A column called split, which says of every row which part of a data set it belongs to."""
+"""A column called split (or subset, where it holds such names): which part of a data set a row belongs to."""
 
 from __future__ import annotations
 
@@ -11,10 +11,17 @@ from ..words import count
 from .reading import Block, Note, TableRow
 from .recipe import items, parse
 from .schemas import Row, RowError
-from .splits import is_wanted, split_of
+from .splits import OF_NAME, is_wanted, split_of
 
 NAMES = ("split", "Split", "SPLIT")
-IN_BYTES = tuple(f"{name}{quote}".encode() for name in NAMES for quote in "\"'")
+EXACT = (
+    "subset",
+    "Subset",
+    "partition",
+    "data_split",
+    "dataset_split",
+)  # these count where they hold the name of a split, no more
+IN_BYTES = tuple(f"{name}{quote}".encode() for name in (*NAMES, "ubset", "artition") for quote in "\"'")
 LONGEST = 40  # characters of a value; a longer one is a text of its own
 TRAIN, HELD, OTHER = "train", "held", "other"
 
@@ -59,10 +66,10 @@ def by_column(blocks: Iterable[Block], again: Callable[[], Iterable[Block]] | No
     if found := seen[OTHER]:
         many = ", ".join(f"{value} ({count(rows, 'row')})" for value, rows in found.most_common())
         if others_are == TRAIN:
-            words = f'read as training data, because no row is for training by its column "split": {many}'
+            words = f"read as training data, because no row is for training by the split that a column names: {many}"
         else:
             words = (
-                f'{count(found.total(), "row")} not used, because of the column "split", which says: {many}. '
+                f"{count(found.total(), 'row')} not used, because a column names their split: {many}. "
                 f"VALID_SPLIT={next(iter(found))} makes held-out data of such rows"
             )
         yield Block(name, 1, [], read, notes=(Note("warning", name, words),))
@@ -74,7 +81,7 @@ def has_column(block: Block) -> bool:
         return may_have_column(block.data)
     for _, item in block.data:
         if type(item) is TableRow:  # (there are many, and looking into them further takes time)
-            if "split" in item or "Split" in item or "SPLIT" in item:
+            if any(name in item for name in (*NAMES, *EXACT)):
                 return True
         elif may_have_column(item):
             return True
@@ -82,19 +89,23 @@ def has_column(block: Block) -> bool:
 
 
 def may_have_column(item: bytes | Row | RowError) -> bool:
-    if isinstance(item, bytes):  # two searches for what the six have in common are enough for nearly all
-        return (b"plit" in item or b"PLIT" in item) and any(form in item for form in IN_BYTES)
+    if isinstance(item, bytes):  # searches for what the forms have in common are enough for nearly all
+        maybe = b"plit" in item or b"PLIT" in item or b"ubset" in item or b"artition" in item
+        return maybe and any(form in item for form in IN_BYTES)
     return isinstance(item, dict) and column(item) is not None
 
 
 def column(row: Row) -> Any:
     """The value of the column; of a conversation that was put together from messages, that of its first one."""
-    for name in NAMES:
-        if (value := row.get(name)) is not None:
-            return value
     messages = row.get("messages")
-    if isinstance(messages, list) and messages and isinstance(messages[0], dict):
-        return next((messages[0][name] for name in NAMES if messages[0].get(name) is not None), None)
+    first = messages[0] if isinstance(messages, list) and messages and isinstance(messages[0], dict) else {}
+    for one in (row, first):
+        for name in NAMES:
+            if (value := one.get(name)) is not None:
+                return value
+        for name in EXACT:
+            if isinstance(value := one.get(name), str) and value.strip().lower() in OF_NAME:
+                return value
     return None
 
 

@@ -63,12 +63,13 @@ def short(value: Any, most: int = 40) -> str:
 
 # tags that data sets put around a thought: what opens and what closes it. The last group are words of other markup too; they
 # count at the start of an answer, and where one closes that was never opened
+OTHER_TAGS = "thinking|thought|reasoning|reason|scratch_?pad|inner_?(?:thoughts?|monologue)|思考|思考过程"
 OPENING = re.compile(
-    r"<\s*think\s*>|<seed:think>|\[THINK\]|◁think▷|<\|begin_of_thought\|>|<\s*(thinking|thought|reasoning|reason|思考)\s*>",
+    r"<\s*think\s*>|<seed:think>|\[THINK\]|◁think▷|<\|begin_of_thought\|>|<\s*(" + OTHER_TAGS + r")\s*>",
     re.I,
 )
 CLOSING = re.compile(
-    r"<\s*/\s*think\s*>|</seed:think>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>|<\s*/\s*(thinking|thought|reasoning|reason|思考)\s*>",
+    r"<\s*/\s*think\s*>|</seed:think>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>|<\s*/\s*(" + OTHER_TAGS + r")\s*>",
     re.I,
 )
 SOLUTION = re.compile(r"\s*<\|begin_of_solution\|>(.*?)(?:<\|end_of_solution\|>)?\s*\Z", re.DOTALL)
@@ -119,7 +120,11 @@ def split_reasoning(answer: str) -> tuple[str, str]:
     if not closed:
         raise RowError("reasoning", f"has a thought that never ends: there is {THINK}, but no {END_OF_THINK}")
     if opened:
-        raise RowError("reasoning", f"has {THINK} in the middle of an answer; a thought must come first")
+        raise RowError(
+            "reasoning",
+            f"has {THINK} in the middle of an answer; a thought must come first. (A tag that is only spoken of belongs "
+            "between `backticks`)",
+        )
     words = answer[closed[0].end() :]
     if solution := SOLUTION.match(words):
         words = solution[1]
@@ -171,14 +176,18 @@ def bare_thought(thought: str) -> str:
 
 # a picture, sound or film stands here in data for models that can see or hear
 PLACEHOLDER = re.compile(
-    r"<(image|video|audio|img|speech)>(?!.*</\1>)|<\|(?:image|video|audio|vision|img)\w*\|>|<image[ _]\d+>"
+    r"<(image|video|audio|img|speech)>(?!.*</\1>)|<\|(?:image|video|audio|vision|img)\w*\|>|<(?:image|img|video|audio)[ _]?\d+>"
+    r"|<image>\./</image>"
     r"|<image_(?:placeholder|token|soft_token|pad)>|<im_patch>|<start_of_image>|<ImageHere>|<img>[^<\n]{1,300}</img>"
-    r"|\[IMG\](?!.*\[/IMG\])|!\[[^\]\n]{0,300}\]\(data:image/",
-    re.DOTALL | re.I,
+    r"|\[IMG\](?!.*\[/IMG\])|!\[[^\]\n]{0,300}\]\(data:image/"
+    # alone on its line, as chat programs write it
+    r"|^[ \t]*[\[【](?:image|photo|picture|video|audio|图片|视频|语音|音频)[\]】][ \t]*$",
+    re.DOTALL | re.I | re.M,
 )
 # how every such tag and placeholder begins
 SUSPECT = re.compile(
-    r"[<\[(](?:\|?\s*/?\s*(?:thi|tho|rea|思|ima|img|im_|vid|aud|vis|spe|see|sta|beg|end|cha)|data:image)", re.IGNORECASE
+    r"[<\[(](?:\|?\s*/?\s*(?:thi|tho|rea|思|ima|img|im_|vid|aud|vis|spe|see|sta|beg|end|cha)|data:image)|<\s*/?\s*(?:scratch|inner)|[\[【](?:图|视|语|音)",
+    re.IGNORECASE,
 )
 QUOTED = re.compile(r"`[^`]*`|```.*?```", re.DOTALL)
 
