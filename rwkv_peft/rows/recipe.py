@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -170,20 +171,21 @@ def parse(item: bytes | Row | RowError, faults: set[str] | None = None) -> Row:
     return row
 
 
+SPACED_COLON = re.compile(rb'"\s+:')
+
+
 def may_have_key_twice(item: bytes, row: Any) -> bool:
     """Whether the bytes of a row seem to hold more keys than were read from them; quick, and never False where one is there
     twice. (A key ends with \":, with nothing between. Deeper objects, and colons behind blanks, are worth a look.)"""
     values = row.values() if type(row) is dict else (row,) if type(row) is list else ()
     keys = len(row) if type(row) is dict else 0
     for value in values:
-        if type(value) is list:
-            for one in value:
-                if type(one) is dict:
-                    keys += len(one)
+        if type(value) is list and value and type(value[0]) is dict:
+            keys += sum([len(one) for one in value if type(one) is dict])
     found = item.count(b'":')
-    if b'" :' in item or b'"\t:' in item:
+    if found != keys and found - item.count(b'\\":') != keys:
         return True
-    return found != keys and found - item.count(b'\\":') != keys
+    return SPACED_COLON.search(item) is not None
 
 
 def one_value_each(item: bytes) -> None:
