@@ -135,6 +135,14 @@ class FileWatch:
             if one and content and not one.sha256 and stamp_of(path) == one.stamp:
                 one.sha256 = content
 
+    def content(self, path: str | os.PathLike) -> str:
+        """The SHA-256 of a file, read if it is not known."""
+        one = self.files.get(str(path))
+        if one and one.sha256:
+            return one.sha256
+        self.know(path, found := sha256(path))
+        return found
+
     def look(self, every: bool = True) -> FileChanged | None:
         """What has changed, or had before. every: compare all pieces of the content, instead of one of each file."""
         with self.lock:
@@ -245,6 +253,8 @@ class FileWatch:
             with contextlib.suppress(Exception):
                 tidy()
         if not self.silent:
+            with contextlib.suppress(Exception):
+                sys.stdout.flush()
             with contextlib.suppress(OSError):
                 os.write(2, f"\n{words}\n".encode(sys.stderr.encoding or "utf-8", "replace"))
         os._exit(EXIT_USER)

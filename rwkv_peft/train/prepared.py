@@ -143,7 +143,8 @@ def prepare(
     )
     begins = earlier is not None and earlier.path is not None
     if earlier:
-        in_use.add(path for path in (earlier.path, earlier.start) if path)
+        # (where a link like output/latest points to now: it is about to point to this run)
+        in_use.add(path.resolve() for path in (earlier.path, earlier.start) if path)
     content = check_earlier(config, geometry, setup, base, earlier, say) if begins and place.first else None
     data = (plan_stream if config.streaming else plan_run)(config, files, geometry.vocab_size, say, in_use)
     held = held_out(config, files, data.ctx_len, geometry.vocab_size, say, in_use)
