@@ -142,10 +142,9 @@ def prepare(
         kept,
     )
     begins = earlier is not None and earlier.path is not None
+    content = check_earlier(config, geometry, setup, base, earlier, say, in_use) if begins and place.first else None
     if earlier:
-        # (where a link like output/latest points to now: it is about to point to this run)
         in_use.add(path.resolve() for path in (earlier.path, earlier.start) if path)
-    content = check_earlier(config, geometry, setup, base, earlier, say) if begins and place.first else None
     data = (plan_stream if config.streaming else plan_run)(config, files, geometry.vocab_size, say, in_use)
     held = held_out(config, files, data.ctx_len, geometry.vocab_size, say, in_use)
     steps = data.plan.optimizer_steps * config.epoch_count

@@ -1,6 +1,7 @@
 """A file that is in use and changes ends the command with exit code 2 and its name; nothing is saved after that."""
 
 import contextlib
+import dataclasses
 import importlib
 import mmap
 import os
@@ -19,13 +20,25 @@ import pytorch_lightning  # noqa: F401 (once, for all that are forked)
 import tiny
 import torch
 from inprocess import FAST, config, tokenize
+from test_scripts import ROOT, shell_values
 
+import merge.__main__ as merging
 from json2binidx import tokenize as tokenizing
+from merge import deliver, fold
+from merge.exports import EXPORTS
 from rwkv_peft import checkpoint, file_watch, train
 from rwkv_peft.errors import EXIT_USER, UserError, door
+from rwkv_peft.shell_vars import Script
 from rwkv_peft.training import snapshot
 
-LONG = {"EPOCH_COUNT": "9000", "EPOCH_SAVE": "9000", "SAVE_STEPS": "5", "KEEP_LAST": "3", "MICRO_BSZ": "1"}
+LONG = {
+    "lora_parts": "att,ffn",
+    "EPOCH_COUNT": "9000",
+    "EPOCH_SAVE": "9000",
+    "SAVE_STEPS": "5",
+    "KEEP_LAST": "3",
+    "MICRO_BSZ": "1",
+}
 TOKENS = ("chat.bin", "chat.idx", "chat.roles.bin", "chat.roles.idx")
 
 
@@ -517,3 +530,107 @@ def test_the_command_says_it_with_exit_code_2(shared_kit):
     assert process.returncode == EXIT_USER and "data/growing.jsonl: " in said.splitlines()[-1], said
     assert "Traceback" not in said and sorted((shared_kit.root / "data").iterdir()) == before
     source.unlink()
+
+
+@pytest.fixture
+def merged(finished):
+    """Where ./merge.sh has a run to fold."""
+    return finished.root
+
+
+def merge_with(*typed: str) -> None:
+    values = shell_values(ROOT / "merge.sh")
+    merging.command(Script(ROOT / "merge.sh", values).read(merging.MergeConfig), list(typed))
+
+
+def between(monkeypatch, owner, name: str, harm: Callable[[], object], after: bool) -> None:
+    """Do harm once, before or after a function is called."""
+    real, done = getattr(owner, name), []
+
+    def called(*arguments, **named):
+        if not after and not done:
+            done.append(harm())
+        found = real(*arguments, **named)
+        if after and not done:
+            done.append(harm())
+        return found
+
+    monkeypatch.setattr(owner, name, called)
+
+
+def other_model(path: Path) -> None:
+    """Another sound model of the same shapes in the same file."""
+    fresh = tiny.save_model(path.with_name("other.pth"), seed=5)
+    path.write_bytes(fresh.read_bytes())
+    fresh.unlink()
+
+
+MERGING = {  # when a file changes during a merge
+    "before the adapters are sorted": ("fold", "opened", False),
+    "before it is read": ("checkpoint", "rewrite", False),
+    "before it is verified": ("deliver", "verify", False),
+    "when it is verified": ("deliver", "verify", True),
+}
+
+
+@pytest.mark.parametrize("when", MERGING)
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [
+        ("model/tiny.pth", other_model), ("model/tiny.pth", overwrite), ("model/tiny.pth", cut_in_the_middle),
+        ("model/tiny.pth", Path.unlink), ("output/first/rwkv-0.pth", overwrite), ("output/first/rwkv-0.pth", replace),
+        ("output/first/rwkv-0.json", overwrite),
+    ],
+)  # fmt: skip
+def test_a_merge_of_what_changes_is_not_put_in_place(merged, monkeypatch, when, name, harm):
+    module, function, after = MERGING[when]
+    owner = {"fold": fold, "checkpoint": checkpoint, "deliver": deliver}[module]
+    between(monkeypatch, owner, function, lambda: harm(merged / name), after)
+    with pytest.raises(file_watch.FileChanged, match=rf"{re.escape(name)}: .* Nothing was written"):
+        merge_with("first")
+    assert not list((merged / "merge").iterdir())
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "gguf"])
+@pytest.mark.parametrize("harm", [other_model, overwrite, replace, cut_in_the_middle, Path.unlink])
+def test_an_export_of_a_model_that_changes(merged, monkeypatch, kind, harm):
+    model = merged / "model/tiny.pth"
+    real = EXPORTS[kind]
+
+    def write(source, target, geometry, asked):
+        lines = list(real.write(source, target, geometry, asked))
+        harm(model)
+        return lines
+
+    monkeypatch.setitem(EXPORTS, kind, dataclasses.replace(real, write=write))
+    with pytest.raises(file_watch.FileChanged, match=r"model/tiny\.pth: .* Nothing was written"):
+        merge_with("model/tiny.pth", "--export", kind)
+    assert not list((merged / "merge").iterdir())
+
+
+@pytest.mark.parametrize("harm", [overwrite, replace, cut_in_the_middle])
+def test_an_export_of_an_adapter_that_changes(merged, monkeypatch, harm):
+    from merge.exports import adapter_folder
+
+    between(monkeypatch, adapter_folder, "write", lambda: harm(merged / "output/first/rwkv-0.pth"), True)
+    with pytest.raises(file_watch.FileChanged, match=r"output/first/rwkv-0\.pth: .* Nothing was written"):
+        merge_with("first", "--export", "peft")
+    assert not list((merged / "merge").iterdir())
+
+
+@pytest.mark.parametrize("how", SAME)
+@pytest.mark.parametrize("name", ["model/tiny.pth", "output/first/rwkv-0.pth"])
+def test_a_merge_of_what_is_only_touched_is_made(merged, monkeypatch, name, how):
+    between(monkeypatch, deliver, "verify", lambda: SAME[how](merged / name), False)
+    merge_with("first")
+    assert (merged / "merge/tiny-first-0.pth").is_file()
+
+
+def test_a_merge_whose_adapter_is_cut_leaves_with_words_and_without_half_a_file(merged, monkeypatch):
+    """The adapter is mapped: what reads it then would be ended by SIGBUS."""
+    adapter = merged / "output/first/rwkv-0.pth"
+    between(monkeypatch, checkpoint, "write_zip", lambda: cut_below_a_page(adapter), False)
+    process = Command(lambda: merge_with("first"), merged / "said.txt")
+    assert process.code() == EXIT_USER, process.said
+    assert "output/first/rwkv-0.pth: became shorter" in process.said.splitlines()[-1], process.said
+    assert not list((merged / "merge").iterdir())
