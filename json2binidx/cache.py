@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ CODE = ("json2binidx", "rwkv_peft/rows", "rwkv_peft/templates", "rwkv_peft/token
 LIBRARIES = ("pyrwkv-tokenizer", "orjson", "pyarrow", "numpy", "chardet", "python-calamine")
 
 
-def key(files: Sequence[Path], settings: dict[str, Any], template: str) -> str:
-    """A hash of all that decides the result: content of the data, settings, template, vocabulary, code and libraries."""
+def key(contents: Mapping[Path, str], settings: dict[str, Any], template: str) -> str:
+    """A hash of all that decides the result: content of the data (file -> SHA-256), settings, template, vocabulary, code and
+    libraries."""
     digest = hashlib.sha256()
 
     def add(*words: str) -> None:
@@ -33,8 +34,8 @@ def key(files: Sequence[Path], settings: dict[str, Any], template: str) -> str:
     for place in CODE:
         for path in sorted((root / place).rglob("*.py")) if (root / place).is_dir() else [root / place]:
             add(path.name, sha256(path))
-    for path in files:
-        add(project.shown(path), sha256(path))
+    for path, content in contents.items():
+        add(project.shown(path), content)
     return digest.hexdigest()
 
 

@@ -11,17 +11,18 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 from tqdm import tqdm
 
-from rwkv_peft import project, tokenizer
+from rwkv_peft import bus_error, project, tokenizer
 from rwkv_peft.atomic import clear_leftovers, need_space, temporary, write_json
 from rwkv_peft.data.binidx import Writer
 from rwkv_peft.errors import UserError
+from rwkv_peft.file_watch import FileChanged, FileWatch
 from rwkv_peft.rows import files, reading
 from rwkv_peft.rows.reading import Block, Note
 from rwkv_peft.rows.recipe import Cooked, Recipe
@@ -40,6 +41,7 @@ FORMS = """A line of .jsonl must be one whole JSON object, with no comma behind 
 Other columns are named with MAP_KEYS; ./make_tokenize.sh --help tells the rest."""
 COLUMNS = """Columns are known by their names: text; instruction and output; prompt and completion; question and answer; messages.
 Other names are told like this:  --map-keys '{"prompt": "ask", "response": "reply"}'      (MAP_KEYS in the script)"""
+CURE = "Nothing was written, earlier files are untouched. Run it again when nothing writes to the file any more."
 ROWS = 4096  # that are copied at once
 MANY = 500_000  # rows from which on their own sizes and places take memory that the vocabulary must make room for
 IN_MEMORY = 64 << 20  # bytes of tokens up to which copying reads from memory
@@ -50,10 +52,18 @@ def tokenize(source: Path, config: TokenizeConfig, epochs: int, end_of_doc: bool
 
     UserError if nothing can be used, or STRICT=1 and anything cannot.
     """
+    in_use = FileWatch("it was read first", CURE)
+    with bus_error.handled(in_use.leave_if_cut_off), in_use.explaining():
+        return tokenized(source, config, epochs, end_of_doc, in_use)
+
+
+def tokenized(source: Path, config: TokenizeConfig, epochs: int, end_of_doc: bool, in_use: FileWatch) -> dict:
     prefix = files.stem_of(source) if source.is_file() else source.resolve()
+    in_use.add(every := files.find(source)[0])
     config, template = settled(config)
     chosen = files.chosen(source, config.valid_split)
     found, other = [*chosen.train, *chosen.held_out], chosen.left_out
+    in_use.release({*every} - {*found})
     made_from = recipe(config, end_of_doc)
     settings = {
         "EPOCHS": epochs, "EOF": end_of_doc, "EOT": config.eot, "HANDLER": config.handler, "MAP_KEYS": config.map_keys,
@@ -64,9 +74,10 @@ def tokenize(source: Path, config: TokenizeConfig, epochs: int, end_of_doc: bool
         "VALID_SPLIT": config.valid_split, "SEED": config.seed, "PROMPT_TYPE": config.prompt_type,
         "BOS": int(made_from.bos), "CONVERT_HEADINGS": config.convert_headings,
     }  # fmt: skip
-    key = cache.key(found, settings, repr(made_from.template))
+    key = cache.key({path: in_use.content(path) for path in found}, settings, repr(made_from.template))
     report_file = Path(f"{prefix}.report.json")
     known = None if config.overwrite_cache else cache.fresh(report_file, key)
+    in_use.must_be_unchanged()
     if known and not (config.strict and known["rows"]["rejected"]):
         print(f"unchanged {project.shown(prefix)}: made from the same data with the same settings; nothing to encode")
         report.say(known, prefix, template, made=False)
@@ -79,6 +90,7 @@ def tokenize(source: Path, config: TokenizeConfig, epochs: int, end_of_doc: bool
         stored = Stored(*(open_files.enter_context(tempfile.TemporaryFile(dir=prefix.parent)) for _ in range(2)))
         rejected = open_files.enter_context(Rejects(rejects))
         for one in progress(chosen, made_from, config):
+            in_use.glance()
             if one.rejects and config.strict:
                 stop(one, source)
             stored.add(one)
@@ -89,7 +101,12 @@ def tokenize(source: Path, config: TokenizeConfig, epochs: int, end_of_doc: bool
         check(tally, made_from, source)
         held_out = held_out_rows(tally, config, source)
         earlier = Path(f"{prefix}.valid.idx").exists() and not held_out.any()
-        names = write(prefix, stored, tally, epochs, held_out, config.seed)
+
+        def last_look() -> None:
+            in_use.must_be_unchanged()
+            must_be_all(source, config.valid_split, found)
+
+        names = write(prefix, stored, tally, epochs, held_out, config.seed, last_look)
         rejected.keep()
     # drawn before the report, whose presence says that all is there
     content = report.make(tally, source, found, other, settings, stored.held_out, chosen.notes) | {"encodings": others}
@@ -111,6 +128,13 @@ def tokenize(source: Path, config: TokenizeConfig, epochs: int, end_of_doc: bool
         print(f"removed   {project.shown(prefix)}.valid.bin/.idx, the held-out rows of an earlier call: {none}")
     report.say(content, prefix, template)
     return content
+
+
+def must_be_all(source: Path, valid_split: str, found: list[Path]) -> None:
+    """FileChanged where a folder holds other files than those that were read."""
+    now = files.chosen(source, valid_split)
+    if other := sorted({*now.train, *now.held_out} ^ {*found}):
+        raise FileChanged(f"{project.shown(other[0])}: came into the folder since it was read first. {CURE}")
 
 
 def made_from_other(report_file: Path, source: str) -> str:
@@ -250,8 +274,17 @@ def held_out_rows(tally: Tally, config: TokenizeConfig, source: Path) -> np.ndar
     return held_out
 
 
-def write(prefix: Path, stored: Stored, tally: Tally, epochs: int, held_out: np.ndarray, seed: int) -> list[Path]:
-    """NAME.bin/.idx with roles, every row `epochs` times in a new order each; NAME.valid with what is held out, once."""
+def write(
+    prefix: Path,
+    stored: Stored,
+    tally: Tally,
+    epochs: int,
+    held_out: np.ndarray,
+    seed: int,
+    last_look: Callable[[], None] = lambda: None,
+) -> list[Path]:
+    """NAME.bin/.idx with roles, every row `epochs` times in a new order each; NAME.valid with what is held out, once. last_look:
+    raises where the files must not get their names."""
     sizes = np.frombuffer(tally.sizes, np.int32)
     starts = np.zeros(len(sizes) + 1, np.int64)
     np.cumsum(sizes, out=starts[1:])
@@ -278,7 +311,7 @@ def write(prefix: Path, stored: Stored, tally: Tally, epochs: int, held_out: np.
         if held:
             copy(np.flatnonzero(held_out), ".valid")
         every = [writer.final(e, kind) for e in (".valid", ".valid.roles") for kind in ("bin", "idx")]
-        writer.commit(remove=[] if held else every)
+        writer.commit(remove=[] if held else every, last_look=last_look)
         return [writer.final(e, kind) for e in writer.streams for kind in ("bin", "idx")]
 
 

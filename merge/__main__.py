@@ -31,15 +31,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rwkv_peft import project, runs, sidecars
+from rwkv_peft import bus_error, project, runs, sidecars
 from rwkv_peft.errors import Problem, Problems, UserError
+from rwkv_peft.file_watch import FileWatch
 from rwkv_peft.methods import MOST_ALPHA
 from rwkv_peft.shell_vars import enter, var
 from rwkv_peft.words import did_you_mean
@@ -77,7 +80,22 @@ def main(arguments: list[str]) -> None:
     enter(arguments, USAGE, MergeConfig, command)
 
 
+CURE = "Nothing was written after that. Run it again when nothing writes to the file any more."
+
+
 def command(config: MergeConfig, typed: list[str]) -> None:
+    in_use = FileWatch("it was opened", CURE)
+    in_use.before_leaving.append(remove_what_is_half_written)
+    with bus_error.handled(in_use.leave_if_cut_off), in_use.explaining():
+        merge_or_export(config, typed, in_use)
+
+
+def remove_what_is_half_written() -> None:
+    for half in (project.ROOT / "merge").glob(f"*.tmp-{os.getpid()}"):
+        shutil.rmtree(half) if half.is_dir() else half.unlink()
+
+
+def merge_or_export(config: MergeConfig, typed: list[str], in_use: FileWatch) -> None:
     words, run, how, kinds = command_line(typed)
     averaged = how == "--average"
     if run and words and not how and not all(map(runs.is_epoch, words)):
@@ -93,6 +111,10 @@ def command(config: MergeConfig, typed: list[str]) -> None:
     of_model = [kind for kind in kinds if kind not in alone]
     names, weights = parts.shares(words) if averaged else (words, None)
     files = parts.checkpoint_files(names, run or config.run, how)
+    init = project.find(config.pissa_init, "output") if config.pissa_init else None
+    beside = [sidecars.path_of(path) for path in files]
+    beside += [start for path in files for start in path.parent.glob("init_*.pth")]
+    in_use.add([*files, *beside, *([init] if init else [])])
     models = [path for path in files if is_whole_model(path, foreign.is_model)]
     if models and not kinds and not averaged:
         told = f"{project.shown(models[0])}: is a whole model, no checkpoint of a run: there is nothing to fold."
@@ -103,9 +125,10 @@ def command(config: MergeConfig, typed: list[str]) -> None:
         must_be_unset(config, ("merge_base", "method", "lora_alpha", "pissa_init"), "a model is exported as it is")
         _, geometry = bases.inspect(files[0])
         stems = {kind: f"{files[0].stem}-alone" if kind in alone else files[0].stem for kind in kinds}
-        all_that_can_be([functools.partial(export, kind, files[0], stem, geometry) for kind, stem in stems.items()])
+        all_that_can_be(
+            [functools.partial(export, kind, files[0], stem, geometry, in_use) for kind, stem in stems.items()]
+        )
         return
-    init = project.find(config.pissa_init, "output") if config.pissa_init else None
     alpha = config.lora_alpha if config.lora_alpha != "" else None
     # METHOD and LORA_ALPHA are of those that need them, if there are any; else they may contradict what a sidecar says
     strangers = {path for path in files if not parts.has_sidecar(path) and foreign.has(path, foreign.ADAPTER)}
@@ -115,7 +138,7 @@ def command(config: MergeConfig, typed: list[str]) -> None:
         for path in files
     ]
     quantised = config.merge_base == "quantised"
-    found = [parts.found(path, *said, init, quantised) for path, said in zip(files, told, strict=True)]
+    found = [parts.found(path, *said, init, quantised, in_use) for path, said in zip(files, told, strict=True)]
     if config.merge_base == "quantised":
         parts.must_be_one_compressed_run(found)
     if not any(one.part.setup.method == "pissa" for one in found):
@@ -129,16 +152,19 @@ def command(config: MergeConfig, typed: list[str]) -> None:
     for one in found:
         print(f"run       {one.words}")
     doubts = []  # only a merge goes on before the base's content is known
-    base = parts.base_of(found, config.model_path, None if alone else doubts)
+    base = parts.base_of(found, config.model_path, None if alone else doubts, in_use)
+    doubts.append(in_use.must_be_unchanged)
+    in_use.add([base])
+    in_use.know(base, next((one.sidecar["base_sha256"] for one in found if one.sidecar), None))
     jobs = [
-        functools.partial(export_adapter, found, base)
+        functools.partial(export_adapter, found, base, in_use)
         if kind == "peft"
-        else functools.partial(export_state, kind, found, base)
+        else functools.partial(export_state, kind, found, base, in_use)
         for kind in alone
     ]
     if of_model or not alone:
         target, geometry = merge(found, weights, base, doubts)
-        jobs += [functools.partial(export, kind, target, target.stem, geometry) for kind in of_model]
+        jobs += [functools.partial(export, kind, target, target.stem, geometry, in_use) for kind in of_model]
     all_that_can_be(jobs)
 
 

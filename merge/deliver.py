@@ -17,6 +17,7 @@ from pathlib import Path
 from rwkv_peft import __version__, bases, checkpoint, hashing, project, prompting, sidecars
 from rwkv_peft.atomic import clear_leftovers, sync_folder, temporary, write_json
 from rwkv_peft.errors import Problems, UserError
+from rwkv_peft.file_watch import FileWatch
 from rwkv_peft.methods import METHODS
 from rwkv_peft.model.arch import STATE_NAME, Geometry
 from rwkv_peft.pieces import side_by_side
@@ -50,7 +51,7 @@ def merge(
     how = found[0].part
     described, geometry = bases.inspect(base)
     sound = hashing.Meanwhile(lambda: bases.must_be_sound_model(base, geometry))
-    doubts = [*doubts, sound.result]
+    doubts = [sound.result, *doubts]
     compressed = f", compressed to {how.setup.quant} as the run had it (MERGE_BASE=quantised)" if how.quantised else ""
     print(f"base      {project.shown(base)}{compressed}")
     if words := checkpoint.differences(described):
@@ -253,17 +254,18 @@ def remove(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def writing_export(name: str, ending: str, own: bool = False) -> Iterator[tuple[Path, list[Path]]]:
+def writing_export(name: str, ending: str, in_use: FileWatch, own: bool = False) -> Iterator[tuple[Path, list[Path]]]:
     """A path to write an export to, which gets its name in merge/ when it is whole; and a list that then holds that name.
 
     own: what has the name is an earlier export of the same model, and is replaced. Else it stays, if it is not the same, and the
-    export is called name-v2 and so on.
+    export is called name-v2 and so on. in_use: watches what the export is made of.
     """
     first = merged_place(name, ending)
     clear_leftovers(first)
     fresh, placed = temporary(first), []
     try:
         yield fresh, placed
+        in_use.must_be_unchanged()
         for stem in versions(name):
             target = merged_place(stem, ending)
             same = target.exists() and contents(target) == contents(fresh)
@@ -291,15 +293,17 @@ def contents(path: Path) -> dict[str, str]:
     return {file.name if path.is_dir() else "": hashing.sha256(file) for file in files}
 
 
-def export(kind: str, source: Path, stem: str, geometry: Geometry) -> None:
-    """Write a model or a state as other programs want it, into merge/, and beside it how it was trained to be asked."""
+def export(kind: str, source: Path, stem: str, geometry: Geometry, in_use: FileWatch) -> None:
+    """Write a model or a state as other programs want it, into merge/, and beside it how it was trained to be asked. in_use:
+    watches the source."""
+    in_use.add([source])
     asked = prompting_of(source)
     if asked.assumed:
         print(f"warning   {asked.assumed}. ./chat.sh shows which template it answers in")
     merged = source.parent == project.ROOT / "merge" and source.stem == stem and "merged" in sidecar_of(source)
     for name in TOGETHER.get(kind, (kind,)):
         one = EXPORTS[name]
-        with writing_export(stem, one.ending, merged) as (fresh, placed):
+        with writing_export(stem, one.ending, in_use, merged) as (fresh, placed):
             said = list(one.write(source, fresh, geometry, asked))
         [target] = placed
         asked.write(target)
@@ -345,7 +349,7 @@ def client_lines(asked: prompting.Prompting) -> Iterator[str]:
         yield "Its prompts begin with token 0, which RWKV-Runner and Ai00 do not send by themselves (docs/data.md)."
 
 
-def export_state(kind: str, found: Sequence[Found], base: Path) -> None:
+def export_state(kind: str, found: Sequence[Found], base: Path, in_use: FileWatch) -> None:
     """A learnt state as a file of its own."""
     one = alone(kind, found)
     if one.part.setup.method != "state":
@@ -354,10 +358,10 @@ def export_state(kind: str, found: Sequence[Found], base: Path) -> None:
         )
     described, geometry = bases.inspect(base)
     fold.opened(one.part, described, geometry)
-    export(kind, one.path, f"{short(f'{base.stem}-{one.label}')}-alone", geometry)
+    export(kind, one.path, f"{short(f'{base.stem}-{one.label}')}-alone", geometry, in_use)
 
 
-def export_adapter(found: Sequence[Found], base: Path) -> None:
+def export_adapter(found: Sequence[Found], base: Path, in_use: FileWatch) -> None:
     """A run as an adapter folder of the peft package."""
     from rwkv_peft.adapters import attach
     from rwkv_peft.adapters.peft_export import METHODS as WRITTEN
@@ -380,7 +384,7 @@ def export_adapter(found: Sequence[Found], base: Path) -> None:
     asked = prompting.of_sidecar(one.sidecar, project.shown(sidecars.path_of(one.path)), base)
     if asked.assumed:
         print(f"warning   {asked.assumed}")
-    with writing_export(f"{short(f'{base.stem}-{one.label}')}-peft", "") as (fresh, placed):
+    with writing_export(f"{short(f'{base.stem}-{one.label}')}-peft", "", in_use) as (fresh, placed):
         adapter_folder.write(fresh, config, weights)
         asked.write(fresh)
     [target] = placed

@@ -14,6 +14,7 @@ from typing import Any
 from rwkv_peft import bases, checkpoint, hashing, project, runs, sidecars
 from rwkv_peft.adapters import attach
 from rwkv_peft.errors import Problem, Problems, UserError
+from rwkv_peft.file_watch import FileWatch
 from rwkv_peft.methods import ALIASES, METHODS
 
 from . import foreign
@@ -152,21 +153,24 @@ def shares(words: Sequence[str]) -> tuple[list[str], list[float]]:
     return names, [weight / sum(weights) for weight in weights]
 
 
-def found(path: Path, method: str, alpha: float | None, init: Path | None, quantised: bool) -> Found:
+def found(
+    path: Path, method: str, alpha: float | None, init: Path | None, quantised: bool, in_use: FileWatch | None = None
+) -> Found:
     """A checkpoint with what its sidecar says; without one, with what its tensors and the user say.
 
-    method, alpha, init: METHOD, LORA_ALPHA and PISSA_INIT. quantised: fold into the base as the run had it in memory.
+    method, alpha, init: METHOD, LORA_ALPHA and PISSA_INIT. quantised: fold into the base as the run had it in memory. in_use:
+    watches the checkpoint.
     """
     where = project.shown(path)
     described = checkpoint.describe(path)  # refuses what is no checkpoint before its sidecar is asked for
-    tensors = checkpoint.load(path)
     if has_sidecar(path):
         sidecar = sidecars.read(path, SIDECAR)
         if foreign.is_model(described) and "merged" in sidecar:  # a model that merge.sh made
             checkpoint.must_be_sound(path)
-            return Found(path, Part(where, attach.Setup("full"), tensors), {}, path.stem)
+            return Found(path, Part(where, attach.Setup("full"), checkpoint.load(path)), {}, path.stem)
         setup = attach.setup_of(sidecar, where)
-        bases.must_be_its_own(path, sidecar)
+        bases.must_be_its_own(path, sidecar, in_use)
+        tensors = checkpoint.load(path)
         contradicts(method, alpha, setup, where)
         start = bases.start_of(path, sidecar, setup.method, init)
         quantised = quantised and sidecar.get("quant", "none") != "none"
@@ -186,7 +190,7 @@ def found(path: Path, method: str, alpha: float | None, init: Path | None, quant
     if not method and not foreign.is_model(described):  # METHOD says that it is another's file
         bases.must_not_lack_its_sidecar(path)
     checkpoint.must_be_sound(path)
-    tensors = foreign.our_names(tensors, where)
+    tensors = foreign.our_names(checkpoint.load(path), where)
     setup = foreign.setup_of(tensors, where, method, alpha)
     part = Part(where, setup, tensors, foreign.start_of(path, setup, init))
     return Found(
@@ -243,13 +247,19 @@ def must_be_one_compressed_run(checkpoints: Sequence[Found]) -> None:
         raise Problems(Problem("MERGE_BASE", f"must be original: {told}"))
 
 
-def base_of(checkpoints: Sequence[Found], model_path: str, doubts: list[Callable[[], None]] | None = None) -> Path:
-    """The one base of all of them. UserError where they have different ones, or nothing tells it. doubts: of bases.base_of."""
+def base_of(
+    checkpoints: Sequence[Found],
+    model_path: str,
+    doubts: list[Callable[[], None]] | None = None,
+    in_use: FileWatch | None = None,
+) -> Path:
+    """The one base of all of them. UserError where they have different ones, or nothing tells it. doubts, in_use: of
+    bases.base_of."""
     doubts = doubts if len(checkpoints) == 1 else None
     bases_found = {}
     for one in checkpoints:
         if one.sidecar:
-            bases_found[bases.base_of(one.sidecar, one.path, model_path, doubts)] = one
+            bases_found[bases.base_of(one.sidecar, one.path, model_path, doubts, in_use=in_use)] = one
     contents = {one.sidecar["base_sha256"] for one in checkpoints if one.sidecar}
     if len(contents) > 1:
         first, second = list(bases_found.values())[:2] if len(bases_found) > 1 else checkpoints[:2]

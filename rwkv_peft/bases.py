@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import checkpoint, hashing, project, runs, sidecars
 from .errors import UserError
+from .file_watch import FileWatch
 from .model import arch
 from .model.arch import Geometry
 from .pieces import side_by_side
@@ -64,18 +65,22 @@ def base_of(
     given: str = "",
     doubts: list[Callable[[], None]] | None = None,
     cure: str = "MODEL_PATH in merge.sh",
+    in_use: FileWatch | None = None,
 ) -> Path:
     """The very file that a checkpoint was trained on, found by its content.
 
     given: where the user says it is; else it is looked for by its name in model/, and where it lay at that time.
     doubts: where the caller can go on before it is sure. If only one file can be meant, it is then returned at once, its
     content is read meanwhile, and a function is added here that must be called before anything is done which counts.
-    cure: by what the user can say where it is. UserError, here or from that function, if none of these is that file.
+    cure: by what the user can say where it is. in_use: watches it, from before it is looked at. UserError, here or from that
+    function, if none of these is that file.
     """
     places = [project.model_file(given)] if given else [project.ROOT / "model" / sidecar["base"]]
     if not given and sidecar.get("base_path"):
         places.append(Path(sidecar["base_path"]))
     there = [place for place in places if place.is_file()]
+    if in_use:
+        in_use.add(there)
     for place in there:
         if sidecar.get("base_mark") and hashing.mark(place) == sidecar["base_mark"]:
             return place  # nobody has written to it since its content was taken
@@ -117,8 +122,11 @@ def must_not_lack_its_sidecar(adapter: Path) -> None:
         )
 
 
-def must_be_its_own(adapter: Path, sidecar: dict) -> None:
-    """UserError if a checkpoint is not the one that its sidecar was written for: another of the same shapes would fit."""
+def must_be_its_own(adapter: Path, sidecar: dict, in_use: FileWatch | None = None) -> None:
+    """UserError if a checkpoint is not the one that its sidecar was written for: another of the same shapes would fit. in_use:
+    watches it, from before it is looked at."""
+    if in_use:
+        in_use.add([adapter])
     if sidecar.get("checkpoint_sha256") in (None, hashing.sha256(adapter)):
         return
     if not sidecars.complete_pair(adapter, sidecar):
@@ -126,6 +134,9 @@ def must_be_its_own(adapter: Path, sidecar: dict) -> None:
             f"{project.shown(adapter)}: is not the file that its .json was written with (its content differs). Copy the two "
             "together; for a checkpoint of RWKV-PEFT, or one that you changed, take the .json away."
         )
+    if in_use:  # it has only now its name
+        in_use.release([adapter])
+        in_use.add([adapter])
 
 
 def start_of(adapter: Path, sidecar: dict, method: str, given: Path | None = None) -> dict[str, Tensor]:

@@ -98,6 +98,8 @@ def describe_os_error(error: OSError) -> tuple[str, int]:
 
 def leave(message: str, code: int) -> None:
     with unheard():
+        if sys.stdout:
+            sys.stdout.flush()  # what was said before comes before it, where both go into one file
         print(message, file=sys.stderr, flush=True)
     sys.exit(code)
 

@@ -34,6 +34,8 @@ GROUND = [
         "words",
         "roles",
         "atomic",
+        "bus_error",
+        "file_watch",
         "filetype",
         "hashing",
         "native",

@@ -14,7 +14,7 @@ import array
 import contextlib
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -179,10 +179,11 @@ class Writer:
         self.files[ending].write(content)
         self.sizes[ending].extend(sizes)
 
-    def commit(self, remove: Sequence[Path] = ()) -> None:
+    def commit(self, remove: Sequence[Path] = (), last_look: Callable[[], None] = lambda: None) -> None:
         """Flush everything to the disk, then rename. The .idx of "" comes last: a pair without it is refused.
 
-        remove: files of an earlier run that do not belong to these; they go in the same moment.
+        remove: files of an earlier run that do not belong to these; they go in the same moment. last_look: raises where nothing
+        must get its name.
         """
         for ending, file in self.files.items():
             sync(file)
@@ -191,6 +192,7 @@ class Writer:
                 index.writelines(index_parts(np.frombuffer(self.sizes[ending], np.int32), self.streams[ending]))
                 sync(index)
         names = [self.final(e, kind) for e in sorted(self.streams, reverse=True) for kind in ("bin", "idx")]
+        last_look()
         put_in_place(names, remove)  # ends with the .idx of ""
 
     def discard(self) -> None:

@@ -62,6 +62,9 @@ def leave_signals_to_the_run(_worker: int) -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(
+        signal.SIGBUS, signal.SIG_DFL
+    )  # a file was cut: the training process says so, not torch in other words
 
 
 def end_workers(loader: DataLoader) -> None:

@@ -101,6 +101,7 @@ def run(config: TrainConfig, place: Place, dry_run: bool, anew: bool, cleanup: c
     say("\n".join(lines))
     if dry_run:
         report.print_samples(prepared.data.sequences(), SAMPLES)
+        prepared.in_use.must_be_unchanged()
         say("\nThis was a dry run: nothing was trained, nothing was written.")
     else:
         train(prepared, cleanup, say)
@@ -136,6 +137,7 @@ def train(run, cleanup: contextlib.ExitStack, say) -> None:
     from ..training.heaviest import Heaviest
     from ..training.lisa import Resample
     from ..training.resume import GoOn, Keep
+    from ..training.run_files import RunFiles
     from ..training.spread import Parts
     from ..training.watch import Watch
     from .learner import make_learner, make_module
@@ -145,18 +147,25 @@ def train(run, cleanup: contextlib.ExitStack, say) -> None:
     from .trainer import make_trainer
 
     config, found, folder, plan = run.config, run.found, run.folder, run.plan
-    first, rank = run.place.first, run.place.rank
+    first, rank, in_use = run.place.first, run.place.rank, run.in_use
     if first:
         must_have_room(run, attach.count_trained(run.geometry, run.setup))
-    learner = make_learner(run, cleanup, say)
+    with in_use.explaining():
+        learner = make_learner(run, cleanup, say)
+        in_use.must_be_unchanged()
     told = everybody(run, cleanup, say) if first else nobody(run, say)
     say = told.say
 
     tidy = functools.partial(runs.abandon, folder) if first else lambda: None
     parent = os.getppid() if run.place.of_ours else None
-    watch = Watch(rank, config.processes, config.gpu_count, parent, tidy, tell)
+    watch = Watch(rank, config.processes, config.gpu_count, parent, tidy, tell, in_use.look)
     cleanup.callback(watch.leave)
-    stop = StopOnSignal(lambda: (watch.leave(), tidy()), first, lambda: runs.has_saved(folder))
+    in_use.before_leaving += [watch.leave, tidy]
+    watches = run.place.local == 0  # for all processes of its machine
+    if watches:
+        cleanup.enter_context(in_use.watching(say))
+    files = RunFiles(in_use, run.place.node if watches else None, watch.over.set)
+    stop = StopOnSignal(lambda: (watch.leave(), tidy()), first, lambda: runs.has_saved(folder), files)
 
     past = (told.before[-1]["seconds"] if told.before else 0.0, found.facts["tokens"]) if found else (0.0, 0)
     in_a_row = found.facts.get("in_a_row", 0) if found else 0
@@ -174,6 +183,7 @@ def train(run, cleanup: contextlib.ExitStack, say) -> None:
     ends = config.epoch_save, config.epoch_count, epoch_steps
     save = Save(*ends, folder, write, trained, keep.save, say, config.keep_last)
     keep.beside, keep.paused = save.of_step, recorder.leave_out
+    keep.unchanged = save.unchanged = stop.unchanged
     if run.missing and results:
         as_found = Parts(run.spread.weights(trained()))
         save.newest = results.write(as_found, int(run.missing.stem.removeprefix("rwkv-")), True, found.step)
@@ -181,7 +191,12 @@ def train(run, cleanup: contextlib.ExitStack, say) -> None:
     go_on = None
     if found:
         of_epoch = None if config.streaming else len(run.data.batches(rank, 0))
-        go_on = GoOn(found, trained, epoch_steps, plan.accumulate, of_epoch)
+
+        def loaded() -> None:
+            files.look()
+            in_use.release(found.stamps)
+
+        go_on = GoOn(found, trained, epoch_steps, plan.accumulate, of_epoch, loaded)
     resample = [Resample(learner.lisa, learner.groups)] if learner.lisa else []
     validation = make_validation(run, told, save)
     rounds = make_rounds(run, told, validation, stop, recorder)
@@ -195,7 +210,7 @@ def train(run, cleanup: contextlib.ExitStack, say) -> None:
     began = time.monotonic()
     finished = found is not None and found.step == run.steps  # and only a checkpoint was missing
     try:
-        with stop.listening(), watch.instead_of_lightnings():
+        with stop.listening(), watch.instead_of_lightnings(), in_use.explaining():
             if not finished:
                 trainer.fit(module, loader)
     except UserError:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from .. import hashing, project
 from ..config import TrainConfig
 from ..errors import Problem, Problems, UserError
+from ..file_watch import FileWatch
 from ..shell_vars import MOST, Script, values_as_written
 from ..strategies import STRATEGIES
 
@@ -59,8 +60,8 @@ class Planned:
     blank_lines: bool = False
 
 
-def plan_run(config: TrainConfig, files, vocab_size: int, say) -> Planned:
-    """The data as batches will be made of them. files: prefixes and weights, as data_files gives them."""
+def plan_run(config: TrainConfig, files, vocab_size: int, say, in_use: FileWatch | None = None) -> Planned:
+    """The data as batches will be made of them. files: prefixes and weights, as data_files gives them. in_use: watches them."""
     from ..data import buckets
     from ..data.loading import ITEM_MODES, Batches, Data
     from ..data.sampling import AUTO_CTX_LIMIT
@@ -72,6 +73,8 @@ def plan_run(config: TrainConfig, files, vocab_size: int, say) -> Planned:
     if config.lengths and not ctx_len:
         ctx_len, limit = config.lengths[-1], "TRAIN_LENGTHS"
     budget = config.token_budget if config.token_budget != "auto" else None
+    if in_use:
+        in_use.add(paths_of(files))
 
     def choose(lengths):
         return buckets.choose(lengths, config.lengths, config.batch_sizes, budget, config.mini_bsz, config.processes)
@@ -115,7 +118,7 @@ def plan_run(config: TrainConfig, files, vocab_size: int, say) -> Planned:
         lambda rank, _first: Batches(data, plan, rank, STRATEGIES[config.strategy_name].stage > 0),
         lambda: itertools.chain.from_iterable(map(data.row, range(data.rows))),
         forms,
-        functools.partial(content_of_files, files),
+        functools.partial(content_of_files, files, in_use=in_use),
         tuple(sorted({bos for bos, _ in begun.values()})),
         any(blank_lines_of(prefix) for prefix, _ in files),
     )
@@ -137,13 +140,17 @@ class Held:
     batches: Callable[[int, int], Iterator]
 
 
-def held_out(config: TrainConfig, files, ctx_len: int, vocab_size: int, say) -> Held | None:
-    """What VAL_DATA names, in packs, with the mask of the run; None for none. files: those that are trained, for auto.
-    Problems for what is not there or has nothing to learn."""
+def held_out(
+    config: TrainConfig, files, ctx_len: int, vocab_size: int, say, in_use: FileWatch | None = None
+) -> Held | None:
+    """What VAL_DATA names, in packs, with the mask of the run; None for none. files: those that are trained, for auto. in_use:
+    watches what is held out. Problems for what is not there or has nothing to learn."""
     from ..data.loading import Data
     from ..tokenized import data_files, mask_of, missing_data
 
     def opened(pairs) -> Data:
+        if in_use:
+            in_use.add(paths_of(pairs))
         sources = open_masked(config, pairs, vocab_size, say)
         return Data(sources, "pack", mask_of(config.loss_mask), ctx_len, "truncate", 0, False)
 
@@ -160,6 +167,8 @@ def held_out(config: TrainConfig, files, ctx_len: int, vocab_size: int, say) -> 
                 opened([(prefix, Fraction(1))])
                 pairs.append((prefix, Fraction(1)))
             except Problems as problems:  # (nobody has asked for it by name)
+                if in_use:
+                    in_use.release(paths_of([(prefix, Fraction(1))]))
                 say(f"warning   {prefix.name} is not looked at: {problems.problems[0].message}")
         wanted = [
             name for name, value in (("VAL_PATIENCE", config.val_patience), ("KEEP_BEST", config.keep_best)) if value
@@ -180,7 +189,9 @@ def held_out(config: TrainConfig, files, ctx_len: int, vocab_size: int, say) -> 
         data = opened(pairs)
     except Problems as problems:
         raise Problems(*(Problem("VAL_DATA", f"{p.message} ({p.name})") for p in problems.problems)) from None
-    mark = hashlib.sha256(repr([f["sha256"] for f in content_of_files(pairs, None)["files"]]).encode()).hexdigest()[:12]
+    mark = hashlib.sha256(
+        repr([f["sha256"] for f in content_of_files(pairs, None, in_use)["files"]]).encode()
+    ).hexdigest()[:12]
 
     def batches(rank: int, world: int) -> Iterator:
         for first in range(
@@ -195,18 +206,25 @@ def held_out(config: TrainConfig, files, ctx_len: int, vocab_size: int, say) -> 
     return Held(names, prefixes, tuple(missing), data.rows, facts.targets, facts.untrained, mark, batches)
 
 
-def content_of_files(files, before: dict | None) -> dict:
-    """The contents of tokenized files and their weights. before: the same at an earlier time."""
-    known = {file["name"]: file for file in (before or {}).get("files", [])}
-    names = [
-        Path(f"{prefix}{ending}") for prefix, _ in files for ending in (".bin", ".idx", ".roles.bin", ".roles.idx")
-    ]
-    found = [{"name": p.name, **hashing.content(p, known.get(p.name))} for p in names if p.is_file()]
+def paths_of(files) -> list[Path]:
+    """All that tokenized files may consist of. files: prefixes and weights."""
+    return [Path(f"{prefix}{ending}") for prefix, _ in files for ending in (".bin", ".idx", ".roles.bin", ".roles.idx")]
+
+
+def content_of_files(files, before: dict | None, in_use: FileWatch | None = None) -> dict:
+    """The contents of tokenized files and their weights. before: the same at an earlier time. in_use: gets to know them."""
+    known, found = {file["name"]: file for file in (before or {}).get("files", [])}, []
+    for path in paths_of(files):
+        if path.is_file():
+            content = hashing.content(path, known.get(path.name))
+            found.append({"name": path.name, **content})
+            if in_use:
+                in_use.know(path, content["sha256"])
     return {"files": found, "weights": [str(weight) for _, weight in files]}
 
 
-def plan_stream(config: TrainConfig, source: Path, vocab_size: int, say) -> Planned:
-    """Batches straight from a file or folder of rows, encoded on the way as make_tokenize.sh says."""
+def plan_stream(config: TrainConfig, source: Path, vocab_size: int, say, in_use: FileWatch | None = None) -> Planned:
+    """Batches straight from a file or folder of rows, encoded on the way as make_tokenize.sh says. in_use: watches them."""
     from ..data.loading import Data
     from ..data.masking import Markers
     from ..data.sampling import Plan
@@ -229,6 +247,8 @@ def plan_stream(config: TrainConfig, source: Path, vocab_size: int, say) -> Plan
     markers = Markers(unescaped(config.mask_start), unescaped(config.mask_end))
     chosen = files.chosen(source, tokenizing.valid_split)
     found = chosen.train
+    if in_use:
+        in_use.add(found)
     for note in chosen.notes:
         say(f"{note.level:<9} {note.file}: {note.words}")
     reading.settle(found, tokenizing.encoding)  # refuses what cannot be read before a model is loaded

@@ -149,6 +149,7 @@ def find_lr(config: TrainConfig, place: Place) -> None:
             losses.append(one.step(next(batches), rate))
             if burst(losses):
                 break
+        one.run.in_use.must_be_unchanged()
     sound = [loss for loss in losses if math.isfinite(loss)]
     if not sound:
         raise UserError(
@@ -261,6 +262,7 @@ def find_batch(config: TrainConfig, place: Place) -> None:
             return True
 
         found = largest(fits, MOST_ROWS)
+        one.run.in_use.must_be_unchanged()
     if not found:
         raise UserError(
             f"Not one row of {tokens:,} tokens fits. Lower CTX_LEN, or take GRAD_CP=1, QUANT=nf4, TRAIN_TYPE=infctx."

@@ -8,6 +8,7 @@ from pathlib import Path
 from .. import hashing, project, runs, sidecars
 from ..config import TrainConfig
 from ..errors import Problem, Problems, UserError
+from ..file_watch import FileWatch
 from ..methods import METHODS
 from .data import stream_source
 from .record import options_of, script_values
@@ -110,9 +111,12 @@ def earlier_run(config: TrainConfig) -> Earlier | None:
     return Earlier(path, start_file(config, path))
 
 
-def check_earlier(config: TrainConfig, geometry, setup, base: Path, earlier: Earlier, say) -> dict:
+def check_earlier(
+    config: TrainConfig, geometry, setup, base: Path, earlier: Earlier, say, in_use: FileWatch | None = None
+) -> dict:
     """Whether a checkpoint is of this method with these options, was trained on this base, and has the tensors that this run
-    trains; Problems with all that does not fit. setup: what becomes of the model. Returns the base's hashing.content."""
+    trains; Problems with all that does not fit. setup: what becomes of the model. in_use: watches it. Returns
+    the base's hashing.content."""
     from .. import bases, checkpoint
     from ..adapters import attach
     from ..model.arch import misfits
@@ -122,7 +126,8 @@ def check_earlier(config: TrainConfig, geometry, setup, base: Path, earlier: Ear
     if sidecars.path_of(path).is_file():
         sidecar = sidecars.read(path, ("method", "base", "base_sha256"))
         try:
-            bases.must_be_its_own(path, sidecar)
+            # (a link like output/latest is about to point to this run)
+            bases.must_be_its_own(path.resolve(), sidecar, in_use)
             bases.start_of(path, sidecar, config.method, earlier.start)
         except UserError as error:
             raise Problems(Problem("pissa_init" if config.pissa_init else method.load, str(error))) from None

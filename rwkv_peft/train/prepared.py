@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import hashing, project, runs
+from .. import bus_error, hashing, project, runs
 from ..config import TrainConfig
 from ..errors import Problems
+from ..file_watch import FileWatch
 from ..methods import METHODS, Method
 from ..words import count
 from . import forms
@@ -23,6 +24,12 @@ from .record import options_of, resolved, script_values
 if TYPE_CHECKING:
     from .meeting import Meeting
 
+# what to do where a file of a run has changed
+CURE = (
+    "Nothing was saved after that. Put the file back as it was, and run ./training.sh again: it goes on from the last saved "
+    "state, if there is one."
+)
+AGAIN = "Run it again when nothing writes to the file any more."  # where nothing is saved in any case
 MOST_NAME = 80  # characters of a mixture's names in the name of a run
 
 
@@ -41,7 +48,7 @@ class Prepared:
     data, steps: what is trained, in how many optimizer steps; held: what is not. questions: that it answers while it learns.
     found: the state of an earlier run that goes on; earlier: the checkpoint that a new one begins with. missing: a checkpoint
     that the run has lost, or that is due only now. content: of the base, where it had to be looked at already. folder: of the
-    run. plan_facts: what a run that goes on must find as it was.
+    run. plan_facts: what a run that goes on must find as it was. in_use: the files that it reads.
     """
 
     config: TrainConfig
@@ -66,6 +73,7 @@ class Prepared:
     content: dict | None
     folder: Path
     plan_facts: dict
+    in_use: FileWatch
 
     @property
     def plan(self):
@@ -106,9 +114,15 @@ def prepare(
     from . import again
 
     questions, base = questions_of(config.sample_prompts), project.model_file(config.model_path)
+    in_use = FileWatch("this run began", AGAIN if dry_run else CURE)
+    cleanup.enter_context(bus_error.handled(in_use.leave_if_cut_off))
+    in_use.silent = place.of_ours
+    in_use.add([base])
     if met and not place.first:
         again.hear(met)
     found = again.find(config, anew, place.first, say)
+    if found:
+        in_use.add(found.stamps, found.stamps)
     stored, geometry, files, earlier = open_files(config, base, found is None)
     optim.must_be_there(config.optim)
     ops = dispatch.choose(config.op, geometry.version, machine.device_kind(), geometry.head_size)
@@ -128,9 +142,11 @@ def prepare(
         kept,
     )
     begins = earlier is not None and earlier.path is not None
-    content = check_earlier(config, geometry, setup, base, earlier, say) if begins and place.first else None
-    data = (plan_stream if config.streaming else plan_run)(config, files, geometry.vocab_size, say)
-    held = held_out(config, files, data.ctx_len, geometry.vocab_size, say)
+    content = check_earlier(config, geometry, setup, base, earlier, say, in_use) if begins and place.first else None
+    if earlier:
+        in_use.add(path.resolve() for path in (earlier.path, earlier.start) if path)
+    data = (plan_stream if config.streaming else plan_run)(config, files, geometry.vocab_size, say, in_use)
+    held = held_out(config, files, data.ctx_len, geometry.vocab_size, say, in_use)
     steps = data.plan.optimizer_steps * config.epoch_count
     names = [files.name.partition(".")[0]] if config.streaming else [prefix.name for prefix, _ in files]
     stem = f"{'+'.join(names)[:MOST_NAME]}-{config.finetune_mode}"
@@ -147,7 +163,7 @@ def prepare(
         config=config, place=place, settings=settings, base=base, stored=stored, geometry=geometry, setup=setup, ops=ops,
         precision=precision, trainer=trainer, spread=spread, data=data, held=held, questions=questions, steps=steps,
         workers=workers, found=found, earlier=earlier, missing=None, content=content, folder=Path(),
-        plan_facts=again.plan_facts(data.plan, config.streaming),
+        plan_facts=again.plan_facts(data.plan, config.streaming), in_use=in_use,
     )  # fmt: skip
     if found:
         run.missing = missing_checkpoint(run)
@@ -174,6 +190,7 @@ def compare(run: Prepared, met: Meeting) -> None:
     from .meeting import facts_of
 
     content, found = run.content or hashing.content(run.base), run.found
+    run.in_use.know(run.base, content["sha256"])
     data = again.described(run.data.content(None))
     met.compare(facts_of(run.settings, content["sha256"], data, found.facts["files"] if found else None))
     run.content = content

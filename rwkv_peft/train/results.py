@@ -37,6 +37,7 @@ class Results:
     def __init__(self, run: Prepared, learner: Learner, running: Callable[[], dict]):
         self.run, self.learner, self.running = run, learner, running
         self.content = run.content or hashing.content(run.base)
+        run.in_use.know(run.base, self.content["sha256"])
         known = run.found.facts["data"] if run.found else None
         self.identity = hashing.Meanwhile(lambda: run.data.content(known))  # read while training goes on
 
@@ -60,7 +61,8 @@ class Results:
             "world": run.plan.world, "base": {"name": run.base.name, **self.content}, "data": self.identity.result(),
             "quant_kept": list(run.setup.quant_kept), "blocks": lisa.active if lisa else None, "kit": __version__,
         }  # fmt: skip
-        snapshot.write(run.folder, parts, {**facts, **more, **self.running()}, run.config.keep_last)
+        facts = {**facts, **more, **self.running()}
+        snapshot.write(run.folder, parts, facts, run.config.keep_last, run.in_use.must_be_unchanged)
 
     def write(self, trained: Parts, epoch: int, finished: bool, step: int, name: str = "") -> Path:
         """Write a checkpoint of what is trained, and its sidecar; returns its path. name: instead of the epoch's number.
@@ -101,6 +103,7 @@ class Results:
                 checkpoint.save(fresh, {name: sound(name) for name in trained})
             sidecar["checkpoint_sha256"] = hashing.sha256(fresh, on_disk=True)
             write_json(fresh_note, sidecar)
+            run.in_use.must_be_unchanged()
             sidecars.replace_pair(fresh, fresh_note, path)
         finally:
             fresh.unlink(missing_ok=True)

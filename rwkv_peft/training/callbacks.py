@@ -21,8 +21,10 @@ from tqdm import tqdm
 
 from .. import project, runs, tokenizer
 from ..errors import EXIT_USER, UserError, unheard
+from ..file_watch import FileChanged
 from ..words import clock
 from .plot import draw_loss, looks_back
+from .run_files import RunFiles
 from .spread import together
 
 TOO_HIGH = (
@@ -234,7 +236,7 @@ class Save(pl.Callback):
     write: (what is trained, epoch, finished, step, name instead of the epoch's) -> the path it wrote; called on rank 0 only.
     names: () -> the trained parameters, under their names in files. keep: saves what the run can go on from, with the trainer;
     called on all. epoch_steps: optimizer steps of an epoch. say: where to tell the user. most_steps: checkpoints of steps that
-    are kept.
+    are kept. unchanged: called by all before and after a file is written; raises where a file of the run has changed.
     """
 
     def __init__(
@@ -253,6 +255,7 @@ class Save(pl.Callback):
         self.every, self.epochs, self.folder, self.say = every, epochs, folder, say
         self.write, self.names = write, names
         self.keep = keep
+        self.unchanged: Callable[[pl.Trainer], None] = lambda trainer: None
         self.newest: Path | None = None
         self.draw_again = 0.0  # when
 
@@ -287,17 +290,22 @@ class Save(pl.Callback):
                 self.say(f"saved {path}")
                 runs.drop_old_steps(self.folder, step, self.most_steps)
                 self.draw(False)
+        except FileChanged:
+            raise
         except (OSError, UserError) as error:
             self.say(f"warning   rwkv-step-{step}.pth could not be saved; training goes on. {error}")
 
     def put(self, trainer, module, *what) -> Path | None:
         """Write what is trained, with all processes; returns the first one's path. what: the rest of `write`'s arguments."""
         spread, device, path = module.spread, trainer.strategy.root_device, None
+        self.unchanged(trainer)
         spread.settle(module.model)
         trained = {"weights": spread.weights(self.names())}
         with together(trained, spread.weights_in_pieces, trainer.is_global_zero, device) as ready:
             if ready:
-                path = self.write(ready["weights"], *what)
+                with contextlib.suppress(FileChanged):  # in the last moment: told with all the others
+                    path = self.write(ready["weights"], *what)
+        self.unchanged(trainer)
         return path
 
     def is_due(self, epoch: int) -> bool:
@@ -320,13 +328,20 @@ class StopOnSignal(pl.Callback):
     """Ctrl-C, SIGTERM or a closed terminal: finish the micro-batch, save, leave. A second Ctrl-C leaves at once.
 
     A signal that whoever started us ignores (nohup) stays ignored. abandon: what to tidy up before leaving at once. speaks: this
-    is the process that tells. saved: whether anything was saved.
+    is the process that tells. saved: whether anything was saved. files: those of the run; where one has changed, nothing more is
+    saved.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-    def __init__(self, abandon: Callable[[], None], speaks: bool = True, saved: Callable[[], bool] = lambda: True):
-        self.abandon, self.received, self.speaks, self.saved = abandon, 0, speaks, saved
+    def __init__(
+        self,
+        abandon: Callable[[], None],
+        speaks: bool = True,
+        saved: Callable[[], bool] = lambda: True,
+        files: RunFiles | None = None,
+    ):
+        self.abandon, self.received, self.speaks, self.saved, self.files = abandon, 0, speaks, saved, files
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -367,10 +382,21 @@ class StopOnSignal(pl.Callback):
         trainer.should_stop = self.agree(trainer) or trainer.should_stop
 
     def agree(self, trainer) -> bool:
-        """Whether any process has been told to stop; then all have. To be called by all."""
+        """Whether any process has been told to stop; then all have. To be called by all. FileChanged, for all, where a file of
+        one of them has changed."""
+        changed = self.files is not None and self.files.changed
         if trainer.world_size > 1:
-            told = torch.tensor(self.received, device=trainer.strategy.root_device)
-            before, self.received = self.received, int(trainer.strategy.reduce(told, reduce_op="max"))
-            if self.received and not before:  # another one was told
+            told = torch.tensor([self.received, int(changed)], device=trainer.strategy.root_device)
+            received, changed = trainer.strategy.reduce(told, reduce_op="max").tolist()
+            before, self.received = self.received, received
+            if received and not before:  # another one was told
                 self.tell(STOPPING)
+        if changed:
+            self.files.end(trainer)
         return bool(self.received)
+
+    def unchanged(self, trainer) -> None:
+        """Look at the files; FileChanged where one has changed. To be called by all."""
+        if self.files:
+            self.files.look()
+        self.agree(trainer)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError
+from ..file_watch import FileChanged
 from . import snapshot
 from .snapshot import Snapshot
 from .spread import Parts, together, whole
@@ -26,11 +27,20 @@ class GoOn(pl.Callback):
     """Puts a trainer where a snapshot was taken. To be the first callback: others look where it stands.
 
     names: () -> the trained parameters, under their names in files. epoch_steps, accumulate: optimizer steps of an epoch, and
-    micro-batches of a step. micro_batches: of an epoch, None for a stream.
+    micro-batches of a step. micro_batches: of an epoch, None for a stream. loaded: is called when nothing
+    more is read of the snapshot.
     """
 
-    def __init__(self, begin: Snapshot, names: Names, epoch_steps: int, accumulate: int, micro_batches: int | None):
-        self.begin, self.names, self.micro_batches = begin, names, micro_batches
+    def __init__(
+        self,
+        begin: Snapshot,
+        names: Names,
+        epoch_steps: int,
+        accumulate: int,
+        micro_batches: int | None,
+        loaded: Callable[[], None] = lambda: None,
+    ):
+        self.begin, self.names, self.micro_batches, self.loaded = begin, names, micro_batches, loaded
         self.epoch, step = divmod(begin.step, epoch_steps)
         self.first = step * accumulate  # micro-batch of the epoch
 
@@ -58,6 +68,7 @@ class GoOn(pl.Callback):
         }
         if of_rank:  # (else there were fewer processes: it draws anew)
             snapshot.set_random_state(of_rank, trainer.strategy.root_device)
+        self.loaded()
 
     def on_train_epoch_start(self, trainer, module) -> None:
         if (
@@ -74,6 +85,7 @@ class Keep(pl.Callback):
     itself. epoch_steps: optimizer steps of an epoch. say: is told where one cannot be written, on a full disk: training goes on
     without it. saved: the step of the one that it goes on from. beside: is called by all processes after one of `every`,
     and again where a run goes on from it: it may have been killed between the two. paused: is told how many seconds both took.
+    unchanged: called by all before and after one is written; raises where a file of the run has changed.
     """
 
     def __init__(
@@ -89,6 +101,7 @@ class Keep(pl.Callback):
         self.step, self.saved = 0, saved
         self.beside: Callable[[pl.Trainer, pl.LightningModule], None] = lambda trainer, module: None
         self.paused: Callable[[float], None] = lambda seconds: None
+        self.unchanged: Callable[[pl.Trainer], None] = lambda trainer: None
 
     def on_train_start(self, trainer, module) -> None:
         self.look(trainer)
@@ -123,6 +136,7 @@ class Keep(pl.Callback):
         """Of the last optimizer step that is done. To be called by all processes."""
         if self.write is None or (self.exact and trainer.world_size == 1):
             return
+        self.unchanged(trainer)
         random = {f"{trainer.global_rank}/{name}": state for name, state in self.random.items()}
         if trainer.world_size > 1:
             everyone: list[dict] = [{} for _ in range(trainer.world_size)]
@@ -144,8 +158,11 @@ class Keep(pl.Callback):
                 if ready:
                     self.write(ready, facts)
                     self.saved = self.step
+            except FileChanged:  # in the last moment: told with all the others
+                pass
             except (OSError, UserError) as error:
                 self.say(f"warning   the state of step {self.step} could not be saved; training goes on. {error}")
+        self.unchanged(trainer)
         if trainer.world_size > 1:
             trainer.strategy.barrier()
 

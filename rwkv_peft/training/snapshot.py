@@ -7,14 +7,15 @@ their checksums comes last, and one rename makes it count. Older ones go when th
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch import Tensor
 from .. import hashing, safetensors_file
 from ..atomic import need_space, sync_folder, write_json
 from ..errors import UserError
+from ..file_watch import Stamp, stamp_of
 from ..project import shown
 from .spread import Parts
 
@@ -40,11 +42,13 @@ PARTS = ("weights", "optimizer", "random")
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A saved state. facts: its manifest. beside: the states of the run at that moment, this one included."""
+    """A saved state. facts: its manifest. beside: the states of the run at that moment, this one included. stamps: what its files
+    were before their content was looked at."""
 
     folder: Path
     facts: Mapping[str, Any]
     beside: tuple[str, ...] = ()
+    stamps: Mapping[str, Stamp] = field(default_factory=dict, compare=False)
 
     @property
     def run(self) -> Path:
@@ -67,9 +71,16 @@ def folder_of(run: Path) -> Path:
     return run / "state"
 
 
-def write(run: Path, parts: Mapping[str, Parts], facts: Mapping[str, Any], keep: int) -> Snapshot:
+def write(
+    run: Path,
+    parts: Mapping[str, Parts],
+    facts: Mapping[str, Any],
+    keep: int,
+    last_look: Callable[[], None] = lambda: None,
+) -> Snapshot:
     """Save a state of a run and remove all but the `keep` newest ones. parts: file stem -> tensors, which come to the host one
-    at a time. UserError or OSError if it cannot be written: what was there before is whole then."""
+    at a time. last_look: raises where the state must not get its name. UserError or OSError if it cannot be written: what was
+    there before is whole then."""
     there = folder_of(run)
     there.mkdir(exist_ok=True)
     tidy(run)
@@ -90,6 +101,7 @@ def write(run: Path, parts: Mapping[str, Parts], facts: Mapping[str, Any], keep:
         content = {"format": FORMAT, **facts, "files": files}
         write_json(fresh / MANIFEST, {**content, "sha256": checksum(content)})
         sync_folder(fresh)
+        last_look()
         if target.exists():  # of the same step, from before the run was stopped and gone on with
             os.replace(target, there / f"{REPLACED}{name}")
         os.replace(fresh, target)
@@ -170,7 +182,18 @@ def described(folder: Path) -> Snapshot:
     missing = [key for key in WANTED if key not in facts]
     if facts["format"] != FORMAT or missing or {f"{part}.safetensors" for part in PARTS} - {*facts["files"]}:
         raise UserError(f"{shown(manifest)}: was written by another version of the kit.")
-    return Snapshot(folder, facts, tuple(p.name for p in newest_first(folder.parent.parent)))
+    return Snapshot(
+        folder, facts, tuple(p.name for p in newest_first(folder.parent.parent)), stamps_of(folder, facts["files"])
+    )
+
+
+def stamps_of(folder: Path, names: Iterable[str]) -> dict[str, Stamp]:
+    """Of those that are there."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(OSError):
+            found[str(folder / name)] = stamp_of(folder / name)
+    return found
 
 
 def must_be_whole(found: Snapshot) -> None:

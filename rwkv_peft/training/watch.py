@@ -20,7 +20,7 @@ from pytorch_lightning.strategies.launchers import subprocess_script
 from torch.distributed import PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store
 
-from ..errors import EXIT_PROCESS
+from ..errors import EXIT_PROCESS, EXIT_USER
 
 BEAT = 1.0  # seconds between two beats
 STILL = 90  # looks without a new beat, after which a process stands still
@@ -36,7 +36,8 @@ REASONS = {
 
 class Watch(pl.Callback):
     """rank: of this process, of `world`; per_node: processes of a machine. parent: the process of ours that has started this one,
-    None for none. tidy: what to do before leaving at once. tell: says why the training ends.
+    None for none. tidy: what to do before leaving at once. tell: says why the training ends. changed: what has become of the
+    run's files, in words.
     """
 
     def __init__(
@@ -47,9 +48,10 @@ class Watch(pl.Callback):
         parent: int | None,
         tidy: Callable[[], None],
         tell: Callable[[str], None],
+        changed: Callable[[], object] = lambda: None,
     ):
         self.rank, self.world, self.per_node, self.parent = rank, world, per_node, parent
-        self.tidy, self.tell = tidy, tell
+        self.tidy, self.tell, self.changed = tidy, tell, changed
         self.children: list[subprocess.Popen] = []  # those that we have started ourselves, local rank 1 first
         self.looks, self.done = 0, False
         self.over = threading.Event()
@@ -125,6 +127,8 @@ class Watch(pl.Callback):
             if code and not self.over.is_set():
                 if code - 128 in STOPS:  # it was told to stop, before it could tell the others
                     self.end("", code)
+                if code == EXIT_USER and (words := self.changed()):  # which ends a process that reads what is not there
+                    self.end("", code, f"\n{words}")
                 self.end(f"{self.name(self.rank + number)} {REASONS.get(code, f'has ended with code {code}')}")
 
     def still(self, looks: int) -> str:
@@ -147,8 +151,9 @@ class Watch(pl.Callback):
             time.sleep(BEAT)
         return False
 
-    def end(self, words: str, code: int = EXIT_PROCESS) -> None:
-        """Leave at once, and let nobody of ours stay: they wait in the middle of something."""
+    def end(self, words: str, code: int = EXIT_PROCESS, why: str = "") -> None:
+        """Leave at once, and let nobody of ours stay: they wait in the middle of something. words: about another process; why:
+        about something else."""
         if not self.named.acquire(blocking=False):
             time.sleep(60)
         self.leave()
@@ -157,6 +162,8 @@ class Watch(pl.Callback):
             self.tell(
                 f"\nTraining ends: {words}. ./training.sh again goes on from the last saved state, if there is one."
             )
+        if why:
+            self.tell(why)
         if words.startswith(self.name(0)) and self.rank < self.per_node and self.parent == os.getppid():
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(self.parent, signal.SIGKILL)  # it stands still

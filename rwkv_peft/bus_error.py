@@ -1,0 +1,38 @@
+"""SIGBUS: a program reads a part of a mapped file that is not there any more, because the file was cut or its disk is gone. The
+system ends it without a word. Here it says why, first. Floor 0.
+
+Python's own signal handlers do not help: they wait for the instruction that failed, which fails again and again. So this one is
+the C library's. It calls Python out of that very instruction, which is sound as far as such reads come from the code of numpy
+and torch: either their thread has Python's lock, or nobody who has it waits for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import signal
+from collections.abc import Callable, Iterator
+
+HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
+
+
+@contextlib.contextmanager
+def handled(leave: Callable[[], object]) -> Iterator[None]:
+    """leave: says why, and ends the process, if it knows why. If it returns, the process ends as it would have."""
+    try:
+        set_handler = ctypes.CDLL(None).signal
+        set_handler.restype, set_handler.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
+    except (AttributeError, OSError, TypeError):  # a system without these
+        yield
+        return
+
+    def handle(number: int) -> None:
+        set_handler(number, int(signal.SIG_DFL))  # whatever goes wrong here, the same instruction then ends the process
+        leave()
+
+    handler = HANDLER(handle)
+    before = set_handler(signal.SIGBUS, ctypes.cast(handler, ctypes.c_void_p))
+    try:
+        yield
+    finally:
+        set_handler(signal.SIGBUS, before)

@@ -1,0 +1,636 @@
+"""A file that is in use and changes ends the command with exit code 2 and its name; nothing is saved after that."""
+
+import contextlib
+import dataclasses
+import importlib
+import mmap
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import pytorch_lightning  # noqa: F401 (once, for all that are forked)
+import tiny
+import torch
+from inprocess import FAST, config, tokenize
+from test_scripts import ROOT, shell_values
+
+import merge.__main__ as merging
+from json2binidx import tokenize as tokenizing
+from merge import deliver, fold
+from merge.exports import EXPORTS
+from rwkv_peft import checkpoint, file_watch, train
+from rwkv_peft.errors import EXIT_USER, UserError, door
+from rwkv_peft.shell_vars import Script
+from rwkv_peft.training import snapshot
+
+LONG = {
+    "lora_parts": "att,ffn",
+    "EPOCH_COUNT": "9000",
+    "EPOCH_SAVE": "9000",
+    "SAVE_STEPS": "5",
+    "KEEP_LAST": "3",
+    "MICRO_BSZ": "1",
+}
+TOKENS = ("chat.bin", "chat.idx", "chat.roles.bin", "chat.roles.idx")
+
+
+def other(content: bytes) -> bytes:
+    """As many bytes, none of them the same."""
+    return bytes(255 - byte for byte in content)
+
+
+def overwrite(path: Path) -> None:
+    content = other(path.read_bytes())
+    with open(path, "r+b") as file:
+        file.write(content)
+
+
+def overwrite_and_put_the_time_back(path: Path) -> None:
+    before = path.stat()
+    overwrite(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def replace(path: Path) -> None:
+    fresh = path.with_name("fresh")
+    fresh.write_bytes(other(path.read_bytes()))
+    os.replace(fresh, path)
+
+
+def replace_by_a_shorter_one(path: Path) -> None:
+    fresh = path.with_name("fresh")
+    fresh.write_bytes(path.read_bytes()[:-1])
+    os.replace(fresh, path)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, 1000 if path.stat().st_size > 1000 else 0)
+
+
+def cut_below_a_page(path: Path) -> None:
+    os.truncate(path, 10)
+
+
+def grow(path: Path) -> None:
+    with open(path, "ab") as file:
+        file.write(b"\0")
+
+
+def rename_the_folder(path: Path) -> None:
+    path.parent.rename(path.parent.with_name("elsewhere"))
+
+
+def link_to_nowhere(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
+def make_a_folder_of_it(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+HARM = (
+    overwrite, overwrite_and_put_the_time_back, replace, replace_by_a_shorter_one, cut, cut_below_a_page, grow, Path.unlink,
+    rename_the_folder, link_to_nowhere, make_a_folder_of_it,
+)  # fmt: skip
+
+
+class Command:
+    """A command in a process of its own, a copy of this one: it has everything imported already."""
+
+    def __init__(self, work: Callable[[], object], log: Path):
+        self.log = log
+        self.pid = os.fork()
+        if not self.pid:
+            self.become(work)
+
+    def become(self, work: Callable[[], object]) -> None:
+        code = 70
+        try:
+            os.setsid()
+            file = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(file, 1), os.dup2(file, 2)
+            sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115
+            with door(lambda found: str(found)):
+                work()
+            code = 0
+        except SystemExit as left:
+            code = left.code or 0
+        finally:
+            with contextlib.suppress(Exception):
+                sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    def runs(self) -> bool:
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+    def until(self, condition: Callable[[], object], seconds: float = 90) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self.runs() and time.monotonic() < deadline, self.said
+            time.sleep(0.01)
+
+    def code(self, seconds: float = 60) -> int:
+        deadline = time.monotonic() + seconds
+        while self.runs() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if self.runs():
+            os.killpg(self.pid, signal.SIGKILL)
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+class Run:
+    """A training of the project's, as long as it likes, with a state and a checkpoint every 5 steps."""
+
+    def __init__(self, root: Path, **changes: str):
+        self.root, self.folder, self.changes = root, root / "output/run", LONG | changes
+
+    def start(self, *typed: str, **changes: str) -> Command:
+        settings = config(**self.changes | changes)
+        return Command(lambda: train.command(settings, list(typed)), self.root / "said.txt")
+
+    def saved(self) -> list[Path]:
+        return [p for p in [*self.folder.glob("rwkv-*.pth"), *self.folder.glob("state/step-*")]]
+
+    def steps(self) -> int:
+        log = self.folder / "loss.jsonl"
+        return log.read_text().count("\n") if log.exists() else 0
+
+    def stops(self, name: str, harm: Callable[[], object], **changes: str) -> str:
+        """Start, do harm when something was saved, and see that it stops as it should."""
+        process = self.start(**changes)
+        process.until(lambda: self.folder.is_dir() and len(self.saved()) > 2)
+        harm()
+        return self.must_stop(process, name, time.time_ns())
+
+    def must_stop(self, process: Command, name: str, when: int) -> str:
+        code, said = process.code(), process.said
+        assert code == EXIT_USER, said
+        last = said.splitlines()[-1]
+        assert name in last and "./training.sh again" in last and "Traceback" not in said, said
+        assert not [p for p in self.saved() if p.stat().st_mtime_ns > when], said
+        return said
+
+
+@pytest.fixture
+def run(ready) -> Run:
+    return Run(ready)
+
+
+@pytest.fixture
+def finished(run) -> Run:
+    """Where output/first/rwkv-0.pth is there to begin with."""
+    assert Run(run.root, EPOCH_COUNT="1", SAVE_STEPS="0", EPOCH_SAVE="1", RUN_NAME="first").start().code() == 0
+    return run
+
+
+@pytest.mark.parametrize("harm", HARM)
+@pytest.mark.parametrize("name", ["model/tiny.pth", "data/chat.bin"])
+def test_a_run_stops(run, name, harm):
+    path = run.root / name
+    run.stops(name, lambda: harm(path))
+
+
+@pytest.mark.parametrize("harm", [overwrite, replace, cut, Path.unlink])
+@pytest.mark.parametrize("name", ["chat.idx", "chat.roles.bin", "chat.roles.idx"])
+def test_every_token_file_is_watched(run, name, harm):
+    run.stops(f"data/{name}", lambda: harm(run.root / "data" / name))
+
+
+@pytest.mark.parametrize(
+    "harm", [overwrite, overwrite_and_put_the_time_back, replace, cut, cut_below_a_page, Path.unlink]
+)
+def test_so_is_the_checkpoint_that_a_run_began_with(finished, harm):
+    first = finished.root / "output/first/rwkv-0.pth"
+    said = finished.stops("output/first/rwkv-0.pth", lambda: harm(first), lora_load="latest/0")
+    assert "starts from output/first/rwkv-0.pth" in said
+
+
+@pytest.mark.parametrize("harm", [overwrite, replace, cut, Path.unlink])
+def test_and_the_state_of_state_tuning(run, harm):
+    tune = {"FINETUNE_MODE": "state_tuning"}
+    short = Run(run.root, EPOCH_COUNT="1", SAVE_STEPS="0", EPOCH_SAVE="1", RUN_NAME="first", **tune)
+    assert short.start().code() == 0
+    first = run.root / "output/first/rwkv-0.pth"
+    run.stops("output/first/rwkv-0.pth", lambda: harm(first), state_load="output/first/rwkv-0.pth", **tune)
+
+
+@pytest.mark.parametrize("harm", [overwrite, cut])
+def test_and_what_is_held_out(run, harm):
+    for ending in (".bin", ".idx", ".roles.bin", ".roles.idx"):
+        shutil.copy(run.root / f"data/chat{ending}", run.root / f"data/held{ending}")
+    run.stops("data/held.bin", lambda: harm(run.root / "data/held.bin"), VAL_DATA="held", VAL_STEPS="5")
+
+
+@pytest.mark.parametrize("harm", [overwrite, cut, Path.unlink])
+def test_rows_that_are_streamed_are_watched(run, harm):
+    rows = tiny.write_jsonl(run.root / "data/rows.jsonl", tiny.CHATS)
+    streamed = {"STREAMING": "1", "DATA_PATH": "rows.jsonl", "MAX_STEPS": "90000", "CTX_LEN": "64", "EPOCH_COUNT": "1"}
+    run.stops("data/rows.jsonl", lambda: harm(rows), **streamed)
+
+
+@pytest.mark.parametrize("harm", [overwrite, cut])
+@pytest.mark.parametrize("name", ["model/tiny.pth", "data/chat.bin"])
+def test_processes_that_load_data_stop_as_well(run, name, harm):
+    run.stops(name, lambda: harm(run.root / name), NUM_WORKERS="1")
+
+
+@pytest.mark.parametrize("name", ["model/tiny.pth", "data/chat.bin"])
+def test_a_change_is_noticed_within_seconds_where_nothing_is_saved(run, name):
+    process = run.start(SAVE_STEPS="0")
+    process.until(lambda: run.steps() > 3)
+    overwrite(run.root / name)
+    before = run.steps()
+    process.until(lambda: run.steps() > before)
+    run.must_stop(process, name, time.time_ns())
+    assert not run.saved()
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="no tmpfs")
+@pytest.mark.parametrize("name", ["model/tiny.pth", "data/chat.bin"])
+def test_a_write_that_leaves_the_times_alone_is_seen_in_the_content(run, name):
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
+        path, real = run.root / name, Path(memory) / "file"
+        shutil.move(path, real)
+        path.symlink_to(real)
+
+        def write() -> None:
+            with open(real, "r+b") as file, mmap.mmap(file.fileno(), 0) as content:
+                before = file_watch.stamp_of(real)
+                content[:] = other(content[:])
+                assert file_watch.stamp_of(real) == before
+
+        run.stops(name, write)
+
+
+SAME = {
+    "touched": lambda path: os.utime(path),
+    "rights": lambda path: path.chmod(0o600),
+    "linked": lambda path: os.link(path, path.with_name("another name")),
+    "written": lambda path: path.open("r+b").write(path.read_bytes()),
+    "replaced": lambda path: (shutil.copy(path, path.with_name("fresh")), os.replace(path.with_name("fresh"), path)),
+    "moved away and back": lambda path: (path.rename(path.with_name("x")), path.with_name("x").rename(path)),
+}
+
+
+@pytest.mark.parametrize("how", SAME)
+@pytest.mark.parametrize("name", ["model/tiny.pth", "data/chat.bin"])
+def test_the_same_content_again_is_no_change(run, name, how):
+    process = run.start()
+    process.until(lambda: run.steps() > 6)
+    SAME[how](run.root / name)
+    process.until(lambda: f"{name} was touched, or replaced, and has the same content" in process.said)
+    before = run.saved()
+    process.until(lambda: run.saved() != before)
+    os.kill(process.pid, signal.SIGINT)
+    assert process.code() == 130, process.said
+    assert process.said.count("the same content") == 1
+
+
+def test_nothing_is_saved_on_the_way_out_either(run):
+    """Ctrl-C between the change and the look at it."""
+    process = run.start(SAVE_STEPS="0")
+    process.until(lambda: run.steps() > 3)
+    overwrite(run.root / "data/chat.bin")
+    when = time.time_ns()
+    os.kill(process.pid, signal.SIGINT)
+    run.must_stop(process, "data/chat.bin", when)
+    assert not run.saved()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"EPOCH_COUNT": "3"}, {"EPOCH_SAVE": "1"}, {"KEEP_BEST": "1", "VAL_DATA": "chat"}],
+    ids=["last", "every", "best"],
+)
+def test_nor_at_the_end_of_an_epoch(ready, monkeypatch, changes):
+    """The change comes in the last step before something would be saved, in this very process."""
+    from rwkv_peft.training.module import TrainingModule
+
+    real, steps_done = TrainingModule.training_step, []
+
+    def step(self, batch, number):
+        steps_done.append(number)
+        if len(steps_done) == 12:
+            overwrite(ready / "data/chat.bin")
+        return real(self, batch, number)
+
+    monkeypatch.setattr(TrainingModule, "training_step", step)
+    monkeypatch.setattr(file_watch, "LOOK", 1e9)  # only saves look
+    shutil.copytree(ready / "data", ready / "kept")
+    settings = LONG | {"SAVE_STEPS": "0", "RUN_NAME": "run"} | changes
+    if "VAL_DATA" in changes:
+        for ending in (".bin", ".idx", ".roles.bin", ".roles.idx"):
+            shutil.copy(ready / f"data/chat{ending}", ready / f"data/held{ending}")
+        settings["VAL_DATA"] = "held"
+    with pytest.raises(file_watch.FileChanged, match="data/chat.bin: has other content"):
+        train.command(config(**settings), [])
+    found = {p.name for p in (ready / "output/run").glob("*") if p.name.startswith(("rwkv", "state"))}
+    assert not found & {"rwkv-2.pth", "rwkv-2.json"} and len(steps_done) == 12
+
+
+def test_the_last_good_state_goes_on_once_the_file_is_back(run):
+    """With the bits of a run that was never disturbed; while the file is not back, it is refused."""
+    path = run.root / "data/chat.bin"
+    kept = path.read_bytes()
+    run.stops("data/chat.bin", lambda: overwrite(path))
+    step = max(int(p.name[5:]) for p in run.folder.glob("state/step-*"))
+    ends = {"EPOCH_COUNT": str(step // 4 + 3), "EPOCH_SAVE": "9000"}
+    process = run.start(**ends)
+    assert process.code() == EXIT_USER and "DATA_PATH: has another content than when" in process.said
+    path.write_bytes(kept)
+    process = run.start(**ends)
+    assert process.code() == 0 and f"goes on   output/run at step {step}" in process.said, process.said
+    process = run.start(**ends, RUN_NAME="whole")
+    assert process.code() == 0, process.said
+    last = f"rwkv-{step // 4 + 2}.pth"
+    mine, theirs = (checkpoint.load(run.root / "output" / name / last) for name in ("run", "whole"))
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def test_a_run_with_another_base_is_refused(run):
+    path = run.root / "model/tiny.pth"
+    run.stops("model/tiny.pth", lambda: replace_by_another_model(path))
+    process = run.start()
+    assert process.code() == EXIT_USER and "MODEL_PATH: is another file than tiny.pth" in process.said, process.said
+
+
+def replace_by_another_model(path: Path) -> None:
+    tiny.save_model(path.with_name("fresh.pth"), seed=1)
+    os.replace(path.with_name("fresh.pth"), path)
+
+
+@pytest.mark.parametrize("harm", [overwrite, cut, Path.unlink])
+@pytest.mark.parametrize("part", ["weights", "optimizer"])
+def test_a_state_that_changes_while_it_is_read_is_not_gone_on_from(run, monkeypatch, part, harm):
+    assert Run(run.root, EPOCH_COUNT="4").start().code() == 0
+    real = snapshot.Snapshot.tensors
+
+    def tensors(self, name):
+        found = real(self, name)
+        if name == part:
+            harm(self.folder / f"{name}.safetensors")
+        return found
+
+    monkeypatch.setattr(snapshot.Snapshot, "tensors", tensors)
+    process = run.start(EPOCH_COUNT="9")
+    code, said = process.code(), process.said
+    assert code == EXIT_USER and f"/{part}.safetensors: " in said.splitlines()[-1] and "Traceback" not in said, said
+
+
+def test_states_that_the_run_itself_removes_are_no_change(run):
+    assert Run(run.root, EPOCH_COUNT="4").start().code() == 0
+    process = run.start(EPOCH_COUNT="40", KEEP_LAST="1")
+    assert process.code() == 0, process.said
+
+
+@pytest.fixture
+def two(kit):
+    """A kit that trains with two processes."""
+    tiny.save_model(kit.root / "model" / "tiny.pth")
+    kit.data("chat.jsonl", *tiny.CHATS)
+    kit.run("make_tokenize.sh", "chat.jsonl")
+    kit.set(**FAST | LONG | {"GPU_COUNT": "2"})
+    return kit
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("harm", [overwrite, cut, Path.unlink])
+@pytest.mark.parametrize("name", ["model/tiny.pth", "data/chat.bin"])
+def test_two_processes_stop_together(two, name, harm):
+    first = subprocess.Popen(
+        [str(two.root / "training.sh")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    folder = two.root / "output/run"
+    deadline = time.monotonic() + 90
+    while len(list(folder.glob("state/step-*"))) < 2:
+        assert first.poll() is None and time.monotonic() < deadline, first.communicate()
+        time.sleep(0.05)
+    harm(two.root / name)
+    when = time.time_ns()
+    said, _ = first.communicate(timeout=60)
+    assert first.returncode == EXIT_USER and name in said.splitlines()[-1] and "Traceback" not in said, said
+    assert said.count("Nothing was saved after that") == 1, said
+    assert not [p for p in folder.glob("state/step-*") if p.stat().st_mtime_ns > when], said
+    left = subprocess.run(["pgrep", "-g", str(first.pid)], capture_output=True, text=True).stdout
+    assert not left
+
+
+def rows_of(path: Path, many: int = 4000) -> Path:
+    return tiny.write_jsonl(path, [{"text": f"User: {i}?\n\nAssistant: {i} is {i * i}."} for i in range(many)])
+
+
+def cut_in_the_middle(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def append_a_row(path: Path) -> None:
+    with open(path, "a") as file:
+        file.write('{"text": "User: More?\\n\\nAssistant: More."}\n')
+
+
+def change_one_letter(path: Path) -> None:
+    """Far from any piece that is looked at, with the time put back."""
+    before = path.stat()
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    with open(path, "r+b") as file:
+        file.write(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+READING = {  # when the input changes -> what is replaced for that, of which module
+    "before it is counted": ("json2binidx.cache", "key"),
+    "before it is read": ("json2binidx.tokenize", "progress"),
+    "while it is read": ("json2binidx.tally", "Tally.add"),
+    "before the files are put in place": ("json2binidx.tokenize", "write"),
+}
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("harm", [append_a_row, cut_in_the_middle, change_one_letter, overwrite, replace, Path.unlink])
+@pytest.mark.parametrize("when", READING)
+def test_tokenizing_what_changes_puts_no_file_in_place(project_folder, monkeypatch, when, harm, workers):
+    source, done = rows_of(project_folder / "data/rows.jsonl"), []
+    module, name = READING[when]
+    owner = importlib.import_module(module)
+    owner = owner.Tally if "." in name else owner
+    name = name.rpartition(".")[2]
+    real = getattr(owner, name)
+
+    def first(*arguments, **named):
+        if not done:
+            done.append(True)
+            harm(source)
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(owner, name, first)
+    with pytest.raises(UserError, match=r"data/rows\.jsonl: .* Nothing was written"):
+        tokenize(source, WORKERS=workers)
+    assert done and {p.name for p in (project_folder / "data").iterdir()} <= {"rows.jsonl"}
+
+
+@pytest.mark.parametrize("harm", [append_a_row, cut_in_the_middle, Path.unlink])
+@pytest.mark.parametrize("ending", [".gz", ".csv", ".parquet", ".json"])
+def test_whatever_the_format(project_folder, monkeypatch, ending, harm):
+    from test_files import write
+
+    source = write(project_folder / "data", ".jsonl.gz" if ending == ".gz" else ending)
+    real = tokenizing.progress
+    monkeypatch.setattr(tokenizing, "progress", lambda *given: harm(source) or real(*given))
+    with pytest.raises(UserError, match=rf"data/{re.escape(source.name)}: .* Nothing was written"):
+        tokenize(source)
+    assert {p.name for p in (project_folder / "data").iterdir()} <= {source.name}
+
+
+@pytest.mark.parametrize("name", ["b.jsonl", "c.jsonl"])
+def test_of_a_folder_every_file_counts_and_so_does_a_new_one(project_folder, monkeypatch, name):
+    folder = project_folder / "data/many"
+    folder.mkdir()
+    rows_of(folder / "a.jsonl", 20), rows_of(folder / "b.jsonl", 20)
+    real = tokenizing.progress
+    monkeypatch.setattr(tokenizing, "progress", lambda *given: rows_of(folder / name, 30) and real(*given))
+    with pytest.raises(UserError, match=rf"data/many/{name}: .* Nothing was written"):
+        tokenize(folder)
+    assert {p.name for p in (project_folder / "data").iterdir()} == {"many"}
+
+
+@pytest.mark.parametrize("how", SAME)
+def test_tokenizing_what_is_only_touched_goes_on(project_folder, monkeypatch, how):
+    source = rows_of(project_folder / "data/rows.jsonl", 20)
+    real = tokenizing.write
+    monkeypatch.setattr(tokenizing, "write", lambda *given: SAME[how](source) and None or real(*given))
+    assert tokenize(source)["rows"]["kept"] == 20
+
+
+def test_the_command_says_it_with_exit_code_2(shared_kit):
+    source = rows_of(shared_kit.root / "data/growing.jsonl", 60_000)
+    before = sorted((shared_kit.root / "data").iterdir())
+    process = subprocess.Popen(
+        [str(shared_kit.root / "make_tokenize.sh"), "growing.jsonl"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )  # fmt: skip
+    while process.poll() is None:  # a program that writes to it all the time
+        append_a_row(source)
+        time.sleep(0.05)
+    said = process.communicate()[0]
+    assert process.returncode == EXIT_USER and "data/growing.jsonl: " in said.splitlines()[-1], said
+    assert "Traceback" not in said and sorted((shared_kit.root / "data").iterdir()) == before
+    source.unlink()
+
+
+@pytest.fixture
+def merged(finished):
+    """Where ./merge.sh has a run to fold."""
+    return finished.root
+
+
+def merge_with(*typed: str) -> None:
+    values = shell_values(ROOT / "merge.sh")
+    merging.command(Script(ROOT / "merge.sh", values).read(merging.MergeConfig), list(typed))
+
+
+def between(monkeypatch, owner, name: str, harm: Callable[[], object], after: bool) -> None:
+    """Do harm once, before or after a function is called."""
+    real, done = getattr(owner, name), []
+
+    def called(*arguments, **named):
+        if not after and not done:
+            done.append(harm())
+        found = real(*arguments, **named)
+        if after and not done:
+            done.append(harm())
+        return found
+
+    monkeypatch.setattr(owner, name, called)
+
+
+def other_model(path: Path) -> None:
+    """Another sound model of the same shapes in the same file."""
+    fresh = tiny.save_model(path.with_name("other.pth"), seed=5)
+    path.write_bytes(fresh.read_bytes())
+    fresh.unlink()
+
+
+MERGING = {  # when a file changes during a merge
+    "before the adapters are sorted": ("fold", "opened", False),
+    "before it is read": ("checkpoint", "rewrite", False),
+    "before it is verified": ("deliver", "verify", False),
+    "when it is verified": ("deliver", "verify", True),
+}
+
+
+@pytest.mark.parametrize("when", MERGING)
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [
+        ("model/tiny.pth", other_model), ("model/tiny.pth", overwrite), ("model/tiny.pth", cut_in_the_middle),
+        ("model/tiny.pth", Path.unlink), ("output/first/rwkv-0.pth", overwrite), ("output/first/rwkv-0.pth", replace),
+        ("output/first/rwkv-0.json", overwrite),
+    ],
+)  # fmt: skip
+def test_a_merge_of_what_changes_is_not_put_in_place(merged, monkeypatch, when, name, harm):
+    module, function, after = MERGING[when]
+    owner = {"fold": fold, "checkpoint": checkpoint, "deliver": deliver}[module]
+    between(monkeypatch, owner, function, lambda: harm(merged / name), after)
+    with pytest.raises(file_watch.FileChanged, match=rf"{re.escape(name)}: .* Nothing was written"):
+        merge_with("first")
+    assert not list((merged / "merge").iterdir())
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "gguf"])
+@pytest.mark.parametrize("harm", [other_model, overwrite, replace, cut_in_the_middle, Path.unlink])
+def test_an_export_of_a_model_that_changes(merged, monkeypatch, kind, harm):
+    model = merged / "model/tiny.pth"
+    real = EXPORTS[kind]
+
+    def write(source, target, geometry, asked):
+        lines = list(real.write(source, target, geometry, asked))
+        harm(model)
+        return lines
+
+    monkeypatch.setitem(EXPORTS, kind, dataclasses.replace(real, write=write))
+    with pytest.raises(file_watch.FileChanged, match=r"model/tiny\.pth: .* Nothing was written"):
+        merge_with("model/tiny.pth", "--export", kind)
+    assert not list((merged / "merge").iterdir())
+
+
+@pytest.mark.parametrize("harm", [overwrite, replace, cut_in_the_middle])
+def test_an_export_of_an_adapter_that_changes(merged, monkeypatch, harm):
+    from merge.exports import adapter_folder
+
+    between(monkeypatch, adapter_folder, "write", lambda: harm(merged / "output/first/rwkv-0.pth"), True)
+    with pytest.raises(file_watch.FileChanged, match=r"output/first/rwkv-0\.pth: .* Nothing was written"):
+        merge_with("first", "--export", "peft")
+    assert not list((merged / "merge").iterdir())
+
+
+@pytest.mark.parametrize("how", SAME)
+@pytest.mark.parametrize("name", ["model/tiny.pth", "output/first/rwkv-0.pth"])
+def test_a_merge_of_what_is_only_touched_is_made(merged, monkeypatch, name, how):
+    between(monkeypatch, deliver, "verify", lambda: SAME[how](merged / name), False)
+    merge_with("first")
+    assert (merged / "merge/tiny-first-0.pth").is_file()
+
+
+def test_a_merge_whose_adapter_is_cut_leaves_with_words_and_without_half_a_file(merged, monkeypatch):
+    """The adapter is mapped: what reads it then would be ended by SIGBUS."""
+    adapter = merged / "output/first/rwkv-0.pth"
+    between(monkeypatch, checkpoint, "write_zip", lambda: cut_below_a_page(adapter), False)
+    process = Command(lambda: merge_with("first"), merged / "said.txt")
+    assert process.code() == EXIT_USER, process.said
+    assert "output/first/rwkv-0.pth: became shorter" in process.said.splitlines()[-1], process.said
+    assert not list((merged / "merge").iterdir())
