@@ -287,9 +287,9 @@ def is_folder(path: Path) -> bool:
 
 
 def contents(path: Path) -> dict[str, str]:
-    """Name -> SHA-256 of a file, or of all in a folder."""
+    """Name -> SHA-256 of a file, or of all in a folder; "" for what is no file."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
-    return {file.name if path.is_dir() else "": hashing.sha256(file) for file in files}
+    return {file.name if path.is_dir() else "": hashing.sha256(file) if file.is_file() else "" for file in files}
 
 
 def export(kind: str, source: Path, stem: str, geometry: Geometry) -> None:

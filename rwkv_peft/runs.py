@@ -89,21 +89,19 @@ def must_be_usable(folder: Path) -> None:
         elif path.name in FOLDERS:
             atomic.must_be_own_folder(path)
             if path.name in TRACKERS:
-                must_lead_nowhere(path, path.resolve())
+                must_lead_nowhere(path)
         elif WHOLE.fullmatch(path.name):
             atomic.must_not_be_folder(path)
 
 
-def must_lead_nowhere(folder: Path, top: Path) -> None:
-    """UserError if a link in a tracker's folder leads out of it: trackers write through links, and wandb has some of its own."""
+def must_lead_nowhere(folder: Path) -> None:
+    """UserError if a link in a tracker's folder leads out of it. A tracker writes to folders of its own making in there, whose
+    names nobody knows before; wandb's own links in there lead to those."""
     for path in sorted(folder.iterdir()):
-        if path.is_symlink():
-            if not path.resolve().is_relative_to(top):
-                raise UserError(
-                    f"{project.shown(path)}: is {atomic.what_it_is(path)}, out of the tracker's folder. Remove the link."
-                )
-        elif path.is_dir():
-            must_lead_nowhere(path, top)
+        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+            raise UserError(
+                f"{project.shown(path)}: is {atomic.what_it_is(path)}, out of the tracker's folder. Remove the link."
+            )
 
 
 def is_running(folder: Path) -> bool:

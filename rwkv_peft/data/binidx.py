@@ -20,7 +20,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..atomic import clear_leftovers, create, must_not_be_folder, remove, sync, sync_folder, temporary
+from .. import atomic
+from ..atomic import clear_leftovers, create, must_not_be_folder, sync, sync_folder, temporary
 from ..errors import UserError
 from ..project import shown
 
@@ -198,7 +199,7 @@ class Writer:
             with contextlib.suppress(OSError):  # a full disk refuses what is still to be flushed: it is to go anyway
                 file.close()
             for kind in ("bin", "idx"):
-                remove(temporary(self.final(ending, kind)))
+                atomic.remove(temporary(self.final(ending, kind)))
 
 
 def put_in_place(names: list[Path], remove: Sequence[Path] = ()) -> None:
@@ -211,7 +212,7 @@ def put_in_place(names: list[Path], remove: Sequence[Path] = ()) -> None:
     try:
         for name in (*reversed(names), *remove):
             if os.path.lexists(name):
-                remove(old := Path(f"{temporary(name)}.old"))
+                atomic.remove(old := Path(f"{temporary(name)}.old"))
                 os.replace(name, old)
                 kept[name] = old
         for name in names:
@@ -224,5 +225,5 @@ def put_in_place(names: list[Path], remove: Sequence[Path] = ()) -> None:
             os.replace(old, name)
         raise
     for old in kept.values():
-        remove(old)
+        atomic.remove(old)
     sync_folder(names[-1].parent)
