@@ -146,7 +146,7 @@ def latest() -> Path | None:
         target = project.OUTPUT / os.readlink(link)
     except OSError:
         return None
-    inside = target.parent.resolve() == project.OUTPUT.resolve() and target.name != link.name
+    inside = target.parent.resolve() == project.OUTPUT.resolve() and target.name not in ("..", link.name)
     return project.OUTPUT / target.name if inside and (project.OUTPUT / target.name).is_dir() else None
 
 

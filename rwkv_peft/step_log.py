@@ -3,7 +3,6 @@ not a record is passed over, and nothing behind it is lost. Floor 0."""
 
 from __future__ import annotations
 
-import codecs
 import itertools
 import json
 import math
@@ -33,7 +32,7 @@ def lines(path: Path, is_record: Callable[[dict], bool]) -> Iterator[Line]:
     if not path.exists():
         return
     with reading(path) as file:
-        is_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        is_utf16 = file.read(4) in ("\ufeff{".encode(utf16) for utf16 in ("utf-16-le", "utf-16-be"))
     encoding = "utf-16" if is_utf16 else "utf-8-sig"
     with reading(path, "r", encoding=encoding, errors="replace", newline="\n") as file:
         while text := file.readline(MOST_LINE):
