@@ -19,7 +19,16 @@ import numpy as np
 from tqdm import tqdm
 
 from rwkv_peft import bus_error, project, tokenizer
-from rwkv_peft.atomic import clear_leftovers, need_space, temporary, write_json
+from rwkv_peft.atomic import (
+    clear_leftovers,
+    create,
+    must_not_be_folder,
+    need_space,
+    read_text,
+    remove,
+    temporary,
+    write_json,
+)
 from rwkv_peft.data.binidx import Writer
 from rwkv_peft.errors import UserError
 from rwkv_peft.file_watch import FileChanged, FileWatch
@@ -42,6 +51,9 @@ Other columns are named with MAP_KEYS; ./make_tokenize.sh --help tells the rest.
 COLUMNS = """Columns are known by their names: text; instruction and output; prompt and completion; question and answer; messages.
 Other names are told like this:  --map-keys '{"prompt": "ask", "response": "reply"}'      (MAP_KEYS in the script)"""
 CURE = "Nothing was written, earlier files are untouched. Run it again when nothing writes to the file any more."
+# what is written at the end, and is looked at before the rows are read
+WRITTEN = (".report.json", ".rejects.jsonl", ".lengths.png", *(f"{e}.{kind}" for e in ("", ".roles", ".valid", ".valid.roles")
+           for kind in ("bin", "idx")))  # fmt: skip
 ROWS = 4096  # that are copied at once
 MANY = 500_000  # rows from which on their own sizes and places take memory that the vocabulary must make room for
 IN_MEMORY = 64 << 20  # bytes of tokens up to which copying reads from memory
@@ -83,6 +95,8 @@ def tokenized(source: Path, config: TokenizeConfig, epochs: int, end_of_doc: boo
         report.say(known, prefix, template, made=False)
         return known
     replaced = made_from_other(report_file, project.shown(source))
+    for ending in WRITTEN:
+        must_not_be_folder(Path(f"{prefix}{ending}"))
     others = reading.settle(found, config.encoding)
     tally = Tally(keep_documents=config.valid_percent > 0)
     rejects = Path(f"{prefix}.rejects.jsonl")
@@ -140,7 +154,7 @@ def must_be_all(source: Path, valid_split: str, found: list[Path]) -> None:
 def made_from_other(report_file: Path, source: str) -> str:
     """The file that earlier tokens of this name were made from, if it was another one."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        earlier = json.loads(report_file.read_text(encoding="utf-8"))["source"]
+        earlier = json.loads(read_text(report_file))["source"]
         return earlier if earlier != source else ""
     return ""
 
@@ -213,7 +227,7 @@ class Rejects:
 
     def add(self, one: Cooked) -> None:
         if one.rejects and not self.file:
-            self.file = open(temporary(self.path), "w", encoding="utf-8")  # noqa: SIM115 - closed on leaving
+            self.file = create(temporary(self.path), "w", encoding="utf-8")  # closed on leaving
         for reject in one.rejects:
             self.file.write(json.dumps(reject._asdict(), ensure_ascii=False).encode("utf-8", "replace").decode() + "\n")
 
@@ -228,7 +242,7 @@ class Rejects:
         if self.file:
             with contextlib.suppress(OSError):  # a full disk refuses what is still to be flushed: it is to go anyway
                 self.file.close()
-            temporary(self.path).unlink(missing_ok=True)
+            remove(temporary(self.path))
 
 
 class Stored:

@@ -10,12 +10,11 @@ import itertools
 import json
 import os
 import shlex
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from rwkv_peft import __version__, bases, checkpoint, hashing, project, prompting, sidecars
-from rwkv_peft.atomic import clear_leftovers, sync_folder, temporary, write_json
+from rwkv_peft.atomic import clear_leftovers, must_not_be_folder, read_text, remove, sync_folder, temporary, write_json
 from rwkv_peft.errors import Problems, UserError
 from rwkv_peft.file_watch import FileWatch
 from rwkv_peft.methods import METHODS
@@ -81,7 +80,9 @@ def folded(
     about = describe(found, weights, sources, base, geometry)
     target = place_for(name_of(found, weights, base), about)
     note = sidecars.path_of(target)
-    clear_leftovers(target), clear_leftovers(note)
+    for path in target, note:
+        must_not_be_folder(path)
+        clear_leftovers(path)
     fresh, fresh_note = temporary(target), temporary(note)  # they get their names when the result is known to be right
     try:
         checkpoint.rewrite(base, fresh, change, added)
@@ -92,8 +93,8 @@ def folded(
         write_json(fresh_note, about)
         sidecars.replace_pair(fresh, fresh_note, target)
     finally:
-        fresh.unlink(missing_ok=True)
-        fresh_note.unlink(missing_ok=True)
+        remove(fresh)
+        remove(fresh_note)
     if any(one.sidecar for one in found):
         print("checked   the base is the file that it was trained on (same content)")
     for line in checks:
@@ -217,7 +218,7 @@ def merged_place(stem: str, ending: str) -> Path:
 def sidecar_of(model: Path) -> dict:
     """What the sidecar of a merged model says; nothing where it is missing or damaged."""
     with contextlib.suppress(OSError, ValueError):
-        made = json.loads(sidecars.path_of(model).read_text(encoding="utf-8"))
+        made = json.loads(read_text(sidecars.path_of(model)))
         if isinstance(made, dict):
             return made
     return {}
@@ -249,48 +250,49 @@ def tell_of_replaced(target: Path, fresh: Path) -> list[str]:
     return [f"warning: {listed(old)}: {words}"] if old else []
 
 
-def remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
 @contextlib.contextmanager
 def writing_export(name: str, ending: str, in_use: FileWatch, own: bool = False) -> Iterator[tuple[Path, list[Path]]]:
     """A path to write an export to, which gets its name in merge/ when it is whole; and a list that then holds that name.
 
     own: what has the name is an earlier export of the same model, and is replaced. Else it stays, if it is not the same, and the
-    export is called name-v2 and so on. in_use: watches what the export is made of.
+    export is called name-v2 and so on; so does a folder where a file is to be written. in_use: watches what the
+    export is made of.
     """
     first = merged_place(name, ending)
     clear_leftovers(first)
     fresh, placed = temporary(first), []
+    remove(fresh)
     try:
         yield fresh, placed
         in_use.must_be_unchanged()
         for stem in versions(name):
             target = merged_place(stem, ending)
             same = target.exists() and contents(target) == contents(fresh)
-            if same or own or not target.exists():
+            if same or not target.exists() or (own and not is_folder(target) and not is_folder(fresh)):
                 break
         if target.exists():
             words = "which is the same" if same else "an earlier export of this model"
             print(f"replaces  {project.shown(target)}, {words}")
-            if target.is_dir() or fresh.is_dir():
-                remove(target)
+        if is_folder(target) or is_folder(fresh):  # (they have the same content, or a link leads nowhere)
+            remove(target)
         elif stem != name:
             print(f"note: {project.shown(first)} holds something else and stays; this export is called {target.name}")
         os.replace(fresh, target)
         sync_folder(target.parent)
         placed.append(target)
     finally:
-        if fresh.is_dir():
-            shutil.rmtree(fresh)
-        fresh.unlink(missing_ok=True)
+        remove(fresh)
+
+
+def is_folder(path: Path) -> bool:
+    """A real one, not a link to one."""
+    return path.is_dir() and not path.is_symlink()
 
 
 def contents(path: Path) -> dict[str, str]:
-    """Name -> SHA-256 of a file, or of all in a folder."""
+    """Name -> SHA-256 of a file, or of all in a folder; "" for what is no file."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
-    return {file.name if path.is_dir() else "": hashing.sha256(file) for file in files}
+    return {file.name if path.is_dir() else "": hashing.sha256(file) if file.is_file() else "" for file in files}
 
 
 def export(kind: str, source: Path, stem: str, geometry: Geometry, in_use: FileWatch) -> None:

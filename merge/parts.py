@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rwkv_peft import bases, checkpoint, hashing, project, runs, sidecars
+from rwkv_peft import bases, checkpoint, hashing, project, runs, sidecars, step_log
 from rwkv_peft.adapters import attach
+from rwkv_peft.atomic import reading
 from rwkv_peft.errors import Problem, Problems, UserError
 from rwkv_peft.file_watch import FileWatch
 from rwkv_peft.methods import ALIASES, METHODS
@@ -295,6 +296,6 @@ def sources(checkpoints: Sequence[Found]) -> list[dict]:
 def began(path: Path) -> str | None:
     """What tells a checkpoint's run from a later one of the same name: the content of its first step's record, which has the
     time that it took. None where there is no log."""
-    with contextlib.suppress(OSError), open(path.parent / "loss.jsonl", "rb") as log:
-        return hashlib.sha256(first).hexdigest() if (first := log.readline()) else None
+    with contextlib.suppress(OSError), reading(path.parent / step_log.FILE) as log:
+        return hashlib.sha256(first).hexdigest() if (first := log.readline(step_log.MOST_LINE)) else None
     return None

@@ -13,14 +13,20 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO, Any
 
-from . import project
+from . import atomic, project, step_log
 from .errors import Problem, Problems, UserError
 from .words import did_you_mean, listed
 
 BEST = "rwkv-best.pth"  # what was trained where the validation was best
 BEFORE = "loss-before.jsonl"  # the logs of earlier runs of that name, which have saved nothing, one after another
-EPOCH, STEP = re.compile(r"rwkv-(\d+)\.pth"), re.compile(r"rwkv-step-(\d+)\.pth")
+EPOCH, STEP = re.compile(r"rwkv-([0-9]+)\.pth"), re.compile(r"rwkv-step-([0-9]+)\.pth")
+# what a run's folder holds: files that lines are added to, folders, and files that are written as a whole
+LINES = (step_log.FILE, BEFORE, "valid.jsonl", "samples.md")
+TRACKERS = ("tensorboard", "swanlab", "wandb")
+FOLDERS = ("state", *TRACKERS)
+WHOLE = re.compile(r"run\.json|loss\.png|loss-damaged\.jsonl|init_.*\.pth|rwkv-.*\.(pth|json)", re.DOTALL)
 
 
 def choose(name: str, stem: str) -> Path:
@@ -29,7 +35,7 @@ def choose(name: str, stem: str) -> Path:
         return project.OUTPUT / name
     name = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder, n = project.OUTPUT / name, 2
-    while folder.exists():
+    while os.path.lexists(folder):
         folder, n = project.OUTPUT / f"{name}-{n}", n + 1
     return folder
 
@@ -40,65 +46,74 @@ def claim(name: str, stem: str, cleanup: contextlib.ExitStack, goes_on: bool = F
 
     The mark is a lock on loss.jsonl, which vanishes with its process, so a run that was killed blocks nobody.
     """
+    atomic.make_folder(project.OUTPUT)
     while True:
         folder = choose(name, stem)
-        try:
-            folder.mkdir(parents=True, exist_ok=bool(name))
-        except FileExistsError:  # another run without a name was faster
-            continue
-        file = cleanup.enter_context(open(folder / "loss.jsonl", "a"))  # noqa: SIM115 (closed by cleanup)
+        if name:
+            atomic.make_folder(folder)
+        else:
+            try:
+                folder.mkdir()
+            except FileExistsError:  # another run without a name was faster
+                continue
+        must_be_usable(folder)
         taken = has_saved(folder) and not goes_on
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            taken = True
-        except OSError:  # a file system without locks
-            pass
+
+        def lock(file: IO[Any]) -> None:
+            nonlocal taken
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                taken = True
+            except OSError:  # a file system without locks
+                pass
+
+        file = cleanup.enter_context(atomic.appending(folder / step_log.FILE, own=lock))
         if taken:
             message = f"{project.shown(folder)} has just been taken by another run; choose another name"
             if goes_on:
                 message = f"{project.shown(folder)} is being trained at this moment, by another process"
             raise Problems(Problem("RUN_NAME", message))
         if not goes_on and os.fstat(file.fileno()).st_size:  # of a run that was ended before it had saved anything
-            with open(folder / "loss.jsonl", "rb") as log, open(folder / BEFORE, "ab") as before:
+            with atomic.reading(folder / step_log.FILE) as log, atomic.appending(folder / BEFORE, "ab") as before:
                 shutil.copyfileobj(log, before)
             file.truncate(0)
         return folder
 
 
+def must_be_usable(folder: Path) -> None:
+    """UserError if something in a run's folder stands where the kit writes, and is not what it writes there."""
+    for path in sorted(folder.iterdir()):
+        if path.name in LINES:
+            atomic.must_be_lines(path)
+        elif path.name in FOLDERS:
+            atomic.must_be_own_folder(path)
+            if path.name in TRACKERS:
+                must_lead_nowhere(path)
+        elif WHOLE.fullmatch(path.name):
+            atomic.must_not_be_folder(path)
+
+
+def must_lead_nowhere(folder: Path) -> None:
+    """UserError if a link in a tracker's folder leads out of it. A tracker writes to folders of its own making in there, whose
+    names nobody knows before; wandb's own links in there lead to those."""
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+            raise UserError(
+                f"{project.shown(path)}: is {atomic.what_it_is(path)}, out of the tracker's folder. Remove the link."
+            )
+
+
 def is_running(folder: Path) -> bool:
     """Whether a process trains this run now."""
     try:
-        with open(folder / "loss.jsonl") as file:
+        with atomic.reading(folder / step_log.FILE) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:  # it has no log, or the file system no locks
         pass
     return False
-
-
-def cut_log(folder: Path, step: int) -> list[dict]:
-    """Take from loss.jsonl what came after an optimizer step; returns what is left of it, up to the first line that is not
-    the next step's: a machine that lost its power may have left anything."""
-    kept, end = [], 0
-    with open(folder / "loss.jsonl", "a+b") as file:
-        file.seek(0)
-        for line in file:
-            try:
-                record = json.loads(line)
-                numbers = [record["seconds"], *([] if record["loss"] is None else [record["loss"]])]
-                sound = (
-                    line.endswith(b"\n") and record["step"] == len(kept) + 1 <= step and all(n >= 0 for n in numbers)
-                )
-            except (ValueError, LookupError, TypeError):
-                break
-            if not sound:
-                break
-            kept.append(record)
-            end += len(line)
-        file.truncate(end)
-    return kept
 
 
 def has_saved(folder: Path) -> bool:
@@ -109,9 +124,30 @@ def has_saved(folder: Path) -> bool:
 def point_latest(folder: Path) -> None:
     """output/latest -> the newest run. A hint for people and for merge.sh; file systems without links go without."""
     link, fresh = folder.parent / "latest", folder.parent / f".latest-{os.getpid()}"
-    with contextlib.suppress(OSError):
+    for left in folder.parent.glob(".latest-*"):
+        number = left.name.removeprefix(".latest-")
+        if left.is_symlink() and number.isdecimal() and (left == fresh or not atomic.alive(int(number))):
+            left.unlink(missing_ok=True)
+    try:
         fresh.symlink_to(folder.name)
         os.replace(fresh, link)
+    except OSError:
+        if fresh.is_symlink():
+            fresh.unlink()
+        if link.is_dir() and not link.is_symlink():
+            words = "is a folder, and not the link to the newest run: rename it, or remove it"
+            print(f"note: {project.shown(link)} {words}", file=sys.stderr)
+
+
+def latest() -> Path | None:
+    """The run in output/ that output/latest leads to. None where it is no link, or leads out of output/."""
+    link = project.OUTPUT / "latest"
+    try:
+        target = project.OUTPUT / os.readlink(link)
+    except OSError:
+        return None
+    inside = target.parent.resolve() == project.OUTPUT.resolve() and target.name not in ("..", link.name)
+    return project.OUTPUT / target.name if inside and (project.OUTPUT / target.name).is_dir() else None
 
 
 def init_file(folder: Path, method: str) -> Path:
@@ -125,10 +161,10 @@ def abandon(folder: Path) -> None:
         target = half.with_name(half.name.removesuffix(f".tmp-{os.getpid()}"))
         note = target.with_suffix(".json")
         # a sidecar that is younger than its whole checkpoint was renamed just now: its checkpoint follows
-        if target.suffix == ".pth" and note.is_file() and note.stat().st_mtime_ns >= half.stat().st_mtime_ns:
+        if target.suffix == ".pth" and note.is_file() and note.stat().st_mtime_ns >= half.lstat().st_mtime_ns:
             half.replace(target)
         else:
-            half.unlink()
+            atomic.remove(half)
     for sidecar in folder.glob("rwkv-*.json"):
         if not sidecar.with_suffix(".pth").exists():
             sidecar.unlink()
@@ -137,11 +173,11 @@ def abandon(folder: Path) -> None:
 
 def release(folder: Path) -> None:
     """Leave nothing behind of a run that never took a step, and no link to it."""
-    log = folder / "loss.jsonl"
+    log = folder / step_log.FILE
     if log.is_file() and not log.stat().st_size and not has_saved(folder):
         log.unlink()
         (folder / "run.json").unlink(missing_ok=True)
-        for tracker in ("tensorboard", "swanlab", "wandb"):
+        for tracker in TRACKERS:
             shutil.rmtree(folder / tracker, ignore_errors=True)
         with contextlib.suppress(OSError):  # something else is in it
             folder.rmdir()
@@ -224,8 +260,9 @@ def run_folder(name: str) -> Path:
         if folder is None:
             raise none_of_that_name(f"RUN={name}: there is no such run", name)
         return folder
-    if any(saved(project.OUTPUT / "latest")):
-        return (project.OUTPUT / "latest").resolve()
+    newest = latest()
+    if newest and any(saved(newest)):
+        return newest
     # the link is missing, or its run was ended before it had anything to save
     runs = [p.parent for p in project.OUTPUT.glob("*/run.json") if any(saved(p.parent))]
     if not runs:
@@ -233,9 +270,8 @@ def run_folder(name: str) -> Path:
             f"No run in {project.shown(project.OUTPUT)}/ has saved a checkpoint yet. Train first: ./training.sh"
         )
     found = max(runs, key=lambda p: (p / "run.json").stat().st_mtime)
-    if (project.OUTPUT / "latest").is_dir():
-        empty = (project.OUTPUT / "latest").resolve()
-        words = f"the newest run, {project.shown(empty)}, has saved nothing; this is {project.shown(found)}"
+    if newest:
+        words = f"the newest run, {project.shown(newest)}, has saved nothing; this is {project.shown(found)}"
         print(f"note: {words}", file=sys.stderr)
     return found
 
@@ -262,7 +298,7 @@ def checkpoints(folder: Path) -> list[tuple[Path, int]]:
     found = []
     for path in sorted(folder.glob("rwkv-*.pth"), key=lambda path: path.name == BEST):
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-            found.append((path, int(json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["step"])))
+            found.append((path, int(json.loads(atomic.read_text(path.with_suffix(".json")))["step"])))
     return found
 
 
@@ -299,7 +335,7 @@ def drop_unfinished(folder: Path, epoch: int) -> Path | None:
     one."""
     file = folder / f"rwkv-{epoch}.pth"
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        if json.loads(file.with_suffix(".json").read_text(encoding="utf-8")).get("epoch_finished") is False:
+        if json.loads(atomic.read_text(file.with_suffix(".json"))).get("epoch_finished") is False:
             file.unlink(missing_ok=True)
             file.with_suffix(".json").unlink()
             return file

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .atomic import glob_escape, sync, sync_folder, temporary
+from .atomic import create, glob_escape, read_text, reading, remove, sync, sync_folder, temporary
 from .errors import UserError
 from .hashing import sha256
 from .methods import MOST_ALPHA, QUANTS
@@ -28,7 +28,7 @@ def read(path: str | os.PathLike, wanted: tuple[str, ...]) -> dict[str, Any]:
             f"{shown(sidecar)}: is missing. It is written with every checkpoint and says how {shown(path)} was made."
         )
     try:
-        content = json.loads(sidecar.read_text(encoding="utf-8"))
+        content = json.loads(read_text(sidecar))
     except ValueError as error:
         raise UserError(f"{shown(sidecar)}: is not readable as JSON ({error}).") from None
     missing = [key for key in wanted if not isinstance(content, dict) or key not in content]
@@ -50,8 +50,8 @@ def replace_pair(fresh: Path, fresh_note: Path, path: Path) -> None:
     kept = temporary(note.with_name(f"{note.name}.earlier"))
     try:
         if there := note.is_file():  # now, while nothing has changed: a copy needs room on the disk
-            with open(kept, "wb") as file:
-                file.write(note.read_bytes())
+            with reading(note) as old, create(kept) as file:
+                file.write(old.read())
                 sync(file)
         os.replace(fresh_note, note)
         try:
@@ -63,7 +63,7 @@ def replace_pair(fresh: Path, fresh_note: Path, path: Path) -> None:
                 note.unlink()
             raise
     finally:
-        kept.unlink(missing_ok=True)
+        remove(kept)
     sync_folder(path.parent)
 
 
@@ -71,7 +71,7 @@ def complete_pair(path: Path, content: dict[str, Any]) -> bool:
     """Whether the checkpoint that a sidecar belongs to was found under its temporary name, and has its own now: the process
     that wrote both ended between the two renames. content: of the sidecar."""
     for left in path.parent.glob(f"{glob_escape(path.name)}.tmp-*"):
-        if left.is_file() and sha256(left) == content.get("checkpoint_sha256"):
+        if left.is_file() and not left.is_symlink() and sha256(left) == content.get("checkpoint_sha256"):
             os.replace(left, path)
             sync_folder(path.parent)
             return True

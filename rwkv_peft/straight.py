@@ -52,7 +52,7 @@ class Writer:
         )
 
     def __enter__(self) -> Writer:
-        self.straight = opened(self.path, os.O_WRONLY)
+        self.straight = opened(self.path, os.O_WRONLY | os.O_NOFOLLOW)
         return self
 
     def __exit__(self, *_exception) -> None:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import project, tokenizer
+from .atomic import read_text
 from .data import mixture
 from .data.binidx import Reader
 from .data.masking import Markers, roles_of_tokens
@@ -77,7 +78,7 @@ def form_of(prefix: Path) -> Form | None:
     that cannot be read."""
     path = Path(f"{prefix}.report.json")
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = json.loads(read_text(path))
         settings = report["settings"]
         name, eot = str(settings["PROMPT_TYPE"]), str(settings["EOT"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -116,7 +117,7 @@ def bos_of(prefix: Path) -> tuple[int, str]:
     files without it, the rows do."""
     share, told = bos_share(Reader(prefix)), None
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        told = int(json.loads(Path(f"{prefix}.report.json").read_text(encoding="utf-8"))["settings"]["BOS"])
+        told = int(json.loads(read_text(f"{prefix}.report.json"))["settings"]["BOS"])
     found = int(share >= 0.5)
     if told is not None and told != found:
         return found, (
@@ -134,7 +135,7 @@ def bos_of(prefix: Path) -> tuple[int, str]:
 def blank_lines_of(prefix: Path) -> bool:
     """Whether answers of ready texts hold blank lines, as NAME.report.json tells: then a blank line does not end a turn."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return bool(json.loads(Path(f"{prefix}.report.json").read_text(encoding="utf-8"))["places"].get("blank lines"))
+        return bool(json.loads(read_text(f"{prefix}.report.json"))["places"].get("blank lines"))
     return False
 
 

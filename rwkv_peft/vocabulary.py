@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from . import tokenizer
+from .atomic import read_text
 from .data.binidx import Reader
 from .project import shown
 from .words import count
@@ -90,7 +91,7 @@ def what_is_wrong(prefix: Path, reader: Reader | None = None) -> str:
     """
     told = prefix if Path(f"{prefix}.report.json").is_file() else prefix.with_name(prefix.name.removesuffix(".valid"))
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        report = json.loads(Path(f"{told}.report.json").read_text(encoding="utf-8"))
+        report = json.loads(read_text(f"{told}.report.json"))
         named, size = report["vocabulary"], report["files"][f"{prefix.name}.bin"]["bytes"]
         if named != tokenizer.VOCABULARY:
             return (

@@ -46,6 +46,7 @@ GROUND = [
         "methods",
         "strategies",
         "sidecars",
+        "step_log",
     )
 ]
 FLOORS = [GROUND, MATERIALS, MAKERS, DOORS]

@@ -535,7 +535,21 @@ def test_a_log_with_gaps_is_told_and_stops_nothing(ready, monkeypatch, capsys, l
         lines[2] = lines[2][:20] if log == "torn" else json.dumps({"step": 3, "seconds": "x"})
         file.write_text("\n".join(lines) + "\n")
     run(ready, "again", **BASE)
-    assert "loss.jsonl has only" in capsys.readouterr().out
+    missing = "steps 1 to 5" if log == "missing" else "step 3"
+    assert f"loss.jsonl has no record of {missing}; loss.png shows the gap" in capsys.readouterr().out
+
+
+def test_records_behind_a_gap_stay_at_every_resume_and_the_gap_is_told_once(ready, monkeypatch, capsys):
+    interrupted(monkeypatch, ready, 5, "stopped", **BASE)
+    file = ready / "output/again/loss.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:2]) + lines[2][:30])
+    told = []
+    for at in (7, 9):
+        interrupted(monkeypatch, ready, at, "stopped", **BASE)
+        told.append("no record of steps 3 to 5" in capsys.readouterr().out)
+        assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, *range(6, at + 1)]
+    assert told == [True, False]
 
 
 def test_every_save_steps_there_is_a_checkpoint_that_merges(ready, capsys):

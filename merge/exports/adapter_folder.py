@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from rwkv_peft import safetensors_file
-from rwkv_peft.atomic import write_json
+from rwkv_peft.atomic import make_folder, own_folder, write_json
 
 
 def write(target: Path, config: dict, tensors: Mapping[str, Tensor]) -> None:
     """config: of adapter_config.json. tensors: by peft's names, written in float32. The configuration comes last: peft takes a
     folder without one for none of its own."""
-    target.mkdir(parents=True, exist_ok=True)
-    (target / "adapter_config.json").unlink(missing_ok=True)
+    make_folder(target.parent)
+    own_folder(target)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     weights = target / "adapter_model.safetensors"
     safetensors_file.write(weights, shapes, torch.float32, lambda name: [tensors[name].float()])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .. import hashing, project, runs, sidecars, tokenizer
+from .. import hashing, project, runs, sidecars, step_log, tokenizer
+from ..atomic import read_text
 from ..data.loading import Data
 from ..errors import Problems, UserError
 from ..generate import advance, generate
@@ -192,7 +193,7 @@ def course(settings: dict, records: list[dict], looks: list[dict], sidecar: dict
 def facts_of(folder: Path) -> tuple[dict[str, Any], list[dict], list[dict]]:
     """A run's settings, and the records of its steps and of its looks at held-out rows. UserError if it has no settings."""
     try:
-        settings = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        settings = json.loads(read_text(folder / "run.json"))
         _ = [settings[name] for name in WANTED]
     except (OSError, ValueError, LookupError, TypeError) as error:
         what = f"{type(error).__name__}: {error}"
@@ -200,19 +201,7 @@ def facts_of(folder: Path) -> tuple[dict[str, Any], list[dict], list[dict]]:
             f"{project.shown(folder / 'run.json')}: cannot be read ({what}); it says what the run learnt from."
         ) from None
     looks = validate.read(folder)
-    return settings, list(records_of(folder)), validate.of_one_set(looks, looks[-1].get("data")) if looks else []
-
-
-def records_of(folder: Path) -> Iterator[dict]:
-    """The lines of loss.jsonl, up to the first one that is not whole."""
-    path = folder / "loss.jsonl"
-    for line in path.read_bytes().splitlines() if path.is_file() else ():
-        try:
-            record = json.loads(line)
-            record["step"], record["loss"], record["targets"]
-        except (ValueError, LookupError, TypeError):
-            return
-        yield record
+    return settings, step_log.read(folder), validate.of_one_set(looks, looks[-1].get("data")) if looks else []
 
 
 def rows_of(

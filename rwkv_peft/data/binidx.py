@@ -20,7 +20,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..atomic import clear_leftovers, sync, sync_folder, temporary
+from .. import atomic
+from ..atomic import clear_leftovers, create, must_not_be_folder, sync, sync_folder, temporary
 from ..errors import UserError
 from ..project import shown
 
@@ -156,9 +157,9 @@ class Writer:
     def __enter__(self) -> Writer:
         for ending in self.streams:
             for kind in ("bin", "idx"):
+                must_not_be_folder(self.final(ending, kind))
                 clear_leftovers(self.final(ending, kind))
-            # closed by commit or by discard
-            self.files[ending] = open(temporary(self.final(ending, "bin")), "wb")  # noqa: SIM115
+            self.files[ending] = create(temporary(self.final(ending, "bin")))  # closed by commit or by discard
         return self
 
     def __exit__(self, *_exception) -> None:
@@ -188,7 +189,7 @@ class Writer:
         for ending, file in self.files.items():
             sync(file)
             file.close()
-            with open(temporary(self.final(ending, "idx")), "wb") as index:
+            with create(temporary(self.final(ending, "idx"))) as index:
                 index.writelines(index_parts(np.frombuffer(self.sizes[ending], np.int32), self.streams[ending]))
                 sync(index)
         names = [self.final(e, kind) for e in sorted(self.streams, reverse=True) for kind in ("bin", "idx")]
@@ -200,8 +201,7 @@ class Writer:
             with contextlib.suppress(OSError):  # a full disk refuses what is still to be flushed: it is to go anyway
                 file.close()
             for kind in ("bin", "idx"):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(temporary(self.final(ending, kind)))
+                atomic.remove(temporary(self.final(ending, kind)))
 
 
 def put_in_place(names: list[Path], remove: Sequence[Path] = ()) -> None:
@@ -213,8 +213,9 @@ def put_in_place(names: list[Path], remove: Sequence[Path] = ()) -> None:
     placed: list[Path] = []
     try:
         for name in (*reversed(names), *remove):
-            if name.exists():
-                os.replace(name, old := Path(f"{temporary(name)}.old"))
+            if os.path.lexists(name):
+                atomic.remove(old := Path(f"{temporary(name)}.old"))
+                os.replace(name, old)
                 kept[name] = old
         for name in names:
             os.replace(temporary(name), name)
@@ -226,5 +227,5 @@ def put_in_place(names: list[Path], remove: Sequence[Path] = ()) -> None:
             os.replace(old, name)
         raise
     for old in kept.values():
-        old.unlink()
+        atomic.remove(old)
     sync_folder(names[-1].parent)

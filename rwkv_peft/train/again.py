@@ -91,13 +91,11 @@ def find(config: TrainConfig, anew: bool, first: bool, say: Callable[[str], None
 
 def newest_run() -> Path | None:
     """The folder of the newest run that has saved a state."""
-    latest = project.OUTPUT / "latest"
-    if snapshot.newest_first(latest):
-        return latest.resolve()
+    latest, link = runs.latest(), project.OUTPUT / "latest"
+    if latest and snapshot.newest_first(latest):
+        return latest
     # the link is missing, or its run was ended before it had anything to save
-    others = [
-        p.parent for p in project.OUTPUT.glob("*/state") if p.parent != latest and snapshot.newest_first(p.parent)
-    ]
+    others = [p.parent for p in project.OUTPUT.glob("*/state") if p.parent != link and snapshot.newest_first(p.parent)]
     return max(others, key=lambda p: (p / "state").stat().st_mtime, default=None)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__, checkpoint, hashing, project, runs, sidecars
-from ..atomic import clear_leftovers, need_space, temporary, write_json
+from ..atomic import clear_leftovers, need_space, remove, temporary, write_json
 from ..errors import UserError
 from ..methods import OPTIMS
 from ..tokenized import common
@@ -106,6 +106,6 @@ class Results:
             run.in_use.must_be_unchanged()
             sidecars.replace_pair(fresh, fresh_note, path)
         finally:
-            fresh.unlink(missing_ok=True)
-            fresh_note.unlink(missing_ok=True)
+            remove(fresh)
+            remove(fresh_note)
         return Path(project.shown(path))

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from .. import machine, project, runs
+from .. import machine, project, runs, step_log
 from ..atomic import write_json
 from ..training import samples, validate
 from ..training.callbacks import LossFile, Progress
@@ -41,17 +41,21 @@ def everybody(run: Prepared, cleanup: contextlib.ExitStack, say: Callable[[str],
     """Opens them all, after what an earlier start of the run has written behind the step that it goes on from is cut off."""
     config, found, folder = run.config, run.found, run.folder
     done, looked = found.step if found else 0, looked_before(run)
-    before = runs.cut_log(folder, done) if found else []
+    before, mended = step_log.cut(folder, done) if found else ([], False)
+    gaps = step_log.gaps([record["step"] for record in before], done)
     for files in (validate, samples):
         files.cut(folder, found.step if found else -1)
     write_json(folder / "run.json", run.settings)
     runs.point_latest(folder)
     if not found and (folder / runs.BEFORE).exists():
         say(f"warning   an earlier run of this name saved nothing; its log is {project.shown(folder / runs.BEFORE)}")
-    if len(before) < done:
-        say(f"warning   loss.jsonl has only {len(before)} of the {done} steps that are done; loss.png will show a gap")
+    if mended:
+        words = f"had lines that are no records, or not in their order; as it was found it is {step_log.DAMAGED}"
+        say(f"warning   {project.shown(folder / step_log.FILE)} {words}")
+    if missing := step_log.new_gaps(gaps, found.facts.get("gaps")) if found else []:
+        say(f"warning   loss.jsonl has no record of {step_log.in_words(missing)}; loss.png shows the gap")
     progress = Progress(run.steps, config.epoch_count, before, machine.most_memory, done)
-    log = LossFile(folder / "loss.jsonl")
+    log = LossFile(folder / step_log.FILE)
     known = {"wandb": found.facts["wandb"], **found.facts.get("trackers", {})} if found else {}
     for one in (log, progress):
         cleanup.callback(one.close)
@@ -63,7 +67,7 @@ def everybody(run: Prepared, cleanup: contextlib.ExitStack, say: Callable[[str],
     def running() -> dict:
         log.sync()
         ids = {one.name: one.id for one in trackers}
-        return {"wandb": ids.get("wandb"), "trackers": ids}
+        return {"wandb": ids.get("wandb"), "trackers": ids, "gaps": gaps}
 
     looks = [*(one.validation for one in trackers), validate.ValidFile(folder / validate.FILE)]
     return Told(progress.say, looked, before, [log, progress, *trackers], looks, running)

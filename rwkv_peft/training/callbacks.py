@@ -20,6 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .. import project, runs, tokenizer
+from ..atomic import appending
 from ..errors import EXIT_USER, UserError, unheard
 from ..file_watch import FileChanged
 from ..words import clock
@@ -216,7 +217,7 @@ class LossFile:
     """loss.jsonl: one object per optimizer step, readable at any moment."""
 
     def __init__(self, path: Path):
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self.file = appending(path, encoding="utf-8")
 
     def __call__(self, record: Record) -> None:
         self.file.write(json.dumps(asdict(record)) + "\n")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from .. import step_log
 from ..atomic import writing
 from ..pictures import figure
 from .validate import of_one_set, read
@@ -21,17 +23,25 @@ def looks_back(steps: int) -> int:
 
 
 def draw_loss(folder: Path) -> Path:
-    """Draw folder/loss.jsonl as folder/loss.png."""
-    records = [json.loads(line) for line in (folder / "loss.jsonl").read_text(encoding="utf-8").splitlines()]
+    """Draw folder/loss.jsonl as folder/loss.png. Lines break where steps have no record, and what is missing is grey."""
+    records = step_log.read(folder)
+    gaps = step_log.gaps([r["step"] for r in records], records[-1]["step"])
     records = [r for r in records if r["loss"] is not None]
     steps, losses = [r["step"] for r in records], np.array([r["loss"] for r in records])
+    breaks = [i for i, (a, b) in enumerate(itertools.pairwise(steps), 1) if any(a < first < b for first, _ in gaps)]
+
+    def broken(values: Sequence[float]) -> np.ndarray:
+        return np.insert(np.asarray(values, float), breaks, np.nan)
+
     sums, behind = np.cumsum([0.0, *losses]), np.arange(1, len(losses) + 1)
     first = np.maximum(behind - looks_back(len(losses)), 0)
     smooth = (sums[behind] - sums[first]) / (behind - first)
     with figure(9, 6.4, (4, 1)) as (drawing, (axes, below)):
         drawing.set_layout_engine("constrained")
-        axes.plot(steps, losses, color="#9ec5e8", linewidth=1, label="each step")
-        axes.plot(steps, smooth, color="#1f5f99", linewidth=2, label="smoothed")
+        axes.plot(broken(steps), broken(losses), color="#9ec5e8", linewidth=1, label="each step")
+        axes.plot(broken(steps), broken(smooth), color="#1f5f99", linewidth=2, label="smoothed")
+        for number, (first, last) in enumerate(gaps):
+            axes.axvspan(first - 0.5, last + 0.5, color="#dddddd", zorder=0, label=None if number else "no record")
         looks = read(folder)
         looks = of_one_set(looks, looks[-1].get("data")) if looks else []
         if looks:
@@ -46,14 +56,15 @@ def draw_loss(folder: Path) -> Path:
         axes.grid(alpha=0.25)
         rates = axes.twinx()
         rates.plot(
-            steps, [r["lr"] for r in records], color="#c98a3c", linewidth=1, linestyle="--", label="learning rate"
-        )
+            broken(steps), broken([r["lr"] for r in records]), color="#c98a3c", linewidth=1, linestyle="--",
+            label="learning rate",
+        )  # fmt: skip
         rates.set_ylabel("learning rate")
         rates.set_ylim(bottom=0)
         lines, labels = axes.get_legend_handles_labels()
         more_lines, more_labels = rates.get_legend_handles_labels()
         axes.legend(lines + more_lines, labels + more_labels, loc="upper right")
-        below.plot(steps, [r["tokens_per_s"] for r in records], color="#777777", linewidth=1)
+        below.plot(broken(steps), broken([r["tokens_per_s"] for r in records]), color="#777777", linewidth=1)
         below.set(xlabel="optimizer step (grey lines: epochs)", ylabel="tokens/s")
         below.set_ylim(bottom=0)
         below.grid(alpha=0.25)

@@ -8,27 +8,35 @@ from pathlib import Path
 
 from torch import nn
 
-from ..atomic import writing
+from ..atomic import appending, reading, writing
 from .rounds import Rounds
 
 FILE = "samples.md"  # in the run's folder
-HEADING = re.compile(r"^## step (\d+)\n", re.M)
+HEADING = re.compile(r"^## step ([0-9]{1,15})\n", re.M)
 
 
 def last_of(path: Path) -> int:
     """The step of the last round in a file, -1 for none."""
-    steps = HEADING.findall(path.read_text(encoding="utf-8")) if path.is_file() else []
+    steps = HEADING.findall(content(path))
     return int(steps[-1]) if steps else -1
+
+
+def content(path: Path) -> str:
+    """What the file holds, "" where there is none; bytes that are no UTF-8 go through as they are."""
+    if not path.exists():
+        return ""
+    with reading(path, "r", encoding="utf-8", errors="surrogateescape") as file:
+        return file.read()
 
 
 def cut(folder: Path, last: int) -> None:
     """Take from the file what came after an optimizer step."""
     path = folder / FILE
-    if path.is_file():
-        text = path.read_text(encoding="utf-8")
+    if path.exists():
+        text = content(path)
         later = next((m.start() for m in HEADING.finditer(text) if int(m[1]) > last), len(text))
         with writing(path) as file:
-            file.write(text[:later].encode())
+            file.write(text[:later].encode(errors="surrogateescape"))
 
 
 class Samples(Rounds):
@@ -62,7 +70,7 @@ class Samples(Rounds):
                     "",
                 ]
             if trainer.is_global_zero:
-                with open(self.path, "a", encoding="utf-8") as file:
+                with appending(self.path, encoding="utf-8") as file:
                     file.write("\n".join(lines) + "\n")
         except Exception as error:  # an answer is no reason to end a training
             self.say(f"{FILE} could not be written ({type(error).__name__}: {error}); training goes on.")

@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,8 @@ import torch
 from torch import Tensor
 
 from .. import hashing, safetensors_file
-from ..atomic import need_space, sync_folder, write_json
+from ..atomic import need_space, own_folder, read_text, sync_folder, write_json
+from ..atomic import remove as take_away
 from ..errors import UserError
 from ..file_watch import Stamp, stamp_of
 from ..project import shown
@@ -31,7 +31,7 @@ from .spread import Parts
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-NAME = re.compile(r"step-\d{6,}")
+NAME = re.compile(r"step-[0-9]{6,}")
 UNFINISHED, REPLACED = ".unfinished-", ".replaced-"
 WANTED = (
     "format", "step", "steps", "finished", "world", "settings", "became", "plan", "base", "data", "options", "start_sha256",
@@ -82,7 +82,7 @@ def write(
     at a time. last_look: raises where the state must not get its name. UserError or OSError if it cannot be written: what was
     there before is whole then."""
     there = folder_of(run)
-    there.mkdir(exist_ok=True)
+    own_folder(there)
     tidy(run)
     need_space(there, sum(found.nbytes for tensors in parts.values() for found in tensors.wholes.values()))
     name = f"step-{facts['step']:06}"
@@ -102,7 +102,7 @@ def write(
         write_json(fresh / MANIFEST, {**content, "sha256": checksum(content)})
         sync_folder(fresh)
         last_look()
-        if target.exists():  # of the same step, from before the run was stopped and gone on with
+        if os.path.lexists(target):  # of the same step, from before the run was stopped and gone on with
             os.replace(target, there / f"{REPLACED}{name}")
         os.replace(fresh, target)
         sync_folder(there)
@@ -110,7 +110,7 @@ def write(
         tidy(run)
     for old in [n for n in names(run) if step_of(n) <= facts["step"]][:-keep]:
         remove(there / old)
-    return Snapshot(target, json.loads((target / MANIFEST).read_text(encoding="utf-8")))
+    return Snapshot(target, json.loads(read_text(target / MANIFEST)))
 
 
 def sound(tensors: Parts, name: str) -> Tensor:
@@ -129,18 +129,33 @@ def tidy(run: Path) -> None:
     """Remove what was never finished, and what has been replaced; where it has not, it gets its name back. For the process
     alone that trains the run."""
     there = folder_of(run)
-    for left in there.glob(f"{REPLACED}*"):
+    for left in replaced(there):
         name = there / left.name.removeprefix(REPLACED)
-        os.replace(left, left.with_name(f"{UNFINISHED}{name.name}") if name.exists() else name)
+        if os.path.lexists(name):
+            forget(there / f"{UNFINISHED}{name.name}")
+            name = there / f"{UNFINISHED}{name.name}"
+        os.replace(left, name)
     for left in there.glob(f"{UNFINISHED}*"):
-        shutil.rmtree(left, ignore_errors=True)
+        forget(left)
+
+
+def replaced(there: Path) -> list[Path]:
+    """The states that had to make room for another one of their step."""
+    return [p for p in there.glob(f"{REPLACED}*") if NAME.fullmatch(p.name.removeprefix(REPLACED))]
+
+
+def forget(path: Path) -> None:
+    """Remove what has no name of a state any more. Where that cannot be, it stays, and does no harm."""
+    with contextlib.suppress(OSError):
+        take_away(path)
 
 
 def remove(folder: Path) -> None:
     """Take its name away first: half of a folder must not look like a whole one."""
     gone = folder.with_name(f"{UNFINISHED}{folder.name}")
+    forget(gone)
     os.replace(folder, gone)
-    shutil.rmtree(gone, ignore_errors=True)
+    forget(gone)
 
 
 def drop_newer(run: Path, step: int) -> None:
@@ -164,15 +179,15 @@ def names(run: Path) -> list[str]:
 def newest_first(run: Path) -> list[Path]:
     """The folders of the states that a run could go on from; one that was about to be replaced is among them."""
     there = folder_of(run)
-    replaced = [p for p in there.glob(f"{REPLACED}*") if not (there / p.name.removeprefix(REPLACED)).exists()]
-    return sorted([*(there / name for name in names(run)), *replaced], key=lambda p: step_of(p.name), reverse=True)
+    alone = [p for p in replaced(there) if not (there / p.name.removeprefix(REPLACED)).exists()]
+    return sorted([*(there / name for name in names(run)), *alone], key=lambda p: step_of(p.name), reverse=True)
 
 
 def described(folder: Path) -> Snapshot:
     """What a saved state says of itself. UserError if that is not what was written."""
     manifest = folder / MANIFEST
     try:
-        facts = json.loads(manifest.read_text(encoding="utf-8"))
+        facts = json.loads(read_text(manifest))
         told = facts.pop("sha256", None)
         same = told == checksum(facts) and facts.get("step") == step_of(folder.name)
     except (OSError, ValueError, AttributeError) as error:

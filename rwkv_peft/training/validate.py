@@ -11,8 +11,8 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 
-from .. import runs
-from ..atomic import writing
+from .. import runs, step_log
+from ..atomic import appending, writing
 from ..data.loading import Batch
 from .rounds import Rounds
 
@@ -20,24 +20,20 @@ FILE = "valid.jsonl"  # in the run's folder: an object for every look
 
 
 def read(folder: Path, last: int | None = None) -> list[dict]:
-    """What a run has found so far, up to an optimizer step; up to the first line that is not whole."""
-    found: list[dict] = []
-    if (folder / FILE).is_file():
-        for line in (folder / FILE).read_bytes().splitlines():
-            try:
-                record = json.loads(line)
-                sound = record["step"] >= 0 and (record["loss"] is None or record["loss"] >= 0)
-            except (ValueError, LookupError, TypeError):
-                break
-            if not sound or (last is not None and record["step"] > last):
-                break
-            found.append(record)
-    return found
+    """What a run has found so far, up to an optimizer step."""
+    found = [record for _, record in step_log.lines(folder / FILE, is_look)]
+    return [record for record in found if record and (last is None or record["step"] <= last)]
+
+
+def is_look(record: dict) -> bool:
+    """Whether an object is what a look at held-out data has found."""
+    loss = record.get("loss", "none")
+    return step_log.is_count(record.get("step")) and (loss is None or step_log.is_number(loss))
 
 
 def cut(folder: Path, last: int) -> None:
     """Take from the file what came after an optimizer step."""
-    if (folder / FILE).is_file():
+    if (folder / FILE).exists():
         content = "".join(json.dumps(record) + "\n" for record in read(folder, last))
         with writing(folder / FILE) as file:
             file.write(content.encode())
@@ -134,7 +130,7 @@ class ValidFile:
         self.path = path
 
     def __call__(self, record: dict) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
+        with appending(self.path, encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
             file.flush()
             os.fsync(file.fileno())
