@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rwkv_peft import project, tokenizer
+from rwkv_peft import json_reader, project, tokenizer
 from rwkv_peft.hashing import sha256
 
 # what decides what is written
@@ -58,7 +58,7 @@ def facts(path: Path) -> dict[str, int]:
 def fresh(report: Path, wanted: str) -> dict[str, Any] | None:
     """The report, if it belongs to this key and every file that it names is there and unchanged; else None."""
     try:
-        found = json.loads(report.read_text(encoding="utf-8"))
+        found = json_reader.load(report)
         if found["key"] != wanted:
             return None
         if any(facts(report.parent / name) != known for name, known in found["files"].items()):

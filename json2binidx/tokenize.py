@@ -18,7 +18,7 @@ from typing import IO
 import numpy as np
 from tqdm import tqdm
 
-from rwkv_peft import project, tokenizer
+from rwkv_peft import json_reader, project, tokenizer
 from rwkv_peft.atomic import clear_leftovers, need_space, temporary, write_json
 from rwkv_peft.data.binidx import Writer
 from rwkv_peft.errors import UserError
@@ -116,7 +116,7 @@ def tokenize(source: Path, config: TokenizeConfig, epochs: int, end_of_doc: bool
 def made_from_other(report_file: Path, source: str) -> str:
     """The file that earlier tokens of this name were made from, if it was another one."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        earlier = json.loads(report_file.read_text(encoding="utf-8"))["source"]
+        earlier = json_reader.load(report_file)["source"]
         return earlier if earlier != source else ""
     return ""
 

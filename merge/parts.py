@@ -152,10 +152,13 @@ def shares(words: Sequence[str]) -> tuple[list[str], list[float]]:
     return names, [weight / sum(weights) for weight in weights]
 
 
-def found(path: Path, method: str, alpha: float | None, init: Path | None, quantised: bool) -> Found:
+def found(
+    path: Path, method: str, alpha: float | None, init: Path | None, quantised: bool, accept_edited: bool = False
+) -> Found:
     """A checkpoint with what its sidecar says; without one, with what its tensors and the user say.
 
     method, alpha, init: METHOD, LORA_ALPHA and PISSA_INIT. quantised: fold into the base as the run had it in memory.
+    accept_edited: take a sidecar that was edited.
     """
     where = project.shown(path)
     described = checkpoint.describe(path)  # refuses what is no checkpoint before its sidecar is asked for
@@ -163,10 +166,11 @@ def found(path: Path, method: str, alpha: float | None, init: Path | None, quant
     if has_sidecar(path):
         sidecar = sidecars.read(path, SIDECAR)
         if foreign.is_model(described) and "merged" in sidecar:  # a model that merge.sh made
+            sidecars.must_be_unedited(path, sidecar, accept_edited)
             checkpoint.must_be_sound(path)
             return Found(path, Part(where, attach.Setup("full"), tensors), {}, path.stem)
         setup = attach.setup_of(sidecar, where)
-        bases.must_be_its_own(path, sidecar)
+        bases.must_be_its_own(path, sidecar, accept_edited)
         contradicts(method, alpha, setup, where)
         start = bases.start_of(path, sidecar, setup.method, init)
         quantised = quantised and sidecar.get("quant", "none") != "none"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import re
 import shlex
@@ -14,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import project
+from . import json_reader, project
 from .errors import Problem, Problems, UserError
 from .words import did_you_mean, listed
 
@@ -86,7 +85,7 @@ def cut_log(folder: Path, step: int) -> list[dict]:
         file.seek(0)
         for line in file:
             try:
-                record = json.loads(line)
+                record = json_reader.parse(line)
                 numbers = [record["seconds"], *([] if record["loss"] is None else [record["loss"]])]
                 sound = (
                     line.endswith(b"\n") and record["step"] == len(kept) + 1 <= step and all(n >= 0 for n in numbers)
@@ -262,7 +261,7 @@ def checkpoints(folder: Path) -> list[tuple[Path, int]]:
     found = []
     for path in sorted(folder.glob("rwkv-*.pth"), key=lambda path: path.name == BEST):
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-            found.append((path, int(json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["step"])))
+            found.append((path, int(json_reader.load(path.with_suffix(".json"))["step"])))
     return found
 
 
@@ -299,7 +298,7 @@ def drop_unfinished(folder: Path, epoch: int) -> Path | None:
     one."""
     file = folder / f"rwkv-{epoch}.pth"
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        if json.loads(file.with_suffix(".json").read_text(encoding="utf-8")).get("epoch_finished") is False:
+        if json_reader.load(file.with_suffix(".json")).get("epoch_finished") is False:
             file.unlink(missing_ok=True)
             file.with_suffix(".json").unlink()
             return file

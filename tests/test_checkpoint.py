@@ -322,7 +322,7 @@ def test_a_disk_that_is_too_small_is_noticed_before_anything_is_written(tmp_path
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(None, "is missing"), ("{", "not readable as JSON"), ("[1]", "does not say"), ("{}", "does not say")],
+    [(None, "is missing"), ("{", "not readable as JSON"), ("[1]", "holds no JSON object"), ("{}", "does not say")],
 )
 def test_a_sidecar_that_cannot_be_used_says_why(tmp_path, content, words):
     if content:

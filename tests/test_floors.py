@@ -36,6 +36,7 @@ GROUND = [
         "atomic",
         "filetype",
         "hashing",
+        "json_reader",
         "native",
         "pieces",
         "straight",

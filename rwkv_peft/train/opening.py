@@ -110,7 +110,9 @@ def earlier_run(config: TrainConfig) -> Earlier | None:
     return Earlier(path, start_file(config, path))
 
 
-def check_earlier(config: TrainConfig, geometry, setup, base: Path, earlier: Earlier, say) -> dict:
+def check_earlier(
+    config: TrainConfig, geometry, setup, base: Path, earlier: Earlier, say, accept_edited: bool = False
+) -> dict:
     """Whether a checkpoint is of this method with these options, was trained on this base, and has the tensors that this run
     trains; Problems with all that does not fit. setup: what becomes of the model. Returns the base's hashing.content."""
     from .. import bases, checkpoint
@@ -122,7 +124,7 @@ def check_earlier(config: TrainConfig, geometry, setup, base: Path, earlier: Ear
     if sidecars.path_of(path).is_file():
         sidecar = sidecars.read(path, ("method", "base", "base_sha256"))
         try:
-            bases.must_be_its_own(path, sidecar)
+            bases.must_be_its_own(path, sidecar, accept_edited)
             bases.start_of(path, sidecar, config.method, earlier.start)
         except UserError as error:
             raise Problems(Problem("pissa_init" if config.pissa_init else method.load, str(error))) from None

@@ -93,11 +93,12 @@ def prepare(
     cleanup: contextlib.ExitStack,
     say: Callable[[str], None],
     met: Meeting | None = None,
+    accept_edited: bool = False,
 ) -> Prepared:
     """Open and check everything, and claim the run's folder. Problems and UserErrors for all that is wrong.
 
     anew: begin a new run, even if one could go on. cleanup: what to do whether training ends well or not. met: the other
-    processes, where somebody else has started them.
+    processes, where somebody else has started them. accept_edited: take a checkpoint whose sidecar was edited.
     """
     from .. import machine
     from ..adapters import attach
@@ -128,7 +129,9 @@ def prepare(
         kept,
     )
     begins = earlier is not None and earlier.path is not None
-    content = check_earlier(config, geometry, setup, base, earlier, say) if begins and place.first else None
+    content = None
+    if begins and place.first:
+        content = check_earlier(config, geometry, setup, base, earlier, say, accept_edited)
     data = (plan_stream if config.streaming else plan_run)(config, files, geometry.vocab_size, say)
     held = held_out(config, files, data.ctx_len, geometry.vocab_size, say)
     steps = data.plan.optimizer_steps * config.epoch_count
@@ -158,7 +161,7 @@ def prepare(
             if config.run_name:
                 raise
             say(f"new run   {again.place(found)} was stopped, and cannot go on: {problems.problems[0].message}")
-            return prepare(config, place, dry_run, True, cleanup, say, met)
+            return prepare(config, place, dry_run, True, cleanup, say, met, accept_edited)
     if met:
         if place.first:
             again.tell(met, found)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 
+from .. import json_reader
 from ..atomic import writing
 from ..pictures import figure
 from .validate import of_one_set, read
@@ -22,7 +22,7 @@ def looks_back(steps: int) -> int:
 
 def draw_loss(folder: Path) -> Path:
     """Draw folder/loss.jsonl as folder/loss.png."""
-    records = [json.loads(line) for line in (folder / "loss.jsonl").read_text(encoding="utf-8").splitlines()]
+    records = [json_reader.parse(line) for line in (folder / "loss.jsonl").read_text(encoding="utf-8").splitlines()]
     records = [r for r in records if r["loss"] is not None]
     steps, losses = [r["step"] for r in records], np.array([r["loss"] for r in records])
     sums, behind = np.cumsum([0.0, *losses]), np.arange(1, len(losses) + 1)

@@ -12,12 +12,12 @@ from ..atomic import writing
 from .rounds import Rounds
 
 FILE = "samples.md"  # in the run's folder
-HEADING = re.compile(r"^## step (\d+)\n", re.M)
+HEADING = re.compile(r"^## step (\d{1,18})\n", re.M)
 
 
 def last_of(path: Path) -> int:
     """The step of the last round in a file, -1 for none."""
-    steps = HEADING.findall(path.read_text(encoding="utf-8")) if path.is_file() else []
+    steps = HEADING.findall(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else []
     return int(steps[-1]) if steps else -1
 
 
@@ -25,10 +25,10 @@ def cut(folder: Path, last: int) -> None:
     """Take from the file what came after an optimizer step."""
     path = folder / FILE
     if path.is_file():
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8", errors="surrogateescape")
         later = next((m.start() for m in HEADING.finditer(text) if int(m[1]) > last), len(text))
         with writing(path) as file:
-            file.write(text[:later].encode())
+            file.write(text[:later].encode(errors="surrogateescape"))
 
 
 class Samples(Rounds):

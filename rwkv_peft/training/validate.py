@@ -11,7 +11,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 
-from .. import runs
+from .. import json_reader, runs
 from ..atomic import writing
 from ..data.loading import Batch
 from .rounds import Rounds
@@ -25,7 +25,7 @@ def read(folder: Path, last: int | None = None) -> list[dict]:
     if (folder / FILE).is_file():
         for line in (folder / FILE).read_bytes().splitlines():
             try:
-                record = json.loads(line)
+                record = json_reader.parse(line)
                 sound = record["step"] >= 0 and (record["loss"] is None or record["loss"] >= 0)
             except (ValueError, LookupError, TypeError):
                 break
