@@ -45,6 +45,7 @@ GROUND = [
         "methods",
         "strategies",
         "sidecars",
+        "zip_records",
     )
 ]
 FLOORS = [GROUND, MATERIALS, MAKERS, DOORS]
