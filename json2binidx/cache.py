@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rwkv_peft import project, tokenizer
-from rwkv_peft.atomic import read_text
+from rwkv_peft import json_reader, project, tokenizer
 from rwkv_peft.hashing import sha256
 
 # what decides what is written
@@ -60,7 +59,7 @@ def facts(path: Path) -> dict[str, int]:
 def fresh(report: Path, wanted: str) -> dict[str, Any] | None:
     """The report, if it belongs to this key and every file that it names is there and unchanged; else None."""
     try:
-        found = json.loads(read_text(report))
+        found = json_reader.load(report)
         if found["key"] != wanted:
             return None
         if any(facts(report.parent / name) != known for name, known in found["files"].items()):

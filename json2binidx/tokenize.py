@@ -18,13 +18,12 @@ from typing import IO
 import numpy as np
 from tqdm import tqdm
 
-from rwkv_peft import bus_error, project, tokenizer
+from rwkv_peft import bus_error, json_reader, project, tokenizer
 from rwkv_peft.atomic import (
     clear_leftovers,
     create,
     must_not_be_folder,
     need_space,
-    read_text,
     remove,
     temporary,
     write_json,
@@ -154,7 +153,7 @@ def must_be_all(source: Path, valid_split: str, found: list[Path]) -> None:
 def made_from_other(report_file: Path, source: str) -> str:
     """The file that earlier tokens of this name were made from, if it was another one."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        earlier = json.loads(read_text(report_file))["source"]
+        earlier = json_reader.load(report_file)["source"]
         return earlier if earlier != source else ""
     return ""
 

@@ -1,6 +1,6 @@
 """./merge.sh: fold what a run learnt into its base -> merge/<base>-<run>-<epoch>.pth, and write files for other programs
 
-usage: ./merge.sh [RUN] [EPOCH] [--export KIND ...]
+usage: ./merge.sh [RUN] [EPOCH] [--export KIND ...] [--accept-edited]
        ./merge.sh FILE [--export KIND ...]
        ./merge.sh --stack CHECKPOINT CHECKPOINT ... [--export KIND ...]
        ./merge.sh --average CHECKPOINT:WEIGHT CHECKPOINT:WEIGHT ... [--export KIND ...]
@@ -16,6 +16,7 @@ usage: ./merge.sh [RUN] [EPOCH] [--export KIND ...]
   --average     the weighted mean of checkpoints of one base, or of whole models; weights are shares (1 if left out)
   --export      what to write, for which program (several: --export gguf --export safetensors):
 {kinds}
+  --accept-edited  take checkpoints whose .json was edited since it was written
   --help        this text
 
 Names: <base>-<run>-<epoch>.pth; of a stack <base>-<run>-<epoch>+<run>-<epoch>.pth, of an average <base>-average-...; with
@@ -45,6 +46,7 @@ from rwkv_peft.errors import Problem, Problems, UserError
 from rwkv_peft.file_watch import FileWatch
 from rwkv_peft.methods import MOST_ALPHA
 from rwkv_peft.shell_vars import enter, var
+from rwkv_peft.sidecars import ACCEPT
 from rwkv_peft.words import did_you_mean
 
 SEVERAL = ("--stack", "--average")  # take several checkpoints
@@ -96,7 +98,8 @@ def remove_what_is_half_written() -> None:
 
 
 def merge_or_export(config: MergeConfig, typed: list[str], in_use: FileWatch) -> None:
-    words, run, how, kinds = command_line(typed)
+    accept_edited = ACCEPT in typed
+    words, run, how, kinds = command_line([word for word in typed if word != ACCEPT])
     averaged = how == "--average"
     if run and words and not how and not all(map(runs.is_epoch, words)):
         raise UserError(f"--run {run} and {shlex.join(words)}: both say which run. Leave one of the two away.")
@@ -124,6 +127,8 @@ def merge_or_export(config: MergeConfig, typed: list[str], in_use: FileWatch) ->
             raise UserError(f"--export peft takes the checkpoint of a run; {project.shown(files[0])} is a whole model.")
         must_be_unset(config, ("merge_base", "method", "lora_alpha", "pissa_init"), "a model is exported as it is")
         _, geometry = bases.inspect(files[0])
+        if sidecars.path_of(files[0]).is_file():
+            sidecars.must_be_unedited(files[0], sidecars.read(files[0], ()), accept_edited)
         stems = {kind: f"{files[0].stem}-alone" if kind in alone else files[0].stem for kind in kinds}
         all_that_can_be(
             [functools.partial(export, kind, files[0], stem, geometry, in_use) for kind, stem in stems.items()]
@@ -138,7 +143,9 @@ def merge_or_export(config: MergeConfig, typed: list[str], in_use: FileWatch) ->
         for path in files
     ]
     quantised = config.merge_base == "quantised"
-    found = [parts.found(path, *said, init, quantised, in_use) for path, said in zip(files, told, strict=True)]
+    found = [
+        parts.found(path, *said, init, quantised, accept_edited, in_use) for path, said in zip(files, told, strict=True)
+    ]
     if config.merge_base == "quantised":
         parts.must_be_one_compressed_run(found)
     if not any(one.part.setup.method == "pissa" for one in found):
@@ -221,7 +228,7 @@ def command_line(typed: Sequence[str]) -> tuple[list[str], str, str, list[str]]:
                 f"{flag}: is not an option. An epoch is a bare word: ./merge.sh {number if runs.is_epoch(number) else 1}"
             )
         elif word.startswith("--"):
-            options = ["--export", "--run", *SEVERAL]
+            options = ["--export", "--run", *SEVERAL, ACCEPT]
             raise UserError(f"{word}: is not an option{did_you_mean(word, options) or '.'} See ./merge.sh --help")
         elif not word.strip():
             raise UserError("A word behind ./merge.sh is empty: give an epoch, or a checkpoint. See ./merge.sh --help")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from rwkv_peft import __version__, bases, checkpoint, hashing, project, prompting, sidecars
-from rwkv_peft.atomic import clear_leftovers, must_not_be_folder, read_text, remove, sync_folder, temporary, write_json
+from rwkv_peft.atomic import clear_leftovers, must_not_be_folder, remove, sync_folder, temporary
 from rwkv_peft.errors import Problems, UserError
 from rwkv_peft.file_watch import FileWatch
 from rwkv_peft.methods import METHODS
@@ -90,7 +90,7 @@ def folded(
         for settle in doubts:
             settle()
         replaced = tell_of_replaced(target, fresh)
-        write_json(fresh_note, about)
+        sidecars.write(fresh_note, about)
         sidecars.replace_pair(fresh, fresh_note, target)
     finally:
         remove(fresh)
@@ -131,8 +131,9 @@ def describe(found: Sequence[Found], weights, sources: list[dict], base: Path, g
     """The sidecar of a merged model: where it came from. A single run's own sidecar goes into it whole."""
     same = [one.sidecar for one in found if one.sidecar]
     forms = [told_of(one.path) for one in found]  # of merged models as well
-    # (a run's own checksum is that of its checkpoint, not of this file)
-    own = {k: v for k, v in same[0].items() if k != "checkpoint_sha256"} if len(same) == 1 == len(found) else {
+    # (a run's own checksums are those of its checkpoint and sidecar, not of these files)
+    of_files = ("checkpoint_sha256", sidecars.SEAL)
+    own = {k: v for k, v in same[0].items() if k not in of_files} if len(same) == 1 == len(found) else {
         "method": "+".join(one.part.setup.method for one in found), "base": base.name, "base_path": str(base.resolve()),
         "geometry": geometry.as_dict(),
     }  # fmt: skip
@@ -217,10 +218,8 @@ def merged_place(stem: str, ending: str) -> Path:
 
 def sidecar_of(model: Path) -> dict:
     """What the sidecar of a merged model says; nothing where it is missing or damaged."""
-    with contextlib.suppress(OSError, ValueError):
-        made = json.loads(read_text(sidecars.path_of(model)))
-        if isinstance(made, dict):
-            return made
+    with contextlib.suppress(UserError):
+        return sidecars.read(model, ())
     return {}
 
 

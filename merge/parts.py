@@ -155,22 +155,29 @@ def shares(words: Sequence[str]) -> tuple[list[str], list[float]]:
 
 
 def found(
-    path: Path, method: str, alpha: float | None, init: Path | None, quantised: bool, in_use: FileWatch | None = None
+    path: Path,
+    method: str,
+    alpha: float | None,
+    init: Path | None,
+    quantised: bool,
+    accept_edited: bool = False,
+    in_use: FileWatch | None = None,
 ) -> Found:
     """A checkpoint with what its sidecar says; without one, with what its tensors and the user say.
 
-    method, alpha, init: METHOD, LORA_ALPHA and PISSA_INIT. quantised: fold into the base as the run had it in memory. in_use:
-    watches the checkpoint.
+    method, alpha, init: METHOD, LORA_ALPHA and PISSA_INIT. quantised: fold into the base as the run had it in memory.
+    accept_edited: take a sidecar that was edited. in_use: watches the checkpoint.
     """
     where = project.shown(path)
     described = checkpoint.describe(path)  # refuses what is no checkpoint before its sidecar is asked for
     if has_sidecar(path):
         sidecar = sidecars.read(path, SIDECAR)
         if foreign.is_model(described) and "merged" in sidecar:  # a model that merge.sh made
+            sidecars.must_be_unedited(path, sidecar, accept_edited)
             checkpoint.must_be_sound(path)
             return Found(path, Part(where, attach.Setup("full"), checkpoint.load(path)), {}, path.stem)
         setup = attach.setup_of(sidecar, where)
-        bases.must_be_its_own(path, sidecar, in_use)
+        bases.must_be_its_own(path, sidecar, accept_edited, in_use)
         tensors = checkpoint.load(path)
         contradicts(method, alpha, setup, where)
         start = bases.start_of(path, sidecar, setup.method, init)

@@ -122,11 +122,12 @@ def must_not_lack_its_sidecar(adapter: Path) -> None:
         )
 
 
-def must_be_its_own(adapter: Path, sidecar: dict, in_use: FileWatch | None = None) -> None:
-    """UserError if a checkpoint is not the one that its sidecar was written for: another of the same shapes would fit. in_use:
-    watches it, from before it is looked at."""
+def must_be_its_own(adapter: Path, sidecar: dict, accept_edited: bool = False, in_use: FileWatch | None = None) -> None:
+    """UserError if a checkpoint is not the one that its sidecar was written for: another of the same shapes would fit; and if
+    the sidecar was edited, unless that is accepted. in_use: watches the checkpoint, from before it is looked at."""
     if in_use:
         in_use.add([adapter])
+    sidecars.must_be_unedited(adapter, sidecar, accept_edited)
     if sidecar.get("checkpoint_sha256") in (None, hashing.sha256(adapter)):
         return
     if not sidecars.complete_pair(adapter, sidecar):

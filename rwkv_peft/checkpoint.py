@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import filetype, native
+from . import filetype, native, zip_records
 from .atomic import need_space, writing
 from .errors import UserError
 from .hashing import crc32
@@ -44,6 +44,9 @@ BLOCK = 1 << 19  # numbers of a tensor that are worked on at once: in float32 th
 LOCAL_HEADER = 30  # bytes in front of a record's name in a zip file
 ALIGNMENT = 64  # torch places every record at a multiple of this, so that it can be mapped
 FULL32 = 0xFFFFFFFF  # in a zip file: the number has more than 32 bits and stands elsewhere
+MOST_PICKLE = 32 << 20  # bytes of data.pkl: a tensor needs some 150
+MOST_NUMBERS = 1 << 48  # of a tensor, and in each of its sizes
+MOST_SIZES = 16  # that a tensor has
 
 # what a damaged zip or pickle raises, one way or another
 UNREADABLE = (
@@ -76,7 +79,7 @@ class Stored:
     """A tensor as its file describes it: dtype, shape, and the record that holds it (whole: nothing else is in it).
 
     name: in the file, where that or the shape is not the official one, which this has. offset: where its bytes begin in a
-    .safetensors file.
+    .safetensors file. reach: bytes that its record must have.
     """
 
     dtype: torch.dtype
@@ -85,6 +88,7 @@ class Stored:
     whole: bool
     name: str = field(default="", compare=False)
     offset: int | None = field(default=None, compare=False)
+    reach: int = field(default=0, compare=False)
 
     @property
     def bytes(self) -> int:
@@ -98,8 +102,12 @@ class _Storage:
     size: int
 
 
-class _Describe(pickle.Unpickler):
-    """Reads data.pkl of a .pth as descriptions; refuses everything that is not a plain tensor."""
+class _Describe(pickle._Unpickler):
+    """Reads data.pkl of a .pth as descriptions; refuses everything that is not a plain tensor.
+
+    The unpickler in Python: the one in C makes room for what a pickle announces (a text of 1 TB, the 2,147,483,647th thing to be
+    remembered) before it looks whether it is there.
+    """
 
     def find_class(self, module: str, name: str):
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -119,13 +127,23 @@ class _Describe(pickle.Unpickler):
         return _Storage(dtype, str(key), int(size))
 
 
+def are_sizes(numbers: Iterable) -> bool:
+    return all(type(n) is int and 0 <= n <= MOST_NUMBERS for n in numbers)
+
+
 def describe_tensor(storage: _Storage, offset: int, shape, stride, *_rest) -> Stored:
+    if len(shape) > MOST_SIZES or not are_sizes((offset, storage.size, *shape, *stride)):
+        raise pickle.UnpicklingError("a tensor has a size that no tensor has")
     contiguous, expected = True, 1
     for n, s in zip(reversed(shape), reversed(stride), strict=True):
         contiguous &= n == 1 or s == expected
         expected *= n
     whole = offset == 0 and contiguous and expected == storage.size
-    return Stored(storage.dtype, tuple(shape), f"data/{storage.key}", whole)
+    last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) + 1 if expected else 0
+    if max(last, 0) > storage.size:
+        raise pickle.UnpicklingError("a tensor goes on behind the end of its numbers")
+    reach = storage.size * storage.dtype.itemsize
+    return Stored(storage.dtype, tuple(shape), f"data/{storage.key}", whole, reach=reach)
 
 
 def describe(path: str | os.PathLike) -> dict[str, Stored]:
@@ -144,17 +162,9 @@ def describe(path: str | os.PathLike) -> dict[str, Stored]:
         if head.startswith(b"PK\3\4"):
             raise UserError(f"{shown(path)}: {filetype.cut_off(path.stat().st_size, size_by_list(path), True)}")
         raise UserError(f"{shown(path)}: {filetype.what_it_is(path)}")
+    records, folder = records_of(path)
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            pickles = [n for n in names if n.endswith("/data.pkl")]
-            program = any("/code/" in n for n in names)
-            if len(pickles) != 1 or program:
-                raise UserError(f"{shown(path)}: {filetype.what_zip_it_is(names)}")
-            content = _Describe(io.BytesIO(archive.read(pickles[0]))).load()
-            sizes = {i.filename: i.file_size for i in archive.infolist() if i.compress_type == zipfile.ZIP_STORED}
-    except zipfile.BadZipFile as error:
-        raise UserError(f"{shown(path)}: is damaged ({error}). Get the file again.") from None
+        content = _Describe(io.BytesIO(small(path, records[f"{folder}data.pkl"], MOST_PICKLE))).load()
     except UNREADABLE as error:
         raise UserError(
             f"{shown(path)}: holds more than plain tensors ({error}). It was not loaded, and nothing in it was run."
@@ -163,13 +173,70 @@ def describe(path: str | os.PathLike) -> dict[str, Stored]:
         raise UserError(
             f"{shown(path)}: is not a dictionary of tensors, so it is no model and no adapter.{within(content)}"
         )
-    folder = pickles[0].removesuffix("data.pkl")
+    must_have_plain_names(path, content)
     for name, stored in content.items():
-        if sizes.get(folder + stored.record, -1) < stored.bytes or stored.bytes < 0:
+        record = records.get(folder + stored.record)
+        if record is None or record.file_size != stored.reach or stored.bytes > stored.reach:
             raise UserError(
-                f"{shown(path)}: the record of {name} is missing, too short or compressed. Get the file again."
+                f"{shown(path)}: the record of {name} is missing, too short or too long. Get the file again."
             )
     return official_names(dict(content))
+
+
+def records_of(path: Path) -> tuple[dict[str, zipfile.ZipInfo], str]:
+    """The records of a .pth by their names, and the folder that they are in. UserError for what is no .pth that torch would
+    write, before anything of it is read."""
+    try:
+        names = list_of(path)
+        pickles = [n for n in names if n.endswith("/data.pkl")]
+        if len(pickles) != 1 or any("/code/" in n for n in names):
+            if len(pickles) > 1:
+                raise ValueError(f"it has {pickles[0]} and {pickles[1]}, and a checkpoint has one")
+            raise UserError(f"{shown(path)}: {filetype.what_zip_it_is(names)}")
+        records = zip_records.checked(path)
+    except (ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{shown(path)}: is damaged, or no checkpoint: {error}. Get the file again.") from None
+    except UNREADABLE as error:
+        raise UserError(f"{shown(path)}: is damaged ({error}). Get the file again.") from None
+    folder = pickles[0].removesuffix("data.pkl")
+    if folder.count("/") != 1:
+        raise UserError(f"{shown(path)}: its data.pkl is in {folder}, where torch does not look. Get the file again.")
+    if stranger := next((name for name in records if not name.startswith(folder)), ""):
+        raise UserError(f"{shown(path)}: holds {stranger} beside the checkpoint in {folder}. Get the file again.")
+    if f"{folder}byteorder" in records:
+        order = small(path, records[f"{folder}byteorder"], 16)
+        if order != b"little":
+            raise UserError(
+                f"{shown(path)}: its numbers are in the byte order {order.decode('ascii', 'replace')!r}; this version reads "
+                "little. Load and save it once with torch on a machine like this one."
+            )
+    return records, folder
+
+
+def list_of(path: Path) -> list[str]:
+    """The names of a zip file's records, where their list is not too long. ValueError."""
+    with open(path, "rb") as file:
+        zip_records.find_list(file, path.stat().st_size, exact=False)
+        with zipfile.ZipFile(file) as archive:
+            return archive.namelist()
+
+
+def small(path: Path, info: zipfile.ZipInfo, most: int) -> bytes:
+    """The bytes of a record that is short. UserError if it is not."""
+    if info.file_size > most:
+        raise UserError(
+            f"{shown(path)}: {info.filename} has {info.file_size:,} bytes, and {most:,} are the most that it can need. It was "
+            "not read."
+        )
+    with open(path, "rb") as file:
+        return zip_records.read_at(file, zip_records.begin_of(file, info), info.file_size)
+
+
+def must_have_plain_names(path: Path, content: Mapping) -> None:
+    """UserError for a tensor whose name is no text that can be shown: names stand in messages, and in other files."""
+    for name in content:
+        if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= zip_records.MOST_NAME:
+            raise UserError(f"{shown(path)}: holds a tensor of the name {str(name)[:80]!a}, which no model has.")
 
 
 def has_zip_end(path: Path) -> bool:
@@ -221,21 +288,20 @@ def describe_safetensors(path: Path) -> dict[str, Stored]:
     """What a .safetensors file holds. UserError if its header is not right, or the file is cut off."""
     try:
         header, begin = filetype.safetensors_header(path)
+        must_have_plain_names(path, header)
         content, size = {}, path.stat().st_size
         for name, entry in header.items():
-            dtype, shape = SAFETENSORS.get(entry["dtype"]), tuple(entry["shape"])
-            first, last = entry["data_offsets"]
+            dtype, shape, places = SAFETENSORS.get(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
             if dtype is None:
                 raise ValueError(
                     f"holds {name} as {entry['dtype']}, which this version does not read: use an F16, BF16 or F32 copy."
                 )
-            stored = Stored(dtype, shape, f"data/{len(content)}", True, offset=begin + first)
-            if not all(isinstance(n, int) and n >= 0 for n in (*shape, first, last)) or stored.bytes != last - first:
+            sound = len(shape) <= MOST_SIZES and len(places) == 2 and are_sizes((*shape, *places))
+            stored = Stored(dtype, shape, f"data/{len(content)}", True, offset=begin + places[0]) if sound else None
+            if stored is None or stored.bytes != places[1] - places[0]:
                 raise ValueError(f"is a .safetensors file whose header is damaged ({name}). {filetype.AGAIN}.")
             content[name] = stored
-        end = max((stored.offset + stored.bytes for stored in content.values()), default=begin)
-        if end > size:
-            raise ValueError(filetype.cut_off(size, end))
+        must_follow_one_another(content, begin, size)
     except ValueError as error:
         raise UserError(f"{shown(path)}: {error}") from None
     except (KeyError, TypeError, AttributeError):
@@ -246,6 +312,21 @@ def describe_safetensors(path: Path) -> dict[str, Stored]:
             "its run (output/RUN/rwkv-N.pth), or the .pth that ./merge.sh --export state writes."
         )
     return content
+
+
+def must_follow_one_another(content: Mapping[str, Stored], begin: int, size: int) -> None:
+    """ValueError unless the tensors of a .safetensors file, whose header ends at `begin`, fill its bytes without gaps and without
+    sharing any: as its library wants it."""
+    end = begin
+    for name, stored in sorted(content.items(), key=lambda one: (one[1].offset, one[1].bytes)):
+        if stored.offset != end:
+            what = "shares bytes with another tensor" if stored.offset < end else "does not begin where another ends"
+            raise ValueError(f"is a .safetensors file whose header is damaged ({name} {what}). {filetype.AGAIN}.")
+        end += stored.bytes
+    if end > size:
+        raise ValueError(filetype.cut_off(size, end))
+    if end < size:
+        raise ValueError(f"is a .safetensors file with {size - end:,} bytes behind its last tensor. {filetype.AGAIN}.")
 
 
 def size_by_list(path: Path) -> int | None:
@@ -265,7 +346,7 @@ def size_by_list(path: Path) -> int | None:
             if not file.read(name).endswith(b"/data.pkl"):
                 return None
             file.seek(extra, os.SEEK_CUR)
-            Sizes(file).load()
+            Sizes(io.BytesIO(file.read(MOST_PICKLE))).load()
     except (*UNREADABLE, OSError):
         return None
     return sum(storages.values())
@@ -369,9 +450,9 @@ class Archive:
             self.plain = open(self.path, "rb")  # noqa: SIM115 (closed by __exit__)
             self.file = self.plain.fileno()
             return self
+        _, self.folder = records_of(self.path)
         self.zip = zipfile.ZipFile(self.path)
         self.file = self.zip.fp.fileno()
-        self.folder = next(n for n in self.zip.namelist() if n.endswith("/data.pkl")).removesuffix("data.pkl")
         return self
 
     def __exit__(self, *_exception) -> None:
@@ -449,12 +530,6 @@ class Archive:
     def read(self, info: zipfile.ZipInfo, sizes: Sequence[int], test: bool = True) -> Iterator[memoryview]:
         """The bytes of a record: pieces of these sizes, and what is left a few MB at a time. A piece is valid until the
         next one is asked for. Damaged instead of the last one if the checksum is wrong."""
-        if info.compress_type != zipfile.ZIP_STORED:  # no tensor: something small that others have packed
-            try:
-                yield memoryview(bytearray(self.zip.read(info)))
-            except UNREADABLE:
-                raise self.damaged(info, "it cannot be unpacked") from None
-            return
         at, test = self.begin(info), test and info.CRC is not None
         left, crc, sizes = info.file_size, 0, list(sizes)
         most = min(left, max([COPY_BYTES, *sizes]))
@@ -558,9 +633,8 @@ def rewrite(
                 contents[info.filename] = changed_rows(old, name, make, one_at_a_time)
             else:
                 # what is written has the checksum of what was read: no need to take it twice
-                stored = info.compress_type == zipfile.ZIP_STORED
-                pieces = functools.partial(old.read, info, [], not stored)
-                contents[info.filename] = Content(info.file_size, pieces, info.CRC if stored else None)
+                pieces = functools.partial(old.read, info, [], False)
+                contents[info.filename] = Content(info.file_size, pieces, info.CRC)
         for number, (name, tensor) in enumerate(added.items()):
             places[name] = Stored(tensor.dtype, tuple(tensor.shape), f"data/added{number}", True)
             contents[folder + places[name].record] = whole_bytes(bytes_of(tensor.detach().cpu()))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import codecs
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from . import json_reader
+
 HEAD = 4096  # bytes of a file that are looked at
-MOST_HEADER = 100_000_000  # bytes of a safetensors header, as its library allows
+MOST_HEADER = 16 << 20  # bytes of a safetensors header: a tensor needs some 120 (its library allows 100 MB)
 AGAIN = "Download it again"
 ORIGINAL = "Use the .pth that it was made from, or download it (model/README.md says where)"
 
@@ -36,7 +37,7 @@ def is_safetensors(head: bytes, size: int) -> bool:
     if len(head) < 9 or head[8:9] != b"{":
         return False
     length = int.from_bytes(head[:8], "little")
-    return 2 <= length <= MOST_HEADER and (length + 8 <= size or b'"dtype"' in head or b'"__metadata__"' in head)
+    return length >= 2 and (length + 8 <= size or b'"dtype"' in head or b'"__metadata__"' in head)
 
 
 def what_it_is(path: Path) -> str:
@@ -164,11 +165,17 @@ def safetensors_header(path: Path) -> tuple[dict, int]:
         length = int.from_bytes(file.read(8), "little")
         if length + 8 > size:
             raise ValueError(cut_off(size, length + 8, True))
+        if length > MOST_HEADER:
+            raise ValueError(f"is a .safetensors file with a header of {length:,} bytes, which no model has. {AGAIN}.")
         try:
-            header = json.loads(file.read(length))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"is a .safetensors file whose header is damaged ({error}). {AGAIN}.") from None
+            header = json_reader.parse(file.read(length), MOST_HEADER)
+        except ValueError as error:
+            raise ValueError(f"is a .safetensors file whose header is damaged: it {error}. {AGAIN}.") from None
     if not isinstance(header, dict):
         raise ValueError(f"is a .safetensors file whose header is damaged (no object). {AGAIN}.")
-    header.pop("__metadata__", None)
+    told = header.pop("__metadata__", {})
+    if not isinstance(told, dict) or not all(isinstance(value, str) for value in told.values()):
+        raise ValueError(
+            f"is a .safetensors file whose header is damaged (__metadata__ holds more than texts). {AGAIN}."
+        )
     return header, length + 8

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import re
 import shlex
@@ -15,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from . import atomic, project, step_log
+from . import atomic, json_reader, project, step_log
 from .errors import Problem, Problems, UserError
 from .words import did_you_mean, listed
 
@@ -298,7 +297,7 @@ def checkpoints(folder: Path) -> list[tuple[Path, int]]:
     found = []
     for path in sorted(folder.glob("rwkv-*.pth"), key=lambda path: path.name == BEST):
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-            found.append((path, int(json.loads(atomic.read_text(path.with_suffix(".json")))["step"])))
+            found.append((path, int(json_reader.load(path.with_suffix(".json"))["step"])))
     return found
 
 
@@ -335,7 +334,7 @@ def drop_unfinished(folder: Path, epoch: int) -> Path | None:
     one."""
     file = folder / f"rwkv-{epoch}.pth"
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        if json.loads(atomic.read_text(file.with_suffix(".json"))).get("epoch_finished") is False:
+        if json_reader.load(file.with_suffix(".json")).get("epoch_finished") is False:
             file.unlink(missing_ok=True)
             file.with_suffix(".json").unlink()
             return file

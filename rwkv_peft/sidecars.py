@@ -3,17 +3,26 @@ is typed twice. Floor 0."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .atomic import create, glob_escape, read_text, reading, remove, sync, sync_folder, temporary
+from . import json_reader
+from .atomic import create, glob_escape, reading, remove, sync, sync_folder, temporary, write_json
 from .errors import UserError
 from .hashing import sha256
-from .methods import MOST_ALPHA, QUANTS
+from .json_reader import Schema, is_bool, is_hash, is_list, is_none_or, is_number, is_object, is_path, is_text, is_whole
+from .methods import MOST_ALPHA, PARTS, QUANTS
 from .project import shown
+from .words import listed
+
+SEAL = "fields_sha256"  # key of the checksums of all other fields
+ACCEPT = "--accept-edited"  # the option of training.sh, merge.sh and chat.sh that takes an edited sidecar as it is
+WHAT = "sidecar of this kit"
 
 
 def path_of(path: str | os.PathLike) -> Path:
@@ -27,17 +36,43 @@ def read(path: str | os.PathLike, wanted: tuple[str, ...]) -> dict[str, Any]:
         raise UserError(
             f"{shown(sidecar)}: is missing. It is written with every checkpoint and says how {shown(path)} was made."
         )
-    try:
-        content = json.loads(read_text(sidecar))
-    except ValueError as error:
-        raise UserError(f"{shown(sidecar)}: is not readable as JSON ({error}).") from None
-    missing = [key for key in wanted if not isinstance(content, dict) or key not in content]
-    if missing:
-        raise UserError(f"{shown(sidecar)}: does not say {', '.join(missing)}; it is not a sidecar of this kit.")
-    wrong = [key for key in content if key in SIDECAR and not SIDECAR[key](content[key])]
-    if wrong:
-        raise UserError(f"{shown(sidecar)}: {wrong[0]} cannot be {content[wrong[0]]!r}. Was the file edited?")
-    return content
+    return json_reader.read(sidecar, WHAT, SIDECAR, wanted)
+
+
+def write(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a sidecar, with a checksum of each field."""
+    write_json(path, sealed(content))
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    fields = json.loads(json.dumps({key: value for key, value in content.items() if key != SEAL}))
+    return {**fields, SEAL: {key: field_checksum(key, value) for key, value in fields.items()}}
+
+
+def field_checksum(key: str, value: Any) -> str:
+    """Half of a SHA-256: it tells changes, and hides none from somebody who writes new ones."""
+    return hashlib.sha256(json.dumps([key, value], sort_keys=True).encode()).hexdigest()[:32]
+
+
+def edited(content: Mapping[str, Any]) -> list[str]:
+    """The fields that were changed, added or taken out since the sidecar was written; none for one of an earlier version, which
+    has no checksums."""
+    if SEAL not in content:
+        return []
+    told, now = content[SEAL], sealed(content)[SEAL]
+    return [key for key in {**now, **told} if told.get(key) != now.get(key)]
+
+
+def must_be_unedited(path: str | os.PathLike, content: Mapping[str, Any], accept: bool) -> None:
+    """UserError for the sidecar of a checkpoint that was edited since it was written; with accept a warning."""
+    if not (changed := edited(content)):
+        return
+    words = (
+        f"{shown(path_of(path))}: was edited: {listed(changed)} {'is' if len(changed) == 1 else 'are'} not as written"
+    )
+    if not accept:
+        raise UserError(f"{words}. Copy the file again from the run, or use it as it is with {ACCEPT}.")
+    print(f"warning: {words}. It is used as it is ({ACCEPT}).", file=sys.stderr)
 
 
 def replace_pair(fresh: Path, fresh_note: Path, path: Path) -> None:
@@ -78,40 +113,55 @@ def complete_pair(path: Path, content: dict[str, Any]) -> bool:
     return False
 
 
-def whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def is_geometry(value: Any) -> bool:
+    """Whether a value is what Geometry.as_dict gives."""
+    if not is_object(value) or not {"version", "n_layer", "n_embd"} <= {*value}:
+        return False
+    return all(is_text(size) if name == "version" else is_whole(size, 1) for name, size in value.items())
 
 
-def number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= MOST_ALPHA
+def is_file(value: Any) -> bool:
+    """Whether a value is [name, SHA-256]."""
+    return is_list(value, is_text) and len(value) == 2
 
 
 # what a sidecar's values must be
-SIDECAR: dict[str, Callable[[Any], bool]] = {
-    "method": lambda value: isinstance(value, str),
-    "rank": lambda value: whole(value, 1),
-    "alpha": number,
-    "rslora": lambda value: isinstance(value, bool),
-    "niter": lambda value: whole(value, 0),
-    "shifts": lambda value: isinstance(value, bool),
-    "layers": lambda value: whole(value, 1),
-    "every": lambda value: whole(value, 1),
-    "config": lambda value: isinstance(value, dict),
-    "base": lambda value: isinstance(value, str) and value == Path(value).name != "",
-    "base_path": lambda value: isinstance(value, str),
-    "base_sha256": lambda value: isinstance(value, str),
-    "base_mark": lambda value: value is None or isinstance(value, list),
-    "checkpoint_sha256": lambda value: isinstance(value, str),
-    "start_sha256": lambda value: isinstance(value, str),
-    "geometry": lambda value: isinstance(value, dict),
+SIDECAR: Schema = {
+    "method": is_text,
+    "rank": lambda value: is_whole(value, 1),
+    "alpha": lambda value: is_number(value) and 0 < value <= MOST_ALPHA,
+    "rslora": is_bool,
+    "niter": is_whole,
+    "shifts": is_bool,
+    "layers": lambda value: is_whole(value, 1),
+    "every": lambda value: is_whole(value, 1),
+    "config": is_object,
+    "dropout": lambda value: is_number(value) and 0 <= value <= 1,
+    "parts": lambda value: is_list(value, lambda part: part in PARTS),
+    "base": lambda value: is_path(value) and value == Path(value).name != "",
+    "base_path": is_path,
+    "base_sha256": is_hash,
+    "base_mark": is_none_or(lambda value: is_list(value, is_whole)),
+    "checkpoint_sha256": is_hash,
+    "start_sha256": is_hash,
+    "geometry": is_geometry,
     "quant": lambda value: value in ("none", *QUANTS),
-    "quant_parts": lambda value: isinstance(value, list) and all(isinstance(part, str) for part in value),
-    "quant_kept": lambda value: isinstance(value, list) and all(isinstance(layer, str) for layer in value),
-    "epoch": lambda value: whole(value, 0),
-    "step": lambda value: whole(value, 0),
-    "prompt_type": lambda value: value is None or isinstance(value, str),
-    "eot": lambda value: value is None or isinstance(value, str),
-    "bos": lambda value: value is None or value in (0, 1),
-    "blank_lines": lambda value: value is None or isinstance(value, bool),
-    "template": lambda value: value is None or isinstance(value, dict),
+    "quant_parts": lambda value: is_list(value, is_text),
+    "quant_kept": lambda value: is_list(value, is_text),
+    "precision": is_text,
+    "epoch": is_whole,
+    "epoch_finished": is_bool,
+    "step": is_whole,
+    "prompt_type": is_none_or(is_text),
+    "eot": is_none_or(is_text),
+    "bos": is_none_or(lambda value: is_whole(value, 0, 1)),
+    "blank_lines": is_none_or(is_bool),
+    "template": is_none_or(is_object),
+    "data": lambda value: is_list(value, is_file),
+    "versions": is_object,
+    "merged": lambda value: is_list(value, is_object),
+    "weights": lambda value: is_list(value, is_number),
+    "merge_base": is_text,
+    "merged_by": is_text,
+    SEAL: lambda value: is_object(value) and all(map(is_text, value.values())),
 }

@@ -4,13 +4,13 @@ not a record is passed over, and nothing behind it is lost. Floor 0."""
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from . import json_reader
 from .atomic import appending, reading, sync, writing
 
 FILE = "loss.jsonl"  # in the folder of a run: an object for every optimizer step
@@ -46,8 +46,8 @@ def lines(path: Path, is_record: Callable[[dict], bool]) -> Iterator[Line]:
 
 def parsed(text: str, is_record: Callable[[dict], bool]) -> dict[str, Any] | None:
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):  # (RecursionError: nested too deep)
+        found = json_reader.parse(text)
+    except ValueError:
         return None
     return found if isinstance(found, dict) and is_record(found) else None
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import json
 import os
 import re
 import shlex
@@ -16,8 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import project, tokenizer
-from .atomic import read_text
-from .data import mixture
+from .data import mixture, report_file
 from .data.binidx import Reader
 from .data.masking import Markers, roles_of_tokens
 from .data.sources import Source
@@ -25,7 +22,7 @@ from .errors import Problem, Problems, UserError
 from .roles import Role, Span
 from .templates import named
 from .templates.headings import spans_of_text
-from .templates.template import Template
+from .templates.template import ENDINGS, Template
 from .words import did_you_mean, listed
 
 
@@ -76,13 +73,13 @@ class Form(NamedTuple):
 def form_of(prefix: Path) -> Form | None:
     """What tokenized data were written in, as NAME.report.json tells; None where there is none. UserError if it holds a template
     that cannot be read."""
-    path = Path(f"{prefix}.report.json")
-    try:
-        report = json.loads(read_text(path))
-        settings = report["settings"]
-        name, eot = str(settings["PROMPT_TYPE"]), str(settings["EOT"])
-    except (OSError, ValueError, KeyError, TypeError):
+    report = report_file.read(prefix)
+    settings, path = report.get("settings", {}), report_file.path_of(prefix)
+    if not {"PROMPT_TYPE", "EOT"} <= {*settings}:
         return None
+    name, eot = settings["PROMPT_TYPE"], settings["EOT"]
+    if eot not in ENDINGS:
+        raise UserError(f"{project.shown(path)}: EOT cannot be {eot!r}. Was the file edited?")
     told = {"template": report.get("template"), "prompt_type": name}
     name = named.recorded_name(told)
     try:
@@ -115,9 +112,8 @@ def bos_share(reader: Reader) -> float:
 def bos_of(prefix: Path) -> tuple[int, str]:
     """Whether the rows of tokenized data begin with token 0: 1 or 0, and a warning ("" for none). NAME.report.json tells; for
     files without it, the rows do."""
-    share, told = bos_share(Reader(prefix)), None
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        told = int(json.loads(read_text(f"{prefix}.report.json"))["settings"]["BOS"])
+    share = bos_share(Reader(prefix))
+    told = report_file.read(prefix).get("settings", {}).get("BOS")
     found = int(share >= 0.5)
     if told is not None and told != found:
         return found, (
@@ -134,9 +130,7 @@ def bos_of(prefix: Path) -> tuple[int, str]:
 
 def blank_lines_of(prefix: Path) -> bool:
     """Whether answers of ready texts hold blank lines, as NAME.report.json tells: then a blank line does not end a turn."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return bool(json.loads(read_text(f"{prefix}.report.json"))["places"].get("blank lines"))
-    return False
+    return bool(report_file.read(prefix).get("places", {}).get("blank lines"))
 
 
 def mask_of(loss_mask: str) -> str:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import json
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from . import tokenizer
-from .atomic import read_text
+from .data import report_file
 from .data.binidx import Reader
 from .project import shown
 from .words import count
@@ -90,14 +89,14 @@ def what_is_wrong(prefix: Path, reader: Reader | None = None) -> str:
     prefix: its path without ending. reader: the file, if it is open already.
     """
     told = prefix if Path(f"{prefix}.report.json").is_file() else prefix.with_name(prefix.name.removesuffix(".valid"))
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        report = json.loads(read_text(f"{told}.report.json"))
-        named, size = report["vocabulary"], report["files"][f"{prefix.name}.bin"]["bytes"]
-        if named != tokenizer.VOCABULARY:
+    report = report_file.read(told)
+    written = report.get("files", {}).get(f"{prefix.name}.bin")
+    if written and "vocabulary" in report:
+        if (named := report["vocabulary"]) != tokenizer.VOCABULARY:
             return (
                 f"{shown(told)}.report.json says that {prefix.name} was made with the vocabulary {named}, not World's"
             )
-        if size == Path(f"{prefix}.bin").stat().st_size:
+        if written.get("bytes") == Path(f"{prefix}.bin").stat().st_size:
             return ""  # make_tokenize.sh has written it
     reader, seen = reader or Reader(prefix), Seen()
     for ids in sample(np.asarray(reader.tokens), np.asarray(reader.sizes)):

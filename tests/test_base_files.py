@@ -341,10 +341,10 @@ def test_chat_and_merge_tell_of_a_base_with_nan(ready):
         built(ready / "model" / "nan.pth", "fp32")
     sidecar = ready / "output/run/rwkv-0.json"
     facts = json.loads(sidecar.read_text())
-    from rwkv_peft import hashing
+    from rwkv_peft import hashing, sidecars
 
     facts |= {"base": "nan.pth", "base_sha256": hashing.sha256(ready / "model/nan.pth"), "base_mark": None}
-    sidecar.write_text(json.dumps(facts))
+    sidecars.write(sidecar, facts)
     (ready / "model/tiny.pth").unlink()
     with pytest.raises(UserError, match="nan.pth: blocks.1.ffn.key.weight holds NaN"):
         merge("output/run/rwkv-0.pth")

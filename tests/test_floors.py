@@ -38,6 +38,7 @@ GROUND = [
         "file_watch",
         "filetype",
         "hashing",
+        "json_reader",
         "native",
         "pieces",
         "straight",
@@ -47,6 +48,7 @@ GROUND = [
         "strategies",
         "sidecars",
         "step_log",
+        "zip_records",
     )
 ]
 FLOORS = [GROUND, MATERIALS, MAKERS, DOORS]

@@ -599,8 +599,8 @@ def test_settings_with_which_nothing_is_learnt_are_refused(setting):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("{", "is no JSON file"),
-        ("[" * 100_000, "is no JSON file"),
+        ("{", "is not readable as JSON"),
+        ("[" * 100_000, "is nested deeper than 64 levels"),
         ("[]", "does not say which method"),
         ('{"r": 4}', "does not say which method"),
         ('{"peft_type": "PROMPT_TUNING"}', "changes no weight.*LOHA"),

@@ -169,7 +169,7 @@ def test_runs_of_different_formats_that_go_together_are_warned_of(project_folder
 def make_old(path, **changes):
     """A sidecar as an older version wrote it, without the template's content."""
     told = sidecars.read(path, ())
-    del told["template"], told["bos"], told["blank_lines"]
+    del told["template"], told["bos"], told["blank_lines"], told["fields_sha256"]
     sidecars.path_of(path).write_text(json.dumps(told | changes))
 
 

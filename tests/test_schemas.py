@@ -758,7 +758,7 @@ def test_unknown_roles_are_refused_with_the_line_to_paste():
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        ("{", "not valid JSON"),
+        ("{", "not readable as JSON"),
         ("[]", "must be an object"),
         ('{"a": "wizard"}', "known are"),
         ('{"user": "customer"}', "turn it round"),

@@ -288,7 +288,7 @@ def test_a_tool_call_may_be_written_with_name_and_arguments(tmp_path):
 @pytest.mark.parametrize(
     ("content", "name", "words"),
     [
-        ("{", "", "is not valid JSON"),
+        ("{", "", "is not readable as JSON"),
         ("7", "", "must be a JSON object"),
         ({}, "", "format_user: is missing\n  format_assistant: is missing"),
         ({"format_user": "Q", "format_assistant": "{{content}}"}, "", "format_user: must hold {{content}} once"),

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import json_reader
 from ..errors import UserError, install
 from ..model.layers import Linear
 from ..project import shown
@@ -111,10 +112,7 @@ def read_config(path: str | Path) -> dict:
     where = shown(path)
     if not Path(path).is_file():
         raise UserError(f"{where}: there is no such file.")
-    try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: is no JSON file ({error}).") from error
+    config = json_reader.read(path)
     example = 'It holds one object, like {"peft_type": "LOHA", "r": 8, "alpha": 16}.'
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise UserError(f"{where}: does not say which method of peft to use. {example}")

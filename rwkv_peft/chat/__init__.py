@@ -1,8 +1,8 @@
 """./chat.sh: talk to a base, a base with an adapter, or a merged model.
 
 usage: ./chat.sh [--model FILE] [--adapter RUN] [--prompt TEXT] [--raw] [--system TEXT] [--prompt-type NAME]
-                 [--bos X] [--max-tokens N] [--temperature X] [--top-p X] [--top-k N] [--seed N]
-       ./chat.sh --diagnose RUN [--model FILE]
+                 [--bos X] [--max-tokens N] [--temperature X] [--top-p X] [--top-k N] [--seed N] [--accept-edited]
+       ./chat.sh --diagnose RUN [--model FILE] [--accept-edited]
 
   --model         the model: a name in model/ or merge/, or any path (MODEL_PATH in the script). Alone it stands for itself:
                   ADAPTER in the script is then left out. With --adapter it is the base that the run was trained on
@@ -21,6 +21,7 @@ usage: ./chat.sh [--model FILE] [--adapter RUN] [--prompt TEXT] [--raw] [--syste
   --diagnose RUN  how well did a run fit? Rows that it has learnt from and held-out ones go through its base and what became
                   of it, their questions are asked, and in words: underfit, overfit, a learning rate too high or too low, with
                   the numbers behind it. RUN: whatever --adapter takes, like latest, my-run or my-run/best
+  --accept-edited take a run or a merged model whose .json was edited since it was written
   --help          this text
 While you talk, Ctrl-C ends an answer, /reset forgets the talk, and the arrow keys bring back earlier questions.
 """
@@ -41,6 +42,7 @@ from ..errors import Problems, UserError
 from ..prompting import Prompting
 from ..runs import is_epoch
 from ..shell_vars import convert, enter, var
+from ..sidecars import ACCEPT
 from ..templates.named import recorded, recorded_name, template
 from ..templates.of_base import AUTO, known_by, misfit
 from ..templates.presets import PRESETS
@@ -69,13 +71,14 @@ class ChatConfig:
 
 class Asked(NamedTuple):
     """config: with the words of the command line. prompt, raw: --prompt, --raw. base_was_named: --model was typed. run: what is
-    to be diagnosed, None for nothing."""
+    to be diagnosed, None for nothing. accept_edited: --accept-edited."""
 
     config: ChatConfig
     prompt: str | None
     raw: bool
     base_was_named: bool
     run: str | None
+    accept_edited: bool = False
 
 
 def main(arguments: list[str]) -> None:
@@ -83,11 +86,11 @@ def main(arguments: list[str]) -> None:
 
 
 def command(config: ChatConfig, typed: list[str]) -> None:
-    config, prompt, raw, base_was_named, run = command_line(typed, config)
+    config, prompt, raw, base_was_named, run, accept_edited = command_line(typed, config)
     if run is not None:
         from .diagnose import diagnose
 
-        return diagnose(run, config.model_path if base_was_named else "", config.precision)
+        return diagnose(run, config.model_path if base_was_named else "", config.precision, accept_edited)
     was_typed = any(word.startswith("--prompt-type") for word in typed) and config.prompt_type != AUTO
     if was_typed:
         check_template(config.prompt_type, f"--prompt-type {config.prompt_type}")
@@ -95,7 +98,7 @@ def command(config: ChatConfig, typed: list[str]) -> None:
         template(config.prompt_type)  # a name that is none is told before a model is loaded
     from .models import load, model_place
 
-    model, name, told = load(config, base_was_named)
+    model, name, told = load(config, base_was_named, accept_edited)
     base = Path(told["base_path"]) if told.get("base_path") else model_place(config.model_path)
     form = PRESETS["empty"] if raw else form_to_talk_in(config.prompt_type, was_typed, told, name, base)
     asked = prompting(config, form, told, name)
@@ -187,6 +190,7 @@ def command_line(arguments: list[str], config: ChatConfig) -> Asked:
     parser.add_argument("--prompt")
     parser.add_argument("--raw", action="store_true")
     parser.add_argument("--diagnose")
+    parser.add_argument(ACCEPT, action="store_true", dest="accept_edited")
     words = list(arguments)
     for i, word in reversed(list(enumerate(words[:-1]))):  # "--prompt -5+3?": what follows is its value, whatever it is
         if word in (*flags, "--prompt") and not words[i + 1].startswith("--"):
@@ -216,7 +220,12 @@ def command_line(arguments: list[str], config: ChatConfig) -> Asked:
             told = f"ADAPTER={config.adapter} of the script is left out, because --model asks for another model."
             print(f"{told} To have both: --model FILE --adapter FILE", file=sys.stderr)
     return Asked(
-        dataclasses.replace(config, **changed), given.prompt, given.raw, given.MODEL_PATH is not None, given.diagnose
+        dataclasses.replace(config, **changed),
+        given.prompt,
+        given.raw,
+        given.MODEL_PATH is not None,
+        given.diagnose,
+        given.accept_edited,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -14,11 +13,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .. import hashing, project, runs, sidecars, step_log, tokenizer
-from ..atomic import read_text
+from .. import hashing, json_reader, project, runs, sidecars, step_log, tokenizer
 from ..data.loading import Data
 from ..errors import Problems, UserError
 from ..generate import advance, generate
+from ..json_reader import Schema, is_bool, is_none_or, is_number, is_text, is_whole
 from ..methods import METHODS
 from ..model.rwkv import RWKV
 from ..prompting import Prompting, of_sidecar
@@ -33,10 +32,14 @@ MOST_ROWS, MOST_TOKENS, LEAST_ROWS = 64, 8192, 8  # of a file that go through th
 QUESTIONS = 3  # of the rows that were trained, and of the held-out ones
 ANSWER = 48  # tokens
 # of run.json
-WANTED = (
-    "DATA_PATH", "VAL_DATA", "STREAMING", "LOSS_MASK", "MASK_START", "MASK_END", "CTX_LEN", "OVERLONG", "DATALOAD", "PACK",
-    "LR_INIT", "EPOCH_COUNT", "EPOCH_STEPS", "MINI_BSZ", "VAL_PATIENCE",
-)  # fmt: skip
+# what is needed of run.json, and what it may be
+WANTED: Schema = {
+    **dict.fromkeys(("DATA_PATH", "VAL_DATA", "LOSS_MASK", "MASK_START", "MASK_END", "OVERLONG", "DATALOAD"), is_text),
+    **dict.fromkeys(("CTX_LEN", "EPOCH_COUNT", "EPOCH_STEPS", "MINI_BSZ"), lambda value: is_whole(value, 1)),
+    "STREAMING": is_bool, "PACK": is_text, "LR_INIT": is_number, "VAL_PATIENCE": is_whole,
+}  # fmt: skip
+# of a line of loss.jsonl
+RECORD: Schema = {"step": is_whole, "loss": is_none_or(is_number), "targets": is_whole}
 SHOWN = 160  # characters of a text
 WIDTH = 125  # of the lines of a verdict
 MOST_READ = 1 << 30  # bytes of a file that is compared with what it was
@@ -56,7 +59,7 @@ class Row:
     expected: np.ndarray
 
 
-def diagnose(name: str, base: str, precision: str) -> None:
+def diagnose(name: str, base: str, precision: str, accept_edited: bool = False) -> None:
     """name: of a run, or of one of its checkpoints. base: where the base lies, "" for where the sidecar says."""
     folder = project.find(name, "output")
     if (
@@ -67,7 +70,7 @@ def diagnose(name: str, base: str, precision: str) -> None:
     ):
         return of_its_course(folder.resolve(), "has saved no checkpoint")
     adapter = models.adapter_file(name)
-    chosen = models.of_run(adapter, base)
+    chosen = models.of_run(adapter, base, accept_edited)
     sidecars.read(adapter, ("step",))
     settings, records, looks = facts_of(adapter.parent)
     if settings["STREAMING"] and settings["VAL_DATA"] in ("auto", "none"):
@@ -192,14 +195,7 @@ def course(settings: dict, records: list[dict], looks: list[dict], sidecar: dict
 
 def facts_of(folder: Path) -> tuple[dict[str, Any], list[dict], list[dict]]:
     """A run's settings, and the records of its steps and of its looks at held-out rows. UserError if it has no settings."""
-    try:
-        settings = json.loads(read_text(folder / "run.json"))
-        _ = [settings[name] for name in WANTED]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise UserError(
-            f"{project.shown(folder / 'run.json')}: cannot be read ({what}); it says what the run learnt from."
-        ) from None
+    settings = json_reader.read(folder / "run.json", "record of a run's settings", WANTED, tuple(WANTED))
     looks = validate.read(folder)
     return settings, step_log.read(folder), validate.of_one_set(looks, looks[-1].get("data")) if looks else []
 

@@ -37,37 +37,38 @@ class Chosen:
         return project.shown(self.model) + (f" + {project.shown(self.adapter)}" if self.adapter else "")
 
 
-def load(config, base_was_named: bool) -> tuple[RWKV, str, dict]:
+def load(config, base_was_named: bool, accept_edited: bool = False) -> tuple[RWKV, str, dict]:
     """The model of a ChatConfig ready to talk, what to call it, and what its run tells of itself."""
-    chosen = choose(config.model_path, config.adapter, base_was_named)
+    chosen = choose(config.model_path, config.adapter, base_was_named, accept_edited)
     model = built(chosen.model, config.precision)
     put_on(model, chosen)
     return ready(model), chosen.name, chosen.sidecar
 
 
-def choose(model_path: str, adapter_name: str, base_was_named: bool) -> Chosen:
+def choose(model_path: str, adapter_name: str, base_was_named: bool, accept_edited: bool = False) -> Chosen:
     """MODEL_PATH and ADAPTER -> files. base_was_named: --model was typed beside an adapter: it must be the adapter's base. Else
-    the sidecar says which."""
+    the sidecar says which. accept_edited: take a sidecar that was edited."""
     if adapter_name:
         adapter = adapter_file(adapter_name)
         if is_bare_state(adapter):  # a state from anywhere: nothing else has to be known
             return Chosen(model_or_merged(model_path), adapter, attach.Setup("state"), {})
-        return of_run(adapter, str(model_place(model_path)) if base_was_named else "")
+        return of_run(adapter, str(model_place(model_path)) if base_was_named else "", accept_edited)
     if not model_path.strip():
         raise UserError("No model is named: give --model FILE or --adapter FILE, or MODEL_PATH in chat.sh.")
     model, sidecar = model_or_merged(model_path), {}
     if sidecars.path_of(model).is_file():  # a merged model
         with contextlib.suppress(UserError):
             sidecar = sidecars.read(model, ("prompt_type",))
+        sidecars.must_be_unedited(model, sidecar, accept_edited)
     return Chosen(model, None, attach.Setup("none"), sidecar)
 
 
-def of_run(adapter: Path, base: str) -> Chosen:
+def of_run(adapter: Path, base: str, accept_edited: bool = False) -> Chosen:
     """A checkpoint that a run has written. base: where its base is said to be, "" if nobody says."""
     bases.must_not_lack_its_sidecar(adapter)
     sidecar = sidecars.read(adapter, ("method", "base", "base_sha256"))
     setup = attach.setup_of(sidecar, project.shown(adapter))
-    bases.must_be_its_own(adapter, sidecar)
+    bases.must_be_its_own(adapter, sidecar, accept_edited)
     if METHODS[setup.method].saves_model:
         return Chosen(adapter, None, setup, sidecar)
     return Chosen(base_of(adapter, sidecar, base), adapter, setup, sidecar)

@@ -8,7 +8,6 @@ training begins with those that have passed.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import json_reader
 from ..atomic import write_json
 from . import cache, neighbours, reference
 from .neighbours import Gates, Own
@@ -189,7 +189,7 @@ def remembered(what: str, prove: Callable[[torch.dtype], Proof], device: torch.d
     key = f"{what} {gpu.name} {torch.version.cuda} {torch.__version__} {driver()} {digest}"
     file = cache.folder() / "proofs.json"
     try:
-        known = json.loads(file.read_text(encoding="utf-8"))
+        known = json_reader.load(file)
     except (OSError, ValueError):
         known = {}
     if isinstance(known, dict) and key in known:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from .. import json_reader
 from ..errors import Problem, Problems
 from ..roles import Role
 from ..words import did_you_mean
@@ -252,9 +253,9 @@ def texts_of(variable: str, value: str, example: str) -> dict[str, str]:
     if not value.strip():
         return {}
     try:
-        given = json.loads(value)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise Problems(Problem(variable, f"is not valid JSON ({error}); write it like {example}")) from None
+        given = json_reader.parse(value)
+    except ValueError as error:
+        raise Problems(Problem(variable, f"is not readable as JSON: it {error}; write it like {example}")) from None
     if not isinstance(given, dict) or not all(isinstance(v, str) for v in given.values()):
         raise Problems(Problem(variable, f"must be an object of texts, like {example}"))
     return given

@@ -9,11 +9,11 @@ that each have a "name". A pattern may be a list of strings, which are joined (L
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from pathlib import Path
 from typing import Any
 
+from .. import json_reader
 from ..errors import UserError
 from ..project import is_text, shown
 from ..roles import Role
@@ -46,10 +46,7 @@ FIELDS = [f.name for f in dataclasses.fields(Template) if f.name != "name"]
 def load(path: Path, name: str = "") -> Template:
     """The template of a file. name: which, where it holds several. UserError with every problem at once."""
     where = shown(path)
-    try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{where}: is not valid JSON: {error}.") from None
+    found = json_reader.read(path)
     if isinstance(found, list) and all(isinstance(one, dict) and isinstance(one.get("name"), str) for one in found):
         found = {one["name"]: one for one in found}
     if not isinstance(found, dict):

@@ -47,7 +47,9 @@ def sidecar_of(base: Path) -> dict:
     if not sidecars.path_of(base).is_file():
         return {}
     try:
-        return sidecars.read(base, ())
+        found = sidecars.read(base, ())
+        sidecars.must_be_unedited(base, found, False)
+        return found
     except UserError:
         return {}
 

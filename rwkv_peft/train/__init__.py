@@ -1,9 +1,10 @@
 """./training.sh: fine-tune a model as the variables in the script say.
 
-usage: ./training.sh [--dry-run] [--new] | --find-lr | --find-batch | --selftest
+usage: ./training.sh [--dry-run] [--new] [--accept-edited] | --find-lr | --find-batch | --selftest
 
   --dry-run   check everything, print the plan and two samples with what is trained marked, and stop
   --new       begin a new run, also where the newest one was stopped and could go on
+  --accept-edited  begin with a checkpoint (lora_load and its like) whose .json was edited since its run wrote it
   --find-lr   try rising learning rates for some steps, and tell which ones the settings bear
   --find-batch  the largest MICRO_BSZ that fits the GPU
   --selftest  compare all that could compute on this machine (OP) with the definition, and stop
@@ -32,13 +33,14 @@ from .. import runs
 from ..config import RETIRED, TrainConfig
 from ..errors import EXIT_MEMORY, Problem, Problems, UserError, leave, unheard
 from ..shell_vars import enter
+from ..sidecars import ACCEPT
 from ..words import did_you_mean
 from .place import Place, find_place, plugins, settle
 from .prepared import header, prepare
 from .record import script_values
 
 SAMPLES = 2  # that a dry run shows
-OPTIONS = ("--dry-run", "--new", "--find-lr", "--find-batch", "--selftest")
+OPTIONS = ("--dry-run", "--new", ACCEPT, "--find-lr", "--find-batch", "--selftest")
 
 
 def main(arguments: list[str]) -> None:
@@ -68,13 +70,21 @@ def command(config: TrainConfig, typed: list[str]) -> None:
     while True:
         try:
             with contextlib.ExitStack() as cleanup:
-                return run(config, place, "--dry-run" in typed, "--new" in typed, cleanup)
+                return run(config, place, "--dry-run" in typed, "--new" in typed, cleanup, ACCEPT in typed)
         except Moved:  # the run has gone on in the meantime, elsewhere
             continue
 
 
-def run(config: TrainConfig, place: Place, dry_run: bool, anew: bool, cleanup: contextlib.ExitStack) -> None:
-    """anew: begin a new run, even if one could go on. cleanup: what to do whether training ends well or not."""
+def run(
+    config: TrainConfig,
+    place: Place,
+    dry_run: bool,
+    anew: bool,
+    cleanup: contextlib.ExitStack,
+    accept_edited: bool = False,
+) -> None:
+    """anew: begin a new run, even if one could go on. cleanup: what to do whether training ends well or not. accept_edited: take
+    a checkpoint whose sidecar was edited."""
     # heavy imports come after the settings are known to be sound: a typo answers in a fraction of a second
     from .. import bases
     from ..training import report
@@ -87,7 +97,7 @@ def run(config: TrainConfig, place: Place, dry_run: bool, anew: bool, cleanup: c
             where = address(place, config.processes, os.environ)
             if not dry_run:
                 met = others.enter_context(meeting(place, config.processes, *where, say))
-        prepared = prepare(config, place, dry_run, anew, cleanup, say, met)
+        prepared = prepare(config, place, dry_run, anew, cleanup, say, met, accept_edited)
     if place.node and place.local == 0:
         print(
             f"node {place.node} of {place.nodes} trains with node 0, which tells how it goes and writes the results",

@@ -280,6 +280,10 @@ def same_steps(settings: dict, plan: dict, became: dict, before: dict) -> bool:
     """Whether another split makes the same optimizer steps of the same rows."""
     if settings["STREAMING"] or settings["DATALOAD"] == "bucket":
         return False
+    if not all(isinstance(before.get(key), int) for key in ("accumulate", "world")):
+        return False
+    if not isinstance(became.get("MICRO_BSZ"), int):
+        return False
     rows = [one["accumulate"] * one["world"] * told["MICRO_BSZ"] for one, told in ((plan, settings), (before, became))]
     return rows[0] == rows[1] and all(plan[key] == before.get(key) for key in ("rows", "epoch_steps"))
 

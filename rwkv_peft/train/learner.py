@@ -84,10 +84,11 @@ def make_learner(run: Prepared, cleanup: contextlib.ExitStack, say: Callable[[st
         say(f"CUDA graphs are not used: they are for OP=cuda, and this run computes with {run.ops.name}")
     learner = Learner(model, begun, lisa, held, groups, later or {})
     if run.found:
-        weights = run.found.tensors("weights")
-        if lisa:
-            lisa.go_on(run.found.facts["blocks"], weights)
-        attach.load_into(learner.trained(), weights, project.shown(run.found.folder), later)
+        with snapshot.fitting(run.found):
+            weights = run.found.tensors("weights")
+            if lisa:
+                lisa.go_on(run.found.facts["blocks"], weights)
+            attach.load_into(learner.trained(), weights, project.shown(run.found.folder), later)
     torch.manual_seed(config.seed + run.place.rank)  # dropout differs between ranks, the weights do not
     return learner
 

@@ -112,7 +112,14 @@ def earlier_run(config: TrainConfig) -> Earlier | None:
 
 
 def check_earlier(
-    config: TrainConfig, geometry, setup, base: Path, earlier: Earlier, say, in_use: FileWatch | None = None
+    config: TrainConfig,
+    geometry,
+    setup,
+    base: Path,
+    earlier: Earlier,
+    say,
+    accept_edited: bool = False,
+    in_use: FileWatch | None = None,
 ) -> dict:
     """Whether a checkpoint is of this method with these options, was trained on this base, and has the tensors that this run
     trains; Problems with all that does not fit. setup: what becomes of the model. in_use: watches it. Returns
@@ -127,7 +134,7 @@ def check_earlier(
         sidecar = sidecars.read(path, ("method", "base", "base_sha256"))
         try:
             # (a link like output/latest is about to point to this run)
-            bases.must_be_its_own(path.resolve(), sidecar, in_use)
+            bases.must_be_its_own(path.resolve(), sidecar, accept_edited, in_use)
             bases.start_of(path, sidecar, config.method, earlier.start)
         except UserError as error:
             raise Problems(Problem("pissa_init" if config.pissa_init else method.load, str(error))) from None

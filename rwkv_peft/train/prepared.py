@@ -101,11 +101,12 @@ def prepare(
     cleanup: contextlib.ExitStack,
     say: Callable[[str], None],
     met: Meeting | None = None,
+    accept_edited: bool = False,
 ) -> Prepared:
     """Open and check everything, and claim the run's folder. Problems and UserErrors for all that is wrong.
 
     anew: begin a new run, even if one could go on. cleanup: what to do whether training ends well or not. met: the other
-    processes, where somebody else has started them.
+    processes, where somebody else has started them. accept_edited: take a checkpoint whose sidecar was edited.
     """
     from .. import machine
     from ..adapters import attach
@@ -142,7 +143,9 @@ def prepare(
         kept,
     )
     begins = earlier is not None and earlier.path is not None
-    content = check_earlier(config, geometry, setup, base, earlier, say, in_use) if begins and place.first else None
+    content = None
+    if begins and place.first:
+        content = check_earlier(config, geometry, setup, base, earlier, say, accept_edited, in_use)
     if earlier:
         in_use.add(path.resolve() for path in (earlier.path, earlier.start) if path)
     data = (plan_stream if config.streaming else plan_run)(config, files, geometry.vocab_size, say, in_use)
@@ -174,7 +177,7 @@ def prepare(
             if config.run_name:
                 raise
             say(f"new run   {again.place(found)} was stopped, and cannot go on: {problems.problems[0].message}")
-            return prepare(config, place, dry_run, True, cleanup, say, met)
+            return prepare(config, place, dry_run, True, cleanup, say, met, accept_edited)
     if met:
         if place.first:
             again.tell(met, found)

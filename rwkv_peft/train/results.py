@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__, checkpoint, hashing, project, runs, sidecars
-from ..atomic import clear_leftovers, need_space, remove, temporary, write_json
+from ..atomic import clear_leftovers, need_space, remove, temporary
 from ..errors import UserError
 from ..methods import OPTIMS
 from ..tokenized import common
@@ -102,7 +102,7 @@ class Results:
             else:
                 checkpoint.save(fresh, {name: sound(name) for name in trained})
             sidecar["checkpoint_sha256"] = hashing.sha256(fresh, on_disk=True)
-            write_json(fresh_note, sidecar)
+            sidecars.write(fresh_note, sidecar)
             run.in_use.must_be_unchanged()
             sidecars.replace_pair(fresh, fresh_note, path)
         finally:

@@ -54,13 +54,19 @@ class GoOn(pl.Callback):
         done = loops.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
         done.ready = done.completed = step
         [optimizer], [schedule] = trainer.optimizers, trainer.lr_scheduler_configs
-        memory = self.begin.tensors("optimizer"), self.begin.facts["optimizer"]
-        module.spread.remember(optimizer, self.names(), *memory)
+        with snapshot.fitting(self.begin):
+            memory = self.begin.tensors("optimizer"), self.begin.facts["optimizer"]
+            module.spread.remember(optimizer, self.names(), *memory)
+            self.restore_random(trainer)
         schedule.scheduler.last_epoch = step
         for group, factor in zip(optimizer.param_groups, schedule.scheduler.base_lrs, strict=True):
             group["lr"] = factor * module.rate_of(step)
         if scaler := getattr(trainer.precision_plugin, "scaler", None):
-            scaler.load_state_dict(self.begin.facts["scaler"])
+            with snapshot.fitting(self.begin):
+                scaler.load_state_dict(self.begin.facts["scaler"])
+
+    def restore_random(self, trainer) -> None:
+        """The random numbers of this process go on as they were."""
         of_rank = {
             name.partition("/")[2]: tensor
             for name, tensor in self.begin.tensors("random").items()

@@ -13,19 +13,21 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from .. import hashing, safetensors_file
-from ..atomic import need_space, own_folder, read_text, sync_folder, write_json
+from .. import hashing, json_reader, safetensors_file
+from ..atomic import need_space, own_folder, sync_folder, write_json
 from ..atomic import remove as take_away
 from ..errors import UserError
 from ..file_watch import Stamp, stamp_of
+from ..json_reader import Schema, is_bool, is_hash, is_list, is_none_or, is_number, is_object, is_text, is_whole
 from ..project import shown
 from .spread import Parts
 
@@ -38,6 +40,53 @@ WANTED = (
     "optimizer", "scaler", "tokens", "blocks", "wandb", "files",
 )  # fmt: skip
 PARTS = ("weights", "optimizer", "random")
+MOST = 1 << 40  # of a count
+
+
+def is_count(value: Any) -> bool:
+    return is_whole(value, 0, MOST)
+
+
+def is_content(value: Any) -> bool:
+    """Whether a value is the name of a file and its content: a checksum of all of it with a mark, or of a sample."""
+    if not is_object(value) or not is_text(value.get("name")) or not {"sha256", "sample"} & {*value}:
+        return False
+    mark = is_none_or(lambda mark: is_list(mark, is_whole))
+    return all(is_hash(value[key] or "0" * 64) for key in ("sha256", "sample") if key in value) and mark(
+        value.get("mark")
+    )
+
+
+def are_files(value: Any) -> bool:
+    """Whether a value names the files of a state, with their sizes and contents: these and no others are opened."""
+    if not is_object(value) or {*value} != {f"{part}.safetensors" for part in PARTS}:
+        return False
+    return all(is_object(one) and is_count(one.get("bytes")) and is_hash(one.get("sha256")) for one in value.values())
+
+
+# what the values of a manifest must be
+SCHEMA: Schema = {
+    "step": is_count,
+    "steps": is_count,
+    "finished": is_bool,
+    "world": lambda value: is_whole(value, 1, MOST),
+    "settings": is_object,
+    "became": is_object,
+    "plan": lambda value: is_object(value) and all(map(is_count, value.values())),
+    "base": lambda value: is_content(value) and "sha256" in value,
+    "data": lambda value: is_object(value) and is_list(value.get("files"), is_content),
+    "options": is_object,
+    "start_sha256": is_none_or(is_hash),
+    "optimizer": lambda value: is_object(value) and all(map(is_object, value.values())),
+    "scaler": is_none_or(lambda value: is_object(value) and all(map(is_number, value.values()))),
+    "tokens": is_count,
+    "in_a_row": is_count,
+    "blocks": is_none_or(lambda value: is_list(value, is_count)),
+    "wandb": is_none_or(is_text),
+    "trackers": lambda value: is_object(value) and all(map(is_none_or(is_text), value.values())),
+    "quant_kept": lambda value: is_list(value, is_text),
+    "files": are_files,
+}
 
 
 @dataclass(frozen=True)
@@ -110,7 +159,7 @@ def write(
         tidy(run)
     for old in [n for n in names(run) if step_of(n) <= facts["step"]][:-keep]:
         remove(there / old)
-    return Snapshot(target, json.loads(read_text(target / MANIFEST)))
+    return Snapshot(target, json_reader.load(target / MANIFEST))
 
 
 def sound(tensors: Parts, name: str) -> Tensor:
@@ -187,16 +236,21 @@ def described(folder: Path) -> Snapshot:
     """What a saved state says of itself. UserError if that is not what was written."""
     manifest = folder / MANIFEST
     try:
-        facts = json.loads(read_text(manifest))
+        facts = json_reader.load(manifest)
         told = facts.pop("sha256", None)
         same = told == checksum(facts) and facts.get("step") == step_of(folder.name)
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{shown(manifest)}: cannot be read ({type(error).__name__}: {error}).") from None
+    except OSError as error:
+        raise UserError(f"{shown(manifest)}: cannot be read ({error.strerror or error}).") from None
+    except (ValueError, AttributeError) as error:
+        why = error if isinstance(error, ValueError) else "is no object"
+        raise UserError(f"{shown(manifest)}: is not readable as JSON: it {why}.") from None
     if not same:
         raise UserError(f"{shown(manifest)}: is damaged (its content is not what was written).")
     missing = [key for key in WANTED if key not in facts]
-    if facts["format"] != FORMAT or missing or {f"{part}.safetensors" for part in PARTS} - {*facts["files"]}:
+    if facts.get("format") != FORMAT or missing:
         raise UserError(f"{shown(manifest)}: was written by another version of the kit.")
+    if wrong := json_reader.why_not(facts, SCHEMA, "manifest"):
+        raise UserError(f"{shown(manifest)}: {wrong}")
     return Snapshot(
         folder, facts, tuple(p.name for p in newest_first(folder.parent.parent)), stamps_of(folder, facts["files"])
     )
@@ -209,6 +263,22 @@ def stamps_of(folder: Path, names: Iterable[str]) -> dict[str, Stamp]:
         with contextlib.suppress(OSError):
             found[str(folder / name)] = stamp_of(folder / name)
     return found
+
+
+@contextlib.contextmanager
+def fitting(found: Snapshot) -> Iterator[None]:
+    """UserError where what a state holds cannot be put into the run that goes on from it, although its checksums are right."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError, SafetensorError) as error:
+        of_others = isinstance(error, RuntimeError) and torch.distributed.is_initialized()  # another process has died
+        if of_others or isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise
+        why = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"{shown(found.folder)}: does not fit the run that it is of ({type(error).__name__}: {why}). Was it edited? Take the "
+            "folder away, and the run goes on from an earlier state."
+        ) from error
 
 
 def must_be_whole(found: Snapshot) -> None:

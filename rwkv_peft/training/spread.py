@@ -182,13 +182,17 @@ class Spread:
     def remember(
         self, optimizer: Optimizer, parameters: Parameters, tensors: Mapping[str, Tensor], others: Mapping[str, dict]
     ) -> None:
-        """Give an optimizer the memory of another one of its kind."""
+        """Give an optimizer the memory of another one of its kind. LookupError or ValueError for that of other parameters."""
         memory: dict[str, dict[str, Any]] = {name: dict(values) for name, values in others.items()}
         for name, tensor in tensors.items():
             parameter, _, key = name.rpartition("/")
+            if key.startswith("exp_avg") and tensor.shape != parameters[parameter].shape:
+                raise ValueError(f"{name} is {list(tensor.shape)} instead of {list(parameters[parameter].shape)}")
             # (a count of steps is no part of a parameter, and is not cut like one)
             cut = like(tensor, parameters[parameter]) if tensor.shape == parameters[parameter].shape else tensor
             memory.setdefault(parameter, {})[key] = cut.clone()
+        if lacking := [name for name, values in memory.items() if "step" not in values]:
+            raise ValueError(f"{lacking[0]}/step is missing")
         places = (p for group in optimizer.param_groups for p in group["params"])
         number = {id(p): i for i, p in enumerate(places)}  # as torch counts them
         state = {number[id(parameters[name])]: values for name, values in memory.items()}

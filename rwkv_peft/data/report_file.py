@@ -1,0 +1,35 @@
+"""NAME.report.json beside tokenized data: what make_tokenize.sh wrote down about them, read where training looks at it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .. import json_reader
+from ..json_reader import Schema, is_none_or, is_object, is_text, is_whole
+
+# what the values must be
+SCHEMA: Schema = {
+    "settings": is_object,
+    "template": is_none_or(is_object),
+    "places": is_object,
+    "files": lambda value: is_object(value) and all(map(is_object, value.values())),
+    "vocabulary": is_text,
+    "source": is_text,
+}
+# of the settings in it
+SETTINGS: Schema = {"PROMPT_TYPE": is_text, "EOT": is_text, "BOS": lambda value: is_whole(value, 0, 1)}
+
+
+def path_of(prefix: Path) -> Path:
+    return Path(f"{prefix}.report.json")
+
+
+def read(prefix: Path) -> dict[str, Any]:
+    """What the report of tokenized data says, {} where there is none. UserError for one that was damaged or edited."""
+    path = path_of(prefix)
+    if not path.is_file():
+        return {}
+    report = json_reader.read(path, "report of tokenized data", SCHEMA)
+    json_reader.check(path, report.get("settings", {}), "report of tokenized data", SETTINGS)
+    return report
