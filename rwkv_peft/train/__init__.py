@@ -30,7 +30,7 @@ from collections.abc import Mapping
 
 from .. import runs
 from ..config import RETIRED, TrainConfig
-from ..errors import EXIT_MEMORY, Problem, Problems, UserError, leave, unheard
+from ..errors import EXIT_MEMORY, EXIT_PROCESS, Problem, Problems, UserError, leave, unheard
 from ..shell_vars import enter
 from ..words import did_you_mean
 from .place import Place, find_place, plugins, settle
@@ -86,7 +86,8 @@ def run(config: TrainConfig, place: Place, dry_run: bool, anew: bool, cleanup: c
         if place.meets():
             where = address(place, config.processes, os.environ)
             if not dry_run:
-                met = others.enter_context(meeting(place, config.processes, *where, say))
+                speak = say if place.starter else print  # each node has a terminal of its own
+                met = others.enter_context(meeting(place, config.processes, *where, speak))
         prepared = prepare(config, place, dry_run, anew, cleanup, say, met)
     if place.node and place.local == 0:
         print(
@@ -207,6 +208,9 @@ def train(run, cleanup: contextlib.ExitStack, say) -> None:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             leave(report.out_of_memory(run.settings, error), EXIT_MEMORY)
         watch.caused(error)
+        if isinstance(error, torch.distributed.DistError):
+            words = f"Training ends: the processes cannot reach one another ({str(error).partition(chr(10))[0]})."
+            leave(f"{words} Look at what the others say, and start all of them again.", EXIT_PROCESS)
         raise
     cleanup.close()
     if not first:
