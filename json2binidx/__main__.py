@@ -57,7 +57,7 @@ def main(arguments: list[str], environment: dict[str, str] | None = None) -> Non
     with door():  # a package that is missing is told in words as well
         from rwkv_peft.rows.settings import TokenizeConfig
 
-        enter(arguments, usage(), TokenizeConfig, command, environment=environment, options=True)
+        enter(arguments, usage(), TokenizeConfig, command, environment=environment, options=True, lean="WORKERS")
 
 
 def usage() -> str:

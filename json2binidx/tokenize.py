@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from rwkv_peft import project, tokenizer
-from rwkv_peft.atomic import clear_leftovers, need_space, temporary, write_json
+from rwkv_peft.atomic import clear_leftovers, named, need_space, temporary, write_json
 from rwkv_peft.data.binidx import Writer
 from rwkv_peft.errors import UserError
 from rwkv_peft.rows import files, reading
@@ -75,7 +75,7 @@ def tokenize(source: Path, config: TokenizeConfig, epochs: int, end_of_doc: bool
     others = reading.settle(found, config.encoding)
     tally = Tally(keep_documents=config.valid_percent > 0)
     rejects = Path(f"{prefix}.rejects.jsonl")
-    with contextlib.ExitStack() as open_files:
+    with contextlib.ExitStack() as open_files, named(f"{prefix}.bin"):
         stored = Stored(*(open_files.enter_context(tempfile.TemporaryFile(dir=prefix.parent)) for _ in range(2)))
         rejected = open_files.enter_context(Rejects(rejects))
         for one in progress(chosen, made_from, config):

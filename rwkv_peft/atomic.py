@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from . import words
+from .errors import WRITING, UserError
 
 
 def temporary(path: str | os.PathLike) -> Path:
@@ -34,6 +35,17 @@ def sync_folder(folder: str | os.PathLike) -> None:
 
 
 @contextlib.contextmanager
+def named(path: str | os.PathLike) -> Iterator[None]:
+    """Where a write is refused, the error tells which file it was for: a write knows no name."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in WRITING and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def writing(path: str | os.PathLike, mode: str = "wb", **kwargs) -> Iterator:
     """A file that gets its name when the block ends without an error; the old file stays whole until then."""
     path = Path(path)
@@ -41,11 +53,12 @@ def writing(path: str | os.PathLike, mode: str = "wb", **kwargs) -> Iterator:
     clear_leftovers(path)
     name = temporary(path)
     try:
-        with open(name, mode, **kwargs) as file:
-            yield file
-            sync(file)
-        os.replace(name, path)
-        sync_folder(path.parent)
+        with named(path):
+            with open(name, mode, **kwargs) as file:
+                yield file
+                sync(file)
+            os.replace(name, path)
+            sync_folder(path.parent)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
@@ -60,11 +73,12 @@ def write_json(path: str | os.PathLike, content: Mapping[str, Any]) -> None:
 def need_space(folder: Path, size: int) -> None:
     """Refuse before anything is written if the disk cannot hold `size` bytes. Makes the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if free < size * 1.02 + (1 << 20):
-        raise UserError(
-            f"{folder}: {free / 1e9:.2f} GB are free, {size / 1e9:.2f} GB are needed. Nothing was written; free some space."
-        )
+    free, needed = shutil.disk_usage(folder).free, int(size * 1.02) + (1 << 20)
+    if free < needed:
+        have, want = words.size(free), words.size(needed)
+        if have == want:
+            have, want = f"{free:,} bytes", f"{needed:,}"
+        raise UserError(f"{folder}: {have} are free, {want} are needed. Nothing was written; free some space.")
 
 
 def clear_leftovers(path: Path) -> None:

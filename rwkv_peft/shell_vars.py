@@ -11,6 +11,7 @@ import dataclasses
 import math
 import os
 import re
+import resource
 import shlex
 import sys
 import types
@@ -19,11 +20,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
-from .errors import Problem, Problems, UserError, door
-from .words import count, did_you_mean, listed
+from .errors import Problem, Problems, UserError, door, limit
+from .words import count, did_you_mean, listed, size
 
 T = TypeVar("T")
 MOST = 10**9  # of anything that is counted
+ENOUGH = (
+    4 << 30
+)  # bytes that a program may map, from which on nothing is said of it: torch maps 1 GB before it does anything
 DIGITS = 18  # of the longest whole number that a setting may be
 
 ASSIGNMENT = re.compile(r"^\s*(?:export\s+|declare\s+(?:-\w+\s+)*|readonly\s+)?([A-Za-z_]\w*)\+?=(.*)$")
@@ -188,11 +192,13 @@ def enter(
     retired=None,
     environment: Mapping[str, str] | None = None,
     options: bool = False,
+    lean: str = "",
 ) -> None:
     """What every script's command does: show its usage, or read its settings and go on, with errors as sentences.
 
     arguments: the script's path, then what the user typed. body: (settings, what the user typed). environment: the values
-    that the script set, if not those of this process. options: settings may be typed behind the command as well.
+    that the script set, if not those of this process. options: settings may be typed behind the command as well. lean: those
+    with which it takes less memory.
     """
     if not arguments or {"-h", "--help"} & set(arguments[1:]):
         with door():
@@ -204,7 +210,10 @@ def enter(
     for stream in (sys.stdout, sys.stderr, sys.stdin):
         with contextlib.suppress(AttributeError):  # not a real stream (tests)
             stream.reconfigure(errors="replace")  # a terminal that knows no Chinese shows "?" instead of ending the run
-    with door(lambda found: script.report(found) if script else str(found)):
+    with door(lambda found: script.report(found) if script else str(found), lean):
+        if (most := limit(resource.RLIMIT_AS)) is not None and most < ENOUGH:
+            # (libraries that get no memory may end the process without a word)
+            print(f"warning   this shell lets a program have {size(most)} of memory (ulimit -v)", file=sys.stderr)
         typed, rest = take_options(arguments[1:], cls) if options else ({}, arguments[1:])
         values = os.environ if environment is None else environment
         script = Script(arguments[0], {**values, **typed} if typed else values)

@@ -32,6 +32,14 @@ def did_you_mean(word: str, known: Iterable[object]) -> str:
     return f"; did you mean {by_stem[near[0]]}?" if near else ""
 
 
+def size(number: float) -> str:
+    """800 bytes, 300 kB, 1.1 MB, 2.50 GB."""
+    for unit, least, digits in (("GB", 1e9, 2), ("MB", 1e6, 1), ("kB", 1e3, 0)):
+        if number >= least:
+            return f"{number / least:,.{digits}f} {unit}"
+    return count(int(number), "byte")
+
+
 def clock(seconds: float) -> str:
     """1:05 or 2:00:00."""
     hours, rest = divmod(int(seconds), 3600)

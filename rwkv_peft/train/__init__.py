@@ -30,7 +30,7 @@ from collections.abc import Mapping
 
 from .. import runs
 from ..config import RETIRED, TrainConfig
-from ..errors import EXIT_MEMORY, EXIT_PROCESS, Problem, Problems, UserError, leave, unheard
+from ..errors import EXIT_MEMORY, EXIT_PROCESS, Problem, Problems, UserError, cause, leave, unheard
 from ..shell_vars import enter
 from ..words import did_you_mean
 from .place import Place, find_place, plugins, settle
@@ -42,7 +42,7 @@ OPTIONS = ("--dry-run", "--new", "--find-lr", "--find-batch", "--selftest")
 
 
 def main(arguments: list[str]) -> None:
-    enter(arguments, __doc__, TrainConfig, command, RETIRED)
+    enter(arguments, __doc__, TrainConfig, command, RETIRED, lean="CTX_LEN and MICRO_BSZ")
 
 
 def command(config: TrainConfig, typed: list[str]) -> None:
@@ -203,9 +203,8 @@ def train(run, cleanup: contextlib.ExitStack, say) -> None:
         if first:
             save.draw(True)  # which tells more than words
         raise
-    except RuntimeError as error:
-        # torch's words for an empty host; a GPU has an exception of its own
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or isinstance(cause(error), MemoryError):
             leave(report.out_of_memory(run.settings, error), EXIT_MEMORY)
         watch.caused(error)
         if isinstance(error, torch.distributed.DistError):

@@ -20,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .. import project, runs, tokenizer
-from ..errors import EXIT_USER, UserError, unheard
+from ..errors import EXIT_USER, UserError, in_words, unheard
 from ..words import clock
 from .plot import draw_loss, looks_back
 from .spread import together
@@ -288,7 +288,7 @@ class Save(pl.Callback):
                 runs.drop_old_steps(self.folder, step, self.most_steps)
                 self.draw(False)
         except (OSError, UserError) as error:
-            self.say(f"warning   rwkv-step-{step}.pth could not be saved; training goes on. {error}")
+            self.say(f"warning   rwkv-step-{step}.pth could not be saved; training goes on. {in_words(error)}")
 
     def put(self, trainer, module, *what) -> Path | None:
         """Write what is trained, with all processes; returns the first one's path. what: the rest of `write`'s arguments."""

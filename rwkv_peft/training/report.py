@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .. import project, runs, tokenizer
 from ..data.sampling import AUTO_CTX_LIMIT
-from ..errors import leave
+from ..errors import describe_memory, leave
 from ..machine import cpu_gains_by_bf16, cpu_has_bf16, device_kind, device_words
 from ..methods import METHODS, OPTIMS, Method, method_of
 from ..model import arch
@@ -373,7 +373,10 @@ def out_of_memory(settings: dict, error: Exception) -> str:
             variable = method.options["rank"]
             advice.append(f"{variable}={max(1, settings[variable] // 2)}")
     listed = "\n".join(f"  {i}. {a}" for i, a in enumerate(advice, 1))
-    return f"Out of memory: {str(error).splitlines()[0]}\nWhat to change, in this order:\n{listed}"
+    reason = str(error).partition("\n")[0]
+    if type(error).__name__ != "OutOfMemoryError":  # of the host
+        reason = f"{describe_memory().removeprefix('Out of memory: ')} {reason}".strip()
+    return f"Out of memory: {reason}\nWhat to change, in this order:\n{listed}"
 
 
 def best_look(looks: Sequence[dict], folder: Path, newest: Path) -> Path:

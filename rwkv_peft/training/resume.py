@@ -14,7 +14,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from ..errors import UserError
+from ..errors import UserError, in_words
 from . import snapshot
 from .snapshot import Snapshot
 from .spread import Parts, together, whole
@@ -145,7 +145,9 @@ class Keep(pl.Callback):
                     self.write(ready, facts)
                     self.saved = self.step
             except (OSError, UserError) as error:
-                self.say(f"warning   the state of step {self.step} could not be saved; training goes on. {error}")
+                self.say(
+                    f"warning   the state of step {self.step} could not be saved; training goes on. {in_words(error)}"
+                )
         if trainer.world_size > 1:
             trainer.strategy.barrier()
 

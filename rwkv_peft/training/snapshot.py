@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import hashing, safetensors_file
 from ..atomic import need_space, sync_folder, write_json
-from ..errors import UserError
+from ..errors import OURS, UserError, in_words
 from ..project import shown
 from .spread import Parts
 
@@ -164,6 +164,8 @@ def described(folder: Path) -> Snapshot:
         told = facts.pop("sha256", None)
         same = told == checksum(facts) and facts.get("step") == step_of(folder.name)
     except (OSError, ValueError, AttributeError) as error:
+        if isinstance(error, OSError) and error.errno in OURS:
+            raise
         raise UserError(f"{shown(manifest)}: cannot be read ({type(error).__name__}: {error}).") from None
     if not same:
         raise UserError(f"{shown(manifest)}: is damaged (its content is not what was written).")
@@ -181,7 +183,9 @@ def must_be_whole(found: Snapshot) -> None:
             if hashing.sha256(path) != told["sha256"]:
                 raise UserError(f"{shown(path)}: is damaged (its content is not what the manifest says).")
         except OSError as error:
-            raise UserError(f"{shown(path)}: cannot be read ({error.strerror}).") from None
+            if error.errno in OURS:
+                raise
+            raise UserError(f"{shown(path)}: cannot be read ({in_words(error)})") from None
 
 
 def whole(
