@@ -34,7 +34,7 @@ from .atomic import need_space, writing
 from .errors import UserError, cause
 from .hashing import crc32
 from .pieces import bytes_of, side_by_side
-from .project import models_in, shown
+from .project import missing, models_in, shown
 from .straight import Reader, Writer
 from .straight import aligned as room_for
 from .words import listed
@@ -135,7 +135,7 @@ def describe(path: str | os.PathLike) -> dict[str, Stored]:
     if path.is_dir():
         raise UserError(f"{shown(path)}: is a folder, not a .pth or .safetensors file.{inside(path)}")
     if not path.is_file():
-        raise UserError(f"{shown(path)}: there is no such file.{nearby(path)}")
+        raise UserError(f"{shown(path)}: {missing(path)}.{nearby(path)}")
     with open(path, "rb") as file:
         head = file.read(filetype.HEAD)
     if filetype.is_safetensors(head, path.stat().st_size):

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from . import words
+from .names import visible
 
 EXIT_USER = 2  # a setting, a file or a row that the user can mend
 EXIT_DISK = 3  # no space left, or a folder that cannot be written
@@ -253,7 +254,7 @@ def raised(option: str, soft: int, hard: int) -> str:
 
 def leave(message: str, code: int) -> None:
     with unheard():
-        print(message, file=sys.stderr, flush=True)
+        print(visible(message, keep="\n\t"), file=sys.stderr, flush=True)
     sys.exit(code)
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 from .errors import Problem, Problems, UserError, door, limit
+from .names import visible
 from .words import count, did_you_mean, listed, size
 
 T = TypeVar("T")
@@ -136,7 +137,7 @@ class Script:
 
     def setting(self, name: str) -> str:
         if name in self.environment:
-            value = self.environment[name].replace("\n", "\\n")
+            value = visible(self.environment[name])
             return f"{name}={value if len(value) <= 60 else value[:57] + '...'}"
         return name
 
@@ -270,8 +271,9 @@ def convert(text: str, kind: Any, bounds: Mapping[str, Any]) -> Any:
     if kind is int:
         if not re.fullmatch(r"[+-]?\d+", text):
             raise ValueError("must be a whole number")
-        if len(text) > DIGITS:
-            raise ValueError("is too large")
+        if len(text.lstrip("+-")) > DIGITS:
+            check_bounds(-1 if text[0] == "-" else 1, bounds | {"le": None, "lt": None})
+            raise ValueError("is too small" if text[0] == "-" else "is too large")
         return check_bounds(int(text), bounds)
     if kind is float:
         try:

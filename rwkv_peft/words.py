@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable
 from pathlib import PurePath
 
+from .names import visible
+
 LISTED = 8  # names that a message lists; the rest are counted
 
 
@@ -21,7 +23,7 @@ def listed(names: Iterable[str], most: int = LISTED) -> str:
         names, key=lambda n: [(not p.isdigit(), int(p) if p.isdigit() else p) for p in re.split(r"(\d+)", n)]
     )
     more = f" and {len(ordered) - most:,} more" if len(ordered) > most else ""
-    return ", ".join(ordered[:most]) + more or "nothing"
+    return ", ".join(map(visible, ordered[:most])) + more or "nothing"
 
 
 def did_you_mean(word: str, known: Iterable[object]) -> str:
@@ -29,7 +31,7 @@ def did_you_mean(word: str, known: Iterable[object]) -> str:
     # (of names that only their endings tell apart, the shortest)
     by_stem = {PurePath(k).stem.upper(): k for k in sorted(map(str, known), key=len, reverse=True)}
     near = difflib.get_close_matches(PurePath(word).stem.upper(), by_stem, n=1, cutoff=0.6)
-    return f"; did you mean {by_stem[near[0]]}?" if near else ""
+    return f"; did you mean {visible(by_stem[near[0]])}?" if near else ""
 
 
 def size(number: float) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError, install
 from ..model.layers import Linear
-from ..project import shown
+from ..project import missing, shown
 from ..words import did_you_mean, listed
 from .base import Adapter, device_of, exact
 
@@ -110,7 +110,7 @@ def read_config(path: str | Path) -> dict:
     """The settings in the file of PEFT_CONFIG: peft_type, in capitals, and what that method can be told."""
     where = shown(path)
     if not Path(path).is_file():
-        raise UserError(f"{where}: there is no such file.")
+        raise UserError(f"{where}: {missing(Path(path))}.")
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -22,7 +22,7 @@ import numpy as np
 
 from ..atomic import clear_leftovers, sync, sync_folder, temporary
 from ..errors import UserError
-from ..project import shown
+from ..project import missing, shown
 
 MAGIC = b"MMIDIDX\0\0"
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float64, 8: np.uint16}
@@ -95,7 +95,7 @@ class Reader:
         for path in (idx_path, bin_path):
             if not path.is_file():
                 raise UserError(
-                    f"{shown(path)}: there is no such file. Make it with ./make_tokenize.sh, or correct DATA_PATH."
+                    f"{shown(path)}: {missing(path)}. Make it with ./make_tokenize.sh, or correct DATA_PATH."
                 )
         index = idx_path.read_bytes()
         if len(index) < HEADER or index[: len(MAGIC)] != MAGIC:

@@ -133,7 +133,7 @@ def train(run, cleanup: contextlib.ExitStack, say) -> None:
     from ..data.loading import heaviest
     from ..data.workers import end_workers, make_loader
     from ..training import report
-    from ..training.callbacks import TOO_HIGH, Save, StepRecorder, StopOnSignal
+    from ..training.callbacks import Save, StepRecorder, StopOnSignal, why_no_number
     from ..training.heaviest import Heaviest
     from ..training.lisa import Resample
     from ..training.resume import GoOn, Keep
@@ -218,7 +218,8 @@ def train(run, cleanup: contextlib.ExitStack, say) -> None:
             print(f"node {run.place.node}: {how}; node 0 has the results", flush=True)
         sys.exit(128 + stop.received if stop.received else 0)
     if 0 < trainer.global_step <= recorder.in_a_row:
-        raise UserError(f"All {trainer.global_step} steps were left out, so nothing was learnt. {TOO_HIGH}")
+        why = why_no_number(module, trainer.global_step, recorder.in_a_row, config.processes == 1)
+        raise UserError(f"All {trainer.global_step} steps were left out, so nothing was learnt. {why}")
     complete = finished or trainer.global_step == run.steps
     early = validation is not None and validation.stopped
     if config.streaming and not complete and not stop.received and not early:
