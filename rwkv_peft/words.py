@@ -17,6 +17,10 @@ def count(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
+def is_or_are(n: int) -> str:
+    return "is" if n == 1 else "are"
+
+
 def listed(names: Iterable[str], most: int = LISTED) -> str:
     """a, b and 3 more; numbers in names count as numbers (x-2 before x-10). Nothing at all is called "nothing"."""
     ordered = sorted(

@@ -23,6 +23,7 @@ import numpy as np
 from ..atomic import clear_leftovers, sync, sync_folder, temporary
 from ..errors import UserError
 from ..project import missing, shown
+from ..words import count
 
 MAGIC = b"MMIDIDX\0\0"
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float64, 8: np.uint16}
@@ -111,7 +112,7 @@ class Reader:
         self.dtype, rows = header.dtype, header.rows
         if len(index) != header.end:
             raise UserError(
-                f"{shown(idx_path)}: has {len(index):,} bytes, but its header ({rows:,} rows) asks for {header.end:,}. "
+                f"{shown(idx_path)}: has {len(index):,} bytes, but its header ({count(rows, 'row')}) asks for {header.end:,}. "
                 "It was cut off or damaged; tokenize the data again."
             )
         self.sizes = np.frombuffer(index, "<i4", rows, HEADER)

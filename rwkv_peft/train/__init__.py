@@ -218,8 +218,9 @@ def train(run, cleanup: contextlib.ExitStack, say) -> None:
             print(f"node {run.place.node}: {how}; node 0 has the results", flush=True)
         sys.exit(128 + stop.received if stop.received else 0)
     if 0 < trainer.global_step <= recorder.in_a_row:
+        steps = "The only step was" if trainer.global_step == 1 else f"All {trainer.global_step} steps were"
         why = why_no_number(module, trainer.global_step, recorder.in_a_row, config.processes == 1)
-        raise UserError(f"All {trainer.global_step} steps were left out, so nothing was learnt. {why}")
+        raise UserError(f"{steps} left out, so nothing was learnt. {why}")
     complete = finished or trainer.global_step == run.steps
     early = validation is not None and validation.stopped
     if config.streaming and not complete and not stop.received and not early:

@@ -142,9 +142,8 @@ class StepRecorder(pl.Callback):
         where = "in another process" if elsewhere else where + (", and others" if len(bad) > NAMED else "")
         words = f"step {self.step}: {what} ({where})"
         if why:
-            raise UserError(
-                f"\nTraining stops: NAN_LIMIT={self.limit} steps in a row were left out. The last, {words}. {why}"
-            )
+            steps = "step was" if self.limit == 1 else "steps in a row were"
+            raise UserError(f"\nTraining stops: NAN_LIMIT={self.limit} {steps} left out. The last, {words}. {why}")
         self.say(f"warning   {words}: left out, {self.in_a_row} of NAN_LIMIT={self.limit} in a row")
 
 
