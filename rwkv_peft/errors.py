@@ -248,8 +248,8 @@ def too_large(file: str) -> str:
 def raised(option: str, soft: int, hard: int) -> str:
     """How to raise a limit of the shell."""
     if hard == resource.RLIM_INFINITY or hard > soft:
-        return f"Raise that: ulimit {option} {4096 if hard == resource.RLIM_INFINITY else min(hard, 4096)}"
-    return f"Start it in another shell: this one cannot raise that (ulimit {option})"
+        return f"Raise that: ulimit {option} {4096 if hard == resource.RLIM_INFINITY else min(hard, 4096)}."
+    return f"Start it in another shell: this one cannot raise that (ulimit {option})."
 
 
 def leave(message: str, code: int) -> None:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..atomic import clear_leftovers, sync, sync_folder, temporary
+from ..atomic import clear_leftovers, named, sync, sync_folder, temporary
 from ..errors import UserError
 from ..project import missing, shown
 from ..words import count
@@ -177,7 +177,8 @@ class Writer:
 
     def extend(self, ending: str, content: bytes, sizes: Sequence[int]) -> None:
         """Rows of one stream behind one another, as the bytes of the file; sizes: values of each."""
-        self.files[ending].write(content)
+        with named(self.final(ending, "bin")):
+            self.files[ending].write(content)
         self.sizes[ending].extend(sizes)
 
     def commit(self, remove: Sequence[Path] = ()) -> None:
@@ -186,9 +187,10 @@ class Writer:
         remove: files of an earlier run that do not belong to these; they go in the same moment.
         """
         for ending, file in self.files.items():
-            sync(file)
-            file.close()
-            with open(temporary(self.final(ending, "idx")), "wb") as index:
+            with named(self.final(ending, "bin")):
+                sync(file)
+                file.close()
+            with named(self.final(ending, "idx")), open(temporary(self.final(ending, "idx")), "wb") as index:
                 index.writelines(index_parts(np.frombuffer(self.sizes[ending], np.int32), self.streams[ending]))
                 sync(index)
         names = [self.final(e, kind) for e in sorted(self.streams, reverse=True) for kind in ("bin", "idx")]
