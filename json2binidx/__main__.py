@@ -41,6 +41,7 @@ from typing import TYPE_CHECKING
 
 from rwkv_peft import project
 from rwkv_peft.errors import UserError, door, leave
+from rwkv_peft.names import fault
 from rwkv_peft.shell_vars import enter, values_as_written, whole_number
 from rwkv_peft.words import did_you_mean
 
@@ -57,7 +58,7 @@ def main(arguments: list[str], environment: dict[str, str] | None = None) -> Non
     with door():  # a package that is missing is told in words as well
         from rwkv_peft.rows.settings import TokenizeConfig
 
-        enter(arguments, usage(), TokenizeConfig, command, environment=environment, options=True)
+        enter(arguments, usage(), TokenizeConfig, command, environment=environment, options=True, lean="WORKERS")
 
 
 def usage() -> str:
@@ -138,6 +139,8 @@ def find(name: str) -> Path:
                 f"{project.shown(source)}: would write over what belongs to {stem.removesuffix(part)}; take a name without "
                 f"{part}."
             )
+    if wrong := fault(stem) or fault(str(source), edges=False):
+        raise UserError(f"{project.shown(source)}: this name {wrong}; rename it.")
     if not (source.is_file() or source.is_dir()):
         raise UserError(f"{project.shown(source)}: is not a file. A pipe can be trained from with STREAMING=1.")
     return source

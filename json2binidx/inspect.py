@@ -182,7 +182,7 @@ def show_rows(pair: Pair, roles: Pair | None, number: int) -> None:
         trained = np.concatenate([[False], target_weights(said, "qa") > 0]) if len(ids) else said
         text = tokenizer.marked(ids.tolist(), trained.tolist())
         if len(text) > SHOWN_CHARACTERS:
-            text = f"{text[:SHOWN_CHARACTERS]} ... ({len(text) - SHOWN_CHARACTERS:,} characters more)"
+            text = f"{text[:SHOWN_CHARACTERS]} ... ({count(len(text) - SHOWN_CHARACTERS, 'character')} more)"
         print("\n".join(f"  {line}" for line in text.split("\n")))
     print()
 

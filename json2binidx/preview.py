@@ -81,4 +81,4 @@ def show(file: str, line: int, ids: np.ndarray, roles: np.ndarray, marks: dict[s
     print(f"\n--- {file}:{line}: {count(len(ids), 'token')}, {int(learnt.sum())} of them learnt")
     parts = [slice(None)] if len(ids) <= MOST else [slice(MOST // 2), slice(-MOST // 2, None)]
     texts = [tokenizer.marked(ids[part].tolist(), learnt[part].tolist(), **marks) for part in parts]
-    print(f"\n... {len(ids) - MOST:,} tokens ...\n".join(texts))
+    print(f"\n... {count(len(ids) - MOST, 'token')} ...\n".join(texts))

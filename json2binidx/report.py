@@ -266,8 +266,8 @@ def say(content: Mapping[str, Any], prefix: Path, template: str = "", made: bool
             f"{count(texts, 'row')} with text are taken as they are: PROMPT_TYPE={template} changes dialogues only",
         )
     length, facts = content["lengths"], content["content"]
-    line("rows", f"{length['shortest']} to {length['longest']:,} tokens, median {length['median']:,}, mean {length['mean']:,}, "
-                 f"95% up to {length['p95']:,}; "
+    line("rows", f"{length['shortest']} to {count(length['longest'], 'token')}, median {length['median']:,}, "
+                 f"mean {length['mean']:,}, 95% up to {length['p95']:,}; "
                  f"{share(tokens['learnt_with_qa'], tokens['once'])} of the tokens are answers")  # fmt: skip
     turns = f"{facts['turns'] / max(rows['with_answer'], 1):.1f} answers a dialogue; " if facts.get("turns") else ""
     others = {"system": "with a system text", "tools": "with tools", "thoughts": "thoughts", "duplicates": "duplicates"}
@@ -281,7 +281,7 @@ def say(content: Mapping[str, Any], prefix: Path, template: str = "", made: bool
     of = "" if rows["made"] == rows["kept"] else f" (made of {count(rows['kept'], 'row')})"
     line(
         "wrote" if made else "there is", f"{shown}.bin/.idx and .roles.bin/.idx: {count(rows['written'], 'row')}{of}, "
-                  f"{tokens['once'] * content['settings']['EPOCHS']:,} tokens"
+                  f"{count(tokens['once'] * content['settings']['EPOCHS'], 'token')}"
                   if not rows["held_out"] else
                   f"{shown}.bin/.idx and .roles.bin/.idx: {count(rows['written'], 'row')}{of}")  # fmt: skip
     if rows["held_out"]:

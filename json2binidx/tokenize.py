@@ -23,6 +23,7 @@ from rwkv_peft.atomic import (
     clear_leftovers,
     create,
     must_not_be_folder,
+    named,
     need_space,
     remove,
     temporary,
@@ -99,7 +100,7 @@ def tokenized(source: Path, config: TokenizeConfig, epochs: int, end_of_doc: boo
     others = reading.settle(found, config.encoding)
     tally = Tally(keep_documents=config.valid_percent > 0)
     rejects = Path(f"{prefix}.rejects.jsonl")
-    with contextlib.ExitStack() as open_files:
+    with contextlib.ExitStack() as open_files, named(f"{prefix}.bin"):
         stored = Stored(*(open_files.enter_context(tempfile.TemporaryFile(dir=prefix.parent)) for _ in range(2)))
         rejected = open_files.enter_context(Rejects(rejects))
         for one in progress(chosen, made_from, config):

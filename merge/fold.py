@@ -23,7 +23,7 @@ from rwkv_peft.methods import METHODS
 from rwkv_peft.model.arch import Geometry, shapes, state_shapes
 from rwkv_peft.model.layers import Linear
 from rwkv_peft.quantize import quantise
-from rwkv_peft.words import listed
+from rwkv_peft.words import count, listed
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,9 @@ def opened(part: Part, base: Mapping[str, Stored], geometry: Geometry) -> Part:
     if not part.tensors:
         raise UserError(f"{where}: holds nothing.")
     if name == "state" and len([n for n in states if n.endswith("time_state")]) != geometry.n_layer:
-        raise UserError(f"{where}: holds {len(states)} states; the base has {geometry.n_layer} layers.")
+        raise UserError(
+            f"{where}: holds {count(len(states), 'state')}; the base has {count(geometry.n_layer, 'layer')}."
+        )
     # (a sum is finite where all numbers are and small enough, and takes a tenth of the time)
     bad = [n for n, t in part.tensors.items() if not torch.isfinite(t.sum()) and not torch.isfinite(t).all()]
     if bad:

@@ -17,7 +17,7 @@ from rwkv_peft.adapters.attach import Setup
 from rwkv_peft.errors import Problem, Problems, UserError
 from rwkv_peft.methods import ALIASES, PARTS
 from rwkv_peft.model.arch import ARCHS, STATE_NAME, Geometry, linear_layers
-from rwkv_peft.words import listed
+from rwkv_peft.words import count, listed
 
 from .fold import Part
 
@@ -113,7 +113,7 @@ def doubts(path: Path, part: Part, base: Path, geometry: Geometry) -> Iterator[s
     missing = [n for n in linear_layers(geometry, PARTS) if n not in part.leaves]
     kinds = sorted({".".join(name.split(".")[2:]) for name in missing})
     if part.leaves and missing:
-        yield f"it has no adapter on {listed(kinds)} ({len(missing)} layers): was it trained so?"
+        yield f"it has no adapter on {listed(kinds)} ({count(len(missing), 'layer')}): was it trained so?"
     init = runs.init_file(path.parent, "pissa")
     if part.setup.method == "lora" and init.is_file():
         yield f"{init.name} lies beside it: if it is a PiSSA, this result is wrong, and METHOD=pissa makes the right one"

@@ -28,7 +28,8 @@ from errno import EINVAL
 from pathlib import Path
 from typing import IO, Any
 
-from .errors import UserError
+from . import words
+from .errors import WRITING, UserError
 from .project import shown
 
 KINDS = (
@@ -47,8 +48,8 @@ def mode_of(path: str | os.PathLike) -> int:
 
 def what_it_is(path: str | os.PathLike) -> str:
     """In words, with what a link leads to."""
-    words = next(words for is_kind, words in KINDS if is_kind(os.lstat(path).st_mode))
-    return f"{words} to {os.readlink(path)}" if os.path.islink(path) else words
+    kind = next(kind for is_kind, kind in KINDS if is_kind(os.lstat(path).st_mode))
+    return f"{kind} to {os.readlink(path)}" if os.path.islink(path) else kind
 
 
 def temporary(path: str | os.PathLike) -> Path:
@@ -121,8 +122,8 @@ def without_links(path: str, flags: int) -> int:
 
 def without_waiting(path: str, flags: int) -> int:
     if not stat.S_ISREG(mode := os.stat(path).st_mode):
-        words = next(words for is_kind, words in KINDS if is_kind(mode))
-        raise OSError(EINVAL, f"is {words}, and a file is needed", str(path))
+        kind = next(kind for is_kind, kind in KINDS if is_kind(mode))
+        raise OSError(EINVAL, f"is {kind}, and a file is needed", str(path))
     return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
@@ -179,6 +180,17 @@ def remove(path: str | os.PathLike) -> None:
 
 
 @contextlib.contextmanager
+def named(path: str | os.PathLike) -> Iterator[None]:
+    """Where a write is refused, the error tells which file it was for: a write knows no name."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in WRITING and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def writing(path: str | os.PathLike, mode: str = "wb", **kwargs) -> Iterator:
     """A file that gets its name when the block ends without an error; the old file stays whole until then."""
     path = Path(path)
@@ -187,11 +199,12 @@ def writing(path: str | os.PathLike, mode: str = "wb", **kwargs) -> Iterator:
     clear_leftovers(path)
     name = temporary(path)
     try:
-        with create(name, mode, **kwargs) as file:
-            yield file
-            sync(file)
-        os.replace(name, path)
-        sync_folder(path.parent)
+        with named(path):
+            with create(name, mode, **kwargs) as file:
+                yield file
+                sync(file)
+            os.replace(name, path)
+            sync_folder(path.parent)
     finally:
         remove(name)
 
@@ -205,11 +218,12 @@ def write_json(path: str | os.PathLike, content: Mapping[str, Any]) -> None:
 def need_space(folder: Path, size: int) -> None:
     """Refuse before anything is written if the disk cannot hold `size` bytes. Makes the folder."""
     make_folder(folder)
-    free = shutil.disk_usage(folder).free
-    if free < size * 1.02 + (1 << 20):
-        raise UserError(
-            f"{folder}: {free / 1e9:.2f} GB are free, {size / 1e9:.2f} GB are needed. Nothing was written; free some space."
-        )
+    free, needed = shutil.disk_usage(folder).free, int(size * 1.02) + (1 << 20)
+    if free < needed:
+        have, want = words.size(free), words.size(needed)
+        if have == want:
+            have, want = f"{free:,} bytes", f"{needed:,}"
+        raise UserError(f"{folder}: {have} are free, {want} are needed. Nothing was written; free some space.")
 
 
 def clear_leftovers(path: Path) -> None:

@@ -9,7 +9,6 @@ or with flattened vectors, are read as the official files are (native.py).
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import io
 import itertools
@@ -25,16 +24,17 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from . import filetype, native, zip_records
 from .atomic import need_space, writing
-from .errors import UserError
+from .errors import UserError, cause
 from .hashing import crc32
 from .pieces import bytes_of, side_by_side
-from .project import models_in, shown
+from .project import missing, models_in, shown
 from .straight import Reader, Writer
 from .straight import aligned as room_for
 from .words import listed
@@ -153,7 +153,7 @@ def describe(path: str | os.PathLike) -> dict[str, Stored]:
     if path.is_dir():
         raise UserError(f"{shown(path)}: is a folder, not a .pth or .safetensors file.{inside(path)}")
     if not path.is_file():
-        raise UserError(f"{shown(path)}: there is no such file.{nearby(path)}")
+        raise UserError(f"{shown(path)}: {missing(path)}.{nearby(path)}")
     with open(path, "rb") as file:
         head = file.read(filetype.HEAD)
     if filetype.is_safetensors(head, path.stat().st_size):
@@ -374,12 +374,17 @@ def load(path: str | os.PathLike) -> dict[str, Tensor]:
     """The tensors of a .pth or .safetensors file, mapped: nothing is read until it is used."""
     path, described = Path(path), describe(path)
     if any(stored.offset is not None for stored in described.values()):
-        whole = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
+        try:
+            whole = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
+        except RuntimeError as error:
+            raise cause(error) or error from None
         return {name: mapped(whole, stored) for name, stored in described.items()}
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return {name: tensors[s.name or name].detach().reshape(s.shape) for name, s in described.items()}
     except UNREADABLE as error:
+        if refused := cause(error):
+            raise refused from None
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{shown(path)}: is damaged ({reason}). Get the file again.") from None
 
@@ -400,13 +405,31 @@ def save(path: str | os.PathLike, tensors: Mapping[str, Tensor]) -> None:
     need_space(path.parent, sum(t.numel() * t.element_size() for t in tensors.values()))
     # clone: a view would drag its whole storage into the file
     plain = {name: t.detach().to("cpu").clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
-    try:
-        with writing(path) as file:
-            torch.save(plain, file)
-    except RuntimeError as error:  # torch's way to say that a write failed
-        if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
+    with writing(path) as file:
+        watched = Watched(file)
+        try:
+            torch.save(plain, watched)
+        except RuntimeError:  # torch's way to say that a write failed
+            if watched.refused:
+                raise watched.refused from None
             raise
-        raise OSError(errno.ENOSPC, "No space left on device", str(path)) from None
+
+
+class Watched:
+    """A file to write to, which keeps what the system has refused: torch forgets it."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.refused = file, None
+
+    def write(self, data) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.refused = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 class Damaged(UserError):

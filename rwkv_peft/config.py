@@ -5,6 +5,8 @@ A value or a variable of the field that this version does not have yet is refuse
 
 from __future__ import annotations
 
+import ctypes
+import math
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Literal
@@ -12,6 +14,7 @@ from typing import Literal
 from .errors import Problem
 from .methods import METHODS, MODES, MOST_ALPHA, OPTIMS, PARTS, QUANT_ALIASES, QUANTS, load_variables, method_of
 from .model.arch import NUMBERS
+from .names import fault
 from .project import is_text
 from .shell_vars import MOST, convert, var
 from .strategies import STRATEGIES, chosen
@@ -240,12 +243,24 @@ class TrainConfig:
         ):
             rule(value is not None and not value.strip(), name, "is empty; give a name in model/ or data/, or a path")
         rule(
-            given.run_name
-            and (given.run_name in (".", "..", "latest") or "/" in given.run_name or given.run_name[0] == "-"),
+            given.run_name in (".", "..", "latest") or "/" in (given.run_name or ""),
             "RUN_NAME",
-            'must be a plain folder name (no "/", not latest, not starting with "-")',
+            'must be a plain folder name (no "/", not latest)',
         )
-        rule(given.run_name and not is_text(given.run_name), "RUN_NAME", "is not UTF-8; choose another name")
+        for name, value in (
+            ("RUN_NAME", given.run_name),
+            ("WANDB", given.wandb),
+            ("SWANLAB", given.swanlab),
+            ("TRACKIO", given.trackio),
+        ):
+            rule(wrong := fault(value or ""), name, f"{wrong}; choose another name")
+        for name, value in (("MASTER_ADDR", given.master_addr), ("MODEL_PATH", given.model_path)):
+            rule(wrong := fault(value or "", edges=False), name, wrong)
+        eps = ctypes.c_float(given.adam_eps or 1).value
+        rule(not eps, "ADAM_EPS", "is 0 in float32, in which optimizers compute; must be 1e-45 or more")
+        rule(
+            math.isinf(eps), "ADAM_EPS", "is infinite in float32, in which optimizers compute: nothing would be learnt"
+        )
         found += (
             data_problems(given)
             + stream_problems(given)

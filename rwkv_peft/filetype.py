@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from . import json_reader
+from .words import count
 
 HEAD = 4096  # bytes of a file that are looked at
 MOST_HEADER = 16 << 20  # bytes of a safetensors header: a tensor needs some 120 (its library allows 100 MB)
@@ -153,7 +154,7 @@ def cut_off(size: int, wanted: int | None, at_least: bool = False) -> str:
     elif wanted:
         words += f": its {size:,} bytes have no end that belongs to them, so a part was not downloaded or not written"
     else:
-        words += f": it was cut off after {size:,} bytes"
+        words += f": it was cut off after {count(size, 'byte')}"
     return f"{words}. {AGAIN}."
 
 

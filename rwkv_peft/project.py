@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import shlex
@@ -10,6 +11,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from .errors import UserError
+from .names import visible
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "output"
@@ -24,7 +26,22 @@ def find(name: str, folder: str) -> Path:
     with contextlib.suppress(RuntimeError):  # a user that does not exist
         given = given.expanduser()
     places = [ROOT / folder / given, Path.cwd() / given, ROOT / given]
-    return next((p for p in places if p.exists()), places[0] if given.name == name else places[1])
+    there = [p for p in places if p.exists()] or [p for p in places if p.is_symlink()]  # (a link that leads nowhere)
+    return there[0] if there else places[0] if given.name == name else places[1]
+
+
+def missing(path: Path) -> str:
+    """What to say of a file that cannot be found."""
+    if not path.is_symlink():
+        return "there is no such file"
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return f"is a link to {visible(os.readlink(path))}, which is not there"
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return "is a link that leads to itself"
+    return f"is a link to {visible(os.readlink(path))}, which is no file"
 
 
 DRIVE = re.compile(r"^/?([A-Za-z]):(?!\d)(.*)$", re.S)  # (a number behind the colon is a weight of DATA_PATH)

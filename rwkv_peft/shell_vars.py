@@ -11,6 +11,7 @@ import dataclasses
 import math
 import os
 import re
+import resource
 import shlex
 import sys
 import types
@@ -19,11 +20,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
-from .errors import Problem, Problems, UserError, door
-from .words import count, did_you_mean, listed
+from .errors import Problem, Problems, UserError, door, limit
+from .names import visible
+from .words import count, did_you_mean, listed, size
 
 T = TypeVar("T")
 MOST = 10**9  # of anything that is counted
+ENOUGH = (
+    4 << 30
+)  # bytes that a program may map, from which on nothing is said of it: torch maps 1 GB before it does anything
 DIGITS = 18  # of the longest whole number that a setting may be
 
 ASSIGNMENT = re.compile(r"^\s*(?:export\s+|declare\s+(?:-\w+\s+)*|readonly\s+)?([A-Za-z_]\w*)\+?=(.*)$")
@@ -132,7 +137,7 @@ class Script:
 
     def setting(self, name: str) -> str:
         if name in self.environment:
-            value = self.environment[name].replace("\n", "\\n")
+            value = visible(self.environment[name])
             return f"{name}={value if len(value) <= 60 else value[:57] + '...'}"
         return name
 
@@ -188,11 +193,13 @@ def enter(
     retired=None,
     environment: Mapping[str, str] | None = None,
     options: bool = False,
+    lean: str = "",
 ) -> None:
     """What every script's command does: show its usage, or read its settings and go on, with errors as sentences.
 
     arguments: the script's path, then what the user typed. body: (settings, what the user typed). environment: the values
-    that the script set, if not those of this process. options: settings may be typed behind the command as well.
+    that the script set, if not those of this process. options: settings may be typed behind the command as well. lean: those
+    with which it takes less memory.
     """
     if not arguments or {"-h", "--help"} & set(arguments[1:]):
         with door():
@@ -204,7 +211,10 @@ def enter(
     for stream in (sys.stdout, sys.stderr, sys.stdin):
         with contextlib.suppress(AttributeError):  # not a real stream (tests)
             stream.reconfigure(errors="replace")  # a terminal that knows no Chinese shows "?" instead of ending the run
-    with door(lambda found: script.report(found) if script else str(found)):
+    with door(lambda found: script.report(found) if script else str(found), lean):
+        if (most := limit(resource.RLIMIT_AS)) is not None and most < ENOUGH:
+            # (libraries that get no memory may end the process without a word)
+            print(f"warning   this shell lets a program have {size(most)} of memory (ulimit -v)", file=sys.stderr)
         typed, rest = take_options(arguments[1:], cls) if options else ({}, arguments[1:])
         values = os.environ if environment is None else environment
         script = Script(arguments[0], {**values, **typed} if typed else values)
@@ -261,8 +271,9 @@ def convert(text: str, kind: Any, bounds: Mapping[str, Any]) -> Any:
     if kind is int:
         if not re.fullmatch(r"[+-]?\d+", text):
             raise ValueError("must be a whole number")
-        if len(text) > DIGITS:
-            raise ValueError("is too large")
+        if len(text.lstrip("+-")) > DIGITS:
+            check_bounds(-1 if text[0] == "-" else 1, bounds | {"le": None, "lt": None})
+            raise ValueError("is too small" if text[0] == "-" else "is too large")
         return check_bounds(int(text), bounds)
     if kind is float:
         try:

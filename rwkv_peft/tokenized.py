@@ -54,6 +54,9 @@ def missing_data(prefix: Path, other_than: Sequence[str] = ()) -> str:
     missing = [ending for ending in (".bin", ".idx") if not Path(f"{prefix}{ending}").is_file()]
     if not missing:
         return ""
+    for link in (Path(f"{prefix}{ending}") for ending in missing):
+        if link.is_symlink():
+            return f"{project.shown(link)} {project.missing(link)}"
     source = Path(f"{prefix}.jsonl")
     there = [name for name in project.data_names() if name not in other_than]
     hint = f"{did_you_mean(prefix.name, there) or '.'} Tokenized data in data/: {listed(there)}"

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable
 from pathlib import PurePath
 
+from .names import visible
+
 LISTED = 8  # names that a message lists; the rest are counted
 
 
@@ -15,13 +17,17 @@ def count(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
+def is_or_are(n: int) -> str:
+    return "is" if n == 1 else "are"
+
+
 def listed(names: Iterable[str], most: int = LISTED) -> str:
     """a, b and 3 more; numbers in names count as numbers (x-2 before x-10). Nothing at all is called "nothing"."""
     ordered = sorted(
         names, key=lambda n: [(not p.isdigit(), int(p) if p.isdigit() else p) for p in re.split(r"(\d+)", n)]
     )
     more = f" and {len(ordered) - most:,} more" if len(ordered) > most else ""
-    return ", ".join(ordered[:most]) + more or "nothing"
+    return ", ".join(map(visible, ordered[:most])) + more or "nothing"
 
 
 def did_you_mean(word: str, known: Iterable[object]) -> str:
@@ -29,7 +35,15 @@ def did_you_mean(word: str, known: Iterable[object]) -> str:
     # (of names that only their endings tell apart, the shortest)
     by_stem = {PurePath(k).stem.upper(): k for k in sorted(map(str, known), key=len, reverse=True)}
     near = difflib.get_close_matches(PurePath(word).stem.upper(), by_stem, n=1, cutoff=0.6)
-    return f"; did you mean {by_stem[near[0]]}?" if near else ""
+    return f"; did you mean {visible(by_stem[near[0]])}?" if near else ""
+
+
+def size(number: float) -> str:
+    """800 bytes, 300 kB, 1.1 MB, 2.50 GB."""
+    for unit, least, digits in (("GB", 1e9, 2), ("MB", 1e6, 1), ("kB", 1e3, 0)):
+        if number >= least:
+            return f"{number / least:,.{digits}f} {unit}"
+    return count(int(number), "byte")
 
 
 def clock(seconds: float) -> str:

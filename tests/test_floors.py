@@ -31,6 +31,7 @@ GROUND = [
     "rwkv_peft." + r
     for r in (
         "errors",
+        "names",
         "words",
         "roles",
         "atomic",

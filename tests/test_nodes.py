@@ -68,16 +68,19 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def parties(*does):
-    """What each of several nodes that meet has to say in the end: what it did, or the error."""
+def parties(*does, address="127.0.0.1", ports=None, also=UserError):
+    """What each of several nodes that meet has to say in the end: what it did, or the error. ports: gets the port. also: an
+    error that is expected beside those of users."""
     port, said = free_port(), [None] * len(does)
+    if ports is not None:
+        ports.append(port)
 
     def one(node: int) -> None:
         try:
             where = place.Place(node, 0, node, len(does))
-            with meeting.meeting(where, len(does), "127.0.0.1", port, lambda _: None) as met:
+            with meeting.meeting(where, len(does), address, port, lambda _: None) as met:
                 said[node] = does[node](met)
-        except (Problems, UserError) as error:
+        except (Problems, UserError, also) as error:
             said[node] = str(error)
 
     threads = [threading.Thread(target=one, args=(node,)) for node in range(len(does))]
@@ -130,7 +133,7 @@ def test_a_first_node_that_cannot_be_reached_and_a_number_given_twice_are_told(m
     port, first = free_port(), place.Place(0, 0, 0, 2)
     with (
         meeting.meeting(first, 2, "127.0.0.1", port, print),
-        pytest.raises(Problems, match="MASTER_PORT: cannot be used here"),
+        pytest.raises(Problems, match="MASTER_PORT: is in use on this machine"),
         meeting.meeting(first, 2, "127.0.0.1", port, print),
     ):
         pass

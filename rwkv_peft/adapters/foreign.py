@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .. import json_reader
 from ..errors import UserError, install
 from ..model.layers import Linear
-from ..project import shown
+from ..project import missing, shown
 from ..words import did_you_mean, listed
 from .base import Adapter, device_of, exact
 
@@ -111,7 +111,7 @@ def read_config(path: str | Path) -> dict:
     """The settings in the file of PEFT_CONFIG: peft_type, in capitals, and what that method can be told."""
     where = shown(path)
     if not Path(path).is_file():
-        raise UserError(f"{where}: there is no such file.")
+        raise UserError(f"{where}: {missing(Path(path))}.")
     config = json_reader.read(path)
     example = 'It holds one object, like {"peft_type": "LOHA", "r": 8, "alpha": 16}.'
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):

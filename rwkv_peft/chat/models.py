@@ -124,6 +124,8 @@ def model_or_merged(name: str) -> Path:
         return path
     if foreign := project.foreign_path(name):
         raise UserError(f"--model, or MODEL_PATH in chat.sh: {foreign}")
+    if path.is_symlink():
+        raise UserError(f"{name} (--model, or MODEL_PATH in chat.sh): {project.missing(path)}.")
     there = [name for folder in ("model", "merge") for name in project.models_in(project.ROOT / folder)]
     raise UserError(
         f"{name} (--model, or MODEL_PATH in chat.sh): there is no such model{did_you_mean(name, there) or '.'} "

@@ -21,9 +21,10 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import atomic
-from ..atomic import clear_leftovers, create, must_not_be_folder, sync, sync_folder, temporary
+from ..atomic import clear_leftovers, create, must_not_be_folder, named, sync, sync_folder, temporary
 from ..errors import UserError
-from ..project import shown
+from ..project import missing, shown
+from ..words import count
 
 MAGIC = b"MMIDIDX\0\0"
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float64, 8: np.uint16}
@@ -96,7 +97,7 @@ class Reader:
         for path in (idx_path, bin_path):
             if not path.is_file():
                 raise UserError(
-                    f"{shown(path)}: there is no such file. Make it with ./make_tokenize.sh, or correct DATA_PATH."
+                    f"{shown(path)}: {missing(path)}. Make it with ./make_tokenize.sh, or correct DATA_PATH."
                 )
         index = idx_path.read_bytes()
         if len(index) < HEADER or index[: len(MAGIC)] != MAGIC:
@@ -112,7 +113,7 @@ class Reader:
         self.dtype, rows = header.dtype, header.rows
         if len(index) != header.end:
             raise UserError(
-                f"{shown(idx_path)}: has {len(index):,} bytes, but its header ({rows:,} rows) asks for {header.end:,}. "
+                f"{shown(idx_path)}: has {len(index):,} bytes, but its header ({count(rows, 'row')}) asks for {header.end:,}. "
                 "It was cut off or damaged; tokenize the data again."
             )
         self.sizes = np.frombuffer(index, "<i4", rows, HEADER)
@@ -177,7 +178,8 @@ class Writer:
 
     def extend(self, ending: str, content: bytes, sizes: Sequence[int]) -> None:
         """Rows of one stream behind one another, as the bytes of the file; sizes: values of each."""
-        self.files[ending].write(content)
+        with named(self.final(ending, "bin")):
+            self.files[ending].write(content)
         self.sizes[ending].extend(sizes)
 
     def commit(self, remove: Sequence[Path] = (), last_look: Callable[[], None] = lambda: None) -> None:
@@ -187,9 +189,10 @@ class Writer:
         must get its name.
         """
         for ending, file in self.files.items():
-            sync(file)
-            file.close()
-            with create(temporary(self.final(ending, "idx"))) as index:
+            with named(self.final(ending, "bin")):
+                sync(file)
+                file.close()
+            with named(self.final(ending, "idx")), create(temporary(self.final(ending, "idx"))) as index:
                 index.writelines(index_parts(np.frombuffer(self.sizes[ending], np.int32), self.streams[ending]))
                 sync(index)
         names = [self.final(e, kind) for e in sorted(self.streams, reverse=True) for kind in ("bin", "idx")]

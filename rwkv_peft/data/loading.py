@@ -115,9 +115,8 @@ class Data:
                 what = f"OVERLONG=drop leaves out every row of {name} that has something to train"
                 found.append(Problem(limit, f"is too short: {what}. Use auto"))
             elif facts.overlong:
-                found.append(
-                    Problem(limit, f"is too short: {self.ctx_len} tokens end before any answer begins. Use auto")
-                )
+                ends = f"{count(self.ctx_len, 'token')} {'ends' if self.ctx_len == 1 else 'end'}"
+                found.append(Problem(limit, f"is too short: {ends} before any answer begins. Use auto"))
             elif self.mask in ("pad", "none"):
                 found.append(Problem("DATA_PATH", f"has nothing to train: every row of {name} is a single token"))
             else:

@@ -128,6 +128,8 @@ def named(name: str) -> Path:
     where, endings = shown(source), ", ".join(READERS)
     if not source.exists() and (foreign := project.foreign_path(name)):
         raise UserError(foreign)
+    if source.is_symlink() and not source.exists():
+        raise UserError(f"{where}: {project.missing(source)}.")
     if not source.exists():
         there = [p.name for p in (project.ROOT / "data").glob("*") if format_of(p) and not p.name.endswith(OURS)]
         raise UserError(

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import Problem, Problems, UserError
-from ..project import find, shown
+from ..names import fault
+from ..project import find, missing, shown
 from ..words import did_you_mean
 from . import custom
 from .presets import BEFORE, PRESETS
@@ -17,6 +18,8 @@ def template(name: str) -> Template:
     """name: a preset, or file.json, or file.json:name where a file holds several. Problems if there is none."""
     if name in PRESETS:
         return PRESETS[name]
+    if wrong := fault(name):
+        raise Problems(Problem("PROMPT_TYPE", f"{wrong}; take another name"))
     file, _, inner = name.rpartition(":") if ".json:" in name else (name, "", "")
     if not file.endswith(".json"):
         known = ", ".join(PRESETS)
@@ -25,7 +28,7 @@ def template(name: str) -> Template:
         )
     path = find(file, "data")
     if not path.is_file():
-        raise Problems(Problem("PROMPT_TYPE", f"{shown(path)}: there is no such file"))
+        raise Problems(Problem("PROMPT_TYPE", f"{shown(path)}: {missing(path)}"))
     return custom.load(path, inner)
 
 

@@ -31,7 +31,7 @@ from collections.abc import Mapping
 
 from .. import runs
 from ..config import RETIRED, TrainConfig
-from ..errors import EXIT_MEMORY, Problem, Problems, UserError, leave, unheard
+from ..errors import EXIT_MEMORY, EXIT_PROCESS, Problem, Problems, UserError, cause, leave, unheard
 from ..shell_vars import enter
 from ..sidecars import ACCEPT
 from ..words import did_you_mean
@@ -44,7 +44,7 @@ OPTIONS = ("--dry-run", "--new", ACCEPT, "--find-lr", "--find-batch", "--selftes
 
 
 def main(arguments: list[str]) -> None:
-    enter(arguments, __doc__, TrainConfig, command, RETIRED)
+    enter(arguments, __doc__, TrainConfig, command, RETIRED, lean="CTX_LEN and MICRO_BSZ")
 
 
 def command(config: TrainConfig, typed: list[str]) -> None:
@@ -96,7 +96,8 @@ def run(
         if place.meets():
             where = address(place, config.processes, os.environ)
             if not dry_run:
-                met = others.enter_context(meeting(place, config.processes, *where, say))
+                speak = say if place.starter else print  # each node has a terminal of its own
+                met = others.enter_context(meeting(place, config.processes, *where, speak))
         prepared = prepare(config, place, dry_run, anew, cleanup, say, met, accept_edited)
     if place.node and place.local == 0:
         print(
@@ -143,7 +144,7 @@ def train(run, cleanup: contextlib.ExitStack, say) -> None:
     from ..data.loading import heaviest
     from ..data.workers import end_workers, make_loader
     from ..training import report
-    from ..training.callbacks import TOO_HIGH, Save, StepRecorder, StopOnSignal
+    from ..training.callbacks import Save, StepRecorder, StopOnSignal, why_no_number
     from ..training.heaviest import Heaviest
     from ..training.lisa import Resample
     from ..training.resume import GoOn, Keep
@@ -227,11 +228,13 @@ def train(run, cleanup: contextlib.ExitStack, say) -> None:
         if first:
             save.draw(True)  # which tells more than words
         raise
-    except RuntimeError as error:
-        # torch's words for an empty host; a GPU has an exception of its own
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or isinstance(cause(error), MemoryError):
             leave(report.out_of_memory(run.settings, error), EXIT_MEMORY)
         watch.caused(error)
+        if isinstance(error, torch.distributed.DistError):
+            words = f"Training ends: the processes cannot reach one another ({str(error).partition(chr(10))[0]})."
+            leave(f"{words} Look at what the others say, and start all of them again.", EXIT_PROCESS)
         raise
     cleanup.close()
     if not first:
@@ -240,7 +243,9 @@ def train(run, cleanup: contextlib.ExitStack, say) -> None:
             print(f"node {run.place.node}: {how}; node 0 has the results", flush=True)
         sys.exit(128 + stop.received if stop.received else 0)
     if 0 < trainer.global_step <= recorder.in_a_row:
-        raise UserError(f"All {trainer.global_step} steps were left out, so nothing was learnt. {TOO_HIGH}")
+        steps = "The only step was" if trainer.global_step == 1 else f"All {trainer.global_step} steps were"
+        why = why_no_number(module, trainer.global_step, recorder.in_a_row, config.processes == 1)
+        raise UserError(f"{steps} left out, so nothing was learnt. {why}")
     complete = finished or trainer.global_step == run.steps
     early = validation is not None and validation.stopped
     if config.streaming and not complete and not stop.received and not early:

@@ -26,6 +26,7 @@ from ..pictures import figure
 from ..training.module import TrainingModule
 from ..training.report import MOST_STATE_RATE, USUAL_STATE, usual_state_rate
 from ..training.strategy import FP16_SCALE
+from ..words import count
 from .learner import make_learner, make_module
 from .place import Place
 from .prepared import Prepared, prepare
@@ -258,13 +259,13 @@ def find_batch(config: TrainConfig, place: Place) -> None:
                 one.optimizer.zero_grad(set_to_none=True)
                 torch.cuda.empty_cache()
                 return False
-            print(f"MICRO_BSZ={rows} of {tokens:,} tokens fits", flush=True)
+            print(f"MICRO_BSZ={rows} of {count(tokens, 'token')} fits", flush=True)
             return True
 
         found = largest(fits, MOST_ROWS)
         one.run.in_use.must_be_unchanged()
     if not found:
         raise UserError(
-            f"Not one row of {tokens:,} tokens fits. Lower CTX_LEN, or take GRAD_CP=1, QUANT=nf4, TRAIN_TYPE=infctx."
+            f"Not one row of {count(tokens, 'token')} fits. Lower CTX_LEN, or take GRAD_CP=1, QUANT=nf4, TRAIN_TYPE=infctx."
         )
     print(f"The largest that fits is MICRO_BSZ={found}. Nothing was changed: set it, or a little less, in the script.")

@@ -10,6 +10,7 @@ from ..config import TrainConfig
 from ..errors import Problem, Problems, UserError
 from ..file_watch import FileWatch
 from ..methods import METHODS
+from ..names import fault
 from .data import stream_source
 from .record import options_of, script_values
 
@@ -39,6 +40,9 @@ def open_files(config: TrainConfig, base: Path, new: bool):
         found += layer_problems(config, geometry)
     files, wrong = (stream_source if config.streaming else data_files)(config.data_path)
     found += [Problem("DATA_PATH", message) for message in wrong]
+    for name in [files.name] if config.streaming else [prefix.name for prefix, _ in files]:
+        if odd := fault(name):  # the run, and more, is called after it
+            found.append(Problem("DATA_PATH", f"this name {odd}; rename the files"))
     earlier = None
     try:
         earlier = earlier_run(config) if new else None
@@ -177,7 +181,7 @@ def start_file(config: TrainConfig, path: Path | None) -> Path | None:
             return None
         name = "pissa_init" if given else "pissa_load"
         advice = "" if given else "; name it with pissa_init"
-        raise Problems(Problem(name, f"{project.shown(start)}: there is no such file{advice}"))
+        raise Problems(Problem(name, f"{project.shown(start)}: {project.missing(start)}{advice}"))
     return start
 
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from .. import project, runs, tokenizer
 from ..atomic import appending
-from ..errors import EXIT_USER, UserError, unheard
+from ..errors import EXIT_USER, UserError, in_words, unheard
 from ..file_watch import FileChanged
 from ..words import clock
 from .plot import draw_loss, looks_back
@@ -32,6 +32,8 @@ TOO_HIGH = (
     "LR_INIT is too high (take a third of it, and GRAD_CLIP=1; ./training.sh --find-lr tells what the settings bear), or "
     "another setting is extreme (lora_alpha, ADAM_EPS, WEIGHT_DECAY). What was saved before is whole."
 )
+# where no step has been taken, no learning rate can be the cause
+NOT_BEGUN = "No step has been taken yet, so LR_INIT is not the cause: {}. What was saved before is whole."
 
 STOPPING = b"\nStopping after this batch and saving. Ctrl-C again leaves at once, without saving.\n"
 LEFT_WITH = b"\nLeft at once. Checkpoints that were saved before are whole.\n"
@@ -126,11 +128,15 @@ class StepRecorder(pl.Callback):
         for sink in self.sinks:
             sink(record)
         if self.in_a_row:
-            self.tell(loss, norm, shares, beginnings, batch_idx)
+            too_many = self.in_a_row >= self.limit
+            why = why_no_number(module, self.step, self.in_a_row, trainer.world_size == 1) if too_many else ""
+            self.tell(loss, norm, shares, beginnings, batch_idx, why)
 
-    def tell(self, loss: float, norm: float, shares: list[float], beginnings: list[tuple[int, ...]], last: int) -> None:
+    def tell(
+        self, loss: float, norm: float, shares: list[float], beginnings: list[tuple[int, ...]], last: int, why: str
+    ) -> None:
         """Say that a step was left out, and of which data; UserError where there have been too many. last: the number of the
-        step's last micro-batch in its epoch."""
+        step's last micro-batch in its epoch. why: what to say then of the cause."""
         what = f"its loss is {loss}" if not math.isfinite(loss) else f"the length of its gradient is {norm}"
         bad, first = [i for i, share in enumerate(shares) if not math.isfinite(share)], last - len(shares) + 1
         elsewhere = not bad and not math.isfinite(loss)
@@ -138,11 +144,28 @@ class StepRecorder(pl.Callback):
         where = ", ".join(f"micro-batch {first + i}: {tokenizer.decode(beginnings[i])!r} ..." for i in bad[:NAMED])
         where = "in another process" if elsewhere else where + (", and others" if len(bad) > NAMED else "")
         words = f"step {self.step}: {what} ({where})"
-        if self.in_a_row >= self.limit:
-            raise UserError(
-                f"\nTraining stops: NAN_LIMIT={self.limit} steps in a row were left out. The last, {words}. {TOO_HIGH}"
-            )
+        if why:
+            steps = "step was" if self.limit == 1 else "steps in a row were"
+            raise UserError(f"\nTraining stops: NAN_LIMIT={self.limit} {steps} left out. The last, {words}. {why}")
         self.say(f"warning   {words}: left out, {self.in_a_row} of NAN_LIMIT={self.limit} in a row")
+
+
+def why_no_number(module, step: int, in_a_row: int, whole: bool) -> str:
+    """Why the last steps were left out. whole: this process has all weights."""
+    if in_a_row < step:
+        return TOO_HIGH
+    model = module.model
+    weights = model.named_parameters() if whole else ()
+    bad = next((name for name, weight in weights if not bool(torch.isfinite(weight).all())), "")
+    if model.dtype == torch.float16:
+        where = f", as in {bad}" if bad else ""
+        return NOT_BEGUN.format(f"numbers above 65,504 do not fit into PRECISION=fp16{where}; use bf16 or fp32")
+    if bad:
+        return NOT_BEGUN.format(
+            f"{bad} of the model holds NaN or infinity; take another base, or another file to begin with"
+        )
+    words = "the model gives no number for these data, so its weights are too large or damaged; take another copy of the base"
+    return NOT_BEGUN.format(words)
 
 
 class Progress:
@@ -294,7 +317,7 @@ class Save(pl.Callback):
         except FileChanged:
             raise
         except (OSError, UserError) as error:
-            self.say(f"warning   rwkv-step-{step}.pth could not be saved; training goes on. {error}")
+            self.say(f"warning   rwkv-step-{step}.pth could not be saved; training goes on. {in_words(error)}")
 
     def put(self, trainer, module, *what) -> Path | None:
         """Write what is trained, with all processes; returns the first one's path. what: the rest of `write`'s arguments."""

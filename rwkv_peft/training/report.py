@@ -12,12 +12,12 @@ from pathlib import Path
 
 from .. import project, runs, tokenizer
 from ..data.sampling import AUTO_CTX_LIMIT
-from ..errors import leave
+from ..errors import describe_memory, leave
 from ..machine import cpu_gains_by_bf16, cpu_has_bf16, device_kind, device_words
 from ..methods import METHODS, OPTIMS, Method, method_of
 from ..model import arch
 from ..strategies import STRATEGIES
-from ..words import clock, count
+from ..words import clock, count, is_or_are
 from . import graphs
 from .estimate import memory_bytes
 
@@ -60,8 +60,8 @@ def plan_lines(
     )  # fmt: skip
     last = settings["LR_INIT"] if settings["LR_SCHEDULE"] == "constant" else settings["LR_FINAL"]
     rows = [
-        ("model", f"{project.shown(base)}: {arch.arch_of(geometry).name}, {geometry.n_layer} layers, width {geometry.n_embd}, "
-                  f"vocabulary {geometry.vocab_size}, {total / 1e6:,.1f} M parameters"),
+        ("model", f"{project.shown(base)}: {arch.arch_of(geometry).name}, {count(geometry.n_layer, 'layer')}, "
+                  f"width {geometry.n_embd}, vocabulary {geometry.vocab_size}, {total / 1e6:,.1f} M parameters"),
         ("method", f"{method_words(setup)}: {values(trained_values)} trained values "
                    f"({trained_values / total:.1%} of the model's)"),
         *base_rows(settings, setup),
@@ -85,7 +85,10 @@ def plan_lines(
         rows.append(("", "LR_FINAL is above LR_INIT: the rate rises until the end; were the two exchanged?"))
     if infctx and tokens <= settings["CHUNK_CTX"]:
         rows.append(
-            ("", f"a micro-batch has at most {tokens:,} tokens: one chunk holds it, so infctx changes nothing here")
+            (
+                "",
+                f"a micro-batch has at most {count(tokens, 'token')}: one chunk holds it, so infctx changes nothing here",
+            )
         )
     if device == "cpu" and settings["PRECISION"] == "bf16" and not cpu_has_bf16():
         rows.append(("", "this processor has no instructions for bf16, which makes it about ten times slower than fp32: use "
@@ -175,7 +178,9 @@ def base_rows(settings, setup) -> list[tuple[str, str]]:
                              "training.sh)"))  # fmt: skip
     if settings["TRAIN_TYPE"] == "infctx":
         how = "end at a chunk's border" if settings["INFCTX_GRAD"] == "detach" else "go on through all chunks"
-        rows.append(("", f"infctx: {settings['CHUNK_CTX']} tokens at once, states are carried on, gradients {how}"))
+        rows.append(
+            ("", f"infctx: {count(settings['CHUNK_CTX'], 'token')} at once, states are carried on, gradients {how}")
+        )
     return rows
 
 
@@ -252,7 +257,7 @@ def stream_lines(files, tokenizing, buffer: int, plan, settings) -> list[tuple[s
 def data_rows(data, facts, plan, settings) -> list[tuple[str, str]]:
     """What was read, and what of it is not trained and why."""
     names = " + ".join(project.shown(source.path) for source in data.sources)
-    rows = [("data", f"{names}: {count(facts.documents, 'row')}, {facts.tokens:,} tokens; one pass trains "
+    rows = [("data", f"{names}: {count(facts.documents, 'row')}, {count(facts.tokens, 'token')}; one pass trains "
                      f"{facts.targets:,} of them (LOSS_MASK={settings['LOSS_MASK']})")]  # fmt: skip
     if len(data.sources) > 1:
         whole, passes = sum(source.weight for source in data.sources), data.passes(plan, settings["EPOCH_COUNT"])
@@ -270,9 +275,9 @@ def data_rows(data, facts, plan, settings) -> list[tuple[str, str]]:
             else f"CTX_LEN=auto takes up to {AUTO_CTX_LIMIT}"
         )
         what = {
-            "truncate": f"{facts.lost:,} tokens at the end are not trained ({advice})",
-            "truncate-left": f"{facts.lost:,} tokens at the beginning are not used ({advice})",
-            "drop": f"left out with their {facts.lost:,} tokens (OVERLONG=drop; {advice})",
+            "truncate": f"{count(facts.lost, 'token')} at the end {is_or_are(facts.lost)} not trained ({advice})",
+            "truncate-left": f"{count(facts.lost, 'token')} at the beginning {is_or_are(facts.lost)} not used ({advice})",
+            "drop": f"left out with their {count(facts.lost, 'token')} (OVERLONG=drop; {advice})",
             "split": f"cut into {count(facts.pieces, 'piece')} (OVERLONG=split)",
         }[data.overlong]
         rows.append(("", f"{count(facts.overlong, 'row')} longer than CTX_LEN={data.ctx_len}: {what}"))
@@ -329,7 +334,7 @@ def print_samples(sequences: Iterator, most: int) -> None:
             continue
         number = len(seen) + 1
         seen.add(tokens.tobytes())
-        print(f"\n--- sample {number}: {len(tokens)} tokens, {int(weights.sum())} trained")
+        print(f"\n--- sample {number}: {count(len(tokens), 'token')}, {int(weights.sum())} trained")
         print(tokenizer.marked(tokens.tolist(), [False, *(weights > 0).tolist()], begin, end))
         if len(seen) == most:
             break
@@ -373,7 +378,10 @@ def out_of_memory(settings: dict, error: Exception) -> str:
             variable = method.options["rank"]
             advice.append(f"{variable}={max(1, settings[variable] // 2)}")
     listed = "\n".join(f"  {i}. {a}" for i, a in enumerate(advice, 1))
-    return f"Out of memory: {str(error).splitlines()[0]}\nWhat to change, in this order:\n{listed}"
+    reason = str(error).partition("\n")[0]
+    if type(error).__name__ != "OutOfMemoryError":  # of the host
+        reason = f"{describe_memory().removeprefix('Out of memory: ')} {reason}".strip()
+    return f"Out of memory: {reason}\nWhat to change, in this order:\n{listed}"
 
 
 def best_look(looks: Sequence[dict], folder: Path, newest: Path) -> Path:

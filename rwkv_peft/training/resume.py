@@ -14,7 +14,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from ..errors import UserError
+from ..errors import UserError, in_words
 from ..file_watch import FileChanged
 from . import snapshot
 from .snapshot import Snapshot
@@ -167,7 +167,9 @@ class Keep(pl.Callback):
             except FileChanged:  # in the last moment: told with all the others
                 pass
             except (OSError, UserError) as error:
-                self.say(f"warning   the state of step {self.step} could not be saved; training goes on. {error}")
+                self.say(
+                    f"warning   the state of step {self.step} could not be saved; training goes on. {in_words(error)}"
+                )
         self.unchanged(trainer)
         if trainer.world_size > 1:
             trainer.strategy.barrier()

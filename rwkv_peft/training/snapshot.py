@@ -25,7 +25,7 @@ from torch import Tensor
 from .. import hashing, json_reader, safetensors_file
 from ..atomic import need_space, own_folder, sync_folder, write_json
 from ..atomic import remove as take_away
-from ..errors import UserError
+from ..errors import OURS, UserError, in_words
 from ..file_watch import Stamp, stamp_of
 from ..json_reader import Schema, is_bool, is_hash, is_list, is_none_or, is_number, is_object, is_text, is_whole
 from ..project import shown
@@ -240,6 +240,8 @@ def described(folder: Path) -> Snapshot:
         told = facts.pop("sha256", None)
         same = told == checksum(facts) and facts.get("step") == step_of(folder.name)
     except OSError as error:
+        if error.errno in OURS:
+            raise
         raise UserError(f"{shown(manifest)}: cannot be read ({error.strerror or error}).") from None
     except (ValueError, AttributeError) as error:
         why = error if isinstance(error, ValueError) else "is no object"
@@ -289,7 +291,9 @@ def must_be_whole(found: Snapshot) -> None:
             if hashing.sha256(path) != told["sha256"]:
                 raise UserError(f"{shown(path)}: is damaged (its content is not what the manifest says).")
         except OSError as error:
-            raise UserError(f"{shown(path)}: cannot be read ({error.strerror}).") from None
+            if error.errno in OURS:
+                raise
+            raise UserError(f"{shown(path)}: cannot be read ({in_words(error)})") from None
 
 
 def whole(
