@@ -13,6 +13,7 @@ import errno
 import functools
 import io
 import itertools
+import lzma
 import math
 import os
 import pickle
@@ -41,6 +42,7 @@ from .words import listed
 
 COPY_BYTES = 1 << 22  # read, hash and copy in pieces of 4 MB
 BLOCK = 1 << 19  # numbers of a tensor that are worked on at once: in float32 they fit a core's own cache
+MOST_LIST = 1 << 26  # bytes of the list of tensors that are read of a file that was cut off
 LOCAL_HEADER = 30  # bytes in front of a record's name in a zip file
 ALIGNMENT = 64  # torch places every record at a multiple of this, so that it can be mapped
 FULL32 = 0xFFFFFFFF  # in a zip file: the number has more than 32 bits and stands elsewhere
@@ -48,7 +50,7 @@ FULL32 = 0xFFFFFFFF  # in a zip file: the number has more than 32 bits and stand
 # what a damaged zip or pickle raises, one way or another
 UNREADABLE = (
     pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeError, ValueError, RuntimeError, zlib.error,
-    ArithmeticError, AssertionError, struct.error, zipfile.BadZipFile,
+    ArithmeticError, AssertionError, struct.error, zipfile.BadZipFile, lzma.LZMAError,
 )  # fmt: skip
 
 DTYPES = {
@@ -98,8 +100,12 @@ class _Storage:
     size: int
 
 
-class _Describe(pickle.Unpickler):
-    """Reads data.pkl of a .pth as descriptions; refuses everything that is not a plain tensor."""
+class _Describe(pickle._Unpickler):
+    """Reads data.pkl of a .pth as descriptions; refuses everything that is not a plain tensor.
+
+    The unpickler in Python, not the one in C: that makes room for as many objects as the largest number in the file asks for,
+    so that nine bytes take 32 GB. A model's list takes 0.1 s.
+    """
 
     def find_class(self, module: str, name: str):
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -144,6 +150,8 @@ def describe(path: str | os.PathLike) -> dict[str, Stored]:
         if head.startswith(b"PK\3\4"):
             raise UserError(f"{shown(path)}: {filetype.cut_off(path.stat().st_size, size_by_list(path), True)}")
         raise UserError(f"{shown(path)}: {filetype.what_it_is(path)}")
+    if path.suffix == ".safetensors":  # torch.load goes by the name
+        raise UserError(f"{shown(path)}: is a .pth file by its content. Rename it to {path.with_suffix('.pth').name}")
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
@@ -155,6 +163,10 @@ def describe(path: str | os.PathLike) -> dict[str, Stored]:
             sizes = {i.filename: i.file_size for i in archive.infolist() if i.compress_type == zipfile.ZIP_STORED}
     except zipfile.BadZipFile as error:
         raise UserError(f"{shown(path)}: is damaged ({error}). Get the file again.") from None
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # (a place before the beginning of the file)
+            raise
+        raise UserError(f"{shown(path)}: is damaged (its list of records is wrong). Get the file again.") from None
     except UNREADABLE as error:
         raise UserError(
             f"{shown(path)}: holds more than plain tensors ({error}). It was not loaded, and nothing in it was run."
@@ -265,7 +277,7 @@ def size_by_list(path: Path) -> int | None:
             if not file.read(name).endswith(b"/data.pkl"):
                 return None
             file.seek(extra, os.SEEK_CUR)
-            Sizes(file).load()
+            Sizes(io.BytesIO(file.read(MOST_LIST))).load()
     except (*UNREADABLE, OSError):
         return None
     return sum(storages.values())
@@ -292,6 +304,8 @@ def inside(folder: Path) -> str:
 def load(path: str | os.PathLike) -> dict[str, Tensor]:
     """The tensors of a .pth or .safetensors file, mapped: nothing is read until it is used."""
     path, described = Path(path), describe(path)
+    if not described:
+        return {}
     if any(stored.offset is not None for stored in described.values()):
         whole = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
         return {name: mapped(whole, stored) for name, stored in described.items()}
@@ -365,7 +379,7 @@ class Archive:
     def __enter__(self) -> Archive:
         self.zip, self.plain, self.folder = None, None, ""
         self.reader = Reader(self.path) if self.straight else None
-        if any(stored.offset is not None for stored in self.described.values()):
+        if not self.described or any(stored.offset is not None for stored in self.described.values()):
             self.plain = open(self.path, "rb")  # noqa: SIM115 (closed by __exit__)
             self.file = self.plain.fileno()
             return self

@@ -13,6 +13,8 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from .words import readable
+
 EXIT_USER = 2  # a setting, a file or a row that the user can mend
 EXIT_DISK = 3  # no space left, or a folder that cannot be written
 EXIT_MEMORY = 4  # the device or the host ran out of memory
@@ -98,7 +100,7 @@ def describe_os_error(error: OSError) -> tuple[str, int]:
 
 def leave(message: str, code: int) -> None:
     with unheard():
-        print(message, file=sys.stderr, flush=True)
+        print(readable(message), file=sys.stderr, flush=True)
     sys.exit(code)
 
 

@@ -7,6 +7,9 @@ import re
 from collections.abc import Iterable
 from pathlib import PurePath
 
+LONGEST_LINE = 2000  # characters of a line that is shown; names in damaged files may have any length
+# what would steer a terminal, or turn the direction of a text
+STEERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 LISTED = 8  # names that a message lists; the rest are counted
 
 
@@ -30,6 +33,23 @@ def did_you_mean(word: str, known: Iterable[object]) -> str:
     by_stem = {PurePath(k).stem.upper(): k for k in sorted(map(str, known), key=len, reverse=True)}
     near = difflib.get_close_matches(PurePath(word).stem.upper(), by_stem, n=1, cutoff=0.6)
     return f"; did you mean {by_stem[near[0]]}?" if near else ""
+
+
+def readable(words: str) -> str:
+    """Words that quote what foreign files hold, as they may be shown: control characters as \\x1b, and lines with an end."""
+    lines = STEERS.sub(lambda found: f"\\x{ord(found[0]):02x}", words).split("\n")
+    return "\n".join(
+        line
+        if len(line) <= LONGEST_LINE
+        else f"{line[:LONGEST_LINE]} ... ({count(len(line) - LONGEST_LINE, 'character')} more)"
+        for line in lines
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's words; what kind of error it is, where it has none."""
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def clock(seconds: float) -> str:

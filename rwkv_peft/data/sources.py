@@ -34,6 +34,10 @@ class Source:
         weight: Fraction = Fraction(1),
     ):
         self.path, self.name, self.weight = reader.path, reader.path.stem, weight
+        if reader.dtype.kind == "f":
+            raise UserError(
+                f"{shown(self.path)}: holds {reader.dtype.name} numbers, which are no tokens. Tokenize the data again."
+            )
         self.sizes = reader.sizes
         self.tokens = np.asarray(
             reader.tokens
@@ -46,6 +50,10 @@ class Source:
         if isinstance(roles, Reader):
             if not np.array_equal(roles.sizes, self.sizes):
                 raise UserError(f"{roles.path}: describes other rows than {self.path}. Tokenize the data again.")
+            if roles.dtype != np.uint8:
+                raise UserError(
+                    f"{shown(roles.path)}: holds {roles.dtype.name} numbers, not roles. Tokenize the data again."
+                )
             self.roles = np.asarray(roles.tokens)
         elif isinstance(roles, np.ndarray):
             self.roles = roles

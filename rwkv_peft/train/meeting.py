@@ -18,6 +18,7 @@ from typing import Any
 from torch.distributed import PrefixStore, Store, TCPStore
 
 from ..errors import Problem, Problems, UserError
+from ..words import first_line
 from .place import Place
 
 REACH, PATIENCE = 120.0, 900.0  # seconds to find the first node; to wait for what another does before it begins
@@ -57,7 +58,7 @@ class Meeting:
                 time.sleep(LOOK)
             return json.loads(self.store.get(key))
         except RuntimeError as error:
-            why = str(error).splitlines()[0]
+            why = first_line(error)
             raise UserError(f"The first process has ended before all could begin ({why}).") from None
 
     def compare(self, mine: Mapping[str, Any]) -> None:
@@ -93,7 +94,7 @@ def meeting(place: Place, processes: int, address: str, port: int, say: Callable
     try:
         store = TCPStore(address, port, None, hosts, timedelta(seconds=REACH), wait_for_workers=False)
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         if hosts:
             words = f"cannot be used here ({reason}); is another training running? Take another number, on all nodes"
             raise Problems(Problem("MASTER_PORT", words)) from None

@@ -17,7 +17,7 @@ from ..machine import cpu_gains_by_bf16, cpu_has_bf16, device_kind, device_words
 from ..methods import METHODS, OPTIMS, Method, method_of
 from ..model import arch
 from ..strategies import STRATEGIES
-from ..words import clock, count
+from ..words import clock, count, first_line
 from . import graphs
 from .estimate import memory_bytes
 
@@ -373,7 +373,7 @@ def out_of_memory(settings: dict, error: Exception) -> str:
             variable = method.options["rank"]
             advice.append(f"{variable}={max(1, settings[variable] // 2)}")
     listed = "\n".join(f"  {i}. {a}" for i, a in enumerate(advice, 1))
-    return f"Out of memory: {str(error).splitlines()[0]}\nWhat to change, in this order:\n{listed}"
+    return f"Out of memory: {first_line(error)}\nWhat to change, in this order:\n{listed}"
 
 
 def best_look(looks: Sequence[dict], folder: Path, newest: Path) -> Path:
