@@ -34,14 +34,13 @@ class Source:
         weight: Fraction = Fraction(1),
     ):
         self.path, self.name, self.weight = reader.path, reader.path.stem, weight
-        if reader.dtype.kind == "f":
-            raise UserError(
-                f"{shown(self.path)}: holds {reader.dtype.name} numbers, which are no tokens. Tokenize the data again."
-            )
         self.sizes = reader.sizes
         self.tokens = np.asarray(
             reader.tokens
         )  # the same mapped bytes; a plain array is cut much faster than a np.memmap
+        if self.tokens.dtype.kind == "f":
+            kind = self.tokens.dtype.name
+            raise UserError(f"{shown(self.path)}: holds {kind} numbers, which are no tokens. Tokenize the data again.")
         self.starts = np.zeros(len(self.sizes) + 1, dtype=np.int64)
         np.cumsum(self.sizes, out=self.starts[1:])
         if self.starts[-1] < 2:

@@ -24,7 +24,6 @@ import json
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -36,7 +35,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path[:0] = [str(HERE.parent), str(ROOT)]
 SILENCE, BUSY = 60.0, 30.0  # seconds without an answer, in which the processor was used so long: it hangs
-LEAST = 3.0  # seconds of a harness behind its start
+LEAST = 5.0  # seconds of a harness behind its start, which may take longer than its time
+PATIENCE = 5.0  # seconds that it may take longer than it should
 
 
 @dataclass
@@ -96,7 +96,7 @@ def once(result: Result, place: Path, seconds: float, runs: int, seed: int, resu
         file.truncate(HEAD.size + ROOM)
     begun = time.monotonic()
     facts = {"harness": result.name, "results": str(results), "shared": str(shared), "folder": str(place / "work"),
-             "seconds": seconds, "runs": runs, "seed": seed}  # fmt: skip
+             "until": time.time() + seconds, "least": LEAST, "runs": runs, "seed": seed}  # fmt: skip
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -125,8 +125,8 @@ def once(result: Result, place: Path, seconds: float, runs: int, seed: int, resu
             elif now - changed > SILENCE and processor_time(process.pid) - used > BUSY:
                 killed = f"no answer for {now - changed:.0f} s"
                 process.kill()
-            elif now - begun > seconds + LEAST and ready is not None and now - changed < SILENCE / 2:
-                process.send_signal(signal.SIGKILL)  # its time is over
+            elif ready and now > max(begun + seconds, ready + LEAST) + PATIENCE and now - changed < SILENCE / 2:
+                process.kill()  # its time is over
                 killed = "over"
     finally:
         if process.poll() is None:
@@ -139,10 +139,10 @@ def once(result: Result, place: Path, seconds: float, runs: int, seed: int, resu
     result.judged, result.grew = result.judged + count, result.grew + grew
     result.seconds += time.monotonic() - (ready or begun)
     result.paths = reached(text) or result.paths
-    if process.returncode == 0 or killed == "over":
+    if (process.returncode == 0 or killed == "over") and count:
         return False
     tail = "\n".join(text.splitlines()[-30:])
-    if ready is None:
+    if ready is None or not count:
         raise SystemExit(f"The harness {result.name} does not start:\n{tail}")
     path = results / "findings" / result.name / f"end-{count}-{abs(process.returncode)}"
     path.parent.mkdir(parents=True, exist_ok=True)

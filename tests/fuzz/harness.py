@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,8 @@ def quiet() -> Iterator[io.StringIO]:
 
 
 class Watch:
-    """Sees through an audit hook what is written, started and connected while an input is read."""
+    """An audit hook that sees what is written, started and connected while an input is read. Hooks stay: one for the
+    process."""
 
     def __init__(self):
         self.folder, self.seen = "", []
@@ -132,6 +133,9 @@ class Watch:
         return name == os.devnull or name.startswith((self.folder, "/dev/shm/sem."))
 
 
+WATCH = Watch()
+
+
 def memory_now() -> tuple[int, int]:
     """Bytes that this process holds now, and the most that it has held."""
     with open("/proc/self/statm", "rb") as file:
@@ -149,11 +153,10 @@ class Judge:
     """Runs a harness on inputs. folder: the only one that may be written to."""
 
     def __init__(self, harness: Harness, folder: Path):
-        self.harness, self.folder, self.watch = harness, folder, Watch()
+        self.harness, self.folder, self.watch = harness, folder, WATCH
         tempfile.tempdir = str(folder)
         with quiet():
             harness.warm_up()
-        self.usual = memory_now()[0]
 
     def judge(self, data: bytes) -> str:
         """What became of an input, in a word or the shape of its message. Finding if it broke a rule."""
@@ -236,6 +239,3 @@ def shape(words: str) -> str:
 def key_of(finding: Finding) -> str:
     """A name for all findings of the same kind."""
     return hashlib.sha256(finding.kind.encode("utf-8", "replace")).hexdigest()[:12]
-
-
-Read = Callable[[bytes, Path], str]

@@ -150,7 +150,7 @@ def main(arguments: list[str]) -> None:
     worker = Worker(harness, results, shared, folder)
     print("READY", file=sys.stderr, flush=True)
     way = worker.without if instrument() is None else worker.with_coverage
-    way(facts["seconds"], facts["runs"], facts["seed"])
+    way(max(facts["least"], facts["until"] - time.time()), facts["runs"], facts["seed"])
 
 
 if __name__ == "__main__":

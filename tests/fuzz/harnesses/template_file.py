@@ -28,7 +28,9 @@ TURNS = (
      (ANSWER, "{{content}}", "", "", False)),
     ((USER, "w"), (ANSWER, "", "", "", True, CALL), (TOOL, '{"t": 7}'), (TOOL, "x"), (ANSWER, "Seven.")),
 )  # fmt: skip
-DIALOGUES = [Dialogue(tuple(Message(*one) for one in turns), TOOLS * any(one[0] is TOOL for one in turns)) for turns in TURNS]
+DIALOGUES = [
+    Dialogue(tuple(Message(*one) for one in turns), TOOLS * any(one[0] is TOOL for one in turns)) for turns in TURNS
+]
 NAMES = (
     *custom.FIELDS, *custom.RETIRED, "name", "system", "user", "assistant", "observation", "keep", "always", "fake",
     "compact", "indent", "{{content}}", "{{name}}", "{{arguments}}", "{{input}}", "{{description}}", "{{parameters}}",
