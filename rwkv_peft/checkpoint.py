@@ -38,7 +38,7 @@ from .pieces import bytes_of, side_by_side
 from .project import models_in, shown
 from .straight import Reader, Writer
 from .straight import aligned as room_for
-from .words import listed
+from .words import first_line, listed
 
 COPY_BYTES = 1 << 22  # read, hash and copy in pieces of 4 MB
 BLOCK = 1 << 19  # numbers of a tensor that are worked on at once: in float32 they fit a core's own cache
@@ -104,8 +104,11 @@ class _Describe(pickle._Unpickler):
     """Reads data.pkl of a .pth as descriptions; refuses everything that is not a plain tensor.
 
     The unpickler in Python, not the one in C: that makes room for as many objects as the largest number in the file asks for,
-    so that nine bytes take 32 GB. A model's list takes 0.1 s.
+    so that nine bytes take 32 GB. A model's list takes 0.1 s. An array of bytes, which no list of tensors holds, would be made
+    in the size that is written before it.
     """
+
+    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]}
 
     def find_class(self, module: str, name: str):
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -126,6 +129,8 @@ class _Describe(pickle._Unpickler):
 
 
 def describe_tensor(storage: _Storage, offset: int, shape, stride, *_rest) -> Stored:
+    if not all(type(n) is int and n >= 0 for n in (offset, *shape, *stride)):
+        raise pickle.UnpicklingError("a tensor's shape or place is no list of numbers")
     contiguous, expected = True, 1
     for n, s in zip(reversed(shape), reversed(stride), strict=True):
         contiguous &= n == 1 or s == expected
@@ -164,7 +169,7 @@ def describe(path: str | os.PathLike) -> dict[str, Stored]:
     except zipfile.BadZipFile as error:
         raise UserError(f"{shown(path)}: is damaged ({error}). Get the file again.") from None
     except OSError as error:
-        if error.errno != errno.EINVAL:  # (a place before the beginning of the file)
+        if error.errno not in (None, errno.EINVAL):  # (None: not unpacked; EINVAL: a place before the file's beginning)
             raise
         raise UserError(f"{shown(path)}: is damaged (its list of records is wrong). Get the file again.") from None
     except UNREADABLE as error:
@@ -312,9 +317,10 @@ def load(path: str | os.PathLike) -> dict[str, Tensor]:
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return {name: tensors[s.name or name].detach().reshape(s.shape) for name, s in described.items()}
-    except UNREADABLE as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{shown(path)}: is damaged ({reason}). Get the file again.") from None
+    except (*UNREADABLE, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # (a place outside the file)
+            raise
+        raise UserError(f"{shown(path)}: is damaged ({first_line(error)}). Get the file again.") from None
 
 
 def mapped(whole: torch.UntypedStorage, stored: Stored) -> Tensor:
@@ -445,7 +451,11 @@ class Archive:
             piece = piece[: stored.bytes - at]
             data[at : at + len(piece)] = piece
             at += len(piece)
-        return torch.frombuffer(data, dtype=stored.dtype).view(stored.shape) if data else torch.empty(stored.shape)
+        return (
+            torch.frombuffer(data, dtype=stored.dtype).view(stored.shape)
+            if data
+            else torch.empty(stored.shape, dtype=stored.dtype)
+        )
 
     def rows(self, name: str, blocks: Sequence[slice]) -> Iterator[Tensor]:
         """Rows of a tensor that has a record to itself: all of them, in blocks that follow one another. A block is valid
