@@ -40,6 +40,7 @@ from .straight import Reader, Writer
 from .straight import aligned as room_for
 from .words import first_line, listed
 
+MOST_SIDES = 64  # of a tensor, as torch has it
 COPY_BYTES = 1 << 22  # read, hash and copy in pieces of 4 MB
 BLOCK = 1 << 19  # numbers of a tensor that are worked on at once: in float32 they fit a core's own cache
 MOST_LIST = 1 << 26  # bytes of the list of tensors that are read of a file that was cut off
@@ -129,7 +130,7 @@ class _Describe(pickle._Unpickler):
 
 
 def describe_tensor(storage: _Storage, offset: int, shape, stride, *_rest) -> Stored:
-    if not all(type(n) is int and n >= 0 for n in (offset, *shape, *stride)):
+    if not all(type(n) is int and n >= 0 for n in (offset, *shape, *stride)) or not can_be(shape):
         raise pickle.UnpicklingError("a tensor's shape or place is no list of numbers")
     contiguous, expected = True, 1
     for n, s in zip(reversed(shape), reversed(stride), strict=True):
@@ -137,6 +138,11 @@ def describe_tensor(storage: _Storage, offset: int, shape, stride, *_rest) -> St
         expected *= n
     whole = offset == 0 and contiguous and expected == storage.size
     return Stored(storage.dtype, tuple(shape), f"data/{storage.key}", whole)
+
+
+def can_be(shape: Sequence[int]) -> bool:
+    """Whether a tensor may have a shape: where one of its sides is 0, the others could be any number."""
+    return len(shape) <= MOST_SIDES and math.prod(max(side, 1) for side in shape) < 1 << 60
 
 
 def describe(path: str | os.PathLike) -> dict[str, Stored]:
@@ -247,7 +253,8 @@ def describe_safetensors(path: Path) -> dict[str, Stored]:
                     f"holds {name} as {entry['dtype']}, which this version does not read: use an F16, BF16 or F32 copy."
                 )
             stored = Stored(dtype, shape, f"data/{len(content)}", True, offset=begin + first)
-            if not all(isinstance(n, int) and n >= 0 for n in (*shape, first, last)) or stored.bytes != last - first:
+            right = all(type(n) is int and n >= 0 for n in (*shape, first, last)) and can_be(shape)
+            if not right or stored.bytes != last - first:
                 raise ValueError(f"is a .safetensors file whose header is damaged ({name}). {filetype.AGAIN}.")
             content[name] = stored
         end = max((stored.offset + stored.bytes for stored in content.values()), default=begin)
@@ -325,6 +332,8 @@ def load(path: str | os.PathLike) -> dict[str, Tensor]:
 
 def mapped(whole: torch.UntypedStorage, stored: Stored) -> Tensor:
     """A tensor in a mapped .safetensors file."""
+    if not stored.bytes:
+        return torch.empty(stored.shape, dtype=stored.dtype)
     if stored.offset % stored.dtype.itemsize:  # behind tensors of single bytes
         data = bytes(whole[stored.offset : stored.offset + stored.bytes])
         return torch.frombuffer(bytearray(data), dtype=stored.dtype).view(stored.shape)
