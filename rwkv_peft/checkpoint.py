@@ -9,9 +9,11 @@ or with flattened vectors, are read as the official files are (native.py).
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import io
 import itertools
+import lzma
 import math
 import os
 import pickle
@@ -37,8 +39,9 @@ from .pieces import bytes_of, side_by_side
 from .project import missing, models_in, shown
 from .straight import Reader, Writer
 from .straight import aligned as room_for
-from .words import listed
+from .words import first_line, listed
 
+MOST_SIDES = 64  # of a tensor, as torch has it
 COPY_BYTES = 1 << 22  # read, hash and copy in pieces of 4 MB
 BLOCK = 1 << 19  # numbers of a tensor that are worked on at once: in float32 they fit a core's own cache
 LOCAL_HEADER = 30  # bytes in front of a record's name in a zip file
@@ -46,12 +49,11 @@ ALIGNMENT = 64  # torch places every record at a multiple of this, so that it ca
 FULL32 = 0xFFFFFFFF  # in a zip file: the number has more than 32 bits and stands elsewhere
 MOST_PICKLE = 32 << 20  # bytes of data.pkl: a tensor needs some 150
 MOST_NUMBERS = 1 << 48  # of a tensor, and in each of its sizes
-MOST_SIZES = 16  # that a tensor has
 
 # what a damaged zip or pickle raises, one way or another
 UNREADABLE = (
     pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeError, ValueError, RuntimeError, zlib.error,
-    ArithmeticError, AssertionError, struct.error, zipfile.BadZipFile,
+    ArithmeticError, AssertionError, struct.error, zipfile.BadZipFile, lzma.LZMAError,
 )  # fmt: skip
 
 DTYPES = {
@@ -106,8 +108,11 @@ class _Describe(pickle._Unpickler):
     """Reads data.pkl of a .pth as descriptions; refuses everything that is not a plain tensor.
 
     The unpickler in Python: the one in C makes room for what a pickle announces (a text of 1 TB, the 2,147,483,647th thing to be
-    remembered) before it looks whether it is there.
+    remembered: nine bytes take 32 GB) before it looks whether it is there. A model's list takes 0.1 s. An array of bytes, which
+    no list of tensors holds, would be made in the size that is written before it.
     """
+
+    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]}
 
     def find_class(self, module: str, name: str):
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -132,7 +137,7 @@ def are_sizes(numbers: Iterable) -> bool:
 
 
 def describe_tensor(storage: _Storage, offset: int, shape, stride, *_rest) -> Stored:
-    if len(shape) > MOST_SIZES or not are_sizes((offset, storage.size, *shape, *stride)):
+    if not are_sizes((offset, storage.size, *shape, *stride)) or not can_be(shape):
         raise pickle.UnpicklingError("a tensor has a size that no tensor has")
     contiguous, expected = True, 1
     for n, s in zip(reversed(shape), reversed(stride), strict=True):
@@ -144,6 +149,11 @@ def describe_tensor(storage: _Storage, offset: int, shape, stride, *_rest) -> St
         raise pickle.UnpicklingError("a tensor goes on behind the end of its numbers")
     reach = storage.size * storage.dtype.itemsize
     return Stored(storage.dtype, tuple(shape), f"data/{storage.key}", whole, reach=reach)
+
+
+def can_be(shape: Sequence[int]) -> bool:
+    """Whether a tensor may have a shape: where one of its sides is 0, the others could be any number."""
+    return len(shape) <= MOST_SIDES and are_sizes(shape) and math.prod(max(side, 1) for side in shape) <= MOST_NUMBERS
 
 
 def describe(path: str | os.PathLike) -> dict[str, Stored]:
@@ -296,7 +306,7 @@ def describe_safetensors(path: Path) -> dict[str, Stored]:
                 raise ValueError(
                     f"holds {name} as {entry['dtype']}, which this version does not read: use an F16, BF16 or F32 copy."
                 )
-            sound = len(shape) <= MOST_SIZES and len(places) == 2 and are_sizes((*shape, *places))
+            sound = can_be(shape) and len(places) == 2 and are_sizes((*shape, *places))
             stored = Stored(dtype, shape, f"data/{len(content)}", True, offset=begin + places[0]) if sound else None
             if stored is None or stored.bytes != places[1] - places[0]:
                 raise ValueError(f"is a .safetensors file whose header is damaged ({name}). {filetype.AGAIN}.")
@@ -373,6 +383,8 @@ def inside(folder: Path) -> str:
 def load(path: str | os.PathLike) -> dict[str, Tensor]:
     """The tensors of a .pth or .safetensors file, mapped: nothing is read until it is used."""
     path, described = Path(path), describe(path)
+    if not described:
+        return {}
     if any(stored.offset is not None for stored in described.values()):
         try:
             whole = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
@@ -382,15 +394,18 @@ def load(path: str | os.PathLike) -> dict[str, Tensor]:
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return {name: tensors[s.name or name].detach().reshape(s.shape) for name, s in described.items()}
-    except UNREADABLE as error:
+    except (*UNREADABLE, OSError) as error:
         if refused := cause(error):
             raise refused from None
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{shown(path)}: is damaged ({reason}). Get the file again.") from None
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # (a place outside the file)
+            raise
+        raise UserError(f"{shown(path)}: is damaged ({first_line(error)}). Get the file again.") from None
 
 
 def mapped(whole: torch.UntypedStorage, stored: Stored) -> Tensor:
     """A tensor in a mapped .safetensors file."""
+    if not stored.bytes:
+        return torch.empty(stored.shape, dtype=stored.dtype)
     if stored.offset % stored.dtype.itemsize:  # behind tensors of single bytes
         data = bytes(whole[stored.offset : stored.offset + stored.bytes])
         return torch.frombuffer(bytearray(data), dtype=stored.dtype).view(stored.shape)
@@ -469,7 +484,7 @@ class Archive:
     def __enter__(self) -> Archive:
         self.zip, self.plain, self.folder = None, None, ""
         self.reader = Reader(self.path) if self.straight else None
-        if any(stored.offset is not None for stored in self.described.values()):
+        if not self.described or any(stored.offset is not None for stored in self.described.values()):
             self.plain = open(self.path, "rb")  # noqa: SIM115 (closed by __exit__)
             self.file = self.plain.fileno()
             return self
@@ -535,7 +550,11 @@ class Archive:
             piece = piece[: stored.bytes - at]
             data[at : at + len(piece)] = piece
             at += len(piece)
-        return torch.frombuffer(data, dtype=stored.dtype).view(stored.shape) if data else torch.empty(stored.shape)
+        return (
+            torch.frombuffer(data, dtype=stored.dtype).view(stored.shape)
+            if data
+            else torch.empty(stored.shape, dtype=stored.dtype)
+        )
 
     def rows(self, name: str, blocks: Sequence[slice]) -> Iterator[Tensor]:
         """Rows of a tensor that has a record to itself: all of them, in blocks that follow one another. A block is valid

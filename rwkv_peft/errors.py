@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from . import words
-from .names import visible
 
 EXIT_USER = 2  # a setting, a file or a row that the user can mend
 EXIT_DISK = 3  # no space left, or a folder that cannot be written
@@ -256,7 +255,7 @@ def leave(message: str, code: int) -> None:
     with unheard():
         if sys.stdout:
             sys.stdout.flush()  # what was said before comes before it, where both go into one file
-        print(visible(message, keep="\n\t"), file=sys.stderr, flush=True)
+        print(words.readable(message), file=sys.stderr, flush=True)
     sys.exit(code)
 
 

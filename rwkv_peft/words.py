@@ -9,6 +9,7 @@ from pathlib import PurePath
 
 from .names import visible
 
+LONGEST_LINE = 2000  # characters of a line that is shown; names in damaged files may have any length
 LISTED = 8  # names that a message lists; the rest are counted
 
 
@@ -44,6 +45,23 @@ def size(number: float) -> str:
         if number >= least:
             return f"{number / least:,.{digits}f} {unit}"
     return count(int(number), "byte")
+
+
+def readable(words: str) -> str:
+    """Words that quote what foreign files hold, as they may be shown: control characters as \\x1b, and lines with an end."""
+    lines = visible(words, keep="\n\t").split("\n")
+    return "\n".join(
+        line
+        if len(line) <= LONGEST_LINE
+        else f"{line[:LONGEST_LINE]} ... ({count(len(line) - LONGEST_LINE, 'character')} more)"
+        for line in lines
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's words; what kind of error it is, where it has none."""
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def clock(seconds: float) -> str:

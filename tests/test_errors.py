@@ -14,7 +14,7 @@ from conftest import few
 from inprocess import config
 
 from rwkv_peft import train
-from rwkv_peft.errors import Problems
+from rwkv_peft.errors import Problems, leave
 
 GOOD = json.dumps(tiny.CHATS[0], ensure_ascii=False).encode()
 LINES_57 = b"\n".join([GOOD] * 56)
@@ -383,3 +383,9 @@ def test_a_missing_package_is_named_with_the_cure():
     assert (
         done.returncode == 2 and "The Python package orjson is missing. Run ./test.sh or ./quickstart.sh" in done.stderr
     )
+
+
+def test_a_message_that_quotes_a_foreign_name_cannot_steer_the_terminal(capsys):
+    with pytest.raises(SystemExit):
+        leave("model.pth: emb\x1b[2J\r is damaged\nGet it again.", 2)
+    assert capsys.readouterr().err == "model.pth: emb\\x1b[2J\\x0d is damaged\nGet it again.\n"

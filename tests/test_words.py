@@ -2,7 +2,7 @@
 
 import pytest
 
-from rwkv_peft.words import clock, count, did_you_mean, listed
+from rwkv_peft.words import clock, count, did_you_mean, first_line, listed, readable
 
 
 @pytest.mark.parametrize(("n", "words"), [(0, "0 rows"), (1, "1 row"), (2, "2 rows"), (1234, "1,234 rows")])
@@ -26,3 +26,23 @@ def test_a_near_word_is_offered_and_a_far_one_is_not():
 
 def test_times_are_minutes_and_hours():
     assert (clock(5), clock(65), clock(3661.9)) == ("0:05", "1:05", "1:01:01")
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        ("a tensor \x1b[2Jx\r\x9b", "a tensor \\x1b[2Jx\\r\\x9b"),
+        ("\u202etxt.exe", "\\u202etxt.exe"),
+        ("line one\n\ttwo\u3000三，\xa0é", "line one\n\ttwo\u3000三，\xa0é"),
+        ("x" * 2500 + "\nnext", "x" * 2000 + " ... (500 characters more)\nnext"),
+    ],
+)
+def test_words_that_quote_foreign_names_cannot_steer_a_terminal_or_flood_it(words, shown):
+    assert readable(words) == shown
+
+
+@pytest.mark.parametrize(
+    ("error", "line"), [(ValueError("a\nb"), "a"), (OSError(""), "OSError"), (KeyError(), "KeyError")]
+)
+def test_an_error_without_words_is_called_by_its_kind(error, line):
+    assert first_line(error) == line

@@ -38,6 +38,9 @@ class Source:
         self.tokens = np.asarray(
             reader.tokens
         )  # the same mapped bytes; a plain array is cut much faster than a np.memmap
+        if self.tokens.dtype.kind == "f":
+            kind = self.tokens.dtype.name
+            raise UserError(f"{shown(self.path)}: holds {kind} numbers, which are no tokens. Tokenize the data again.")
         self.starts = np.zeros(len(self.sizes) + 1, dtype=np.int64)
         np.cumsum(self.sizes, out=self.starts[1:])
         if self.starts[-1] < 2:
@@ -46,6 +49,10 @@ class Source:
         if isinstance(roles, Reader):
             if not np.array_equal(roles.sizes, self.sizes):
                 raise UserError(f"{roles.path}: describes other rows than {self.path}. Tokenize the data again.")
+            if roles.dtype != np.uint8:
+                raise UserError(
+                    f"{shown(roles.path)}: holds {roles.dtype.name} numbers, not roles. Tokenize the data again."
+                )
             self.roles = np.asarray(roles.tokens)
         elif isinstance(roles, np.ndarray):
             self.roles = roles

@@ -429,18 +429,19 @@ def where_escaped(text: str) -> int:
 
 
 def unescaped(text: str) -> str | None:
-    """The text with one level of escapes undone, or None where that can be read in several ways."""
+    """The text with one level of escapes undone, or None where that can be read in several ways, or is half a character."""
     if "\n" in text.strip() or OTHER_COMMAND.search(text):
         return None
     signs = {"\\r\\n": "\n", "\\n": "\n", "\\r": "\n", "\\t": "\t", '\\"': '"', "\\/": "/", "\\\\": "\\"}
-    found = re.sub(
-        r"(?:\\u[0-9a-fA-F]{4})+|\\r\\n|\\[nrt\"/\\]",
-        lambda m: (
-            signs.get(m[0]) or m[0].encode().decode("unicode_escape").encode("utf-16", "surrogatepass").decode("utf-16")
-        ),
-        text,
-    )
-    return found
+
+    def plain(found: re.Match[str]) -> str:
+        sign = signs.get(found[0])
+        return sign or found[0].encode().decode("unicode_escape").encode("utf-16", "surrogatepass").decode("utf-16")
+
+    try:
+        return re.sub(r"(?:\\u[0-9a-fA-F]{4})+|\\r\\n|\\[nrt\"/\\]", plain, text)
+    except UnicodeDecodeError:  # half of a surrogate pair
+        return None
 
 
 def dialogue_of(text: str) -> Dialogue | None:
@@ -542,7 +543,7 @@ def documents_of(text: str) -> Iterator[str]:
         yield text
         return
     parts = [BEGINS_WITH.sub("", part).strip("\n") for part in DOCUMENT_END.split(text)]
-    parts = [without_end(part) for part in parts if part.strip()]
+    parts = [words for part in parts if (words := without_end(part))]
     yield from parts or [text]
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import orjson
 
+from ..project import is_text
+
 PYTHON_LIMIT = 4 << 20  # characters that Python's own parser may read: its tree takes about 50 times as much memory
 DEPTH_LIMIT = 64  # brackets inside one another
 SHOWN = 30  # characters of a row that a sentence quotes
@@ -45,11 +47,22 @@ TYPOGRAPHIC = re.compile("(?:^|[{\\[,:，：])\\s*([“”„‟＂‘’«»「
 FULL_WIDTH = re.compile("[\"'”’]\\s*([：，；])")
 
 
+HALF = "it holds half of a surrogate pair, such as \\ud83d alone, which no file can store"
+
+
 def mended(text: str) -> tuple[Any, str]:
     """The value of a text that strict JSON refuses, and the kind of its fault (a key of FAULTS).
 
     ValueError with a sentence if it cannot be read in one way only.
     """
+    value, kind = read(text)
+    if "\\" in text and not is_text(json.dumps(value, ensure_ascii=False)):
+        raise ValueError(HALF)
+    return value, kind
+
+
+def read(text: str) -> tuple[Any, str]:
+    """The same; its texts may be such as no file can store."""
     kind = ""
     if text.startswith("\ufeff"):
         text, kind = text.lstrip("\ufeff"), "bytes"
@@ -87,7 +100,7 @@ def lenient(text: str, kind: str) -> tuple[Any, str]:
     if any(ord(c) < 32 for string in CONTROL.findall(whole) for c in string):
         return value, "control"
     if not kind:  # it is well formed, so strict JSON refused what it holds
-        raise ValueError("it holds half of a surrogate pair, such as \\ud83d alone, which no file can store")
+        raise ValueError(HALF)
     return value, kind
 
 

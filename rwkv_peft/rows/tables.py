@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from ..errors import UserError, install
 from ..project import shown
-from ..words import count
+from ..words import count, first_line
 from . import reading
 from .kinds import ROW_KEYS
 from .reading import Block, Note, TableRow, grouped, is_utf8, not_utf8, unpacked
@@ -327,7 +327,7 @@ def columnar(path: Path) -> Iterator[Block]:
                 yield Block(shown(path), number, list(enumerate(rows, number)), 0)
                 number += len(rows)
     except (pa.ArrowException, OSError, ValueError, SystemError, OverflowError) as error:
-        raise UserError(f"{shown(path)}: cannot be read as {path.suffix[1:]}: {str(error).splitlines()[0]}.") from None
+        raise UserError(f"{shown(path)}: cannot be read as {path.suffix[1:]}: {first_line(error)}.") from None
     notes = tuple(
         Note("warning", shown(path), f"{count(rows, 'value')} NaN in the column {column!r} taken as null (empty)")
         for column, rows in changed.items() if rows

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import UserError, install
 from ..project import shown
-from ..words import count
+from ..words import count, first_line
 from . import reading
 from .json_files import no_such_split
 from .kinds import ROW_KEYS
@@ -40,7 +40,7 @@ def workbook(path: Path, valid_split: str = "") -> Iterator[Block]:
     except (calamine.CalamineError, OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise UserError(f"{name}: cannot be read as a workbook: {str(error).splitlines()[0]}.") from None
+        raise UserError(f"{name}: cannot be read as a workbook: {first_line(error)}.") from None
 
 
 def sheets(book, name: str, size: int, valid_split: str = "") -> Iterator[Block]:

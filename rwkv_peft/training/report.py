@@ -17,7 +17,7 @@ from ..machine import cpu_gains_by_bf16, cpu_has_bf16, device_kind, device_words
 from ..methods import METHODS, OPTIMS, Method, method_of
 from ..model import arch
 from ..strategies import STRATEGIES
-from ..words import clock, count, is_or_are
+from ..words import clock, count, first_line, is_or_are
 from . import graphs
 from .estimate import memory_bytes
 
@@ -378,7 +378,7 @@ def out_of_memory(settings: dict, error: Exception) -> str:
             variable = method.options["rank"]
             advice.append(f"{variable}={max(1, settings[variable] // 2)}")
     listed = "\n".join(f"  {i}. {a}" for i, a in enumerate(advice, 1))
-    reason = str(error).partition("\n")[0]
+    reason = first_line(error)
     if type(error).__name__ != "OutOfMemoryError":  # of the host
         reason = f"{describe_memory().removeprefix('Out of memory: ')} {reason}".strip()
     return f"Out of memory: {reason}\nWhat to change, in this order:\n{listed}"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import install
+from ..words import first_line
 
 
 class Opened(NamedTuple):
@@ -88,7 +89,7 @@ class Tracker:
                 self.opened = OPEN[name](project, folder, settings, earlier, step)
         except (Exception, SystemExit) as error:  # whatever a tracker does, it must not stop training
             cure = f" ({install(name)})" if isinstance(error, ImportError) else ""
-            self.warn(f"{name} did not start ({reason(error)}){cure}; training goes on.")
+            self.warn(f"{name} did not start ({first_line(error)}){cure}; training goes on.")
 
     @property
     def id(self) -> str | None:
@@ -114,11 +115,7 @@ class Tracker:
                 action()
             except (Exception, SystemExit) as error:
                 self.opened = None
-                self.warn(f"{self.name} failed ({reason(error)}); training goes on without it.")
-
-
-def reason(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+                self.warn(f"{self.name} failed ({first_line(error)}); training goes on without it.")
 
 
 @contextlib.contextmanager

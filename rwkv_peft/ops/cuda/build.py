@@ -20,6 +20,7 @@ from torch import Tensor
 from ...atomic import writing
 from ...errors import install
 from ...project import ROOT
+from ...words import first_line
 from .. import cache
 
 SOURCES = ROOT / "cuda"
@@ -150,7 +151,7 @@ def compiler() -> str:
     try:
         _, *version = nvrtc.nvrtcVersion()
     except RuntimeError as error:  # its library is not there
-        words = str(error).splitlines()[0]
+        words = first_line(error)
         raise Missing(f"NVRTC does not load ({words}); it comes with torch's builds for CUDA") from None
     return ".".join(map(str, version))
 

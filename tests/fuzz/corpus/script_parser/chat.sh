@@ -1,0 +1,12 @@
+4
+MODEL_PATH="rwkv7-tiny.pth"
+ADAPTER=""
+PROMPT_TYPE=auto
+BOS=auto
+SYSTEM=""
+MAX_TOKENS=300
+TEMPERATURE=auto
+TOP_P=auto
+TOP_K=auto
+SEED=42
+PRECISION=auto

@@ -1,0 +1,7 @@
+3
+RUN="${RUN:-}"
+MODEL_PATH=""
+MERGE_BASE=original
+METHOD=""
+LORA_ALPHA=""
+PISSA_INIT=""

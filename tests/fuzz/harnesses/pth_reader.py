@@ -1,0 +1,117 @@
+"""The reader of .pth checkpoints. Sound: every tensor that is described lies in a record of the file; mapped reading,
+reading record by record and a copy of the file all give the same bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import pickle
+import pickletools
+import random
+import zlib
+from pathlib import Path
+
+import torch
+
+from fuzz import mutate
+from fuzz.harness import Harness, sound
+from rwkv_peft import bases, checkpoint
+from rwkv_peft.errors import UserError
+
+NUMBERS = (
+    pickle.BININT1 + b"\0", pickle.BININT1 + b"\xff", pickle.BININT + b"\xff\xff\xff\xff",
+    pickle.BININT + b"\xff\xff\xff\x7f", pickle.LONG1 + b"\x09" + b"\xff" * 8 + b"\x7f", pickle.BININT2 + b"\0\1",
+    pickle.NONE, pickle.NEWTRUE, pickle.EMPTY_TUPLE, pickle.EMPTY_DICT, pickle.EMPTY_LIST,
+    pickle.BINFLOAT + b"\x7f\xf0" + b"\0" * 6, b"ctorch\nFloatStorage\n", b"ccollections\nOrderedDict\n",
+    b"cposix\nsystem\n", b"ctorch._utils\n_rebuild_tensor_v2\n", pickle.BINUNICODE + b"\1\0\0\0x", pickle.MARK,
+    pickle.TUPLE, pickle.REDUCE, pickle.BINPERSID, pickle.SETITEM, pickle.DUP, pickle.POP, pickle.STOP,
+)  # fmt: skip
+
+
+def of_pickle(data: bytes, random: random.Random) -> bytes:
+    """A pickle with some of its instructions changed."""
+    try:
+        ends = [at for _, _, at in pickletools.genops(data)] + [len(data)]
+    except Exception:  # it is no pickle any more
+        return mutate.of_bytes(data, random, b"", NUMBERS)
+    parts = [data[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    for _ in range(random.choice((1, 1, 2, 4))):
+        at, what = random.randrange(len(parts)), random.randrange(6)
+        if what < 2:
+            parts[at] = random.choice(NUMBERS)
+        elif what == 2:
+            parts[at] = mutate.of_bytes(parts[at], random)
+        elif what == 3 and len(parts) > 1:
+            del parts[at]
+        elif what == 4:
+            parts[at:at] = parts[at : at + random.choice((1, 3, 10))]
+        else:
+            parts[at] = random.choice(parts)
+    return b"".join(parts)
+
+
+class It(Harness):
+    places = ("model.pth", "copy.pth")
+    cases = ("p0[1-3]*.pth",)
+
+    def warm_up(self) -> None:
+        out = io.BytesIO()
+        torch.save({"a": torch.zeros(2)}, out)
+
+    def mutate(self, data: bytes, random: random.Random, other: bytes) -> bytes:
+        def inner(name: str, content: bytes, random: random.Random) -> bytes:
+            return of_pickle(content, random) if name.endswith(".pkl") else mutate.of_bytes(content, random)
+
+        return mutate.of_zip(data, random, other, inner)
+
+    def grown(self, data: bytes, random: random.Random, size: int) -> bytes:
+        found = mutate.members(data)
+        at = next((i for i, one in enumerate(found or ()) if one[0].endswith("data.pkl")), None)
+        if at is None:
+            return super().grown(data, random, size)
+        found[at] = found[at][0], mutate.grown(found[at][1], random, size), found[at][2]
+        return mutate.zipped(found)
+
+    def read(self, data: bytes, folder: Path) -> str:
+        path = folder / "model.pth"
+        path.write_bytes(data)
+        described = checkpoint.describe(path)
+        for name, stored in described.items():
+            sound(isinstance(name, str), "a name that is no text", name)
+            sound(all(isinstance(n, int) and n >= 0 for n in stored.shape), "a shape that is none", name, stored)
+            sound(0 <= stored.bytes <= len(data), "more bytes than the file has", name, stored)
+        with contextlib.suppress(UserError):
+            bases.inspect(path)
+        tensors = checkpoint.load(path)
+        sound(tensors.keys() == described.keys(), "other names", tensors.keys(), described.keys())
+        with contextlib.suppress(checkpoint.Damaged):
+            checkpoint.must_be_sound(path)
+        with checkpoint.Archive(path) as archive:
+            for name, stored in described.items():
+                mapped = tensors[name]
+                sound(
+                    mapped.shape == stored.shape and mapped.dtype == stored.dtype,
+                    "another shape",
+                    name,
+                    stored,
+                    mapped.shape,
+                )
+                with contextlib.suppress(checkpoint.Damaged):
+                    sound(same(archive.tensor(name), mapped), "two readers read two things", name, stored)
+        if zlib.crc32(data) % 4 == 0:
+            checkpoint.rewrite(path, folder / "copy.pth", lambda name: None)
+            again = checkpoint.load(folder / "copy.pth")
+            sound(again.keys() == tensors.keys(), "a copy with other names", again.keys())
+            sound(all(same(again[name], tensors[name]) for name in again), "a copy with other numbers", again.keys())
+        return f"{len(described)} tensors"
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are equal, NaN and all."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return (
+        one.contiguous().view(-1).view(torch.uint8).equal(other.contiguous().view(-1).view(torch.uint8))
+        if one.numel()
+        else True
+    )

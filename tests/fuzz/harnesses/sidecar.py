@@ -1,0 +1,104 @@
+"""Sidecars of checkpoints. Input: its JSON; the checkpoint and the base are always the same. Sound: how the run was
+set, and how its model is asked and stops."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import zlib
+from pathlib import Path
+
+import torch
+
+from fuzz import mutate
+from fuzz.harness import Harness, quiet, sound
+from merge import parts
+from rwkv_peft import bases, checkpoint, hashing, prompting, runs, sidecars
+from rwkv_peft.chat import models
+from rwkv_peft.errors import Problems, UserError
+from rwkv_peft.methods import METHODS
+from rwkv_peft.templates.of_base import known_by, misfit
+from rwkv_peft.templates.presets import PRESETS
+
+SEALED = getattr(sidecars, "sealed", dict)  # with the checksum of its fields
+NAMES = (
+    *sidecars.SIDECAR, *METHODS, *PRESETS, "checkpoint_sha256", "merged", "format_user", "format_assistant",
+    "stop_words", "clean", "think", "name", "parts", "versions", "epoch_finished", "nf4", "doc", "blank",
+)  # fmt: skip
+
+
+class It(Harness):
+    places = ("rwkv-0.json", "rwkv-0.pth", "base.pth", "MODEL_PATH", "model/")
+
+    def mutate(self, data: bytes, random: random.Random, other: bytes) -> bytes:
+        return mutate.of_json(data, random, other, NAMES)
+
+    def files(self, folder: Path) -> tuple[Path, Path]:
+        path, base = folder / "rwkv-0.pth", folder / "base.pth"
+        if not path.is_file():
+            torch.manual_seed(0)
+            checkpoint.save(
+                path, {"blocks.0.att.key.lora_A": torch.randn(2, 8), "blocks.0.att.key.lora_B": torch.randn(8, 2)}
+            )
+            checkpoint.save(base, {"emb.weight": torch.randn(4, 8)})
+        return path, base
+
+    def read(self, data: bytes, folder: Path) -> str:
+        path, base = self.files(folder)
+        note = sidecars.path_of(path)
+        try:
+            content = json.loads(data)
+        except (ValueError, RecursionError):
+            content = None
+        if isinstance(content, dict) and zlib.crc32(data) % 8:  # as a run would have written it
+            content |= {
+                "checkpoint_sha256": hashing.sha256(path),
+                "base_sha256": hashing.sha256(base),
+                "base": content.get("base", "base.pth"),
+            }
+            with contextlib.suppress(ValueError, TypeError, RecursionError):
+                data = json.dumps(SEALED(content)).encode("utf-8", "surrogatepass")
+        note.write_bytes(data)
+        outcomes = []
+        for one in (self.merge, self.chat, self.prompt, self.known):
+            try:
+                with quiet():
+                    outcomes.append(one(path, base))
+            except (UserError, Problems) as error:
+                sound(any(p in str(error) for p in self.places), "a message without a place", error)
+                outcomes.append("refused")
+        return " ".join(outcomes)
+
+    def merge(self, path: Path, base: Path) -> str:
+        found = parts.found(path, "", None, None, True)
+        sound(found.words and found.label, "no words", found)
+        sound(found.part.setup.method in METHODS, "an unknown method", found.part.setup)
+        runs.checkpoints(path.parent)
+        if found.sidecar:
+            sound(bases.base_of(found.sidecar, path, str(base)) == base, "another base", found.sidecar)
+        return "merge"
+
+    def chat(self, path: Path, base: Path) -> str:
+        chosen = models.of_run(path, str(base))
+        sound(chosen.model.is_file(), "a model that is none", chosen)
+        return "chat"
+
+    def prompt(self, path: Path, base: Path) -> str:
+        told = sidecars.read(path, ())
+        asked = prompting.of_sidecar(told, str(sidecars.path_of(path)), base)
+        again = json.loads(json.dumps(asked.describe()))
+        sound(
+            all(isinstance(i, int) and 0 <= i < 65536 for i in again["stop_token_ids"]),
+            "stop tokens that are none",
+            again,
+        )
+        sound(all(isinstance(text, str) and text for text in again["stop"]), "stop texts that are none", again)
+        sound(asked.eot in ("doc", "blank", "both", "x17"), "an unknown EOT", asked)
+        return "prompt"
+
+    def known(self, path: Path, base: Path) -> str:
+        known = known_by(path)
+        sound(known.name, "a template without a name", known)
+        misfit(path, PRESETS["rwkv-world"])
+        return known.name if known.name in PRESETS else "own"
