@@ -1,5 +1,6 @@
 """Messages tell the cause: of names, links, settings that are nothing in float32, and steps that come to no number."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -96,8 +97,9 @@ def test_tokens_of_such_a_name_are_refused(ready):
 
 @pytest.mark.parametrize("name", ["a\nb", "tiny-run-0 ", "-x"])
 def test_no_result_of_a_merge_gets_such_a_name(name):
-    with pytest.raises(UserError, match="this name .*; rename the base or the folder of the run"):
+    with pytest.raises(UserError, match="this name .*; rename the base or the folder of the run") as told:
         merged_place(name, ".gguf")
+    assert "\n" not in str(told.value)
 
 
 @pytest.mark.parametrize("name", ["a\nb.json", "my.json ", "my.json:x\u202e", "-my.json"])
@@ -215,3 +217,25 @@ def test_a_full_shared_memory_is_named_where_a_worker_dies_of_it(ready, holds):
         pytest.skip("no mount namespace may be made here")
     assert done.returncode in (3, 5), done.stderr
     assert "/dev/shm" in done.stderr and "NUM_WORKERS=0 needs none" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("refused", [pytest.param("memory", id="memory"), pytest.param("files", id="files")])
+def test_a_sound_table_is_not_called_unreadable_where_memory_or_files_ran_out(tmp_path, monkeypatch, refused):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    from rwkv_peft.rows import tables
+
+    parquet.write_table(pa.table({"text": ["a"]}), tmp_path / "x.parquet")
+    error = (
+        pa.ArrowMemoryError("malloc of size 64 failed")
+        if refused == "memory"
+        else OSError(errno.EMFILE, "Too many open files")
+    )
+
+    def none_left(*_a, **_k):
+        raise error
+
+    monkeypatch.setattr(parquet, "ParquetFile", none_left)
+    with pytest.raises(type(error)):
+        list(tables.columnar(tmp_path / "x.parquet"))
