@@ -152,7 +152,7 @@ def hidden(error: Exception) -> OSError | MemoryError | None:
 
 def in_words(error: Exception) -> str:
     """What is told of an error that ends nothing."""
-    told = describe(error)
+    told = None if isinstance(error, (UserError, Problems)) else describe(error)
     return told[0] if told else str(error)
 
 
