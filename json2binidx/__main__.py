@@ -41,7 +41,7 @@ from typing import TYPE_CHECKING
 
 from rwkv_peft import project
 from rwkv_peft.errors import UserError, door, leave
-from rwkv_peft.names import fault
+from rwkv_peft.names import fault, visible
 from rwkv_peft.shell_vars import enter, values_as_written, whole_number
 from rwkv_peft.words import did_you_mean
 
@@ -140,7 +140,7 @@ def find(name: str) -> Path:
                 f"{part}."
             )
     if wrong := fault(stem) or fault(str(source), edges=False):
-        raise UserError(f"{project.shown(source)}: this name {wrong}; rename it.")
+        raise UserError(f"{visible(project.shown(source))}: this name {wrong}; rename it.")
     if not (source.is_file() or source.is_dir()):
         raise UserError(f"{project.shown(source)}: is not a file. A pipe can be trained from with STREAMING=1.")
     return source

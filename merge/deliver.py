@@ -19,7 +19,7 @@ from rwkv_peft.errors import Problems, UserError
 from rwkv_peft.file_watch import FileWatch
 from rwkv_peft.methods import METHODS
 from rwkv_peft.model.arch import STATE_NAME, Geometry
-from rwkv_peft.names import fault
+from rwkv_peft.names import fault, visible
 from rwkv_peft.pieces import side_by_side
 from rwkv_peft.templates.named import recorded, recorded_name
 from rwkv_peft.words import listed
@@ -216,7 +216,7 @@ def versions(name: str) -> Iterator[str]:
 def merged_place(stem: str, ending: str) -> Path:
     """Where a result of this name lies. UserError for a name that a file should not have."""
     if wrong := fault(stem):
-        raise UserError(f"merge/{stem}{ending}: this name {wrong}; rename the base or the folder of the run.")
+        raise UserError(f"merge/{visible(stem)}{ending}: this name {wrong}; rename the base or the folder of the run.")
     return project.ROOT / "merge" / f"{stem}{ending}"
 
 

@@ -90,13 +90,13 @@ WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # what this process has used up: it says nothing of the file
 OURS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 WHOLE = "Earlier files are untouched"
-SHARED = "/dev/shm"  # where processes share memory
+SHARED, FEW = "/dev/shm", 16  # where processes share memory; blocks: it is full
 
 
 def describe(error: Exception, lean: str = "") -> tuple[str, int] | None:
     """The words and the exit code for what the system, or torch in its place, has refused. None for what is none of that: a bug.
     lean: settings with which it takes less memory."""
-    error = cause(error) or error
+    error = cause(error) or hidden(error) or error
     # (each thread has a stack: where memory is limited, there is no room for another one)
     memory = [errno.ENOMEM, *([errno.EAGAIN] if limit(resource.RLIMIT_AS) is not None else [])]
     if isinstance(error, MemoryError) or isinstance(error, OSError) and error.errno in memory:
@@ -136,9 +136,22 @@ def cause(error: BaseException) -> OSError | MemoryError | None:
     return None
 
 
+# what a process has come to the end of: it explains whatever else goes wrong while that is tidied up
+ENDS = (*WRITING, *OURS, errno.EAGAIN, errno.EIO)
+
+
+def hidden(error: Exception) -> OSError | MemoryError | None:
+    """What the system had refused before this error came: Lightning, as it tidies up, raises one that says nothing of it."""
+    while error := error.__context__:
+        first = cause(error)
+        if isinstance(first, MemoryError) or first and first.errno in ENDS:
+            return first
+    return None
+
+
 def in_words(error: Exception) -> str:
     """What is told of an error that ends nothing."""
-    told = describe(error)
+    told = None if isinstance(error, (UserError, Problems)) else describe(error)
     return told[0] if told else str(error)
 
 
@@ -162,13 +175,17 @@ def describe_worker(signal: str) -> str:
     """signal: the words for what has ended a process that prepares batches; "" where that is not known."""
     how, cure = f"was ended by a signal ({signal})" if signal else "has ended", "NUM_WORKERS=0 needs none"
     if signal == "Bus error":
-        there = os.statvfs(SHARED)
-        free, of = (words.size(blocks * there.f_frsize) for blocks in (there.f_bavail, there.f_blocks))
-        how += f": {SHARED} is full ({free} of {of} are free now), or a data file was cut off while it was read"
+        how += f": {SHARED} is full ({room_in(SHARED)}), or a data file was cut off while it was read"
         cure += f", and docker run --shm-size=8g makes {SHARED} larger"
     elif signal in ("", "Killed"):
         how += ", most likely by the system because memory ran out (dmesg tells)"
     return f"A process that prepares batches {how}. {cure}."
+
+
+def room_in(folder: str) -> str:
+    there = os.statvfs(folder)
+    free, of = (words.size(blocks * there.f_frsize) for blocks in (there.f_bavail, there.f_blocks))
+    return f"{free} of {of} are free now"
 
 
 def describe_os_error(error: OSError) -> tuple[str, int]:
@@ -220,6 +237,10 @@ def describe_os_error(error: OSError) -> tuple[str, int]:
 def no_room(file: str) -> str:
     where = f" while writing {file}" if file else ""
     with contextlib.suppress(OSError):
+        # (torch's names for it have no folder; locks have no name)
+        if file.startswith("/torch_") or not file and os.statvfs(SHARED).f_bavail <= FEW:
+            why = f"in {SHARED}, where processes share memory ({room_in(SHARED)})"
+            return f"No space left {why}. NUM_WORKERS=0 needs none, and docker run --shm-size=8g makes it larger."
         there = os.statvfs(os.path.dirname(file) or ".")
         room = words.size(there.f_bavail * there.f_frsize)
         if there.f_files and not there.f_favail and there.f_bavail:
@@ -247,7 +268,8 @@ def too_large(file: str) -> str:
 def raised(option: str, soft: int, hard: int) -> str:
     """How to raise a limit of the shell."""
     if hard == resource.RLIM_INFINITY or hard > soft:
-        return f"Raise that: ulimit {option} {4096 if hard == resource.RLIM_INFINITY else min(hard, 4096)}."
+        more = max(4096, 2 * soft)
+        return f"Raise that: ulimit {option} {more if hard == resource.RLIM_INFINITY else min(hard, more)}."
     return f"Start it in another shell: this one cannot raise that (ulimit {option})."
 
 
@@ -256,6 +278,7 @@ def leave(message: str, code: int) -> None:
         if sys.stdout:
             sys.stdout.flush()  # what was said before comes before it, where both go into one file
         print(words.readable(message), file=sys.stderr, flush=True)
+    sys.unraisablehook = lambda _: None  # the cause is told: what objects raise as they go, half made, says nothing
     sys.exit(code)
 
 

@@ -327,6 +327,8 @@ def columnar(path: Path) -> Iterator[Block]:
                 yield Block(shown(path), number, list(enumerate(rows, number)), 0)
                 number += len(rows)
     except (pa.ArrowException, OSError, ValueError, SystemError, OverflowError) as error:
+        if isinstance(error, MemoryError) or isinstance(error, OSError) and error.errno is not None:
+            raise  # it says nothing of the file
         raise UserError(f"{shown(path)}: cannot be read as {path.suffix[1:]}: {first_line(error)}.") from None
     notes = tuple(
         Note("warning", shown(path), f"{count(rows, 'value')} NaN in the column {column!r} taken as null (empty)")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .. import hashing, project, runs, sidecars
 from ..config import TrainConfig
-from ..errors import Problem, Problems, UserError
+from ..errors import Problem, Problems, UserError, in_words
 from ..file_watch import FileWatch
 from ..methods import METHODS
 from ..names import fault
@@ -61,7 +61,9 @@ def questions_of(text: str) -> list[str]:
         try:
             found = path.read_text(encoding="utf-8").splitlines()
         except (OSError, ValueError) as error:
-            raise Problems(Problem("SAMPLE_PROMPTS", f"{project.shown(path)} cannot be read: {error}")) from None
+            raise Problems(
+                Problem("SAMPLE_PROMPTS", f"{project.shown(path)} cannot be read: {in_words(error)}")
+            ) from None
     questions = [question.strip() for question in found if question.strip()]
     if text.strip() and not questions:
         raise Problems(Problem("SAMPLE_PROMPTS", "holds no question"))

@@ -234,3 +234,22 @@ def test_what_is_free_and_what_is_needed_are_different_numbers(tmp_path, monkeyp
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(free, 0, free))
     with pytest.raises(errors.UserError, match=words):
         atomic.need_space(tmp_path, needed)
+
+
+def test_what_the_system_refused_is_told_where_another_error_hides_it():
+    """As Lightning's does, while it tidies up; an error that was mended and says nothing of resources hides nothing."""
+
+    def raised(first: Exception, then: Exception) -> Exception:
+        try:
+            try:
+                raise first
+            finally:
+                raise then
+        except type(then) as error:
+            return error
+
+    full = OSError(errno.ENOSPC, "No space left on device", "/a/b")
+    assert describe(raised(full, RuntimeError("Please call iter first")))[1] == 3
+    assert describe(raised(MemoryError(), RuntimeError("x")))[1] == 4
+    assert describe(raised(FileNotFoundError(errno.ENOENT, "no", "/a"), RuntimeError("a bug"))) is None
+    assert errors.in_words(raised(full, errors.UserError("It is so."))) == "It is so."
