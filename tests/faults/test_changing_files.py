@@ -26,7 +26,7 @@ import merge.__main__ as merging
 from json2binidx import tokenize as tokenizing
 from merge import deliver, fold
 from merge.exports import EXPORTS
-from rwkv_peft import checkpoint, file_watch, train
+from rwkv_peft import checkpoint, file_watch, hashing, train
 from rwkv_peft.errors import EXIT_USER, UserError, door
 from rwkv_peft.shell_vars import Script
 from rwkv_peft.training import snapshot
@@ -634,3 +634,16 @@ def test_a_merge_whose_adapter_is_cut_leaves_with_words_and_without_half_a_file(
     assert process.code() == EXIT_USER, process.said
     assert "output/first/rwkv-0.pth: became shorter" in process.said.splitlines()[-1], process.said
     assert not list((merged / "merge").iterdir())
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="no tmpfs")
+def test_content_that_was_known_is_taken_again_where_a_write_has_left_the_times_alone(monkeypatch):
+    monkeypatch.setattr(hashing, "SETTLED", -1.0)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
+        path = rows_of(Path(memory) / "rows.jsonl")
+        known = hashing.content(path)
+        assert hashing.content(path, known) == known
+        with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as content:
+            content[:] = other(content[:])
+        found = hashing.content(path, known)
+        assert found["mark"] == known["mark"] and found["sha256"] == hashing.sha256(path) != known["sha256"]
