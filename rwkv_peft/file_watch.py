@@ -44,6 +44,7 @@ class FileChanged(UserError):
 class Stamp(NamedTuple):
     """What changes when somebody writes to a file, or another file takes its name."""
 
+    kind: int  # a regular file, a folder, a pipe
     device: int
     inode: int
     size: int
@@ -53,7 +54,9 @@ class Stamp(NamedTuple):
 
 def stamp_of(path: str | os.PathLike) -> Stamp:
     found = os.stat(path)
-    return Stamp(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    return Stamp(
+        stat.S_IFMT(found.st_mode), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    )
 
 
 def checksum(path: str | os.PathLike, begin: int, size: int) -> int:
@@ -110,9 +113,9 @@ class FileWatch:
         many = max(1, min(PIECES, ALL_PIECES // max(1, len(new) + len(self.files))))
         for path in new:
             with contextlib.suppress(OSError):  # what is not there is told by who wants to read it
-                if not stat.S_ISREG(os.stat(path).st_mode):
-                    continue
                 one = Watched(Path(path), (stamps or {}).get(path) or stamp_of(path))
+                if one.stamp.kind != stat.S_IFREG:
+                    continue
                 one.take_pieces(many)
                 if one.stamp.size <= min(SMALL, ALL_SMALL - self.learnt):
                     self.learnt += one.stamp.size
@@ -209,6 +212,8 @@ class FileWatch:
     def compared(self, one: Watched, every: bool) -> str:
         now = stamp_of(one.path)
         for _ in range(TRIES):
+            if now.kind != one.stamp.kind:  # (a pipe would have to be waited for)
+                return f"is no regular file any more, as it was when {self.begun}"
             if now.size != one.stamp.size:
                 return resized(one.stamp.size, now.size, self.begun)
             moved = now != one.stamp
@@ -217,7 +222,7 @@ class FileWatch:
             if not moved:
                 return ""
             if one.sha256 is None:
-                how = "was written to" if now[:2] == one.stamp[:2] else "was replaced by another file"
+                how = "was written to" if now[:3] == one.stamp[:3] else "was replaced by another file"
                 return f"{how} since {self.begun}"
             if sha256(one.path) != one.sha256:
                 return f"has other content than when {self.begun}"

@@ -67,13 +67,13 @@ def sample(path: str | os.PathLike) -> str:
 
 
 def content(path: str | os.PathLike, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """sha256 of a file, and its mark; None for the mark if the file has changed meanwhile. known: its content at an earlier
-    time: if nobody has written to it since, it is not read."""
-    before = mark(path)
-    if known and before and before == known.get("mark"):
-        return {"sha256": known["sha256"], "mark": before}
+    """sha256 of a file, its mark, and its sample; None for the mark if the file has changed meanwhile. known: its content at an
+    earlier time: if nobody has written to it since, it is not read. (The sample tells of writes that leave the mark alone.)"""
+    before, pieces = mark(path), sample(path)
+    if known and before and before == known.get("mark") and known.get("pieces") in (None, pieces):
+        return {"sha256": known["sha256"], "mark": before, "pieces": pieces}
     found = sha256(path)
-    return {"sha256": found, "mark": before if before == mark(path) else None}
+    return {"sha256": found, "mark": before if before == mark(path) else None, "pieces": pieces}
 
 
 class Meanwhile(Generic[T]):

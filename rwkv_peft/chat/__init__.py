@@ -38,7 +38,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from .. import bus_error
 from ..errors import Problems, UserError
+from ..file_watch import FileWatch
 from ..prompting import Prompting
 from ..runs import is_epoch
 from ..shell_vars import convert, enter, var
@@ -96,9 +98,23 @@ def command(config: ChatConfig, typed: list[str]) -> None:
         check_template(config.prompt_type, f"--prompt-type {config.prompt_type}")
     elif config.prompt_type != AUTO:
         template(config.prompt_type)  # a name that is none is told before a model is loaded
+    in_use = FileWatch("it was opened", "Start ./chat.sh again when nothing writes to the file any more.")
+    with bus_error.handled(in_use.leave_if_cut_off), in_use.explaining():
+        talk_with_model(config, prompt, raw, base_was_named, was_typed, accept_edited, in_use)
+
+
+def talk_with_model(
+    config: ChatConfig,
+    prompt: str | None,
+    raw: bool,
+    base_was_named: bool,
+    was_typed: bool,
+    accept_edited: bool,
+    in_use: FileWatch,
+) -> None:
     from .models import load, model_place
 
-    model, name, told = load(config, base_was_named, accept_edited)
+    model, name, told = load(config, base_was_named, accept_edited, in_use)
     base = Path(told["base_path"]) if told.get("base_path") else model_place(config.model_path)
     form = PRESETS["empty"] if raw else form_to_talk_in(config.prompt_type, was_typed, told, name, base)
     asked = prompting(config, form, told, name)

@@ -12,6 +12,7 @@ import torch
 from .. import bases, checkpoint, machine, project, runs, sidecars
 from ..adapters import attach
 from ..errors import UserError
+from ..file_watch import FileWatch
 from ..methods import METHODS
 from ..model.arch import ARCHS, STATE_NAME
 from ..model.rwkv import RWKV, build, for_generating
@@ -37,9 +38,13 @@ class Chosen:
         return project.shown(self.model) + (f" + {project.shown(self.adapter)}" if self.adapter else "")
 
 
-def load(config, base_was_named: bool, accept_edited: bool = False) -> tuple[RWKV, str, dict]:
-    """The model of a ChatConfig ready to talk, what to call it, and what its run tells of itself."""
+def load(
+    config, base_was_named: bool, accept_edited: bool = False, in_use: FileWatch | None = None
+) -> tuple[RWKV, str, dict]:
+    """The model of a ChatConfig ready to talk, what to call it, and what its run tells of itself. in_use: gets its files."""
     chosen = choose(config.model_path, config.adapter, base_was_named, accept_edited)
+    if in_use:
+        in_use.add(path for path in (chosen.model, chosen.adapter) if path)
     model = built(chosen.model, config.precision)
     put_on(model, chosen)
     return ready(model), chosen.name, chosen.sidecar

@@ -289,9 +289,10 @@ def same_steps(settings: dict, plan: dict, became: dict, before: dict) -> bool:
 
 
 def described(data):
-    """What identifies data, without the names and the marks of its files, which change when they are copied."""
+    """What identifies data, without the names and the marks of its files, which change when they are copied, and without the
+    samples, which earlier versions had not got."""
     if isinstance(data, dict):
-        return {key: described(value) for key, value in data.items() if key not in ("mark", "name")}
+        return {key: described(value) for key, value in data.items() if key not in ("mark", "name", "pieces")}
     return [described(value) for value in data] if isinstance(data, list) else data
 
 
