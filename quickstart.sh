@@ -16,11 +16,17 @@ step() { # bold on a terminal
   if [ -t 1 ]; then printf '\n\033[1m%s\033[0m\n' "$*"; else printf '\n%s\n' "$*"; fi
 }
 
+# copy FILE NEW: a new file; a link of that name goes, and what it leads to stays
+copy() {
+  rm -f -- "$2"
+  cp -- "$1" "$2"
+}
+
 # copy_with FILE NAME=VALUE ...: a copy of training.sh with these values
 copy_with() {
   local target="$1" pair
   shift
-  cp training.sh "$target"
+  copy training.sh "$target"
   for pair in "$@"; do
     sed -i "s|^${pair%%=*}=.*|${pair%%=*}=${pair#*=}|" "$target"
   done
@@ -51,18 +57,18 @@ if [ -f "$base" ]; then
 else
   rm -f quickstart/untrained.pth
   rwkv_peft/run.sh rwkv_peft.init --layers 4 --width 128 --out quickstart/untrained.pth
-  cp data/pretrain.jsonl quickstart/
+  copy data/pretrain.jsonl quickstart/pretrain.jsonl
   ./make_tokenize.sh quickstart/pretrain.jsonl "${plain[@]}" | sed -n 1,2p
   copy_with quickstart/pretrain.sh "${common[@]}" FINETUNE_MODE=full MODEL_PATH=quickstart/untrained.pth \
     DATA_PATH=quickstart/pretrain "RUN_NAME=quickstart-pretrain-$now" LOSS_MASK=pad CTX_LEN=512 EPOCH_COUNT=5
   quickstart/pretrain.sh
   # copied beside its place, then renamed: the name never stands for half a file
-  cp "output/quickstart-pretrain-$now/rwkv-4.pth" "$base.new"
+  copy "output/quickstart-pretrain-$now/rwkv-4.pth" "$base.new"
   mv "$base.new" "$base"
 fi
 
 step "2/6  Tokens: ./make_tokenize.sh quickstart/sample.jsonl 4 (a copy of data/sample.jsonl)"
-cp data/sample.jsonl quickstart/
+copy data/sample.jsonl quickstart/sample.jsonl
 ./make_tokenize.sh quickstart/sample.jsonl 4 "${plain[@]}"
 
 step "3/6  LoRA: quickstart/training.sh (a copy of ./training.sh with the toy's settings): two samples, then the run"

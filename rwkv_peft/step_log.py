@@ -3,6 +3,7 @@ not a record is passed over, and nothing behind it is lost. Floor 0."""
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 import shutil
@@ -114,8 +115,9 @@ def gaps(steps: Sequence[int], last: int) -> list[list[int]]:
 def new_gaps(found: Sequence[list[int]], known: object) -> list[list[int]]:
     """The gaps that are not parts of those that a state says were told of. known: as the manifest has it."""
     told = [gap for gap in known if isinstance(gap, list) and len(gap) == 2] if isinstance(known, list) else []
-    told = [gap for gap in told if all(is_count(end) for end in gap)]
-    return [[first, last] for first, last in found if not any(a <= first and last <= b for a, b in told)]
+    told = sorted(gap for gap in told if all(is_count(end) for end in gap))
+    begins, ends = [first for first, _ in told], list(itertools.accumulate((last for _, last in told), max, initial=-1))
+    return [[first, last] for first, last in found if last > ends[bisect.bisect_right(begins, first)]]
 
 
 def in_words(found: Sequence[list[int]]) -> str:

@@ -135,13 +135,13 @@ def test_the_picture_is_broken_and_grey_where_records_are_missing(tmp_path, monk
 
     log(tmp_path, *(text for step, text in enumerate(FIVE, 1) if step not in missing))
     spans, drawn = [], {}
-    monkeypatch.setattr(Axes, "axvspan", lambda self, first, last, **_: spans.append((first, last)))
+    monkeypatch.setattr(Axes, "broken_barh", lambda self, places, **_: spans.extend(places))
     real = Axes.plot
     monkeypatch.setattr(
         Axes, "plot", lambda self, x, y, **more: drawn.update({more.get("label"): y}) or real(self, x, y, **more)
     )
     plot.draw_loss(tmp_path)
-    assert spans == ([(missing[0] - 0.5, missing[-1] + 0.5)] if missing else [])
+    assert spans == ([(missing[0] - 0.5, len(missing))] if missing else [])
     assert int((drawn["each step"] != drawn["each step"]).sum()) == bool(missing and missing[0] > 1)
 
 
@@ -149,7 +149,16 @@ def test_steps_without_a_loss_are_no_gap(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
 
     log(tmp_path, FIVE[0], line(2, loss=None), *FIVE[2:])
-    monkeypatch.setattr(Axes, "axvspan", lambda *_, **__: pytest.fail("there is no gap"))
+    monkeypatch.setattr(Axes, "broken_barh", lambda *_, **__: pytest.fail("there is no gap"))
+    plot.draw_loss(tmp_path)
+
+
+def test_a_log_of_gaps_only_takes_linear_time(tmp_path):
+    """Which squares of its lines would make hours of."""
+    log(tmp_path, *(line(step) for step in range(2, 20_000, 2)))
+    records, _ = step_log.cut(tmp_path, 10**6)
+    gaps = step_log.gaps([r["step"] for r in records], 20_000)
+    assert len(gaps) == 10_000 and step_log.new_gaps(gaps, gaps) == [] and step_log.new_gaps(gaps, gaps[1:]) == gaps[:1]
     plot.draw_loss(tmp_path)
 
 

@@ -50,7 +50,7 @@ def everybody(run: Prepared, cleanup: contextlib.ExitStack, say: Callable[[str],
     if not found and (folder / runs.BEFORE).exists():
         say(f"warning   an earlier run of this name saved nothing; its log is {project.shown(folder / runs.BEFORE)}")
     if mended:
-        words = f"had lines that are no records, or not in their order; as it was found it is {step_log.DAMAGED}"
+        words = f"had lines that are no records, or out of order; what it held before is kept as {step_log.DAMAGED}"
         say(f"warning   {project.shown(folder / step_log.FILE)} {words}")
     if missing := step_log.new_gaps(gaps, found.facts.get("gaps")) if found else []:
         say(f"warning   loss.jsonl has no record of {step_log.in_words(missing)}; loss.png shows the gap")

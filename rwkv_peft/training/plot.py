@@ -25,10 +25,12 @@ def looks_back(steps: int) -> int:
 def draw_loss(folder: Path) -> Path:
     """Draw folder/loss.jsonl as folder/loss.png. Lines break where steps have no record, and what is missing is grey."""
     records = step_log.read(folder)
-    gaps = step_log.gaps([r["step"] for r in records], records[-1]["step"])
+    written = [r["step"] for r in records]
+    gaps = step_log.gaps(written, max(written, default=0))
     records = [r for r in records if r["loss"] is not None]
     steps, losses = [r["step"] for r in records], np.array([r["loss"] for r in records])
-    breaks = [i for i, (a, b) in enumerate(itertools.pairwise(steps), 1) if any(a < first < b for first, _ in gaps)]
+    # (a step without a loss is no gap: it has its place among those that are written)
+    breaks = np.flatnonzero(np.diff(steps) != np.diff(np.searchsorted(written, steps))) + 1
 
     def broken(values: Sequence[float]) -> np.ndarray:
         return np.insert(np.asarray(values, float), breaks, np.nan)
@@ -40,14 +42,18 @@ def draw_loss(folder: Path) -> Path:
         drawing.set_layout_engine("constrained")
         axes.plot(broken(steps), broken(losses), color="#9ec5e8", linewidth=1, label="each step")
         axes.plot(broken(steps), broken(smooth), color="#1f5f99", linewidth=2, label="smoothed")
-        for number, (first, last) in enumerate(gaps):
-            axes.axvspan(first - 0.5, last + 0.5, color="#dddddd", zorder=0, label=None if number else "no record")
+        if gaps:
+            places = [(first - 0.5, last - first + 1) for first, last in gaps]
+            whole_height = {"yrange": (0, 1), "transform": axes.get_xaxis_transform()}
+            axes.broken_barh(places, **whole_height, color="#dddddd", zorder=0, label="no record")
         looks = read(folder)
         looks = of_one_set(looks, looks[-1].get("data")) if looks else []
         if looks:
             places, found = [r["step"] for r in looks], [r["loss"] for r in looks]
             axes.plot(places, found, color="#2e8b57", linewidth=1.5, marker="o", markersize=4, label="validation")
-        borders = [a["step"] + 0.5 for a, b in zip(records, records[1:], strict=False) if a["epoch"] != b["epoch"]]
+        pairs = enumerate(itertools.pairwise(records), 1)
+        known = {*range(len(records))} - {*breaks.tolist()}  # in a gap, nobody knows where an epoch ended
+        borders = [a["step"] + 0.5 for i, (a, b) in pairs if a["epoch"] != b["epoch"] and i in known]
         for step in borders:  # fainter the more there are: they are a scale, not the picture
             for panel in (axes, below):
                 panel.axvline(step, color="#bbbbbb", linewidth=0.8, alpha=min(1.0, 12 / len(borders)), zorder=0)
