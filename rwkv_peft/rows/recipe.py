@@ -32,6 +32,7 @@ from .schemas import INFILLING, Columns, Reader, Row, RowError, kind
 
 NOTHING_TO_LEARN = "nothing to learn"  # all answers have weight 0, or were cut away
 COMMENT = "comment"  # a line of .jsonl that is none of the rows; reported, not rejected
+MANY_KEYS = 50  # of a row, or of its first message
 RAW_LIMIT = 2000  # characters of a rejected row that are kept
 # what pandas writes for an empty cell. Where a row needs a text, None may be one: it stays, and is reported
 MISSING = frozenset(("nan", "NaN", "NAN", "-nan", "NULL", "null", "<NA>", "NaT", "None", "#N/A"))
@@ -140,7 +141,9 @@ def parse(item: bytes | Row | RowError, faults: set[str] | None = None) -> Row:
     is not quite JSON (literals.FAULTS)."""
     if isinstance(item, RowError):
         raise item
-    if not isinstance(item, bytes):
+    if not isinstance(item, bytes):  # of a table, whose packed cells may be far larger than its file
+        if any(type(cell) is str and len(cell) > LINE_LIMIT for cell in item.values()):
+            raise too_long("Every row is one document or conversation")
         return item
     try:
         row = orjson.loads(item)
@@ -172,11 +175,15 @@ def parse(item: bytes | Row | RowError, faults: set[str] | None = None) -> Row:
 
 def has_key_twice(item: bytes, row: Row) -> bool:
     """Whether the bytes of a row may hold a key of the row, or of a message of its lists, more than once; quick."""
+    if len(row) > MANY_KEYS:  # to look for each of them would take their number times the size
+        return True
     for key, value in row.items():
         times = item.count(b'"%b"' % key.encode())
         if times > 1 or not times and item.count(json.dumps(key).encode()) > 1:
             return True
         if type(value) is list and value and type(value[0]) is dict:
+            if len(value[0]) > MANY_KEYS:
+                return True
             for name in value[0]:
                 if item.count(b'"%b"' % name.encode()) > len(value):
                     return True

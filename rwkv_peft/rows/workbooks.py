@@ -26,15 +26,8 @@ from .splits import is_wanted, split_of
 from .table_header import Header, cell_text, header_row, trimmed
 
 UNREADABLE = (
-    zipfile.BadZipFile,
-    zlib.error,
-    lzma.LZMAError,
-    EOFError,
-    NotImplementedError,
-    RuntimeError,
-    OSError,
-    ValueError,
-)
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError, OSError, ValueError,
+)  # fmt: skip
 NOT_TRAINING = ("valid", "test")
 # of a sheet's rectangle, beside what it holds: a stray cell in the last corner would ask for 17 thousand million
 CELLS_LIMIT = 28_000_000
@@ -134,8 +127,8 @@ def must_fit(path: Path, name: str) -> None:
 
 def too_large(sheet: str, rows: int, columns: int) -> str:
     return (
-        f"{sheet} has a cell at row {rows:,} or column {columns:,}, and more empty cells than can be read. Delete what is outside "
-        "the table."
+        f"{sheet} has a cell at row {rows:,} or column {columns:,}, and more empty cells than can be read. Delete what is "
+        "outside the table."
     )
 
 
