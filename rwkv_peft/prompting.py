@@ -12,6 +12,7 @@ from typing import Any
 
 from . import tokenizer
 from .atomic import write_json
+from .errors import Problems, UserError
 from .roles import Role
 from .templates.named import recorded, recorded_name
 from .templates.of_base import known_by
@@ -111,12 +112,16 @@ def beside(target: Path) -> Path:
 
 
 def of_sidecar(sidecar: Mapping[str, Any], where: str, base: Path) -> Prompting:
-    """What a sidecar tells, {} for a model without one; what it does not tell is assumed. Problems or UserError for a template
-    that cannot be used.
+    """What a sidecar tells, {} for a model without one; what it does not tell is assumed. UserError for a template that cannot
+    be used.
 
     where: how to call the sidecar. base: the file of the model or its base, which need not be there, for the assumption.
     """
-    form = recorded(sidecar, where)
+    try:
+        form = recorded(sidecar, where)
+    except Problems as problems:
+        words = "; ".join(problem.message for problem in problems.problems)
+        raise UserError(f"{where}: its prompt_type {recorded_name(sidecar)!r}: {words}") from None
     assumed = ""
     if form is None:
         form = known_by(base).template

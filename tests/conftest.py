@@ -44,7 +44,7 @@ SCRIPTS = ("make_tokenize.sh", "training.sh", "merge.sh", "chat.sh")
 # files of minutes, longest first: what begins last would be waited for by idle workers
 LONG = (
     "test_quickstart", "test_strategies", "test_resume", "test_end_to_end", "test_nodes", "test_ops_cpu", "test_matrix",
-    "test_processes", "test_bench", "test_ops_fla", "test_diagnose", "test_training", "test_saves", "test_names",
+    "test_processes", "test_fuzz", "test_bench", "test_ops_fla", "test_diagnose", "test_training", "test_saves", "test_names",
 )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """JSON in the shapes that people have it in, and JSON that is not quite JSON."""
 
 import json
+import time
 
 import pytest
 from test_files import rows_in
@@ -9,6 +10,7 @@ from rwkv_peft.errors import UserError
 from rwkv_peft.rows import reading
 from rwkv_peft.rows.files import blocks
 from rwkv_peft.rows.literals import mended, parse_list
+from rwkv_peft.rows.reading import Block
 from rwkv_peft.rows.recipe import Cook, Recipe
 from rwkv_peft.rows.schemas import RowError
 from rwkv_peft.templates.presets import PRESETS
@@ -306,3 +308,24 @@ def test_json_lines_of_one_row_need_no_note(tmp_path, row):
     path = tmp_path / "x.jsonl"
     path.write_text(J(row))
     assert not notes_of(path)
+
+
+@pytest.mark.parametrize("word", ["one row", "one message"])
+def test_the_keys_of_a_row_and_a_message_are_gone_through_once(word):
+    """They took minutes: each was looked for in all of the row, and all were sorted for each."""
+    many = {f"k{i}": "x" for i in range(40_000 if word == "one row" else 200_000)}
+    row = many if word == "one row" else {"messages": [many, {"role": "assistant", "content": "a"}]}
+    begun = time.process_time()
+    made = Cook(Recipe(PRESETS["rwkv-world"])).block(Block("x.jsonl", 1, json.dumps(row).encode() + b"\n", 0))
+    assert made.rejects and time.process_time() - begun < 20
+
+
+def test_a_cell_that_is_packed_into_a_small_file_is_too_long_for_a_row():
+    made = Cook(Recipe(PRESETS["rwkv-world"])).block(Block("x.parquet", 1, [(7, {"text": "a" * (33 << 20)})], 0))
+    assert [(one.line, one.reason) for one in made.rejects] == [(7, "too long")]
+
+
+@pytest.mark.parametrize("text", ['{"text": "a\\ud800",}', '{"text": "a\\ud800 \x7f\n"}', "{'text': 'a\\ud800'}"])
+def test_half_a_character_is_named_in_rows_that_are_mended_too(text):
+    with pytest.raises(ValueError, match="half of a surrogate pair"):
+        mended(text)

@@ -1,5 +1,6 @@
 """Workbooks: sheets, headers, cells, and what is said of the sheets that are not read."""
 
+import re
 import zipfile
 from xml.sax.saxutils import escape
 
@@ -127,9 +128,26 @@ def test_a_damaged_workbook_is_refused(tmp_path, content):
 
 
 def test_a_sheet_with_a_stray_cell_far_away_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(workbooks, "CELLS_LIMIT", 10)
-    with pytest.raises(UserError, match="the sheet A has a cell at row 9, column 2"):
-        rows_in(workbook(tmp_path / "x.xlsx", A=[HEADER, *[["a", "b"]] * 8]))
+    monkeypatch.setattr(workbooks, "CELLS_LIMIT", -10_000)
+    with pytest.raises(UserError, match="has a cell at row 900 or column 26"):
+        rows_in(workbook(tmp_path / "x.xlsx", A=[HEADER, *[["a", "b"]] * 8, *[[]] * 890, ["a"]]))
+
+
+@pytest.mark.parametrize("place", ["XFD1048576", "GQ1000000", "AAAA9"])
+def test_a_stray_cell_is_found_before_room_is_made_for_it(tmp_path, place):
+    path = workbook(tmp_path / "x.xlsx", A=[HEADER, ["a", "b"]])
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    number = re.sub("[A-Z]", "", place).encode()
+    far = b'<row r="%b"><c s="1" r="%b"><v>1</v></c></row></sheetData>' % (number, place.encode())
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content.replace(b"</sheetData>", far))
+    if place == "AAAA9":  # far to the right, and still few cells
+        workbooks.must_fit(path, "x.xlsx")
+        return
+    with pytest.raises(UserError, match="more empty cells than can be read"):
+        rows_in(path)
 
 
 def test_an_empty_workbook_has_no_rows(tmp_path):

@@ -292,7 +292,8 @@ def proposed_keys(row: Mapping[str, Any]) -> str:
     if talk:
         return f"--convert-headings --map-keys {quoted({'text': talk})}"
     # of many texts the two longest are what is asked and what is said
-    texts = [n for n in names if n in sorted(texts, key=lambda name: -len(row[name]))[:2]] if len(texts) > 2 else texts
+    longest = sorted(texts, key=lambda name: -len(row[name]))[:2]
+    texts = [n for n in texts if n in longest]
     if lists:
         keys = {"messages": lists[0]}
     elif len(texts) > 1:

@@ -141,7 +141,9 @@ def parse(item: bytes | Row | RowError, faults: set[str] | None = None) -> Row:
     is not quite JSON (literals.FAULTS)."""
     if isinstance(item, RowError):
         raise item
-    if not isinstance(item, bytes):
+    if not isinstance(item, bytes):  # of a table, whose packed cells may be far larger than its file
+        if any(type(cell) is str and len(cell) > LINE_LIMIT for cell in item.values()):
+            raise too_long("Every row is one document or conversation")
         return item
     try:
         row = orjson.loads(item)

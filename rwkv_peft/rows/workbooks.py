@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import lzma
+import re
+import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from ..errors import UserError, install
 from ..project import shown
@@ -18,8 +25,15 @@ from .schemas import Row, RowError
 from .splits import is_wanted, split_of
 from .table_header import Header, cell_text, header_row, trimmed
 
+UNREADABLE = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError, OSError, ValueError,
+)  # fmt: skip
 NOT_TRAINING = ("valid", "test")
-CELLS_LIMIT = 200_000_000  # of a sheet's rectangle: a stray cell in its last corner would ask for 17 thousand million
+# of a sheet's rectangle, beside what it holds: a stray cell in the last corner would ask for 17 thousand million
+CELLS_LIMIT = 28_000_000
+PIECE, LONGEST_TAG = 1 << 20, 200  # bytes of XML that are looked at together, and that a row's or a cell's tag has
+ROW = re.compile(rb"<(?:\w+:)?row\s[^>]{0,200}?\br=[\"'](\d{1,9})")
+FAR = re.compile(rb"\sr=[\"']([A-Z]{2,4})(\d{1,9})[\"']")  # a cell behind column Z
 
 
 def workbook(path: Path, valid_split: str = "") -> Iterator[Block]:
@@ -33,6 +47,8 @@ def workbook(path: Path, valid_split: str = "") -> Iterator[Block]:
         ) from None
     name, size = shown(path), path.stat().st_size
     try:
+        with contextlib.suppress(*UNREADABLE):  # (the library says what is wrong with it)
+            must_fit(path, name)
         with calamine.CalamineWorkbook.from_path(str(path)) as book:
             yield from sheets(book, name, size, valid_split)
     except calamine.PasswordError:
@@ -55,11 +71,8 @@ def sheets(book, name: str, size: int, valid_split: str = "") -> Iterator[Block]
             continue
         if sheet.end is None:
             continue
-        if (sheet.end[0] + 1) * (sheet.end[1] + 1) > CELLS_LIMIT:
-            raise UserError(
-                f"{name}: the sheet {title} has a cell at row {sheet.end[0] + 1:,}, column {sheet.end[1] + 1:,}, and more cells "
-                "than can be read. Delete what is outside the table."
-            )
+        if (sheet.end[0] + 1) * (sheet.end[1] + 1) > CELLS_LIMIT + 10 * size:  # of the formats that are no XML
+            raise UserError(too_large(f"{name}: the sheet {title}", sheet.end[0] + 1, sheet.end[1] + 1))
         cells = [[cell_text(cell) for cell in row] for row in sheet.to_python(skip_empty_area=False)]
         if any(any(row) for row in cells):
             place = header_row(cells)
@@ -96,6 +109,40 @@ def sheets(book, name: str, size: int, valid_split: str = "") -> Iterator[Block]
         words = f"not used, because their columns are others than those of {same[0]}: {', '.join(others)}"
         notes.append(Note("warning", name, f"{count(len(others), 'sheet')} {words}"))
     yield Block(name, 1, [], size, notes=tuple(notes))
+
+
+def must_fit(path: Path, name: str) -> None:
+    """UserError for a workbook of XML with a cell so far away that the library, which makes room for the whole rectangle, would
+    take all memory."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            if not re.fullmatch(r"xl/worksheets/[^/]*\.xml", info.filename):
+                continue
+            rows, columns = extent(archive.open(info))
+            if rows * columns > CELLS_LIMIT + info.file_size:
+                raise UserError(too_large(f"{name}: a sheet ({info.filename})", rows, columns))
+
+
+def too_large(sheet: str, rows: int, columns: int) -> str:
+    return (
+        f"{sheet} has a cell at row {rows:,} or column {columns:,}, and more empty cells than can be read. Delete what is "
+        "outside the table."
+    )
+
+
+def extent(file: IO[bytes]) -> tuple[int, int]:
+    """The last row of a sheet of XML, and its last column; 26 for columns up to Z."""
+    rows, columns, before = 0, 26, b""
+    while piece := file.read(PIECE):
+        data = before + piece
+        rows = max(rows, *map(int, ROW.findall(data)), 0)
+        for letters, row in FAR.findall(data):
+            column = functools.reduce(lambda n, letter: 26 * n + letter - 64, letters, 0)
+            rows, columns = max(rows, int(row)), max(columns, column)
+        before = data[-LONGEST_TAG:]
+    return rows, columns
 
 
 def uses_of(titles: list[str], name: str, wanted: str) -> dict[str, str]:

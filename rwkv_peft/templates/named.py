@@ -42,7 +42,7 @@ def recorded(record: Mapping[str, Any], where: str, key: str = "prompt_type") ->
     """The template that a sidecar or NAME.report.json tells of, None where it tells none. Its content ("template") counts, and
     its name only where an older version of this kit has written no content.
 
-    where: how to call the file in an error. key: what it calls the name. UserError for one that cannot be used.
+    where: how to call the file in an error. key: what it calls the name. Problems or UserError for one that cannot be used.
     """
     content, name = record.get("template"), recorded_name(record, key)
     if content is not None:
@@ -52,8 +52,4 @@ def recorded(record: Mapping[str, Any], where: str, key: str = "prompt_type") ->
             raise UserError(
                 f"{where}: its template {error}. Was the file edited, or made by a newer version?"
             ) from None
-    try:
-        return template(name) if name else None
-    except Problems as problems:
-        words = "; ".join(problem.message for problem in problems.problems)
-        raise UserError(f"{where}: its prompt_type {name!r}: {words}") from None
+    return template(name) if name else None

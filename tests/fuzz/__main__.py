@@ -125,7 +125,9 @@ def once(result: Result, place: Path, seconds: float, runs: int, seed: int, resu
             elif now - changed > SILENCE and processor_time(process.pid) - used > BUSY:
                 killed = f"no answer for {now - changed:.0f} s"
                 process.kill()
-            elif ready and now > max(begun + seconds, ready + LEAST) + PATIENCE and now - changed < SILENCE / 2:
+            elif (
+                ready and count and now > max(begun + seconds, ready + LEAST) + PATIENCE and now - changed < SILENCE / 2
+            ):
                 process.kill()  # its time is over
                 killed = "over"
     finally:

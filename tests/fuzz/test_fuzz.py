@@ -111,8 +111,9 @@ def test_what_keeps_the_rules_is_none(planted, data):
 
 
 def test_too_much_memory_is_a_finding(planted, monkeypatch):
-    most = iter([(50 << 20, 60 << 20), (50 << 20, 1200 << 20)])  # (what a process once held it may hold again unseen)
-    monkeypatch.setattr(rules, "memory_now", lambda: next(most))
+    most = iter([60 << 20, 1200 << 20])  # (what a process once held it may hold again unseen)
+    monkeypatch.setattr(rules, "memory_now", lambda: 50 << 20)
+    monkeypatch.setattr(rules, "most_memory", lambda: next(most))
     with pytest.raises(Finding, match="memory"):
         planted.judge(b"")
 

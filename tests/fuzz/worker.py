@@ -52,7 +52,8 @@ class Worker:
         self.told: set[str] = set()
         self.judge = Judge(harness, folder)
         self.inputs = [path.read_bytes() for path in harness.seeds()] or [b""]
-        self.next_growth, self.spent, self.begun = 0.0, 0.0, time.monotonic()
+        self.spent, self.begun = 0.0, time.monotonic()
+        self.next_growth = self.begun + GROW_EVERY
         self.random = random.Random()
         limit_addresses()
 
