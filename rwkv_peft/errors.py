@@ -13,6 +13,8 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from .terminal import clean_output
+
 EXIT_USER = 2  # a setting, a file or a row that the user can mend
 EXIT_DISK = 3  # no space left, or a folder that cannot be written
 EXIT_MEMORY = 4  # the device or the host ran out of memory
@@ -42,10 +44,18 @@ class Problems(Exception):
 
 @contextlib.contextmanager
 def door(report_problems=None) -> Iterator[None]:
-    """Run a command; turn what the user can mend into a message and an exit code, and let real bugs show their traceback.
+    """Run a command; turn what the user can mend into a message and an exit code, and let real bugs show their traceback. Nothing
+    that is printed on the way is obeyed by a terminal.
 
     report_problems: function (Problems) -> str that knows the script's line numbers; without it names alone are shown.
     """
+    with clean_output(), in_words(report_problems):
+        yield
+
+
+@contextlib.contextmanager
+def in_words(report_problems) -> Iterator[None]:
+    """What ends a command, as a message and an exit code."""
     try:
         yield
         if sys.stdout:  # (it may have been closed)

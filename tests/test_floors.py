@@ -45,6 +45,7 @@ GROUND = [
         "methods",
         "strategies",
         "sidecars",
+        "terminal",
         "zip_records",
     )
 ]
