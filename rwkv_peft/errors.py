@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from . import words
+from .terminal import clean_output
 
 EXIT_USER = 2  # a setting, a file or a row that the user can mend
 EXIT_DISK = 3  # no space left, or a folder that cannot be written
@@ -46,11 +47,19 @@ class Problems(Exception):
 
 @contextlib.contextmanager
 def door(report_problems=None, lean: str = "") -> Iterator[None]:
-    """Run a command; turn what the user can mend into a message and an exit code, and let real bugs show their traceback.
+    """Run a command; turn what the user can mend into a message and an exit code, and let real bugs show their traceback. Nothing
+    that is printed on the way is obeyed by a terminal.
 
     report_problems: function (Problems) -> str that knows the script's line numbers; without it names alone are shown.
     lean: settings of this command with which it takes less memory.
     """
+    with clean_output(), ended_in_words(report_problems, lean):
+        yield
+
+
+@contextlib.contextmanager
+def ended_in_words(report_problems, lean: str) -> Iterator[None]:
+    """What ends a command, as a message and an exit code."""
     try:
         yield
         if sys.stdout:  # (it may have been closed)

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import PurePath
 
 from .names import visible
+from .terminal import cleaned
 
 LONGEST_LINE = 2000  # characters of a line that is shown; names in damaged files may have any length
 LISTED = 8  # names that a message lists; the rest are counted
@@ -49,7 +50,7 @@ def size(number: float) -> str:
 
 def readable(words: str) -> str:
     """Words that quote what foreign files hold, as they may be shown: control characters as \\x1b, and lines with an end."""
-    lines = visible(words, keep="\n\t").split("\n")
+    lines = cleaned(words).split("\n")
     return "\n".join(
         line
         if len(line) <= LONGEST_LINE

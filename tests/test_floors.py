@@ -49,6 +49,7 @@ GROUND = [
         "strategies",
         "sidecars",
         "step_log",
+        "terminal",
         "zip_records",
     )
 ]
