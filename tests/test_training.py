@@ -16,6 +16,7 @@ from written import write
 from rwkv_peft import chat, checkpoint, hashing, machine, tokenizer
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.errors import Problems, UserError
+from rwkv_peft.file_watch import FileChanged
 from rwkv_peft.training.module import TrainingModule
 
 
@@ -400,7 +401,8 @@ def test_the_last_answer_of_a_window_is_the_last_of_its_whole_document(ready):
     assert trained == data.facts().targets
 
 
-def test_a_full_run_is_saved_even_if_another_file_takes_the_name_of_its_base(ready, monkeypatch):
+def test_a_full_run_whose_base_is_replaced_saves_nothing(ready, monkeypatch):
+    """A checkpoint of it is a changed copy of the base, and its sidecar names the base."""
     from rwkv_peft.training.callbacks import StepRecorder
 
     original = StepRecorder.on_train_start
@@ -410,10 +412,10 @@ def test_a_full_run_is_saved_even_if_another_file_takes_the_name_of_its_base(rea
         (ready / "model" / "other.pth").replace(ready / "model" / "tiny.pth")
         return original(self, *arguments)
 
-    before = checkpoint.describe(ready / "model" / "tiny.pth")
     monkeypatch.setattr(StepRecorder, "on_train_start", replaced)
-    saved, _ = run(ready, FINETUNE_MODE="full")
-    assert {n: t.shape for n, t in saved.items()} == {n: s.shape for n, s in before.items()}
+    with pytest.raises(FileChanged, match="model/tiny.pth: became shorter since this run began"):
+        run(ready, FINETUNE_MODE="full")
+    assert not list((ready / "output/run").glob("rwkv-*"))
 
 
 def test_the_precision_follows_the_processor():
