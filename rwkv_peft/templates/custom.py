@@ -67,6 +67,8 @@ def load(path: Path, name: str = "") -> Template:
         try:
             if key != "name":
                 values[key] = check(key, value)
+            elif value is not None and not (isinstance(value, str) and is_text(value)):
+                raise ValueError("must be text")  # (a run keeps it, and could not be read again)
         except ValueError as error:
             problems.append(f"  {key}: {error}")
     problems += [f"  {key}: is missing" for key in ("format_user", "format_assistant") if key not in found]
