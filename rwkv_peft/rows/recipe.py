@@ -170,8 +170,14 @@ def parse(item: bytes | Row | RowError, faults: set[str] | None = None) -> Row:
     return row
 
 
+KEYS_SEARCHED = 500  # in the bytes of a row, one after another; with more of them a second reading is quicker
+
+
 def has_key_twice(item: bytes, row: Row) -> bool:
     """Whether the bytes of a row may hold a key of the row, or of a message of its lists, more than once; quick."""
+    first = [value[0] for value in row.values() if type(value) is list and value and type(value[0]) is dict]
+    if len(row) + sum(map(len, first)) > KEYS_SEARCHED:
+        return True
     for key, value in row.items():
         times = item.count(b'"%b"' % key.encode())
         if times > 1 or not times and item.count(json.dumps(key).encode()) > 1:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +21,8 @@ from .splits import is_wanted, split_of
 from .table_header import Header, cell_text, header_row, trimmed
 
 NOT_TRAINING = ("valid", "test")
-CELLS_LIMIT = 200_000_000  # of a sheet's rectangle: a stray cell in its last corner would ask for 17 thousand million
+MOST_MEMORY = 4 << 30  # bytes, for the cells of a workbook and what they are read from
+CELLS_LIMIT = 50_000_000  # of a sheet's rectangle: a stray cell in its last corner would ask for 17 thousand million
 
 
 def workbook(path: Path, valid_split: str = "") -> Iterator[Block]:
@@ -32,6 +35,7 @@ def workbook(path: Path, valid_split: str = "") -> Iterator[Block]:
             f"{shown(path)}: reading {path.suffix} needs the package python-calamine: {install('python-calamine')}"
         ) from None
     name, size = shown(path), path.stat().st_size
+    must_fit_memory(path, name)
     try:
         with calamine.CalamineWorkbook.from_path(str(path)) as book:
             yield from sheets(book, name, size, valid_split)
@@ -41,6 +45,36 @@ def workbook(path: Path, valid_split: str = "") -> Iterator[Block]:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise UserError(f"{name}: cannot be read as a workbook: {str(error).splitlines()[0]}.") from None
+
+
+# reads a workbook and its sheets, with less memory than a machine has, and nothing more
+PROBE = f"""
+import resource, sys
+import python_calamine
+most = {MOST_MEMORY}
+hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+resource.setrlimit(resource.RLIMIT_AS, (most if hard < 0 else min(most, hard), hard))
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+book = python_calamine.CalamineWorkbook.from_path(sys.argv[1])
+for title in book.sheet_names:
+    try:
+        book.get_sheet_by_name(title)
+    except Exception:
+        pass
+"""
+
+
+def must_fit_memory(path: Path, name: str) -> None:
+    """UserError for a workbook that unpacks to more than memory holds, or whose last cell is so far out that the rectangle up
+    to it is more. The library ends the process that asks for so much, so another process tries it."""
+    tried = subprocess.run([sys.executable, "-c", PROBE, path], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    if tried.returncode < 0 or b"MemoryError" in tried.stderr:
+        raise UserError(
+            f"{name}: cannot be read as a workbook: it needs more than {MOST_MEMORY >> 30} GB of memory. A cell may be far "
+            "outside the table (delete what is there), or the file is made to unpack to far more than its size."
+        )
+    if b"panicked" in tried.stderr:
+        raise UserError(f"{name}: cannot be read as a workbook: it is damaged.")
 
 
 def sheets(book, name: str, size: int, valid_split: str = "") -> Iterator[Block]:
