@@ -114,7 +114,7 @@ def test_a_packed_row_of_300_mb_costs_little_memory(tmp_path, packed, ending):
             file.write(begin)
             for _ in range(300):
                 file.write(piece)
-    in_little_memory(path)
+    in_little_memory(path)  # (the names of columns are the only line that cannot be left out)
 
 
 def workbook(path, cells, shared=()):

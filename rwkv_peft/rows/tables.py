@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import itertools
 import math
@@ -153,9 +154,18 @@ class Table:
     """A table that is open: its header is read, and its rows can be read."""
 
     def __init__(self, file: IO[bytes], dialect: Dialect, path: Path):
-        self.lines = RowLines(io.TextIOWrapper(file, "utf-8", "surrogateescape", newline=""), dialect.line)
+        text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
+        # (a line that is too long comes in pieces, of which the first one is refused)
+        self.lines = RowLines(iter(functools.partial(text.readline, reading.LINE_LIMIT + 1), ""), dialect.line)
         self.dialect, self.path, self.warnings = dialect, path, []
-        head = list(itertools.islice(self.lines, LOOKED_AT))
+        head = []
+        try:
+            for line in itertools.islice(self.lines, LOOKED_AT):
+                head.append(line)
+                self.lines.size = 0
+        except csv.Error:
+            limit = f"{reading.LINE_LIMIT >> 20} MB"
+            raise UserError(f"{shown(path)}: line {len(head) + 1} is longer than {limit}; it is no table.") from None
         told = re.fullmatch(r"sep=(.)\s*", head[0]) if head else None  # Excel's way to say what stands between cells
         skip = 1 if told else 0
         marks = told[1] if told else MARKS
