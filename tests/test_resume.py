@@ -358,9 +358,8 @@ def test_a_run_that_is_training_at_this_moment_does_not_go_on_twice(ready, monke
 
 def saved(folder, step: int, keep: int = 1):
     """A state of so many steps, with little in it."""
-    facts = {key: None for key in snapshot.WANTED if key not in ("format", "files")} | {"step": step}
     parts = {part: Parts({"a": whole(torch.arange(64.0))}) for part in snapshot.PARTS}
-    return snapshot.write(folder, parts, facts, keep)
+    return snapshot.write(folder, parts, tiny.state_facts(step), keep)
 
 
 def test_only_the_last_states_are_kept_and_half_written_ones_vanish(tmp_path):

@@ -112,3 +112,12 @@ def wkv6_inputs(
         w = -0.01 * torch.rand_like(w)
         (w[..., size // 2] if constant else w[:, tokens // 2]).fill_(-1e4)
     return [x.to(dtype).clone().requires_grad_() for x in (r, w, k, v, u)]
+
+
+def state_facts(step: int) -> dict:
+    """What the manifest of a state says, with little in it."""
+    return {
+        "step": step, "steps": 99, "finished": False, "world": 1, "settings": {}, "became": {}, "plan": {}, "tokens": 0,
+        "base": {"name": "x.pth", "sha256": "0" * 64, "mark": None}, "data": {"files": []}, "options": {}, "start_sha256": None,
+        "optimizer": {}, "scaler": None, "blocks": None, "wandb": None,
+    }  # fmt: skip

@@ -136,7 +136,8 @@ def cut(file: IO[bytes], shape: Shape, name: str, python: bool) -> Iterator[tupl
 
     last = False
     while not last:
-        piece = file.read(reading.BLOCK)
+        # (as much again as is open: a text without an end is looked through a few times, not for each block)
+        piece = file.read(max(reading.BLOCK, len(text)))
         last = not piece
         text += piece
         for part in parts.finditer(text, at):

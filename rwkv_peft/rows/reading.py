@@ -20,6 +20,7 @@ from .schemas import Row, RowError
 
 BLOCK = 1 << 18  # bytes of lines that are worked on at once; larger ones fall out of the processor's cache
 HEAD = 1 << 16  # bytes that are read from the disk at once, and that a format may be told by
+FED = 1 << 9  # bytes of a packed file that are unpacked at once: zstd makes up to 32,000 times as many of them
 LINE_LIMIT = 32 << 20  # bytes; a longer line is a file without line breaks, not a row
 ROWS = 512  # of a table that are worked on at once
 
@@ -55,22 +56,25 @@ class Frames(io.RawIOBase):
 
     def __init__(self, raw: IO[bytes], begin: Callable):
         """begin: makes an object that unpacks one frame."""
-        self.raw, self.begin, self.frame, self.left = raw, begin, None, b""
+        self.raw, self.begin, self.frame = raw, begin, None
+        self.packed = self.left = memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, target) -> int:
         while not self.left:
-            packed = self.frame.unused_data if self.frame and self.frame.eof else b""
-            packed = packed or self.raw.read(HEAD)
-            if not packed:
+            self.packed = self.packed or memoryview(self.raw.read(HEAD))
+            if not self.packed:
                 if self.frame and not self.frame.eof:
                     raise EOFError("the file ends inside a frame")
                 return 0
             if self.frame is None or self.frame.eof:
                 self.frame = self.begin()
-            self.left = self.frame.decompress(packed)
+            piece, self.packed = self.packed[:FED], self.packed[FED:]
+            self.left = memoryview(self.frame.decompress(piece))
+            if self.frame.eof and self.frame.unused_data:
+                self.packed = memoryview(self.frame.unused_data + bytes(self.packed))
         size = min(len(target), len(self.left))
         target[:size], self.left = self.left[:size], self.left[size:]
         return size

@@ -6,6 +6,7 @@ import datetime
 import decimal
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,7 +65,7 @@ class Header:
         self.names = [trimmed(cell) for cell in cells]
         self.size = len(self.names)
         given = self.named()
-        twice = sorted({name for name in given if given.count(name) > 1})
+        twice = sorted(name for name, times in Counter(given).items() if times > 1)
         if not given or twice:
             wrong = f"names {twice[0]!r} twice" if twice else "must name the columns"
             raise UserError(f"{where}: its first line {wrong}.")

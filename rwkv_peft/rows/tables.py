@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import itertools
 import math
@@ -59,6 +60,8 @@ OPENS = re.compile(r'([,;\t|])[ \u00a0]+("(?:[^"]|"")*)\Z')
 CLOSES = re.compile(r'\A([^"]*(?:""[^"]*)*[^",;\t| ]")[ \u00a0]+(?=[,;\t|]|\r?\n?\Z)')
 IS_SPACED = re.compile(rb'(?:^|[,;\t|]) +"|" +(?:[,;\t|]|\r?$)', re.M)
 BACKSLASHES = re.compile(r'(\\+)("?)')
+CELLS = 1 << 18  # of an Arrow table that are read at once
+PART_BYTES = 32 << 20  # of texts that become rows at once
 MARKS = ",;\t|"  # what may stand between cells
 QUOTED_SO = {
     "backslash": 'quotes inside cells are written \\" in it, not "", and are read as quotes',
@@ -151,9 +154,18 @@ class Table:
     """A table that is open: its header is read, and its rows can be read."""
 
     def __init__(self, file: IO[bytes], dialect: Dialect, path: Path):
-        self.lines = RowLines(io.TextIOWrapper(file, "utf-8", "surrogateescape", newline=""), dialect.line)
+        text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
+        # (a line that is too long comes in pieces, of which the first one is refused)
+        self.lines = RowLines(iter(functools.partial(text.readline, reading.LINE_LIMIT + 1), ""), dialect.line)
         self.dialect, self.path, self.warnings = dialect, path, []
-        head = list(itertools.islice(self.lines, LOOKED_AT))
+        head = []
+        try:
+            for line in itertools.islice(self.lines, LOOKED_AT):
+                head.append(line)
+                self.lines.size = 0
+        except csv.Error:
+            limit = f"{reading.LINE_LIMIT >> 20} MB"
+            raise UserError(f"{shown(path)}: line {len(head) + 1} is longer than {limit}; it is no table.") from None
         told = re.fullmatch(r"sep=(.)\s*", head[0]) if head else None  # Excel's way to say what stands between cells
         skip = 1 if told else 0
         marks = told[1] if told else MARKS
@@ -295,8 +307,15 @@ def columnar(path: Path) -> Iterator[Block]:
 
     def batches():
         if is_parquet or path.suffix.lower() == ".parquet":
+            # texts that are there once and meant a million times stay so until their rows are made
             with pq.ParquetFile(path) as file:
-                yield from file.iter_batches(batch_size=reading.ROWS)
+                words = [
+                    file.schema.column(i).path
+                    for i in range(len(file.schema))
+                    if file.schema.column(i).physical_type == "BYTE_ARRAY" and "." not in file.schema.column(i).path
+                ]
+            with pq.ParquetFile(path, read_dictionary=words) as file:
+                yield from file.iter_batches(batch_size=max(1, min(reading.ROWS, CELLS // max(1, len(file.schema)))))
             return
         with pa.OSFile(str(path)) as source:  # not mapped: a damaged file would end the process without a word
             try:  # files that may be read from any place, or streams (what the `datasets` package writes)
@@ -314,11 +333,11 @@ def columnar(path: Path) -> Iterator[Block]:
             odd = [
                 name for name, kind in zip(batch.schema.names, batch.schema.types, strict=True) if ODD.search(str(kind))
             ]
-            twice = [name for name in batch.schema.names if batch.schema.names.count(name) > 1]
+            twice = [name for name, times in Counter(batch.schema.names).items() if times > 1]
             if twice:
                 raise UserError(f"{shown(path)}: it has two columns called {twice[0]!r}.")
-            for begin in range(0, batch.num_rows, reading.ROWS):
-                rows = batch.slice(begin, reading.ROWS).to_pylist()
+            for part in in_parts(batch):
+                rows = part.to_pylist()
                 for row in rows:
                     for column in odd:
                         value = row[column]
@@ -326,6 +345,11 @@ def columnar(path: Path) -> Iterator[Block]:
                         changed[column] += value is not None and row[column] is None
                 yield Block(shown(path), number, list(enumerate(rows, number)), 0)
                 number += len(rows)
+    except MemoryError:
+        raise UserError(
+            f"{shown(path)}: cannot be read as {path.suffix[1:]}: it asks for more memory than there is. It is damaged, or has "
+            "rows that are too large."
+        ) from None
     except (pa.ArrowException, OSError, ValueError, SystemError, OverflowError) as error:
         if isinstance(error, MemoryError) or isinstance(error, OSError) and error.errno is not None:
             raise  # it says nothing of the file
@@ -335,6 +359,27 @@ def columnar(path: Path) -> Iterator[Block]:
         for column, rows in changed.items() if rows
     )  # fmt: skip
     yield Block(shown(path), number, [], size, notes=notes)
+
+
+def in_parts(batch) -> Iterator[Any]:
+    """The rows of an Arrow batch, so many at a time that what is made of them is not too large."""
+    for begin in range(0, batch.num_rows, reading.ROWS):
+        part = batch.slice(begin, reading.ROWS)
+        if sum(map(text_bytes, part.columns)) <= PART_BYTES:
+            yield part
+        else:
+            yield from (part.slice(i, 1) for i in range(len(part)))
+
+
+def text_bytes(column) -> int:
+    """Bytes of a column when its values stand there, each for itself."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if not pa.types.is_dictionary(column.type) or pa.types.is_nested(column.type.value_type):
+        return column.nbytes
+    sizes = pc.binary_length(column.dictionary.cast(pa.large_binary()))
+    return pc.sum(sizes.take(column.indices)).as_py() or 0
 
 
 # types of columns whose values are no JSON: bytes, dates, exact numbers; and fractions, which may be NaN

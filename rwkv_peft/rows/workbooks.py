@@ -7,6 +7,8 @@ import dataclasses
 import functools
 import lzma
 import re
+import subprocess
+import sys
 import zipfile
 import zlib
 from collections import Counter
@@ -34,6 +36,8 @@ CELLS_LIMIT = 28_000_000
 PIECE, LONGEST_TAG = 1 << 20, 200  # bytes of XML that are looked at together, and that a row's or a cell's tag has
 ROW = re.compile(rb"<(?:\w+:)?row\s[^>]{0,200}?\br=[\"'](\d{1,9})")
 FAR = re.compile(rb"\sr=[\"']([A-Z]{2,4})(\d{1,9})[\"']")  # a cell behind column Z
+MOST_MEMORY = 4 << 30  # bytes, for the cells of a workbook and what they are read from
+SMALL = 256 << 20  # bytes that a workbook may unpack to, to be read without a trial
 
 
 def workbook(path: Path, valid_split: str = "") -> Iterator[Block]:
@@ -46,9 +50,12 @@ def workbook(path: Path, valid_split: str = "") -> Iterator[Block]:
             f"{shown(path)}: reading {path.suffix} needs the package python-calamine: {install('python-calamine')}"
         ) from None
     name, size = shown(path), path.stat().st_size
+    small = False
+    with contextlib.suppress(*UNREADABLE):  # (the library says what is wrong with it)
+        small = is_small(path, name)
+    if not small:
+        must_fit_memory(path, name)
     try:
-        with contextlib.suppress(*UNREADABLE):  # (the library says what is wrong with it)
-            must_fit(path, name)
         with calamine.CalamineWorkbook.from_path(str(path)) as book:
             yield from sheets(book, name, size, valid_split)
     except calamine.PasswordError:
@@ -57,6 +64,36 @@ def workbook(path: Path, valid_split: str = "") -> Iterator[Block]:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise UserError(f"{name}: cannot be read as a workbook: {first_line(error)}.") from None
+
+
+# reads a workbook and its sheets, with less memory than a machine has, and nothing more
+PROBE = f"""
+import resource, sys
+import python_calamine
+most = {MOST_MEMORY}
+hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+resource.setrlimit(resource.RLIMIT_AS, (most if hard < 0 else min(most, hard), hard))
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+book = python_calamine.CalamineWorkbook.from_path(sys.argv[1])
+for title in book.sheet_names:
+    try:
+        book.get_sheet_by_name(title)
+    except Exception:
+        pass
+"""
+
+
+def must_fit_memory(path: Path, name: str) -> None:
+    """UserError for a workbook that unpacks to more than memory holds, or whose last cell is so far out that the rectangle up
+    to it is more. The library ends the process that asks for so much, so another process tries it."""
+    tried = subprocess.run([sys.executable, "-c", PROBE, path], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    if tried.returncode < 0 or b"MemoryError" in tried.stderr:
+        raise UserError(
+            f"{name}: cannot be read as a workbook: it needs more than {MOST_MEMORY >> 30} GB of memory. A cell may be far "
+            "outside the table (delete what is there), or the file is made to unpack to far more than its size."
+        )
+    if b"panicked" in tried.stderr:
+        raise UserError(f"{name}: cannot be read as a workbook: it is damaged.")
 
 
 def sheets(book, name: str, size: int, valid_split: str = "") -> Iterator[Block]:
@@ -111,18 +148,22 @@ def sheets(book, name: str, size: int, valid_split: str = "") -> Iterator[Block]
     yield Block(name, 1, [], size, notes=tuple(notes))
 
 
-def must_fit(path: Path, name: str) -> None:
-    """UserError for a workbook of XML with a cell so far away that the library, which makes room for the whole rectangle, would
-    take all memory."""
+def is_small(path: Path, name: str) -> bool:
+    """Whether a workbook is of XML (.xlsx) and unpacks to little. UserError for one with a cell so far away that the library,
+    which makes room for the whole rectangle, would take all memory."""
     if not zipfile.is_zipfile(path):
-        return
+        return False
     with zipfile.ZipFile(path) as archive:
-        for info in archive.infolist():
+        records = archive.infolist()
+        if sum(info.file_size for info in records) > SMALL:
+            return False
+        for info in records:
             if not re.fullmatch(r"xl/worksheets/[^/]*\.xml", info.filename):
                 continue
             rows, columns = extent(archive.open(info))
             if rows * columns > CELLS_LIMIT + info.file_size:
                 raise UserError(too_large(f"{name}: a sheet ({info.filename})", rows, columns))
+        return "xl/workbook.xml" in archive.namelist()
 
 
 def too_large(sheet: str, rows: int, columns: int) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from conftest import few
 from inprocess import run, tokenize
@@ -55,9 +56,8 @@ def in_a_child(work: Callable[[], None], wait: bool = True) -> int:
 
 
 def state(folder: Path, step: int, keep: int = 2) -> None:
-    facts = {key: None for key in snapshot.WANTED if key not in ("format", "files")} | {"step": step}
     parts = {part: Parts({"a": whole(torch.full((SIZE,), float(step)))}) for part in snapshot.PARTS}
-    snapshot.write(folder, parts, facts, keep)
+    snapshot.write(folder, parts, tiny.state_facts(step), keep)
 
 
 @some(20, 200)
