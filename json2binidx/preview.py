@@ -42,6 +42,11 @@ def preview(source: Path, config: TokenizeConfig, end_of_doc: bool, most: int) -
     shown, tally = 0, Tally()
 
     def warn() -> None:
+        for name in cook.recipe.columns.named:
+            if name not in tally.seen:
+                print(
+                    f"\nwarning   MAP_KEYS names the column {name!r}, but none of the rows that were read here has it"
+                )
         found = tally.group("found: ")
         for words in foreign_lines(found, tally.places, config.convert_headings, tally.group("left: ")):
             print(f"\nwarning   {words}")

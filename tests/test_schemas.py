@@ -626,9 +626,7 @@ def test_answers_that_are_calls_are_calls_where_there_are_tools():
 def test_of_several_right_answers_the_first_is_learnt_and_the_rest_is_reported():
     squad = {"context": "m", "question": "q", "answers": {"text": ["r", "s"], "answer_start": [0, 3]}, "id": "7"}
     found, reader = read(squad)
-    assert said(squad)[-1] == (A, "r") and [name for _, name in reader.unused] == [
-        "answers, but for the first text of them"
-    ]
+    assert said(squad)[-1] == (A, "r") and set(reader.unused) == {("further text of the column", "answers")}
 
 
 def test_googles_contents_and_parts_are_messages():
@@ -713,8 +711,8 @@ def test_an_answer_that_preference_data_dislikes_is_not_learnt(name):
     row = {"prompt": "7 times 8?", "completion": "56"}
     assert said({**row, name: True}) == [(U, "7 times 8?"), (A, "56")]
     assert said({**row, name: False}) == [(U, "7 times 8?"), (A, "-56")]
-    _, reader = read({"question": "a", "answer": "b", "label": False})
-    assert reader.unused == {("column", "label"): 1}
+    assert said({"messages": [Q, ANSWER], name: False})[-1] == (A, "-56")
+    assert said({"question": "a", "answer": "b", name: False})[-1] == (A, "-b")
 
 
 @pytest.mark.parametrize("choices", [{"choices": ["54", "56"]}, {"options": {"A": "54", "B": "56"}}, {"A": "54", "B": "56"},
@@ -911,7 +909,7 @@ def test_a_question_that_nobody_answers_and_what_is_below_an_orphan_are_refused(
         {"message_id": "3", "parent_id": "2", "text": "c", "role": "prompter"},
     )
     refused(question, "no answer")
-    assert orphan.reason == below.reason == "orphan" and "is below line 2, which answers" in str(below)
+    assert orphan.reason == below.reason == "orphan" and "is below line 2, which follows" in str(below)
 
 
 def test_a_single_message_without_a_conversation_is_refused_and_never_taken_as_text():

@@ -17,7 +17,8 @@ import orjson
 from .values import RowError
 
 SPEAKERS = {"SYSTEM": "system", "USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": "tool"}
-TURN = re.compile(rf"^({'|'.join(SPEAKERS)}):[ ]?", re.M)
+TURN = rf"({'|'.join(SPEAKERS)}):[ ]?"
+BORDERS = ("\n\n\n", "\n\n", "\n")  # between turns: what the files have, and copies of them
 END = re.compile(r"\s*<\|endoftext\|>\s*\Z")
 CALL = re.compile(r"<functioncall>\s*(\{.*\})\s*\Z", re.S)
 ARGUMENTS = re.compile(r'("arguments"\s*:\s*)\'(.*)\'(\s*\})\Z', re.S)
@@ -34,7 +35,9 @@ def row_of(row: Mapping[str, Any]) -> dict[str, Any]:
     system, tools = row.get("system"), []
     if isinstance(system, str):
         system, tools = functions_of(system.strip().removeprefix("SYSTEM:").strip())
-    pieces = TURN.split(row["chat"].strip())[1:]  # speaker, words, speaker, words, ...
+    chat = row["chat"].strip()
+    border = next(border for border in BORDERS if f"{border}ASSISTANT:" in chat)
+    pieces = re.split(rf"(?:\A|{border}\n*){TURN}", chat)[1:]  # speaker, words, speaker, words, ...
     messages = [message(SPEAKERS[who], words) for who, words in zip(pieces[::2], pieces[1::2], strict=True)]
     return found | {"system": system, "messages": messages} | ({"tools": tools} if tools else {})
 

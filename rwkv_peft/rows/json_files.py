@@ -14,7 +14,7 @@ from ..project import shown
 from ..words import count, listed
 from . import reading
 from .keys import MESSAGES
-from .kinds import ROW_KEYS, is_message, value_of
+from .kinds import PREFERENCES, ROW_KEYS, is_message, is_row_of_messages, value_of
 from .reading import Block, Note, skip_line, too_long, unpacked
 from .schemas import Row, RowError
 from .splits import is_wanted, split_of
@@ -277,7 +277,7 @@ def shape_of(head: bytes, name: str) -> Shape:
         return Shape(0)
     whole = first_object(head, 0)
     if isinstance(whole, dict):
-        if ROW_KEYS & whole.keys():
+        if ROW_KEYS & whole.keys() or is_row_of_messages(whole):
             return Shape(0)
         lists = {k: v for k, v in whole.items() if isinstance(v, list) and v and isinstance(v[0], dict | list)}
         if not lists or "columns" in whole or head_goes_on(head):
@@ -333,7 +333,7 @@ def wrapped_shape(head: bytes) -> Shape:
         if token[:1] in (b'"', b"'"):
             if depth == 1:
                 key = token[1:-1].decode("utf-8", "replace")
-                if key in ROW_KEYS:
+                if key in ROW_KEYS or key in PREFERENCES:
                     return Shape(0)
         elif token in (b"{", b"["):
             if depth == 1 and key == "columns":

@@ -7,11 +7,10 @@ A key that has no part and is no harmless metadata is counted as not used (`Part
 from __future__ import annotations
 
 import functools
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from .. import json_reader
 from ..errors import Problem, Problems
@@ -31,16 +30,6 @@ ROLE_NAMES = {
     "ipython": Role.TOOL, "tool_response": Role.TOOL, "tool_result": Role.TOOL, "工具": Role.TOOL, "函数": Role.TOOL,
 }  # fmt: skip
 CALLS = ("function_call", "tool_call")  # roles of a message that is a tool call of the assistant
-# who the unknown names of data sets most likely are: only for the ROLE_MAP line that a refusal proposes
-LIKELY_ROLES = {
-    "user": "customer client caller patient student asker questioner player interviewer visitor guest speaker1 seeker "
-            "questioner instruction input query 客户 顾客 患者 学生 访客 玩家 甲",
-    "assistant": "agent support doctor therapist teacher tutor operator advisor counselor expert answerer npc character "
-                 "speaker2 response output answer staff 客服 医生 老师 专家 顾问 坐席 角色 乙",
-    "tool": "environment env executor terminal result results api search browser interpreter 环境 结果",
-    "system": "narrator context scenario setting instructions background 旁白 背景 设定",
-}  # fmt: skip
-
 MESSAGES = ("messages", "conversations", "conversation")  # columns that hold a conversation
 MORE_MESSAGES = (
     "dialogue",
@@ -59,15 +48,32 @@ MORE_MESSAGES = (
 TEXTS = ("text", "文本", "正文")
 MORE_TEXTS = ("content", "document", "内容", "內容")  # the same, where no other column says what a row is
 
-PROMPTS = ("instruction", "prompt", "question", "query", "problem", "user", "human", "q", "input", "inputs",
+PROMPTS = ("instruction", "prompt", "question", "query", "problem", "user", "human", "q", "input", "inputs", "ask", "questions",
            "指令", "问题", "問題", "提问", "提示", "用户", "输入", "问", "题目",
            "trans_instruction", "instruction_zh")  # fmt: skip
 # columns that have a second text beside the prompt; the last ones are prompts themselves where there is no instruction
 MATERIALS = ("input", "context", "输入", "上下文", "背景", "资料", "参考资料", "trans_input", "input_zh")
 QUESTIONS = ("question", "query", "problem", "问题", "問題", "提问")
-RESPONSES = ("output", "completion", "response", "answer", "assistant", "reply", "target", "targets", "bot", "gpt", "a",
-             "solution", "generated_solution", "answers", "content", "输出", "回答", "答案", "回复", "助手", "答", "回覆",
+# (a solution leads to the short answer that may stand beside it)
+RESPONSES = ("output", "completion", "response", "solution", "generated_solution", "answer", "assistant", "reply", "target",
+             "targets", "bot", "gpt", "a", "answers", "content", "输出", "回答", "答案", "回复", "助手", "答", "回覆",
              "trans_output", "output_zh")  # fmt: skip
+
+# the answer to a text that is no question: beside any text, and where the two are all that a row has
+ANSWERS_TO_TEXTS = (
+    "answer",
+    "output",
+    "response",
+    "completion",
+    "target",
+    "reply",
+    "code",
+    "回答",
+    "答案",
+    "输出",
+    "回复",
+)
+SUMMARIES = ("summary", "摘要", "总结")
 
 SYSTEM = ("system", "system_prompt", "system_message", "system_text", "system_instruction", "sys_prompt",
           "meta_instruction", "系统", "系统提示", "系统提示词", "系统消息", "系统指令", "系統提示")  # fmt: skip
@@ -87,6 +93,8 @@ FLAGS = (
     "loss_masks",
     "train_mask",
     "loss_weight",
+    "output_with_loss",
+    "training",
 )  # is an answer to be learnt?
 HISTORY = ("history", "chat_history", "历史", "历史对话")
 MEDIA = ("image", "images", "img", "imgs", "picture", "pictures", "audio", "audios", "video", "videos",
@@ -106,6 +114,7 @@ HARMLESS = (
     "model_name", "generator", "engine", "teacher", "score", "scores", "quality", "rating", "difficulty", "rank", "upvotes",
     "num_turns", "turn_id", "n_turns", "length", "len", "tokens", "num_tokens", "n_tokens", "token_count", "word_count", "hash",
     "md5", "sha1", "sha256", "version", "metadata", "meta", "meta_data", "info", "annotations", "human_verified", "answer_from",
+    "partition", "data_split", "dataset_split",
     "编号", "序号", "来源", "类别", "类型", "语言", "日期", "时间", "标签",
 )  # fmt: skip
 
@@ -221,7 +230,17 @@ class Columns:
     @property
     def named(self) -> tuple[str, ...]:
         """The columns that MAP_KEYS names: each must be somewhere in the data."""
-        return tuple(name for name in self.given.values() if name)
+        return (*self.of_rows, *self.of_messages)
+
+    @functools.cached_property
+    def of_rows(self) -> tuple[str, ...]:
+        """Those of rows."""
+        return tuple(name for part, name in self.given.items() if name and part not in IN_MESSAGES)
+
+    @functools.cached_property
+    def of_messages(self) -> Mapping[str, str]:
+        """The keys of messages that MAP_KEYS names -> role or content."""
+        return {name: part for part, name in self.given.items() if name and part in IN_MESSAGES}
 
     def __hash__(self) -> int:
         return hash((tuple(self.given.items()), tuple(self.roles.items())))
@@ -235,6 +254,11 @@ def columns(map_keys: str, role_map: str = "") -> Columns:
     if unknown:
         meant = did_you_mean(unknown[0], MAPPABLE)
         raise Problems(Problem("MAP_KEYS", f"has the key {unknown[0]!r}{meant}; known are {', '.join(MAPPABLE)}"))
+    for some in ([p for p in given if p not in IN_MESSAGES], [p for p in given if p in IN_MESSAGES]):
+        for i, part in enumerate(some):
+            if given[part] and (twice := [other for other in some[:i] if given[other] == given[part]]):
+                words = f"names {given[part]!r} as {twice[0]} and as {part}; a column can be only one of them"
+                raise Problems(Problem("MAP_KEYS", words))
     roles: dict[str, Role | None] = {}
     for name, role in texts_of("ROLE_MAP", role_map, '{"customer": "user", "agent": "assistant"}').items():
         word = role.strip().lower()
@@ -261,88 +285,6 @@ def texts_of(variable: str, value: str, example: str) -> dict[str, str]:
     return given
 
 
-# what a text of turns begins a line with, in rows that hold a whole talk as one text
-TALK = re.compile(r"^\s*(?:USER|User|Human|HUMAN|用户|###\s*(?:Human|User))\s*[:：]", re.M)
-WORSE = frozenset(map(squashed, ("rejected", "wrong_answer", "wrong_answers")))  # of pairs of answers, the worse one
-
-
-def proposed_keys(row: Mapping[str, Any]) -> str:
-    """The MAP_KEYS line that could make a row of unknown columns usable, or ""."""
-    names = [
-        n
-        for n in row
-        if n and squashed(n) not in HARMLESS_NAMES and squashed(n) not in WORSE and "id" not in words_of(n)
-    ]
-    lists = [
-        n for n in names if isinstance(row[n], list) and row[n] and isinstance(row[n][0], dict) and is_talk(row[n][0])
-    ]
-    texts = [n for n in names if isinstance(row[n], str) and row[n].strip()]
-    if "chosen" in row:
-        return "--map-keys " + quoted(
-            ({} if "prompt" in row else {"prompt": texts[0]} if texts else {}) | {"response": "chosen"}
-        )
-    for n in names if not lists else ():
-        if isinstance(row[n], dict):
-            for inner, value in row[n].items():
-                if isinstance(value, list) and value and isinstance(value[0], dict) and is_talk(value[0]):
-                    return f"--map-keys {quoted({'messages': f'{n}.{inner}'})}"
-    if not lists and any(isinstance(row[n], list | dict) and row[n] for n in names):
-        return ""  # a shape of its own, which no names of columns make usable
-    talk = next((n for n in texts if TALK.search(row[n])), "")
-    if talk:
-        return f"--convert-headings --map-keys {quoted({'text': talk})}"
-    # of many texts the two longest are what is asked and what is said
-    longest = sorted(texts, key=lambda name: -len(row[name]))[:2]
-    texts = [n for n in texts if n in longest]
-    if lists:
-        keys = {"messages": lists[0]}
-    elif len(texts) > 1:
-        keys = {"prompt": texts[0], "response": texts[-1]}
-    elif texts:
-        keys = {"text": texts[0]}
-    else:
-        return ""
-    return f"--map-keys {quoted(keys)}"
-
-
-def words_of(name: str) -> list[str]:
-    return re.findall(r"[a-z]+", name.lower())
-
-
-def is_talk(one: Mapping[str, Any]) -> bool:
-    """Whether an object of a list may be a message."""
-    parts = parts_of(tuple(one))
-    return bool(parts.speaker or parts.said)
-
-
-def proposed_message_keys(messages: Sequence[Mapping[str, Any]]) -> str:
-    """The MAP_KEYS line for messages that no known key says the speaker of, or the words; "" where none can be told."""
-    texts = {name: [one.get(name) for one in messages] for name in messages[0]} if messages else {}
-    texts = {name: values for name, values in texts.items() if all(isinstance(value, str) for value in values)}
-    said = [name for name in parts_of(tuple(texts)).said] or sorted(texts, key=lambda name: -sum(map(len, texts[name])))
-    who = [name for name in texts if said and name != said[0] and len(set(texts[name])) < max(len(messages), 3)]
-    if not who or squashed(who[0]) in HARMLESS_IN_MESSAGES:
-        return ""
-    keys = {"role": who[0]} | ({} if parts_of((said[0],)).said else {"content": said[0]})
-    return f"--map-keys {quoted(keys)} {proposed_roles(texts[who[0]])}".rstrip()
-
-
-def proposed_roles(names: Iterable[str]) -> str:
-    """The ROLE_MAP line for the roles among these that are not known, as far as their names tell who they are."""
-    words = {name: name.strip().lower() for name in names}
-    unknown = [name for name, word in words.items() if word not in ROLE_NAMES and word not in CALLS]
-    there = {ROLE_NAMES[word].name.lower() for word in words.values() if word in ROLE_NAMES}
-    guesses: dict[str, str] = {}
-    for name in unknown:
-        word = squashed(name)
-        guesses[name] = next((role for role, names in LIKELY_ROLES.items() if word in names.split()), "")
-    rest = [role for role in ("user", "assistant") if role not in guesses.values() and role not in there]
-    for name, role in guesses.items():
-        if not role:
-            guesses[name] = rest.pop(0) if rest else "user"
-    return f"--role-map {quoted(guesses)}" if guesses else ""
-
-
 def chosen(parts: Parts, given: Mapping[str, str], keys: tuple[str, ...]) -> Parts:
     """The parts as MAP_KEYS wants them: a column that it names plays that part and no other."""
     if not given:
@@ -355,11 +297,6 @@ def chosen(parts: Parts, given: Mapping[str, str], keys: tuple[str, ...]) -> Par
             continue
         found[fields.get(part, part)] = (name,) if name in keys else ()
     return Parts(**found)
-
-
-def quoted(value: Mapping[str, str]) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return "'" + text.replace("'", "'\\''") + "'"
 
 
 def documented() -> str:

@@ -33,6 +33,7 @@ UNSURE = (
     "assistant",
 )
 ROW_KEYS = frozenset((*MESSAGES, *MORE_MESSAGES, *PROMPTS, *RESPONSES, *TEXTS, *HISTORY)) - {*UNSURE}
+PREFERENCES = ("chosen", "rejected")
 CONVERSATIONS = frozenset((*MESSAGES, *MORE_MESSAGES)) - {*UNSURE}
 SPEAKERS = ("role", "from", "speaker", "sender")  # the keys that make an object a message
 ROWS_OF_THEIR_OWN = ("id", "parent_id", "message_id", "conversation_id", "message_tree_id")  # a message as a row
@@ -265,6 +266,18 @@ def is_one_object_of_many(value: dict) -> bool:
         len(value) > 0
         and all(isinstance(v, list | dict) for v in value.values())
         and not any(k in value for k in CONVERSATIONS)
+        and not is_row_of_messages(value)
+    )
+
+
+def is_row_of_messages(value: dict) -> bool:
+    """Whether an object is a row by its lists of messages: one better and one worse answer, or a conversation with a system text
+    beside it (Gemini's contents)."""
+    talks = [key for key, one in value.items() if isinstance(one, list) and one and is_message(one[0])]
+    return (
+        any(key in PREFERENCES for key in talks)
+        or len(talks) < len(value)
+        and any(key in MORE_MESSAGES for key in talks)
     )
 
 

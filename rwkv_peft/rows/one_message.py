@@ -30,6 +30,7 @@ TURN = tuple(
     )
 )
 LONGEST_PATH = 10_000  # messages from a root to a leaf
+NO_PARENT = ("0", "-1", "none", "null", "nan", "root")
 LOOKED_AT = 32  # rows at the beginning of a file that tell its kind
 
 
@@ -165,11 +166,11 @@ def trees(
         below = children.get(name, [])
         if len(path) < LONGEST_PATH:
             waiting += [(child, len(path)) for child in reversed(below)]
-        if is_answer(root) and not is_nothing(root.get(parent)):
+        if not begins(root, own, parent):
             where = "" if len(path) == 1 else f"is below line {alive[path[0]][0]}, which "
             yield (
                 number,
-                RowError("orphan", f"{where}answers the message {short(root[parent])}, which is not in the file"),
+                RowError("orphan", f"{where}follows the message {short(root[parent])}, which is not in the file"),
             )
         elif below and len(path) == LONGEST_PATH:
             yield number, RowError("too long", f"is message {LONGEST_PATH:,} of its conversation, and not the last")
@@ -181,6 +182,14 @@ def trees(
     for name in alive.keys() - seen:
         words = f'its "{parent}" leads back to itself, or to a conversation that is too long'
         yield alive[name][0], RowError("no beginning", words)
+
+
+def begins(message: dict[str, Any], own: str, parent: str) -> bool:
+    """Whether a message whose parent is not in the file has none: it names nothing, itself, or the conversation as a whole."""
+    value = message.get(parent)
+    if is_nothing(value) or str(value).strip().lower() in NO_PARENT:
+        return True
+    return any(str(other) == str(value) for key, other in message.items() if key != parent)
 
 
 def by_id(

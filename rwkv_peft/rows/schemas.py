@@ -7,7 +7,7 @@ is harmless metadata, or is counted in `Reader.unused`.
 
 from __future__ import annotations
 
-import re
+import contextlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,16 +16,21 @@ from typing import Any
 from ..roles import Role
 from ..templates.template import Dialogue, Message
 from . import glaive, turns
+from .advice import advice, proposed_message_keys, proposed_roles
+from .choices import columns_of_choices, refuse_choice
 from .encodings import one_line_end
+from .flags import flag_word, flags_in, liked, list_of_flags
 from .glaive import is_glaive
 from .keys import (
+    ANSWERS_TO_TEXTS,
     CALLS,
     CERTAIN_MESSAGES,
     CERTAIN_TEXTS,
     HARMLESS_IN_MESSAGES,
-    IN_MESSAGES,
+    HARMLESS_NAMES,
     QUESTION_NAMES,
     ROLE_NAMES,
+    SUMMARIES,
     THINK,
     Columns,
     Parts,
@@ -34,9 +39,6 @@ from .keys import (
     left_over,
     names_a_file,
     parts_of,
-    proposed_keys,
-    proposed_message_keys,
-    proposed_roles,
     squashed,
 )
 from .literals import parse_list
@@ -53,6 +55,7 @@ from .values import (
     kind,
     short,
     split_reasoning,
+    thoughts_in,
     wants_a_look,
 )
 
@@ -75,13 +78,10 @@ KNOWN = {
     "pair": ("instruction with output", "prompt with completion", "question with answer"),
     "text": ("text",),
 }
+NO_ANSWER = "has a thought, and no answer behind it (it was cut off)"
 INFILLING = "prefix/middle"  # what rows of prefix, suffix and middle are called
 PLAIN_ROLES = {name: role for name, role in ROLE_NAMES.items() if role in (Role.USER, Role.ASSISTANT)}
 THINK_NAMES = frozenset(map(squashed, THINK))
-FLAGS_IN_TEXT = re.compile(r"\s*[01](?:[\s,;]+[01])+\s*\Z")
-CHOICES = frozenset(map(squashed, ("choices", "options", "选项", "候选项")))
-CHOICE = re.compile(r"\(?(?:[A-H]|\d{1,2})\)?\.?\Z")  # what may name one
-FLAG_WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
 @dataclass
@@ -107,16 +107,17 @@ class Reader:
             self.verdicts.clear()
         if self.unused:
             self.unused = Counter()
-        if isinstance(row.get("row"), dict) and "row_idx" in row:  # as the viewer of Hugging Face exports rows
-            row = row["row"]
+        cut: Any = ()
+        if "row_idx" in row and isinstance(row.get("row"), dict):  # as the viewer of Hugging Face exports rows
+            row, cut = row["row"], row.get("truncated_cells") or ()
         if is_glaive(row):
             row = glaive.row_of(row)
         if self.columns.named:
-            row = lifted(row, self.columns.named)
-            self.seen.update(name for name in self.columns.named if name in row)
+            row = lifted(row, self.columns.of_rows)
+            self.seen.update(name for name in self.columns.of_rows if name in row)
         keys = tuple(row)
         parts = self.layout(keys)
-        if (plain := self.plain_pair(row, keys, parts)) is not None:
+        if not cut and (plain := self.plain_pair(row, keys, parts)) is not None:
             return plain
         form, names = self.recognise(row, parts)
         for name in parts.media:
@@ -133,6 +134,10 @@ class Reader:
             schema, found, used = self.pair(row, parts, *names)
         else:
             schema, found, used = self.conversation(row, parts, names[0])
+        if short_ones := [name for name in used if name in cut]:
+            raise RowError(
+                "cut off", f'its "{short_ones[0]}" was cut off by the viewer that saved it: download the data'
+            )
         for key in left_over(keys, used):
             if not is_nothing(row[key]):
                 self.unused["column", key] = 1
@@ -143,7 +148,7 @@ class Reader:
         would give, sooner. Or None."""
         pair = self.pairs.get(keys)
         if pair is None:
-            pair = self.pairs[keys] = self.columns_of_plain_pair(row, keys, parts)
+            pair = self.pairs[keys] = self.columns_of_plain_pair(keys, parts)
         if not pair:
             return None
         prompt, query, response = pair
@@ -162,8 +167,8 @@ class Reader:
         messages = (Message(Role.USER, question, material=material), Message(Role.ASSISTANT, answer))
         return self.name_of_pair(prompt, response), Dialogue(messages)
 
-    def columns_of_plain_pair(self, row: Row, keys: tuple[str, ...], parts: Parts) -> tuple[str, ...]:
-        """Question, second text and answer of rows with these keys; () where other columns may have a say."""
+    def columns_of_plain_pair(self, keys: tuple[str, ...], parts: Parts) -> tuple[str, ...]:
+        """Question, second text and answer of rows with these keys; () where other columns may have a say, whatever they hold."""
         if len(self.pairs) > 4096:
             self.pairs.clear()
         others = (
@@ -180,7 +185,7 @@ class Reader:
         one_of_each = len(prompts) == len(parts.responses) == 1 and len(parts.materials) < 2
         if HANDLERS[self.handler] not in ("auto", "pair") or any(others) or parts.media or not one_of_each:
             return ()
-        if squashed(parts.responses[0]) == "answers" or choices_of(row) or says_whether_liked(row):
+        if squashed(parts.responses[0]) == "answers" or columns_of_choices(keys) or liked(keys):
             return ()
         return prompts[0], parts.materials[0] if parts.materials else "", parts.responses[0]
 
@@ -221,6 +226,8 @@ class Reader:
                 sure = name == given.get("text") or squashed(name) in CERTAIN_TEXTS
                 if row[name] is not None and (sure or wanted == "text" or isinstance(row[name], str)):
                     self.refuse_single_message(row, parts)
+                    if wanted == "auto" and "text" not in given and (answer := answer_to_text(row, name, sure)):
+                        return "pair", (name, "", answer)
                     return "text", (name,)
                 if sure:
                     empty = empty or ("text", (name,))
@@ -230,9 +237,8 @@ class Reader:
             self.refuse_single_message(row, parts)
         has = ", ".join(map(repr, list(row)[:6])) or "nothing"
         known = ", ".join(name for part in KNOWN if wanted in ("auto", part) for name in KNOWN[part])
-        line = proposed_keys(row) if wanted == "auto" else ""
-        paste = f". Say which is which, for example {line}" if line else ""
-        raise RowError("unknown columns", f"has none of the keys {known}; it has {has}{paste}")
+        hint = advice(row, parts).strip() if wanted == "auto" else ""
+        raise RowError("unknown columns", f"has none of the keys {known}; it has {has}{'. ' if hint else ''}{hint}")
 
     def pair_of(self, row: Row, parts: Parts) -> tuple[str, ...] | None:
         """The columns of question, second text ("" for none) and answer; None if the row has no pair."""
@@ -332,7 +338,7 @@ class Reader:
 
     def flags_of_row(self, row: Row, names: tuple[str, ...]) -> tuple[bool | None, str, list[Any] | None]:
         """The flag of a whole row; the name of the column that has one flag for each message, and its list."""
-        lists = {name: found for name in names if (found := list_of_flags(row[name]))}
+        lists = {name: found for name in names if (found := list_of_flags(row[name], name))}
         first = next(iter(lists), "")
         for name, found in lists.items():
             if found != lists[first]:
@@ -346,12 +352,11 @@ class Reader:
     ) -> tuple[str, Dialogue, tuple[str, ...]]:
         """A question with its second text, what came before (history), and the answer."""
         system_names = tuple(name for name in parts.system if name not in (prompt, query, response))
-        think_names = tuple(name for name in parts.think if name not in (prompt, query, response))
+        think_names = tuple(name for name in thoughts_in(row, parts.think) if name not in (prompt, query, response))
         flag_names = flags_in(row, parts)
         found_names = (*system_names, *think_names, *parts.tools, *flag_names, *parts.history)
         used = (prompt, query, response, *found_names)
         schema = self.name_of_pair(prompt, response)
-        refuse_choice(row, prompt, response)
         row = {**row, response: self.one_answer(row[response], response)}
         if turns.have_roles(row[prompt]) or turns.have_roles(row[response]):  # messages on one side or both
             asked = row[prompt] if isinstance(row[prompt], list) else [{"role": "user", "content": row[prompt]}]
@@ -382,9 +387,13 @@ class Reader:
         else:
             think, words = split_reasoning(self.text(answer, response, structured=True))
             check_text_only(words, f'its "{response}"')
-            if not words.strip() and not think:
-                raise RowError("empty", f'its "{response}" is empty')
+            if not words.strip():
+                raise RowError("empty", NO_ANSWER if think else f'its "{response}" is empty')
+        if response not in columns_of_choices(tuple(row)):
+            refuse_choice(row, f"{question}\n{material}", words, f'its "{prompt}"')
         think = self.one_thought(think, bare_thought(self.agreed(row, think_names)), "its answer")
+        if think and not call and not words.strip():
+            raise RowError("empty", NO_ANSWER)
         learn, list_name, flags = self.flags_of_row(row, flag_names)
         if flags is not None:
             if len(flags) not in (1, 2):
@@ -408,27 +417,39 @@ class Reader:
         return "" if is_nothing(value) else self.text(value, name, structured)
 
     def one_answer(self, value: Any, name: str) -> Any:
-        """An answer that is a message or a content in parts; of a column "answers", which holds several that are right, the best
-        (SQuAD: its first text; Nectar: that of rank 1)."""
+        """An answer that is a message or a content in parts; of a list of texts, the only one; of a column "answers", which holds
+        several that are right, the best (SQuAD: its first text; Nectar: that of rank 1)."""
         if isinstance(value, dict) and turns.have_roles([value]):
             return [value]
-        if (
-            isinstance(value, list)
-            and value
-            and all(isinstance(one, dict) and set(one) <= {"type", "text"} for one in value)
-        ):
+        if isinstance(value, list) and value and all(is_text_part(one) for one in value):
             return said(value)
-        if squashed(name) != "answers":
+        several = squashed(name) == "answers"
+        if several and isinstance(value, str) and value.lstrip()[:1] in ("{", "["):  # in a cell of a table
+            with contextlib.suppress(ValueError):
+                words = self.one_answer(parse_list(value), name)
+                return words if isinstance(words, str) else value
+        texts = value["text"] if several and isinstance(value, dict) and "text" in value else value
+        if texts == []:
+            return ""
+        if turns.is_messages(texts) and all(answer_key(one, several) for one in texts):
+            if several:
+                texts = sorted(texts, key=turns.rank_of)
+            for one in texts:
+                self.unused |= {
+                    ("key of an answer", key): 1 for key in left_over(tuple(one), (answer_key(one, several), "rank"))
+                }
+            texts = [one[answer_key(one, several)] for one in texts]
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             return value
-        texts = value.get("text") if isinstance(value, dict) else value
-        if turns.is_messages(texts):
-            texts = sorted(texts, key=lambda one: one["rank"] if isinstance(one.get("rank"), int | float) else 0)
-            texts = [one.get("answer", one.get("text")) for one in texts]
-        if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
-            if len(texts) > 1 or isinstance(value, dict) and len(value) > 1:
-                self.unused["part of the column", "answers, but for the first text of them"] = 1
-            return texts[0]
-        return value
+        if len(set(texts)) > 1 and not several:
+            raise RowError(
+                "several answers",
+                f'its "{name}" is a list of {len(texts)} texts, and nothing tells the right one: leave one of them. (If the list '
+                "itself is the answer, write it as one text)",
+            )
+        if len(set(texts)) > 1:
+            self.unused["further text of the column", name] = 1
+        return texts[0]
 
     def one_thought(self, inside: str, beside: str, where: str) -> str:
         if inside and beside and inside.strip() != beside.strip():
@@ -462,9 +483,8 @@ class Reader:
         answer = [key for key in parts.responses if key not in (name, *parts.said) and not is_nothing(row[key])]
         if answer:  # the columns of a pair beside the messages: an instruction among them is no system text
             parts = parts._replace(beside_messages=())
-        if answer and not any(
-            self.role_of(one) is Role.ASSISTANT for one in rows
-        ):  # the answer has a column of its own
+        roles = [self.role_of(one) for one in rows]
+        if answer and Role.ASSISTANT not in roles and None not in roles:  # the answer has a column of its own
             rows = [*rows, {"role": "assistant", "content": row[answer[0]]}]
             answer = answer[:1]
         else:
@@ -483,7 +503,7 @@ class Reader:
             *same,
             *answer,
         ]
-        if thoughts := [key for key in parts.think if not is_nothing(row[key])]:
+        if thoughts := [key for key in thoughts_in(row, parts.think) if not is_nothing(row[key])]:
             answers = [i for i, m in enumerate(dialogue.messages) if m.role is Role.ASSISTANT]
             if (
                 len(answers) == 1
@@ -498,18 +518,17 @@ class Reader:
 
     def renamed(self, value: Any) -> Any:
         """A conversation whose keys MAP_KEYS names (role, content), with the usual ones."""
-        given = {name: part for part, name in self.columns.given.items() if part in IN_MESSAGES and name}
-        if not given or not turns.is_messages(value):
+        given = self.columns.of_messages
+        if not given:
             return value
+        if isinstance(value, dict) and turns.is_struct_of_lists(renamed_keys(value, given)):
+            self.seen.update(name for name in given if name in value)
+            return renamed_keys(value, given)
+        if not turns.is_messages(value):
+            return value
+        value = [lifted(one, given) for one in value]
         self.seen.update(name for one in value for name in given if name in one)
-        return [
-            {
-                given.get(key, key): text
-                for key, text in one.items()
-                if given.get(key, key) not in one or key not in given
-            }
-            for one in value
-        ]
+        return [renamed_keys(one, given) for one in value]
 
     def messages(self, rows: Any, row: Row, parts: Parts) -> Dialogue:
         """A conversation from [{"role": ..., "content": ...}, ...], or "from" and "value"."""
@@ -554,6 +573,11 @@ class Reader:
             raise RowError("reasoning", "the last message is a thought, and no answer follows it")
         if not answers:
             raise RowError("no answer", "the conversation has no assistant message")
+        if columns_of_choices(tuple(row)):
+            question = "\n".join(message.content for message in found if message.role is not Role.ASSISTANT)
+            for message in found:
+                if message.role is Role.ASSISTANT:
+                    refuse_choice(row, question, message.content, "its question")
         return Dialogue(tuple(found), agreed_tools(tools, self.padded, self.unused))
 
     def lone_thought(self, one: Any) -> str:
@@ -652,12 +676,13 @@ class Reader:
         for key in parts.media:
             if is_medium(one[key], names_a_file(key)):
                 raise RowError("not text", f'message {i} ({name}) has something in "{key}": {NOT_TEXT}')
-        think = call = ""
+        think, call, think_names = "", "", ()
         structured = role in (Role.ASSISTANT, Role.TOOL) and isinstance(content, list) and not turns.are_parts(content)
         if isinstance(content, list) and not structured or turns.is_part(content):
             content, think = self.joined_parts(i, content if isinstance(content, list) else [content])
         if role is Role.ASSISTANT:
-            used += [*parts.calls, *parts.flags, *parts.think]
+            think_names = thoughts_in(one, parts.think)
+            used += [*parts.calls, *parts.flags, *think_names]
             calls = [(key, one[key]) for key in parts.calls if not is_nothing(one[key])]
             if word in CALLS:
                 calls, content = [(word, content), *calls], ""
@@ -667,7 +692,7 @@ class Reader:
         elif role is Role.SYSTEM:
             used += parts.tools
         where = f"message {i} ({name})"
-        thought_elsewhere = think or role is Role.ASSISTANT and any(not is_nothing(one[key]) for key in parts.think)
+        thought_elsewhere = think or role is Role.ASSISTANT and any(not is_nothing(one[key]) for key in think_names)
         if content is None and (role in (Role.SYSTEM, Role.TOOL) or thought_elsewhere):
             content = ""
         elif isinstance(content, dict | list) and role in (Role.USER, Role.SYSTEM) or content is None:
@@ -687,10 +712,10 @@ class Reader:
             inside, content = split_reasoning(content)
         except RowError as error:
             raise RowError(error.reason, f"{where} {error.message}") from None
-        thoughts = bare_thought(self.agreed(one, parts.think, f"{where}:")) if parts.think else ""
+        thoughts = bare_thought(self.agreed(one, think_names, f"{where}:")) if think_names else ""
         think = self.one_thought(self.one_thought(inside, think, where), thoughts, where)
-        if empty and not call and not think:
-            raise RowError("empty", f"{where} is empty")
+        if not call and (not content or content.isspace()):
+            raise RowError("empty", f"{where} {NO_ANSWER if think else 'is empty'}")
         learn = self.flag(one, parts.flags, where) if parts.flags else None
         if any(isinstance(one[key], list) for key in parts.flags):
             raise RowError("wrong type", f"{where} has a list of flags; a message has one, 0 or 1")
@@ -705,7 +730,9 @@ class Reader:
                 continue
             of = (
                 f" of {role.name.lower()} messages"
-                if key in (*parts.flags, *parts.calls, *parts.think, *parts.tools)
+                if role is not Role.ASSISTANT
+                and key in (*parts.flags, *parts.calls, *parts.think)
+                or key in parts.tools
                 else ""
             )
             self.unused["message key", key + of] = 1
@@ -771,6 +798,47 @@ class Reader:
         return "\n".join(found), "\n".join(thoughts)
 
 
+def answer_to_text(row: Row, text: str, sure: bool) -> str:
+    """The column of an answer to a text that is no question (MBPP: code; AdGen: a summary); or "". sure: the text has the name of
+    one. An answer that the text holds is a part of it, and one word of no letters is a label."""
+    if not isinstance(row[text], str):
+        return ""
+    others = [name for name in left_over(tuple(row), (text,)) if not is_nothing(row[name])]
+    for name in others:
+        value, word = row[name], squashed(name)
+        summary = not sure and len(others) == 1 and word in SUMMARIES
+        if not isinstance(value, str) or not (summary or word in ANSWERS_TO_TEXTS):
+            continue
+        is_words = any(map(str.isalpha, value)) and value.strip() not in row[text]
+        if is_words and (word != "code" or "\n" in value.strip() or "(" in value):
+            return name
+    return ""
+
+
+def is_text_part(one: Any) -> bool:
+    """Whether an object is a text of a content in parts."""
+    return (
+        isinstance(one, dict)
+        and set(one) <= {"type", "text"}
+        and isinstance(one.get("text"), str)
+        and one.get("type", "text") in ("text", "output_text")
+    )
+
+
+# the keys of an object of a list of answers that hold its words; of a column "answers" others may as well
+ANSWER_KEYS = ("content", "answer", "response", "output", "completion", "回答", "答案")
+MORE_ANSWER_KEYS = ("answer_text", "text", "value", "body", "generated_text")
+
+
+def answer_key(one: Row, several: bool) -> str:
+    """The key of an answer's words in an object with nothing but them and what is said of them; or "". several: of a column
+    "answers"."""
+    names = (*ANSWER_KEYS, *MORE_ANSWER_KEYS) if several else ANSWER_KEYS
+    found = [name for name in names if isinstance(one.get(name), str)]
+    known = several or len(one) == 1 or not left_over(tuple(one), (*found, "rank", "index", "finish_reason"))
+    return found[0] if found and known else ""
+
+
 def tools_of_system(one: Row) -> list[tuple[str, Any]]:
     """The tools that a system message brings, by their keys."""
     return [(name, one[name]) for name in parts_of(tuple(one)).tools]
@@ -789,67 +857,57 @@ def said(value: Any) -> Any:
     return value
 
 
-def flag_word(value: Any) -> bool | None:
-    """What a flag says: true, false, 0, 1, and the same as texts; None for anything else."""
-    return FLAG_WORDS.get(str(value).strip().lower().removesuffix(".0"))
-
-
-def list_of_flags(value: Any) -> list[Any] | None:
-    """A list of flags, or text of one, as a cell of a table holds it: [0, 1], or 0 0 1; None for anything else."""
-    if isinstance(value, str) and FLAGS_IN_TEXT.match(value):
-        return re.findall(r"[01]", value)
-    if isinstance(value, str) and value.lstrip()[:1] == "[":
-        try:
-            value = parse_list(value)
-        except ValueError:
-            return None
-    return value if isinstance(value, list) and value else None
-
-
-def flags_in(row: Row, parts: Parts) -> tuple[str, ...]:
-    """The columns of a row that are flags. One of this name with another number (the loss of an earlier model, the weight of a
-    sample) is none, and is reported as not used."""
-    flags = tuple(name for name in parts.flags if list_of_flags(row[name]) or flag_word(row[name]) is not None)
-    return flags + says_whether_liked(row)
-
-
-def says_whether_liked(row: Row) -> tuple[str, ...]:
-    """The column of preference data (KTO) that is true for a liked answer, and false for one that is not to be learnt."""
-    liked = ("kto_tag", *(("label",) if "completion" in row else ()))
-    return tuple(name for name in liked if type(row.get(name)) is bool)
-
-
-def choices_of(row: Row) -> list[str]:
-    """The choices of a question, of a list or of columns A, B, C, ... (MMLU, C-Eval); none if it has no such thing."""
-    for name in row:
-        if squashed(name) in CHOICES and not is_nothing(row[name]):
-            found = row[name].get("text", list(row[name].values())) if isinstance(row[name], dict) else row[name]
-            return [as_text(one) for one in found] if isinstance(found, list) else []
-    return [as_text(row[name]) for name in "ABCDEFGH" if name in row] if "A" in row and "B" in row else []
-
-
-def refuse_choice(row: Row, prompt: str, response: str) -> None:
-    """RowError if an answer is the letter or the number of a choice that the question does not show."""
-    choices = choices_of(row)
-    answer, question = as_text(row[response]).strip(), as_text(row[prompt])
-    if not choices or response in "ABCDEFGH" or not CHOICE.match(answer) or answer in choices:
-        return
-    if not all(choice in question for choice in choices):
-        raise RowError(
-            "choices",
-            f'has the answer {answer}, one of several choices that its "{prompt}" does not name: write the choices into the '
-            "question, or the words of the right one as the answer",
-        )
+def renamed_keys(one: Row, given: Mapping[str, str]) -> Row:
+    """A message with the keys that MAP_KEYS names under their usual names. What had such a name by itself is not used, and is
+    reported as that."""
+    there = {part: name for name, part in given.items() if name in one}
+    kept = {
+        f"{key} (MAP_KEYS takes {there[key]})" if key in there else key: value
+        for key, value in one.items()
+        if key not in there.values()
+    }
+    return {part: one[name] for part, name in there.items()} | kept
 
 
 def lifted(row: Row, names: Iterable[str]) -> Row:
-    """The row with what is inside an object beside the rest, where MAP_KEYS names it as "body.messages"."""
-    for name in names:
-        outer, dot, inner = name.partition(".")
-        if dot and name not in row and isinstance(row.get(outer), dict) and inner in row[outer]:
-            inside = {key: value for key, value in row[outer].items() if key != inner}
-            row = {key: value for key, value in row.items() if key != outer} | inside | {name: row[outer][inner]}
+    """The row with what is inside an object beside the rest, where MAP_KEYS names it as "body.messages". RowError where a key
+    inside and one beside the object disagree."""
+    paths = {name: name.split(".") for name in names if "." in name and name not in row}
+    found = {name: value for name, path in paths.items() if (value := inside(row, path)) is not ABSENT}
+    if not found:
+        return row
+    outers = dict.fromkeys(paths[name][0] for name in found)
+    rest = {key: value for key, value in row.items() if key not in outers}
+    for outer in outers:
+        left = without(row[outer], [paths[name][1:] for name in found if paths[name][0] == outer])
+        for key, value in left.items():
+            if is_nothing(rest.get(key)):
+                rest[key] = value
+            elif rest[key] != value and not is_nothing(value) and squashed(key) not in HARMLESS_NAMES:
+                says = f"{short(rest[key])} and {short(value)}"
+                raise RowError("two values", f'its "{key}" and "{outer}.{key}" disagree: {says}')
+    return rest | found
+
+
+ABSENT = object()
+
+
+def inside(row: Any, path: Sequence[str]) -> Any:
+    """What stands at the end of a path of keys; ABSENT where there is no such thing."""
+    for key in path:
+        if not isinstance(row, dict) or key not in row:
+            return ABSENT
+        row = row[key]
     return row
+
+
+def without(row: Row, paths: Sequence[Sequence[str]]) -> Row:
+    """An object without what stands at the ends of these paths."""
+    gone = {path[0] for path in paths if len(path) == 1}
+    deeper = {key: [path[1:] for path in paths if path[0] == key] for key in {p[0] for p in paths if len(p) > 1} - gone}
+    return {
+        key: without(value, deeper[key]) if key in deeper else value for key, value in row.items() if key not in gone
+    }
 
 
 def known_roles() -> str:

@@ -14,14 +14,14 @@ from .schemas import Row, RowError
 from .splits import OF_NAME, is_wanted, split_of
 
 NAMES = ("split", "Split", "SPLIT")
-EXACT = (
-    "subset",
-    "Subset",
-    "partition",
-    "data_split",
-    "dataset_split",
-)  # these count where they hold the name of a split, no more
-IN_BYTES = tuple(f"{name}{quote}".encode() for name in (*NAMES, "ubset", "artition") for quote in "\"'")
+# these count where they hold the name of a split, no more
+EXACT = tuple(
+    form
+    for name in ("subset", "partition", "data_split", "dataset_split")
+    for form in (name, name.capitalize(), name.upper(), name.title())
+)
+ENDS = (*NAMES, "ubset", "UBSET", "artition", "ARTITION")  # of the names, as few as there may be
+IN_BYTES = tuple(f"{name}{quote}".encode() for name in ENDS for quote in "\"'")
 LONGEST = 40  # characters of a value; a longer one is a text of its own
 TRAIN, HELD, OTHER = "train", "held", "other"
 
@@ -91,6 +91,7 @@ def has_column(block: Block) -> bool:
 def may_have_column(item: bytes | Row | RowError) -> bool:
     if isinstance(item, bytes):  # searches for what the forms have in common are enough for nearly all
         maybe = b"plit" in item or b"PLIT" in item or b"ubset" in item or b"artition" in item
+        maybe = maybe or b"UBSET" in item or b"ARTITION" in item
         return maybe and any(form in item for form in IN_BYTES)
     return isinstance(item, dict) and column(item) is not None
 

@@ -16,6 +16,7 @@ from .keys import left_over
 from .literals import parse_list
 from .values import RowError, is_nothing, short, without_padding
 
+NO_TOOLS = ("none", "no", "n/a", "na", "nan", "null", "no tools", "no functions", "empty", "无", "没有", "无工具")
 Unused = dict[tuple[str, str], int]
 
 
@@ -35,7 +36,7 @@ def tools_text(tools: Any, padded: bool, unused: Unused) -> str:
         try:
             tools = orjson.loads(tools)
         except orjson.JSONDecodeError:
-            return tools.strip()  # a description in words
+            return "" if tools.strip().lower() in NO_TOOLS else tools.strip()  # a description in words
     elif padded:
         tools = without_padding(tools)
     if is_nothing(tools):
@@ -46,7 +47,8 @@ def tools_text(tools: Any, padded: bool, unused: Unused) -> str:
             try:
                 tool = orjson.loads(tool)
             except orjson.JSONDecodeError:
-                bare.append(tool)
+                if tool.strip().lower() not in NO_TOOLS:
+                    bare.append(tool)
                 continue
         function = tool.get("function") if isinstance(tool, dict) else None
         if isinstance(function, dict):
@@ -54,7 +56,7 @@ def tools_text(tools: Any, padded: bool, unused: Unused) -> str:
             bare.append(function)
         else:
             bare.append(tool)
-    return json.dumps(bare, ensure_ascii=False, default=str)
+    return json.dumps(bare, ensure_ascii=False, default=str) if bare else ""
 
 
 def count_keys(one: Mapping[str, Any], used: tuple[str, ...], level: str, unused: Unused) -> None:

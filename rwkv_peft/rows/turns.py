@@ -21,9 +21,10 @@ from typing import Any
 import orjson
 
 from ..roles import Role
+from .advice import LIKELY, proposed_roles
 from .keys import CALLS, ROLE_NAMES, parts_of, squashed
 from .literals import parse_list
-from .values import RowError, is_nothing
+from .values import RowError, is_nothing, short
 
 SHAPE = "its conversation must be a list of messages with at least one in it"
 MOSS_TAGS = re.compile(r"\A\s*<\|[\w ]+\|>:?\s*|\s*<eo[a-z]>\s*\Z")
@@ -97,13 +98,49 @@ def is_struct_of_lists(value: dict[str, Any]) -> bool:
 
 
 def are_role_pairs(rows: Any, roles: Mapping[str, Any] = MappingProxyType({})) -> bool:
-    """Whether a list is of [role, text] pairs: some of the roles are known, or all of them are by ROLE_MAP."""
+    """Whether a list is of [role, text] pairs: some of the roles are known, by themselves or by ROLE_MAP. RowError where they
+    may be roles that are not known, or some pairs begin with a role and others with something else."""
     if not isinstance(rows, list) or not all(
         isinstance(one, list) and len(one) == 2 and isinstance(one[0], str) for one in rows
     ):
         return False
-    names = [one[0].strip().lower() for one in rows]
-    return any(name in ROLE_NAMES for name in names) or bool(roles) and all(name in roles for name in names)
+    names = [one[0].strip() for one in rows]
+    known = [name.lower() in ROLE_NAMES or name.lower() in roles for name in names]
+    if known[:1] == [True] or 2 * sum(known) > len(known):
+        return True
+    if any(known):
+        role = names[known.index(True)]
+        words = f"some pairs of its conversation begin with a role ({role!r}), others with a text ({short(names[0])})"
+        raise RowError("unknown role", f'{words}. Write messages: {{"role": "user", "content": "Hi"}}')
+    if may_be_speakers(names):
+        words = f"its conversation is of pairs, which may be [speaker, text] of {' and '.join(map(short, dict.fromkeys(names)))}"
+        raise RowError(
+            "unknown role",
+            f'{words}: {proposed_roles(names)}. (Pairs of question and answer are read as objects: {{"user": "Hi", '
+            '"assistant": "Hello!"})',
+        )
+    return False
+
+
+# one word that questions begin with, and no name
+FIRST_WORDS = (
+    "hi hello hey yo thanks thank please yes no yeah yep nope ok okay sure fine great good nice cool wow sorry why what who "
+    "how when where which continue more again next go stop help start begin bye goodbye welcome test really explain "
+    "summarize translate elaborate done"
+)
+GREETINGS = frozenset(FIRST_WORDS.split())
+NAME = re.compile(r"[A-Z][a-z]+(?:[ _](?:[A-Z][a-z]*|\d{1,2}))?\Z")
+
+
+def may_be_speakers(names: Sequence[str]) -> bool:
+    """Whether the first texts of pairs may be who speaks: words that roles have, names of people, or a few that take turns."""
+    words = [squashed(name) for name in names]
+    if any(word in LIKELY for word in words):
+        return True
+    if len(names) < 2 or any(len(name) > 24 or re.search(r"[.?!,;。？！，；…\n]", name) or not name for name in names):
+        return False
+    taking_turns = any(word in words[i + 2 :] for i, word in enumerate(words)) and len(set(words)) > 1
+    return taking_turns or all(NAME.match(name) and name.lower() not in GREETINGS for name in names)
 
 
 def normal(rows: Any, roles: Mapping[str, Any] = MappingProxyType({})) -> list[Any]:

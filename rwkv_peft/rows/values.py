@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from ..templates.template import END_OF_THINK, THINK, tidy_answer
@@ -72,7 +73,12 @@ CLOSING = re.compile(
     r"<\s*/\s*think\s*>|</seed:think>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>|<\s*/\s*(" + OTHER_TAGS + r")\s*>",
     re.I,
 )
-SOLUTION = re.compile(r"\s*<\|begin_of_solution\|>(.*?)(?:<\|end_of_solution\|>)?\s*\Z", re.DOTALL)
+SOLUTION = re.compile(r"\s*<\|begin_of_solution\|>(?P<words>.*?)(?:<\|end_of_solution\|>)?\s*\Z", re.DOTALL)
+# all of an answer behind a thought between two tags
+WRAPPED = re.compile(
+    r"\s*<(?P<tag>output|answer|response|final_?answer|回答|答案)>(?P<words>(?:(?!</?(?P=tag)>).)*)</(?P=tag)>\s*\Z",
+    re.DOTALL | re.I,
+)
 CHANNEL = re.compile(r"<\|channel\|>\s*(?:analysis|final|commentary)")
 MOST_TAGS = 50  # in an answer; one that writes about tags quotes a few
 TICKS = re.compile(r"`+")
@@ -91,15 +97,16 @@ def split_reasoning(answer: str) -> tuple[str, str]:
             "reasoning", "has the channels of gpt-oss (<|channel|>) in its text; put thought and answer into keys"
         )
     if solution := SOLUTION.match(answer):
-        answer = solution[1].strip()
+        answer = solution["words"].strip()
     starts = OPENING.match(answer.lstrip())
     begin = len(answer) - len(answer.lstrip()) + starts.end() if starts else 0
     tags = [list(itertools.islice(pattern.finditer(answer, begin), MOST_TAGS + 1)) for pattern in (OPENING, CLOSING)]
     if max(map(len, tags)) > MOST_TAGS:
         raise RowError("reasoning", f"has more than {MOST_TAGS} tags of thoughts in one answer")
     opened, closed = ([tag for tag in some if not in_code(answer, begin, tag.start())] for some in tags)
-    if not closed and len(tags[1]) == 1 and (starts or alone_on_its_line(answer, tags[1][0])):
-        closed = tags[1]  # behind a fence that was never closed
+    lone = tags[1][0] if not closed and len(tags[1]) == 1 else None
+    if lone and (starts or alone_on_its_line(answer, lone)) and fence_stays_open(answer, begin, lone, bool(starts)):
+        closed = [lone]
     if not starts:
         # words that other markup has too count where one closes that was never opened
         names = {(found[1] or "").lower() for found in opened}
@@ -126,8 +133,8 @@ def split_reasoning(answer: str) -> tuple[str, str]:
             "between `backticks`)",
         )
     words = answer[closed[0].end() :]
-    if solution := SOLUTION.match(words):
-        words = solution[1]
+    if (solution := SOLUTION.match(words)) or (solution := WRAPPED.match(words)):
+        words = solution["words"]
     thought = answer[begin : closed[0].start()].strip()
     # (what follows a prompt that ends with "<think")
     return thought.removeprefix(">").lstrip() if not starts else thought, tidy_answer(words)
@@ -136,6 +143,25 @@ def split_reasoning(answer: str) -> tuple[str, str]:
 def alone_on_its_line(text: str, tag: re.Match) -> bool:
     before, behind = text[: tag.start()].rpartition("\n")[2], text[tag.end() :].partition("\n")[0]
     return not before.strip() and not behind.strip()
+
+
+FENCE = re.compile(r"`{3,}(?P<word>[ ]?\w)?")
+
+
+def fence_stays_open(text: str, begin: int, tag: re.Match, starts: bool) -> bool:
+    """Whether the fence of code that a closing tag stands behind was never closed: none follows, or one that opens another.
+    starts: a thought was opened, so the tag ends it where some fence is open at the end. RowError where nothing tells."""
+    behind = FENCE.search(text, tag.end())
+    if not behind or behind["word"]:
+        return True
+    if len(FENCE.findall(text, begin)) % 2 == 0:
+        return False
+    if not starts:
+        raise RowError(
+            "reasoning",
+            f"has {END_OF_THINK} among fences of code (```), one of which is never closed: nothing tells its place",
+        )
+    return True
 
 
 def in_code(text: str, begin: int, at: int) -> bool:
@@ -158,6 +184,28 @@ def in_code(text: str, begin: int, at: int) -> bool:
                 return True
             opened = None
     return False
+
+
+# what a key of reasoning says where it is a switch, and no thought
+SWITCH_WORDS = (
+    "on off yes no true false none null n/a 0 1 minimal low medium high xhigh max auto default enabled disabled enable disable "
+    "是 否 开 关 无 开启 关闭 低 中 高"
+)
+SWITCHES = frozenset(SWITCH_WORDS.split())
+
+
+def is_switch(value: Any) -> bool:
+    """Whether the value of a key of reasoning only says that there is some, or how much: true, "off", {"effort": "high"}."""
+    if isinstance(value, str):
+        return len(value) < 16 and value.strip().lower() in SWITCHES
+    if isinstance(value, dict):
+        return "effort" in value or is_switch(value.get("type"))
+    return isinstance(value, bool | int | float)
+
+
+def thoughts_in(one: Mapping[str, Any], names: tuple[str, ...]) -> tuple[str, ...]:
+    """The keys of reasoning that hold a thought. Those that are a switch are reported as not used."""
+    return tuple(name for name in names if not is_switch(one[name])) if names else names
 
 
 def bare_thought(thought: str) -> str:
