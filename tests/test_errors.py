@@ -328,7 +328,10 @@ def test_chat_with_a_vocabulary_that_is_too_small_for_the_text_says_so(shared_ki
 
 def test_an_unknown_option_is_refused(shared_kit):
     said = shared_kit.run("training.sh", "--dry", ok=False).stderr
-    assert "--dry: is not an option; did you mean --dry-run? There are --dry-run, --new, --find-lr, " in said
+    assert (
+        "--dry: is not an option; did you mean --dry-run? There are --dry-run, --new, --accept-edited, --find-lr, "
+        in said
+    )
 
 
 def is_running(pid: str) -> bool:
