@@ -92,7 +92,7 @@ def test_renamed_columns_are_found_with_map_keys_and_parts_can_be_left_out():
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ("{", "is not valid JSON"),
+        ("{", "is not readable as JSON"),
         ("[]", "must be an object"),
         ('{"text": 7}', "must be an object of texts"),
         ('{"promt": "x"}', "has the key 'promt'; did you mean prompt?"),
