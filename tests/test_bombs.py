@@ -71,7 +71,7 @@ def test_names_of_columns_that_are_there_twice_are_named(tmp_path):
 
 
 def test_a_key_that_is_there_twice_among_many_is_still_found():
-    keys = "".join(f', "c{i}": 1' for i in range(recipe.KEYS_SEARCHED + 5))
+    keys = "".join(f', "c{i}": 1' for i in range(600))
     with pytest.raises(RowError, match='"response" twice'):
         recipe.parse(f'{{"prompt": "a", "response": "b"{keys}, "response": "c"}}'.encode())
 
@@ -150,7 +150,7 @@ TABLE = f'<row r="1">{cell("A1", "prompt")}{cell("B1", "response")}</row><row r=
 def test_a_workbook_whose_last_cell_is_far_outside_is_refused_and_not_tried(tmp_path):
     pytest.importorskip("python_calamine")
     workbook(tmp_path / "x.xlsx", [TABLE, f'<row r="1048576">{cell("XFD1048576", "x")}</row>'])
-    assert "needs more than 4 GB of memory" in in_little_memory(tmp_path / "x.xlsx")
+    assert "more empty cells than can be read" in in_little_memory(tmp_path / "x.xlsx")
 
 
 def test_a_workbook_that_unpacks_to_more_than_memory_holds_is_refused(tmp_path, monkeypatch):
