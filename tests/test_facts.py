@@ -1,5 +1,8 @@
 """Tables of facts: no method, version or backend is missing from one, and what is missing is named."""
 
+import re
+from pathlib import Path
+
 import pytest
 import tiny
 
@@ -55,3 +58,19 @@ def test_alpha_has_one_bound():
 def test_the_steps_of_an_epoch_are_rounded_up(micro_batches, mini, done, left):
     settings = {"STREAMING": False, "EPOCH_COUNT": 3, "EPOCH_STEPS": micro_batches, "MINI_BSZ": mini, "VAL_PATIENCE": 0}
     assert course(settings, [{"step": done}], [], {"step": done}) == (left, False)
+
+
+def test_the_table_of_faults_is_the_same_in_both_languages():
+    docs = Path(__file__).resolve().parent.parent / "docs"
+    rows = []
+    for page in ("reliability.md", "reliability_zh.md"):
+        lines = [
+            line.split("|") for line in (docs / page).read_text(encoding="utf-8").splitlines() if line[:3] == "| F"
+        ]
+        rows.append([(line[1], re.findall(r"`[^`]*\.py`", line[-2])) for line in lines])
+    assert rows[0] == rows[1] and len(rows[0]) >= 40
+    for _, names in rows[0]:
+        for name in names:
+            assert any(
+                (docs.parent / folder / name.strip("`")).is_file() for folder in ("", "tests", "tests/faults")
+            ), name
