@@ -15,12 +15,11 @@ from typing import Any
 
 from ..roles import Role
 from ..templates.template import Dialogue, Message
-from . import glaive, turns
+from . import exports, tool_texts, turns
 from .advice import advice, proposed_message_keys, proposed_roles
 from .choices import columns_of_choices, refuse_choice
 from .encodings import one_line_end
 from .flags import flag_word, flags_in, liked, list_of_flags
-from .glaive import is_glaive
 from .keys import (
     ANSWERS_TO_TEXTS,
     CALLS,
@@ -110,8 +109,8 @@ class Reader:
         cut: Any = ()
         if "row_idx" in row and isinstance(row.get("row"), dict):  # as the viewer of Hugging Face exports rows
             row, cut = row["row"], row.get("truncated_cells") or ()
-        if is_glaive(row):
-            row = glaive.row_of(row)
+        if "chat" in row or "mapping" in row:
+            row = exports.row_of(row)
         if self.columns.named:
             row = lifted(row, self.columns.of_rows)
             self.seen.update(name for name in self.columns.of_rows if name in row)
@@ -365,7 +364,7 @@ class Reader:
             )
             dialogue = self.messages([*asked, *said], row, parts._replace(beside_messages=()))
             return schema, dialogue, tuple(name for name in used if name not in (query, *think_names, *parts.history))
-        system = self.agreed(row, system_names)
+        system, listed = tool_texts.tools_of_text(self.agreed(row, system_names))
         found = [Message(Role.SYSTEM, system)] if system else []
         for name in parts.history:
             if not is_nothing(row[name]):
@@ -386,14 +385,18 @@ class Reader:
             raise RowError("empty", f'its "{response}" is empty')
         else:
             think, words = split_reasoning(self.text(answer, response, structured=True))
+            if "<tool_call>" in words or "<functioncall>" in words:
+                words, calls = tool_texts.calls_of_text(words)
+                call = call_text("its call", calls, self.padded, self.unused) if calls else ""
             check_text_only(words, f'its "{response}"')
-            if not words.strip():
+            if not words.strip() and not call:
                 raise RowError("empty", NO_ANSWER if think else f'its "{response}" is empty')
         if response not in columns_of_choices(tuple(row)):
             refuse_choice(row, f"{question}\n{material}", words, f'its "{prompt}"')
         think = self.one_thought(think, bare_thought(self.agreed(row, think_names)), "its answer")
         if think and not call and not words.strip():
             raise RowError("empty", NO_ANSWER)
+        tools = [(name, row[name]) for name in parts.tools] + [("system", listed)] * bool(listed)
         learn, list_name, flags = self.flags_of_row(row, flag_names)
         if flags is not None:
             if len(flags) not in (1, 2):
@@ -405,7 +408,7 @@ class Reader:
         found.append(Message(Role.ASSISTANT, words, think=think, learn=learn is not False, call=call))
         return (
             schema,
-            Dialogue(tuple(found), agreed_tools([(name, row[name]) for name in parts.tools], self.padded, self.unused)),
+            Dialogue(tuple(found), agreed_tools(tools, self.padded, self.unused)),
             used,
         )
 
@@ -538,7 +541,10 @@ class Reader:
         learn, list_name, flags = self.flags_of_row(row, flags_in(row, parts))
         if flags is not None:
             rows = self.with_flags(rows, list_name, flags)
-        system = self.agreed(row, (*parts.system, *parts.beside_messages))
+        if any(map(tool_texts.may_hold_tools, rows)):
+            rows = [part for one in rows for part in tool_texts.apart(one, self.role_of(one))]
+        system, listed = tool_texts.tools_of_text(self.agreed(row, (*parts.system, *parts.beside_messages)))
+        tools += [("system", listed)] * bool(listed)
         if system:
             found.append(Message(Role.SYSTEM, system))
         unknown, pending = [] if self.columns.roles else None, ""
