@@ -306,3 +306,24 @@ def test_json_lines_of_one_row_need_no_note(tmp_path, row):
     path = tmp_path / "x.jsonl"
     path.write_text(J(row))
     assert not notes_of(path)
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json"])
+@pytest.mark.parametrize("many", [1, 2])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": HI, "rejected": [HI[0], {"role": "assistant", "content": "bad"}]},
+        {
+            "contents": [{"role": "user", "parts": [{"text": "q"}]}, {"role": "model", "parts": [{"text": "a"}]}],
+            "systemInstruction": {"parts": [{"text": "s"}]},
+        },
+    ],
+)
+def test_lists_of_messages_of_one_row_are_no_rows_of_their_own(name, many, row, tmp_path):
+    assert read(tmp_path, name, "\n".join([J(row)] * many)) == [row] * many
+
+
+def test_lists_of_messages_under_names_are_conversations(tmp_path):
+    found = read(tmp_path, "x.json", J({"first": HI, "second": BYE}))
+    assert [one["messages"] if isinstance(one, dict) else one for one in found] == [HI, BYE]

@@ -16,7 +16,7 @@ from typing import Any
 from ..roles import Role
 from ..templates.template import Dialogue, Message
 from . import exports, tool_texts, turns
-from .advice import advice, proposed_message_keys, proposed_roles
+from .advice import advice, better_answer, proposed_message_keys, proposed_roles, quoted
 from .choices import columns_of_choices, refuse_choice
 from .encodings import one_line_end
 from .flags import flag_word, flags_in, liked, list_of_flags
@@ -488,7 +488,8 @@ class Reader:
             parts = parts._replace(beside_messages=())
         roles = [self.role_of(one) for one in rows]
         if answer and Role.ASSISTANT not in roles and None not in roles:  # the answer has a column of its own
-            rows = [*rows, {"role": "assistant", "content": row[answer[0]]}]
+            value = self.one_answer(row[answer[0]], answer[0])
+            rows = [*rows, *(value if turns.have_roles(value) else [{"role": "assistant", "content": value}])]
             answer = answer[:1]
         else:
             answer = []
@@ -578,13 +579,23 @@ class Reader:
         if pending:
             raise RowError("reasoning", "the last message is a thought, and no answer follows it")
         if not answers:
-            raise RowError("no answer", "the conversation has no assistant message")
+            raise RowError("no answer", f"the conversation has no assistant message{self.who_answers(rows, row)}")
         if columns_of_choices(tuple(row)):
             question = "\n".join(message.content for message in found if message.role is not Role.ASSISTANT)
             for message in found:
                 if message.role is Role.ASSISTANT:
                     refuse_choice(row, question, message.content, "its question")
         return Dialogue(tuple(found), agreed_tools(tools, self.padded, self.unused))
+
+    def who_answers(self, rows: Sequence[Any], row: Row) -> str:
+        """What to say of a conversation without an answer: who may answer in it (MultiWOZ's SYSTEM), or which column may."""
+        roles = [self.role_of(one) for one in rows]
+        behind = roles[roles.index(Role.USER) :] if Role.USER in roles else []
+        if Role.SYSTEM in behind:
+            name = self.speaker_of(rows[len(roles) - len(behind) + behind.index(Role.SYSTEM)])[1]
+            return f". If {name} answers: --role-map {quoted({name: 'assistant'})}"
+        better = better_answer(row)
+        return f". If {better} is its answer: --map-keys {quoted({'response': better})}" if better else ""
 
     def lone_thought(self, one: Any) -> str:
         """The text of a message that is a thought by its role, "" for any other."""
@@ -847,7 +858,7 @@ def answer_key(one: Row, several: bool) -> str:
 
 def tools_of_system(one: Row) -> list[tuple[str, Any]]:
     """The tools that a system message brings, by their keys."""
-    return [(name, one[name]) for name in parts_of(tuple(one)).tools]
+    return [(f"{name} of the system message", one[name]) for name in parts_of(tuple(one)).tools]
 
 
 def said(value: Any) -> Any:

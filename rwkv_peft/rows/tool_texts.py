@@ -69,7 +69,7 @@ def calls_of_text(text: str) -> tuple[str, list[Any]]:
     if "<functioncall>" in text:
         found = glaive.message("assistant", text)
         return found["content"], found.get("tool_calls", [])
-    begin = text.find("<tool_call>")
+    begin = text.find("<tool_call>", max(text.rfind("</think>"), 0))  # (a thought may speak of one)
     if begin < 0 or in_code(text, 0, begin):
         return text, []
     at, calls = begin, []
