@@ -11,6 +11,7 @@ from typing import Any
 
 from ..roles import Role
 from .keys import CALLS, HARMLESS_IN_MESSAGES, HARMLESS_NAMES, ROLE_NAMES, Parts, parts_of, squashed
+from .values import RowError
 
 # who the unknown names of data sets most likely are: only for the ROLE_MAP line that a refusal proposes
 LIKELY_ROLES = {
@@ -213,6 +214,35 @@ def proposed_roles(names: Iterable[str]) -> str:
         if not role:
             guesses[name] = rest.pop(0) if rest else "user"
     return f"--role-map {quoted(guesses)}" if guesses else ""
+
+
+def unknown_role(i: int, name: Any, rows: Sequence[Any]) -> RowError:
+    """What to say of a role that is not known, with the line that makes it known."""
+    if not isinstance(name, str):
+        line = proposed_message_keys([one for one in rows if isinstance(one, dict)])
+        paste = (
+            f"Say which of its keys is which: {line}"
+            if line
+            else 'If they are in turn, write texts alone: ["Hi", "Hello!"]'
+        )
+        return RowError(
+            "unknown role", f"message {i} has {'no role' if name is None else f'the role {name!r}'}. {paste}"
+        )
+    others = [
+        value
+        for one in rows
+        if isinstance(one, dict)
+        for value in [next((one[key] for key in parts_of(tuple(one)).speaker if isinstance(one[key], str)), None)]
+        if value
+    ]
+    paste = proposed_roles(others or [name])
+    return RowError(
+        "unknown role", f"message {i} has the role {name!r}; known are {known_roles()}. For others: {paste}"
+    )
+
+
+def known_roles() -> str:
+    return ", ".join(name for name in ROLE_NAMES if name.isascii())
 
 
 def quoted(value: Mapping[str, str]) -> str:
