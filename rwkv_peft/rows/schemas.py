@@ -363,17 +363,19 @@ class Reader(Talks):
         answer = [key for key in parts.responses if key not in (name, *parts.said) and not is_nothing(row[key])]
         if answer:  # the columns of a pair beside the messages: an instruction among them is no system text
             parts = parts._replace(beside_messages=())
-        roles = [self.role_of(one) for one in rows]
+        roles = [self.role_of(one) for one in rows] if answer else []
         if answer and Role.ASSISTANT not in roles and None not in roles:  # the answer has a column of its own
             value = one_answer(row[answer[0]], answer[0], self.unused)
             rows = [*rows, *(value if turns.have_roles(value) else [{"role": "assistant", "content": value}])]
             answer = answer[:1]
         else:
             answer = []
-        asked = next((one for one in rows if self.role_of(one) is Role.USER), {})
-        words = [value.strip() for value in asked.values() if isinstance(value, str)]
-        same = [key for key in parts.beside_messages if str(row[key]).strip() in words]  # the first question again
-        parts = parts._replace(beside_messages=tuple(key for key in parts.beside_messages if key not in same))
+        same: list[str] = []
+        if parts.beside_messages:
+            asked = next((one for one in rows if self.role_of(one) is Role.USER), {})
+            words = [value.strip() for value in asked.values() if isinstance(value, str)]
+            same = [key for key in parts.beside_messages if str(row[key]).strip() in words]  # the first question again
+            parts = parts._replace(beside_messages=tuple(key for key in parts.beside_messages if key not in same))
         dialogue = self.messages(rows, row, parts)
         used = [
             name,

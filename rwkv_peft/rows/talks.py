@@ -143,18 +143,23 @@ class Talks:
         learn, list_name, flags = self.flags_of_row(row, flags_in(row, parts))
         if flags is not None:
             rows = self.with_flags(rows, list_name, flags)
-        if any(map(tool_texts.may_hold_tools, rows)):
+        plain = [self.plain_message(one) for one in rows]
+        if None in plain and any(map(tool_texts.may_hold_tools, rows)):
             rows = [part for one in rows for part in tool_texts.apart(one, self.role_of(one))]
-        system, listed = tool_texts.tools_of_text(self.agreed(row, (*parts.system, *parts.beside_messages)))
-        tools += [("system", listed)] * bool(listed)
+            plain = [self.plain_message(one) for one in rows]
+        if system := self.agreed(row, (*parts.system, *parts.beside_messages)):
+            system, listed = tool_texts.tools_of_text(system)
+            tools += [("system", listed)] * bool(listed)
         if system:
             found.append(Message(Role.SYSTEM, system))
         pending = ""
         for i, one in enumerate(rows, 1):
-            if thought := self.lone_thought(one):  # belongs to the answer that follows
-                pending = thought
-                continue
-            message = self.plain_message(one) or self.message(i, one, rows)
+            message = plain[i - 1]
+            if message is None:
+                if thought := self.lone_thought(one):  # belongs to the answer that follows
+                    pending = thought
+                    continue
+                message = self.message(i, one, rows)
             if pending and message is not None:
                 if message.role is not Role.ASSISTANT:
                     raise RowError("reasoning", f"message {i - 1} is a thought, and no answer follows it")
