@@ -181,6 +181,15 @@ def foreign_lines(
         yield f"{count(rows, 'row')} {what} ({note}): {effect}. The first is {file}:{number}. {todo}"
 
 
+def overlooked_words(rows: int, where: str) -> str:
+    """The warning for ready texts whose turns the models would not know as such."""
+    return (
+        f"{'at least ' * (rows >= SHOW)}{count(rows, 'row')} with what looks like a turn but is not written as the models know "
+        f'it: {where}. A turn begins with exactly "User:", "Assistant:" or "System:", behind an empty line (\\n\\n in the JSON); '
+        "--convert-headings rewrites those that can be read in one way only"
+    )
+
+
 def say(content: Mapping[str, Any], prefix: Path, template: str = "", made: bool = True) -> None:
     """The report in words; its last lines are those that training.sh wants. template: what PROMPT_TYPE=auto became. made: now,
     not by an earlier call."""
@@ -248,10 +257,7 @@ def say(content: Mapping[str, Any], prefix: Path, template: str = "", made: bool
         for words in unused_words(keys):
             line("warning", f"{of}{words}")
     if overlooked := places.get("overlooked"):
-        line("warning", f"{'at least ' * (len(overlooked) >= SHOW)}{count(len(overlooked), 'row')} with what looks like a turn "
-                        f"but is not written as the models know it: {where('overlooked')}. A turn begins with exactly "
-                        '"User:", "Assistant:" or "System:", behind an empty line (\\n\\n in the JSON); '
-                        "--convert-headings rewrites those that can be read in one way only")  # fmt: skip
+        line("warning", overlooked_words(len(overlooked), where("overlooked")))
     foreign = content["foreign"]
     if converted := foreign["converted"]:
         line("rewrote", ", ".join(f"{count(n, 'row')} {KINDS[kind].name}" for kind, n in converted.items()))

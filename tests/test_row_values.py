@@ -6,14 +6,14 @@ import json
 
 import pytest
 from test_schemas import ANSWER, CALL, A, Q, S, U, read, refused, said, together
+from test_scripts import ROOT, shell_values
 
-from rwkv_peft.roles import Role
+from json2binidx.preview import preview
 from rwkv_peft.rows.keys import columns
-from rwkv_peft.rows.reading import Block
-from rwkv_peft.rows.recipe import Cook, Recipe
 from rwkv_peft.rows.schemas import Reader
+from rwkv_peft.rows.settings import TokenizeConfig
 from rwkv_peft.rows.values import RowError, split_reasoning
-from rwkv_peft.templates.presets import PRESETS
+from rwkv_peft.shell_vars import Script
 
 SAID_Q, SAID_A = (U, "7 times 8?"), (A, "56")
 
@@ -367,11 +367,20 @@ def test_words_for_no_tools_are_no_tools(tools):
 # ---- ready texts ----
 
 
+def shipped(**changes) -> TokenizeConfig:
+    return Script(ROOT / "make_tokenize.sh", shell_values(ROOT / "make_tokenize.sh") | changes).read(TokenizeConfig)
+
+
 @pytest.mark.parametrize("text", ["user: q\n\nassistant: a", "USER: q\n\nASSISTANT: a", "User: q\n\nASSISTANT: a"])
-def test_headings_in_another_case_are_foreign_ones(text):
-    cook = Cook(Recipe(PRESETS["rwkv-world"]))
-    made = cook.block(Block("x.jsonl", 1, json.dumps({"text": text}).encode() + b"\n", 0))
-    assert made.counts["found: headings"] == 1 and not made.places.get("overlooked")
-    cook = Cook(Recipe(PRESETS["rwkv-world"], convert=True))
-    made = cook.block(Block("x.jsonl", 1, json.dumps({"text": text}).encode() + b"\n", 0))
-    assert made.counts["converted: headings"] == 1 and (made.roles == Role.ASSISTANT).any()
+def test_a_preview_tells_of_headings_in_another_case(text, tmp_path, capsys):
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps({"text": text}))
+    preview(path, shipped(PROMPT_TYPE="rwkv-world"), True, 1)
+    assert "what looks like a turn" in capsys.readouterr().out
+
+
+def test_a_preview_tells_of_a_key_of_map_keys_that_no_row_has(tmp_path, capsys):
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps({"messages": [Q, ANSWER]}))
+    preview(path, shipped(PROMPT_TYPE="rwkv-world", MAP_KEYS='{"content": "nosuch"}'), True, 1)
+    assert "warning   MAP_KEYS names the column 'nosuch'" in capsys.readouterr().out

@@ -329,3 +329,24 @@ def test_a_cell_that_is_packed_into_a_small_file_is_too_long_for_a_row():
 def test_half_a_character_is_named_in_rows_that_are_mended_too(text):
     with pytest.raises(ValueError, match="half of a surrogate pair"):
         mended(text)
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json"])
+@pytest.mark.parametrize("many", [1, 2])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": HI, "rejected": [HI[0], {"role": "assistant", "content": "bad"}]},
+        {
+            "contents": [{"role": "user", "parts": [{"text": "q"}]}, {"role": "model", "parts": [{"text": "a"}]}],
+            "systemInstruction": {"parts": [{"text": "s"}]},
+        },
+    ],
+)
+def test_lists_of_messages_of_one_row_are_no_rows_of_their_own(name, many, row, tmp_path):
+    assert read(tmp_path, name, "\n".join([J(row)] * many)) == [row] * many
+
+
+def test_lists_of_messages_under_names_are_conversations(tmp_path):
+    found = read(tmp_path, "x.json", J({"first": HI, "second": BYE}))
+    assert [one["messages"] if isinstance(one, dict) else one for one in found] == [HI, BYE]

@@ -293,7 +293,9 @@ def test_sheets_with_the_same_columns_in_another_order_are_read_by_their_names(p
     assert texts(path.with_suffix("")) == ["a", "b"] and not warnings(report)
 
 
-@pytest.mark.parametrize("name", ["subset", "partition", "data_split"])
+@pytest.mark.parametrize(
+    "name", ["subset", "partition", "data_split", "Partition", "PARTITION", "SUBSET", "Data_Split"]
+)
 def test_other_columns_name_splits_where_they_hold_nothing_but_such_a_name(project_folder, name):
     path = project_folder / "data" / "x.jsonl"
     values = ["train", "test", "test_of_strength", "Test "]
@@ -302,3 +304,4 @@ def test_other_columns_name_splits_where_they_hold_nothing_but_such_a_name(proje
     report = tokenize(path)
     assert report["rows"]["read"] == 2
     assert "2 rows not used, because a column names their split: test" in warnings(report)
+    assert not report["unused"]

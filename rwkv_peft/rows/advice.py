@@ -11,11 +11,12 @@ from typing import Any
 
 from ..roles import Role
 from .keys import CALLS, HARMLESS_IN_MESSAGES, HARMLESS_NAMES, ROLE_NAMES, Parts, parts_of, squashed
+from .values import RowError
 
 # who the unknown names of data sets most likely are: only for the ROLE_MAP line that a refusal proposes
 LIKELY_ROLES = {
     "user": "customer client caller patient student asker questioner player interviewer visitor guest speaker1 seeker "
-            "questioner instruction input query 客户 顾客 患者 学生 访客 玩家 甲",
+            "questioner ask instruction input query 客户 顾客 患者 学生 访客 玩家 甲",
     "assistant": "agent support doctor therapist teacher tutor operator advisor counselor expert answerer npc character "
                  "speaker2 response output answer staff 客服 医生 老师 专家 顾问 坐席 角色 乙",
     "tool": "environment env executor terminal result results api search browser interpreter 环境 结果",
@@ -61,9 +62,16 @@ def advice(row: Mapping[str, Any], parts: Parts) -> str:
     return f"Say which is which, for example {found}" if found.startswith("--") else found
 
 
+def better_answer(row: Mapping[str, Any]) -> str:
+    """The column of the better one of several answers, by its name; or ""."""
+    return next(
+        (name for name in row if BETTER & (words := set(words_of(name))) and not WORSE & words and row[name]), ""
+    )
+
+
 def of_preferences(row: Mapping[str, Any], parts: Parts, usable: Sequence[str]) -> str:
     """The line for a row of several answers, one of which is the better one."""
-    better = next((name for name in usable if BETTER & set(words_of(name)) and row[name]), "")
+    better = better_answer({name: row[name] for name in usable})
     if not better:
         return ""
     value = row[better]
@@ -206,6 +214,35 @@ def proposed_roles(names: Iterable[str]) -> str:
         if not role:
             guesses[name] = rest.pop(0) if rest else "user"
     return f"--role-map {quoted(guesses)}" if guesses else ""
+
+
+def unknown_role(i: int, name: Any, rows: Sequence[Any]) -> RowError:
+    """What to say of a role that is not known, with the line that makes it known."""
+    if not isinstance(name, str):
+        line = proposed_message_keys([one for one in rows if isinstance(one, dict)])
+        paste = (
+            f"Say which of its keys is which: {line}"
+            if line
+            else 'If they are in turn, write texts alone: ["Hi", "Hello!"]'
+        )
+        return RowError(
+            "unknown role", f"message {i} has {'no role' if name is None else f'the role {name!r}'}. {paste}"
+        )
+    others = [
+        value
+        for one in rows
+        if isinstance(one, dict)
+        for value in [next((one[key] for key in parts_of(tuple(one)).speaker if isinstance(one[key], str)), None)]
+        if value
+    ]
+    paste = proposed_roles(others or [name])
+    return RowError(
+        "unknown role", f"message {i} has the role {name!r}; known are {known_roles()}. For others: {paste}"
+    )
+
+
+def known_roles() -> str:
+    return ", ".join(name for name in ROLE_NAMES if name.isascii())
 
 
 def quoted(value: Mapping[str, str]) -> str:

@@ -289,7 +289,8 @@ def look_at_text(text: str, own: Mapping[str, Role] = WORLD) -> list[Finding]:
         foreign = headings
     else:
         kinds = [kind for kind in WORDS if {USER, ANSWER} <= parsed.sides(kind)]
-        foreign = [t for t in headings if t.kind in kinds and bare(t.word) not in own]
+        names = {word.casefold() for word in own}
+        foreign = [t for t in headings if t.kind in kinds and bare(t.word).casefold() not in names]
         foreign += [t for t in headings if t.kind in kinds and t.word[:1] in "#*[【<(（" and t not in foreign]
     if foreign:
         found.append(Finding("headings", names_of(foreign), foreign[0].start))

@@ -48,7 +48,7 @@ MORE_MESSAGES = (
 TEXTS = ("text", "文本", "正文")
 MORE_TEXTS = ("content", "document", "内容", "內容")  # the same, where no other column says what a row is
 
-PROMPTS = ("instruction", "prompt", "question", "query", "problem", "user", "human", "q", "input", "inputs", "ask", "questions",
+PROMPTS = ("instruction", "prompt", "question", "query", "problem", "user", "human", "q", "input", "inputs", "questions",
            "指令", "问题", "問題", "提问", "提示", "用户", "输入", "问", "题目",
            "trans_instruction", "instruction_zh")  # fmt: skip
 # columns that have a second text beside the prompt; the last ones are prompts themselves where there is no instruction

@@ -234,7 +234,7 @@ class Cook:
         if recipe.template.infill:  # cut, they would not be a text with a gap any more
             recipe = dataclasses.replace(recipe, limits=dataclasses.replace(recipe.limits, policy="drop"))
         self.recipe, self.template, self.ending = recipe, recipe.template, recipe.ending
-        self.reader = Reader(recipe.columns, recipe.handler, recipe.repair, infill=recipe.template.infill)
+        self.reader = Reader(recipe.columns, recipe.repair, handler=recipe.handler, infill=recipe.template.infill)
         self.words = self.template.headings
         self.tails = {role: pattern.tail.strip() for role, pattern in self.template.patterns.items()}
         given = recipe.columns.given

@@ -7,31 +7,22 @@ is harmless metadata, or is counted in `Reader.unused`.
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..roles import Role
 from ..templates.template import Dialogue, Message
-from . import glaive, turns
-from .advice import advice, proposed_message_keys, proposed_roles
+from . import exports, tool_texts, turns
+from .advice import advice
+from .answers import answer_to_text, one_answer
 from .choices import columns_of_choices, refuse_choice
-from .encodings import one_line_end
-from .flags import flag_word, flags_in, liked, list_of_flags
-from .glaive import is_glaive
+from .flags import flag_word, flags_in, liked
 from .keys import (
-    ANSWERS_TO_TEXTS,
-    CALLS,
     CERTAIN_MESSAGES,
     CERTAIN_TEXTS,
-    HARMLESS_IN_MESSAGES,
-    HARMLESS_NAMES,
     QUESTION_NAMES,
     ROLE_NAMES,
-    SUMMARIES,
-    THINK,
     Columns,
     Parts,
     chosen,
@@ -41,13 +32,12 @@ from .keys import (
     parts_of,
     squashed,
 )
-from .literals import parse_list
-from .mojibake import doctor
-from .tools import agreed_call, agreed_tools, call_text
+from .mapped import lifted
+from .talks import NO_ANSWER, Row, Talks
+from .tools import agreed_tools, call_text
 from .values import (
     NOT_TEXT,
     RowError,
-    as_text,
     bare_thought,
     check_text_only,
     is_medium,
@@ -60,8 +50,6 @@ from .values import (
 )
 
 __all__ = ["HANDLERS", "INFILLING", "Columns", "Reader", "Row", "RowError", "columns", "kind"]
-
-Row = Mapping[str, Any]
 
 # HANDLER: short names, and those of the field; what each reads
 HANDLERS = {
@@ -78,26 +66,15 @@ KNOWN = {
     "pair": ("instruction with output", "prompt with completion", "question with answer"),
     "text": ("text",),
 }
-NO_ANSWER = "has a thought, and no answer behind it (it was cut off)"
 INFILLING = "prefix/middle"  # what rows of prefix, suffix and middle are called
-PLAIN_ROLES = {name: role for name, role in ROLE_NAMES.items() if role in (Role.USER, Role.ASSISTANT)}
-THINK_NAMES = frozenset(map(squashed, THINK))
 
 
 @dataclass
-class Reader:
-    """Reads rows. infill: they are to be written as prefix, suffix and middle. verdicts: what the mojibake doctor said of the
-    strings of the last row. seen: named columns met. unused: (level, key) -> 1 for every key of the last row that was not used.
-    padded: rows are Arrow's, which puts null where an object lacks a field that others have."""
+class Reader(Talks):
+    """Reads rows. infill: they are to be written as prefix, suffix and middle."""
 
-    columns: Columns = field(default_factory=Columns)
     handler: str = "auto"
-    repair: bool = True
     infill: bool = False
-    padded: bool = False
-    verdicts: set[str] = field(default_factory=set)
-    seen: set[str] = field(default_factory=set)
-    unused: dict[tuple[str, str], int] = field(default_factory=Counter)
     layouts: dict[tuple[str, ...], Parts] = field(default_factory=dict)
     pairs: dict[tuple[str, ...], tuple[str, ...]] = field(default_factory=dict)  # see columns_of_plain_pair
 
@@ -110,8 +87,8 @@ class Reader:
         cut: Any = ()
         if "row_idx" in row and isinstance(row.get("row"), dict):  # as the viewer of Hugging Face exports rows
             row, cut = row["row"], row.get("truncated_cells") or ()
-        if is_glaive(row):
-            row = glaive.row_of(row)
+        if "chat" in row or "mapping" in row:
+            row = exports.row_of(row)
         if self.columns.named:
             row = lifted(row, self.columns.of_rows)
             self.seen.update(name for name in self.columns.of_rows if name in row)
@@ -284,67 +261,6 @@ class Reader:
                     "conversation_id, or message_id and parent_id",
                 )
 
-    # ---- values ----
-
-    def string(self, value: str) -> str:
-        if "\r" in value:
-            value = one_line_end(value)
-        if self.repair and not value.isascii():
-            value, verdict = doctor(value)
-            if verdict != "clean":
-                self.verdicts.add(verdict)
-        return value
-
-    def text(self, value: Any, name: str, structured: bool = False) -> str:
-        """A text that must be there. structured: an object or a list is written as JSON."""
-        if isinstance(value, dict | list) and not structured or value is None:
-            raise RowError("wrong type", f'its "{name}" must be a string, not {kind(value)}')
-        words = "" if isinstance(value, float) and is_nothing(value) else as_text(value)
-        if not words or words.isspace():
-            raise RowError("empty", f'its "{name}" is empty')
-        return self.string(words)
-
-    def optional(self, row: Row, name: str) -> str:
-        """A column that may be absent, null or empty."""
-        value = row.get(name) if name else None
-        return "" if is_nothing(value) else self.text(value, name)
-
-    def agreed(self, row: Row, names: Sequence[str], where: str = "its", structured: bool = False) -> str:
-        """The text of a part that may have several names. RowError where two of them disagree."""
-        found = [(name, self.text(said(row[name]), name, structured)) for name in names if not is_nothing(row[name])]
-        for name, text in found[1:]:
-            if text.strip() != found[0][1].strip():
-                first = found[0]
-                raise RowError(
-                    "two values", f'{where} "{first[0]}" and "{name}" disagree: {short(first[1])} and {short(text)}'
-                )
-        return found[0][1] if found else ""
-
-    def flag(self, one: Row, names: Sequence[str], where: str) -> bool | None:
-        """Whether an answer is to be learnt, as the flags of a row or message say; None where they say nothing."""
-        found: dict[str, bool] = {}
-        for name in names:
-            value = one[name]
-            if is_nothing(value) or isinstance(value, list):
-                continue
-            learn = flag_word(value)
-            if learn is None:
-                raise RowError("wrong type", f"{where} has the {name} {value!r}; it must be 0 or 1")
-            found[name] = learn != (squashed(name) == "masked")
-        if len(set(found.values())) > 1:
-            says = " and ".join(f"{name}={one[name]!r}" for name in found)
-            raise RowError("two values", f"{where} has flags that disagree: {says}")
-        return next(iter(found.values()), None)
-
-    def flags_of_row(self, row: Row, names: tuple[str, ...]) -> tuple[bool | None, str, list[Any] | None]:
-        """The flag of a whole row; the name of the column that has one flag for each message, and its list."""
-        lists = {name: found for name in names if (found := list_of_flags(row[name], name))}
-        first = next(iter(lists), "")
-        for name, found in lists.items():
-            if found != lists[first]:
-                raise RowError("two values", f'its "{first}" and "{name}" disagree')
-        return self.flag(row, [name for name in names if name not in lists], "it"), first, lists.get(first)
-
     # ---- rows of a question and an answer ----
 
     def pair(
@@ -357,7 +273,7 @@ class Reader:
         found_names = (*system_names, *think_names, *parts.tools, *flag_names, *parts.history)
         used = (prompt, query, response, *found_names)
         schema = self.name_of_pair(prompt, response)
-        row = {**row, response: self.one_answer(row[response], response)}
+        row = {**row, response: one_answer(row[response], response, self.unused)}
         if turns.have_roles(row[prompt]) or turns.have_roles(row[response]):  # messages on one side or both
             asked = row[prompt] if isinstance(row[prompt], list) else [{"role": "user", "content": row[prompt]}]
             said = (
@@ -365,7 +281,7 @@ class Reader:
             )
             dialogue = self.messages([*asked, *said], row, parts._replace(beside_messages=()))
             return schema, dialogue, tuple(name for name in used if name not in (query, *think_names, *parts.history))
-        system = self.agreed(row, system_names)
+        system, listed = tool_texts.tools_of_text(self.agreed(row, system_names))
         found = [Message(Role.SYSTEM, system)] if system else []
         for name in parts.history:
             if not is_nothing(row[name]):
@@ -386,14 +302,18 @@ class Reader:
             raise RowError("empty", f'its "{response}" is empty')
         else:
             think, words = split_reasoning(self.text(answer, response, structured=True))
+            if "<tool_call>" in words or "<functioncall>" in words:
+                words, calls = tool_texts.calls_of_text(words)
+                call = call_text("its call", calls, self.padded, self.unused) if calls else ""
             check_text_only(words, f'its "{response}"')
-            if not words.strip():
+            if not words.strip() and not call:
                 raise RowError("empty", NO_ANSWER if think else f'its "{response}" is empty')
         if response not in columns_of_choices(tuple(row)):
             refuse_choice(row, f"{question}\n{material}", words, f'its "{prompt}"')
         think = self.one_thought(think, bare_thought(self.agreed(row, think_names)), "its answer")
         if think and not call and not words.strip():
             raise RowError("empty", NO_ANSWER)
+        tools = [(name, row[name]) for name in parts.tools] + [("system", listed)] * bool(listed)
         learn, list_name, flags = self.flags_of_row(row, flag_names)
         if flags is not None:
             if len(flags) not in (1, 2):
@@ -405,7 +325,7 @@ class Reader:
         found.append(Message(Role.ASSISTANT, words, think=think, learn=learn is not False, call=call))
         return (
             schema,
-            Dialogue(tuple(found), agreed_tools([(name, row[name]) for name in parts.tools], self.padded, self.unused)),
+            Dialogue(tuple(found), agreed_tools(tools, self.padded, self.unused)),
             used,
         )
 
@@ -415,46 +335,6 @@ class Reader:
         if self.infill and isinstance(value, str):
             return self.string(value)
         return "" if is_nothing(value) else self.text(value, name, structured)
-
-    def one_answer(self, value: Any, name: str) -> Any:
-        """An answer that is a message or a content in parts; of a list of texts, the only one; of a column "answers", which holds
-        several that are right, the best (SQuAD: its first text; Nectar: that of rank 1)."""
-        if isinstance(value, dict) and turns.have_roles([value]):
-            return [value]
-        if isinstance(value, list) and value and all(is_text_part(one) for one in value):
-            return said(value)
-        several = squashed(name) == "answers"
-        if several and isinstance(value, str) and value.lstrip()[:1] in ("{", "["):  # in a cell of a table
-            with contextlib.suppress(ValueError):
-                words = self.one_answer(parse_list(value), name)
-                return words if isinstance(words, str) else value
-        texts = value["text"] if several and isinstance(value, dict) and "text" in value else value
-        if texts == []:
-            return ""
-        if turns.is_messages(texts) and all(answer_key(one, several) for one in texts):
-            if several:
-                texts = sorted(texts, key=turns.rank_of)
-            for one in texts:
-                self.unused |= {
-                    ("key of an answer", key): 1 for key in left_over(tuple(one), (answer_key(one, several), "rank"))
-                }
-            texts = [one[answer_key(one, several)] for one in texts]
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            return value
-        if len(set(texts)) > 1 and not several:
-            raise RowError(
-                "several answers",
-                f'its "{name}" is a list of {len(texts)} texts, and nothing tells the right one: leave one of them. (If the list '
-                "itself is the answer, write it as one text)",
-            )
-        if len(set(texts)) > 1:
-            self.unused["further text of the column", name] = 1
-        return texts[0]
-
-    def one_thought(self, inside: str, beside: str, where: str) -> str:
-        if inside and beside and inside.strip() != beside.strip():
-            raise RowError("two values", f"{where} has two thoughts that disagree: {short(inside)} and {short(beside)}")
-        return inside or beside
 
     def history(self, value: Any, name: str) -> list[Message]:
         """What was said before: [question, answer] pairs, or messages."""
@@ -483,16 +363,19 @@ class Reader:
         answer = [key for key in parts.responses if key not in (name, *parts.said) and not is_nothing(row[key])]
         if answer:  # the columns of a pair beside the messages: an instruction among them is no system text
             parts = parts._replace(beside_messages=())
-        roles = [self.role_of(one) for one in rows]
+        roles = [self.role_of(one) for one in rows] if answer else []
         if answer and Role.ASSISTANT not in roles and None not in roles:  # the answer has a column of its own
-            rows = [*rows, {"role": "assistant", "content": row[answer[0]]}]
+            value = one_answer(row[answer[0]], answer[0], self.unused)
+            rows = [*rows, *(value if turns.have_roles(value) else [{"role": "assistant", "content": value}])]
             answer = answer[:1]
         else:
             answer = []
-        asked = next((one for one in rows if self.role_of(one) is Role.USER), {})
-        words = [value.strip() for value in asked.values() if isinstance(value, str)]
-        same = [key for key in parts.beside_messages if str(row[key]).strip() in words]  # the first question again
-        parts = parts._replace(beside_messages=tuple(key for key in parts.beside_messages if key not in same))
+        same: list[str] = []
+        if parts.beside_messages:
+            asked = next((one for one in rows if self.role_of(one) is Role.USER), {})
+            words = [value.strip() for value in asked.values() if isinstance(value, str)]
+            same = [key for key in parts.beside_messages if str(row[key]).strip() in words]  # the first question again
+            parts = parts._replace(beside_messages=tuple(key for key in parts.beside_messages if key not in same))
         dialogue = self.messages(rows, row, parts)
         used = [
             name,
@@ -515,400 +398,3 @@ class Reader:
                 changed[answers[0]] = last._replace(think=think)
                 dialogue = Dialogue(tuple(changed), dialogue.tools)
         return ("sharegpt" if "from" in rows[0] else name), dialogue, tuple(used)
-
-    def renamed(self, value: Any) -> Any:
-        """A conversation whose keys MAP_KEYS names (role, content), with the usual ones."""
-        given = self.columns.of_messages
-        if not given:
-            return value
-        if isinstance(value, dict) and turns.is_struct_of_lists(renamed_keys(value, given)):
-            self.seen.update(name for name in given if name in value)
-            return renamed_keys(value, given)
-        if not turns.is_messages(value):
-            return value
-        value = [lifted(one, given) for one in value]
-        self.seen.update(name for one in value for name in given if name in one)
-        return [renamed_keys(one, given) for one in value]
-
-    def messages(self, rows: Any, row: Row, parts: Parts) -> Dialogue:
-        """A conversation from [{"role": ..., "content": ...}, ...], or "from" and "value"."""
-        found: list[Message] = []
-        answers = 0
-        tools = [(name, row[name]) for name in parts.tools]
-        learn, list_name, flags = self.flags_of_row(row, flags_in(row, parts))
-        if flags is not None:
-            rows = self.with_flags(rows, list_name, flags)
-        system = self.agreed(row, (*parts.system, *parts.beside_messages))
-        if system:
-            found.append(Message(Role.SYSTEM, system))
-        unknown, pending = [] if self.columns.roles else None, ""
-        for i, one in enumerate(rows, 1):
-            if thought := self.lone_thought(one):  # belongs to the answer that follows
-                pending = thought
-                continue
-            message = self.plain_message(one) or self.message(i, one, rows, unknown)
-            if pending and message is not None:
-                if message.role is not Role.ASSISTANT:
-                    raise RowError("reasoning", f"message {i - 1} is a thought, and no answer follows it")
-                message = message._replace(think=self.one_thought(message.think, pending, f"message {i}"))
-                pending = ""
-            if message is None:
-                if isinstance(one, dict):
-                    tools += tools_of_system(one)
-                continue
-            role = message.role
-            if role is Role.ASSISTANT:
-                answers += 1
-                if learn is False:
-                    message = message._replace(learn=False)
-            elif role is Role.SYSTEM:
-                tools += tools_of_system(one)
-                if system and len(found) == 1:  # said in a column of its own and in the conversation
-                    if system.strip() != message.content.strip():
-                        says = f"{short(system)} and {short(message.content)}"
-                        raise RowError("two values", f"has two system texts, in a column and as a message: {says}")
-                    continue
-            found.append(message)
-        if pending:
-            raise RowError("reasoning", "the last message is a thought, and no answer follows it")
-        if not answers:
-            raise RowError("no answer", "the conversation has no assistant message")
-        if columns_of_choices(tuple(row)):
-            question = "\n".join(message.content for message in found if message.role is not Role.ASSISTANT)
-            for message in found:
-                if message.role is Role.ASSISTANT:
-                    refuse_choice(row, question, message.content, "its question")
-        return Dialogue(tuple(found), agreed_tools(tools, self.padded, self.unused))
-
-    def lone_thought(self, one: Any) -> str:
-        """The text of a message that is a thought by its role, "" for any other."""
-        if type(one) is not dict:
-            return ""
-        role = one.get("role", one.get("from", "user"))
-        if type(role) is str and role in PLAIN_ROLES:
-            return ""
-        parts = parts_of(tuple(one))
-        name = next((one[key] for key in parts.speaker if isinstance(one[key], str)), "")
-        if squashed(name) not in THINK_NAMES or name.strip().lower() in self.columns.roles:
-            return ""
-        return bare_thought(self.text(said(one[parts.said[0]]) if parts.said else None, name))
-
-    def with_flags(self, rows: list[Any], name: str, flags: list[Any]) -> list[Any]:
-        """The messages with the flags of a list beside them: one for each message, or one for each answer."""
-        answers = [i for i, one in enumerate(rows) if self.role_of(one) is Role.ASSISTANT]
-        if len(flags) not in (len(rows), len(answers)):
-            raise RowError(
-                "wrong type", f'its "{name}" has {len(flags)} flags for {len(rows)} messages ({len(answers)} answers)'
-            )
-        which = range(len(rows)) if len(flags) == len(rows) else answers
-        changed = list(rows)
-        for i, value in zip(which, flags, strict=True):
-            if not is_nothing(value) and flag_word(value) is None:
-                raise RowError("wrong type", f'its "{name}" has {short(value)} for message {i + 1}; it must be 0 or 1')
-            learn = self.flag({name: value}, (name,), f"message {i + 1}")
-            own = (
-                self.flag(rows[i], parts_of(tuple(rows[i])).flags, f"message {i + 1}")
-                if isinstance(rows[i], dict)
-                else None
-            )
-            if own is not None and learn is not None and own != learn:
-                raise RowError(
-                    "two values", f'message {i + 1} and its place in "{name}" disagree on whether it is learnt'
-                )
-            if i in answers and learn is False:
-                changed[i] = {**rows[i], "weight": 0}
-            elif i not in answers and learn:
-                self.unused["flag", f"{name} of a message that is no answer"] = 1
-        return changed
-
-    def role_of(self, one: Any) -> Role | None:
-        """The role of a message, None where it has none that is known."""
-        if not isinstance(one, dict):
-            return None
-        word = str(self.speaker_of(one)[1]).strip().lower()
-        if word in self.columns.roles:
-            return self.columns.roles[word]
-        return Role.ASSISTANT if word in CALLS else ROLE_NAMES.get(word)
-
-    def speaker_of(self, one: Row) -> tuple[str, Any]:
-        """The key that says who speaks, and what it says; ("", None) where there is none."""
-        key = next(
-            (key for key in parts_of(tuple(one)).speaker if not is_nothing(one[key])), ""
-        ) or turns.speaker_elsewhere(one)
-        name = one.get(key)
-        return key, name.get("role") if isinstance(name, dict) else name  # ChatGPT's {"author": {"role": ...}}
-
-    def plain_message(self, one: Any) -> Message | None:
-        """A message of nothing but a role and its words, which most are: what `message` would give, sooner. Or None."""
-        if type(one) is not dict or len(one) != 2:
-            return None
-        try:
-            role, content = one["role"], one["content"]
-        except KeyError:
-            role, content = one.get("from"), one.get("value")
-        role = PLAIN_ROLES.get(role) if type(role) is str and not self.columns.roles else None
-        if role is None or type(content) is not str or not content or content.isspace() or wants_a_look(content):
-            return None
-        return Message(role, content if content.isascii() and "\r" not in content else self.string(content))
-
-    def message(self, i: int, one: Any, rows: Sequence[Any] = (), unknown: Any = None) -> Message | None:
-        """Message i (from 1) of a conversation; None for a system message that says nothing, and for a role that ROLE_MAP
-        leaves out."""
-        if not isinstance(one, dict):
-            raise RowError("wrong type", f"message {i} must be an object with role and content")
-        keys = tuple(one)
-        parts = parts_of(keys)
-        speaker, name = self.speaker_of(one)
-        word = name.strip().lower() if isinstance(name, str) else ""
-        if word in self.columns.roles:
-            role = self.columns.roles[word]
-            if role is None:
-                return None
-        else:
-            role = Role.ASSISTANT if word in CALLS else ROLE_NAMES.get(word)
-            if role is None:
-                raise self.unknown_role(i, name, rows)
-        text_key = next((key for key in parts.said if one[key] is not None and key != speaker), None)
-        content = one[text_key] if text_key else None
-        if isinstance(content, dict) and isinstance(content.get("parts"), list):  # ChatGPT's export
-            content = content["parts"]
-        used = [key for key in (speaker, text_key) if key]
-        for key in parts.media:
-            if is_medium(one[key], names_a_file(key)):
-                raise RowError("not text", f'message {i} ({name}) has something in "{key}": {NOT_TEXT}')
-        think, call, think_names = "", "", ()
-        structured = role in (Role.ASSISTANT, Role.TOOL) and isinstance(content, list) and not turns.are_parts(content)
-        if isinstance(content, list) and not structured or turns.is_part(content):
-            content, think = self.joined_parts(i, content if isinstance(content, list) else [content])
-        if role is Role.ASSISTANT:
-            think_names = thoughts_in(one, parts.think)
-            used += [*parts.calls, *parts.flags, *think_names]
-            calls = [(key, one[key]) for key in parts.calls if not is_nothing(one[key])]
-            if word in CALLS:
-                calls, content = [(word, content), *calls], ""
-            if calls:
-                call = agreed_call(f"message {i}", calls, self.padded, self.unused)
-                content = "" if content is None else content
-        elif role is Role.SYSTEM:
-            used += parts.tools
-        where = f"message {i} ({name})"
-        thought_elsewhere = think or role is Role.ASSISTANT and any(not is_nothing(one[key]) for key in think_names)
-        if content is None and (role in (Role.SYSTEM, Role.TOOL) or thought_elsewhere):
-            content = ""
-        elif isinstance(content, dict | list) and role in (Role.USER, Role.SYSTEM) or content is None:
-            raise RowError("wrong type", f"{where} has no text in content")
-        content = "" if isinstance(content, float) and is_nothing(content) else as_text(content)
-        content = self.string(content)
-        check_text_only(content, where)
-        self.count_unused(one, left_over(keys, tuple(used), HARMLESS_IN_MESSAGES), parts, role)
-        empty = not content or content.isspace()
-        if role is not Role.ASSISTANT:
-            if empty and role is Role.SYSTEM:
-                return None
-            if empty and role is Role.USER:
-                raise RowError("empty", f"{where} is empty")
-            return Message(role, content)
-        try:
-            inside, content = split_reasoning(content)
-        except RowError as error:
-            raise RowError(error.reason, f"{where} {error.message}") from None
-        thoughts = bare_thought(self.agreed(one, think_names, f"{where}:")) if think_names else ""
-        think = self.one_thought(self.one_thought(inside, think, where), thoughts, where)
-        if not call and (not content or content.isspace()):
-            raise RowError("empty", f"{where} {NO_ANSWER if think else 'is empty'}")
-        learn = self.flag(one, parts.flags, where) if parts.flags else None
-        if any(isinstance(one[key], list) for key in parts.flags):
-            raise RowError("wrong type", f"{where} has a list of flags; a message has one, 0 or 1")
-        return Message(role, content, think, learn=learn is not False, call=call)
-
-    def count_unused(self, one: Row, keys: Iterable[str], parts: Parts, role: Role) -> None:
-        """Keys of a message that are not used. A flag that only says what happens anyway counts as used."""
-        for key in keys:
-            if is_nothing(one[key]):
-                continue
-            if key in parts.flags and self.flag(one, (key,), "a message") is False:
-                continue
-            of = (
-                f" of {role.name.lower()} messages"
-                if role is not Role.ASSISTANT
-                and key in (*parts.flags, *parts.calls, *parts.think)
-                or key in parts.tools
-                else ""
-            )
-            self.unused["message key", key + of] = 1
-
-    def unknown_role(self, i: int, name: Any, rows: Sequence[Any]) -> RowError:
-        """What to say of a role that is not known, with the line that makes it known."""
-        if not isinstance(name, str):
-            line = proposed_message_keys([one for one in rows if isinstance(one, dict)])
-            paste = (
-                f"Say which of its keys is which: {line}"
-                if line
-                else 'If they are in turn, write texts alone: ["Hi", "Hello!"]'
-            )
-            return RowError(
-                "unknown role", f"message {i} has {'no role' if name is None else f'the role {name!r}'}. {paste}"
-            )
-        others = [
-            value
-            for one in rows
-            if isinstance(one, dict)
-            for value in [next((one[key] for key in parts_of(tuple(one)).speaker if isinstance(one[key], str)), None)]
-            if value
-        ]
-        paste = proposed_roles(others or [name])
-        return RowError(
-            "unknown role", f"message {i} has the role {name!r}; known are {known_roles()}. For others: {paste}"
-        )
-
-    def joined_parts(self, i: int, parts: Iterable[Any]) -> tuple[str, str]:
-        """OpenAI's list of parts as text, and the thought in it; only text can be trained."""
-        found, thoughts = [], []
-        for part in parts:
-            if isinstance(part, str):
-                found.append(part)
-                continue
-            if not isinstance(part, dict):
-                raise RowError("not text", f"message {i} has a part of type {kind(part)}; only text can be trained")
-            named = parts_of(tuple(part))
-            of_type = squashed(str(part.get("type", "")))
-            is_thought = of_type in THINK_NAMES or of_type == "summarytext" or part.get("thought") is True
-            held = next(
-                (key for key in ("text", *named.think, "content", "summary") if isinstance(said(part.get(key)), str)),
-                "",
-            )
-            if held and is_thought:
-                thoughts.append(said(part[held]))
-                used = ("type", "signature", "thought", held)
-            elif held == "text":
-                found.append(said(part["text"]))
-                used = ("text", "type")
-            elif held in named.think and not of_type:
-                thoughts.append(said(part[held]))
-                used = (held,)
-            else:
-                raise RowError(
-                    "not text", f"message {i} has a part of type {part.get('type')}; only text can be trained"
-                )
-            if any(not is_nothing(part[key]) for key in named.media):
-                raise RowError("not text", f"message {i} has a part with {named.media[0]}; {NOT_TEXT}")
-            for key in left_over(tuple(part), used):
-                if not is_nothing(part[key]):
-                    self.unused["key of a content part", key] = 1
-        return "\n".join(found), "\n".join(thoughts)
-
-
-def answer_to_text(row: Row, text: str, sure: bool) -> str:
-    """The column of an answer to a text that is no question (MBPP: code; AdGen: a summary); or "". sure: the text has the name of
-    one. An answer that the text holds is a part of it, and one word of no letters is a label."""
-    if not isinstance(row[text], str):
-        return ""
-    others = [name for name in left_over(tuple(row), (text,)) if not is_nothing(row[name])]
-    for name in others:
-        value, word = row[name], squashed(name)
-        summary = not sure and len(others) == 1 and word in SUMMARIES
-        if not isinstance(value, str) or not (summary or word in ANSWERS_TO_TEXTS):
-            continue
-        is_words = any(map(str.isalpha, value)) and value.strip() not in row[text]
-        if is_words and (word != "code" or "\n" in value.strip() or "(" in value):
-            return name
-    return ""
-
-
-def is_text_part(one: Any) -> bool:
-    """Whether an object is a text of a content in parts."""
-    return (
-        isinstance(one, dict)
-        and set(one) <= {"type", "text"}
-        and isinstance(one.get("text"), str)
-        and one.get("type", "text") in ("text", "output_text")
-    )
-
-
-# the keys of an object of a list of answers that hold its words; of a column "answers" others may as well
-ANSWER_KEYS = ("content", "answer", "response", "output", "completion", "回答", "答案")
-MORE_ANSWER_KEYS = ("answer_text", "text", "value", "body", "generated_text")
-
-
-def answer_key(one: Row, several: bool) -> str:
-    """The key of an answer's words in an object with nothing but them and what is said of them; or "". several: of a column
-    "answers"."""
-    names = (*ANSWER_KEYS, *MORE_ANSWER_KEYS) if several else ANSWER_KEYS
-    found = [name for name in names if isinstance(one.get(name), str)]
-    known = several or len(one) == 1 or not left_over(tuple(one), (*found, "rank", "index", "finish_reason"))
-    return found[0] if found and known else ""
-
-
-def tools_of_system(one: Row) -> list[tuple[str, Any]]:
-    """The tools that a system message brings, by their keys."""
-    return [(name, one[name]) for name in parts_of(tuple(one)).tools]
-
-
-def said(value: Any) -> Any:
-    """The text of a system text or thought that is an object or a list of parts (Gemini, Anthropic); else the value."""
-    if isinstance(value, dict) and len(named := parts_of(tuple(value)).said) and value.get("type", "text") == "text":
-        return said(value[named[0]])
-    if (
-        isinstance(value, list)
-        and value
-        and all(isinstance(one, dict) and isinstance(one.get("text"), str) for one in value)
-    ):
-        return "\n".join(one["text"] for one in value)
-    return value
-
-
-def renamed_keys(one: Row, given: Mapping[str, str]) -> Row:
-    """A message with the keys that MAP_KEYS names under their usual names. What had such a name by itself is not used, and is
-    reported as that."""
-    there = {part: name for name, part in given.items() if name in one}
-    kept = {
-        f"{key} (MAP_KEYS takes {there[key]})" if key in there else key: value
-        for key, value in one.items()
-        if key not in there.values()
-    }
-    return {part: one[name] for part, name in there.items()} | kept
-
-
-def lifted(row: Row, names: Iterable[str]) -> Row:
-    """The row with what is inside an object beside the rest, where MAP_KEYS names it as "body.messages". RowError where a key
-    inside and one beside the object disagree."""
-    paths = {name: name.split(".") for name in names if "." in name and name not in row}
-    found = {name: value for name, path in paths.items() if (value := inside(row, path)) is not ABSENT}
-    if not found:
-        return row
-    outers = dict.fromkeys(paths[name][0] for name in found)
-    rest = {key: value for key, value in row.items() if key not in outers}
-    for outer in outers:
-        left = without(row[outer], [paths[name][1:] for name in found if paths[name][0] == outer])
-        for key, value in left.items():
-            if is_nothing(rest.get(key)):
-                rest[key] = value
-            elif rest[key] != value and not is_nothing(value) and squashed(key) not in HARMLESS_NAMES:
-                says = f"{short(rest[key])} and {short(value)}"
-                raise RowError("two values", f'its "{key}" and "{outer}.{key}" disagree: {says}')
-    return rest | found
-
-
-ABSENT = object()
-
-
-def inside(row: Any, path: Sequence[str]) -> Any:
-    """What stands at the end of a path of keys; ABSENT where there is no such thing."""
-    for key in path:
-        if not isinstance(row, dict) or key not in row:
-            return ABSENT
-        row = row[key]
-    return row
-
-
-def without(row: Row, paths: Sequence[Sequence[str]]) -> Row:
-    """An object without what stands at the ends of these paths."""
-    gone = {path[0] for path in paths if len(path) == 1}
-    deeper = {key: [path[1:] for path in paths if path[0] == key] for key in {p[0] for p in paths if len(p) > 1} - gone}
-    return {
-        key: without(value, deeper[key]) if key in deeper else value for key, value in row.items() if key not in gone
-    }
-
-
-def known_roles() -> str:
-    return ", ".join(name for name in ROLE_NAMES if name.isascii())

@@ -25,10 +25,18 @@ def agreed_tools(found: Sequence[tuple[str, Any]], padded: bool, unused: Unused)
     two lists disagree."""
     texts = [(name, text) for name, value in found if (text := tools_text(value, padded, unused))]
     for name, text in texts[1:]:
-        if text != texts[0][1]:
+        if not same(text, texts[0][1]):
             says = f"{short(texts[0][1])} and {short(text)}"
             raise RowError("two values", f'has two lists of tools, "{texts[0][0]}" and "{name}", that disagree: {says}')
     return texts[0][1] if texts else ""
+
+
+def same(one: str, other: str) -> bool:
+    """Whether two texts are of the same JSON, or the same."""
+    try:
+        return one == other or orjson.loads(one) == orjson.loads(other)
+    except orjson.JSONDecodeError:
+        return False
 
 
 def tools_text(tools: Any, padded: bool, unused: Unused) -> str:
@@ -42,6 +50,8 @@ def tools_text(tools: Any, padded: bool, unused: Unused) -> str:
     if is_nothing(tools):
         return ""
     bare = []
+    if isinstance(tools, list):  # Gemini's lists inside a list
+        tools = [one for tool in tools for one in declared(tool)]
     for tool in tools if isinstance(tools, list) else [tools]:
         if isinstance(tool, str):  # Arrow's columns of mixed kinds hold JSON text
             try:
@@ -59,6 +69,13 @@ def tools_text(tools: Any, padded: bool, unused: Unused) -> str:
     return json.dumps(bare, ensure_ascii=False, default=str) if bare else ""
 
 
+def declared(tool: Any) -> list[Any]:
+    for name in ("functionDeclarations", "function_declarations"):
+        if isinstance(tool, dict) and isinstance(tool.get(name), list):
+            return tool[name]
+    return [tool]
+
+
 def count_keys(one: Mapping[str, Any], used: tuple[str, ...], level: str, unused: Unused) -> None:
     for key in left_over(tuple(one), used):
         if not is_nothing(one[key]):
@@ -69,7 +86,7 @@ def agreed_call(where: str, calls: Sequence[tuple[str, Any]], padded: bool, unus
     """The call of a message that may have it under several names. RowError where two of them disagree."""
     texts = [(name, call_text(where, value, padded, unused)) for name, value in calls]
     for name, text in texts[1:]:
-        if text != texts[0][1]:
+        if not same(text, texts[0][1]):
             raise RowError(
                 "two values",
                 f'{where}: "{texts[0][0]}" and "{name}" disagree: {short(texts[0][1])} and {short(text)}',

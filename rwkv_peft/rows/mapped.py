@@ -1,0 +1,64 @@
+"""What MAP_KEYS names: keys of messages under their usual names, and what is inside an object beside the rest of a row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from .keys import HARMLESS_NAMES, squashed
+from .values import RowError, is_nothing, short
+
+Row = Mapping[str, Any]
+
+
+def renamed_keys(one: Row, given: Mapping[str, str]) -> Row:
+    """A message with the keys that MAP_KEYS names under their usual names. What had such a name by itself is not used, and is
+    reported as that."""
+    there = {part: name for name, part in given.items() if name in one}
+    kept = {
+        f"{key} (MAP_KEYS takes {there[key]})" if key in there else key: value
+        for key, value in one.items()
+        if key not in there.values()
+    }
+    return {part: one[name] for part, name in there.items()} | kept
+
+
+def lifted(row: Row, names: Iterable[str]) -> Row:
+    """The row with what is inside an object beside the rest, where MAP_KEYS names it as "body.messages". RowError where a key
+    inside and one beside the object disagree."""
+    paths = {name: name.split(".") for name in names if "." in name and name not in row}
+    found = {name: value for name, path in paths.items() if (value := inside(row, path)) is not ABSENT}
+    if not found:
+        return row
+    outers = dict.fromkeys(paths[name][0] for name in found)
+    rest = {key: value for key, value in row.items() if key not in outers}
+    for outer in outers:
+        left = without(row[outer], [paths[name][1:] for name in found if paths[name][0] == outer])
+        for key, value in left.items():
+            if is_nothing(rest.get(key)):
+                rest[key] = value
+            elif rest[key] != value and not is_nothing(value) and squashed(key) not in HARMLESS_NAMES:
+                says = f"{short(rest[key])} and {short(value)}"
+                raise RowError("two values", f'its "{key}" and "{outer}.{key}" disagree: {says}')
+    return rest | found
+
+
+ABSENT = object()
+
+
+def inside(row: Any, path: Sequence[str]) -> Any:
+    """What stands at the end of a path of keys; ABSENT where there is no such thing."""
+    for key in path:
+        if not isinstance(row, dict) or key not in row:
+            return ABSENT
+        row = row[key]
+    return row
+
+
+def without(row: Row, paths: Sequence[Sequence[str]]) -> Row:
+    """An object without what stands at the ends of these paths."""
+    gone = {path[0] for path in paths if len(path) == 1}
+    deeper = {key: [path[1:] for path in paths if path[0] == key] for key in {p[0] for p in paths if len(p) > 1} - gone}
+    return {
+        key: without(value, deeper[key]) if key in deeper else value for key, value in row.items() if key not in gone
+    }
