@@ -143,3 +143,8 @@ def ready(project_folder):
     tiny.save_model(project_folder / "model" / "tiny.pth")
     tokenize(tiny.write_jsonl(project_folder / "data" / "chat.jsonl", tiny.CHATS))
     return project_folder
+
+
+def pytest_make_parametrize_id(config, val, argname):
+    """Bytes are named by their place: packed ones hold the time, which differs between processes that collect the same tests."""
+    return argname if isinstance(val, bytes) else None
