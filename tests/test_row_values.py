@@ -36,6 +36,7 @@ def test_whether_an_answer_is_liked_is_asked_of_every_row_whatever_the_first_one
 @pytest.mark.parametrize("row", [{"prompt": "7 times 8?", "response": "56"}, {"messages": [Q, ANSWER]}])
 def test_a_label_without_a_completion_counts_where_it_is_true_or_false(row):
     assert said({**row, "label": False})[-1] == (A, "-56")
+    assert read({**row, "label": False})[1].unused == {("answer that is false by the column", "label"): 1}
     assert said({**row, "label": True}) == [SAID_Q, SAID_A]
     for other in (0, "False", "spam"):
         found, reader = read({**row, "label": other})
