@@ -36,6 +36,7 @@ def test_whether_an_answer_is_liked_is_asked_of_every_row_whatever_the_first_one
 @pytest.mark.parametrize("row", [{"prompt": "7 times 8?", "response": "56"}, {"messages": [Q, ANSWER]}])
 def test_a_label_without_a_completion_counts_where_it_is_true_or_false(row):
     assert said({**row, "label": False})[-1] == (A, "-56")
+    assert read({**row, "label": False})[1].unused == {("answer that is false by the column", "label"): 1}
     assert said({**row, "label": True}) == [SAID_Q, SAID_A]
     for other in (0, "False", "spam"):
         found, reader = read({**row, "label": other})
@@ -98,6 +99,13 @@ def test_a_choice_is_shown_where_it_stands_as_a_word_and_may_stand_in_the_second
     assert said({"question": "a or i?", "choices": ["a", "i"], "answer": "A"})[-1] == (A, "A")
     assert said({"question": "哪个大？甲乙", "choices": ["甲", "乙"], "answer": "A"})[-1] == (A, "A")
     assert said({"instruction": "x?", "input": "A. 54 B. 56", "output": "B", "choices": ["54", "56"]})[-1] == (A, "B")
+
+
+@pytest.mark.parametrize(
+    "none", [{"A": None, "B": ""}, {"options": None}, {"choices": {"text": None}}, {"choices": []}]
+)
+def test_columns_of_choices_that_hold_none_are_no_choices(none):
+    assert said({"question": "a", "answer": "B", **none}) == [(U, "a"), (A, "B")]
 
 
 def test_choices_are_asked_of_every_row_whatever_the_first_one_says():
@@ -200,6 +208,7 @@ def test_a_closing_tag_among_fences_of_which_one_is_open_rejects_the_row():
         ),
         ({"question": "a", "answers": [{"answer_text": "b", "has_label": True}, {"answer_text": "c"}]}, "b"),
         ({"question": "a", "answers": ["b", "c"]}, "b"),
+        ({"question": "a", "answers": {"text": "b"}}, "b"),
         ({"instruction": "a", "output": ["b"]}, "b"),
         ({"instruction": "a", "output": [{"content": "b", "model": "m"}]}, "b"),
         ({"instruction": "a", "output": [{"type": "text", "text": "b"}]}, "b"),
@@ -221,7 +230,9 @@ def test_several_answers_of_one_column_reject_the_row(answers):
     refused({"instruction": "a", "input": "", "output": answers}, "several answers", "2 texts")
 
 
-@pytest.mark.parametrize("answers", [{"text": [], "answer_start": []}, [], {"text": [""], "answer_start": [0]}])
+@pytest.mark.parametrize(
+    "answers", [{"text": [], "answer_start": []}, [], {"text": [""], "answer_start": [0]}, [None], [{"text": None}]]
+)
 def test_a_question_without_an_answer_is_empty(answers):
     refused({"context": "m", "question": "a", "answers": answers}, "empty")
 

@@ -28,8 +28,10 @@ def one_answer(value: Any, name: str, unused: dict[tuple[str, str], int]) -> Any
             words = one_answer(parse_list(value), name, unused)
             return words if isinstance(words, str) else value
     texts = value["text"] if several and isinstance(value, dict) and "text" in value else value
-    if texts == []:
+    if isinstance(texts, list) and all(map(says_nothing, texts)):
         return ""
+    if several and isinstance(texts, str):
+        return texts
     if turns.is_messages(texts) and all(answer_key(one, several) for one in texts):
         if several:
             texts = sorted(texts, key=turns.rank_of)
@@ -48,6 +50,10 @@ def one_answer(value: Any, name: str, unused: dict[tuple[str, str], int]) -> Any
     if len(set(texts)) > 1:
         unused["further text of the column", name] = 1
     return texts[0]
+
+
+def says_nothing(one: Any) -> bool:
+    return is_nothing(one) or isinstance(one, dict) and all(map(is_nothing, one.values()))
 
 
 def is_text_part(one: Any) -> bool:

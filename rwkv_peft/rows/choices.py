@@ -41,7 +41,7 @@ def choices_of(row: Mapping[str, Any]) -> list[str]:
                 value = parse_list(value)
         if isinstance(value, dict):
             value = value.get("text", list(value.values()))
-        found += value if isinstance(value, list) else as_text(value).split("\n")
+        found += value if isinstance(value, list) else [] if is_nothing(value) else as_text(value).split("\n")
     return [as_text(one).strip() for one in found if not is_nothing(one)]
 
 

@@ -14,7 +14,7 @@ from .advice import better_answer, quoted, unknown_role
 from .choices import columns_of_choices, refuse_choice
 from .contents import THINK_NAMES, joined_parts, said
 from .encodings import one_line_end
-from .flags import flag_word, flags_in, list_of_flags
+from .flags import LABEL, flag_word, flags_in, list_of_flags
 from .keys import (
     CALLS,
     HARMLESS_IN_MESSAGES,
@@ -109,6 +109,11 @@ class Talks:
 
     def flags_of_row(self, row: Row, names: tuple[str, ...]) -> tuple[bool | None, str, list[Any] | None]:
         """The flag of a whole row; the name of the column that has one flag for each message, and its list."""
+        for name in names:
+            if (
+                squashed(name) == LABEL and row[name] is False and "completion" not in row
+            ):  # it may mean something else: say so
+                self.unused["answer that is false by the column", name] = 1
         lists = {name: found for name in names if (found := list_of_flags(row[name], name))}
         first = next(iter(lists), "")
         for name, found in lists.items():
