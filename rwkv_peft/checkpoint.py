@@ -172,6 +172,8 @@ def describe(path: str | os.PathLike) -> dict[str, Stored]:
         if head.startswith(b"PK\3\4"):
             raise UserError(f"{shown(path)}: {filetype.cut_off(path.stat().st_size, size_by_list(path), True)}")
         raise UserError(f"{shown(path)}: {filetype.what_it_is(path)}")
+    if path.suffix == ".safetensors":  # torch.load goes by the name
+        raise UserError(f"{shown(path)}: is a .pth file by its content. Rename it to {path.with_suffix('.pth').name}")
     records, folder = records_of(path)
     try:
         content = _Describe(io.BytesIO(small(path, records[f"{folder}data.pkl"], MOST_PICKLE))).load()

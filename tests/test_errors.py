@@ -391,4 +391,4 @@ def test_a_missing_package_is_named_with_the_cure():
 def test_a_message_that_quotes_a_foreign_name_cannot_steer_the_terminal(capsys):
     with pytest.raises(SystemExit):
         leave("model.pth: emb\x1b[2J\r is damaged\nGet it again.", 2)
-    assert capsys.readouterr().err == "model.pth: emb\\x1b[2J\\x0d is damaged\nGet it again.\n"
+    assert capsys.readouterr().err == "model.pth: emb\\x1b[2J\\r is damaged\nGet it again.\n"

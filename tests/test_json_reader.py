@@ -6,7 +6,7 @@ import os
 import pytest
 from inprocess import config, run
 
-from rwkv_peft import json_reader, runs, sidecars, train
+from rwkv_peft import json_reader, sidecars, step_log, train
 from rwkv_peft.adapters.foreign import read_config
 from rwkv_peft.chat import diagnose
 from rwkv_peft.data import report_file
@@ -72,7 +72,7 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path, monkeypatch):
 
 def test_a_pipe_and_a_folder_are_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.json")
-    with pytest.raises(UserError, match="pipe or device"):
+    with pytest.raises(UserError, match="is a FIFO"):
         json_reader.read(tmp_path / "pipe.json")
     with pytest.raises(UserError, match="cannot be read"):
         json_reader.read(tmp_path)
@@ -125,14 +125,14 @@ def test_settings_of_json_are_refused_by_their_name(variable, name):
 
 
 @hostile
-def test_the_logs_of_a_run_end_at_a_line_that_cannot_be_read(tmp_path, text, words):
+def test_a_line_of_a_log_that_cannot_be_read_costs_no_other(tmp_path, text, words):
     whole = {"step": 1, "loss": 2.0, "seconds": 1.0, "targets": 3, "data": "x"}
     line = text.replace(b"\n", b" ") + b"\n"
     for name in ("loss.jsonl", "valid.jsonl"):
-        (tmp_path / name).write_bytes(json.dumps(whole).encode() + b"\n" + line)
-    assert [record["step"] for record in diagnose.records_of(tmp_path)] == [1]
-    assert [record["step"] for record in validate.read(tmp_path)] == [1]
-    assert [record["step"] for record in runs.cut_log(tmp_path, 9)][:1] == [1]
+        lines = [json.dumps(whole).encode() + b"\n", line, json.dumps(whole | {"step": 3}).encode() + b"\n"]
+        (tmp_path / name).write_bytes(b"".join(lines))
+    for records in (step_log.read(tmp_path), validate.read(tmp_path), step_log.cut(tmp_path, 9)[0]):
+        assert [record["step"] for record in records] == [1, 3]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from test_resume import BASE, interrupted, saved
 
 from rwkv_peft import atomic, hashing, project, runs, sidecars, train
 from rwkv_peft.errors import Problems, UserError
+from rwkv_peft.file_watch import FileWatch
 from rwkv_peft.training import snapshot
 
 
@@ -293,7 +294,7 @@ def test_an_export_does_not_replace_a_folder_of_the_users(project_folder, monkey
 
     (project_folder / "merge/x.gguf").mkdir()
     (project_folder / "merge/x.gguf/mine").touch()
-    with deliver.writing_export("x", ".gguf", own=True) as (fresh, placed):
+    with deliver.writing_export("x", ".gguf", FileWatch("it was opened", ""), own=True) as (fresh, placed):
         fresh.write_text("new")
     assert [path.name for path in placed] == ["x-v2.gguf"] and (project_folder / "merge/x.gguf/mine").exists()
 
@@ -305,7 +306,7 @@ def test_an_export_of_a_folder_takes_the_place_of_a_link_and_not_of_its_target(p
     other.mkdir()
     (other / "weights").write_text("same")
     (project_folder / "merge/x-peft").symlink_to(other)
-    with deliver.writing_export("x-peft", "") as (fresh, placed):
+    with deliver.writing_export("x-peft", "", FileWatch("it was opened", "")) as (fresh, placed):
         fresh.mkdir()
         (fresh / "weights").write_text("same")
     assert placed[0].name == "x-peft" and not placed[0].is_symlink() and (other / "weights").exists()

@@ -8,13 +8,14 @@ import io
 import itertools
 import math
 import re
+import resource
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from ..errors import UserError, install
+from ..errors import UserError, install, limit
 from ..project import shown
 from ..words import count, first_line
 from . import reading
@@ -346,6 +347,8 @@ def columnar(path: Path) -> Iterator[Block]:
                 yield Block(shown(path), number, list(enumerate(rows, number)), 0)
                 number += len(rows)
     except MemoryError:
+        if limit(resource.RLIMIT_AS) is not None:
+            raise  # of which the limit is told
         raise UserError(
             f"{shown(path)}: cannot be read as {path.suffix[1:]}: it asks for more memory than there is. It is damaged, or has "
             "rows that are too large."

@@ -82,7 +82,7 @@ def test_any_rows_of_tokens_are_sound(ready, tmp_path, sizes):
 
 @few
 @given(
-    keys=st.dictionaries(st.sampled_from(MAPPABLE), texts),
+    keys=st.dictionaries(st.sampled_from(MAPPABLE), texts).filter(lambda keys: len({*keys.values()}) == len(keys)),
     roles=st.dictionaries(texts, st.sampled_from(sorted(ROLE_NAMES))),
 )
 def test_any_known_parts_and_roles_are_taken(keys, roles):

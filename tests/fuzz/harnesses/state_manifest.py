@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fuzz import mutate
 from fuzz.harness import CASES, Harness, sound
-from rwkv_peft import runs
+from rwkv_peft import step_log
 from rwkv_peft.config import RETIRED, TrainConfig
 from rwkv_peft.errors import Problems, UserError
 from rwkv_peft.shell_vars import Script, values_as_written
@@ -72,7 +72,7 @@ class It(Harness):
         return f"{self.log(folder / 'run', log)} {self.state(folder / 'run')}"
 
     def log(self, run: Path, log: bytes) -> str:
-        kept = runs.cut_log(run, 5)
+        kept, _ = step_log.cut(run, 5)
         left = (run / "loss.jsonl").read_bytes()
         sound(len(kept) <= 5 and all(record["step"] <= 5 for record in kept), "records of later steps", kept)
         sound({*left.split(b"\n")} <= {*log.split(b"\n"), b""}, "lines that were not there", left)
