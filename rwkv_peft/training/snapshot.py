@@ -237,16 +237,16 @@ def described(folder: Path) -> Snapshot:
     manifest = folder / MANIFEST
     try:
         facts = json_reader.load(manifest)
-        told = facts.pop("sha256", None)
-        same = told == checksum(facts) and facts.get("step") == step_of(folder.name)
     except OSError as error:
         if error.errno in OURS:
             raise
         raise UserError(f"{shown(manifest)}: cannot be read ({error.strerror or error}).") from None
-    except (ValueError, AttributeError) as error:
-        why = error if isinstance(error, ValueError) else "is no object"
-        raise UserError(f"{shown(manifest)}: is not readable as JSON: it {why}.") from None
-    if not same:
+    except ValueError as error:
+        raise UserError(f"{shown(manifest)}: is not readable as JSON: it {error}.") from None
+    if wrong := json_reader.why_not(facts, {}, "manifest"):
+        raise UserError(f"{shown(manifest)}: {wrong}")
+    told = facts.pop("sha256", None)
+    if told != checksum(facts) or facts.get("step") != step_of(folder.name):
         raise UserError(f"{shown(manifest)}: is damaged (its content is not what was written).")
     missing = [key for key in WANTED if key not in facts]
     if facts.get("format") != FORMAT or missing:

@@ -21,7 +21,7 @@ from rwkv_peft.methods import METHODS
 from rwkv_peft.templates.of_base import known_by, misfit
 from rwkv_peft.templates.presets import PRESETS
 
-SEALED = getattr(sidecars, "sealed", dict)  # with the checksum of its fields
+SEALED = sidecars.sealed  # with the checksum of its fields
 NAMES = (
     *sidecars.SIDECAR, *METHODS, *PRESETS, "checkpoint_sha256", "merged", "format_user", "format_assistant",
     "stop_words", "clean", "think", "name", "parts", "versions", "epoch_finished", "nf4", "doc", "blank",
