@@ -207,7 +207,10 @@ def records_of(path: Path) -> tuple[dict[str, zipfile.ZipInfo], str]:
             raise UserError(f"{shown(path)}: {filetype.what_zip_it_is(names)}")
         records = zip_records.checked(path)
     except (ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{shown(path)}: is damaged, or no checkpoint: {error}. Get the file again.") from None
+        raise UserError(
+            f"{shown(path)}: is damaged, or no checkpoint: {error}. Get the file again; or, if you trust it, load it with torch "
+            "and save it once more."
+        ) from None
     except UNREADABLE as error:
         raise UserError(f"{shown(path)}: is damaged ({error}). Get the file again.") from None
     folder = pickles[0].removesuffix("data.pkl")

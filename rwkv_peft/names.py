@@ -6,14 +6,17 @@ import unicodedata
 
 LINES = "\n\u2028\u2029\r\x0b\x0c\x85"  # begin a new line somewhere
 # control characters; characters that are not seen, or turn around what follows; ends of lines and paragraphs; half characters
+JOINERS = "\u200c\u200d"  # between letters (Persian) and emoji they are a part of the word
 UNSEEN = ("Cc", "Cf", "Zl", "Zp", "Cs")
 
 
 def fault(name: str, edges: bool = True) -> str:
     """Why a name cannot be that of a file which others read, list and type, as in: holds a line break. "" for one that can.
     edges: whether it is all of that name, so that its ends count, too."""
-    for character in name:
+    for i, character in enumerate(name):
         kind = unicodedata.category(character)
+        if character in JOINERS and 0 < i < len(name) - 1:
+            continue
         if character in LINES:
             return "holds a line break"
         if kind == "Cs":
@@ -33,6 +36,7 @@ def visible(text: str, keep: str = "") -> str:
     """Text with everything that a terminal would obey, or not show, written as \\x1b or \\u202e. keep: what stays as it is."""
     if text.isprintable():
         return text
+    keep += JOINERS
     return "".join(
         c if c in keep or unicodedata.category(c) not in UNSEEN else c.encode("unicode_escape").decode() for c in text
     )

@@ -2,7 +2,8 @@
 where they lie, and a hostile one lies. Floor 0.
 
 Two programs must never read two contents from one file. So what the format allows and torch never writes is refused: packed or
-encrypted records, names twice, records that share bytes, bytes in front of the archive or behind it, and lists that disagree.
+encrypted records, names twice, records that share bytes, bytes in front of the archive, and lists that disagree. (Bytes behind
+it, or a comment, hide no second archive: its end is the last one.)
 (The format: https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT)
 """
 
@@ -35,8 +36,8 @@ class List(NamedTuple):
 
 def find_list(file: BinaryIO, whole: int, exact: bool = True) -> List:
     """Where the list of a zip file's records lies. ValueError in the user's words if that cannot be true. whole: bytes of the
-    file. exact: nothing may stand in front of the archive or behind it."""
-    end = end_of(file, whole, exact)
+    file. exact: nothing may stand in front of the archive."""
+    end = end_of(file, whole)
     kind, disk, list_disk, here, count, size, begin, _ = END.unpack(read_at(file, end, END.size))
     at, told = end, List(count, size, begin)
     if end >= LOCATOR64.size and (found := read_at(file, end - LOCATOR64.size, LOCATOR64.size))[:4] == b"PK\6\7":
@@ -56,15 +57,12 @@ def find_list(file: BinaryIO, whole: int, exact: bool = True) -> List:
     return List(count, size, begin)
 
 
-def end_of(file: BinaryIO, whole: int, exact: bool) -> int:
+def end_of(file: BinaryIO, whole: int) -> int:
     """Where the last part of a zip file begins."""
     tail = read_at(file, max(0, whole - END.size - 0xFFFF), END.size + 0xFFFF)
     at = tail.rfind(b"PK\5\6")
     if at < 0 or len(tail) - at < END.size:
         raise ValueError("its end is missing")
-    behind = len(tail) - at - END.size
-    if exact and behind:
-        raise ValueError(f"{behind:,} bytes stand behind its end")
     return whole - len(tail) + at
 
 
@@ -110,8 +108,7 @@ def must_be_plain(info: zipfile.ZipInfo) -> None:
         raise ValueError(f"the record {name} is encrypted")
     if info.compress_type != zipfile.ZIP_STORED:
         raise ValueError(
-            f"the record {name} is compressed ({info.compress_size:,} bytes for {info.file_size:,}), which torch never does: "
-            "load and save it once with torch, if you trust it"
+            f"the record {name} is compressed ({info.compress_size:,} bytes for {info.file_size:,}), which torch never does"
         )
     if info.compress_size != info.file_size:
         raise ValueError(f"the record {name} has two sizes")

@@ -153,8 +153,6 @@ FILES = {
     "middle": (replaced(b"a/byteorder", b"\x1b[2J"), "byte order '"),
     "a long byteorder": (replaced(b"a/byteorder", b"little" * 9), "a/byteorder has 54 bytes"),
     "bytes in front": (Zip(RECORDS, front=b"#!/bin/sh\n").bytes[10:] and b"#!/bin/sh\n" + Zip(RECORDS).bytes, "bytes stand in front of it"),
-    "bytes behind": (Zip(RECORDS, behind=b"x" * 9).bytes, "9 bytes stand behind its end"),
-    "a comment": (Zip(RECORDS, comment=b"hello").bytes, "5 bytes stand behind its end"),
     "one archive behind another": (Zip(RECORDS).bytes + Zip([(b"b/data.pkl", b"x")]).bytes, "bytes stand in front of it"),
     "lists that disagree": (Zip(RECORDS, zip64={"count": 1}).bytes, "two lists of its records, which disagree"),
     "a list of too many": (Zip(RECORDS, count=0xFFFF, zip64={"count": 1 << 40}).bytes, "tells of 1,099,511,627,776 records"),
@@ -225,7 +223,8 @@ def files(tmp_path_factory):
 
 
 def test_the_builder_of_hostile_files_builds_sound_ones(tmp_path):
-    for content in (Zip(RECORDS).bytes, Zip(RECORDS, zip64={}).bytes):
+    more = Zip(RECORDS, behind=b"\n").bytes, Zip(RECORDS, comment=b"hello").bytes  # which hide no second archive
+    for content in (Zip(RECORDS).bytes, Zip(RECORDS, zip64={}).bytes, *more):
         (tmp_path / "x.pth").write_bytes(content)
         assert torch.load(tmp_path / "x.pth", weights_only=True, mmap=True)
         assert len(checkpoint.load(tmp_path / "x.pth")) == 2

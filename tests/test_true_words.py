@@ -33,6 +33,7 @@ BAD = {
     "a\u2066b": "holds LEFT-TO-RIGHT ISOLATE (U+2066)",
     "a\u200b": "holds ZERO WIDTH SPACE (U+200B)",
     "\ufeffa": "holds ZERO WIDTH NO-BREAK SPACE (U+FEFF)",
+    "a\u200d": "holds ZERO WIDTH JOINER (U+200D)",
     "a\u00adb": "holds SOFT HYPHEN (U+00AD)",
     "a\U000e0041b": "holds TAG LATIN CAPITAL LETTER A (U+E0041)",
     "a\udce9": "is not UTF-8",
@@ -52,6 +53,8 @@ GOOD = [
     "a*",
     "$(x)",
     "🦜",
+    "👩\u200d🚀",
+    "می\u200cخواهم",
     "a.b",
     "_",
     "a;b",
@@ -240,3 +243,12 @@ def test_a_sound_table_is_not_called_unreadable_where_memory_or_files_ran_out(tm
     monkeypatch.setattr(tables, "limit", lambda kind: 1 << 30)  # as under ulimit -v
     with pytest.raises(type(error)):
         list(tables.columnar(tmp_path / "x.parquet"))
+
+
+def test_a_pipe_in_place_of_questions_is_named_and_not_waited_for(tmp_path):
+    from rwkv_peft.train.opening import questions_of
+
+    os.mkfifo(tmp_path / "q.txt")
+    with pytest.raises(Problems) as told:
+        questions_of(str(tmp_path / "q.txt"))
+    assert "SAMPLE_PROMPTS" in str(told.value) and "is a FIFO" in str(told.value)

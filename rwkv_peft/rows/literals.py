@@ -22,7 +22,7 @@ SHOWN = 30  # characters of a row that a sentence quotes
 # kind of fault -> what the report says of rows with it
 FAULTS = {
     "python": "written as Python prints them (single quotes, None, True), not as JSON; read all the same",
-    "nan": "with NaN or Infinity, which JSON does not have; each is taken as null (empty)",
+    "nan": "with NaN, Infinity or a number that is too large, which JSON does not have; each is taken as null (empty)",
     "comma": "with a comma that nothing follows; read all the same",
     "comment": "with a comment inside; read without it",
     "control": "with a line break or tab inside a text, which JSON writes as \\n or \\t; read all the same",

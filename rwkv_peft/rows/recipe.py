@@ -267,7 +267,10 @@ class Cook:
                     fault = faults.pop()
                     counts[f"fault: {fault}"] += 1
                     note(f"fault: {fault}", line)
-                    hint = " (the row holds NaN, which JSON does not have: it counts as null)" * (fault == "nan")
+                    hint = (
+                        " (the row holds NaN, or a number that is too large, which JSON does not have: it counts as null)"
+                        * (fault == "nan")
+                    )
                 if type(content) is TableRow:
                     hint = self.empty_cells(content, line, counts, note)
                 # what was read as cp1252 holds letters from À to ÿ, which are C3 and another byte: rows without one need no

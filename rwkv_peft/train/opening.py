@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import hashing, project, runs, sidecars
+from ..atomic import reading
 from ..config import TrainConfig
 from ..errors import Problem, Problems, UserError, in_words
 from ..file_watch import FileWatch
@@ -13,6 +14,8 @@ from ..methods import METHODS
 from ..names import fault
 from .data import stream_source
 from .record import options_of, script_values
+
+MOST_TEXT = 1 << 20  # characters of a file of questions
 
 
 def open_files(config: TrainConfig, base: Path, new: bool):
@@ -59,7 +62,8 @@ def questions_of(text: str) -> list[str]:
     if text.endswith(".txt"):
         path = project.find(text, "data")
         try:
-            found = path.read_text(encoding="utf-8").splitlines()
+            with reading(path, "r", encoding="utf-8-sig") as file:
+                found = file.read(MOST_TEXT).splitlines()
         except (OSError, ValueError) as error:
             raise Problems(
                 Problem("SAMPLE_PROMPTS", f"{project.shown(path)} cannot be read: {in_words(error)}")
