@@ -5,8 +5,8 @@ from __future__ import annotations
 import unicodedata
 
 LINES = "\n\u2028\u2029\r\x0b\x0c\x85"  # begin a new line somewhere
-# control characters; characters that are not seen, or turn around what follows; ends of lines and paragraphs; half characters
 JOINERS = "\u200c\u200d"  # between letters (Persian) and emoji they are a part of the word
+# control characters; characters that are not seen, or turn around what follows; ends of lines and paragraphs; half characters
 UNSEEN = ("Cc", "Cf", "Zl", "Zp", "Cs")
 
 
