@@ -133,6 +133,17 @@ def test_a_sheet_with_a_stray_cell_far_away_is_refused(tmp_path, monkeypatch):
         rows_in(workbook(tmp_path / "x.xlsx", A=[HEADER, *[["a", "b"]] * 8, *[[]] * 890, ["a"]]))
 
 
+def test_a_workbook_that_lacks_one_of_its_sheets_is_called_damaged(tmp_path):
+    path = workbook(tmp_path / "x.xlsx", A=[HEADER, ["a", "b"]])
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist() if "worksheets/" not in name}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content)
+    with pytest.raises(UserError, match="is damaged: its sheet A cannot be read"):
+        rows_in(path)
+
+
 @pytest.mark.parametrize("place", ["XFD1048576", "GQ1000000", "AAAA9"])
 def test_a_stray_cell_is_found_before_room_is_made_for_it(tmp_path, place):
     path = workbook(tmp_path / "x.xlsx", A=[HEADER, ["a", "b"]])

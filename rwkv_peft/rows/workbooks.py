@@ -99,13 +99,17 @@ def must_fit_memory(path: Path, name: str) -> None:
 def sheets(book, name: str, size: int, valid_split: str = "") -> Iterator[Block]:
     """The sheet that is read is the first whose columns have a known name, else the first with anything in it."""
     found: list[tuple[str, list[list[str]], int, list[str]]] = []
-    for title in book.sheet_names:
+    for told in book.sheets_metadata:
+        title = told.name
         try:
             sheet = book.get_sheet_by_name(title)
-        except Exception as error:  # a sheet that holds nothing but a chart
+        except Exception as error:
             if type(error).__name__ not in ("WorksheetNotFound", "CalamineError"):
                 raise
-            continue
+            if str(told.typ).endswith("WorkSheet"):
+                words = f"{name}: is damaged: its sheet {title} cannot be read ({first_line(error)})."
+                raise UserError(words) from None
+            continue  # it holds nothing but a chart
         if sheet.end is None:
             continue
         if (sheet.end[0] + 1) * (sheet.end[1] + 1) > CELLS_LIMIT + 10 * size:  # of the formats that are no XML

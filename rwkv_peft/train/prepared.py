@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 # what to do where a file of a run has changed
 CURE = (
-    "Nothing was saved after that. Put the file back as it was, and run ./training.sh again: it goes on from the last saved "
-    "state, if there is one."
+    "Nothing was saved after that. Put the file back as it was, and run the script again: it goes on from the last saved state, "
+    "if there is one."
 )
 AGAIN = "Run it again when nothing writes to the file any more."  # where nothing is saved in any case
 MOST_NAME = 80  # characters of a mixture's names in the name of a run
