@@ -35,7 +35,7 @@ def lines(path: Path, is_record: Callable[[dict], bool]) -> Iterator[Line]:
     with reading(path) as file:
         is_utf16 = file.read(4) in ("\ufeff{".encode(utf16) for utf16 in ("utf-16-le", "utf-16-be"))
     encoding = "utf-16" if is_utf16 else "utf-8-sig"
-    with reading(path, "r", encoding=encoding, errors="replace", newline="\n") as file:
+    with reading(path, "r", encoding=encoding, errors="surrogateescape", newline="\n") as file:
         while text := file.readline(MOST_LINE):
             if not text.endswith("\n") and len(text) == MOST_LINE:
                 while (rest := file.readline(MOST_LINE)) and not rest.endswith("\n"):

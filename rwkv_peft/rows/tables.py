@@ -24,6 +24,7 @@ from .reading import Block, Note, TableRow, grouped, is_utf8, not_utf8, unpacked
 from .schemas import Row, RowError
 from .table_header import LOOKED_AT, Header, header_row, trimmed, value_text
 
+TIMES = 1000  # a sound table asks for less than so many times the size of its file at once
 FIELDS_LIMIT = 1 << 27  # characters of a cell that Python's reader takes; RowLines ends what is no row long before
 
 
@@ -346,8 +347,9 @@ def columnar(path: Path) -> Iterator[Block]:
                         changed[column] += value is not None and row[column] is None
                 yield Block(shown(path), number, list(enumerate(rows, number)), 0)
                 number += len(rows)
-    except MemoryError:
-        if limit(resource.RLIMIT_AS) is not None:
+    except MemoryError as error:
+        size = re.search(r"of size (\d+)", str(error))
+        if size and int(size[1]) < TIMES * path.stat().st_size and limit(resource.RLIMIT_AS) is not None:
             raise  # of which the limit is told
         raise UserError(
             f"{shown(path)}: cannot be read as {path.suffix[1:]}: it asks for more memory than there is. It is damaged, or has "

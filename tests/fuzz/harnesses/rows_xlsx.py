@@ -6,6 +6,7 @@ import random
 
 from fuzz import mutate
 from fuzz.rows import Rows
+from rwkv_peft.rows import workbooks
 
 WORDS = (
     b'<row r="1">', b"</row>", b'<c r="A1" t="inlineStr"><is><t>x</t></is></c>', b'<c r="XFD1048576"><v>1</v></c>',
@@ -18,6 +19,7 @@ WORDS = (
 class It(Rows):
     ending = ".xlsx"
     cases = ("*.xlsx",)
+    starts = (workbooks.PROBE,)
 
     def mutate(self, data: bytes, random: random.Random, other: bytes) -> bytes:
         return mutate.of_zip(
