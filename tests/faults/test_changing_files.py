@@ -685,12 +685,41 @@ def test_content_that_was_known_is_taken_again_where_a_write_has_left_the_times_
 
 def test_a_model_that_is_cut_while_it_talks_is_named(ready, monkeypatch):
     path = ready / "model/tiny.pth"
-    values = shell_values(ROOT / "chat.sh") | {"MODEL_PATH": "tiny.pth", "PRECISION": "fp32", "MAX_TOKENS": "4"}
-    settings = Script(ROOT / "chat.sh", values).read(chat.ChatConfig)
-    between(monkeypatch, chat, "once", lambda: cut(path), False)
-    process = Command(lambda: chat.command(settings, ["--prompt", "Hi"]), ready / "said.txt")
+    between(monkeypatch, chat, "answer", lambda: cut(path), False)
+    process = Command(lambda: chat.command(chat_settings(), ["--prompt", "Hi"]), ready / "said.txt")
     assert process.code() == EXIT_USER, process.said
     assert "model/tiny.pth: became shorter" in process.said.splitlines()[-1], process.said
+
+
+def chat_settings(**changes: str) -> chat.ChatConfig:
+    values = (
+        shell_values(ROOT / "chat.sh") | {"MODEL_PATH": "tiny.pth", "PRECISION": "fp32", "MAX_TOKENS": "4"} | changes
+    )
+    return Script(ROOT / "chat.sh", values).read(chat.ChatConfig)
+
+
+@pytest.mark.parametrize("harm", few((overwrite, other_model, replace, grow, Path.unlink), (overwrite, Path.unlink)))
+@pytest.mark.parametrize("name", ["model/tiny.pth", "output/first/rwkv-0.pth"])
+def test_a_model_or_adapter_that_changes_gives_no_further_answer(finished, monkeypatch, name, harm):
+    path, asked = finished.root / name, []
+
+    def question(_: str) -> str:
+        asked.append(True)
+        if len(asked) == 2:
+            harm(path)
+        return "Hi"
+
+    monkeypatch.setattr("builtins.input", question)
+    process = Command(lambda: chat.command(chat_settings(ADAPTER="first"), []), finished.root / "said.txt")
+    assert process.code() == EXIT_USER, process.said
+    assert f"{name}: " in (last := process.said.splitlines()[-1]) and "Start ./chat.sh again" in last, process.said
+    assert process.said.count("\nAssistant:") == 1 and "Traceback" not in process.said, process.said
+
+
+def test_nor_the_only_answer(ready, monkeypatch):
+    between(monkeypatch, chat, "once", lambda: overwrite(ready / "model/tiny.pth"), False)
+    with pytest.raises(file_watch.FileChanged, match=r"model/tiny\.pth: has other content than when it was opened"):
+        chat.command(chat_settings(), ["--prompt", "Hi"])
 
 
 @pytest.fixture(params=[True, False], ids=["content known", "content not known"])
