@@ -83,6 +83,10 @@ class Watched:
     sha256: str | None = None
     turn: int = 0  # of the piece that is compared next
 
+    @property
+    def is_folder(self) -> bool:
+        return self.stamp.kind == stat.S_IFDIR
+
     def take_pieces(self, many: int) -> None:
         size = self.stamp.size
         many = min(many, -(-size // PIECE))
@@ -129,6 +133,18 @@ class FileWatch:
                     one.sha256 = one.sha256 if stamp_of(path) == one.stamp else None
                 with self.lock:
                     self.files[path] = one
+
+    def add_folder(self, path: Path) -> None:
+        """Watch a folder that is written to by its name: it must not be renamed, nor another one take its place."""
+        with self.lock:
+            self.files[str(path)] = Watched(path, stamp_of(path))
+
+    def is_there(self, path: Path) -> bool:
+        """Whether what is watched at a path is still the same file or folder, whatever it holds."""
+        try:
+            return stamp_of(path)[:3] == self.files[str(path)].stamp[:3]
+        except (OSError, KeyError):
+            return False
 
     def release(self, paths: Iterable[str | os.PathLike]) -> None:
         """These are not used any more."""
@@ -219,6 +235,9 @@ class FileWatch:
 
     def compared(self, one: Watched, every: bool) -> str:
         now = stamp_of(one.path)
+        if one.is_folder:
+            same = now[:3] == one.stamp[:3]
+            return "" if same else f"is not the folder that it was when {self.begun}: it was renamed or replaced"
         for _ in range(TRIES):
             if now.kind != one.stamp.kind:  # (a pipe would have to be waited for)
                 return f"is no regular file any more, as it was when {self.begun}"
@@ -255,7 +274,7 @@ class FileWatch:
         """What to say of a file whose mapped content is not there any more; "" if there is none. Takes no lock: who asks may
         have one, or be stopped in the middle of anything."""
         found = []
-        for one in list(self.files.values()):
+        for one in [one for one in list(self.files.values()) if not one.is_folder]:
             try:
                 now = stamp_of(one.path)
                 if now != one.stamp:

@@ -30,8 +30,8 @@ import merge.__main__ as merging
 from json2binidx import tokenize as tokenizing
 from merge import deliver, fold
 from merge.exports import EXPORTS
-from rwkv_peft import chat, checkpoint, file_watch, hashing, train
-from rwkv_peft.errors import EXIT_USER, UserError, door
+from rwkv_peft import chat, checkpoint, file_watch, hashing, runs, step_log, train
+from rwkv_peft.errors import EXIT_USER, Problems, UserError, door
 from rwkv_peft.shell_vars import Script
 from rwkv_peft.training import snapshot
 
@@ -854,3 +854,55 @@ def test_a_content_that_was_read_while_the_file_was_written_to_is_not_known(tmp_
     change_one_letter(path)
     watch.know(path, hashing.sha256(path))
     assert watch.files[str(path)].sha256 is None, "the changed content was taken for the one that it began with"
+
+
+def edit_as_sed_does(path: Path) -> None:
+    fresh = path.with_name("sedXYZ")
+    fresh.write_bytes(path.read_bytes().rpartition(b'{"step": 3,')[0])  # (and lines come to the old file meanwhile)
+    os.replace(fresh, path)
+
+
+@pytest.mark.parametrize("harm", [edit_as_sed_does, Path.unlink])
+def test_a_log_that_an_editor_replaces_loses_no_record_and_lets_no_second_run_in(run, harm):
+    log = run.folder / "loss.jsonl"
+    process = run.start()
+    process.until(lambda: len(run.saved()) > 2)
+    harm(log)
+    assert runs.is_running(run.folder)
+    with pytest.raises(Problems, match="is being trained at this moment"), contextlib.ExitStack() as cleanup:
+        runs.claim("run", "stem", cleanup, goes_on=True)
+    process.until(lambda: "loss.jsonl was replaced or removed" in process.said)
+    harm(log)
+    saved = run.saved()
+    process.until(lambda: not {*run.saved()} & {*saved})
+    os.kill(process.pid, signal.SIGINT)
+    assert process.code() == 130, process.said
+    steps = [record["step"] for record in step_log.read(run.folder)]
+    assert steps == [*range(1, steps[-1] + 1)] and steps[-1] >= max(int(p.name[5:]) for p in run.folder.glob("state/*"))
+    assert process.said.count("warning   output/run/loss.jsonl") == 1, process.said
+    assert not runs.is_running(run.folder)
+
+
+@pytest.mark.parametrize("another", [True, False], ids=["another in its place", "none"])
+def test_a_run_whose_folder_is_renamed_stops_and_writes_nothing_into_another(run, another):
+    """The other one has what a run would tidy up: a sidecar alone, an empty log."""
+    folder, moved = run.folder, run.folder.with_name("moved")
+    for ending in (".bin", ".idx", ".roles.bin", ".roles.idx"):
+        shutil.copy(run.root / f"data/chat{ending}", run.root / f"data/held{ending}")
+    (run.root / "data/asked.txt").write_text("Hi\n")
+    process = run.start(VAL_DATA="held", VAL_STEPS="1", SAMPLE_PROMPTS="asked.txt", SAMPLE_STEPS="1", SAMPLE_TOKENS="2")
+    process.until(lambda: len(run.saved()) > 2)
+    folder.rename(moved)
+    held = {"loss.jsonl": "", "rwkv-step-5.json": "{}", "run.json": "{}"}
+    if another:
+        folder.mkdir()
+        for name, content in held.items():
+            (folder / name).write_text(content)
+    assert process.code() == EXIT_USER, process.said
+    last = process.said.splitlines()[-1]
+    assert last.startswith("output/run: is not ") and "Nothing was saved after that" in last, process.said
+    assert "Traceback" not in process.said and [*folder.parent.glob("run")] == [folder] * another, [*folder.rglob("*")]
+    if another:
+        assert {path.name: path.read_text() for path in folder.iterdir()} == held
+    moved.rename(folder) if not another else None
+    assert step_log.read(folder if not another else moved)[-1]["step"] > 5
