@@ -2,9 +2,13 @@
 
 Files are mapped for hours, or read more than once, while somebody may overwrite, replace, cut or remove them. A look at a file
 compares what the file system says of it (device, inode, size, times), and pieces of its content: there are writes that leave
-the times alone (through a shared mapping on tmpfs), and file systems whose clock is coarse. Where that differs in nothing but
-inode and times (touch, a copy put back), the whole content is compared, if it is known; the same content is no change. What was
-once seen to be changed stays so: something may have been computed with it.
+the times alone (through a shared mapping on tmpfs), and file systems whose clock is coarse.
+
+A file whose time of writing moves while it is in use was changed, whatever it holds now: other bytes may have stood in it between
+two looks. Where only its rights or its names change (chmod, a backup's hard link), that is no change, unless pieces of the
+content differ, or all of it where it is known (a time may be put back). Where another file takes its name, what is mapped stays
+as it was; the same content, where it is known, is no change. What was once seen to be changed stays so: something may have been
+computed with it.
 """
 
 from __future__ import annotations
@@ -27,7 +31,8 @@ from .project import shown
 from .words import count
 
 LOOK = 1.0  # seconds between two looks at all files ...
-SHARE = 0.002  # ... and more where there are many: looking takes this part of the time at most
+LONGEST = 5.0  # ... and up to this many where there are many files ...
+SHARE = 0.002  # ... so that looking takes about this part of the time
 PIECE = 4096  # bytes of a piece of the content
 PIECES = 16  # of a file ...
 ALL_PIECES = 2048  # ... and of all files
@@ -78,6 +83,10 @@ class Watched:
     sha256: str | None = None
     turn: int = 0  # of the piece that is compared next
 
+    @property
+    def is_folder(self) -> bool:
+        return self.stamp.kind == stat.S_IFDIR
+
     def take_pieces(self, many: int) -> None:
         size = self.stamp.size
         many = min(many, -(-size // PIECE))
@@ -105,6 +114,7 @@ class FileWatch:
         self.silent = False  # another process says why this one leaves
         self.lock, self.over = threading.RLock(), threading.Event()
         self.last, self.learnt = time.monotonic(), 0
+        self.looking = self.hashing = 0.0  # seconds of the last look without, and with nothing but, whole contents
 
     def add(self, paths: Iterable[str | os.PathLike], stamps: Mapping[str, Stamp] | None = None) -> None:
         """Watch regular files from here on. To be called before anything is read of them. stamps: what the files were before
@@ -123,6 +133,18 @@ class FileWatch:
                     one.sha256 = one.sha256 if stamp_of(path) == one.stamp else None
                 with self.lock:
                     self.files[path] = one
+
+    def add_folder(self, path: Path) -> None:
+        """Watch a folder that is written to by its name: it must not be renamed, nor another one take its place."""
+        with self.lock:
+            self.files[str(path)] = Watched(path, stamp_of(path))
+
+    def is_there(self, path: Path) -> bool:
+        """Whether what is watched at a path is still the same file or folder, whatever it holds."""
+        try:
+            return stamp_of(path)[:3] == self.files[str(path)].stamp[:3]
+        except (OSError, KeyError):
+            return False
 
     def release(self, paths: Iterable[str | os.PathLike]) -> None:
         """These are not used any more."""
@@ -149,12 +171,13 @@ class FileWatch:
     def look(self, every: bool = True) -> FileChanged | None:
         """What has changed, or had before. every: compare all pieces of the content, instead of one of each file."""
         with self.lock:
+            began, self.hashing = time.thread_time(), 0.0
             for one in list(self.files.values()):
                 if self.changed:
                     break
                 if how := self.difference(one, every):
                     self.changed = FileChanged(f"{shown(one.path)}: {how}. {self.cure}")
-            self.last = time.monotonic()
+            self.last, self.looking = time.monotonic(), time.thread_time() - began - self.hashing
         return self.changed
 
     def must_be_unchanged(self) -> None:
@@ -191,12 +214,13 @@ class FileWatch:
             self.note = lambda words: None
 
     def watch(self) -> None:
-        wait = LOOK
-        while not self.over.wait(wait):
-            began = time.thread_time()
+        while not self.over.wait(self.pause()):
             if self.look(every=False):
                 return
-            wait = max(LOOK, (time.thread_time() - began) / SHARE)
+
+    def pause(self) -> float:
+        """Seconds until the next look. A whole content that had to be compared does not count: that comes once."""
+        return min(LONGEST, max(LOOK, self.looking / SHARE))
 
     def difference(self, one: Watched, every: bool) -> str:
         """How a file differs from what it was, in words; "" where it does not."""
@@ -211,33 +235,46 @@ class FileWatch:
 
     def compared(self, one: Watched, every: bool) -> str:
         now = stamp_of(one.path)
+        if one.is_folder:
+            same = now[:3] == one.stamp[:3]
+            return "" if same else f"is not the folder that it was when {self.begun}: it was renamed or replaced"
         for _ in range(TRIES):
             if now.kind != one.stamp.kind:  # (a pipe would have to be waited for)
                 return f"is no regular file any more, as it was when {self.begun}"
             if now.size != one.stamp.size:
                 return resized(one.stamp.size, now.size, self.begun)
-            moved = now != one.stamp
-            if not one.has_its_pieces(every or moved):
+            if not one.has_its_pieces(every or now != one.stamp):
                 return f"has other content than when {self.begun}"
-            if not moved:
+            if now == one.stamp:
                 return ""
-            if one.sha256 is None:
-                how = "was written to" if now[:3] == one.stamp[:3] else "was replaced by another file"
-                return f"{how} since {self.begun}"
-            if sha256(one.path) != one.sha256:
+            replaced = (now.device, now.inode) != (one.stamp.device, one.stamp.inode)
+            if replaced and one.sha256 is None:
+                return f"was replaced by another file since {self.begun}"
+            if not replaced and now.mtime_ns != one.stamp.mtime_ns:
+                return f"was written to, or touched, since {self.begun}"
+            if one.sha256 and self.hashed(one.path) != one.sha256:
                 return f"has other content than when {self.begun}"
             before, now = now, stamp_of(one.path)
             if now == before:
                 one.stamp = now
-                self.note(f"note      {shown(one.path)} was touched, or replaced, and has the same content as before")
+                if replaced:
+                    self.note(f"note      {shown(one.path)} was replaced, and has the same content as before")
                 return ""
         return f"is being written to since {self.begun}"
+
+    def hashed(self, path: Path) -> str:
+        """The SHA-256 of a file; how long that takes is kept apart."""
+        began = time.thread_time()
+        try:
+            return sha256(path)
+        finally:
+            self.hashing += time.thread_time() - began
 
     def cut_off(self) -> str:
         """What to say of a file whose mapped content is not there any more; "" if there is none. Takes no lock: who asks may
         have one, or be stopped in the middle of anything."""
         found = []
-        for one in list(self.files.values()):
+        for one in [one for one in list(self.files.values()) if not one.is_folder]:
             try:
                 now = stamp_of(one.path)
                 if now != one.stamp:

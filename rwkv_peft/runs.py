@@ -10,7 +10,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -43,9 +43,15 @@ def claim(name: str, stem: str, cleanup: contextlib.ExitStack, goes_on: bool = F
     """The same, made ours until cleanup: of two runs that want one name at the same instant, one gets it. goes_on: it is an
     earlier run's, which goes on.
 
-    The mark is a lock on loss.jsonl, which vanishes with its process, so a run that was killed blocks nobody.
+    The mark is a lock on the folder, which vanishes with its process, so a run that was killed blocks nobody; and one on
+    loss.jsonl, for file systems that lock no folders (NFS). That alone would not do: an editor puts another file in its place.
     """
     atomic.make_folder(project.OUTPUT)
+    others: list[bool] = []
+
+    def own(file: IO[Any]) -> None:
+        others.append(not lock(file))
+
     while True:
         folder = choose(name, stem)
         if name:
@@ -55,20 +61,18 @@ def claim(name: str, stem: str, cleanup: contextlib.ExitStack, goes_on: bool = F
                 folder.mkdir()
             except FileExistsError:  # another run without a name was faster
                 continue
+        try:
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:  # who had it has just taken it away
+            continue
+        cleanup.callback(os.close, handle)
+        locked = lock(handle)
+        if not is_at(folder, handle):
+            continue
         must_be_usable(folder)
-        taken = has_saved(folder) and not goes_on
-
-        def lock(file: IO[Any]) -> None:
-            nonlocal taken
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                taken = True
-            except OSError:  # a file system without locks
-                pass
-
-        file = cleanup.enter_context(atomic.appending(folder / step_log.FILE, own=lock))
-        if taken:
+        taken = not locked or (has_saved(folder) and not goes_on)
+        file = None if taken else cleanup.enter_context(atomic.appending(folder / step_log.FILE, own=own))
+        if file is None or any(others):
             message = f"{project.shown(folder)} has just been taken by another run; choose another name"
             if goes_on:
                 message = f"{project.shown(folder)} is being trained at this moment, by another process"
@@ -78,6 +82,25 @@ def claim(name: str, stem: str, cleanup: contextlib.ExitStack, goes_on: bool = F
                 shutil.copyfileobj(log, before)
             file.truncate(0)
         return folder
+
+
+def lock(file: IO[Any] | int, kind: int = fcntl.LOCK_EX) -> bool:
+    """Lock an open file or folder; False if another process has done so."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
+
+
+def is_at(path: Path, handle: int) -> bool:
+    """Whether an open file or folder is still what the name leads to."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(handle))
+    except OSError:
+        return False
 
 
 def must_be_usable(folder: Path) -> None:
@@ -105,13 +128,12 @@ def must_lead_nowhere(folder: Path) -> None:
 
 def is_running(folder: Path) -> bool:
     """Whether a process trains this run now."""
-    try:
-        with atomic.reading(folder / step_log.FILE) as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # it has no log, or the file system no locks
-        pass
+    with contextlib.ExitStack() as opened, contextlib.suppress(OSError):  # it has no log
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        opened.callback(os.close, handle)
+        if not lock(handle, fcntl.LOCK_SH):
+            return True
+        return not lock(opened.enter_context(atomic.reading(folder / step_log.FILE)), fcntl.LOCK_SH)
     return False
 
 
@@ -154,8 +176,11 @@ def init_file(folder: Path, method: str) -> Path:
     return folder / f"init_{method}.pth"
 
 
-def abandon(folder: Path) -> None:
-    """What leaving in the middle of a save must not leave behind: half a file, or a sidecar without its checkpoint."""
+def abandon(folder: Path, ours: Callable[[], bool] = lambda: True) -> None:
+    """What leaving in the middle of a save must not leave behind: half a file, or a sidecar without its checkpoint. ours: whether
+    the folder is still the run's own."""
+    if not ours():
+        return
     for half in folder.glob(f"*.tmp-{os.getpid()}"):
         target = half.with_name(half.name.removesuffix(f".tmp-{os.getpid()}"))
         note = target.with_suffix(".json")
@@ -170,8 +195,10 @@ def abandon(folder: Path) -> None:
     release(folder)
 
 
-def release(folder: Path) -> None:
-    """Leave nothing behind of a run that never took a step, and no link to it."""
+def release(folder: Path, ours: Callable[[], bool] = lambda: True) -> None:
+    """Leave nothing behind of a run that never took a step, and no link to it. ours: whether the folder is still its own."""
+    if not ours():
+        return
     log = folder / step_log.FILE
     if log.is_file() and not log.stat().st_size and not has_saved(folder):
         log.unlink()

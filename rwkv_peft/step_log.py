@@ -106,6 +106,16 @@ def cut(folder: Path, last: int) -> tuple[list[dict[str, Any]], bool]:
     return [record for record, _ in records], not is_beginning
 
 
+def lacking(path: Path, written: str) -> str:
+    """What to add to a log so that it has all records of another one, whose text is given."""
+    there = {record["step"] for record in read(path.parent)}
+    found = [(parsed(line, is_step), line) for line in written.split("\n")]
+    more = "".join(line + "\n" for record, line in found if record and record["step"] not in there)
+    with reading(path) as file:
+        end = file.read()[-1:]
+    return ("" if end in (b"", b"\n") else "\n") + more
+
+
 def gaps(steps: Sequence[int], last: int) -> list[list[int]]:
     """The steps up to `last` that have no record, as [first, last] of each gap. steps: those that have one; they rise."""
     ends = itertools.pairwise([0, *steps, last + 1])

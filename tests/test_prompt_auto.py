@@ -12,6 +12,7 @@ from test_scripts import ROOT, shell_values
 
 from rwkv_peft import chat, project, prompting, sidecars, train
 from rwkv_peft.errors import UserError
+from rwkv_peft.file_watch import FileWatch
 from rwkv_peft.prompting import Prompting
 from rwkv_peft.rows.settings import TokenizeConfig, settled
 from rwkv_peft.shell_vars import Script
@@ -222,7 +223,7 @@ def test_a_run_whose_template_is_gone_is_refused_unless_another_is_typed(capsys)
 def test_chat_refuses_a_question_that_holds_a_border(capsys):
     settings = chat.ChatConfig("", "", "auto", "auto", "", 5, 0.0, 1.0, 0, 0, "fp32")
     with pytest.raises(UserError, match="holds ✿, which ends a turn in PROMPT_TYPE=rwkv-g1-bot"):
-        chat.once(None, settings, Prompting(PRESETS["rwkv-g1-bot"]), "a✿b", False)
+        chat.once(None, settings, Prompting(PRESETS["rwkv-g1-bot"]), "a✿b", False, FileWatch("it was opened", ""))
 
 
 def test_several_runs_of_one_name_and_other_contents_leave_the_template_open(project_folder):

@@ -122,9 +122,9 @@ def talk_with_model(
     if prompt is not None:
         if sys.stdout.isatty():
             print(f"{name}:", file=sys.stderr)  # standard output holds the answer alone
-        once(model, config, asked, prompt, raw)
+        once(model, config, asked, prompt, raw, in_use)
     else:
-        talk(model, config, asked, name)
+        talk(model, config, asked, name, in_use)
 
 
 def prompting(config: ChatConfig, form: Template, told: Mapping[str, Any], name: str) -> Prompting:
@@ -245,8 +245,8 @@ def command_line(arguments: list[str], config: ChatConfig) -> Asked:
     )
 
 
-def once(model, config: ChatConfig, asked: Prompting, prompt: str, raw: bool) -> None:
-    """--prompt: one answer to standard output."""
+def once(model, config: ChatConfig, asked: Prompting, prompt: str, raw: bool, in_use: FileWatch) -> None:
+    """--prompt: one answer to standard output. in_use: the model's files."""
     from ..generate import advance
     from ..roles import Role
 
@@ -262,6 +262,7 @@ def once(model, config: ChatConfig, asked: Prompting, prompt: str, raw: bool) ->
         text = form.prompt(messages, ending=asked.ending)
     stops = ((), (END_OF_DOC,)) if raw else (form.stops(), asked.stop_tokens)
     strip, lead = not raw and not form.opening, form.patterns[Role.ASSISTANT].lead
+    in_use.must_be_unchanged()
     if form.opening and not raw:
         print(form.opening, end="")  # the answer goes on from it
     answer(model, config, *advance(model, asked.encode(text)), stops, strip, lead=lead)
@@ -290,9 +291,9 @@ def answer(model, config: ChatConfig, logits, state, stops, strip: bool, talking
     return text
 
 
-def talk(model, config: ChatConfig, asked: Prompting, name: str) -> None:
+def talk(model, config: ChatConfig, asked: Prompting, name: str, in_use: FileWatch) -> None:
     """A conversation. The whole of it is encoded again each turn, and the model continues from the end of the last prompt: that
-    is a border which later text cannot move, while the end of an answer is not."""
+    is a border which later text cannot move, while the end of an answer is not. in_use: the model's files."""
     with contextlib.suppress(ImportError):  # gives input() its line editing and the arrow keys
         import readline  # noqa: F401
 
@@ -328,6 +329,7 @@ def talk(model, config: ChatConfig, asked: Prompting, name: str) -> None:
         if word := form.holds_reserved(Dialogue((Message(Role.USER, question),))):
             print(f"{word} ends a turn in PROMPT_TYPE={form.name}: ask without it.")
             continue
+        in_use.must_be_unchanged()
         messages.append(Message(Role.USER, form.asked(question)))
         ids = asked.encode(form.prompt(messages, ending=asked.ending))
         try:

@@ -167,7 +167,8 @@ def train(run, cleanup: contextlib.ExitStack, say) -> None:
     told = everybody(run, cleanup, say) if first else nobody(run, say)
     say = told.say
 
-    tidy = functools.partial(runs.abandon, folder) if first else lambda: None
+    ours = functools.partial(in_use.is_there, folder)
+    tidy = functools.partial(runs.abandon, folder, ours) if first else lambda: None
     parent = os.getppid() if run.place.of_ours else None
     watch = Watch(rank, config.processes, config.gpu_count, parent, tidy, tell, in_use.look)
     cleanup.callback(watch.leave)
@@ -194,6 +195,7 @@ def train(run, cleanup: contextlib.ExitStack, say) -> None:
     ends = config.epoch_save, config.epoch_count, epoch_steps
     save = Save(*ends, folder, write, trained, keep.save, say, config.keep_last)
     keep.beside, keep.paused = save.of_step, recorder.leave_out
+    save.ours = ours
     keep.unchanged = save.unchanged = stop.unchanged
     if run.missing and results:
         as_found = Parts(run.spread.weights(trained()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,10 +25,10 @@ from .record import options_of, resolved, script_values
 if TYPE_CHECKING:
     from .meeting import Meeting
 
-# what to do where a file of a run has changed
+# what to do where a file of a run, or its folder, has changed
 CURE = (
-    "Nothing was saved after that. Put the file back as it was, and run the script again: it goes on from the last saved state, "
-    "if there is one."
+    "Nothing was saved after that. Put it back as it was, and run the script again: it goes on from the last saved "
+    "state, if there is one."
 )
 AGAIN = "Run it again when nothing writes to the file any more."  # where nothing is saved in any case
 MOST_NAME = 80  # characters of a mixture's names in the name of a run
@@ -226,10 +227,11 @@ def claim(run: Prepared, name: str, stem: str, cleanup: contextlib.ExitStack) ->
     from . import again
 
     folder = runs.claim(name, stem, cleanup, run.found is not None)
+    run.in_use.add_folder(folder)
     if run.found:
         again.must_be_unchanged(run.found)
     else:
-        cleanup.callback(runs.release, folder)
+        cleanup.callback(runs.release, folder, functools.partial(run.in_use.is_there, folder))
         # of a run that was ended before it saved anything
         runs.init_file(folder, run.config.method).unlink(missing_ok=True)
     again.hand_over(run.found)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -62,7 +63,19 @@ class Results:
             "quant_kept": list(run.setup.quant_kept), "blocks": lisa.active if lisa else None, "kit": __version__,
         }  # fmt: skip
         facts = {**facts, **more, **self.running()}
-        snapshot.write(run.folder, parts, facts, run.config.keep_last, run.in_use.must_be_unchanged)
+        with self.in_own_folder():
+            snapshot.write(run.folder, parts, facts, run.config.keep_last, run.in_use.must_be_unchanged)
+
+    @contextlib.contextmanager
+    def in_own_folder(self) -> Iterator[None]:
+        """Where the run's folder is renamed in here, a save makes it anew: take that away, so that it can be put back."""
+        try:
+            yield
+        finally:
+            if not self.run.in_use.is_there(self.run.folder):
+                for made in (snapshot.folder_of(self.run.folder), self.run.folder):
+                    with contextlib.suppress(OSError):  # it is not there, or not empty
+                        made.rmdir()
 
     def write(self, trained: Parts, epoch: int, finished: bool, step: int, name: str = "") -> Path:
         """Write a checkpoint of what is trained, and its sidecar; returns its path. name: instead of the epoch's number.
@@ -95,17 +108,18 @@ class Results:
         note = sidecars.path_of(path)
         clear_leftovers(note)
         fresh, fresh_note = temporary(path), temporary(note)
-        try:
-            if learner.held:
-                change = lambda name: (lambda _: sound(name)) if name in trained else None  # noqa: E731
-                checkpoint.rewrite(learner.held, fresh, change)
-            else:
-                checkpoint.save(fresh, {name: sound(name) for name in trained})
-            sidecar["checkpoint_sha256"] = hashing.sha256(fresh, on_disk=True)
-            sidecars.write(fresh_note, sidecar)
-            run.in_use.must_be_unchanged()
-            sidecars.replace_pair(fresh, fresh_note, path)
-        finally:
-            remove(fresh)
-            remove(fresh_note)
+        with self.in_own_folder():
+            try:
+                if learner.held:
+                    change = lambda name: (lambda _: sound(name)) if name in trained else None  # noqa: E731
+                    checkpoint.rewrite(learner.held, fresh, change)
+                else:
+                    checkpoint.save(fresh, {name: sound(name) for name in trained})
+                sidecar["checkpoint_sha256"] = hashing.sha256(fresh, on_disk=True)
+                sidecars.write(fresh_note, sidecar)
+                run.in_use.must_be_unchanged()
+                sidecars.replace_pair(fresh, fresh_note, path)
+            finally:
+                remove(fresh)
+                remove(fresh_note)
         return Path(project.shown(path))

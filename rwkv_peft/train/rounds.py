@@ -47,6 +47,7 @@ def make_rounds(
         where = run.folder / samples.FILE
         every = config.sample_steps, run.plan.optimizer_steps
         rounds.append(samples.Samples(where, run.questions, answer, *every, told.say))
+        rounds[-1].ours = functools.partial(run.in_use.is_there, run.folder)
     for one in rounds:
         one.interrupted, one.agree, one.paused = lambda: bool(stop.received), stop.agree, recorder.leave_out
     return rounds

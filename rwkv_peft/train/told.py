@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -55,7 +56,8 @@ def everybody(run: Prepared, cleanup: contextlib.ExitStack, say: Callable[[str],
     if missing := step_log.new_gaps(gaps, found.facts.get("gaps")) if found else []:
         say(f"warning   loss.jsonl has no record of {step_log.in_words(missing)}; loss.png shows the gap")
     progress = Progress(run.steps, config.epoch_count, before, machine.most_memory, done)
-    log = LossFile(folder / step_log.FILE)
+    ours = functools.partial(run.in_use.is_there, folder)
+    log = LossFile(folder / step_log.FILE, progress.say, ours)
     known = {"wandb": found.facts["wandb"], **found.facts.get("trackers", {})} if found else {}
     for one in (log, progress):
         cleanup.callback(one.close)
@@ -69,5 +71,5 @@ def everybody(run: Prepared, cleanup: contextlib.ExitStack, say: Callable[[str],
         ids = {one.name: one.id for one in trackers}
         return {"wandb": ids.get("wandb"), "trackers": ids, "gaps": gaps}
 
-    looks = [*(one.validation for one in trackers), validate.ValidFile(folder / validate.FILE)]
+    looks = [*(one.validation for one in trackers), validate.ValidFile(folder / validate.FILE, ours)]
     return Told(progress.say, looked, before, [log, progress, *trackers], looks, running)

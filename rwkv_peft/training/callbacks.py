@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .. import project, runs, tokenizer
+from .. import project, runs, step_log, tokenizer
 from ..atomic import appending
 from ..errors import EXIT_USER, UserError, in_words, unheard
 from ..file_watch import FileChanged
@@ -237,17 +237,46 @@ class Progress:
 
 
 class LossFile:
-    """loss.jsonl: one object per optimizer step, readable at any moment."""
+    """loss.jsonl: one object per optimizer step, readable at any moment. Where an editor, or sed -i, has put another file in its
+    place, or somebody has removed it, it goes on in the file of that name, with the records that this one lacks. ours: whether
+    its folder is still the run's own. say: is told of that, once."""
 
-    def __init__(self, path: Path):
-        self.file = appending(path, encoding="utf-8")
+    def __init__(
+        self, path: Path, say: Callable[[str], None] = lambda words: None, ours: Callable[[], bool] = lambda: True
+    ):
+        self.path, self.say, self.ours, self.told = path, say, ours, set()
+        self.file = appending(path, "a+", encoding="utf-8")
+
+    def follow(self) -> None:
+        """Take the file that has the name now."""
+        if not self.ours() or (not self.path.is_symlink() and runs.is_at(self.path, self.file.fileno())):
+            return
+        try:
+            with contextlib.ExitStack() as failed:
+                fresh = failed.enter_context(appending(self.path, "a+", runs.lock, encoding="utf-8"))
+                self.file.seek(0)
+                fresh.write(step_log.lacking(self.path, self.file.read()))
+                fresh.flush()
+                failed.pop_all()
+            self.file.close()
+            self.file = fresh
+            self.warn("was replaced or removed; it goes on, with the records that it lacked")
+        except (OSError, UserError) as error:
+            self.warn(f"cannot be gone on with, and training goes on. {in_words(error)}")
+
+    def warn(self, words: str) -> None:
+        if words not in self.told:
+            self.told.add(words)
+            self.say(f"warning   {project.shown(self.path)} {words}")
 
     def __call__(self, record: Record) -> None:
+        self.follow()
         self.file.write(json.dumps(asdict(record)) + "\n")
         self.file.flush()
 
     def sync(self) -> None:
         """Bring it onto the disk: a state of a step is worth nothing without the record of that step."""
+        self.follow()
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
@@ -260,7 +289,8 @@ class Save(pl.Callback):
     write: (what is trained, epoch, finished, step, name instead of the epoch's) -> the path it wrote; called on rank 0 only.
     names: () -> the trained parameters, under their names in files. keep: saves what the run can go on from, with the trainer;
     called on all. epoch_steps: optimizer steps of an epoch. say: where to tell the user. most_steps: checkpoints of steps that
-    are kept. unchanged: called by all before and after a file is written; raises where a file of the run has changed.
+    are kept. unchanged: called by all before and after a file is written; raises where a file of the run has changed. ours:
+    whether the folder is still the run's own.
     """
 
     def __init__(
@@ -280,6 +310,7 @@ class Save(pl.Callback):
         self.write, self.names = write, names
         self.keep = keep
         self.unchanged: Callable[[pl.Trainer], None] = lambda trainer: None
+        self.ours: Callable[[], bool] = lambda: True
         self.newest: Path | None = None
         self.draw_again = 0.0  # when
 
@@ -292,7 +323,7 @@ class Save(pl.Callback):
             self.newest = path
             self.draw(epoch + 1 == self.epochs or trainer.should_stop)
             self.say(f"saved {path} (epoch {epoch + 1} of {self.epochs}{'' if finished else ', not finished'})")
-        elif not due and trainer.is_global_zero and (old := runs.drop_unfinished(self.folder, epoch)):
+        elif not due and trainer.is_global_zero and self.ours() and (old := runs.drop_unfinished(self.folder, epoch)):
             self.say(f"removed {project.shown(old)}: of the middle of an epoch that is finished now")
         if trainer.world_size > 1:
             trainer.strategy.barrier()
@@ -338,7 +369,7 @@ class Save(pl.Callback):
     def draw(self, ends: bool) -> None:
         """Draw loss.png, if that was not just done: pictures take DRAWING of the time at most. ends: in any case."""
         began = time.monotonic()
-        if not ends and began < self.draw_again:
+        if (not ends and began < self.draw_again) or not self.ours():
             return
         try:
             draw_loss(self.folder)

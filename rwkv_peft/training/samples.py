@@ -41,7 +41,8 @@ def cut(folder: Path, last: int) -> None:
 
 class Samples(Rounds):
     """questions: answered one by one, each by a model that has heard nothing before; answer: from a model and a question to what
-    it says. say: is told what goes wrong, which never stops the training."""
+    it says. say: is told what goes wrong, which never stops the training. ours: whether the file's folder is still the
+    run's own."""
 
     def __init__(
         self,
@@ -54,6 +55,7 @@ class Samples(Rounds):
     ):
         super().__init__(every, epoch_steps, last_of(path))
         self.path, self.questions, self.answer, self.say = path, questions, answer, say
+        self.ours: Callable[[], bool] = lambda: True
 
     def round(self, trainer, module) -> bool:
         if not (trainer.is_global_zero or module.spread.weights_in_pieces):
@@ -69,7 +71,7 @@ class Samples(Rounds):
                     "\n".join(f"> {line}" for line in answer.splitlines()) or "> (nothing)",
                     "",
                 ]
-            if trainer.is_global_zero:
+            if trainer.is_global_zero and self.ours():
                 with appending(self.path, encoding="utf-8") as file:
                     file.write("\n".join(lines) + "\n")
         except Exception as error:  # an answer is no reason to end a training

@@ -124,12 +124,14 @@ class Validate(Rounds):
 
 
 class ValidFile:
-    """valid.jsonl, on the disk before the state that follows."""
+    """valid.jsonl, on the disk before the state that follows. ours: whether its folder is still the run's own."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, ours: Callable[[], bool] = lambda: True):
+        self.path, self.ours = path, ours
 
     def __call__(self, record: dict) -> None:
+        if not self.ours():
+            return
         with appending(self.path, encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
             file.flush()

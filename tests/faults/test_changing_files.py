@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import errno
 import importlib
+import itertools
 import mmap
 import os
 import re
@@ -29,8 +30,8 @@ import merge.__main__ as merging
 from json2binidx import tokenize as tokenizing
 from merge import deliver, fold
 from merge.exports import EXPORTS
-from rwkv_peft import chat, checkpoint, file_watch, hashing, train
-from rwkv_peft.errors import EXIT_USER, UserError, door
+from rwkv_peft import chat, checkpoint, file_watch, hashing, runs, step_log, train
+from rwkv_peft.errors import EXIT_USER, Problems, UserError, door
 from rwkv_peft.shell_vars import Script
 from rwkv_peft.training import snapshot
 
@@ -279,28 +280,58 @@ def test_a_write_that_leaves_the_times_alone_is_seen_in_the_content(run, name):
         run.stops(name, write)
 
 
+def write_the_same_again(path: Path) -> None:
+    content = path.read_bytes()
+    with open(path, "r+b") as file:
+        file.write(content)
+
+
+def overwrite_and_put_the_content_back(path: Path) -> None:
+    """As a copy into the file and back: what was read between is not known."""
+    kept = path.read_bytes()
+    overwrite(path)
+    path.write_bytes(kept)
+
+
+def replace_by_the_same(path: Path) -> None:
+    fresh = path.with_name("fresh")
+    shutil.copy2(path, fresh)
+    os.replace(fresh, path)
+
+
+WRITTEN = (os.utime, write_the_same_again, overwrite_and_put_the_content_back)  # the content is what it was
 SAME = {
-    "touched": lambda path: os.utime(path),
     "rights": lambda path: path.chmod(0o600),
     "linked": lambda path: os.link(path, path.with_name("another name")),
-    "written": lambda path: path.open("r+b").write(path.read_bytes()),
-    "replaced": lambda path: (shutil.copy(path, path.with_name("fresh")), os.replace(path.with_name("fresh"), path)),
+    "replaced": replace_by_the_same,
     "moved away and back": lambda path: (path.rename(path.with_name("x")), path.with_name("x").rename(path)),
 }
 
 
-@pytest.mark.parametrize("how", few(SAME, ("touched", "replaced")))
+@pytest.mark.parametrize("harm", few(WRITTEN, (os.utime, overwrite_and_put_the_content_back)))
+@pytest.mark.parametrize("name", ["model/tiny.pth", "data/chat.bin"])
+def test_a_file_that_was_written_to_stops_a_run_and_the_last_state_goes_on(run, name, harm):
+    said = run.stops(name, lambda: harm(run.root / name))
+    assert f"{name}: " in said.splitlines()[-1]
+    step = max(int(p.name[5:]) for p in run.folder.glob("state/step-*"))
+    process = run.start(EPOCH_COUNT=str(step // 4 + 2), EPOCH_SAVE="9000")
+    assert process.code() == 0 and f"goes on   output/run at step {step}" in process.said, process.said
+
+
+@pytest.mark.parametrize("how", few(SAME, ("linked", "replaced")))
 @pytest.mark.parametrize("name", ["model/tiny.pth", "data/chat.bin"])
 def test_the_same_content_again_is_no_change(run, name, how):
     process = run.start()
     process.until(lambda: run.steps() > 6)
     SAME[how](run.root / name)
-    process.until(lambda: f"{name} was touched, or replaced, and has the same content" in process.said)
+    noted = how == "replaced"
+    if noted:
+        process.until(lambda: f"{name} was replaced, and has the same content" in process.said)
     before = run.saved()
-    process.until(lambda: run.saved() != before)
+    process.until(lambda: not {*run.saved()} & {*before})  # each save looks at all files
     os.kill(process.pid, signal.SIGINT)
     assert process.code() == 130, process.said
-    assert process.said.count("the same content") == 1
+    assert process.said.count("the same content") == noted
 
 
 def test_nothing_is_saved_on_the_way_out_either(run):
@@ -515,7 +546,7 @@ def test_of_a_folder_every_file_counts_and_so_does_a_new_one(project_folder, mon
 
 
 @pytest.mark.parametrize("how", SAME)
-def test_tokenizing_what_is_only_touched_goes_on(project_folder, monkeypatch, how):
+def test_tokenizing_what_has_the_same_content_goes_on(project_folder, monkeypatch, how):
     source = rows_of(project_folder / "data/rows.jsonl", 20)
     real = tokenizing.write
     monkeypatch.setattr(tokenizing, "write", lambda *given: SAME[how](source) and None or real(*given))
@@ -623,9 +654,9 @@ def test_an_export_of_an_adapter_that_changes(merged, monkeypatch, harm):
     assert not list((merged / "merge").iterdir())
 
 
-@pytest.mark.parametrize("how", few(SAME, ("touched",)))
+@pytest.mark.parametrize("how", few(SAME, ("linked",)))
 @pytest.mark.parametrize("name", ["model/tiny.pth", "output/first/rwkv-0.pth"])
-def test_a_merge_of_what_is_only_touched_is_made(merged, monkeypatch, name, how):
+def test_a_merge_of_what_has_the_same_content_is_made(merged, monkeypatch, name, how):
     between(monkeypatch, deliver, "verify", lambda: SAME[how](merged / name), False)
     merge_with("first")
     assert (merged / "merge/tiny-first-0.pth").is_file()
@@ -656,12 +687,104 @@ def test_content_that_was_known_is_taken_again_where_a_write_has_left_the_times_
 
 def test_a_model_that_is_cut_while_it_talks_is_named(ready, monkeypatch):
     path = ready / "model/tiny.pth"
-    values = shell_values(ROOT / "chat.sh") | {"MODEL_PATH": "tiny.pth", "PRECISION": "fp32", "MAX_TOKENS": "4"}
-    settings = Script(ROOT / "chat.sh", values).read(chat.ChatConfig)
-    between(monkeypatch, chat, "once", lambda: cut(path), False)
-    process = Command(lambda: chat.command(settings, ["--prompt", "Hi"]), ready / "said.txt")
+    between(monkeypatch, chat, "answer", lambda: cut(path), False)
+    process = Command(lambda: chat.command(chat_settings(), ["--prompt", "Hi"]), ready / "said.txt")
     assert process.code() == EXIT_USER, process.said
     assert "model/tiny.pth: became shorter" in process.said.splitlines()[-1], process.said
+
+
+def chat_settings(**changes: str) -> chat.ChatConfig:
+    values = (
+        shell_values(ROOT / "chat.sh") | {"MODEL_PATH": "tiny.pth", "PRECISION": "fp32", "MAX_TOKENS": "4"} | changes
+    )
+    return Script(ROOT / "chat.sh", values).read(chat.ChatConfig)
+
+
+@pytest.mark.parametrize("harm", few((overwrite, other_model, replace, grow, Path.unlink), (overwrite, Path.unlink)))
+@pytest.mark.parametrize("name", ["model/tiny.pth", "output/first/rwkv-0.pth"])
+def test_a_model_or_adapter_that_changes_gives_no_further_answer(finished, monkeypatch, name, harm):
+    path, asked = finished.root / name, []
+
+    def question(_: str) -> str:
+        asked.append(True)
+        if len(asked) == 2:
+            harm(path)
+        return "Hi"
+
+    monkeypatch.setattr("builtins.input", question)
+    process = Command(lambda: chat.command(chat_settings(ADAPTER="first"), []), finished.root / "said.txt")
+    assert process.code() == EXIT_USER, process.said
+    assert f"{name}: " in (last := process.said.splitlines()[-1]) and "Start ./chat.sh again" in last, process.said
+    assert process.said.count("\nAssistant:") == 1 and "Traceback" not in process.said, process.said
+
+
+def test_nor_the_only_answer(ready, monkeypatch):
+    between(monkeypatch, chat, "once", lambda: other_model(ready / "model/tiny.pth"), False)
+    with pytest.raises(file_watch.FileChanged, match=r"model/tiny\.pth: .* it was opened"):
+        chat.command(chat_settings(), ["--prompt", "Hi"])
+
+
+@pytest.fixture(params=[True, False], ids=["content known", "content not known"])
+def watched(tmp_path, monkeypatch, request) -> tuple[file_watch.FileWatch, Path]:
+    """not known: as of a streamed file above SMALL."""
+    if not request.param:
+        monkeypatch.setattr(file_watch, "SMALL", 0)
+    path = rows_of(tmp_path / "rows.jsonl")
+    watch = file_watch.FileWatch("it was opened", "Run it again.")
+    watch.add([path])
+    assert bool(watch.files[str(path)].sha256) == request.param
+    return watch, path
+
+
+@pytest.mark.parametrize("harm", WRITTEN)
+def test_what_was_written_to_is_changed_whatever_it_holds(watched, harm):
+    watch, path = watched
+    harm(path)
+    with pytest.raises(file_watch.FileChanged, match="rows.jsonl: was written to, or touched, since it was opened"):
+        watch.must_be_unchanged()
+
+
+@pytest.mark.parametrize("how", [how for how in SAME if how != "replaced"])
+def test_other_rights_and_names_are_no_change(watched, how):
+    watch, path = watched
+    before = file_watch.stamp_of(path)
+    SAME[how](path)
+    assert file_watch.stamp_of(path) != before
+    assert watch.look() is None and watch.look() is None
+
+
+def test_another_file_of_that_name_is_no_change_only_where_the_content_is_known(watched):
+    watch, path = watched
+    replace_by_the_same(path)
+    known = watch.files[str(path)].sha256
+    found = watch.look()
+    assert found is None if known else "rows.jsonl: was replaced by another file since" in str(found)
+
+
+def test_a_time_that_was_put_back_hides_nothing_where_the_content_is_known(tmp_path):
+    path = rows_of(tmp_path / "rows.jsonl")
+    watch = file_watch.FileWatch("it was opened", "Run it again.")
+    watch.add([path])
+    change_one_letter(path)
+    assert "rows.jsonl: has other content than when it was opened" in str(watch.look(every=False))
+
+
+def test_the_next_look_comes_soon_however_long_the_last_one_took(tmp_path, monkeypatch):
+    path = rows_of(tmp_path / "rows.jsonl")
+    watch = file_watch.FileWatch("it was opened", "Run it again.")
+    watch.add([path])
+    clock = itertools.count(0, 0.001)  # each question for the time takes a millisecond, and each whole content an hour
+    hours = []
+    monkeypatch.setattr(file_watch.time, "thread_time", lambda: next(clock) + 3600 * len(hours))
+    real = file_watch.sha256
+    monkeypatch.setattr(file_watch, "sha256", lambda path: hours.append(path) or real(path))
+    replace_by_the_same(path)
+    assert watch.look() is None and len(hours) == 1
+    assert watch.pause() == pytest.approx(file_watch.LOOK, abs=0.6), "the content that was compared was charged"
+    watch.looking = 3600.0
+    assert watch.pause() == file_watch.LONGEST <= 5
+    overwrite(path)
+    assert "rows.jsonl: " in str(watch.look(every=False))
 
 
 def test_a_pipe_in_place_of_an_empty_file_is_not_waited_for(tmp_path):
@@ -732,4 +855,56 @@ def test_a_content_that_was_read_while_the_file_was_written_to_is_not_known(tmp_
     watch.add([path])
     change_one_letter(path)
     watch.know(path, hashing.sha256(path))
-    assert watch.look(), "the changed content was taken for the one that it began with"
+    assert watch.files[str(path)].sha256 is None, "the changed content was taken for the one that it began with"
+
+
+def edit_as_sed_does(path: Path) -> None:
+    fresh = path.with_name("sedXYZ")
+    fresh.write_bytes(path.read_bytes().rpartition(b'{"step": 3,')[0])  # (and lines come to the old file meanwhile)
+    os.replace(fresh, path)
+
+
+@pytest.mark.parametrize("harm", [edit_as_sed_does, Path.unlink])
+def test_a_log_that_an_editor_replaces_loses_no_record_and_lets_no_second_run_in(run, harm):
+    log = run.folder / "loss.jsonl"
+    process = run.start()
+    process.until(lambda: len(run.saved()) > 2)
+    harm(log)
+    assert runs.is_running(run.folder)
+    with pytest.raises(Problems, match="is being trained at this moment"), contextlib.ExitStack() as cleanup:
+        runs.claim("run", "stem", cleanup, goes_on=True)
+    process.until(lambda: "loss.jsonl was replaced or removed" in process.said)
+    harm(log)
+    saved = run.saved()
+    process.until(lambda: not {*run.saved()} & {*saved})
+    os.kill(process.pid, signal.SIGINT)
+    assert process.code() == 130, process.said
+    steps = [record["step"] for record in step_log.read(run.folder)]
+    assert steps == [*range(1, steps[-1] + 1)] and steps[-1] >= max(int(p.name[5:]) for p in run.folder.glob("state/*"))
+    assert process.said.count("warning   output/run/loss.jsonl") == 1, process.said
+    assert not runs.is_running(run.folder)
+
+
+@pytest.mark.parametrize("another", [True, False], ids=["another in its place", "none"])
+def test_a_run_whose_folder_is_renamed_stops_and_writes_nothing_into_another(run, another):
+    """The other one has what a run would tidy up: a sidecar alone, an empty log."""
+    folder, moved = run.folder, run.folder.with_name("moved")
+    for ending in (".bin", ".idx", ".roles.bin", ".roles.idx"):
+        shutil.copy(run.root / f"data/chat{ending}", run.root / f"data/held{ending}")
+    (run.root / "data/asked.txt").write_text("Hi\n")
+    process = run.start(VAL_DATA="held", VAL_STEPS="1", SAMPLE_PROMPTS="asked.txt", SAMPLE_STEPS="1", SAMPLE_TOKENS="2")
+    process.until(lambda: len(run.saved()) > 2)
+    folder.rename(moved)
+    held = {"loss.jsonl": "", "rwkv-step-5.json": "{}", "run.json": "{}"}
+    if another:
+        folder.mkdir()
+        for name, content in held.items():
+            (folder / name).write_text(content)
+    assert process.code() == EXIT_USER, process.said
+    last = process.said.splitlines()[-1]
+    assert last.startswith("output/run: is not ") and "Nothing was saved after that" in last, process.said
+    assert "Traceback" not in process.said and [*folder.parent.glob("run")] == [folder] * another, [*folder.rglob("*")]
+    if another:
+        assert {path.name: path.read_text() for path in folder.iterdir()} == held
+    moved.rename(folder) if not another else None
+    assert step_log.read(folder if not another else moved)[-1]["step"] > 5
