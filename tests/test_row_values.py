@@ -395,3 +395,34 @@ def test_a_preview_tells_of_a_key_of_map_keys_that_no_row_has(tmp_path, capsys):
     path.write_text(json.dumps({"messages": [Q, ANSWER]}))
     preview(path, shipped(PROMPT_TYPE="rwkv-world", MAP_KEYS='{"content": "nosuch"}'), True, 1)
     assert "warning   MAP_KEYS names the column 'nosuch'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("row", "answer"),
+    [
+        ({"question": "q", "output": {"content": "a", "model": "m"}}, "a"),
+        ({"question": "q", "output": {"name": "a"}}, '{"name": "a"}'),
+        ({"question": "q", "answers": [{"text": "good"}, {"text": "bad"}]}, "good"),
+        ({"question": "q", "reasoning": "t", "answer": "<answer>a</answer>"}, "(t) a"),
+        ({"messages": [Q, {"role": "assistant", "reasoning_content": "t", "content": "<answer>a</answer>"}]}, "(t) a"),
+        ({"question": "q", "output": "a", "reasoning": "/no_think"}, "a"),
+        ({"question": "q", "output": "a", "reasoning": "detailed thinking off"}, "a"),
+        ({"problem": "q", "solution": "4", "answer": "We see that it is 4."}, "We see that it is 4."),
+        ({"problem": "q", "solution": "We see that it is 4.", "answer": "4"}, "We see that it is 4."),
+    ],
+)
+def test_the_answer_is_the_part_that_holds_its_words(row, answer):
+    assert said(row)[-1] == (A, answer)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"question": "q", "answer": {"text": [], "answer_start": []}}, "empty"),
+        ({"conversation": [["买家", "hi"], ["卖家", "hello"]]}, "unknown role"),
+        ({"conversation": [["A", "hi"], ["B", "hello"]]}, "unknown role"),
+        ({"instruction": "q", "output": "cut", "truncated_cells": ["output"]}, "cut off"),
+    ],
+)
+def test_what_is_no_answer_or_no_question_rejects_the_row(row, reason):
+    refused(row, reason)

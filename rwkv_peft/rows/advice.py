@@ -15,10 +15,12 @@ from .values import RowError
 
 # who the unknown names of data sets most likely are: only for the ROLE_MAP line that a refusal proposes
 LIKELY_ROLES = {
-    "user": "customer client caller patient student asker questioner player interviewer visitor guest speaker1 seeker "
-            "questioner ask instruction input query 客户 顾客 患者 学生 访客 玩家 甲",
-    "assistant": "agent support doctor therapist teacher tutor operator advisor counselor expert answerer npc character "
-                 "speaker2 response output answer staff 客服 医生 老师 专家 顾问 坐席 角色 乙",
+    "user": "buyer customer client caller patient student asker questioner player interviewer visitor guest speaker1 seeker "
+            "questioner ask instruction input query "
+            "客户 顾客 买家 买方 求助者 咨询者 来访者 应聘者 面试者 患者 学生 访客 玩家 甲",
+    "assistant": "seller agent support doctor therapist teacher tutor operator advisor counselor expert answerer npc character "
+                 "speaker2 response output answer staff "
+                 "客服 医生 老师 专家 顾问 卖家 卖方 商家 店主 咨询师 心理咨询师 律师 面试官 坐席 角色 乙",
     "tool": "environment env executor terminal result results api search browser interpreter 环境 结果",
     "system": "narrator context scenario setting instructions background 旁白 背景 设定",
 }  # fmt: skip

@@ -20,9 +20,17 @@ def one_answer(value: Any, name: str, unused: dict[tuple[str, str], int]) -> Any
     several that are right, the best (SQuAD: its first text; Nectar: that of rank 1)."""
     if isinstance(value, dict) and turns.have_roles([value]):
         return [value]
-    if isinstance(value, list) and value and all(is_text_part(one) for one in value):
-        return said(value)
+    if isinstance(value, dict) and says_nothing(value):
+        return ""
+    if isinstance(value, dict) and len(value) > 1 and (key := answer_key(value, False)):  # with its model, its id, ...
+        return value[key]
     several = squashed(name) == "answers"
+    if (
+        isinstance(value, list)
+        and value
+        and all(is_text_part(one) and not (several and len(one) == 1) for one in value)
+    ):
+        return said(value)
     if several and isinstance(value, str) and value.lstrip()[:1] in ("{", "["):  # in a cell of a table
         with contextlib.suppress(ValueError):
             words = one_answer(parse_list(value), name, unused)

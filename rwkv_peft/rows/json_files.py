@@ -14,7 +14,7 @@ from ..project import shown
 from ..words import count, listed
 from . import reading
 from .keys import MESSAGES
-from .kinds import PREFERENCES, ROW_KEYS, is_message, is_row_of_messages, value_of
+from .kinds import PREFERENCE, ROW_KEYS, is_message, is_row_of_messages, value_of
 from .reading import Block, Note, skip_line, too_long, unpacked
 from .schemas import Row, RowError
 from .splits import is_wanted, split_of
@@ -333,7 +333,7 @@ def wrapped_shape(head: bytes) -> Shape:
         if token[:1] in (b'"', b"'"):
             if depth == 1:
                 key = token[1:-1].decode("utf-8", "replace")
-                if key in ROW_KEYS or key in PREFERENCES:
+                if key in ROW_KEYS or PREFERENCE.search(key):
                     return Shape(0)
         elif token in (b"{", b"["):
             if depth == 1 and key == "columns":

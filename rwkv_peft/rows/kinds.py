@@ -33,7 +33,8 @@ UNSURE = (
     "assistant",
 )
 ROW_KEYS = frozenset((*MESSAGES, *MORE_MESSAGES, *PROMPTS, *RESPONSES, *TEXTS, *HISTORY)) - {*UNSURE}
-PREFERENCES = ("chosen", "rejected")
+# words in the names of lists that are two answers to one question, the better and the worse
+PREFERENCE = re.compile(r"chosen|reject|prefer|winn|loser|losing|worse|better|\A(?:good|bad)\Z", re.I)
 CONVERSATIONS = frozenset((*MESSAGES, *MORE_MESSAGES)) - {*UNSURE}
 SPEAKERS = ("role", "from", "speaker", "sender")  # the keys that make an object a message
 ROWS_OF_THEIR_OWN = ("id", "parent_id", "message_id", "conversation_id", "message_tree_id")  # a message as a row
@@ -275,7 +276,7 @@ def is_row_of_messages(value: dict) -> bool:
     beside it (Gemini's contents)."""
     talks = [key for key, one in value.items() if isinstance(one, list) and one and is_message(one[0])]
     return (
-        any(key in PREFERENCES for key in talks)
+        any(PREFERENCE.search(key) for key in talks)
         or len(talks) < len(value)
         and any(key in MORE_MESSAGES for key in talks)
     )

@@ -46,6 +46,7 @@ from .values import (
     short,
     split_reasoning,
     thoughts_in,
+    unwrapped,
     wants_a_look,
 )
 
@@ -66,6 +67,7 @@ KNOWN = {
     "pair": ("instruction with output", "prompt with completion", "question with answer"),
     "text": ("text",),
 }
+SOLUTIONS = ("solution", "generatedsolution")  # columns of an answer with its reasons
 INFILLING = "prefix/middle"  # what rows of prefix, suffix and middle are called
 
 
@@ -87,6 +89,8 @@ class Reader(Talks):
         cut: Any = ()
         if "row_idx" in row and isinstance(row.get("row"), dict):  # as the viewer of Hugging Face exports rows
             row, cut = row["row"], row.get("truncated_cells") or ()
+        elif isinstance(row.get("truncated_cells"), list):
+            cut = row["truncated_cells"]
         if "chat" in row or "mapping" in row:
             row = exports.row_of(row)
         if self.columns.named:
@@ -230,6 +234,9 @@ class Reader(Talks):
                 continue
             said_something = [name for name in answers if not is_nothing(row[name])]
             response = (said_something or [name for name in answers if row[name] is not None] or answers)[0]
+            if squashed(response) in SOLUTIONS:  # it leads to the short answer beside it, unless it is the shorter one
+                both = [name for name in said_something if squashed(name) in (*SOLUTIONS, "answer")]
+                response = max(both or [response], key=lambda name: len(str(row[name])))
             complete = row[prompt] is not None and row[response] is not None
             if best is None or complete:
                 best = prompt, response
@@ -310,7 +317,8 @@ class Reader(Talks):
                 raise RowError("empty", NO_ANSWER if think else f'its "{response}" is empty')
         if response not in columns_of_choices(tuple(row)):
             refuse_choice(row, f"{question}\n{material}", words, f'its "{prompt}"')
-        think = self.one_thought(think, bare_thought(self.agreed(row, think_names)), "its answer")
+        if beside := bare_thought(self.agreed(row, think_names)):
+            think, words = self.one_thought(think, beside, "its answer"), unwrapped(words)
         if think and not call and not words.strip():
             raise RowError("empty", NO_ANSWER)
         tools = [(name, row[name]) for name in parts.tools] + [("system", listed)] * bool(listed)

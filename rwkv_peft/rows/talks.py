@@ -41,6 +41,7 @@ from .values import (
     short,
     split_reasoning,
     thoughts_in,
+    unwrapped,
     wants_a_look,
 )
 
@@ -341,7 +342,9 @@ class Talks:
         except RowError as error:
             raise RowError(error.reason, f"{where} {error.message}") from None
         thoughts = bare_thought(self.agreed(one, think_names, f"{where}:")) if think_names else ""
-        think = self.one_thought(self.one_thought(inside, think, where), thoughts, where)
+        if thoughts := self.one_thought(think, thoughts, where):  # it stands beside the words
+            content = unwrapped(content)
+        think = self.one_thought(inside, thoughts, where)
         if not call and (not content or content.isspace()):
             raise RowError("empty", f"{where} {NO_ANSWER if think else 'is empty'}")
         learn = self.flag(one, parts.flags, where) if parts.flags else None

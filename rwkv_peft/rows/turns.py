@@ -129,7 +129,7 @@ FIRST_WORDS = (
     "summarize translate elaborate done"
 )
 GREETINGS = frozenset(FIRST_WORDS.split())
-NAME = re.compile(r"[A-Z][a-z]+(?:[ _](?:[A-Z][a-z]*|\d{1,2}))?\Z")
+NAME = re.compile(r"[A-Z]\Z|[A-Z][a-z]+(?:[ _](?:[A-Z][a-z]*|\d{1,2}))?\Z")
 
 
 def may_be_speakers(names: Sequence[str]) -> bool:

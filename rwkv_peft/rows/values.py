@@ -132,9 +132,7 @@ def split_reasoning(answer: str) -> tuple[str, str]:
             f"has {THINK} in the middle of an answer; a thought must come first. (A tag that is only spoken of belongs "
             "between `backticks`)",
         )
-    words = answer[closed[0].end() :]
-    if (solution := SOLUTION.match(words)) or (solution := WRAPPED.match(words)):
-        words = solution["words"]
+    words = unwrapped(answer[closed[0].end() :])
     thought = answer[begin : closed[0].start()].strip()
     # (what follows a prompt that ends with "<think")
     return thought.removeprefix(">").lstrip() if not starts else thought, tidy_answer(words)
@@ -189,15 +187,17 @@ def in_code(text: str, begin: int, at: int) -> bool:
 # what a key of reasoning says where it is a switch, and no thought
 SWITCH_WORDS = (
     "on off yes no true false none null n/a 0 1 minimal low medium high xhigh max auto default enabled disabled enable disable "
+    "think no_think /think /no_think nothink "
     "是 否 开 关 无 开启 关闭 低 中 高"
 )
-SWITCHES = frozenset(SWITCH_WORDS.split())
+SWITCH_PHRASES = ("detailed thinking on", "detailed thinking off", "thinking on", "thinking off")
+SWITCHES = frozenset((*SWITCH_WORDS.split(), *SWITCH_PHRASES))
 
 
 def is_switch(value: Any) -> bool:
     """Whether the value of a key of reasoning only says that there is some, or how much: true, "off", {"effort": "high"}."""
     if isinstance(value, str):
-        return len(value) < 16 and value.strip().lower() in SWITCHES
+        return len(value) < 32 and value.strip().lower() in SWITCHES
     if isinstance(value, dict):
         return "effort" in value or is_switch(value.get("type"))
     return isinstance(value, bool | int | float)
@@ -206,6 +206,12 @@ def is_switch(value: Any) -> bool:
 def thoughts_in(one: Mapping[str, Any], names: tuple[str, ...]) -> tuple[str, ...]:
     """The keys of reasoning that hold a thought. Those that are a switch are reported as not used."""
     return tuple(name for name in names if not is_switch(one[name])) if names else names
+
+
+def unwrapped(words: str) -> str:
+    """The words of an answer behind a thought, without the tags that are around all of them."""
+    whole = SOLUTION.match(words) or WRAPPED.match(words)
+    return whole["words"] if whole else words
 
 
 def bare_thought(thought: str) -> str:
