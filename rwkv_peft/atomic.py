@@ -162,11 +162,6 @@ def reading(path: str | os.PathLike, mode: str = "rb", **kwargs) -> IO[Any]:
     return open(path, mode, opener=without_waiting, **kwargs)
 
 
-def read_text(path: str | os.PathLike) -> str:
-    with reading(path, "r", encoding="utf-8") as file:
-        return file.read()
-
-
 def remove(path: str | os.PathLike) -> None:
     """Take away a file, a link (and not what it leads to) or a whole folder, if it is there."""
     try:

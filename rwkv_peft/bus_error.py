@@ -2,8 +2,8 @@
 system ends it without a word. Here it says why, first. Floor 0.
 
 Python's own signal handlers do not help: they wait for the instruction that failed, which fails again and again. So this one is
-the C library's. It calls Python out of that very instruction, which is sound as far as such reads come from the code of numpy
-and torch: either their thread has Python's lock, or nobody who has it waits for them.
+the C library's. It calls Python from that instruction, which is sound for reads by numpy and torch: their thread either holds
+Python's lock, or no thread that holds it waits for them.
 """
 
 from __future__ import annotations

@@ -159,7 +159,7 @@ def hidden(error: Exception) -> OSError | MemoryError | None:
 
 
 def in_words(error: Exception) -> str:
-    """What is told of an error that ends nothing."""
+    """The words for an error after which the command continues."""
     told = None if isinstance(error, (UserError, Problems)) else describe(error)
     return told[0] if told else str(error)
 
@@ -287,7 +287,9 @@ def leave(message: str, code: int) -> None:
         if sys.stdout:
             sys.stdout.flush()  # what was said before comes before it, where both go into one file
         print(words.readable(message), file=sys.stderr, flush=True)
-    sys.unraisablehook = lambda _: None  # the cause is told: what objects raise as they go, half made, says nothing
+    sys.unraisablehook = lambda _: (
+        None
+    )  # the cause is reported: errors of half-made objects as Python exits add nothing
     sys.exit(code)
 
 

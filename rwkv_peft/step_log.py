@@ -16,6 +16,7 @@ from .atomic import appending, reading, sync, writing
 
 FILE = "loss.jsonl"  # in the folder of a run: an object for every optimizer step
 DAMAGED = "loss-damaged.jsonl"  # the same as it was found, where lines of it were no records
+MOST_COUNT = (1 << 53) - 1  # which a float holds exactly
 MOST_LINE = 1 << 20  # characters; a record has some 200
 COUNTS = {"epoch": 0, "targets": 0}  # what else a record has, and what it is where that is missing
 NUMBERS = {"lr": 0.0, "tokens_per_s": 0.0, "seconds": 0.0}
@@ -54,7 +55,7 @@ def parsed(text: str, is_record: Callable[[dict], bool]) -> dict[str, Any] | Non
 
 
 def is_count(value: object, least: int = 0) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 1 << 53
+    return json_reader.is_whole(value, least, MOST_COUNT)
 
 
 def is_number(value: object) -> bool:

@@ -78,7 +78,7 @@ book = python_calamine.CalamineWorkbook.from_path(sys.argv[1])
 for title in book.sheet_names:
     try:
         book.get_sheet_by_name(title)
-    except Exception:
+    except Exception:  # the caller reads the sheet once more, and reports it
         pass
 """
 
