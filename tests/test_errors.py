@@ -47,7 +47,10 @@ def bad_rows():
         "text is a list": (b'{"text": ["a"]}', 'its "text" must be a string, not a list'),
         "text is empty": (b'{"text": " "}', 'data/bad.jsonl:1: its "text" is empty'),
         "half a surrogate": (b'{"text": "\\ud800"}', "data/bad.jsonl:1: is not valid JSON"),
-        "nan": (b'{"text": NaN}', "(the row holds NaN, which JSON does not have: it counts as null)"),
+        "nan": (
+            b'{"text": NaN}',
+            "(the row holds NaN, or a number that is too large, which JSON does not have: it counts as null)",
+        ),
         "deep": (b'{"text": ' + b"[" * 5000 + b"]" * 5000 + b"}", "data/bad.jsonl:1: "),
         "role": (b'{"messages": [{"role": "x", "content": "y"}]}', "data/bad.jsonl:1: message 1 has the role 'x'"),
         "no file content": (b"", "data/bad.jsonl: it has no rows; nothing was written"),
