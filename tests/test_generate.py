@@ -7,6 +7,7 @@ import tiny
 import torch
 
 from rwkv_peft import chat, tokenizer
+from rwkv_peft.file_watch import FileWatch
 from rwkv_peft.generate import advance, choose, generate
 from rwkv_peft.model.rwkv import build, for_generating
 from rwkv_peft.prompting import Prompting
@@ -88,7 +89,7 @@ def test_a_talk_goes_on_from_exactly_what_the_whole_conversation_would_give(monk
 
     monkeypatch.setattr("rwkv_peft.generate.advance", watch)
     config = chat.ChatConfig("", "", "rwkv-world", "auto", "Be brief.", 5, 0.0, 1.0, 0, 0, "fp32")
-    chat.talk(model, config, Prompting(PRESETS["rwkv-world"]), "tiny")
+    chat.talk(model, config, Prompting(PRESETS["rwkv-world"]), "tiny", FileWatch("it was opened", ""))
     turn = [Message(Role.SYSTEM, "Be brief."), Message(Role.USER, "你好。"), Message(Role.ASSISTANT, "好的。")]
     second = PRESETS["rwkv-world"].prompt([*turn, Message(Role.USER, "And?")])
     assert fed[0][0] + fed[1][0] == tokenizer.encode(second)
@@ -114,6 +115,7 @@ def test_ctrl_c_while_a_question_is_read_forgets_it_and_the_talk_goes_on(monkeyp
         chat.ChatConfig("", "", "rwkv-world", "auto", "", 5, 0.0, 1.0, 0, 0, "fp32"),
         Prompting(PRESETS["rwkv-world"]),
         "tiny",
+        FileWatch("it was opened", ""),
     )
     turn = [Message(Role.USER, "Hi"), Message(Role.ASSISTANT, "Yes."), Message(Role.USER, "And?")]
     assert fed[0] + fed[2] == tokenizer.encode(PRESETS["rwkv-world"].prompt(turn))

@@ -103,7 +103,7 @@ def test_a_run_remembers_the_template_of_its_data_and_chat_talks_in_it(ready, ca
     sidecar = sidecars.read(ready / "output" / "qa" / "rwkv-0.pth", ("prompt_type", "eot"))
     assert (sidecar["prompt_type"], sidecar["eot"]) == ("rwkv-qa", "both")
     asked = []
-    monkeypatch.setattr(chat, "once", lambda model, config, how, prompt, raw: asked.append(how.template.name))
+    monkeypatch.setattr(chat, "once", lambda model, config, how, *_: asked.append(how.template.name))
     settings = chat.ChatConfig("", "output/qa", "rwkv-world", "auto", "", 5, 0.0, 1.0, 0, 0, "fp32")
     capsys.readouterr()
     chat.command(settings, ["--prompt", "Hi"])

@@ -184,7 +184,7 @@ class Run:
         code, said = process.code(), process.said
         assert code == EXIT_USER, said
         last = said.splitlines()[-1]
-        assert name in last and "./training.sh again" in last and "Traceback" not in said, said
+        assert name in last and "run the script again" in last and "Traceback" not in said, said
         assert not [p for p in self.saved() if p.stat().st_mtime_ns > when], said
         return said
 

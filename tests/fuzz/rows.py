@@ -93,8 +93,11 @@ class Rows(Harness):
         for recipe in self.recipes:
             Cook(recipe)
 
+    def name_of(self, data: bytes) -> str:
+        return f"rows{self.ending}"
+
     def read(self, data: bytes, folder: Path) -> str:
-        path = folder / f"rows{self.ending}"
+        path = folder / self.name_of(data)
         path.write_bytes(data)
         chosen = zlib.crc32(data)
         recipe = self.recipes[chosen % len(self.recipes)]

@@ -20,8 +20,12 @@ MOST = 200  # rows of a table that is written anew
 def rows_of(data: bytes) -> list | None:
     try:
         if data.startswith(b"PAR1"):
-            return pyarrow.parquet.read_table(io.BytesIO(data)).slice(0, MOST).to_pylist()
-        return pyarrow.ipc.open_file(io.BytesIO(data)).read_all().slice(0, MOST).to_pylist()
+            table = pyarrow.parquet.read_table(io.BytesIO(data))
+        else:
+            table = pyarrow.ipc.open_file(io.BytesIO(data)).read_all()
+        table = table.slice(0, MOST)
+        table.validate(full=True)  # the values of a damaged table would be read out of bounds
+        return table.to_pylist()
     except Exception:  # whatever pyarrow raises for what is damaged
         return None
 
@@ -44,6 +48,12 @@ def written(rows: list, random: random.Random) -> bytes | None:
 class It(Rows):
     ending = ".parquet"
     cases = ("*.parquet",)
+
+    def __init__(self):
+        self.places = ("rows.parquet", "rows.arrow")
+
+    def name_of(self, data: bytes) -> str:
+        return "rows.arrow" if data.startswith(b"ARROW1") else "rows.parquet"
 
     def mutate(self, data: bytes, random: random.Random, other: bytes) -> bytes:
         if random.random() < 0.5 and (rows := rows_of(data)):
