@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from rwkv_peft import tokenizer
 from rwkv_peft.errors import Problems
 from rwkv_peft.roles import Role
+from rwkv_peft.rows import json_keys
 from rwkv_peft.rows.encode import Pieces, encode_row, encode_rows
 from rwkv_peft.rows.keys import columns
 from rwkv_peft.rows.limits import Limits
@@ -456,4 +457,4 @@ def test_expanding_learns_the_same_as_learning_all_answers_of_a_row_but_for_thei
 def test_a_message_with_a_key_twice_is_rejected_and_named(again):
     row = f'{{"messages":[{{"role":"user","content":"a",{again}}},{{"role":"assistant","content":"c"}}]}}'
     with pytest.raises(RowError, match=r'messages\[0\] has "(content|role)" twice, with different values'):
-        parse(row.encode())
+        parse(row.encode(), keys=json_keys.counts([row.encode()])[0])

@@ -14,7 +14,7 @@ from typing import Any
 from . import reading
 from .keys import ROLE_NAMES, Parts, parts_of, squashed
 from .reading import Block
-from .recipe import items, parse
+from .recipe import items, parse, with_keys
 from .turns import rank_of
 from .values import RowError, is_nothing, short
 
@@ -56,11 +56,12 @@ def together(blocks: Sequence[Block], key: tuple[str, ...], held_out: bool) -> I
     """The conversations of some blocks of messages."""
     messages: list[tuple[int, dict[str, Any]]] = []
     rows: list[tuple[int, Any]] = []
-    for number, item in itertools.chain.from_iterable(map(items, blocks)):
-        try:
-            messages.append((number, dict(parse(item))))
-        except RowError as error:
-            rows.append((number, error))
+    for block in blocks:
+        for number, item, keys in with_keys(block):
+            try:
+                messages.append((number, dict(parse(item, keys=keys))))
+            except RowError as error:
+                rows.append((number, error))
     if messages:
         rows += trees(messages, *key) if len(key) == 2 else groups(messages, key[0])
     rows.sort(key=lambda row: row[0])

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ import orjson
 from ..roles import Role
 from ..templates.headings import overlooked_heading, spans_of_text
 from ..templates.template import ENDINGS, Dialogue, Ending, Template
-from . import foreign_headings
+from . import foreign_headings, json_keys
 from .encode import NO_ROWS, Pieces, Tokens, encode_row, encode_rows, with_bos
 from .keys import HARMLESS_NAMES, MATERIALS, MESSAGES, PROMPTS, RESPONSES, TEXTS, squashed
 from .limits import Cut, Limits, TooLong, cut_row, cut_turns, within_turns
@@ -136,9 +135,17 @@ def items(block: Block) -> Iterator[tuple[int, bytes | Row | RowError]]:
             yield number, (line if len(line) <= LINE_LIMIT else too_long("Every line must be one JSON object"))
 
 
-def parse(item: bytes | Row | RowError, faults: set[str] | None = None) -> Row:
+def with_keys(block: Block) -> Iterator[tuple[int, bytes | Row | RowError, int | None]]:
+    """The rows of a block with their numbers, and how many keys their bytes hold; None where they are parsed already."""
+    found = list(items(block))
+    keys = iter(json_keys.counts([item for _, item in found if type(item) is bytes]))
+    return ((line, item, next(keys) if type(item) is bytes else None) for line, item in found)
+
+
+def parse(item: bytes | Row | RowError, faults: set[str] | None = None, keys: int | None = None) -> Row:
     """The row itself; a list of messages is a conversation. RowError if it is none. faults: gets the kind of fault of JSON that
-    is not quite JSON (literals.FAULTS)."""
+    is not quite JSON (literals.FAULTS). keys: how many its bytes hold (json_keys.counts); None: a key that is there twice is
+    not looked for."""
     if isinstance(item, RowError):
         raise item
     if not isinstance(item, bytes):  # of a table, whose packed cells may be far larger than its file
@@ -159,7 +166,7 @@ def parse(item: bytes | Row | RowError, faults: set[str] | None = None) -> Row:
         if faults is not None:
             faults.add(kind_of_fault)
     else:
-        if may_have_key_twice(item, row):
+        if keys is not None and not 0 <= keys == keys_of(row):
             one_value_each(item)
     if isinstance(row, str) and row.lstrip()[:1] == "{":  # JSON that was made JSON once more
         with contextlib.suppress(orjson.JSONDecodeError):
@@ -173,21 +180,17 @@ def parse(item: bytes | Row | RowError, faults: set[str] | None = None) -> Row:
     return row
 
 
-SPACED_COLON = re.compile(rb'"\s+:')
-
-
-def may_have_key_twice(item: bytes, row: Any) -> bool:
-    """Whether the bytes of a row seem to hold more keys than were read from them; quick, and never False where one is there
-    twice. (A key ends with \":, with nothing between. Deeper objects, and colons behind blanks, are worth a look.)"""
+def keys_of(row: Any) -> int:
+    """The keys of a row and of the messages in it, which are all that most rows have; -1 where these are no messages."""
     values = row.values() if type(row) is dict else (row,) if type(row) is list else ()
     keys = len(row) if type(row) is dict else 0
     for value in values:
         if type(value) is list and value and type(value[0]) is dict:
-            keys += sum([len(one) for one in value if type(one) is dict])
-    found = item.count(b'":')
-    if found != keys and found - item.count(b'\\":') != keys:
-        return True
-    return SPACED_COLON.search(item) is not None
+            try:
+                keys += sum(map(len, value))
+            except TypeError:
+                return -1
+    return keys
 
 
 def one_value_each(item: bytes) -> None:
@@ -259,10 +262,10 @@ class Cook:
         self.reader.padded = block.file.endswith((".parquet", ".arrow", ".feather"))
         unused: Counter[tuple[str, str]] = Counter()
         faults: set[str] = set()
-        for row, (line, item) in enumerate(items(block)):
+        for row, (line, item, keys) in enumerate(with_keys(block)):
             hint = ""
             try:
-                content = parse(item, faults)
+                content = parse(item, faults, keys)
                 if faults:
                     fault = faults.pop()
                     counts[f"fault: {fault}"] += 1

@@ -7,7 +7,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
+
 from ..words import count
+from .json_keys import key_ends
 from .reading import Block, Note, TableRow
 from .recipe import items, parse
 from .schemas import Row, RowError
@@ -20,8 +23,7 @@ EXACT = tuple(
     for name in ("subset", "partition", "data_split", "dataset_split")
     for form in (name, name.capitalize(), name.upper(), name.title())
 )
-ENDS = (*NAMES, "ubset", "UBSET", "artition", "ARTITION")  # of the names, as few as there may be
-IN_BYTES = tuple(f"{name}{quote}".encode() for name in ENDS for quote in "\"'")
+LAST = frozenset(name[-2:].encode() for name in (*NAMES, *EXACT))  # letters
 LONGEST = 40  # characters of a value; a longer one is a text of its own
 TRAIN, HELD, OTHER = "train", "held", "other"
 
@@ -78,22 +80,22 @@ def by_column(blocks: Iterable[Block], again: Callable[[], Iterable[Block]] | No
 def has_column(block: Block) -> bool:
     """Whether a row of a block may have such a column."""
     if isinstance(block.data, bytes):
-        return may_have_column(block.data)
-    for _, item in block.data:
-        if type(item) is TableRow:  # (there are many, and looking into them further takes time)
-            if any(name in item for name in (*NAMES, *EXACT)):
-                return True
-        elif may_have_column(item):
-            return True
-    return False
+        return may_have_key(block.data)
+    rows = [item for _, item in block.data if isinstance(item, dict)]
+    if rows and type(rows[0]) is TableRow:  # (there are many, and looking into them further takes time)
+        return any(name in row for row in rows for name in (*NAMES, *EXACT))
+    return any(column(row) is not None for row in rows) or may_have_key(
+        b"\n".join(item for _, item in block.data if isinstance(item, bytes))
+    )
 
 
-def may_have_column(item: bytes | Row | RowError) -> bool:
-    if isinstance(item, bytes):  # searches for what the forms have in common are enough for nearly all
-        maybe = b"plit" in item or b"PLIT" in item or b"ubset" in item or b"artition" in item
-        maybe = maybe or b"UBSET" in item or b"ARTITION" in item
-        return maybe and any(form in item for form in IN_BYTES)
-    return isinstance(item, dict) and column(item) is not None
+def may_have_key(data: bytes) -> bool:
+    """Whether a key may be one of the names, by its last two letters."""
+    ends, sure = key_ends(data, wide=True)
+    ends = ends[ends > 1]
+    text = np.frombuffer(data, np.uint8)
+    pairs = np.unique(text[ends - 2].astype(np.uint16) << 8 | text[ends - 1])
+    return not sure.all() or any(int(pair).to_bytes(2, "big") in LAST for pair in pairs)
 
 
 def column(row: Row) -> Any:
@@ -112,7 +114,7 @@ def column(row: Row) -> Any:
 
 def value_of(item: bytes | Row | RowError) -> str:
     """The split that a row names, or ""."""
-    if isinstance(item, RowError) or not may_have_column(item):
+    if isinstance(item, RowError):
         return ""
     try:
         value = column(parse(item))
