@@ -191,6 +191,20 @@ def test_a_change_by_rows_is_the_change_of_the_whole_and_sees_a_few_rows_at_a_ti
     assert all(unit <= size <= 2 * unit + 6 < 23 for size, _ in seen if size)
 
 
+def test_a_source_that_torch_saved_without_checksums_is_sound_and_its_copy_has_them(tmp_path):
+    tensors = {"a": torch.randn(4000, 3), "b": torch.ones(9)}
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(tensors, tmp_path / "x.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    checkpoint.must_be_sound(tmp_path / "x.pth")
+    checkpoint.rewrite(tmp_path / "x.pth", tmp_path / "y.pth", lambda name: (lambda t: t + 1) if name == "a" else None)
+    assert zipfile.ZipFile(tmp_path / "y.pth").testzip() is None
+    found = checkpoint.load(tmp_path / "y.pth")
+    assert torch.equal(found["a"], tensors["a"] + 1) and torch.equal(found["b"], tensors["b"])
+
+
 @pytest.mark.parametrize("where", ["a tensor that changes", "a tensor that stays"])
 def test_a_damaged_source_is_named_and_leaves_no_file(tmp_path, where):
     checkpoint.save(tmp_path / "x.pth", {"a": torch.full((50,), 7.0), "b": torch.ones(9)})
