@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import threading
+import time
 from typing import NamedTuple
 
 import pytest
@@ -226,3 +227,40 @@ def test_two_nodes_are_two_processes_of_one_machine_and_go_on(tmp_path, wires):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     equal()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["model/tiny.pth", "data/chat.bin"])
+def test_a_file_that_changes_on_one_node_stops_both_and_is_named(tmp_path, wires, name):
+    kits = [Kit(tmp_path / f"node {number}") for number in range(2)]
+    for number, kit in enumerate(kits):
+        tiny.save_model(kit.root / "model" / "tiny.pth")
+        kit.data("chat.jsonl", *tiny.CHATS)
+        kit.run("make_tokenize.sh", "chat.jsonl")
+        of_node = wires[number].settings | {"NODE_RANK": str(number)}
+        kit.set(**FAST | of_node | {"EPOCH_COUNT": "9000", "EPOCH_SAVE": "9000", "SAVE_STEPS": "5", "KEEP_LAST": "3"})
+    ends = [
+        subprocess.Popen(
+            [*wire.enter, str(kit.root / "training.sh")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        for kit, wire in zip(kits, wires, strict=True)
+    ]  # fmt: skip
+    state = kits[0].root / "output/run/state"
+    deadline = time.monotonic() + 120
+    while (
+        len(list(state.glob("step-*"))) < 2 and all(end.poll() is None for end in ends) and time.monotonic() < deadline
+    ):
+        time.sleep(0.05)
+    with open(kits[1].root / name, "r+b") as file:
+        file.write(b"other")
+    when = time.time_ns()
+    deadline = time.monotonic() + 60
+    while any(end.poll() is None for end in ends) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for end in ends:
+        end.kill()
+    said = [end.communicate()[0] for end in ends]
+    assert [end.returncode for end in ends] == [2, 2], said
+    assert all(name in one.splitlines()[-1] and "Traceback" not in one for one in said), said
+    assert not [path for path in state.glob("step-*") if path.stat().st_mtime_ns > when], said

@@ -68,13 +68,15 @@ def test_the_speed_is_that_of_the_last_steps_and_never_of_the_first(monkeypatch)
     clock, found = [0.0], []
     monkeypatch.setattr(callbacks.time, "monotonic", lambda: clock[0])
     recorder = callbacks.StepRecorder([found.append], 9, print)
-    trainer = types.SimpleNamespace(global_step=0, world_size=1, is_global_zero=True, current_epoch=0)
-    module = types.SimpleNamespace(shares=[], skipped=False, rate_of=lambda step: 1e-4, grad_norm=torch.tensor(1.0))
+    trainer = types.types.SimpleNamespace(global_step=0, world_size=1, is_global_zero=True, current_epoch=0)
+    module = types.types.SimpleNamespace(
+        shares=[], skipped=False, rate_of=lambda step: 1e-4, grad_norm=torch.tensor(1.0)
+    )
     recorder.on_train_start(trainer, module)
     for step, seconds in enumerate((90.0, 1.0, 3.0), 1):
         clock[0] += seconds
         trainer.global_step, module.shares = step, [1.0]
-        batch = types.SimpleNamespace(tokens=100, beginning=(), step_targets=50)
+        batch = types.types.SimpleNamespace(tokens=100, beginning=(), step_targets=50)
         recorder.on_train_batch_end(trainer, module, None, batch, step - 1)
     assert [(r.tokens_per_s, r.targets_per_s) for r in found] == [(100 / 90, 50 / 90), (100.0, 50.0), (50.0, 25.0)]
 
@@ -243,7 +245,7 @@ def test_swanlab_and_trackio_are_given_their_words(ready, monkeypatch):
     class Fake(types.SimpleNamespace):
         def init(self, **given):
             seen.append(given)
-            return types.SimpleNamespace(id="x")
+            return types.types.SimpleNamespace(id="x")
 
         def log(self, numbers, step):
             seen.append((step, numbers["loss"]))
@@ -307,6 +309,29 @@ def test_it_is_told_that_the_newest_run_has_saved_nothing(tmp_path, monkeypatch,
     assert "the newest run" in capsys.readouterr().err
     checkpoint_of(tmp_path / "new", "0", 4)
     assert runs.run_folder("").name == "new" and not capsys.readouterr().err
+
+
+def test_a_signal_that_comes_while_processes_agree_is_not_lost():
+    exchanges = []
+
+    def reduce(told, reduce_op):
+        exchanges.append(told.clone())
+        if len(exchanges) == 1:  # it comes when what this process knew is on its way
+            stop.receive(signal.SIGTERM, None)
+        return told
+
+    stop = StopOnSignal(lambda: None, speaks=False)
+    strategy = types.SimpleNamespace(reduce=reduce, root_device="cpu")
+    trainer = types.SimpleNamespace(world_size=2, strategy=strategy)
+    assert [stop.agree(trainer), stop.agree(trainer)] == [False, True]
+
+
+def test_a_signal_to_another_process_stops_this_one():
+    strategy = types.SimpleNamespace(
+        reduce=lambda told, reduce_op: told + told.new_tensor([signal.SIGINT, 0]), root_device="cpu"
+    )
+    stop = StopOnSignal(lambda: None, speaks=False)
+    assert stop.agree(types.SimpleNamespace(world_size=2, strategy=strategy)) and stop.received == signal.SIGINT
 
 
 def test_who_leaves_at_once_is_told_whether_anything_is_saved(monkeypatch):

@@ -439,16 +439,17 @@ class StopOnSignal(pl.Callback):
     def agree(self, trainer) -> bool:
         """Whether any process has been told to stop; then all have. To be called by all. FileChanged, for all, where a file of
         one of them has changed."""
-        changed = self.files is not None and self.files.changed
+        received, changed = self.received, self.files is not None and self.files.changed
         if trainer.world_size > 1:
-            told = torch.tensor([self.received, int(changed)], device=trainer.strategy.root_device)
+            told = torch.tensor([received, int(changed)], device=trainer.strategy.root_device)
             received, changed = trainer.strategy.reduce(told, reduce_op="max").tolist()
-            before, self.received = self.received, received
-            if received and not before:  # another one was told
+            if received and not self.received:  # another one was told
+                self.received = received
                 self.tell(STOPPING)
+            # (a signal that came during the exchange is agreed on next time)
         if changed:
             self.files.end(trainer)
-        return bool(self.received)
+        return bool(received)
 
     def unchanged(self, trainer) -> None:
         """Look at the files; FileChanged where one has changed. To be called by all."""
