@@ -10,10 +10,13 @@ from test_scripts import ROOT, shell_values
 
 from json2binidx.preview import preview
 from rwkv_peft.rows.keys import columns
+from rwkv_peft.rows.reading import Block
+from rwkv_peft.rows.recipe import Cook, Recipe
 from rwkv_peft.rows.schemas import Reader
 from rwkv_peft.rows.settings import TokenizeConfig
 from rwkv_peft.rows.values import RowError, split_reasoning
 from rwkv_peft.shell_vars import Script
+from rwkv_peft.templates.presets import PRESETS
 
 SAID_Q, SAID_A = (U, "7 times 8?"), (A, "56")
 
@@ -395,6 +398,22 @@ def test_a_preview_tells_of_a_key_of_map_keys_that_no_row_has(tmp_path, capsys):
     path.write_text(json.dumps({"messages": [Q, ANSWER]}))
     preview(path, shipped(PROMPT_TYPE="rwkv-world", MAP_KEYS='{"content": "nosuch"}'), True, 1)
     assert "warning   MAP_KEYS names the column 'nosuch'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("row", "map_keys"),
+    [
+        ({"body": {"messages": [Q]}}, {"messages": "body.messages"}),
+        ({"body": {"messages": [Q, ANSWER], "system": "a"}, "system": "b"}, {"messages": "body.messages"}),
+        ({"messages": [{"who": "user", "says": "q"}], "images": ["a.png"]}, {"role": "who", "content": "says"}),
+        ({"messages": '[{"who": "user", "says": "q"}]', "images": ["a.png"]}, {"role": "who", "content": "says"}),
+        ('{"messages": [{"who": "user", "says": "q"}', {"role": "who", "content": "says"}),
+    ],
+)
+def test_a_column_of_map_keys_in_a_row_that_is_rejected_was_met(row, map_keys):
+    data = (row if isinstance(row, str) else json.dumps(row)).encode()
+    made = Cook(Recipe(PRESETS["rwkv-world"], columns=columns(json.dumps(map_keys)))).block(Block("x", 1, data, 0))
+    assert made.rejects and made.seen == set(map_keys.values())
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,24 @@ def lifted(row: Row, names: Iterable[str]) -> Row:
 ABSENT = object()
 
 
+def occurs(value: Any, name: str) -> bool:
+    """Whether any object inside a value has what MAP_KEYS calls `name`; also one that stands in a text or in bytes as JSON."""
+    path, waiting = name.split("."), [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, dict):
+            if name in one or inside(one, path) is not ABSENT:
+                return True
+            waiting += one.values()
+        elif isinstance(one, list):
+            waiting += one
+        elif isinstance(one, bytes):
+            waiting.append(one.decode("utf-8", "replace"))
+        elif isinstance(one, str) and (f'"{path[-1]}"' in one or f"'{path[-1]}'" in one):
+            return True
+    return False
+
+
 def inside(row: Any, path: Sequence[str]) -> Any:
     """What stands at the end of a path of keys; ABSENT where there is no such thing."""
     for key in path:

@@ -27,6 +27,7 @@ from .encode import NO_ROWS, Pieces, Tokens, encode_row, encode_rows, with_bos
 from .keys import HARMLESS_NAMES, MATERIALS, MESSAGES, PROMPTS, RESPONSES, TEXTS, squashed
 from .limits import Cut, Limits, TooLong, cut_row, cut_turns, within_turns
 from .literals import mended
+from .mapped import occurs
 from .quick import Quick
 from .reading import LINE_LIMIT, Block, Note, TableRow, is_utf8, not_utf8, too_long
 from .schemas import INFILLING, Columns, Reader, Row, RowError, kind
@@ -260,7 +261,7 @@ class Cook:
         unused: Counter[tuple[str, str]] = Counter()
         faults: set[str] = set()
         for row, (line, item) in enumerate(items(block)):
-            hint = ""
+            hint, content = "", item
             try:
                 content = parse(item, faults)
                 if faults:
@@ -290,6 +291,8 @@ class Cook:
                     continue
                 counts[f"rejected: {error.reason}"] += 1
                 rejects.append(Reject(block.file, line, error.reason, error.message + hint, beginning(item)))
+                names = set(self.recipe.columns.named) - self.reader.seen
+                self.reader.seen.update(name for name in names if occurs(content, name))
         counts["read"] = row + 1
         for schema, rows in Counter(schemas).items():
             counts[f"schema: {schema}"] += rows
