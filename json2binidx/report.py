@@ -27,7 +27,11 @@ CELLS = {
     "None": "with nothing but the word None or null in a column that a row needs, taken as text; if it means that nothing is "
     "there, take these rows out",
 }
-WORDS = FAULTS | CELLS
+TAGS = {
+    "tags": "with a tool call, a result or tools between tags that stay text, as their JSON is broken or words follow; the "
+    "model learns the tags as letters",
+}
+WORDS = FAULTS | CELLS | TAGS
 UNSAFE = set('"$`\\!\n')  # characters that double quotes do not protect from bash
 BATCHES = (4, 8)  # micro-batch sizes for which the filling of DATALOAD=pad is told
 SAMPLE = 20_000  # rows that are looked at for the shares of filling

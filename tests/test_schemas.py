@@ -325,6 +325,8 @@ def test_a_row_that_needs_a_picture_or_sound_is_refused_with_the_reason(row):
         "Use <video src='a'> in HTML",
         "<video>\n<source>\n</video>",
         "What does `<image>` mean?",
+        "What is this?\n~~~\n<image>\n~~~",
+        "What is this?\n````\n```\n<image>\n```\n````",
         "a<b and [IMG]x[/IMG]",
         "<svg><image href='x'/></svg>",
         "<rss><image><url>u</url></image></rss>",
@@ -400,6 +402,19 @@ def test_nulls_that_arrow_filled_in_are_removed_and_nulls_of_json_stay(padded, a
         ("Give <reason>x</reason> tags in XML.", ("", "Give <reason>x</reason> tags in XML.")),
         ("a < b and [1] and <b>bold</b>", ("", "a < b and [1] and <b>bold</b>")),
         ("Write `<think>x</think>` first.", ("", "Write `<think>x</think>` first.")),
+        *(
+            (text, ("", text))
+            for text in (
+                "So:\n~~~\n<think>x</think>\n~~~\nThat.",
+                "So:\n~~~~ xml\n~~~\n<think>x</think>\n~~~~",
+                "So:\n````\n```\n<think>x</think>\n```\n````\nThat.",
+                "So:\n````md\n```\n<think>x</think>\n````\nThat.",
+                "So:\n```md\n```py\n1\n```\n<think>x</think>\n```\nThat.",
+                "> ~~~\n> <think>x</think>\n> ~~~",
+                "Write ``a ` <think>x</think>`` first.",
+                "Write ```` <think>x</think> ```` first, `a`.",
+            )
+        ),
     ],
 )
 def test_a_thought_is_taken_out_of_an_answer_and_one_without_its_opening_tag_is_repaired(answer, expected):
@@ -416,6 +431,10 @@ def test_a_thought_is_taken_out_of_an_answer_and_one_without_its_opening_tag_is_
         "<|channel|>analysis<|message|>hm",
         "</think>" * 60,
         "x <think>7*8</think> 56",
+        "~~~\nx <think>7*8</think> 56",
+        "~~~\na\n~~~\nx <think>7*8</think> 56",
+        "````\na\n````\nx <think>7*8</think> 56",
+        "``a`` ` <think>7*8</think>",
         "<think>a</think>b<think>c</think>d",
         "a</think>b</think>c",
         "</think>a<think>",
@@ -458,7 +477,12 @@ def test_a_message_that_is_a_thought_belongs_to_the_answer_behind_it():
 
 
 def test_many_backticks_and_tags_take_no_long_time():
-    for answer in ("`" * 300_000 + "</think>x", "`a` " * 60_000 + "</think>x", "<b" * 200_000 + "</think>x"):
+    for answer in (
+        "`" * 300_000 + "</think>x",
+        "`a` " * 60_000 + "</think>x",
+        "<b" * 200_000 + "</think>x",
+        "~~~a\n" * 60_000 + "</think>x",
+    ):
         split_reasoning(answer)
 
 

@@ -312,6 +312,7 @@ class Reader(Talks):
             if "<tool_call>" in words or "<functioncall>" in words:
                 words, calls = tool_texts.calls_of_text(words)
                 call = call_text("its call", calls, self.padded, self.unused) if calls else ""
+                self.look_for_tools(words, Role.ASSISTANT)
             check_text_only(words, f'its "{response}"')
             if not words.strip() and not call:
                 raise RowError("empty", NO_ANSWER if think else f'its "{response}" is empty')

@@ -336,6 +336,7 @@ class Talks:
                 return None
             if empty and role is Role.USER:
                 raise RowError("empty", f"{where} is empty")
+            self.look_for_tools(content, role)
             return Message(role, content)
         try:
             inside, content = split_reasoning(content)
@@ -347,10 +348,15 @@ class Talks:
         think = self.one_thought(inside, thoughts, where)
         if not call and (not content or content.isspace()):
             raise RowError("empty", f"{where} {NO_ANSWER if think else 'is empty'}")
+        self.look_for_tools(content, role)
         learn = self.flag(one, parts.flags, where) if parts.flags else None
         if any(isinstance(one[key], list) for key in parts.flags):
             raise RowError("wrong type", f"{where} has a list of flags; a message has one, 0 or 1")
         return Message(role, content, think, learn=learn is not False, call=call)
+
+    def look_for_tools(self, words: str, role: Role) -> None:
+        if "<" in words and tool_texts.stay_text(words, role):
+            self.verdicts.add("fault: tags")
 
     def count_unused(self, one: Row, keys: Iterable[str], parts: Parts, role: Role) -> None:
         """Keys of a message that are not used. A flag that only says what happens anyway counts as used."""
