@@ -60,7 +60,7 @@ def preview(source: Path, config: TokenizeConfig, end_of_doc: bool, most: int) -
         print(f"{note.level:<9} {note.file}: {note.words}")
     for path in paths:
         wanted = "" if chosen.held_out else config.valid_split
-        for block in files.blocks(path, config.txt_mode, wanted):
+        for block in files.blocks(path, config.txt_mode, wanted, columns=cook.recipe.columns):
             for note in block.notes:
                 print(f"{note.level:<9} {note.file}: {note.words}")
             made = cook.block(block)

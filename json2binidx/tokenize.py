@@ -171,7 +171,7 @@ def progress(chosen: files.Source, made_from: Recipe, config: TokenizeConfig) ->
         for path in found:
             # (a folder has its parts in files; what a file holds is then all of one part)
             wanted = "" if chosen.held_out else config.valid_split
-            yield from files.blocks(path, config.txt_mode, wanted, path in held_out)
+            yield from files.blocks(path, config.txt_mode, wanted, path in held_out, made_from.columns)
 
     before, at, name = 0, 0, ""
     sizes = {project.shown(path): path.stat().st_size for path in found}

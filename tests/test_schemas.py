@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_peft.errors import Problems
+from rwkv_peft.errors import Problems, UserError
 from rwkv_peft.roles import Role
 from rwkv_peft.rows import keys as names
 from rwkv_peft.rows.keys import HARMLESS_IN_MESSAGES, columns, parts_of, squashed
@@ -829,15 +829,58 @@ def test_line_ends_of_ready_texts_are_newlines():
 # ---- one message a row ----
 
 
-def together(*rows):
+def together(*rows, **options):
     data = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    return [row for block in conversations([Block("x.jsonl", 1, data, 0)]) for _, row in block.data]
+    return [row for block in conversations([Block("x.jsonl", 1, data, 0)], **options) for _, row in block.data]
 
 
 def test_rows_of_one_message_are_put_together_by_their_conversation():
     rows = [{"conversation_id": c, "role": r, "content": w} for c, r, w in
             [(1, "user", "a"), (2, "user", "x"), (1, "assistant", "b"), (2, "assistant", "y")]]  # fmt: skip
     assert [said(row) for row in together(*rows)] == [[(U, "a"), (A, "b")], [(U, "x"), (A, "y")]]
+
+
+@pytest.mark.parametrize(
+    ("id_name", "given"),
+    [
+        ("conversation_id", {"role": "who", "content": "says"}),
+        ("talk", {"role": "who", "content": "says", "conversation_id": "talk"}),
+        ("talk", {"role": "who", "content": "body.says", "conversation_id": "talk"}),
+    ],
+)
+def test_rows_of_one_message_may_have_their_columns_from_map_keys(id_name, given):
+    rows = [{id_name: c, "who": r, "says": w} for c, r, w in
+            [(1, "user", "a"), (2, "user", "x"), (1, "assistant", "b"), (2, "assistant", "y")]]  # fmt: skip
+    if "." in given["content"]:
+        rows = [{"body": {"says": row.pop("says")}, **row} for row in rows]
+    mapped = columns(json.dumps(given))
+    found = together(*rows, columns=mapped)
+    assert [said(row, columns=mapped) for row in found] == [[(U, "a"), (A, "b")], [(U, "x"), (A, "y")]]
+    assert not read(found[0], columns=mapped)[1].unused
+    assert read(found[0], columns=mapped)[1].seen == set(mapped.named)
+
+
+def test_a_conversation_id_of_map_keys_that_is_not_there_is_an_error_and_a_missing_one_is_proposed():
+    row = {"talk": 1, "who": "client", "says": "a"}
+    with pytest.raises(UserError, match="names the column 'tlak' as conversation_id"):
+        together(row, columns=columns('{"role": "who", "content": "says", "conversation_id": "tlak"}'))
+    given = columns('{"role": "who", "content": "says"}')
+    refused(row, "single message", """--map-keys '{"conversation_id": "NAME"}'""", columns=given)
+
+
+def test_answers_of_a_tree_by_role_map_are_learnt_once():
+    rows = [
+        {"message_id": str(i), "parent_id": parent, "text": str(i), "role": role}
+        for i, parent, role in (
+            (1, None, "client"),
+            (2, "1", "agent"),
+            (3, "2", "client"),
+            (4, "3", "agent"),
+            (5, "3", "agent"),
+        )
+    ]
+    given = columns("", '{"client": "user", "agent": "assistant"}')
+    assert said(together(*rows, columns=given)[1], columns=given)[1] == (A, "-2")
 
 
 def test_rows_of_one_message_follow_their_turn_numbers():

@@ -17,7 +17,8 @@ from ..project import shown
 from ..words import did_you_mean, listed
 from . import kinds, reading, splits
 from .json_files import json_array, json_lines, no_such_split
-from .one_message import conversations
+from .keys import Columns
+from .one_message import NO_COLUMNS, conversations
 from .reading import Block, Note, grouped, skip_line, text_row, too_long, unpacked
 from .schemas import Row, RowError
 from .split_column import by_column
@@ -143,10 +144,13 @@ def named(name: str) -> Path:
     return source
 
 
-def blocks(path: Path, txt_mode: str = "file", valid_split: str = "", held_out: bool = False) -> Iterator[Block]:
+def blocks(
+    path: Path, txt_mode: str = "file", valid_split: str = "", held_out: bool = False, columns: Columns = NO_COLUMNS
+) -> Iterator[Block]:
     """The rows of one file, whatever its format. What is to be said of the file comes with them.
 
     valid_split: the split whose rows are held out where a file holds several. held_out: the file is held out as a whole.
+    columns: MAP_KEYS, which may name those that put rows of one message together.
     """
     kind, notes = kinds.kind_of(path, format_of(path))
     if not kind:
@@ -158,7 +162,8 @@ def blocks(path: Path, txt_mode: str = "file", valid_split: str = "", held_out: 
     def found() -> Iterator[Block]:
         if kind == ".txt":
             return plain(path, txt_mode)
-        return conversations(READERS[kind](path, wanted) if READERS[kind] in WITH_SPLITS else READERS[kind](path))
+        rows = READERS[kind](path, wanted) if READERS[kind] in WITH_SPLITS else READERS[kind](path)
+        return conversations(rows, columns)
 
     if held_out:
         yield from (dataclasses.replace(block, held_out=True) for block in found())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .keys import HARMLESS_NAMES, squashed
+from .keys import HARMLESS_NAMES, Columns, squashed
 from .values import RowError, is_nothing, short
 
 Row = Mapping[str, Any]
@@ -41,6 +41,12 @@ def lifted(row: Row, names: Iterable[str]) -> Row:
                 says = f"{short(rest[key])} and {short(value)}"
                 raise RowError("two values", f'its "{key}" and "{outer}.{key}" disagree: {says}')
     return rest | found
+
+
+def usual(message: Row, columns: Columns) -> Row:
+    """A message with the keys that MAP_KEYS names under their usual names, also those inside an object. RowError as `lifted`."""
+    given = columns.of_messages
+    return renamed_keys(lifted(message, given), given) if given else message
 
 
 ABSENT = object()

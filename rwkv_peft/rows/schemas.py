@@ -214,7 +214,7 @@ class Reader(Talks):
                     empty = empty or ("text", (name,))
         if empty:
             return empty
-        if any(isinstance(row[key], str) for key in parts.said):
+        if self.columns.of_messages or any(isinstance(row[key], str) for key in parts.said):
             self.refuse_single_message(row, parts)
         has = ", ".join(map(repr, list(row)[:6])) or "nothing"
         known = ", ".join(name for part in KNOWN if wanted in ("auto", part) for name in KNOWN[part])
@@ -260,12 +260,14 @@ class Reader(Talks):
 
     def refuse_single_message(self, row: Row, parts: Parts) -> None:
         """RowError if a text is one message of a dialogue whose other messages are other rows."""
-        for key in parts.speaker:
-            if isinstance(row[key], str) and row[key].strip().lower() in ROLE_NAMES and squashed(key) != "author":
+        mapped = [name for name, part in self.columns.of_messages.items() if part == "role" and name in row]
+        for key in (*mapped, *parts.speaker):
+            known = isinstance(row[key], str) and row[key].strip().lower() in ROLE_NAMES and squashed(key) != "author"
+            if known or key in mapped:
                 raise RowError(
                     "single message",
                     f'is one message ("{key}" is {row[key]!r}). Rows of one conversation are put together by a column '
-                    "conversation_id, or message_id and parent_id",
+                    'conversation_id (another name: --map-keys \'{"conversation_id": "NAME"}\'), or message_id and parent_id',
                 )
 
     # ---- rows of a question and an answer ----

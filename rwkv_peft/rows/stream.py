@@ -88,7 +88,7 @@ class RowStream:
     def rows(self) -> Iterator[tuple[str, int, bytes | Row | RowError]]:
         """File, number and content of every row, in the order of the files."""
         for path in self.paths:
-            for block in files.blocks(path, self.txt_mode, self.valid_split):
+            for block in files.blocks(path, self.txt_mode, self.valid_split, columns=self.recipe.columns):
                 for note in block.notes:
                     self.say_once(note)
                 if block.held_out:
