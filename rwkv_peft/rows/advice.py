@@ -11,7 +11,7 @@ from typing import Any
 
 from ..roles import Role
 from .keys import CALLS, HARMLESS_IN_MESSAGES, HARMLESS_NAMES, ROLE_NAMES, Parts, parts_of, squashed
-from .values import RowError
+from .values import RowError, TableRow
 
 # who the unknown names of data sets most likely are: only for the ROLE_MAP line that a refusal proposes
 LIKELY_ROLES = {
@@ -40,16 +40,20 @@ ABOUT_A_ROW = (
 ABOUT = frozenset(ABOUT_A_ROW.split())
 SAYS = frozenset(("message", "msg", "utterance", "turn"))  # message_1, message_2 are a question and its answer
 NUMBERED = re.compile(r"(.*?)[_\- ]?([a-d]|[0-9]|j|k|w|l|x|y)\Z")
+HEADER = "write a line with the names of the columns above it, like prompt,response"
 SENTENCE = re.compile(r"[?!。？！…；，]|[.,;:] |\.\Z|\n|.{41}")
+
+
+def seems_data(name: str) -> bool:
+    """Whether the name of a column is more likely a cell of a first row that is data: a sentence, words, a number."""
+    return bool(SENTENCE.search(name)) or len(name.split()) > 2 or not any(sign.isalpha() for sign in name)
 
 
 def advice(row: Mapping[str, Any], parts: Parts) -> str:
     """What to do with a row of unknown columns, as a sentence, or ""."""
     texts = [name for name, value in row.items() if name and isinstance(value, str) and value.strip()]
     if any(SENTENCE.search(name) for name in row) and not any(isinstance(value, list | dict) for value in row.values()):
-        return (
-            "Its first line seems to be data: write a line with the names of the columns above it, like prompt,response"
-        )
+        return f"Its first line seems to be data: {HEADER}"
     if "mes" in row and "name" in row:
         return (
             "It is one message of a chat of SillyTavern: write one row for each chat, "
@@ -61,7 +65,15 @@ def advice(row: Mapping[str, Any], parts: Parts) -> str:
         or of_objects(row, parts, usable)
         or of_texts(row, parts, [n for n in texts if n in usable])
     )
-    return f"Say which is which, for example {found}" if found.startswith("--") else found
+    line = f"Say which is which, for example {found}" if found.startswith("--") else found
+    if line and isinstance(row, TableRow) and not any(parts) and all(map(is_unknown, row)):
+        line += f". But if that is data of the first line: {HEADER}"
+    return line
+
+
+def is_unknown(name: str) -> bool:
+    """Whether a column has a name that says nothing."""
+    return squashed(name) not in HARMLESS_NAMES and squashed(name) not in LIKELY and not ABOUT & set(words_of(name))
 
 
 def better_answer(row: Mapping[str, Any]) -> str:

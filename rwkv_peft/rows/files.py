@@ -7,7 +7,7 @@ is counted and told with its place; a file that is broken as a whole raises User
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -16,6 +16,7 @@ from ..errors import UserError
 from ..project import shown
 from ..words import did_you_mean, listed
 from . import kinds, reading, splits
+from .advice import HEADER, seems_data
 from .json_files import json_array, json_lines, no_such_split
 from .keys import Columns
 from .one_message import NO_COLUMNS, conversations
@@ -23,6 +24,7 @@ from .reading import Block, Note, grouped, skip_line, text_row, too_long, unpack
 from .schemas import Row, RowError
 from .split_column import by_column
 from .tables import columnar, table
+from .values import TableRow
 from .workbooks import workbook
 
 
@@ -163,12 +165,26 @@ def blocks(
         if kind == ".txt":
             return plain(path, txt_mode)
         rows = READERS[kind](path, wanted) if READERS[kind] in WITH_SPLITS else READERS[kind](path)
-        return conversations(rows, columns)
+        return conversations(with_doubts(rows, columns), columns)
 
     if held_out:
         yield from (dataclasses.replace(block, held_out=True) for block in found())
     else:
         yield from by_column(found(), found if path.is_file() else None, wanted)
+
+
+def with_doubts(rows: Iterable[Block], columns: Columns) -> Iterator[Block]:
+    """The blocks, and a warning where MAP_KEYS names columns of a table by cells of what seems to be its first row."""
+    cells = [name for name in columns.of_rows if seems_data(name)]
+    for block in rows:
+        if cells and block.data and isinstance(block.data, list) and isinstance(row := block.data[0][1], TableRow):
+            if found := [name for name in cells if name in row]:
+                words = f"MAP_KEYS names {listed(map(repr, found))} of its first line, which is not learnt"
+                yield Block(
+                    block.file, 1, [], 0, notes=(Note("warning", block.file, f"{words}. If it is data: {HEADER}"),)
+                )
+            cells = []
+        yield block
 
 
 def unknown_ending(path: Path) -> str:

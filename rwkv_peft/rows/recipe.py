@@ -29,8 +29,9 @@ from .limits import Cut, Limits, TooLong, cut_row, cut_turns, within_turns
 from .literals import mended
 from .mapped import occurs
 from .quick import Quick
-from .reading import LINE_LIMIT, Block, Note, TableRow, is_utf8, not_utf8, too_long
+from .reading import LINE_LIMIT, Block, Note, is_utf8, not_utf8, too_long
 from .schemas import INFILLING, Columns, Reader, Row, RowError, kind
+from .values import TableRow
 
 NOTHING_TO_LEARN = "nothing to learn"  # all answers have weight 0, or were cut away
 COMMENT = "comment"  # a line of .jsonl that is none of the rows; reported, not rejected

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from ..words import count
-from .reading import Block, Note, TableRow
+from .reading import Block, Note
 from .recipe import items, parse
 from .schemas import Row, RowError
 from .splits import OF_NAME, is_wanted, split_of
+from .values import TableRow
 
 NAMES = ("split", "Split", "SPLIT")
 # these count where they hold the name of a split, no more

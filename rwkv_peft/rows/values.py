@@ -24,6 +24,10 @@ class RowError(Exception):
         return self.message
 
 
+class TableRow(dict):
+    """A row of a table whose cells are text: an empty cell may hold a word for it, like nan."""
+
+
 def is_nothing(value: Any) -> bool:
     """Whether a value says nothing: null, NaN (an empty cell of a table), "", blanks, an empty list or object."""
     if value is None or value == "" or value == [] or value == {}:
