@@ -334,7 +334,16 @@ def test_pairs_that_may_begin_with_a_speaker_are_refused_with_the_line_to_paste(
 
 
 @pytest.mark.parametrize(
-    "first", [["a", "b"], ["Hi", "Thanks"], ["Write a story", "continue", "continue"], ["Why?", "How?", "Why?"]]
+    "first",
+    [
+        ["a", "b"],
+        ["Hi", "Thanks"],
+        ["Write a story", "continue", "continue"],
+        ["Why?", "How?", "Why?"],
+        ["写诗", "继续"],
+        ["写诗", "继续", "换一个", "继续"],
+        ["Continue", "Go on", "Continue"],
+    ],
 )
 def test_pairs_of_questions_and_answers_are_read(first):
     assert [words for role, words in said({"conversations": [[one, "x"] for one in first]}) if role is U] == first

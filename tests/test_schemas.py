@@ -15,6 +15,7 @@ from rwkv_peft.rows import keys as names
 from rwkv_peft.rows.keys import HARMLESS_IN_MESSAGES, columns, parts_of, squashed
 from rwkv_peft.rows.one_message import conversations
 from rwkv_peft.rows.reading import Block
+from rwkv_peft.rows.recipe import parse
 from rwkv_peft.rows.schemas import Reader
 from rwkv_peft.rows.values import RowError, split_reasoning
 from rwkv_peft.templates.template import Dialogue
@@ -503,6 +504,8 @@ EXPECTED = [(U, "a"), (A, "b"), (U, "c"), (A, "d")]
         {"data": ["a", "b", "c", "d"], "id": "0"},
         {"dialog": ["a", "b", "c", "d"]},
         {"conversations": [["a", "b"], ["c", "d"]]},
+        {"history": [["a", "b"], ["c", "d"]], "id": 1},  # Gradio
+        parse(b'[["a", "b"], ["c", "d"]]'),
         {"dialogue": [{"speaker": "Human", "utterance": "a"}, {"speaker": "AI", "utterance": "b"}, {"speaker": "Human", "utterance": "c"}, {"speaker": "AI", "utterance": "d"}]},
         {"conversations": {"from": ["human", "gpt", "human", "gpt"], "value": ["a", "b", "c", "d"]}},
         {"messages": {"role": ["user", "assistant"] * 2, "content": ["a", "b", "c", "d"]}},
@@ -536,6 +539,8 @@ def test_a_conversation_of_any_shape_is_read(row):
         {"prompt": "a", "response": [{"text": "b"}]},
         {"prompt": "a", "answers": [{"answer": "c", "rank": 2}, {"answer": "b", "rank": 1}]},  # Nectar
         {"row_idx": 0, "row": {"prompt": "a", "response": "b"}, "truncated_cells": []},  # the viewer of Hugging Face
+        {"row": {"prompt": "a", "response": "b"}, "truncated_cells": []},
+        {"row": {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}},
         {"prompt": "a", "response": "", "chosen": None, "output": "b"},
     ],
 )  # fmt: skip

@@ -31,6 +31,7 @@ from .mapped import occurs
 from .quick import Quick
 from .reading import LINE_LIMIT, Block, Note, is_utf8, not_utf8, too_long
 from .schemas import INFILLING, Columns, Reader, Row, RowError, kind
+from .turns import are_pairs
 from .values import TableRow
 
 NOTHING_TO_LEARN = "nothing to learn"  # all answers have weight 0, or were cut away
@@ -168,7 +169,11 @@ def parse(item: bytes | Row | RowError, faults: set[str] | None = None) -> Row:
             row = orjson.loads(row)
             if faults is not None:
                 faults.add("twice")
-    if isinstance(row, list) and row and (isinstance(row[0], dict) or all(isinstance(one, str) for one in row)):
+    if (
+        isinstance(row, list)
+        and row
+        and (isinstance(row[0], dict) or all(isinstance(one, str) for one in row) or are_pairs(row))
+    ):
         return {"messages": row}
     if not isinstance(row, dict):
         raise RowError("wrong type", f'must be a JSON object like {{"text": "..."}}, not {kind(row)}')

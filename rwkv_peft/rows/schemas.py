@@ -68,6 +68,7 @@ KNOWN = {
     "text": ("text",),
 }
 SOLUTIONS = ("solution", "generatedsolution")  # columns of an answer with its reasons
+OF_VIEWER = {"row", "row_idx", "truncated_cells"}  # keys around a row as the viewer of Hugging Face exports it
 INFILLING = "prefix/middle"  # what rows of prefix, suffix and middle are called
 
 
@@ -87,7 +88,7 @@ class Reader(Talks):
         if self.unused:
             self.unused = Counter()
         cut: Any = ()
-        if "row_idx" in row and isinstance(row.get("row"), dict):  # as the viewer of Hugging Face exports rows
+        if "row" in row and isinstance(row["row"], dict) and ("row_idx" in row or row.keys() <= OF_VIEWER):
             row, cut = row["row"], row.get("truncated_cells") or ()
         elif isinstance(row.get("truncated_cells"), list):
             cut = row["truncated_cells"]
@@ -214,6 +215,10 @@ class Reader(Talks):
                     empty = empty or ("text", (name,))
         if empty:
             return empty
+        if wanted in ("auto", "messages") and not left_over(tuple(row), parts.history):
+            for name in parts.history:
+                if turns.looks_like_turns(row[name]):
+                    return "messages", (name,)
         if self.columns.of_messages or any(isinstance(row[key], str) for key in parts.said):
             self.refuse_single_message(row, parts)
         has = ", ".join(map(repr, list(row)[:6])) or "nothing"
