@@ -14,7 +14,7 @@ from rwkv_peft.rows.reading import Block
 from rwkv_peft.rows.recipe import Cook, Recipe
 from rwkv_peft.rows.schemas import Reader
 from rwkv_peft.rows.settings import TokenizeConfig
-from rwkv_peft.rows.values import RowError, split_reasoning
+from rwkv_peft.rows.values import RowError, is_nothing, split_reasoning
 from rwkv_peft.shell_vars import Script
 from rwkv_peft.templates.presets import PRESETS
 
@@ -69,18 +69,19 @@ def test_a_mask_may_be_written_without_gaps_and_a_weight_may_not():
 
 SHOWN = {"columns": {"A": "54", "B": "56", "C": "58", "D": "60"}, "options": {"option_a": "54", "option_b": "56"},
          "op": {"opa": "54", "opb": "56"}, "choice": {"choice1": "54", "choice2": "56"}, "text": {"choices": "A. 54\nB. 56"},
-         "list": {"options": ["54", "56"]}, "cell": {"options": "['54', '56']"}}  # fmt: skip
+         "list": {"options": ["54", "56"]}, "cell": {"options": "['54', '56']"}, "object": {"options": {"A": "54", "B": "56"}},
+         "JSON": {"options": '{"A": "54", "B": "56"}'}, "letters": {"options": ["A. 54", "B. 56"]}}  # fmt: skip
 
 
 @pytest.mark.parametrize("choices", SHOWN.values(), ids=SHOWN)
 @pytest.mark.parametrize(
-    "answer", ["B", "b)", "AB", "A,B", "A and B", "A、B", [0], [1, 0], ["B"], "<think>hm</think>B"]
+    "answer", ["B", "b)", "AB", "A,B", "A and B", "A、B", [0], [1, 0], ["B"], "<think>hm</think>B", "B. 56", "(B) 56"]
 )
 def test_names_of_choices_without_the_choices_reject_the_row(choices, answer):
     refused({"question": "7 times 8?", "answer": answer, **choices}, "choices", "choices that")
 
 
-@pytest.mark.parametrize("answer", ["56", "BAD", "42", "Both", "It is B, because", "A CAB"])
+@pytest.mark.parametrize("answer", ["56", "BAD", "42", "Both", "It is B, because", "A CAB", "B. subtilis"])
 def test_an_answer_in_words_needs_no_choices(answer):
     for choices in SHOWN.values():
         assert said({"question": "7 times 8?", "answer": answer, **choices})[-1] == (A, answer)
@@ -105,10 +106,20 @@ def test_a_choice_is_shown_where_it_stands_as_a_word_and_may_stand_in_the_second
 
 
 @pytest.mark.parametrize(
-    "none", [{"A": None, "B": ""}, {"options": None}, {"choices": {"text": None}}, {"choices": []}]
+    "none",
+    [
+        {"A": None, "B": ""},
+        {"options": None},
+        {"choices": {"text": None}},
+        {"choices": []},
+        {"options": "none"},
+        {"options": "gift wrap"},
+    ],
 )
 def test_columns_of_choices_that_hold_none_are_no_choices(none):
-    assert said({"question": "a", "answer": "B", **none}) == [(U, "a"), (A, "B")]
+    found, reader = read({"question": "a", "answer": "B", **none})
+    assert found.messages[-1].content == "B"
+    assert list(reader.unused) == [("column", name) for name, value in none.items() if not is_nothing(value)]
 
 
 def test_choices_are_asked_of_every_row_whatever_the_first_one_says():

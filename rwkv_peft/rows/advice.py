@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..roles import Role
+from .choices import columns_of_choices
 from .keys import CALLS, HARMLESS_IN_MESSAGES, HARMLESS_NAMES, ROLE_NAMES, Parts, parts_of, squashed
 from .values import RowError, TableRow
 
@@ -40,6 +41,7 @@ ABOUT_A_ROW = (
 ABOUT = frozenset(ABOUT_A_ROW.split())
 SAYS = frozenset(("message", "msg", "utterance", "turn"))  # message_1, message_2 are a question and its answer
 NUMBERED = re.compile(r"(.*?)[_\- ]?([a-d]|[0-9]|j|k|w|l|x|y)\Z")
+DIGITS = tuple("012345678")  # that may be the number of a choice
 HEADER = "write a line with the names of the columns above it, like prompt,response"
 SENTENCE = re.compile(r"[?!。？！…；，]|[.,;:] |\.\Z|\n|.{41}")
 
@@ -58,6 +60,14 @@ def advice(row: Mapping[str, Any], parts: Parts) -> str:
         return (
             "It is one message of a chat of SillyTavern: write one row for each chat, "
             '{"messages": [{"role": "user", "content": "Hi"}, ...]}'
+        )
+    if (choices := columns_of_choices(tuple(row))) and parts.prompts and not {*parts.responses} - {*choices}:
+        others = [n for n in row if n not in choices and squashed(n) not in HARMLESS_NAMES]
+        numbers = [n for n in others if str(row[n]).strip() in DIGITS]
+        which = f" (nothing tells whether {named(numbers)} counts them from 0 or from 1)" if numbers else ""
+        return (
+            f"Its choices are in {', '.join(map(repr, choices))}: write the words of the right one into a column answer{which}, "
+            "or them and the choices into messages"
         )
     usable = [n for n in row if n and squashed(n) not in HARMLESS_NAMES and not WORSE & set(words_of(n))]
     found = (

@@ -232,9 +232,10 @@ class Reader(Talks):
         if "prefix" in row and "middle" in row:  # code to be filled in
             return "prefix", "suffix" if "suffix" in row else "", "middle"
         calls = [name for name in parts.calls if not is_nothing(row[name])]
+        choices = columns_of_choices(tuple(row)) if "response" not in given else ()  # column A may be one of them
         best = None
         for prompt in parts.prompts:
-            answers = [name for name in (*parts.responses, *calls) if name != prompt]
+            answers = [name for name in (*parts.responses, *calls) if name != prompt and name not in choices]
             if not answers:
                 continue
             said_something = [name for name in answers if not is_nothing(row[name])]
