@@ -171,11 +171,13 @@ def foreign_lines(
     """A warning for each thing that another tool left in the rows: how many, the first, and what to do. left: why headings were
     left -> rows."""
     for kind, rows in found.items():
-        what, effect, instead = KINDS[kind]
+        what, effect, instead, rewritten = KINDS[kind]
         file, number, _ = places[kind][0]
         notes = list(dict.fromkeys(note for *_, note in places[kind]))
         note = ", ".join(notes[:NOTES]) + ", ..." * (len(notes) > NOTES)
-        if converting and kind == "headings" and any(left):
+        if not rewritten:
+            todo = instead
+        elif converting and kind == "headings" and any(left):
             why = ", ".join(f"{reason or 'several ways to read it'} ({count(n, 'row')})" for reason, n in left.items())
             todo = f"CONVERT_HEADINGS=1 left them as they are: {why}. {instead}"
         elif converting:

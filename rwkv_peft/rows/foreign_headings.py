@@ -26,11 +26,12 @@ from ..templates.template import Dialogue, Message, split_thought
 
 class Kind(NamedTuple):
     """Something that another tool left in a row. name: of a row that has it. effect: what comes of it. instead: what to do where
-    it is not rewritten."""
+    it is not rewritten. rewritten: CONVERT_HEADINGS=1 may rewrite it."""
 
     name: str
     effect: str
     instead: str
+    rewritten: bool = True
 
 
 KINDS = {
@@ -53,6 +54,12 @@ KINDS = {
         "with tokens of another model written as letters",
         "the model learns the letters; EOT ends rows by itself",
         "Take them out of the file",
+    ),
+    "html": Kind(
+        "with tags that are escaped as in HTML",
+        "they are no tags to the kit, and the model learns &lt; and &gt;",
+        "Write < and > in their place",
+        rewritten=False,
     ),
 }
 USER, ANSWER, SYSTEM, MATERIAL, OTHER = "user", "answer", "system", "material", "other"
@@ -164,6 +171,7 @@ BEGIN = r"<s>|<\|(?:begin_of_text|startoftext|bos)\|>|<bos>|\[BOS\]|<[|｜]begin
 DOCUMENT_END = re.compile(r"<\|(?:endoftext|end_of_text)\|>|</s>|<eo[sm]>|\[EOS\]|<[|｜]end▁of▁sentence[|｜]>")
 MARKER = re.compile(f"{END}|{BEGIN}")
 MARKER_SIGNS = ("<|", "<｜", "s>", "<eo", "turn>", "[EOS]", "[BOS]", "[gMASK]")  # none of these: no MARKER
+HTML = re.compile(r"&lt;(?:/?(?:think|thinking|tool_call|tool_response)|[|｜][\w▁ ]{1,40}[|｜])&gt;")
 LAST = re.compile(rf"(?:{END}|{BEGIN}|✿|\#\#\# End)\Z")
 LONGEST = 40  # characters of such a token
 BEGINS_WITH = re.compile(rf"\A(?:\s*(?:{BEGIN}))+\s*")
@@ -298,12 +306,15 @@ def look_at_text(text: str, own: Mapping[str, Role] = WORLD) -> list[Finding]:
 
 
 def look_at_letters(text: str, tagged: bool) -> list[Finding]:
-    """Line breaks that are written as letters, and tokens of other tools that are. tagged: these belong to its format."""
+    """Line breaks that are written as letters, tokens of other tools that are, and escaped tags. tagged: the tokens belong to its
+    format."""
     found = []
     if (at := where_escaped(text)) >= 0:
         found.append(Finding("escaped", "\\n" if "\\n" in text else text[at : at + 6], at))
     if not tagged and (marker := first_marker(text)):
         found.append(Finding("markers", marker[0], marker.start()))
+    if tag := HTML.search(text):
+        found.append(Finding("html", tag[0], tag.start()))
     return found
 
 
@@ -600,7 +611,7 @@ SEPARATORS = (b":", "：".encode(), b" :", " ：".encode(), b"**", "】".encode(
 NUMBERED = ("Q", "Question", "问", "问题", "提问")
 NEEDLES = ("<|", "<｜", "</s>", "<s>", "<eos>", "<eoh>", "<eom>", "<bos>", "[INST", "[/INST", "[EOS", "[BOS", "[gMASK",
            "<start_of_turn",
-           "<end_of_turn", "<human>", "<bot>", "User✿", "Bot✿")  # fmt: skip
+           "&lt;", "<end_of_turn", "<human>", "<bot>", "User✿", "Bot✿")  # fmt: skip
 
 
 @functools.cache
