@@ -440,6 +440,14 @@ def test_a_column_of_map_keys_in_a_row_that_is_rejected_was_met(row, map_keys):
     ("row", "answer"),
     [
         ({"question": "q", "output": {"content": "a", "model": "m"}}, "a"),
+        (
+            {
+                "question": "q",
+                "response": {"id": "x", "choices": [{"index": 0, "message": {"role": "assistant", "content": "a"}}]},
+            },
+            "a",
+        ),
+        ({"messages": [Q], "response": {"choices": [{"message": {"role": "assistant", "content": "a"}}]}}, "a"),
         ({"question": "q", "output": {"name": "a"}}, '{"name": "a"}'),
         ({"question": "q", "answers": [{"text": "good"}, {"text": "bad"}]}, "good"),
         ({"question": "q", "reasoning": "t", "answer": "<answer>a</answer>"}, "(t) a"),

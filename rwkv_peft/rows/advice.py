@@ -95,6 +95,9 @@ def better_answer(row: Mapping[str, Any]) -> str:
 
 def of_preferences(row: Mapping[str, Any], parts: Parts, usable: Sequence[str]) -> str:
     """The line for a row of several answers, one of which is the better one."""
+    talks = alternatives([name for name in usable if isinstance(row[name], list)])
+    if talks:
+        return f"It has several conversations: name the one to be learnt as messages in MAP_KEYS, {named(talks)}"
     better = better_answer({name: row[name] for name in usable})
     if not better:
         return ""
@@ -107,6 +110,8 @@ def of_preferences(row: Mapping[str, Any], parts: Parts, usable: Sequence[str]) 
         return f"--map-keys {quoted({'messages': better})}"
     if prompts or any(isinstance(row[name], list) for name in parts.messages):
         return f"--map-keys {quoted({'response': better})}"
+    if inner := talk_inside(row, usable):
+        return f"--map-keys {quoted({'messages': inner, 'response': better})}"
     others = [n for n in said_columns(row, parts, usable) if n != better]
     if len(others) == 1:
         return f"--map-keys {quoted({'prompt': others[0], 'response': better})}"
@@ -126,12 +131,19 @@ def of_objects(row: Mapping[str, Any], parts: Parts, usable: Sequence[str]) -> s
         if name in parts.prompts and all(is_of(one, Role.USER) for one in value):
             return f'"{name}" is a question, and there is no answer'
         return f"--map-keys {quoted({'messages': name})}"
+    if inner := talk_inside(row, usable):
+        return f"--map-keys {quoted({'messages': inner})}"
+    if any(isinstance(row[n], list | dict) and row[n] for n in usable):
+        return " "  # a shape of its own, which no names of columns make usable
+    return ""
+
+
+def talk_inside(row: Mapping[str, Any], usable: Sequence[str]) -> str:
+    """Where an object of a row has messages, as MAP_KEYS names it; or ""."""
     for name in usable:
         for inner, value in row[name].items() if isinstance(row[name], dict) else ():
             if isinstance(value, list) and value and isinstance(value[0], dict) and is_talk(value[0]):
-                return f"--map-keys {quoted({'messages': f'{name}.{inner}'})}"
-    if any(isinstance(row[n], list | dict) and row[n] for n in usable):
-        return " "  # a shape of its own, which no names of columns make usable
+                return f"{name}.{inner}"
     return ""
 
 
@@ -210,7 +222,7 @@ def words_of(name: str) -> list[str]:
 def is_talk(one: Mapping[str, Any]) -> bool:
     """Whether an object of a list may be a message."""
     parts = parts_of(tuple(one))
-    return bool(parts.speaker or parts.said)
+    return bool(parts.speaker or parts.said) and "label" not in one  # (of pieces of a text with labels)
 
 
 def proposed_message_keys(messages: Sequence[Mapping[str, Any]]) -> str:
