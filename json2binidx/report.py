@@ -27,11 +27,12 @@ CELLS = {
     "None": "with nothing but the word None or null in a column that a row needs, taken as text; if it means that nothing is "
     "there, take these rows out",
 }
-TAGS = {
+ROWS = {
+    "noinput": "with a second text that says there is none (<noinput>, N/A), taken as empty",
     "tags": "with a tool call, a result or tools between tags that stay text, as their JSON is broken or words follow; the "
     "model learns the tags as letters",
 }
-WORDS = FAULTS | CELLS | TAGS
+WORDS = FAULTS | CELLS | ROWS
 UNSAFE = set('"$`\\!\n')  # characters that double quotes do not protect from bash
 BATCHES = (4, 8)  # micro-batch sizes for which the filling of DATALOAD=pad is told
 SAMPLE = 20_000  # rows that are looked at for the shares of filling
@@ -187,6 +188,11 @@ def foreign_lines(
         yield f"{count(rows, 'row')} {what} ({note}): {effect}. The first is {file}:{number}. {todo}"
 
 
+def fault_words(fault: str, number: int, where: str) -> str:
+    """The warning for rows or cells that were read though something is wrong with them."""
+    return f"{count(number, 'cell' if fault in CELLS else 'row')} {WORDS[fault]}: {where}{more(number)}"
+
+
 def overlooked_words(rows: int, where: str) -> str:
     """The warning for ready texts whose turns the models would not know as such."""
     return (
@@ -222,11 +228,7 @@ def say(content: Mapping[str, Any], prefix: Path, template: str = "", made: bool
     for level, words in notes_together(content["notes"]):
         line(level, words)
     for fault, number in rows["faults"].items():
-        what = f"fault: {fault}"
-        line(
-            "warning",
-            f"{count(number, 'cell' if fault in CELLS else 'row')} {WORDS[fault]}: {where(what)}{more(number)}",
-        )
+        line("warning", fault_words(fault, number, where(f"fault: {fault}")))
     if rejected := sum(rows["rejected"].values()):
         line(
             "rejected", f"{count(rejected, 'row')} ({reasons(rows['rejected'])}), all of them in {shown}.rejects.jsonl:"

@@ -463,6 +463,31 @@ def test_the_answer_is_the_part_that_holds_its_words(row, answer):
 
 
 @pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"instruction": "q", "input": "<noinput>", "output": "a"}, "1 row with a second text that says there is none"),
+        (
+            {"prompt": "q", "response": "<tool_call>{}</tool_call>"},
+            "1 row with a tool call, a result or tools between tags",
+        ),
+    ],
+)
+def test_a_preview_tells_of_faults_with_their_lines(row, words, tmp_path, capsys):
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(row))
+    preview(path, shipped(PROMPT_TYPE="rwkv-world"), True, 1)
+    said = capsys.readouterr().out
+    assert f"warning   {words}" in said and ": line 1\n" in said
+
+
+@pytest.mark.parametrize(("words", "material"), [("<noinput>", ""), ("N/A", ""), ("None of them", "None of them")])
+def test_a_second_text_that_says_there_is_none_is_empty_and_counted(words, material):
+    found, reader = read({"instruction": "q", "input": words, "output": "a"})
+    assert found.messages[0].material == material
+    assert reader.verdicts == (set() if material else {"fault: noinput"})
+
+
+@pytest.mark.parametrize(
     ("row", "reason"),
     [
         ({"question": "q", "answer": {"text": [], "answer_start": []}}, "empty"),

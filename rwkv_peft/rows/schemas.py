@@ -68,6 +68,15 @@ KNOWN = {
     "text": ("text",),
 }
 SOLUTIONS = ("solution", "generatedsolution")  # columns of an answer with its reasons
+NO_INPUT = (
+    "<noinput>",
+    "<no input>",
+    "<No input>",
+    "noinput",
+    "No input",
+    "N/A",
+    "n/a",
+)  # Alpaca's: there is no second text
 OF_VIEWER = {"row", "row_idx", "truncated_cells"}  # keys around a row as the viewer of Hugging Face exports it
 INFILLING = "prefix/middle"  # what rows of prefix, suffix and middle are called
 
@@ -141,7 +150,7 @@ class Reader(Talks):
             text = row[text] if text else ""
             if wants_a_look(text) or "\r" in text or text.isspace() or (self.repair and not text.isascii()):
                 return None
-        if not question or not answer:
+        if not question or not answer or material in NO_INPUT:
             return None
         for key in left_over(keys, pair):
             if not is_nothing(row[key]):
@@ -302,6 +311,9 @@ class Reader(Talks):
             if not is_nothing(row[name]):
                 found += self.history(row[name], name)
         question, material = self.asked(row, prompt), self.asked(row, query, structured=True)
+        if material in NO_INPUT and not self.infill:
+            self.verdicts.add("fault: noinput")
+            material = ""
         if not question and not material:
             raise RowError("empty", f'its "{prompt}" is empty')
         if not question and not self.infill:
