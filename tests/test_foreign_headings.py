@@ -319,6 +319,17 @@ def test_tags_that_are_escaped_as_in_html_are_counted_and_what_to_do_is_said(wor
         assert "3 rows with tags that are escaped" in said and said.endswith("x.jsonl:1. Write < and > in their place")
 
 
+@pytest.mark.parametrize(
+    "words",
+    ['{"role": "assistant", "content": "a"}', '[{"role": "user", "content": "a"}]', "{'role': 'user', 'content': 'a'}"],
+)
+def test_messages_that_are_json_inside_a_text_are_counted(words):
+    for row in (chat("Hi", words), chat(words, "Yo"), {"messages": [words, words]}):
+        assert found(cook(row)) == {"json"}
+    for other in (f"Write {words}", f"{words} is right", '{"role": "actor", "of": "Hamlet"}'):
+        assert not found(cook(chat("Hi", other)))
+
+
 def test_a_line_of_a_txt_file_is_the_line_of_the_finding():
     block = Block("x.txt", 1, [(1, {"text": "The lamp.\nIt is lit.\n<|endoftext|>\nThe ferry."})], 0)
     made = Cook(Recipe(PRESETS["rwkv-world"])).block(block)

@@ -463,6 +463,20 @@ def test_the_answer_is_the_part_that_holds_its_words(row, answer):
 
 
 @pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('[{"type": "text", "text": "a"}]', "a"),
+        ('[{"type": "thinking", "thinking": "t"}, {"type": "text", "text": "a"}]', "(t) a"),
+        ('[{"type": "integer"}]', '[{"type": "integer"}]'),
+        ('[{"type": "text", "text": "a"}] and more', '[{"type": "text", "text": "a"}] and more'),
+        ("[{", "[{"),
+    ],
+)
+def test_a_content_in_parts_may_be_json_in_a_text(content, words):
+    assert said({"messages": [Q, {"role": "assistant", "content": content}]})[-1] == (A, words)
+
+
+@pytest.mark.parametrize(
     ("row", "words"),
     [
         ({"instruction": "q", "input": "<noinput>", "output": "a"}, "1 row with a second text that says there is none"),

@@ -61,6 +61,12 @@ KINDS = {
         "Write < and > in their place",
         rewritten=False,
     ),
+    "json": Kind(
+        "with messages written as JSON inside a text",
+        "the model learns brackets and keys",
+        "Put the messages themselves in its place, without quotes around them",
+        rewritten=False,
+    ),
 }
 USER, ANSWER, SYSTEM, MATERIAL, OTHER = "user", "answer", "system", "material", "other"
 
@@ -172,6 +178,7 @@ DOCUMENT_END = re.compile(r"<\|(?:endoftext|end_of_text)\|>|</s>|<eo[sm]>|\[EOS\
 MARKER = re.compile(f"{END}|{BEGIN}")
 MARKER_SIGNS = ("<|", "<｜", "s>", "<eo", "turn>", "[EOS]", "[BOS]", "[gMASK]")  # none of these: no MARKER
 HTML = re.compile(r"&lt;(?:/?(?:think|thinking|tool_call|tool_response)|[|｜][\w▁ ]{1,40}[|｜])&gt;")
+JSON = re.compile(r"\s*\[?\s*\{\s*([\"'])role\1\s*:\s*([\"'])(?:system|user|human|assistant|gpt)\2.*[}\]]\s*\Z", re.S)
 LAST = re.compile(rf"(?:{END}|{BEGIN}|✿|\#\#\# End)\Z")
 LONGEST = 40  # characters of such a token
 BEGINS_WITH = re.compile(rf"\A(?:\s*(?:{BEGIN}))+\s*")
@@ -315,6 +322,8 @@ def look_at_letters(text: str, tagged: bool) -> list[Finding]:
         found.append(Finding("markers", marker[0], marker.start()))
     if tag := HTML.search(text):
         found.append(Finding("html", tag[0], tag.start()))
+    if message := JSON.match(text):
+        found.append(Finding("json", " ".join(message[0][:20].split()), 0))
     return found
 
 
@@ -611,7 +620,7 @@ SEPARATORS = (b":", "：".encode(), b" :", " ：".encode(), b"**", "】".encode(
 NUMBERED = ("Q", "Question", "问", "问题", "提问")
 NEEDLES = ("<|", "<｜", "</s>", "<s>", "<eos>", "<eoh>", "<eom>", "<bos>", "[INST", "[/INST", "[EOS", "[BOS", "[gMASK",
            "<start_of_turn",
-           "&lt;", "<end_of_turn", "<human>", "<bot>", "User✿", "Bot✿")  # fmt: skip
+           "&lt;", '"role', "'role", "<end_of_turn", "<human>", "<bot>", "User✿", "Bot✿")  # fmt: skip
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from ..templates.template import Dialogue, Message
 from . import tool_texts, turns
 from .advice import better_answer, quoted, unknown_role
 from .choices import columns_of_choices, refuse_choice
-from .contents import THINK_NAMES, joined_parts, said
+from .contents import THINK_NAMES, joined_parts, parts_of_json, said
 from .encodings import one_line_end
 from .flags import LABEL, flag_word, flags_in, list_of_flags
 from .keys import (
@@ -301,6 +301,8 @@ class Talks:
         content = one[text_key] if text_key else None
         if isinstance(content, dict) and isinstance(content.get("parts"), list):  # ChatGPT's export
             content = content["parts"]
+        if isinstance(content, str) and content.startswith("[{"):
+            content = parts_of_json(content)
         used = [key for key in (speaker, text_key) if key]
         for key in parts.media:
             if is_medium(one[key], names_a_file(key)):

@@ -267,7 +267,7 @@ PLACEHOLDER = re.compile(
 )
 # how every such tag and placeholder begins
 SUSPECT = re.compile(
-    r"[<\[(](?:\|?\s*/?\s*(?:thi|tho|rea|思|ima|img|im_|vid|aud|vis|spe|see|sta|beg|end|cha)|data:image)|<\s*/?\s*(?:scratch|inner|tool|functioncall)|[\[【](?:图|视|语|音)",
+    r"[<\[(](?:\|?\s*/?\s*(?:thi|tho|rea|思|ima|img|im_|vid|aud|vis|spe|see|sta|beg|end|cha)|data:image|\{\s*\"type)|<\s*/?\s*(?:scratch|inner|tool|functioncall)|[\[【](?:图|视|语|音)",
     re.IGNORECASE,
 )
 QUOTED = re.compile(r"^[ \t>]*(`{3,32}|~{3,32}).*?^[ \t>]*\1|`[^`]*`|```.*?```", re.DOTALL | re.M)
