@@ -187,6 +187,10 @@ def test_a_thought_before_a_call_needs_no_words():
     [
         ("Like this:\n```\n<think>\nt\n</think>\na\n```\nThat is all.", None),
         ("```html\n</think>\n```", None),
+        ("See:\n~~~\n</think>\n~~~\nThat.", None),
+        ("See:\n````\n```\n</think>\n```\n````\nThat.", None),
+        ("<think>\nI try:\n~~~\nx\n~~~\n</think>\nThat.", ("I try:\n~~~\nx\n~~~", "That.")),
+        ("<think>\nI try:\n~~~~\nx\n</think>\nThat.", ("I try:\n~~~~\nx", "That.")),
         ("Two:\n```\n</think>\n```\nand\n```\nx\n```", None),
         ("I try:\n```py\nfor..\n</think>\n\nHere:\n```py\nx\n```", ("I try:\n```py\nfor..", "Here:\n```py\nx\n```")),
         ("<think>\n```\nopen\n</think>\n\n```\nR\n```", ("```\nopen", "```\nR\n```")),

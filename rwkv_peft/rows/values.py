@@ -155,7 +155,7 @@ def alone_on_its_line(text: str, tag: re.Match) -> bool:
     return not before.strip() and not behind.strip()
 
 
-FENCE = re.compile(r"`{3,}(?P<word>[ ]?\w)?")
+FENCE = re.compile(r"(?:`{3,}|^[ \t>]*~{3,})(?P<word>[ ]?\w)?", re.M)
 
 
 def fence_stays_open(text: str, begin: int, tag: re.Match, starts: bool) -> bool:
