@@ -869,6 +869,9 @@ def test_a_conversation_id_of_map_keys_that_is_not_there_is_an_error_and_a_missi
     row = {"talk": 1, "who": "client", "says": "a"}
     with pytest.raises(UserError, match="names the column 'tlak' as conversation_id"):
         together(row, columns=columns('{"role": "who", "content": "says", "conversation_id": "tlak"}'))
+    given = columns('{"conversation_id": "talk"}')
+    first, *_ = conversations([Block("x.jsonl", 1, [(1, {"messages": [Q, ANSWER]})], 0)], given)
+    assert "names a conversation_id, which is not used" in first.notes[0].words
     given = columns('{"role": "who", "content": "says"}')
     refused(row, "single message", """--map-keys '{"conversation_id": "NAME"}'""", columns=given)
 

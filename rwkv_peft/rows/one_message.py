@@ -16,7 +16,7 @@ from ..roles import Role
 from . import reading
 from .keys import ROLE_NAMES, Columns, Parts, parts_of, squashed
 from .mapped import usual
-from .reading import Block
+from .reading import Block, Note
 from .recipe import items, parse
 from .turns import rank_of
 from .values import RowError, is_nothing, short
@@ -51,6 +51,9 @@ def conversations(blocks: Iterable[Block], columns: Columns = NO_COLUMNS) -> Ite
     key = grouping(first, columns)
     every = itertools.chain([first], blocks)
     if not key:
+        if columns.given.get("conversation_id"):
+            words = "MAP_KEYS names a conversation_id, which is not used: its rows are no single messages"
+            yield Block(first.file, 1, [], 0, notes=(Note("warning", first.file, words),))
         yield from every
         return
     for held_out, part in itertools.groupby(every, key=lambda block: block.held_out):
