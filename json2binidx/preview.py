@@ -15,7 +15,7 @@ from rwkv_peft.rows.recipe import Cook
 from rwkv_peft.rows.settings import TokenizeConfig, recipe, settled
 from rwkv_peft.words import count
 
-from .report import at_places, foreign_lines, overlooked_words, unused_words
+from .report import at_places, fault_words, foreign_lines, overlooked_words, unused_words
 from .tally import Tally
 
 MOST = 600  # tokens of a row that are shown, from its beginning and its end
@@ -47,6 +47,9 @@ def preview(source: Path, config: TokenizeConfig, end_of_doc: bool, most: int) -
                 print(
                     f"\nwarning   MAP_KEYS names the column {name!r}, but none of the rows that were read here has it"
                 )
+        for fault, number in tally.group("fault: ").items():
+            where = at_places(tally.places[f"fault: {fault}"], len(paths) > 1)
+            print(f"\nwarning   {fault_words(fault, number, where)}")
         if overlooked := tally.places.get("overlooked"):
             print(f"\nwarning   {overlooked_words(len(overlooked), at_places(overlooked, len(paths) > 1))}")
         found = tally.group("found: ")
@@ -60,7 +63,7 @@ def preview(source: Path, config: TokenizeConfig, end_of_doc: bool, most: int) -
         print(f"{note.level:<9} {note.file}: {note.words}")
     for path in paths:
         wanted = "" if chosen.held_out else config.valid_split
-        for block in files.blocks(path, config.txt_mode, wanted):
+        for block in files.blocks(path, config.txt_mode, wanted, columns=cook.recipe.columns):
             for note in block.notes:
                 print(f"{note.level:<9} {note.file}: {note.words}")
             made = cook.block(block)

@@ -27,7 +27,12 @@ CELLS = {
     "None": "with nothing but the word None or null in a column that a row needs, taken as text; if it means that nothing is "
     "there, take these rows out",
 }
-WORDS = FAULTS | CELLS
+ROWS = {
+    "noinput": "with a second text that says there is none (<noinput>, N/A), taken as empty",
+    "tags": "with a tool call, a result or tools between tags that stay text, as their JSON is broken or words follow; the "
+    "model learns the tags as letters",
+}
+WORDS = FAULTS | CELLS | ROWS
 UNSAFE = set('"$`\\!\n')  # characters that double quotes do not protect from bash
 BATCHES = (4, 8)  # micro-batch sizes for which the filling of DATALOAD=pad is told
 SAMPLE = 20_000  # rows that are looked at for the shares of filling
@@ -167,11 +172,13 @@ def foreign_lines(
     """A warning for each thing that another tool left in the rows: how many, the first, and what to do. left: why headings were
     left -> rows."""
     for kind, rows in found.items():
-        what, effect, instead = KINDS[kind]
+        what, effect, instead, rewritten = KINDS[kind]
         file, number, _ = places[kind][0]
         notes = list(dict.fromkeys(note for *_, note in places[kind]))
         note = ", ".join(notes[:NOTES]) + ", ..." * (len(notes) > NOTES)
-        if converting and kind == "headings" and any(left):
+        if not rewritten:
+            todo = instead
+        elif converting and kind == "headings" and any(left):
             why = ", ".join(f"{reason or 'several ways to read it'} ({count(n, 'row')})" for reason, n in left.items())
             todo = f"CONVERT_HEADINGS=1 left them as they are: {why}. {instead}"
         elif converting:
@@ -179,6 +186,11 @@ def foreign_lines(
         else:
             todo = f"--convert-headings rewrites those that can be read in one way only. Or: {instead[0].lower()}{instead[1:]}"
         yield f"{count(rows, 'row')} {what} ({note}): {effect}. The first is {file}:{number}. {todo}"
+
+
+def fault_words(fault: str, number: int, where: str) -> str:
+    """The warning for rows or cells that were read though something is wrong with them."""
+    return f"{count(number, 'cell' if fault in CELLS else 'row')} {WORDS[fault]}: {where}{more(number)}"
 
 
 def overlooked_words(rows: int, where: str) -> str:
@@ -216,11 +228,7 @@ def say(content: Mapping[str, Any], prefix: Path, template: str = "", made: bool
     for level, words in notes_together(content["notes"]):
         line(level, words)
     for fault, number in rows["faults"].items():
-        what = f"fault: {fault}"
-        line(
-            "warning",
-            f"{count(number, 'cell' if fault in CELLS else 'row')} {WORDS[fault]}: {where(what)}{more(number)}",
-        )
+        line("warning", fault_words(fault, number, where(f"fault: {fault}")))
     if rejected := sum(rows["rejected"].values()):
         line(
             "rejected", f"{count(rejected, 'row')} ({reasons(rows['rejected'])}), all of them in {shown}.rejects.jsonl:"

@@ -171,7 +171,7 @@ def progress(chosen: files.Source, made_from: Recipe, config: TokenizeConfig) ->
         for path in found:
             # (a folder has its parts in files; what a file holds is then all of one part)
             wanted = "" if chosen.held_out else config.valid_split
-            yield from files.blocks(path, config.txt_mode, wanted, path in held_out)
+            yield from files.blocks(path, config.txt_mode, wanted, path in held_out, made_from.columns)
 
     before, at, name = 0, 0, ""
     sizes = {project.shown(path): path.stat().st_size for path in found}
@@ -198,12 +198,13 @@ def check(tally: Tally, made_from: Recipe, source: Path) -> None:
     """UserError if there is nothing to write, or a column that MAP_KEYS names is nowhere."""
     shown = project.shown(source)
     nowhere = [name for name in made_from.columns.named if name not in tally.seen]
-    if nowhere and tally.counts["read"]:
-        raise UserError(f"MAP_KEYS names the column {nowhere[0]!r}, but no row of {shown} has it; nothing was written.")
-    if tally.sizes:
-        return
+    absent = f"MAP_KEYS names the column {nowhere[0]!r}, but no row of {shown} has it" if nowhere else ""
     if not tally.counts["read"]:
         raise UserError(f"{shown}: it has no rows; nothing was written, earlier files are untouched.")
+    if absent and (tally.sizes or not tally.rejects):
+        raise UserError(f"{absent}; nothing was written.")
+    if tally.sizes:
+        return
     if not tally.rejects:
         why = listed(tally.group("dropped: "))
         raise UserError(f"{shown}: every row was dropped ({why}); nothing was written, earlier files are untouched.")
@@ -212,7 +213,7 @@ def check(tally: Tally, made_from: Recipe, source: Path) -> None:
     more = f"\n... and {more:,} more" if more else ""
     forms = FORMS if any(r.file.endswith((".jsonl", ".json", ".gz", ".zst")) for r in tally.rejects) else COLUMNS
     first = "\n".join(told)
-    raise UserError(f"{first}{more}\n{shown} has no row that can be used; nothing was written.\n{forms}")
+    raise UserError(f"{first}{more}\n{absent or f'{shown} has no row that can be used'}; nothing was written.\n{forms}")
 
 
 class Rejects:

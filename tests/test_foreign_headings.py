@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from inprocess import tokenize
 
+from json2binidx.report import foreign_lines
 from rwkv_peft import tokenizer
 from rwkv_peft.roles import Role
 from rwkv_peft.rows import foreign_headings
@@ -297,6 +298,36 @@ def test_converted_texts_keep_limits_and_masks():
     assert len(cook({"text": text}, convert=True, expand=True).sizes) == 2
     cut = cook({"text": text}, convert=True, limits=Limits(target=3, policy="truncate"))
     assert texts(cut) == ["User: Hi\n\nAssistant: one two three"]
+
+
+@pytest.mark.parametrize(
+    ("words", "tag"),
+    [
+        ("&lt;think&gt;hm&lt;/think&gt;Yo", "&lt;think&gt;"),
+        ("Yo (&lt;|im_end|&gt;", "&lt;|im_end|&gt;"),
+        ("See: &lt;/tool_call&gt;", "&lt;/tool_call&gt;"),
+        ("if a &lt; b or &lt;b&gt;", None),
+    ],
+)
+@pytest.mark.parametrize("convert", [False, True])
+def test_tags_that_are_escaped_as_in_html_are_counted_and_what_to_do_is_said(words, tag, convert):
+    for row in (chat("Hi", words), {"text": words}, chat(words, "Yo")):
+        made = cook(row, convert=convert)
+        assert [place.note for place in made.places.get("html", [])] == [tag] * (tag is not None)
+    if tag:
+        [said] = foreign_lines({"html": 3}, made.places, convert, {})
+        assert "3 rows with tags that are escaped" in said and said.endswith("x.jsonl:1. Write < and > in their place")
+
+
+@pytest.mark.parametrize(
+    "words",
+    ['{"role": "assistant", "content": "a"}', '[{"role": "user", "content": "a"}]', "{'role': 'user', 'content': 'a'}"],
+)
+def test_messages_that_are_json_inside_a_text_are_counted(words):
+    for row in (chat("Hi", words), chat(words, "Yo"), {"messages": [words, words]}):
+        assert found(cook(row)) == {"json"}
+    for other in (f"Write {words}", f"{words} is right", '{"role": "actor", "of": "Hamlet"}'):
+        assert not found(cook(chat("Hi", other)))
 
 
 def test_a_line_of_a_txt_file_is_the_line_of_the_finding():

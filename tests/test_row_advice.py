@@ -27,6 +27,7 @@ PROPOSED = {
     "one answer is missing": ({"question": "7 times 8?", "lösung": "56"}, {"response": "lösung"}),
     "one question is missing": ({"titel": "7 times 8?", "answer": "56"}, {"prompt": "titel"}),
     "a medical table": ({"department": "d", "title": "t", "ask": "7 times 8?", "answer": "56"}, {"prompt": "ask"}),
+    "preferences of OpenAI": ({"input": {"messages": [Q]}, "preferred_output": [ANSWER], "non_preferred_output": [BAD]}, {"messages": "input.messages", "response": "preferred_output"}),
     "inside an object": ({"body": {"messages": [Q, ANSWER]}}, {"messages": "body.messages"}),
 }  # fmt: skip
 
@@ -55,7 +56,12 @@ def test_a_talk_as_one_text_is_proposed_as_a_text_with_headings():
         ({"question": "a", "x": "b", "y": "c"}, '"x" or "y"'),
         ({"name": "Alice", "mes": "hi", "is_user": False}, "SillyTavern"),
         ({"prompt": [Q]}, "there is no answer"),
+        ({"conversation_a": [Q, ANSWER], "conversation_b": [Q, BAD], "winner": "model_a"}, '"conversation_a" or "conversation_b"'),
+        ({"segments": [{"label": False, "text": "q"}, {"label": True, "text": "a"}]}, "it has 'segments'"),
         ({"prompt": "a"}, "there is no answer"),
+        ({"question": "a", "opa": "x", "opb": "y", "cop": 1, "exp": "since"}, 'column answer (nothing tells whether "cop" counts them'),
+        ({"question": "a", "choices": ["x", "y"], "label": 0}, 'nothing tells whether "label" counts'),
+        ({"question": "a", "A": "x", "B": "y"}, "choices are in 'A', 'B': write the words of the right one into a column answer, or"),
         ({"chosen": "a", "rejected": "b"}, "has no question"),
         ({"怎么退货？": "多久？", "七天内。": "三天"}, "first line seems to be data"),
         ({"How long does it take?": "a", "Three days.": "b"}, "first line seems to be data"),

@@ -10,10 +10,13 @@ from test_scripts import ROOT, shell_values
 
 from json2binidx.preview import preview
 from rwkv_peft.rows.keys import columns
+from rwkv_peft.rows.reading import Block
+from rwkv_peft.rows.recipe import Cook, Recipe
 from rwkv_peft.rows.schemas import Reader
 from rwkv_peft.rows.settings import TokenizeConfig
-from rwkv_peft.rows.values import RowError, split_reasoning
+from rwkv_peft.rows.values import RowError, is_nothing, split_reasoning
 from rwkv_peft.shell_vars import Script
+from rwkv_peft.templates.presets import PRESETS
 
 SAID_Q, SAID_A = (U, "7 times 8?"), (A, "56")
 
@@ -66,18 +69,19 @@ def test_a_mask_may_be_written_without_gaps_and_a_weight_may_not():
 
 SHOWN = {"columns": {"A": "54", "B": "56", "C": "58", "D": "60"}, "options": {"option_a": "54", "option_b": "56"},
          "op": {"opa": "54", "opb": "56"}, "choice": {"choice1": "54", "choice2": "56"}, "text": {"choices": "A. 54\nB. 56"},
-         "list": {"options": ["54", "56"]}, "cell": {"options": "['54', '56']"}}  # fmt: skip
+         "list": {"options": ["54", "56"]}, "cell": {"options": "['54', '56']"}, "object": {"options": {"A": "54", "B": "56"}},
+         "JSON": {"options": '{"A": "54", "B": "56"}'}, "letters": {"options": ["A. 54", "B. 56"]}}  # fmt: skip
 
 
 @pytest.mark.parametrize("choices", SHOWN.values(), ids=SHOWN)
 @pytest.mark.parametrize(
-    "answer", ["B", "b)", "AB", "A,B", "A and B", "A、B", [0], [1, 0], ["B"], "<think>hm</think>B"]
+    "answer", ["B", "b)", "AB", "A,B", "A and B", "A、B", [0], [1, 0], ["B"], "<think>hm</think>B", "B. 56", "(B) 56"]
 )
 def test_names_of_choices_without_the_choices_reject_the_row(choices, answer):
     refused({"question": "7 times 8?", "answer": answer, **choices}, "choices", "choices that")
 
 
-@pytest.mark.parametrize("answer", ["56", "BAD", "42", "Both", "It is B, because", "A CAB"])
+@pytest.mark.parametrize("answer", ["56", "BAD", "42", "Both", "It is B, because", "A CAB", "B. subtilis"])
 def test_an_answer_in_words_needs_no_choices(answer):
     for choices in SHOWN.values():
         assert said({"question": "7 times 8?", "answer": answer, **choices})[-1] == (A, answer)
@@ -102,10 +106,20 @@ def test_a_choice_is_shown_where_it_stands_as_a_word_and_may_stand_in_the_second
 
 
 @pytest.mark.parametrize(
-    "none", [{"A": None, "B": ""}, {"options": None}, {"choices": {"text": None}}, {"choices": []}]
+    "none",
+    [
+        {"A": None, "B": ""},
+        {"options": None},
+        {"choices": {"text": None}},
+        {"choices": []},
+        {"options": "none"},
+        {"options": "gift wrap"},
+    ],
 )
 def test_columns_of_choices_that_hold_none_are_no_choices(none):
-    assert said({"question": "a", "answer": "B", **none}) == [(U, "a"), (A, "B")]
+    found, reader = read({"question": "a", "answer": "B", **none})
+    assert found.messages[-1].content == "B"
+    assert list(reader.unused) == [("column", name) for name, value in none.items() if not is_nothing(value)]
 
 
 def test_choices_are_asked_of_every_row_whatever_the_first_one_says():
@@ -173,6 +187,10 @@ def test_a_thought_before_a_call_needs_no_words():
     [
         ("Like this:\n```\n<think>\nt\n</think>\na\n```\nThat is all.", None),
         ("```html\n</think>\n```", None),
+        ("See:\n~~~\n</think>\n~~~\nThat.", None),
+        ("See:\n````\n```\n</think>\n```\n````\nThat.", None),
+        ("<think>\nI try:\n~~~\nx\n~~~\n</think>\nThat.", ("I try:\n~~~\nx\n~~~", "That.")),
+        ("<think>\nI try:\n~~~~\nx\n</think>\nThat.", ("I try:\n~~~~\nx", "That.")),
         ("Two:\n```\n</think>\n```\nand\n```\nx\n```", None),
         ("I try:\n```py\nfor..\n</think>\n\nHere:\n```py\nx\n```", ("I try:\n```py\nfor..", "Here:\n```py\nx\n```")),
         ("<think>\n```\nopen\n</think>\n\n```\nR\n```", ("```\nopen", "```\nR\n```")),
@@ -331,7 +349,16 @@ def test_pairs_that_may_begin_with_a_speaker_are_refused_with_the_line_to_paste(
 
 
 @pytest.mark.parametrize(
-    "first", [["a", "b"], ["Hi", "Thanks"], ["Write a story", "continue", "continue"], ["Why?", "How?", "Why?"]]
+    "first",
+    [
+        ["a", "b"],
+        ["Hi", "Thanks"],
+        ["Write a story", "continue", "continue"],
+        ["Why?", "How?", "Why?"],
+        ["写诗", "继续"],
+        ["写诗", "继续", "换一个", "继续"],
+        ["Continue", "Go on", "Continue"],
+    ],
 )
 def test_pairs_of_questions_and_answers_are_read(first):
     assert [words for role, words in said({"conversations": [[one, "x"] for one in first]}) if role is U] == first
@@ -398,9 +425,33 @@ def test_a_preview_tells_of_a_key_of_map_keys_that_no_row_has(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("row", "map_keys"),
+    [
+        ({"body": {"messages": [Q]}}, {"messages": "body.messages"}),
+        ({"body": {"messages": [Q, ANSWER], "system": "a"}, "system": "b"}, {"messages": "body.messages"}),
+        ({"messages": [{"who": "user", "says": "q"}], "images": ["a.png"]}, {"role": "who", "content": "says"}),
+        ({"messages": '[{"who": "user", "says": "q"}]', "images": ["a.png"]}, {"role": "who", "content": "says"}),
+        ('{"messages": [{"who": "user", "says": "q"}', {"role": "who", "content": "says"}),
+    ],
+)
+def test_a_column_of_map_keys_in_a_row_that_is_rejected_was_met(row, map_keys):
+    data = (row if isinstance(row, str) else json.dumps(row)).encode()
+    made = Cook(Recipe(PRESETS["rwkv-world"], columns=columns(json.dumps(map_keys)))).block(Block("x", 1, data, 0))
+    assert made.rejects and made.seen == set(map_keys.values())
+
+
+@pytest.mark.parametrize(
     ("row", "answer"),
     [
         ({"question": "q", "output": {"content": "a", "model": "m"}}, "a"),
+        (
+            {
+                "question": "q",
+                "response": {"id": "x", "choices": [{"index": 0, "message": {"role": "assistant", "content": "a"}}]},
+            },
+            "a",
+        ),
+        ({"messages": [Q], "response": {"choices": [{"message": {"role": "assistant", "content": "a"}}]}}, "a"),
         ({"question": "q", "output": {"name": "a"}}, '{"name": "a"}'),
         ({"question": "q", "answers": [{"text": "good"}, {"text": "bad"}]}, "good"),
         ({"question": "q", "reasoning": "t", "answer": "<answer>a</answer>"}, "(t) a"),
@@ -413,6 +464,45 @@ def test_a_preview_tells_of_a_key_of_map_keys_that_no_row_has(tmp_path, capsys):
 )
 def test_the_answer_is_the_part_that_holds_its_words(row, answer):
     assert said(row)[-1] == (A, answer)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('[{"type": "text", "text": "a"}]', "a"),
+        ('[{"type": "thinking", "thinking": "t"}, {"type": "text", "text": "a"}]', "(t) a"),
+        ('[{"type": "integer"}]', '[{"type": "integer"}]'),
+        ('[{"type": "text", "text": "a"}] and more', '[{"type": "text", "text": "a"}] and more'),
+        ("[{", "[{"),
+    ],
+)
+def test_a_content_in_parts_may_be_json_in_a_text(content, words):
+    assert said({"messages": [Q, {"role": "assistant", "content": content}]})[-1] == (A, words)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"instruction": "q", "input": "<noinput>", "output": "a"}, "1 row with a second text that says there is none"),
+        (
+            {"prompt": "q", "response": "<tool_call>{}</tool_call>"},
+            "1 row with a tool call, a result or tools between tags",
+        ),
+    ],
+)
+def test_a_preview_tells_of_faults_with_their_lines(row, words, tmp_path, capsys):
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(row))
+    preview(path, shipped(PROMPT_TYPE="rwkv-world"), True, 1)
+    said = capsys.readouterr().out
+    assert f"warning   {words}" in said and ": line 1\n" in said
+
+
+@pytest.mark.parametrize(("words", "material"), [("<noinput>", ""), ("N/A", ""), ("None of them", "None of them")])
+def test_a_second_text_that_says_there_is_none_is_empty_and_counted(words, material):
+    found, reader = read({"instruction": "q", "input": words, "output": "a"})
+    assert found.messages[0].material == material
+    assert reader.verdicts == (set() if material else {"fault: noinput"})
 
 
 @pytest.mark.parametrize(

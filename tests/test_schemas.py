@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_peft.errors import Problems
+from rwkv_peft.errors import Problems, UserError
 from rwkv_peft.roles import Role
 from rwkv_peft.rows import keys as names
 from rwkv_peft.rows.keys import HARMLESS_IN_MESSAGES, columns, parts_of, squashed
 from rwkv_peft.rows.one_message import conversations
 from rwkv_peft.rows.reading import Block
+from rwkv_peft.rows.recipe import parse
 from rwkv_peft.rows.schemas import Reader
 from rwkv_peft.rows.values import RowError, split_reasoning
 from rwkv_peft.templates.template import Dialogue
@@ -325,6 +326,8 @@ def test_a_row_that_needs_a_picture_or_sound_is_refused_with_the_reason(row):
         "Use <video src='a'> in HTML",
         "<video>\n<source>\n</video>",
         "What does `<image>` mean?",
+        "What is this?\n~~~\n<image>\n~~~",
+        "What is this?\n````\n```\n<image>\n```\n````",
         "a<b and [IMG]x[/IMG]",
         "<svg><image href='x'/></svg>",
         "<rss><image><url>u</url></image></rss>",
@@ -400,6 +403,19 @@ def test_nulls_that_arrow_filled_in_are_removed_and_nulls_of_json_stay(padded, a
         ("Give <reason>x</reason> tags in XML.", ("", "Give <reason>x</reason> tags in XML.")),
         ("a < b and [1] and <b>bold</b>", ("", "a < b and [1] and <b>bold</b>")),
         ("Write `<think>x</think>` first.", ("", "Write `<think>x</think>` first.")),
+        *(
+            (text, ("", text))
+            for text in (
+                "So:\n~~~\n<think>x</think>\n~~~\nThat.",
+                "So:\n~~~~ xml\n~~~\n<think>x</think>\n~~~~",
+                "So:\n````\n```\n<think>x</think>\n```\n````\nThat.",
+                "So:\n````md\n```\n<think>x</think>\n````\nThat.",
+                "So:\n```md\n```py\n1\n```\n<think>x</think>\n```\nThat.",
+                "> ~~~\n> <think>x</think>\n> ~~~",
+                "Write ``a ` <think>x</think>`` first.",
+                "Write ```` <think>x</think> ```` first, `a`.",
+            )
+        ),
     ],
 )
 def test_a_thought_is_taken_out_of_an_answer_and_one_without_its_opening_tag_is_repaired(answer, expected):
@@ -416,6 +432,10 @@ def test_a_thought_is_taken_out_of_an_answer_and_one_without_its_opening_tag_is_
         "<|channel|>analysis<|message|>hm",
         "</think>" * 60,
         "x <think>7*8</think> 56",
+        "~~~\nx <think>7*8</think> 56",
+        "~~~\na\n~~~\nx <think>7*8</think> 56",
+        "````\na\n````\nx <think>7*8</think> 56",
+        "``a`` ` <think>7*8</think>",
         "<think>a</think>b<think>c</think>d",
         "a</think>b</think>c",
         "</think>a<think>",
@@ -458,7 +478,12 @@ def test_a_message_that_is_a_thought_belongs_to_the_answer_behind_it():
 
 
 def test_many_backticks_and_tags_take_no_long_time():
-    for answer in ("`" * 300_000 + "</think>x", "`a` " * 60_000 + "</think>x", "<b" * 200_000 + "</think>x"):
+    for answer in (
+        "`" * 300_000 + "</think>x",
+        "`a` " * 60_000 + "</think>x",
+        "<b" * 200_000 + "</think>x",
+        "~~~a\n" * 60_000 + "</think>x",
+    ):
         split_reasoning(answer)
 
 
@@ -479,6 +504,8 @@ EXPECTED = [(U, "a"), (A, "b"), (U, "c"), (A, "d")]
         {"data": ["a", "b", "c", "d"], "id": "0"},
         {"dialog": ["a", "b", "c", "d"]},
         {"conversations": [["a", "b"], ["c", "d"]]},
+        {"history": [["a", "b"], ["c", "d"]], "id": 1},  # Gradio
+        parse(b'[["a", "b"], ["c", "d"]]'),
         {"dialogue": [{"speaker": "Human", "utterance": "a"}, {"speaker": "AI", "utterance": "b"}, {"speaker": "Human", "utterance": "c"}, {"speaker": "AI", "utterance": "d"}]},
         {"conversations": {"from": ["human", "gpt", "human", "gpt"], "value": ["a", "b", "c", "d"]}},
         {"messages": {"role": ["user", "assistant"] * 2, "content": ["a", "b", "c", "d"]}},
@@ -512,6 +539,8 @@ def test_a_conversation_of_any_shape_is_read(row):
         {"prompt": "a", "response": [{"text": "b"}]},
         {"prompt": "a", "answers": [{"answer": "c", "rank": 2}, {"answer": "b", "rank": 1}]},  # Nectar
         {"row_idx": 0, "row": {"prompt": "a", "response": "b"}, "truncated_cells": []},  # the viewer of Hugging Face
+        {"row": {"prompt": "a", "response": "b"}, "truncated_cells": []},
+        {"row": {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}},
         {"prompt": "a", "response": "", "chosen": None, "output": "b"},
     ],
 )  # fmt: skip
@@ -805,15 +834,61 @@ def test_line_ends_of_ready_texts_are_newlines():
 # ---- one message a row ----
 
 
-def together(*rows):
+def together(*rows, **options):
     data = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    return [row for block in conversations([Block("x.jsonl", 1, data, 0)]) for _, row in block.data]
+    return [row for block in conversations([Block("x.jsonl", 1, data, 0)], **options) for _, row in block.data]
 
 
 def test_rows_of_one_message_are_put_together_by_their_conversation():
     rows = [{"conversation_id": c, "role": r, "content": w} for c, r, w in
             [(1, "user", "a"), (2, "user", "x"), (1, "assistant", "b"), (2, "assistant", "y")]]  # fmt: skip
     assert [said(row) for row in together(*rows)] == [[(U, "a"), (A, "b")], [(U, "x"), (A, "y")]]
+
+
+@pytest.mark.parametrize(
+    ("id_name", "given"),
+    [
+        ("conversation_id", {"role": "who", "content": "says"}),
+        ("talk", {"role": "who", "content": "says", "conversation_id": "talk"}),
+        ("talk", {"role": "who", "content": "body.says", "conversation_id": "talk"}),
+    ],
+)
+def test_rows_of_one_message_may_have_their_columns_from_map_keys(id_name, given):
+    rows = [{id_name: c, "who": r, "says": w} for c, r, w in
+            [(1, "user", "a"), (2, "user", "x"), (1, "assistant", "b"), (2, "assistant", "y")]]  # fmt: skip
+    if "." in given["content"]:
+        rows = [{"body": {"says": row.pop("says")}, **row} for row in rows]
+    mapped = columns(json.dumps(given))
+    found = together(*rows, columns=mapped)
+    assert [said(row, columns=mapped) for row in found] == [[(U, "a"), (A, "b")], [(U, "x"), (A, "y")]]
+    assert not read(found[0], columns=mapped)[1].unused
+    assert read(found[0], columns=mapped)[1].seen == set(mapped.named)
+
+
+def test_a_conversation_id_of_map_keys_that_is_not_there_is_an_error_and_a_missing_one_is_proposed():
+    row = {"talk": 1, "who": "client", "says": "a"}
+    with pytest.raises(UserError, match="names the column 'tlak' as conversation_id"):
+        together(row, columns=columns('{"role": "who", "content": "says", "conversation_id": "tlak"}'))
+    given = columns('{"conversation_id": "talk"}')
+    first, *_ = conversations([Block("x.jsonl", 1, [(1, {"messages": [Q, ANSWER]})], 0)], given)
+    assert "names a conversation_id, which is not used" in first.notes[0].words
+    given = columns('{"role": "who", "content": "says"}')
+    refused(row, "single message", """--map-keys '{"conversation_id": "NAME"}'""", columns=given)
+
+
+def test_answers_of_a_tree_by_role_map_are_learnt_once():
+    rows = [
+        {"message_id": str(i), "parent_id": parent, "text": str(i), "role": role}
+        for i, parent, role in (
+            (1, None, "client"),
+            (2, "1", "agent"),
+            (3, "2", "client"),
+            (4, "3", "agent"),
+            (5, "3", "agent"),
+        )
+    ]
+    given = columns("", '{"client": "user", "agent": "assistant"}')
+    assert said(together(*rows, columns=given)[1], columns=given)[1] == (A, "-2")
 
 
 def test_rows_of_one_message_follow_their_turn_numbers():

@@ -328,3 +328,39 @@ def test_a_cell_that_holds_a_blank_and_quotes_stays_as_it_is(tmp_path):
 def test_rows_that_only_look_like_names_stay_rows(tmp_path, rows):
     path = table(tmp_path, "question,answer\n" + rows)
     assert len(read(path)) == rows.count("\n")
+
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv", ".xlsx"])
+@pytest.mark.parametrize(
+    ("header", "hint", "warned"),
+    [
+        (
+            ("What is the capital?", "Paris"),
+            "Its first line seems to be data: write a line",
+            ["'What is the capital?'"],
+        ),
+        (
+            ("Capital of France", "Paris"),
+            "But if that is data of the first line: write a line",
+            ["'Capital of France'"],
+        ),
+        (("Two and two", "4"), "But if that is data of the first line: write a line", ["'4', 'Two and two'"]),
+        (("Anfrage", "Antwort"), "But if that is data of the first line: write a line", []),
+        (("customer", "Antwort"), "for example --map-keys '{", []),
+    ],
+)
+def test_a_first_line_that_may_be_data_is_not_lost_in_silence(tmp_path, ending, header, hint, warned):
+    rows = [header, ("Say hello", "Hello"), ("Name a colour", "Blue")]
+    if ending == ".xlsx":
+        path = workbook(tmp_path / "x.xlsx", A=rows)
+    else:
+        path = table(
+            tmp_path, "".join(("," if ending == ".csv" else "\t").join(row) + "\n" for row in rows), f"x{ending}"
+        )
+    message = cook(path).rejects[0].message
+    assert hint in message and ("if that is data" in message) == hint.startswith("But")
+    given = columns(json.dumps({"prompt": header[0], "response": header[1]}))
+    said = [note.words for block in blocks(path, columns=given) for note in block.notes if note.level == "warning"]
+    assert [words.partition(" of its first line, which is not learnt")[0] for words in said] == [
+        f"MAP_KEYS names {w}" for w in warned
+    ]

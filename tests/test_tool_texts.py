@@ -67,12 +67,35 @@ def test_lists_of_tools_that_differ_in_the_order_of_keys_agree():
 
 
 @pytest.mark.parametrize(
-    "answer",
-    [f"Write `{TAGGED}` for it", f"```\n{TAGGED}\n```", f"{TAGGED} and more", "<tool_call>when?</tool_call>", "<tool_call>{}</tool_call>"],
-)  # fmt: skip
-def test_tags_of_calls_that_are_quoted_or_hold_no_call_are_text(answer):
-    assert said({"prompt": "a", "response": answer})[-1] == (A, answer)
-    assert said({"messages": [Q, assistant(answer)]})[-1] == (A, answer)
+    ("answer", "verdicts"),
+    [
+        ("Write `<tool_call>{}</tool_call>` for it", set()),
+        (f"~~~~\n{TAGGED}\n~~~~", set()),
+        (f"```\n{TAGGED}\n```", set()),
+        (f"{TAGGED} and more", {"fault: tags"}),
+        ("<tool_call>when?</tool_call>", {"fault: tags"}),
+        ("<tool_call>{}</tool_call>", {"fault: tags"}),
+        (TAGGED.replace("}}", "}"), {"fault: tags"}),
+        (TAGGED.removesuffix("</tool_call>"), {"fault: tags"}),
+        ('I look. <functioncall> {"name": "tide"} and more', {"fault: tags"}),
+    ],
+)
+def test_tags_of_calls_that_are_quoted_or_hold_no_call_are_text(answer, verdicts):
+    for row in ({"prompt": "a", "response": answer}, {"messages": [Q, assistant(answer)]}):
+        found, reader = read(row)
+        assert found.messages[-1].content == answer and reader.verdicts == verdicts
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "tool", "content": f"{RESULT} and more"},
+        {"role": "user", "content": f"{RESULT} and more"},
+        {"role": "system", "content": QWEN.replace(WRAPPED, WRAPPED[:-1])},
+    ],
+)
+def test_results_and_tools_between_tags_that_stay_text_are_counted(message):
+    assert read({"messages": [message, Q, assistant("x")]})[1].verdicts == {"fault: tags"}
 
 
 def test_calls_in_texts_are_read_behind_a_thought_and_in_pairs():

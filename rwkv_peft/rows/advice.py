@@ -10,8 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..roles import Role
+from .choices import columns_of_choices
 from .keys import CALLS, HARMLESS_IN_MESSAGES, HARMLESS_NAMES, ROLE_NAMES, Parts, parts_of, squashed
-from .values import RowError
+from .values import RowError, TableRow
 
 # who the unknown names of data sets most likely are: only for the ROLE_MAP line that a refusal proposes
 LIKELY_ROLES = {
@@ -40,20 +41,33 @@ ABOUT_A_ROW = (
 ABOUT = frozenset(ABOUT_A_ROW.split())
 SAYS = frozenset(("message", "msg", "utterance", "turn"))  # message_1, message_2 are a question and its answer
 NUMBERED = re.compile(r"(.*?)[_\- ]?([a-d]|[0-9]|j|k|w|l|x|y)\Z")
+DIGITS = tuple("012345678")  # that may be the number of a choice
+HEADER = "write a line with the names of the columns above it, like prompt,response"
 SENTENCE = re.compile(r"[?!。？！…；，]|[.,;:] |\.\Z|\n|.{41}")
+
+
+def seems_data(name: str) -> bool:
+    """Whether the name of a column is more likely a cell of a first row that is data: a sentence, words, a number."""
+    return bool(SENTENCE.search(name)) or len(name.split()) > 2 or not any(sign.isalpha() for sign in name)
 
 
 def advice(row: Mapping[str, Any], parts: Parts) -> str:
     """What to do with a row of unknown columns, as a sentence, or ""."""
     texts = [name for name, value in row.items() if name and isinstance(value, str) and value.strip()]
     if any(SENTENCE.search(name) for name in row) and not any(isinstance(value, list | dict) for value in row.values()):
-        return (
-            "Its first line seems to be data: write a line with the names of the columns above it, like prompt,response"
-        )
+        return f"Its first line seems to be data: {HEADER}"
     if "mes" in row and "name" in row:
         return (
             "It is one message of a chat of SillyTavern: write one row for each chat, "
             '{"messages": [{"role": "user", "content": "Hi"}, ...]}'
+        )
+    if (choices := columns_of_choices(tuple(row))) and parts.prompts and not {*parts.responses} - {*choices}:
+        others = [n for n in row if n not in choices and squashed(n) not in HARMLESS_NAMES]
+        numbers = [n for n in others if str(row[n]).strip() in DIGITS]
+        which = f" (nothing tells whether {named(numbers)} counts them from 0 or from 1)" if numbers else ""
+        return (
+            f"Its choices are in {', '.join(map(repr, choices))}: write the words of the right one into a column answer{which}, "
+            "or them and the choices into messages"
         )
     usable = [n for n in row if n and squashed(n) not in HARMLESS_NAMES and not WORSE & set(words_of(n))]
     found = (
@@ -61,7 +75,15 @@ def advice(row: Mapping[str, Any], parts: Parts) -> str:
         or of_objects(row, parts, usable)
         or of_texts(row, parts, [n for n in texts if n in usable])
     )
-    return f"Say which is which, for example {found}" if found.startswith("--") else found
+    line = f"Say which is which, for example {found}" if found.startswith("--") else found
+    if line and isinstance(row, TableRow) and not any(parts) and all(map(is_unknown, row)):
+        line += f". But if that is data of the first line: {HEADER}"
+    return line
+
+
+def is_unknown(name: str) -> bool:
+    """Whether a column has a name that says nothing."""
+    return squashed(name) not in HARMLESS_NAMES and squashed(name) not in LIKELY and not ABOUT & set(words_of(name))
 
 
 def better_answer(row: Mapping[str, Any]) -> str:
@@ -73,6 +95,9 @@ def better_answer(row: Mapping[str, Any]) -> str:
 
 def of_preferences(row: Mapping[str, Any], parts: Parts, usable: Sequence[str]) -> str:
     """The line for a row of several answers, one of which is the better one."""
+    talks = alternatives([name for name in usable if isinstance(row[name], list)])
+    if talks:
+        return f"It has several conversations: name the one to be learnt as messages in MAP_KEYS, {named(talks)}"
     better = better_answer({name: row[name] for name in usable})
     if not better:
         return ""
@@ -85,6 +110,8 @@ def of_preferences(row: Mapping[str, Any], parts: Parts, usable: Sequence[str]) 
         return f"--map-keys {quoted({'messages': better})}"
     if prompts or any(isinstance(row[name], list) for name in parts.messages):
         return f"--map-keys {quoted({'response': better})}"
+    if inner := talk_inside(row, usable):
+        return f"--map-keys {quoted({'messages': inner, 'response': better})}"
     others = [n for n in said_columns(row, parts, usable) if n != better]
     if len(others) == 1:
         return f"--map-keys {quoted({'prompt': others[0], 'response': better})}"
@@ -104,12 +131,19 @@ def of_objects(row: Mapping[str, Any], parts: Parts, usable: Sequence[str]) -> s
         if name in parts.prompts and all(is_of(one, Role.USER) for one in value):
             return f'"{name}" is a question, and there is no answer'
         return f"--map-keys {quoted({'messages': name})}"
+    if inner := talk_inside(row, usable):
+        return f"--map-keys {quoted({'messages': inner})}"
+    if any(isinstance(row[n], list | dict) and row[n] for n in usable):
+        return " "  # a shape of its own, which no names of columns make usable
+    return ""
+
+
+def talk_inside(row: Mapping[str, Any], usable: Sequence[str]) -> str:
+    """Where an object of a row has messages, as MAP_KEYS names it; or ""."""
     for name in usable:
         for inner, value in row[name].items() if isinstance(row[name], dict) else ():
             if isinstance(value, list) and value and isinstance(value[0], dict) and is_talk(value[0]):
-                return f"--map-keys {quoted({'messages': f'{name}.{inner}'})}"
-    if any(isinstance(row[n], list | dict) and row[n] for n in usable):
-        return " "  # a shape of its own, which no names of columns make usable
+                return f"{name}.{inner}"
     return ""
 
 
@@ -188,7 +222,7 @@ def words_of(name: str) -> list[str]:
 def is_talk(one: Mapping[str, Any]) -> bool:
     """Whether an object of a list may be a message."""
     parts = parts_of(tuple(one))
-    return bool(parts.speaker or parts.said)
+    return bool(parts.speaker or parts.said) and "label" not in one  # (of pieces of a text with labels)
 
 
 def proposed_message_keys(messages: Sequence[Mapping[str, Any]]) -> str:

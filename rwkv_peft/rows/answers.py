@@ -20,6 +20,12 @@ def one_answer(value: Any, name: str, unused: dict[tuple[str, str], int]) -> Any
     several that are right, the best (SQuAD: its first text; Nectar: that of rank 1)."""
     if isinstance(value, dict) and turns.have_roles([value]):
         return [value]
+    if isinstance(value, dict) and (messages := messages_of_choices(value.get("choices"))):
+        for key in left_over(tuple(value), ("choices", "object", "usage")):
+            unused["key of an answer", key] = 1
+        if len(messages) > 1:
+            unused["further choice of the column", name] = 1
+        return messages[:1]
     if isinstance(value, dict) and says_nothing(value):
         return ""
     if isinstance(value, dict) and len(value) > 1 and (key := answer_key(value, False)):  # with its model, its id, ...
@@ -58,6 +64,12 @@ def one_answer(value: Any, name: str, unused: dict[tuple[str, str], int]) -> Any
     if len(set(texts)) > 1:
         unused["further text of the column", name] = 1
     return texts[0]
+
+
+def messages_of_choices(choices: Any) -> list[Any]:
+    """The messages in what an API of chats gives back, {"choices": [{"message": {...}}]}; [] where it is something else."""
+    messages = [one.get("message") for one in choices if isinstance(one, dict)] if isinstance(choices, list) else []
+    return messages if turns.have_roles(messages) else []
 
 
 def says_nothing(one: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .keys import squashed
@@ -17,6 +17,9 @@ COLUMN_OF_ONE = re.compile(r"(?:option|choice|opt|op|选项)([a-h1-8])\Z")  # op
 LETTERS = "ABCDEFGH"
 # what may name choices: B, (b), 2, ABD, "A, B", [0]
 NAME = re.compile(r"([A-Ha-h]|\d{1,2})\Z")
+# a choice behind its letter: "B. y", "(B) y"
+LED = re.compile(r"[\s(（\[]*([A-H])\s*[)）\].．:：、]+\s*(.+)", re.DOTALL)
+LETTER = re.compile(r"(?:^|[\s(（])[A-H][.．:：、)）]", re.M)
 MARKS = re.compile(r"[\s()\[\]{}.,，、;；/&+\"'和]+|\band\b")
 
 
@@ -32,21 +35,32 @@ def columns_of_choices(keys: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def choices_of(row: Mapping[str, Any]) -> list[str]:
-    """The choices of a question; none if it has no such thing. Of those that are one text, its lines."""
+    """The choices of a question, without their letters; none if it has no such thing. A text of choices has several lines, or
+    letters, or is JSON."""
     found: list[Any] = []
     for name in columns_of_choices(tuple(row)):
         value = row[name]
-        if isinstance(value, str) and value.lstrip()[:1] == "[":
+        if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
             with contextlib.suppress(ValueError):
                 value = parse_list(value)
         if isinstance(value, dict):
             value = value.get("text", list(value.values()))
-        found += value if isinstance(value, list) else [] if is_nothing(value) else as_text(value).split("\n")
-    return [as_text(one).strip() for one in found if not is_nothing(one)]
+        if squashed(name) in COLUMNS and not isinstance(value, list):
+            words = "" if is_nothing(value) else as_text(value).strip()
+            value = words.split("\n") if "\n" in words or len(LETTER.findall(words)) > 1 else []
+        found += value if isinstance(value, list) else [value]
+    choices = [as_text(one).strip() for one in found if not is_nothing(one)]
+    led = [LED.match(one) for one in choices]
+    if all(one and one[1] == letter for one, letter in zip(led, LETTERS, strict=False)):
+        return [one[2] for one in led[: len(LETTERS)]]
+    return choices
 
 
-def names_a_choice(answer: str, among: int) -> bool:
-    """Whether an answer is nothing but the letters or numbers of choices. among: how many there are."""
+def names_a_choice(answer: str, choices: Sequence[str]) -> bool:
+    """Whether an answer is nothing but the letters or numbers of choices, or a letter and its choice."""
+    led, among = LED.match(answer), len(choices)
+    if led and led[2] in choices and choices.index(led[2]) == LETTERS.index(led[1]):
+        return True
     names = [name for name in MARKS.split(answer) if name]
     if len(names) == 1 and len(names[0]) > 1 and set(names[0]) <= set(LETTERS):  # ABD
         names = list(names[0]) if list(names[0]) == sorted(set(names[0])) else names
@@ -60,7 +74,7 @@ def refuse_choice(row: Mapping[str, Any], question: str, answer: Any, where: str
     called."""
     choices = choices_of(row)
     words = as_text(answer).strip()
-    if not choices or words in choices or not names_a_choice(words, len(choices)):
+    if not choices or words in choices or not names_a_choice(words, choices):
         return
     if not all(is_shown(choice, question) for choice in choices):
         raise RowError(

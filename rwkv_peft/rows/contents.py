@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from typing import Any
 
+import orjson
+
+from . import turns
 from .keys import THINK, left_over, parts_of, squashed
 from .values import NOT_TEXT, RowError, is_nothing, kind
 
 THINK_NAMES = frozenset(map(squashed, THINK))
+
+
+def parts_of_json(text: str) -> Any:
+    """The parts of a content that stand in a text as JSON, as tables and databases keep them; the text itself where it is
+    something else."""
+    with contextlib.suppress(orjson.JSONDecodeError):
+        parts = orjson.loads(text)
+        if all(map(turns.is_part, parts)):
+            return parts
+    return text
 
 
 def joined_parts(i: int, parts: Iterable[Any], unused: dict[tuple[str, str], int]) -> tuple[str, str]:

@@ -7,7 +7,7 @@ is counted and told with its place; a file that is broken as a whole raises User
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -16,12 +16,15 @@ from ..errors import UserError
 from ..project import shown
 from ..words import did_you_mean, listed
 from . import kinds, reading, splits
+from .advice import HEADER, seems_data
 from .json_files import json_array, json_lines, no_such_split
-from .one_message import conversations
+from .keys import Columns
+from .one_message import NO_COLUMNS, conversations
 from .reading import Block, Note, grouped, skip_line, text_row, too_long, unpacked
 from .schemas import Row, RowError
 from .split_column import by_column
 from .tables import columnar, table
+from .values import TableRow
 from .workbooks import workbook
 
 
@@ -143,10 +146,13 @@ def named(name: str) -> Path:
     return source
 
 
-def blocks(path: Path, txt_mode: str = "file", valid_split: str = "", held_out: bool = False) -> Iterator[Block]:
+def blocks(
+    path: Path, txt_mode: str = "file", valid_split: str = "", held_out: bool = False, columns: Columns = NO_COLUMNS
+) -> Iterator[Block]:
     """The rows of one file, whatever its format. What is to be said of the file comes with them.
 
     valid_split: the split whose rows are held out where a file holds several. held_out: the file is held out as a whole.
+    columns: MAP_KEYS, which may name those that put rows of one message together.
     """
     kind, notes = kinds.kind_of(path, format_of(path))
     if not kind:
@@ -158,12 +164,27 @@ def blocks(path: Path, txt_mode: str = "file", valid_split: str = "", held_out: 
     def found() -> Iterator[Block]:
         if kind == ".txt":
             return plain(path, txt_mode)
-        return conversations(READERS[kind](path, wanted) if READERS[kind] in WITH_SPLITS else READERS[kind](path))
+        rows = READERS[kind](path, wanted) if READERS[kind] in WITH_SPLITS else READERS[kind](path)
+        return conversations(with_doubts(rows, columns), columns)
 
     if held_out:
         yield from (dataclasses.replace(block, held_out=True) for block in found())
     else:
         yield from by_column(found(), found if path.is_file() else None, wanted)
+
+
+def with_doubts(rows: Iterable[Block], columns: Columns) -> Iterator[Block]:
+    """The blocks, and a warning where MAP_KEYS names columns of a table by cells of what seems to be its first row."""
+    cells = [name for name in columns.of_rows if seems_data(name)]
+    for block in rows:
+        if cells and block.data and isinstance(block.data, list) and isinstance(row := block.data[0][1], TableRow):
+            if found := [name for name in cells if name in row]:
+                words = f"MAP_KEYS names {listed(map(repr, found))} of its first line, which is not learnt"
+                yield Block(
+                    block.file, 1, [], 0, notes=(Note("warning", block.file, f"{words}. If it is data: {HEADER}"),)
+                )
+            cells = []
+        yield block
 
 
 def unknown_ending(path: Path) -> str:

@@ -26,11 +26,12 @@ from ..templates.template import Dialogue, Message, split_thought
 
 class Kind(NamedTuple):
     """Something that another tool left in a row. name: of a row that has it. effect: what comes of it. instead: what to do where
-    it is not rewritten."""
+    it is not rewritten. rewritten: CONVERT_HEADINGS=1 may rewrite it."""
 
     name: str
     effect: str
     instead: str
+    rewritten: bool = True
 
 
 KINDS = {
@@ -53,6 +54,18 @@ KINDS = {
         "with tokens of another model written as letters",
         "the model learns the letters; EOT ends rows by itself",
         "Take them out of the file",
+    ),
+    "html": Kind(
+        "with tags that are escaped as in HTML",
+        "they are no tags to the kit, and the model learns &lt; and &gt;",
+        "Write < and > in their place",
+        rewritten=False,
+    ),
+    "json": Kind(
+        "with messages written as JSON inside a text",
+        "the model learns brackets and keys",
+        "Put the messages themselves in its place, without quotes around them",
+        rewritten=False,
     ),
 }
 USER, ANSWER, SYSTEM, MATERIAL, OTHER = "user", "answer", "system", "material", "other"
@@ -164,6 +177,8 @@ BEGIN = r"<s>|<\|(?:begin_of_text|startoftext|bos)\|>|<bos>|\[BOS\]|<[|｜]begin
 DOCUMENT_END = re.compile(r"<\|(?:endoftext|end_of_text)\|>|</s>|<eo[sm]>|\[EOS\]|<[|｜]end▁of▁sentence[|｜]>")
 MARKER = re.compile(f"{END}|{BEGIN}")
 MARKER_SIGNS = ("<|", "<｜", "s>", "<eo", "turn>", "[EOS]", "[BOS]", "[gMASK]")  # none of these: no MARKER
+HTML = re.compile(r"&lt;(?:/?(?:think|thinking|tool_call|tool_response)|[|｜][\w▁ ]{1,40}[|｜])&gt;")
+JSON = re.compile(r"\s*\[?\s*\{\s*([\"'])role\1\s*:\s*([\"'])(?:system|user|human|assistant|gpt)\2.*[}\]]\s*\Z", re.S)
 LAST = re.compile(rf"(?:{END}|{BEGIN}|✿|\#\#\# End)\Z")
 LONGEST = 40  # characters of such a token
 BEGINS_WITH = re.compile(rf"\A(?:\s*(?:{BEGIN}))+\s*")
@@ -298,12 +313,17 @@ def look_at_text(text: str, own: Mapping[str, Role] = WORLD) -> list[Finding]:
 
 
 def look_at_letters(text: str, tagged: bool) -> list[Finding]:
-    """Line breaks that are written as letters, and tokens of other tools that are. tagged: these belong to its format."""
+    """Line breaks that are written as letters, tokens of other tools that are, and escaped tags. tagged: the tokens belong to its
+    format."""
     found = []
     if (at := where_escaped(text)) >= 0:
         found.append(Finding("escaped", "\\n" if "\\n" in text else text[at : at + 6], at))
     if not tagged and (marker := first_marker(text)):
         found.append(Finding("markers", marker[0], marker.start()))
+    if tag := HTML.search(text):
+        found.append(Finding("html", tag[0], tag.start()))
+    if message := JSON.match(text):
+        found.append(Finding("json", " ".join(message[0][:20].split()), 0))
     return found
 
 
@@ -600,7 +620,7 @@ SEPARATORS = (b":", "：".encode(), b" :", " ：".encode(), b"**", "】".encode(
 NUMBERED = ("Q", "Question", "问", "问题", "提问")
 NEEDLES = ("<|", "<｜", "</s>", "<s>", "<eos>", "<eoh>", "<eom>", "<bos>", "[INST", "[/INST", "[EOS", "[BOS", "[gMASK",
            "<start_of_turn",
-           "<end_of_turn", "<human>", "<bot>", "User✿", "Bot✿")  # fmt: skip
+           "&lt;", '"role', "'role", "<end_of_turn", "<human>", "<bot>", "User✿", "Bot✿")  # fmt: skip
 
 
 @functools.cache

@@ -205,6 +205,7 @@ def left_over(
 
 
 IN_MESSAGES = ("role", "content")  # keys of MAP_KEYS that name keys of messages
+NOT_IN_ROWS = (*IN_MESSAGES, "conversation_id")  # the last one puts rows of one message together
 MAPPABLE = (
     "prompt",
     "query",
@@ -216,7 +217,7 @@ MAPPABLE = (
     "tools",
     "think",
     "images",
-    *IN_MESSAGES,
+    *NOT_IN_ROWS,
 )
 
 
@@ -235,7 +236,7 @@ class Columns:
     @functools.cached_property
     def of_rows(self) -> tuple[str, ...]:
         """Those of rows."""
-        return tuple(name for part, name in self.given.items() if name and part not in IN_MESSAGES)
+        return tuple(name for part, name in self.given.items() if name and part not in NOT_IN_ROWS)
 
     @functools.cached_property
     def of_messages(self) -> Mapping[str, str]:
@@ -293,7 +294,7 @@ def chosen(parts: Parts, given: Mapping[str, str], keys: tuple[str, ...]) -> Par
     fields = {"prompt": "prompts", "query": "materials", "response": "responses", "text": "texts", "images": "media"}
     found = {name: tuple(key for key in getattr(parts, name) if key not in named) for name in Parts._fields}
     for part, name in given.items():
-        if part in IN_MESSAGES:
+        if part in NOT_IN_ROWS:
             continue
         found[fields.get(part, part)] = (name,) if name in keys else ()
     return Parts(**found)

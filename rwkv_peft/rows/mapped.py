@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .keys import HARMLESS_NAMES, squashed
+from .keys import HARMLESS_NAMES, Columns, squashed
 from .values import RowError, is_nothing, short
 
 Row = Mapping[str, Any]
@@ -43,7 +43,31 @@ def lifted(row: Row, names: Iterable[str]) -> Row:
     return rest | found
 
 
+def usual(message: Row, columns: Columns) -> Row:
+    """A message with the keys that MAP_KEYS names under their usual names, also those inside an object. RowError as `lifted`."""
+    given = columns.of_messages
+    return renamed_keys(lifted(message, given), given) if given else message
+
+
 ABSENT = object()
+
+
+def occurs(value: Any, name: str) -> bool:
+    """Whether any object inside a value has what MAP_KEYS calls `name`; also one that stands in a text or in bytes as JSON."""
+    path, waiting = name.split("."), [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, dict):
+            if name in one or inside(one, path) is not ABSENT:
+                return True
+            waiting += one.values()
+        elif isinstance(one, list):
+            waiting += one
+        elif isinstance(one, bytes):
+            waiting.append(one.decode("utf-8", "replace"))
+        elif isinstance(one, str) and (f'"{path[-1]}"' in one or f"'{path[-1]}'" in one):
+            return True
+    return False
 
 
 def inside(row: Any, path: Sequence[str]) -> Any:

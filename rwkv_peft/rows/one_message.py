@@ -11,9 +11,12 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from ..errors import UserError
+from ..roles import Role
 from . import reading
-from .keys import ROLE_NAMES, Parts, parts_of, squashed
-from .reading import Block
+from .keys import ROLE_NAMES, Columns, Parts, parts_of, squashed
+from .mapped import usual
+from .reading import Block, Note
 from .recipe import items, parse, with_keys
 from .turns import rank_of
 from .values import RowError, is_nothing, short
@@ -31,11 +34,13 @@ TURN = tuple(
 )
 LONGEST_PATH = 10_000  # messages from a root to a leaf
 NO_PARENT = ("0", "-1", "none", "null", "nan", "root")
+NO_COLUMNS = Columns()
 LOOKED_AT = 32  # rows at the beginning of a file that tell its kind
 
 
-def conversations(blocks: Iterable[Block]) -> Iterator[Block]:
-    """The blocks of a file, with its messages put together where it has one in every row."""
+def conversations(blocks: Iterable[Block], columns: Columns = NO_COLUMNS) -> Iterator[Block]:
+    """The blocks of a file, with its messages put together where it has one in every row. UserError if they do not have the
+    conversation_id of MAP_KEYS."""
     blocks = iter(blocks)
     for first in blocks:
         if first.data:
@@ -43,27 +48,32 @@ def conversations(blocks: Iterable[Block]) -> Iterator[Block]:
         yield first  # something to be said of the file
     else:
         return
-    key = grouping(first)
+    key = grouping(first, columns)
     every = itertools.chain([first], blocks)
     if not key:
+        if columns.given.get("conversation_id"):
+            words = "MAP_KEYS names a conversation_id, which is not used: its rows are no single messages"
+            yield Block(first.file, 1, [], 0, notes=(Note("warning", first.file, words),))
         yield from every
         return
     for held_out, part in itertools.groupby(every, key=lambda block: block.held_out):
-        yield from together(list(part), key, held_out)
+        yield from together(list(part), key, held_out, columns)
 
 
-def together(blocks: Sequence[Block], key: tuple[str, ...], held_out: bool) -> Iterator[Block]:
+def together(blocks: Sequence[Block], key: tuple[str, ...], held_out: bool, columns: Columns) -> Iterator[Block]:
     """The conversations of some blocks of messages."""
     messages: list[tuple[int, dict[str, Any]]] = []
     rows: list[tuple[int, Any]] = []
     for block in blocks:
         for number, item, keys in with_keys(block):
             try:
-                messages.append((number, dict(parse(item, keys=keys))))
+                message = dict(parse(item, keys=keys))
+                usual(message, columns)  # RowError where what it maps disagrees
+                messages.append((number, message))
             except RowError as error:
                 rows.append((number, error))
     if messages:
-        rows += trees(messages, *key) if len(key) == 2 else groups(messages, key[0])
+        rows += trees(messages, *key, columns) if len(key) == 2 else groups(messages, key[0])
     rows.sort(key=lambda row: row[0])
     notes = tuple(note for block in blocks for note in block.notes)
     last = blocks[-1]
@@ -73,24 +83,31 @@ def together(blocks: Sequence[Block], key: tuple[str, ...], held_out: bool) -> I
         yield Block(last.file, some[0][0], some, last.read, held_out)
 
 
-def grouping(block: Block) -> tuple[str, ...]:
+def grouping(block: Block, columns: Columns) -> tuple[str, ...]:
     """The columns that tell which messages belong together: (message_id, parent_id), (conversation_id,), or () if the rows
     are no single messages."""
+    mapped = columns.given.get("conversation_id")
     seen: dict[str, list[Any]] = {}
     for _, item in itertools.islice(items(block), LOOKED_AT):
         try:
-            row = parse(item)
+            row = usual(parse(item), columns)
         except RowError:
             continue
         parts = parts_of(tuple(row))
         if not is_single_message(row, parts):
             return ()
+        if mapped and mapped in row:
+            return (mapped,)
         names = {squashed(key): key for key in row}
         if "messageid" in names and "parentid" in names:
             return names["messageid"], names["parentid"]
         for name in sorted(names, key=lambda name: CONVERSATION.get(name, 99)):
             if name in CONVERSATION:
                 seen.setdefault(names[name], []).append(row[names[name]])
+    if mapped:
+        raise UserError(
+            f"{block.file}: MAP_KEYS names the column {mapped!r} as conversation_id, but its first rows lack it."
+        )
     for key, values in seen.items():
         if squashed(key) not in UNSURE or len(set(map(str, values))) < len(values):
             return (key,)
@@ -144,7 +161,7 @@ def is_number(value: Any) -> bool:
 
 
 def trees(
-    messages: list[tuple[int, dict[str, Any]]], own: str, parent: str
+    messages: list[tuple[int, dict[str, Any]]], own: str, parent: str, columns: Columns
 ) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
     """Every path from a root to a leaf; of the children of a message, the one of the best rank comes first."""
     alive, twice = by_id(messages, own)
@@ -176,9 +193,11 @@ def trees(
         elif below and len(path) == LONGEST_PATH:
             yield number, RowError("too long", f"is message {LONGEST_PATH:,} of its conversation, and not the last")
         elif not below:
-            answers = {name for name in path if is_answer(alive[name][1])}
+            answers = {name for name in path if is_answer(alive[name][1], columns)}
             if not answers or answers - used:
-                yield whole([without_ids(*alive[name], (own, parent), name in used) for name in path])
+                yield whole(
+                    [without_ids(*alive[name], (own, parent), name in used and name in answers) for name in path]
+                )
                 used.update(path)
     for name in alive.keys() - seen:
         words = f'its "{parent}" leads back to itself, or to a conversation that is too long'
@@ -213,11 +232,12 @@ def by_id(
 
 
 def without_ids(number: int, message: dict[str, Any], ids: tuple[str, str], used: bool) -> tuple[int, dict[str, Any]]:
-    """The message without the columns that make the tree; an answer that was used is not learnt once more."""
+    """The message without the columns that make the tree. used: it is an answer that is learnt in another path."""
     kept = {key: value for key, value in message.items() if key not in ids}
-    return number, kept | {"weight": 0} if used and is_answer(message) else kept
+    return number, kept | {"weight": 0} if used else kept
 
 
-def is_answer(message: dict[str, Any]) -> bool:
+def is_answer(message: dict[str, Any], columns: Columns) -> bool:
+    message = usual(message, columns)
     role = next((message[key] for key in parts_of(tuple(message)).speaker if isinstance(message[key], str)), "")
-    return ROLE_NAMES.get(role.strip().lower()) is not None and ROLE_NAMES[role.strip().lower()].name == "ASSISTANT"
+    return (ROLE_NAMES | columns.roles).get(role.strip().lower()) is Role.ASSISTANT

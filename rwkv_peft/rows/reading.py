@@ -33,10 +33,6 @@ class Note(NamedTuple):
     words: str
 
 
-class TableRow(dict):
-    """A row of a table whose cells are text: an empty cell may hold a word for it, like nan."""
-
-
 @dataclass(frozen=True)
 class Block:
     """Rows behind one another. data: bytes of whole JSON lines, the first of which is line `first`; or a list of

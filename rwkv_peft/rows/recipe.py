@@ -26,9 +26,12 @@ from .encode import NO_ROWS, Pieces, Tokens, encode_row, encode_rows, with_bos
 from .keys import HARMLESS_NAMES, MATERIALS, MESSAGES, PROMPTS, RESPONSES, TEXTS, squashed
 from .limits import Cut, Limits, TooLong, cut_row, cut_turns, within_turns
 from .literals import mended
+from .mapped import occurs
 from .quick import Quick
-from .reading import LINE_LIMIT, Block, Note, TableRow, is_utf8, not_utf8, too_long
+from .reading import LINE_LIMIT, Block, Note, is_utf8, not_utf8, too_long
 from .schemas import INFILLING, Columns, Reader, Row, RowError, kind
+from .turns import are_pairs
+from .values import TableRow
 
 NOTHING_TO_LEARN = "nothing to learn"  # all answers have weight 0, or were cut away
 COMMENT = "comment"  # a line of .jsonl that is none of the rows; reported, not rejected
@@ -173,7 +176,11 @@ def parse(item: bytes | Row | RowError, faults: set[str] | None = None, keys: in
             row = orjson.loads(row)
             if faults is not None:
                 faults.add("twice")
-    if isinstance(row, list) and row and (isinstance(row[0], dict) or all(isinstance(one, str) for one in row)):
+    if (
+        isinstance(row, list)
+        and row
+        and (isinstance(row[0], dict) or all(isinstance(one, str) for one in row) or are_pairs(row))
+    ):
         return {"messages": row}
     if not isinstance(row, dict):
         raise RowError("wrong type", f'must be a JSON object like {{"text": "..."}}, not {kind(row)}')
@@ -263,7 +270,7 @@ class Cook:
         unused: Counter[tuple[str, str]] = Counter()
         faults: set[str] = set()
         for row, (line, item, keys) in enumerate(with_keys(block)):
-            hint = ""
+            hint, content = "", item
             try:
                 content = parse(item, faults, keys)
                 if faults:
@@ -293,6 +300,8 @@ class Cook:
                     continue
                 counts[f"rejected: {error.reason}"] += 1
                 rejects.append(Reject(block.file, line, error.reason, error.message + hint, beginning(item)))
+                names = set(self.recipe.columns.named) - self.reader.seen
+                self.reader.seen.update(name for name in names if occurs(content, name))
         counts["read"] = row + 1
         for schema, rows in Counter(schemas).items():
             counts[f"schema: {schema}"] += rows

@@ -68,6 +68,16 @@ KNOWN = {
     "text": ("text",),
 }
 SOLUTIONS = ("solution", "generatedsolution")  # columns of an answer with its reasons
+NO_INPUT = (
+    "<noinput>",
+    "<no input>",
+    "<No input>",
+    "noinput",
+    "No input",
+    "N/A",
+    "n/a",
+)  # Alpaca's: there is no second text
+OF_VIEWER = {"row", "row_idx", "truncated_cells"}  # keys around a row as the viewer of Hugging Face exports it
 INFILLING = "prefix/middle"  # what rows of prefix, suffix and middle are called
 
 
@@ -87,7 +97,7 @@ class Reader(Talks):
         if self.unused:
             self.unused = Counter()
         cut: Any = ()
-        if "row_idx" in row and isinstance(row.get("row"), dict):  # as the viewer of Hugging Face exports rows
+        if "row" in row and isinstance(row["row"], dict) and ("row_idx" in row or row.keys() <= OF_VIEWER):
             row, cut = row["row"], row.get("truncated_cells") or ()
         elif isinstance(row.get("truncated_cells"), list):
             cut = row["truncated_cells"]
@@ -140,7 +150,7 @@ class Reader(Talks):
             text = row[text] if text else ""
             if wants_a_look(text) or "\r" in text or text.isspace() or (self.repair and not text.isascii()):
                 return None
-        if not question or not answer:
+        if not question or not answer or material in NO_INPUT:
             return None
         for key in left_over(keys, pair):
             if not is_nothing(row[key]):
@@ -214,7 +224,11 @@ class Reader(Talks):
                     empty = empty or ("text", (name,))
         if empty:
             return empty
-        if any(isinstance(row[key], str) for key in parts.said):
+        if wanted in ("auto", "messages") and not left_over(tuple(row), parts.history):
+            for name in parts.history:
+                if turns.looks_like_turns(row[name]):
+                    return "messages", (name,)
+        if self.columns.of_messages or any(isinstance(row[key], str) for key in parts.said):
             self.refuse_single_message(row, parts)
         has = ", ".join(map(repr, list(row)[:6])) or "nothing"
         known = ", ".join(name for part in KNOWN if wanted in ("auto", part) for name in KNOWN[part])
@@ -227,9 +241,10 @@ class Reader(Talks):
         if "prefix" in row and "middle" in row:  # code to be filled in
             return "prefix", "suffix" if "suffix" in row else "", "middle"
         calls = [name for name in parts.calls if not is_nothing(row[name])]
+        choices = columns_of_choices(tuple(row)) if "response" not in given else ()  # column A may be one of them
         best = None
         for prompt in parts.prompts:
-            answers = [name for name in (*parts.responses, *calls) if name != prompt]
+            answers = [name for name in (*parts.responses, *calls) if name != prompt and name not in choices]
             if not answers:
                 continue
             said_something = [name for name in answers if not is_nothing(row[name])]
@@ -260,12 +275,14 @@ class Reader(Talks):
 
     def refuse_single_message(self, row: Row, parts: Parts) -> None:
         """RowError if a text is one message of a dialogue whose other messages are other rows."""
-        for key in parts.speaker:
-            if isinstance(row[key], str) and row[key].strip().lower() in ROLE_NAMES and squashed(key) != "author":
+        mapped = [name for name, part in self.columns.of_messages.items() if part == "role" and name in row]
+        for key in (*mapped, *parts.speaker):
+            known = isinstance(row[key], str) and row[key].strip().lower() in ROLE_NAMES and squashed(key) != "author"
+            if known or key in mapped:
                 raise RowError(
                     "single message",
                     f'is one message ("{key}" is {row[key]!r}). Rows of one conversation are put together by a column '
-                    "conversation_id, or message_id and parent_id",
+                    'conversation_id (another name: --map-keys \'{"conversation_id": "NAME"}\'), or message_id and parent_id',
                 )
 
     # ---- rows of a question and an answer ----
@@ -294,6 +311,9 @@ class Reader(Talks):
             if not is_nothing(row[name]):
                 found += self.history(row[name], name)
         question, material = self.asked(row, prompt), self.asked(row, query, structured=True)
+        if material in NO_INPUT and not self.infill:
+            self.verdicts.add("fault: noinput")
+            material = ""
         if not question and not material:
             raise RowError("empty", f'its "{prompt}" is empty')
         if not question and not self.infill:
@@ -312,6 +332,7 @@ class Reader(Talks):
             if "<tool_call>" in words or "<functioncall>" in words:
                 words, calls = tool_texts.calls_of_text(words)
                 call = call_text("its call", calls, self.padded, self.unused) if calls else ""
+                self.look_for_tools(words, Role.ASSISTANT)
             check_text_only(words, f'its "{response}"')
             if not words.strip() and not call:
                 raise RowError("empty", NO_ANSWER if think else f'its "{response}" is empty')

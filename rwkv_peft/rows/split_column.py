@@ -11,10 +11,11 @@ import numpy as np
 
 from ..words import count
 from .json_keys import key_ends
-from .reading import Block, Note, TableRow
+from .reading import Block, Note
 from .recipe import items, parse
 from .schemas import Row, RowError
 from .splits import OF_NAME, is_wanted, split_of
+from .values import TableRow
 
 NAMES = ("split", "Split", "SPLIT")
 # these count where they hold the name of a split, no more

@@ -59,10 +59,10 @@ class RowStream:
                     warned.add(what)
                     place = made.places[what][0]
                     file, line, _ = some[place.line]
+                    todo = "CONVERT_HEADINGS=1 in make_tokenize.sh rewrites such rows where they can be read in one way only"
                     self.say(
                         f"warning   {file}:{line}: a row {KINDS[what].name} ({place.note}): {KINDS[what].effect}. "
-                        "CONVERT_HEADINGS=1 in make_tokenize.sh rewrites such rows where they can be read in one way only. "
-                        "Others like it are not named"
+                        f"{todo if KINDS[what].rewritten else KINDS[what].instead}. Others like it are not named"
                     )
                 used += len(made.sizes)
                 if number == 0:
@@ -88,7 +88,7 @@ class RowStream:
     def rows(self) -> Iterator[tuple[str, int, bytes | Row | RowError]]:
         """File, number and content of every row, in the order of the files."""
         for path in self.paths:
-            for block in files.blocks(path, self.txt_mode, self.valid_split):
+            for block in files.blocks(path, self.txt_mode, self.valid_split, columns=self.recipe.columns):
                 for note in block.notes:
                     self.say_once(note)
                 if block.held_out:

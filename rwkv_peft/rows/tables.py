@@ -20,9 +20,10 @@ from ..project import shown
 from ..words import count, first_line
 from . import reading
 from .kinds import ROW_KEYS
-from .reading import Block, Note, TableRow, grouped, is_utf8, not_utf8, unpacked
+from .reading import Block, Note, grouped, is_utf8, not_utf8, unpacked
 from .schemas import Row, RowError
 from .table_header import LOOKED_AT, Header, header_row, trimmed, value_text
+from .values import TableRow
 
 TIMES = 1000  # a sound table asks for less than so many times the size of its file at once
 FIELDS_LIMIT = 1 << 27  # characters of a cell that Python's reader takes; RowLines ends what is no row long before

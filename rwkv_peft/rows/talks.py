@@ -12,7 +12,7 @@ from ..templates.template import Dialogue, Message
 from . import tool_texts, turns
 from .advice import better_answer, quoted, unknown_role
 from .choices import columns_of_choices, refuse_choice
-from .contents import THINK_NAMES, joined_parts, said
+from .contents import THINK_NAMES, joined_parts, parts_of_json, said
 from .encodings import one_line_end
 from .flags import LABEL, flag_word, flags_in, list_of_flags
 from .keys import (
@@ -301,6 +301,8 @@ class Talks:
         content = one[text_key] if text_key else None
         if isinstance(content, dict) and isinstance(content.get("parts"), list):  # ChatGPT's export
             content = content["parts"]
+        if isinstance(content, str) and content.startswith("[{"):
+            content = parts_of_json(content)
         used = [key for key in (speaker, text_key) if key]
         for key in parts.media:
             if is_medium(one[key], names_a_file(key)):
@@ -336,6 +338,7 @@ class Talks:
                 return None
             if empty and role is Role.USER:
                 raise RowError("empty", f"{where} is empty")
+            self.look_for_tools(content, role)
             return Message(role, content)
         try:
             inside, content = split_reasoning(content)
@@ -347,10 +350,15 @@ class Talks:
         think = self.one_thought(inside, thoughts, where)
         if not call and (not content or content.isspace()):
             raise RowError("empty", f"{where} {NO_ANSWER if think else 'is empty'}")
+        self.look_for_tools(content, role)
         learn = self.flag(one, parts.flags, where) if parts.flags else None
         if any(isinstance(one[key], list) for key in parts.flags):
             raise RowError("wrong type", f"{where} has a list of flags; a message has one, 0 or 1")
         return Message(role, content, think, learn=learn is not False, call=call)
+
+    def look_for_tools(self, words: str, role: Role) -> None:
+        if "<" in words and tool_texts.stay_text(words, role):
+            self.verdicts.add("fault: tags")
 
     def count_unused(self, one: Row, keys: Iterable[str], parts: Parts, role: Role) -> None:
         """Keys of a message that are not used. A flag that only says what happens anyway counts as used."""

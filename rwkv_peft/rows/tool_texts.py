@@ -19,10 +19,11 @@ from ..roles import Role
 from . import glaive
 from .keys import TOOL_CALLS, TOOLS, parts_of
 from .literals import parse_list
-from .values import as_text, in_code, is_nothing
+from .values import as_text, code_of, in_code, is_nothing
 
 CALL = re.compile(r"\s*<tool_call>\s*(.*?)\s*</tool_call>\s*", re.DOTALL)
 RESULT = re.compile(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", re.DOTALL)
+CALL_TAG = re.compile("<tool_call>|<functioncall>")
 LIST = re.compile(r"<tools>\s*([\[{].*?)\s*</tools>", re.DOTALL)
 # how the system texts of Qwen and Hermes begin to speak of tools, and where they end
 BEGINS = re.compile(r"(?:\A|\n)# Tools\s*\n|You are provided with function signatures within ")
@@ -70,7 +71,7 @@ def calls_of_text(text: str) -> tuple[str, list[Any]]:
         found = glaive.message("assistant", text)
         return found["content"], found.get("tool_calls", [])
     begin = text.find("<tool_call>", max(text.rfind("</think>"), 0))  # (a thought may speak of one)
-    if begin < 0 or in_code(text, 0, begin):
+    if begin < 0 or in_code(code_of(text), begin):
         return text, []
     at, calls = begin, []
     while block := CALL.match(text, at):
@@ -92,6 +93,15 @@ def results_of_text(text: str) -> list[str]:
         found.append(block[1])
         at = block.end()
     return found if at == len(text) else []
+
+
+def stay_text(words: str, role: Role) -> bool:
+    """Whether calls, results or tools between tags are left in the words of a message: they could not be read, or there is text
+    behind them."""
+    if role is Role.ASSISTANT:
+        tag = CALL_TAG.search(words)
+        return tag is not None and not in_code(code_of(words), tag.start())
+    return (LIST.search(words) if role is Role.SYSTEM else RESULT.match(words)) is not None
 
 
 def tools_of_text(text: str) -> tuple[str, list[Any]]:

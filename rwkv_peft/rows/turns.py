@@ -97,6 +97,13 @@ def is_struct_of_lists(value: dict[str, Any]) -> bool:
     return bool(parts.speaker and parts.said)
 
 
+def are_pairs(rows: Any) -> bool:
+    """Whether a list is of lists of two texts each."""
+    return isinstance(rows, list) and all(
+        isinstance(one, list) and len(one) == 2 and isinstance(one[0], str) and isinstance(one[1], str) for one in rows
+    )
+
+
 def are_role_pairs(rows: Any, roles: Mapping[str, Any] = MappingProxyType({})) -> bool:
     """Whether a list is of [role, text] pairs: some of the roles are known, by themselves or by ROLE_MAP. RowError where they
     may be roles that are not known, or some pairs begin with a role and others with something else."""
@@ -122,11 +129,12 @@ def are_role_pairs(rows: Any, roles: Mapping[str, Any] = MappingProxyType({})) -
     return False
 
 
-# one word that questions begin with, and no name
+# words that questions begin with, and no name
 FIRST_WORDS = (
     "hi hello hey yo thanks thank please yes no yeah yep nope ok okay sure fine great good nice cool wow sorry why what who "
     "how when where which continue more again next go stop help start begin bye goodbye welcome test really explain "
-    "summarize translate elaborate done"
+    "summarize translate elaborate done "
+    "继续 接着 然后 还有 再来 换一个 下一个 更多 你好 您好 谢谢 再见 好 好的 嗯 对 是 是的 不 不是 可以 为什么"
 )
 GREETINGS = frozenset(FIRST_WORDS.split())
 NAME = re.compile(r"[A-Z]\Z|[A-Z][a-z]+(?:[ _](?:[A-Z][a-z]*|\d{1,2}))?\Z")
@@ -137,10 +145,12 @@ def may_be_speakers(names: Sequence[str]) -> bool:
     words = [squashed(name) for name in names]
     if any(word in LIKELY for word in words):
         return True
+    if any(name and name.lower().split()[0] in GREETINGS for name in names):
+        return False
     if len(names) < 2 or any(len(name) > 24 or re.search(r"[.?!,;。？！，；…\n]", name) or not name for name in names):
         return False
     taking_turns = any(word in words[i + 2 :] for i, word in enumerate(words)) and len(set(words)) > 1
-    return taking_turns or all(NAME.match(name) and name.lower() not in GREETINGS for name in names)
+    return taking_turns or all(map(NAME.match, names))
 
 
 def normal(rows: Any, roles: Mapping[str, Any] = MappingProxyType({})) -> list[Any]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..templates.template import END_OF_THINK, THINK, tidy_answer
@@ -21,6 +22,10 @@ class RowError(Exception):
 
     def __str__(self) -> str:
         return self.message
+
+
+class TableRow(dict):
+    """A row of a table whose cells are text: an empty cell may hold a word for it, like nan."""
 
 
 def is_nothing(value: Any) -> bool:
@@ -82,6 +87,12 @@ WRAPPED = re.compile(
 CHANNEL = re.compile(r"<\|channel\|>\s*(?:analysis|final|commentary)")
 MOST_TAGS = 50  # in an answer; one that writes about tags quotes a few
 TICKS = re.compile(r"`+")
+MARKS = re.compile(r"`+|^[ \t>]*~{3,}", re.M)  # of code
+MOST_MARKS = 32  # in a row; more are an ornament
+CLOSING_MARKS = [
+    re.compile(rf"(?<!`)`{{{size}}}(?!`)|$", re.M) for size in range(MOST_MARKS + 1)
+]  # in this line, or ""
+INFO = re.compile(r"\w")  # a word right behind a fence
 
 
 def split_reasoning(answer: str) -> tuple[str, str]:
@@ -103,7 +114,8 @@ def split_reasoning(answer: str) -> tuple[str, str]:
     tags = [list(itertools.islice(pattern.finditer(answer, begin), MOST_TAGS + 1)) for pattern in (OPENING, CLOSING)]
     if max(map(len, tags)) > MOST_TAGS:
         raise RowError("reasoning", f"has more than {MOST_TAGS} tags of thoughts in one answer")
-    opened, closed = ([tag for tag in some if not in_code(answer, begin, tag.start())] for some in tags)
+    code = code_of(answer, begin) if any(tags) else ()
+    opened, closed = ([tag for tag in some if not in_code(code, tag.start())] for some in tags)
     lone = tags[1][0] if not closed and len(tags[1]) == 1 else None
     if lone and (starts or alone_on_its_line(answer, lone)) and fence_stays_open(answer, begin, lone, bool(starts)):
         closed = [lone]
@@ -143,7 +155,7 @@ def alone_on_its_line(text: str, tag: re.Match) -> bool:
     return not before.strip() and not behind.strip()
 
 
-FENCE = re.compile(r"`{3,}(?P<word>[ ]?\w)?")
+FENCE = re.compile(r"(?:`{3,}|^[ \t>]*~{3,})(?P<word>[ ]?\w)?", re.M)
 
 
 def fence_stays_open(text: str, begin: int, tag: re.Match, starts: bool) -> bool:
@@ -162,26 +174,41 @@ def fence_stays_open(text: str, begin: int, tag: re.Match, starts: bool) -> bool
     return True
 
 
-def in_code(text: str, begin: int, at: int) -> bool:
-    """Whether a place is quoted as code: behind an odd number of fences (three backticks or more), or between one or two
-    backticks of its line, paired from the left. begin: where the text begins that is looked at."""
-    if sum(len(ticks[0]) > 2 for ticks in TICKS.finditer(text, begin, at)) % 2:
-        return True
-    line, end = max(text.rfind("\n", begin, at) + 1, begin), text.find("\n", at)
-    opened = None  # the backticks that are open: how many, and where
-    for ticks in TICKS.finditer(text, line, end if end >= 0 else len(text)):
-        size = len(ticks[0])
-        if size > 2:
+def code_of(text: str, begin: int = 0) -> list[tuple[int, int]]:
+    """Where a text quotes code, from `begin` on: between two equal runs of backticks in one line, and inside fences: of three
+    backticks or more (to the end where nothing closes them), or of three tildes or more that are closed."""
+    found: list[tuple[int, int]] = []
+    fences: list[str] = []  # that are open: one with a word behind it opens another
+    start, past, never_closed = 0, begin, MOST_MARKS + 1
+    for run in (MARKS if "~~~" in text else TICKS).finditer(text, begin):
+        mark = run[0].lstrip(" \t>")
+        size = len(mark)
+        if run.start() < past or size > MOST_MARKS:
             continue
-        if opened is None:
-            if ticks.start() > at:
-                return False
-            opened = size, ticks.start()
-        elif size == opened[0]:
-            if opened[1] < at < ticks.start():
-                return True
-            opened = None
-    return False
+        if fences:
+            if mark.startswith(fences[-1]):
+                fences.append(mark) if INFO.match(text, run.end()) else fences.pop()
+                if not fences:
+                    found.append((start, run.end()))
+            continue
+        start = run.end()
+        if mark[0] == "~":
+            if size < never_closed and re.compile(rf"^[ \t>]*~{{{size},}}[ \t]*$", re.M).search(text, start):
+                fences.append(mark)
+            else:
+                never_closed = min(size, never_closed)
+        elif (closing := CLOSING_MARKS[size].search(text, start))[0]:
+            past = closing.end()
+            found.append((start, past))
+        elif size > 2:
+            fences.append(mark)
+    return [*found, (start, len(text))] if fences else found
+
+
+def in_code(code: Sequence[tuple[int, int]], at: int) -> bool:
+    """Whether a place is in one of these parts of a text."""
+    before = bisect.bisect(code, (at + 1,))
+    return before > 0 and at < code[before - 1][1]
 
 
 # what a key of reasoning says where it is a switch, and no thought
@@ -240,10 +267,10 @@ PLACEHOLDER = re.compile(
 )
 # how every such tag and placeholder begins
 SUSPECT = re.compile(
-    r"[<\[(](?:\|?\s*/?\s*(?:thi|tho|rea|思|ima|img|im_|vid|aud|vis|spe|see|sta|beg|end|cha)|data:image)|<\s*/?\s*(?:scratch|inner|tool|functioncall)|[\[【](?:图|视|语|音)",
+    r"[<\[(](?:\|?\s*/?\s*(?:thi|tho|rea|思|ima|img|im_|vid|aud|vis|spe|see|sta|beg|end|cha)|data:image|\{\s*\"type)|<\s*/?\s*(?:scratch|inner|tool|functioncall)|[\[【](?:图|视|语|音)",
     re.IGNORECASE,
 )
-QUOTED = re.compile(r"`[^`]*`|```.*?```", re.DOTALL)
+QUOTED = re.compile(r"^[ \t>]*(`{3,32}|~{3,32}).*?^[ \t>]*\1|`[^`]*`|```.*?```", re.DOTALL | re.M)
 
 
 # what names or holds a picture, sound or film
@@ -273,5 +300,7 @@ def wants_a_look(text: str) -> bool:
 
 def check_text_only(text: str, where: str) -> None:
     """RowError if a text has a placeholder for something that is no text, outside quoted code."""
-    if wants_a_look(text) and (found := PLACEHOLDER.search(QUOTED.sub("", text) if "`" in text else text)):
+    if wants_a_look(text) and (
+        found := PLACEHOLDER.search(QUOTED.sub("", text) if "`" in text or "~~~" in text else text)
+    ):
         raise RowError("not text", f"{where} has the placeholder {found[0][:20]}: {NOT_TEXT}")

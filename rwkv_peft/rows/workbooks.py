@@ -22,10 +22,11 @@ from ..words import count, first_line
 from . import reading
 from .json_files import no_such_split
 from .kinds import ROW_KEYS
-from .reading import Block, Note, TableRow
+from .reading import Block, Note
 from .schemas import Row, RowError
 from .splits import is_wanted, split_of
 from .table_header import Header, cell_text, header_row, trimmed
+from .values import TableRow
 
 UNREADABLE = (
     zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError, OSError, ValueError,
