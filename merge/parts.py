@@ -148,7 +148,7 @@ def shares(words: Sequence[str]) -> tuple[list[str], list[float]]:
         except ValueError:  # a colon of the path's own
             name, value = word, 1.0
         if not 0 < value < 1e9:
-            raise UserError(f"{word}: a weight must be more than 0.")
+            raise UserError(f"{word}: a weight must be more than 0, and less than 1e9.")
         names.append(name if colon and name != word else word)
         weights.append(value)
     return names, [weight / sum(weights) for weight in weights]

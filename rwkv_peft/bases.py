@@ -117,8 +117,8 @@ def must_not_lack_its_sidecar(adapter: Path) -> None:
     sidecar = sidecars.path_of(adapter)
     if not sidecar.is_file() and (adapter.parent / "run.json").is_file():
         raise UserError(
-            f"{project.shown(sidecar)}: is missing, and says how {project.shown(adapter)} was made. Copy {sidecar.name} from "
-            "the run: it was written beside the checkpoint."
+            f"{project.shown(sidecar)}: {sidecars.why_not(sidecar)}, and says how {project.shown(adapter)} was made. Copy "
+            f"{sidecar.name} from the run: it was written beside the checkpoint."
         )
 
 

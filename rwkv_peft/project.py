@@ -32,8 +32,8 @@ def find(name: str, folder: str) -> Path:
 
 def missing(path: Path) -> str:
     """What to say of a file that cannot be found, or is none."""
-    if path.exists() and not path.is_dir():
-        return "is a FIFO, a socket or a device, and no file"
+    if path.exists():
+        return f"is {'a folder' if path.is_dir() else 'a FIFO, a socket or a device'}, and no file"
     if not path.is_symlink():
         return "there is no such file"
     try:

@@ -25,6 +25,7 @@ EPOCH, STEP = re.compile(r"rwkv-([0-9]+)\.pth"), re.compile(r"rwkv-step-([0-9]+)
 LINES = (step_log.FILE, BEFORE, "valid.jsonl", "samples.md")
 TRACKERS = ("tensorboard", "swanlab", "wandb")
 FOLDERS = ("state", *TRACKERS)
+MOST_DIGITS = 18  # of the number of an epoch or a step
 WHOLE = re.compile(r"run\.json|loss\.png|loss-damaged\.jsonl|init_.*\.pth|rwkv-.*\.(pth|json)", re.DOTALL)
 
 
@@ -214,7 +215,7 @@ def release(folder: Path, ours: Callable[[], bool] = lambda: True) -> None:
 def is_epoch(word: str) -> bool:
     """Whether a word addresses an epoch of a run: a number, last, best or step-N."""
     number = word[5:] if word.startswith("step-") else word.lstrip("+-")
-    return word in ("last", "best") or number.isdecimal()
+    return word in ("last", "best") or (number.isdecimal() and len(number) <= MOST_DIGITS)
 
 
 def epoch_file(folder: Path, word: str = "last") -> Path:

@@ -17,7 +17,7 @@ from .errors import UserError
 from .hashing import sha256
 from .json_reader import Schema, is_bool, is_hash, is_list, is_none_or, is_number, is_object, is_path, is_text, is_whole
 from .methods import MOST_ALPHA, PARTS, QUANTS
-from .project import shown
+from .project import missing, shown
 from .words import listed
 
 SEAL = "fields_sha256"  # key of the checksums of all other fields
@@ -34,9 +34,14 @@ def read(path: str | os.PathLike, wanted: tuple[str, ...]) -> dict[str, Any]:
     sidecar = path_of(path)
     if not sidecar.is_file():
         raise UserError(
-            f"{shown(sidecar)}: is missing. It is written with every checkpoint and says how {shown(path)} was made."
+            f"{shown(sidecar)}: {why_not(sidecar)}. It is written with every checkpoint and says how {shown(path)} was made."
         )
     return json_reader.read(sidecar, WHAT, SIDECAR, wanted)
+
+
+def why_not(sidecar: Path) -> str:
+    """What to say of a sidecar that is no file."""
+    return missing(sidecar) if os.path.lexists(sidecar) else "is missing"
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
@@ -65,6 +70,9 @@ def edited(content: Mapping[str, Any]) -> list[str]:
 
 def must_be_unedited(path: str | os.PathLike, content: Mapping[str, Any], accept: bool) -> None:
     """UserError for the sidecar of a checkpoint that was edited since it was written; with accept a warning."""
+    if SEAL not in content:
+        words = "has no checksums of its fields (earlier versions wrote none), so nobody can tell whether it was edited"
+        print(f"note: {shown(path_of(path))}: {words}", file=sys.stderr)
     if not (changed := edited(content)):
         return
     words = (

@@ -4,6 +4,7 @@ Floor 0."""
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -22,9 +23,20 @@ def cleaned(text: str) -> str:
     return UNSAFE.sub(lambda found: ascii(found[0])[1:-1], text) if UNSAFE.search(text) else text
 
 
+def open_what_is_closed() -> None:
+    """A stream that whoever started us has closed (>&-) leads nowhere from here on. Else the next file that is opened would get
+    its number, and hold what is written there."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            number = os.open(os.devnull, os.O_RDWR)  # the lowest that is free
+            os.set_inheritable(number, True)
+            setattr(sys, name, open(number, mode, errors="replace"))  # noqa: SIM115 (for as long as the process lives)
+
+
 @contextlib.contextmanager
 def clean_output() -> Iterator[None]:
     """Clean all that is printed, to standard output and error alike, until the block ends."""
+    open_what_is_closed()
     changed = []
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # there is none, or it is no real stream

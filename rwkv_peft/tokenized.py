@@ -153,7 +153,7 @@ def open_sources(
         if loss_mask == "se":
             roles = functools.partial(roles_in_text, find_spans=markers.spans)
         elif loss_mask in ("qa", "last"):
-            if Path(f"{prefix}.roles.idx").is_file():
+            if any(os.path.lexists(f"{prefix}.roles{ending}") for ending in (".bin", ".idx")):
                 roles = Reader(f"{prefix}.roles")
             else:
                 roles = functools.partial(roles_in_text, find_spans=spans_of_text)

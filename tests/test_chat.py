@@ -50,6 +50,11 @@ def test_a_merged_state_is_begun_from(project_folder):
     assert not torch.allclose(load(MODEL_PATH=str(base))[0](X)[0], model(X)[0], rtol=1e-3, atol=1e-3)
 
 
+def test_typed_bytes_that_are_no_text_become_question_marks():
+    config = Script(ROOT / "chat.sh", shell_values(ROOT / "chat.sh")).read(chat.ChatConfig)
+    assert chat.command_line(["--system", "a\udcff"], config).config.system == "a?"
+
+
 def test_an_adapter_on_another_base_is_refused(project_folder):
     folder, base, _ = make_run(project_folder)
     other = tiny.save_model(project_folder / "model" / "other.pth", 1, tiny.geometry(2, 32, 64, 16))

@@ -11,7 +11,7 @@ import test_merge
 from inprocess import config, run, tokenize
 from test_resume import BASE, interrupted, saved
 
-from rwkv_peft import atomic, hashing, project, runs, sidecars, train
+from rwkv_peft import atomic, bases, hashing, project, runs, sidecars, train
 from rwkv_peft.errors import Problems, UserError
 from rwkv_peft.file_watch import FileWatch
 from rwkv_peft.training import snapshot
@@ -246,8 +246,11 @@ def test_a_fifo_in_a_state_is_told_as_damage(tmp_path, file):
 def test_a_fifo_as_a_sidecar_is_told(tmp_path):
     (tmp_path / "rwkv-0.pth").touch()
     os.mkfifo(tmp_path / "rwkv-0.json")
-    with pytest.raises(UserError, match="is missing"):
+    with pytest.raises(UserError, match="rwkv-0.json: is a FIFO"):
         sidecars.read(tmp_path / "rwkv-0.pth", ())
+    (tmp_path / "run.json").touch()
+    with pytest.raises(UserError, match="rwkv-0.json: is a FIFO"):
+        bases.must_not_lack_its_sidecar(tmp_path / "rwkv-0.pth")
     assert runs.checkpoints(tmp_path) == [] and runs.drop_unfinished(tmp_path, 0) is None
 
 
@@ -320,6 +323,14 @@ def test_a_folder_where_tokens_belong_is_told_before_a_row_is_read(ready, name):
     (ready / f"data/{name}").mkdir()
     with pytest.raises(UserError, match=f"data/{name}: is a folder, and a file of this name"):
         tokenize(ready / "data/chat.jsonl", OVERWRITE_CACHE="1")
+
+
+@pytest.mark.parametrize("name", ["chat.report.json", "chat.roles.idx", "chat.roles.bin"])
+def test_what_belongs_to_tokens_and_is_a_fifo_is_not_taken_for_missing(ready, name):
+    (ready / f"data/{name}").unlink()
+    os.mkfifo(ready / f"data/{name}")
+    with pytest.raises(UserError, match=f"{name}: .*is a FIFO"):
+        train.command(config(), ["--dry-run"])
 
 
 def test_a_report_that_is_a_fifo_is_made_anew(ready):

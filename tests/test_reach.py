@@ -227,6 +227,30 @@ def test_a_training_whose_node_0_is_a_silent_stranger_ends_in_words_and_leaves_n
     assert done.stderr.startswith("MASTER_PORT: another program") and done.stderr.count("\n") == 1, done.stderr
 
 
+def test_a_silent_stranger_that_speaks_as_the_command_ends_does_not_change_its_exit_code(tmp_path):
+    """torch aborts where its call returns while Python ends."""
+    code = (
+        "import os, sys, time\nsys.path[:0] = [sys.argv[1], sys.argv[1] + '/tests']\nfrom inprocess import FAST\n"
+        "from test_scripts import ROOT, shell_values\nfrom rwkv_peft import train\nfrom rwkv_peft.train import meeting, reach\n"
+        "meeting.REACH, reach.HEARD = 2.0, 1.0\n"
+        "os.environ.update(shell_values(ROOT / 'training.sh') | FAST | {'NNODES': '2', 'NODE_RANK': '1'} | "
+        "{'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': sys.argv[2]})\ntrain.main([str(ROOT / 'training.sh')])\n"
+    )
+
+    def drip(line):
+        with contextlib.suppress(OSError):
+            while True:
+                line.sendall(b"\0")
+                time.sleep(0.3)
+
+    with stranger(drip) as port:
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(ROOT), str(port)], capture_output=True, text=True, timeout=60, cwd=tmp_path,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+    assert done.returncode == 2 and "another program" in done.stderr and "terminate" not in done.stderr, done.stderr
+
+
 def test_processes_that_do_not_find_one_another_to_train_end_in_words(ready, monkeypatch, capsys):
     import pytorch_lightning as pl
     import torch

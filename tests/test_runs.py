@@ -68,15 +68,13 @@ def test_the_speed_is_that_of_the_last_steps_and_never_of_the_first(monkeypatch)
     clock, found = [0.0], []
     monkeypatch.setattr(callbacks.time, "monotonic", lambda: clock[0])
     recorder = callbacks.StepRecorder([found.append], 9, print)
-    trainer = types.types.SimpleNamespace(global_step=0, world_size=1, is_global_zero=True, current_epoch=0)
-    module = types.types.SimpleNamespace(
-        shares=[], skipped=False, rate_of=lambda step: 1e-4, grad_norm=torch.tensor(1.0)
-    )
+    trainer = types.SimpleNamespace(global_step=0, world_size=1, is_global_zero=True, current_epoch=0)
+    module = types.SimpleNamespace(shares=[], skipped=False, rate_of=lambda step: 1e-4, grad_norm=torch.tensor(1.0))
     recorder.on_train_start(trainer, module)
     for step, seconds in enumerate((90.0, 1.0, 3.0), 1):
         clock[0] += seconds
         trainer.global_step, module.shares = step, [1.0]
-        batch = types.types.SimpleNamespace(tokens=100, beginning=(), step_targets=50)
+        batch = types.SimpleNamespace(tokens=100, beginning=(), step_targets=50)
         recorder.on_train_batch_end(trainer, module, None, batch, step - 1)
     assert [(r.tokens_per_s, r.targets_per_s) for r in found] == [(100 / 90, 50 / 90), (100.0, 50.0), (50.0, 25.0)]
 
@@ -245,7 +243,7 @@ def test_swanlab_and_trackio_are_given_their_words(ready, monkeypatch):
     class Fake(types.SimpleNamespace):
         def init(self, **given):
             seen.append(given)
-            return types.types.SimpleNamespace(id="x")
+            return types.SimpleNamespace(id="x")
 
         def log(self, numbers, step):
             seen.append((step, numbers["loss"]))

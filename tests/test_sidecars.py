@@ -95,7 +95,8 @@ def test_a_sidecar_as_it_was_written_and_one_of_an_earlier_version_are_used(seal
     change(sealed, **{sidecars.SEAL: OUT})
     merge("r", "3")
     said = capsys.readouterr()
-    assert "edited" not in said.out + said.err and "which is the same" in said.out
+    assert "was edited: " not in said.out + said.err and "which is the same" in said.out
+    assert said.err.count("rwkv-3.json: has no checksums of its fields") == 1
 
 
 def test_written_anew_in_another_order_it_is_the_same(sealed):

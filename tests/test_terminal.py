@@ -1,5 +1,6 @@
 """What is printed: escape sequences in files and names reach no terminal."""
 
+import os
 import subprocess
 import sys
 
@@ -72,3 +73,17 @@ def test_no_escape_sequence_of_a_data_file_is_printed(tmp_path, name):
     done = subprocess.run([ROOT / "make_tokenize.sh", tmp_path / file], capture_output=True)
     assert b"Traceback" not in done.stderr and done.stdout + done.stderr
     assert b"\x1b[2J" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_stream_that_was_closed_leads_nowhere_and_into_no_file(tmp_path, closed):
+    code = (
+        "import os, sys\nfrom rwkv_peft.errors import UserError, door\nwith door():\n file = open('log', 'w')\n"
+        " print('said')\n os.write(1, b'x')\n os.write(2, b'x')\n sys.stderr.isatty()\n raise UserError('wrong')"
+    )
+    shell = ["bash", "-c", f'exec "$@" {closed}', "-", sys.executable, "-c", code]
+    done = subprocess.run(
+        shell, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr and not (tmp_path / "log").read_text(), done.stderr
+    assert "2>&-" in closed or done.stderr.endswith("wrong\n")

@@ -1,6 +1,7 @@
 """Messages tell the cause: of names, links, settings that are nothing in float32, and steps that come to no number."""
 
 import errno
+import math
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import tiny
 import torch
 from conftest import ROOT
 from inprocess import config, run
+from safetensors.torch import save_file
 from test_config import problems
 
 from json2binidx.__main__ import find as find_data
@@ -19,6 +21,7 @@ from rwkv_peft.data.loading import count
 from rwkv_peft.errors import Problems, UserError, leave
 from rwkv_peft.rows import files
 from rwkv_peft.templates import named
+from rwkv_peft.training import snapshot
 
 BAD = {
     "a\nb": "holds a line break",
@@ -191,6 +194,13 @@ def test_a_base_that_gives_no_number_is_not_blamed_on_the_learning_rate(ready, l
     with pytest.raises(UserError, match="LR_INIT is not the cause: the model gives no number") as told:
         run(ready, MODEL_PATH="large.pth", NAN_LIMIT=limit)
     assert "too high" not in str(told.value)
+
+
+@pytest.mark.parametrize("part", ["weights", "optimizer"])
+def test_nan_in_a_state_is_not_blamed_on_the_learning_rate(tmp_path, part):
+    save_file({"a": torch.tensor([1.0, math.nan])}, tmp_path / f"{part}.safetensors")
+    with pytest.raises(UserError, match=f"a in {part}.safetensors holds NaN.*goes on from an earlier state"):
+        snapshot.Snapshot(tmp_path, {}).tensors(part)
 
 
 def test_numbers_that_fp16_does_not_hold_are_told_as_that(ready):

@@ -212,6 +212,7 @@ def command_line(arguments: list[str], config: ChatConfig) -> Asked:
         if word in (*flags, "--prompt") and not words[i + 1].startswith("--"):
             words[i : i + 2] = [f"{word}={words[i + 1]}"]
     given = parser.parse_args(words)
+    given.SYSTEM = given.SYSTEM and readable(given.SYSTEM)
     kinds = typing.get_type_hints(ChatConfig)
     changed = {}
     for flag, name in flags.items():
@@ -245,13 +246,18 @@ def command_line(arguments: list[str], config: ChatConfig) -> Asked:
     )
 
 
+def readable(typed: str) -> str:
+    """What was typed, with ? for bytes that are no text: they arrive as half characters."""
+    return typed.encode("utf-8", "replace").decode()
+
+
 def once(model, config: ChatConfig, asked: Prompting, prompt: str, raw: bool, in_use: FileWatch) -> None:
     """--prompt: one answer to standard output. in_use: the model's files."""
     from ..generate import advance
     from ..roles import Role
 
     form = asked.template
-    text = prompt.encode("utf-8", "replace").decode()  # bytes that are no text arrive as half characters
+    text = readable(prompt)
     if not raw:
         system = [Message(Role.SYSTEM, config.system)] if config.system.strip() else []
         messages = [*system, Message(Role.USER, text)]
@@ -312,7 +318,7 @@ def talk(model, config: ChatConfig, asked: Prompting, name: str, in_use: FileWat
     while True:
         try:
             print()
-            question = input("User: ").encode("utf-8", "replace").decode()
+            question = readable(input("User: "))
         except (EOFError, KeyboardInterrupt):
             print()
             return

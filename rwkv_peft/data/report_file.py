@@ -28,7 +28,7 @@ def path_of(prefix: Path) -> Path:
 def read(prefix: Path) -> dict[str, Any]:
     """What the report of tokenized data says, {} where there is none. UserError for one that was damaged or edited."""
     path = path_of(prefix)
-    if not path.is_file():
+    if not path.exists():
         return {}
     report = json_reader.read(path, "report of tokenized data", SCHEMA)
     json_reader.check(path, report.get("settings", {}), "report of tokenized data", SETTINGS)

@@ -44,7 +44,13 @@ OPTIONS = ("--dry-run", "--new", ACCEPT, "--find-lr", "--find-batch", "--selftes
 
 
 def main(arguments: list[str]) -> None:
-    enter(arguments, __doc__, TrainConfig, command, RETIRED, lean="CTX_LEN and MICRO_BSZ")
+    try:
+        enter(arguments, __doc__, TrainConfig, command, RETIRED, lean="CTX_LEN and MICRO_BSZ")
+    except SystemExit as left:
+        reach = sys.modules.get(f"{__name__}.reach")
+        if reach and any(thread.is_alive() for thread in reach.stuck):
+            os._exit(left.code)  # torch aborts where its call returns while Python ends (all was said and flushed)
+        raise
 
 
 def command(config: TrainConfig, typed: list[str]) -> None:

@@ -14,6 +14,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from threading import Thread
 from typing import TypeVar
 
 from torch.distributed import Store, TCPStore
@@ -26,6 +27,7 @@ LOOPBACK = "127.0.0.1"
 TOKEN = "rwkv-peft/token"  # the key of what tells one first party's store from another's
 LATER = 1.05  # of torch's own limit, which it keeps in most cases
 HEARD = 3.0  # seconds to hear what a stranger says
+stuck: list[Thread] = []  # threads that had no answer in time
 
 
 def in_time(work: Callable[[], T], seconds: float, soon: float = 0.0, say: Callable[[], None] | None = None) -> T:
@@ -38,6 +40,7 @@ def in_time(work: Callable[[], T], seconds: float, soon: float = 0.0, say: Calla
             say()
     waiting.thread.join(seconds - (soon if say else 0))
     if waiting.thread.is_alive():
+        stuck.append(waiting.thread)
         raise TimeoutError
     return waiting.result()
 

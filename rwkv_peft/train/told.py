@@ -63,7 +63,7 @@ def everybody(run: Prepared, cleanup: contextlib.ExitStack, say: Callable[[str],
         cleanup.callback(one.close)
     trackers = []
     for name, group in config.trackers.items():
-        trackers.append(Tracker(name, group, folder, run.settings, progress.say, known.get(name), done))
+        trackers.append(Tracker(name, group, folder, run.settings, progress.say, known.get(name), done, ours))
         cleanup.callback(trackers[-1].close)
 
     def running() -> dict:

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO, Any
 
 import pytorch_lightning as pl
 import torch
@@ -245,7 +246,11 @@ class LossFile:
         self, path: Path, say: Callable[[str], None] = lambda words: None, ours: Callable[[], bool] = lambda: True
     ):
         self.path, self.say, self.ours, self.told = path, say, ours, set()
-        self.file = appending(path, "a+", encoding="utf-8")
+        self.file = self.open()
+
+    def open(self, own: Callable[[IO[Any]], object] | None = None) -> IO[Any]:
+        """(others may have written bytes into it that are no text)"""
+        return appending(self.path, "a+", own, encoding="utf-8", errors="surrogateescape")
 
     def follow(self) -> None:
         """Take the file that has the name now."""
@@ -253,7 +258,7 @@ class LossFile:
             return
         try:
             with contextlib.ExitStack() as failed:
-                fresh = failed.enter_context(appending(self.path, "a+", runs.lock, encoding="utf-8"))
+                fresh = failed.enter_context(self.open(runs.lock))
                 self.file.seek(0)
                 fresh.write(step_log.lacking(self.path, self.file.read()))
                 fresh.flush()

@@ -110,10 +110,16 @@ class Snapshot:
         return self.facts["step"]
 
     def tensors(self, part: str) -> dict[str, Tensor]:
-        """The tensors of a part, by name; mapped, read when they are used."""
+        """The tensors of a part, by name; mapped. UserError for NaN: the next steps would be blamed for it."""
         from safetensors.torch import load_file
 
-        return load_file(self.folder / f"{part}.safetensors")
+        found = load_file(self.folder / f"{part}.safetensors")
+        if bad := next((name for name, tensor in found.items() if tensor.isnan().any()), ""):
+            raise UserError(
+                f"{shown(self.folder)}: {bad} in {part}.safetensors holds NaN, which is never saved. Was it edited? Take the "
+                "folder away, and the run goes on from an earlier state."
+            )
+        return found
 
 
 def folder_of(run: Path) -> Path:

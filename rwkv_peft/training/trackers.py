@@ -70,7 +70,8 @@ OPEN = {"wandb": open_wandb, "tensorboard": open_tensorboard, "swanlab": open_sw
 class Tracker:
     """Hands the numbers of steps and looks to a tracker until it fails; then says so once and is quiet.
 
-    name: a key of OPEN. project: where to put the run. earlier: its id there, if the run goes on, after `step` steps.
+    name: a key of OPEN. project: where to put the run. earlier: its id there, if the run goes on, after `step` steps. ours:
+    whether the run's folder, which some write to, is still its own.
     """
 
     def __init__(
@@ -82,8 +83,9 @@ class Tracker:
         warn: Callable[[str], None],
         earlier: str | None = None,
         step: int = 0,
+        ours: Callable[[], bool] = lambda: True,
     ):
-        self.name, self.warn, self.opened = name, warn, None
+        self.name, self.warn, self.ours, self.opened = name, warn, ours, None
         try:
             with nobody_to_ask():
                 self.opened = OPEN[name](project, folder, settings, earlier, step)
@@ -104,7 +106,8 @@ class Tracker:
             self.send({"validation_loss": record["loss"]}, max(1, record["step"]))
 
     def send(self, numbers: dict, step: int) -> None:
-        self.guarded(lambda: self.opened.log(numbers, step))
+        if self.ours():
+            self.guarded(lambda: self.opened.log(numbers, step))
 
     def close(self) -> None:
         self.guarded(lambda: self.opened.close())

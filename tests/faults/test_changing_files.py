@@ -33,7 +33,7 @@ from merge.exports import EXPORTS
 from rwkv_peft import chat, checkpoint, file_watch, hashing, runs, step_log, train
 from rwkv_peft.errors import EXIT_USER, Problems, UserError, door
 from rwkv_peft.shell_vars import Script
-from rwkv_peft.training import snapshot
+from rwkv_peft.training import callbacks, snapshot
 
 LONG = {
     "lora_parts": "att,ffn",
@@ -883,6 +883,32 @@ def test_a_log_that_an_editor_replaces_loses_no_record_and_lets_no_second_run_in
     assert steps == [*range(1, steps[-1] + 1)] and steps[-1] >= max(int(p.name[5:]) for p in run.folder.glob("state/*"))
     assert process.said.count("warning   output/run/loss.jsonl") == 1, process.said
     assert not runs.is_running(run.folder)
+
+
+def test_a_log_that_held_bytes_that_are_no_text_is_followed_as_well(tmp_path):
+    path, told = tmp_path / "loss.jsonl", []
+    record = callbacks.Record(1, 0, 2.0, 1e-3, 1.0, 5, 5, 9.0, 9.0, 1.0)
+    log = callbacks.LossFile(path, told.append)
+    log(record)
+    with open(path, "ab") as file:
+        file.write(b"\xff\xfe\n")
+    path.unlink()
+    log(dataclasses.replace(record, step=2))
+    log.close()
+    assert [record["step"] for record in step_log.read(tmp_path)] == [1, 2] and "it goes on" in told[0]
+
+
+def test_no_tracker_writes_into_a_folder_that_has_taken_the_runs_place(run):
+    folder, moved, canary = run.folder, run.folder.with_name("moved"), run.root / "canary"
+    process = run.start(TENSORBOARD="1", SAVE_STEPS="0")
+    process.until(lambda: run.steps() > 9)
+    (canary / "tensorboard").mkdir(parents=True)
+    [events] = folder.glob("tensorboard/*")
+    (canary / "tensorboard" / events.name).touch()
+    folder.rename(moved)
+    folder.symlink_to(canary)
+    assert process.code() == EXIT_USER and "output/run: is not the folder" in process.said, process.said
+    assert not (canary / "tensorboard" / events.name).stat().st_size
 
 
 @pytest.mark.parametrize("another", [True, False], ids=["another in its place", "none"])
