@@ -23,6 +23,7 @@ HEAD = struct.Struct("<QQQ")  # inputs judged, inputs that were large ones, byte
 ROOM = 8 << 20  # bytes of the largest input
 GROW_EVERY, GROW_SHARE = 2.0, 0.2  # seconds between two large inputs, and their share of the time
 GROWN = 1 << 16  # bytes of a large input
+LIMIT_EVERY = 10_000  # inputs: what the fuzzer itself keeps grows, and is none of the input's memory
 
 
 def instrument():
@@ -55,7 +56,6 @@ class Worker:
         self.spent, self.begun = 0.0, time.monotonic()
         self.next_growth = self.begun + GROW_EVERY
         self.random = random.Random()
-        limit_addresses()
 
     def note(self, data: bytes) -> None:
         self.memory[: HEAD.size] = HEAD.pack(self.judged, self.grew, len(data))
@@ -66,6 +66,8 @@ class Worker:
         if len(data) > ROOM:
             return "too large"
         self.note(data)
+        if self.judged % LIMIT_EVERY == 0:
+            limit_addresses()
         try:
             return self.judge.judge(data)
         except Finding as finding:
