@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import random
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +98,7 @@ class Rows(Harness):
     def read(self, data: bytes, folder: Path) -> str:
         path = folder / self.name_of(data)
         path.write_bytes(data)
-        chosen = zlib.crc32(data)
+        chosen = self.choice(data)
         recipe = self.recipes[chosen % len(self.recipes)]
         mode, split = (
             ("file", "line", "paragraph")[chosen >> 8 & 1 or chosen >> 9 & 2],

@@ -8,7 +8,6 @@ import io
 import pickle
 import pickletools
 import random
-import zlib
 from pathlib import Path
 
 import torch
@@ -98,7 +97,7 @@ class It(Harness):
                 )
                 with contextlib.suppress(checkpoint.Damaged):
                     sound(same(archive.tensor(name), mapped), "two readers read two things", name, stored)
-        if zlib.crc32(data) % 4 == 0:
+        if self.choice(data) % 4 == 0:
             checkpoint.rewrite(path, folder / "copy.pth", lambda name: None)
             again = checkpoint.load(folder / "copy.pth")
             sound(again.keys() == tensors.keys(), "a copy with other names", again.keys())

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import json
 import random
-import zlib
 from pathlib import Path
 
 import torch
@@ -51,7 +50,7 @@ class It(Harness):
             content = json.loads(data)
         except (ValueError, RecursionError):
             content = None
-        if isinstance(content, dict) and zlib.crc32(data) % 8:  # as a run would have written it
+        if isinstance(content, dict) and self.choice(data) % 8:  # as a run would have written it
             content |= {
                 "checkpoint_sha256": hashing.sha256(path),
                 "base_sha256": hashing.sha256(base),
