@@ -91,7 +91,7 @@ RUNS = {
 
 # what differs between two equal runs
 VOLATILE = re.compile(
-    r"seconds|changed|_per_s$|time|mark|path$|date|_at$|memory|machine|host|sha256|versions|^code$|^pid$"
+    r"seconds|changed|began|^key$|_per_s$|time|mark|path$|date|_at$|memory|machine|host|sha256|versions|^code$|^pid$"
 )
 HASHED = (".bin", ".idx", ".st", ".safetensors", ".gguf", ".state", ".txt")
 

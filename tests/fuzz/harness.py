@@ -68,7 +68,8 @@ class Harness:
     places: tuple[str, ...] = ()
     cases: tuple[str, ...] = ()
     starts: tuple[str, ...] = ()  # programs that reading may start
-    of_all_sizes: bytes = b""  # while the time of several sizes of an input is compared: the input, which decides for all
+    # while the time of several sizes of an input is compared: the input, which decides for all
+    of_all_sizes: bytes = b""
 
     def choice(self, data: bytes) -> int:
         """A number that settings follow from, 32 bits."""
