@@ -71,7 +71,7 @@ def edited(content: Mapping[str, Any]) -> list[str]:
 def must_be_unedited(path: str | os.PathLike, content: Mapping[str, Any], accept: bool) -> None:
     """UserError for the sidecar of a checkpoint that was edited since it was written; with accept a warning."""
     if SEAL not in content:
-        words = "has no checksums of its fields (earlier versions wrote none), so nobody can tell whether it was edited"
+        words = "has no checksums of its fields (earlier versions wrote none), so an edit would not be noticed"
         print(f"note: {shown(path_of(path))}: {words}", file=sys.stderr)
     if not (changed := edited(content)):
         return

@@ -128,7 +128,7 @@ def content(path: Path, root: str) -> Any:
     if path.suffix == ".json":
         return lasting(json.loads(path.read_text()), root)
     if path.suffix in (".pth", ".pt"):
-        return tensors_of(torch.load(path, weights_only=False, map_location="cpu"))
+        return tensors_of(torch.load(path, weights_only=True, map_location="cpu"))
     return digest(path.read_bytes()) if path.suffix in HASHED else "there"
 
 

@@ -170,6 +170,17 @@ def wires():
         subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
+def started(kits: list[Kit], wires: list[Wire], script: str) -> list[subprocess.Popen]:
+    """A script of each kit, on the node of its number."""
+    return [
+        subprocess.Popen(
+            [*wire.enter, str(kit.root / script)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        for kit, wire in zip(kits, wires, strict=True)
+    ]  # fmt: skip
+
+
 @pytest.mark.slow
 def test_two_nodes_are_two_processes_of_one_machine_and_go_on(tmp_path, wires):
     """Each in a folder of its own; the second sees what the first has written only where it is put there, and that may be older
@@ -187,13 +198,7 @@ def test_two_nodes_are_two_processes_of_one_machine_and_go_on(tmp_path, wires):
     kits[0].run("one.sh")
 
     def both():
-        ends = [
-            subprocess.Popen(
-                [*wire.enter, str(kit.root / "two.sh")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-            )
-            for kit, wire in zip(kits, wires, strict=True)
-        ]  # fmt: skip
+        ends = started(kits, wires, "two.sh")
         said = [end.communicate(timeout=180)[0] for end in ends]
         return [end.returncode for end in ends], said
 
@@ -239,13 +244,7 @@ def test_a_file_that_changes_on_one_node_stops_both_and_is_named(tmp_path, wires
         kit.run("make_tokenize.sh", "chat.jsonl")
         of_node = wires[number].settings | {"NODE_RANK": str(number)}
         kit.set(**FAST | of_node | {"EPOCH_COUNT": "9000", "EPOCH_SAVE": "9000", "SAVE_STEPS": "5", "KEEP_LAST": "3"})
-    ends = [
-        subprocess.Popen(
-            [*wire.enter, str(kit.root / "training.sh")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        for kit, wire in zip(kits, wires, strict=True)
-    ]  # fmt: skip
+    ends = started(kits, wires, "training.sh")
     state = kits[0].root / "output/run/state"
     deadline = time.monotonic() + 120
     while (

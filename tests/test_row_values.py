@@ -9,6 +9,7 @@ from test_schemas import ANSWER, CALL, A, Q, S, U, read, refused, said, together
 from test_scripts import ROOT, shell_values
 
 from json2binidx.preview import preview
+from rwkv_peft.rows.choices import choices_of
 from rwkv_peft.rows.keys import columns
 from rwkv_peft.rows.reading import Block
 from rwkv_peft.rows.recipe import Cook, Recipe
@@ -516,3 +517,10 @@ def test_a_second_text_that_says_there_is_none_is_empty_and_counted(words, mater
 )
 def test_what_is_no_answer_or_no_question_rejects_the_row(row, reason):
     refused(row, reason)
+
+
+def test_choices_behind_the_last_letter_are_choices_as_well():
+    led = [f"{letter}. word {letter}" for letter in "ABCDEFGH"]
+    words = [f"word {letter}" for letter in "ABCDEFGH"]
+    assert choices_of({"choices": led}) == words
+    assert choices_of({"choices": [*led, "one more"]}) == [*words, "one more"]

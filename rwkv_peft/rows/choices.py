@@ -52,7 +52,7 @@ def choices_of(row: Mapping[str, Any]) -> list[str]:
     choices = [as_text(one).strip() for one in found if not is_nothing(one)]
     led = [LED.match(one) for one in choices]
     if all(one and one[1] == letter for one, letter in zip(led, LETTERS, strict=False)):
-        return [one[2] for one in led[: len(LETTERS)]]
+        return [one[2] for one in led[: len(LETTERS)]] + choices[len(LETTERS) :]
     return choices
 
 
