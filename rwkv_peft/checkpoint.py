@@ -400,10 +400,11 @@ def load(path: str | os.PathLike) -> dict[str, Tensor]:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return {name: tensors[s.name or name].detach().reshape(s.shape) for name, s in described.items()}
     except (*UNREADABLE, OSError) as error:
-        if refused := cause(error):
+        refused = cause(error)
+        if refused and not (
+            isinstance(refused, OSError) and refused.errno == errno.EINVAL
+        ):  # (a place outside the file)
             raise refused from None
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # (a place outside the file)
-            raise
         raise UserError(f"{shown(path)}: is damaged ({first_line(error)}). Get the file again.") from None
 
 

@@ -665,7 +665,16 @@ class AsUtf8(io.RawIOBase):
             data, self.line = data[:end], data[end:]
             text = "".join(self.lines(data))
         else:
-            text = self.decoder.decode(data, self.ended)
+            data, self.line = self.line + data, b""
+            before = self.decoder.getstate()
+            try:
+                text = self.decoder.decode(data, self.ended)
+            except UnicodeError:  # Python keeps 8 bytes at most of an escape sequence whose end is still to come
+                self.decoder.setstate(before)
+                if len(data) <= PIECE:
+                    self.line = data
+                    return b""
+                text = self.decoder.decode(data, True)
         return text.encode("utf-8", "surrogateescape") if "\udcff" in text else text.encode("utf-8", "replace")
 
     def lines(self, data: bytes) -> Iterator[str]:

@@ -165,7 +165,7 @@ NEAR = 16  # characters that are looked at before a place: whole texts would be 
 HEAD = 40  # characters in which a heading has its colon
 TAG_SIGNS = ("<|", "<｜", "<start_of_turn>", "<human>", "<bot>", "[INST]", "✿", "GPT4 ")  # none of these: no TAG
 VICUNA = re.compile(r"(?:^|(?<=\s)|(?<=</s>))(?P<word>USER|ASSISTANT):(?=\s|$)", re.M)
-LLAMA_SYSTEM = re.compile(r"\A<<SYS>>\s*(.*?)\s*<</SYS>>\s*", re.S)
+LLAMA_SYSTEM = re.compile(r"\A<<SYS>>(.*?)<</SYS>>\s*", re.S)
 ALPACA = re.compile(r"\ABelow is an instruction that describes a task[^\n]*\n*\Z")
 VICUNA_SYSTEM = re.compile(r"\AA chat between [^\n]*\Z")
 
@@ -178,7 +178,9 @@ DOCUMENT_END = re.compile(r"<\|(?:endoftext|end_of_text)\|>|</s>|<eo[sm]>|\[EOS\
 MARKER = re.compile(f"{END}|{BEGIN}")
 MARKER_SIGNS = ("<|", "<｜", "s>", "<eo", "turn>", "[EOS]", "[BOS]", "[gMASK]")  # none of these: no MARKER
 HTML = re.compile(r"&lt;(?:/?(?:think|thinking|tool_call|tool_response)|[|｜][\w▁ ]{1,40}[|｜])&gt;")
-JSON = re.compile(r"\s*\[?\s*\{\s*([\"'])role\1\s*:\s*([\"'])(?:system|user|human|assistant|gpt)\2.*[}\]]\s*\Z", re.S)
+JSON = re.compile(
+    r"\s*(?:\[\s*)?\{\s*([\"'])role\1\s*:\s*([\"'])(?:system|user|human|assistant|gpt)\2.*[}\]]\s*\Z", re.S
+)
 LAST = re.compile(rf"(?:{END}|{BEGIN}|✿|\#\#\# End)\Z")
 LONGEST = 40  # characters of such a token
 BEGINS_WITH = re.compile(rf"\A(?:\s*(?:{BEGIN}))+\s*")
@@ -503,7 +505,7 @@ def messages_of(parsed: Parsed, open_end: bool = False) -> list[Message] | None:
         if kind == "inst" and turn.side == USER and (system := LLAMA_SYSTEM.match(content)):
             if found:
                 return None
-            found.append(Message(Role.SYSTEM, system[1]))
+            found.append(Message(Role.SYSTEM, system[1].strip()))
             content, last = content[system.end() :], Role.SYSTEM
         if not content or MARKER.search(content):
             return None

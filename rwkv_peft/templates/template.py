@@ -211,6 +211,8 @@ class Template:
             if isinstance(default, (tuple, frozenset)):
                 if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
                     raise ValueError(f"{name} must be a list of texts, not {value!r}")
+                if "" in value:
+                    raise ValueError(f"{name} holds an empty text")
                 value = tuple(value)
                 if isinstance(default, frozenset):
                     unknown = [one for one in value if one.upper() not in Role.__members__]
@@ -223,6 +225,8 @@ class Template:
                     value, (int, float) if kind is float else kind
                 ):
                     raise ValueError(f"{name} cannot be {value!r}")
+                if name == "name" and not value:
+                    raise ValueError("has no name")
             values[name] = value
         return cls(**values)
 
