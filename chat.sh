@@ -48,4 +48,4 @@ SEED=42
 PRECISION=auto
 
 set +a
-exec "$_root/rwkv_peft/run.sh" rwkv_peft.chat "${BASH_SOURCE[0]}" "$@"
+exec "$_root/rwkv_peft/run.sh" chat "${BASH_SOURCE[0]}" "$@"

@@ -120,4 +120,4 @@ OVERWRITE_CACHE=0
 
 set +a
 if [ $# -eq 0 ]; then set -- --help; fi
-exec "$_root/rwkv_peft/run.sh" json2binidx.__main__ "${BASH_SOURCE[0]}" "$@"
+exec "$_root/rwkv_peft/run.sh" tokenize "${BASH_SOURCE[0]}" "$@"

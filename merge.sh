@@ -37,4 +37,4 @@ LORA_ALPHA=""
 PISSA_INIT=""
 
 set +a
-exec "$_root/rwkv_peft/run.sh" merge.__main__ "${BASH_SOURCE[0]}" "$@"
+exec "$_root/rwkv_peft/run.sh" merge "${BASH_SOURCE[0]}" "$@"

@@ -56,7 +56,7 @@ if [ -f "$base" ]; then
   echo "It is there already and is used as it is. (Remove it to build and pretrain it again.)"
 else
   rm -f quickstart/untrained.pth
-  rwkv_peft/run.sh rwkv_peft.init --layers 4 --width 128 --out quickstart/untrained.pth
+  rwkv_peft/run.sh init_model --layers 4 --width 128 --out quickstart/untrained.pth
   copy data/pretrain.jsonl quickstart/pretrain.jsonl
   ./make_tokenize.sh quickstart/pretrain.jsonl "${plain[@]}" | sed -n 1,2p
   copy_with quickstart/pretrain.sh "${common[@]}" FINETUNE_MODE=full MODEL_PATH=quickstart/untrained.pth \
@@ -80,13 +80,13 @@ quickstart/training.sh
 step "4/6  Merge: ./merge.sh quickstart-lora-$now 7 (epochs count from 0: this is the last of 8)"
 merged="rwkv7-tiny-quickstart-lora-$now-7.pth"
 rm -f merge/rwkv7-tiny-quickstart-lora-*-7.{pth,json} # earlier toy results make room
-RUN='' MODEL_PATH='' MERGE_BASE=original METHOD='' LORA_ALPHA='' PISSA_INIT='' rwkv_peft/run.sh merge.__main__ merge.sh "quickstart-lora-$now" 7
+RUN='' MODEL_PATH='' MERGE_BASE=original METHOD='' LORA_ALPHA='' PISSA_INIT='' rwkv_peft/run.sh merge merge.sh "quickstart-lora-$now" 7
 
 step "5/6  The same question to both: ./chat.sh --model ... --temperature 0 --prompt ..."
 question="How many steps does the Heron Bay lighthouse have?"
 ask() { # whatever you have made of chat.sh
   MODEL_PATH="$1" ADAPTER='' PROMPT_TYPE=rwkv-world BOS=auto SYSTEM='' MAX_TOKENS=40 TEMPERATURE=0 TOP_K=0 TOP_P=1 SEED=1 PRECISION=auto \
-    rwkv_peft/run.sh rwkv_peft.chat chat.sh --prompt "$question"
+    rwkv_peft/run.sh chat chat.sh --prompt "$question"
 }
 before="$(ask rwkv7-tiny.pth)"
 after="$(ask "$merged")"

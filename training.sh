@@ -413,4 +413,4 @@ SWANLAB=""
 TRACKIO=""
 
 set +a
-exec "$_root/rwkv_peft/run.sh" rwkv_peft.train "${BASH_SOURCE[0]}" "$@"
+exec "$_root/rwkv_peft/run.sh" train "${BASH_SOURCE[0]}" "$@"

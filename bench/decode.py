@@ -26,9 +26,9 @@ from pathlib import Path
 import torch
 
 from bench.step import GEOMETRIES, Child
-from rwkv_peft import checkpoint
-from rwkv_peft.machine import DTYPES
-from rwkv_peft.model.initial import initial_tensors
+from rwkv_peft.checkpoint import pth
+from rwkv_peft.common.hardware import DTYPES
+from rwkv_peft.model.init_weights import initial_tensors
 from rwkv_peft.model.rwkv import build, for_generating
 from rwkv_peft.ops import dispatch
 
@@ -38,7 +38,7 @@ PROMPT = 512
 def ours(path: str, given):
     geometry = GEOMETRIES[given.geometry]
     dtype = DTYPES[given.precision]
-    model = for_generating(build(geometry, checkpoint.load(path), dispatch.choose("auto", geometry.version), dtype))
+    model = for_generating(build(geometry, pth.load(path), dispatch.choose("auto", geometry.version), dtype))
 
     def read(ids: list[int], state):
         with torch.inference_mode():
@@ -90,7 +90,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "base.pth"
         tensors = initial_tensors(GEOMETRIES[given.geometry], 0)
-        checkpoint.save(path, {n: t.bfloat16() for n, t in tensors.items()})
+        pth.save(path, {n: t.bfloat16() for n, t in tensors.items()})
         command = [sys.executable, __file__, *sys.argv[1:], "--child"]
         children = [Child([*command, name, str(path)], given.threads) for name in ("ours", "rwkv package")]
         for _ in range(given.rounds):

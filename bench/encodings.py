@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from rwkv_peft.rows.encodings import AsUtf8, Encoding, decide
+from rwkv_peft.preprocess.encodings import AsUtf8, Encoding, decide
 
 ROWS = (1, 2, 3, 10, 40)
 FORMS = ("jsonl", "csv", "txt")

@@ -1,4 +1,4 @@
-"""What it costs to look whether the files of a run are still what they were (rwkv_peft/file_watch.py).
+"""What it costs to look whether the files of a run are still what they were (rwkv_peft/common/file_watch.py).
 
 usage: python bench/file_watch.py [--geometry tiny|0.1b|...] [--ctx 512] [--precision fp32] [--steps 40] [--save-steps 10]
                                   [--files 0] [--threads N] [--json FILE]
@@ -28,11 +28,13 @@ import torch
 
 from bench.memory import SCRIPT, write_rows
 from bench.step import GEOMETRIES
-from rwkv_peft import checkpoint, project, train
-from rwkv_peft.config import TrainConfig
-from rwkv_peft.file_watch import FileWatch
-from rwkv_peft.model.initial import initial_tensors, new_geometry
-from rwkv_peft.shell_vars import Script, values_as_written
+from rwkv_peft.checkpoint import pth
+from rwkv_peft.cli import train
+from rwkv_peft.common import paths as project
+from rwkv_peft.common.file_watch import FileWatch
+from rwkv_peft.config.shell import Script, parse_assignments
+from rwkv_peft.config.train import TrainConfig
+from rwkv_peft.model.init_weights import initial_tensors, new_geometry
 
 MOST = 0.5  # per cent
 
@@ -63,7 +65,7 @@ def measured(folder: Path, given) -> dict:
         "SAVE_STEPS": str(given.save_steps), "VOCABULARY": "own",  # (random ids)
     }  # fmt: skip
     with mock.patch.multiple(FileWatch, look=timed, add=more):
-        train.command(Script(SCRIPT, values_as_written(SCRIPT) | settings).read(TrainConfig), ["--new"])
+        train.command(Script(SCRIPT, parse_assignments(SCRIPT) | settings).read(TrainConfig), ["--new"])
     records = [json.loads(line) for line in (folder / "output/run/loss.jsonl").read_text().splitlines()]
     return found | {"steps": records[-1]["seconds"]}
 
@@ -90,9 +92,7 @@ def main() -> None:
         write_rows(folder / "data" / "rows", given.steps * given.ctx)
         size = GEOMETRIES[given.geometry]
         geometry = new_geometry("x070", size.n_layer, size.n_embd, size.vocab_size)
-        checkpoint.save(
-            folder / "model" / "base.pth", {n: t.bfloat16() for n, t in initial_tensors(geometry, 0).items()}
-        )
+        pth.save(folder / "model" / "base.pth", {n: t.bfloat16() for n, t in initial_tensors(geometry, 0).items()})
         found = measured(folder, given)
     share = {kind: 100 * found[kind] / found["steps"] for kind in ("thread", "saves")}
     total = sum(share.values())

@@ -33,11 +33,11 @@ from types import SimpleNamespace
 import torch
 
 from bench.step import GEOMETRIES, HERE, Child, Ended, Ours, median_seconds, needed_flops, telling
-from rwkv_peft import checkpoint
-from rwkv_peft.model.initial import initial_tensors
-from rwkv_peft.ops import dispatch, fla, proof
+from rwkv_peft.checkpoint import pth
+from rwkv_peft.model.init_weights import initial_tensors
+from rwkv_peft.ops import dispatch, fla, kernel_check
 from rwkv_peft.ops.cuda import build as cuda_build
-from rwkv_peft.training.graphs import OFTEN, Graphs
+from rwkv_peft.train.cuda_graphs import OFTEN, Graphs
 
 WKV = [(1, 1024, 12), (1, 4096, 32), (8, 1024, 32), (8, 4096, 64)]  # sequences, tokens of each, heads
 # geometry, method, compressed base, tokens of a row, rows: what the targets are about first, then all sizes
@@ -52,7 +52,7 @@ STEPS = [
 ]
 BESIDE = STEPS[0], STEPS[1]  # what rwkvtune does too
 REPEATED = (STEPS[0],)  # what may wait for the host: with and without CUDA graphs
-FAULTS = RuntimeError, cuda_build.Missing, fla.Missing, Ended
+FAULTS = RuntimeError, cuda_build.KernelUnavailable, fla.KernelUnavailable, Ended
 BYTES = 3100  # of a token and head of size 64, forward and backward
 
 
@@ -100,12 +100,14 @@ def copy_rate(meter: Meter, numbers: int) -> float:
 @functools.cache
 def error_of(version: str, name: str, device: str) -> float:
     """Largest difference from the definition, of the norm of an output or a gradient, of bfloat16 inputs."""
-    return proof.prove(version, dispatch.every_way(version, device)[name], device, torch.bfloat16).error
+    return kernel_check.check_against_reference(
+        version, dispatch.every_way(version, device)[name], device, torch.bfloat16
+    ).error
 
 
 def wkv_row(meter: Meter, version: str, name: str, shape: tuple[int, int, int], copy: float) -> dict:
     batch, tokens, heads = shape
-    some = [x.detach() for x in proof.inputs(version, "random")]
+    some = [x.detach() for x in kernel_check.inputs(version, "random")]
     kinds = [torch.float32 if i == 1 or x.dim() == 2 else torch.bfloat16 for i, x in enumerate(some)]
     x = []
     for like, kind in zip(some, kinds, strict=True):
@@ -194,7 +196,7 @@ def main() -> None:
         sys.exit("There is no GPU. --device cpu --quick shows that the program works.")
     began, meter, rows = time.monotonic(), Meter(given.device), []
     gpu = torch.cuda.get_device_name() if given.device == "cuda" else "a CPU"
-    print(f"{gpu}, driver {proof.driver() or '?'}, torch {torch.__version__}", flush=True)
+    print(f"{gpu}, driver {kernel_check.driver() or '?'}, torch {torch.__version__}", flush=True)
 
     def tell(row: dict, words: str) -> None:
         rows.append(row)
@@ -234,7 +236,7 @@ def main() -> None:
                 break
             path = Path(folder) / f"{step[0]}.pth"
             if not path.exists():
-                checkpoint.save(path, telling(initial_tensors(GEOMETRIES[step[0]], 0)))
+                pth.save(path, telling(initial_tensors(GEOMETRIES[step[0]], 0)))
             attempt(
                 step,
                 lambda s=step, p=str(path): step_row(meter, p, s, product),

@@ -33,13 +33,13 @@ from pathlib import Path
 
 import torch
 
-from rwkv_peft.adapters import attach
+from rwkv_peft.adapters import inject
 from rwkv_peft.model.arch import Geometry, state_shapes
-from rwkv_peft.model.initial import initial_tensors, new_geometry
+from rwkv_peft.model.init_weights import initial_tensors, new_geometry
 from rwkv_peft.model.rwkv import build
 from rwkv_peft.ops import dispatch
 from rwkv_peft.ops.loss import linear_cross_entropy
-from rwkv_peft.training.infctx import MODES, chunked_loss
+from rwkv_peft.train.infctx import MODES, chunked_loss
 
 RANK = 16
 RETURNS = str(1 << 16)  # bytes from which malloc maps a block of its own, and unmaps it when it is freed
@@ -66,7 +66,7 @@ def point(given) -> dict:
     model = build(
         shape, initial_tensors(shape, 0), ops, recompute="blocks" if given.grad_cp else "nothing", keep=torch.float32
     )
-    attach.adapt(model, attach.Setup("lora", {"rank": RANK, "alpha": 2.0 * RANK}, ("att", "ffn")))
+    inject.inject_adapters(model, inject.AdapterConfig("lora", {"rank": RANK, "alpha": 2.0 * RANK}, ("att", "ffn")))
     ids = torch.randint(0, given.vocab, (1, tokens + 1))
 
     def step(count: int) -> float:

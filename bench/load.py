@@ -38,11 +38,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from rwkv_peft import bases, checkpoint
-from rwkv_peft.adapters import attach
-from rwkv_peft.methods import QUANTS
+from rwkv_peft.adapters import inject
+from rwkv_peft.adapters.specs import QUANTS
+from rwkv_peft.checkpoint import base_model, pth
 from rwkv_peft.model.arch import linear_layers, shapes
-from rwkv_peft.model.initial import new_geometry
+from rwkv_peft.model.init_weights import new_geometry
 from rwkv_peft.model.rwkv import build
 from rwkv_peft.ops import dispatch
 
@@ -74,18 +74,18 @@ class Highest(threading.Thread):
         return max(self.most, anonymous())
 
 
-def setup_of(given, method: str, quant: str) -> attach.Setup:
+def setup_of(given, method: str, quant: str) -> inject.AdapterConfig:
     options = {
         "lora": {"rank": given.rank, "alpha": 2.0 * given.rank},
         "pissa": {"rank": given.rank, "niter": given.niter},
     }
     parts = tuple(given.quant_parts.split(",")) if quant != "none" else ()
-    return attach.Setup(method, options[method], ("att", "ffn"), quant=quant, quant_parts=parts)
+    return inject.AdapterConfig(method, options[method], ("att", "ffn"), quant=quant, quant_parts=parts)
 
 
 def write(path: Path, layers: int, width: int, vocabulary: int) -> None:
     sizes = shapes(new_geometry("x070", layers, width, vocabulary, 64))
-    checkpoint.save(path, {name: (torch.randn(size) * 0.02).bfloat16() for name, size in sizes.items()})
+    pth.save(path, {name: (torch.randn(size) * 0.02).bfloat16() for name, size in sizes.items()})
 
 
 def point(given) -> dict:
@@ -96,16 +96,16 @@ def point(given) -> dict:
     small = new_geometry("x070", 1, 64, 64, 64)
     ops = dispatch.choose("auto", small.version)
     tensors = {name: (torch.randn(size) * 0.02).bfloat16() for name, size in shapes(small).items()}
-    attach.adapt(build(small, tensors, ops, dtype), setup, dtype)
+    inject.inject_adapters(build(small, tensors, ops, dtype), setup, dtype)
     before, watch = anonymous(), Highest()
     watch.start()
     begin = time.process_time()
-    geometry = bases.inspect(path)[1]
-    tensors = checkpoint.load(path)
+    geometry = base_model.read_geometry(path)[1]
+    tensors = pth.load(path)
     mapped = {t.data_ptr() for t in tensors.values()}
     model = build(geometry, tensors, ops, dtype)
     del tensors
-    begun = attach.adapt(model, setup, dtype)
+    begun = inject.inject_adapters(model, setup, dtype)
     seconds = time.process_time() - begin
     peak, held = watch.end() - before, anonymous() - before
     return {"peak": peak, "held": held, "seconds": seconds, "result": result_bytes(model, begun, mapped) / 2**20}

@@ -32,9 +32,9 @@ import torch
 
 from rwkv_peft.data import buckets
 from rwkv_peft.data.binidx import Reader, index_bytes
-from rwkv_peft.data.loading import Batches, Data
-from rwkv_peft.data.sources import Source
-from rwkv_peft.roles import Role
+from rwkv_peft.data.dataset import Batches, TokenDataset
+from rwkv_peft.data.token_source import Source
+from rwkv_peft.text.roles import Role
 
 MODES = ("pack", "concat", "pad", "only", "bucket", "get", "magic")
 TOKENS = 16_384  # of a micro-batch
@@ -57,11 +57,13 @@ def write(prefix: Path, documents: int) -> None:
             roles.write(said.tobytes())
 
 
-def make(prefix: Path, mode: str, given) -> tuple[Data, Batches]:
+def make(prefix: Path, mode: str, given) -> tuple[TokenDataset, Batches]:
     needed = given.mask in ("qa", "last")
     source = Source(Reader(prefix), Reader(f"{prefix}.roles") if needed else None, 65536)
     choose = functools.partial(buckets.choose, edges=(), sizes=(), budget=TOKENS, accumulate=1, world=1)
-    data = Data([source], mode, given.mask, given.ctx_len, "truncate", 42, True, choose if mode == "bucket" else None)
+    data = TokenDataset(
+        [source], mode, given.mask, given.ctx_len, "truncate", 42, True, choose if mode == "bucket" else None
+    )
     rows = max(1, TOKENS // (given.ctx_len if mode not in ("pad", "only") else 300))
     return data, Batches(data, data.make_plan(None, rows, 1, 1), 0)
 

@@ -31,15 +31,17 @@ import numpy as np
 import torch
 
 from bench.step import AS_RUN_SH, GEOMETRIES
-from rwkv_peft import checkpoint, project, train
-from rwkv_peft.config import TrainConfig
+from rwkv_peft.checkpoint import pth
+from rwkv_peft.cli import train
+from rwkv_peft.common import paths
+from rwkv_peft.config.shell import Script, parse_assignments
+from rwkv_peft.config.train import TrainConfig
 from rwkv_peft.data.binidx import Writer
-from rwkv_peft.model.initial import initial_tensors, new_geometry
-from rwkv_peft.shell_vars import Script, values_as_written
+from rwkv_peft.model.init_weights import initial_tensors, new_geometry
 
 RANK = 16
 METHODS = {"dora": {"FINETUNE_MODE": "lora", "use_dora": "1"}, "lora+": {"FINETUNE_MODE": "lora", "EMB_FINETUNE": "1"}}
-SCRIPT = project.ROOT / "training.sh"
+SCRIPT = paths.ROOT / "training.sh"
 
 
 def write_rows(prefix: Path, tokens: int) -> None:
@@ -55,7 +57,7 @@ def write_rows(prefix: Path, tokens: int) -> None:
 
 def child(point: dict) -> None:
     """A run in this process; prints its peak in MB."""
-    project.ROOT, project.OUTPUT = Path(point["folder"]), Path(point["folder"]) / "output"
+    paths.ROOT, paths.OUTPUT = Path(point["folder"]), Path(point["folder"]) / "output"
     rank = {name: str(RANK) for name in ("lora_r", "pissa_r", "disha_r")}
     settings = {
         "MODEL_PATH": f"{point['geometry']}.pth", "DATA_PATH": "rows", "CTX_LEN": str(point["ctx"]), "LOSS_MASK": "pad",
@@ -63,7 +65,7 @@ def child(point: dict) -> None:
         "PRECISION": point["precision"], "GRAD_CP": point["grad_cp"], "OPTIM": point["optim"], "OP": point["op"],
         "FINETUNE_MODE": point["method"], "MODEL_VERSION": "auto", "VOCABULARY": "own",
     }  # fmt: skip
-    values = values_as_written(SCRIPT) | rank | settings | METHODS.get(point["method"], {})
+    values = parse_assignments(SCRIPT) | rank | settings | METHODS.get(point["method"], {})
     train.command(Script(SCRIPT, values).read(TrainConfig), ["--new"])
     print("peak", int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024)
 
@@ -107,7 +109,7 @@ def main() -> None:
         for name in given.geometry:
             size, path = GEOMETRIES[name], Path(folder) / "model" / f"{name}.pth"
             geometry = new_geometry(given.version, size.n_layer, size.n_embd, size.vocab_size)
-            checkpoint.save(path, {n: t.bfloat16() for n, t in initial_tensors(geometry, 0).items()})
+            pth.save(path, {n: t.bfloat16() for n, t in initial_tensors(geometry, 0).items()})
             for precision, method, optim, ctx, cp in itertools.product(
                 given.precision, given.methods, given.optim, given.ctx, given.grad_cp
             ):

@@ -30,11 +30,12 @@ from pathlib import Path
 
 import torch
 
-from rwkv_peft import checkpoint, hashing
-from rwkv_peft.atomic import write_json
+from rwkv_peft.checkpoint import pth
+from rwkv_peft.common import hashing
+from rwkv_peft.common.atomic_io import write_json
 from rwkv_peft.model import arch
 from rwkv_peft.model.arch import Geometry
-from rwkv_peft.model.initial import new_geometry
+from rwkv_peft.model.init_weights import new_geometry
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("att", "ffn", "ln")
@@ -50,10 +51,10 @@ MERGE = """
 import sys
 sys.path[0] = sys.argv[1]
 from pathlib import Path
-from merge import deliver  # whatever looks for the kit's own files does so before the folder changes
-from merge.__main__ import MergeConfig, command
-from rwkv_peft import project
-project.ROOT, project.OUTPUT = Path(sys.argv[2]), Path(sys.argv[2]) / "output"
+from rwkv_peft.merge import write  # whatever looks for the kit's own files does so before the folder changes
+from rwkv_peft.cli.merge import MergeConfig, command
+from rwkv_peft.common import paths
+paths.ROOT, paths.OUTPUT = Path(sys.argv[2]), Path(sys.argv[2]) / "output"
 command(MergeConfig("", "", "original", "", "", ""), sys.argv[3:])
 """
 # the largest resident set so far: what wait4 says of a child would begin with its parent's
@@ -89,8 +90,8 @@ def make_run(folder: Path, base: Path, geometry: Geometry, rank: int) -> None:
     tensors |= {name: torch.randn(shapes[name]) for name in arch.whole_tensors(geometry, PARTS)}
     folder.mkdir(parents=True)
     time.sleep(hashing.SETTLED)
-    content = hashing.content(base)
-    checkpoint.save(folder / "rwkv-0.pth", tensors)
+    content = hashing.fingerprint(base)
+    pth.save(folder / "rwkv-0.pth", tensors)
     sidecar = {
         "method": "lora", "rank": rank, "alpha": float(rank), "base": base.name,
         "base_sha256": content["sha256"], "base_mark": content["mark"],

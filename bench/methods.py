@@ -6,7 +6,7 @@ usage: python bench/methods.py [--base model/rwkv7-tiny.pth] [--methods lora,sta
 The rows: 16 questions with invented answers (facts), and 12 others; all answers begin with one phrase and end with another
 (style). Each method goes through them by the door of training.sh, with its learning rate searched first: two rates, and
 further ones while the best lies at an edge; the best is that with the smallest sum of the two losses below. Then it goes
-again with other seeds. Greedy answers are made by rwkv_peft.generate, and these are the figures:
+again with other seeds. Greedy answers are made by rwkv_peft.model.generate, and these are the figures:
 
     facts   share of the 16 answers that hold the invented sentence word for word, and the mean loss of its tokens
     style   share of 16 answers to questions of the same kinds that were not in the rows which begin and end as taught, how
@@ -44,21 +44,25 @@ from pathlib import Path
 import pytorch_lightning  # noqa: F401 (before the fork, so that it is not counted)
 import torch
 
-from json2binidx.tokenize import tokenize
-from rwkv_peft import bases, chat, generate, project, tokenizer, train
-from rwkv_peft.adapters import attach
-from rwkv_peft.chat import models
-from rwkv_peft.config import TrainConfig
+from rwkv_peft.adapters import inject
+from rwkv_peft.chat import load
+from rwkv_peft.checkpoint import base_model
+from rwkv_peft.cli import chat, train
+from rwkv_peft.common import paths
+from rwkv_peft.config.shell import Script
+from rwkv_peft.config.train import TrainConfig
+from rwkv_peft.model import generate
 from rwkv_peft.model.arch import Geometry, linear_layers, shapes
-from rwkv_peft.rows.settings import TokenizeConfig
-from rwkv_peft.shell_vars import Script
-from rwkv_peft.templates.named import template
-from rwkv_peft.templates.template import Message, Role
-from rwkv_peft.train.record import options_of
-from rwkv_peft.training.lisa import Lisa  # noqa: F401 (as above)
-from rwkv_peft.training.module import TrainingModule  # noqa: F401
+from rwkv_peft.preprocess.config import TokenizeConfig
+from rwkv_peft.preprocess.tokenize import tokenize
+from rwkv_peft.text import tokenizer
+from rwkv_peft.text.preset_names import template
+from rwkv_peft.text.template import Message, Role
+from rwkv_peft.train.callbacks.lisa import Lisa  # noqa: F401 (as above)
+from rwkv_peft.train.module import TrainingModule  # noqa: F401
+from rwkv_peft.train.run_record import options_of
 
-ROOT = project.ROOT
+ROOT = paths.ROOT
 BEGIN, END = "You said it!", "So says the sea."
 OTHERS, ASKED = 12, 16
 CTX_LEN = 192  # tokens of a pack, which is a step
@@ -171,7 +175,7 @@ def in_a_fork(function, *arguments):
 
 def at(root: Path) -> None:
     """The kit's folders are these from now on, in this process."""
-    project.ROOT, project.OUTPUT = root, root / "output"
+    paths.ROOT, paths.OUTPUT = root, root / "output"
 
 
 def prepare(root: Path, base: Path) -> None:
@@ -205,7 +209,7 @@ def train_once(root: Path, settings: dict[str, str], rate: float, seed: int, epo
     seconds = [json.loads(line)["seconds"] for line in (folder / "loss.jsonl").read_text().splitlines()]
     path = folder / f"rwkv-{epochs - 1}.pth"
     return {
-        "trained": trained_values(config, bases.inspect(root / "model" / "base.pth")[1]),
+        "trained": trained_values(config, base_model.read_geometry(root / "model" / "base.pth")[1]),
         "peak": peak,
         "steps": [b - a for a, b in zip(seconds, seconds[1:], strict=False)],
         "file": sum(p.stat().st_size for p in [path, *folder.glob("init_*.pth")]),
@@ -224,7 +228,7 @@ def trained_values(config: TrainConfig, geometry: Geometry) -> int:
     if config.method == "lisa":
         layers = [name for name in linear_layers(geometry, config.parts) if name.startswith("blocks.0.")]
         return config.lisa_r * sum(math.prod(shapes(geometry)[f"{name}.weight"]) for name in layers)
-    return attach.count_trained(geometry, attach.Setup(config.method, options_of(config), config.parts))
+    return inject.count_trained(geometry, inject.AdapterConfig(config.method, options_of(config), config.parts))
 
 
 def ask(root: Path, adapter: str) -> dict:
@@ -232,7 +236,7 @@ def ask(root: Path, adapter: str) -> dict:
     at(root)
     torch.set_num_threads(1)
     settings = chat.ChatConfig("base.pth", adapter, "rwkv-world", "", LONGEST, 0.0, 1.0, 1, "bf16")
-    model = models.load(settings, False)[0]
+    model = load.load(settings, False)[0]
     form = template("rwkv-world")
     facts, _, unseen = material()
 

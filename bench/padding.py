@@ -47,18 +47,18 @@ import numpy as np
 import torch
 
 from bench.step import make_module
-from json2binidx.tokenize import tokenize
-from rwkv_peft.adapters import attach
-from rwkv_peft.config import TrainConfig
+from rwkv_peft.adapters import inject
+from rwkv_peft.common.hardware import DTYPES
+from rwkv_peft.config.shell import Script, parse_assignments
+from rwkv_peft.config.train import TrainConfig
 from rwkv_peft.data.binidx import Reader
-from rwkv_peft.machine import DTYPES
-from rwkv_peft.model.initial import initial_tensors, new_geometry
+from rwkv_peft.model.init_weights import initial_tensors, new_geometry
 from rwkv_peft.model.rwkv import build
 from rwkv_peft.ops import dispatch
-from rwkv_peft.rows.settings import TokenizeConfig
-from rwkv_peft.shell_vars import Script, values_as_written
-from rwkv_peft.train.data import Planned, plan_run
-from rwkv_peft.train.learner import RECOMPUTE
+from rwkv_peft.preprocess.config import TokenizeConfig
+from rwkv_peft.preprocess.tokenize import tokenize
+from rwkv_peft.train.data_setup import TrainData, plan_run
+from rwkv_peft.train.model_setup import RECOMPUTE
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB = 65536
@@ -88,16 +88,16 @@ def long_tail(path: Path, rows: int, median: float, sigma: float) -> None:
 def tokenized(source: Path) -> Path:
     """The prefix of what make_tokenize.sh makes of a file."""
     script = ROOT / "make_tokenize.sh"
-    values = values_as_written(script) | {"WORKERS": "1"}
+    values = parse_assignments(script) | {"WORKERS": "1"}
     with contextlib.redirect_stdout(io.StringIO()):
         tokenize(source, Script(script, values).read(TokenizeConfig), 1, True)
     return source.with_suffix("")
 
 
-def planned(prefix: Path, mode: str, ctx_len: str, mask: str) -> Planned:
+def planned(prefix: Path, mode: str, ctx_len: str, mask: str) -> TrainData:
     """What training.sh makes of the data."""
     script = ROOT / "training.sh"
-    values = values_as_written(script) | {"DATALOAD": mode, "CTX_LEN": ctx_len, "LOSS_MASK": mask}
+    values = parse_assignments(script) | {"DATALOAD": mode, "CTX_LEN": ctx_len, "LOSS_MASK": mask}
     return plan_run(Script(script, values).read(TrainConfig), [(prefix, 1)], VOCAB, print)
 
 
@@ -109,7 +109,9 @@ class Trainer:
         ops = dispatch.choose("auto", geometry.version)
         self.op = ops.name
         model = build(geometry, initial_tensors(geometry, 0), ops, dtype, RECOMPUTE[given.grad_cp])
-        attach.adapt(model, attach.Setup("lora", {"rank": given.rank, "alpha": 2.0 * given.rank}, PARTS), dtype)
+        inject.inject_adapters(
+            model, inject.AdapterConfig("lora", {"rank": given.rank, "alpha": 2.0 * given.rank}, PARTS), dtype
+        )
         self.module = make_module(model)
         self.optimizer = self.module.configure_optimizers()["optimizer"]
 

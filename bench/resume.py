@@ -28,24 +28,26 @@ import time
 from pathlib import Path
 
 from bench.step import AS_RUN_SH, GEOMETRIES
-from json2binidx.tokenize import tokenize
-from rwkv_peft import checkpoint, project, train
-from rwkv_peft.config import TrainConfig
-from rwkv_peft.model.initial import initial_tensors
-from rwkv_peft.pictures import figure
-from rwkv_peft.rows.settings import TokenizeConfig
-from rwkv_peft.shell_vars import Script, values_as_written
+from rwkv_peft.checkpoint import pth
+from rwkv_peft.cli import train
+from rwkv_peft.common import paths
+from rwkv_peft.common.plotting import figure
+from rwkv_peft.config.shell import Script, parse_assignments
+from rwkv_peft.config.train import TrainConfig
+from rwkv_peft.model.init_weights import initial_tensors
+from rwkv_peft.preprocess.config import TokenizeConfig
+from rwkv_peft.preprocess.tokenize import tokenize
 
 EPOCHS = 4
 
 
 def script(name: str) -> tuple[Path, dict[str, str]]:
-    return project.ROOT / name, values_as_written(project.ROOT / name)
+    return paths.ROOT / name, parse_assignments(paths.ROOT / name)
 
 
 def child(point: dict) -> None:
     path, values = script("training.sh")
-    project.ROOT, project.OUTPUT = Path(point["folder"]), Path(point["folder"]) / "output"
+    paths.ROOT, paths.OUTPUT = Path(point["folder"]), Path(point["folder"]) / "output"
     settings = {
         "MODEL_PATH": "base.pth", "DATA_PATH": "sample", "MODEL_VERSION": "auto", "FINETUNE_MODE": point["method"],
         "PRECISION": "fp32", "EPOCH_COUNT": str(EPOCHS), "EPOCH_STEPS": str(point["steps"] // EPOCHS), "SAVE_STEPS": "7",
@@ -138,11 +140,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in ("model", "data", "output"):
             (Path(folder) / name).mkdir()
-        shutil.copy(project.ROOT / "data" / "sample.jsonl", Path(folder) / "data")
+        shutil.copy(paths.ROOT / "data" / "sample.jsonl", Path(folder) / "data")
         path, values = script("make_tokenize.sh")
         with contextlib.redirect_stdout(io.StringIO()):
             tokenize(Path(folder) / "data" / "sample.jsonl", Script(path, values).read(TokenizeConfig), 1, True)
-        checkpoint.save(Path(folder) / "model" / "base.pth", initial_tensors(GEOMETRIES["tiny"], given.seed))
+        pth.save(Path(folder) / "model" / "base.pth", initial_tensors(GEOMETRIES["tiny"], given.seed))
         point = {"folder": folder, "steps": given.steps, "method": given.method}
         seconds = []
         for name in ("whole", "again"):

@@ -40,21 +40,21 @@ import torch
 from torch import Tensor
 
 from bench.peers import protocol
-from rwkv_peft import checkpoint
-from rwkv_peft.adapters import attach
-from rwkv_peft.data.loading import Batch
-from rwkv_peft.machine import DTYPES
-from rwkv_peft.methods import METHODS, OPTIMS
+from rwkv_peft.adapters import inject
+from rwkv_peft.adapters.specs import METHODS, OPTIMS
+from rwkv_peft.checkpoint import pth
+from rwkv_peft.common.hardware import DTYPES
+from rwkv_peft.config.strategies import STRATEGIES
+from rwkv_peft.data.dataset import Batch
+from rwkv_peft.distributed.sharding import Sharding
 from rwkv_peft.model import arch
 from rwkv_peft.model.arch import Geometry
-from rwkv_peft.model.initial import initial_tensors, new_geometry
+from rwkv_peft.model.init_weights import initial_tensors, new_geometry
 from rwkv_peft.model.rwkv import build
 from rwkv_peft.ops import dispatch
-from rwkv_peft.strategies import STRATEGIES
-from rwkv_peft.train.learner import RECOMPUTE
-from rwkv_peft.training.module import TrainingModule
-from rwkv_peft.training.optim import parameter_groups
-from rwkv_peft.training.spread import Spread
+from rwkv_peft.train.model_setup import RECOMPUTE
+from rwkv_peft.train.module import TrainingModule
+from rwkv_peft.train.optim import parameter_groups
 
 HERE = Path(__file__).resolve().parent
 PARTS = ("att", "ffn")
@@ -76,14 +76,14 @@ PEERS = {  # script -> precisions that it can train in on a CPU
 SAME_LOSS = 0.01  # of two implementations that compute the same
 
 
-def setup_of(method: str, rank: int, quant: str = "none") -> attach.Setup:
+def setup_of(method: str, rank: int, quant: str = "none") -> inject.AdapterConfig:
     """method: a name in METHODS with what adapters need, or lora+, which trains emb and head as well."""
     lora = {"rank": rank, "alpha": 2.0 * rank, "rslora": False}
     options = {"lora": lora, "dora": lora, "miss": {"rank": rank}, "bat": {"rank": rank}, "state": {"shifts": False}}
     parts = (*PARTS, "emb", "head") if method == "lora+" else PARTS
     method = method.removesuffix("+")
     parts = parts if METHODS[method].parts or method == "full" else ()
-    return attach.Setup(method, options.get(method, {}), parts, quant=quant, quant_parts=("att", "ffn"))
+    return inject.AdapterConfig(method, options.get(method, {}), parts, quant=quant, quant_parts=("att", "ffn"))
 
 
 def needed_flops(geometry: Geometry, method: str, rank: int) -> float:
@@ -109,9 +109,9 @@ class Ours:
         dtype = DTYPES[given.precision]
         ops = dispatch.choose(given.op, geometry.version, device)
         self.op = ops.name
-        model = build(geometry, checkpoint.load(path), ops, dtype, RECOMPUTE[given.grad_cp])
+        model = build(geometry, pth.load(path), ops, dtype, RECOMPUTE[given.grad_cp])
         setup = setup_of(given.method, given.rank, getattr(given, "quant", "none"))
-        attach.adapt(model, setup, dtype, device=device)
+        inject.inject_adapters(model, setup, dtype, device=device)
         model.to(device)
         self.module = make_module(model, getattr(given, "optim", "adamw"))
         self.optimizer = self.module.configure_optimizers()["optimizer"]
@@ -182,9 +182,9 @@ def make_module(model, optim: str = "adamw") -> TrainingModule:
     """What is trained on a model, with an optimizer, on one process."""
 
     def groups() -> list[dict]:
-        return parameter_groups(attach.trained(model).items(), 0.0, arch.decays, lambda name: 1.0)
+        return parameter_groups(inject.trainable_params(model).items(), 0.0, arch.decays, lambda name: 1.0)
 
-    rates = 100, Spread(STRATEGIES["single"], False), "constant", 1e-5, 1e-5, 0
+    rates = 100, Sharding(STRATEGIES["single"], False), "constant", 1e-5, 1e-5, 0
     return TrainingModule(model, groups, *rates, (0.9, 0.99), 1e-8, 1.0, optim=optim)
 
 
@@ -283,7 +283,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base.pth"
         torch.manual_seed(0)
-        checkpoint.save(base, telling(initial_tensors(geometry, 0)))
+        pth.save(base, telling(initial_tensors(geometry, 0)))
         own = [sys.executable, str(HERE / "step.py"), *sys.argv[1:], "--child", str(base)]
         try:
             ours = Child(own, given.threads)

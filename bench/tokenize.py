@@ -33,11 +33,11 @@ from pathlib import Path
 
 import numpy as np
 
-from json2binidx.tokenize import tokenize
+from rwkv_peft.config.shell import Script, parse_assignments
 from rwkv_peft.data.binidx import Writer
-from rwkv_peft.roles import Role
-from rwkv_peft.rows.settings import TokenizeConfig
-from rwkv_peft.shell_vars import Script, values_as_written
+from rwkv_peft.preprocess.config import TokenizeConfig
+from rwkv_peft.preprocess.tokenize import tokenize
+from rwkv_peft.text.roles import Role
 
 ROOT = Path(__file__).resolve().parent.parent
 SENTENCES = (2, 4, 8)  # of an answer
@@ -106,7 +106,7 @@ def main() -> None:
 
     trie = TRIE_TOKENIZER(str(Path(rwkv.__file__).parent / "rwkv_vocab_v20230424.txt"))
     script = ROOT / "make_tokenize.sh"
-    values = values_as_written(script) | {"OVERWRITE_CACHE": "1", "WORKERS": str(given.workers)}
+    values = parse_assignments(script) | {"OVERWRITE_CACHE": "1", "WORKERS": str(given.workers)}
     config = Script(script, values).read(TokenizeConfig)
     speeds: dict[str, list[float]] = {"ours": [], "peer": []}
     with tempfile.TemporaryDirectory() as folder:

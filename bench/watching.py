@@ -29,19 +29,22 @@ import torch
 
 from bench.memory import SCRIPT, write_rows
 from bench.step import AS_RUN_SH, GEOMETRIES
-from rwkv_peft import checkpoint, project, train
-from rwkv_peft.config import TrainConfig
-from rwkv_peft.model.initial import initial_tensors, new_geometry
-from rwkv_peft.shell_vars import Script, values_as_written
+from rwkv_peft.checkpoint import pth
+from rwkv_peft.cli import train
+from rwkv_peft.common import paths
+from rwkv_peft.config.shell import Script, parse_assignments
+from rwkv_peft.config.train import TrainConfig
+from rwkv_peft.model.init_weights import initial_tensors, new_geometry
 
 MOST = 1.03  # what watching may cost
 
 
 def child(point: dict) -> None:
     """A run in this process; prints how many seconds it took."""
-    from rwkv_peft.training import callbacks, report
+    from rwkv_peft.train import report
+    from rwkv_peft.train.callbacks import core
 
-    project.ROOT, project.OUTPUT = Path(point["folder"]), Path(point["folder"]) / "output"
+    paths.ROOT, paths.OUTPUT = Path(point["folder"]), Path(point["folder"]) / "output"
     settings = {
         "MODEL_PATH": "base.pth", "DATA_PATH": "rows", "CTX_LEN": str(point["ctx"]), "LOSS_MASK": "pad", "MICRO_BSZ": "1",
         "MINI_BSZ": "1", "EPOCH_STEPS": str(point["steps"]), "EPOCH_COUNT": "2", "WARMUP_STEPS": "0", "RUN_NAME": "",
@@ -53,12 +56,12 @@ def child(point: dict) -> None:
         settings |= {"VAL_DATA": "held", "WANDB": "bench", "TENSORBOARD": str(int(has_board))}
     found = []
     with mock.patch.object(report, "finish", lambda *told: found.append(told[-1])):
-        nothing = mock.patch.multiple(callbacks, draw_loss=lambda folder: None)
-        silent = mock.patch.object(callbacks.LossFile, "__call__", lambda self, record: None)
+        nothing = mock.patch.multiple(core, draw_loss=lambda folder: None)
+        silent = mock.patch.object(core.LossFile, "__call__", lambda self, record: None)
         if not point["watched"]:
             nothing.start()
             silent.start()
-        train.command(Script(SCRIPT, values_as_written(SCRIPT) | settings).read(TrainConfig), ["--new"])
+        train.command(Script(SCRIPT, parse_assignments(SCRIPT) | settings).read(TrainConfig), ["--new"])
     print("took", found[0])
 
 
@@ -95,7 +98,7 @@ def main() -> None:
         size = GEOMETRIES[given.geometry]
         geometry = new_geometry("x070", size.n_layer, size.n_embd, size.vocab_size)
         base = {n: t.bfloat16() for n, t in initial_tensors(geometry, 0).items()}
-        checkpoint.save(Path(folder) / "model" / "base.pth", base)
+        pth.save(Path(folder) / "model" / "base.pth", base)
         point = {"folder": folder, "ctx": given.ctx, "steps": given.steps, "precision": given.precision}
         for number in range(given.rounds):
             kinds = (True, False) if number % 2 else (False, True)

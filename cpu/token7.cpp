@@ -13,7 +13,7 @@
 
 namespace {
 
-// The table of a block's tensors, in this order: rwkv_peft/ops/cpu/token7.py makes it. v0, v1, v2 are null in the first block.
+// The table of a block's tensors, in this order: rwkv_peft/ops/cpu/decode7.py makes it. v0, v1, v2 are null in the first block.
 template <typename T> struct Block {
     const float *ln1_weight, *ln1_bias, *x_r, *x_w, *x_k, *x_v, *x_a, *x_g;
     const T *receptance, *key, *value, *w1, *a1, *v1, *g1, *w2, *a2, *v2, *g2;

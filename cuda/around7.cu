@@ -1,4 +1,4 @@
-// What stands around WKV-7 in a time mix, one pass over the activations each (rwkv_peft/ops/neighbours.py is the definition):
+// What stands around WKV-7 in a time mix, one pass over the activations each (rwkv_peft/ops/block_ops.py is the definition):
 //
 //   before:  a = sigmoid(a')   v = v' + (v_first - v') sigmoid(mix)   w = -e^{-1/2} sigmoid(w')
 //            kk = k' k_k / |k' k_k|   k = k' (1 + (a - 1) k_a)        the recurrence gets r, w, k, v, -kk, kk a

@@ -1,6 +1,6 @@
 // WKV-7 in parts of L tokens, on tensor cores: what of a part does not depend on the state is computed for all parts at once, and one
 // small step a part is left to do in turn. For few heads and sequences, where wkv7.cu would leave most of a GPU idle. The algebra is
-// that of rwkv_peft/ops/chunked.py, with its letters: [Q; A] and [K; B] are scaled to the start of the part,
+// that of rwkv_peft/ops/torch_wkv7.py, with its letters: [Q; A] and [K; B] are scaled to the start of the part,
 //
 //   X = tril([Q; A] [K; B]^T)     (rows of A see earlier tokens only)          I = (1 - X_AB)^-1
 //   Z = I (A S^T + X_AK V)        y = Q S^T + X_QK V + X_QB Z                  S' = (S + [V; Z]^T [K; B]) diag(E)

@@ -1,5 +1,5 @@
 // Token shift with several mixes, the square of a ReLU, and the cross entropy of rows of logits, one pass over memory each
-// (rwkv_peft/ops/neighbours.py is the definition). Rows are tokens of all sequences behind one another, T [tokens, C]; parameters and
+// (rwkv_peft/ops/block_ops.py is the definition). Rows are tokens of all sequences behind one another, T [tokens, C]; parameters and
 // their gradients are float32. span: [sequences, 3] first token, behind the last one.
 #include "device.h"
 

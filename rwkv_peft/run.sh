@@ -1,5 +1,5 @@
 #!/usr/bin/env -S bash #
-# Starts one of the kit's Python modules: run.sh MODULE ARGUMENTS... Every script of the user ends here.
+# Starts a command of rwkv_peft/cli: run.sh COMMAND ARGUMENTS... Every script of the user ends here.
 # The Python is that of .venv if ./quickstart.sh or ./test.sh has made it, else the one that is active.
 ! grep -q $'\r$' -- "${BASH_SOURCE[0]:-}" 2>/dev/null || { printf "%s has Windows line ends. Run: sed -i 's/\\\\r$//' -- %q\n" "$0" "$0" >&2; exit 2; } # Windows 换行
 set -euo pipefail
@@ -18,4 +18,4 @@ export PATH="${python%/*}:$PATH" # ninja is there: torch builds DeepSpeed's opti
 export MPLBACKEND=Agg
 export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}" # where a process dies, the others would print C++ stacks
 [ -n "${TORCHELASTIC_RUN_ID:-}" ] || unset LOCAL_RANK
-exec "$python" "$root/rwkv_peft/run.py" "$@"
+exec "$python" "$root/rwkv_peft/cli/run.py" "$@"

@@ -61,13 +61,13 @@ def fixed_seed():
 @pytest.fixture
 def project_folder(tmp_path, monkeypatch):
     """The kit's folders, empty, for code that runs in this process."""
-    from rwkv_peft import project
+    from rwkv_peft.common import paths
 
     root = tmp_path / "a project"
     for folder in ("data", "model", "output", "merge"):
         (root / folder).mkdir(parents=True)
-    monkeypatch.setattr(project, "ROOT", root)
-    monkeypatch.setattr(project, "OUTPUT", root / "output")
+    monkeypatch.setattr(paths, "ROOT", root)
+    monkeypatch.setattr(paths, "OUTPUT", root / "output")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     return root
 
@@ -79,13 +79,9 @@ class Kit:
         self.root = root
         for folder in ("rwkv_peft", "json2binidx"):
             shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
-        for file in (ROOT / "merge").rglob("*.py"):
-            target = root / file.relative_to(ROOT)
-            target.parent.mkdir(exist_ok=True)
-            shutil.copy(file, target)
         for script in SCRIPTS:
             shutil.copy(ROOT / script, root)
-        for folder in ("data", "model", "output"):
+        for folder in ("data", "model", "output", "merge"):
             (root / folder).mkdir()
         (root / ".venv").symlink_to(sys.prefix)
 

@@ -45,7 +45,7 @@ def main(version: str, dtype: str, safe: bool) -> None:
     import fla.ops.utils.cache as tuning
 
     Autotuner.run = tuning.CachedAutotuner.run = first_config
-    from rwkv_peft.ops import fla, proof
+    from rwkv_peft.ops import fla, kernel_check
 
     function = fla.function
 
@@ -57,11 +57,11 @@ def main(version: str, dtype: str, safe: bool) -> None:
 
     recurrence = {"x070": fla.wkv7, "x060": fla.wkv6, "x052": fla.wkv5}[version]
     with (
-        mock.patch.multiple(proof, LENGTHS=LENGTHS, HEADS=1),
+        mock.patch.multiple(kernel_check, LENGTHS=LENGTHS, HEADS=1),
         mock.patch.object(fla, "fits", lambda r: True),
         mock.patch.object(fla, "function", shimmed),
     ):
-        found = proof.prove(version, recurrence, "cpu", getattr(torch, dtype))
+        found = kernel_check.check_against_reference(version, recurrence, "cpu", getattr(torch, dtype))
     print(json.dumps(found._asdict()))
 
 

@@ -4,11 +4,12 @@ import json
 
 from test_scripts import ROOT, shell_values
 
-from json2binidx.tokenize import tokenize as make
-from rwkv_peft import checkpoint, train
-from rwkv_peft.config import TrainConfig
-from rwkv_peft.rows.settings import TokenizeConfig
-from rwkv_peft.shell_vars import Script
+from rwkv_peft.checkpoint import pth
+from rwkv_peft.cli import train
+from rwkv_peft.config.shell import Script
+from rwkv_peft.config.train import TrainConfig
+from rwkv_peft.preprocess.config import TokenizeConfig
+from rwkv_peft.preprocess.tokenize import tokenize as make
 
 FAST = {
     "MODEL_PATH": "tiny.pth", "DATA_PATH": "chat", "PRECISION": "fp32", "EPOCH_COUNT": "1", "lora_r": "4",
@@ -33,4 +34,4 @@ def run(root, name: str = "run", **changes):
     folder = root / "output" / name
     newest = max(folder.glob("rwkv-[0-9]*.pth"), key=lambda p: int(p.stem[5:]))
     records = [json.loads(line) for line in (folder / "loss.jsonl").read_text().splitlines()]
-    return checkpoint.load(newest), records
+    return pth.load(newest), records

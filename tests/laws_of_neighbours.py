@@ -1,4 +1,4 @@
-"""What must hold of whatever stands around the recurrence, of whatever backend: it equals ops/neighbours.py.
+"""What must hold of whatever stands around the recurrence, of whatever backend: it equals ops/block_ops.py.
 
 module: has the functions of neighbours. wkv: the recurrence that goes with it.
 """
@@ -11,8 +11,8 @@ import laws_of_ops as laws
 import pytest
 import torch
 
-from rwkv_peft.ops import chunked, neighbours
-from rwkv_peft.ops.neighbours import Gates, Own
+from rwkv_peft.ops import block_ops, torch_wkv7
+from rwkv_peft.ops.block_ops import Wkv7Inputs, Wkv7Params
 
 H, N = 3, 16
 C = H * N
@@ -50,34 +50,34 @@ def compare(dtype, ours, definition, inputs):
     assert max(laws.errors(run(ours, dtype), exact)) < NOISE[dtype]
 
 
-def mixes(module, dtype, borders, count):
+def token_shift_mix(module, dtype, borders, count):
     torch.manual_seed(0)
     inputs = torch.randn(borders[-1], C), torch.randn(len(borders) - 1, C), *torch.rand(count, C)
-    call = lambda module: lambda x, before, *shares: module.mixes(x, before, shares, where(borders))  # noqa: E731
-    compare(dtype, call(module), call(neighbours), inputs)
+    call = lambda module: lambda x, before, *shares: module.token_shift_mix(x, before, shares, where(borders))  # noqa: E731
+    compare(dtype, call(module), call(block_ops), inputs)
 
 
-def around7(module, wkv, dtype, borders, first_layer):
+def wkv7_block(module, wkv, dtype, borders, first_layer):
     torch.manual_seed(0)
     T, S = borders[-1], len(borders) - 1
-    gates = [torch.randn(T, C) for _ in Gates._fields]
+    gates = [torch.randn(T, C) for _ in Wkv7Inputs._fields]
     if first_layer:
         gates[6:] = [None, None]
-    inputs = *gates, *(torch.randn(C) for _ in Own._fields), torch.randn(S, H, N, N)
+    inputs = *gates, *(torch.randn(C) for _ in Wkv7Params._fields), torch.randn(S, H, N, N)
 
     def call(module, wkv):
         def around(*x):
-            return module.around7(wkv, Gates(*x[:8]), Own(*x[8:13]), x[13], where(borders), H)
+            return module.wkv7_block(wkv, Wkv7Inputs(*x[:8]), Wkv7Params(*x[8:13]), x[13], where(borders), H)
 
         return around
 
-    compare(dtype, call(module, wkv), call(neighbours, chunked.wkv7), inputs)
+    compare(dtype, call(module, wkv), call(block_ops, torch_wkv7.wkv7), inputs)
 
 
 def only_the_gradients_that_are_asked_for(module, wkv):
     """A frozen parameter's is None, and what only it would need is not allocated."""
     gates, own = [torch.randn(9, C).requires_grad_() for _ in range(8)], [torch.randn(C) for _ in range(5)]
-    y, _ = module.around7(wkv, Gates(*gates), Own(*own), torch.zeros(1, H, N, N), where((0, 9)), H)
+    y, _ = module.wkv7_block(wkv, Wkv7Inputs(*gates), Wkv7Params(*own), torch.zeros(1, H, N, N), where((0, 9)), H)
     y.sum().backward()
     assert all(x.grad is not None for x in gates) and all(x.grad is None for x in own)
 
@@ -90,8 +90,10 @@ def a_key_of_zero_length_is_no_nan(module, wkv):
     )
     gates[2] = torch.zeros(5, C, requires_grad=True)
     found = []
-    for module_of, wkv_of in ((module, wkv), (neighbours, chunked.wkv7)):
-        y, _ = module_of.around7(wkv_of, Gates(*gates), Own(*own), torch.zeros(1, H, N, N), where((0, 5)), H)
+    for module_of, wkv_of in ((module, wkv), (block_ops, torch_wkv7.wkv7)):
+        y, _ = module_of.wkv7_block(
+            wkv_of, Wkv7Inputs(*gates), Wkv7Params(*own), torch.zeros(1, H, N, N), where((0, 5)), H
+        )
         found.append(torch.autograd.grad(y.sum(), [*gates, *own]))
     for ours, theirs in zip(*found, strict=True):
         assert ours.isfinite().all()
@@ -100,21 +102,21 @@ def a_key_of_zero_length_is_no_nan(module, wkv):
 
 def squared_relu(module, dtype, shape):
     torch.manual_seed(0)
-    compare(dtype, module.square_relu, neighbours.square_relu, [torch.randn(shape)])
+    compare(dtype, module.square_relu, block_ops.square_relu, [torch.randn(shape)])
 
 
 def losses_and_slopes(module, dtype, columns, scale):
     """Whatever the number of columns is, and however far apart the logits are."""
     logits, targets = (torch.randn(9, columns) * scale).to(dtype), torch.randint(columns, (9,))
-    loss, slopes = neighbours.slopes(logits.double(), targets, True)
-    ours, found = module.slopes(logits.clone(), targets, True)
+    loss, slopes = block_ops.cross_entropy_grad(logits.double(), targets, True)
+    ours, found = module.cross_entropy_grad(logits.clone(), targets, True)
     assert abs(float(ours - loss)) <= 1e-5 * max(1.0, abs(float(loss)))
     assert (found.double() - slopes).abs().max() <= (2**-8 if dtype == torch.bfloat16 else 1e-5)
     kept = logits.clone()
-    assert float(module.slopes(kept, targets, False)[0]) == float(ours) and torch.equal(kept, logits)
+    assert float(module.cross_entropy_grad(kept, targets, False)[0]) == float(ours) and torch.equal(kept, logits)
 
 
 def a_logit_that_is_nan_makes_the_loss_nan(module):
     logits = torch.randn(3, 32)
     logits[1, 7] = float("nan")
-    assert module.slopes(logits, torch.tensor([1, 2, 3]), True)[0].isnan()
+    assert module.cross_entropy_grad(logits, torch.tensor([1, 2, 3]), True)[0].isnan()

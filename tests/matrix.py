@@ -47,26 +47,28 @@ from inprocess import FAST
 from test_scripts import ROOT, shell_values
 from torch import Tensor
 
-from merge.__main__ import MergeConfig
-from merge.__main__ import command as merge_command
-from rwkv_peft import checkpoint, project, runs, sidecars, train
-from rwkv_peft.adapters import attach
+from rwkv_peft.adapters import inject
 from rwkv_peft.adapters.base import Adapter
-from rwkv_peft.config import TrainConfig
+from rwkv_peft.adapters.specs import METHODS
+from rwkv_peft.checkpoint import pth, run_dir, sidecars
+from rwkv_peft.cli import train
+from rwkv_peft.cli.merge import MergeConfig
+from rwkv_peft.cli.merge import command as merge_command
+from rwkv_peft.common import paths
+from rwkv_peft.common.errors import SettingError
+from rwkv_peft.config.shell import Script, parse_value
+from rwkv_peft.config.train import TrainConfig
 from rwkv_peft.data.binidx import Writer
-from rwkv_peft.errors import Problem
-from rwkv_peft.methods import METHODS
 from rwkv_peft.model import arch
 from rwkv_peft.model.arch import ARCHS, NUMBERS
 from rwkv_peft.model.rwkv import RWKV, build
 from rwkv_peft.ops import dispatch
 from rwkv_peft.quantize import QuantEmbedding, QuantLinear, quantise
-from rwkv_peft.roles import Role
-from rwkv_peft.shell_vars import Script, convert
-from rwkv_peft.train import learner
-from rwkv_peft.train.record import options_of
-from rwkv_peft.training import callbacks, module
-from rwkv_peft.training.optim import make_optimizer, parameter_groups
+from rwkv_peft.text.roles import Role
+from rwkv_peft.train import model_setup, module
+from rwkv_peft.train.callbacks import core
+from rwkv_peft.train.optim import make_optimizer, parameter_groups
+from rwkv_peft.train.run_record import options_of
 
 DOCS = ROOT / "docs" / "matrix.md"
 LOHA = {"peft_type": "LOHA", "r": 4, "alpha": 8}
@@ -174,10 +176,10 @@ def cells() -> Iterator[Cell]:
 @functools.cache
 def value_of(variable: str, text: str):
     field = FIELDS[variable]
-    return convert(text, HINTS[field.name], field.metadata)
+    return parse_value(text, HINTS[field.name], field.metadata)
 
 
-def refusals(cell: Cell) -> list[Problem]:
+def refusals(cell: Cell) -> list[SettingError]:
     """What the settings say against a cell; [] if they accept it. As Script.read finds it, but every text is read once."""
     given = script_values("training.sh") | settings_of(cell)
     values = {FIELDS[name].name: value_of(name, given[name]) for name in FIELDS}
@@ -189,7 +191,7 @@ def read(settings: Settings) -> TrainConfig:
 
 
 @functools.cache
-def answers() -> Mapping[Cell, list[Problem]]:
+def answers() -> Mapping[Cell, list[SettingError]]:
     """The refusals of every cell."""
     return {cell: refusals(cell) for cell in cells()}
 
@@ -270,10 +272,10 @@ def world(root: Path) -> Iterator[Path]:
     (root / "loha.json").write_text(json.dumps(LOHA))
     write_rows(root / "data" / "rows")
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(project, "ROOT", root))
-        stack.enter_context(mock.patch.object(project, "OUTPUT", root / "output"))
+        stack.enter_context(mock.patch.object(paths, "ROOT", root))
+        stack.enter_context(mock.patch.object(paths, "OUTPUT", root / "output"))
         stack.enter_context(mock.patch("os.fsync", lambda file: None))  # what a power cut leaves is asked elsewhere
-        stack.enter_context(mock.patch.object(callbacks, "draw_loss", lambda folder: None))  # takes longer than the run
+        stack.enter_context(mock.patch.object(core, "draw_loss", lambda folder: None))  # takes longer than the run
         yield root
 
 
@@ -310,36 +312,36 @@ class Run:
 
     @property
     def checkpoint(self) -> Path:
-        return runs.checkpoint_file(self.folder)
+        return run_dir.checkpoint_file(self.folder)
 
     @functools.cached_property
-    def setup(self) -> attach.Setup:
+    def setup(self) -> inject.AdapterConfig:
         c = self.config
-        return attach.Setup(c.method, options_of(c), c.parts, 0.0, c.quantised, c.quantised_parts, c.quant_kept)
+        return inject.AdapterConfig(c.method, options_of(c), c.parts, 0.0, c.quantised, c.quantised_parts, c.quant_kept)
 
     @functools.cached_property
     def base(self) -> Mapping[str, Tensor]:
         """The base's tensors; float32, as the run computes, whatever the file has."""
-        stored = checkpoint.load(project.model_file(self.config.model_path))
+        stored = pth.load(paths.model_file(self.config.model_path))
         return {name: tensor.float() for name, tensor in stored.items()}
 
     @functools.cached_property
     def start(self) -> dict[str, Tensor]:
         """What adapters began with."""
-        file = runs.init_file(self.folder, self.config.method)
-        return checkpoint.load(file) if file.is_file() else {}
+        file = run_dir.init_file(self.folder, self.config.method)
+        return pth.load(file) if file.is_file() else {}
 
 
 def run(name: str, settings: Settings) -> Run:
     config = read(settings | {"RUN_NAME": name})
     with (
-        mock.patch.object(learner, "TrainingModule", Seen),
+        mock.patch.object(model_setup, "TrainingModule", Seen),
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),
         warnings.catch_warnings(),
     ):
         train.command(config, [])
-    folder = project.OUTPUT / name
+    folder = paths.OUTPUT / name
     records = [json.loads(line) for line in (folder / "loss.jsonl").read_text().splitlines()]
     seen, Seen.newest = Seen.newest, None
     return Run(folder, config, seen, [r["loss"] for r in records if r["loss"] is not None])
@@ -412,7 +414,7 @@ def learning(run: Run) -> float:
 def frozen(run: Run) -> float:
     """How many of the base's tensors that are not trained are not what they were, to the last bit."""
     model, wrong, base = run.model, 0, run.base
-    trained, untouched = set(attach.trained(model)), 0
+    trained, untouched = set(inject.trainable_params(model)), 0
     if run.config.method == "lisa":  # blocks come and go
         trained |= {f"{layer}.weight" for layer in arch.linear_layers(model.geometry, run.config.parts)}
     for name, tensor in base.items():
@@ -444,25 +446,25 @@ def untrained(run: Run) -> float:
 def merged_by_command(run: Run, kind: str) -> RWKV:
     """The model that merge.sh makes of the newest checkpoint."""
     values = script_values("merge.sh") | {"RUN": run.folder.name, "MERGE_BASE": kind}
-    folder = project.ROOT / "merge"
+    folder = paths.ROOT / "merge"
     shutil.rmtree(folder)
     folder.mkdir()
     with contextlib.redirect_stdout(io.StringIO()):
         merge_command(Script(ROOT / "merge.sh", values).read(MergeConfig), [])
     (file,) = folder.glob("*.pth")
-    assert checkpoint.describe(file).keys() >= run.base.keys()
-    return model_of(checkpoint.load(file))
+    assert pth.read_header(file).keys() >= run.base.keys()
+    return model_of(pth.load(file))
 
 
 def attached(run: Run) -> RWKV:
     """What chat.sh talks to: the base as its file has it, with the checkpoint on it."""
-    saved = checkpoint.load(run.checkpoint)
+    saved = pth.load(run.checkpoint)
     if METHODS[run.config.method].saves_model:
         return model_of(saved)
-    model = model_of(checkpoint.load(project.model_file(run.config.model_path)))
+    model = model_of(pth.load(paths.model_file(run.config.model_path)))
     sidecar = sidecars.read(run.checkpoint, ("method",))
-    setup = attach.setup_of(sidecar, "the matrix")
-    attach.attach_checkpoint(model, saved, setup, "the matrix", None, run.start or None)
+    setup = inject.setup_of(sidecar, "the matrix")
+    inject.attach_checkpoint(model, saved, setup, "the matrix", None, run.start or None)
     return model
 
 
@@ -514,7 +516,7 @@ def train_on(first: Run, second: Run) -> None:
     """The second run's steps, on the first run's model as it is in memory."""
     model, config = first.model, second.config
     scale = functools.partial(arch.lr_scale, model.geometry)
-    trained = attach.trained(model)
+    trained = inject.trainable_params(model)
     optimizer = make_optimizer(
         config.optim,
         parameter_groups(trained.items(), config.weight_decay, arch.decays, scale, config.loraplus_lr_ratio),
@@ -561,7 +563,7 @@ def asked(cell: Cell, laws: Sequence[str] = tuple(LAWS)) -> dict[str, float]:
         found = {law: LAWS[law][0](first) for law in laws}
         return {law: value for law, value in found.items() if value is not None}
     finally:
-        for folder in project.OUTPUT.glob("cell*"):
+        for folder in paths.OUTPUT.glob("cell*"):
             shutil.rmtree(folder)
 
 
@@ -579,7 +581,7 @@ def broken(cell: Cell, found: Mapping[str, float]) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------ docs/matrix.md
 
 
-def sentence(problem: Problem) -> str:
+def sentence(problem: SettingError) -> str:
     return f"`{problem.name}` {problem.message}"
 
 

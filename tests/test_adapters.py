@@ -6,17 +6,17 @@ import pytest
 import tiny
 import torch
 
-from rwkv_peft.adapters import attach
-from rwkv_peft.adapters.attach import Setup
-from rwkv_peft.adapters.later import settle
+from rwkv_peft.adapters import inject
+from rwkv_peft.adapters.deferred import materialize
+from rwkv_peft.adapters.inject import AdapterConfig
 from rwkv_peft.adapters.registry import ADAPTERS
-from rwkv_peft.errors import UserError
-from rwkv_peft.methods import METHODS, QUANTS
+from rwkv_peft.adapters.specs import METHODS, QUANTS
+from rwkv_peft.common.errors import UserError
 from rwkv_peft.model.arch import linear_layers
 from rwkv_peft.model.layers import Linear
 from rwkv_peft.model.rwkv import build
 from rwkv_peft.quantize import QuantEmbedding, QuantLinear, codes_as_parameters
-from rwkv_peft.training.lisa import Lisa
+from rwkv_peft.train.callbacks.lisa import Lisa
 
 PARTS = ("att", "ffn", "ln")
 OPTIONS = {
@@ -24,7 +24,7 @@ OPTIONS = {
     "miss": {"rank": 4}, "bat": {"rank": 8}, "peft": {"config": {"peft_type": "LOHA", "r": 2, "alpha": 4}},
     "state": {"shifts": True}, "none": {}, "lisa": {"layers": 1, "every": 2}, "full": {},
 }  # fmt: skip
-SETUPS = {name: Setup(name, OPTIONS[name], PARTS if method.parts else ()) for name, method in METHODS.items()}
+SETUPS = {name: AdapterConfig(name, OPTIONS[name], PARTS if method.parts else ()) for name, method in METHODS.items()}
 ADAPTED = [name for name, method in METHODS.items() if not method.saves_model]
 X = torch.arange(1, 41)[None]
 
@@ -35,16 +35,16 @@ def shape_of(version="x070"):
 
 def adapted(setup, version="x070", seed=0, **options):
     model = tiny.model(seed, shape_of(version))
-    return model, attach.adapt(model, setup, **options)
+    return model, inject.inject_adapters(model, setup, **options)
 
 
 def moved(model, seed=5, step=0.1):
     """Something was learnt."""
     torch.manual_seed(seed)
     with torch.no_grad():
-        for p in attach.trained(model).values():
+        for p in inject.trainable_params(model).values():
             p.add_(torch.randn(p.shape) * step)
-    return {name: p.detach().clone() for name, p in attach.trained(model).items()}
+    return {name: p.detach().clone() for name, p in inject.trainable_params(model).items()}
 
 
 @pytest.mark.parametrize("version", tiny.VERSIONS)
@@ -60,8 +60,8 @@ def moved(model, seed=5, step=0.1):
     ],
 )  # fmt: skip
 def test_parts_train_what_they_name_and_nothing_else(version, parts, contains, lacks):
-    model, _ = adapted(Setup("lora", OPTIONS["lora"], parts), version)
-    trained = attach.trained(model)
+    model, _ = adapted(AdapterConfig("lora", OPTIONS["lora"], parts), version)
+    trained = inject.trainable_params(model)
     assert (contains if isinstance(contains, str) else contains[version]) in trained and lacks not in trained
     assert all(p.dtype == torch.float32 for p in trained.values())
 
@@ -82,18 +82,20 @@ def test_the_number_of_trained_values_is_known_from_the_shapes_alone(name, versi
     model, _ = adapted(SETUPS[name], version)
     if name == "lisa":  # and the blocks of its first draw
         Lisa(model, PARTS, OPTIONS[name]["layers"], 2, 0, torch.float32).follow(0)
-    assert attach.count_trained(model.geometry, SETUPS[name]) == sum(p.numel() for p in attach.trained(model).values())
+    assert inject.count_trained(model.geometry, SETUPS[name]) == sum(
+        p.numel() for p in inject.trainable_params(model).values()
+    )
 
 
 @pytest.mark.parametrize("quant", ["none", *QUANTS])
 @pytest.mark.parametrize("name", ADAPTED)
 def test_a_run_that_goes_on_has_the_model_that_was_saved_to_the_last_bit(name, quant):
     """What *_load does: the same setup on the same base, then the saved tensors."""
-    setup = Setup(name, OPTIONS[name], SETUPS[name].parts, quant=quant, quant_parts=("att", "ffn"))
+    setup = AdapterConfig(name, OPTIONS[name], SETUPS[name].parts, quant=quant, quant_parts=("att", "ffn"))
     first, begun = adapted(setup, keep=torch.bfloat16)
     saved = moved(first)
     second, again = adapted(setup, keep=torch.bfloat16, start=begun)
-    attach.load_trained(second, saved, "x.pth")
+    inject.load_trained(second, saved, "x.pth")
     assert torch.equal(first(X)[0], second(X)[0]) and set(begun) == set(again)
     assert all(torch.equal(begun[n], again[n]) for n in begun)
 
@@ -104,14 +106,14 @@ def test_a_saved_adapter_on_its_base_is_the_model_as_it_was_trained(name, versio
     first, begun = adapted(SETUPS[name], version)
     saved = moved(first)
     second = tiny.model(0, shape_of(version))
-    setup = attach.setup_of({"method": name, **OPTIONS[name]}, "x.pth")
-    attach.attach_checkpoint(second, saved, setup, "x.pth", start=begun)
+    setup = inject.setup_of({"method": name, **OPTIONS[name]}, "x.pth")
+    inject.attach_checkpoint(second, saved, setup, "x.pth", start=begun)
     assert torch.equal(first.eval()(X)[0], second.eval()(X)[0])
 
 
 @pytest.mark.parametrize("name", [n for n in ADAPTED if METHODS[n].wraps] + ["state"])
 def test_only_what_is_named_is_compressed_and_the_model_stays_near(name):
-    setup = Setup(
+    setup = AdapterConfig(
         name, OPTIONS[name], ("att",) if METHODS[name].parts else (), quant="int8", quant_parts=("att", "ffn")
     )
     model, _ = adapted(setup)
@@ -125,7 +127,7 @@ def test_only_what_is_named_is_compressed_and_the_model_stays_near(name):
 
 
 def test_embedding_and_head_are_compressed_if_asked():
-    setup = Setup("state", quant="nf4", quant_parts=("emb", "head"))
+    setup = AdapterConfig("state", quant="nf4", quant_parts=("emb", "head"))
     model, _ = adapted(setup)
     assert isinstance(model.emb, QuantEmbedding) and isinstance(model.head, QuantLinear)
     assert model.head_weight().dtype == model.dtype
@@ -134,7 +136,7 @@ def test_embedding_and_head_are_compressed_if_asked():
 
 
 def test_weights_that_are_kept_are_converted_and_trained_ones_are_float32():
-    model, _ = adapted(Setup("lora", OPTIONS["lora"], ("att", "ln", "emb")), keep=torch.bfloat16)
+    model, _ = adapted(AdapterConfig("lora", OPTIONS["lora"], ("att", "ln", "emb")), keep=torch.bfloat16)
     kinds = {n: p.dtype for n, p in model.named_parameters()}
     assert kinds["head.weight"] == kinds["blocks.0.att.key.linear.weight"] == torch.bfloat16
     assert {kinds[n] for n, p in model.named_parameters() if p.requires_grad} == {torch.float32}
@@ -156,14 +158,14 @@ def test_what_is_left_for_later_is_the_files_until_its_block_is_made(name, quant
     for mine in (None, later):
         torch.manual_seed(1)
         model = build(shape, dict(tensors), tiny.ops(shape))
-        begun = attach.adapt(model, setup, keep, later=mine)
+        begun = inject.inject_adapters(model, setup, keep, later=mine)
         if loaded and begun:
             model = build(shape, dict(tensors), tiny.ops(shape))
-            attach.adapt(model, setup, keep, begun, later=mine)
+            inject.inject_adapters(model, setup, keep, begun, later=mine)
         models.append(model)
         if loaded:
-            learnt = {n: torch.full(p.shape, 0.5) for n, p in attach.trained(model).items()}
-            attach.load_trained(model, learnt, "x.pth", mine)
+            learnt = {n: torch.full(p.shape, 0.5) for n, p in inject.trainable_params(model).items()}
+            inject.load_trained(model, learnt, "x.pth", mine)
     at_once, by_block = models
     places = {tensor.data_ptr() for tensor in tensors.values()}
     frozen = {
@@ -175,10 +177,10 @@ def test_what_is_left_for_later_is_the_files_until_its_block_is_made(name, quant
         return by_block.get_parameter(name).data_ptr() in places
 
     assert all(map(lies_in_the_file, names_of_weights(by_block, later)))
-    settle(by_block, later, "blocks.0.")
+    materialize(by_block, later, "blocks.0.")
     assert not any(n.startswith("blocks.0.") for n in later)
     assert all(map(lies_in_the_file, names_of_weights(by_block, later)))
-    settle(by_block, later)
+    materialize(by_block, later)
     assert not later
     for model in models:
         codes_as_parameters(model)
@@ -197,16 +199,16 @@ def test_what_processes_need_not_send_one_another_is_what_the_file_has(name, qua
         SETUPS[name] if METHODS[name].saves_model else replace(SETUPS[name], quant=quant, quant_parts=("att", "ffn"))
     )
     model = build(shape, dict(tensors), tiny.ops(shape))
-    attach.adapt(model, setup, torch.float32)
+    inject.inject_adapters(model, setup, torch.float32)
     codes_as_parameters(model)
-    given = attach.given(model, setup)
-    found = {attach.file_name(n) for n, _ in model.named_parameters() if given(n)}
-    made = {*attach.trained(model), *(f"{n}.weight" for n in setup.compressed(shape))}
+    given = inject.given(model, setup)
+    found = {inject.file_name(n) for n, _ in model.named_parameters() if given(n)}
+    made = {*inject.trainable_params(model), *(f"{n}.weight" for n in setup.compressed(shape))}
     made |= {f"{n}.weight" for n in setup.wrapped(shape)} if name == "pissa" else set()
     assert found == set(tensors) - made
     for n, parameter in model.named_parameters():
         if given(n):
-            assert torch.equal(parameter, tensors[attach.file_name(n)].float()) and not parameter.requires_grad, n
+            assert torch.equal(parameter, tensors[inject.file_name(n)].float()) and not parameter.requires_grad, n
 
 
 def names_of_weights(model, later):
@@ -229,16 +231,16 @@ def find(model, name):
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(change, words):
     model, _ = adapted(SETUPS["lora"])
-    tensors = {n: p.detach() for n, p in attach.trained(model).items()}
+    tensors = {n: p.detach() for n, p in inject.trainable_params(model).items()}
     change(tensors)
     with pytest.raises(UserError, match=words):
-        attach.load_trained(model, tensors, "x.pth")
+        inject.load_trained(model, tensors, "x.pth")
 
 
 def test_a_pissa_without_what_it_began_with_is_refused():
     first, _ = adapted(SETUPS["pissa"])
     with pytest.raises(UserError, match="has nothing of blocks.0.att.receptance; it is another run's"):
-        attach.attach_checkpoint(tiny.model(0, shape_of()), attach.trained(first), SETUPS["pissa"], "x.pth")
+        inject.attach_checkpoint(tiny.model(0, shape_of()), inject.trainable_params(first), SETUPS["pissa"], "x.pth")
 
 
 def test_a_weight_with_nan_is_not_compressed_in_silence():
@@ -246,7 +248,7 @@ def test_a_weight_with_nan_is_not_compressed_in_silence():
     with torch.no_grad():
         model.blocks[1].ffn.key.weight[0, 0] = float("nan")
     with pytest.raises(UserError, match="blocks.1.ffn.key.weight of the base: .*NaN or infinity. Take another"):
-        attach.adapt(model, Setup("state", quant="nf4", quant_parts=("ffn",)))
+        inject.inject_adapters(model, AdapterConfig("state", quant="nf4", quant_parts=("ffn",)))
 
 
 def test_a_row_of_zeros_learns_in_dora_as_in_lora_and_gets_no_length_of_its_own():

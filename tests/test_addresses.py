@@ -6,11 +6,13 @@ import shlex
 import pytest
 from inprocess import config
 
-from merge.__main__ import MergeConfig, command, command_line
-from merge.parts import checkpoint_files
-from rwkv_peft import chat, project, runs, train
-from rwkv_peft.chat import models
-from rwkv_peft.errors import UserError
+from rwkv_peft.chat import load
+from rwkv_peft.checkpoint import run_dir
+from rwkv_peft.cli import chat, train
+from rwkv_peft.cli.merge import MergeConfig, command, command_line
+from rwkv_peft.common import paths
+from rwkv_peft.common.errors import UserError
+from rwkv_peft.merge.inputs import checkpoint_files
 
 
 def make(root, name: str, *files: str):
@@ -21,7 +23,7 @@ def make(root, name: str, *files: str):
         (folder / f"rwkv-{file}.pth").touch()
         (folder / f"rwkv-{file}.json").write_text(json.dumps({"step": number}))
     (folder / "run.json").write_text("{}")
-    runs.point_latest(folder)
+    run_dir.point_latest(folder)
     return folder
 
 
@@ -63,14 +65,14 @@ ONE_WORD = {
 @pytest.mark.parametrize(("word", "file"), ONE_WORD.items())
 def test_a_word_addresses_the_same_checkpoint_everywhere(two, word, file):
     path = two / "output" / f"{file}.pth"
-    assert runs.find(word).resolve() == path
+    assert run_dir.find(word).resolve() == path
     assert [found.resolve() for found in checkpoint_files([word], "")] == [path]
     assert [found.resolve() for found in checkpoint_files([word, word], "", "--stack")] == [path, path]
 
 
 def test_an_absolute_path_of_a_run_anywhere(two, tmp_path):
     folder = make(two, "c", "4").rename(tmp_path / "elsewhere")
-    assert runs.find(str(folder)) == runs.find(f"{folder}/4") == folder / "rwkv-4.pth"
+    assert run_dir.find(str(folder)) == run_dir.find(f"{folder}/4") == folder / "rwkv-4.pth"
 
 
 @pytest.mark.parametrize(
@@ -164,12 +166,12 @@ def test_a_run_that_is_set_and_not_used_is_told(two, capsys, words):
 @pytest.mark.parametrize("name", ["1", "best", "last", "step-3"])
 def test_a_run_whose_name_can_be_an_epoch_is_addressed_by_its_path(two, capsys, name):
     folder = make(two, name, "0", "1", "best", "step-3")
-    assert runs.find(f"output/{name}") == runs.find(f"output/{name}/1") == folder / "rwkv-1.pth"
+    assert run_dir.find(f"output/{name}") == run_dir.find(f"output/{name}/1") == folder / "rwkv-1.pth"
     assert checkpoint_files([f"output/{name}", "1"], "") == checkpoint_files(["1"], name) == [folder / "rwkv-1.pth"]
     assert checkpoint_files([name, "0"], "") == [folder / "rwkv-0.pth"], "in front of an epoch stands a run"
-    assert runs.words_for(folder, "0") == f"output/{name} 0"
-    runs.point_latest(two / "output" / "a run")
-    assert runs.find(name.replace("3", "30")).parent == two / "output" / "a run"
+    assert run_dir.words_for(folder, "0") == f"output/{name} 0"
+    run_dir.point_latest(two / "output" / "a run")
+    assert run_dir.find(name.replace("3", "30")).parent == two / "output" / "a run"
     assert name == "step-3" or f"note: {name} is taken for an epoch; the run of that name is output/{name}" in (
         capsys.readouterr().err
     )
@@ -178,8 +180,8 @@ def test_a_run_whose_name_can_be_an_epoch_is_addressed_by_its_path(two, capsys, 
 @pytest.mark.parametrize("word", ["first", "first/0", "latest", "latest/last", "0", "output/first/rwkv-0.pth"])
 def test_chat_and_training_take_the_same_addresses(ready, word):
     train.command(config(RUN_NAME="first"), [])
-    path = project.OUTPUT / "first" / "rwkv-0.pth"
-    assert models.adapter_file(word).resolve() == path
+    path = paths.OUTPUT / "first" / "rwkv-0.pth"
+    assert load.adapter_file(word).resolve() == path
     train.command(config(RUN_NAME="second", lora_load=word), ["--dry-run"])
 
 

@@ -4,10 +4,10 @@ import pytest
 import tiny
 import torch
 
-from rwkv_peft.errors import UserError
+from rwkv_peft.common.errors import UserError
 from rwkv_peft.model import arch
 from rwkv_peft.model.arch import Geometry
-from rwkv_peft.model.initial import initial_tensors
+from rwkv_peft.model.init_weights import initial_tensors
 from rwkv_peft.model.rwkv import skeleton
 
 # layers, width, ranks w=a, v, g, parameters: the released models (hf-adapter's docs/PUBLISHED_MODELS.md)

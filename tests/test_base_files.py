@@ -10,9 +10,11 @@ import torch
 from inprocess import config, run
 from safetensors.torch import save_file
 
-from rwkv_peft import bases, checkpoint, project, train
-from rwkv_peft.chat.models import built
-from rwkv_peft.errors import Problems, UserError
+from rwkv_peft.chat.load import built
+from rwkv_peft.checkpoint import base_model, pth
+from rwkv_peft.cli import train
+from rwkv_peft.common import paths
+from rwkv_peft.common.errors import SettingErrors, UserError
 from rwkv_peft.model import arch
 
 SMALL = {"vocab": 64}
@@ -121,7 +123,7 @@ def test_what_is_no_base_is_told_by_what_it_is_and_what_to_do(tmp_path, kind):
     write, words = NO_BASES[kind]
     write(tmp_path / "x.pth")
     with pytest.raises(UserError, match=words):
-        bases.inspect(tmp_path / "x.pth")
+        base_model.read_geometry(tmp_path / "x.pth")
 
 
 def test_a_web_rwkv_model_is_told_by_its_transposed_matrices(tmp_path):
@@ -132,26 +134,26 @@ def test_a_web_rwkv_model_is_told_by_its_transposed_matrices(tmp_path):
     }
     save_file(turned, tmp_path / "x.st")
     with pytest.raises(UserError, match=r"in the form of web-rwkv and Ai00 \(.st\)"):
-        bases.inspect(tmp_path / "x.st")
+        base_model.read_geometry(tmp_path / "x.st")
 
 
 def test_a_folder_names_its_model_or_the_command_that_joins_its_files(tmp_path):
     with pytest.raises(UserError, match="is a folder"):
-        checkpoint.describe(tmp_path)
+        pth.read_header(tmp_path)
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(UserError, match="Name the file in it: .*model.safetensors"):
-        checkpoint.describe(tmp_path)
+        pth.read_header(tmp_path)
     for number in (1, 2):
         (tmp_path / f"model-0000{number}-of-00002.safetensors").touch()
     with pytest.raises(UserError, match="in 2 .safetensors files; this version reads one file: join them"):
-        checkpoint.describe(tmp_path)
+        pth.read_header(tmp_path)
 
 
 def test_a_download_that_goes_on_is_told(tmp_path):
     (tmp_path / "x.pth").write_bytes(b"\x13\x01" * 999)
     (tmp_path / "x.pth.aria2").touch()
     with pytest.raises(UserError, match="has not finished"):
-        checkpoint.describe(tmp_path / "x.pth")
+        pth.read_header(tmp_path / "x.pth")
 
 
 def hugging_face(tensors):
@@ -175,8 +177,8 @@ def test_other_forms_of_a_model_are_read_as_the_official_one(tmp_path, version, 
     shape = shape_of(version)
     tensors = tiny.tensors(0, shape)
     FORMS[name](tensors, tmp_path / name)
-    described, found = bases.inspect(tmp_path / name)
-    loaded = checkpoint.load(tmp_path / name)
+    described, found = base_model.read_geometry(tmp_path / name)
+    loaded = pth.load(tmp_path / name)
     assert found == shape and set(described) == set(loaded) == set(tensors)
     for name_, tensor in tensors.items():
         assert loaded[name_].shape == tensor.shape and torch.equal(loaded[name_], tensor)
@@ -193,11 +195,11 @@ def test_a_rewritten_model_of_another_form_is_the_official_one_bit_for_bit(tmp_p
     def change(name):
         if "key" in name:
             return lambda tensor: tensor * 1.1
-        return checkpoint.ByRows(lambda rows, _: rows + 1, block=32) if "ffn" in name else None
+        return pth.RowwiseUpdate(lambda rows, _: rows + 1, block=32) if "ffn" in name else None
 
     for source, target in ((form, "x.pth"), ("official.pth", "y.pth")):
-        checkpoint.rewrite(tmp_path / source, tmp_path / target, change, added)
-        checkpoint.must_be_sound(tmp_path / target)
+        pth.rewrite(tmp_path / source, tmp_path / target, change, added)
+        pth.check_checksums(tmp_path / target)
     ours, theirs = (torch.load(tmp_path / name, weights_only=True) for name in ("x.pth", "y.pth"))
     assert set(ours) == set(theirs) == {*tensors, *added}
     assert all(torch.equal(ours[name], theirs[name]) and ours[name].shape == theirs[name].shape for name in ours)
@@ -205,13 +207,13 @@ def test_a_rewritten_model_of_another_form_is_the_official_one_bit_for_bit(tmp_p
 
 def test_a_prefix_is_taken_off_whole_models_only(tmp_path):
     torch.save({"model.blocks.0.att.key.lora_A": torch.ones(2)}, tmp_path / "x.pth")
-    assert set(checkpoint.describe(tmp_path / "x.pth")) == {"model.blocks.0.att.key.lora_A"}
+    assert set(pth.read_header(tmp_path / "x.pth")) == {"model.blocks.0.att.key.lora_A"}
 
 
 @pytest.mark.parametrize("form", ["b.safetensors", "c.pth"])
 @pytest.mark.parametrize("more", [{}, {"QUANT": "int8"}, {"FINETUNE_MODE": "full", "lora_alpha": "8"}], ids=str)
 def test_another_form_trains_as_the_official_one(ready, form, more):
-    FORMS[form](checkpoint.load(ready / "model" / "tiny.pth"), ready / "model" / form)
+    FORMS[form](pth.load(ready / "model" / "tiny.pth"), ready / "model" / form)
     ours, records = run(ready, "ours", MODEL_PATH=form.partition(".")[0], **more)
     theirs, expected = run(ready, "theirs", **more)
     assert [r["loss"] for r in records] == [r["loss"] for r in expected]
@@ -222,19 +224,19 @@ def test_another_form_trains_as_the_official_one(ready, form, more):
 def test_a_run_on_another_form_merges_into_the_official_one(ready, form, capsys):
     from test_merge import merge
 
-    FORMS[form](checkpoint.load(ready / "model" / "tiny.pth"), ready / "model" / form)
+    FORMS[form](pth.load(ready / "model" / "tiny.pth"), ready / "model" / form)
     run(ready, "ours", MODEL_PATH=form)
     run(ready, "theirs")
     merge("output/ours/rwkv-0.pth")
     assert "The result is a .pth with the official names" in capsys.readouterr().out
     merge("output/theirs/rwkv-0.pth")
-    results = [checkpoint.load(p) for p in sorted((ready / "merge").glob("*.pth"))]
+    results = [pth.load(p) for p in sorted((ready / "merge").glob("*.pth"))]
     assert len(results) == 2 and list(results[0])[:1] and set(results[0]) == set(results[1])
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
 def test_a_model_in_safetensors_talks(ready):
-    FORMS["b.safetensors"](checkpoint.load(ready / "model" / "tiny.pth"), ready / "model" / "b.safetensors")
+    FORMS["b.safetensors"](pth.load(ready / "model" / "tiny.pth"), ready / "model" / "b.safetensors")
     ids = torch.tensor([[1, 2, 3]])
     ours, theirs = (built(ready / "model" / name, "fp32")(ids)[0] for name in ("b.safetensors", "tiny.pth"))
     assert torch.equal(ours, theirs)
@@ -242,17 +244,17 @@ def test_a_model_in_safetensors_talks(ready):
 
 def test_a_name_without_ending_finds_both_kinds(project_folder):
     (project_folder / "model" / "a.safetensors").touch()
-    assert project.model_file("a").name == "a.safetensors"
+    assert paths.model_file("a").name == "a.safetensors"
     (project_folder / "model" / "a.pth").touch()
-    assert project.model_file("a").name == "a.pth"
+    assert paths.model_file("a").name == "a.pth"
     with pytest.raises(UserError, match=r"there is: a\.pth, a\.safetensors"):
-        checkpoint.describe(project_folder / "model" / "b.pth")
+        pth.read_header(project_folder / "model" / "b.pth")
 
 
 def test_state_load_of_an_ai00_state_says_which_file_to_use(ready):
     state_of_ai00(ready / "output" / "mine.state")
     with pytest.raises(
-        Problems, match="state_load.*is a learnt state for Ai00.*the .pth that ./merge.sh --export state"
+        SettingErrors, match="state_load.*is a learnt state for Ai00.*the .pth that ./merge.sh --export state"
     ):
         train.command(config(FINETUNE_MODE="state_tuning", state_load="mine.state"), [])
 
@@ -274,11 +276,11 @@ def test_a_damaged_safetensors_header_is_a_sentence(tmp_path, header):
     text = json.dumps(header).encode()
     (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(8))
     with pytest.raises(UserError, match="x.safetensors: "):
-        checkpoint.describe(tmp_path / "x.safetensors")
+        pth.read_header(tmp_path / "x.safetensors")
 
 
 def damaged(path, name="blocks.1.ffn.key.weight", value=float("nan"), form=torch.save, dtype=torch.float32):
-    tensors = {n: t.to(dtype).contiguous() for n, t in checkpoint.load(path).items()}
+    tensors = {n: t.to(dtype).contiguous() for n, t in pth.load(path).items()}
     tensors[name] = tensors[name].clone()
     tensors[name].view(-1)[7] = value
     form(tensors, path.with_name("nan.pth"))
@@ -310,10 +312,10 @@ def test_a_base_with_nan_is_refused_before_anything_is_written(ready, more):
 def test_one_number_that_is_none_is_found_in_every_format(tmp_path, dtype, value, form):
     shape = shape_of()
     tiny.save_model(tmp_path / "x.pth", shape=shape)
-    bases.must_be_sound_model(tmp_path / "x.pth", shape)
+    base_model.check_model(tmp_path / "x.pth", shape)
     damaged(tmp_path / "x.pth", "blocks.0.ln1.bias", value, form, dtype)
     with pytest.raises(UserError, match="blocks.0.ln1.bias holds (NaN|infinity)"):
-        bases.must_be_sound_model(tmp_path / "nan.pth", shape)
+        base_model.check_model(tmp_path / "nan.pth", shape)
 
 
 def test_sums_that_overflow_are_no_infinity(tmp_path):
@@ -322,14 +324,14 @@ def test_sums_that_overflow_are_no_infinity(tmp_path):
         "ln_out.weight": torch.full((32,), 6e4).half()
     }
     torch.save(tensors, tmp_path / "x.pth")
-    bases.must_be_sound_model(tmp_path / "x.pth", shape)
+    base_model.check_model(tmp_path / "x.pth", shape)
 
 
 def test_what_a_model_does_not_use_may_hold_nan(tmp_path):
     shape = shape_of()
     tensors = tiny.tensors(0, shape) | {"blocks.0.att.v0": torch.full((1, 1, 32), torch.nan)}
     torch.save(tensors, tmp_path / "x.pth")
-    bases.must_be_sound_model(tmp_path / "x.pth", arch.detect({n: tuple(t.shape) for n, t in tensors.items()}, "x"))
+    base_model.check_model(tmp_path / "x.pth", arch.detect({n: tuple(t.shape) for n, t in tensors.items()}, "x"))
 
 
 def test_chat_and_merge_tell_of_a_base_with_nan(ready):
@@ -341,7 +343,8 @@ def test_chat_and_merge_tell_of_a_base_with_nan(ready):
         built(ready / "model" / "nan.pth", "fp32")
     sidecar = ready / "output/run/rwkv-0.json"
     facts = json.loads(sidecar.read_text())
-    from rwkv_peft import hashing, sidecars
+    from rwkv_peft.checkpoint import sidecars
+    from rwkv_peft.common import hashing
 
     facts |= {"base": "nan.pth", "base_sha256": hashing.sha256(ready / "model/nan.pth"), "base_mark": None}
     sidecars.write(sidecar, facts)
@@ -353,9 +356,9 @@ def test_chat_and_merge_tell_of_a_base_with_nan(ready):
 
 def test_an_adapter_with_nan_is_not_gone_on_from(ready):
     run(ready)
-    tensors = {n: t.clone() for n, t in checkpoint.load(ready / "output/run/rwkv-0.pth").items()}
+    tensors = {n: t.clone() for n, t in pth.load(ready / "output/run/rwkv-0.pth").items()}
     tensors["blocks.0.att.key.lora_B"][0, 0] = float("nan")
-    checkpoint.save(ready / "output" / "bad.pth", tensors)
+    pth.save(ready / "output" / "bad.pth", tensors)
     with pytest.raises(UserError, match="blocks.0.att.key.lora_B holds NaN"):
         train.command(config(lora_load="bad.pth", RUN_NAME="next"), [])
     assert not (ready / "output" / "next").exists()

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rwkv_peft.common.errors import UserError
 from rwkv_peft.data.binidx import Reader, Writer
-from rwkv_peft.errors import UserError
 
 ROWS = [[1, 2, 3], [65529], [7, 0]]
 

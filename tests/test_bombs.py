@@ -11,9 +11,9 @@ import zipfile
 import pytest
 from test_scripts import ROOT
 
-from rwkv_peft.errors import UserError
-from rwkv_peft.rows import files, json_keys, recipe, workbooks
-from rwkv_peft.rows.schemas import RowError
+from rwkv_peft.common.errors import UserError
+from rwkv_peft.preprocess import files, json_keys, pipeline, workbooks
+from rwkv_peft.preprocess.schemas import RowError
 
 MAIN = "http://schemas.openxmlformats.org/spreadsheetml/2006/main"
 OFFICE = "http://schemas.openxmlformats.org/officeDocument/2006/relationships"
@@ -60,7 +60,7 @@ def test_a_row_of_very_many_columns_is_read_in_some_seconds(tmp_path, write, end
     write(path, columns)
     began = time.process_time()  # of this process: what others do on the machine does not count
     for row in rows_of(path):
-        recipe.parse(row) if isinstance(row, bytes) else row
+        pipeline.parse(row) if isinstance(row, bytes) else row
     assert time.process_time() - began < 30  # 70 and more where each name is looked for among all others
 
 
@@ -74,14 +74,14 @@ def test_a_key_that_is_there_twice_among_many_is_still_found():
     keys = "".join(f', "c{i}": 1' for i in range(600))
     row = f'{{"prompt": "a", "response": "b"{keys}, "response": "c"}}'.encode()
     with pytest.raises(RowError, match='"response" twice'):
-        recipe.parse(row, keys=json_keys.counts([row])[0])
+        pipeline.parse(row, keys=json_keys.counts([row])[0])
 
 
 def in_little_memory(path, most=400_000):
     """The words that are said of a file, read by another process in at most so many kB."""
     code = (
         "import sys\nfrom pathlib import Path\n"
-        "from rwkv_peft.errors import UserError\nfrom rwkv_peft.rows import files\n"
+        "from rwkv_peft.common.errors import UserError\nfrom rwkv_peft.preprocess import files\n"
         "try: print(sum(len(block.data) for block in files.blocks(Path(sys.argv[1]))))\n"
         "except UserError as error: print(error)\n"
         "used = int(Path('/proc/self/status').read_text().partition('VmHWM:')[2].split()[0])\n"

@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from inprocess import tokenize
 from test_rows import DIALOGUES, LONG, SAME, cook, dialogue, rows_of
 
-from rwkv_peft import tokenized, tokenizer
-from rwkv_peft.data import binidx
-from rwkv_peft.data.loading import Data
-from rwkv_peft.data.sources import Source
-from rwkv_peft.roles import Role
-from rwkv_peft.rows.encode import Pieces, encode_row, encode_rows
-from rwkv_peft.rows.limits import Limits
-from rwkv_peft.templates.presets import PRESETS
-from rwkv_peft.templates.template import ENDINGS
+from rwkv_peft.data import binidx, tokenized_files
+from rwkv_peft.data.dataset import TokenDataset
+from rwkv_peft.data.token_source import Source
+from rwkv_peft.preprocess.encode import Pieces, encode_row, encode_rows
+from rwkv_peft.preprocess.truncate import Limits
+from rwkv_peft.text import tokenizer
+from rwkv_peft.text.presets import PRESETS
+from rwkv_peft.text.roles import Role
+from rwkv_peft.text.template import ENDINGS
 
 KINDS = {**SAME, "plain text": {"text": "天地玄黄。"}, "answer alone": {"text": "Assistant: Hi"}}
 
@@ -78,9 +78,9 @@ def test_the_setting_decides_and_the_report_and_the_rows_tell_it(project_folder,
     assert report["settings"]["BOS"] == zeros
     prefix = project_folder / "data" / "a"
     assert all((first == 0) == zeros for first in first_tokens(prefix))
-    assert tokenized.bos_of(prefix) == (int(zeros), "")
+    assert tokenized_files.bos_of(prefix) == (int(zeros), "")
     (project_folder / "data" / "a.report.json").unlink()  # files of others, and of earlier versions
-    assert tokenized.bos_of(prefix) == (int(zeros), "")
+    assert tokenized_files.bos_of(prefix) == (int(zeros), "")
 
 
 def test_a_template_of_ones_own_may_begin_with_zero_by_itself(project_folder):
@@ -97,10 +97,10 @@ def test_a_report_of_other_tokens_and_rows_of_both_kinds_are_warned_of(project_f
         for row in ([0, 5, 6, 0], [0, 7, 0], [8, 9, 0]):
             writer.extend("", np.array(row, np.uint16).tobytes(), [len(row)])
         writer.commit(remove=[])
-    bos, warning = tokenized.bos_of(prefix)
+    bos, warning = tokenized_files.bos_of(prefix)
     assert bos == 1 and "67% of the rows" in warning
     prefix.with_name("a.report.json").write_text(json.dumps({"settings": {"BOS": 0}}))
-    bos, warning = tokenized.bos_of(prefix)
+    bos, warning = tokenized_files.bos_of(prefix)
     assert bos == 1 and "belongs to other tokens" in warning
 
 
@@ -124,7 +124,7 @@ def source(rows=ROWS, said=SAID) -> Source:
 @pytest.mark.parametrize("mask", ["none", "pad", "qa", "last"])
 @pytest.mark.parametrize("mode", ["pack", "pad", "only", "concat", "get"])
 def test_the_zero_in_front_is_an_input_and_no_target(mask, mode):
-    data = Data([source()], mode, mask, 16, "cut" if mode == "pack" else "truncate", 1, False)
+    data = TokenDataset([source()], mode, mask, 16, "cut" if mode == "pack" else "truncate", 1, False)
     total = 0
     for number in range(data.rows):
         for tokens, weights in data.row(number):
@@ -140,7 +140,7 @@ def test_the_zero_in_front_is_an_input_and_no_target(mask, mode):
 @pytest.mark.parametrize("ctx_len", [1, 2, 3, 5])
 def test_no_window_trains_the_zero_that_the_next_row_begins_with(mode, ctx_len):
     rows = [[0, 5, 6, 7, 0], [0, 8, 9], [0, 10, 24], [11, 12, 0], [13, 14]] * 6  # rows without BOS train their ends
-    data = Data([source(rows, [[1] * len(row) for row in rows])], mode, "none", ctx_len, "truncate", 1, True)
+    data = TokenDataset([source(rows, [[1] * len(row) for row in rows])], mode, "none", ctx_len, "truncate", 1, True)
     text = [token for row in rows for token in row]
     stretches = [data.row(number) for number in range(data.rows)]
     found = [(int(a), int(b)) for row in stretches for t, w in row for a, b, on in zip(t, t[1:], w, strict=False) if on]
@@ -152,12 +152,12 @@ def test_no_window_trains_the_zero_that_the_next_row_begins_with(mode, ctx_len):
 
 
 def test_concat_puts_one_zero_between_rows_that_begin_and_end_with_it():
-    [(tokens, weights)] = Data([source()], "concat", "none", 64, "cut", 1, False).row(0)
+    [(tokens, weights)] = TokenDataset([source()], "concat", "none", 64, "cut", 1, False).row(0)
     assert (
         tokens.tolist() == [5, 6, 7, 0, 8, 9, 0, 10, 11, 0] and weights.sum() == 8
     )  # (the zero that was put there is no target)
     plain = [r[1:] for r in ROWS], [s[1:] for s in SAID]
-    [(same, _)] = Data([source(*plain)], "concat", "none", 64, "cut", 1, False).row(0)
+    [(same, _)] = TokenDataset([source(*plain)], "concat", "none", 64, "cut", 1, False).row(0)
     assert same.tolist() == tokens.tolist()
 
 

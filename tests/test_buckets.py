@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from written import data, documents, source
 
 from rwkv_peft.data import buckets
-from rwkv_peft.data.loading import Batches
+from rwkv_peft.data.dataset import Batches
 
 SIZES = st.lists(st.integers(2, 90), min_size=1, max_size=60)
 

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 from inprocess import tokenize
 
-from rwkv_peft import bases, tokenizer
+from rwkv_peft.checkpoint import base_model
+from rwkv_peft.common.errors import UserError
 from rwkv_peft.data.binidx import Reader
-from rwkv_peft.errors import UserError
-from rwkv_peft.roles import Role
-from rwkv_peft.rows.files import stem_of
+from rwkv_peft.preprocess.files import stem_of
+from rwkv_peft.text import tokenizer
+from rwkv_peft.text.roles import Role
 
 CASES = Path(__file__).resolve().parent / "cases"
 A = Role.ASSISTANT
@@ -132,7 +133,7 @@ def test_an_answer_that_is_not_to_be_learnt_is_not(tmp_path):
 @pytest.mark.parametrize("name", BASES)
 def test_a_reported_base_is_named_by_what_it_is(name):
     with pytest.raises(UserError, match=BASES[name]):
-        bases.inspect(CASES / name)
+        base_model.read_geometry(CASES / name)
 
 
 def test_every_case_has_its_line():

@@ -7,12 +7,13 @@ from test_adapters import OPTIONS
 from test_merge import X, make_run, merge, result, write_sidecar
 from test_scripts import ROOT, shell_values
 
-from merge.exports import EXPORTS
-from rwkv_peft import chat, checkpoint
-from rwkv_peft.chat import models
-from rwkv_peft.errors import UserError
-from rwkv_peft.methods import METHODS
-from rwkv_peft.shell_vars import Script
+from rwkv_peft.adapters.specs import METHODS
+from rwkv_peft.chat import load as models
+from rwkv_peft.checkpoint import pth
+from rwkv_peft.cli import chat
+from rwkv_peft.common.errors import UserError
+from rwkv_peft.config.shell import Script
+from rwkv_peft.export import EXPORTS
 
 
 def load(base_was_named=False, **changes):
@@ -36,8 +37,8 @@ def test_a_state_from_anywhere_needs_its_base_and_nothing_else(project_folder, m
     loaded, name, _ = load(ADAPTER=str(result("base-r-3-alone.pth")), MODEL_PATH="base.pth")
     torch.testing.assert_close(loaded(X)[0], model(X)[0], rtol=1e-5, atol=1e-5)
     assert "alone" in name
-    tensors = checkpoint.load(folder / "rwkv-3.pth")
-    checkpoint.save(project_folder / "wide.pth", {n: torch.zeros(2, 8, 8) for n in tensors})
+    tensors = pth.load(folder / "rwkv-3.pth")
+    pth.save(project_folder / "wide.pth", {n: torch.zeros(2, 8, 8) for n in tensors})
     with pytest.raises(UserError, match="does not fit"):
         load(ADAPTER=str(project_folder / "wide.pth"), MODEL_PATH="base.pth")
 

@@ -6,11 +6,11 @@ import re
 import pytest
 from test_scripts import ROOT, shell_values
 
-from rwkv_peft import machine
-from rwkv_peft.config import RETIRED, TrainConfig
-from rwkv_peft.errors import Problems
-from rwkv_peft.methods import METHODS, MODES, load_variables, method_of
-from rwkv_peft.shell_vars import Script
+from rwkv_peft.adapters.specs import METHODS, MODES, load_variables, method_of
+from rwkv_peft.common import hardware
+from rwkv_peft.common.errors import SettingErrors
+from rwkv_peft.config.shell import Script
+from rwkv_peft.config.train import RETIRED, TrainConfig
 
 SHIPPED = shell_values(ROOT / "training.sh")
 
@@ -18,7 +18,7 @@ SHIPPED = shell_values(ROOT / "training.sh")
 def problems(**changes) -> dict[str, str]:
     try:
         Script(ROOT / "training.sh", SHIPPED | changes).read(TrainConfig, RETIRED)
-    except Problems as found:
+    except SettingErrors as found:
         return {p.name: p.message for p in found.problems}
     return {}
 
@@ -158,7 +158,7 @@ def test_weights_that_are_trained_are_not_compressed(mode):
 )
 def test_settings_that_do_not_go_together_are_refused(changes, name, words, monkeypatch):
     if "CUDA_GRAPHS" in changes:
-        monkeypatch.setattr(machine, "device_kind", lambda: "cuda")
+        monkeypatch.setattr(hardware, "device_kind", lambda: "cuda")
     assert words in problems(**changes)[name]
 
 

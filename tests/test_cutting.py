@@ -8,16 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from written import data, documents, source
 
-from rwkv_peft import tokenizer
+from rwkv_peft.common.errors import SettingErrors
 from rwkv_peft.data.masking import Markers, target_weights
-from rwkv_peft.errors import Problems
-from rwkv_peft.roles import Role
-from rwkv_peft.rows.limits import Limits
-from rwkv_peft.rows.reading import Block
-from rwkv_peft.rows.recipe import Cook, Recipe
-from rwkv_peft.templates.presets import PRESETS
-from rwkv_peft.templates.template import ENDINGS
-from rwkv_peft.tokenized import roles_in_text
+from rwkv_peft.data.tokenized_files import roles_in_text
+from rwkv_peft.preprocess.pipeline import EncodeConfig, RowEncoder
+from rwkv_peft.preprocess.reader import Block
+from rwkv_peft.preprocess.truncate import Limits
+from rwkv_peft.text import tokenizer
+from rwkv_peft.text.presets import PRESETS
+from rwkv_peft.text.roles import Role
+from rwkv_peft.text.template import ENDINGS
 
 TEMPLATES = ("rwkv-world", "rwkv-g1", "rwkv-g1-think", "chatml", "alpaca")
 MASKS = ("none", "pad", "qa", "last", "se")
@@ -26,9 +26,9 @@ CONTENT = st.lists(st.sampled_from(WORDS), min_size=1, max_size=12).map("".join)
 
 
 def cook(row, template="rwkv-world", eot="doc", limits=None, **options):
-    recipe = Recipe(PRESETS[template], eot, limits=limits or Limits(), **options)
+    recipe = EncodeConfig(PRESETS[template], eot, limits=limits or Limits(), **options)
     line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
-    return Cook(recipe).block(Block("x.jsonl", 1, line, 0))
+    return RowEncoder(recipe).block(Block("x.jsonl", 1, line, 0))
 
 
 def rows_of(made):
@@ -189,7 +189,7 @@ def test_a_row_cut_by_ctx_len_trains_nothing_that_the_whole_row_does_not(sizes, 
     ids, roles = documents(sizes, ended=ended)
     try:
         made = data([source(ids, roles)], mode, mask, ctx_len, overlong)
-    except Problems:
+    except SettingErrors:
         return  # nothing to train
     wanted = set()
     for tokens, said in zip(ids, roles, strict=True):

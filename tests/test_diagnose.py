@@ -8,10 +8,13 @@ import tiny
 from conftest import few
 from inprocess import run, tokenize
 
-from rwkv_peft import chat, checkpoint, hashing, sidecars, tokenizer
-from rwkv_peft.chat import diagnose, models
+from rwkv_peft.chat import diagnose, load
 from rwkv_peft.chat.verdict import Rows, Run, judge
-from rwkv_peft.errors import UserError
+from rwkv_peft.checkpoint import pth, sidecars
+from rwkv_peft.cli import chat
+from rwkv_peft.common import hashing
+from rwkv_peft.common.errors import UserError
+from rwkv_peft.text import tokenizer
 
 OTHERS = [
     json.dumps({"text": f"User: {question}\n\nAssistant: {answer}"})
@@ -146,17 +149,17 @@ def test_the_losses_are_those_of_the_training(ready, settings):
     tokenize(ready / "data" / "one.jsonl")
     _, records = run(ready, "one", DATA_PATH="one", EPOCH_COUNT="4", MICRO_BSZ="1", **settings)
     _, more = run(ready, "more", DATA_PATH="one", EPOCH_COUNT="5", MICRO_BSZ="1", **settings)
-    adapter = models.adapter_file("one")
-    chosen = models.of_run(adapter, "")
-    original = models.base_of(adapter, chosen.sidecar, "")
+    adapter = load.adapter_file("one")
+    chosen = load.of_run(adapter, "")
+    original = load.base_of(adapter, chosen.sidecar, "")
     (found, _), _, _ = diagnose.rows_of(json.loads((ready / "output/one/run.json").read_text()), 65536)
     [row] = found["data/one"]
     if not settings.get("QUANT"):
-        base = diagnose.loss_of(models.ready(models.built(original, "fp32")), row)
+        base = diagnose.loss_of(load.ready(load.built(original, "fp32")), row)
         assert base / row.weights.sum() == pytest.approx(records[0]["loss"], rel=1e-5)
-    model = models.built(chosen.model, "fp32")
-    models.put_on(model, chosen)
-    tuned = diagnose.loss_of(models.ready(model), row) / row.weights.sum()
+    model = load.built(chosen.model, "fp32")
+    load.put_on(model, chosen)
+    tuned = diagnose.loss_of(load.ready(model), row) / row.weights.sum()
     assert tuned == pytest.approx(more[4]["loss"], rel=1e-5 if not settings.get("QUANT") else 0.1)
 
 
@@ -168,10 +171,10 @@ def test_one_row_that_is_known_is_not_called_too_little():
 def test_a_model_whose_answers_are_no_numbers_gets_its_verdict(ready, capsys):
     run(ready, "one", FINETUNE_MODE="full", LR_INIT="1e-5")
     file = ready / "output/one/rwkv-0.pth"
-    tensors = checkpoint.load(file)
+    tensors = pth.load(file)
     tensors["head.weight"] = tensors["head.weight"].double().mul(3e38).clamp(-3e38, 3e38).float()
     tensors["ln_out.weight"] = tensors["ln_out.weight"] * 1e30
-    checkpoint.save(file, {name: tensor.clone() for name, tensor in tensors.items()})
+    pth.save(file, {name: tensor.clone() for name, tensor in tensors.items()})
     about = json.loads(file.with_suffix(".json").read_text())
     sidecars.write(file.with_suffix(".json"), {**about, "checkpoint_sha256": hashing.sha256(file)})
     chat.command(ASKING, ["--diagnose", "one"])

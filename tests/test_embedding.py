@@ -7,12 +7,12 @@ import tiny
 import torch
 from inprocess import run
 
-from rwkv_peft import machine
-from rwkv_peft.data.loading import Batch
-from rwkv_peft.errors import Problems
+from rwkv_peft.common import hardware
+from rwkv_peft.common.errors import SettingErrors
+from rwkv_peft.data.dataset import Batch
 from rwkv_peft.model.rwkv import build
 from rwkv_peft.ops import dispatch
-from rwkv_peft.training.module import TrainingModule
+from rwkv_peft.train.module import TrainingModule
 
 
 def on_host() -> torch.nn.Module:
@@ -61,22 +61,22 @@ def test_auto_leaves_it_there_where_it_would_take_a_hundredth_of_the_gpu(
     monkeypatch, wanted, possible, gigabytes, becomes
 ):
     about = types.SimpleNamespace(total_memory=gigabytes * 10**9)
-    monkeypatch.setattr(machine, "device_kind", lambda: "cuda")
+    monkeypatch.setattr(hardware, "device_kind", lambda: "cuda")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _index: about)
-    assert machine.embedding_on_host(wanted, possible, 268 * 10**6) is becomes
+    assert hardware.embedding_on_host(wanted, possible, 268 * 10**6) is becomes
 
 
 def test_without_a_gpu_there_is_one_memory():
-    assert not machine.embedding_on_host("auto", True, 10**12)
-    with pytest.raises(Problems, match="is for GPUs, and none was found; use auto"):
-        machine.embedding_on_host("1", True, 10**12)
+    assert not hardware.embedding_on_host("auto", True, 10**12)
+    with pytest.raises(SettingErrors, match="is for GPUs, and none was found; use auto"):
+        hardware.embedding_on_host("1", True, 10**12)
 
 
 @pytest.mark.parametrize("settings", [{}, {"TRAIN_TYPE": "infctx", "CHUNK_CTX": "16"}, {"VAL_PERCENT": "20"}], ids=str)
 def test_a_run_learns_the_same(ready, monkeypatch, capsys, settings):
     _, plain = run(ready, "plain", **settings)
     without = capsys.readouterr().out
-    monkeypatch.setattr(machine, "embedding_on_host", lambda *_given: True)
+    monkeypatch.setattr(hardware, "embedding_on_host", lambda *_given: True)
     _, records = run(ready, "host", **settings)
     found = capsys.readouterr().out
     assert [r["loss"] for r in records] == [r["loss"] for r in plain]

@@ -19,13 +19,13 @@ from test_files import rows_in
 from test_scripts import ROOT
 
 from bench import encodings as bench
-from rwkv_peft.errors import Problems, UserError
-from rwkv_peft.rows import encodings, reading
-from rwkv_peft.rows.encodings import AsUtf8, Binary, Encoding, Unsure, decide
-from rwkv_peft.rows.recipe import Cook, Recipe
-from rwkv_peft.rows.schemas import RowError
-from rwkv_peft.rows.stream import RowStream
-from rwkv_peft.templates.presets import PRESETS
+from rwkv_peft.common.errors import SettingErrors, UserError
+from rwkv_peft.preprocess import encodings, reader
+from rwkv_peft.preprocess.encodings import AsUtf8, Binary, Encoding, Unsure, decide
+from rwkv_peft.preprocess.pipeline import EncodeConfig, RowEncoder
+from rwkv_peft.preprocess.row_stream import RowStream
+from rwkv_peft.preprocess.schemas import RowError
+from rwkv_peft.text.presets import PRESETS
 
 CHINESE = "你好，今天天气怎么样？我想去公园里走走。"
 GERMAN = "Für größere Städte wären äußerst günstige Züge möglich, hätten wir genügend Schüler."
@@ -34,7 +34,7 @@ GERMAN = "Für größere Städte wären äußerst günstige Züge möglich, hät
 @pytest.fixture(autouse=True)
 def forget():
     yield
-    reading._settled.clear()
+    reader._settled.clear()
 
 
 def read(data: bytes, found: Encoding) -> bytes:
@@ -175,23 +175,23 @@ def test_all_unsure_files_of_a_folder_are_named_together(tmp_path):
     for i, path in enumerate(paths):
         path.write_bytes("Le café".encode("cp1252" if i else "utf-8"))
     with pytest.raises(UserError) as caught:
-        reading.settle(paths)
+        reader.settle(paths)
     assert "1.txt" in str(caught.value) and "2.txt" in str(caught.value) and "0.txt" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["cp1252", "CP1252", "windows-1252", "latin-1"])
 def test_a_named_encoding_is_taken_without_looking(tmp_path, name):
     (tmp_path / "x.txt").write_bytes("Le café".encode("cp1252"))
-    assert reading.settle([tmp_path / "x.txt"], name)
+    assert reader.settle([tmp_path / "x.txt"], name)
     assert rows_in(tmp_path / "x.txt") == [(1, {"text": "Le café"})]
 
 
 def test_rows_that_the_named_encoding_does_not_have_are_rejected(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
-    reading.settle([tmp_path / "x.jsonl"], "gb18030")
+    reader.settle([tmp_path / "x.jsonl"], "gb18030")
     [(_, good), (number, error)] = rows_in(tmp_path / "x.jsonl")
     assert good == {"text": "a"} and number == 2 and "not GB18030" in error.message
-    reading.settle([tmp_path / "x.jsonl"], "utf-8")
+    reader.settle([tmp_path / "x.jsonl"], "utf-8")
     assert "not valid UTF-8" in rows_in(tmp_path / "x.jsonl")[1][1].message
 
 
@@ -214,7 +214,7 @@ def test_every_name_that_is_suggested_is_one(name):
 
 
 def test_the_setting_is_checked_and_decides_the_cache(project_folder, capsys):
-    with pytest.raises(Problems, match="ENCODING: is no encoding"):
+    with pytest.raises(SettingErrors, match="ENCODING: is no encoding"):
         tokenize(project_folder / "data" / "x.jsonl", ENCODING="no-such")
     path = project_folder / "data" / "x.jsonl"
     path.write_bytes('{"text": "Le café crème"}\n'.encode("cp1252"))
@@ -227,9 +227,9 @@ def test_the_setting_is_checked_and_decides_the_cache(project_folder, capsys):
 def test_a_stream_reads_and_names_the_encoding(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(f'{{"text": "{CHINESE}"}}\n'.encode("gbk"))
     said = []
-    recipe = Recipe(PRESETS["rwkv-world"])
+    recipe = EncodeConfig(PRESETS["rwkv-world"])
     stream = RowStream([tmp_path / "x.jsonl"], recipe, "file", 0, 1, said.append)
-    expected = Cook(recipe).block(reading.Block("", 1, [(1, {"text": CHINESE})], 0))
+    expected = RowEncoder(recipe).block(reader.Block("", 1, [(1, {"text": CHINESE})], 0))
     assert np.array_equal(next(stream.documents()).ids, expected.ids)
     assert any("x.jsonl is GB18030; it was read as such" in line for line in said)
 
@@ -268,7 +268,7 @@ def test_every_line_end_gives_the_same_rows_and_numbers(tmp_path, name, end):
 
     def rows(text: str):
         (tmp_path / name).write_bytes(text.encode())
-        reading._settled.clear()
+        reader._settled.clear()
         return [(n, row if isinstance(row, dict) else str(row)) for n, row in rows_in(tmp_path / name, "line")]
 
     assert rows("\n".join(lines).replace("\n", end) + end) == rows("\n".join(lines) + "\n")
@@ -301,7 +301,7 @@ ROWS = [
 def test_line_ends_inside_texts_become_one_kind_on_every_path(preset, row, end):
     def ids(blank: str):
         text = json.dumps(row, ensure_ascii=False).replace("@@", json.dumps(blank)[1:-1])
-        made = Cook(Recipe(PRESETS[preset])).block(reading.Block("x", 1, text.encode(), 0))
+        made = RowEncoder(EncodeConfig(PRESETS[preset])).block(reader.Block("x", 1, text.encode(), 0))
         assert not made.rejects
         return made.ids.tolist()
 
@@ -312,7 +312,9 @@ def test_line_ends_inside_texts_become_one_kind_on_every_path(preset, row, end):
     {"role": "user", "content": "a"}, {"role": "assistant", "content": "\0b"}]}])  # fmt: skip
 def test_a_row_with_nul_characters_is_rejected(row):
     good = {"text": "good"}
-    made = Cook(Recipe(PRESETS["rwkv-world"])).block(reading.Block("x", 1, [(1, good), (2, row), (3, good)], 0))
+    made = RowEncoder(EncodeConfig(PRESETS["rwkv-world"])).block(
+        reader.Block("x", 1, [(1, good), (2, row), (3, good)], 0)
+    )
     assert [(r.line, r.reason) for r in made.rejects] == [(2, "not text")] and len(made.sizes) == 2
     assert "NUL (\\u0000)" in made.rejects[0].message
 

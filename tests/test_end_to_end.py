@@ -241,7 +241,7 @@ def test_two_ranks_of_4_are_one_of_8(kit, rows, split, settings):
     """Law 5 across processes, on CPU with gloo; also where the last step leaves a rank without rows."""
     import torch
 
-    from rwkv_peft import checkpoint
+    from rwkv_peft.checkpoint import pth
 
     tiny.save_model(kit.root / "model" / "tiny.pth")
     kit.data("chat.jsonl", *tiny.CHATS)
@@ -264,7 +264,7 @@ def test_two_ranks_of_4_are_one_of_8(kit, rows, split, settings):
     kit.run("one.sh")
     said = kit.run("two.sh")
     assert said.stdout.count("done in") == 1  # only one process speaks
-    one, two = (checkpoint.load(kit.root / f"output/{name}/rwkv-1.pth") for name in ("one", "two"))
+    one, two = (pth.load(kit.root / f"output/{name}/rwkv-1.pth") for name in ("one", "two"))
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)
     records = [

@@ -13,8 +13,8 @@ import torch
 from conftest import few
 from inprocess import config
 
-from rwkv_peft import train
-from rwkv_peft.errors import Problems, leave
+from rwkv_peft.cli import train
+from rwkv_peft.common.errors import SettingErrors, exit_with
 
 GOOD = json.dumps(tiny.CHATS[0], ensure_ascii=False).encode()
 LINES_57 = b"\n".join([GOOD] * 56)
@@ -255,7 +255,7 @@ def models(folder):
 def test_a_base_that_is_none_is_refused(ready, tmp_path, monkeypatch, name):
     monkeypatch.setenv("CANARY", str(tmp_path / "canary"))
     words = models(ready / "model")[name]
-    with pytest.raises(Problems) as found:
+    with pytest.raises(SettingErrors) as found:
         train.command(config(MODEL_PATH=name), [])
     [problem] = found.value.problems
     assert problem.name == "MODEL_PATH" and words in problem.message
@@ -317,7 +317,7 @@ def test_a_token_outside_the_vocabulary_is_named(shared_kit):
     ],
 )
 def test_odd_paths_are_answered(ready, settings, words):
-    with pytest.raises(Problems) as found:
+    with pytest.raises(SettingErrors) as found:
         train.command(config(**settings), [])
     [problem] = found.value.problems
     assert problem.name in settings and words in problem.message
@@ -355,13 +355,13 @@ def test_whatever_stops_tokenizing_leaves_nothing_and_nobody(tmp_path, number, c
     script = ROOT / "make_tokenize.sh"
     program = (
         "import multiprocessing, os, sys\nsys.path.insert(0, sys.argv[1])\n"
-        "import json2binidx.tokenize as t, json2binidx.__main__ as m\n"
-        "from pathlib import Path\nfrom rwkv_peft.shell_vars import values_as_written\n"
+        "import rwkv_peft.preprocess.tokenize as t, rwkv_peft.cli.tokenize as m\n"
+        "from pathlib import Path\nfrom rwkv_peft.config.shell import parse_assignments\n"
         "original = t.Rejects.add\n"
         "def add(*a):\n    original(*a)\n    print(*[c.pid for c in multiprocessing.active_children()])\n"
         "    sys.stdout.flush()\n    os.kill(os.getpid(), int(sys.argv[3]))\n"
         "t.Rejects.add = add\n"
-        "m.main([sys.argv[2], sys.argv[4], '--workers', sys.argv[5]], values_as_written(Path(sys.argv[2])))\n"
+        "m.main([sys.argv[2], sys.argv[4], '--workers', sys.argv[5]], parse_assignments(Path(sys.argv[2])))\n"
     )
     path = tiny.write_jsonl(tmp_path / "x.jsonl", [*tiny.CHATS, {"oops": 1}])
     done = subprocess.run(
@@ -381,7 +381,7 @@ def test_a_missing_package_is_named_with_the_cure():
 
     code = (
         "import sys\nsys.modules['orjson'] = None\nsys.path.insert(0, sys.argv[1])\n"
-        "import json2binidx.__main__ as m\nm.main([sys.argv[1] + '/make_tokenize.sh', 'sample.jsonl'])\n"
+        "import rwkv_peft.cli.tokenize as m\nm.main([sys.argv[1] + '/make_tokenize.sh', 'sample.jsonl'])\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, env=os.environ | {"SEED": "1"}
@@ -393,5 +393,5 @@ def test_a_missing_package_is_named_with_the_cure():
 
 def test_a_message_that_quotes_a_foreign_name_cannot_steer_the_terminal(capsys):
     with pytest.raises(SystemExit):
-        leave("model.pth: emb\x1b[2J\r is damaged\nGet it again.", 2)
+        exit_with("model.pth: emb\x1b[2J\r is damaged\nGet it again.", 2)
     assert capsys.readouterr().err == "model.pth: emb\\x1b[2J\\r is damaged\nGet it again.\n"

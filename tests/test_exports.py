@@ -13,14 +13,17 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from merge.exports import EXPORTS, numbers, web_rwkv
-from rwkv_peft import checkpoint, hashing, safetensors_file, tokenizer
-from rwkv_peft.errors import UserError
+from rwkv_peft.checkpoint import pth as checkpoint
+from rwkv_peft.checkpoint import safetensors_io
+from rwkv_peft.checkpoint.prompt_format import Prompting
+from rwkv_peft.common import hashing
+from rwkv_peft.common.errors import UserError
+from rwkv_peft.export import EXPORTS, cast, web_rwkv
 from rwkv_peft.model import arch
 from rwkv_peft.model.rwkv import build
 from rwkv_peft.model.state import BlockState
-from rwkv_peft.prompting import Prompting
-from rwkv_peft.templates.presets import PRESETS
+from rwkv_peft.text import tokenizer
+from rwkv_peft.text.presets import PRESETS
 
 gguf = pytest.importorskip("gguf")
 
@@ -129,7 +132,7 @@ def test_the_bytes_of_a_st_file_begin_at_a_multiple_of_eight_whatever_the_names(
     shapes = {"x" * rows: (rows,), "empty": (0,), "y": (1, 1, rows)}
     data = {name: torch.randn(shape) for name, shape in shapes.items()}
     digest = digest and digest.copy()
-    safetensors_file.write(tmp_path / "f.st", shapes, torch.float32, lambda name: data[name].split(2), digest)
+    safetensors_io.write(tmp_path / "f.st", shapes, torch.float32, lambda name: data[name].split(2), digest)
     if digest:
         assert digest.hexdigest() == hashing.sha256(tmp_path / "f.st")
     assert int.from_bytes((tmp_path / "f.st").read_bytes()[:8], "little") % 8 == 0
@@ -151,8 +154,8 @@ def test_tensors_that_share_a_record_are_written_each_with_its_own_numbers(tmp_p
 def test_a_large_tensor_goes_through_memory_in_small_pieces(tmp_path):
     tensor = torch.randn(5 << 20)
     checkpoint.save(tmp_path / "large.pth", {"large": tensor})
-    with checkpoint.Archive(tmp_path / "large.pth") as archive:
-        pieces = list(numbers.numbers(archive, "large", torch.float16))
+    with checkpoint.PthReader(tmp_path / "large.pth") as archive:
+        pieces = list(cast.numbers(archive, "large", torch.float16))
     assert max(p.numel() * 4 for p in pieces) <= checkpoint.COPY_BYTES and len(pieces) == 5
     assert torch.equal(torch.cat(pieces), tensor.half())
 

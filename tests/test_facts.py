@@ -6,19 +6,19 @@ from pathlib import Path
 import pytest
 import tiny
 
+from rwkv_peft.adapters.specs import METHODS, MOST_ALPHA, OPTIMS
 from rwkv_peft.chat.diagnose import course
-from rwkv_peft.config import TrainConfig
-from rwkv_peft.errors import Problems, UserError
-from rwkv_peft.methods import METHODS, MOST_ALPHA, OPTIMS
+from rwkv_peft.common.errors import SettingErrors, UserError
+from rwkv_peft.config.train import TrainConfig
 from rwkv_peft.model.arch import ARCHS
 from rwkv_peft.ops import dispatch
-from rwkv_peft.training import estimate
+from rwkv_peft.train import memory_estimate
 
 
 def test_the_memory_estimate_knows_every_method_and_version():
-    assert estimate.LAYERS.keys() == METHODS.keys()
+    assert memory_estimate.LAYERS.keys() == METHODS.keys()
     versions = {*ARCHS}
-    assert {version for _, version in estimate.KEPT} == versions == {*dispatch.WKV}
+    assert {version for _, version in memory_estimate.KEPT} == versions == {*dispatch.WKV}
 
 
 @pytest.mark.parametrize(("method", "version", "words"), [("glue", "x070", "LAYERS"), ("lora", "x080", "KEPT")])
@@ -27,7 +27,7 @@ def test_a_missing_fact_is_an_error_with_its_name(method, version, words):
     sizes = {name: tensor.shape for name, tensor in tiny.tensors(0, shape).items()}
     shape = type(shape)(**(vars(shape) | {"version": version}))
     with pytest.raises(UserError, match=f"estimate.py: {words} has no row for"):
-        estimate.memory_bytes(sizes, 1, 1, shape, 4, "0", method, "cpu", "cpu", OPTIMS["adamw"])
+        memory_estimate.memory_bytes(sizes, 1, 1, shape, 4, "0", method, "cpu", "cpu", OPTIMS["adamw"])
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -35,18 +35,18 @@ def test_a_version_without_kernels_is_computed_by_torch(monkeypatch, device):
     monkeypatch.setitem(dispatch.WKV, "x080", {"torch": dispatch.WKV["x070"]["torch"]})
     ops = dispatch.choose("auto", "x080", device)
     assert ops.name == "torch" and "there is no kernel for RWKV x080" in ops.why
-    with pytest.raises(Problems, match="nothing called cpu computes RWKV x080; use one of auto, torch"):
+    with pytest.raises(SettingErrors, match="nothing called cpu computes RWKV x080; use one of auto, torch"):
         dispatch.choose("cpu", "x080")
 
 
 @pytest.mark.parametrize("op", ["auto", "torch", "cpu", "reference"])
 def test_a_version_that_nothing_computes_is_named(op):
-    with pytest.raises(Problems, match="OP: .*RWKV x090"):
+    with pytest.raises(SettingErrors, match="OP: .*RWKV x090"):
         dispatch.choose(op, "x090")
 
 
 def test_alpha_has_one_bound():
-    from merge.__main__ import MergeConfig
+    from rwkv_peft.cli.merge import MergeConfig
 
     bounds = {cls.__dataclass_fields__["lora_alpha"].metadata["le"] for cls in (TrainConfig, MergeConfig)}
     assert bounds == {MOST_ALPHA}

@@ -14,13 +14,13 @@ import pytest
 import zstandard
 from test_rows import ALPACA, CHAT
 
-from rwkv_peft.errors import UserError
-from rwkv_peft.rows import files, reading
-from rwkv_peft.rows.files import blocks
-from rwkv_peft.rows.limits import Limits
-from rwkv_peft.rows.recipe import Cook, Recipe, items, parse
-from rwkv_peft.rows.schemas import RowError
-from rwkv_peft.templates.presets import PRESETS
+from rwkv_peft.common.errors import UserError
+from rwkv_peft.preprocess import files, reader
+from rwkv_peft.preprocess.files import blocks
+from rwkv_peft.preprocess.pipeline import EncodeConfig, RowEncoder, items, parse
+from rwkv_peft.preprocess.schemas import RowError
+from rwkv_peft.preprocess.truncate import Limits
+from rwkv_peft.text.presets import PRESETS
 
 ROWS = [
     {"instruction": "Name a tree.", "input": "", "output": "Oak."},
@@ -109,8 +109,8 @@ def test_every_format_gives_the_same_rows(tmp_path, kind):
 def test_where_blocks_end_changes_nothing(tmp_path, monkeypatch, kind, size):
     path = write(tmp_path, kind)
     whole = rows_in(path)
-    monkeypatch.setattr(reading, "BLOCK", size)
-    monkeypatch.setattr(reading, "ROWS", 2)
+    monkeypatch.setattr(reader, "BLOCK", size)
+    monkeypatch.setattr(reader, "ROWS", 2)
     assert rows_in(path) == whole
 
 
@@ -119,7 +119,8 @@ def test_conversations_may_stand_in_any_format(tmp_path, kind):
     row = {"messages": json.dumps(CHAT) if kind == ".csv" else CHAT}
     [block] = [b for b in blocks(write(tmp_path, kind, [row])) if b.data]
     made, expected = (
-        Cook(Recipe(PRESETS["rwkv-world"])).block(b) for b in (block, reading.Block("x", 1, [(1, ALPACA)], 0))
+        RowEncoder(EncodeConfig(PRESETS["rwkv-world"])).block(b)
+        for b in (block, reader.Block("x", 1, [(1, ALPACA)], 0))
     )
     assert made.ids.tolist() == expected.ids.tolist() and not made.rejects
 
@@ -196,7 +197,7 @@ def test_a_damaged_arrow_file_is_refused_and_never_ends_the_process(tmp_path):
         paths[-1].write_bytes(broken)
     program = (
         "import sys\nsys.path.insert(0, sys.argv[1])\nfrom pathlib import Path\n"
-        "from rwkv_peft.errors import UserError\nfrom rwkv_peft.rows.files import blocks\n"
+        "from rwkv_peft.common.errors import UserError\nfrom rwkv_peft.preprocess.files import blocks\n"
         "for path in sys.argv[2:]:\n    try:\n        list(blocks(Path(path)))\n    except UserError:\n        print('refused')\n"
     )
     root = str(Path(__file__).resolve().parent.parent)
@@ -212,8 +213,8 @@ def test_a_first_line_that_is_no_row_costs_no_other(tmp_path, first):
 
 
 def test_a_line_above_the_limit_is_rejected_and_the_next_one_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "LINE_LIMIT", 5000)
-    monkeypatch.setattr(reading, "BLOCK", 1000)
+    monkeypatch.setattr(reader, "LINE_LIMIT", 5000)
+    monkeypatch.setattr(reader, "BLOCK", 1000)
     path = tmp_path / "x.jsonl"
     path.write_text('{"text": "a"}\n' + "b" * 20000 + '\n{"text": "c"}\n')
     found = rows_in(path)
@@ -288,11 +289,11 @@ def test_ten_thousand_mutated_rows_end_in_no_traceback_and_every_rejection_names
         (Limits(max_tokens=20, policy="truncate"), {"expand": True}),
         (Limits(20, 9, 9, "truncate-left"), {"mask_history": True}),
     ):
-        cook = Cook(Recipe(PRESETS["rwkv-g1"], limits=limits, **options))
+        cook = RowEncoder(EncodeConfig(PRESETS["rwkv-g1"], limits=limits, **options))
         some = rows if not options else rows[::4]
         for begin in range(0, len(some), 500):
             part = some[begin : begin + 500]
-            made = cook.block(reading.Block("x.jsonl", begin + 1, b"\n".join(part), 0))
+            made = cook.block(reader.Block("x.jsonl", begin + 1, b"\n".join(part), 0))
             assert all(r.file == "x.jsonl" and begin < r.line <= begin + 500 and r.message for r in made.rejects)
             counts = made.counts
             gone = sum(n for what, n in counts.items() if what.startswith(("rejected", "dropped")))

@@ -1,112 +1,85 @@
-"""Imports go down only, and nothing on a floor imports another room of it."""
+"""Imports go down only: a package knows those on lower floors, and none beside it."""
 
 import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-DOORS = ["rwkv_peft.train", "rwkv_peft.chat", "rwkv_peft.init", "rwkv_peft.run", "json2binidx", "merge"]
-MAKERS = [
-    "rwkv_peft." + r
-    for r in ("config", "rows", "adapters", "training", "generate", "bases", "tokenized", "vocabulary", "prompting")
-]
-MATERIALS = [
-    "rwkv_peft." + r
-    for r in (
-        "shell_vars",
-        "tokenizer",
-        "templates",
-        "checkpoint",
-        "safetensors_file",
-        "data",
-        "model",
-        "ops",
-        "machine",
-        "pictures",
-        "quantize",
-    )
-]
-GROUND = [
-    "rwkv_peft." + r
-    for r in (
-        "errors",
-        "names",
-        "words",
-        "roles",
-        "atomic",
-        "bus_error",
-        "file_watch",
-        "filetype",
-        "hashing",
-        "json_reader",
-        "native",
-        "pieces",
-        "straight",
-        "project",
-        "runs",
-        "methods",
-        "strategies",
-        "sidecars",
-        "step_log",
-        "terminal",
-        "zip_records",
-    )
-]
-FLOORS = [GROUND, MATERIALS, MAKERS, DOORS]
+PACKAGE = ROOT / "rwkv_peft"
+FLOORS = {
+    "cli": 9,
+    "chat": 8,
+    "merge": 7, "train": 7,
+    "preprocess": 6, "distributed": 6, "export": 6,
+    "checkpoint": 5, "config": 5,
+    "adapters": 4,
+    "data": 3, "model": 3,
+    "ops": 2, "quantize": 2, "text": 2,
+    "common": 1,
+}  # fmt: skip
+# what reads variables of the shell: commands, and what starts processes
+READS_ENVIRONMENT = {"cli/train.py", "config/shell.py", "train/resume.py"}
 
 
-def room_and_floor(module: str):
-    for number, rooms in enumerate(FLOORS):
-        for room in rooms:
-            if module == room or module.startswith(room + "."):
-                return room, number
-    return None
-
-
-def imports(path: Path):
-    package = list(path.relative_to(ROOT).with_suffix("").parts)[:-1]
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports(path: Path) -> Iterator[str]:
+    package = path.relative_to(ROOT).parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            stem = ".".join([*base, *(node.module or "").split(".")]).strip(".")
-            yield stem
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            stem = ".".join([*base, *([node.module] if node.module else [])])
             yield from (f"{stem}.{alias.name}" for alias in node.names)
 
 
-FILES = [p for folder in ("rwkv_peft", "json2binidx", "merge") for p in sorted((ROOT / folder).rglob("*.py"))]
+def files(package: str) -> list[Path]:
+    return sorted((PACKAGE / package).rglob("*.py"))
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_a_file_imports_only_from_floors_below_its_own(path):
-    module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-    here = room_and_floor(module)
-    if here is None:
-        assert module == "rwkv_peft", f"{module} has no place on a floor"
-        return
-    for name in imports(path):
-        there = room_and_floor(name)
-        if there and there[0] != here[0]:
-            ground = here[1] == there[1] == 0
-            assert there[1] < here[1] or ground, f"{module} imports {name}"
+def test_every_module_is_in_a_package_with_a_floor():
+    assert {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"} == set(FLOORS)
+    assert {path.name for path in PACKAGE.iterdir() if path.is_file()} == {"__init__.py", "run.sh"}
 
 
-def test_the_tokenizing_door_never_imports_torch():
-    for path in FILES:
-        if "json2binidx" in path.parts:
-            assert not any(name.split(".")[0] == "torch" for name in imports(path)), path
-    import subprocess
-    import sys
+@pytest.mark.parametrize("package", FLOORS)
+def test_a_package_imports_only_from_lower_floors(package):
+    assert files(package)
+    upward = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in files(package)
+        for name in imports(path)
+        if (match := re.match(r"rwkv_peft\.([a-z]\w*)", name))
+        and match[1] != package
+        and FLOORS[match[1]] >= FLOORS[package]
+    ]
+    assert not upward
 
-    code = (
-        "import sys, json2binidx.__main__, json2binidx.tokenize, json2binidx.preview; assert 'torch' not in sys.modules"
-    )
+
+def test_preprocessing_never_imports_torch():
+    for path in (*files("preprocess"), *files("text")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not any(name.split(".")[0] == "torch" for name in names), path
+    modules = "rwkv_peft.cli.tokenize, rwkv_peft.preprocess.tokenize, rwkv_peft.cli.preview"
+    code = f"import sys, {modules}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_the_environment_is_read_at_the_door_only(path):
-    if path.name != "shell_vars.py" and path.parent.name != "train":
-        assert "os.environ" not in path.read_text() and "getenv" not in path.read_text()
+def test_only_commands_read_the_environment():
+    readers = {
+        path.relative_to(PACKAGE).as_posix()
+        for package in FLOORS
+        for path in files(package)
+        if re.search(r"os\.environ|getenv", path.read_text(encoding="utf-8"))
+    }
+    assert readers <= READS_ENVIRONMENT
+
+
+def test_the_standalone_command_is_thin():
+    lines = [line for path in (ROOT / "json2binidx").glob("*.py") for line in path.read_text().splitlines()]
+    assert 0 < len(lines) < 40

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 from inprocess import tokenize
 
-from json2binidx.report import foreign_lines
-from rwkv_peft import tokenizer
-from rwkv_peft.roles import Role
-from rwkv_peft.rows import foreign_headings
-from rwkv_peft.rows.limits import Limits
-from rwkv_peft.rows.reading import Block
-from rwkv_peft.rows.recipe import Cook, Recipe
-from rwkv_peft.rows.stream import RowStream
-from rwkv_peft.templates.presets import PRESETS
+from rwkv_peft.preprocess import foreign_headings
+from rwkv_peft.preprocess.pipeline import EncodeConfig, RowEncoder
+from rwkv_peft.preprocess.reader import Block
+from rwkv_peft.preprocess.report import foreign_lines
+from rwkv_peft.preprocess.row_stream import RowStream
+from rwkv_peft.preprocess.truncate import Limits
+from rwkv_peft.text import tokenizer
+from rwkv_peft.text.presets import PRESETS
+from rwkv_peft.text.roles import Role
 
 TWO_TURNS = "User: Hi\n\nAssistant: Yo"
 FOUR_TURNS = "User: Hi\n\nAssistant: Yo\n\nUser: More\n\nAssistant: Ok"
@@ -68,7 +68,7 @@ HEADINGS = {
 
 def cook(*rows, template="rwkv-world", **options):
     data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    return Cook(Recipe(PRESETS[template], **options)).block(Block("x.jsonl", 1, data, 0))
+    return RowEncoder(EncodeConfig(PRESETS[template], **options)).block(Block("x.jsonl", 1, data, 0))
 
 
 def texts(made) -> list[str]:
@@ -332,7 +332,7 @@ def test_messages_that_are_json_inside_a_text_are_counted(words):
 
 def test_a_line_of_a_txt_file_is_the_line_of_the_finding():
     block = Block("x.txt", 1, [(1, {"text": "The lamp.\nIt is lit.\n<|endoftext|>\nThe ferry."})], 0)
-    made = Cook(Recipe(PRESETS["rwkv-world"])).block(block)
+    made = RowEncoder(EncodeConfig(PRESETS["rwkv-world"])).block(block)
     assert made.places["markers"][0].line == 3
 
 
@@ -348,7 +348,7 @@ def test_tokens_tell_the_rows_that_are_worth_a_look(context):
 def test_a_stream_says_it_once(tmp_path):
     path, said = tmp_path / "x.jsonl", []
     path.write_text('{"text": "fine"}\n{"text": "Q: a\\nA: b"}\n{"text": "Q: c\\nA: d"}\n')
-    stream = RowStream([path], Recipe(PRESETS["rwkv-world"]), "file", 1, 1, said.append).documents()
+    stream = RowStream([path], EncodeConfig(PRESETS["rwkv-world"]), "file", 1, 1, said.append).documents()
     for _ in range(9):
         next(stream)
     assert (

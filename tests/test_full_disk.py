@@ -12,9 +12,10 @@ import tiny
 import torch
 from inprocess import run, tokenize
 
-from rwkv_peft import atomic, bases, checkpoint, hashing, runs, sidecars
-from rwkv_peft.errors import UserError
-from rwkv_peft.train.results import Results
+from rwkv_peft.checkpoint import base_model, pth, run_dir, sidecars
+from rwkv_peft.common import atomic_io, hashing
+from rwkv_peft.common.errors import UserError
+from rwkv_peft.train.callbacks.checkpoint import CheckpointWriter
 
 PAST = 2**22 - 3  # the id of no process
 
@@ -48,7 +49,7 @@ def full_disk(monkeypatch, after: int):
     with monkeypatch.context() as patched:
         for name in ("pwrite", "fsync", "replace"):
             patched.setattr(os, name, counted(getattr(os, name), name == "replace"))
-        for module in (atomic, sidecars):  # (File closes it)
+        for module in (atomic_io, sidecars):  # (File closes it)
             patched.setattr(module, "open", lambda *a, **k: File(open(*a, **k)), raising=False)  # noqa: SIM115
         yield
 
@@ -60,7 +61,7 @@ def content(folder):
 @pytest.mark.parametrize("method", ["lora", pytest.param("lisa", marks=pytest.mark.slow)])
 def test_a_full_disk_at_any_write_keeps_the_best_checkpoint(ready, monkeypatch, method):
     tokenize(tiny.write_jsonl(ready / "data" / "chat.valid.jsonl", tiny.CHATS[:3]))
-    original, tried = Results.write, []
+    original, tried = CheckpointWriter.write, []
 
     def write(self, trained, epoch, finished, step, name=""):
         what = trained, epoch, finished, step, name
@@ -75,14 +76,14 @@ def test_a_full_disk_at_any_write_keeps_the_best_checkpoint(ready, monkeypatch, 
                 break
             except (OSError, UserError):
                 about = json.loads((folder / "rwkv-best.json").read_text())
-                bases.must_be_its_own(folder / "rwkv-best.pth", about)
+                base_model.check_sidecar(folder / "rwkv-best.pth", about)
                 assert about["step"] == step or content(folder) == before
         tried.append(step)
         assert content(folder).keys() == before.keys() and content(folder) != before and writes > 5
-        bases.must_be_its_own(folder / "rwkv-best.pth", json.loads((folder / "rwkv-best.json").read_text()))
+        base_model.check_sidecar(folder / "rwkv-best.pth", json.loads((folder / "rwkv-best.json").read_text()))
         return path
 
-    monkeypatch.setattr(Results, "write", write)
+    monkeypatch.setattr(CheckpointWriter, "write", write)
     run(
         ready, "one", FINETUNE_MODE=method, EPOCH_COUNT="3", KEEP_BEST="1", LR_INIT="1e-3", LR_FINAL="1e-3", lisa_r="1",
         lisa_k="2", PRECISION="bf16" if method == "lisa" else "fp32",
@@ -92,8 +93,8 @@ def test_a_full_disk_at_any_write_keeps_the_best_checkpoint(ready, monkeypatch, 
 
 def pair(folder, value: float, name: str = "rwkv-best"):
     path = folder / f"{name}.pth"
-    checkpoint.save(path, {"a": torch.full((8,), value)})
-    atomic.write_json(path.with_suffix(".json"), {"step": int(value), "checkpoint_sha256": hashing.sha256(path)})
+    pth.save(path, {"a": torch.full((8,), value)})
+    atomic_io.write_json(path.with_suffix(".json"), {"step": int(value), "checkpoint_sha256": hashing.sha256(path)})
     return path
 
 
@@ -108,8 +109,8 @@ def torn(tmp_path):
 def test_a_pair_whose_writer_was_killed_between_the_renames_is_completed_by_its_reader(torn):
     path, fresh = torn
     os.replace(fresh, f"{path}.tmp-{PAST}")
-    bases.must_be_its_own(path, sidecars.read(path, ()))
-    assert checkpoint.load(path)["a"][0] == 2
+    base_model.check_sidecar(path, sidecars.read(path, ()))
+    assert pth.load(path)["a"][0] == 2
 
 
 def test_a_half_written_checkpoint_is_not_taken_for_the_one_of_the_sidecar(torn):
@@ -118,20 +119,20 @@ def test_a_half_written_checkpoint_is_not_taken_for_the_one_of_the_sidecar(torn)
     with open(f"{path}.tmp-{PAST}", "r+b") as file:
         file.truncate(100)
     with pytest.raises(UserError, match="is not the file that its .json was written with"):
-        bases.must_be_its_own(path, sidecars.read(path, ()))
+        base_model.check_sidecar(path, sidecars.read(path, ()))
 
 
 @pytest.mark.parametrize("renamed", [False, True], ids=["before the sidecar's rename", "after it"])
 def test_leaving_in_the_middle_of_a_save_leaves_the_earlier_checkpoint_or_the_new_one(tmp_path, renamed):
     path = pair(tmp_path, 1)
     fresh = pair(tmp_path, 2, "fresh")
-    os.replace(fresh, atomic.temporary(path))
+    os.replace(fresh, atomic_io.temp_path(path))
     if renamed:
         os.replace(fresh.with_suffix(".json"), path.with_suffix(".json"))
-    runs.abandon(tmp_path)
+    run_dir.remove_partial_files(tmp_path)
     about = sidecars.read(path, ())
-    bases.must_be_its_own(path, about)
-    assert about["step"] == checkpoint.load(path)["a"][0] == 1 + renamed
+    base_model.check_sidecar(path, about)
+    assert about["step"] == pth.load(path)["a"][0] == 1 + renamed
     assert not list(tmp_path.glob("*.tmp-*"))
 
 

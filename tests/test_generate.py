@@ -6,14 +6,15 @@ import pytest
 import tiny
 import torch
 
-from rwkv_peft import chat, tokenizer
-from rwkv_peft.file_watch import FileWatch
-from rwkv_peft.generate import advance, choose, generate
+from rwkv_peft.checkpoint.prompt_format import Prompting
+from rwkv_peft.cli import chat
+from rwkv_peft.common.file_watch import FileWatch
+from rwkv_peft.model.generate import advance, choose, generate
 from rwkv_peft.model.rwkv import build, for_generating
-from rwkv_peft.prompting import Prompting
-from rwkv_peft.roles import Role
-from rwkv_peft.templates.presets import PRESETS
-from rwkv_peft.templates.template import Message
+from rwkv_peft.text import tokenizer
+from rwkv_peft.text.presets import PRESETS
+from rwkv_peft.text.roles import Role
+from rwkv_peft.text.template import Message
 
 
 def follow(text: str, end: bool = True):
@@ -71,7 +72,7 @@ def test_sampling_takes_only_the_share_it_may_and_the_seed_decides():
 def test_a_prompt_in_pieces_is_the_prompt_at_once(monkeypatch):
     model, ids = tiny.model(shape=tiny.geometry(2, 32, 64, 16)), list(range(1, 60))
     whole, _ = advance(model, ids)
-    monkeypatch.setattr("rwkv_peft.generate.PREFILL", 7)
+    monkeypatch.setattr("rwkv_peft.model.generate.PREFILL", 7)
     torch.testing.assert_close(advance(model, ids)[0], whole, rtol=1e-4, atol=1e-4)
 
 
@@ -87,7 +88,7 @@ def test_a_talk_goes_on_from_exactly_what_the_whole_conversation_would_give(monk
         fed.append((list(ids), state is None))
         return original(m, ids, state)
 
-    monkeypatch.setattr("rwkv_peft.generate.advance", watch)
+    monkeypatch.setattr("rwkv_peft.model.generate.advance", watch)
     config = chat.ChatConfig("", "", "rwkv-world", "auto", "Be brief.", 5, 0.0, 1.0, 0, 0, "fp32")
     chat.talk(model, config, Prompting(PRESETS["rwkv-world"]), "tiny", FileWatch("it was opened", ""))
     turn = [Message(Role.SYSTEM, "Be brief."), Message(Role.USER, "你好。"), Message(Role.ASSISTANT, "好的。")]
@@ -109,7 +110,7 @@ def test_ctrl_c_while_a_question_is_read_forgets_it_and_the_talk_goes_on(monkeyp
             raise KeyboardInterrupt
         return original(m, ids, state)
 
-    monkeypatch.setattr("rwkv_peft.generate.advance", interrupted)
+    monkeypatch.setattr("rwkv_peft.model.generate.advance", interrupted)
     chat.talk(
         model,
         chat.ChatConfig("", "", "rwkv-world", "auto", "", 5, 0.0, 1.0, 0, 0, "fp32"),
@@ -167,7 +168,7 @@ def test_a_model_for_generating_says_what_the_model_says(backend, stored):
 
 
 def test_top_k_leaves_only_the_likeliest_and_comes_before_top_p():
-    from rwkv_peft.generate import choose
+    from rwkv_peft.model.generate import choose
 
     logits = torch.log(torch.tensor([0.4, 0.3, 0.2, 0.1]))
     draw = lambda **how: {choose(logits, 1.0, generator=torch.Generator().manual_seed(i), **how) for i in range(200)}  # noqa: E731

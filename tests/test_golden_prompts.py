@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_peft import tokenizer
-from rwkv_peft.roles import Role
-from rwkv_peft.rows.encode import Pieces, encode_row
-from rwkv_peft.templates.presets import ABOUT, PRESETS
-from rwkv_peft.templates.template import Dialogue, Message
+from rwkv_peft.preprocess.encode import Pieces, encode_row
+from rwkv_peft.text import tokenizer
+from rwkv_peft.text.presets import ABOUT, PRESETS
+from rwkv_peft.text.roles import Role
+from rwkv_peft.text.template import Dialogue, Message
 
 S, U, A, T = Role.SYSTEM, Role.USER, Role.ASSISTANT, Role.TOOL
 FLOWER, BORDER = 10060, "✿"

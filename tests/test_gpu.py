@@ -7,8 +7,8 @@ import test_graphs
 import torch
 from inprocess import run
 
-from rwkv_peft.ops import dispatch, proof
-from rwkv_peft.training.graphs import Graphs
+from rwkv_peft.ops import dispatch, kernel_check
+from rwkv_peft.train.cuda_graphs import Graphs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 
@@ -21,7 +21,7 @@ CASES = [(version, name) for version in dispatch.WKV for name in dispatch.every_
 def test_a_backend_computes_what_the_definition_says(version, dtype, backend):
     if backend == "fla" and not importlib.util.find_spec("fla"):
         pytest.skip("needs fla-core: pip install -r requirements-fla.txt")
-    found = proof.prove(version, dispatch.every_way(version, "cuda")[backend], "cuda", dtype)
+    found = kernel_check.check_against_reference(version, dispatch.every_way(version, "cuda")[backend], "cuda", dtype)
     assert found.passed, found
 
 

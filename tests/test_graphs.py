@@ -11,18 +11,18 @@ import torch
 from conftest import few
 from inprocess import run
 
-from rwkv_peft import config
-from rwkv_peft.adapters import attach
-from rwkv_peft.data.loading import Batch
-from rwkv_peft.errors import Problems, UserError
-from rwkv_peft.methods import OPTIMS
+from rwkv_peft.adapters import inject
+from rwkv_peft.adapters.specs import OPTIMS
+from rwkv_peft.common.errors import SettingErrors, UserError
+from rwkv_peft.config import train
+from rwkv_peft.data.dataset import Batch
 from rwkv_peft.model.rwkv import build
 from rwkv_peft.ops import dispatch
-from rwkv_peft.ops.cuda import chunk7, memory
-from rwkv_peft.training import graphs
-from rwkv_peft.training.estimate import memory_bytes
-from rwkv_peft.training.graphs import Graphs, Recorded
-from rwkv_peft.training.report import recorded_shapes
+from rwkv_peft.ops.cuda import wkv7_chunked, workspace
+from rwkv_peft.train import cuda_graphs
+from rwkv_peft.train.cuda_graphs import Graphs, Recorded
+from rwkv_peft.train.memory_estimate import memory_bytes
+from rwkv_peft.train.report import recorded_shapes
 
 BORDERS = (0, 8, 16, 24)
 
@@ -51,7 +51,7 @@ def stand_in(body, x, wanted, change=lambda tensors: tensors):
 
 @pytest.fixture
 def said(monkeypatch):
-    monkeypatch.setattr(graphs, "record", stand_in)
+    monkeypatch.setattr(cuda_graphs, "record", stand_in)
     return []
 
 
@@ -61,7 +61,7 @@ def learner(method="lora", version="x070", recompute="nothing", dropout=0.0, sai
     shape = tiny.geometry(version=version)
     model = build(shape, tiny.tensors(0, shape), dispatch.made(op, version), torch.float32, recompute)
     options = {"rank": 4, "alpha": 8.0} if method == "lora" else {}
-    attach.adapt(model, attach.Setup(method, options, ("att", "ffn"), dropout, **more), torch.float32)
+    inject.inject_adapters(model, inject.AdapterConfig(method, options, ("att", "ffn"), dropout, **more), torch.float32)
     model.train()
     if said is not None:
         model.replay = Graphs(model, said.append)
@@ -104,7 +104,7 @@ def test_what_is_replayed_learns_the_same_to_the_last_bit(said, version, method,
 
 
 def test_some_shapes_are_recorded_at_their_third_time_and_all_others_go_one_by_one(said, monkeypatch):
-    monkeypatch.setattr(graphs, "MOST", 2)
+    monkeypatch.setattr(cuda_graphs, "MOST", 2)
     three = [(0, 12, 24), (0, 10, 24), (0, 24)]
     plain, replayed = learner(), learner(said=said)
     steps(replayed, 2, 2, three[:2])
@@ -131,7 +131,7 @@ def test_what_replays_something_else_is_not_used_and_that_is_told(said, monkeypa
             return stand_in(lambda x: body(x) * 1.01, x, wanted)
         return stand_in(body, x, wanted, changes[wrong])
 
-    monkeypatch.setattr(graphs, "record", record)
+    monkeypatch.setattr(cuda_graphs, "record", record)
     plain, tried = learner(), learner(said=said)
     assert all(torch.equal(a, b) for a, b in zip(steps(plain), steps(tried), strict=True))
     assert len(said) == 1 and "CUDA graphs are not used: ValueError: replayed, the blocks compute something" in said[0]
@@ -142,7 +142,7 @@ def test_what_cannot_be_recorded_is_told_once_and_changes_nothing(said, monkeypa
         torch.rand(1)
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
 
-    monkeypatch.setattr(graphs, "record", fails)
+    monkeypatch.setattr(cuda_graphs, "record", fails)
     plain, tried = learner(dropout=0.2), learner(dropout=0.2, said=said)
     torch.manual_seed(1)
     wanted = steps(plain)
@@ -157,9 +157,9 @@ def test_a_recording_that_breaks_off_ends_the_run(said, monkeypatch):
     """What CUDA has begun cannot be taken back: going on would be wrong in ways that nobody sees."""
 
     def breaks(body, x, wanted):
-        raise graphs.Broken("RuntimeError: operation not permitted")
+        raise cuda_graphs.Broken("RuntimeError: operation not permitted")
 
-    monkeypatch.setattr(graphs, "record", breaks)
+    monkeypatch.setattr(cuda_graphs, "record", breaks)
     with pytest.raises(UserError, match="cannot be recorded here .*not permitted.*Set CUDA_GRAPHS=0"):
         steps(learner(said=said))
 
@@ -171,7 +171,7 @@ def test_dropout_is_out_of_the_comparison_and_in_what_is_replayed(said, monkeypa
         recorded.append({m.dropout for m in model.modules() if hasattr(m, "dropout")})
         return stand_in(body, x, wanted)
 
-    monkeypatch.setattr(graphs, "record", record)
+    monkeypatch.setattr(cuda_graphs, "record", record)
     model = learner(dropout=0.2, said=said)
     steps(model, 1)
     dice = torch.random.get_rng_state()
@@ -201,14 +201,14 @@ def test_what_hands_on_states_or_wants_no_gradient_is_never_replayed(said):
 
 def test_a_recording_keeps_the_tables_whose_addresses_it_has():
     spans = ((0, 3), (3, 70))
-    with memory.keeping() as held:
-        first, second = memory.tables(spans, torch.device("cpu")), chunk7.tables(spans, torch.device("cpu"))
-        assert memory.tables(spans, torch.device("cpu")) is first
-    memory.tables(spans, torch.device("cpu"))
+    with workspace.keeping() as held:
+        first, second = workspace.tables(spans, torch.device("cpu")), wkv7_chunked.tables(spans, torch.device("cpu"))
+        assert workspace.tables(spans, torch.device("cpu")) is first
+    workspace.tables(spans, torch.device("cpu"))
     assert [id(x) for x in held] == [id(first), id(second), id(first)]
 
 
-@pytest.mark.parametrize("lengths, shapes", [(None, 1), ("8 16", 2), ("2 4 8 16 32 64", graphs.MOST)])
+@pytest.mark.parametrize("lengths, shapes", [(None, 1), ("8 16", 2), ("2 4 8 16 32 64", cuda_graphs.MOST)])
 def test_the_estimate_of_memory_counts_the_passes_that_recordings_keep(lengths, shapes):
     settings = {"CUDA_GRAPHS": True, "DATALOAD": "bucket" if lengths else "pad", "TRAIN_LENGTHS": lengths}
     assert recorded_shapes(settings) == shapes and recorded_shapes(settings | {"CUDA_GRAPHS": False}) == 0
@@ -225,11 +225,11 @@ def test_the_estimate_of_memory_counts_the_passes_that_recordings_keep(lengths, 
 
 
 def test_without_a_gpu_they_are_refused(ready):
-    with pytest.raises(Problems, match="CUDA_GRAPHS.*is for GPUs, and none was found; use 0"):
+    with pytest.raises(SettingErrors, match="CUDA_GRAPHS.*is for GPUs, and none was found; use 0"):
         run(ready, CUDA_GRAPHS="1", GRAD_CP="0")
 
 
 def test_kernels_that_they_are_not_for_are_told(ready, monkeypatch, capsys):
-    monkeypatch.setattr(config, "graph_problems", lambda given: [])
+    monkeypatch.setattr(train, "graph_problems", lambda given: [])
     run(ready, CUDA_GRAPHS="1", GRAD_CP="0")
     assert "CUDA graphs are not used: they are for OP=cuda, and this run computes with" in capsys.readouterr().out

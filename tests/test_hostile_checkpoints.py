@@ -15,8 +15,9 @@ from test_chat import load
 from test_merge import merge
 from test_scripts import ROOT
 
-from rwkv_peft import checkpoint, train
-from rwkv_peft.errors import Problems, UserError
+from rwkv_peft.checkpoint import pth as checkpoint
+from rwkv_peft.cli import train
+from rwkv_peft.common.errors import SettingErrors, UserError
 
 
 class Zip:
@@ -237,7 +238,7 @@ def test_a_hostile_file_gets_the_same_words_at_every_door(ready, files, name):
     path = files / f"{[*FILES].index(name)}.pth"
     said = []
     for door in DOORS:
-        with pytest.raises((UserError, Problems), match=f"{path.name}: .*({FILES[name][1]})") as refused:
+        with pytest.raises((UserError, SettingErrors), match=f"{path.name}: .*({FILES[name][1]})") as refused:
             door(path)
         said.append(str(refused.value).partition(f"{path.name}: ")[2].splitlines()[0])
     assert len({*said}) == 1
@@ -255,11 +256,11 @@ def test_what_a_pickle_announces_to_remember_costs_no_memory(tmp_path):
 
 def must_cost_no_memory(path):
     code = (
-        "import sys; from rwkv_peft import checkpoint; from rwkv_peft.errors import UserError\n"
+        "import sys; from rwkv_peft.checkpoint import pth; from rwkv_peft.common.errors import UserError\n"
         "from pathlib import Path\n"
         "most = lambda: int(Path('/proc/self/status').read_text().partition('VmHWM:')[2].split()[0])\n"
         "before = most()\n"
-        "try: checkpoint.describe(sys.argv[1])\nexcept UserError: pass\n"
+        "try: pth.read_header(sys.argv[1])\nexcept UserError: pass\n"
         "assert most() - before < 100_000"
     )
     subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, check=True)

@@ -4,9 +4,9 @@ import pytest
 import tiny
 import torch
 
-from rwkv_peft.adapters import attach
+from rwkv_peft.adapters import inject
 from rwkv_peft.ops.loss import linear_cross_entropy
-from rwkv_peft.training.infctx import MODES, chunked_loss, cut
+from rwkv_peft.train.infctx import MODES, chunked_loss, cut
 
 BORDERS = (0, 5, 41, 42, 90)
 
@@ -19,15 +19,15 @@ def adapted(version, setup, **options):
     """A model whose adapters are not fresh, in float64 throughout."""
     torch.manual_seed(3)
     model = tiny.model(shape=shape_of(version), dtype=torch.float64, **options)
-    attach.adapt(model, setup)
+    inject.inject_adapters(model, setup)
     with torch.no_grad():
-        for p in attach.trained(model).values():
+        for p in inject.trainable_params(model).values():
             p.add_(torch.randn(p.shape) * 0.1)
     return model.double()
 
 
-LORA = attach.Setup("lora", {"rank": 4, "alpha": 8.0}, ("att", "ffn", "ln", "time", "emb", "head"))
-STATE = attach.Setup("state", {"shifts": True})
+LORA = inject.AdapterConfig("lora", {"rank": 4, "alpha": 8.0}, ("att", "ffn", "ln", "time", "emb", "head"))
+STATE = inject.AdapterConfig("state", {"shifts": True})
 
 
 def batch(tokens: int = 90):
@@ -42,7 +42,7 @@ def whole(model, ids, positions, targets, borders=BORDERS):
 
 
 def gradients(model, loss):
-    return torch.autograd.grad(loss, list(attach.trained(model).values()), materialize_grads=True)
+    return torch.autograd.grad(loss, list(inject.trainable_params(model).values()), materialize_grads=True)
 
 
 @pytest.mark.parametrize("version", tiny.VERSIONS)
@@ -93,7 +93,7 @@ def test_chunks_without_a_target_are_no_nan(mode):
 
 
 def test_dropout_falls_alike_in_both_passes_of_full_and_as_in_one_pass():
-    setup = attach.Setup("lora", {"rank": 4, "alpha": 8.0}, ("att", "ffn"), dropout=0.5)
+    setup = inject.AdapterConfig("lora", {"rank": 4, "alpha": 8.0}, ("att", "ffn"), dropout=0.5)
     model, (ids, positions, targets) = adapted("x070", setup).train(), batch()
     losses = []
     for mode in MODES:
@@ -108,7 +108,7 @@ def test_dropout_falls_alike_in_both_passes_of_full_and_as_in_one_pass():
 
 @pytest.mark.parametrize("recompute", ["nothing", "cheap", "blocks"])
 def test_gradient_checkpointing_inside_chunks_changes_nothing(recompute):
-    setup = attach.Setup("miss", {"rank": 4}, ("att", "ffn"))
+    setup = inject.AdapterConfig("miss", {"rank": 4}, ("att", "ffn"))
     ids, positions, targets = batch()
     plain = adapted("x060", setup)
     model = adapted("x060", setup, recompute=recompute)

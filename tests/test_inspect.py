@@ -11,9 +11,10 @@ from conftest import EVERYTHING
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from json2binidx import index_faults, inspect
-from rwkv_peft import tokenizer
+from rwkv_peft.cli import inspect
+from rwkv_peft.data import check_index
 from rwkv_peft.data.binidx import Writer
+from rwkv_peft.text import tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPE = {1: "B", 2: "b", 3: "h", 4: "i", 5: "q", 6: "d", 7: "d", 8: "H"}
@@ -97,7 +98,7 @@ def test_small_blocks_tell_what_large_ones_do(pair, capsys, monkeypatch):
     )  # half a character
     large = look(capsys, pair)
     for block in (1, 2, 3, 7):
-        monkeypatch.setattr(index_faults, "BLOCK", block)
+        monkeypatch.setattr(check_index, "BLOCK", block)
         assert look(capsys, pair) == large
     assert f"in 1 of {len(ROWS)} rows, the first is row 1" in large[1]
 
@@ -245,7 +246,7 @@ def grow(path: Path, more: bytes) -> None:
 @pytest.mark.parametrize("kind", DAMAGE)
 @pytest.mark.parametrize("block", [1, 2, 1 << 16])
 def test_a_torn_file_is_told_with_its_exact_place(pair, capsys, monkeypatch, kind, block):
-    monkeypatch.setattr(index_faults, "BLOCK", block)
+    monkeypatch.setattr(check_index, "BLOCK", block)
     damage, sentences = DAMAGE[kind]
     damage(pair)
     code, out, err = look(capsys, pair)
@@ -326,7 +327,7 @@ def test_the_command_works_alone_and_never_imports_torch(pair):
     cut(idx(pair), 40)
     torn = subprocess.run([*call, str(pair)], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
     assert torn.returncode == 2 and "Traceback" not in torn.stderr
-    code = "import sys, json2binidx.inspect as i; i.main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    code = "import sys, rwkv_peft.cli.inspect as i; i.main(sys.argv[1:]); assert 'torch' not in sys.modules"
     by_description(pair, ROWS)
     subprocess.run([sys.executable, "-c", code, str(pair)], cwd=ROOT, check=True, capture_output=True)
 
@@ -341,7 +342,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
         writer.commit()
     by_description(tmp_path / "small", ROWS)
     code = (
-        "import resource, sys, json2binidx.inspect as i; i.main([sys.argv[1], '--rows', '0']); "
+        "import resource, sys, rwkv_peft.cli.inspect as i; i.main([sys.argv[1], '--rows', '0']); "
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
     peak = {}

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from rwkv_peft.rows.schemas import Reader
-from rwkv_peft.templates import custom
-from rwkv_peft.templates.jinja import PROBES, cleaning_of, jinja, literal
-from rwkv_peft.templates.presets import PRESETS
-from rwkv_peft.templates.template import ENDINGS, Template, clean, clean_answer, lines, tidy, tidy_answer
+from rwkv_peft.preprocess.schemas import Reader
+from rwkv_peft.text import template_file
+from rwkv_peft.text.chat_template import PROBES, cleaning_of, jinja, literal
+from rwkv_peft.text.presets import PRESETS
+from rwkv_peft.text.template import ENDINGS, Template, clean, clean_answer, lines, tidy, tidy_answer
 
 jinja2 = pytest.importorskip("jinja2")
 
@@ -129,6 +129,6 @@ def test_a_literal_is_the_text(text):
 def test_a_users_own_file_has_a_chat_template(tmp_path):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({"format_user": "Q: {{content}}", "format_assistant": "A: {{content}}"}))
-    form = custom.load(path)
+    form = template_file.load(path)
     messages = [{"role": "user", "content": "Hi"}]
     assert rendered(form, "x17", messages) == prompt(form, "x17", messages) == "Q: Hi\n\nA:"

@@ -1,13 +1,13 @@
-"""rows/json_keys.py against the parser."""
+"""preprocess/json_keys.py against the parser."""
 
 import json
 import random
 
 import pytest
 
-from rwkv_peft.rows import json_keys, split_column
-from rwkv_peft.rows.reading import Block
-from rwkv_peft.rows.recipe import keys_of
+from rwkv_peft.preprocess import json_keys, split_column
+from rwkv_peft.preprocess.pipeline import keys_of
+from rwkv_peft.preprocess.reader import Block
 
 TEXTS = ("a", '"', '":', '\\":', "\\", "\\\\", "：", '"：', " :", "：:", "}", "b: c", '{"k": 1}', "")
 

@@ -6,16 +6,18 @@ import os
 import pytest
 from inprocess import config, run
 
-from rwkv_peft import json_reader, sidecars, step_log, train
-from rwkv_peft.adapters.foreign import read_config
+from rwkv_peft.adapters.hf_peft import read_config
 from rwkv_peft.chat import diagnose
+from rwkv_peft.checkpoint import sidecars, step_log, train_state
+from rwkv_peft.cli import train
+from rwkv_peft.common import json_reader
+from rwkv_peft.common.errors import SettingErrors, UserError
 from rwkv_peft.data import report_file
-from rwkv_peft.errors import Problems, UserError
-from rwkv_peft.rows.keys import columns
-from rwkv_peft.templates import custom
-from rwkv_peft.tokenized import bos_of, form_of
-from rwkv_peft.training import snapshot, validate
-from rwkv_peft.vocabulary import what_is_wrong
+from rwkv_peft.data.tokenized_files import bos_of, form_of
+from rwkv_peft.data.vocabulary_check import what_is_wrong
+from rwkv_peft.preprocess.keys import columns
+from rwkv_peft.text import template_file
+from rwkv_peft.train.callbacks import validation
 
 # text of a file -> what is said of it
 HOSTILE = {
@@ -83,7 +85,7 @@ def sidecar(path, tmp_path):
 
 
 def template(path, tmp_path):
-    custom.load(path)
+    template_file.load(path)
 
 
 def peft_config(path, tmp_path):
@@ -94,7 +96,7 @@ def manifest(path, tmp_path):
     folder = tmp_path / "run/state/step-000003"
     folder.mkdir(parents=True)
     path.rename(folder / "manifest.json")
-    snapshot.described(folder)
+    train_state.read_manifest(folder)
 
 
 def report(path, tmp_path):
@@ -120,7 +122,7 @@ def test_every_reader_of_a_file_names_it_and_what_is_wrong(tmp_path, read, text,
 @pytest.mark.parametrize("name", [n for n in HOSTILE if n not in ("not UTF-8", "UTF-16", "empty")])
 def test_settings_of_json_are_refused_by_their_name(variable, name):
     text, words = HOSTILE[name]
-    with pytest.raises(Problems, match=f"{variable}.*{words}"):
+    with pytest.raises(SettingErrors, match=f"{variable}.*{words}"):
         columns(*([text.decode()] if variable == "MAP_KEYS" else ["", text.decode()]))
 
 
@@ -131,7 +133,7 @@ def test_a_line_of_a_log_that_cannot_be_read_costs_no_other(tmp_path, text, word
     for name in ("loss.jsonl", "valid.jsonl"):
         lines = [json.dumps(whole).encode() + b"\n", line, json.dumps(whole | {"step": 3}).encode() + b"\n"]
         (tmp_path / name).write_bytes(b"".join(lines))
-    for records in (step_log.read(tmp_path), validate.read(tmp_path), step_log.cut(tmp_path, 9)[0]):
+    for records in (step_log.read(tmp_path), validation.read(tmp_path), step_log.cut(tmp_path, 9)[0]):
         assert [record["step"] for record in records] == [1, 3]
 
 
@@ -174,7 +176,7 @@ def facts():
         "format": 1, "step": 3, "steps": 9, "finished": False, "world": 1, "settings": {}, "became": {}, "plan": {"rows": 2},
         "base": {"name": "x.pth", "sha256": "0" * 64, "mark": None}, "data": {"files": [{"name": "x", "sample": None}]},
         "options": {}, "start_sha256": None, "optimizer": {}, "scaler": None, "tokens": 7, "blocks": None, "wandb": None,
-        "files": {f"{part}.safetensors": {"bytes": 1, "sha256": "0" * 64} for part in snapshot.PARTS},
+        "files": {f"{part}.safetensors": {"bytes": 1, "sha256": "0" * 64} for part in train_state.PARTS},
     }  # fmt: skip
 
 
@@ -183,27 +185,27 @@ def test_a_manifest_of_wrong_types_and_a_right_checksum_is_refused(tmp_path, fac
     folder = tmp_path / "run/state/step-000003"
     folder.mkdir(parents=True)
     content = {**facts, field: value}
-    (folder / "manifest.json").write_text(json.dumps({**content, "sha256": snapshot.checksum(content)}))
+    (folder / "manifest.json").write_text(json.dumps({**content, "sha256": train_state.checksum(content)}))
     with pytest.raises(UserError, match="manifest.json: "):
-        snapshot.described(folder)
+        train_state.read_manifest(folder)
 
 
 def test_a_manifest_as_a_run_writes_it_is_read(tmp_path, facts):
     folder = tmp_path / "run/state/step-000003"
     folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text(json.dumps({**facts, "sha256": snapshot.checksum(facts)}))
-    assert snapshot.described(folder).step == 3
+    (folder / "manifest.json").write_text(json.dumps({**facts, "sha256": train_state.checksum(facts)}))
+    assert train_state.read_manifest(folder).step == 3
 
 
 def reseal(folder):
     """Give a state that was changed the checksums of what it holds."""
-    from rwkv_peft import hashing
+    from rwkv_peft.common import hashing
 
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["sha256"]
     for name in manifest["files"]:
         manifest["files"][name]["sha256"] = hashing.sha256(folder / name)
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "sha256": snapshot.checksum(manifest)}))
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "sha256": train_state.checksum(manifest)}))
 
 
 @pytest.mark.parametrize(

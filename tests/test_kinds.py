@@ -11,9 +11,9 @@ import pytest
 import zstandard
 from test_files import rows_in
 
-from rwkv_peft.errors import UserError
-from rwkv_peft.rows import files
-from rwkv_peft.rows.files import blocks
+from rwkv_peft.common.errors import UserError
+from rwkv_peft.preprocess import files
+from rwkv_peft.preprocess.files import blocks
 
 ROWS = [{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()

@@ -11,10 +11,11 @@ import test_merge
 from inprocess import config, run, tokenize
 from test_resume import BASE, interrupted, saved
 
-from rwkv_peft import atomic, bases, hashing, project, runs, sidecars, train
-from rwkv_peft.errors import Problems, UserError
-from rwkv_peft.file_watch import FileWatch
-from rwkv_peft.training import snapshot
+from rwkv_peft.checkpoint import base_model, run_dir, sidecars, train_state
+from rwkv_peft.cli import train
+from rwkv_peft.common import atomic_io, hashing, paths
+from rwkv_peft.common.errors import SettingErrors, UserError
+from rwkv_peft.common.file_watch import FileWatch
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def kinds(path, theirs):
     ):  # fmt: skip
         make()
         yield
-        atomic.remove(path)
+        atomic_io.remove(path)
 
 
 def test_a_new_file_takes_the_place_of_anything_but_a_folder(tmp_path, theirs):
@@ -41,18 +42,18 @@ def test_a_new_file_takes_the_place_of_anything_but_a_folder(tmp_path, theirs):
     for _ in kinds(path, theirs):
         if path.is_dir() and not path.is_symlink():
             with pytest.raises(UserError, match="x.json: is a folder, and a file of this name"):
-                atomic.write_json(path, {})
+                atomic_io.write_json(path, {})
         else:
-            atomic.write_json(path, {})
+            atomic_io.write_json(path, {})
             assert path.read_text() == "{}\n" and path.stat().st_nlink == 1
     assert theirs.read_text() == "dear diary\n"
 
 
 def test_what_stands_at_a_temporary_name_goes(tmp_path, theirs):
     path = tmp_path / "x.json"
-    for _ in kinds(atomic.temporary(path), theirs):
-        atomic.write_json(path, {})
-        assert not os.path.lexists(atomic.temporary(path))
+    for _ in kinds(atomic_io.temp_path(path), theirs):
+        atomic_io.write_json(path, {})
+        assert not os.path.lexists(atomic_io.temp_path(path))
     assert theirs.read_text() == "dear diary\n"
 
 
@@ -61,9 +62,9 @@ def test_lines_are_added_to_a_file_of_one_name_only(tmp_path, theirs):
     for _ in kinds(path, theirs):
         if path.is_symlink() or not path.is_file():
             with pytest.raises(UserError, match="x.jsonl: is a .*lines are added only to a file that lies here itself"):
-                atomic.appending(path)
+                atomic_io.appending(path)
         else:
-            with atomic.appending(path) as file:
+            with atomic_io.appending(path) as file:
                 file.write("more\n")
             assert path.read_text() in ("dear diary\nmore\n", "oldmore\n")
     assert theirs.read_text() == "dear diary\n"
@@ -73,17 +74,17 @@ def test_nothing_but_a_file_is_read_and_nothing_waited_for(tmp_path, theirs):
     path = tmp_path / "x"
     for _ in kinds(path, theirs):
         if path.is_file():
-            with atomic.reading(path) as file:
+            with atomic_io.reading(path) as file:
                 file.read()
         else:
             with pytest.raises(OSError):
-                atomic.reading(path)
+                atomic_io.reading(path)
             with pytest.raises(OSError):
                 hashing.sha256(path)
             with pytest.raises(OSError):
                 hashing.sample(path)
     with pytest.raises(OSError, match="is a device, and a file is needed"):
-        atomic.reading("/dev/zero")
+        atomic_io.reading("/dev/zero")
 
 
 def test_a_link_is_removed_and_what_it_leads_to_stays(tmp_path, theirs):
@@ -95,7 +96,7 @@ def test_a_link_is_removed_and_what_it_leads_to_stays(tmp_path, theirs):
     for name in ("link", "tree", "missing"):
         if name == "link":
             (tmp_path / name).symlink_to(folder)
-        atomic.remove(tmp_path / name)
+        atomic_io.remove(tmp_path / name)
         assert not os.path.lexists(tmp_path / name)
     assert (folder / "kept").exists()
 
@@ -104,13 +105,13 @@ def test_a_link_is_removed_and_what_it_leads_to_stays(tmp_path, theirs):
 def test_leftovers_of_any_number_are_no_error(tmp_path, pid):
     left = tmp_path / f"x.tmp-{pid}"
     left.mkdir()
-    atomic.clear_leftovers(tmp_path / "x")
+    atomic_io.remove_stale_temps(tmp_path / "x")
     assert left.exists() == (pid not in ("9" * 30, "4194303"))
 
 
 def claimed(name: str = "run", goes_on: bool = False):
     with contextlib.ExitStack() as cleanup:
-        return runs.claim(name, "stem", cleanup, goes_on)
+        return run_dir.lock_run_dir(name, "stem", cleanup, goes_on)
 
 
 @pytest.mark.parametrize("name", ["run", ""])
@@ -118,8 +119,8 @@ def claimed(name: str = "run", goes_on: bool = False):
     "what", ["the run is a file", "a FIFO", "a link to nothing", "output is a link to nothing", "output is a file"]
 )
 def test_a_run_without_a_folder_ends_in_a_sentence(project_folder, monkeypatch, what, name):
-    monkeypatch.setattr(runs.time, "strftime", lambda _: "now")
-    output, folder = project.OUTPUT, project.OUTPUT / (name or "stem-now")
+    monkeypatch.setattr(run_dir.time, "strftime", lambda _: "now")
+    output, folder = paths.OUTPUT, paths.OUTPUT / (name or "stem-now")
     if what.startswith("output"):
         output.rmdir()
     path = output if what.startswith("output") else folder
@@ -133,7 +134,7 @@ def test_a_run_without_a_folder_ends_in_a_sentence(project_folder, monkeypatch, 
 
 
 def test_a_log_of_several_names_is_locked_before_its_copy_is_to_be_seen(project_folder, theirs, monkeypatch):
-    folder = project.OUTPUT / "run"
+    folder = paths.OUTPUT / "run"
     folder.mkdir()
     os.link(theirs, folder / "loss.jsonl")
     replace = os.replace
@@ -146,31 +147,31 @@ def test_a_log_of_several_names_is_locked_before_its_copy_is_to_be_seen(project_
 
     monkeypatch.setattr(os, "replace", checked)
     with contextlib.ExitStack() as cleanup:
-        runs.claim("run", "stem", cleanup)
-        assert runs.is_running(folder)
-        with pytest.raises(Problems, match="has just been taken"):
+        run_dir.lock_run_dir("run", "stem", cleanup)
+        assert run_dir.is_running(folder)
+        with pytest.raises(SettingErrors, match="has just been taken"):
             claimed()
-    assert theirs.read_text() == "dear diary\n" and (folder / runs.BEFORE).read_text() == "dear diary\n"
+    assert theirs.read_text() == "dear diary\n" and (folder / run_dir.BEFORE).read_text() == "dear diary\n"
 
 
 def test_a_log_that_is_a_fifo_says_that_nobody_trains(project_folder):
-    (project.OUTPUT / "run").mkdir()
-    os.mkfifo(project.OUTPUT / "run/loss.jsonl")
-    assert not runs.is_running(project.OUTPUT / "run")
+    (paths.OUTPUT / "run").mkdir()
+    os.mkfifo(paths.OUTPUT / "run/loss.jsonl")
+    assert not run_dir.is_running(paths.OUTPUT / "run")
 
 
 def test_latest_is_a_link_or_told_of_and_leaves_nothing(project_folder, capsys):
     for left in (f".latest-{os.getpid()}", ".latest-4194303"):
-        (project.OUTPUT / left).symlink_to("x")
-    (project.OUTPUT / ".latest-x").symlink_to("x")
+        (paths.OUTPUT / left).symlink_to("x")
+    (paths.OUTPUT / ".latest-x").symlink_to("x")
     for name in ("one", "two"):
-        runs.point_latest(project.OUTPUT / name)
-        assert os.readlink(project.OUTPUT / "latest") == name
-    (project.OUTPUT / "latest").unlink()
-    (project.OUTPUT / "latest").mkdir()
-    runs.point_latest(project.OUTPUT / "one")
+        run_dir.point_latest(paths.OUTPUT / name)
+        assert os.readlink(paths.OUTPUT / "latest") == name
+    (paths.OUTPUT / "latest").unlink()
+    (paths.OUTPUT / "latest").mkdir()
+    run_dir.point_latest(paths.OUTPUT / "one")
     assert "output/latest is a folder, and not the link to the newest run" in capsys.readouterr().err
-    assert sorted(path.name for path in project.OUTPUT.iterdir()) == [".latest-x", "latest"]
+    assert sorted(path.name for path in paths.OUTPUT.iterdir()) == [".latest-x", "latest"]
 
 
 @pytest.mark.parametrize(
@@ -179,10 +180,10 @@ def test_latest_is_a_link_or_told_of_and_leaves_nothing(project_folder, capsys):
      (".", None), ("latest", None), ("run/state", None), ("/", None)],
 )  # fmt: skip
 def test_latest_leads_to_a_run_in_output_only(project_folder, target, found):
-    (project.OUTPUT / "run/state").mkdir(parents=True)
+    (paths.OUTPUT / "run/state").mkdir(parents=True)
     (project_folder / "elsewhere").mkdir()
-    (project.OUTPUT / "latest").symlink_to(target.format(output=project.OUTPUT))
-    assert runs.latest() == (project.OUTPUT / found if found else None)
+    (paths.OUTPUT / "latest").symlink_to(target.format(output=paths.OUTPUT))
+    assert run_dir.latest() == (paths.OUTPUT / found if found else None)
 
 
 def test_latest_that_leads_to_another_folder_of_runs_changes_nothing_there(ready, monkeypatch, tmp_path):
@@ -224,9 +225,9 @@ def test_a_link_among_states_is_taken_away_and_not_followed(tmp_path, theirs, na
     other.mkdir()
     (other / "kept").touch()
     (run_folder / "state" / name).symlink_to(other)
-    snapshot.newest_first(run_folder)
-    snapshot.tidy(run_folder)
-    snapshot.drop_newer(run_folder, 0)
+    train_state.newest_first(run_folder)
+    train_state.tidy(run_folder)
+    train_state.drop_newer(run_folder, 0)
     assert (other / "kept").exists()
     left = [path.name for path in (run_folder / "state").iterdir()]
     assert left == ([name] if name in (".replaced-x", ".replaced-") else [])
@@ -239,7 +240,7 @@ def test_a_fifo_in_a_state_is_told_as_damage(tmp_path, file):
     (tmp_path / "state/step-000002" / file).unlink()
     os.mkfifo(tmp_path / "state/step-000002" / file)
     told = []
-    assert snapshot.whole(tmp_path, told.append).step == 1
+    assert train_state.latest_valid(tmp_path, told.append).step == 1
     assert f"{file}: cannot be read (" in told[0]
 
 
@@ -250,14 +251,14 @@ def test_a_fifo_as_a_sidecar_is_told(tmp_path):
         sidecars.read(tmp_path / "rwkv-0.pth", ())
     (tmp_path / "run.json").touch()
     with pytest.raises(UserError, match="rwkv-0.json: is a FIFO"):
-        bases.must_not_lack_its_sidecar(tmp_path / "rwkv-0.pth")
-    assert runs.checkpoints(tmp_path) == [] and runs.drop_unfinished(tmp_path, 0) is None
+        base_model.check_sidecar_exists(tmp_path / "rwkv-0.pth")
+    assert run_dir.checkpoints(tmp_path) == [] and run_dir.drop_unfinished(tmp_path, 0) is None
 
 
-@pytest.mark.parametrize("tracker", runs.TRACKERS)
+@pytest.mark.parametrize("tracker", run_dir.TRACKERS)
 @pytest.mark.parametrize("what", ["the folder", "a link in it"])
 def test_a_trackers_folder_leads_nowhere(project_folder, theirs, tracker, what):
-    folder = project.OUTPUT / "run" / tracker
+    folder = paths.OUTPUT / "run" / tracker
     folder.parent.mkdir()
     if what == "the folder":
         folder.symlink_to(theirs.parent)
@@ -289,27 +290,27 @@ def test_whole_folders_on_another_disk_work_as_before(ready, tmp_path, monkeypat
     assert "at step 5 of" in capsys.readouterr().out
     test_merge.merge("again")
     assert list((disk / "merge").glob("tiny-*.pth"))
-    assert runs.run_folder("") == ready / "output/again" == runs.latest()
+    assert run_dir.run_folder("") == ready / "output/again" == run_dir.latest()
 
 
 def test_an_export_does_not_replace_a_folder_of_the_users(project_folder, monkeypatch):
-    from merge import deliver
+    from rwkv_peft.merge import write
 
     (project_folder / "merge/x.gguf").mkdir()
     (project_folder / "merge/x.gguf/mine").touch()
-    with deliver.writing_export("x", ".gguf", FileWatch("it was opened", ""), own=True) as (fresh, placed):
+    with write.writing_export("x", ".gguf", FileWatch("it was opened", ""), own=True) as (fresh, placed):
         fresh.write_text("new")
     assert [path.name for path in placed] == ["x-v2.gguf"] and (project_folder / "merge/x.gguf/mine").exists()
 
 
 def test_an_export_of_a_folder_takes_the_place_of_a_link_and_not_of_its_target(project_folder, theirs):
-    from merge import deliver
+    from rwkv_peft.merge import write
 
     other = theirs.parent / "adapter"
     other.mkdir()
     (other / "weights").write_text("same")
     (project_folder / "merge/x-peft").symlink_to(other)
-    with deliver.writing_export("x-peft", "", FileWatch("it was opened", "")) as (fresh, placed):
+    with write.writing_export("x-peft", "", FileWatch("it was opened", "")) as (fresh, placed):
         fresh.mkdir()
         (fresh / "weights").write_text("same")
     assert placed[0].name == "x-peft" and not placed[0].is_symlink() and (other / "weights").exists()

@@ -18,14 +18,15 @@ import torch
 from inprocess import run, tokenize
 from test_exports import DTYPES, V7_V6, judged, write
 
-from merge import __main__ as merge
-from rwkv_peft import checkpoint, prompting, sidecars, tokenizer
-from rwkv_peft.generate import advance, generate
+from rwkv_peft.checkpoint import prompt_format, pth, sidecars
+from rwkv_peft.cli import merge
+from rwkv_peft.model.generate import advance, generate
 from rwkv_peft.model.rwkv import build
-from rwkv_peft.roles import Role
-from rwkv_peft.templates.jinja import WORLD_LAYOUT, jinja
-from rwkv_peft.templates.presets import PRESETS
-from rwkv_peft.templates.template import Message
+from rwkv_peft.text import tokenizer
+from rwkv_peft.text.chat_template import WORLD_LAYOUT, jinja
+from rwkv_peft.text.presets import PRESETS
+from rwkv_peft.text.roles import Role
+from rwkv_peft.text.template import Message
 
 if importlib.util.find_spec("llama_cpp") is None:
     pytest.skip("llama.cpp is not installed: pip install llama-cpp-python==0.3.36", allow_module_level=True)
@@ -141,10 +142,8 @@ def test_the_exported_model_stops_where_ours_stops(ready, name, eot, capsys):
     [path] = (ready / "output" / "run").glob("rwkv-[0-9]*.pth")
     merge.command(merge.MergeConfig("", "", "original", "", "", ""), [str(path), "--export", "gguf-f32"])
     [file] = (ready / "merge").glob("*.gguf")
-    asked = prompting.of_sidecar(sidecars.read(path, ()), "", path)
-    model = build(
-        tiny.geometry(2, 64, 65536, 64), checkpoint.load(path), tiny.ops(tiny.geometry()), torch.float32
-    ).eval()
+    asked = prompt_format.of_sidecar(sidecars.read(path, ()), "", path)
+    model = build(tiny.geometry(2, 64, 65536, 64), pth.load(path), tiny.ops(tiny.geometry()), torch.float32).eval()
     ours = {}
     for question in ASKED:
         ids = asked.encode(asked.template.prompt([Message(Role.USER, question)], ending=asked.ending))

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from torch.utils.data import Dataset
 from written import MASKS, MODES, data, documents, source
 
+from rwkv_peft.common.errors import SettingErrors, UserError
 from rwkv_peft.data.binidx import Reader
-from rwkv_peft.data.loading import Batches
+from rwkv_peft.data.dataset import Batches
+from rwkv_peft.data.loader import end_workers, make_loader
 from rwkv_peft.data.masking import Markers, target_weights
-from rwkv_peft.data.sources import Source
-from rwkv_peft.data.workers import end_workers, make_loader
-from rwkv_peft.errors import Problems, UserError
-from rwkv_peft.roles import Role
+from rwkv_peft.data.token_source import Source
+from rwkv_peft.text.roles import Role
 
 SIZES = st.lists(st.integers(2, 60), min_size=2, max_size=12)
 
@@ -44,7 +44,7 @@ def test_a_token_is_trained_as_in_its_whole_document_however_rows_are_made(sizes
     ids, roles = documents(sizes, seed)
     try:
         made = data([source(ids, roles)], mode, mask, ctx_len, overlong)
-    except Problems:
+    except SettingErrors:
         return  # nothing to train, or too few windows
     wanted = by_definition(ids, roles, mask)
     ended = {int(document[-2]) for document in ids if not document[-1]}  # what token 0 follows in the file
@@ -97,7 +97,7 @@ def test_a_batch_is_its_rows_behind_one_another(sizes, mode, mask, micro):
     ids, roles = documents([*sizes, 40, 40])
     try:
         made = data([source(ids, roles)], mode, mask, 24, budget=64)
-    except Problems:
+    except SettingErrors:
         return
     plan = made.make_plan(None, micro, 1, 1)
     batches = Batches(made, plan, 0)
@@ -198,7 +198,7 @@ def test_roles_found_in_the_text_are_those_that_are_written_down_and_are_asked_f
 
 
 def test_a_file_that_is_larger_than_a_block_is_counted_right(monkeypatch):
-    monkeypatch.setattr("rwkv_peft.data.sources.BLOCK", 7)
+    monkeypatch.setattr("rwkv_peft.data.token_source.BLOCK", 7)
     ids, roles = documents([8, 3, 30, 2, 17, 5, 44] * 3)
     for mask in ("qa", "last"):
         made = data([source(ids, roles)], "only", mask, 50)
@@ -207,7 +207,7 @@ def test_a_file_that_is_larger_than_a_block_is_counted_right(monkeypatch):
 
 
 def test_a_token_outside_the_vocabulary_is_named_with_its_row(tmp_path, monkeypatch):
-    monkeypatch.setattr("rwkv_peft.data.sources.BLOCK", 7)
+    monkeypatch.setattr("rwkv_peft.data.token_source.BLOCK", 7)
     from written import write
 
     prefix = write(tmp_path / "x", [np.array([1, 2, 3] * 5), np.array([4, 900, 5])])

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from rwkv_peft import tokenizer
 from rwkv_peft.data.masking import roles_of_tokens, target_weights
-from rwkv_peft.roles import Role
-from rwkv_peft.templates.headings import spans_of_text
+from rwkv_peft.text import tokenizer
+from rwkv_peft.text.roles import Role
+from rwkv_peft.text.turns import spans_of_text
 
 
 def encode(text: str):

@@ -14,8 +14,8 @@ import torch
 from conftest import EVERYTHING
 from matrix import NAMES, accepted, asked, broken, cells, covering, groups_of, read, refusals, settings_of
 
-from rwkv_peft.errors import Problems
-from rwkv_peft.methods import ALIASES, MODES
+from rwkv_peft.adapters.specs import ALIASES, MODES
+from rwkv_peft.common.errors import SettingErrors
 from rwkv_peft.quantize import quantise
 
 PLAIN = matrix.with_values({})  # the first value of every axis
@@ -59,7 +59,7 @@ def test_reading_the_script_finds_the_same_as_the_matrix():
         try:
             read(settings_of(cell))
             found = []
-        except Problems as problems:
+        except SettingErrors as problems:
             found = problems.problems
         assert found == refusals(cell)
 
@@ -126,11 +126,11 @@ def changed(module, *_):
 # what is wrong: a cell, what is replaced and by what, and the laws that must notice
 FAULTS = {
     "a fresh adapter changes something": (PLAIN, "adapters.lora.fresh_factors", drawn, ["first step"]),
-    "nothing is learnt": (PLAIN, "training.module.TrainingModule.rate_of", lambda *_: 0.0, ["learning", "untrained"]),
-    "frozen weights change": (PLAIN, "adapters.attach.frozen", changed, ["frozen"]),
-    "a checkpoint is not loaded": (PLAIN, "adapters.attach.load_trained", lambda *_: None, ["attached", "merged", "goes on"]),
+    "nothing is learnt": (PLAIN, "train.module.TrainingModule.rate_of", lambda *_: 0.0, ["learning", "untrained"]),
+    "frozen weights change": (PLAIN, "adapters.inject.frozen", changed, ["frozen"]),
+    "a checkpoint is not loaded": (PLAIN, "adapters.inject.load_trained", lambda *_: None, ["attached", "merged", "goes on"]),
     "the base is not as it was in memory": (
-        COMPRESSED, "quantize.layers.quantise", lambda weight, mode: quantise(weight, "int8"),
+        COMPRESSED, "quantize.linear.quantise", lambda weight, mode: quantise(weight, "int8"),
         ["first step", "frozen", "merged compressed"],
     ),
 }  # fmt: skip

@@ -12,24 +12,25 @@ from test_adapters import OPTIONS, moved
 from test_scripts import ROOT, shell_values
 from test_versions import IDS, judged
 
-from merge import __main__ as door
-from merge import fold
-from merge.answers import Answers
-from merge.exports import EXPORTS
-from merge.rows import by_rows
-from merge.verify import ROUNDINGS, check_changed
-from rwkv_peft import atomic, checkpoint, hashing, project, runs, sidecars
-from rwkv_peft.adapters import attach
-from rwkv_peft.adapters.attach import Setup
+from rwkv_peft.adapters import inject
 from rwkv_peft.adapters.base import Adapter
+from rwkv_peft.adapters.inject import AdapterConfig
 from rwkv_peft.adapters.registry import ADAPTERS
-from rwkv_peft.errors import Problems, UserError
-from rwkv_peft.methods import METHODS
+from rwkv_peft.adapters.specs import METHODS
+from rwkv_peft.checkpoint import pth, run_dir, sidecars
+from rwkv_peft.cli import merge as door
+from rwkv_peft.common import atomic_io, hashing, paths
+from rwkv_peft.common.errors import SettingErrors, UserError
+from rwkv_peft.config.shell import Script
+from rwkv_peft.export import EXPORTS
+from rwkv_peft.merge import fold
+from rwkv_peft.merge.by_rows import by_rows
+from rwkv_peft.merge.output_check import OutputCheck
+from rwkv_peft.merge.verify import ROUNDINGS, check_changed
 from rwkv_peft.model import arch
 from rwkv_peft.model.rwkv import build
-from rwkv_peft.ops import dispatch, folding
+from rwkv_peft.ops import dispatch, lowrank_merge
 from rwkv_peft.ops.cpu import fused
-from rwkv_peft.shell_vars import Script
 
 SHAPE = tiny.geometry(2, 32, 64, 16)
 PARTS = ("att", "ffn", "ln")
@@ -59,20 +60,22 @@ def make_run(
     base, folder = root / "model" / "base.pth", root / "output" / name
     if not base.exists():
         extra = {"blocks.0.att.v0": torch.randn(1, 1, width), "note": torch.arange(3)}
-        checkpoint.save(base, {n: t.to(dtype) for n, t in tiny.tensors(0, shape).items()} | extra)
-    model = build(shape, checkpoint.load(base), tiny.ops(shape))
+        pth.save(base, {n: t.to(dtype) for n, t in tiny.tensors(0, shape).items()} | extra)
+    model = build(shape, pth.load(base), tiny.ops(shape))
     parts = parts if METHODS[method].parts else ()
-    begun = attach.adapt(model, Setup(method, OPTIONS[method], parts, quant=quant, quant_parts=("att", "ffn")))
+    begun = inject.inject_adapters(
+        model, AdapterConfig(method, OPTIONS[method], parts, quant=quant, quant_parts=("att", "ffn"))
+    )
     saved = moved(model, seed, step)
     if method == "lisa":
         saved = {n: p.detach() for n, p in model.named_parameters()}
     folder.mkdir()
     if begun:
-        checkpoint.save(runs.init_file(folder, method), begun)
-    checkpoint.save(folder / "rwkv-3.pth", saved)
+        pth.save(run_dir.init_file(folder, method), begun)
+    pth.save(folder / "rwkv-3.pth", saved)
     write_sidecar(folder, base, method=method, quant=quant, geometry=shape.as_dict(), **OPTIONS[method])
     (folder / "run.json").write_text("{}")
-    runs.point_latest(folder)
+    run_dir.point_latest(folder)
     return folder, base, model.eval()
 
 
@@ -83,7 +86,7 @@ def write_sidecar(folder, file, /, **changes):
     }  # fmt: skip
     if changes.get("method", "lora") not in ("lora", "dora"):
         del content["rank"], content["alpha"]
-    atomic.write_json(folder / "rwkv-3.json", content | changes)
+    atomic_io.write_json(folder / "rwkv-3.json", content | changes)
 
 
 @pytest.fixture
@@ -92,12 +95,12 @@ def run(project_folder):
 
 
 def result(name="base-r-3.pth"):
-    return project.ROOT / "merge" / name
+    return paths.ROOT / "merge" / name
 
 
 def logits(path, version="x070"):
     shape = tiny.geometry(2, 32, 64, 16, version)
-    return build(shape, checkpoint.load(path), tiny.ops(shape))(X)[0]
+    return build(shape, pth.load(path), tiny.ops(shape))(X)[0]
 
 
 @pytest.mark.parametrize(
@@ -107,8 +110,8 @@ def logits(path, version="x070"):
 def test_the_merged_file_answers_like_the_run_and_is_the_bases_else(project_folder, method, dtype, version, capsys):
     folder, base, model = make_run(project_folder, method=method, version=version, dtype=dtype)
     merge()
-    merged, before = checkpoint.load(result("base-r-3.pth")), checkpoint.load(base)
-    states = [n for n in checkpoint.load(folder / "rwkv-3.pth") if arch.STATE_NAME.fullmatch(n)]
+    merged, before = pth.load(result("base-r-3.pth")), pth.load(base)
+    states = [n for n in pth.load(folder / "rwkv-3.pth") if arch.STATE_NAME.fullmatch(n)]
     assert list(merged) == [*before, *states]
     assert all(merged[n].dtype == t.dtype and merged[n].shape == t.shape for n, t in before.items())
     assert torch.equal(merged["note"], before["note"]) and torch.equal(
@@ -130,13 +133,13 @@ def test_the_merged_file_answers_like_the_run_and_is_the_bases_else(project_fold
 def test_the_streamed_merge_is_the_naive_merge_bit_for_bit(project_folder, method, kernel, monkeypatch):
     """The C++ kernel adds in an order of its own, which is torch's on some processors only: one step of bf16 at most."""
     if not kernel:
-        monkeypatch.setattr(fused, "fold", folding.fold)
+        monkeypatch.setattr(fused, "fold", lowrank_merge.fold)
     folder, base, _ = make_run(project_folder, method=method, dtype=torch.bfloat16)
     merge()
-    merged, before = checkpoint.load(result("base-r-3.pth")), checkpoint.load(base)
-    trained = checkpoint.load(folder / "rwkv-3.pth")
-    init = runs.init_file(folder, method)
-    both = {**trained, **(checkpoint.load(init) if init.exists() else {})}
+    merged, before = pth.load(result("base-r-3.pth")), pth.load(base)
+    trained = pth.load(folder / "rwkv-3.pth")
+    init = run_dir.init_file(folder, method)
+    both = {**trained, **(pth.load(init) if init.exists() else {})}
     wrapped = {f"{layer}.weight" for layer in arch.linear_layers(SHAPE, PARTS)}
     for name, old in before.items():
         tensors = {n.rpartition(".")[2]: t for n, t in both.items() if n.rpartition(".")[0] + ".weight" == name}
@@ -159,11 +162,11 @@ def test_a_run_on_a_compressed_base_goes_into_the_original_weights_or_the_compre
     tuned = model(X)[0]
     assert (logits(result("base-r-3-quantised.pth")) - tuned).abs().max() < 2e-5 * tuned.abs().max()
     merge()
-    init = runs.init_file(folder, method)
-    plain = build(SHAPE, checkpoint.load(base), tiny.ops(SHAPE))
-    begun = checkpoint.load(init) if init.exists() else None
-    attach.attach_checkpoint(
-        plain, checkpoint.load(folder / "rwkv-3.pth"), Setup(method, OPTIONS[method]), "x", start=begun
+    init = run_dir.init_file(folder, method)
+    plain = build(SHAPE, pth.load(base), tiny.ops(SHAPE))
+    begun = pth.load(init) if init.exists() else None
+    inject.attach_checkpoint(
+        plain, pth.load(folder / "rwkv-3.pth"), AdapterConfig(method, OPTIONS[method]), "x", start=begun
     )
     exact = plain.eval()(X)[0]
     assert (logits(result(name)) - exact).abs().max() < 2e-5 * exact.abs().max()
@@ -176,15 +179,15 @@ def test_several_runs_are_folded_in_turn(project_folder):
     make_run(project_folder, "b", seed=2)
     make_run(project_folder, "s", "state")
     merge("--stack", "a", "b/rwkv-3.pth")
-    first = checkpoint.load(result("base-a-3+b-3.pth"))
-    start = checkpoint.load(base)
+    first = pth.load(result("base-a-3+b-3.pth"))
+    start = pth.load(base)
     merge("a"), merge("b")
-    a, b = (checkpoint.load(result(f"base-{name}-3.pth")) for name in "ab")
+    a, b = (pth.load(result(f"base-{name}-3.pth")) for name in "ab")
     for name, old in start.items():
         expected = a[name].double() + b[name].double() - old.double()
         torch.testing.assert_close(first[name].double(), expected, rtol=1e-5, atol=1e-5)
     merge("--stack", "a", "s")
-    assert "blocks.1.att.time_state" in checkpoint.load(result("base-a-3+s-3.pth"))
+    assert "blocks.1.att.time_state" in pth.load(result("base-a-3+s-3.pth"))
     with pytest.raises(UserError, match="a text begins with one state, and .* has one too"):
         merge("--stack", "s", "s/rwkv-3.pth")
 
@@ -193,15 +196,15 @@ def test_an_average_is_the_weighted_mean_of_the_merged_models(project_folder):
     _, base, _ = make_run(project_folder, "a", seed=1)
     make_run(project_folder, "b", "pissa", seed=2)
     merge("--average", "a:1", "b/rwkv-3.pth:3")
-    mean = checkpoint.load(result("base-average-a-3+b-3.pth"))
+    mean = pth.load(result("base-average-a-3+b-3.pth"))
     merge("a"), merge("b")
-    a, b = (checkpoint.load(result(f"base-{name}-3.pth")) for name in "ab")
-    for name in checkpoint.load(base):
+    a, b = (pth.load(result(f"base-{name}-3.pth")) for name in "ab")
+    for name in pth.load(base):
         expected = a[name].double() * 0.25 + b[name].double() * 0.75
         torch.testing.assert_close(mean[name].double(), expected, rtol=1e-5, atol=1e-5, check_dtype=False)
     # whole models, too
     merge("--average", result("base-a-3.pth"), result("base-b-3.pth"))
-    half = checkpoint.load(result("average-base-a-3+base-b-3.pth"))
+    half = pth.load(result("average-base-a-3+base-b-3.pth"))
     torch.testing.assert_close(half["ln_out.weight"], (a["ln_out.weight"] + b["ln_out.weight"]) / 2)
 
 
@@ -210,10 +213,8 @@ def test_whole_weights_and_adapters_go_together(project_folder):
     _, base, _ = make_run(project_folder, "a", seed=1)
     make_run(project_folder, "b", "lisa", seed=2)
     merge("--stack", "a", "b"), merge("--average", "a:1", "b:3"), merge("a"), merge("b")
-    start, both, mean = (
-        checkpoint.load(p) for p in (base, result("base-a-3+b-3.pth"), result("base-average-a-3+b-3.pth"))
-    )
-    a, b = (checkpoint.load(result(f"base-{name}-3.pth")) for name in "ab")
+    start, both, mean = (pth.load(p) for p in (base, result("base-a-3+b-3.pth"), result("base-average-a-3+b-3.pth")))
+    a, b = (pth.load(result(f"base-{name}-3.pth")) for name in "ab")
     for name, old in start.items():
         close = {"rtol": 1e-4, "atol": 1e-5, "check_dtype": False}
         torch.testing.assert_close(both[name].double(), a[name].double() + b[name].double() - old.double(), **close)
@@ -262,7 +263,7 @@ def test_every_kind_of_export_that_is_asked_for_is_written_once(run, plain_expor
     assert capsys.readouterr().out.count("wrote ") == 3
     merge("--export", "gguf", "--export", "gguf-bf16", result())
     assert result("base-r-3.bf16.gguf").is_file()
-    make_run(project.ROOT, "plain", parts=("att", "ffn"), seed=6)
+    make_run(paths.ROOT, "plain", parts=("att", "ffn"), seed=6)
     merge("plain", "--export", "gguf", "--export", "peft")
     assert result("base-plain-3-peft").is_dir()
     other = result("base-plain-3.pth").read_bytes()
@@ -317,7 +318,7 @@ def test_the_same_run_merged_again_replaces_its_own_file_and_tells_of_old_export
     merge("r", "last")
     assert kept() == first and "replaces  merge/base-r-3.pth, which is the same" in capsys.readouterr().out
     # the run was trained further
-    checkpoint.save(folder / "rwkv-3.pth", {n: t * 2 for n, t in checkpoint.load(folder / "rwkv-3.pth").items()})
+    pth.save(folder / "rwkv-3.pth", {n: t * 2 for n, t in pth.load(folder / "rwkv-3.pth").items()})
     merge()
     said = capsys.readouterr().out
     assert "replaces  merge/base-r-3.pth, an earlier result of the same run" in said
@@ -377,11 +378,11 @@ def test_a_run_that_trained_whole_tensors_is_told_how_to_become_a_peft_adapter(r
 
 @pytest.mark.parametrize("lacking", ["blocks.1.att.key.weight", "blocks.1."], ids=["a tensor", "a layer"])
 def test_a_model_that_lacks_something_is_not_averaged_with_one_that_has_it(run, lacking):
-    other = project.ROOT / "model" / "other.pth"
-    checkpoint.save(other, {n: t for n, t in checkpoint.load(run[1]).items() if not n.startswith(lacking)})
+    other = paths.ROOT / "model" / "other.pth"
+    pth.save(other, {n: t for n, t in pth.load(run[1]).items() if not n.startswith(lacking)})
     with pytest.raises(UserError, match=r"other.pth: does not fit the base: lacks blocks.1.*another model, or damaged"):
         merge("--average", "base.pth", "other.pth")
-    assert not list((project.ROOT / "merge").glob("*"))
+    assert not list((paths.ROOT / "merge").glob("*"))
 
 
 @pytest.mark.parametrize(("version", "ignored"), [("x070", True), ("x060", False)])
@@ -398,8 +399,8 @@ def test_a_merged_model_says_which_programs_do_not_know_the_state_in_it(project_
     said = capsys.readouterr().out
     assert ("ignore a state inside a .pth" in said) == ignored
     merge("--export", "state", result("base-l-3.pth"))
-    alone = checkpoint.load(result("base-l-3-alone.pth"))
-    learnt = checkpoint.load(folder / "rwkv-3.pth")
+    alone = pth.load(result("base-l-3-alone.pth"))
+    learnt = pth.load(folder / "rwkv-3.pth")
     assert len(alone) == 2 and all(torch.equal(tensor, learnt[name]) for name, tensor in alone.items())
 
 
@@ -420,8 +421,8 @@ def test_states_are_averaged_as_well(project_folder):
     make_run(project_folder, "a", "state", seed=1)
     make_run(project_folder, "b", "state", seed=2)
     merge("--average", "a", "b")
-    a, b = (checkpoint.load(project_folder / "output" / n / "rwkv-3.pth") for n in "ab")
-    mean = checkpoint.load(result("base-average-a-3+b-3.pth"))
+    a, b = (pth.load(project_folder / "output" / n / "rwkv-3.pth") for n in "ab")
+    mean = pth.load(result("base-average-a-3+b-3.pth"))
     for name in a:
         torch.testing.assert_close(mean[name], (a[name] + b[name]) / 2)
 
@@ -429,33 +430,33 @@ def test_states_are_averaged_as_well(project_folder):
 def test_the_rwkv_package_loads_a_rewritten_file_and_reads_the_same_logits(tmp_path):
     """The file that we write record by record, in the hands of a real client."""
     shape = tiny.geometry(2, 128, 512, 64)
-    checkpoint.save(tmp_path / "base.pth", tiny.tensors(0, shape))
+    pth.save(tmp_path / "base.pth", tiny.tensors(0, shape))
     change = lambda name: (lambda t: t * 1.5) if "att.key" in name else None  # noqa: E731
-    checkpoint.rewrite(tmp_path / "base.pth", tmp_path / "merged.pth", change, {"more": torch.randn(3)})
+    pth.rewrite(tmp_path / "base.pth", tmp_path / "merged.pth", change, {"more": torch.randn(3)})
     whole, _ = judged(tmp_path / "merged.pth")
-    ours, _ = build(shape, checkpoint.load(tmp_path / "merged.pth"), tiny.ops(shape))(torch.tensor([IDS]))
-    base, _ = build(shape, checkpoint.load(tmp_path / "base.pth"), tiny.ops(shape))(torch.tensor([IDS]))
+    ours, _ = build(shape, pth.load(tmp_path / "merged.pth"), tiny.ops(shape))(torch.tensor([IDS]))
+    base, _ = build(shape, pth.load(tmp_path / "base.pth"), tiny.ops(shape))(torch.tensor([IDS]))
     assert (ours[0] - whole).abs().max() < 2e-5 * whole.abs().max() < (base[0] - whole).abs().max()
 
 
 def test_the_rwkv_package_begins_a_v6_from_the_state_inside_the_merged_file(project_folder):
     shape = tiny.geometry(2, 128, 512, 64, "x060")
     base = project_folder / "model" / "base.pth"
-    checkpoint.save(base, tiny.tensors(0, shape))
+    pth.save(base, tiny.tensors(0, shape))
     folder = project_folder / "output" / "r"
     folder.mkdir()
     state = {f"blocks.{i}.att.time_state": torch.randn(2, 64, 64) for i in range(2)}
-    checkpoint.save(folder / "rwkv-3.pth", state)
+    pth.save(folder / "rwkv-3.pth", state)
     write_sidecar(folder, base, method="state", shifts=False)
     merge("r")
     whole, _ = judged(result("base-r-3.pth"), version="x060")
-    ours, _ = build(shape, checkpoint.load(result("base-r-3.pth")), tiny.ops(shape))(torch.tensor([IDS]))
+    ours, _ = build(shape, pth.load(result("base-r-3.pth")), tiny.ops(shape))(torch.tensor([IDS]))
     assert (ours[0] - whole).abs().max() < 2e-5 * whole.abs().max()
 
 
 def refusals():
     def other_base(folder, base):
-        checkpoint.save(base, {n: t + 1 for n, t in checkpoint.load(base).items()})
+        pth.save(base, {n: t + 1 for n, t in pth.load(base).items()})
 
     def wrong_rank(folder, base):
         write_sidecar(folder, base, rank=8)
@@ -467,17 +468,17 @@ def refusals():
         shutil.copy(base, folder / "rwkv-3.pth")
 
     def missing_half(folder, base):
-        tensors = dict(checkpoint.load(folder / "rwkv-3.pth"))
+        tensors = dict(pth.load(folder / "rwkv-3.pth"))
         tensors.pop("blocks.0.att.key.lora_B")
-        checkpoint.save(folder / "rwkv-3.pth", tensors)
+        pth.save(folder / "rwkv-3.pth", tensors)
 
     def extra_layer(folder, base):
-        tensors = checkpoint.load(folder / "rwkv-3.pth")
-        checkpoint.save(folder / "rwkv-3.pth", tensors | {"blocks.7.ln1.weight": torch.ones(32)})
+        tensors = pth.load(folder / "rwkv-3.pth")
+        pth.save(folder / "rwkv-3.pth", tensors | {"blocks.7.ln1.weight": torch.ones(32)})
 
     def not_a_number(folder, base):
-        tensors = checkpoint.load(folder / "rwkv-3.pth")
-        checkpoint.save(folder / "rwkv-3.pth", tensors | {"ln_out.bias": torch.full((32,), float("nan"))})
+        tensors = pth.load(folder / "rwkv-3.pth")
+        pth.save(folder / "rwkv-3.pth", tensors | {"ln_out.bias": torch.full((32,), float("nan"))})
 
     def called_full(folder, base):
         write_sidecar(folder, base, method="full")
@@ -526,29 +527,29 @@ def refusals():
 def test_what_does_not_belong_together_is_refused_and_nothing_is_written(run, spoil, words):
     folder, base, _ = run
     spoil(folder, base)
-    with pytest.raises((UserError, Problems), match=words):
+    with pytest.raises((UserError, SettingErrors), match=words):
         merge()
-    assert not list((project.ROOT / "merge").glob("*"))
+    assert not list((paths.ROOT / "merge").glob("*"))
 
 
 def test_a_result_that_does_not_read_back_is_removed(run, monkeypatch):
     folder, _, _ = run
-    original = checkpoint.rewrite
+    original = pth.rewrite
 
     def flip_a_bit(source, target, change, added, **how):
         original(source, target, change, added, **how)
         raw = bytearray(target.read_bytes())
-        at = raw.find(checkpoint.load(source)["blocks.0.att.w1"].numpy().tobytes())
+        at = raw.find(pth.load(source)["blocks.0.att.w1"].numpy().tobytes())
         raw[at] ^= 1
         target.write_bytes(bytes(raw))
 
-    monkeypatch.setattr(checkpoint, "rewrite", flip_a_bit)
+    monkeypatch.setattr(pth, "rewrite", flip_a_bit)
     with pytest.raises(
         UserError,
         match="blocks.0.att.w1 is not as written when the result is read back",
     ):
         merge()
-    assert not list((project.ROOT / "merge").glob("*"))
+    assert not list((paths.ROOT / "merge").glob("*"))
 
 
 def test_a_merge_that_answers_otherwise_than_the_adapter_is_removed(run, monkeypatch):
@@ -561,7 +562,7 @@ def test_a_merge_that_answers_otherwise_than_the_adapter_is_removed(run, monkeyp
     words = r"receptance.weight with output/r/rwkv-3.pth \(\+100.00 % of what .* and 11 others do not answer as base"
     with pytest.raises(UserError, match=words):
         merge()
-    assert not list((project.ROOT / "merge").glob("*"))
+    assert not list((paths.ROOT / "merge").glob("*"))
 
 
 def test_an_earlier_result_stays_whole_when_a_merge_fails(run):
@@ -569,7 +570,7 @@ def test_an_earlier_result_stays_whole_when_a_merge_fails(run):
     merge()
     target = result()
     before = target.read_bytes()
-    checkpoint.save(folder / "rwkv-3.pth", {"strange": torch.zeros(1)})
+    pth.save(folder / "rwkv-3.pth", {"strange": torch.zeros(1)})
     with pytest.raises(UserError):
         merge()
     assert target.read_bytes() == before
@@ -586,14 +587,14 @@ def test_a_right_merge_passes_its_check_at_real_widths(tmp_path, dtype, undone):
         before = (2 * layer["lora_B"] @ -layer["lora_A"]).to(dtype)
     options = {"rank": 64, "alpha": 128.0}
     tensors = {f"blocks.0.att.key.{leaf}": tensor for leaf, tensor in layer.items()}
-    part = fold.Part("x", Setup("lora", options), tensors, leaves={"blocks.0.att.key": list(layer)})
+    part = fold.MergeInput("x", AdapterConfig("lora", options), tensors, leaves={"blocks.0.att.key": list(layer)})
     name, base, made = "blocks.0.att.key.weight", tmp_path / "base.pth", tmp_path / "made.pth"
-    checkpoint.save(base, {name: before})
-    answers = Answers(
-        by_rows(fold.in_turn([part], SHAPE), [part], None, SHAPE), checkpoint.describe(base), [part], None, SHAPE
+    pth.save(base, {name: before})
+    answers = OutputCheck(
+        by_rows(fold.in_turn([part], SHAPE), [part], None, SHAPE), pth.read_header(base), [part], None, SHAPE
     )
-    checkpoint.rewrite(base, made, answers)
-    with checkpoint.Archive(base) as old, checkpoint.Archive(made) as new:
+    pth.rewrite(base, made, answers)
+    with pth.PthReader(base) as old, pth.PthReader(made) as new:
         found = check_changed(name, old, new, answers, threading.Lock())
     assert found.sound and found.changed and found.difference < ROUNDINGS / 2 * torch.finfo(dtype).eps
 
@@ -661,13 +662,15 @@ def test_a_merge_of_what_is_nothing_or_next_to_nothing_is_right(tmp_path, dtype,
     before = (torch.randn(192, 768) / 30).to(dtype)
     layer = {"lora_A": torch.randn(32, 768) / 30, "lora_B": torch.randn(192, 32).sign() * learnt}
     tensors = {f"blocks.0.att.key.{leaf}": tensor for leaf, tensor in layer.items()}
-    part = fold.Part("x", Setup("lora", {"rank": 32, "alpha": 32.0}), tensors, leaves={"blocks.0.att.key": list(layer)})
+    part = fold.MergeInput(
+        "x", AdapterConfig("lora", {"rank": 32, "alpha": 32.0}), tensors, leaves={"blocks.0.att.key": list(layer)}
+    )
     parts = [part] * (2 if turn == "twice" else 1)
     base, made = tmp_path / "base.pth", tmp_path / "made.pth"
-    checkpoint.save(base, {"blocks.0.att.key.weight": before})
+    pth.save(base, {"blocks.0.att.key.weight": before})
     change = by_rows(fold.in_turn(parts, SHAPE), parts, None, SHAPE)
-    answers = Answers(change, checkpoint.describe(base), parts, None, SHAPE)
-    checkpoint.rewrite(base, made, answers)
+    answers = OutputCheck(change, pth.read_header(base), parts, None, SHAPE)
+    pth.rewrite(base, made, answers)
     assert not list(answers.wrong())
 
 
@@ -687,29 +690,31 @@ def test_a_base_is_found_where_it_lay_even_if_model_holds_another_of_its_name(ru
     elsewhere = tmp_path / "base.pth"
     shutil.copy(base, elsewhere)
     write_sidecar(folder, base, base_path=str(elsewhere))
-    checkpoint.save(base, {n: t + 1 for n, t in checkpoint.load(base).items()})
+    pth.save(base, {n: t + 1 for n, t in pth.load(base).items()})
     merge()
     assert result().is_file()
 
 
 def test_a_full_run_is_merged_into_a_whole_model(run):
     folder, base, _ = run
-    trained = {n: t + 0.5 if t.is_floating_point() else t for n, t in checkpoint.load(base).items()}
-    checkpoint.save(folder / "rwkv-3.pth", trained)
+    trained = {n: t + 0.5 if t.is_floating_point() else t for n, t in pth.load(base).items()}
+    pth.save(folder / "rwkv-3.pth", trained)
     write_sidecar(folder, base, method="full")
     merge()
-    merged = checkpoint.load(project.ROOT / "merge" / "base-r-3.pth")
+    merged = pth.load(paths.ROOT / "merge" / "base-r-3.pth")
     assert all(torch.equal(merged[n], trained[n]) for n in trained)
 
 
 def test_merging_reads_only_the_tensors_that_change_and_each_once(run, monkeypatch):
     """So memory holds one of them, however large the model is."""
     folder, base, _ = run
-    adapter, read = checkpoint.load(folder / "rwkv-3.pth"), []
-    part = fold.opened(fold.Part("x", Setup("lora", OPTIONS["lora"]), adapter), checkpoint.describe(base), SHAPE)
-    original = checkpoint.Archive.tensor
-    monkeypatch.setattr(checkpoint.Archive, "tensor", lambda self, name: read.append(name) or original(self, name))
-    checkpoint.rewrite(base, folder / "out.pth", fold.in_turn([part], SHAPE))
+    adapter, read = pth.load(folder / "rwkv-3.pth"), []
+    part = fold.opened(
+        fold.MergeInput("x", AdapterConfig("lora", OPTIONS["lora"]), adapter), pth.read_header(base), SHAPE
+    )
+    original = pth.PthReader.tensor
+    monkeypatch.setattr(pth.PthReader, "tensor", lambda self, name: read.append(name) or original(self, name))
+    pth.rewrite(base, folder / "out.pth", fold.in_turn([part], SHAPE))
     touched = {n.removesuffix(".lora_A") + ".weight" for n in adapter if n.endswith("lora_A")}
     touched |= {n for n in adapter if "lora" not in n}
     assert sorted(read) == sorted(touched)
@@ -718,11 +723,11 @@ def test_merging_reads_only_the_tensors_that_change_and_each_once(run, monkeypat
 def foreign_file(folder, method, prefix="", **renamed):
     """A run of ours as RWKV-PEFT would have saved it: other names, no sidecar."""
     tensors = {}
-    for name, tensor in checkpoint.load(folder / "rwkv-3.pth").items():
+    for name, tensor in pth.load(folder / "rwkv-3.pth").items():
         layer, _, leaf = name.rpartition(".")
         tensors[f"{prefix}{layer}.{renamed.get(leaf, leaf)}"] = tensor
     path = folder.parent / f"{method}-7.pth"
-    checkpoint.save(path, tensors)
+    pth.save(path, tensors)
     return path
 
 
@@ -743,24 +748,24 @@ def test_a_file_of_rwkv_peft_merges_into_what_our_own_does(project_folder, monke
     monkeypatch.setitem(OPTIONS, "state", {"shifts": False})
     folder, base, _ = make_run(project_folder, method=method)
     merge("r")
-    ours = checkpoint.load(result("base-r-3.pth"))
+    ours = pth.load(result("base-r-3.pth"))
     path = foreign_file(folder, method, prefix, **renamed)
-    init = runs.init_file(folder, "pissa")
+    init = run_dir.init_file(folder, "pissa")
     if method == "pissa":
-        begun = {f"{prefix}{n}": t for n, t in checkpoint.load(init).items()}
-        checkpoint.save(folder.parent / "elsewhere.pth", begun)
-        with pytest.raises(Problems, match="must name the init_pissa.pth"):
+        begun = {f"{prefix}{n}": t for n, t in pth.load(init).items()}
+        pth.save(folder.parent / "elsewhere.pth", begun)
+        with pytest.raises(SettingErrors, match="must name the init_pissa.pth"):
             merge(path, MODEL_PATH="base.pth", **given)
         given = {**given, "PISSA_INIT": "elsewhere.pth"}
     merge(path, MODEL_PATH="base.pth", **given)
-    theirs = checkpoint.load(result(f"base-{method}-7.pth"))
+    theirs = pth.load(result(f"base-{method}-7.pth"))
     assert all(torch.equal(theirs[n], t) for n, t in ours.items())
 
 
 def test_a_foreign_adapter_without_one_kind_of_layers_is_looked_at_twice(run, capsys, monkeypatch):
     monkeypatch.setitem(OPTIONS, "lora", {"rank": 4, "alpha": 8.0})
     path = foreign_file(run[0], "lora")
-    checkpoint.save(path, {n: t for n, t in checkpoint.load(path).items() if "att.key" not in n})
+    pth.save(path, {n: t for n, t in pth.load(path).items() if "att.key" not in n})
     merge(path, MODEL_PATH="base.pth", METHOD="lora", LORA_ALPHA="8")
     assert "it has no adapter on att.key (2 layers): was it trained so?" in capsys.readouterr().out
 
@@ -768,7 +773,7 @@ def test_a_foreign_adapter_without_one_kind_of_layers_is_looked_at_twice(run, ca
 def test_a_foreign_pissa_on_another_base_is_refused(project_folder):
     folder, _, _ = make_run(project_folder, method="pissa")
     path = foreign_file(folder, "pissa")
-    shutil.copy(runs.init_file(folder, "pissa"), path.parent)
+    shutil.copy(run_dir.init_file(folder, "pissa"), path.parent)
     tiny.save_model(project_folder / "model" / "other.pth", 7, SHAPE)
     merge(path, MODEL_PATH="base.pth", METHOD="pissa")
     with pytest.raises(UserError, match="was not taken out of this base"):
@@ -781,16 +786,16 @@ def test_a_run_of_ours_and_a_foreign_one_are_folded_in_turn(project_folder, monk
     make_run(project_folder, "b", seed=2)
     path = foreign_file(project_folder / "output" / "b", "lora")
     merge("--stack", "a", "b")
-    both = checkpoint.load(result("base-a-3+b-3.pth"))
+    both = pth.load(result("base-a-3+b-3.pth"))
     merge("--stack", "a", path, METHOD="lora", LORA_ALPHA="8")
-    ours = checkpoint.load(result("base-a-3+lora-7.pth"))
+    ours = pth.load(result("base-a-3+lora-7.pth"))
     assert all(torch.equal(ours[n], t) for n, t in both.items())
     merge("--stack", "a", path, METHOD="lora", LORA_ALPHA="16")
-    other = checkpoint.load(result("base-a-3+lora-7-v2.pth"))
+    other = pth.load(result("base-a-3+lora-7-v2.pth"))
     assert not torch.equal(other["blocks.0.att.key.weight"], ours["blocks.0.att.key.weight"])
     # what no file needs is not passed over
-    checkpoint.save(project.ROOT / "model" / "other.pth", checkpoint.load(project.ROOT / "model" / "base.pth"))
-    with pytest.raises(Problems, match="LORA_ALPHA: but .* was trained with alpha 8"):
+    pth.save(paths.ROOT / "model" / "other.pth", pth.load(paths.ROOT / "model" / "base.pth"))
+    with pytest.raises(SettingErrors, match="LORA_ALPHA: but .* was trained with alpha 8"):
         merge("--average", "a", "other.pth", LORA_ALPHA="16")
 
 
@@ -800,29 +805,29 @@ def test_a_lora_that_may_be_a_pissa_is_told(run, monkeypatch, capsys):
     given = {"MODEL_PATH": "base.pth", "METHOD": "lora", "LORA_ALPHA": "8"}
     merge(path, **given)
     assert "PiSSA" not in capsys.readouterr().out
-    checkpoint.save(path.parent / "init_pissa.pth", {"x": torch.zeros(1)})
+    pth.save(path.parent / "init_pissa.pth", {"x": torch.zeros(1)})
     merge(path, **given)
     assert "init_pissa.pth lies beside it: if it is a PiSSA, this result is wrong" in capsys.readouterr().out
 
 
 def test_numbers_that_do_not_fit_the_bases_format_are_not_blamed_on_the_disk(project_folder):
     folder, base, _ = make_run(project_folder, dtype=torch.float16)
-    tensors = checkpoint.load(folder / "rwkv-3.pth")
-    checkpoint.save(folder / "rwkv-3.pth", tensors | {"blocks.0.ln1.weight": torch.full((32,), 1e6)})
+    tensors = pth.load(folder / "rwkv-3.pth")
+    pth.save(folder / "rwkv-3.pth", tensors | {"blocks.0.ln1.weight": torch.full((32,), 1e6)})
     with pytest.raises(UserError, match="blocks.0.ln1.weight would hold NaN or infinity"):
         merge()
 
 
 def foreign_refusals():
     def a_rank_that_does_not_divide(path):
-        layers = {n.rpartition(".")[0] for n in checkpoint.load(path) if n.endswith("lora_A")}
-        shapes = {layer: checkpoint.load(path)[f"{layer}.lora_A"].shape[1] for layer in layers}
-        checkpoint.save(path, {f"{layer}.bone": torch.zeros(n // 24, 24, 24) for layer, n in shapes.items()})
+        layers = {n.rpartition(".")[0] for n in pth.load(path) if n.endswith("lora_A")}
+        shapes = {layer: pth.load(path)[f"{layer}.lora_A"].shape[1] for layer in layers}
+        pth.save(path, {f"{layer}.bone": torch.zeros(n // 24, 24, 24) for layer, n in shapes.items()})
         return [path], {"MODEL_PATH": "base.pth"}
 
     def two_names_of_one(path):
-        tensors = checkpoint.load(path)
-        checkpoint.save(path, tensors | {"model.blocks.0.att.key.lora_A": torch.zeros(4, 32)})
+        tensors = pth.load(path)
+        pth.save(path, tensors | {"model.blocks.0.att.key.lora_A": torch.zeros(4, 32)})
         return [path], {"MODEL_PATH": "base.pth", "METHOD": "lora", "LORA_ALPHA": "8"}
 
     def without_a_base(path):
@@ -841,18 +846,16 @@ def foreign_refusals():
         return ["r"], {"METHOD": "bone"}
 
     def too_few_layers(path):
-        one = {n: t for n, t in checkpoint.load(path).items() if not n.startswith("blocks.1.")}
-        checkpoint.save(path, one)
+        one = {n: t for n, t in pth.load(path).items() if not n.startswith("blocks.1.")}
+        pth.save(path, one)
         return [path], {"MODEL_PATH": "base.pth", "METHOD": "lora", "LORA_ALPHA": "8"}
 
     def another_width(path):
-        checkpoint.save(
-            path, {n: torch.zeros(4, 48) if n.endswith("lora_A") else t for n, t in checkpoint.load(path).items()}
-        )
+        pth.save(path, {n: torch.zeros(4, 48) if n.endswith("lora_A") else t for n, t in pth.load(path).items()})
         return [path], {"MODEL_PATH": "base.pth", "METHOD": "lora", "LORA_ALPHA": "8"}
 
     def no_adapter(path):
-        checkpoint.save(path, {"x": torch.zeros(3)})
+        pth.save(path, {"x": torch.zeros(3)})
         return [path], {"MODEL_PATH": "base.pth"}
 
     def an_unknown_option(path):
@@ -890,7 +893,7 @@ def foreign_refusals():
 
     def a_swapped_checkpoint(path):
         sidecar = sidecars.read(path.parent / "r/rwkv-3.pth", ())
-        atomic.write_json(path.parent / "r/rwkv-3.json", sidecar | {"checkpoint_sha256": "0" * 64})
+        atomic_io.write_json(path.parent / "r/rwkv-3.json", sidecar | {"checkpoint_sha256": "0" * 64})
         return ["r"], {}
 
     def no_such_file(path):
@@ -928,17 +931,17 @@ def test_what_nobody_can_know_is_asked_for_and_what_contradicts_is_refused(run, 
     monkeypatch.setitem(OPTIONS, "lora", {"rank": 4, "alpha": 8.0})
     path = foreign_file(run[0], "lora")
     typed, given = ask(path)
-    with pytest.raises((UserError, Problems), match=words):
+    with pytest.raises((UserError, SettingErrors), match=words):
         merge(*typed, **given)
-    assert not list((project.ROOT / "merge").glob("*"))
+    assert not list((paths.ROOT / "merge").glob("*"))
 
 
 def test_what_another_run_began_with_is_not_folded(project_folder):
     folder, base, _ = make_run(project_folder, method="pissa")
-    init = runs.init_file(folder, "pissa")
+    init = run_dir.init_file(folder, "pissa")
     write_sidecar(folder, base, method="pissa", start_sha256=hashing.sha256(init), **OPTIONS["pissa"])
     merge("r")
-    checkpoint.save(init, {n: t + 0.1 for n, t in checkpoint.load(init).items()})
+    pth.save(init, {n: t + 0.1 for n, t in pth.load(init).items()})
     with pytest.raises(UserError, match="init_pissa.pth: is not what output/r/rwkv-3.pth began with"):
         merge("r")
     init.unlink()
@@ -950,9 +953,9 @@ def test_runs_on_different_bases_do_not_go_together(project_folder):
     make_run(project_folder, "a")
     base = project_folder / "model" / "base.pth"
     base.rename(base.with_name("other.pth"))
-    checkpoint.save(
+    pth.save(
         base,
-        {n: t + 1 if t.is_floating_point() else t for n, t in checkpoint.load(base.with_name("other.pth")).items()},
+        {n: t + 1 if t.is_floating_point() else t for n, t in pth.load(base.with_name("other.pth")).items()},
     )
     folder = project_folder / "output" / "a"
     shutil.copytree(folder, folder.with_name("b"))
@@ -963,9 +966,9 @@ def test_runs_on_different_bases_do_not_go_together(project_folder):
 
 
 def test_a_merge_of_the_last_epoch_names_the_better_one(tmp_path, monkeypatch, capsys):
-    from merge.parts import checkpoint_files
+    from rwkv_peft.merge.inputs import checkpoint_files
 
-    monkeypatch.setattr(project, "OUTPUT", tmp_path)
+    monkeypatch.setattr(paths, "OUTPUT", tmp_path)
     for name, step in (("0", 4), ("1", 8), ("best", 4)):
         (tmp_path / "a run").mkdir(exist_ok=True)
         (tmp_path / f"a run/rwkv-{name}.pth").touch()

@@ -15,16 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rwkv_peft.adapters import foreign
+from rwkv_peft.adapters import hf_peft
 from rwkv_peft.adapters.base import Adapter
 from rwkv_peft.adapters.bat import Bat
 from rwkv_peft.adapters.dora import Dora
-from rwkv_peft.adapters.foreign import PeftLayer
+from rwkv_peft.adapters.hf_peft import PeftLayer
 from rwkv_peft.adapters.lora import Lora
 from rwkv_peft.adapters.miss import Miss
-from rwkv_peft.adapters.peft_export import peft_weights
 from rwkv_peft.adapters.pissa import Pissa, principal
-from rwkv_peft.errors import UserError
+from rwkv_peft.common.errors import UserError
+from rwkv_peft.export.peft_adapter import peft_weights
 from rwkv_peft.model.layers import Linear
 from rwkv_peft.quantize import MODES, QuantLinear
 
@@ -89,7 +89,7 @@ def settings(folder):
             return OURS[name][1]
         path = folder / f"{name}.json"
         path.write_text(json.dumps(PEFT[name]))
-        return {"config": foreign.read_config(path)}
+        return {"config": hf_peft.read_config(path)}
 
     return of
 
@@ -114,7 +114,7 @@ def randomise(adapter, by=0.2):
 
 
 def test_every_method_of_peft_that_is_offered_is_tried_here():
-    assert {config["peft_type"] for config in PEFT.values()} == set(foreign.METHODS)
+    assert {config["peft_type"] for config in PEFT.values()} == set(hf_peft.METHODS)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -544,7 +544,7 @@ def test_what_was_drawn_at_random_is_kept_and_comes_back(name, settings):
         given = {"config": given["config"] | {"random_loc_seed": 5}}
     first = PeftLayer(linear, **given).eval()
     kept = randomise(first)
-    assert set(first.begun()) == set(first.start) == set(foreign.METHODS[given["config"]["peft_type"]].start)
+    assert set(first.begun()) == set(first.start) == set(hf_peft.METHODS[given["config"]["peft_type"]].start)
     torch.manual_seed(9)
     second = PeftLayer(linear, **settings(name), start=first.begun()).eval()
     for leaf in first.tensors:
@@ -624,7 +624,7 @@ def test_a_file_of_settings_that_cannot_be_used_says_why(tmp_path, text, words):
     path = tmp_path / "peft.json"
     path.write_text(text)
     with pytest.raises(UserError, match=words) as error:
-        foreign.read_config(path)
+        hf_peft.read_config(path)
     assert "peft.json" in str(error.value)
 
 
@@ -633,23 +633,23 @@ def test_without_the_package_peft_the_command_that_installs_it_is_named(tmp_path
     monkeypatch.setitem(sys.modules, "peft", None)
     monkeypatch.setitem(sys.modules, "peft.mapping", None)
     with pytest.raises(UserError, match=r"pip install \"peft==0\.21\.\*\""):
-        foreign.read_config(tmp_path / "peft.json")
+        hf_peft.read_config(tmp_path / "peft.json")
 
 
 def test_every_method_of_the_installed_peft_is_offered_or_refused_with_a_reason():
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     installed = {str(getattr(kind, "value", kind)) for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
-    unknown = installed - set(foreign.METHODS) - set(foreign.REFUSED)
+    unknown = installed - set(hf_peft.METHODS) - set(hf_peft.REFUSED)
     assert unknown <= {"GLORA", "PSOFT", "SUPERTUNING"}  # not tried
-    assert not set(foreign.METHODS) & set(foreign.REFUSED)
+    assert not set(hf_peft.METHODS) & set(hf_peft.REFUSED)
 
 
 def test_a_saved_config_of_peft_is_read_as_it_is(tmp_path):
     import peft
 
     peft.LoHaConfig(r=3, alpha=5, inference_mode=True, base_model_name_or_path="x").save_pretrained(tmp_path)
-    config = foreign.read_config(tmp_path / "adapter_config.json")
+    config = hf_peft.read_config(tmp_path / "adapter_config.json")
     assert config["peft_type"] == "LOHA" and (config["r"], config["alpha"]) == (3, 5)
     assert PeftLayer(layer(), config).hada_w1_a.requires_grad
 

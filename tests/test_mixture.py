@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from written import data, documents, source
 
-from rwkv_peft.data.mixture import Turns, nearest_whole_numbers, parse, whole_numbers
+from rwkv_peft.data.mixture import MixtureSchedule, nearest_whole_numbers, parse, whole_numbers
 
 WEIGHTS = st.lists(st.integers(1, 60), min_size=1, max_size=6)
 
@@ -47,7 +47,7 @@ def test_what_is_no_mixture_is_refused_in_words(text, words):
 @settings(max_examples=200, deadline=None)
 @given(WEIGHTS)
 def test_after_any_number_of_rows_every_source_is_within_one_row_of_its_share(weights):
-    turns, total, drawn = Turns(weights), sum(weights), Counter()
+    turns, total, drawn = MixtureSchedule(weights), sum(weights), Counter()
     for number in range(2 * total):
         who, row = turns.locate(number)
         assert row == drawn[who]  # each source's own rows come in order

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from rwkv_peft.rows.mojibake import CLEAN, LOSSY, REPAIRED, UNDEFINED, WHATWG, doctor, reread
+from rwkv_peft.preprocess.mojibake import CLEAN, LOSSY, REPAIRED, UNDEFINED, WHATWG, doctor, reread
 
 
 def as_whatwg(data: bytes) -> str:

@@ -15,9 +15,9 @@ from inprocess import FAST, config
 from test_config import problems
 from test_resume import records, same
 
-from rwkv_peft.errors import Problems, UserError
-from rwkv_peft.train import meeting, place
-from rwkv_peft.training import snapshot
+from rwkv_peft.checkpoint import train_state
+from rwkv_peft.common.errors import SettingErrors, UserError
+from rwkv_peft.distributed import launch, rendezvous
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "9", "LOCAL_RANK": "1", "GROUP_RANK": "1"}
 TORCHRUN |= {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}
@@ -28,23 +28,27 @@ SRUN |= {"SLURM_NODEID": "2", "SLURM_NTASKS": "6"}
 @pytest.mark.parametrize(
     ("environment", "settings", "found"),
     [
-        ({}, {}, place.Place(0, 0, 0, 1)),
-        ({"LOCAL_RANK": "3"}, {"GPU_COUNT": "4"}, place.Place(3, 3, 0, 1, "", True)),
-        ({}, {"GPU_COUNT": "4", "NNODES": "2", "NODE_RANK": "1"}, place.Place(4, 0, 1, 2)),
-        ({"LOCAL_RANK": "3"}, {"GPU_COUNT": "4", "NNODES": "2", "NODE_RANK": "1"}, place.Place(7, 3, 1, 2, "", True)),
-        (TORCHRUN, {"GPU_COUNT": "8", "NNODES": "2"}, place.Place(9, 1, 1, 2, "torchrun")),
-        (SRUN, {"GPU_COUNT": "2", "NNODES": "3"}, place.Place(5, 1, 2, 3, "srun")),
-        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, {}, place.Place(0, 0, 0, 1)),  # sbatch alone starts one
+        ({}, {}, launch.ProcessInfo(0, 0, 0, 1)),
+        ({"LOCAL_RANK": "3"}, {"GPU_COUNT": "4"}, launch.ProcessInfo(3, 3, 0, 1, "", True)),
+        ({}, {"GPU_COUNT": "4", "NNODES": "2", "NODE_RANK": "1"}, launch.ProcessInfo(4, 0, 1, 2)),
+        (
+            {"LOCAL_RANK": "3"},
+            {"GPU_COUNT": "4", "NNODES": "2", "NODE_RANK": "1"},
+            launch.ProcessInfo(7, 3, 1, 2, "", True),
+        ),
+        (TORCHRUN, {"GPU_COUNT": "8", "NNODES": "2"}, launch.ProcessInfo(9, 1, 1, 2, "torchrun")),
+        (SRUN, {"GPU_COUNT": "2", "NNODES": "3"}, launch.ProcessInfo(5, 1, 2, 3, "srun")),
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, {}, launch.ProcessInfo(0, 0, 0, 1)),  # sbatch alone starts one
     ],
 )
 def test_a_process_knows_its_place(environment, settings, found):
-    assert place.find_place(config(**settings), environment) == found
+    assert launch.detect_launcher(config(**settings), environment) == found
 
 
 @pytest.mark.parametrize(("environment", "starter"), [(TORCHRUN, "torchrun"), (SRUN, "srun")])
 def test_a_script_that_says_something_else_than_who_started_it_is_refused(environment, starter):
-    with pytest.raises(Problems) as error:
-        place.find_place(config(), environment)
+    with pytest.raises(SettingErrors) as error:
+        launch.detect_launcher(config(), environment)
     assert [p.name for p in error.value.problems] == ["GPU_COUNT", "NNODES"]
     assert f"is 1, but {starter} has started" in error.value.problems[0].message
 
@@ -55,11 +59,11 @@ def test_nodes_are_counted_from_0():
 
 def test_a_machine_alone_takes_any_free_port_and_several_take_one_they_know():
     environment = {"MASTER_ADDR": "", "MASTER_PORT": "auto"}
-    place.settle(config(), place.Place(0, 0, 0, 1), environment)
+    launch.set_master_address(config(), launch.ProcessInfo(0, 0, 0, 1), environment)
     assert environment == {}
     two = {"NNODES": "2", "MASTER_ADDR": "10.0.0.1"}
     environment = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "auto"}
-    place.settle(config(**two), place.Place(0, 0, 0, 2), environment)
+    launch.set_master_address(config(**two), launch.ProcessInfo(0, 0, 0, 2), environment)
     assert environment == {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 
 
@@ -78,10 +82,10 @@ def parties(*does, address="127.0.0.1", ports=None, also=UserError):
 
     def one(node: int) -> None:
         try:
-            where = place.Place(node, 0, node, len(does))
-            with meeting.meeting(where, len(does), address, port, lambda _: None) as met:
+            where = launch.ProcessInfo(node, 0, node, len(does))
+            with rendezvous.open_rendezvous(where, len(does), address, port, lambda _: None) as met:
                 said[node] = does[node](met)
-        except (Problems, UserError, also) as error:
+        except (SettingErrors, UserError, also) as error:
             said[node] = str(error)
 
     threads = [threading.Thread(target=one, args=(node,)) for node in range(len(does))]
@@ -123,19 +127,19 @@ def test_a_node_that_cannot_begin_tells_the_others():
 
 
 def test_a_first_node_that_cannot_be_reached_and_a_number_given_twice_are_told(monkeypatch):
-    monkeypatch.setattr(meeting, "REACH", 1.0)
+    monkeypatch.setattr(rendezvous, "REACH", 1.0)
     with (
         pytest.raises(
-            Problems, match="MASTER_ADDR: nobody answers at 127.0.0.1, port .* Is ./training.sh running on node 0"
+            SettingErrors, match="MASTER_ADDR: nobody answers at 127.0.0.1, port .* Is ./training.sh running on node 0"
         ),
-        meeting.meeting(place.Place(1, 0, 1, 2), 2, "127.0.0.1", free_port(), print),
+        rendezvous.open_rendezvous(launch.ProcessInfo(1, 0, 1, 2), 2, "127.0.0.1", free_port(), print),
     ):
         pass
-    port, first = free_port(), place.Place(0, 0, 0, 2)
+    port, first = free_port(), launch.ProcessInfo(0, 0, 0, 2)
     with (
-        meeting.meeting(first, 2, "127.0.0.1", port, print),
-        pytest.raises(Problems, match="MASTER_PORT: is in use on this machine"),
-        meeting.meeting(first, 2, "127.0.0.1", port, print),
+        rendezvous.open_rendezvous(first, 2, "127.0.0.1", port, print),
+        pytest.raises(SettingErrors, match="MASTER_PORT: is in use on this machine"),
+        rendezvous.open_rendezvous(first, 2, "127.0.0.1", port, print),
     ):
         pass
 
@@ -210,7 +214,7 @@ def test_two_nodes_are_two_processes_of_one_machine_and_go_on(tmp_path, wires):
     assert "node 1 of 2 trains with node 0" in said[1] and "x NNODES=2" in said[0] and "saved" not in said[1]
     equal()
     output = kits[0].root / "output" / "two"
-    for later in snapshot.names(output)[1:]:
+    for later in train_state.names(output)[1:]:
         shutil.rmtree(output / "state" / later)
     codes, said = both()
     assert codes == [2, 2] and all("output/ has to be the same folder on all nodes" in one for one in said)

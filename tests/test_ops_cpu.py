@@ -18,27 +18,27 @@ from laws_of_neighbours import NOISE, C, H, N, where
 from test_scripts import ROOT
 from tiny import wkv_inputs
 
-from rwkv_peft.errors import Problems
-from rwkv_peft.model.state import Borders
-from rwkv_peft.ops import cache, chunked, dispatch, folding, neighbours, reference
+from rwkv_peft.common.errors import SettingErrors
+from rwkv_peft.model.state import SeqBounds
+from rwkv_peft.ops import block_ops, dispatch, kernel_cache, lowrank_merge, reference, torch_wkv7
+from rwkv_peft.ops.block_ops import Wkv7Inputs, Wkv7Params
 from rwkv_peft.ops.cpu import build, fused
 from rwkv_peft.ops.cpu import wkv as cpu
-from rwkv_peft.ops.folding import QUESTIONS
-from rwkv_peft.ops.neighbours import Gates, Own
+from rwkv_peft.ops.lowrank_merge import QUESTIONS
 
 
 @of_neighbours.dtypes
 @of_neighbours.packs
 @pytest.mark.parametrize("count", [1, 2, 6])
 def test_mixes_equal_their_definition(dtype, borders, count):
-    of_neighbours.mixes(fused, dtype, borders, count)
+    of_neighbours.token_shift_mix(fused, dtype, borders, count)
 
 
 @of_neighbours.dtypes
 @of_neighbours.packs
 @pytest.mark.parametrize("first_layer", [True, False])
 def test_what_stands_around_wkv7_equals_its_definition(dtype, borders, first_layer):
-    of_neighbours.around7(fused, cpu.wkv7, dtype, borders, first_layer)
+    of_neighbours.wkv7_block(fused, cpu.wkv7, dtype, borders, first_layer)
 
 
 def test_only_the_gradients_that_are_asked_for_are_made():
@@ -65,14 +65,17 @@ def test_losses_and_slopes_of_logits_equal_their_definition(dtype, columns, scal
 @pytest.mark.parametrize("target", [-1, 40])
 def test_a_target_outside_of_its_row_is_refused(target):
     with pytest.raises(IndexError, match="outside of the 40 logits"):
-        fused.slopes(torch.randn(2, 40), torch.tensor([1, target]), True)
+        fused.cross_entropy_grad(torch.randn(2, 40), torch.tensor([1, target]), True)
 
 
 def test_gates_of_different_formats_are_not_taken_for_one():
     gates = [torch.randn(9, C, dtype=torch.bfloat16) for _ in range(8)]
     gates[1] = gates[1].float()
     own, s0 = [torch.randn(C).bfloat16() for _ in range(5)], torch.zeros(1, H, N, N)
-    found = [m.around7(chunked.wkv7, Gates(*gates), Own(*own), s0, where((0, 9)), H)[0] for m in (fused, neighbours)]
+    found = [
+        m.wkv7_block(torch_wkv7.wkv7, Wkv7Inputs(*gates), Wkv7Params(*own), s0, where((0, 9)), H)[0]
+        for m in (fused, block_ops)
+    ]
     assert torch.equal(*found)
 
 
@@ -95,8 +98,8 @@ def test_folding_a_product_of_low_rank_is_its_definition(rows, inputs, rank, thr
     torch.set_num_threads(threads)
     ours = fused.fold(weight, B, A, x)
     torch.set_num_threads(1)
-    exact = neighbours.fold(weight, *(t.double() for t in (B, A, x)))
-    sure = folding.fold(weight, B, A, x)
+    exact = block_ops.fold(weight, *(t.double() for t in (B, A, x)))
+    sure = lowrank_merge.fold(weight, B, A, x)
     assert ours.made.dtype == torch.bfloat16 and (ours.made != exact.made).float().mean() < 0.01
     torch.testing.assert_close(ours.made.float(), sure.made.float(), rtol=2**-7, atol=1e-5)
     torch.testing.assert_close(ours.exact.double(), exact.exact, rtol=1e-5, atol=1e-5 * inputs**0.5)
@@ -116,7 +119,7 @@ def test_what_is_no_number_stays_none_when_it_is_folded(bad):
 def test_a_product_that_is_learnt_from_has_its_gradients():
     x, w = torch.randn(1, 48, requires_grad=True), torch.randn(50, 48, requires_grad=True)
     found = torch.autograd.grad(fused.linear(x, w).square().sum(), [x, w])
-    exact = torch.autograd.grad(neighbours.linear(x, w).square().sum(), [x, w])
+    exact = torch.autograd.grad(block_ops.linear(x, w).square().sum(), [x, w])
     assert all(torch.equal(a, b) for a, b in zip(found, exact, strict=True))
 
 
@@ -145,7 +148,7 @@ def test_the_number_of_threads_does_not_matter(threads):
 @pytest.fixture
 def fresh(tmp_path, monkeypatch):
     """An empty cache, nothing remembered, and little to compile."""
-    monkeypatch.setattr(cache, "folder", lambda: tmp_path)
+    monkeypatch.setattr(kernel_cache, "folder", lambda: tmp_path)
     sources = tmp_path / "sources"
     sources.mkdir()
     for file in ("mix.cpp", "rows.h", "vec.h"):
@@ -184,7 +187,7 @@ def test_without_a_compiler_that_works_auto_is_torch_and_cpu_is_refused(fresh, m
     monkeypatch.setattr(shutil, "which", lambda name: path and str(path))
     ops = dispatch.choose("auto", "x070")
     assert ops.name == "torch" and words in ops.why and "half as fast" in ops.why
-    with pytest.raises(Problems, match=re.escape(words)):
+    with pytest.raises(SettingErrors, match=re.escape(words)):
         dispatch.choose("cpu", "x070")
     assert not list(fresh.glob("*.tmp"))
 
@@ -259,15 +262,15 @@ def test_shapes_that_do_not_go_together_are_refused_before_a_kernel_sees_them():
         cpu.wkv6(*x[:4], torch.randn(2, 8))
     assert cpu.wkv7(*(z[:, :0] for z in x), torch.zeros(1, 2, 16, 16))[0].shape == (1, 0, 2, 16)
     with pytest.raises(ValueError, match="targets for logits"):
-        fused.slopes(torch.randn(300, 32), torch.zeros(2, dtype=torch.long), True)
+        fused.cross_entropy_grad(torch.randn(300, 32), torch.zeros(2, dtype=torch.long), True)
     logits, targets = torch.randn(3, 32), torch.tensor([1, 2, 3])
-    wide = fused.slopes(logits.clone(), targets, False)[0]
-    assert torch.equal(fused.slopes(logits.clone(), targets.int(), False)[0], wide)
-    where = Borders((0, 10), "cpu")
+    wide = fused.cross_entropy_grad(logits.clone(), targets, False)[0]
+    assert torch.equal(fused.cross_entropy_grad(logits.clone(), targets.int(), False)[0], wide)
+    where = SeqBounds((0, 10), "cpu")
     with pytest.raises(ValueError, match="does not go with"):
-        fused.mixes(torch.randn(10, 48), torch.zeros(1, 48), [torch.randn(16)], where)
+        fused.token_shift_mix(torch.randn(10, 48), torch.zeros(1, 48), [torch.randn(16)], where)
     with pytest.raises(ValueError, match="cu_seqlens must rise"):
-        fused.mixes(torch.randn(8, 48), torch.zeros(1, 48), [torch.randn(48)], where)
+        fused.token_shift_mix(torch.randn(8, 48), torch.zeros(1, 48), [torch.randn(48)], where)
 
 
 @pytest.mark.slow
@@ -291,5 +294,5 @@ def test_shapes_without_a_kernel_go_through_the_definition():
 def test_heads_without_a_kernel_are_said_to_go_through_torch(device):
     found = dispatch.choose("auto", "x070", device, head_size=48)
     assert found.name == "torch" and "these have 48" in found.why
-    with pytest.raises(Problems, match="these have 48"):
+    with pytest.raises(SettingErrors, match="these have 48"):
         dispatch.choose(device, "x070", device, head_size=48)

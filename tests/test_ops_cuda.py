@@ -20,7 +20,7 @@ from tiny import wkv6_inputs, wkv_inputs
 
 from rwkv_peft.model import arch
 from rwkv_peft.model.rwkv import build as build_model
-from rwkv_peft.ops import dispatch, proof, reference
+from rwkv_peft.ops import dispatch, kernel_check, reference
 from rwkv_peft.ops.cuda import build, fused, wkv
 
 
@@ -161,13 +161,13 @@ ON_ROUNDED = [(way, torch.bfloat16) for way in ON_TENSOR_CORES]
 @pytest.mark.rounded
 @pytest.mark.parametrize(("version", "dtype"), few([*itertools.product(VERSIONS, DTYPES), *ON_ROUNDED], ON_ROUNDED))
 def test_the_proof_that_a_gpu_must_give_is_passed(version, dtype):
-    found = proof.prove(version[:4], KERNELS[version], "cpu", dtype)
+    found = kernel_check.check_against_reference(version[:4], KERNELS[version], "cpu", dtype)
     assert found.passed, found
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_proof_of_what_stands_around_is_passed(dtype):
-    found = proof.prove_around(fused, wkv.wkv7, "cpu", dtype)
+    found = kernel_check.prove_around(fused, wkv.wkv7, "cpu", dtype)
     assert found.passed, found
 
 
@@ -212,7 +212,7 @@ def test_the_kernels_compile_for_every_gpu_and_nothing_spills(tmp_path, source, 
 @pytest.mark.parametrize("count", [1, 2, 6])
 @pytest.mark.parametrize("order", [0, 1])
 def test_mixes_equal_their_definition(dtype, borders, count, order):
-    of_neighbours.mixes(fused, dtype, borders, count)
+    of_neighbours.token_shift_mix(fused, dtype, borders, count)
 
 
 @of_neighbours.dtypes
@@ -220,12 +220,12 @@ def test_mixes_equal_their_definition(dtype, borders, count, order):
 @pytest.mark.parametrize("first_layer", [True, False])
 @pytest.mark.parametrize("order", [0, 1])
 def test_what_stands_around_wkv7_equals_its_definition(dtype, borders, first_layer, order):
-    of_neighbours.around7(fused, wkv.wkv7, dtype, borders, first_layer)
+    of_neighbours.wkv7_block(fused, wkv.wkv7, dtype, borders, first_layer)
 
 
 @pytest.mark.parametrize("way", ON_TENSOR_CORES)
 def test_what_stands_around_wkv7_goes_with_every_way_of_the_recurrence(way):
-    of_neighbours.around7(fused, KERNELS[way], torch.float32, (0, 17, 64), False)
+    of_neighbours.wkv7_block(fused, KERNELS[way], torch.float32, (0, 17, 64), False)
 
 
 def test_only_the_gradients_that_are_asked_for_are_made():

@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import EVERYTHING
 
-from rwkv_peft.errors import Problems
-from rwkv_peft.ops import chunked, chunked6, dispatch, fla, proof
+from rwkv_peft.common.errors import SettingErrors
+from rwkv_peft.ops import dispatch, fla, kernel_check, torch_wkv6, torch_wkv7
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = {"x070": fla.wkv7, "x060": fla.wkv6, "x052": fla.wkv5}
@@ -30,10 +30,10 @@ def stand_in(module, name):
         s0, borders = initial_state.transpose(-1, -2), None if cu_seqlens is None else cu_seqlens.tolist()
         assert cu_seqlens is None or torch.equal(cu_seqlens.cpu(), cu_seqlens_cpu)
         if name == "chunk_rwkv7":
-            y, end = chunked.wkv7(*x, s0, borders)
+            y, end = torch_wkv7.wkv7(*x, s0, borders)
         else:
             r, k, v, w, u = x
-            y, end = chunked6.wkv6(r, w, k, v, u, s0, borders)
+            y, end = torch_wkv6.wkv6(r, w, k, v, u, s0, borders)
         return y, end.transpose(-1, -2)
 
     assert (module, name) in (("rwkv7", "chunk_rwkv7"), ("rwkv6", "chunk_rwkv6"))
@@ -45,7 +45,7 @@ def stand_in(module, name):
 def test_inputs_states_and_borders_get_there_as_the_package_wants_them(monkeypatch, version, dtype):
     monkeypatch.setattr(fla, "fits", lambda r: True)
     monkeypatch.setattr(fla, "function", stand_in)
-    assert proof.prove(version, OURS[version], "cpu", dtype).passed
+    assert kernel_check.check_against_reference(version, OURS[version], "cpu", dtype).passed
 
 
 def test_without_the_package_it_is_said_how_to_get_it(monkeypatch):
@@ -53,13 +53,13 @@ def test_without_the_package_it_is_said_how_to_get_it(monkeypatch):
     for missing, words in (("triton", "Triton, which comes with torch for CUDA, is not"), ("fla", "pip install")):
         monkeypatch.setattr(importlib.util, "find_spec", lambda name, m=missing: None if name == m else object())
         monkeypatch.setattr(fla, "PACKAGE", "no-such-package")
-        with pytest.raises(Problems, match=words):
+        with pytest.raises(SettingErrors, match=words):
             dispatch.on_gpu("fla", "x070", 64)
     fla.version.cache_clear()
 
 
 def test_where_there_is_no_gpu_it_is_refused():
-    with pytest.raises(Problems, match="is for NVIDIA GPUs, and none was found"):
+    with pytest.raises(SettingErrors, match="is for NVIDIA GPUs, and none was found"):
         dispatch.choose("fla", "x070")
 
 
@@ -68,7 +68,7 @@ def interpreted(*words):
     command = [sys.executable, "tests/fla_interpreted.py", *words]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    return proof.Proof(**json.loads(done.stdout))
+    return kernel_check.KernelCheck(**json.loads(done.stdout))
 
 
 @needs_fla

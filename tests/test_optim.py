@@ -5,9 +5,9 @@ import sys
 import pytest
 import torch
 
-from rwkv_peft.errors import Problems
-from rwkv_peft.methods import OPTIMS
-from rwkv_peft.training.optim import make_optimizer, must_be_there, parameter_groups
+from rwkv_peft.adapters.specs import OPTIMS
+from rwkv_peft.common.errors import SettingErrors
+from rwkv_peft.train.optim import check_package, make_optimizer, parameter_groups
 
 SIZE = 128  # bitsandbytes keeps 32 bits for tensors of less than 4,096 values
 
@@ -47,12 +47,12 @@ def test_an_optimizer_keeps_the_bytes_that_the_estimate_counts(name):
 @pytest.mark.parametrize("name", [name for name, optim in OPTIMS.items() if optim.package])
 def test_a_missing_package_is_told_before_anything_is_loaded(monkeypatch, name):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(Problems, match="OPTIM: needs a package that is missing .* pip install bitsandbytes"):
-        must_be_there(name)
+    with pytest.raises(SettingErrors, match="OPTIM: needs a package that is missing .* pip install bitsandbytes"):
+        check_package(name)
 
 
 def test_what_torch_has_needs_no_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     for name, optim in OPTIMS.items():
         if not optim.package:
-            must_be_there(name)
+            check_package(name)

@@ -2,11 +2,11 @@
 
 import pytest
 
-from rwkv_peft import project
-from rwkv_peft.errors import UserError
-from rwkv_peft.project import foreign_path
-from rwkv_peft.rows import files
-from rwkv_peft.tokenized import data_files, missing_data
+from rwkv_peft.common import paths
+from rwkv_peft.common.errors import UserError
+from rwkv_peft.common.paths import foreign_path
+from rwkv_peft.data.tokenized_files import data_files, missing_data
+from rwkv_peft.preprocess import files
 
 
 @pytest.mark.parametrize(
@@ -53,8 +53,8 @@ def test_a_path_that_lost_its_separators_is_put_together_again(tmp_path):
     (tmp_path / "Users" / "me").mkdir(parents=True)
     (tmp_path / "Users" / "my.jsonl").write_text("x")
     (tmp_path / "Users" / "me" / "my.jsonl").write_text("x")
-    assert project.put_together(tmp_path, "Usersmemy.jsonl") == tmp_path / "Users" / "me" / "my.jsonl"
-    assert project.put_together(tmp_path, "Usersnobody.jsonl") is None
+    assert paths.put_together(tmp_path, "Usersmemy.jsonl") == tmp_path / "Users" / "me" / "my.jsonl"
+    assert paths.put_together(tmp_path, "Usersnobody.jsonl") is None
 
 
 def test_data_and_tokenized_data_are_answered_alike(project_folder):
@@ -68,12 +68,12 @@ def test_data_and_tokenized_data_are_answered_alike(project_folder):
 def test_the_base_of_a_training_is_answered_so_too(project_folder):
     from inprocess import config
 
-    from rwkv_peft.errors import Problems
-    from rwkv_peft.train.opening import open_files
+    from rwkv_peft.common.errors import SettingErrors
+    from rwkv_peft.train.checks import open_files
 
     set_to = config(MODEL_PATH="C:\\models\\rwkv.pth", DATA_PATH="D:\\data\\chat")
-    with pytest.raises(Problems) as told:
-        open_files(set_to, project.model_file(set_to.model_path), True)
+    with pytest.raises(SettingErrors) as told:
+        open_files(set_to, paths.model_file(set_to.model_path), True)
     said = {problem.name: problem.message for problem in told.value.problems}
     assert "/mnt/c/models/rwkv.pth" in said["MODEL_PATH"] and "/mnt/d/data/chat" in said["DATA_PATH"]
 

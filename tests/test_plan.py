@@ -7,8 +7,9 @@ import pytest
 from inprocess import config, run
 from written import write
 
-from rwkv_peft import tokenizer, train
-from rwkv_peft.errors import Problems
+from rwkv_peft.cli import train
+from rwkv_peft.common.errors import SettingErrors
+from rwkv_peft.text import tokenizer
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ def test_a_dry_run_says_what_becomes_of_the_data_and_shows_samples(mixed, capsys
     ],
 )
 def test_everything_wrong_with_a_mixture_is_told_at_once(mixed, text, words):
-    with pytest.raises(Problems) as found:
+    with pytest.raises(SettingErrors) as found:
         train.command(config(DATA_PATH=text), [])
     messages = [p.message for p in found.value.problems if p.name == "DATA_PATH"]
     assert len(messages) == len(words) and all(w in m for w, m in zip(words, messages, strict=True))
@@ -96,7 +97,8 @@ def test_a_mixture_names_its_run_and_its_run_json_says_what_auto_became(mixed):
 def test_a_run_remembers_the_template_of_its_data_and_chat_talks_in_it(ready, capsys, monkeypatch):
     from inprocess import run, tokenize
 
-    from rwkv_peft import chat, sidecars
+    from rwkv_peft.checkpoint import sidecars
+    from rwkv_peft.cli import chat
 
     tokenize(ready / "data" / "chat.jsonl", PROMPT_TYPE="rwkv-qa", EOT="both")
     run(ready, "qa")

@@ -10,14 +10,16 @@ from inprocess import config, run, tokenize
 from test_merge import make_run
 from test_scripts import ROOT, shell_values
 
-from rwkv_peft import chat, project, prompting, sidecars, train
-from rwkv_peft.errors import UserError
-from rwkv_peft.file_watch import FileWatch
-from rwkv_peft.prompting import Prompting
-from rwkv_peft.rows.settings import TokenizeConfig, settled
-from rwkv_peft.shell_vars import Script
-from rwkv_peft.templates.of_base import known_by, misfit, says_g1
-from rwkv_peft.templates.presets import PRESETS
+from rwkv_peft.checkpoint import prompt_format, sidecars
+from rwkv_peft.checkpoint.base_template import known_by, misfit, says_g1
+from rwkv_peft.checkpoint.prompt_format import Prompting
+from rwkv_peft.cli import chat, train
+from rwkv_peft.common import paths
+from rwkv_peft.common.errors import UserError
+from rwkv_peft.common.file_watch import FileWatch
+from rwkv_peft.config.shell import Script
+from rwkv_peft.preprocess.config import TokenizeConfig, settled
+from rwkv_peft.text.presets import PRESETS
 
 ROWS = [{"question": f"Q{i}", "answer": "A\n\nB"} for i in range(8)]
 
@@ -227,7 +229,7 @@ def test_chat_refuses_a_question_that_holds_a_border(capsys):
 
 
 def test_several_runs_of_one_name_and_other_contents_leave_the_template_open(project_folder):
-    from merge.deliver import alike
+    from rwkv_peft.merge.write import alike
 
     old = {"prompt_type": "rwkv-g1-fakethink"}
     new = old | {"template": PRESETS["rwkv-g1-fakethink"].to_dict()}
@@ -238,10 +240,10 @@ def test_chat_calls_the_old_empty_thought_by_its_name_of_now(capsys):
     told, said = {"prompt_type": "rwkv-g1-fakethink"}, "was trained with PROMPT_TYPE=rwkv-g1-emptythink-2025"
     assert said in form_of_chat(capsys, "rwkv-g1-fakethink", True, told)[1]
     assert form_of_chat(capsys, "rwkv-g1-emptythink-2025", True, told) == ("rwkv-g1-emptythink-2025", "")
-    assert prompting.of_sidecar(told, "it", Path("x.pth")).name == "rwkv-g1-emptythink-2025"
+    assert prompt_format.of_sidecar(told, "it", Path("x.pth")).name == "rwkv-g1-emptythink-2025"
 
 
 def test_a_plain_base_is_known_by_its_name_alone(project_folder):
     folder, base, _ = make_run(project_folder)
     assert known_by(base).name == "rwkv-world" and not known_by(base).trained
-    assert known_by(project.ROOT / "model" / "nothing-g1.pth").name == "rwkv-g1"
+    assert known_by(paths.ROOT / "model" / "nothing-g1.pth").name == "rwkv-g1"

@@ -8,12 +8,14 @@ from inprocess import run, tokenize
 from safetensors import safe_open
 from test_exports import small, states_of, write
 
-from merge import __main__ as merge
-from rwkv_peft import chat, checkpoint, project, prompting, sidecars, tokenizer
-from rwkv_peft.prompting import Prompting
-from rwkv_peft.roles import Role
-from rwkv_peft.templates.presets import PRESETS
-from rwkv_peft.templates.template import ENDINGS, Message, Template
+from rwkv_peft.checkpoint import prompt_format, pth, sidecars
+from rwkv_peft.checkpoint.prompt_format import Prompting
+from rwkv_peft.cli import chat, merge
+from rwkv_peft.common import paths as project
+from rwkv_peft.text import tokenizer
+from rwkv_peft.text.presets import PRESETS
+from rwkv_peft.text.roles import Role
+from rwkv_peft.text.template import ENDINGS, Message, Template
 
 gguf = pytest.importorskip("gguf")
 
@@ -57,7 +59,7 @@ def test_blank_lines_in_answers_of_ready_texts_keep_a_blank_line_from_being_an_e
         run_name = name[:5] + str(len(name))
         run(project_folder, run_name, DATA_PATH=name)
         path = project_folder / "output" / run_name / "rwkv-0.pth"
-        assert prompting.of_sidecar(sidecars.read(path, ()), "x", path).stop_tokens == stops
+        assert prompt_format.of_sidecar(sidecars.read(path, ()), "x", path).stop_tokens == stops
 
 
 FACTS = {"prompt_type": "chatml", "eot": "x17", "bos": 1}
@@ -240,10 +242,10 @@ def test_chat_takes_the_sampling_of_the_template_where_it_is_auto():
 def test_a_stop_text_can_be_pasted_into_a_shell(text, shell):
     import subprocess
 
-    assert prompting.shell_text(text) == shell
+    assert prompt_format.shell_text(text) == shell
     assert subprocess.run(["bash", "-c", f"printf %s {shell}"], capture_output=True, text=True).stdout == text
 
 
 def test_a_state_of_others_has_no_sidecar_and_is_a_guess(tmp_path):
-    checkpoint.save(tmp_path / "s.pth", states_of(small()))
-    assert prompting.of_sidecar({}, "x", tmp_path / "s.pth").assumed
+    pth.save(tmp_path / "s.pth", states_of(small()))
+    assert prompt_format.of_sidecar({}, "x", tmp_path / "s.pth").assumed

@@ -6,23 +6,23 @@ import pytest
 import torch
 from conftest import few
 
-from rwkv_peft import train
-from rwkv_peft.errors import Problems, UserError
-from rwkv_peft.ops import cache, chunked, chunked6, dispatch, fla, neighbours, proof
+from rwkv_peft.cli import train
+from rwkv_peft.common.errors import SettingErrors, UserError
+from rwkv_peft.ops import block_ops, dispatch, fla, kernel_cache, kernel_check, torch_wkv6, torch_wkv7
 from rwkv_peft.ops.cuda import build
 
-TORCH = {"x070": chunked.wkv7, "x060": chunked6.wkv6, "x052": chunked6.wkv5}
+TORCH = {"x070": torch_wkv7.wkv7, "x060": torch_wkv6.wkv6, "x052": torch_wkv6.wkv5}
 
 
 @pytest.mark.parametrize("version", TORCH)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_right_passes(version, dtype):
-    assert proof.prove(version, TORCH[version], "cpu", dtype).passed
+    assert kernel_check.check_against_reference(version, TORCH[version], "cpu", dtype).passed
 
 
 def test_the_definition_of_what_stands_around_passes():
     """(In bfloat16 it rounds after every operation, which what is fused does not.)"""
-    assert proof.prove_around(neighbours, chunked.wkv7, "cpu", torch.float32).passed
+    assert kernel_check.prove_around(block_ops, torch_wkv7.wkv7, "cpu", torch.float32).passed
 
 
 def wrong(version, how):
@@ -42,7 +42,7 @@ def wrong(version, how):
 @pytest.mark.parametrize("version", TORCH)
 @pytest.mark.parametrize("how", ["forgets where a sequence ends", "a wrong gradient", "a wrong state", "NaN"])
 def test_what_is_wrong_fails(version, how):
-    assert not proof.prove(version, wrong(version, how), "cpu", torch.float32).passed
+    assert not kernel_check.check_against_reference(version, wrong(version, how), "cpu", torch.float32).passed
 
 
 @pytest.fixture
@@ -52,28 +52,30 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: about)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(cache, "folder", lambda: tmp_path)
+    monkeypatch.setattr(kernel_cache, "folder", lambda: tmp_path)
     monkeypatch.setattr(build, "compiler", lambda: "13.0")
-    prove = proof.prove
-    monkeypatch.setattr(proof, "prove", lambda version, wkv, device, *more: prove(version, wkv, "cpu", *more))
+    prove = kernel_check.check_against_reference
+    monkeypatch.setattr(
+        kernel_check, "check_against_reference", lambda version, wkv, device, *more: prove(version, wkv, "cpu", *more)
+    )
 
     def no_package():
-        raise fla.Missing("is not installed")
+        raise fla.KernelUnavailable("is not installed")
 
     monkeypatch.setattr(fla, "version", no_package)
 
-    prove_around = proof.prove_around
+    prove_around = kernel_check.prove_around
     monkeypatch.setattr(
-        proof, "prove_around", lambda around, wkv, device, *more: prove_around(around, wkv, "cpu", *more)
+        kernel_check, "prove_around", lambda around, wkv, device, *more: prove_around(around, wkv, "cpu", *more)
     )
 
     def has(wkv, name="cuda", ways=(), tokens=None, **around):
         monkeypatch.setitem(dispatch.WKV["x070"], name, wkv)
         if name == "cuda":
-            stand_in = types.SimpleNamespace(**{**vars(neighbours), **around})
+            stand_in = types.SimpleNamespace(**{**vars(block_ops), **around})
             monkeypatch.setitem(dispatch.AROUND, name, stand_in)
             among = {(): tokens or wkv}
-            others = dispatch.Ways(
+            others = dispatch.KernelVariants(
                 tuple(dict(ways)), dict(ways).get, lambda right: among.get(tuple(right), tuple(right))
             )
             monkeypatch.setitem(dispatch.WAYS, (name, "x070"), others)
@@ -84,10 +86,10 @@ def gpu(monkeypatch, tmp_path):
 
 
 def test_kernels_that_pass_are_taken_and_are_asked_once(gpu, monkeypatch):
-    gpu(chunked.wkv7)
+    gpu(torch_wkv7.wkv7)
     first = dispatch.choose("auto", "x070", "cuda")
     assert first.name == "cuda" and "on this GPU" in first.why
-    monkeypatch.setattr(proof, "prove", None)
+    monkeypatch.setattr(kernel_check, "check_against_reference", None)
     assert dispatch.choose("auto", "x070", "cuda").name == "cuda"
     for what in ("digest", "compiler"):
         with monkeypatch.context() as changed:
@@ -101,7 +103,7 @@ def test_kernels_that_fail_are_not_taken_and_the_reason_is_told(gpu, how):
         if how == "other bindings":
             raise AttributeError("cuLaunchKernel")
         raise (
-            build.Missing("wkv7.cu cannot be compiled")
+            build.KernelUnavailable("wkv7.cu cannot be compiled")
             if how == "missing"
             else RuntimeError("CUDA error: no kernel image")
         )
@@ -114,7 +116,7 @@ def test_kernels_that_fail_are_not_taken_and_the_reason_is_told(gpu, how):
         how, "AttributeError: cuLaunchKernel"
     )
     assert words in found.why
-    with pytest.raises(Problems, match=words):
+    with pytest.raises(SettingErrors, match=words):
         dispatch.choose("cuda", "x070", "cuda")
 
 
@@ -129,7 +131,7 @@ def test_a_kernel_that_leaves_the_gpu_unusable_is_told_as_that(gpu, monkeypatch)
 
     gpu(fails)
     monkeypatch.setattr(torch.cuda, "synchronize", lost)
-    with pytest.raises(Problems, match="broke off on this GPU .*700.*; use torch"):
+    with pytest.raises(SettingErrors, match="broke off on this GPU .*700.*; use torch"):
         dispatch.choose("auto", "x070", "cuda")
 
 
@@ -138,10 +140,12 @@ def test_a_kernel_that_leaves_the_gpu_unusable_is_told_as_that(gpu, monkeypatch)
 )
 def test_kernels_that_are_wrong_in_one_way_go_on_in_the_others(gpu, bad):
     ways = ["in parts", "in a single pass"]
-    gpu(chunked.wkv7, ways=[(way, wrong("x070", "a wrong state") if way in bad else chunked.wkv7) for way in ways])
+    gpu(
+        torch_wkv7.wkv7, ways=[(way, wrong("x070", "a wrong state") if way in bad else torch_wkv7.wkv7) for way in ways]
+    )
     for op in ("auto", "cuda"):
         found = dispatch.choose(op, "x070", "cuda")
-        assert found.name == "cuda" and found.wkv == (tuple(way for way in ways if way not in bad) or chunked.wkv7)
+        assert found.name == "cuda" and found.wkv == (tuple(way for way in ways if way not in bad) or torch_wkv7.wkv7)
         for way in ways:
             assert (f"not {way}: they are wrong on this GPU" in found.why) == (way in bad)
 
@@ -149,35 +153,35 @@ def test_kernels_that_are_wrong_in_one_way_go_on_in_the_others(gpu, bad):
 def test_token_by_token_is_proved_by_itself_where_a_backend_would_go_another_way(gpu, monkeypatch):
     """What it chooses for the proof's short texts is not what it chooses for others."""
     asked = set()
-    passed = proof.Proof(0.0, 1.0, "")
-    monkeypatch.setattr(proof, "prove_around", lambda _around, wkv, *_more: asked.add(wkv) or passed)
-    ways = [("in a single pass", chunked.wkv7)]
-    gpu(chunked.wkv7, ways=ways, tokens=wrong("x070", "a wrong state"))
+    passed = kernel_check.KernelCheck(0.0, 1.0, "")
+    monkeypatch.setattr(kernel_check, "prove_around", lambda _around, wkv, *_more: asked.add(wkv) or passed)
+    ways = [("in a single pass", torch_wkv7.wkv7)]
+    gpu(torch_wkv7.wkv7, ways=ways, tokens=wrong("x070", "a wrong state"))
     found = dispatch.choose("auto", "x070", "cuda")
     assert found.name == "torch" and "OP=cuda: they are wrong on this GPU" in found.why
-    gpu(wrong("x070", "a wrong state"), ways=[("in a single pass", wrong("x070", "NaN"))], tokens=chunked.wkv7)
+    gpu(wrong("x070", "a wrong state"), ways=[("in a single pass", wrong("x070", "NaN"))], tokens=torch_wkv7.wkv7)
     found = dispatch.choose("auto", "x070", "cuda")
-    assert found.name == "cuda" and found.wkv is chunked.wkv7 and "not in a single pass" in found.why
-    assert asked == {chunked.wkv7}  # the rest of a block is proved with what is right
+    assert found.name == "cuda" and found.wkv is torch_wkv7.wkv7 and "not in a single pass" in found.why
+    assert asked == {torch_wkv7.wkv7}  # the rest of a block is proved with what is right
 
 
-@pytest.mark.parametrize("name", ["mixes", "square_relu", "slopes", "around7"])
+@pytest.mark.parametrize("name", ["token_shift_mix", "square_relu", "cross_entropy_grad", "wkv7_block"])
 def test_what_is_wrong_around_the_recurrence_is_left_to_torch(gpu, name):
     def wrong_one(*given):
-        found = getattr(neighbours, name)(*given)
+        found = getattr(block_ops, name)(*given)
         if name == "square_relu":
             return found * 1.001
         return [found[0] * 1.001, *found[1:]]
 
-    gpu(chunked.wkv7, **{name: wrong_one})
+    gpu(torch_wkv7.wkv7, **{name: wrong_one})
     found = dispatch.choose("auto", "x070", "cuda")
-    assert found.name == "cuda" and found.around is neighbours
+    assert found.name == "cuda" and found.around is block_ops
     assert "the rest of a block on torch: they are wrong on this GPU" in found.why
 
 
 def test_where_our_own_kernels_fail_flash_linear_attention_is_taken_if_it_is_there_and_right(gpu):
     gpu(wrong("x070", "NaN"))
-    gpu(chunked.wkv7, "fla")
+    gpu(torch_wkv7.wkv7, "fla")
     assert dispatch.choose("auto", "x070", "cuda").name == dispatch.choose("fla", "x070", "cuda").name == "fla"
     gpu(wrong("x070", "a wrong state"), "fla")
     found = dispatch.choose("auto", "x070", "cuda")
@@ -185,9 +189,9 @@ def test_where_our_own_kernels_fail_flash_linear_attention_is_taken_if_it_is_the
 
 
 def test_what_is_for_another_device_is_refused():
-    with pytest.raises(Problems, match="is for NVIDIA GPUs, and none was found; use auto"):
+    with pytest.raises(SettingErrors, match="is for NVIDIA GPUs, and none was found; use auto"):
         dispatch.choose("cuda", "x070", "cpu")
-    with pytest.raises(Problems, match="is for training without a GPU, and there is one; use auto"):
+    with pytest.raises(SettingErrors, match="is for training without a GPU, and there is one; use auto"):
         dispatch.choose("cpu", "x070", "cuda")
 
 
@@ -210,14 +214,14 @@ def test_a_number_that_a_kernel_cannot_count_is_refused():
 
 # a wrong neighbour, and what it looks like: each is caught by the proof
 MUTANTS = {
-    "the norm's least variance": ("around7", {"EPS": 1e-5}),
-    "a decay of another scale": ("around7", {"LOG_DECAY_SCALE": -0.61}),
+    "the norm's least variance": ("wkv7_block", {"EPS": 1e-5}),
+    "a decay of another scale": ("wkv7_block", {"LOG_DECAY_SCALE": -0.61}),
 }
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_small_changes_around_the_recurrence_are_caught(monkeypatch, mutant):
     name, constants = MUTANTS[mutant]
-    definition = types.FunctionType(getattr(neighbours, name).__code__, vars(neighbours) | constants)
-    stand_in = types.SimpleNamespace(**{**vars(neighbours), name: definition})
-    assert not proof.prove_around(stand_in, chunked.wkv7, "cpu", torch.float32).passed
+    definition = types.FunctionType(getattr(block_ops, name).__code__, vars(block_ops) | constants)
+    stand_in = types.SimpleNamespace(**{**vars(block_ops), name: definition})
+    assert not kernel_check.prove_around(stand_in, torch_wkv7.wkv7, "cpu", torch.float32).passed

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from rwkv_peft.errors import UserError
-from rwkv_peft.quantize import MODES, QuantEmbedding, QuantLinear, quantise, quantised
-from rwkv_peft.quantize.fourbit import FP4, NF4, FourBit, by_bitsandbytes, dynamic, pairs_of_levels
-from rwkv_peft.quantize.rowscaled import fp8_values
+from rwkv_peft.common.errors import UserError
+from rwkv_peft.quantize import MODES, QuantEmbedding, QuantLinear, base, quantise
+from rwkv_peft.quantize.int8_fp8 import fp8_values
+from rwkv_peft.quantize.nf4_fp4 import FP4, NF4, FourBit, by_bitsandbytes, dynamic, pairs_of_levels
 
 # largest error of a weight matrix, relative; what is measured is up to 5 % below it
 BOUND = {"int8": 0.0095, "nf4": 0.094, "fp4": 0.125, "fp8": 0.028}
@@ -152,7 +152,7 @@ def test_the_dtype_of_the_weight_changes_nothing_but_its_own_rounding(mode, dtyp
 def test_how_it_is_cut_into_pieces_and_how_it_lies_in_memory_change_nothing(mode, monkeypatch):
     weight, ids = normal(33, 200), torch.tensor([5, 5, 32, 0])
     whole = quantise(weight, mode)
-    monkeypatch.setattr(quantised, "PIECE", {"cpu": 450})
+    monkeypatch.setattr(base, "PIECE", {"cpu": 450})
     for other in (weight, weight.T.contiguous().T):
         cut = quantise(other, mode)
         assert all(torch.equal(a, b) for a, b in zip(cut.buffers(), whole.buffers(), strict=True))

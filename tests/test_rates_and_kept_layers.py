@@ -7,14 +7,14 @@ import tiny
 import torch
 from inprocess import config, run
 
-from merge import fold
-from rwkv_peft import checkpoint, train
-from rwkv_peft.adapters import attach
-from rwkv_peft.adapters.attach import Setup
-from rwkv_peft.errors import Problems
+from rwkv_peft.adapters import inject
+from rwkv_peft.adapters.inject import AdapterConfig
+from rwkv_peft.checkpoint import pth
+from rwkv_peft.cli import train
+from rwkv_peft.common.errors import SettingErrors
+from rwkv_peft.merge import fold
 from rwkv_peft.quantize import QuantLinear
-from rwkv_peft.train import find
-from rwkv_peft.training import report
+from rwkv_peft.train import lr_finder, report
 
 FIRST = "blocks.0.att.output"
 ALL = "att,ffn,blocks.0.att.output"
@@ -41,14 +41,16 @@ def test_four_bits_leave_the_first_output_as_it_is_unless_quant_parts_names_it(s
 
 
 def test_quant_parts_names_the_first_output_with_att_only():
-    with pytest.raises(Problems, match="names blocks.0.att.output without att"):
+    with pytest.raises(SettingErrors, match="names blocks.0.att.output without att"):
         config(QUANT="nf4", QUANT_PARTS="ffn,blocks.0.att.output")
 
 
 def test_a_kept_layer_computes_with_the_bases_weight():
     model = tiny.model(shape=tiny.geometry(vocab=64))
     before = model.blocks[0].att.output.weight.detach().clone()
-    attach.adapt(model, Setup("none", parts=("ln",), quant="nf4", quant_parts=("att", "ffn"), quant_kept=(FIRST,)))
+    inject.inject_adapters(
+        model, AdapterConfig("none", parts=("ln",), quant="nf4", quant_parts=("att", "ffn"), quant_kept=(FIRST,))
+    )
     assert torch.equal(model.blocks[0].att.output.weight, before)
     assert isinstance(model.blocks[1].att.output, QuantLinear) and isinstance(model.blocks[0].att.key, QuantLinear)
 
@@ -64,7 +66,7 @@ def test_a_run_says_which_layers_it_left(ready, capsys, parts, kept):
 
 @pytest.mark.parametrize("kept", [[FIRST], [], None], ids=["kept", "compressed", "of an earlier version"])
 def test_a_merge_into_the_compressed_base_knows_what_was_left(ready, kept):
-    from merge.parts import found
+    from rwkv_peft.merge.inputs import found
 
     run(ready, QUANT="nf4", QUANT_PARTS=ALL if kept == [] else "att,ffn")
     path = ready / "output/run/rwkv-0.pth"
@@ -73,8 +75,8 @@ def test_a_merge_into_the_compressed_base_knows_what_was_left(ready, kept):
         del facts["quant_kept"], facts["fields_sha256"]
         path.with_suffix(".json").write_text(json.dumps(facts))
     one = found(path, "", None, None, True)
-    base, shape = checkpoint.load(ready / "model/tiny.pth"), tiny.geometry()
-    part = fold.opened(one.part, checkpoint.describe(ready / "model/tiny.pth"), shape)
+    base, shape = pth.load(ready / "model/tiny.pth"), tiny.geometry()
+    part = fold.opened(one.part, pth.read_header(ready / "model/tiny.pth"), shape)
     same = torch.equal(part.compressed(f"{FIRST}.weight", base[f"{FIRST}.weight"], shape), base[f"{FIRST}.weight"])
     assert same == bool(kept)
     second = "blocks.1.att.output.weight"
@@ -83,7 +85,7 @@ def test_a_merge_into_the_compressed_base_knows_what_was_left(ready, kept):
 
 @pytest.mark.parametrize("fact", [[FIRST], [], None], ids=["kept", "compressed", "of an earlier version"])
 def test_a_run_goes_on_with_what_it_left(ready, monkeypatch, fact):
-    from rwkv_peft.train import prepared
+    from rwkv_peft.train import setup
 
     run(ready, QUANT="nf4", KEEP_LAST="1", QUANT_PARTS=ALL if fact == [] else "att,ffn")
     [state] = (ready / "output/run/state").glob("step-*")
@@ -91,15 +93,15 @@ def test_a_run_goes_on_with_what_it_left(ready, monkeypatch, fact):
     facts = json.loads(manifest.read_text())
     assert facts["quant_kept"] == ([FIRST] if fact is None else fact)
     if fact is None:
-        from rwkv_peft.training import snapshot
+        from rwkv_peft.checkpoint import train_state
 
-        described = snapshot.described
+        described = train_state.read_manifest
         monkeypatch.setattr(
-            snapshot,
-            "described",
+            train_state,
+            "read_manifest",
             lambda folder: (lambda found: (found.facts.pop("quant_kept"), found)[1])(described(folder)),
         )
-    seen, header = [], prepared.header
+    seen, header = [], setup.header
     monkeypatch.setattr(train, "header", lambda made: (seen.append(made.setup), header(made))[1])
     more = {"QUANT": "nf4", "KEEP_LAST": "1", "EPOCH_COUNT": "2", "QUANT_PARTS": ALL if fact == [] else "att,ffn"}
     train.command(config(RUN_NAME="run", **more), [])
@@ -154,35 +156,35 @@ def test_the_plan_has_a_line_of_its_own_for_the_highest_rate_of_a_state(ready, c
 def test_the_picture_of_find_lr_advises_no_more_than_its_text(tmp_path, monkeypatch):
     import contextlib
 
-    from rwkv_peft import pictures
+    from rwkv_peft.common import plotting
 
     titles, lines = [], []
 
     @contextlib.contextmanager
     def watched(*size):
-        with pictures.figure(*size) as (drawing, axes):
+        with plotting.figure(*size) as (drawing, axes):
             yield drawing, axes
             titles.append(axes.get_title())
             lines.extend((line.get_color(), line.get_xdata()[0], line.get_label()) for line in axes.get_lines())
 
-    monkeypatch.setattr(find, "figure", watched)
-    monkeypatch.setattr(find, "advise", lambda *_: find.Advice(10.0, 1.0, False))
+    monkeypatch.setattr(lr_finder, "figure", watched)
+    monkeypatch.setattr(lr_finder, "advise", lambda *_: lr_finder.Advice(10.0, 1.0, False))
     for usual in (0.001, None):
-        find.draw([1e-3, 1e-2, 1e-1], [3.0, 2.0, 1.0], tmp_path / "x.png", usual)
+        lr_finder.draw([1e-3, 1e-2, 1e-1], [3.0, 2.0, 1.0], tmp_path / "x.png", usual)
     green = [(at, words) for colour, at, words in lines if colour == "#2e8b57"]
     assert green == [(0.001, "usual for a state of this model: 1e-03"), (1.0, "a tenth of the lowest: 1e+00")]
     assert "a state 0.03 at most" in titles[0] and "a tenth of the last good one" in titles[1]
 
 
 def test_find_lr_does_not_advise_a_state_rate_that_destroys_models(ready, capsys, monkeypatch):
-    monkeypatch.setattr(find, "STEPS", 6)
-    monkeypatch.setattr(find, "advise", lambda *_: find.Advice(10.0, 1.0, False))
+    monkeypatch.setattr(lr_finder, "STEPS", 6)
+    monkeypatch.setattr(lr_finder, "advise", lambda *_: lr_finder.Advice(10.0, 1.0, False))
     train.command(config(FINETUNE_MODE="state_tuning"), ["--find-lr"])
     said = capsys.readouterr().out
     assert "warning: a tenth of that is 1e+00" in said and "1e-3 (0.1B) to 1e-2 (7B)" in said
     assert "Begin with LR_INIT=0.001 and LR_FINAL=0.0001: usual are" in said
     assert "rates from 1e-06" in said
-    monkeypatch.setattr(find, "advise", lambda *_: find.Advice(0.1, 0.01, False))
+    monkeypatch.setattr(lr_finder, "advise", lambda *_: lr_finder.Advice(0.1, 0.01, False))
     train.command(config(FINETUNE_MODE="state_tuning"), ["--find-lr"])
     said = capsys.readouterr().out
     assert "Begin with LR_INIT=1e-02" in said and "Usual for a state are 1e-3" in said

@@ -14,10 +14,11 @@ from conftest import ROOT
 from inprocess import run
 from test_nodes import free_port, parties
 
-from rwkv_peft.errors import Problems, UserError
-from rwkv_peft.train import meeting, place, reach
+from rwkv_peft.common.errors import SettingErrors, UserError
+from rwkv_peft.distributed import connect as reach
+from rwkv_peft.distributed import launch, rendezvous
 
-SECOND = place.Place(1, 0, 1, 2)
+SECOND = launch.ProcessInfo(1, 0, 1, 2)
 HTTP = b"HTTP/1.0 400 Bad Request\r\n\r\n"
 
 
@@ -65,18 +66,18 @@ def stranger(does, address: str = "127.0.0.1"):
 
 @pytest.fixture
 def soon(monkeypatch):
-    monkeypatch.setattr(meeting, "REACH", 2.0)
+    monkeypatch.setattr(rendezvous, "REACH", 2.0)
     monkeypatch.setattr(reach, "HEARD", 1.0)
 
 
-def join(port: int, address: str = "127.0.0.1", who: place.Place = SECOND, say=lambda _: None) -> None:
-    with meeting.meeting(who, who.nodes, address, port, say):
+def join(port: int, address: str = "127.0.0.1", who: launch.ProcessInfo = SECOND, say=lambda _: None) -> None:
+    with rendezvous.open_rendezvous(who, who.nodes, address, port, say):
         pass
 
 
 @pytest.mark.parametrize(("does", "words"), STRANGERS.values(), ids=STRANGERS)
 def test_a_stranger_where_node_0_should_be_is_named(soon, does, words):
-    with stranger(does) as port, pytest.raises(Problems, match="MASTER_PORT: another program than") as found:
+    with stranger(does) as port, pytest.raises(SettingErrors, match="MASTER_PORT: another program than") as found:
         join(port)
     assert f"127.0.0.1, port {port}: {words}".replace("\\\\", "\\") in str(found.value)
     assert "take another number, on all nodes" in str(found.value)
@@ -89,7 +90,7 @@ def test_a_first_node_that_stops_behind_the_greeting_is_named(soon):
 
 def test_a_name_of_no_machine_is_named(soon):
     with pytest.raises(
-        Problems, match=r"MASTER_ADDR: nobody answers at no.such.machine.invalid.*no machine of this name"
+        SettingErrors, match=r"MASTER_ADDR: nobody answers at no.such.machine.invalid.*no machine of this name"
     ):
         join(free_port(), "no.such.machine.invalid")
 
@@ -98,13 +99,13 @@ def test_a_name_of_no_machine_is_named(soon):
     "name", ["a..b", "x" * 70, "10.0.0", "a b", "127.0.0.1:29500", "http://127.0.0.1", "*", "::1%"]
 )
 def test_what_is_no_address_ends_in_words(soon, name):
-    with pytest.raises(Problems, match=r"MASTER_(ADDR|PORT): "):
+    with pytest.raises(SettingErrors, match=r"MASTER_(ADDR|PORT): "):
         join(free_port(), name)
 
 
 def test_a_node_that_waits_says_so_once(soon):
     said = []
-    with pytest.raises(Problems, match="nothing listens there"):
+    with pytest.raises(SettingErrors, match="nothing listens there"):
         join(port := free_port(), say=said.append)
     assert said == [f"waiting for node 0 at 127.0.0.1, port {port}"]
 
@@ -112,7 +113,7 @@ def test_a_node_that_waits_says_so_once(soon):
 def test_the_store_of_another_torch_program_is_not_taken_for_node_0(soon):
     store = reach.connect("127.0.0.1", port := free_port(), 5, True)
     with pytest.raises(
-        Problems, match=r"MASTER_PORT: is used by another training at 127.0.0.1, port .*start them again"
+        SettingErrors, match=r"MASTER_PORT: is used by another training at 127.0.0.1, port .*start them again"
     ):
         join(port)
     del store
@@ -120,8 +121,8 @@ def test_the_store_of_another_torch_program_is_not_taken_for_node_0(soon):
 
 def test_a_node_0_whose_address_is_another_machines_is_told(soon):
     port = free_port()
-    with pytest.raises(Problems, match="MASTER_ADDR: does not lead to this machine"):
-        join(port, "no.such.machine.invalid", place.Place(0, 0, 0, 2))
+    with pytest.raises(SettingErrors, match="MASTER_ADDR: does not lead to this machine"):
+        join(port, "no.such.machine.invalid", launch.ProcessInfo(0, 0, 0, 2))
 
 
 def test_a_node_0_whose_address_leads_to_another_node_0_is_told(soon, monkeypatch):
@@ -134,16 +135,16 @@ def test_a_node_0_whose_address_leads_to_another_node_0_is_told(soon, monkeypatc
         return connect(address, port if first else there, limit, first)
 
     monkeypatch.setattr(reach, "connect", routed)
-    with pytest.raises(Problems, match="MASTER_ADDR: .* node 0 of another training answers at 127.0.0.1"):
-        join(free_port(), who=place.Place(0, 0, 0, 2))
+    with pytest.raises(SettingErrors, match="MASTER_ADDR: .* node 0 of another training answers at 127.0.0.1"):
+        join(free_port(), who=launch.ProcessInfo(0, 0, 0, 2))
 
 
 def test_a_port_that_another_program_has_is_told_on_node_0(soon):
     with (
         stranger(lambda line: None, "0.0.0.0") as port,
-        pytest.raises(Problems, match="MASTER_PORT: is in use on this"),
+        pytest.raises(SettingErrors, match="MASTER_PORT: is in use on this"),
     ):
-        join(port, who=place.Place(0, 0, 0, 2))
+        join(port, who=launch.ProcessInfo(0, 0, 0, 2))
 
 
 @pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6")
@@ -187,8 +188,8 @@ def test_a_node_of_a_training_with_more_nodes_is_told_and_the_others_begin():
 
     def late(where, port):
         time.sleep(1)
-        with pytest.raises(Problems, match="NNODES: makes 3 nodes here, and 2 on node 0"):
-            join(port, who=place.Place(2, 0, 2, 3))
+        with pytest.raises(SettingErrors, match="NNODES: makes 3 nodes here, and 2 on node 0"):
+            join(port, who=launch.ProcessInfo(2, 0, 2, 3))
 
     ports = []
     said = parties(lambda met: (late(None, ports[0]), waits(met))[1], waits, ports=ports)
@@ -213,9 +214,11 @@ def test_a_training_whose_node_0_is_a_silent_stranger_ends_in_words_and_leaves_n
     """The whole command, in a process of its own, which ends although a thread of torch's still waits."""
     code = (
         "import sys\nsys.path[:0] = [sys.argv[1], sys.argv[1] + '/tests']\nfrom inprocess import config\n"
-        "from rwkv_peft import train\nfrom rwkv_peft.errors import door\nfrom rwkv_peft.train import meeting, reach\n"
-        "meeting.REACH, reach.HEARD = 2.0, 1.0\n"
-        "with door():\n    train.command(config(NNODES='2', NODE_RANK='1', MASTER_ADDR='127.0.0.1', MASTER_PORT='1'), [])\n"
+        "from rwkv_peft.cli import train\nfrom rwkv_peft.common.errors import handle_errors\nfrom "
+        "rwkv_peft.distributed import connect, rendezvous\n"
+        "rendezvous.REACH, connect.HEARD = 2.0, 1.0\n"
+        "with handle_errors():\n    train.command(config(NNODES='2', NODE_RANK='1', MASTER_ADDR='127.0.0.1', "
+        "MASTER_PORT='1'), [])\n"
     )
     with stranger(lambda line: None) as port:
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -231,8 +234,8 @@ def test_a_silent_stranger_that_speaks_as_the_command_ends_does_not_change_its_e
     """torch aborts where its call returns while Python ends."""
     code = (
         "import os, sys, time\nsys.path[:0] = [sys.argv[1], sys.argv[1] + '/tests']\nfrom inprocess import FAST\n"
-        "from test_scripts import ROOT, shell_values\nfrom rwkv_peft import train\nfrom rwkv_peft.train import meeting, reach\n"
-        "meeting.REACH, reach.HEARD = 2.0, 1.0\n"
+        "from test_scripts import ROOT, shell_values\nfrom rwkv_peft.cli import train\n"
+        "from rwkv_peft.distributed import connect, rendezvous\nrendezvous.REACH, connect.HEARD = 2.0, 1.0\n"
         "os.environ.update(shell_values(ROOT / 'training.sh') | FAST | {'NNODES': '2', 'NODE_RANK': '1'} | "
         "{'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': sys.argv[2]})\ntrain.main([str(ROOT / 'training.sh')])\n"
     )

@@ -5,12 +5,12 @@ import json
 
 import pytest
 
-from rwkv_peft.errors import Problems, UserError
-from rwkv_peft.templates import presets
-from rwkv_peft.templates.named import recorded
-from rwkv_peft.templates.presets import PRESETS
-from rwkv_peft.templates.template import Template
-from rwkv_peft.tokenized import Form, common, form_of
+from rwkv_peft.common.errors import SettingErrors, UserError
+from rwkv_peft.data.tokenized_files import Form, common, form_of
+from rwkv_peft.text import presets
+from rwkv_peft.text.preset_names import recorded
+from rwkv_peft.text.presets import PRESETS
+from rwkv_peft.text.template import Template
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -47,7 +47,7 @@ def test_the_content_counts_more_than_the_name():
     assert recorded({"template": written.to_dict(), "prompt_type": "rwkv-world"}, "x") == written
     assert recorded({"prompt_type": "rwkv-world"}, "x") == PRESETS["rwkv-world"]
     assert recorded({"prompt_type": None}, "x") is None
-    with pytest.raises(Problems):
+    with pytest.raises(SettingErrors):
         recorded({"prompt_type": "gone.json"}, "x")
 
 

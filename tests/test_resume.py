@@ -15,10 +15,12 @@ import torch
 from conftest import EVERYTHING, few
 from inprocess import config, run
 
-from rwkv_peft import checkpoint, runs, train
-from rwkv_peft.errors import Problems, UserError
-from rwkv_peft.training import callbacks, snapshot
-from rwkv_peft.training.spread import Parts, whole
+from rwkv_peft.checkpoint import pth, run_dir, train_state
+from rwkv_peft.checkpoint.lazy_tensors import LazyTensors
+from rwkv_peft.cli import train
+from rwkv_peft.common.errors import SettingErrors, UserError
+from rwkv_peft.distributed.sharding import lazy_tensor
+from rwkv_peft.train.callbacks import core
 
 TIMES = ("tokens_per_s", "targets_per_s", "seconds")
 
@@ -29,7 +31,7 @@ class Killed(BaseException):
 
 def interrupted(monkeypatch, root, at: int, how: str, name: str = "again", **settings) -> None:
     """A run that gets as far as step `at`: then it is killed, or told to stop."""
-    write = callbacks.LossFile.__call__
+    write = core.LossFile.__call__
 
     def write_and_end(self, record):
         write(self, record)
@@ -39,7 +41,7 @@ def interrupted(monkeypatch, root, at: int, how: str, name: str = "again", **set
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patched:
-        patched.setattr(callbacks.LossFile, "__call__", write_and_end)
+        patched.setattr(core.LossFile, "__call__", write_and_end)
         with pytest.raises(Killed if how == "killed" else SystemExit):
             run(root, name, **settings)
 
@@ -52,9 +54,9 @@ def same(root, one: str, other: str, records: tuple[list, list]) -> None:
     files = [sorted(p.name for p in folder.glob("*.pth")) for folder in folders]
     assert files[0] == files[1]
     for file in files[0]:
-        first, second = (checkpoint.load(folder / file) for folder in folders)
+        first, second = (pth.load(folder / file) for folder in folders)
         assert first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
-    last = [snapshot.described(folder / "state" / snapshot.names(folder)[-1]) for folder in folders]
+    last = [train_state.read_manifest(folder / "state" / train_state.names(folder)[-1]) for folder in folders]
     assert last[0].step == last[1].step and last[0].facts["tokens"] == last[1].facts["tokens"]
     for part in ("weights", "optimizer", "random"):
         first, second = (one.tensors(part) for one in last)
@@ -130,7 +132,7 @@ def test_a_checkpoint_that_is_not_said_to_be_of_the_middle_of_an_epoch_stays(tmp
     if sidecar is not None:
         (tmp_path / "rwkv-1.json").write_text(sidecar)
     before = sorted(tmp_path.iterdir())
-    assert runs.drop_unfinished(tmp_path, 1) is None and sorted(tmp_path.iterdir()) == before
+    assert run_dir.drop_unfinished(tmp_path, 1) is None and sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize("at", few([3, 4, 11], [4]))
@@ -174,7 +176,7 @@ def test_without_a_name_the_newest_run_goes_on_if_its_settings_are_the_same(read
 
 def test_what_may_not_change_is_refused_with_what_it_was(ready, monkeypatch):
     interrupted(monkeypatch, ready, 5, "stopped", **BASE)
-    with pytest.raises(Problems) as refused:
+    with pytest.raises(SettingErrors) as refused:
         run(ready, "again", **BASE | {"LR_INIT": "2e-3", "lora_r": "8", "EPOCH_SAVE": "2"})
     said = str(refused.value)
     assert "LR_INIT: was 0.01" in said and "lora_r: was 4" in said and "EPOCH_SAVE" not in said
@@ -182,7 +184,7 @@ def test_what_may_not_change_is_refused_with_what_it_was(ready, monkeypatch):
         ("PRECISION", "bf16", "fp32"), ("LOSS_MASK", "pad", "qa"), ("SEED", "7", "42"), ("OPTIM", "lion8bit", "adamw"),
         ("DATALOAD", "only", "pack"), ("QUANT", "int8", "none"), ("GRAD_CLIP", "0.5", "1"), ("WARMUP_STEPS", "2", "3"),
     ):  # fmt: skip
-        with pytest.raises(Problems, match=f"{name}: was '?{was}"):
+        with pytest.raises(SettingErrors, match=f"{name}: was '?{was}"):
             run(ready, "again", **BASE | {name: value})
 
 
@@ -192,7 +194,7 @@ def test_another_split_of_the_same_steps_goes_on(ready, monkeypatch):
     _, whole = run(ready, "whole", **settings)
     interrupted(monkeypatch, ready, 2, "killed", **settings)
     with pytest.raises(
-        Problems, match="MINI_BSZ: output/again at step 1 of 6 was begun with 1, which would be 2 now: set it back"
+        SettingErrors, match="MINI_BSZ: output/again at step 1 of 6 was begun with 1, which would be 2 now: set it back"
     ):
         run(ready, "again", **settings | {"MINI_BSZ": "2"})
     _, split = run(ready, "again", **settings | {"MICRO_BSZ": "1", "MINI_BSZ": "2"})
@@ -205,7 +207,7 @@ def test_other_data_or_another_base_of_the_same_name_is_refused(ready, monkeypat
     content = data.read_bytes()
     data.write_bytes(content[:2] + bytes([content[2] ^ 1]) + content[3:])
     tiny.save_model(base, seed=5)
-    with pytest.raises(Problems) as refused:
+    with pytest.raises(SettingErrors) as refused:
         run(ready, "again", **BASE)
     assert "MODEL_PATH: is another file than tiny.pth" in str(refused.value)
     assert "DATA_PATH: has another content" in str(refused.value) and "chat.bin" in str(refused.value)
@@ -225,7 +227,9 @@ def test_a_finished_run_says_so_and_a_larger_epoch_count_trains_it_further(ready
     settings = BASE | {"LR_SCHEDULE": "constant"}
     _, whole = run(ready, "whole", **settings)
     run(ready, "again", **settings | {"EPOCH_COUNT": "2"})
-    with pytest.raises(Problems, match="RUN_NAME: output/again is finished .8 steps, 2 epochs.. A larger EPOCH_COUNT"):
+    with pytest.raises(
+        SettingErrors, match="RUN_NAME: output/again is finished .8 steps, 2 epochs.. A larger EPOCH_COUNT"
+    ):
         run(ready, "again", **settings | {"EPOCH_COUNT": "2"})
     _, parts = run(ready, "again", **settings)
     same(ready, "whole", "again", (whole, parts))
@@ -239,7 +243,7 @@ def test_two_processes_go_on_as_if_they_had_never_stopped(kit):
     kit.run("training.sh")
     output = kit.root / "output"
     shutil.copytree(output / "whole", output / "again")
-    for name in snapshot.names(output / "again")[2:]:
+    for name in train_state.names(output / "again")[2:]:
         shutil.rmtree(output / "again" / "state" / name)
     (output / "latest").unlink()
     (output / "latest").symlink_to("again")
@@ -249,13 +253,13 @@ def test_two_processes_go_on_as_if_they_had_never_stopped(kit):
     valid = output / "again" / "valid.jsonl"
     assert valid.read_bytes() == (output / "whole/valid.jsonl").read_bytes()
     # an early best look: all processes count from it, and end together
-    for name in snapshot.names(output / "again")[2:]:
+    for name in train_state.names(output / "again")[2:]:
         shutil.rmtree(output / "again" / "state" / name)
     first, *others = valid.read_text().splitlines()
     valid.write_text("\n".join([json.dumps({**json.loads(first), "loss": 1e-3}), *others]) + "\n")
     kit.set(VAL_PATIENCE="3")
     assert "VAL_PATIENCE=3: no better validation" in kit.run("training.sh").stdout
-    assert snapshot.described(output / "again/state" / snapshot.names(output / "again")[-1]).facts["finished"]
+    assert train_state.read_manifest(output / "again/state" / train_state.names(output / "again")[-1]).facts["finished"]
 
 
 ONE, TWO = {}, {"GPU_COUNT": "2", "MICRO_BSZ": "1"}
@@ -315,7 +319,7 @@ def test_a_damaged_state_is_told_and_the_one_before_it_taken(ready, monkeypatch,
     _, whole = run(ready, "whole", **settings)
     interrupted(monkeypatch, ready, 7, "killed", **settings)
     folder = ready / "output" / "again" / "state"
-    assert snapshot.names(folder.parent) == ["step-000004", "step-000006"]
+    assert train_state.names(folder.parent) == ["step-000004", "step-000006"]
     file = folder / "step-000006" / "optimizer.safetensors"
     content = bytearray(file.read_bytes())
     content[-3] ^= 4
@@ -330,7 +334,7 @@ def test_a_state_that_cannot_be_written_stops_nothing(ready, monkeypatch, capsys
     def full(*_arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(snapshot, "need_space", full)
+    monkeypatch.setattr(train_state, "check_disk_space", full)
     run(ready, **BASE | {"SAVE_STEPS": "5"})
     said = capsys.readouterr().out
     assert said.count("could not be saved; training goes on. ") == 5 and "step 12/12" in said  # 5, 10, and three epochs
@@ -342,7 +346,7 @@ def test_with_keep_last_0_nothing_is_kept_and_the_way_to_go_on_is_told(ready, mo
     interrupted(monkeypatch, ready, 5, "stopped", **BASE | {"KEEP_LAST": "0"})
     assert not (ready / "output/again/state").exists()
     assert "set lora_load=" in capsys.readouterr().err
-    with pytest.raises(Problems, match="holds an earlier run, which has saved no state"):
+    with pytest.raises(SettingErrors, match="holds an earlier run, which has saved no state"):
         run(ready, "again", **BASE)
 
 
@@ -352,23 +356,23 @@ def test_a_run_that_is_training_at_this_moment_does_not_go_on_twice(ready, monke
     interrupted(monkeypatch, ready, 5, "stopped", **BASE)
     with open(ready / "output/again/loss.jsonl", "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(Problems, match="is being trained at this moment, by another process"):
+        with pytest.raises(SettingErrors, match="is being trained at this moment, by another process"):
             run(ready, "again", **BASE)
 
 
 def saved(folder, step: int, keep: int = 1):
     """A state of so many steps, with little in it."""
-    parts = {part: Parts({"a": whole(torch.arange(64.0))}) for part in snapshot.PARTS}
-    return snapshot.write(folder, parts, tiny.state_facts(step), keep)
+    parts = {part: LazyTensors({"a": lazy_tensor(torch.arange(64.0))}) for part in train_state.PARTS}
+    return train_state.write(folder, parts, tiny.state_facts(step), keep)
 
 
 def test_only_the_last_states_are_kept_and_half_written_ones_vanish(tmp_path):
     for step in (5, 9, 12, 20):
         (tmp_path / "state").mkdir(exist_ok=True)
-        (tmp_path / "state" / f"{snapshot.UNFINISHED}step-000001").mkdir()
+        (tmp_path / "state" / f"{train_state.UNFINISHED}step-000001").mkdir()
         saved(tmp_path, step, keep=2)
     assert sorted(p.name for p in (tmp_path / "state").iterdir()) == ["step-000012", "step-000020"]
-    found = snapshot.whole(tmp_path, print)
+    found = train_state.latest_valid(tmp_path, print)
     assert found.step == 20 and torch.equal(found.tensors("weights")["a"], torch.arange(64.0))
 
 
@@ -377,17 +381,17 @@ def test_a_state_that_is_saved_behind_a_damaged_later_one_stays(tmp_path):
         saved(tmp_path, step, keep=2)
     (tmp_path / "state/step-000008/weights.safetensors").unlink()
     saved(tmp_path, 7)
-    assert snapshot.names(tmp_path) == ["step-000007", "step-000008"]
-    snapshot.drop_newer(tmp_path, 7)
-    assert snapshot.names(tmp_path) == ["step-000007"]
+    assert train_state.names(tmp_path) == ["step-000007", "step-000008"]
+    train_state.drop_newer(tmp_path, 7)
+    assert train_state.names(tmp_path) == ["step-000007"]
 
 
 def test_a_state_that_was_about_to_be_replaced_is_found_and_looking_changes_nothing(tmp_path):
     folder = saved(tmp_path, 4).folder
-    folder.rename(folder.with_name(f"{snapshot.REPLACED}{folder.name}"))
-    (tmp_path / "state" / f"{snapshot.UNFINISHED}step-000005").mkdir()
-    assert snapshot.whole(tmp_path, print).step == 4 and len(list((tmp_path / "state").iterdir())) == 2
-    snapshot.tidy(tmp_path)
+    folder.rename(folder.with_name(f"{train_state.REPLACED}{folder.name}"))
+    (tmp_path / "state" / f"{train_state.UNFINISHED}step-000005").mkdir()
+    assert train_state.latest_valid(tmp_path, print).step == 4 and len(list((tmp_path / "state").iterdir())) == 2
+    train_state.tidy(tmp_path)
     assert [p.name for p in (tmp_path / "state").iterdir()] == ["step-000004"]
 
 
@@ -414,7 +418,7 @@ def test_no_damage_goes_unseen(tmp_path, harm):
         manifest.write_text(json.dumps(told))
     said = []
     with pytest.raises(Exception, match="none of its states is whole"):
-        snapshot.whole(tmp_path, said.append)
+        train_state.latest_valid(tmp_path, said.append)
     assert said
 
 
@@ -448,17 +452,17 @@ def test_a_run_that_is_stopped_in_its_last_step_is_complete(ready, monkeypatch, 
     interrupted(monkeypatch, ready, 12, "stopped", **BASE)
     assert "Stopped behind the last step: the run is complete" in capsys.readouterr().err
     assert json.loads((ready / "output/again/rwkv-2.json").read_text())["epoch_finished"] is True
-    with pytest.raises(Problems, match="is finished"):
+    with pytest.raises(SettingErrors, match="is finished"):
         run(ready, "again", **BASE)
 
 
 def test_an_epoch_count_below_what_is_done_is_refused_and_one_that_ends_there_writes_the_result(ready, monkeypatch):
     settings = BASE | {"EPOCH_SAVE": "9", "SAVE_STEPS": "2"}
     interrupted(monkeypatch, ready, 9, "killed", **settings)
-    with pytest.raises(Problems, match="EPOCH_COUNT: has 4 steps, and 8 are done in output/again"):
+    with pytest.raises(SettingErrors, match="EPOCH_COUNT: has 4 steps, and 8 are done in output/again"):
         run(ready, "again", **settings | {"EPOCH_COUNT": "1"})
     run(ready, "again", **settings | {"EPOCH_COUNT": "2"})
-    assert runs.saved(ready / "output/again") == ([1], [6, 8])
+    assert run_dir.list_checkpoints(ready / "output/again") == ([1], [6, 8])
 
 
 def test_a_stream_may_be_made_longer_and_its_text_may_not_change(ready, monkeypatch):
@@ -469,7 +473,7 @@ def test_a_stream_may_be_made_longer_and_its_text_may_not_change(ready, monkeypa
     assert [r["loss"] for r in parts] == [r["loss"] for r in whole]
     file = ready / "data/chat.jsonl"
     file.write_text(file.read_text().replace("tomato", "cherry"))
-    with pytest.raises(Problems, match="DATA_PATH: has another content .*chat.jsonl"):
+    with pytest.raises(SettingErrors, match="DATA_PATH: has another content .*chat.jsonl"):
         run(ready, "again", **settings | {"MAX_STEPS": "14"})
 
 
@@ -478,10 +482,10 @@ def test_what_adapters_began_with_must_be_there(ready, monkeypatch):
     interrupted(monkeypatch, ready, 5, "stopped", **settings)
     start = ready / "output/again/init_pissa.pth"
     start.write_bytes(start.read_bytes()[:-1] + b"x")
-    with pytest.raises(Problems, match="init_pissa.pth is another file than what"):
+    with pytest.raises(SettingErrors, match="init_pissa.pth is another file than what"):
         run(ready, "again", **settings)
     start.unlink()
-    with pytest.raises(Problems, match="init_pissa.pth is missing"):
+    with pytest.raises(SettingErrors, match="init_pissa.pth is missing"):
         run(ready, "again", **settings)
 
 
@@ -499,17 +503,17 @@ def test_a_new_run_that_never_took_a_step_does_not_hide_the_one_that_was_stopped
     (ready / "output/latest").symlink_to("empty")
     train.command(config(RUN_NAME="", **BASE), ["--dry-run"])
     assert "at step 5 of 12" in capsys.readouterr().out
-    with pytest.raises(Problems, match="--new wants another name"):
+    with pytest.raises(SettingErrors, match="--new wants another name"):
         [name] = [p.parent.name for p in (ready / "output").glob("*/state")]
         train.command(config(RUN_NAME=name, **BASE), ["--dry-run", "--new"])
 
 
 def test_a_state_that_another_process_has_overtaken_is_looked_for_again(ready, monkeypatch, capsys):
-    from rwkv_peft.train import again
+    from rwkv_peft.train import resume
 
     settings = BASE | {"SAVE_STEPS": "2", "KEEP_LAST": "9"}
     interrupted(monkeypatch, ready, 7, "killed", **settings)
-    find, before = again.find, []
+    find, before = resume.find_resume_state, []
 
     def find_and_lose(*given):
         found = find(*given)
@@ -518,7 +522,7 @@ def test_a_state_that_another_process_has_overtaken_is_looked_for_again(ready, m
             shutil.rmtree(found.folder)  # as if another process had gone on, saved later states and pruned this one
         return found
 
-    monkeypatch.setattr(again, "find", find_and_lose)
+    monkeypatch.setattr(resume, "find_resume_state", find_and_lose)
     run(ready, "again", **settings)
     assert "at step 4 of 12" in capsys.readouterr().out and before[0].step == 6
 
@@ -557,10 +561,13 @@ def test_every_save_steps_there_is_a_checkpoint_that_merges(ready, capsys):
     settings = BASE | {"SAVE_STEPS": "3", "KEEP_LAST": "9", "EPOCH_SAVE": "2"}
     run(ready, "whole", **settings)
     folder = ready / "output/whole"
-    assert runs.saved(folder) == ([1, 2], [3, 6, 9])  # (the epochs' checkpoints are those of steps 8 and 12)
+    assert run_dir.list_checkpoints(folder) == (
+        [1, 2],
+        [3, 6, 9],
+    )  # (the epochs' checkpoints are those of steps 8 and 12)
     for step in (3, 6, 9):
-        state = snapshot.described(folder / f"state/step-{step:06}").tensors("weights")
-        found = checkpoint.load(folder / f"rwkv-step-{step}.pth")
+        state = train_state.read_manifest(folder / f"state/step-{step:06}").tensors("weights")
+        found = pth.load(folder / f"rwkv-step-{step}.pth")
         assert found.keys() == state.keys() and all(torch.equal(found[n], state[n]) for n in found)
     said = capsys.readouterr().out
     assert all(f"saved output/whole/rwkv-step-{step}.pth\n" in said for step in (3, 6, 9))
@@ -569,7 +576,7 @@ def test_every_save_steps_there_is_a_checkpoint_that_merges(ready, capsys):
     with pytest.raises(UserError, match=r"has no rwkv-step-7.pth; it has the epochs 1, 2 and the steps 3, 6, 9"):
         merge("step-7", RUN="whole")
     run(ready, "again", **settings | {"KEEP_LAST": "2"})
-    assert runs.saved(ready / "output/again") == ([1, 2], [6, 9])
+    assert run_dir.list_checkpoints(ready / "output/again") == ([1, 2], [6, 9])
     assert not (ready / "output/again/rwkv-step-3.json").exists()
 
 
@@ -582,15 +589,15 @@ def test_a_run_that_died_before_its_first_epoch_has_the_checkpoint_of_a_step(rea
 
 
 def test_a_full_disk_costs_the_checkpoint_of_a_step_and_not_the_training(ready, monkeypatch, capsys):
-    write = checkpoint.save
+    write = pth.save
 
     def full(path, tensors):
         if "step-" in path.name:
             raise OSError(28, "No space left on device", str(path))
         write(path, tensors)
 
-    monkeypatch.setattr(checkpoint, "save", full)
+    monkeypatch.setattr(pth, "save", full)
     _, records = run(ready, "again", **BASE | {"SAVE_STEPS": "3"})
     said = capsys.readouterr().out
     assert len(records) == 12 and "warning   rwkv-step-3.pth could not be saved; training goes on." in said
-    assert runs.saved(ready / "output/again") == ([0, 1, 2], [])
+    assert run_dir.list_checkpoints(ready / "output/again") == ([0, 1, 2], [])

@@ -8,11 +8,11 @@ import shlex
 import pytest
 from test_schemas import ANSWER, A, Q, U, read, refused, said
 
-from rwkv_peft.errors import Problems
-from rwkv_peft.roles import Role
-from rwkv_peft.rows.keys import columns
-from rwkv_peft.rows.schemas import Reader
-from rwkv_peft.rows.values import RowError
+from rwkv_peft.common.errors import SettingErrors
+from rwkv_peft.preprocess.keys import columns
+from rwkv_peft.preprocess.schemas import Reader
+from rwkv_peft.preprocess.values import RowError
+from rwkv_peft.text.roles import Role
 
 BAD = {"role": "assistant", "content": "54"}
 PROPOSED = {
@@ -99,7 +99,7 @@ def test_the_better_answer_beside_a_conversation_is_proposed_and_read():
 
 
 def test_map_keys_may_name_a_column_for_one_part_only():
-    with pytest.raises(Problems, match="names 'chosen' as prompt and as response"):
+    with pytest.raises(SettingErrors, match="names 'chosen' as prompt and as response"):
         columns('{"prompt": "chosen", "response": "chosen"}')
     assert columns('{"messages": "content", "content": "content"}').named == ("content", "content")
     assert columns('{"images": "", "think": ""}').named == ()

@@ -8,16 +8,16 @@ import pytest
 from test_schemas import ANSWER, CALL, A, Q, S, U, read, refused, said, together
 from test_scripts import ROOT, shell_values
 
-from json2binidx.preview import preview
-from rwkv_peft.rows.choices import choices_of
-from rwkv_peft.rows.keys import columns
-from rwkv_peft.rows.reading import Block
-from rwkv_peft.rows.recipe import Cook, Recipe
-from rwkv_peft.rows.schemas import Reader
-from rwkv_peft.rows.settings import TokenizeConfig
-from rwkv_peft.rows.values import RowError, is_nothing, split_reasoning
-from rwkv_peft.shell_vars import Script
-from rwkv_peft.templates.presets import PRESETS
+from rwkv_peft.cli.preview import preview
+from rwkv_peft.config.shell import Script
+from rwkv_peft.preprocess.choices import choices_of
+from rwkv_peft.preprocess.config import TokenizeConfig
+from rwkv_peft.preprocess.keys import columns
+from rwkv_peft.preprocess.pipeline import EncodeConfig, RowEncoder
+from rwkv_peft.preprocess.reader import Block
+from rwkv_peft.preprocess.schemas import Reader
+from rwkv_peft.preprocess.values import RowError, is_nothing, split_reasoning
+from rwkv_peft.text.presets import PRESETS
 
 SAID_Q, SAID_A = (U, "7 times 8?"), (A, "56")
 
@@ -437,7 +437,9 @@ def test_a_preview_tells_of_a_key_of_map_keys_that_no_row_has(tmp_path, capsys):
 )
 def test_a_column_of_map_keys_in_a_row_that_is_rejected_was_met(row, map_keys):
     data = (row if isinstance(row, str) else json.dumps(row)).encode()
-    made = Cook(Recipe(PRESETS["rwkv-world"], columns=columns(json.dumps(map_keys)))).block(Block("x", 1, data, 0))
+    made = RowEncoder(EncodeConfig(PRESETS["rwkv-world"], columns=columns(json.dumps(map_keys)))).block(
+        Block("x", 1, data, 0)
+    )
     assert made.rejects and made.seen == set(map_keys.values())
 
 

@@ -7,20 +7,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_peft import tokenizer
-from rwkv_peft.errors import Problems
-from rwkv_peft.roles import Role
-from rwkv_peft.rows import json_keys
-from rwkv_peft.rows.encode import Pieces, encode_row, encode_rows
-from rwkv_peft.rows.keys import columns
-from rwkv_peft.rows.limits import Limits
-from rwkv_peft.rows.quick import Quick
-from rwkv_peft.rows.reading import Block
-from rwkv_peft.rows.recipe import NOTHING_TO_LEARN, Cook, Recipe, parse
-from rwkv_peft.rows.schemas import HANDLERS, Reader
-from rwkv_peft.rows.values import RowError
-from rwkv_peft.templates.presets import PRESETS
-from rwkv_peft.templates.template import ENDINGS, Dialogue, Message, spans_of
+from rwkv_peft.common.errors import SettingErrors
+from rwkv_peft.preprocess import json_keys
+from rwkv_peft.preprocess.encode import Pieces, encode_row, encode_rows
+from rwkv_peft.preprocess.fast_path import FastPath
+from rwkv_peft.preprocess.keys import columns
+from rwkv_peft.preprocess.pipeline import NOTHING_TO_LEARN, EncodeConfig, RowEncoder, parse
+from rwkv_peft.preprocess.reader import Block
+from rwkv_peft.preprocess.schemas import HANDLERS, Reader
+from rwkv_peft.preprocess.truncate import Limits
+from rwkv_peft.preprocess.values import RowError
+from rwkv_peft.text import tokenizer
+from rwkv_peft.text.presets import PRESETS
+from rwkv_peft.text.roles import Role
+from rwkv_peft.text.template import ENDINGS, Dialogue, Message, spans_of
 
 WORLD = PRESETS["rwkv-world"]
 S, U, A, T = Role.SYSTEM, Role.USER, Role.ASSISTANT, Role.TOOL
@@ -48,9 +48,9 @@ SAME = {
 
 
 def cook(*rows, template=WORLD, limits=None, **options):
-    recipe = Recipe(template, limits=limits or Limits(), **options)
+    recipe = EncodeConfig(template, limits=limits or Limits(), **options)
     data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "surrogatepass")
-    return Cook(recipe).block(Block("x.jsonl", 1, data, 0))
+    return RowEncoder(recipe).block(Block("x.jsonl", 1, data, 0))
 
 
 def rows_of(cooked):
@@ -100,7 +100,7 @@ def test_renamed_columns_are_found_with_map_keys_and_parts_can_be_left_out():
     ],
 )
 def test_map_keys_that_cannot_be_used_say_why(keys, words):
-    with pytest.raises(Problems, match="MAP_KEYS") as error:
+    with pytest.raises(SettingErrors, match="MAP_KEYS") as error:
         columns(keys)
     assert words in str(error.value)
 
@@ -317,14 +317,14 @@ def test_no_token_holds_a_nul_beside_other_bytes():
 def test_the_short_way_of_plain_conversations_gives_what_the_long_way_gives(name, eot, turns):
     row = {"messages": [{"role": role, "content": content} for role, content in turns], "id": 3}
     template, ending = PRESETS[name], ENDINGS[eot]
-    quick = Quick(template, ending, columns(""), "auto").conversation(row, doctor=False)
+    quick = FastPath(template, ending, columns(""), "auto").conversation(row, doctor=False)
     if quick is not None:
         schema, found = Reader(repair=False).read(row)
         assert quick == (schema, Pieces(*template.render(found, ending)))
 
 
 def test_most_conversations_do_go_the_short_way():
-    quick = Quick(WORLD, ENDINGS["doc"], columns(""), "auto")
+    quick = FastPath(WORLD, ENDINGS["doc"], columns(""), "auto")
     assert quick.conversation(SAME["messages"], doctor=True) is None  # letters outside ASCII want the doctor
     assert quick.conversation(SAME["messages"], doctor=False) and quick.conversation(SAME["sharegpt"], doctor=False)
 
@@ -415,9 +415,9 @@ def test_half_a_surrogate_rejects_its_own_row_only():
     reader = Reader(repair=False)
     with pytest.raises(RowError, match="surrogate"):
         encode_row(Pieces(*WORLD.render(reader.read({"prompt": "a", "response": "b\ud800"})[1])), True)
-    recipe = Recipe(WORLD, repair=False)
+    recipe = EncodeConfig(WORLD, repair=False)
     rows = [(1, {"text": "good"}), (2, {"prompt": "a", "response": "b\ud800"}), (3, {"text": "good"})]
-    made = Cook(recipe).block(Block("x.parquet", 1, rows, 0))
+    made = RowEncoder(recipe).block(Block("x.parquet", 1, rows, 0))
     assert made.lines.tolist() == [1, 3] and made.rejects[0].reason == "surrogate"
 
 

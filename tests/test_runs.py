@@ -12,48 +12,51 @@ import tiny
 from inprocess import config, run
 from test_resume import interrupted
 
-from rwkv_peft import project, runs, train
-from rwkv_peft.errors import Problems
-from rwkv_peft.training import report, trackers
-from rwkv_peft.training.callbacks import StopOnSignal
+from rwkv_peft.checkpoint import run_dir
+from rwkv_peft.cli import train
+from rwkv_peft.common import paths
+from rwkv_peft.common.errors import SettingErrors
+from rwkv_peft.train import report
+from rwkv_peft.train.callbacks import trackers
+from rwkv_peft.train.callbacks.core import GracefulStop
 
 
 def test_a_run_that_never_took_a_step_leaves_no_folder(ready):
     tiny.save_model(ready / "model" / "other.pth", seed=1)
     run(ready, "first")
-    with pytest.raises(Problems):
+    with pytest.raises(SettingErrors):
         run(ready, "second", lora_load="output/first/rwkv-0.pth", lora_r="2")
     assert not (ready / "output/second").exists()
 
 
 def test_the_progress_line_shows_the_plain_mean_of_the_last_steps(capsys):
-    from rwkv_peft.training.callbacks import Progress, Record
+    from rwkv_peft.train.callbacks.core import Progress, StepMetrics
 
     progress = Progress(steps=8, epochs=1)
     for step in range(1, 9):
-        progress(Record(step, 0, float(step), 1e-4, 1.0, 10, 10, 1.0, 1.0, 1.0))
+        progress(StepMetrics(step, 0, float(step), 1e-4, 1.0, 10, 10, 1.0, 1.0, 1.0))
     losses = [line.split("loss ")[1].split()[0] for line in capsys.readouterr().out.splitlines()]
     assert losses == ["1.000", "1.500", "2.000", "2.500", "3.000", "4.000", "5.000", "6.000"]
 
 
 @pytest.mark.parametrize("steps", [8, 34, 400])
 def test_without_a_terminal_there_are_some_twenty_lines_of_progress(capsys, steps):
-    from rwkv_peft.training.callbacks import Progress, Record
+    from rwkv_peft.train.callbacks.core import Progress, StepMetrics
 
     progress = Progress(steps=steps, epochs=1)
     for step in range(1, steps + 1):
-        progress(Record(step, 0, 1.0, 1e-4, 1.0, 10, 10, 1.0, 1.0, 1.0))
+        progress(StepMetrics(step, 0, 1.0, 1e-4, 1.0, 10, 10, 1.0, 1.0, 1.0))
     lines = capsys.readouterr().out.splitlines()
     assert min(steps, 17) <= len(lines) <= 21 and f"step {steps}/{steps}" in lines[-1]
 
 
 def test_a_slow_first_step_does_not_spoil_the_time_left(capsys):
-    from rwkv_peft.training.callbacks import Progress, Record
+    from rwkv_peft.train.callbacks.core import Progress, StepMetrics
 
     for before, late in (((), 0.0), (({"step": 4, "seconds": 40.0, "loss": 1.0},), 40.0)):
         progress = Progress(steps=8, epochs=1, before=before, memory=lambda: 3 << 30, done=4 if before else 0)
         for i, seconds in enumerate((100.0, 101.0, 102.0), 1):
-            progress(Record(len(before) * 4 + i, 0, 1.0, 1e-4, 1.0, 10, 10, 1.0, 1.0, late + seconds))
+            progress(StepMetrics(len(before) * 4 + i, 0, 1.0, 1e-4, 1.0, 10, 10, 1.0, 1.0, late + seconds))
         lines = capsys.readouterr().out.splitlines()
         assert lines[1].endswith(f"3.0 GB  0:0{2 if before else 6} left") and len(lines) == 3
 
@@ -63,11 +66,11 @@ def test_the_speed_is_that_of_the_last_steps_and_never_of_the_first(monkeypatch)
 
     import torch
 
-    from rwkv_peft.training import callbacks
+    from rwkv_peft.train.callbacks import core
 
     clock, found = [0.0], []
-    monkeypatch.setattr(callbacks.time, "monotonic", lambda: clock[0])
-    recorder = callbacks.StepRecorder([found.append], 9, print)
+    monkeypatch.setattr(core.time, "monotonic", lambda: clock[0])
+    recorder = core.MetricsCallback([found.append], 9, print)
     trainer = types.SimpleNamespace(global_step=0, world_size=1, is_global_zero=True, current_epoch=0)
     module = types.SimpleNamespace(shares=[], skipped=False, rate_of=lambda step: 1e-4, grad_norm=torch.tensor(1.0))
     recorder.on_train_start(trainer, module)
@@ -108,8 +111,8 @@ def test_only_a_second_ctrl_c_leaves_at_once_and_nothing_half_written(project_fo
     import os
     import signal
 
-    from rwkv_peft import runs
-    from rwkv_peft.training.callbacks import StopOnSignal
+    from rwkv_peft.checkpoint import run_dir
+    from rwkv_peft.train.callbacks.core import GracefulStop
 
     class Left(BaseException):
         pass
@@ -122,7 +125,7 @@ def test_only_a_second_ctrl_c_leaves_at_once_and_nothing_half_written(project_fo
     folder.mkdir()
     for name in ("loss.jsonl", "rwkv-0.pth", "rwkv-0.json", "rwkv-1.json", f"rwkv-1.pth.tmp-{os.getpid()}"):
         (folder / name).write_text("x")
-    stop = StopOnSignal(lambda: runs.abandon(folder))
+    stop = GracefulStop(lambda: run_dir.remove_partial_files(folder))
     for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
         stop.receive(number, None)
     assert capfd.readouterr().err.count("Stopping after this batch") == 1
@@ -136,7 +139,7 @@ def test_a_picture_that_cannot_be_drawn_stops_nothing(ready, monkeypatch, capsys
     def broken(folder):
         raise ValueError("no ink")
 
-    monkeypatch.setattr("rwkv_peft.training.callbacks.draw_loss", broken)
+    monkeypatch.setattr("rwkv_peft.train.callbacks.core.draw_loss", broken)
     run(ready, EPOCH_COUNT="2")
     assert "loss.png could not be drawn (ValueError: no ink); training goes on" in capsys.readouterr().out
 
@@ -149,17 +152,17 @@ def test_a_folder_that_a_killed_run_has_left_empty_may_be_used(ready):
 
 def test_a_dry_run_refuses_a_checkpoint_that_does_not_fit(ready):
     run(ready, "first")
-    with pytest.raises(Problems, match="lora_r: must be 4"):
+    with pytest.raises(SettingErrors, match="lora_r: must be 4"):
         train.command(config(lora_load="output/first", lora_r="8"), ["--dry-run"])
     (ready / "output/junk.pth").write_text("x")
-    with pytest.raises(Problems, match="lora_load: .*is no .pth checkpoint"):
+    with pytest.raises(SettingErrors, match="lora_load: .*is no .pth checkpoint"):
         train.command(config(lora_load="junk.pth"), ["--dry-run"])
 
 
 @pytest.mark.parametrize("name", ["我的数据", "costs $5 to $^6"])
 @pytest.mark.filterwarnings("error")
 def test_a_run_may_have_any_name_and_its_picture_is_drawn_without_a_warning(project_folder, name):
-    from rwkv_peft.training.plot import draw_loss
+    from rwkv_peft.train.loss_plot import draw_loss
 
     folder = project_folder / "output" / name
     folder.mkdir()
@@ -169,7 +172,7 @@ def test_a_run_may_have_any_name_and_its_picture_is_drawn_without_a_warning(proj
 
 
 def test_bf16_on_a_processor_without_it_is_warned_of(ready, capsys, monkeypatch):
-    monkeypatch.setattr("rwkv_peft.training.report.cpu_has_bf16", lambda: False)
+    monkeypatch.setattr("rwkv_peft.train.report.cpu_has_bf16", lambda: False)
     train.command(config(PRECISION="bf16"), ["--dry-run"])
     assert "no instructions for bf16" in capsys.readouterr().out
 
@@ -288,25 +291,25 @@ def test_the_checkpoint_to_go_on_with_is_that_of_the_best_look_that_there_is_one
 
 
 def test_no_log_of_a_run_that_saved_nothing_is_lost(tmp_path, monkeypatch):
-    monkeypatch.setattr(project, "OUTPUT", tmp_path)
+    monkeypatch.setattr(paths, "OUTPUT", tmp_path)
     for text in ("first\n", "second\n", ""):
         with contextlib.ExitStack() as cleanup:
-            folder = runs.claim("run", "stem", cleanup, False)
+            folder = run_dir.lock_run_dir("run", "stem", cleanup, False)
             (folder / "loss.jsonl").write_text(text)
-    assert (folder / runs.BEFORE).read_text() == "first\nsecond\n"
+    assert (folder / run_dir.BEFORE).read_text() == "first\nsecond\n"
 
 
 def test_it_is_told_that_the_newest_run_has_saved_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(project, "OUTPUT", tmp_path)
+    monkeypatch.setattr(paths, "OUTPUT", tmp_path)
     for name in ("old", "new"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "run.json").touch()
     checkpoint_of(tmp_path / "old", "0", 4)
-    runs.point_latest(tmp_path / "new")
-    assert runs.run_folder("").name == "old"
+    run_dir.point_latest(tmp_path / "new")
+    assert run_dir.run_folder("").name == "old"
     assert "the newest run" in capsys.readouterr().err
     checkpoint_of(tmp_path / "new", "0", 4)
-    assert runs.run_folder("").name == "new" and not capsys.readouterr().err
+    assert run_dir.run_folder("").name == "new" and not capsys.readouterr().err
 
 
 def test_a_signal_that_comes_while_processes_agree_is_not_lost():
@@ -318,7 +321,7 @@ def test_a_signal_that_comes_while_processes_agree_is_not_lost():
             stop.receive(signal.SIGTERM, None)
         return told
 
-    stop = StopOnSignal(lambda: None, speaks=False)
+    stop = GracefulStop(lambda: None, speaks=False)
     strategy = types.SimpleNamespace(reduce=reduce, root_device="cpu")
     trainer = types.SimpleNamespace(world_size=2, strategy=strategy)
     assert [stop.agree(trainer), stop.agree(trainer)] == [False, True]
@@ -328,7 +331,7 @@ def test_a_signal_to_another_process_stops_this_one():
     strategy = types.SimpleNamespace(
         reduce=lambda told, reduce_op: told + told.new_tensor([signal.SIGINT, 0]), root_device="cpu"
     )
-    stop = StopOnSignal(lambda: None, speaks=False)
+    stop = GracefulStop(lambda: None, speaks=False)
     assert stop.agree(types.SimpleNamespace(world_size=2, strategy=strategy)) and stop.received == signal.SIGINT
 
 
@@ -337,7 +340,7 @@ def test_who_leaves_at_once_is_told_whether_anything_is_saved(monkeypatch):
     monkeypatch.setattr(os, "_exit", lambda code: None)
     monkeypatch.setattr(os, "write", lambda _file, message: told.append(message.decode()))
     for saved in (True, False):
-        stop = StopOnSignal(lambda: None, saved=lambda saved=saved: saved)
+        stop = GracefulStop(lambda: None, saved=lambda saved=saved: saved)
         stop.received = signal.SIGINT
         stop.receive(signal.SIGINT, None)
     assert "Checkpoints that were saved before are whole" in told[0] and "Nothing had been saved yet" in told[1]

@@ -7,9 +7,8 @@ from conftest import few
 from inprocess import run, tokenize
 from test_resume import BASE, interrupted
 
-from rwkv_peft.errors import Problems
-from rwkv_peft.train import rounds
-from rwkv_peft.training import samples
+from rwkv_peft.common.errors import SettingErrors
+from rwkv_peft.train.callbacks import periodic_setup, samples
 
 COMMON = {"EPOCH_COUNT": "2", "EPOCH_STEPS": "4", "MINI_BSZ": "1", "lora_dropout": "0.2", "SAMPLE_TOKENS": "8"}
 ASKED = {"SAMPLE_PROMPTS": "Sea? | 夜？"}
@@ -65,7 +64,7 @@ def test_an_answer_that_fails_is_told_and_training_goes_on(ready, monkeypatch, c
     def fails(*_args, **_more):
         raise RuntimeError("no words")
 
-    monkeypatch.setattr(rounds, "likeliest_answer", fails)
+    monkeypatch.setattr(periodic_setup, "likeliest_answer", fails)
     _, records = run(ready, **COMMON, **ASKED)
     assert len(records) == 8 and "samples.md could not be written (RuntimeError: no words)" in capsys.readouterr().out
 
@@ -78,6 +77,6 @@ def test_questions_come_from_a_file_with_one_a_line(ready):
 
 @pytest.mark.parametrize("text, words", [("none.txt", "cannot be read"), (" | ", "holds no question")])
 def test_questions_that_are_not_there_are_named(ready, text, words):
-    with pytest.raises(Problems) as found:
+    with pytest.raises(SettingErrors) as found:
         run(ready, **COMMON, SAMPLE_PROMPTS=text)
     assert [(p.name, words in p.message) for p in found.value.problems] == [("SAMPLE_PROMPTS", True)]

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from written import MODES, data, documents, source
 
-from rwkv_peft.data.overlong import cut
 from rwkv_peft.data.sampling import Plan, auto_ctx_len, take_groups
+from rwkv_peft.data.truncate import cut
 from rwkv_peft.data.windows import is_prime, magic_prime
 
 SIZES = st.lists(st.integers(2, 80), min_size=1, max_size=40)

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from rwkv_peft.model import arch
-from rwkv_peft.training.optim import make_optimizer, parameter_groups
-from rwkv_peft.training.schedule import SCHEDULES, learning_rate
+from rwkv_peft.train.lr_schedule import SCHEDULES, learning_rate
+from rwkv_peft.train.optim import make_optimizer, parameter_groups
 
 
 def curve(name, steps=101, warmup=0, first=1e-3, last=1e-5):

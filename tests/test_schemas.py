@@ -9,16 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_peft.errors import Problems, UserError
-from rwkv_peft.roles import Role
-from rwkv_peft.rows import keys as names
-from rwkv_peft.rows.keys import HARMLESS_IN_MESSAGES, columns, parts_of, squashed
-from rwkv_peft.rows.one_message import conversations
-from rwkv_peft.rows.reading import Block
-from rwkv_peft.rows.recipe import parse
-from rwkv_peft.rows.schemas import Reader
-from rwkv_peft.rows.values import RowError, split_reasoning
-from rwkv_peft.templates.template import Dialogue
+from rwkv_peft.common.errors import SettingErrors, UserError
+from rwkv_peft.preprocess import keys as names
+from rwkv_peft.preprocess.keys import HARMLESS_IN_MESSAGES, columns, parts_of, squashed
+from rwkv_peft.preprocess.one_message import conversations
+from rwkv_peft.preprocess.pipeline import parse
+from rwkv_peft.preprocess.reader import Block
+from rwkv_peft.preprocess.schemas import Reader
+from rwkv_peft.preprocess.values import RowError, split_reasoning
+from rwkv_peft.text.roles import Role
+from rwkv_peft.text.template import Dialogue
 
 S, U, A, T = Role.SYSTEM, Role.USER, Role.ASSISTANT, Role.TOOL
 Q, ANSWER = {"role": "user", "content": "7 times 8?"}, {"role": "assistant", "content": "56"}
@@ -792,7 +792,7 @@ def test_unknown_roles_are_refused_with_the_line_to_paste():
     ],
 )
 def test_a_role_map_that_cannot_be_used_says_why(value, words):
-    with pytest.raises(Problems, match="ROLE_MAP") as error:
+    with pytest.raises(SettingErrors, match="ROLE_MAP") as error:
         columns("", value)
     assert words in str(error.value)
 
@@ -972,7 +972,7 @@ def test_a_conversation_of_thousands_of_messages_is_one(monkeypatch):
              "role": ("prompter", "assistant")[i % 2]} for i in range(3000)]  # fmt: skip
     [row] = together(*rows)
     assert [m["text"] for m in row["messages"]] == [str(i) for i in range(3000)]
-    monkeypatch.setattr("rwkv_peft.rows.one_message.LONGEST_PATH", 2998)
+    monkeypatch.setattr("rwkv_peft.preprocess.one_message.LONGEST_PATH", 2998)
     cut, *below = together(*rows)
     assert "is message 2,998 of its conversation, and not the last" in str(cut) and len(below) == 2
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from merge.__main__ import MergeConfig
-from rwkv_peft.chat import ChatConfig
-from rwkv_peft.config import RETIRED, TrainConfig
-from rwkv_peft.rows.settings import TokenizeConfig
-from rwkv_peft.shell_vars import Script, values_as_written
+from rwkv_peft.cli.chat import ChatConfig
+from rwkv_peft.cli.merge import MergeConfig
+from rwkv_peft.config.shell import Script, parse_assignments
+from rwkv_peft.config.train import RETIRED, TrainConfig
+from rwkv_peft.preprocess.config import TokenizeConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {
@@ -67,7 +67,7 @@ def test_no_retired_name_is_a_setting():
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_script_that_is_read_without_bash_says_the_same(name):
-    told = {n: v for n, v in values_as_written(ROOT / name).items() if not n.startswith("_")}
+    told = {n: v for n, v in parse_assignments(ROOT / name).items() if not n.startswith("_")}
     assert told and told.items() <= shell_values(ROOT / name).items()
     assert {f.metadata["var"] for f in dataclasses.fields(CONFIGS[name])} <= told.keys()
 

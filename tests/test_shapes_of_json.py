@@ -6,14 +6,14 @@ import time
 import pytest
 from test_files import rows_in
 
-from rwkv_peft.errors import UserError
-from rwkv_peft.rows import reading
-from rwkv_peft.rows.files import blocks
-from rwkv_peft.rows.literals import mended, parse_list
-from rwkv_peft.rows.reading import Block
-from rwkv_peft.rows.recipe import Cook, Recipe
-from rwkv_peft.rows.schemas import RowError
-from rwkv_peft.templates.presets import PRESETS
+from rwkv_peft.common.errors import UserError
+from rwkv_peft.preprocess import reader
+from rwkv_peft.preprocess.files import blocks
+from rwkv_peft.preprocess.json_repair import mended, parse_list
+from rwkv_peft.preprocess.pipeline import EncodeConfig, RowEncoder
+from rwkv_peft.preprocess.reader import Block
+from rwkv_peft.preprocess.schemas import RowError
+from rwkv_peft.text.presets import PRESETS
 
 A, B = {"instruction": "a", "output": "b"}, {"instruction": "c", "output": "d"}
 HI = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -32,7 +32,7 @@ def notes_of(path, **options) -> list[tuple[str, str]]:
 
 
 def cook(path):
-    return [Cook(Recipe(PRESETS["rwkv-world"])).block(block) for block in blocks(path)]
+    return [RowEncoder(EncodeConfig(PRESETS["rwkv-world"])).block(block) for block in blocks(path)]
 
 
 LINES = f"{J(A)}\n{J(B)}\n"
@@ -121,7 +121,7 @@ def test_where_blocks_end_changes_no_shape(tmp_path, monkeypatch, size):
         path.write_text(text)
         whole = rows_in(path)
         with monkeypatch.context() as patch:
-            patch.setattr(reading, "BLOCK", size)
+            patch.setattr(reader, "BLOCK", size)
             assert rows_in(path) == whole
 
 
@@ -316,12 +316,16 @@ def test_the_keys_of_a_row_and_a_message_are_gone_through_once(word):
     many = {f"k{i}": "x" for i in range(40_000 if word == "one row" else 200_000)}
     row = many if word == "one row" else {"messages": [many, {"role": "assistant", "content": "a"}]}
     begun = time.process_time()
-    made = Cook(Recipe(PRESETS["rwkv-world"])).block(Block("x.jsonl", 1, json.dumps(row).encode() + b"\n", 0))
+    made = RowEncoder(EncodeConfig(PRESETS["rwkv-world"])).block(
+        Block("x.jsonl", 1, json.dumps(row).encode() + b"\n", 0)
+    )
     assert made.rejects and time.process_time() - begun < 20
 
 
 def test_a_cell_that_is_packed_into_a_small_file_is_too_long_for_a_row():
-    made = Cook(Recipe(PRESETS["rwkv-world"])).block(Block("x.parquet", 1, [(7, {"text": "a" * (33 << 20)})], 0))
+    made = RowEncoder(EncodeConfig(PRESETS["rwkv-world"])).block(
+        Block("x.parquet", 1, [(7, {"text": "a" * (33 << 20)})], 0)
+    )
     assert [(one.line, one.reason) for one in made.rejects] == [(7, "too long")]
 
 

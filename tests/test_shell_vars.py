@@ -5,8 +5,8 @@ from typing import Literal
 
 import pytest
 
-from rwkv_peft.errors import Problem, Problems
-from rwkv_peft.shell_vars import Script, var
+from rwkv_peft.common.errors import SettingError, SettingErrors
+from rwkv_peft.config.shell import Script, setting
 
 SCRIPT = """#!/usr/bin/env bash
 # a comment that says QUANT=not_this
@@ -23,10 +23,10 @@ ALL = "QUANT=\nMICRO_BSZ=\nLR_FINAL=\nCTX_LEN=\n"
 
 @dataclass(frozen=True)
 class Settings:
-    quant: Literal["none", "nf4", "int8"] = var("QUANT")
-    micro_bsz: int = var("MICRO_BSZ", ge=1)
-    lr_final: float = var("LR_FINAL")
-    ctx_len: Literal["auto"] | int = var("CTX_LEN", ge=1)
+    quant: Literal["none", "nf4", "int8"] = setting("QUANT")
+    micro_bsz: int = setting("MICRO_BSZ", ge=1)
+    lr_final: float = setting("LR_FINAL")
+    ctx_len: Literal["auto"] | int = setting("CTX_LEN", ge=1)
 
 
 def read(tmp_path, text, **environment):
@@ -37,7 +37,7 @@ def read(tmp_path, text, **environment):
 
 def test_every_problem_is_reported_at_once_in_the_order_of_the_script(tmp_path):
     script = read(tmp_path, SCRIPT, QUANT="nf8", MICRO_BSZ="0", LR_FINAL="2e5x", CTX_LEM="608")
-    with pytest.raises(Problems) as found:
+    with pytest.raises(SettingErrors) as found:
         script.read(Settings)
     assert script.report(found.value).splitlines() == [
         "training.sh has 5 problems:",
@@ -67,24 +67,24 @@ def test_sound_values_arrive_with_their_types(tmp_path):
 )
 def test_a_number_or_a_word_names_both(tmp_path, text, words):
     script = read(tmp_path, ALL, QUANT="none", MICRO_BSZ="1", LR_FINAL="1", CTX_LEN=text)
-    with pytest.raises(Problems) as found:
+    with pytest.raises(SettingErrors) as found:
         script.read(Settings)
-    assert found.value.problems == [Problem("CTX_LEN", words)]
+    assert found.value.problems == [SettingError("CTX_LEN", words)]
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999", "0x10"])
 def test_numbers_that_are_none_are_refused(tmp_path, text):
     script = read(tmp_path, ALL, QUANT="none", MICRO_BSZ="1", LR_FINAL=text, CTX_LEN="auto")
-    with pytest.raises(Problems, match="number"):
+    with pytest.raises(SettingErrors, match="number"):
         script.read(Settings)
 
 
 def test_a_setting_that_is_made_twice_is_named_with_both_lines(tmp_path):
     values = {"QUANT": "none", "MICRO_BSZ": "1", "LR_FINAL": "1", "CTX_LEN": "auto"}
     script = read(tmp_path, ALL + "MICRO_BSZ=4\n", **values)
-    with pytest.raises(Problems) as found:
+    with pytest.raises(SettingErrors) as found:
         script.read(Settings)
-    assert found.value.problems == [Problem("MICRO_BSZ", "is set in line 2 as well; keep one of the two")]
+    assert found.value.problems == [SettingError("MICRO_BSZ", "is set in line 2 as well; keep one of the two")]
     assert "  line   5  MICRO_BSZ=1" in script.report(found.value)
     read(tmp_path, ALL + "if true; then\n  MICRO_BSZ=4\nfi\n", **values).read(Settings)  # a shell's own choice is fine
 
@@ -92,13 +92,13 @@ def test_a_setting_that_is_made_twice_is_named_with_both_lines(tmp_path):
 def test_windows_line_ends_are_named_with_the_cure(tmp_path):
     path = tmp_path / "training.sh"
     path.write_bytes(b"QUANT=none\r\n")
-    with pytest.raises(Problems, match="Windows line ends; run: sed"):
+    with pytest.raises(SettingErrors, match="Windows line ends; run: sed"):
         Script(path, {})
 
 
 def test_a_value_that_only_the_shell_has_is_not_taken(tmp_path):
     script = read(tmp_path, ALL.replace("CTX_LEN=\n", ""), QUANT="none", MICRO_BSZ="1", LR_FINAL="1", CTX_LEN="512")
-    with pytest.raises(Problems, match="CTX_LEN: is not set in training.sh"):
+    with pytest.raises(SettingErrors, match="CTX_LEN: is not set in training.sh"):
         script.read(Settings)
 
 
@@ -108,10 +108,10 @@ def test_a_line_with_two_settings_is_refused_with_its_number(tmp_path, line):
     values = {"QUANT": "none", "MICRO_BSZ": "1", "LR_FINAL": "1", "CTX_LEN": "8"}
     for lines in (f"MICRO_BSZ=\nLR_FINAL=\nCTX_LEN=4\n{line}\n", f"MICRO_BSZ=\nLR_FINAL=\n\n{line}\n"):
         script = read(tmp_path, lines, **values)
-        with pytest.raises(Problems) as found:
+        with pytest.raises(SettingErrors) as found:
             script.read(Settings)
         assert found.value.problems == [
-            Problem("QUANT", "shares its line with CTX_LEN; give each setting a line of its own")
+            SettingError("QUANT", "shares its line with CTX_LEN; give each setting a line of its own")
         ]
         assert "  line   4  QUANT=none" in script.report(found.value)
 

@@ -8,10 +8,11 @@ from inprocess import config, run
 from test_chat import load
 from test_merge import make_run, merge, result
 
-from rwkv_peft import chat, sidecars, train
-from rwkv_peft.errors import Problems, UserError
-from rwkv_peft.templates.of_base import known_by
-from rwkv_peft.templates.presets import PRESETS
+from rwkv_peft.checkpoint import sidecars
+from rwkv_peft.checkpoint.base_template import known_by
+from rwkv_peft.cli import chat, train
+from rwkv_peft.common.errors import SettingErrors, UserError
+from rwkv_peft.text.presets import PRESETS
 
 OUT = object()
 
@@ -42,8 +43,8 @@ DOORS = {
 def load_accepting(**changes):
     from test_scripts import ROOT, shell_values
 
-    from rwkv_peft.chat import models
-    from rwkv_peft.shell_vars import Script
+    from rwkv_peft.chat import load as models
+    from rwkv_peft.config.shell import Script
 
     values = shell_values(ROOT / "chat.sh") | {"PRECISION": "fp32", "MODEL_PATH": ""} | changes
     return models.load(Script(ROOT / "chat.sh", values).read(chat.ChatConfig), False, True)
@@ -176,7 +177,7 @@ def test_training_that_begins_with_an_edited_checkpoint_asks_for_the_option(read
     assert {*json.loads(note.read_text())[sidecars.SEAL]} == {*json.loads(note.read_text())} - {sidecars.SEAL}
     change(note, step=77)
     begin = config(RUN_NAME="second", lora_load="first")
-    with pytest.raises(Problems, match="lora_load.*rwkv-0.json: was edited: step is not as written"):
+    with pytest.raises(SettingErrors, match="lora_load.*rwkv-0.json: was edited: step is not as written"):
         train.command(begin, ["--dry-run"])
     train.command(begin, ["--dry-run", "--accept-edited"])
     assert "It is used as it is" in capsys.readouterr().err
@@ -202,7 +203,7 @@ def test_a_merged_model_has_checksums_of_its_own(sealed, capsys):
 
 
 def test_the_option_is_told_by_every_command():
-    import merge.__main__ as door
+    import rwkv_peft.cli.merge as door
 
     assert all(sidecars.ACCEPT in words for words in (door.USAGE, chat.__doc__, train.__doc__))
 

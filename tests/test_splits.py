@@ -10,12 +10,12 @@ import pytest
 from inprocess import tokenize
 from test_xlsx import workbook
 
+from rwkv_peft.common.errors import SettingErrors, UserError
 from rwkv_peft.data.binidx import Reader
-from rwkv_peft.errors import Problems, UserError
-from rwkv_peft.rows import files
-from rwkv_peft.rows.files import blocks
-from rwkv_peft.rows.splits import chosen, split_of, split_of_file
-from rwkv_peft.tokenizer import decode_bytes
+from rwkv_peft.preprocess import files
+from rwkv_peft.preprocess.files import blocks
+from rwkv_peft.preprocess.splits import chosen, split_of, split_of_file
+from rwkv_peft.text.tokenizer import decode_bytes
 
 
 def rows(*words: str) -> list[dict]:
@@ -103,7 +103,7 @@ def test_a_split_that_is_not_there_is_refused_and_nothing_is_written(project_fol
 
 def test_valid_split_and_valid_percent_exclude_each_other(project_folder):
     path = write(project_folder / "data" / "x.json", {"train": rows("a"), "test": rows("T")})
-    with pytest.raises(Problems, match="VALID_SPLIT: must be empty with VALID_PERCENT=5"):
+    with pytest.raises(SettingErrors, match="VALID_SPLIT: must be empty with VALID_PERCENT=5"):
         tokenize(path, VALID_SPLIT="test", VALID_PERCENT="5")
 
 

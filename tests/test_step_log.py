@@ -5,9 +5,10 @@ import os
 
 import pytest
 
-from rwkv_peft import step_log
-from rwkv_peft.errors import UserError
-from rwkv_peft.training import plot, samples, validate
+from rwkv_peft.checkpoint import step_log
+from rwkv_peft.common.errors import UserError
+from rwkv_peft.train import loss_plot
+from rwkv_peft.train.callbacks import samples, validation
 
 
 def line(step: int, /, **more) -> str:
@@ -140,7 +141,7 @@ def test_the_picture_is_broken_and_grey_where_records_are_missing(tmp_path, monk
     monkeypatch.setattr(
         Axes, "plot", lambda self, x, y, **more: drawn.update({more.get("label"): y}) or real(self, x, y, **more)
     )
-    plot.draw_loss(tmp_path)
+    loss_plot.draw_loss(tmp_path)
     assert spans == ([(missing[0] - 0.5, len(missing))] if missing else [])
     assert int((drawn["each step"] != drawn["each step"]).sum()) == bool(missing and missing[0] > 1)
 
@@ -150,7 +151,7 @@ def test_steps_without_a_loss_are_no_gap(tmp_path, monkeypatch):
 
     log(tmp_path, FIVE[0], line(2, loss=None), *FIVE[2:])
     monkeypatch.setattr(Axes, "broken_barh", lambda *_, **__: pytest.fail("there is no gap"))
-    plot.draw_loss(tmp_path)
+    loss_plot.draw_loss(tmp_path)
 
 
 def test_a_log_of_gaps_only_takes_linear_time(tmp_path):
@@ -159,7 +160,7 @@ def test_a_log_of_gaps_only_takes_linear_time(tmp_path):
     records, _ = step_log.cut(tmp_path, 10**6)
     gaps = step_log.gaps([r["step"] for r in records], 20_000)
     assert len(gaps) == 10_000 and step_log.new_gaps(gaps, gaps) == [] and step_log.new_gaps(gaps, gaps[1:]) == gaps[:1]
-    plot.draw_loss(tmp_path)
+    loss_plot.draw_loss(tmp_path)
 
 
 @pytest.mark.parametrize("what", DAMAGED)
@@ -168,10 +169,10 @@ def test_looks_behind_a_damaged_line_stay(tmp_path, what):
     damaged = DAMAGED[what] if isinstance(DAMAGED[what], bytes) else DAMAGED[what].encode()
     if what == "no number":
         damaged = b'{"step": 2, "loss": "x"}\n'
-    (tmp_path / validate.FILE).write_bytes(damaged + look.encode() + b"\n")
-    assert validate.read(tmp_path) == [json.loads(look)]
-    validate.cut(tmp_path, 2)
-    assert (tmp_path / validate.FILE).read_text() == look + "\n"
+    (tmp_path / validation.FILE).write_bytes(damaged + look.encode() + b"\n")
+    assert validation.read(tmp_path) == [json.loads(look)]
+    validation.cut(tmp_path, 2)
+    assert (tmp_path / validation.FILE).read_text() == look + "\n"
 
 
 @pytest.mark.parametrize("damage", [b"", b"\xff\xfe", b"## step " + b"9" * 5000 + b"\n", b"\0" * 100])

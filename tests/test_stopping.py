@@ -7,12 +7,12 @@ import tiny
 import torch
 from inprocess import run, tokenize
 
-from rwkv_peft import tokenizer
-from rwkv_peft.generate import advance
+from rwkv_peft.model.generate import advance
 from rwkv_peft.model.rwkv import build
-from rwkv_peft.roles import Role
-from rwkv_peft.templates.presets import PRESETS
-from rwkv_peft.templates.template import Message
+from rwkv_peft.text import tokenizer
+from rwkv_peft.text.presets import PRESETS
+from rwkv_peft.text.roles import Role
+from rwkv_peft.text.template import Message
 
 ASKED = {"Red?": "A ripe tomato", "草？": "绿色的。", "Sea?": "Salt, wind, gulls.", "Night?": "Dark"}
 

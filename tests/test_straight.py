@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from test_scripts import ROOT
 
-from rwkv_peft import hashing, straight
-from rwkv_peft.straight import Reader, Writer, aligned
+from rwkv_peft.common import direct_io, hashing
+from rwkv_peft.common.direct_io import DirectReader, DirectWriter, aligned
 
 WAYS = ["straight", "refused", "broken"]
 
@@ -22,7 +22,7 @@ WAYS = ["straight", "refused", "broken"]
 def way(request, monkeypatch):
     """How the file system takes it: as it can; it knows no such way; it says that it does, and cannot."""
     if request.param == "refused":
-        monkeypatch.setattr(straight, "opened", lambda *_: None)
+        monkeypatch.setattr(direct_io, "opened", lambda *_: None)
     if request.param == "broken":
         for name in ("pwrite", "preadv"):
             plain = getattr(os, name)
@@ -47,13 +47,13 @@ def test_what_several_threads_write_side_by_side_is_what_is_read(way, tmp_path):
     sizes = [5, 70_000, 3 << 20, 64, 20 << 20, 4096, (8 << 20) + 1, 0, 2 << 20]
     records = [parts_of(dice, size) for size in sizes]
     begins = np.cumsum([77, *sizes])  # (nothing begins where a block does)
-    with open(tmp_path / "x", "wb") as file, Writer(file) as out, ThreadPoolExecutor(3) as pool:
+    with open(tmp_path / "x", "wb") as file, DirectWriter(file) as out, ThreadPoolExecutor(3) as pool:
         out.write(b"h" * 77, 0)
         ends = list(pool.map(out.pieces, records, begins.tolist()))
     assert ends == begins[1:].tolist()
     whole = (tmp_path / "x").read_bytes()
     assert whole == b"h" * 77 + b"".join(b"".join(parts) for parts in records)
-    reader = Reader(tmp_path / "x")
+    reader = DirectReader(tmp_path / "x")
     for size, at in [
         (0, 5),
         (10, 0),
@@ -69,7 +69,7 @@ def test_what_several_threads_write_side_by_side_is_what_is_read(way, tmp_path):
 
 
 def test_what_fills_blocks_goes_straight_to_the_disk(tmp_path, monkeypatch):
-    file = straight.opened(tmp_path, os.O_TMPFILE | os.O_WRONLY)
+    file = direct_io.opened(tmp_path, os.O_TMPFILE | os.O_WRONLY)
     if file is None:
         pytest.skip("this file system has no such way")
     os.close(file)
@@ -80,9 +80,9 @@ def test_what_fills_blocks_goes_straight_to_the_disk(tmp_path, monkeypatch):
         return plain(file, data, at)
 
     monkeypatch.setattr(os, "pwrite", seen)
-    with open(tmp_path / "x", "wb") as file, Writer(file) as out:
+    with open(tmp_path / "x", "wb") as file, DirectWriter(file) as out:
         out.pieces([bytes(33 << 20)], 100)
-    assert sum(sizes.values()) == 33 << 20 and sizes[False] < 2 * straight.BLOCK
+    assert sum(sizes.values()) == 33 << 20 and sizes[False] < 2 * direct_io.BLOCK
 
 
 def test_a_full_disk_is_an_error_on_both_ways(way, tmp_path, monkeypatch):
@@ -90,24 +90,25 @@ def test_a_full_disk_is_an_error_on_both_ways(way, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "pwrite", full)
-    with open(tmp_path / "x", "wb") as file, Writer(file) as out, pytest.raises(OSError, match="No space left"):
+    with open(tmp_path / "x", "wb") as file, DirectWriter(file) as out, pytest.raises(OSError, match="No space left"):
         out.pieces([bytes(3 << 20)], 0)
 
 
 FAILING = """
 import sys, torch
 from pathlib import Path
-from rwkv_peft import checkpoint, straight
+from rwkv_peft.checkpoint import pth
+from rwkv_peft.common import direct_io
 
 folder = Path(sys.argv[1])
-checkpoint.save(folder / "base.pth", {name: torch.zeros(1000) for name in "abcd"})
+pth.save(folder / "base.pth", {name: torch.zeros(1000) for name in "abcd"})
 
 def full(self, data, at):
     raise OSError(28, "No space left on device")
 
-straight.Writer.flush = straight.Writer.write = full
+direct_io.DirectWriter.flush = direct_io.DirectWriter.write = full
 try:
-    checkpoint.rewrite(folder / "base.pth", folder / "new.pth", lambda name: lambda tensor: tensor + 1)
+    pth.rewrite(folder / "base.pth", folder / "new.pth", lambda name: lambda tensor: tensor + 1)
 except OSError as error:
     print(error.errno)
 """

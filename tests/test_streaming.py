@@ -14,20 +14,21 @@ from inprocess import config, run
 from test_files import write
 from test_tokenize import many
 
-from rwkv_peft import tokenizer, train
-from rwkv_peft.data.loading import Data
+from rwkv_peft.cli import train
+from rwkv_peft.common.errors import SettingErrors, UserError
+from rwkv_peft.data.dataset import TokenDataset
 from rwkv_peft.data.sampling import Plan
 from rwkv_peft.data.streaming import Stream
-from rwkv_peft.errors import Problems, UserError
-from rwkv_peft.rows.recipe import Recipe
-from rwkv_peft.rows.stream import RowStream, shuffled
-from rwkv_peft.templates.presets import PRESETS
+from rwkv_peft.preprocess.pipeline import EncodeConfig
+from rwkv_peft.preprocess.row_stream import RowStream, shuffled
+from rwkv_peft.text import tokenizer
+from rwkv_peft.text.presets import PRESETS
 
 STREAMED = {"STREAMING": "1", "MAX_STEPS": "6", "CTX_LEN": "64", "EPOCH_COUNT": "1", "DATA_PATH": "rows.jsonl"}
 
 
 def row_stream(*paths: Path, seed=1, buffer=16, say=lambda words: None) -> RowStream:
-    return RowStream(paths, Recipe(PRESETS["rwkv-world"]), "file", seed, buffer, say)
+    return RowStream(paths, EncodeConfig(PRESETS["rwkv-world"]), "file", seed, buffer, say)
 
 
 def texts(stream, n: int) -> list[str]:
@@ -36,7 +37,7 @@ def texts(stream, n: int) -> list[str]:
 
 def batches(stream, mode="pack", micro=2, accumulate=1, world=1, rank=0, first=0, steps=8, mask="qa"):
     def make(part, number):
-        return Data([part], mode, mask, 64, "truncate", (1, number), True)
+        return TokenDataset([part], mode, mask, 64, "truncate", (1, number), True)
 
     plan = Plan(steps * micro * accumulate * world, None, micro, accumulate, world)
     return Stream(Path("x"), stream.documents, make, None, 65536, 64, plan, rank, first)
@@ -125,7 +126,7 @@ def test_chunks_without_anything_to_train_are_passed_over_but_not_for_ever(tmp_p
     plain = [{"text": f"plain text number {i} " * 20} for i in range(400)]
     mixed = row_stream(tiny.write_jsonl(tmp_path / "x.jsonl", [*plain, *many(30)]), buffer=1)
     assert len(list(batches(mixed, steps=2))) == 2
-    with pytest.raises(Problems, match="finds nothing to train"):
+    with pytest.raises(SettingErrors, match="finds nothing to train"):
         list(batches(row_stream(tiny.write_jsonl(tmp_path / "y.jsonl", plain[:3]))))
 
 
@@ -195,7 +196,7 @@ def test_a_dry_run_shows_the_plan_and_samples(rows, capsys):
     ],
 )
 def test_what_does_not_go_with_streaming_is_refused_by_name(changes, name, words):
-    with pytest.raises(Problems) as found:
+    with pytest.raises(SettingErrors) as found:
         config(**STREAMED | changes)
     assert [p.name for p in found.value.problems if words in p.message] == [name]
 
@@ -204,6 +205,6 @@ def test_what_does_not_go_with_streaming_is_refused_by_name(changes, name, words
     ("path", "words"), [("rws.jsonl", "did you mean rows.jsonl?"), ("chat.bin", "must end in one of .jsonl")]
 )
 def test_a_source_that_cannot_be_streamed_is_named(rows, path, words):
-    with pytest.raises(Problems) as found:
+    with pytest.raises(SettingErrors) as found:
         train.command(config(**STREAMED | {"DATA_PATH": path}), [])
     assert words in str(found.value)

@@ -10,14 +10,14 @@ import pytest
 from test_files import rows_in
 from test_xlsx import workbook
 
-from rwkv_peft.errors import UserError
-from rwkv_peft.rows import reading
-from rwkv_peft.rows.files import blocks
-from rwkv_peft.rows.keys import parts_of
-from rwkv_peft.rows.recipe import Cook, Recipe
-from rwkv_peft.rows.schemas import RowError, columns
-from rwkv_peft.rows.table_header import cell_text, header_row, trimmed
-from rwkv_peft.templates.presets import PRESETS
+from rwkv_peft.common.errors import UserError
+from rwkv_peft.preprocess import reader
+from rwkv_peft.preprocess.files import blocks
+from rwkv_peft.preprocess.keys import parts_of
+from rwkv_peft.preprocess.pipeline import EncodeConfig, RowEncoder
+from rwkv_peft.preprocess.schemas import RowError, columns
+from rwkv_peft.preprocess.table_header import cell_text, header_row, trimmed
+from rwkv_peft.text.presets import PRESETS
 
 QA = [{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}]
 
@@ -37,7 +37,7 @@ def notes_of(path) -> list[tuple[str, str]]:
 
 
 def cook(path, **options):
-    made = [Cook(Recipe(PRESETS["rwkv-world"], **options)).block(block) for block in blocks(path)]
+    made = [RowEncoder(EncodeConfig(PRESETS["rwkv-world"], **options)).block(block) for block in blocks(path)]
     return next(one for one in made if one.counts["read"])
 
 
@@ -247,8 +247,8 @@ def test_names_are_trimmed_of_what_cannot_be_seen():
 def test_block_borders_change_no_table(tmp_path, monkeypatch):
     path = table(tmp_path, 'question,answer\n"He \\"said\\"",b\n' * 5)
     whole = rows_in(path)
-    monkeypatch.setattr(reading, "BLOCK", 3)
-    monkeypatch.setattr(reading, "ROWS", 1)
+    monkeypatch.setattr(reader, "BLOCK", 3)
+    monkeypatch.setattr(reader, "ROWS", 1)
     assert rows_in(path) == whole and len(whole) == 5
 
 

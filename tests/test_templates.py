@@ -6,13 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_peft import tokenizer
-from rwkv_peft.errors import UserError
-from rwkv_peft.roles import Role
-from rwkv_peft.templates import custom
-from rwkv_peft.templates.headings import overlooked_heading, spans_of_text
-from rwkv_peft.templates.presets import PRESETS
-from rwkv_peft.templates.template import ENDINGS, Dialogue, Message, clean, spans_of
+from rwkv_peft.common.errors import UserError
+from rwkv_peft.text import template_file, tokenizer
+from rwkv_peft.text.presets import PRESETS
+from rwkv_peft.text.roles import Role
+from rwkv_peft.text.template import ENDINGS, Dialogue, Message, clean, spans_of
+from rwkv_peft.text.turns import overlooked_heading, spans_of_text
 
 WORLD = PRESETS["rwkv-world"]
 S, U, A, T = Role.SYSTEM, Role.USER, Role.ASSISTANT, Role.TOOL
@@ -241,7 +240,7 @@ def test_what_only_looks_like_a_turn_is_noticed(text, found):
 def load(tmp_path, content, name=""):
     path = tmp_path / "mine.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
-    return custom.load(path, name)
+    return template_file.load(path, name)
 
 
 LLAMA_FACTORY = {  # the answer is opened at the end of the user's pattern

@@ -7,8 +7,8 @@ import sys
 import pytest
 from test_scripts import ROOT
 
-from rwkv_peft.errors import UserError, door
-from rwkv_peft.terminal import clean_output, cleaned
+from rwkv_peft.common.errors import UserError, handle_errors
+from rwkv_peft.common.terminal import clean_output, cleaned
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_all_that_is_printed_is_cleaned_and_only_inside(capsys):
 
 
 def test_the_words_of_an_error_are_cleaned(capsys):
-    with pytest.raises(SystemExit), door():
+    with pytest.raises(SystemExit), handle_errors():
         raise UserError("x\x1b[2J: is wrong.")
     assert capsys.readouterr().err == "x\\x1b[2J: is wrong.\n"
 
@@ -78,7 +78,8 @@ def test_no_escape_sequence_of_a_data_file_is_printed(tmp_path, name):
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_a_stream_that_was_closed_leads_nowhere_and_into_no_file(tmp_path, closed):
     code = (
-        "import os, sys\nfrom rwkv_peft.errors import UserError, door\nwith door():\n file = open('log', 'w')\n"
+        "import os, sys\nfrom rwkv_peft.common.errors import UserError, handle_errors\n"
+        "with handle_errors():\n file = open('log', 'w')\n"
         " print('said')\n os.write(1, b'x')\n os.write(2, b'x')\n sys.stderr.isatty()\n raise UserError('wrong')"
     )
     shell = ["bash", "-c", f'exec "$@" {closed}', "-", sys.executable, "-c", code]

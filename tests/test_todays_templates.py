@@ -8,15 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_rows import cook
 
-from rwkv_peft import tokenizer
-from rwkv_peft.errors import UserError
-from rwkv_peft.roles import Role
-from rwkv_peft.rows.limits import Limits
-from rwkv_peft.rows.schemas import Reader, columns
-from rwkv_peft.templates import custom
-from rwkv_peft.templates.headings import spans_of_text
-from rwkv_peft.templates.presets import PRESETS
-from rwkv_peft.templates.template import Dialogue, Message, clean_answer, spans_of, split_thought, tidy_answer
+from rwkv_peft.common.errors import UserError
+from rwkv_peft.preprocess.schemas import Reader, columns
+from rwkv_peft.preprocess.truncate import Limits
+from rwkv_peft.text import template_file, tokenizer
+from rwkv_peft.text.presets import PRESETS
+from rwkv_peft.text.roles import Role
+from rwkv_peft.text.template import Dialogue, Message, clean_answer, spans_of, split_thought, tidy_answer
+from rwkv_peft.text.turns import spans_of_text
 
 S, U, A, T = Role.SYSTEM, Role.USER, Role.ASSISTANT, Role.TOOL
 BOT = [name for name in PRESETS if "-bot" in name]
@@ -278,7 +277,7 @@ def test_a_template_of_ones_own_may_have_all_of_this(tmp_path):
     }  # fmt: skip
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(content), encoding="utf-8")
-    form = custom.load(path)
+    form = template_file.load(path)
     assert "".join(form.render(Dialogue((Message(U, "q"), Message(A, "a", think="t"))))[0]) == "U✿q (think)✿\nA✿[t]a✿"
     assert form.holds_reserved(Dialogue((Message(U, "✿"),))) == "✿"
     for wrong, words in (
@@ -290,7 +289,7 @@ def test_a_template_of_ones_own_may_have_all_of_this(tmp_path):
     ):
         path.write_text(json.dumps(content | wrong), encoding="utf-8")
         with pytest.raises(UserError) as error:
-            custom.load(path)
+            template_file.load(path)
         assert words in str(error.value)
 
 

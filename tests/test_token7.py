@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from rwkv_peft.adapters import attach
+from rwkv_peft.adapters import inject
 from rwkv_peft.model.rwkv import build, for_generating, fresh_state, set_state
 
 SIZES = [(1, 16, 16), (2, 64, 16), (3, 128, 64), (2, 256, 128), (2, 96, 32)]  # layers, width, head size
@@ -74,7 +74,7 @@ def test_what_is_no_number_stays_none():
 
 
 def with_lora(model):
-    attach.adapt(model, attach.Setup("lora", {"rank": 4, "alpha": 4.0}, ("att", "ffn")))
+    inject.inject_adapters(model, inject.AdapterConfig("lora", {"rank": 4, "alpha": 4.0}, ("att", "ffn")))
 
 
 def fine(model):

@@ -15,11 +15,11 @@ from test_files import KINDS, TEXTS, write
 from test_rows import CHAT, SAME
 from test_scripts import ROOT
 
-import json2binidx.tokenize as door
-from json2binidx import workers
-from rwkv_peft import tokenizer
+import rwkv_peft.preprocess.tokenize as door
 from rwkv_peft.data.binidx import Reader
-from rwkv_peft.rows import reading
+from rwkv_peft.preprocess import reader as reading
+from rwkv_peft.preprocess import worker_pool
+from rwkv_peft.text import tokenizer
 
 ENDINGS = (".bin", ".idx", ".roles.bin", ".roles.idx")
 
@@ -81,9 +81,9 @@ def test_any_number_of_workers_writes_the_same_bytes(data, monkeypatch, number):
 
 
 def test_auto_takes_every_core_where_there_is_work_for_it():
-    assert workers.number_of_workers("auto", 1000) == 1
-    assert workers.number_of_workers("auto", 1 << 40) == len(os.sched_getaffinity(0))
-    assert workers.number_of_workers(3, 1000) == 3
+    assert worker_pool.number_of_workers("auto", 1000) == 1
+    assert worker_pool.number_of_workers("auto", 1 << 40) == len(os.sched_getaffinity(0))
+    assert worker_pool.number_of_workers(3, 1000) == 3
 
 
 def test_the_files_are_what_the_format_description_gives_for_the_same_tokens(data):
@@ -157,7 +157,7 @@ def test_whatever_changes_makes_it_encode_again(data, monkeypatch, tmp_path, wha
     elif what == "template":
         template.write_text(template.read_text().replace("Q ", "Question "))
     elif what == "code":
-        monkeypatch.setattr("json2binidx.cache.CODE", ("json2binidx",))
+        monkeypatch.setattr("rwkv_peft.preprocess.cache.CODE", ("data",))
     elif what == "result":
         content = bytearray((data / "x.bin").read_bytes())
         content[3] ^= 1
@@ -303,7 +303,7 @@ def test_a_preview_shows_tokens_and_what_is_learnt_and_writes_nothing(tmp_path):
 
 
 def test_colours_are_for_terminals_only(monkeypatch, capsys, data):
-    from json2binidx import preview
+    from rwkv_peft.cli import preview
 
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     ids = np.array([*tokenizer.encode("a b"), 0], np.uint16)

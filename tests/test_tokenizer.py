@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_peft import tokenizer
-from rwkv_peft.tokenizer import PythonEncoder, Utf8Stream, decode, encode, token_bytes
+from rwkv_peft.text import tokenizer
+from rwkv_peft.text.tokenizer import PythonEncoder, Utf8Stream, decode, encode, token_bytes
 
 SLOW = PythonEncoder()
 
@@ -72,10 +72,10 @@ def test_a_stream_of_tokens_never_shows_half_a_character():
 def test_without_the_fast_library_the_python_encoder_serves():
     code = (
         "import sys; sys.modules['pyrwkv_tokenizer'] = None\n"
-        "from rwkv_peft import tokenizer\n"
+        "from rwkv_peft.text import tokenizer\n"
         "assert isinstance(tokenizer.encoder(), tokenizer.PythonEncoder)\n"
         "print(tokenizer.encode('你好。\\n\\nUser'))"
     )
-    root = Path(tokenizer.__file__).resolve().parent.parent
+    root = Path(tokenizer.__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
     assert done.stdout.strip() == str(encode("你好。\n\nUser"))

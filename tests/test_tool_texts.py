@@ -6,8 +6,8 @@ import json
 import pytest
 from test_schemas import CALL, TOOL, A, S, T, U, read, refused, said
 
-from rwkv_peft.rows.schemas import Reader
-from rwkv_peft.templates.presets import PRESETS
+from rwkv_peft.preprocess.schemas import Reader
+from rwkv_peft.text.presets import PRESETS
 
 Q = {"role": "user", "content": "When is low tide?"}
 TAGGED = f"<tool_call>\n{json.dumps(CALL)}\n</tool_call>"

@@ -13,11 +13,14 @@ from conftest import few
 from inprocess import run, tokenize
 from written import write
 
-from rwkv_peft import chat, checkpoint, hashing, machine, tokenizer
-from rwkv_peft.config import TrainConfig
-from rwkv_peft.errors import Problems, UserError
-from rwkv_peft.file_watch import FileChanged
-from rwkv_peft.training.module import TrainingModule
+from rwkv_peft.checkpoint import pth
+from rwkv_peft.cli import chat
+from rwkv_peft.common import hardware, hashing
+from rwkv_peft.common.errors import SettingErrors, UserError
+from rwkv_peft.common.file_watch import FileChanged
+from rwkv_peft.config.train import TrainConfig
+from rwkv_peft.text import tokenizer
+from rwkv_peft.train.module import TrainingModule
 
 
 def close(a: dict, b: dict, tolerance: float) -> None:
@@ -64,7 +67,7 @@ def test_lora_saves_only_what_it_trained_and_full_saves_a_whole_model(ready):
     assert lora["blocks.0.att.key.lora_A"].shape == (4, 32) and lora["blocks.0.att.key.lora_B"].shape == (32, 4)
     assert not any("ffn.key" in n or "emb" in n for n in lora)
     full, _ = run(ready, "full", FINETUNE_MODE="full", LR_INIT="1e-3")
-    base = checkpoint.load(ready / "model" / "tiny.pth")
+    base = pth.load(ready / "model" / "tiny.pth")
     assert {n: (t.shape, t.dtype) for n, t in full.items()} == {n: (t.shape, t.dtype) for n, t in base.items()}
     assert not torch.equal(full["emb.weight"], base["emb.weight"])
     assert not torch.equal(full["blocks.1.att.w0"], base["blocks.1.att.w0"])
@@ -135,7 +138,7 @@ def test_going_on_from_a_checkpoint_starts_with_its_weights(ready):
 def test_a_checkpoint_of_other_settings_is_refused(ready, changes, name, words):
     run(ready, "first")
     tiny.save_model(ready / "model" / "other.pth", seed=1)
-    with pytest.raises(Problems) as found:
+    with pytest.raises(SettingErrors) as found:
         run(ready, "again", **({"lora_load": "output/first/rwkv-0.pth"} | changes))
     assert {p.name: p.message for p in found.value.problems}[name].count(words)
 
@@ -285,7 +288,7 @@ def test_other_settings_work(ready, settings):
 )
 def test_data_without_anything_to_train_are_refused(ready, settings, rows, name, words):
     tokenize(tiny.write_jsonl(ready / "data" / "plain.jsonl", rows))
-    with pytest.raises(Problems) as found:
+    with pytest.raises(SettingErrors) as found:
         run(ready, DATA_PATH="plain", **settings)
     assert words in {p.name: p.message for p in found.value.problems}[name]
 
@@ -354,8 +357,8 @@ def test_a_run_of_which_every_step_was_left_out_is_no_success(ready, monkeypatch
 def test_a_state_is_learnt_from_the_one_that_the_base_holds(ready, capsys):
     settings = {"FINETUNE_MODE": "state_tuning", "LR_INIT": "1", "EPOCH_STEPS": "2", "MINI_BSZ": "1"}
     learnt, _ = run(ready, "first", **settings)
-    base = checkpoint.load(ready / "model" / "tiny.pth")
-    checkpoint.save(ready / "model" / "with.pth", {**base, **learnt})
+    base = pth.load(ready / "model" / "tiny.pth")
+    pth.save(ready / "model" / "with.pth", {**base, **learnt})
     state = [name for name in learnt if name.endswith("time_state")]
     capsys.readouterr()
     further, records = run(
@@ -381,16 +384,16 @@ def test_so_many_steps_in_a_row_end_the_training_and_the_batch_is_named(ready, m
 
 
 def test_the_last_answer_of_a_window_is_the_last_of_its_whole_document(ready):
-    from rwkv_peft import tokenizer
     from rwkv_peft.data.binidx import Reader
-    from rwkv_peft.data.loading import Data
-    from rwkv_peft.data.sources import Source
+    from rwkv_peft.data.dataset import TokenDataset
+    from rwkv_peft.data.token_source import Source
+    from rwkv_peft.text import tokenizer
 
     text = "User: one\n\nAssistant: FIRST ANSWER here it is\n\nUser: two\n\nAssistant: LAST"
     tokenize(tiny.write_jsonl(ready / "data" / "w.jsonl", [{"text": text}]))
     prefix = ready / "data" / "w"
     source = Source(Reader(prefix), Reader(f"{prefix}.roles"), 65536)
-    data = Data([source], "get", "last", 6, "truncate", 1, True)
+    data = TokenDataset([source], "get", "last", 6, "truncate", 1, True)
     said = sorted(
         tokenizer.decode(tokens[1:][weights > 0].tolist()).strip()
         for i in range(data.rows)
@@ -403,33 +406,33 @@ def test_the_last_answer_of_a_window_is_the_last_of_its_whole_document(ready):
 
 def test_a_full_run_whose_base_is_replaced_saves_nothing(ready, monkeypatch):
     """A checkpoint of it is a changed copy of the base, and its sidecar names the base."""
-    from rwkv_peft.training.callbacks import StepRecorder
+    from rwkv_peft.train.callbacks.core import MetricsCallback
 
-    original = StepRecorder.on_train_start
+    original = MetricsCallback.on_train_start
 
     def replaced(self, *arguments):
         tiny.save_model(ready / "model" / "other.pth", shape=tiny.geometry(1, 32, 64, 16))
         (ready / "model" / "other.pth").replace(ready / "model" / "tiny.pth")
         return original(self, *arguments)
 
-    monkeypatch.setattr(StepRecorder, "on_train_start", replaced)
+    monkeypatch.setattr(MetricsCallback, "on_train_start", replaced)
     with pytest.raises(FileChanged, match="model/tiny.pth: became shorter since this run began"):
         run(ready, FINETUNE_MODE="full")
     assert not list((ready / "output/run").glob("rwkv-*"))
 
 
 def test_the_precision_follows_the_processor():
-    assert machine.cpu_has_bf16("flags\t\t: fpu avx2 amx_bf16 amx_tile")
-    assert machine.cpu_has_bf16("flags\t\t: fpu avx512_bf16")
-    assert machine.cpu_has_bf16("Features\t: fp asimd bf16 i8mm")
-    assert not machine.cpu_has_bf16("flags\t\t: fpu avx2 avx512f")
-    assert not machine.cpu_has_bf16("nothing")
+    assert hardware.cpu_has_bf16("flags\t\t: fpu avx2 amx_bf16 amx_tile")
+    assert hardware.cpu_has_bf16("flags\t\t: fpu avx512_bf16")
+    assert hardware.cpu_has_bf16("Features\t: fp asimd bf16 i8mm")
+    assert not hardware.cpu_has_bf16("flags\t\t: fpu avx2 avx512f")
+    assert not hardware.cpu_has_bf16("nothing")
     intel, amd = (
         "vendor_id\t: GenuineIntel\nflags\t\t: fpu avx512_bf16",
         "vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx512_bf16",
     )
-    assert not machine.cpu_gains_by_bf16(intel) and machine.cpu_gains_by_bf16(f"{intel} amx_bf16 amx_tile")
-    assert machine.cpu_gains_by_bf16(amd) and not machine.cpu_gains_by_bf16("flags\t\t: fpu avx2 avx512f")
+    assert not hardware.cpu_gains_by_bf16(intel) and hardware.cpu_gains_by_bf16(f"{intel} amx_bf16 amx_tile")
+    assert hardware.cpu_gains_by_bf16(amd) and not hardware.cpu_gains_by_bf16("flags\t\t: fpu avx2 avx512f")
 
 
 @pytest.mark.parametrize(
@@ -448,7 +451,7 @@ def test_the_precision_follows_the_processor():
     ],
 )
 def test_what_does_not_go_with_the_base_is_told_before_anything_is_loaded(ready, settings, name, words):
-    with pytest.raises(Problems) as found:
+    with pytest.raises(SettingErrors) as found:
         run(ready, "never", **settings)
     assert words in {p.name: p.message for p in found.value.problems}[name]
     assert not (ready / "output" / "never").exists()
@@ -458,18 +461,18 @@ def test_a_pissa_run_goes_on_only_with_what_it_began_with(ready):
     settings = {"FINETUNE_MODE": "pissa", "pissa_r": "4"}
     run(ready, "first", **settings)
     (ready / "output/first/init_pissa.pth").rename(ready / "output/moved.pth")
-    with pytest.raises(Problems, match="init_pissa.pth: there is no such file; name it with pissa_init"):
+    with pytest.raises(SettingErrors, match="init_pissa.pth: there is no such file; name it with pissa_init"):
         run(ready, "again", pissa_load="first", **settings)
     tensors, _ = run(ready, "again", pissa_load="first", pissa_init="moved.pth", LR_INIT="0", LR_FINAL="0", **settings)
-    first = checkpoint.load(ready / "output/first/rwkv-0.pth")
+    first = pth.load(ready / "output/first/rwkv-0.pth")
     assert all(torch.equal(tensors[n], first[n]) for n in first)
     # and another run may begin from the same decomposition
     run(ready, "new", pissa_init="moved.pth", **settings)
-    begun, moved = (checkpoint.load(ready / "output" / name) for name in ("new/init_pissa.pth", "moved.pth"))
+    begun, moved = (pth.load(ready / "output" / name) for name in ("new/init_pissa.pth", "moved.pth"))
     assert all(torch.equal(begun[n], moved[n]) for n in moved)
     # but what another run began with is refused, though it has the same shapes
     run(ready, "other", SEED="7", **settings)
-    other = checkpoint.load(ready / "output/other/init_pissa.pth")
-    checkpoint.save(ready / "output/swapped.pth", {n: t + 1 for n, t in other.items()})
-    with pytest.raises(Problems, match="pissa_init: .*swapped.pth: is not what .* began with"):
+    other = pth.load(ready / "output/other/init_pissa.pth")
+    pth.save(ready / "output/swapped.pth", {n: t + 1 for n, t in other.items()})
+    with pytest.raises(SettingErrors, match="pissa_init: .*swapped.pth: is not what .* began with"):
         run(ready, "bad", pissa_load="first", pissa_init="swapped.pth", **settings)

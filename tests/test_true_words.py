@@ -14,14 +14,15 @@ from inprocess import config, run
 from safetensors.torch import save_file
 from test_config import problems
 
-from json2binidx.__main__ import find as find_data
-from merge.deliver import merged_place
-from rwkv_peft import checkpoint, names, project, train, words
-from rwkv_peft.data.loading import count
-from rwkv_peft.errors import Problems, UserError, leave
-from rwkv_peft.rows import files
-from rwkv_peft.templates import named
-from rwkv_peft.training import snapshot
+from rwkv_peft.checkpoint import pth, train_state
+from rwkv_peft.cli import train
+from rwkv_peft.cli.tokenize import find as find_data
+from rwkv_peft.common import formatting, names, paths
+from rwkv_peft.common.errors import SettingErrors, UserError, exit_with
+from rwkv_peft.common.formatting import plural
+from rwkv_peft.merge.write import merged_place
+from rwkv_peft.preprocess import files
+from rwkv_peft.text import preset_names
 
 BAD = {
     "a\nb": "holds a line break",
@@ -77,7 +78,7 @@ def test_a_name_that_others_cannot_list_or_type_is_refused(setting, name, why):
 
 @pytest.mark.parametrize("name", GOOD)
 def test_an_unusual_name_is_a_name(name):
-    assert not names.fault(name) and words.visible(name) == name
+    assert not names.fault(name) and formatting.visible(name) == name
     assert config(RUN_NAME=name, WANDB=name).run_name == name
 
 
@@ -97,7 +98,7 @@ def test_data_of_such_a_name_are_refused_before_they_are_read(project_folder, mo
 def test_tokens_of_such_a_name_are_refused(ready):
     for ending in ("bin", "idx"):
         (ready / "data" / f"chat.{ending}").rename(ready / "data" / f"-chat.{ending}")
-    with pytest.raises(Problems, match='DATA_PATH: this name begins with "-", like an option; rename the files'):
+    with pytest.raises(SettingErrors, match='DATA_PATH: this name begins with "-", like an option; rename the files'):
         train.command(config(DATA_PATH="-chat"), ["--dry-run"])
 
 
@@ -110,15 +111,15 @@ def test_no_result_of_a_merge_gets_such_a_name(name):
 
 @pytest.mark.parametrize("name", ["a\nb.json", "my.json ", "my.json:x\u202e", "-my.json"])
 def test_no_template_has_such_a_name(name):
-    with pytest.raises(Problems, match="PROMPT_TYPE: (holds|begins)"):
-        named.template(name)
+    with pytest.raises(SettingErrors, match="PROMPT_TYPE: (holds|begins)"):
+        preset_names.template(name)
 
 
 def test_a_message_never_tells_the_terminal_what_to_do(capsys):
     with pytest.raises(SystemExit):
-        leave("x\x1b]0;title\x07: one\nline \u202e", 2)
+        exit_with("x\x1b]0;title\x07: one\nline \u202e", 2)
     assert capsys.readouterr().err == "x\\x1b]0;title\\x07: one\nline \\u202e\n"
-    assert words.listed(["a\nb", "c\x1b[31m"]) == "a\\nb, c\\x1b[31m"
+    assert formatting.join_names(["a\nb", "c\x1b[31m"]) == "a\\nb, c\\x1b[31m"
 
 
 @pytest.fixture
@@ -140,10 +141,10 @@ def test_a_link_that_leads_nowhere_is_called_that(links):
             files.named(name)
     for name, told in (("self.pth", loop), ("gone.pth", "is a link to elsewhere.pth, which is not there")):
         with pytest.raises(UserError, match=f"model/{name}: {told}"):
-            checkpoint.describe(project.model_file(name))
-    with pytest.raises(Problems, match=f"my.json: {loop}"):
-        named.template("my.json")
-    with pytest.raises(Problems) as found:
+            pth.read_header(paths.model_file(name))
+    with pytest.raises(SettingErrors, match=f"my.json: {loop}"):
+        preset_names.template("my.json")
+    with pytest.raises(SettingErrors) as found:
         train.command(config(MODEL_PATH="self.pth", DATA_PATH="one"), ["--dry-run"])
     assert all(loop in problem.message and "did you mean" not in problem.message for problem in found.value.problems)
 
@@ -169,8 +170,8 @@ def test_the_smallest_number_of_float32_is_one():
 
 
 def test_one_is_not_many(ready):
-    assert count(1, "token") == "1 token"
-    with pytest.raises(Problems, match="is too short: 1 token ends before any answer begins"):
+    assert plural(1, "token") == "1 token"
+    with pytest.raises(SettingErrors, match="is too short: 1 token ends before any answer begins"):
         train.command(config(CTX_LEN="1"), ["--dry-run"])
 
 
@@ -178,14 +179,14 @@ def test_one_is_not_many(ready):
     ("number", "text"), [(1, "1 byte"), (999, "999 bytes"), (1000, "1 kB"), (1.5e6, "1.5 MB"), (2.5e9, "2.50 GB")]
 )
 def test_a_size_has_the_unit_that_shows_it(number, text):
-    assert words.size(number) == text
+    assert formatting.format_size(number) == text
 
 
 def too_large(root, where: str) -> None:
     """A base whose every number is finite, and whose answers are not."""
     tensors = tiny.tensors()
     tensors[where] = torch.full_like(tensors[where], 3e38)
-    checkpoint.save(root / "model" / "large.pth", tensors)
+    pth.save(root / "model" / "large.pth", tensors)
 
 
 @pytest.mark.parametrize("limit", ["2", "99"])
@@ -200,13 +201,13 @@ def test_a_base_that_gives_no_number_is_not_blamed_on_the_learning_rate(ready, l
 def test_nan_in_a_state_is_not_blamed_on_the_learning_rate(tmp_path, part):
     save_file({"a": torch.tensor([1.0, math.nan])}, tmp_path / f"{part}.safetensors")
     with pytest.raises(UserError, match=f"a in {part}.safetensors holds NaN.*goes on from an earlier state"):
-        snapshot.Snapshot(tmp_path, {}).tensors(part)
+        train_state.TrainState(tmp_path, {}).tensors(part)
 
 
 def test_numbers_that_fp16_does_not_hold_are_told_as_that(ready):
     tensors = tiny.tensors()
     tensors["blocks.0.ffn.key.weight"][0, 0] = 1e5
-    checkpoint.save(ready / "model" / "large.pth", tensors)
+    pth.save(ready / "model" / "large.pth", tensors)
     with pytest.raises(UserError, match=r"do not fit into PRECISION=fp16, as in blocks.0.ffn.key.*; use bf16 or fp32"):
         run(ready, MODEL_PATH="large.pth", NAN_LIMIT="2", PRECISION="fp16")
 
@@ -217,9 +218,10 @@ def test_a_full_shared_memory_is_named_where_a_worker_dies_of_it(ready, holds):
     """In a mount namespace of its own, /dev/shm holds so much."""
     code = (
         "import sys\nsys.path[:0] = [sys.argv[1], sys.argv[1] + '/tests']\nfrom pathlib import Path\n"
-        "from inprocess import config\nfrom rwkv_peft import project, train\nfrom rwkv_peft.errors import door\n"
-        "project.ROOT = Path(sys.argv[2])\nproject.OUTPUT = project.ROOT / 'output'\n"
-        "with door():\n    train.command(config(NUM_WORKERS='1'), [])\n"
+        "from inprocess import config\nfrom rwkv_peft.cli import train\nfrom rwkv_peft.common import "
+        "paths\nfrom rwkv_peft.common.errors import handle_errors\n"
+        "paths.ROOT = Path(sys.argv[2])\npaths.OUTPUT = paths.ROOT / 'output'\n"
+        "with handle_errors():\n    train.command(config(NUM_WORKERS='1'), [])\n"
     )
     small = f'mount -t tmpfs -o size={holds} tmpfs /dev/shm || exit 77; exec "$@"'
     done = subprocess.run(
@@ -237,7 +239,7 @@ def test_a_sound_table_is_not_called_unreadable_where_memory_or_files_ran_out(tm
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as parquet
 
-    from rwkv_peft.rows import tables
+    from rwkv_peft.preprocess import tables
 
     parquet.write_table(pa.table({"text": ["a"]}), tmp_path / "x.parquet")
     error = (
@@ -256,9 +258,9 @@ def test_a_sound_table_is_not_called_unreadable_where_memory_or_files_ran_out(tm
 
 
 def test_a_pipe_in_place_of_questions_is_named_and_not_waited_for(tmp_path):
-    from rwkv_peft.train.opening import questions_of
+    from rwkv_peft.train.checks import questions_of
 
     os.mkfifo(tmp_path / "q.txt")
-    with pytest.raises(Problems) as told:
+    with pytest.raises(SettingErrors) as told:
         questions_of(str(tmp_path / "q.txt"))
     assert "SAMPLE_PROMPTS" in str(told.value) and "is a FIFO" in str(told.value)

@@ -13,12 +13,13 @@ from conftest import few
 from inprocess import config, run, tokenize
 from test_resume import BASE, interrupted, same
 
-from rwkv_peft import checkpoint, train
+from rwkv_peft.checkpoint import pth
+from rwkv_peft.cli import train
+from rwkv_peft.common.errors import SettingErrors, UserError
 from rwkv_peft.data.binidx import Reader
-from rwkv_peft.errors import Problems, UserError
-from rwkv_peft.roles import Role
-from rwkv_peft.training import validate
-from rwkv_peft.training.module import TrainingModule
+from rwkv_peft.text.roles import Role
+from rwkv_peft.train.callbacks import validation
+from rwkv_peft.train.module import TrainingModule
 
 HELD = [
     {"text": "User: Sea?\n\nAssistant: Blue and wide."},
@@ -35,7 +36,7 @@ def held(ready):
 
 
 def looks(root, name="run"):
-    return [json.loads(line) for line in (root / "output" / name / validate.FILE).read_text().splitlines()]
+    return [json.loads(line) for line in (root / "output" / name / validation.FILE).read_text().splitlines()]
 
 
 def defined(root, tensors) -> float:
@@ -61,7 +62,7 @@ def test_its_loss_is_that_of_every_row_alone_and_begins_with_the_base(held, sett
     )
     first, last = looks(held)
     assert first["step"] == 0 and last["step"] == 4
-    assert first["loss"] == pytest.approx(defined(held, checkpoint.load(held / "model" / "tiny.pth")), rel=1e-5)
+    assert first["loss"] == pytest.approx(defined(held, pth.load(held / "model" / "tiny.pth")), rel=1e-5)
     assert last["loss"] == pytest.approx(defined(held, weights), rel=1e-5)
     assert (held / "output/run/loss.png").stat().st_size > 1000
 
@@ -75,7 +76,7 @@ def test_looking_changes_nothing_of_the_training(held, settings):
     assert [r["loss"] for r in with_looks] == [r["loss"] for r in without]
     assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
     assert [r["step"] for r in looks(held, "with")] == [0, 3, 6, 8]
-    assert not (held / "output/without" / validate.FILE).exists()
+    assert not (held / "output/without" / validation.FILE).exists()
 
 
 def test_auto_looks_at_what_make_tokenize_has_held_out(ready, capsys):
@@ -100,12 +101,12 @@ def test_a_run_that_goes_on_has_seen_what_one_that_never_stopped_has(held, monke
 
 
 def test_without_a_better_look_for_so_long_the_run_ends_and_is_finished(held, monkeypatch, capsys):
-    monkeypatch.setattr(validate, "rounds_without_a_better", lambda records: len(records) - 1)
+    monkeypatch.setattr(validation, "rounds_without_a_better", lambda records: len(records) - 1)
     settings = {**COMMON, "EPOCH_COUNT": "9", "VAL_PATIENCE": "2", "KEEP_LAST": "1"}
     _, records = run(held, "early", **settings)
     assert len(records) == 8 and (held / "output/early/rwkv-1.pth").is_file()
     assert "VAL_PATIENCE=2: no better validation" in capsys.readouterr().out
-    with pytest.raises(Problems, match="has ended output/early at step 8"):
+    with pytest.raises(SettingErrors, match="has ended output/early at step 8"):
         run(held, "early", **settings)
     capsys.readouterr()
     train.command(config(RUN_NAME="", **settings), [])
@@ -122,26 +123,26 @@ def test_without_a_better_look_for_so_long_the_run_ends_and_is_finished(held, mo
     "records, rounds", [([], 0), ([3.0], 0), ([3.0, 2.0], 0), ([2.0, 3.0, 2.5], 2), ([2.0, 2.0], 1)]
 )
 def test_rounds_are_counted_from_the_best_look(records, rounds):
-    assert validate.rounds_without_a_better([{"loss": loss} for loss in records]) == rounds
+    assert validation.rounds_without_a_better([{"loss": loss} for loss in records]) == rounds
 
 
 @pytest.mark.parametrize("name, words", [("nothing", "there is no such file"), ("", "is empty")])
 def test_held_out_data_that_are_not_there_are_named(held, name, words):
-    with pytest.raises(Problems) as found:
+    with pytest.raises(SettingErrors) as found:
         run(held, **{**COMMON, "VAL_DATA": name})
     assert [(p.name, words in p.message) for p in found.value.problems] == [("VAL_DATA", True)]
 
 
 def test_a_loss_without_a_number_is_null_and_ends_nothing(held, monkeypatch):
-    monkeypatch.setattr("rwkv_peft.bases.must_be_sound_model", lambda *_: None)  # which refuses such a base
-    base = checkpoint.load(held / "model" / "tiny.pth")
+    monkeypatch.setattr("rwkv_peft.checkpoint.base_model.check_model", lambda *_: None)  # which refuses such a base
+    base = pth.load(held / "model" / "tiny.pth")
     broken = {name: t.clone() for name, t in base.items()}
     broken["blocks.1.ffn.value.weight"][0, 0] = torch.nan
-    checkpoint.save(held / "model" / "broken.pth", broken)
+    pth.save(held / "model" / "broken.pth", broken)
     with pytest.raises(Exception, match="NAN_LIMIT=3"):
         run(held, **{**COMMON, "MODEL_PATH": "broken.pth", "VAL_STEPS": "1", "VAL_PATIENCE": "1"})
     assert [r["loss"] for r in looks(held)] == [None, None, None]  # and NaN would be no JSON
-    assert "NaN" not in (held / "output/run" / validate.FILE).read_text()
+    assert "NaN" not in (held / "output/run" / validation.FILE).read_text()
 
 
 def test_other_held_out_data_are_counted_anew(held, monkeypatch, capsys):
@@ -186,15 +187,15 @@ def test_auto_leaves_out_what_has_nothing_to_learn_and_says_so(ready, capsys):
 
 @pytest.mark.parametrize("name, words", [("none", "needs held-out data"), ("auto", "finds no NAME.valid")])
 def test_patience_without_data_is_refused(ready, name, words):
-    with pytest.raises(Problems) as found:
+    with pytest.raises(SettingErrors) as found:
         run(ready, **{**COMMON, "VAL_DATA": name, "VAL_PATIENCE": "2"})
     assert [(p.name, words in p.message) for p in found.value.problems] == [("VAL_PATIENCE", True)]
 
 
 def test_what_was_trained_where_the_validation_was_best_is_kept_and_merged_by_its_name(held, monkeypatch, capsys):
     """Also by a run that is killed behind it, and goes on."""
-    from merge.parts import checkpoint_files
-    from rwkv_peft import project
+    from rwkv_peft.common import paths
+    from rwkv_peft.merge.inputs import checkpoint_files
 
     settings = {
         "VAL_DATA": "held", "KEEP_BEST": "1", "EPOCH_COUNT": "4", "LR_INIT": "0.4", "LR_FINAL": "0.4", "SAVE_STEPS": "1",
@@ -204,19 +205,19 @@ def test_what_was_trained_where_the_validation_was_best_is_kept_and_merged_by_it
     folder = held / "output/whole"
     looks = [json.loads(line) for line in (folder / "valid.jsonl").read_text().splitlines()]
     best = min(looks, key=lambda look: look["loss"])
-    kept, epoch = (checkpoint.load(folder / f"rwkv-{name}.pth") for name in ("best", best["epoch"]))
+    kept, epoch = (pth.load(folder / f"rwkv-{name}.pth") for name in ("best", best["epoch"]))
     assert 0 < best["step"] < 8 and all(torch.equal(kept[name], epoch[name]) for name in kept)
     said = capsys.readouterr().out
     assert "rwkv-best.pth holds it" in said and "next: ./merge.sh whole best " in said
     assert json.loads((folder / "rwkv-best.json").read_text())["step"] == best["step"]
-    monkeypatch.setattr(project, "ROOT", held)
+    monkeypatch.setattr(paths, "ROOT", held)
     assert checkpoint_files(["best"], "whole") == [folder / "rwkv-best.pth"]
     with pytest.raises(UserError, match="has no rwkv-best.pth; KEEP_BEST=1"):
         run(held, "none", **settings | {"KEEP_BEST": "0"})
         checkpoint_files(["best"], "none")
     interrupted(monkeypatch, held, best["step"] + 1, "killed", **settings)
     run(held, "again", **settings)
-    again = checkpoint.load(held / "output/again/rwkv-best.pth")
+    again = pth.load(held / "output/again/rwkv-best.pth")
     assert all(torch.equal(kept[name], again[name]) for name in kept)
 
 
@@ -230,7 +231,7 @@ def test_the_best_is_called_kept_when_it_is_saved(monkeypatch):
         raise OSError(28, "No space left on device")
 
     def look(keep):
-        one = validate.Validate(
+        one = validation.Validate(
             lambda: [], "x", 1, 1, 0, [], lambda words: (said.append(words), order.append("said")), [], keep
         )
         one.round(SimpleNamespace(world_size=1, global_step=3, is_global_zero=True), None)

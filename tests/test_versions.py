@@ -11,8 +11,8 @@ import tiny
 import torch
 from conftest import few
 
-from rwkv_peft import checkpoint
-from rwkv_peft.adapters import attach
+from rwkv_peft.adapters import inject
+from rwkv_peft.checkpoint import pth
 from rwkv_peft.model import arch
 from rwkv_peft.model.rwkv import build, fresh_state, set_state
 from rwkv_peft.model.state import BlockState
@@ -57,12 +57,12 @@ def test_logits_equal_those_of_the_rwkv_package(tmp_path, version, layers, layer
     tensors = tiny.tensors(3, shape)
     if layer0_v:
         tensors |= {f"blocks.0.att.v{i}": torch.randn(s) for i, s in ((0, (1, 1, 128)), (1, (128, 32)), (2, (32, 128)))}
-    checkpoint.save(tmp_path / "tiny.pth", tensors)
+    pth.save(tmp_path / "tiny.pth", tensors)
     whole, steps = judged(tmp_path / "tiny.pth", version=version)
-    found = arch.detect({n: s.shape for n, s in checkpoint.describe(tmp_path / "tiny.pth").items()}, "tiny.pth")
+    found = arch.detect({n: s.shape for n, s in pth.read_header(tmp_path / "tiny.pth").items()}, "tiny.pth")
     for backend in dispatch.available(version, "cpu"):
         with torch.inference_mode():
-            ours, _ = build(found, checkpoint.load(tmp_path / "tiny.pth"), dispatch.choose(backend, version))(
+            ours, _ = build(found, pth.load(tmp_path / "tiny.pth"), dispatch.choose(backend, version))(
                 torch.tensor([IDS])
             )
         for theirs in (whole, steps):
@@ -189,7 +189,9 @@ def test_computing_again_keeps_less(version, backend):
     shape, x, kept = tiny.geometry(4, 128, 64, 16, version), ids(1, 200) % 64, {}
     for how in ("nothing", "cheap", "blocks"):
         model = build(shape, tiny.tensors(0, shape), tiny.ops(shape, backend), recompute=how)
-        attach.adapt(model, attach.Setup("lora", {"rank": 4, "alpha": 4.0, "rslora": False}, ("att", "ffn")))
+        inject.inject_adapters(
+            model, inject.AdapterConfig("lora", {"rank": 4, "alpha": 4.0, "rslora": False}, ("att", "ffn"))
+        )
         before = live_bytes()
         loss = model(x)[0].square().sum()
         kept[how] = live_bytes() - before
@@ -210,7 +212,7 @@ def test_every_parameter_of_the_file_takes_part(version):
 
 def test_a_model_is_built_from_mapped_files_without_copying_them(tmp_path):
     shape = small("x070")
-    tensors = checkpoint.load(tiny.save_model(tmp_path / "m.pth", shape=shape))
+    tensors = pth.load(tiny.save_model(tmp_path / "m.pth", shape=shape))
     model = build(shape, tensors, tiny.ops(shape))
     assert model.emb.weight.data_ptr() == tensors["emb.weight"].data_ptr()
 

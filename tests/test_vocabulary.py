@@ -8,10 +8,10 @@ import pytest
 import tiny
 from inprocess import config, tokenize
 
-from json2binidx import inspect
-from rwkv_peft import tokenizer, train, vocabulary
-from rwkv_peft.data import binidx
-from rwkv_peft.errors import Problems
+from rwkv_peft.cli import inspect, train
+from rwkv_peft.common.errors import SettingErrors
+from rwkv_peft.data import binidx, vocabulary_check
+from rwkv_peft.text import tokenizer
 
 # "The quick brown fox jumps over the lazy dog, ..." by GPT-NeoX's 20B tokenizer
 IDS_20B = [510, 3158, 4541, 253, 6749, 275, 253, 5728, 13, 285, 253, 2030, 637, 10923, 352, 715, 253, 13416, 15]
@@ -117,45 +117,45 @@ def rows_of(text: str, how: str) -> list[list[int]]:
 @pytest.mark.parametrize("how", ["whole", "cut", "packed", "by lines", "by words", "by characters"])
 @pytest.mark.parametrize("kind", TEXTS)
 def test_a_file_of_the_world_vocabulary_is_taken(tmp_path, kind, how):
-    assert vocabulary.what_is_wrong(write(tmp_path / "x", rows_of(TEXTS[kind], how))) == ""
+    assert vocabulary_check.what_is_wrong(write(tmp_path / "x", rows_of(TEXTS[kind], how))) == ""
 
 
 @pytest.mark.parametrize("ids", [IDS_20B, IDS_GPT2, IDS_LLAMA, IDS_BERT], ids=["20B", "GPT-2", "Llama 2", "BERT"])
 @pytest.mark.parametrize("rows", [1, 5, 400])
 def test_a_file_of_another_vocabulary_is_refused(tmp_path, ids, rows):
-    told = vocabulary.what_is_wrong(write(tmp_path / "x", [ids * 4] * rows))
+    told = vocabulary_check.what_is_wrong(write(tmp_path / "x", [ids * 4] * rows))
     assert "x.bin holds no text of the World vocabulary" in told and "another vocabulary" in told
 
 
 def test_a_few_damaged_places_are_no_other_vocabulary(tmp_path):
     ids = tokenizer.encode(TEXTS["English"] * 5)
     ids[100], ids[900] = 200, 8
-    assert vocabulary.what_is_wrong(write(tmp_path / "x", [ids])) == ""
+    assert vocabulary_check.what_is_wrong(write(tmp_path / "x", [ids])) == ""
 
 
 def test_short_files_are_judged_too(tmp_path):
-    assert vocabulary.what_is_wrong(write(tmp_path / "x", [[1, 2]])) == ""
-    assert vocabulary.what_is_wrong(write(tmp_path / "y", [[], [0], []])) == ""
+    assert vocabulary_check.what_is_wrong(write(tmp_path / "x", [[1, 2]])) == ""
+    assert vocabulary_check.what_is_wrong(write(tmp_path / "y", [[], [0], []])) == ""
 
 
 def test_form_feeds_of_old_sources_are_no_other_vocabulary(tmp_path):
     text = ("int main(void)\n{\n\treturn 0;\n}\n" * 20 + "\f\n") * 30
-    assert vocabulary.what_is_wrong(write(tmp_path / "x", [tokenizer.encode(text)])) == ""
+    assert vocabulary_check.what_is_wrong(write(tmp_path / "x", [tokenizer.encode(text)])) == ""
 
 
 def test_a_sample_is_small_and_comes_from_all_over_a_file():
     tokens, sizes = np.arange(1, 3_000_001) % 60_000 + 1, np.full(3000, 1000)
-    parts = vocabulary.sample(tokens, sizes)
+    parts = vocabulary_check.sample(tokens, sizes)
     assert sum(map(len, parts)) == 64 * 1024 and max(map(len, parts)) <= 1000
     assert parts[0][0] == tokens[0] and parts[-1][-1] == tokens[-1]
 
 
 def test_training_and_the_inspector_give_one_verdict(ready, capsys):
     write(ready / "data" / "foreign", [IDS_20B * 4] * 12)
-    with pytest.raises(Problems) as found:
+    with pytest.raises(SettingErrors) as found:
         train.command(config(DATA_PATH="foreign", LOSS_MASK="pad"), ["--dry-run"])
     [problem] = found.value.problems
-    verdict = vocabulary.what_is_wrong(ready / "data" / "foreign")
+    verdict = vocabulary_check.what_is_wrong(ready / "data" / "foreign")
     assert problem.name == "DATA_PATH" and problem.message.startswith(verdict) and "VOCABULARY=own" in problem.message
     with pytest.raises(SystemExit) as left:
         inspect.main(["foreign"])
@@ -167,7 +167,7 @@ def test_training_and_the_inspector_give_one_verdict(ready, capsys):
 def test_a_vocabulary_of_ones_own_stays_usable(ready):
     write(ready / "data" / "notes", [[random.Random(n).randrange(1, 60) for _ in range(40)] for n in range(8)])
     more = {"DATA_PATH": "notes", "LOSS_MASK": "pad"}
-    with pytest.raises(Problems, match="no text of the World vocabulary"):
+    with pytest.raises(SettingErrors, match="no text of the World vocabulary"):
         train.command(config(**more), ["--dry-run"])
     train.command(config(VOCABULARY="own", **more), ["--dry-run"])
     tiny.save_model(ready / "model" / "small.pth", shape=tiny.geometry(vocab=64))
@@ -176,7 +176,7 @@ def test_a_vocabulary_of_ones_own_stays_usable(ready):
 
 def test_held_out_data_of_another_vocabulary_are_refused(ready):
     write(ready / "data" / "foreign", [IDS_20B * 4] * 12)
-    with pytest.raises(Problems, match="VAL_DATA.*no text of the World vocabulary"):
+    with pytest.raises(SettingErrors, match="VAL_DATA.*no text of the World vocabulary"):
         train.command(config(VAL_DATA="foreign", LOSS_MASK="pad"), ["--dry-run"])
 
 
@@ -185,12 +185,12 @@ def test_a_report_that_names_another_vocabulary_is_believed(ready):
     content = json.loads(report.read_text())
     assert content["vocabulary"] == "rwkv_vocab_v20230424"
     report.write_text(json.dumps(content | {"vocabulary": "20B"}))
-    assert "was made with the vocabulary 20B, not World's" in vocabulary.what_is_wrong(ready / "data" / "chat")
+    assert "was made with the vocabulary 20B, not World's" in vocabulary_check.what_is_wrong(ready / "data" / "chat")
 
 
 def test_a_replaced_bin_is_found_beside_a_report_of_ours(ready):
     write(ready / "data" / "chat", [IDS_20B * 4] * 12)
-    assert "no text of the World vocabulary" in vocabulary.what_is_wrong(ready / "data" / "chat")
+    assert "no text of the World vocabulary" in vocabulary_check.what_is_wrong(ready / "data" / "chat")
 
 
 def test_held_out_rows_are_known_by_the_report_of_their_data(ready):
@@ -198,8 +198,10 @@ def test_held_out_rows_are_known_by_the_report_of_their_data(ready):
     tokenize(path, VALID_PERCENT="20", EOT="x17")
     prefix, report = ready / "data" / "held.valid", ready / "data" / "held.report.json"
     content = json.loads(report.read_text())
-    assert vocabulary.what_is_wrong(prefix) == ""
+    assert vocabulary_check.what_is_wrong(prefix) == ""
     report.write_text(json.dumps(content | {"vocabulary": "20B"}))
-    assert "held.report.json says that held.valid was made with the vocabulary 20B" in vocabulary.what_is_wrong(prefix)
+    assert "held.report.json says that held.valid was made with the vocabulary 20B" in vocabulary_check.what_is_wrong(
+        prefix
+    )
     report.unlink()
-    assert vocabulary.what_is_wrong(prefix) == vocabulary.what_is_wrong(ready / "data" / "held") == ""
+    assert vocabulary_check.what_is_wrong(prefix) == vocabulary_check.what_is_wrong(ready / "data" / "held") == ""

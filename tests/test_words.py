@@ -2,19 +2,19 @@
 
 import pytest
 
-from rwkv_peft.words import clock, count, did_you_mean, first_line, listed, readable
+from rwkv_peft.common.formatting import did_you_mean, first_line, format_duration, join_names, plural, readable
 
 
 @pytest.mark.parametrize(("n", "words"), [(0, "0 rows"), (1, "1 row"), (2, "2 rows"), (1234, "1,234 rows")])
 def test_one_is_a_row_and_others_are_rows(n, words):
-    assert count(n, "row") == words
+    assert plural(n, "row") == words
 
 
 def test_a_list_is_in_the_order_that_people_count_in_and_its_end_is_counted():
-    assert listed(["run-10", "run-9", "a", "run-2"]) == "a, run-2, run-9, run-10"
-    assert listed(map(str, range(20)), most=3) == "0, 1, 2 and 17 more"
-    assert listed(["10", "9", "x", "1x"]) == "1x, 9, 10, x"
-    assert listed([]) == "nothing"
+    assert join_names(["run-10", "run-9", "a", "run-2"]) == "a, run-2, run-9, run-10"
+    assert join_names(map(str, range(20)), most=3) == "0, 1, 2 and 17 more"
+    assert join_names(["10", "9", "x", "1x"]) == "1x, 9, 10, x"
+    assert join_names([]) == "nothing"
 
 
 def test_a_near_word_is_offered_and_a_far_one_is_not():
@@ -25,7 +25,7 @@ def test_a_near_word_is_offered_and_a_far_one_is_not():
 
 
 def test_times_are_minutes_and_hours():
-    assert (clock(5), clock(65), clock(3661.9)) == ("0:05", "1:05", "1:01:01")
+    assert (format_duration(5), format_duration(65), format_duration(3661.9)) == ("0:05", "1:05", "1:01:01")
 
 
 @pytest.mark.parametrize(

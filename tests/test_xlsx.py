@@ -7,9 +7,9 @@ from xml.sax.saxutils import escape
 import pytest
 from test_files import rows_in
 
-from rwkv_peft.errors import UserError
-from rwkv_peft.rows import workbooks
-from rwkv_peft.rows.files import blocks
+from rwkv_peft.common.errors import UserError
+from rwkv_peft.preprocess import workbooks
+from rwkv_peft.preprocess.files import blocks
 
 pytest.importorskip("python_calamine")
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from rwkv_peft import checkpoint
+from rwkv_peft.checkpoint import pth
 from rwkv_peft.model.arch import ARCHS, Geometry
-from rwkv_peft.model.initial import initial_tensors, new_geometry
+from rwkv_peft.model.init_weights import initial_tensors, new_geometry
 from rwkv_peft.model.rwkv import RWKV, build
 from rwkv_peft.ops import dispatch
 
@@ -64,7 +64,7 @@ def ops(shape: Geometry, op: str = "torch"):
 
 
 def save_model(path: Path, seed: int = 0, shape: Geometry | None = None, dtype=torch.float32) -> Path:
-    checkpoint.save(path, {n: t.to(dtype) for n, t in tensors(seed, shape).items()})
+    pth.save(path, {n: t.to(dtype) for n, t in tensors(seed, shape).items()})
     return path
 
 

@@ -11,9 +11,9 @@ import numpy as np
 
 from rwkv_peft.data import buckets
 from rwkv_peft.data.binidx import Reader, Writer
-from rwkv_peft.data.loading import Data
-from rwkv_peft.data.sources import Source
-from rwkv_peft.roles import Role
+from rwkv_peft.data.dataset import TokenDataset
+from rwkv_peft.data.token_source import Source
+from rwkv_peft.text.roles import Role
 
 MODES = ("pack", "concat", "pad", "only", "bucket", "get", "magic")
 MASKS = ("none", "pad", "qa", "last")
@@ -63,4 +63,4 @@ def data(
         choose = functools.partial(
             buckets.choose, edges=edges, sizes=sizes, budget=budget, accumulate=accumulate, world=world
         )
-    return Data(sources, mode, mask, ctx_len, overlong, other.get("seed", 1), shuffle, choose)
+    return TokenDataset(sources, mode, mask, ctx_len, overlong, other.get("seed", 1), shuffle, choose)

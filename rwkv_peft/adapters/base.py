@@ -69,7 +69,7 @@ class Adapter(nn.Module, abc.ABC):
         return {}
 
 
-def exact(dtype: torch.dtype) -> torch.dtype:
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """What small sums about a weight or an input of this dtype are computed in: float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
-from .base import Adapter, device_of, exact
+from rwkv_peft.common.errors import UserError
+
+from .base import Adapter, compute_dtype, device_of
 
 
 class Bat(Adapter):
@@ -54,7 +55,7 @@ class Bat(Adapter):
 
     @staticmethod
     def merge(weight: Tensor, tensors: dict[str, Tensor], sidecar: dict) -> Tensor:
-        D = tensors["disha"].to(exact(weight.dtype))
+        D = tensors["disha"].to(compute_dtype(weight.dtype))
         blocks, rank, _ = D.shape
         W = weight.to(D.dtype).reshape(-1, rank, blocks, rank)  # [out/r, r, in/r, r]
         return (W + torch.einsum("aibj,bjk->aibk", W, D) + D.transpose(0, 1)).reshape(weight.shape)

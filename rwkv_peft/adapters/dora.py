@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Adapter, exact
+from .base import Adapter, compute_dtype
 from .lora import Lora, fresh_factors, scale
-from .product import low_rank
+from .lowrank import lora_linear
 
 
 class Dora(Adapter):
@@ -35,11 +35,11 @@ class Dora(Adapter):
 
     def forward(self, x: Tensor) -> Tensor:
         """Dropout acts on the input of all that is added to the frozen layer's output, as in HF peft."""
-        kind = exact(x.dtype)
+        kind = compute_dtype(x.dtype)
         gain = gains(self.lora_magnitude.to(kind), added(self.linear.dense(kind), self.lora_A, self.lora_B, self.scale))
         more = (gain - 1).to(x.dtype)  # gain is near 1: bfloat16 has room for gain - 1, not for gain
         if not (self.training and self.dropout > 0):
-            moved = low_rank(self.linear, x, self.lora_A, self.lora_B, self.scale)
+            moved = lora_linear(self.linear, x, self.lora_A, self.lora_B, self.scale)
             return torch.addcmul(moved, more, moved)
         dropped = F.dropout(x, self.dropout)
         low = F.linear(F.linear(dropped, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Adapter, device_of, exact
-from .product import low_rank
+from .base import Adapter, compute_dtype, device_of
+from .lowrank import lora_linear
 
 
 class Lora(Adapter):
@@ -24,7 +24,7 @@ class Lora(Adapter):
 
     def forward(self, x: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        return low_rank(self.linear, x, self.lora_A, self.lora_B, self.scale, dropout)
+        return lora_linear(self.linear, x, self.lora_A, self.lora_B, self.scale, dropout)
 
     @staticmethod
     def shapes(outputs: int, inputs: int, rank: int, **_: Any) -> dict[str, tuple[int, ...]]:
@@ -59,4 +59,4 @@ def scale_of(sidecar: dict) -> float:
 
 def factors(weight: Tensor, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """A and B as `exact` as sums with this weight deserve."""
-    return tensors["lora_A"].to(exact(weight.dtype)), tensors["lora_B"].to(exact(weight.dtype))
+    return tensors["lora_A"].to(compute_dtype(weight.dtype)), tensors["lora_B"].to(compute_dtype(weight.dtype))

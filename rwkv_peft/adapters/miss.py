@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import UserError
-from .base import Adapter, device_of, exact
+from rwkv_peft.common.errors import UserError
+
+from .base import Adapter, compute_dtype, device_of
 
 
 class Miss(Adapter):
@@ -44,6 +45,6 @@ class Miss(Adapter):
 
     @staticmethod
     def merge(weight: Tensor, tensors: dict[str, Tensor], sidecar: dict) -> Tensor:
-        row = tensors["disha"].to(exact(weight.dtype)).T  # [out, r]
+        row = tensors["disha"].to(compute_dtype(weight.dtype)).T  # [out, r]
         blocks = -(-weight.shape[1] // row.shape[1])
         return weight.to(row.dtype) + row.repeat(1, blocks)[:, : weight.shape[1]]

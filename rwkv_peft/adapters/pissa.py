@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
-from .base import Adapter, exact
-from .product import low_rank
+from rwkv_peft.common.errors import UserError
+
+from .base import Adapter, compute_dtype
+from .lowrank import lora_linear
 
 
 class Pissa(Adapter):
@@ -38,7 +39,7 @@ class Pissa(Adapter):
                 f"What this PiSSA run began with ({list(A.shape)} and {list(B.shape)}) does not fit a layer of "
                 f"{linear.out_features} x {linear.in_features} and rank {rank}: it is of another base or rank."
             )
-        kind = exact(weight.dtype)
+        kind = compute_dtype(weight.dtype)
         residual = torch.addmm(weight.to(kind), B.to(kind), A.to(kind), alpha=-1)  # one copy of W's size, not three
         # a new tensor: the old one may be mapped from the base's file, or be shared with a caller. It is not rounded here:
         # whoever keeps or compresses it does that, once
@@ -46,7 +47,7 @@ class Pissa(Adapter):
         self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
 
     def forward(self, x: Tensor) -> Tensor:
-        return low_rank(self.linear, x, self.lora_A, self.lora_B, 1.0)
+        return lora_linear(self.linear, x, self.lora_A, self.lora_B, 1.0)
 
     @staticmethod
     def shapes(outputs: int, inputs: int, rank: int, **_: Any) -> dict[str, tuple[int, ...]]:
@@ -60,7 +61,7 @@ class Pissa(Adapter):
     @staticmethod
     def merge(weight: Tensor, tensors: dict[str, Tensor], sidecar: dict) -> Tensor:
         """From the original weight, not the residual. What was not trained cancels to the last bit."""
-        kind = exact(weight.dtype)
+        kind = compute_dtype(weight.dtype)
         A, B, A0, B0 = (tensors[leaf].to(kind) for leaf in (*Pissa.tensors, *Pissa.start))
         return weight.to(kind) + (B @ A - B0 @ A0)
 

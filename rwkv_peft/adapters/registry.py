@@ -5,7 +5,7 @@ from __future__ import annotations
 from .base import Adapter
 from .bat import Bat
 from .dora import Dora
-from .foreign import PeftLayer
+from .hf_peft import PeftLayer
 from .lora import Lora
 from .miss import Miss
 from .pissa import Pissa

@@ -13,19 +13,23 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .. import hashing, json_reader, project, runs, sidecars, step_log, tokenizer
-from ..data.loading import Data
-from ..errors import Problems, UserError
-from ..generate import advance, generate
-from ..json_reader import Schema, is_bool, is_none_or, is_number, is_text, is_whole
-from ..methods import METHODS
-from ..model.rwkv import RWKV
-from ..prompting import Prompting, of_sidecar
-from ..roles import Role
-from ..tokenized import data_files, mask_of, missing_data, open_sources
-from ..training import validate
-from ..training.report import MOST_RATE, MOST_STATE_RATE
-from . import models
+from rwkv_peft.adapters.specs import METHODS
+from rwkv_peft.checkpoint import run_dir, sidecars, step_log
+from rwkv_peft.checkpoint.prompt_format import Prompting, of_sidecar
+from rwkv_peft.common import hashing, json_reader
+from rwkv_peft.common import paths as project
+from rwkv_peft.common.errors import SettingErrors, UserError
+from rwkv_peft.common.json_reader import Schema, is_bool, is_none_or, is_number, is_text, is_whole
+from rwkv_peft.data.dataset import TokenDataset
+from rwkv_peft.data.tokenized_files import data_files, mask_of, missing_data, open_sources
+from rwkv_peft.model.generate import advance, generate
+from rwkv_peft.model.rwkv import RWKV
+from rwkv_peft.text import tokenizer
+from rwkv_peft.text.roles import Role
+from rwkv_peft.train.callbacks import validation
+from rwkv_peft.train.report import MOST_RATE, MOST_STATE_RATE
+
+from . import load
 from .verdict import BLANK, Rows, Run, judge
 
 MOST_ROWS, MOST_TOKENS, LEAST_ROWS = 64, 8192, 8  # of a file that go through the models
@@ -61,22 +65,22 @@ class Row:
 
 def diagnose(name: str, base: str, precision: str, accept_edited: bool = False) -> None:
     """name: of a run, or of one of its checkpoints. base: where the base lies, "" for where the sidecar says."""
-    folder = project.find(name, "output")
+    folder = project.resolve_path(name, "output")
     if (
-        not runs.is_epoch(name)
+        not run_dir.is_epoch(name)
         and (folder / "run.json").is_file()
-        and not runs.checkpoints(folder)
-        and not any(runs.saved(folder))
+        and not run_dir.checkpoints(folder)
+        and not any(run_dir.list_checkpoints(folder))
     ):
         return of_its_course(folder.resolve(), "has saved no checkpoint")
-    adapter = models.adapter_file(name)
-    chosen = models.of_run(adapter, base, accept_edited)
+    adapter = load.adapter_file(name)
+    chosen = load.of_run(adapter, base, accept_edited)
     sidecars.read(adapter, ("step",))
     settings, records, looks = facts_of(adapter.parent)
     if settings["STREAMING"] and settings["VAL_DATA"] in ("auto", "none"):
         return of_its_course(adapter.parent, "has learnt from a stream, and has no held-out rows")
-    original = chosen.model if chosen.adapter else models.base_of(adapter, chosen.sidecar, base)
-    model = models.built(original, precision)
+    original = chosen.model if chosen.adapter else load.base_of(adapter, chosen.sidecar, base)
+    model = load.built(original, precision)
     files, lines, targets = rows_of(settings, model.geometry.vocab_size)
     told = [r for r in records if r["step"] <= chosen.sidecar["step"]]
     changed = changed_files(settings, chosen.sidecar)
@@ -90,8 +94,11 @@ def diagnose(name: str, base: str, precision: str, accept_edited: bool = False) 
             "warning   it had not gone through all its rows by then: some of those below as trained are new to it"
         )
     trained, held = [[row for rows in by_file.values() for row in rows] for by_file in files]
-    asked_as = of_sidecar(chosen.sidecar, project.shown(adapter), original)
-    print(f"{project.shown(adapter)} ({METHODS[chosen.setup.method].words}) beside its base {project.shown(original)}")
+    asked_as = of_sidecar(chosen.sidecar, project.display_path(adapter), original)
+    print(
+        f"{project.display_path(adapter)} ({METHODS[chosen.setup.method].words}) beside its base "
+        f"{project.display_path(original)}"
+    )
     for line in lines:
         print(line, flush=True)
 
@@ -101,11 +108,11 @@ def diagnose(name: str, base: str, precision: str, accept_edited: bool = False) 
     for which in ("base", "tuned"):
         if which == "tuned":
             if chosen.adapter:
-                model = models.built(original, precision)
-                models.put_on(model, chosen)
+                model = load.built(original, precision)
+                load.put_on(model, chosen)
             else:
-                model = models.built(chosen.model, precision)
-        model = models.ready(model)
+                model = load.built(chosen.model, precision)
+        model = load.ready(model)
         bar = tqdm(everything, desc=which, disable=not sys.stderr.isatty(), leave=False, unit="row")
         losses = [loss_of(model, row) for row in bar]
         answers = [answer(model, row, asked_as) for rows in asked.values() for row in rows]
@@ -141,7 +148,7 @@ def diagnose(name: str, base: str, precision: str, accept_edited: bool = False) 
         sum(bool(r.get("skipped")) for r in told),
         [(r["step"], r["loss"]) for r in looks if r["loss"] is not None and 0 < r["step"] <= step],
         settings["LR_INIT"],
-        f"./merge.sh {runs.words_for(adapter.parent, 'best')}" if (adapter.parent / runs.BEST).is_file() else "",
+        f"./merge.sh {run_dir.words_for(adapter.parent, 'best')}" if (adapter.parent / run_dir.BEST).is_file() else "",
         all_seen,
         *course(settings, records, looks, chosen.sidecar),
         (sum(right), len(right)),
@@ -155,8 +162,8 @@ def of_its_course(folder: Path, why: str) -> None:
     """What can be told of a run without looking at rows. UserError where it has not taken a step."""
     settings, records, looks = facts_of(folder)
     if not records:
-        raise UserError(f"{project.shown(folder)}: has taken no step yet.")
-    print(f"{project.shown(folder)} {why}: this is what the course of its loss tells\n")
+        raise UserError(f"{project.display_path(folder)}: has taken no step yet.")
+    print(f"{project.display_path(folder)} {why}: this is what the course of its loss tells\n")
     losses = np.array([r["loss"] for r in records if r["loss"] is not None and not r.get("skipped")])
     seen = [(look["step"], look["loss"]) for look in looks if look["step"]]
     tell(Run(None, None, [], losses, sum(bool(r.get("skipped")) for r in records), seen, settings["LR_INIT"]))
@@ -179,7 +186,7 @@ def changed_files(settings: dict, sidecar: dict) -> list[str]:
         Path(f"{prefix}{ending}") for prefix, _ in data_files(settings["DATA_PATH"])[0] for ending in (".bin", ".idx")
     ]
     there = [path for path in paths if path.name in names and path.is_file() and path.stat().st_size <= MOST_READ]
-    return [project.shown(path) for path in there if (path.name, hashing.sha256(path)) not in known]
+    return [project.display_path(path) for path in there if (path.name, hashing.sha256(path)) not in known]
 
 
 def course(settings: dict, records: list[dict], looks: list[dict], sidecar: dict) -> tuple[int, bool]:
@@ -189,15 +196,15 @@ def course(settings: dict, records: list[dict], looks: list[dict], sidecar: dict
         return 0, False
     planned = settings["EPOCH_COUNT"] * -(-settings["EPOCH_STEPS"] // settings["MINI_BSZ"])
     seen = [look for look in looks if look["loss"] is not None]
-    ended = 0 < settings["VAL_PATIENCE"] <= validate.rounds_without_a_better(seen)
+    ended = 0 < settings["VAL_PATIENCE"] <= validation.rounds_without_a_better(seen)
     return (0, ended) if ended else (max(0, planned - done), False)
 
 
 def facts_of(folder: Path) -> tuple[dict[str, Any], list[dict], list[dict]]:
     """A run's settings, and the records of its steps and of its looks at held-out rows. UserError if it has no settings."""
     settings = json_reader.read(folder / "run.json", "record of a run's settings", WANTED, tuple(WANTED))
-    looks = validate.read(folder)
-    return settings, step_log.read(folder), validate.of_one_set(looks, looks[-1].get("data")) if looks else []
+    looks = validation.read(folder)
+    return settings, step_log.read(folder), validation.of_one_set(looks, looks[-1].get("data")) if looks else []
 
 
 def rows_of(
@@ -216,10 +223,10 @@ def rows_of(
     def put(by_file: dict[str, list[Row]], pair: tuple) -> int:
         try:
             found, whole = take(settings, pair, vocab_size, lines.append)
-        except Problems as problems:  # nothing that could be learnt from
-            lines.append(f"warning   {project.shown(pair[0])}: {problems.problems[0].message}")
+        except SettingErrors as problems:  # nothing that could be learnt from
+            lines.append(f"warning   {project.display_path(pair[0])}: {problems.problems[0].message}")
             return 0
-        by_file.setdefault(project.shown(pair[0]).removesuffix(".valid"), []).extend(found)
+        by_file.setdefault(project.display_path(pair[0]).removesuffix(".valid"), []).extend(found)
         return whole
 
     for pair in there(pairs):
@@ -251,7 +258,7 @@ def take(settings: dict, pair: tuple, vocab_size: int, say: Callable[[str], None
     [source] = open_sources([pair], *masks, vocab_size, say)
     windows = settings["DATALOAD"] == "get" or settings["PACK"] == "concat"  # of which a long document has many
     overlong = "split" if windows else settings["OVERLONG"]
-    data = Data([source], "only", mask_of(masks[0]), settings["CTX_LEN"], overlong, 0, False)
+    data = TokenDataset([source], "only", mask_of(masks[0]), settings["CTX_LEN"], overlong, 0, False)
     mean = max(1, int(data.parts[0].items.length.mean()))
     count = min(data.rows, MOST_ROWS, max(LEAST_ROWS, MOST_TOKENS // mean))
     found, known = [], set()

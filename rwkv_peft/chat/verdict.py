@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..words import count
+from rwkv_peft.common.formatting import plural
 
 SURE = 2.5  # standard errors
 MANY = 0.01  # of the steps: if more came to no number, it was no accident
@@ -285,4 +285,4 @@ def answered(run: Run) -> str:
     if not asked or not run.all_seen:
         return ""
     more = "" if right == asked else ": to have them by heart takes more epochs, a larger rank or a higher rate"
-    return f"; of {count(asked, 'question')} of trained rows, {right or 'none'} had the expected answer word for word{more}"
+    return f"; of {plural(asked, 'question')} of trained rows, {right or 'none'} had the expected answer word for word{more}"

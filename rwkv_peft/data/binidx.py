@@ -20,11 +20,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .. import atomic
-from ..atomic import clear_leftovers, create, must_not_be_folder, named, sync, sync_folder, temporary
-from ..errors import UserError
-from ..project import missing, shown
-from ..words import count
+from rwkv_peft.common import atomic_io
+from rwkv_peft.common.atomic_io import create, fsync_dir, must_not_be_folder, named, remove_stale_temps, sync, temp_path
+from rwkv_peft.common.errors import UserError
+from rwkv_peft.common.formatting import plural
+from rwkv_peft.common.paths import display_path, missing
 
 MAGIC = b"MMIDIDX\0\0"
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float64, 8: np.uint16}
@@ -97,23 +97,24 @@ class Reader:
         for path in (idx_path, bin_path):
             if not path.is_file():
                 raise UserError(
-                    f"{shown(path)}: {missing(path)}. Make it with ./make_tokenize.sh, or correct DATA_PATH."
+                    f"{display_path(path)}: {missing(path)}. Make it with ./make_tokenize.sh, or correct DATA_PATH."
                 )
         index = idx_path.read_bytes()
         if len(index) < HEADER or index[: len(MAGIC)] != MAGIC:
             raise UserError(
-                f"{shown(idx_path)}: is not an .idx file (it does not begin with MMIDIDX). Tokenize the data again."
+                f"{display_path(idx_path)}: is not an .idx file (it does not begin with MMIDIDX). Tokenize the data again."
             )
         header = Header.parse(index)
         if header.version != 1 or header.code not in DTYPES:
             raise UserError(
-                f"{shown(idx_path)}: has version {header.version} and dtype code {header.code}; "
+                f"{display_path(idx_path)}: has version {header.version} and dtype code {header.code}; "
                 "known are version 1, codes 1 to 8."
             )
         self.dtype, rows = header.dtype, header.rows
         if len(index) != header.end:
             raise UserError(
-                f"{shown(idx_path)}: has {len(index):,} bytes, but its header ({count(rows, 'row')}) asks for {header.end:,}. "
+                f"{display_path(idx_path)}: has {len(index):,} bytes, but its header ({plural(rows, 'row')}) "
+                f"asks for {header.end:,}. "
                 "It was cut off or damaged; tokenize the data again."
             )
         self.sizes = np.frombuffer(index, "<i4", rows, HEADER)
@@ -122,7 +123,7 @@ class Reader:
         need = int(self.sizes.sum(dtype=np.int64)) * self.dtype.itemsize
         if have != need:
             raise UserError(
-                f"{shown(bin_path)}: has {have:,} bytes, but {idx_path.name} describes {need:,}. "
+                f"{display_path(bin_path)}: has {have:,} bytes, but {idx_path.name} describes {need:,}. "
                 "One of the two was cut off or belongs to other data; tokenize the data again."
             )
         starts = np.zeros(rows, dtype=np.int64)
@@ -130,7 +131,7 @@ class Reader:
         if (self.sizes < 0).any() or not np.array_equal(self.offsets, starts):
             bad = int(np.flatnonzero((self.sizes < 0) | (self.offsets != starts))[0])
             raise UserError(
-                f"{shown(idx_path)}: row {bad} points to the wrong place in the .bin. Tokenize the data again."
+                f"{display_path(idx_path)}: row {bad} points to the wrong place in the .bin. Tokenize the data again."
             )
         self.path = bin_path
         self.tokens = np.memmap(bin_path, dtype=self.dtype, mode="r") if have else np.zeros(0, self.dtype)
@@ -159,8 +160,8 @@ class Writer:
         for ending in self.streams:
             for kind in ("bin", "idx"):
                 must_not_be_folder(self.final(ending, kind))
-                clear_leftovers(self.final(ending, kind))
-            self.files[ending] = create(temporary(self.final(ending, "bin")))  # closed by commit or by discard
+                remove_stale_temps(self.final(ending, kind))
+            self.files[ending] = create(temp_path(self.final(ending, "bin")))  # closed by commit or by discard
         return self
 
     def __exit__(self, *_exception) -> None:
@@ -192,7 +193,7 @@ class Writer:
             with named(self.final(ending, "bin")):
                 sync(file)
                 file.close()
-            with named(self.final(ending, "idx")), create(temporary(self.final(ending, "idx"))) as index:
+            with named(self.final(ending, "idx")), create(temp_path(self.final(ending, "idx"))) as index:
                 index.writelines(index_parts(np.frombuffer(self.sizes[ending], np.int32), self.streams[ending]))
                 sync(index)
         names = [self.final(e, kind) for e in sorted(self.streams, reverse=True) for kind in ("bin", "idx")]
@@ -204,7 +205,7 @@ class Writer:
             with contextlib.suppress(OSError):  # a full disk refuses what is still to be flushed: it is to go anyway
                 file.close()
             for kind in ("bin", "idx"):
-                atomic.remove(temporary(self.final(ending, kind)))
+                atomic_io.remove(temp_path(self.final(ending, kind)))
 
 
 def put_in_place(names: list[Path], remove: Sequence[Path] = ()) -> None:
@@ -217,11 +218,11 @@ def put_in_place(names: list[Path], remove: Sequence[Path] = ()) -> None:
     try:
         for name in (*reversed(names), *remove):
             if os.path.lexists(name):
-                atomic.remove(old := Path(f"{temporary(name)}.old"))
+                atomic_io.remove(old := Path(f"{temp_path(name)}.old"))
                 os.replace(name, old)
                 kept[name] = old
         for name in names:
-            os.replace(temporary(name), name)
+            os.replace(temp_path(name), name)
             placed.append(name)
     except BaseException:
         for name in reversed(placed):
@@ -230,5 +231,5 @@ def put_in_place(names: list[Path], remove: Sequence[Path] = ()) -> None:
             os.replace(old, name)
         raise
     for old in kept.values():
-        atomic.remove(old)
-    sync_folder(names[-1].parent)
+        atomic_io.remove(old)
+    fsync_dir(names[-1].parent)

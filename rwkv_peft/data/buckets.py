@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .mixture import Turns, nearest_whole_numbers
-from .overlong import Items
+from .mixture import MixtureSchedule, nearest_whole_numbers
 from .sampling import ItemRows, Pass, Plan, take_groups
+from .truncate import RowSpans
 
 STEP = 16  # edges, and the lengths that rows are filled up to, are multiples of this: GPU kernels want it
 MOST_BUCKETS = 6
@@ -94,7 +94,7 @@ class StepPass(Pass):
 class BucketRows(ItemRows):
     """One item a row, in the order of the steps. steps: optimizer steps of a pass."""
 
-    def __init__(self, items: Items, buckets: Buckets, key: tuple[int, ...], shuffle: bool):
+    def __init__(self, items: RowSpans, buckets: Buckets, key: tuple[int, ...], shuffle: bool):
         super().__init__(items, len(items), key, shuffle)
         self.buckets = buckets
         self.bucket = buckets.of(items.length).astype(np.int16)
@@ -128,7 +128,7 @@ class BucketPlan(Plan):
     """
 
     sources: tuple[BucketRows, ...]
-    turns: Turns
+    turns: MixtureSchedule
 
     @property
     def buckets(self) -> Buckets:
@@ -178,5 +178,5 @@ def bucket_plan(sources: Sequence[BucketRows], shares: Sequence[float], epoch_st
     buckets, rows = sources[0].buckets, sum(source.rows for source in sources)
     # a source whose steps hold fewer rows has more of them
     weights = [share * source.steps / source.rows for share, source in zip(shares, sources, strict=True)]
-    turns = Turns(nearest_whole_numbers(weights, TURNS))
+    turns = MixtureSchedule(nearest_whole_numbers(weights, TURNS))
     return BucketPlan(rows, epoch_steps, max(buckets.sizes), buckets.accumulate, buckets.world, tuple(sources), turns)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..roles import Role, Span
+from rwkv_peft.text.roles import Role, Span
 
 
 def roles_of_tokens(lengths: np.ndarray, spans, end_of_doc: bool) -> np.ndarray:

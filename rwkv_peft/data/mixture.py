@@ -60,7 +60,7 @@ def nearest_whole_numbers(weights: Sequence[float], total: int) -> list[int]:
     return whole_numbers([Fraction(max(1, round(weight * scale))) for weight in weights])
 
 
-class Turns:
+class MixtureSchedule:
     """Whose row is row n of an endless stream. weights: whole numbers, one per source; the turns repeat after their sum."""
 
     def __init__(self, weights: Sequence[int]):

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from .overlong import Items
 from .sampling import ItemRows, Pass, take_groups
+from .truncate import RowSpans
 
 SPREADING = (1.0, 0.75, 0.5, 0.25, 0.0)  # share of the packs that may be begun before they are needed
 
@@ -111,7 +111,7 @@ def places(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
 class Packs(ItemRows):
     """DATALOAD=pack: a row is a pack of items, each a sequence of its own."""
 
-    def __init__(self, items: Items, capacity: int, key: tuple[int, ...], shuffle: bool):
+    def __init__(self, items: RowSpans, capacity: int, key: tuple[int, ...], shuffle: bool):
         pack, packs = places(items.length, capacity)
         self.by_pack = np.argsort(pack, kind="stable").astype(np.int32)  # places, pack after pack
         self.first = np.zeros(packs + 1, dtype=np.int64)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .. import json_reader
-from ..json_reader import Schema, is_none_or, is_object, is_text, is_whole
+from rwkv_peft.common import json_reader
+from rwkv_peft.common.json_reader import Schema, is_none_or, is_object, is_text, is_whole
 
 # what the values must be
 SCHEMA: Schema = {

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .overlong import Items
+from .truncate import RowSpans
 
 AUTO_CTX_LIMIT = 4096  # the longest context that CTX_LEN=auto takes
 AUTO_PACK_CTX = 512  # packs of short documents are this long: a fuller row costs the same and loses less ...
@@ -27,7 +27,7 @@ AUTO_LEAST_ROWS = 16  # ... but a pass has at least so many of them, if the long
 FILLED = ("pack", "concat", "get", "magic")  # modes whose rows are CTX_LEN long, whatever the documents
 
 
-class Piece(NamedTuple):
+class TokenSpan(NamedTuple):
     """Tokens start..stop of the .bin (stop not included), all of one document."""
 
     document: int
@@ -71,7 +71,7 @@ class ItemRows:
     rows: in a pass, the same in every pass. key: what the order is drawn from, together with the number of the pass.
     """
 
-    def __init__(self, items: Items, rows: int, key: tuple[int, ...], shuffle: bool):
+    def __init__(self, items: RowSpans, rows: int, key: tuple[int, ...], shuffle: bool):
         self.items, self.rows, self.key, self.shuffle = items, rows, key, shuffle
         # rows are asked for in order; two passes are alive at their border
         self.one_pass = functools.lru_cache(maxsize=2)(self.make_pass)
@@ -88,11 +88,11 @@ class ItemRows:
         turn, i = divmod(number, self.rows)
         return self.one_pass(turn).row(i)
 
-    def row(self, number: int) -> list[Piece]:
+    def row(self, number: int) -> list[TokenSpan]:
         items, pieces = self.items, []
         for i in self.items_of(number).tolist():
             start = int(items.start[i])
-            pieces.append(Piece(int(items.document[i]), start, start + int(items.length[i]) + 1, False, False))
+            pieces.append(TokenSpan(int(items.document[i]), start, start + int(items.length[i]) + 1, False, False))
         return pieces
 
 

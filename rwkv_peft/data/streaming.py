@@ -14,10 +14,11 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import IterableDataset
 
-from ..errors import Problems
-from .loading import FILL_TO, Batch, Data, join_rows, nothing_of
+from rwkv_peft.common.errors import SettingErrors
+
+from .dataset import FILL_TO, Batch, TokenDataset, dummy_batch, join_rows
 from .sampling import Plan
-from .sources import Source
+from .token_source import Source
 
 CHUNK = (
     64  # contexts of tokens that are batched together: the fuller packs are, the fewer are left open at a chunk's end
@@ -34,7 +35,7 @@ class Chunk(NamedTuple):
 
 
 class Row(NamedTuple):
-    data: Data
+    data: TokenDataset
     number: int
 
 
@@ -49,7 +50,7 @@ class Stream(IterableDataset):
         self,
         name: Path,
         documents: Callable[[], Iterator],
-        make_data: Callable[[Source, int], Data],
+        make_data: Callable[[Source, int], TokenDataset],
         find_roles: Callable[[np.ndarray], np.ndarray] | None,
         vocab_size: int,
         ctx_len: int,
@@ -82,7 +83,7 @@ class Stream(IterableDataset):
         for number, source in enumerate(self.chunks()):
             try:
                 data = self.make_data(source, number)
-            except Problems:
+            except SettingErrors:
                 empty += 1
                 if empty == PATIENCE or (number == 0 and source.starts[-1] < CHUNK * self.ctx_len):
                     raise
@@ -114,7 +115,7 @@ class Stream(IterableDataset):
                     continue
                 begin = (part * plan.world + self.rank) * plan.micro_bsz
                 mine = step[begin : begin + plan.micro_bsz]
-                yield self.batch(mine, targets) if mine else nothing_of(self.batch(step[:1], targets))
+                yield self.batch(mine, targets) if mine else dummy_batch(self.batch(step[:1], targets))
 
     def batch(self, rows: list[Row], step_targets: int) -> Batch:
         parts = (data.parts_of(number) for data, number in rows)

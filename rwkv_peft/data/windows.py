@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from .sampling import Piece
+from .sampling import TokenSpan
 
 
 def documents_between(borders: np.ndarray, begin: int, end: int) -> range:
@@ -41,7 +41,7 @@ class Windows:
         random = np.random.default_rng([*self.key, number])
         return int(random.integers(self.ctx_len)) % self.targets, random.permutation(order)
 
-    def row(self, number: int) -> list[Piece]:
+    def row(self, number: int) -> list[TokenSpan]:
         turn, i = divmod(number, self.rows)
         offset, order = self.one_pass(turn)
         begin = offset + int(order[i]) * self.ctx_len
@@ -50,13 +50,13 @@ class Windows:
         parts = (begin, min(end, around)), (max(begin, around) - around, end - around)
         return [piece for a, b in parts if a < b for piece in self.sequence(a, b + 1)]
 
-    def sequence(self, begin: int, end: int) -> list[Piece]:
+    def sequence(self, begin: int, end: int) -> list[TokenSpan]:
         """Tokens begin..end of the file, document by document."""
-        pieces: list[Piece] = []
+        pieces: list[TokenSpan] = []
         for document in documents_between(self.starts, begin, end):
             a, b = max(begin, int(self.starts[document])), min(end, int(self.starts[document + 1]))
             if a < b:
-                pieces.append(Piece(document, a, b, False, bool(pieces)))
+                pieces.append(TokenSpan(document, a, b, False, bool(pieces)))
         return pieces
 
 
@@ -74,7 +74,7 @@ class MagicPrime(Windows):
         self.rows = magic_prime(int(starts[-1]) // ctx_len)
         self.factor = int(self.rows * (math.sqrt(5) - 1) / 2)
 
-    def row(self, number: int) -> list[Piece]:
+    def row(self, number: int) -> list[TokenSpan]:
         window = self.factor * pow(number + 1, 3, self.rows) % self.rows
         return self.sequence(window * self.ctx_len, (window + 1) * self.ctx_len + 1)
 
@@ -122,15 +122,15 @@ class Concatenated:
         np.cumsum(self.sizes[order] + self.unended[order], out=borders[1:])
         return order, borders
 
-    def row(self, number: int) -> list[Piece]:
+    def row(self, number: int) -> list[TokenSpan]:
         turn, i = divmod(number, self.rows)
         order, borders = self.one_pass(turn)
         begin = i * self.ctx_len
         end = min(begin + self.ctx_len, self.targets) + 1
-        pieces: list[Piece] = []
+        pieces: list[TokenSpan] = []
         for place in documents_between(borders, begin, end):
             document, at = int(order[place]), int(borders[place])
             start, size = int(self.starts[document]), int(self.sizes[document])
             a, b = max(begin - at, 0), min(end - at, int(borders[place + 1]) - at)
-            pieces.append(Piece(document, start + min(a, size), start + min(b, size), b > size, bool(pieces)))
+            pieces.append(TokenSpan(document, start + min(a, size), start + min(b, size), b > size, bool(pieces)))
         return pieces

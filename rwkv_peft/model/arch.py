@@ -10,8 +10,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 
-from ..errors import UserError
-from ..words import listed
+from rwkv_peft.common.errors import UserError
+from rwkv_peft.common.formatting import join_names
 
 EMB_AND_HEAD = {"emb": r"emb\.weight", "head": r"head\.weight"}
 NORMS = {"ln": r"(blocks\.\d+\.(ln[012]|att\.ln_x)|ln_out)\.(weight|bias)"}
@@ -239,7 +239,7 @@ def detect(found: Mapping[str, tuple[int, ...]], where: str) -> Geometry:
 
 
 def versions() -> str:
-    return listed([arch.name for arch in ARCHS.values()])
+    return join_names([arch.name for arch in ARCHS.values()])
 
 
 # a part of a name that no official tensor of versions 5 to 7 has -> the version that has it
@@ -304,7 +304,7 @@ def what_it_is(found: Iterable[str]) -> str:
     if any(".attn.r_proj." in name or ".attn.r_k" in name or ".attn.x_r" in name for name in names):
         return (
             "is an RWKV-7 with the names of flash-linear-attention (fla, Hugging Face), which this version does not read: it "
-            f"holds {listed(names, 2)}. Use {OFFICIAL}; it has the same weights."
+            f"holds {join_names(names, 2)}. Use {OFFICIAL}; it has the same weights."
         )
     if any(re.search(r"\bblocks\.\d+\.attention\.", name) for name in names):
         marks = {"time_maa": "RWKV-6", "attention.gate": "RWKV-5"}
@@ -312,13 +312,13 @@ def what_it_is(found: Iterable[str]) -> str:
         return f"is {version} with the names of the transformers library (Hugging Face). Use {OFFICIAL}."
     if any(part in name for name in names for part in (".self_attn.", ".mixer.", "attn.c_attn", ".attention.query")):
         other = "a model of another architecture (a transformer or Mamba), not RWKV"
-        return f"is {other}: it holds {listed(names, 3)}. Use {OFFICIAL}."
+        return f"is {other}: it holds {join_names(names, 3)}. Use {OFFICIAL}."
     if "emb.weight" in names and any(name.startswith("blocks.") for name in names):
         return (
             f"is an RWKV of a version that is not known, or only a part of a model. This kit works with {versions()}."
         )
-    markers = listed([arch.marker for arch in ARCHS.values()])
-    return f"is not an RWKV model: it holds none of {markers}, but {listed(names, 3)}."
+    markers = join_names([arch.marker for arch in ARCHS.values()])
+    return f"is not an RWKV model: it holds none of {markers}, but {join_names(names, 3)}."
 
 
 def misfits(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> list[str]:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from . import rwkv5, rwkv6, rwkv7
 from .arch import STATE_NAME, Geometry, state_shapes
 from .layers import LayerNorm, Linear
-from .state import BlockState, Borders
+from .state import BlockState, SeqBounds
 
 VERSIONS = {"x070": rwkv7, "x060": rwkv6, "x052": rwkv5}
 
@@ -48,7 +48,7 @@ class Block(nn.Module):
         self.ln1, self.ln2 = LayerNorm(geometry.n_embd), LayerNorm(geometry.n_embd)
         self.att, self.ffn = version.TimeMix(geometry, layer, ops), version.ChannelMix(geometry, ops)
 
-    def forward(self, x: Tensor, v_first: Tensor | None, borders: Borders, *state: Tensor):
+    def forward(self, x: Tensor, v_first: Tensor | None, borders: SeqBounds, *state: Tensor):
         """Returns x, v_first and the block's new state as three tensors (plain tensors, so that it can be checkpointed)."""
         att_x, wkv, ffn_x = state
         if hasattr(self, "ln0"):
@@ -81,7 +81,7 @@ class RWKV(nn.Module):
         self.blocks = nn.ModuleList(Block(geometry, i, ops) for i in range(geometry.n_layer))
         self.ln_out = LayerNorm(geometry.n_embd)
         self.head = Linear(geometry.n_embd, geometry.vocab_size)
-        self.replay = None  # takes the place of `through` for whole texts: see training/graphs.py
+        self.replay = None  # takes the place of `through` for whole texts: see train/cuda_graphs.py
         self.one_token = None  # takes the place of the blocks where a single token goes through: see for_generating
         for module in self.modules():
             if isinstance(module, Linear):
@@ -122,7 +122,7 @@ class RWKV(nn.Module):
         if cu_seqlens is None:
             cu_seqlens = range(0, batch * tokens + 1, tokens)
         device = self.ln_out.weight.device
-        borders = Borders(tuple(cu_seqlens), device)
+        borders = SeqBounds(tuple(cu_seqlens), device)
         x = self.emb(ids.reshape(-1), self.dtype, device)
         if self.one_token and batch * tokens == 1 and not torch.is_grad_enabled():
             state = self.first_state(len(borders)) if state is None else state
@@ -134,7 +134,7 @@ class RWKV(nn.Module):
         return x.view(batch, tokens, -1), after
 
     def through(
-        self, x: Tensor, state: Sequence[BlockState] | None, borders: Borders, carry: bool
+        self, x: Tensor, state: Sequence[BlockState] | None, borders: SeqBounds, carry: bool
     ) -> tuple[Tensor, list[BlockState]]:
         """What features does behind the embedding. x: [T, C]. Returns [T, C] after ln_out, and the new state if it is wanted."""
         state = self.first_state(len(borders)) if state is None else state
@@ -193,7 +193,7 @@ def for_generating(model: RWKV) -> RWKV:
             narrow = isinstance(module, (Linear, Embedding)) and weight.dtype in model.ops.reads
             keep = weight.dtype if narrow or leaf.endswith("_state") else model.dtype
             setattr(module, leaf, nn.Parameter(weight.detach().to(keep), requires_grad=False))
-    model.one_token = model.ops.one_token(model)
+    model.one_token = model.ops.decode_step(model)
     return model.eval()
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .arch import Geometry
 from .layers import GroupNorm, Linear, matrix, own_parameters, vector
-from .state import Borders
+from .state import SeqBounds
 
 # exp(-exp(5)) is 0 in float32; what is larger would only make infinities on the way
 LARGEST_DECAY = 5.0
@@ -37,13 +37,13 @@ class TimeMix(nn.Module):
         self.time_mix_k, self.time_mix_v, self.time_mix_r, self.time_mix_g = (vector(C) for _ in range(4))
         self.time_decay = matrix(geometry.n_head, geometry.head_size)
 
-    def mixed(self, x: Tensor, shift: Tensor, s: Tensor, borders: Borders) -> tuple[Tensor, ...]:
+    def mixed(self, x: Tensor, shift: Tensor, s: Tensor, borders: SeqBounds) -> tuple[Tensor, ...]:
         """Inputs of receptance, key, value and gate, each [T, C], and the log decay as the wkv function takes it."""
         p = own_parameters(self, x.dtype)
-        r, k, v, g = self.ops.mixes(x, shift, [1 - p["time_mix_" + m] for m in "rkvg"], borders)
+        r, k, v, g = self.ops.token_shift_mix(x, shift, [1 - p["time_mix_" + m] for m in "rkvg"], borders)
         return r, k, v, g, log_decay(self.time_decay, s)
 
-    def forward(self, x: Tensor, v_first: None, shift: Tensor, s: Tensor, borders: Borders):
+    def forward(self, x: Tensor, v_first: None, shift: Tensor, s: Tensor, borders: SeqBounds):
         """x: [T, C]; v_first: unused before RWKV-7; shift: [S, C]; s: [S, H, N, N].
 
         Returns y [T, C], v_first, and the state after each sequence: shift [S, C], s [S, H, N, N].
@@ -73,8 +73,8 @@ class ChannelMix(nn.Module):
         p = own_parameters(self, dtype)
         return [1 - p["time_mix_k"], 1 - p["time_mix_r"]]
 
-    def forward(self, x: Tensor, shift: Tensor, borders: Borders) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, shift: Tensor, borders: SeqBounds) -> tuple[Tensor, Tensor]:
         """x: [T, C]; shift: [S, C]. Returns y [T, C] and the shift after each sequence [S, C]."""
-        xk, xr = self.ops.mixes(x, shift, self.shares(x.dtype), borders)
+        xk, xr = self.ops.token_shift_mix(x, shift, self.shares(x.dtype), borders)
         k = self.ops.square_relu(self.key(xk))
         return torch.sigmoid(self.receptance(xr)) * self.value(k), x[borders.last]

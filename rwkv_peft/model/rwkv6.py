@@ -10,7 +10,7 @@ from . import rwkv5
 from .arch import Geometry
 from .layers import matrix, own_parameters, vector
 from .rwkv5 import log_decay
-from .state import Borders
+from .state import SeqBounds
 
 
 class TimeMix(rwkv5.TimeMix):
@@ -21,7 +21,7 @@ class TimeMix(rwkv5.TimeMix):
         self.time_maa_w1, self.time_maa_w2 = matrix(C, 5 * mix), matrix(5, mix, C)
         self.time_decay, self.time_decay_w1, self.time_decay_w2 = vector(C), matrix(C, w), matrix(w, C)
 
-    def mixed(self, x: Tensor, shift: Tensor, s: Tensor, borders: Borders) -> tuple[Tensor, ...]:
+    def mixed(self, x: Tensor, shift: Tensor, s: Tensor, borders: SeqBounds) -> tuple[Tensor, ...]:
         p = own_parameters(self, x.dtype)
         xx = self.ops.token_shift(x, shift, borders) - x
         inner = torch.tanh(torch.addcmul(x, xx, p["time_maa_x"]) @ p["time_maa_w1"])  # [T, 5 * mix]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .arch import Geometry
 from .layers import Affine, Linear, matrix, own_parameters, vector
-from .state import Borders
+from .state import SeqBounds
 
 
 class TimeMix(nn.Module):
@@ -29,13 +29,13 @@ class TimeMix(nn.Module):
         self.receptance, self.key, self.value, self.output = (Linear(C, C) for _ in range(4))
         self.ln_x = Affine(C)  # a norm over each head, which ops computes
 
-    def forward(self, x: Tensor, v_first: Tensor | None, shift: Tensor, s: Tensor, borders: Borders):
+    def forward(self, x: Tensor, v_first: Tensor | None, shift: Tensor, s: Tensor, borders: SeqBounds):
         """x: [T, C]; v_first: the first layer's values [T, C], None in the first layer; shift: [S, C]; s: [S, H, N, N].
 
         Returns y [T, C], v_first, and the state after each sequence: shift [S, C], s [S, H, N, N].
         """
         p = own_parameters(self, x.dtype)
-        xr, xw, xk, xv, xa, xg = self.ops.mixes(x, shift, [p["x_" + m] for m in "rwkvag"], borders)
+        xr, xw, xk, xv, xa, xg = self.ops.token_shift_mix(x, shift, [p["x_" + m] for m in "rwkvag"], borders)
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
         w = torch.tanh(xw @ p["w1"]) @ p["w2"] + p["w0"]
         a = (xa @ p["a1"]) @ p["a2"] + p["a0"]
@@ -43,7 +43,7 @@ class TimeMix(nn.Module):
         mix = (xv @ p["v1"]) @ p["v2"] + p["v0"] if self.mixes_v_first else None
         own = p["k_k"], p["k_a"], p["r_k"].view(-1), self.ln_x.weight.to(x.dtype), self.ln_x.bias.to(x.dtype)
         gates = r, w, k, v, a, g, mix, v_first if self.mixes_v_first else None
-        y, s = self.ops.around7(gates, own, s, borders, self.heads)
+        y, s = self.ops.wkv7_block(gates, own, s, borders, self.heads)
         return self.output(y), v_first if self.mixes_v_first else v, x[borders.last], s
 
 
@@ -55,7 +55,7 @@ class ChannelMix(nn.Module):
         self.key = Linear(geometry.n_embd, geometry.dim_ffn)
         self.value = Linear(geometry.dim_ffn, geometry.n_embd)
 
-    def forward(self, x: Tensor, shift: Tensor, borders: Borders) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, shift: Tensor, borders: SeqBounds) -> tuple[Tensor, Tensor]:
         """x: [T, C]; shift: [S, C]. Returns y [T, C] and the shift after each sequence [S, C]."""
-        [xk] = self.ops.mixes(x, shift, [own_parameters(self, x.dtype)["x_k"]], borders)
+        [xk] = self.ops.token_shift_mix(x, shift, [own_parameters(self, x.dtype)["x_k"]], borders)
         return self.value(self.ops.square_relu(self.key(xk))), x[borders.last]

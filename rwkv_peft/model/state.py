@@ -33,7 +33,7 @@ class BlockState:
         return self.att_x, self.wkv, self.ffn_x
 
 
-class Borders:
+class SeqBounds:
     """Where sequences lie among T tokens behind one another.
 
     cu_seqlens: [S + 1] integers on the host, from 0 to T; host: the same as a tensor, int64. first, last: first and last

@@ -11,23 +11,42 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import Problem, Problems
-from . import chunked, chunked6, fla, loss, neighbours, proof, reference
-from .again import cheap, recomputing
+from rwkv_peft.common.errors import SettingError, SettingErrors
+from rwkv_peft.ops.cuda.workspace import SIZES as CUDA_SIZES
+
+from . import block_ops, fla, kernel_check, loss, reference, torch_wkv6, torch_wkv7
+from .block_ops import Where, Wkv7Inputs, Wkv7Params
 from .cpu import build, fused
 from .cpu import wkv as cpu
 from .cuda import build as cuda_build
 from .cuda import fused as cuda_fused
 from .cuda import wkv as cuda
-from .cuda.memory import SIZES as CUDA_SIZES
-from .folding import Folded
-from .neighbours import Gates, Own, Where
+from .lowrank_merge import Folded
+from .recompute import recomputable, recomputing
 
 # version -> backend -> function; the signatures are those of the reference
 WKV: dict[str, dict[str, Callable]] = {
-    "x070": {"reference": reference.wkv7, "torch": chunked.wkv7, "cpu": cpu.wkv7, "cuda": cuda.wkv7, "fla": fla.wkv7},
-    "x060": {"reference": reference.wkv6, "torch": chunked6.wkv6, "cpu": cpu.wkv6, "cuda": cuda.wkv6, "fla": fla.wkv6},
-    "x052": {"reference": reference.wkv5, "torch": chunked6.wkv5, "cpu": cpu.wkv5, "cuda": cuda.wkv5, "fla": fla.wkv5},
+    "x070": {
+        "reference": reference.wkv7,
+        "torch": torch_wkv7.wkv7,
+        "cpu": cpu.wkv7,
+        "cuda": cuda.wkv7,
+        "fla": fla.wkv7,
+    },
+    "x060": {
+        "reference": reference.wkv6,
+        "torch": torch_wkv6.wkv6,
+        "cpu": cpu.wkv6,
+        "cuda": cuda.wkv6,
+        "fla": fla.wkv6,
+    },
+    "x052": {
+        "reference": reference.wkv5,
+        "torch": torch_wkv6.wkv5,
+        "cpu": cpu.wkv5,
+        "cuda": cuda.wkv5,
+        "fla": fla.wkv5,
+    },
 }
 
 # what runs on a kind of device and nowhere else
@@ -44,12 +63,12 @@ class ForGPU(NamedTuple):
 
 # kernels for GPUs, the quickest first
 FOR_GPU = {
-    "cuda": ForGPU("CUDA kernels", lambda: cuda_build.state(), cuda_build.Missing),
-    "fla": ForGPU("flash-linear-attention", lambda: fla.version(), fla.Missing),
+    "cuda": ForGPU("CUDA kernels", lambda: cuda_build.state(), cuda_build.KernelUnavailable),
+    "fla": ForGPU("flash-linear-attention", lambda: fla.version(), fla.KernelUnavailable),
 }
 
 
-class Ways(NamedTuple):
+class KernelVariants(NamedTuple):
     """Recurrences that a backend chooses between, by the shape of what it is given: token by token, and others.
 
     others: their names. only: from one of them to the recurrence that is always computed so; among: from those that may be chosen
@@ -65,7 +84,7 @@ class Ways(NamedTuple):
 AROUND: dict[str, ModuleType] = {"cpu": fused, "cuda": cuda_fused}
 
 # (backend, version) -> that
-WAYS = {("cuda", "x070"): Ways(tuple(cuda.WAYS), cuda.only, cuda.among)}
+WAYS = {("cuda", "x070"): KernelVariants(tuple(cuda.WAYS), cuda.only, cuda.among)}
 
 
 @dataclass(frozen=True)
@@ -77,7 +96,7 @@ class Ops:
 
     name: str
     wkv: Callable
-    around: ModuleType = neighbours
+    around: ModuleType = block_ops
     why: str = ""
 
     @property
@@ -85,43 +104,45 @@ class Ops:
         """Formats of weights that a product of a few rows reads as they are."""
         return self.around.READS
 
-    def one_token(self, model) -> Callable | None:
+    def decode_step(self, model) -> Callable | None:
         """What takes the place of a finished model's blocks for a single token, if there is such a thing: see token7.py."""
-        return self.around.one_token(model)
+        return self.around.decode_step(model)
 
     def recomputing(self):
         """A context in which what mixes, square_relu and layer_norm make is not kept for the backward pass."""
         return recomputing()
 
     def token_shift(self, x: Tensor, before: Tensor, where: Where) -> Tensor:
-        return neighbours.token_shift(x, before, where)
+        return block_ops.token_shift(x, before, where)
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         return self.around.linear(x, weight)
 
-    def mixes(self, x: Tensor, before: Tensor, shares: Sequence[Tensor], where: Where) -> list[Tensor]:
-        return cheap(lambda x, before, *shares: self.around.mixes(x, before, shares, where), x, before, *shares)
+    def token_shift_mix(self, x: Tensor, before: Tensor, shares: Sequence[Tensor], where: Where) -> list[Tensor]:
+        return recomputable(
+            lambda x, before, *shares: self.around.token_shift_mix(x, before, shares, where), x, before, *shares
+        )
 
     def square_relu(self, x: Tensor) -> Tensor:
-        return cheap(self.around.square_relu, x)
+        return recomputable(self.around.square_relu, x)
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """x: [T, C]; weight, bias: [C] in the dtype of x."""
-        return cheap(neighbours.layer_norm, x, weight, bias)
+        return recomputable(block_ops.layer_norm, x, weight, bias)
 
-    def around7(
+    def wkv7_block(
         self, gates: Sequence, own: Sequence[Tensor], s0: Tensor, where: Where, heads: int
     ) -> tuple[Tensor, Tensor]:
-        """gates, own: in the order of neighbours.Gates and neighbours.Own."""
-        return self.around.around7(self.wkv, Gates(*gates), Own(*own), s0, where, heads)
+        """gates, own: in the order of block_ops.Wkv7Inputs and block_ops.Wkv7Params."""
+        return self.around.wkv7_block(self.wkv, Wkv7Inputs(*gates), Wkv7Params(*own), s0, where, heads)
 
     def fold(self, weight: Tensor, B: Tensor, A: Tensor, x: Tensor) -> Folded:
-        """folding.fold."""
+        """As lowrank_merge.fold."""
         return self.around.fold(weight, B, A, x)
 
     def cross_entropy(self, x: Tensor, head: Tensor, targets: Tensor) -> Tensor:
         """loss.linear_cross_entropy: the sum over rows x [R, C]."""
-        return loss.linear_cross_entropy(x, head, targets, self.around.slopes)
+        return loss.linear_cross_entropy(x, head, targets, self.around.cross_entropy_grad)
 
 
 def available(version: str, device: str) -> dict[str, Callable]:
@@ -149,7 +170,7 @@ def choose(op: str, version: str, device: str = "cpu", head_size: int = 64) -> O
             if OF_DEVICE[op] == "cuda"
             else "is for training without a GPU, and there is one"
         )
-        raise Problems(Problem("OP", f"{wants}; use auto"))
+        raise SettingErrors(SettingError("OP", f"{wants}; use auto"))
     if not there.keys() & {kind for kind, of in OF_DEVICE.items() if of == device}:
         return made("torch", version, f"there is no kernel for RWKV {version}")
     if device == "cuda":
@@ -157,15 +178,15 @@ def choose(op: str, version: str, device: str = "cpu", head_size: int = 64) -> O
             return on_gpu(op, version, head_size)
         words = f"{heads(CUDA_SIZES)}, and these have {head_size}"
         if op != "auto":
-            raise Problems(Problem("OP", f"{words}; use auto"))
+            raise SettingErrors(SettingError("OP", f"{words}; use auto"))
         return made("torch", version, words)
     try:
         build.library()
         if head_size not in cpu.SIZES:
-            raise build.Missing(f"{heads(cpu.SIZES)}, and these have {head_size}")
-    except build.Missing as missing:
+            raise build.KernelUnavailable(f"{heads(cpu.SIZES)}, and these have {head_size}")
+    except build.KernelUnavailable as missing:
         if op == "cpu":
-            raise Problems(Problem("OP", f"the C++ kernels are missing: {missing}")) from None
+            raise SettingErrors(SettingError("OP", f"the C++ kernels are missing: {missing}")) from None
         return made("torch", version, f"half as fast as the C++ kernels, which are missing: {missing}")
     return made("cpu", version, f"C++ kernels, {build.capability()}")
 
@@ -178,12 +199,12 @@ def on_gpu(op: str, version: str, size: int) -> Ops:
     """Kernels that compute on this GPU what the definition says. They are asked once for a GPU and a driver."""
     reasons = []
     for name in [kind for kind in FOR_GPU if kind in WKV[version]] if op == "auto" else (op,):
-        found, wrong = tried(name, version, size, recurrence(version, by_tokens(name, version), size))
+        found, wrong = check_kernel(name, version, size, recurrence(version, by_tokens(name, version), size))
         if not wrong:
             ops = made(name, version, f"{FOR_GPU[name].words}{seen(found)}")
             return what_is_right(ops, version, size)
         if op == name:
-            raise Problems(Problem("OP", f"{FOR_GPU[name].words} cannot be used: {wrong}; use auto"))
+            raise SettingErrors(SettingError("OP", f"{FOR_GPU[name].words} cannot be used: {wrong}; use auto"))
         reasons.append(f"OP={name}: {wrong}")
     return made("torch", version, f"slower than kernels for GPUs, which are not used. {'. '.join(reasons)}")
 
@@ -193,15 +214,17 @@ def what_is_right(ops: Ops, version: str, size: int) -> Ops:
     if ways := WAYS.get((ops.name, version)):
         right = []
         for way in ways.others:
-            _, wrong = tried(ops.name, f"{version} {way}", size, recurrence(version, ways.only(way), size))
+            _, wrong = check_kernel(ops.name, f"{version} {way}", size, recurrence(version, ways.only(way), size))
             right += [] if wrong else [way]
             ops = replace(ops, why=f"{ops.why}; not {way}: {wrong}") if wrong else ops
         ops = replace(ops, wkv=ways.among(right)) if len(right) < len(ways.others) else ops
-    if ops.around is not neighbours:
+    if ops.around is not block_ops:
         wkv = by_tokens(ops.name, "x070")
-        _, wrong = tried(ops.name, "around", size, lambda *place: proof.prove_around(ops.around, wkv, *place, size))
+        _, wrong = check_kernel(
+            ops.name, "around", size, lambda *place: kernel_check.prove_around(ops.around, wkv, *place, size)
+        )
         if wrong:
-            ops = replace(ops, around=neighbours, why=f"{ops.why}; the rest of a block on torch: {wrong}")
+            ops = replace(ops, around=block_ops, why=f"{ops.why}; the rest of a block on torch: {wrong}")
     return ops
 
 
@@ -213,20 +236,20 @@ def by_tokens(name: str, version: str) -> Callable:
 
 def recurrence(version: str, wkv: Callable, size: int) -> Callable:
     """From a device and a format to the proof of a recurrence."""
-    return lambda device, dtype: proof.prove(version, wkv, device, dtype, size)
+    return lambda device, dtype: kernel_check.check_against_reference(version, wkv, device, dtype, size)
 
 
-def seen(found: proof.Proof | None) -> str:
+def seen(found: kernel_check.KernelCheck | None) -> str:
     return f", error {found.error:.1e} on this GPU" if found else ""
 
 
-def tried(name: str, what: str, size: int, prove: Callable) -> tuple[proof.Proof | None, str]:
+def check_kernel(name: str, what: str, size: int, prove: Callable) -> tuple[kernel_check.KernelCheck | None, str]:
     """What kernels of FOR_GPU have shown on this GPU just now (None: at an earlier time), and why they cannot be used, or ""."""
     kind = FOR_GPU[name]
     try:
         digest = kind.digest()
         device = torch.device("cuda", torch.cuda.current_device())
-        found = proof.remembered(f"{name} {what} {size}", functools.partial(prove, device), device, digest)
+        found = kernel_check.remembered(f"{name} {what} {size}", functools.partial(prove, device), device, digest)
     except kind.missing as missing:
         return None, str(missing)
     except Exception as error:  # whatever a driver, a GPU or a package has against them: torch computes as well
@@ -245,11 +268,11 @@ def must_still_compute(name: str, words: str) -> None:
         message = (
             f"{FOR_GPU[name].words} broke off on this GPU ({words}), which leaves it unusable to this run; use torch"
         )
-        raise Problems(Problem("OP", message)) from error
+        raise SettingErrors(SettingError("OP", message)) from error
 
 
 def made(name: str, version: str, why: str = "") -> Ops:
     if name not in (there := WKV.get(version, {})):
         words = f"use one of auto, {', '.join(there)}" if there else "rwkv_peft/ops/dispatch.py: WKV has no row for it"
-        raise Problems(Problem("OP", f"nothing called {name} computes RWKV {version}; {words}"))
-    return Ops(name, WKV[version][name], AROUND.get(name, neighbours), why)
+        raise SettingErrors(SettingError("OP", f"nothing called {name} computes RWKV {version}; {words}"))
+    return Ops(name, WKV[version][name], AROUND.get(name, block_ops), why)

@@ -17,19 +17,20 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..errors import install
-from . import chunked, chunked6
-from .compiled import recurrence
+from rwkv_peft.common.errors import pip_command
+
+from . import torch_wkv6, torch_wkv7
+from .kernel_call import recurrence
 
 CHUNK = 16
 DTYPES = (torch.bfloat16, torch.float16)
 PACKAGE = "fla-core"
-HOW = install('"fla-core==0.6.0" einops')
+HOW = pip_command('"fla-core==0.6.0" einops')
 
 Spans = tuple[tuple[int, int], ...]
 
 
-class Missing(Exception):
+class KernelUnavailable(Exception):
     """The package cannot be used; the text says why, as a sentence's second half."""
 
 
@@ -37,11 +38,11 @@ class Missing(Exception):
 def version() -> str:
     """Of the package. Missing if it is not there."""
     if importlib.util.find_spec("triton") is None:
-        raise Missing("Triton, which comes with torch for CUDA, is not installed")
+        raise KernelUnavailable("Triton, which comes with torch for CUDA, is not installed")
     try:
         return importlib.metadata.version(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
-        raise Missing(f"the package flash-linear-attention is not installed: {HOW}") from None
+        raise KernelUnavailable(f"the package flash-linear-attention is not installed: {HOW}") from None
 
 
 def function(module: str, name: str) -> Callable:
@@ -50,7 +51,7 @@ def function(module: str, name: str) -> Callable:
     try:
         return getattr(importlib.import_module(f"fla.ops.{module}"), name)
     except (ImportError, AttributeError) as error:
-        raise Missing(f"fla-core {version()} does not load ({error}): {HOW}") from None
+        raise KernelUnavailable(f"fla-core {version()} does not load ({error}): {HOW}") from None
 
 
 def fits(r: Tensor) -> bool:
@@ -90,14 +91,14 @@ def run6(r, w, k, v, u, s0: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
 
 def wkv7(r, w, k, v, a, b, s0: Tensor | None = None, cu_seqlens: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
     """reference.wkv7, with gradients for all inputs and s0; the state is float32, products are those of the inputs' dtype."""
-    return recurrence(run7, fits, chunked.wkv7, (r, w, k, v, a, b), s0, cu_seqlens)
+    return recurrence(run7, fits, torch_wkv7.wkv7, (r, w, k, v, a, b), s0, cu_seqlens)
 
 
 def wkv6(r, w, k, v, u, s0: Tensor | None = None, cu_seqlens: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
     """reference.wkv6, as wkv7."""
-    return recurrence(run6, fits, chunked6.wkv6, (r, w, k, v, u), s0, cu_seqlens)
+    return recurrence(run6, fits, torch_wkv6.wkv6, (r, w, k, v, u), s0, cu_seqlens)
 
 
 def wkv5(r, w, k, v, u, s0: Tensor | None = None, cu_seqlens: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
     """reference.wkv5, as wkv7."""
-    return recurrence(run6, fits, chunked6.wkv5, (r, w, k, v, u), s0, cu_seqlens)
+    return recurrence(run6, fits, torch_wkv6.wkv5, (r, w, k, v, u), s0, cu_seqlens)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .neighbours import slopes
+from .block_ops import cross_entropy_grad
 
 CHUNK_VALUES = (
     1 << 24
@@ -25,11 +25,12 @@ def naive_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, slopes: Callable = slopes, chunk_values: int = CHUNK_VALUES
+    x: Tensor, weight: Tensor, targets: Tensor, slopes: Callable = cross_entropy_grad, chunk_values: int = CHUNK_VALUES
 ) -> Tensor:
     """naive_cross_entropy in chunks; gradients are made on the way forward, and only those that are asked for.
 
-    x: [R, C] rows that count (the others never reach the head); weight: [V, C]; targets: int64 [R]. slopes: as neighbours.slopes.
+    x: [R, C] rows that count (the others never reach the head); weight: [V, C]; targets: int64 [R]. slopes: as
+    block_ops.cross_entropy_grad.
     Returns the sum over rows, float32 scalar (float64 for float64 rows).
     """
     return LinearCrossEntropy.apply(x, weight, targets, slopes, chunk_values)

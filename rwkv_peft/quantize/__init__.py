@@ -3,8 +3,8 @@
 Nothing here is ever saved or trained: adapters lie on top of a QuantLinear, and merging goes to the original weight.
 """
 
-from .layers import QuantEmbedding, QuantLinear
+from .base import Quantised, codes_as_parameters
+from .linear import QuantEmbedding, QuantLinear
 from .modes import MODES, Mode, quantise
-from .quantised import Quantised, codes_as_parameters
 
 __all__ = ["MODES", "Mode", "QuantEmbedding", "QuantLinear", "Quantised", "codes_as_parameters", "quantise"]

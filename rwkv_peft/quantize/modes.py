@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .fourbit import FP4, NF4, FourBit
-from .quantised import Quantised
-from .rowscaled import Fp8, Int8
+from .base import Quantised
+from .int8_fp8 import Fp8, Int8
+from .nf4_fp4 import FP4, NF4, FourBit
 
 
 @dataclass(frozen=True)

@@ -7,23 +7,24 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from .. import machine
-from ..errors import UserError
-from ..model.arch import NUMBERS
-from ..ops import dispatch, fla, proof
-from ..ops.cpu import build as cpu_build
-from ..ops.cuda import build as cuda_build
+from rwkv_peft.common import hardware
+from rwkv_peft.common.errors import UserError
+from rwkv_peft.model.arch import NUMBERS
+from rwkv_peft.ops import dispatch, fla, kernel_check
+from rwkv_peft.ops.cpu import build as cpu_build
+from rwkv_peft.ops.cuda import build as cuda_build
 
-MISSING = cpu_build.Missing, cuda_build.Missing, fla.Missing
+MISSING = cpu_build.KernelUnavailable, cuda_build.KernelUnavailable, fla.KernelUnavailable
 
 
 def selftest() -> None:
     """Print a line for every version, backend and number format. UserError if one computes something else."""
-    kind, failed = machine.device_kind(), []
-    device = machine.device(0)
-    print(f"{machine.device_words()}; torch {torch.__version__}")
+    kind, failed = hardware.device_kind(), []
+    device = hardware.device(0)
+    print(f"{hardware.device_words()}; torch {torch.__version__}")
     print(
-        f"{proof.HEADS} heads of {proof.SIZE}, sequences of {proof.LENGTHS} tokens, {len(proof.KINDS)} kinds of inputs; forward,"
+        f"{kernel_check.HEADS} heads of {kernel_check.SIZE}, sequences of {kernel_check.LENGTHS} tokens, "
+        f"{len(kernel_check.KINDS)} kinds of inputs; forward,"
     )
     print("every gradient, states in and out: the largest difference from the float64 definition, of the norm of each")
     for what, name, prove in asked(kind):
@@ -52,7 +53,11 @@ def asked(kind: str) -> Iterator[tuple[str, str, Callable]]:
     for version in dispatch.WKV:
         for name, wkv in dispatch.every_way(version, kind).items():
             if name != "reference":
-                yield f"RWKV-{NUMBERS[version].lstrip('v')}", name, functools.partial(proof.prove, version, wkv)
+                yield (
+                    f"RWKV-{NUMBERS[version].lstrip('v')}",
+                    name,
+                    functools.partial(kernel_check.check_against_reference, version, wkv),
+                )
     for name, wkv in dispatch.available("x070", kind).items():
         if name in dispatch.AROUND:
-            yield "blocks", name, functools.partial(proof.prove_around, dispatch.AROUND[name], wkv)
+            yield "blocks", name, functools.partial(kernel_check.prove_around, dispatch.AROUND[name], wkv)

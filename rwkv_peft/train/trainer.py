@@ -7,10 +7,10 @@ import warnings
 
 import pytorch_lightning as pl
 
-from .prepared import Prepared
+from .setup import RunSetup
 
 
-def make_trainer(run: Prepared, callbacks: list[pl.Callback]) -> pl.Trainer:
+def make_trainer(run: RunSetup, callbacks: list[pl.Callback]) -> pl.Trainer:
     # Lightning's hints are about loggers and workers that we have settled; its errors come as exceptions
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.ERROR)

@@ -26,14 +26,17 @@ from conftest import few
 from inprocess import FAST, config, tokenize
 from test_scripts import ROOT, shell_values
 
-import merge.__main__ as merging
-from json2binidx import tokenize as tokenizing
-from merge import deliver, fold
-from merge.exports import EXPORTS
-from rwkv_peft import chat, checkpoint, file_watch, hashing, runs, step_log, train
-from rwkv_peft.errors import EXIT_USER, Problems, UserError, door
-from rwkv_peft.shell_vars import Script
-from rwkv_peft.training import callbacks, snapshot
+import rwkv_peft.cli.merge as merging
+from rwkv_peft.checkpoint import pth, run_dir, step_log, train_state
+from rwkv_peft.cli import chat, train
+from rwkv_peft.common import file_watch, hashing
+from rwkv_peft.common.errors import EXIT_USER, SettingErrors, UserError, handle_errors
+from rwkv_peft.config.shell import Script
+from rwkv_peft.export import EXPORTS
+from rwkv_peft.merge import fold
+from rwkv_peft.merge import write as deliver
+from rwkv_peft.preprocess import tokenize as tokenizing
+from rwkv_peft.train.callbacks import core
 
 LONG = {
     "lora_parts": "att,ffn",
@@ -124,7 +127,7 @@ class Command:
             file = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(file, 1), os.dup2(file, 2)
             sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115
-            with door(lambda found: str(found)):
+            with handle_errors(lambda found: str(found)):
                 work()
             code = 0
         except SystemExit as left:
@@ -257,8 +260,6 @@ def test_a_change_is_noticed_within_seconds_where_nothing_is_saved(run, name):
     process = run.start(SAVE_STEPS="0")
     process.until(lambda: run.steps() > 3)
     overwrite(run.root / name)
-    before = run.steps()
-    process.until(lambda: run.steps() > before)
     run.must_stop(process, name, time.time_ns())
     assert not run.saved()
 
@@ -352,7 +353,7 @@ def test_nothing_is_saved_on_the_way_out_either(run):
 )
 def test_nor_at_the_end_of_an_epoch(ready, monkeypatch, changes):
     """The change comes in the last step before something would be saved, in this very process."""
-    from rwkv_peft.training.module import TrainingModule
+    from rwkv_peft.train.module import TrainingModule
 
     real, steps_done = TrainingModule.training_step, []
 
@@ -391,7 +392,7 @@ def test_the_last_good_state_goes_on_once_the_file_is_back(run):
     process = run.start(**ends, RUN_NAME="whole")
     assert process.code() == 0, process.said
     last = f"rwkv-{step // 4 + 2}.pth"
-    mine, theirs = (checkpoint.load(run.root / "output" / name / last) for name in ("run", "whole"))
+    mine, theirs = (pth.load(run.root / "output" / name / last) for name in ("run", "whole"))
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
@@ -411,7 +412,7 @@ def replace_by_another_model(path: Path) -> None:
 @pytest.mark.parametrize("part", ["weights", "optimizer"])
 def test_a_state_that_changes_while_it_is_read_is_not_gone_on_from(run, monkeypatch, part, harm):
     assert Run(run.root, EPOCH_COUNT="4").start().code() == 0
-    real = snapshot.Snapshot.tensors
+    real = train_state.TrainState.tensors
 
     def tensors(self, name):
         found = real(self, name)
@@ -419,7 +420,7 @@ def test_a_state_that_changes_while_it_is_read_is_not_gone_on_from(run, monkeypa
             harm(self.folder / f"{name}.safetensors")
         return found
 
-    monkeypatch.setattr(snapshot.Snapshot, "tensors", tensors)
+    monkeypatch.setattr(train_state.TrainState, "tensors", tensors)
     process = run.start(EPOCH_COUNT="9")
     code, said = process.code(), process.said
     assert code == EXIT_USER and f"/{part}.safetensors: " in said.splitlines()[-1] and "Traceback" not in said, said
@@ -490,10 +491,10 @@ def change_one_letter(path: Path) -> None:
 
 
 READING = {  # when the input changes -> what is replaced for that, of which module
-    "before it is counted": ("json2binidx.cache", "key"),
-    "before it is read": ("json2binidx.tokenize", "progress"),
-    "while it is read": ("json2binidx.tally", "Tally.add"),
-    "before the files are put in place": ("json2binidx.tokenize", "write"),
+    "before it is counted": ("rwkv_peft.preprocess.cache", "key"),
+    "before it is read": ("rwkv_peft.preprocess.tokenize", "progress"),
+    "while it is read": ("rwkv_peft.preprocess.stats", "CorpusStats.add"),
+    "before the files are put in place": ("rwkv_peft.preprocess.tokenize", "write"),
 }
 
 
@@ -504,7 +505,7 @@ def test_tokenizing_what_changes_puts_no_file_in_place(project_folder, monkeypat
     source, done = rows_of(project_folder / "data/rows.jsonl"), []
     module, name = READING[when]
     owner = importlib.import_module(module)
-    owner = owner.Tally if "." in name else owner
+    owner = owner.CorpusStats if "." in name else owner
     name = name.rpartition(".")[2]
     real = getattr(owner, name)
 
@@ -620,7 +621,7 @@ MERGING = {  # when a file changes during a merge
 )  # fmt: skip
 def test_a_merge_of_what_changes_is_not_put_in_place(merged, monkeypatch, when, name, harm):
     module, function, after = MERGING[when]
-    owner = {"fold": fold, "checkpoint": checkpoint, "deliver": deliver}[module]
+    owner = {"fold": fold, "checkpoint": pth, "deliver": deliver}[module]
     between(monkeypatch, owner, function, lambda: harm(merged / name), after)
     with pytest.raises(file_watch.FileChanged, match=rf"{re.escape(name)}: .* Nothing was written"):
         merge_with("first")
@@ -646,9 +647,9 @@ def test_an_export_of_a_model_that_changes(merged, monkeypatch, kind, harm):
 
 @pytest.mark.parametrize("harm", few((overwrite, replace, cut_in_the_middle), (replace,)))
 def test_an_export_of_an_adapter_that_changes(merged, monkeypatch, harm):
-    from merge.exports import adapter_folder
+    from rwkv_peft.export import peft_export
 
-    between(monkeypatch, adapter_folder, "write", lambda: harm(merged / "output/first/rwkv-0.pth"), True)
+    between(monkeypatch, peft_export, "write", lambda: harm(merged / "output/first/rwkv-0.pth"), True)
     with pytest.raises(file_watch.FileChanged, match=r"output/first/rwkv-0\.pth: .* Nothing was written"):
         merge_with("first", "--export", "peft")
     assert not list((merged / "merge").iterdir())
@@ -665,7 +666,7 @@ def test_a_merge_of_what_has_the_same_content_is_made(merged, monkeypatch, name,
 def test_a_merge_whose_adapter_is_cut_leaves_with_words_and_without_half_a_file(merged, monkeypatch):
     """The adapter is mapped: what reads it then would be ended by SIGBUS."""
     adapter = merged / "output/first/rwkv-0.pth"
-    between(monkeypatch, checkpoint, "write_zip", lambda: cut_below_a_page(adapter), False)
+    between(monkeypatch, pth, "write_zip", lambda: cut_below_a_page(adapter), False)
     process = Command(lambda: merge_with("first"), merged / "said.txt")
     assert process.code() == EXIT_USER, process.said
     assert "output/first/rwkv-0.pth: became shorter" in process.said.splitlines()[-1], process.said
@@ -677,11 +678,11 @@ def test_content_that_was_known_is_taken_again_where_a_write_has_left_the_times_
     monkeypatch.setattr(hashing, "SETTLED", -1.0)
     with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
         path = rows_of(Path(memory) / "rows.jsonl")
-        known = hashing.content(path)
-        assert hashing.content(path, known) == known
+        known = hashing.fingerprint(path)
+        assert hashing.fingerprint(path, known) == known
         with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as content:
             content[:] = other(content[:])
-        found = hashing.content(path, known)
+        found = hashing.fingerprint(path, known)
         assert found["mark"] == known["mark"] and found["sha256"] == hashing.sha256(path) != known["sha256"]
 
 
@@ -870,9 +871,9 @@ def test_a_log_that_an_editor_replaces_loses_no_record_and_lets_no_second_run_in
     process = run.start()
     process.until(lambda: len(run.saved()) > 2)
     harm(log)
-    assert runs.is_running(run.folder)
-    with pytest.raises(Problems, match="is being trained at this moment"), contextlib.ExitStack() as cleanup:
-        runs.claim("run", "stem", cleanup, goes_on=True)
+    assert run_dir.is_running(run.folder)
+    with pytest.raises(SettingErrors, match="is being trained at this moment"), contextlib.ExitStack() as cleanup:
+        run_dir.lock_run_dir("run", "stem", cleanup, goes_on=True)
     process.until(lambda: "loss.jsonl was replaced or removed" in process.said)
     harm(log)
     saved = run.saved()
@@ -882,13 +883,13 @@ def test_a_log_that_an_editor_replaces_loses_no_record_and_lets_no_second_run_in
     steps = [record["step"] for record in step_log.read(run.folder)]
     assert steps == [*range(1, steps[-1] + 1)] and steps[-1] >= max(int(p.name[5:]) for p in run.folder.glob("state/*"))
     assert process.said.count("warning   output/run/loss.jsonl") == 1, process.said
-    assert not runs.is_running(run.folder)
+    assert not run_dir.is_running(run.folder)
 
 
 def test_a_log_that_held_bytes_that_are_no_text_is_followed_as_well(tmp_path):
     path, told = tmp_path / "loss.jsonl", []
-    record = callbacks.Record(1, 0, 2.0, 1e-3, 1.0, 5, 5, 9.0, 9.0, 1.0)
-    log = callbacks.LossFile(path, told.append)
+    record = core.StepMetrics(1, 0, 2.0, 1e-3, 1.0, 5, 5, 9.0, 9.0, 1.0)
+    log = core.LossFile(path, told.append)
     log(record)
     with open(path, "ab") as file:
         file.write(b"\xff\xfe\n")

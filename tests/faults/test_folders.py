@@ -21,13 +21,15 @@ from conftest import EVERYTHING, few
 from inprocess import config, tokenize
 
 # (imported here, once, and not in every child)
-import rwkv_peft.train.rounds  # noqa: F401
-import rwkv_peft.training.report  # noqa: F401
-from merge import deliver  # noqa: F401
-from rwkv_peft import project, runs, train
-from rwkv_peft.errors import door
-from rwkv_peft.train import told, trainer  # noqa: F401
-from rwkv_peft.training import callbacks
+import rwkv_peft.train.callbacks.periodic_setup  # noqa: F401
+import rwkv_peft.train.report  # noqa: F401
+from rwkv_peft.checkpoint import run_dir
+from rwkv_peft.cli import train
+from rwkv_peft.common import paths as project
+from rwkv_peft.common.errors import handle_errors
+from rwkv_peft.merge import write as deliver  # noqa: F401
+from rwkv_peft.train import trainer  # noqa: F401
+from rwkv_peft.train.callbacks import core
 
 LIMIT = 200  # seconds, after which a command is taken to hang
 SETTINGS = {
@@ -43,13 +45,13 @@ def trained(name: str, **changes: str) -> None:
 
 def stopped(name: str) -> None:
     """A run that is told to stop behind its first step."""
-    write = callbacks.LossFile.__call__
+    write = core.LossFile.__call__
 
     def write_and_stop(self, record):
         write(self, record)
         os.kill(os.getpid(), signal.SIGINT)
 
-    callbacks.LossFile.__call__ = write_and_stop
+    core.LossFile.__call__ = write_and_stop
     trained(name)
 
 
@@ -152,7 +154,7 @@ def in_a_child(root: Path, work: Callable[[Path], None], first: Callable[[], obj
             sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
             project.ROOT, project.OUTPUT = root, root / "output"
             first()
-            with door():
+            with handle_errors():
                 work(root)
             code = 0
         except SystemExit as left:
@@ -253,7 +255,7 @@ def place(root: Path, name: str) -> Path:
 
 def is_refused(name: str) -> bool:
     """Whether a command may say that it does not write there."""
-    return Path(name).name in (*runs.LINES, *runs.FOLDERS)
+    return Path(name).name in (*run_dir.LINES, *run_dir.FOLDERS)
 
 
 def is_in_use(what: str, path: Path) -> bool:

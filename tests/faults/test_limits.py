@@ -10,16 +10,16 @@ import pytest
 import tiny
 from conftest import ROOT
 
-from rwkv_peft import errors
-from rwkv_peft.errors import describe, describe_os_error
+from rwkv_peft.common import errors
+from rwkv_peft.common.errors import describe_error, describe_os_error
 
 LIMITED = """
 import os, resource, sys
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
-from rwkv_peft.errors import door
-from rwkv_peft import atomic
+from rwkv_peft.common.errors import handle_errors
+from rwkv_peft.common import atomic_io
 limit = lambda kind, most: resource.setrlimit(getattr(resource, "RLIMIT_" + kind), (most, most))
-with door(lean="CTX_LEN"):
+with handle_errors(lean="CTX_LEN"):
 {body}
 """
 
@@ -34,9 +34,9 @@ def limited(body: str, *arguments) -> subprocess.CompletedProcess:
 
 
 WRITES = {
-    "json": "atomic.write_json(sys.argv[1], {'x': 'y' * 10**6})",
-    "bytes": "with atomic.writing(sys.argv[1]) as file:\n    file.write(bytes(10**6))",
-    "torch": "import torch\nfrom rwkv_peft import checkpoint\ncheckpoint.save(sys.argv[1], {'x': torch.ones(10**6)})",
+    "json": "atomic_io.write_json(sys.argv[1], {'x': 'y' * 10**6})",
+    "bytes": "with atomic_io.atomic_write(sys.argv[1]) as file:\n    file.write(bytes(10**6))",
+    "torch": "import torch\nfrom rwkv_peft.checkpoint import pth\npth.save(sys.argv[1], {'x': torch.ones(10**6)})",
     "tokens": (
         "import numpy as np\nfrom rwkv_peft.data.binidx import Writer\n"
         "with Writer(sys.argv[1], {'': np.dtype(np.uint16)}) as writer:\n"
@@ -76,7 +76,7 @@ def test_a_thread_that_gets_no_stack_is_a_matter_of_memory_too():
     assert done.returncode == 4 and "419.4 MB (ulimit -v)" in done.stderr, done.stderr
 
 
-MAPS = "import resource, torch\nfrom rwkv_peft import checkpoint\n"
+MAPS = "import resource, torch\nfrom rwkv_peft.checkpoint import pth\n"
 MAPS += (
     "held = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\nlimit('AS', held + (4 << 20))\n"
 )
@@ -90,7 +90,7 @@ def test_a_sound_file_that_cannot_be_mapped_is_not_called_damaged(tmp_path, endi
     tensors = {"x": torch.ones(10**7)}
     path = tmp_path / f"x.{ending}"
     torch.save(tensors, path) if ending == "pth" else save_file(tensors, path)
-    done = limited(f"{MAPS}checkpoint.load(sys.argv[1])", path)
+    done = limited(f"{MAPS}pth.load(sys.argv[1])", path)
     assert done.returncode == 4, done.stderr
     assert "ulimit -v" in done.stderr and "damaged" not in done.stderr and "Get the file again" not in done.stderr
 
@@ -151,7 +151,7 @@ NUMBERS = {
 @pytest.mark.parametrize(("name", "code", "words"), [(n, *told) for n, told in NUMBERS.items()])
 def test_each_refusal_of_the_system_has_words_of_its_own(name, code, words):
     number = getattr(errno, name)
-    told, left = describe(OSError(number, os.strerror(number), "/a/b"))
+    told, left = describe_error(OSError(number, os.strerror(number), "/a/b"))
     assert left == code and told.startswith(words) and told.endswith("."), told
 
 
@@ -177,7 +177,7 @@ def test_what_torch_tells_of_a_refusal_is_understood(says, number, file):
     "says", ["shape '[2]' is invalid for input of size 3", "CUDA error: can't allocate memory", "a: b (12)", ""]
 )
 def test_a_bug_is_none_of_that(says):
-    assert errors.cause(RuntimeError(says)) is None and describe(RuntimeError(says)) is None
+    assert errors.cause(RuntimeError(says)) is None and describe_error(RuntimeError(says)) is None
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_a_bug_is_none_of_that(says):
     ],
 )
 def test_a_process_that_prepares_batches_and_dies_is_told(says, words):
-    told, code = describe(RuntimeError(says))
+    told, code = describe_error(RuntimeError(says))
     assert code == 5 and words in told and "NUM_WORKERS=0" in told
 
 
@@ -229,11 +229,11 @@ def test_a_disk_without_inodes_is_not_called_full(tmp_path):
 def test_what_is_free_and_what_is_needed_are_different_numbers(tmp_path, monkeypatch, free, needed, words):
     import shutil
 
-    from rwkv_peft import atomic
+    from rwkv_peft.common import atomic_io
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(free, 0, free))
     with pytest.raises(errors.UserError, match=words):
-        atomic.need_space(tmp_path, needed)
+        atomic_io.check_disk_space(tmp_path, needed)
 
 
 def test_what_the_system_refused_is_told_where_another_error_hides_it():
@@ -249,7 +249,7 @@ def test_what_the_system_refused_is_told_where_another_error_hides_it():
             return error
 
     full = OSError(errno.ENOSPC, "No space left on device", "/a/b")
-    assert describe(raised(full, RuntimeError("Please call iter first")))[1] == 3
-    assert describe(raised(MemoryError(), RuntimeError("x")))[1] == 4
-    assert describe(raised(FileNotFoundError(errno.ENOENT, "no", "/a"), RuntimeError("a bug"))) is None
+    assert describe_error(raised(full, RuntimeError("Please call iter first")))[1] == 3
+    assert describe_error(raised(MemoryError(), RuntimeError("x")))[1] == 4
+    assert describe_error(raised(FileNotFoundError(errno.ENOENT, "no", "/a"), RuntimeError("a bug"))) is None
     assert errors.in_words(raised(full, errors.UserError("It is so."))) == "It is so."

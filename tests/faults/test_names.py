@@ -12,9 +12,10 @@ import tiny
 from conftest import EVERYTHING
 from inprocess import config, run, tokenize
 
-from merge.parts import checkpoint_files
-from rwkv_peft import runs, train
-from rwkv_peft.errors import Problems, UserError
+from rwkv_peft.checkpoint import run_dir
+from rwkv_peft.cli import train
+from rwkv_peft.common.errors import SettingErrors, UserError
+from rwkv_peft.merge.inputs import checkpoint_files
 
 PIECES = (
     "$(touch CANARY)", "`touch CANARY`", "; touch CANARY;", "| touch CANARY", "&& touch CANARY", "${IFS}", "$HOME", "\\",
@@ -41,7 +42,7 @@ def test_training_takes_a_name_as_it_is_or_refuses_it(ready, monkeypatch, count)
         for variable in ("RUN_NAME", "MODEL_PATH", "DATA_PATH", "lora_load", "SAMPLE_PROMPTS")[i % 5 : i % 5 + 1]:
             try:
                 train.command(config(**{"RUN_NAME": "", variable: name}), ["--dry-run"])
-            except (Problems, UserError, OSError) as refused:
+            except (SettingErrors, UserError, OSError) as refused:
                 assert str(refused)
     assert everything(ready) == before and list((ready / "output").iterdir()) == []
 
@@ -53,11 +54,11 @@ def test_a_run_of_any_name_lies_in_its_folder(ready, monkeypatch, count):
     for name in names(count, seed=1):
         try:
             run(ready, name, EPOCH_STEPS="1")
-        except (Problems, UserError, OSError):
+        except (SettingErrors, UserError, OSError):
             continue
         trained += 1
         assert {"run.json", "loss.jsonl", "rwkv-0.pth"} <= {p.name for p in (ready / "output" / name).iterdir()}
-        assert runs.run_folder(name) == ready / "output" / name
+        assert run_dir.run_folder(name) == ready / "output" / name
     assert trained >= count // 6 and everything(ready) == before
     assert all(p.parent == ready / "output" for p in (ready / "output").iterdir())
 
@@ -74,12 +75,12 @@ def test_tokenizing_a_file_of_any_name_writes_beside_it_and_merging_finds_nothin
         try:
             tokenize(source)
             made += 1
-        except (UserError, Problems) as refused:
+        except (UserError, SettingErrors) as refused:
             assert str(refused)
         assert all(p.name.startswith(name) for p in (project_folder / "data").iterdir())
         for left in (project_folder / "data").iterdir():
             left.unlink()
-        with pytest.raises((UserError, Problems, OSError)):
+        with pytest.raises((UserError, SettingErrors, OSError)):
             checkpoint_files([name], "")
     assert made > count // 4 and everything(project_folder) == before
 

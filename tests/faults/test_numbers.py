@@ -8,10 +8,9 @@ import torch
 from conftest import EVERYTHING, few
 from inprocess import run
 
-from rwkv_peft import checkpoint
-from rwkv_peft.errors import UserError
-from rwkv_peft.training import snapshot
-from rwkv_peft.training.module import TrainingModule
+from rwkv_peft.checkpoint import pth, train_state
+from rwkv_peft.common.errors import UserError
+from rwkv_peft.train.module import TrainingModule
 
 STEPS = 8
 COMMON = {
@@ -67,8 +66,8 @@ def test_what_was_learnt_stays_sound(ready, monkeypatch, capsys, what, seed):
     elif "NAN_LIMIT" in str(told.value):
         assert left_out == [at + 1, at + 2, at + 3]
     # the only state that is kept is of before
-    found = snapshot.whole(ready / "output/run", print)
+    found = train_state.latest_valid(ready / "output/run", print)
     assert found.step == (at - 1 if what == "weight" else STEPS)
     assert all(torch.isfinite(t).all() for t in found.tensors("weights").values())
     for file in (ready / "output/run").glob("*.pth"):
-        assert all(torch.isfinite(t).all() for t in checkpoint.load(file).values())
+        assert all(torch.isfinite(t).all() for t in pth.load(file).values())

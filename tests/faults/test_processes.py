@@ -11,8 +11,9 @@ import tiny
 from conftest import EVERYTHING
 from inprocess import FAST
 
-from rwkv_peft.errors import EXIT_PROCESS
-from rwkv_peft.training import snapshot, watch
+from rwkv_peft.checkpoint import train_state
+from rwkv_peft.common.errors import EXIT_PROCESS
+from rwkv_peft.distributed import watchdog
 
 STILL = 6  # instead of watch.STILL
 
@@ -20,10 +21,10 @@ STILL = 6  # instead of watch.STILL
 @pytest.fixture
 def ready(kit):
     """A kit whose runs take hours, with states every few steps; its processes lose patience soon."""
-    file = kit.root / "rwkv_peft/training/watch.py"
+    file = kit.root / "rwkv_peft/distributed/watchdog.py"
     text = file.read_text()
-    assert f"STILL = {watch.STILL} " in text
-    file.write_text(text.replace(f"STILL = {watch.STILL} ", f"STILL = {STILL} "))
+    assert f"STILL = {watchdog.STILL} " in text
+    file.write_text(text.replace(f"STILL = {watchdog.STILL} ", f"STILL = {STILL} "))
     tiny.save_model(kit.root / "model" / "tiny.pth")
     kit.data("chat.jsonl", *tiny.CHATS)
     kit.run("make_tokenize.sh", "chat.jsonl")
@@ -42,7 +43,7 @@ def started(kit, in_steps: bool = True) -> tuple[subprocess.Popen, int]:
     while True:
         assert first.poll() is None and time.monotonic() < deadline, first.communicate()
         second = process_1(first.pid)
-        if second and (not in_steps or snapshot.names(kit.root / "output/run")):
+        if second and (not in_steps or train_state.names(kit.root / "output/run")):
             return first, second
         time.sleep(0.1)
 
@@ -91,7 +92,7 @@ def test_a_process_that_is_gone_or_stands_still_ends_the_training_with_its_name(
     while alive(second) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not alive(second)
-    whole = snapshot.whole(ready.root / "output/run", print)
+    whole = train_state.latest_valid(ready.root / "output/run", print)
     assert whole and whole.step >= 5
 
 
@@ -102,11 +103,11 @@ def test_processes_that_were_stopped_together_go_on(ready):
     os.killpg(first.pid, signal.SIGSTOP)
     time.sleep(STILL + 4)
     os.killpg(first.pid, signal.SIGCONT)
-    before = len(snapshot.names(ready.root / "output/run")) and snapshot.names(ready.root / "output/run")[-1]
+    before = len(train_state.names(ready.root / "output/run")) and train_state.names(ready.root / "output/run")[-1]
     deadline = time.monotonic() + 60
-    while snapshot.names(ready.root / "output/run")[-1:] == [before] and time.monotonic() < deadline:
+    while train_state.names(ready.root / "output/run")[-1:] == [before] and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert first.poll() is None and snapshot.names(ready.root / "output/run")[-1] != before
+    assert first.poll() is None and train_state.names(ready.root / "output/run")[-1] != before
     os.killpg(first.pid, signal.SIGINT)
     said = first.communicate(timeout=60)
     assert first.returncode == 130, said
@@ -137,4 +138,4 @@ def test_a_signal_to_any_process_is_one_to_all(ready, how, code):
     os.kill(second, how)
     said = first.communicate(timeout=60)
     assert first.returncode == code and "Stopped; what was learnt so far is saved" in said[1], said
-    assert not alive(second) and snapshot.whole(ready.root / "output/run", print)
+    assert not alive(second) and train_state.latest_valid(ready.root / "output/run", print)

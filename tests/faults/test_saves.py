@@ -20,14 +20,15 @@ from conftest import few
 from inprocess import run, tokenize
 from test_resume import interrupted
 
-from merge.__main__ import MergeConfig
-from merge.__main__ import command as merge_command
-from rwkv_peft import atomic, checkpoint, runs, safetensors_file
+from rwkv_peft.checkpoint import pth, run_dir, safetensors_io, train_state
+from rwkv_peft.checkpoint.lazy_tensors import LazyTensors
+from rwkv_peft.cli.merge import MergeConfig
+from rwkv_peft.cli.merge import command as merge_command
+from rwkv_peft.common import atomic_io
+from rwkv_peft.common.errors import EXIT_MEMORY, SettingErrors, UserError
 from rwkv_peft.data.binidx import Writer
-from rwkv_peft.errors import EXIT_MEMORY, Problems, UserError
-from rwkv_peft.training import snapshot
-from rwkv_peft.training.module import TrainingModule
-from rwkv_peft.training.spread import Parts, whole
+from rwkv_peft.distributed.sharding import lazy_tensor
+from rwkv_peft.train.module import TrainingModule
 
 SIZE = 200_000  # values of what is saved: a save takes some milliseconds
 SAID = 7  # a child's exit code for an error that it has put into words
@@ -46,7 +47,7 @@ def in_a_child(work: Callable[[], None], wait: bool = True) -> int:
         code = 0
         try:
             work()
-        except (OSError, UserError, Problems):
+        except (OSError, UserError, SettingErrors):
             code = SAID
         except BaseException:
             traceback.print_exc()
@@ -56,8 +57,8 @@ def in_a_child(work: Callable[[], None], wait: bool = True) -> int:
 
 
 def state(folder: Path, step: int, keep: int = 2) -> None:
-    parts = {part: Parts({"a": whole(torch.full((SIZE,), float(step)))}) for part in snapshot.PARTS}
-    snapshot.write(folder, parts, tiny.state_facts(step), keep)
+    parts = {part: LazyTensors({"a": lazy_tensor(torch.full((SIZE,), float(step)))}) for part in train_state.PARTS}
+    train_state.write(folder, parts, tiny.state_facts(step), keep)
 
 
 @some(20, 200)
@@ -69,7 +70,7 @@ def test_killed_at_any_instant_of_a_save_the_newest_whole_state_is_there(tmp_pat
 
         def save_for_ever(step=before + 1):
             while True:
-                checkpoint.save(tmp_path / "rwkv-0.pth", {"a": torch.full((SIZE,), float(step))})
+                pth.save(tmp_path / "rwkv-0.pth", {"a": torch.full((SIZE,), float(step))})
                 state(tmp_path, step)
                 step += 1
 
@@ -77,28 +78,28 @@ def test_killed_at_any_instant_of_a_save_the_newest_whole_state_is_there(tmp_pat
         time.sleep(dice.random() * 0.08)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        found = snapshot.whole(tmp_path, lambda words: pytest.fail(words))
+        found = train_state.latest_valid(tmp_path, lambda words: pytest.fail(words))
         assert found.step >= before
-        assert all(bool((found.tensors(part)["a"] == found.step).all()) for part in snapshot.PARTS)
+        assert all(bool((found.tensors(part)["a"] == found.step).all()) for part in train_state.PARTS)
         before = found.step
         if (tmp_path / "rwkv-0.pth").exists():
-            saved = checkpoint.load(tmp_path / "rwkv-0.pth")["a"]
-            checkpoint.must_be_sound(tmp_path / "rwkv-0.pth")
+            saved = pth.load(tmp_path / "rwkv-0.pth")["a"]
+            pth.check_checksums(tmp_path / "rwkv-0.pth")
             assert bool((saved == saved[0]).all())
-    snapshot.tidy(tmp_path)
-    atomic.clear_leftovers(tmp_path / "rwkv-0.pth")
+    train_state.tidy(tmp_path)
+    atomic_io.remove_stale_temps(tmp_path / "rwkv-0.pth")
     assert not [p for p in tmp_path.rglob("*") if "tmp-" in p.name or p.name.startswith(".")]
 
 
 WRITERS: dict[str, Callable[[Path], None]] = {
     "state": lambda folder: state(folder, 5),
-    "checkpoint": lambda folder: checkpoint.save(folder / "x.pth", {"a": torch.ones(SIZE)}),
-    "rewritten": lambda folder: checkpoint.rewrite(folder / "base.pth", folder / "x.pth", lambda name: lambda t: t + 1),
-    "safetensors": lambda folder: safetensors_file.write(
+    "checkpoint": lambda folder: pth.save(folder / "x.pth", {"a": torch.ones(SIZE)}),
+    "rewritten": lambda folder: pth.rewrite(folder / "base.pth", folder / "x.pth", lambda name: lambda t: t + 1),
+    "safetensors": lambda folder: safetensors_io.write(
         folder / "x.st", {"a": (SIZE,)}, torch.float32, lambda name: [torch.ones(SIZE)]
     ),
     "tokens": lambda folder: tokens(folder / "x"),
-    "json": lambda folder: atomic.write_json(folder / "x.json", {"a": "b" * SIZE}),
+    "json": lambda folder: atomic_io.write_json(folder / "x.json", {"a": "b" * SIZE}),
 }
 
 
@@ -119,7 +120,7 @@ def content(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("what", WRITERS)
 def test_a_disk_that_is_full_at_any_place_leaves_what_was_there(tmp_path, what, count):
     """F11: no file may grow beyond some size; an error in words, and no new name."""
-    checkpoint.save(tmp_path / "base.pth", {"a": torch.zeros(SIZE), "b": torch.zeros(SIZE)})
+    pth.save(tmp_path / "base.pth", {"a": torch.zeros(SIZE), "b": torch.zeros(SIZE)})
     state(tmp_path, 4)
     before = content(tmp_path)
     WRITERS[what](tmp_path)
@@ -207,7 +208,7 @@ def test_out_of_memory_says_what_to_change_and_changes_nothing(ready, monkeypatc
     said = capsys.readouterr().err
     assert left.value.code == EXIT_MEMORY and "Out of memory" in said and "What to change, in this order" in said
     assert "MICRO_BSZ=1 and MINI_BSZ=2" in said
-    assert snapshot.whole(ready / "output/run", print).step == 2
+    assert train_state.latest_valid(ready / "output/run", print).step == 2
     monkeypatch.undo()
 
 
@@ -221,7 +222,7 @@ def test_of_two_runs_that_want_one_folder_one_gets_it(project_folder, count):
             with contextlib.ExitStack() as cleanup:
                 while time.monotonic() < go:
                     pass
-                runs.claim(name, "x", cleanup)
+                run_dir.lock_run_dir(name, "x", cleanup)
                 while not over.exists():  # the folder is its own until the other one has asked for it
                     time.sleep(0.01)
 
@@ -249,14 +250,14 @@ PLACES = ("state/step-000002/evil.pth", "state/step-000002/weights.safetensors",
 @pytest.mark.parametrize("where", few(PLACES, PLACES[:2]))
 def test_a_run_folder_of_somebody_else_executes_nothing(ready, tmp_path, where):
     """F21: pickles in every place that going on, merging and talking look at."""
-    from merge.parts import found
+    from rwkv_peft.merge.inputs import found
 
     run(ready, KEEP_LAST="9", SAVE_STEPS="1")
     canary = tmp_path / "canary"
     torch.save({"a": torch.zeros(1), "x": Evil(canary)}, ready / "output/run" / where)
-    with contextlib.suppress(UserError, Problems, SystemExit):
+    with contextlib.suppress(UserError, SettingErrors, SystemExit):
         run(ready, KEEP_LAST="9", SAVE_STEPS="1", EPOCH_COUNT="2")
-    with contextlib.suppress(UserError, Problems):
+    with contextlib.suppress(UserError, SettingErrors):
         found(ready / "output/run/rwkv-0.pth", "", None, None, False)
     assert not canary.exists()
 
@@ -275,10 +276,10 @@ def test_a_manifest_finds_every_flipped_bit(tmp_path, count):
         old, data[place] = data[place], data[place] ^ (1 << dice.randrange(8))
         file.write_bytes(data)
         said: list[str] = []
-        assert snapshot.whole(tmp_path, said.append).step == 1 and said
+        assert train_state.latest_valid(tmp_path, said.append).step == 1 and said
         data[place] = old
         file.write_bytes(data)
-    assert snapshot.whole(tmp_path, print).step == 2
+    assert train_state.latest_valid(tmp_path, print).step == 2
 
 
 def test_after_a_power_cut_there_is_the_old_state_or_the_new_one(tmp_path, monkeypatch):
@@ -289,7 +290,7 @@ def test_after_a_power_cut_there_is_the_old_state_or_the_new_one(tmp_path, monke
     class Cut(BaseException):
         pass
 
-    real_sync, real_folder, points = os.fsync, atomic.sync_folder, [0, None]
+    real_sync, real_folder, points = os.fsync, atomic_io.fsync_dir, [0, None]
 
     def point():
         points[0] += 1
@@ -311,8 +312,8 @@ def test_after_a_power_cut_there_is_the_old_state_or_the_new_one(tmp_path, monke
     state(tmp_path, 1)
     first = content(tmp_path)
     monkeypatch.setattr(os, "fsync", sync)
-    for module in (atomic, snapshot):
-        monkeypatch.setattr(module, "sync_folder", folder)
+    for module in (atomic_io, train_state):
+        monkeypatch.setattr(module, "fsync_dir", folder)
     for stop in range(1, 30):
         points[:] = [0, stop]
         disk.clear()
@@ -325,7 +326,7 @@ def test_after_a_power_cut_there_is_the_old_state_or_the_new_one(tmp_path, monke
             synced = [data for name, data in disk.items() if Path(name).name.split(".tmp-")[0] == path.name]
             path.write_bytes(synced[-1] if synced else b"")
         monkeypatch.undo()
-        found = snapshot.whole(tmp_path, print)
+        found = train_state.latest_valid(tmp_path, print)
         assert found.step == 2 if finished else found.step in (1, 2)
         if finished:
             break
@@ -334,6 +335,6 @@ def test_after_a_power_cut_there_is_the_old_state_or_the_new_one(tmp_path, monke
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_bytes(data)
         monkeypatch.setattr(os, "fsync", sync)
-        for module in (atomic, snapshot):
-            monkeypatch.setattr(module, "sync_folder", folder)
+        for module in (atomic_io, train_state):
+            monkeypatch.setattr(module, "fsync_dir", folder)
     assert finished and stop > 5

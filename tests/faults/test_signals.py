@@ -10,7 +10,7 @@ import tiny
 from conftest import EVERYTHING
 from inprocess import FAST
 
-from rwkv_peft.training import snapshot
+from rwkv_peft.checkpoint import train_state
 
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 ENOUGH = 30  # seconds, and a tiny state takes none
@@ -49,5 +49,5 @@ def test_a_signal_saves_and_leaves_nobody_behind(kit, number, whom, workers):
     assert process.returncode == SIGNALS[number] and time.monotonic() - began < ENOUGH
     assert "Stopped; what was learnt so far is saved" in said and "Traceback" not in said
     assert not members(process.pid)
-    whole = snapshot.whole(kit.root / "output/run", print)
+    whole = train_state.latest_valid(kit.root / "output/run", print)
     assert whole and whole.step == log.read_text().count("\n")

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from fuzz import mutate
-from rwkv_peft.errors import Problems, UserError
-from rwkv_peft.words import readable
+from rwkv_peft.common.errors import SettingErrors, UserError
+from rwkv_peft.common.formatting import readable
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -197,7 +197,7 @@ class Judge:
         self.watch.allowed = self.harness.starts
         try:
             outcome = self.harness.read(data, self.folder)
-        except (UserError, Problems) as error:
+        except (UserError, SettingErrors) as error:
             outcome = self.refused(error, len(data))
         except Finding:
             raise
@@ -210,7 +210,7 @@ class Judge:
         sound(not self.watch.seen, "touched what is not its own", self.watch.seen[:5])
         return outcome
 
-    def refused(self, error: UserError | Problems, size: int) -> str:
+    def refused(self, error: UserError | SettingErrors, size: int) -> str:
         words, places = readable(str(error)), self.harness.places
         sound(words.strip(), "a message without words", error)
         sound(len(words) < WORDS + 20 * size, "a message without end", f"{len(words):,} characters", words[:300])

@@ -15,15 +15,15 @@ import numpy as np
 
 from fuzz import mutate
 from fuzz.harness import Harness, sound
-from rwkv_peft import tokenizer
-from rwkv_peft.roles import Role
-from rwkv_peft.rows import files, reading
-from rwkv_peft.rows.encode import encode_row
-from rwkv_peft.rows.foreign_headings import tables
-from rwkv_peft.rows.keys import HARMLESS, ROLE_NAMES, TABLES, columns
-from rwkv_peft.rows.limits import Limits
-from rwkv_peft.rows.recipe import Cook, Recipe
-from rwkv_peft.templates.presets import PRESETS
+from rwkv_peft.preprocess import files, reader
+from rwkv_peft.preprocess.encode import encode_row
+from rwkv_peft.preprocess.foreign_headings import tables
+from rwkv_peft.preprocess.keys import HARMLESS, ROLE_NAMES, TABLES, columns
+from rwkv_peft.preprocess.pipeline import EncodeConfig, RowEncoder
+from rwkv_peft.preprocess.truncate import Limits
+from rwkv_peft.text import tokenizer
+from rwkv_peft.text.presets import PRESETS
+from rwkv_peft.text.roles import Role
 
 NAMES = (
     *{n for names in TABLES.values() for n in names},
@@ -37,9 +37,9 @@ NAMES = (
 LONGEST_ID = 65529
 
 
-def recipes() -> list[Recipe]:
+def recipes() -> list[EncodeConfig]:
     """Settings that differ in every way."""
-    plain = Recipe(PRESETS["rwkv-world"])
+    plain = EncodeConfig(PRESETS["rwkv-world"])
     change = dataclasses.replace
     found = [
         plain,
@@ -67,7 +67,7 @@ def recipes() -> list[Recipe]:
     return [*found, change(plain, columns=mapped), change(plain, handler="sharegpt"), change(plain, handler="alpaca")]
 
 
-class Watched(Cook):
+class Watched(RowEncoder):
     """Keeps what the rows were rendered to."""
 
     def encoded(self, drafts, *others):
@@ -90,7 +90,7 @@ class Rows(Harness):
         tables()
         self.recipes = recipes()
         for recipe in self.recipes:
-            Cook(recipe)
+            RowEncoder(recipe)
 
     def name_of(self, data: bytes) -> str:
         return f"rows{self.ending}"
@@ -104,7 +104,7 @@ class Rows(Harness):
             ("file", "line", "paragraph")[chosen >> 8 & 1 or chosen >> 9 & 2],
             ("", "", "", "test")[chosen >> 12 & 3],
         )
-        reading.settle([path])
+        reader.settle([path])
         cook, outcomes = Watched(recipe), set()
         for block in files.blocks(path, mode, split):
             outcomes |= check_block(cook, block, bool(chosen >> 16 & 1))

@@ -14,7 +14,7 @@ from fuzz import __main__ as command
 from fuzz import harness as rules
 from fuzz.harness import Finding, Harness, Judge
 from fuzz.worker import HEAD, ROOM, Worker, load
-from rwkv_peft.errors import UserError
+from rwkv_peft.common.errors import UserError
 
 HARNESSES = command.names()
 

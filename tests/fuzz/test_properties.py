@@ -16,10 +16,10 @@ from fuzz import mutate
 from fuzz.harnesses.binidx_reader import joined
 from fuzz.harnesses.pth_reader import of_pickle
 from fuzz.worker import load
-from rwkv_peft import checkpoint
-from rwkv_peft.errors import Problems
-from rwkv_peft.rows.keys import MAPPABLE, ROLE_NAMES, columns
-from rwkv_peft.templates import custom
+from rwkv_peft.checkpoint import pth
+from rwkv_peft.common.errors import SettingErrors
+from rwkv_peft.preprocess.keys import MAPPABLE, ROLE_NAMES, columns
+from rwkv_peft.text import template_file
 
 few = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
@@ -64,9 +64,9 @@ def test_any_conversation_is_read_whatever_stands_beside_it(ready, tmp_path, tur
 @given(tensors=st.dictionaries(words, st.tuples(dtypes, st.lists(st.integers(0, 4), max_size=3)), max_size=5))
 def test_any_tensors_come_back_from_a_checkpoint(ready, tmp_path, tensors):
     made = {name: (torch.rand(shape) * 9).to(dtype) for name, (dtype, shape) in tensors.items()}
-    checkpoint.save(tmp_path / "made.pth", made)
+    pth.save(tmp_path / "made.pth", made)
     assert ready("pth_reader").read((tmp_path / "made.pth").read_bytes(), tmp_path) == f"{len(made)} tensors"
-    back = checkpoint.load(tmp_path / "made.pth")
+    back = pth.load(tmp_path / "made.pth")
     assert all(torch.equal(back[name], tensor) for name, tensor in made.items())
 
 
@@ -95,7 +95,7 @@ def test_any_known_parts_and_roles_are_taken(keys, roles):
 def test_any_other_parts_are_refused_with_the_name_of_the_setting(keys):
     if {*keys} <= {*MAPPABLE} and all(isinstance(value, str) for value in keys.values()):
         return
-    with pytest.raises(Problems, match="MAP_KEYS"):
+    with pytest.raises(SettingErrors, match="MAP_KEYS"):
         columns(json.dumps(keys))
 
 
@@ -106,7 +106,7 @@ def test_any_patterns_write_what_they_say(ready, tmp_path, user, answer, between
     patterns = {"format_user": f"{clean[0]}{{{{content}}}}", "format_assistant": f"{clean[1]}{{{{content}}}}"}
     path = tmp_path / "any.json"
     path.write_text(json.dumps({**patterns, "format_separator": clean[2]}), encoding="utf-8")
-    form = custom.load(path)
+    form = template_file.load(path)
     assert form.format_user == patterns["format_user"]
     assert ready("template_file").read(path.read_bytes(), tmp_path).startswith("template")
 

@@ -33,7 +33,7 @@ def instrument():
         return None
     import atheris
 
-    return atheris.instrument_imports(include=["rwkv_peft", "json2binidx", "merge"])
+    return atheris.instrument_imports(include=["rwkv_peft"])
 
 
 def load(name: str) -> Harness:

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from ...project import ROOT
-from .. import cache
+from rwkv_peft.common.paths import ROOT
+from rwkv_peft.ops import kernel_cache
 
 SOURCES = ROOT / "cpu"
 COMPILERS = ("g++", "clang++", "c++")
@@ -49,7 +49,7 @@ def capability() -> str:
     )
 
 
-class Missing(Exception):
+class KernelUnavailable(Exception):
     """There is no library; the text says why, as a sentence's second half."""
 
 
@@ -58,17 +58,19 @@ def library() -> ctypes.CDLL:
     """The kernels. Missing if they cannot be built here."""
     sources = sorted(SOURCES.glob("*.cpp"))
     if not sources:
-        raise Missing(f"its sources are not in {SOURCES}")
+        raise KernelUnavailable(f"its sources are not in {SOURCES}")
     compilers = list(dict.fromkeys(filter(None, map(shutil.which, COMPILERS))))
     if not compilers:
-        raise Missing(f"there is no C++ compiler ({', '.join(COMPILERS)}); on Debian or Ubuntu: sudo apt install g++")
+        raise KernelUnavailable(
+            f"there is no C++ compiler ({', '.join(COMPILERS)}); on Debian or Ubuntu: sudo apt install g++"
+        )
     reasons = []
     for compiler in compilers:
         try:
             return of_compiler(compiler, sources)
-        except Missing as missing:
+        except KernelUnavailable as missing:
             reasons.append(str(missing))
-    raise Missing("; ".join(dict.fromkeys(reasons)))
+    raise KernelUnavailable("; ".join(dict.fromkeys(reasons)))
 
 
 def of_compiler(compiler: str, sources: list[Path]) -> ctypes.CDLL:
@@ -82,7 +84,7 @@ def of_compiler(compiler: str, sources: list[Path]) -> ctypes.CDLL:
     digest = hashlib.sha256(repr((flags, threads, version, platform.machine(), platform.system())).encode())
     for path in [*sources, *sorted(SOURCES.glob("*.h"))]:
         digest.update(path.name.encode() + path.read_bytes())
-    folder, stem = cache.folder(), f"cpu-{digest.hexdigest()[:24]}"
+    folder, stem = kernel_cache.folder(), f"cpu-{digest.hexdigest()[:24]}"
     for file in folder.glob(f"{stem}-*.so"):
         if file.name == f"{stem}-{file.stat().st_size}.so":
             try:
@@ -93,14 +95,14 @@ def of_compiler(compiler: str, sources: list[Path]) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(file))
     except OSError as error:
-        raise Missing(f"what {compiler} made does not load ({error})") from None
+        raise KernelUnavailable(f"what {compiler} made does not load ({error})") from None
 
 
 def output(command: list[str]) -> subprocess.CompletedProcess:
     try:
         return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=MOST_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise Missing(f"{command[0]} does not run ({error})") from None
+        raise KernelUnavailable(f"{command[0]} does not run ({error})") from None
 
 
 def compiled(command: list[str], folder: Path, stem: str) -> Path:
@@ -113,7 +115,9 @@ def compiled(command: list[str], folder: Path, stem: str) -> Path:
             words = [line.strip() for line in done.stderr.splitlines() if line.strip()]
             telling = next((line for line in words if "No space" in line or " error" in line.lower()), "")
             last = " / ".join(dict.fromkeys([telling, *words[-1:]])).strip(" /")[:300]
-            raise Missing(f"{command[0]} cannot compile it: {last or f'it ended with code {done.returncode}'}")
+            raise KernelUnavailable(
+                f"{command[0]} cannot compile it: {last or f'it ended with code {done.returncode}'}"
+            )
         os.fsync(handle)
         file = folder / f"{stem}-{fresh.stat().st_size}.so"
         os.replace(fresh, file)

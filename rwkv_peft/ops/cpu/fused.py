@@ -1,4 +1,4 @@
-"""The neighbours of the recurrence in C++ (cpu/mix.cpp, cpu/around7.cpp, cpu/loss.cpp): the functions of ops/neighbours.py and
+"""The operations around the recurrence in C++ (cpu/mix.cpp, cpu/around7.cpp, cpu/loss.cpp): the functions of ops/block_ops.py and
 ops/loss.py, one pass over the activations each, with gradients. What is cheap to compute again is not kept.
 
 Activations are float32 or bfloat16; for others, and for shapes without a kernel, there is the definition.
@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import neighbours
-from ..compiled import unlearnt
-from ..neighbours import Gates, Own, Where
-from ..reference import sequences
-from . import folding, token7
+from rwkv_peft.ops import block_ops
+from rwkv_peft.ops.block_ops import Where, Wkv7Inputs, Wkv7Params
+from rwkv_peft.ops.kernel_call import unlearnt
+from rwkv_peft.ops.reference import sequences
+
+from . import decode7, lowrank_merge
 from .build import function
 from .wkv import LANES, NAMES, SIZES, backward7, forward7, pointer
 
@@ -24,8 +25,8 @@ READS = tuple(NAMES)
 MOST_MIXES = 6
 MOST_ROWS = 4  # of a product that is bound by reading the weight
 
-one_token = token7.one_token
-fold = folding.fold
+decode_step = decode7.decode_step
+fold = lowrank_merge.fold
 
 
 def fits(x: Tensor) -> bool:
@@ -36,9 +37,9 @@ def kernel(name: str, x: Tensor, pointers: int, numbers: int):
     return function(f"{name}_{NAMES[x.dtype]}", pointers, numbers)
 
 
-def mixes(x: Tensor, before: Tensor, shares: Sequence[Tensor], where: Where) -> list[Tensor]:
+def token_shift_mix(x: Tensor, before: Tensor, shares: Sequence[Tensor], where: Where) -> list[Tensor]:
     if not fits(x) or len(shares) > MOST_MIXES:
-        return neighbours.mixes(x, before, shares, where)
+        return block_ops.token_shift_mix(x, before, shares, where)
     sequences(1, len(x), where.cu_seqlens)
     if before.shape != (len(where.first), x.shape[1]) or any(share.shape != x.shape[1:] for share in shares):
         raise ValueError(f"{list(before.shape)} or a share does not go with x {list(x.shape)}")
@@ -85,7 +86,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     rows = x.numel() // x.shape[-1]
     learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if learns or not 0 < rows <= MOST_ROWS or not fits(x) or weight.dtype not in NAMES or not weight.is_contiguous():
-        return neighbours.linear(x, weight)
+        return block_ops.linear(x, weight)
     given, y = x.float().contiguous(), torch.empty(*x.shape[:-1], len(weight))
     kernel("product", weight, 3, 3)(
         *map(pointer, (weight, given, y)), rows, x.shape[-1], len(weight), torch.get_num_threads()
@@ -94,7 +95,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def square_relu(x: Tensor) -> Tensor:
-    return SquareRelu.apply(x) if fits(x) else neighbours.square_relu(x)
+    return SquareRelu.apply(x) if fits(x) else block_ops.square_relu(x)
 
 
 class SquareRelu(torch.autograd.Function):
@@ -115,10 +116,12 @@ class SquareRelu(torch.autograd.Function):
         return dx
 
 
-def around7(wkv: Callable, x: Gates, own: Own, s0: Tensor, where: Where, heads: int) -> tuple[Tensor, Tensor]:
+def wkv7_block(
+    wkv: Callable, x: Wkv7Inputs, own: Wkv7Params, s0: Tensor, where: Where, heads: int
+) -> tuple[Tensor, Tensor]:
     alike = all(z is None or z.dtype == x.r.dtype for z in x)  # a kernel cannot see what it is given
     if not fits(x.r) or not alike or x.r.shape[1] // heads not in SIZES:
-        return neighbours.around7(wkv, x, own, s0, where, heads)
+        return block_ops.wkv7_block(wkv, x, own, s0, where, heads)
     T, C = x.r.shape
     spans = sequences(1, T, where.cu_seqlens)
     wide = [z for z in own if z.shape != (C,)] + [z for z in x if z is not None and z.shape != (T, C)]
@@ -126,10 +129,10 @@ def around7(wkv: Callable, x: Gates, own: Own, s0: Tensor, where: Where, heads: 
         raise ValueError(
             f"shapes do not go with {T} tokens of {C} channels in {heads} heads and {len(spans)} sequences"
         )
-    return Around7.apply(*unlearnt(*x, *(z.float() for z in own), s0), where.cu_seqlens, heads)
+    return Wkv7Block.apply(*unlearnt(*x, *(z.float() for z in own), s0), where.cu_seqlens, heads)
 
 
-class Around7(torch.autograd.Function):
+class Wkv7Block(torch.autograd.Function):
     """Keeps what the layers gave, the recurrence's outputs and every 32nd state; the rest is made again."""
 
     @staticmethod
@@ -188,9 +191,9 @@ def prepared(gates: Sequence[Tensor | None], own: Sequence[Tensor], heads: int) 
     return inputs
 
 
-def slopes(logits: Tensor, targets: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
+def cross_entropy_grad(logits: Tensor, targets: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
     if logits.dtype not in NAMES or logits.device.type != "cpu":
-        return neighbours.slopes(logits, targets, wanted)
+        return block_ops.cross_entropy_grad(logits, targets, wanted)
     if targets.shape != logits.shape[:1]:
         raise ValueError(f"{list(targets.shape)} targets for logits {list(logits.shape)}")
     if (

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import chunked, chunked6
-from ..compiled import recurrence
+from rwkv_peft.ops import torch_wkv6, torch_wkv7
+from rwkv_peft.ops.kernel_call import recurrence
+
 from .build import function
 
 SIZES = (16, 32, 64, 128)  # head sizes that there are kernels for
@@ -42,7 +43,7 @@ def plain(x: Tensor) -> Tensor:
 
 def wkv7(r, w, k, v, a, b, s0: Tensor | None = None, cu_seqlens: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
     """reference.wkv7, computed in float32, with gradients for all inputs and s0."""
-    return recurrence(WKV7.apply, fits, chunked.wkv7, (r, w, k, v, a, b), s0, cu_seqlens)
+    return recurrence(WKV7.apply, fits, torch_wkv7.wkv7, (r, w, k, v, a, b), s0, cu_seqlens)
 
 
 class WKV7(torch.autograd.Function):
@@ -92,12 +93,12 @@ def backward7(
 
 def wkv6(r, w, k, v, u, s0: Tensor | None = None, cu_seqlens: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
     """reference.wkv6, computed in float32, with gradients for all inputs and s0."""
-    return recurrence(WKV6.apply, fits, chunked6.wkv6, (r, w, k, v, u), s0, cu_seqlens)
+    return recurrence(WKV6.apply, fits, torch_wkv6.wkv6, (r, w, k, v, u), s0, cu_seqlens)
 
 
 def wkv5(r, w, k, v, u, s0: Tensor | None = None, cu_seqlens: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
     """reference.wkv5, computed in float32, with gradients for all inputs and s0."""
-    return recurrence(WKV6.apply, fits, chunked6.wkv5, (r, w, k, v, u), s0, cu_seqlens)
+    return recurrence(WKV6.apply, fits, torch_wkv6.wkv5, (r, w, k, v, u), s0, cu_seqlens)
 
 
 class WKV6(torch.autograd.Function):

@@ -17,11 +17,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ...atomic import writing
-from ...errors import install
-from ...project import ROOT
-from ...words import first_line
-from .. import cache
+from rwkv_peft.common.atomic_io import atomic_write
+from rwkv_peft.common.errors import pip_command
+from rwkv_peft.common.formatting import first_line
+from rwkv_peft.common.paths import ROOT
+from rwkv_peft.ops import kernel_cache
 
 SOURCES = ROOT / "cuda"
 FILES = ("wkv7", "wkv6", "chunk7", "single7", "around7", "mix")
@@ -29,7 +29,7 @@ UNASKED = 48 << 10  # bytes of shared memory that a block may have without being
 HEADERS = ("device.h", "tensor.h", "part7.h")
 
 
-class Missing(Exception):
+class KernelUnavailable(Exception):
     """There are no kernels; the text says why, as a sentence's second half."""
 
 
@@ -96,7 +96,7 @@ def bindings():
     try:
         from cuda.bindings import driver, nvrtc
     except ImportError as error:
-        raise Missing(f"a package is missing ({error}): {install('cuda-bindings')}") from None
+        raise KernelUnavailable(f"a package is missing ({error}): {pip_command('cuda-bindings')}") from None
     return nvrtc, driver
 
 
@@ -121,7 +121,7 @@ def compiled(file: str, capability: str, size: int) -> bytes:
     """The machine code of a source file for GPUs of a capability (90 for 9.0). Missing if NVRTC does not make it."""
     nvrtc, _ = bindings()
     version = compiler()
-    kept = cache.folder() / f"{file}-{capability}-{size}-{digest()}-{version}.cubin"
+    kept = kernel_cache.folder() / f"{file}-{capability}-{size}-{digest()}-{version}.cubin"
     if kept.is_file():
         return kept.read_bytes()
     source = (SOURCES / f"{file}.cu").read_bytes()
@@ -134,12 +134,12 @@ def compiled(file: str, capability: str, size: int) -> bytes:
         log = b" " * length
         nvrtc.nvrtcGetProgramLog(program, log)
         words = log.decode(errors="replace").strip("\0 \n") or str(error)
-        raise Missing(f"NVRTC {version} cannot compile {file}.cu for sm_{capability} ({words[:300]})")
+        raise KernelUnavailable(f"NVRTC {version} cannot compile {file}.cu for sm_{capability} ({words[:300]})")
     _, length = nvrtc.nvrtcGetCUBINSize(program)
     code = b" " * length
     nvrtc.nvrtcGetCUBIN(program, code)
     nvrtc.nvrtcDestroyProgram(program)
-    with writing(kept) as out:
+    with atomic_write(kept) as out:
         out.write(code)
     return code
 
@@ -152,7 +152,7 @@ def compiler() -> str:
         _, *version = nvrtc.nvrtcVersion()
     except RuntimeError as error:  # its library is not there
         words = first_line(error)
-        raise Missing(f"NVRTC does not load ({words}); it comes with torch's builds for CUDA") from None
+        raise KernelUnavailable(f"NVRTC does not load ({words}); it comes with torch's builds for CUDA") from None
     return ".".join(map(str, version))
 
 
@@ -166,7 +166,7 @@ def state() -> str:
     """Tells one state of whatever a proof depends on from another: the sources, what compiles and launches them, the proof
     itself. Missing without a compiler."""
     here = Path(__file__).parent
-    return f"{digest()} {hashed([*here.glob('*.py'), here.parent / 'proof.py'])} {compiler()}"
+    return f"{digest()} {hashed([*here.glob('*.py'), here.parent / 'kernel_check.py'])} {compiler()}"
 
 
 def hashed(files: Iterable[Path]) -> str:

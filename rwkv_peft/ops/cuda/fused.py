@@ -1,4 +1,5 @@
-"""The neighbours of the recurrence on a GPU (cuda/around7.cu, cuda/mix.cu): the functions of ops/neighbours.py, one pass over the
+"""The operations around the recurrence on a GPU (cuda/around7.cu, cuda/mix.cu): the functions of ops/block_ops.py, one pass
+over the
 activations each, with gradients; those of parameters only where they are wanted. What is cheap to compute again is not kept.
 
 Activations are float32 or bfloat16; for others, and for shapes without a kernel, there is the definition.
@@ -12,15 +13,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import neighbours
-from ..compiled import unlearnt
-from ..neighbours import Gates, Own, Where
-from ..reference import sequences
-from . import build, wkv
-from .memory import NAMES, SIZES, Spans
+from rwkv_peft.ops import block_ops
+from rwkv_peft.ops.block_ops import Where, Wkv7Inputs, Wkv7Params
+from rwkv_peft.ops.kernel_call import unlearnt
+from rwkv_peft.ops.reference import sequences
 
-READS = neighbours.READS
-one_token, linear, fold = neighbours.one_token, neighbours.linear, neighbours.fold
+from . import build, wkv
+from .workspace import NAMES, SIZES, Spans
+
+READS = block_ops.READS
+decode_step, linear, fold = block_ops.decode_step, block_ops.linear, block_ops.fold
 
 MOST_MIXES = 6
 TOKENS = 32  # of a part, whose share of a parameter's gradient is a sum of its own; as in around7.cu and mix.cu
@@ -39,9 +41,9 @@ def start(name: str, x: Tensor, grid: tuple[int, int], args: Sequence, size: int
     build.launcher(x.device, size)(f"{name}_{NAMES[x.dtype]}", grid, args, threads)
 
 
-def mixes(x: Tensor, before: Tensor, shares: Sequence[Tensor], where: Where) -> list[Tensor]:
+def token_shift_mix(x: Tensor, before: Tensor, shares: Sequence[Tensor], where: Where) -> list[Tensor]:
     if x.dtype not in NAMES or len(shares) > MOST_MIXES or not len(x):
-        return neighbours.mixes(x, before, shares, where)
+        return block_ops.token_shift_mix(x, before, shares, where)
     spans = tuple(sequences(1, len(x), where.cu_seqlens))
     if before.shape != (len(spans), x.shape[1]) or any(share.shape != x.shape[1:] for share in shares):
         raise ValueError(f"{list(before.shape)} or a share does not go with x {list(x.shape)}")
@@ -82,7 +84,7 @@ def slots(given: Sequence[Tensor]) -> list[Tensor | None]:
 
 
 def square_relu(x: Tensor) -> Tensor:
-    return SquareRelu.apply(x) if x.dtype in NAMES and x.numel() else neighbours.square_relu(x)
+    return SquareRelu.apply(x) if x.dtype in NAMES and x.numel() else block_ops.square_relu(x)
 
 
 def rows_of(x: Tensor) -> tuple[int, int]:
@@ -108,21 +110,23 @@ class SquareRelu(torch.autograd.Function):
         return dx
 
 
-def slopes(logits: Tensor, targets: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
+def cross_entropy_grad(logits: Tensor, targets: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
     if logits.dtype not in NAMES or not logits.is_contiguous() or not logits.numel():
-        return neighbours.slopes(logits, targets, wanted)
+        return block_ops.cross_entropy_grad(logits, targets, wanted)
     losses = logits.new_empty(len(logits), dtype=torch.float32)
     args = (logits, targets.long().contiguous(), losses, logits.shape[1], int(wanted))
     start("mix_entropy", logits, (len(logits), 1), args, threads=ENTROPY_THREADS)
     return losses.sum(), logits if wanted else None
 
 
-def around7(recurrence: Callable, x: Gates, own: Own, s0: Tensor, where: Where, heads: int) -> tuple[Tensor, Tensor]:
+def wkv7_block(
+    recurrence: Callable, x: Wkv7Inputs, own: Wkv7Params, s0: Tensor, where: Where, heads: int
+) -> tuple[Tensor, Tensor]:
     alike = all(z is None or z.dtype == x.r.dtype for z in x)  # a kernel cannot see what it is given
     T, C = x.r.shape
     one_of_ours = isinstance(recurrence, wkv.Recurrence7)
     if x.r.dtype not in NAMES or not alike or not T or C // heads not in SIZES or not one_of_ours:
-        return neighbours.around7(recurrence, x, own, s0, where, heads)
+        return block_ops.wkv7_block(recurrence, x, own, s0, where, heads)
     spans = tuple(sequences(1, T, where.cu_seqlens))
     wide = [z for z in own if z.shape != (C,)] + [z for z in x if z is not None and z.shape != (T, C)]
     if wide or s0.shape != (len(spans), heads, C // heads, C // heads):
@@ -130,10 +134,10 @@ def around7(recurrence: Callable, x: Gates, own: Own, s0: Tensor, where: Where, 
             f"shapes do not go with {T} tokens of {C} channels in {heads} heads and {len(spans)} sequences"
         )
     way = recurrence.way(x.r.view(T, heads, C // heads), spans)
-    return Around7.apply(*unlearnt(*x, *(z.float() for z in own), s0), spans, heads, way)
+    return Wkv7Block.apply(*unlearnt(*x, *(z.float() for z in own), s0), spans, heads, way)
 
 
-class Around7(torch.autograd.Function):
+class Wkv7Block(torch.autograd.Function):
     """Keeps what the layers gave, the recurrence's outputs and every 64th state; the rest is made again."""
 
     @staticmethod

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import chunked, chunked6
-from ..compiled import recurrence
-from . import build, chunk7, single7
-from .memory import NAMES, Spans, fits, format_of, tables
+from rwkv_peft.ops import torch_wkv6, torch_wkv7
+from rwkv_peft.ops.kernel_call import recurrence
+
+from . import build, wkv7_chunked, wkv7_onepass
+from .workspace import NAMES, Spans, fits, format_of, tables
 
 
 class Way(NamedTuple):
@@ -46,7 +47,7 @@ class Recurrence7:
         def kernel(r, *others):
             return WKV7.apply(r, *others, self.way(r, others[-1]))
 
-        return recurrence(kernel, fits, chunked.wkv7, (r, w, k, v, a, b), s0, cu_seqlens)
+        return recurrence(kernel, fits, torch_wkv7.wkv7, (r, w, k, v, a, b), s0, cu_seqlens)
 
     def way(self, r: Tensor, spans: Spans) -> Way:
         """The way for these inputs, [T, H, N]."""
@@ -88,8 +89,8 @@ def backward7(
 
 
 TOKENS = Way(forward7, backward7, lambda _r: True, lambda _r, _spans: True)
-PARTS = Way(chunk7.forward, chunk7.backward, chunk7.possible, chunk7.pays)
-SINGLE = Way(single7.forward, single7.backward, chunk7.possible, single7.pays)
+PARTS = Way(wkv7_chunked.forward, wkv7_chunked.backward, wkv7_chunked.possible, wkv7_chunked.pays)
+SINGLE = Way(wkv7_onepass.forward, wkv7_onepass.backward, wkv7_chunked.possible, wkv7_onepass.pays)
 # the quickest first, where it pays
 WAYS = {"in parts": PARTS, "in a single pass": SINGLE}
 
@@ -135,12 +136,12 @@ def in_memory(given: Sequence[Tensor]) -> list[Tensor]:
 
 def wkv6(r, w, k, v, u, s0: Tensor | None = None, cu_seqlens: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
     """reference.wkv6, computed in float32, with gradients for all inputs and s0."""
-    return recurrence(WKV6.apply, fits, chunked6.wkv6, (r, w, k, v, u), s0, cu_seqlens)
+    return recurrence(WKV6.apply, fits, torch_wkv6.wkv6, (r, w, k, v, u), s0, cu_seqlens)
 
 
 def wkv5(r, w, k, v, u, s0: Tensor | None = None, cu_seqlens: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
     """reference.wkv5, computed in float32, with gradients for all inputs and s0."""
-    return recurrence(WKV6.apply, fits, chunked6.wkv5, (r, w, k, v, u), s0, cu_seqlens)
+    return recurrence(WKV6.apply, fits, torch_wkv6.wkv5, (r, w, k, v, u), s0, cu_seqlens)
 
 
 class WKV6(torch.autograd.Function):

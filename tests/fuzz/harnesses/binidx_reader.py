@@ -13,10 +13,11 @@ import numpy as np
 
 from fuzz import mutate
 from fuzz.harness import Harness, quiet, sound
-from json2binidx.inspect import inspect
-from rwkv_peft import tokenized, tokenizer
+from rwkv_peft.cli.inspect import inspect
+from rwkv_peft.common.errors import SettingErrors, UserError
+from rwkv_peft.data import tokenized_files
 from rwkv_peft.data.binidx import HEADER, Reader
-from rwkv_peft.errors import Problems, UserError
+from rwkv_peft.text import tokenizer
 
 HEAD = struct.Struct("<III")
 FILES = ("data.idx", "data.bin", "data.roles.idx", "data.roles.bin")
@@ -86,7 +87,7 @@ class It(Harness):
                 "rows that do not cover the file",
                 reader.sizes,
             )
-            share = tokenized.bos_share(reader)
+            share = tokenized_files.bos_share(reader)
             sound(0 <= share <= 1, "a share that is none", share)
         with quiet() as out:
             try:
@@ -100,7 +101,7 @@ class It(Harness):
         if refused is None:
             for mask in ("none", "qa", "se"):
                 try:
-                    [source] = tokenized.open_sources(
+                    [source] = tokenized_files.open_sources(
                         [(prefix, Fraction(1))], mask, "User:", "\\n", 65536, lambda words: None
                     )
                     sound(len(source) == len(reader), "rows that are lost", len(source))
@@ -111,7 +112,7 @@ class It(Harness):
                     )
                     sound(source.tokens.max() < 65536, "ids outside the vocabulary", source.tokens)
                     np.asarray(source.tokens[:10]).astype(np.int64)
-                except (UserError, Problems) as error:
+                except (UserError, SettingErrors) as error:
                     sound(any(p in str(error) for p in self.places), "a message without a place", error)
         if faulty:
             raise faulty

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from fuzz import mutate
 from fuzz.harness import Harness, sound
-from rwkv_peft.errors import UserError
-from rwkv_peft.rows import encodings, reading
+from rwkv_peft.common.errors import UserError
+from rwkv_peft.preprocess import encodings, reader
 
 CODECS = (
     "gb18030", "big5", "cp932", "euc_jp", "cp949", "cp1252", "cp1251", "koi8_r", "cp1253", "cp1254", "cp1255",
@@ -23,7 +23,7 @@ TEXTS = ("你好，世界", "été üß", "Привет", "こんに", "안녕",
 
 
 def is_packed(data: bytes) -> bool:
-    return reading.packing(data[:4]) != ""
+    return reader.packing(data[:4]) != ""
 
 
 class It(Harness):
@@ -43,10 +43,10 @@ class It(Harness):
     def read(self, data: bytes, folder: Path) -> str:
         path = folder / "rows.txt"
         path.write_bytes(data)
-        reading.settle([path])
+        reader.settle([path])
         found = encodings.decide(io.BytesIO(data))
         try:
-            with reading.unpacked(path) as (file, _):
+            with reader.unpacked(path) as (file, _):
                 text = file.read()
         except UserError:
             sound(

@@ -8,10 +8,10 @@ import re
 from pathlib import Path
 
 from fuzz.harness import Harness, sound
-from rwkv_peft.roles import Role
-from rwkv_peft.rows import foreign_headings as heads
-from rwkv_peft.templates.headings import WORLD, overlooked_heading, spans_of_text
-from rwkv_peft.templates.template import Dialogue, Message
+from rwkv_peft.preprocess import foreign_headings as heads
+from rwkv_peft.text.roles import Role
+from rwkv_peft.text.template import Dialogue, Message
+from rwkv_peft.text.turns import WORLD, overlooked_heading, spans_of_text
 
 
 class It(Harness):

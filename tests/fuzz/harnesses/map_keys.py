@@ -8,11 +8,11 @@ from pathlib import Path
 
 from fuzz import mutate
 from fuzz.harness import Harness, sound
-from rwkv_peft.errors import Problems
-from rwkv_peft.roles import Role
-from rwkv_peft.rows.keys import MAPPABLE, ROLE_NAMES, columns
-from rwkv_peft.rows.schemas import Reader, RowError
-from rwkv_peft.templates.template import Dialogue
+from rwkv_peft.common.errors import SettingErrors
+from rwkv_peft.preprocess.keys import MAPPABLE, ROLE_NAMES, columns
+from rwkv_peft.preprocess.schemas import Reader, RowError
+from rwkv_peft.text.roles import Role
+from rwkv_peft.text.template import Dialogue
 
 ROWS = (
     {"question": "Why?", "answer": "So.", "note": "x", "system": "s"},
@@ -33,7 +33,7 @@ class It(Harness):
         keys, _, roles = data.decode("utf-8", "surrogateescape").partition("\n")
         try:
             found = columns(keys, roles)
-        except Problems as problems:
+        except SettingErrors as problems:
             sound({p.name for p in problems.problems} <= {*self.places}, "names another setting", problems)
             raise
         sound({*found.given} <= {*MAPPABLE}, "an unknown part", found)

@@ -14,8 +14,8 @@ import torch
 
 from fuzz import mutate
 from fuzz.harness import Harness, sound
-from rwkv_peft import bases, checkpoint
-from rwkv_peft.errors import UserError
+from rwkv_peft.checkpoint import base_model, pth
+from rwkv_peft.common.errors import UserError
 
 NUMBERS = (
     pickle.BININT1 + b"\0", pickle.BININT1 + b"\xff", pickle.BININT + b"\xff\xff\xff\xff",
@@ -74,18 +74,18 @@ class It(Harness):
     def read(self, data: bytes, folder: Path) -> str:
         path = folder / "model.pth"
         path.write_bytes(data)
-        described = checkpoint.describe(path)
+        described = pth.read_header(path)
         for name, stored in described.items():
             sound(isinstance(name, str), "a name that is no text", name)
             sound(all(isinstance(n, int) and n >= 0 for n in stored.shape), "a shape that is none", name, stored)
             sound(0 <= stored.bytes <= len(data), "more bytes than the file has", name, stored)
         with contextlib.suppress(UserError):
-            bases.inspect(path)
-        tensors = checkpoint.load(path)
+            base_model.read_geometry(path)
+        tensors = pth.load(path)
         sound(tensors.keys() == described.keys(), "other names", tensors.keys(), described.keys())
-        with contextlib.suppress(checkpoint.Damaged):
-            checkpoint.must_be_sound(path)
-        with checkpoint.Archive(path) as archive:
+        with contextlib.suppress(pth.CorruptCheckpoint):
+            pth.check_checksums(path)
+        with pth.PthReader(path) as archive:
             for name, stored in described.items():
                 mapped = tensors[name]
                 sound(
@@ -95,11 +95,11 @@ class It(Harness):
                     stored,
                     mapped.shape,
                 )
-                with contextlib.suppress(checkpoint.Damaged):
+                with contextlib.suppress(pth.CorruptCheckpoint):
                     sound(same(archive.tensor(name), mapped), "two readers read two things", name, stored)
         if self.choice(data) % 4 == 0:
-            checkpoint.rewrite(path, folder / "copy.pth", lambda name: None)
-            again = checkpoint.load(folder / "copy.pth")
+            pth.rewrite(path, folder / "copy.pth", lambda name: None)
+            again = pth.load(folder / "copy.pth")
             sound(again.keys() == tensors.keys(), "a copy with other names", again.keys())
             sound(all(same(again[name], tensors[name]) for name in again), "a copy with other numbers", again.keys())
         return f"{len(described)} tensors"

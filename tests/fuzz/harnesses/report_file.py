@@ -11,11 +11,12 @@ import numpy as np
 
 from fuzz import mutate
 from fuzz.harness import Harness, sound
-from json2binidx import cache
-from rwkv_peft import tokenized, tokenizer, vocabulary
+from rwkv_peft.common.errors import UserError
+from rwkv_peft.data import tokenized_files, vocabulary_check
 from rwkv_peft.data.binidx import Reader, Writer
-from rwkv_peft.errors import UserError
-from rwkv_peft.templates.presets import PRESETS
+from rwkv_peft.preprocess import cache
+from rwkv_peft.text import tokenizer
+from rwkv_peft.text.presets import PRESETS
 
 NAMES = (
     "settings", "PROMPT_TYPE", "EOT", "BOS", "template", "places", "blank lines", "vocabulary", "files", "data.bin",
@@ -42,15 +43,15 @@ class It(Harness):
                 writer.commit()
         report = Path(f"{prefix}.report.json")
         report.write_bytes(data)
-        bos, words = tokenized.bos_of(prefix)
+        bos, words = tokenized_files.bos_of(prefix)
         sound(bos == 0 and isinstance(words, str), "another BOS than the rows have", bos, words)
-        sound(isinstance(tokenized.blank_lines_of(prefix), bool), "neither true nor false")
-        wrong = vocabulary.what_is_wrong(prefix, Reader(prefix))
+        sound(isinstance(tokenized_files.blank_lines_of(prefix), bool), "neither true nor false")
+        wrong = vocabulary_check.what_is_wrong(prefix, Reader(prefix))
         sound(not wrong or "data.report.json" in wrong, "text that is none", wrong)
         found = cache.fresh(report, "k")
         sound(found is None or isinstance(found, dict), "a report that is none", found)
         try:
-            form = tokenized.form_of(prefix)
+            form = tokenized_files.form_of(prefix)
         except UserError as error:
             sound("data.report.json" in str(error) or ".json" in str(error), "a message without a place", error)
             return "refused"

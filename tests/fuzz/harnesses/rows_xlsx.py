@@ -6,7 +6,7 @@ import random
 
 from fuzz import mutate
 from fuzz.rows import Rows
-from rwkv_peft.rows import workbooks
+from rwkv_peft.preprocess import workbooks
 
 WORDS = (
     b'<row r="1">', b"</row>", b'<c r="A1" t="inlineStr"><is><t>x</t></is></c>', b'<c r="XFD1048576"><v>1</v></c>',

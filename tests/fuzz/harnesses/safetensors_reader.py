@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from fuzz import mutate
 from fuzz.harness import Harness, sound
 from fuzz.harnesses.pth_reader import same
-from rwkv_peft import bases, checkpoint
-from rwkv_peft.errors import UserError
+from rwkv_peft.checkpoint import base_model, pth
+from rwkv_peft.common.errors import UserError
 
 NAMES = (
     "dtype", "shape", "data_offsets", "__metadata__", "F16", "BF16", "F32", "F64", "BOOL", "U8", "I64", "F8_E4M3",
@@ -48,7 +48,7 @@ class It(Harness):
     def read(self, data: bytes, folder: Path) -> str:
         path = folder / "model.safetensors"
         path.write_bytes(data)
-        described = checkpoint.describe(path)
+        described = pth.read_header(path)
         behind = 8 + int.from_bytes(data[:8], "little")
         for name, stored in described.items():
             sound(stored.offset is not None, "described as a .pth", stored)
@@ -59,9 +59,9 @@ class It(Harness):
                 stored,
             )
         with contextlib.suppress(UserError):
-            bases.inspect(path)
-        tensors = checkpoint.load(path)
-        with checkpoint.Archive(path) as archive:
+            base_model.read_geometry(path)
+        tensors = pth.load(path)
+        with pth.PthReader(path) as archive:
             for name, stored in described.items():
                 sound(tensors[name].shape == stored.shape, "another shape", name, stored)
                 sound(same(archive.tensor(name), tensors[name]), "two readers read two things", name)

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from fuzz import mutate
 from fuzz.harness import CASES, Harness, sound
-from merge.__main__ import MergeConfig
-from rwkv_peft.chat import ChatConfig
-from rwkv_peft.config import RETIRED, TrainConfig
+from rwkv_peft.cli.chat import ChatConfig
+from rwkv_peft.cli.merge import MergeConfig
+from rwkv_peft.common.errors import SettingErrors
+from rwkv_peft.config.shell import Script, parse_assignments, take_options
+from rwkv_peft.config.train import RETIRED, TrainConfig
 from rwkv_peft.data import mixture
-from rwkv_peft.errors import Problems
-from rwkv_peft.rows.settings import TokenizeConfig
-from rwkv_peft.shell_vars import Script, take_options, values_as_written
+from rwkv_peft.preprocess.config import TokenizeConfig
 
 ROOT = CASES.parent.parent
 KINDS = {b"1": (TrainConfig, "training.sh"), b"2": (TokenizeConfig, "make_tokenize.sh"), b"3": (MergeConfig, "merge.sh"),
@@ -49,7 +49,7 @@ class It(Harness):
         path = folder / "script.sh"
         path.write_bytes(data[1:])
         try:
-            values = values_as_written(path)
+            values = parse_assignments(path)
         except UnicodeDecodeError:
             values = {f.metadata["var"]: data[:40].decode("latin-1") for f in dataclasses.fields(kind)}
         script = Script(path, values)
@@ -59,7 +59,7 @@ class It(Harness):
         script.in_vain(kind)
         try:
             settings = script.read(kind, RETIRED)
-        except Problems as problems:
+        except SettingErrors as problems:
             table = script.report(problems)
             sound(table.startswith("script.sh has "), "a table without a head", table)
             known = {f.metadata["var"] for f in dataclasses.fields(kind)} | {*script.lines}

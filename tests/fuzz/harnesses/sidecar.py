@@ -12,13 +12,14 @@ import torch
 
 from fuzz import mutate
 from fuzz.harness import Harness, quiet, sound
-from merge import parts
-from rwkv_peft import bases, checkpoint, hashing, prompting, runs, sidecars
-from rwkv_peft.chat import models
-from rwkv_peft.errors import Problems, UserError
-from rwkv_peft.methods import METHODS
-from rwkv_peft.templates.of_base import known_by, misfit
-from rwkv_peft.templates.presets import PRESETS
+from rwkv_peft.adapters.specs import METHODS
+from rwkv_peft.chat import load
+from rwkv_peft.checkpoint import base_model, prompt_format, pth, run_dir, sidecars
+from rwkv_peft.checkpoint.base_template import known_by, misfit
+from rwkv_peft.common import hashing
+from rwkv_peft.common.errors import SettingErrors, UserError
+from rwkv_peft.merge import inputs
+from rwkv_peft.text.presets import PRESETS
 
 SEALED = sidecars.sealed  # with the checksum of its fields
 NAMES = (
@@ -37,10 +38,8 @@ class It(Harness):
         path, base = folder / "rwkv-0.pth", folder / "base.pth"
         if not path.is_file():
             torch.manual_seed(0)
-            checkpoint.save(
-                path, {"blocks.0.att.key.lora_A": torch.randn(2, 8), "blocks.0.att.key.lora_B": torch.randn(8, 2)}
-            )
-            checkpoint.save(base, {"emb.weight": torch.randn(4, 8)})
+            pth.save(path, {"blocks.0.att.key.lora_A": torch.randn(2, 8), "blocks.0.att.key.lora_B": torch.randn(8, 2)})
+            pth.save(base, {"emb.weight": torch.randn(4, 8)})
         return path, base
 
     def read(self, data: bytes, folder: Path) -> str:
@@ -64,28 +63,28 @@ class It(Harness):
             try:
                 with quiet():
                     outcomes.append(one(path, base))
-            except (UserError, Problems) as error:
+            except (UserError, SettingErrors) as error:
                 sound(any(p in str(error) for p in self.places), "a message without a place", error)
                 outcomes.append("refused")
         return " ".join(outcomes)
 
     def merge(self, path: Path, base: Path) -> str:
-        found = parts.found(path, "", None, None, True)
+        found = inputs.found(path, "", None, None, True)
         sound(found.words and found.label, "no words", found)
         sound(found.part.setup.method in METHODS, "an unknown method", found.part.setup)
-        runs.checkpoints(path.parent)
+        run_dir.checkpoints(path.parent)
         if found.sidecar:
-            sound(bases.base_of(found.sidecar, path, str(base)) == base, "another base", found.sidecar)
+            sound(base_model.find_base_model(found.sidecar, path, str(base)) == base, "another base", found.sidecar)
         return "merge"
 
     def chat(self, path: Path, base: Path) -> str:
-        chosen = models.of_run(path, str(base))
+        chosen = load.of_run(path, str(base))
         sound(chosen.model.is_file(), "a model that is none", chosen)
         return "chat"
 
     def prompt(self, path: Path, base: Path) -> str:
         told = sidecars.read(path, ())
-        asked = prompting.of_sidecar(told, str(sidecars.path_of(path)), base)
+        asked = prompt_format.of_sidecar(told, str(sidecars.path_of(path)), base)
         again = json.loads(json.dumps(asked.describe()))
         sound(
             all(isinstance(i, int) and 0 <= i < 65536 for i in again["stop_token_ids"]),

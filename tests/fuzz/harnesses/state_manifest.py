@@ -12,16 +12,15 @@ from pathlib import Path
 
 from fuzz import mutate
 from fuzz.harness import CASES, Harness, sound
-from rwkv_peft import step_log
-from rwkv_peft.config import RETIRED, TrainConfig
-from rwkv_peft.errors import Problems, UserError
-from rwkv_peft.shell_vars import Script, values_as_written
-from rwkv_peft.train import again
-from rwkv_peft.training import snapshot
+from rwkv_peft.checkpoint import step_log, train_state
+from rwkv_peft.common.errors import SettingErrors, UserError
+from rwkv_peft.config.shell import Script, parse_assignments
+from rwkv_peft.config.train import RETIRED, TrainConfig
+from rwkv_peft.train import resume
 
 SPLIT = b"\n---\n"
 NAMES = (
-    *snapshot.WANTED, "sha256", "bytes", "weights.safetensors", "optimizer.safetensors", "random.safetensors",
+    *train_state.WANTED, "sha256", "bytes", "weights.safetensors", "optimizer.safetensors", "random.safetensors",
     "STREAMING", "VAL_PATIENCE", "seconds", "loss", "tokens", "name", "files", "MICRO_BSZ", "lr", "norm",
 )  # fmt: skip
 
@@ -40,7 +39,7 @@ class It(Harness):
 
     def warm_up(self) -> None:
         script = CASES.parent.parent / "training.sh"
-        self.config = Script(script, values_as_written(script)).read(TrainConfig, RETIRED)
+        self.config = Script(script, parse_assignments(script)).read(TrainConfig, RETIRED)
 
     def mutate(self, data: bytes, random: random.Random, other: bytes) -> bytes:
         (manifest, _, log), (theirs, _, lines) = data.partition(SPLIT), other.partition(SPLIT)
@@ -55,7 +54,7 @@ class It(Harness):
         there = folder / "run" / "state" / "step-000005"
         if not there.is_dir():
             there.mkdir(parents=True)
-            for part in snapshot.PARTS:
+            for part in train_state.PARTS:
                 (there / f"{part}.safetensors").write_bytes(b"0123456789")
         with contextlib.suppress(ValueError, RecursionError):
             content = json.loads(manifest)
@@ -65,8 +64,8 @@ class It(Harness):
                     for told in content["files"].values():
                         if isinstance(told, dict) and "sha256" in told:
                             told["sha256"] = hashlib.sha256(b"0123456789").hexdigest()
-                manifest = json.dumps({**content, "sha256": snapshot.checksum(content)}).encode()
-        (there / snapshot.MANIFEST).write_bytes(manifest)
+                manifest = json.dumps({**content, "sha256": train_state.checksum(content)}).encode()
+        (there / train_state.MANIFEST).write_bytes(manifest)
         (folder / "run" / "loss.jsonl").write_bytes(log)
         return f"{self.log(folder / 'run', log)} {self.state(folder / 'run')}"
 
@@ -79,22 +78,22 @@ class It(Harness):
 
     def state(self, run: Path) -> str:
         said: list[str] = []
-        found = snapshot.whole(run, said.append)
+        found = train_state.latest_valid(run, said.append)
         facts = found.facts
         sound(found.step == 5 and isinstance(facts["finished"], bool), "another step", facts)
         sound(isinstance(facts["tokens"], int) and facts["tokens"] >= 0, "tokens that are no number", facts["tokens"])
-        outcomes = [again.place(found), again.longer(found), str(again.ended_early(found))]
-        again.changes(found, self.config, set())
+        outcomes = [resume.place(found), resume.longer(found), str(resume.ended_early(found))]
+        resume.changed_settings(found, self.config, set())
         content, data = {"sha256": "x"}, {"files": [{"name": "a", "sha256": "b"}], "weights": []}
-        given = again.script_values(self.config)
+        given = resume.script_values(self.config)
         plan = {"accumulate": 1, "world": 1, "rows": 2, "micro_batches": 2, "epoch_steps": 2}
         for check in (
-            lambda: again.must_not_be_finished(found, 5, self.config, None),
-            lambda: again.must_have_its_files(found, {}, content, data, run / "init_lora.pth"),
-            lambda: again.must_be_the_same(found, given, given, plan),
+            lambda: resume.must_not_be_finished(found, 5, self.config, None),
+            lambda: resume.must_have_its_files(found, {}, content, data, run / "init_lora.pth"),
+            lambda: resume.must_be_the_same(found, given, given, plan),
         ):
             try:
                 check()
-            except (Problems, UserError) as error:
+            except (SettingErrors, UserError) as error:
                 sound(any(p in str(error) for p in self.places) or error.problems, "a message without a place", error)
         return outcomes[1]

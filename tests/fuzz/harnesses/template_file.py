@@ -12,12 +12,12 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from fuzz import mutate
 from fuzz.harness import Harness, sound
-from rwkv_peft.prompting import Prompting, shell_text
-from rwkv_peft.roles import Role
-from rwkv_peft.templates import custom
-from rwkv_peft.templates.headings import overlooked_heading, spans_of_text
-from rwkv_peft.templates.jinja import jinja
-from rwkv_peft.templates.template import ENDINGS, Dialogue, Message, Template
+from rwkv_peft.checkpoint.prompt_format import Prompting, shell_text
+from rwkv_peft.text import template_file
+from rwkv_peft.text.chat_template import jinja
+from rwkv_peft.text.roles import Role
+from rwkv_peft.text.template import ENDINGS, Dialogue, Message, Template
+from rwkv_peft.text.turns import overlooked_heading, spans_of_text
 
 TOOLS = '[{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}]'
 USER, ANSWER, TOOL = Role.USER, Role.ASSISTANT, Role.TOOL
@@ -32,7 +32,7 @@ DIALOGUES = [
     Dialogue(tuple(Message(*one) for one in turns), TOOLS * any(one[0] is TOOL for one in turns)) for turns in TURNS
 ]
 NAMES = (
-    *custom.FIELDS, *custom.RETIRED, "name", "system", "user", "assistant", "observation", "keep", "always", "fake",
+    *template_file.FIELDS, *template_file.RETIRED, "name", "system", "user", "assistant", "observation", "keep", "always", "fake",
     "compact", "indent", "{{content}}", "{{name}}", "{{arguments}}", "{{input}}", "{{description}}", "{{parameters}}",
     "User: {{content}}", "\n\n",
 )  # fmt: skip
@@ -52,7 +52,7 @@ class It(Harness):
     def read(self, data: bytes, folder: Path) -> str:
         path = folder / "form.json"
         path.write_bytes(data)
-        form = custom.load(path)
+        form = template_file.load(path)
         again = Template.from_dict(json.loads(json.dumps(form.to_dict())))
         sound(again == form, "another template from the sidecar", form, again)
         for dialogue in DIALOGUES:

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from fuzz.harness import Harness, sound
-from rwkv_peft import tokenizer, vocabulary
+from rwkv_peft.data import vocabulary_check
 from rwkv_peft.data.masking import Markers, roles_of_tokens, target_weights
-from rwkv_peft.roles import Role
-from rwkv_peft.rows.foreign_headings import suspects, tables
-from rwkv_peft.templates.headings import spans_of_text
-from rwkv_peft.tokenized import roles_in_text, unescaped
+from rwkv_peft.data.tokenized_files import roles_in_text, unescaped
+from rwkv_peft.preprocess.foreign_headings import suspects, tables
+from rwkv_peft.text import tokenizer
+from rwkv_peft.text.roles import Role
+from rwkv_peft.text.turns import spans_of_text
 
 
 class It(Harness):
@@ -67,7 +68,7 @@ class It(Harness):
         roles = roles_in_text(ids, spans_of_text)
         sound(len(roles) == len(ids) and (not len(roles) or roles.max() <= max(Role)), "roles that are none", roles)
         suspects(ids.astype(np.intp), roles)
-        seen = vocabulary.Seen()
-        vocabulary.look_at(ids.astype(np.int64), seen)
+        seen = vocabulary_check.Seen()
+        vocabulary_check.look_at(ids.astype(np.int64), seen)
         sound(seen.tokens == len(ids), "tokens that are not counted", seen)
         return f"ids {seen.is_text()}"

@@ -1,0 +1,47 @@
+"""linear(x) + scale * (dropout(x) A^T) B^T as one step of autograd: nothing is computed for the frozen weight, nothing is kept
+but the input, which others may be able to make again, and what dropout has let through, a byte for each value."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def lora_linear(linear: nn.Module, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
+    """x: [..., in]; A: [r, in], B: [out, r]. linear: frozen, with .dense(dtype), its weight [out, in]. dropout: the share of x
+    that A does not see. Computes in the dtype of x."""
+    if not torch.is_grad_enabled():  # the layer may have a quicker way for a few rows
+        z = F.dropout(x, dropout) if dropout else x
+        return linear(x) + scale * F.linear(F.linear(z, A.to(x.dtype)), B.to(x.dtype))
+    return LoraLinear.apply(x.reshape(-1, x.shape[-1]), A, B, scale, dropout, linear).view(*x.shape[:-1], -1)
+
+
+class LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, A, B, scale, dropout, linear):
+        a, b = A.to(x.dtype), B.to(x.dtype)
+        z, seen = torch.native_dropout(x, dropout, True) if dropout else (x, None)
+        inner = F.linear(z, a)
+        y = F.linear(x, linear.dense(x.dtype))
+        y.addmm_(inner, b.T, alpha=scale)
+        ctx.save_for_backward(x, inner, a, b, seen)
+        ctx.scale, ctx.linear, ctx.more, ctx.dtypes = scale, linear, 1 / (1 - dropout), (A.dtype, B.dtype)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, inner, a, b, seen = ctx.saved_tensors
+        need_x, need_A, need_B = ctx.needs_input_grad[:3]
+        dinner = (dy @ b).mul_(ctx.scale)
+        z = x if seen is None else (x * seen).mul_(ctx.more)
+        dA = (dinner.T @ z).to(ctx.dtypes[0]) if need_A else None
+        dB = (dy.T @ inner).mul_(ctx.scale).to(ctx.dtypes[1]) if need_B else None
+        if not need_x:
+            return None, dA, dB, None, None, None
+        dx = dy @ ctx.linear.dense(dy.dtype)
+        if seen is None:
+            dx.addmm_(dinner, a)
+        else:
+            dx.add_((dinner @ a).mul_(seen), alpha=ctx.more)
+        return dx, dA, dB, None, None, None

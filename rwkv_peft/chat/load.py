@@ -1,0 +1,160 @@
+"""Which files a talk is with, and the model they make."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from rwkv_peft.adapters import inject
+from rwkv_peft.adapters.specs import METHODS
+from rwkv_peft.checkpoint import base_model, pth, run_dir, sidecars
+from rwkv_peft.common import hardware, paths
+from rwkv_peft.common.errors import UserError
+from rwkv_peft.common.file_watch import FileWatch
+from rwkv_peft.common.formatting import did_you_mean, join_names
+from rwkv_peft.model.arch import ARCHS, STATE_NAME
+from rwkv_peft.model.rwkv import RWKV, build, for_generating
+from rwkv_peft.ops import dispatch
+
+# the endings of files for other programs -> what loads them
+OTHERS = {".st": "Ai00 and web-rwkv", ".gguf": "llama.cpp", ".state": "Ai00", ".rwkvcpp.bin": "rwkv.cpp"}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """model: the file of all weights. adapter: what is put on them, if anything, and setup: what it is. sidecar: what the run
+    tells of itself, {} if nobody knows."""
+
+    model: Path
+    adapter: Path | None
+    setup: inject.AdapterConfig
+    sidecar: dict
+
+    @property
+    def name(self) -> str:
+        return paths.display_path(self.model) + (f" + {paths.display_path(self.adapter)}" if self.adapter else "")
+
+
+def load(
+    config, base_was_named: bool, accept_edited: bool = False, in_use: FileWatch | None = None
+) -> tuple[RWKV, str, dict]:
+    """The model of a ChatConfig ready to talk, what to call it, and what its run tells of itself. in_use: gets its files."""
+    chosen = choose(config.model_path, config.adapter, base_was_named, accept_edited)
+    if in_use:
+        in_use.add(path for path in (chosen.model, chosen.adapter) if path)
+    model = built(chosen.model, config.precision)
+    put_on(model, chosen)
+    return ready(model), chosen.name, chosen.sidecar
+
+
+def choose(model_path: str, adapter_name: str, base_was_named: bool, accept_edited: bool = False) -> Chosen:
+    """MODEL_PATH and ADAPTER -> files. base_was_named: --model was typed beside an adapter: it must be the adapter's base. Else
+    the sidecar says which. accept_edited: take a sidecar that was edited."""
+    if adapter_name:
+        adapter = adapter_file(adapter_name)
+        if is_bare_state(adapter):  # a state from anywhere: nothing else has to be known
+            return Chosen(model_or_merged(model_path), adapter, inject.AdapterConfig("state"), {})
+        return of_run(adapter, str(model_place(model_path)) if base_was_named else "", accept_edited)
+    if not model_path.strip():
+        raise UserError("No model is named: give --model FILE or --adapter FILE, or MODEL_PATH in chat.sh.")
+    model, sidecar = model_or_merged(model_path), {}
+    if sidecars.path_of(model).is_file():  # a merged model
+        with contextlib.suppress(UserError):
+            sidecar = sidecars.read(model, ("prompt_type",))
+        sidecars.check_unedited(model, sidecar, accept_edited)
+    return Chosen(model, None, inject.AdapterConfig("none"), sidecar)
+
+
+def of_run(adapter: Path, base: str, accept_edited: bool = False) -> Chosen:
+    """A checkpoint that a run has written. base: where its base is said to be, "" if nobody says."""
+    base_model.check_sidecar_exists(adapter)
+    sidecar = sidecars.read(adapter, ("method", "base", "base_sha256"))
+    setup = inject.setup_of(sidecar, paths.display_path(adapter))
+    base_model.check_sidecar(adapter, sidecar, accept_edited)
+    if METHODS[setup.method].saves_model:
+        return Chosen(adapter, None, setup, sidecar)
+    return Chosen(base_of(adapter, sidecar, base), adapter, setup, sidecar)
+
+
+def base_of(adapter: Path, sidecar: dict, given: str) -> Path:
+    return base_model.find_base_model(sidecar, adapter, given, cure="./chat.sh --model FILE --adapter FILE")
+
+
+def built(path: Path, precision: str) -> RWKV:
+    """A model from its file, on the host. precision: PRECISION."""
+    _, geometry = base_model.read_geometry(path)
+    base_model.check_model(path, geometry)
+    ops = dispatch.choose("auto", geometry.version, hardware.device_kind(), geometry.head_size)
+    # where large matrices are read as they are stored, float32 costs no more than bfloat16 and rounds nothing
+    exact = precision == "auto" and torch.bfloat16 in ops.reads
+    dtype = torch.float32 if exact else hardware.DTYPES[hardware.resolve_precision(precision)]
+    if ops.why and ops.name == "torch":
+        print(f"OP=torch: {ops.why}", file=sys.stderr)
+    return build(geometry, pth.load(path), ops, dtype)
+
+
+def put_on(model: RWKV, chosen: Chosen) -> None:
+    if chosen.adapter:
+        start = base_model.load_adapter_init(chosen.adapter, chosen.sidecar, chosen.setup.method)
+        where = pth.load(chosen.adapter), chosen.setup, paths.display_path(chosen.adapter)
+        inject.attach_checkpoint(model, *where, None, start)
+
+
+def ready(model: RWKV) -> RWKV:
+    return for_generating(model).to(torch.device(hardware.device_kind()))
+
+
+def must_be_for_us(name: str) -> None:
+    """UserError for a file that ./merge.sh --export writes for another program, with the name of what it was made of."""
+    for ending, program in OTHERS.items():
+        if name.endswith(ending):
+            stem = name.removesuffix(ending).removesuffix(".bf16").removesuffix(".f32")
+            raise UserError(f"{name}: ./chat.sh reads .pth, and this file is for {program}. Use {stem}.pth")
+
+
+def model_place(name: str) -> Path:
+    """Where a model lies, in model/ or merge/ or anywhere. May not exist."""
+    must_be_for_us(name)
+    path = paths.model_file(name)
+    merged = paths.resolve_path(name if name.endswith(".pth") else f"{name}.pth", "merge")
+    return merged if merged.exists() and not path.exists() else path
+
+
+def model_or_merged(name: str) -> Path:
+    path = model_place(name)
+    if path.exists():
+        return path
+    if foreign := paths.foreign_path(name):
+        raise UserError(f"--model, or MODEL_PATH in chat.sh: {foreign}")
+    if path.is_symlink():
+        raise UserError(f"{name} (--model, or MODEL_PATH in chat.sh): {paths.missing(path)}.")
+    there = [name for folder in ("model", "merge") for name in paths.models_in(paths.ROOT / folder)]
+    raise UserError(
+        f"{name} (--model, or MODEL_PATH in chat.sh): there is no such model{did_you_mean(name, there) or '.'} "
+        f"In model/ and merge/ there is: {join_names(there)}."
+    )
+
+
+def adapter_file(name: str) -> Path:
+    """ADAPTER -> the checkpoint (see runs.find). UserError if it is a model of its own."""
+    must_be_for_us(name)
+    path = run_dir.find(name, places=("output", "merge"))
+    holds = pth.read_header(path)
+    if sidecars.path_of(path).is_file():
+        method = METHODS.get(sidecars.read(path, ("method",))["method"])
+        if method and method.saves_model:
+            return path
+    if "head.weight" in holds and any(arch.marker in holds for arch in ARCHS.values()):
+        raise UserError(
+            f"{paths.display_path(path)}: is a whole model, not an adapter. Use it with --model (MODEL_PATH)."
+        )
+    return path
+
+
+def is_bare_state(path: Path) -> bool:
+    """Whether a file holds a learnt state and nothing else, without a sidecar."""
+    return not sidecars.path_of(path).is_file() and all(map(STATE_NAME.fullmatch, pth.read_header(path)))

@@ -1,0 +1,168 @@
+"""The files around a checkpoint: is a base one, how large is it, which base does a checkpoint belong to, and what did its
+adapters begin with?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rwkv_peft.common import hashing, paths
+from rwkv_peft.common.errors import UserError
+from rwkv_peft.common.file_watch import FileWatch
+from rwkv_peft.common.parallel_io import parallel_map
+from rwkv_peft.model import arch
+from rwkv_peft.model.arch import Geometry
+
+from . import pth, run_dir, sidecars
+
+
+def read_geometry(path: Path) -> tuple[dict[str, pth.TensorInfo], Geometry]:
+    """What a model file holds, and its geometry, without reading a weight. UserError if it is no model."""
+    stored = pth.read_header(path)
+    geometry = arch.detect({name: s.shape for name, s in stored.items()}, paths.display_path(path))
+    odd = [name for name in arch.shapes(geometry) if not stored[name].dtype.is_floating_point]
+    if odd:
+        raise UserError(
+            f"{paths.display_path(path)}: {odd[0]} holds {stored[odd[0]].dtype}, not floating-point numbers."
+        )
+    return stored, geometry
+
+
+def check_finite(path: Path, names: Iterable[str]) -> None:
+    """UserError if one of these tensors of a model holds NaN or infinity, or is not what its file's checksum says. Read a
+    few MB at a time: memory holds nothing of it afterwards."""
+    with pth.PthReader(path) as archive:
+
+        def look(name: str) -> None:
+            stored = archive.described[name]
+            whole = stored.whole and stored.dtype.is_floating_point
+            pieces = archive.pieces(name) if whole else [archive.tensor(name)]
+            for piece in pieces:
+                numbers = torch.frombuffer(piece, dtype=stored.dtype) if whole else piece
+                if not are_finite(numbers):
+                    what = "NaN" if torch.isnan(numbers).any() else "infinity"
+                    raise UserError(
+                        f"{paths.display_path(path)}: {name} holds {what}, so nothing can be computed with this file. Either the "
+                        "download is damaged (get it again and compare its sha256 with that of its page), or an earlier run "
+                        "has damaged the model (take an earlier checkpoint). Nothing was written."
+                    )
+
+        parallel_map(look, [name for name in names if name in archive.described])
+
+
+def check_model(path: Path, geometry: Geometry) -> None:
+    """must_be_finite for all that a model of this geometry computes with."""
+    check_finite(path, [*arch.shapes(geometry), *arch.state_shapes(geometry)])
+
+
+def are_finite(numbers: Tensor) -> bool:
+    """Whether all are finite. Their sum is, where they all are and small enough, and takes a tenth of the time."""
+    return bool(torch.isfinite(numbers.sum())) or bool(torch.isfinite(numbers).all())
+
+
+def find_base_model(
+    sidecar: dict,
+    adapter: Path,
+    given: str = "",
+    doubts: list[Callable[[], None]] | None = None,
+    cure: str = "MODEL_PATH in merge.sh",
+    in_use: FileWatch | None = None,
+) -> Path:
+    """The very file that a checkpoint was trained on, found by its content.
+
+    given: where the user says it is; else it is looked for by its name in model/, and where it lay at that time.
+    doubts: where the caller can go on before it is sure. If only one file can be meant, it is then returned at once, its
+    content is read meanwhile, and a function is added here that must be called before anything is done which counts.
+    cure: by what the user can say where it is. in_use: watches it, from before it is looked at. UserError, here or from that
+    function, if none of these is that file.
+    """
+    places = [paths.model_file(given)] if given else [paths.ROOT / "model" / sidecar["base"]]
+    if not given and sidecar.get("base_path"):
+        places.append(Path(sidecar["base_path"]))
+    there = [place for place in places if place.is_file()]
+    if in_use:
+        in_use.add(there)
+    for place in there:
+        if sidecar.get("base_mark") and hashing.file_stamp(place) == sidecar["base_mark"]:
+            return place  # nobody has written to it since its content was taken
+    if len(there) == 2 and there[0].samefile(there[1]):
+        del there[1]
+    if not there:
+        try:
+            read_geometry(places[0])  # says that it is missing
+        except UserError as error:
+            raise UserError(
+                f"{error} {paths.display_path(adapter)} was trained on {sidecar['base']}: put it into "
+                f"model/, or name it with {cure}."
+            ) from None
+    wrong = UserError(
+        f"{paths.display_path(there[0])}: is not the file that {paths.display_path(adapter)} was trained "
+        f"on (its content differs from "
+        f"{sidecar['base']} then). Put the right one into model/, or name it with {cure}."
+    )
+    if doubts is not None and len(there) == 1:
+        meanwhile = hashing.BackgroundTask(lambda: hashing.sha256(there[0]))
+
+        def must_be_it() -> None:
+            if meanwhile.result() != sidecar["base_sha256"]:
+                raise wrong
+
+        doubts.append(must_be_it)
+        return there[0]
+    for place in there:
+        if hashing.sha256(place) == sidecar["base_sha256"]:
+            return place
+    raise wrong
+
+
+def check_sidecar_exists(adapter: Path) -> None:
+    """UserError if a checkpoint has no sidecar and lies in the folder of a run of this kit, which has written one."""
+    sidecar = sidecars.path_of(adapter)
+    if not sidecar.is_file() and (adapter.parent / "run.json").is_file():
+        raise UserError(
+            f"{paths.display_path(sidecar)}: {sidecars.why_not(sidecar)}, and says how "
+            f"{paths.display_path(adapter)} was made. Copy "
+            f"{sidecar.name} from the run: it was written beside the checkpoint."
+        )
+
+
+def check_sidecar(adapter: Path, sidecar: dict, accept_edited: bool = False, in_use: FileWatch | None = None) -> None:
+    """UserError if a checkpoint is not the one that its sidecar was written for: another of the same shapes would fit; and if
+    the sidecar was edited, unless that is accepted. in_use: watches the checkpoint, from before it is looked at."""
+    if in_use:
+        in_use.add([adapter])
+    sidecars.check_unedited(adapter, sidecar, accept_edited)
+    if sidecar.get("checkpoint_sha256") in (None, hashing.sha256(adapter)):
+        return
+    if not sidecars.complete_pair(adapter, sidecar):
+        raise UserError(
+            f"{paths.display_path(adapter)}: is not the file that its .json was written with (its content differs). Copy the two "
+            "together; for a checkpoint of RWKV-PEFT, or one that you changed, take the .json away."
+        )
+    if in_use:  # it has only now its name
+        in_use.release([adapter])
+        in_use.add([adapter])
+
+
+def load_adapter_init(adapter: Path, sidecar: dict, method: str, given: Path | None = None) -> dict[str, Tensor]:
+    """What a checkpoint's adapters began with, by name; empty for a run that has no such file. given: where the user says it
+    is, else it lies beside the checkpoint. UserError if it is missing, or another run's: the sidecar knows its content."""
+    path = given or run_dir.init_file(adapter.parent, method)
+    if not path.is_file():
+        if sidecar.get("start_sha256"):
+            raise UserError(
+                f"{paths.display_path(path)}: is missing. {paths.display_path(adapter)} means nothing "
+                f"without what it began with: copy "
+                f"{run_dir.init_file(adapter.parent, method).name} from the run, beside the checkpoint."
+            )
+        return {}
+    if sidecar.get("start_sha256") not in (None, hashing.sha256(path)):
+        raise UserError(
+            f"{paths.display_path(path)}: is not what {paths.display_path(adapter)} began with (its "
+            f"content differs from what the run "
+            "wrote). Every PiSSA run has its own; name the right one."
+        )
+    return pth.load(path)

@@ -1,0 +1,137 @@
+"""loss.jsonl and valid.jsonl: an object on each line. A power cut, an editor or a stranger may have left anything there: what is
+not a record is passed over, and nothing behind it is lost. Floor 0."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rwkv_peft.common import json_reader
+from rwkv_peft.common.atomic_io import appending, atomic_write, reading, sync
+
+FILE = "loss.jsonl"  # in the folder of a run: an object for every optimizer step
+DAMAGED = "loss-damaged.jsonl"  # the same as it was found, where lines of it were no records
+MOST_COUNT = (1 << 53) - 1  # which a float holds exactly
+MOST_LINE = 1 << 20  # characters; a record has some 200
+COUNTS = {"epoch": 0, "targets": 0}  # what else a record has, and what it is where that is missing
+NUMBERS = {"lr": 0.0, "tokens_per_s": 0.0, "seconds": 0.0}
+
+
+class Line(NamedTuple):
+    """text: as it stands in the file, with one line end. record: None where it is no record."""
+
+    text: str
+    record: dict[str, Any] | None
+
+
+def lines(path: Path, is_record: Callable[[dict], bool]) -> Iterator[Line]:
+    """The lines of a file, if there is one, but for empty lines. UTF-16 is read where an editor has put its mark in front."""
+    if not path.exists():
+        return
+    with reading(path) as file:
+        is_utf16 = file.read(4) in ("\ufeff{".encode(utf16) for utf16 in ("utf-16-le", "utf-16-be"))
+    encoding = "utf-16" if is_utf16 else "utf-8-sig"
+    with reading(path, "r", encoding=encoding, errors="surrogateescape", newline="\n") as file:
+        while text := file.readline(MOST_LINE):
+            if not text.endswith("\n") and len(text) == MOST_LINE:
+                while (rest := file.readline(MOST_LINE)) and not rest.endswith("\n"):
+                    pass
+                yield Line("", None)
+            elif text.strip():
+                yield Line(text.rstrip("\r\n") + "\n", parsed(text, is_record))
+
+
+def parsed(text: str, is_record: Callable[[dict], bool]) -> dict[str, Any] | None:
+    try:
+        found = json_reader.parse(text)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and is_record(found) else None
+
+
+def is_count(value: object, least: int = 0) -> bool:
+    return json_reader.is_whole(value, least, MOST_COUNT)
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number, and not less than 0."""
+    return is_count(value) or (isinstance(value, float) and math.isfinite(value) and value >= 0)
+
+
+def is_step(record: dict) -> bool:
+    """Whether an object is the record of an optimizer step."""
+    return (
+        is_count(record.get("step"), 1)
+        and "loss" in record
+        and (record["loss"] is None or is_number(record["loss"]))
+        and all(is_count(record.get(name, default)) for name, default in COUNTS.items())
+        and all(is_number(record.get(name, default)) for name, default in NUMBERS.items())
+    )
+
+
+def read(folder: Path, last: int | None = None) -> list[dict[str, Any]]:
+    """The records of a run by their steps, up to an optimizer step; of two of one step the later line counts."""
+    return [record for record, _ in kept(folder / FILE, last)]
+
+
+def kept(path: Path, last: int | None) -> list[tuple[dict[str, Any], str]]:
+    """The records of a log and their lines, by their steps."""
+    found: dict[int, tuple[dict[str, Any], str]] = {}
+    for text, record in lines(path, is_step):
+        if record and (last is None or record["step"] <= last):
+            found[record["step"]] = {**COUNTS, **NUMBERS, **record}, text
+    return [found[step] for step in sorted(found)]
+
+
+def cut(folder: Path, last: int) -> tuple[list[dict[str, Any]], bool]:
+    """Take from loss.jsonl what came after an optimizer step, and what is no record. Returns what is left, and whether more than
+    its end had to go or to move: then the log as it was found is DAMAGED. Its lock stays: the file is changed where it is."""
+    path = folder / FILE
+    with appending(path, "a+b") as file:
+        records = kept(path, last)
+        content = "".join(text for _, text in records).encode()
+        file.seek(0)
+        is_beginning = file.read(len(content)) == content
+        if not is_beginning:
+            with reading(path) as old, atomic_write(folder / DAMAGED) as copy:
+                shutil.copyfileobj(old, copy)
+            file.truncate(0)
+            file.write(content)
+        file.truncate(len(content))
+        sync(file)
+    return [record for record, _ in records], not is_beginning
+
+
+def lacking(path: Path, written: str) -> str:
+    """What to add to a log so that it has all records of another one, whose text is given."""
+    there = {record["step"] for record in read(path.parent)}
+    found = [(parsed(line, is_step), line) for line in written.split("\n")]
+    more = "".join(line + "\n" for record, line in found if record and record["step"] not in there)
+    with reading(path) as file:
+        end = file.read()[-1:]
+    return ("" if end in (b"", b"\n") else "\n") + more
+
+
+def gaps(steps: Sequence[int], last: int) -> list[list[int]]:
+    """The steps up to `last` that have no record, as [first, last] of each gap. steps: those that have one; they rise."""
+    ends = itertools.pairwise([0, *steps, last + 1])
+    return [[before + 1, after - 1] for before, after in ends if after - before > 1]
+
+
+def new_gaps(found: Sequence[list[int]], known: object) -> list[list[int]]:
+    """The gaps that are not parts of those that a state says were told of. known: as the manifest has it."""
+    told = [gap for gap in known if isinstance(gap, list) and len(gap) == 2] if isinstance(known, list) else []
+    told = sorted(gap for gap in told if all(is_count(end) for end in gap))
+    begins, ends = [first for first, _ in told], list(itertools.accumulate((last for _, last in told), max, initial=-1))
+    return [[first, last] for first, last in found if last > ends[bisect.bisect_right(begins, first)]]
+
+
+def in_words(found: Sequence[list[int]]) -> str:
+    """Gaps as step 3, steps 5 to 9."""
+    words = [f"step {first:,}" if first == last else f"steps {first:,} to {last:,}" for first, last in found]
+    return ", ".join(words[:3]) + (f" and {len(words) - 3:,} more gaps" if len(words) > 3 else "")

@@ -1,0 +1,245 @@
+"""What is wrong with an .idx, and with the length of its .bin: every fault with its exact place.
+
+Unlike rwkv_peft.data.binidx.Reader, which refuses a pair at the first fault. Files are read in blocks, whatever their size.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from rwkv_peft.common import paths
+from rwkv_peft.common.formatting import plural
+
+from .binidx import DTYPES, HEADER, MAGIC, Header
+
+BLOCK = 1 << 16  # tokens, sizes or pointers that are in memory at once; larger blocks leave the processor's cache
+LISTED = 10  # faults of one kind that are told; the rest are counted
+
+
+class Faults:
+    """What is wrong, by kind; at most LISTED of a kind are kept as sentences."""
+
+    def __init__(self):
+        self.told: dict[str, list[str]] = defaultdict(list)
+        self.counts: Counter[str] = Counter()
+
+    def add(self, kind: str, sentence: str) -> None:
+        self.add_all(kind, [0], lambda _: sentence)
+
+    def add_all(self, kind: str, where: Sequence[int] | np.ndarray, tell: Callable[[int], str]) -> None:
+        """where: numbers of rows, tokens or entries. tell: from one of them to its sentence."""
+        room = max(LISTED - len(self.told[kind]), 0)
+        self.told[kind] += [tell(int(w)) for w in where[:room]]
+        self.counts[kind] += len(where)
+
+    def __bool__(self) -> bool:
+        return any(self.counts.values())
+
+    def lines(self) -> list[str]:
+        out = []
+        for kind, sentences in self.told.items():
+            out += sentences
+            if self.counts[kind] > len(sentences):
+                out.append(f"... and {self.counts[kind] - len(sentences):,} more of this kind ({kind})")
+        return out
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A pair whose header could be read. rows: how many its .idx tells. tokens: what the .bin holds.
+
+    sound: the .idx and the length of the .bin fit together, so rows can be found. dtype: None if its code is unknown.
+    """
+
+    prefix: Path
+    header: Header
+    dtype: np.dtype | None
+    tokens: int
+    sound: bool
+
+    @property
+    def idx(self) -> Path:
+        return Path(f"{self.prefix}.idx")
+
+    @property
+    def bin(self) -> Path:
+        return Path(f"{self.prefix}.bin")
+
+    def sizes(self) -> Iterator[tuple[int, np.ndarray]]:
+        return values(self.idx, "<i4", HEADER, self.header.rows)
+
+
+def values(path: Path, dtype, at: int, number: int) -> Iterator[tuple[int, np.ndarray]]:
+    """`number` values of a file from byte `at` on, block by block, with the number of the first; fewer if the file ends.
+
+    Reads rather than maps: pages of a map count as memory of this process.
+    """
+    first = 0
+    with open(path, "rb") as file:
+        if at >= path.stat().st_size:  # a damaged header asks for places that no file has
+            return
+        file.seek(at)
+        while first < number:
+            block = np.fromfile(file, dtype, min(BLOCK, number - first))
+            if not len(block):
+                return
+            yield first, block
+            first += len(block)
+
+
+def read_pair(prefix: Path, faults: Faults) -> Pair | None:
+    """Everything that the .idx, and the length of the .bin, tell; None where there is not even a header."""
+    idx, bin_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    name, length = paths.display_path(idx), idx.stat().st_size
+    with open(idx, "rb") as file:
+        head = file.read(HEADER)
+    before = sum(faults.counts.values())
+    magic_is_right = head[: len(MAGIC)] == MAGIC[: len(head)]
+    if not magic_is_right:
+        first = next(i for i, (a, b) in enumerate(zip(head, MAGIC, strict=False)) if a != b)
+        faults.add(
+            "magic", f"{name}, byte {first}: an .idx file begins with {MAGIC!r}, this one with {head[: len(MAGIC)]!r}."
+        )
+    if len(head) < HEADER:
+        faults.add("header", f"{name}, byte {length}: the file ends inside its header, which has {HEADER} bytes.")
+        return None
+    header = Header.parse(head)
+    if not magic_is_right and (header.version != 1 or header.end != length):
+        return None  # another kind of file: nothing in it means anything
+    if header.version != 1:
+        faults.add("version", f"{name}, byte {len(MAGIC)}: the version is {header.version}; only 1 is known.")
+    if header.code not in DTYPES:
+        faults.add("dtype", f"{name}, byte {len(MAGIC) + 8}: the dtype code is {header.code}; known are 1 to 8.")
+    dtype = header.dtype if header.code in DTYPES else None
+    counts_fit = check_length(name, length, header, faults)
+    have = bin_path.stat().st_size if bin_path.is_file() else None
+    if have is None:
+        faults.add(
+            "missing", f"{paths.display_path(bin_path)}: there is no such file; it holds the tokens of {idx.name}."
+        )
+    if counts_fit:
+        check_rows(idx, length, header, dtype, bin_path, have, faults)
+        check_documents(idx, header, faults)
+    sound = sum(faults.counts.values()) == before
+    return Pair(prefix, header, dtype, (have or 0) // dtype.itemsize if dtype else 0, sound)
+
+
+def check_length(name: str, length: int, header: Header, faults: Faults) -> bool:
+    """Whether the counts in the header can be believed: the file is as long as they say, or was cut off."""
+    if length == header.end:
+        return True
+    asks = f"its header ({plural(header.rows, 'row')} by byte 18, {header.documents:,} document borders by byte 26)"
+    if length > header.end:
+        more = plural(length - header.end, "byte")
+        faults.add("length", f"{name}, byte {header.end:,}: {asks} describes {header.end:,} bytes; {more} follow.")
+        return False
+    if length < header.offsets_at:
+        where = f"the size of row {(length - HEADER) // 4:,}"
+    elif length < header.documents_at:
+        where = f"the pointer of row {(length - header.offsets_at) // 8:,}"
+    else:
+        where = f"entry {(length - header.documents_at) // 8:,} of the document index"
+    rows, left = divmod(length - HEADER - 8, 20)  # one document per row, as nearly all writers have it
+    fits = f" Its length would fit {plural(rows, 'row')}: these counts may be wrong." if left == 0 <= rows else ""
+    faults.add("length", f"{name}, byte {length:,}: ends before {where}; {asks} asks for {header.end:,} bytes.{fits}")
+    return not fits
+
+
+def check_rows(idx, length, header: Header, dtype, bin_path: Path, have: int | None, faults: Faults) -> None:
+    """Sizes and pointers, side by side; then the length of the .bin. length: of the .idx, which may have been cut off."""
+    name, item = paths.display_path(idx), dtype.itemsize if dtype else 0
+    there = min(header.rows, (length - HEADER) // 4)
+    pointers = values(idx, "<i8", header.offsets_at, header.rows)
+    total, gaps, negative, cut_row = 0, (0, 0), 0, None  # gaps: of the two rows before, how far they lie off
+    for first, sizes in values(idx, "<i4", HEADER, there):
+        wrong = np.flatnonzero(sizes < 0)
+        negative += len(wrong)
+        faults.add_all(
+            "size",
+            wrong,
+            lambda i, first=first, sizes=sizes: (
+                f"{name}, byte {HEADER + 4 * (first + i):,}: row {first + i:,} has {sizes[i]} tokens."
+            ),
+        )
+        ends = total + np.cumsum(sizes, dtype=np.int64)
+        if have is not None and item and cut_row is None and int(ends[-1]) * item > have:
+            at = int(np.flatnonzero(ends * item > have)[0])
+            cut_row = first + at, have // item - (int(ends[at]) - int(sizes[at]))
+        _, found = next(pointers, (0, np.zeros(0, np.int64)))
+        if dtype and len(found):
+            n = len(found)
+            starts = (ends[:n] - sizes[:n]) * item
+            off = np.concatenate([np.array(gaps, np.int64), found - starts])
+            # a row that lies off is told once: not again where the rows behind it lie off as far, or right again
+            wrong = np.flatnonzero((off[2:] != 0) & (off[2:] != off[1:-1]) & (off[2:] != off[:-2]))
+            expected = found - (off[2:] - off[1:-1])
+            faults.add_all(
+                "pointer",
+                wrong,
+                lambda i, first=first, found=found, expected=expected: wrong_pointer(
+                    name, header, first + i, found[i], expected[i]
+                ),
+            )
+            gaps = int(off[-2]), int(off[-1])
+        total = int(ends[-1])
+    if have is None or not item or negative or there < header.rows:
+        return
+    need, bin_name = total * item, paths.display_path(bin_path)
+    if have < need:
+        row, token = cut_row
+        faults.add(
+            "bin",
+            f"{bin_name}, byte {have:,}: ends in row {row:,}, token {token:,}; {idx.name} describes {need:,} bytes.",
+        )
+    if have > need:
+        more = plural(have - need, "byte")
+        faults.add("bin", f"{bin_name}, byte {need:,}: {more} more than {idx.name} describes ({need:,}).")
+
+
+def wrong_pointer(name: str, header: Header, row: int, found: int, expected: int) -> str:
+    before = f", where row {row - 1:,} ends (its size: byte {HEADER + 4 * (row - 1):,})" if row else ""
+    return (
+        f"{name}, byte {header.offsets_at + 8 * row:,}: row {row:,} points to byte {found:,} of the .bin, "
+        f"but must begin at {expected:,}{before}."
+    )
+
+
+def check_documents(idx: Path, header: Header, faults: Faults) -> None:
+    """The document index: row numbers that begin with 0, never fall, and end with the number of rows."""
+    name, rows = paths.display_path(idx), header.rows
+    if not header.documents:
+        faults.add(
+            "document index", f"{name}, byte 26: the document index is empty; it must hold 0 and {rows} at least."
+        )
+    previous = 0
+    for first, borders in values(idx, "<i8", header.documents_at, header.documents):
+        known = (borders >= 0) & (borders <= rows)
+        # one border that is too large makes not all of those behind it wrong
+        before = np.concatenate([[previous], np.where(known, borders, 0)[:-1]])
+        right = known & (borders >= before)
+        if first == 0:
+            right[0] = borders[0] == 0
+        if first + len(borders) == header.documents:
+            right[-1] &= borders[-1] == rows
+        faults.add_all(
+            "document index",
+            np.flatnonzero(~right),
+            lambda i, first=first, borders=borders, before=before: (
+                f"{name}, byte {header.documents_at + 8 * (first + i):,}: entry {first + i:,} of the document index is "
+                f"{borders[i]:,}; {must_be(first + i, header, int(before[i]))}."
+            ),
+        )
+        previous = int(borders[-1]) if known[-1] else 0
+
+
+def must_be(entry: int, header: Header, before: int) -> str:
+    if entry == 0:
+        return "the first must be 0"
+    if entry == header.documents - 1:
+        return f"the last must be the number of rows, {header.rows:,}"
+    return f"it must lie between {before:,} (the one before) and {header.rows:,} (the rows)"

@@ -1,0 +1,193 @@
+"""What is wrong with the tokens of a .bin, and with the roles beside it; and what there is to tell of them.
+
+Read in blocks, whatever their size.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from rwkv_peft.common import paths
+from rwkv_peft.common.formatting import plural
+from rwkv_peft.text import tokenizer
+from rwkv_peft.text.roles import Role
+
+from .binidx import HEADER, MAGIC
+from .check_index import Faults, Pair, read_pair, values
+
+LAST_WORLD_ID = 65529  # 65530..65535 are reserved
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A block of tokens. ids: int64 [n], -1 for what is no whole number. ends: where rows end in it, 0..n, rising.
+
+    at: number of the first token in the .bin. row: number of the row that is open there, and where that row began.
+    """
+
+    ids: np.ndarray
+    at: int
+    ends: np.ndarray
+    row: int
+    row_at: int
+
+    def place(self, i: int) -> tuple[int, int]:
+        """Row, and number in that row, of token i of this block."""
+        before = int(np.searchsorted(self.ends, i, side="right"))
+        return self.row + before, self.at + int(i) - (self.at + int(self.ends[before - 1]) if before else self.row_at)
+
+    def starts(self) -> np.ndarray:
+        """Where the rows begin that end here: below 0 for one that began in an earlier block."""
+        return np.concatenate([[self.row_at - self.at], self.ends[:-1]]) if len(self.ends) else self.ends
+
+
+def pieces(pair: Pair) -> Iterator[Piece]:
+    """The tokens of a sound pair with the borders of their rows; of another pair, without borders."""
+    sizes = pair.sizes() if pair.sound else iter(())
+    ends, total, row, row_at = np.zeros(0, np.int64), 0, 0, 0
+    for at, block in values(pair.bin, pair.dtype, 0, pair.tokens):
+        while not len(ends) or ends[-1] <= at + len(block):
+            _, more = next(sizes, (0, None))
+            if more is None:
+                break
+            ends = np.concatenate([ends, total + np.cumsum(more, dtype=np.int64)])
+            total = int(ends[-1])
+        here = ends[: np.searchsorted(ends, at + len(block), side="right")]
+        yield Piece(whole_numbers(block), at, here - at, row, row_at)
+        if len(here):
+            row, row_at, ends = row + len(here), int(here[-1]), ends[len(here) :]
+
+
+def whole_numbers(block: np.ndarray) -> np.ndarray:
+    if block.dtype.kind == "f":
+        whole = np.isfinite(block) & (block == np.floor(block)) & (np.abs(block) < 2**62)
+        return np.where(whole, block, -1).astype(np.int64)
+    return block.astype(np.int64)
+
+
+class Utf8Rows:
+    """Counts the rows whose bytes are no UTF-8. A row may be larger than a block: half a character waits for its rest."""
+
+    def __init__(self):
+        # one more than the vocabulary: a line break between rows, which no character can reach over
+        self.table = [*tokenizer.token_bytes(), b"\n"]
+        self.waiting, self.open_is_bad = b"", False
+        self.bad, self.first_bad = 0, None
+
+    def push(self, piece: Piece) -> None:
+        if not self.open_is_bad:
+            data = self.waiting + self.joined(np.insert(piece.ids, piece.ends, len(self.table) - 1))
+            with contextlib.suppress(UnicodeDecodeError):
+                self.waiting = data[codecs.utf_8_decode(data, "strict", False)[1] :]
+                return
+        begin, size = 0, len(piece.ids)
+        for i, end in enumerate([*piece.ends.tolist(), size]):
+            last = i < len(piece.ends)
+            if not self.open_is_bad:
+                data = self.waiting + self.joined(piece.ids[begin:end])
+                try:
+                    self.waiting = data[codecs.utf_8_decode(data, "strict", last)[1] :]
+                except UnicodeDecodeError:
+                    self.bad, self.open_is_bad = self.bad + 1, True
+                    self.first_bad = piece.row + i if self.first_bad is None else self.first_bad
+            if last:
+                self.waiting, self.open_is_bad = b"", False
+            begin = end
+
+    def joined(self, ids: np.ndarray) -> bytes:
+        return b"".join(map(self.table.__getitem__, ids.tolist()))
+
+
+@dataclass
+class Facts:
+    """What was counted in the tokens of a pair."""
+
+    outside: int = 0  # ids that no World vocabulary has
+    lowest: int = 0
+    highest: int = 0
+    ended: int = 0  # rows that end with token 0
+    not_text: int = 0  # rows that are no UTF-8
+    first_not_text: int | None = None
+
+
+def read_tokens(pair: Pair, faults: Faults, warnings: Faults) -> Facts:
+    facts, rows = Facts(), Utf8Rows()
+    name, item = paths.display_path(pair.bin), pair.dtype.itemsize
+    for piece in pieces(pair):
+        ids = piece.ids
+
+        def place(i, piece=piece, ids=ids) -> str:
+            at = f"{name}, byte {(piece.at + int(i)) * item:,}: "
+            if not pair.sound:
+                return f"{at}token {piece.at + int(i):,} of the file is {ids[i]}"
+            row, token = piece.place(i)
+            return f"{at}row {row:,}, token {token:,} is {ids[i]}"
+
+        facts.lowest, facts.highest = min(facts.lowest, int(ids.min())), max(facts.highest, int(ids.max()))
+        outside = np.flatnonzero((ids < 0) | (ids >= tokenizer.VOCAB_SIZE))
+        facts.outside += len(outside)
+        faults.add_all("id", outside, lambda i, tell=place: f"{tell(i)}; the World vocabulary ends at {LAST_WORLD_ID}.")
+        reserved = np.flatnonzero((ids > LAST_WORLD_ID) & (ids < tokenizer.VOCAB_SIZE))
+        warnings.add_all("reserved id", reserved, lambda i, tell=place: f"{tell(i)}, a reserved id without text.")
+        if pair.sound:
+            filled = piece.ends[piece.ends > piece.starts()]  # not of empty rows
+            facts.ended += int((ids[filled - 1] == tokenizer.END_OF_DOC).sum())
+            if not facts.outside:
+                rows.push(piece)
+    facts.not_text, facts.first_not_text = rows.bad, rows.first_bad
+    return facts
+
+
+def read_roles(roles: Pair, pair: Pair, faults: Faults) -> np.ndarray:
+    """Tokens per role, int64 [roles]; tells values that are no role, and rows that are not those of the tokens."""
+    tallies, name = np.zeros(256, np.int64), paths.display_path(roles.bin)
+    for piece in pieces(roles):
+        tallies += np.bincount(piece.ids, minlength=256)
+        faults.add_all(
+            "role",
+            np.flatnonzero(piece.ids > max(Role)),
+            lambda i, piece=piece: (
+                f"{name}, byte {piece.at + int(i):,}: row {piece.place(i)[0]:,}, token {piece.place(i)[1]:,} has the role "
+                f"{piece.ids[i]}; known are 0 to {int(max(Role))}."
+            ),
+        )
+    if roles.header.rows != pair.header.rows:
+        faults.add(
+            "roles of other data",
+            f"{paths.display_path(roles.idx)}, byte 18: describes {plural(roles.header.rows, 'row')}, but {pair.idx.name} "
+            f"{plural(pair.header.rows, 'row')}: it belongs to other data.",
+        )
+    for (first, ours), (_, theirs) in zip(roles.sizes(), pair.sizes(), strict=False):
+        n = min(len(ours), len(theirs))
+        faults.add_all(
+            "roles of other data",
+            np.flatnonzero(ours[:n] != theirs[:n]),
+            lambda i, first=first, ours=ours, theirs=theirs: (
+                f"{paths.display_path(roles.idx)}, byte {HEADER + 4 * (first + i):,}: row {first + i:,} has "
+                f"{plural(int(ours[i]), 'role')} for {plural(int(theirs[i]), 'token')}: they belong to other data."
+            ),
+        )
+    return tallies[: max(Role) + 1]
+
+
+def find_roles(prefix: Path, faults: Faults) -> Pair | None:
+    path = Path(f"{prefix}.roles")
+    idx, bin_path = Path(f"{path}.idx"), Path(f"{path}.bin")
+    if not idx.is_file():
+        if bin_path.is_file():
+            faults.add("missing", f"{paths.display_path(idx)}: there is no such file, but {bin_path.name} is there.")
+        return None
+    pair = read_pair(path, faults)
+    if pair and pair.dtype and pair.dtype != np.uint8:
+        faults.add(
+            "roles of other data",
+            f"{paths.display_path(idx)}, byte {len(MAGIC) + 8}: roles are dtype code 1 (uint8), not {pair.header.code}.",
+        )
+        return None
+    return pair

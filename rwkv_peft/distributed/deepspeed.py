@@ -1,0 +1,245 @@
+"""STRATEGY=deepspeed_stage_1 to 3: DeepSpeed's ZeRO through Lightning, on GPUs and, as everything here, also without one.
+
+What is trained is float32 and the model casts by itself, so DeepSpeed computes in float32 as it is told nothing else.
+"""
+
+from __future__ import annotations
+
+import shlex
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero.partition_parameters import is_zero_param
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_optimizer_state,
+    safe_set_local_optimizer_state,
+)
+from pytorch_lightning.plugins.precision import DeepSpeedPrecision
+from pytorch_lightning.strategies import DeepSpeedStrategy
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils import cpp_extension
+
+from rwkv_peft.checkpoint.lazy_tensors import LazyTensor
+from rwkv_peft.config.strategies import Strategy
+from rwkv_peft.model.rwkv import Block
+from rwkv_peft.quantize import codes_as_parameters
+
+from .sharding import Parameters, Sharding, broadcast_params, clip_grads, grad_norm, lazy_tensor
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
+BUCKET = 50_000_000  # values that are sent at once
+
+
+def config_of(strategy: Strategy, grad_clip: float) -> dict[str, Any]:
+    """What DeepSpeed is told. grad_clip: only where it has to do that itself."""
+    # (threshold: of values, below which weights would stay whole; a block's come and go at once, whatever their size)
+    zero = {
+        "stage": strategy.stage, "stage3_param_persistence_threshold": 0, "contiguous_gradients": True,
+        "overlap_comm": torch.cuda.is_available(), "allgather_bucket_size": BUCKET, "reduce_bucket_size": BUCKET,
+    }  # fmt: skip
+    if strategy.offload:
+        host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero |= {"offload_optimizer": host} | ({"offload_param": host} if strategy.stage == 3 else {})
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # for DeepSpeed's own log of speeds, which is off
+        "zero_allow_untested_optimizer": True, "zero_optimization": zero, "gradient_clipping": grad_clip,
+    }  # fmt: skip
+
+
+class KeepDtypes(DeepSpeedPrecision):
+    """Lightning's would make every weight float32, those too that are frozen in bf16."""
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        return module
+
+
+class DeepSpeedZero(DeepSpeedStrategy):
+    """strategy: what of strategies.STRATEGIES it is."""
+
+    def __init__(self, strategy: Strategy, grad_clip: float):
+        super().__init__(config=config_of(strategy, grad_clip if strategy.offload else 0.0))
+        self.strategy, self.grad_clip = strategy, grad_clip
+        # its way for processes of one machine without GPUs to talk would have to be compiled; gloo is there
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # torch names this folder to the compiler as it is; a kit may lie in one with a space
+        cpp_extension.TORCH_LIB_PATH = shlex.quote(cpp_extension.TORCH_LIB_PATH)
+
+    def setup_environment(self) -> None:
+        """Lightning's refuses whatever is no GPU."""
+        super(DeepSpeedStrategy, self).setup_environment()
+
+    def setup_distributed(self) -> None:
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    def _setup_model_and_optimizer(self, model, optimizer, lr_scheduler=None):
+        if self.strategy.stage == 3:
+            # what is in a block comes and goes together: its fused operations take weights of other modules than their own
+            deepspeed.utils.set_z3_leaf_modules(model, [Block])
+            self.cut(model)
+
+        def broadcast(_engine) -> None:
+            """DeepSpeed would send the frozen weights as well."""
+            if self.strategy.stage != 3:
+                broadcast_params(model.model.named_parameters(), model.given, self.root_device)
+
+        with patch.object(deepspeed.DeepSpeedEngine, "_broadcast_model", broadcast):
+            engine, wrapped, *_ = deepspeed.initialize(
+                config=self.config,
+                model=model,
+                model_parameters=[p for p in model.parameters() if p.requires_grad],
+                optimizer=optimizer,
+                lr_scheduler=lr_scheduler,
+                dist_init_required=False,
+            )
+        if self.strategy.stage == 3:
+            # the loss takes it past its module
+            for weight in model.model.head.parameters():
+                deepspeed.zero.register_external_parameter(model, weight)
+            # DeepSpeed takes a block's weights away when the gradient of what came in is there: something has to ask for one
+            model.model.emb.register_forward_hook(
+                lambda _m, _i, x: x.requires_grad_() if torch.is_grad_enabled() else x
+            )
+        if not self.strategy.offload:
+            clip_as_others_do(wrapped, self.grad_clip)
+        return engine, wrapped
+
+    def cut(self, module) -> None:
+        """Cut weights into pieces, block after block: no process holds more than one of them whole. (DeepSpeed itself would begin
+        when all are there.)"""
+        model = module.model
+        parts = {f"blocks.{number}.": block for number, block in enumerate(model.blocks)} | {"": model}
+        convert = None
+        for prefix, part in parts.items():
+            module.settle(prefix)
+            codes_as_parameters(part)
+            fresh = [(n, p) for n, p in part.named_parameters(prefix[:-1]) if not is_zero_param(p)]
+            broadcast_params(fresh, module.given, self.root_device)
+            fresh = [parameter for _, parameter in fresh]
+            if convert:
+                convert(fresh)
+            else:
+                deepspeed.zero.Init(part, config_dict_or_path=self.config, dtype=torch.float32)
+                convert = fresh[0].convert_to_zero_parameters
+
+    def backward(self, closure_loss: Tensor, optimizer, *given, **more) -> Tensor:
+        """Lightning has divided by the number of accumulated micro-batches, and DeepSpeed would once more: gradients would be so
+        much smaller, which Adam hides, and clipping does not."""
+        return super().backward(closure_loss, optimizer, *given, **more, scale_wrt_gas=False)
+
+    def optimizer_step(self, optimizer, closure, model=None, **more) -> Any:
+        last = self.deepspeed_engine.is_gradient_accumulation_boundary()  # micro-batch of the step
+        result = super().optimizer_step(optimizer, closure, model, **more)
+        if last:
+            done = self.deepspeed_engine.optimizer
+            self.lightning_module.grad_norm = torch.as_tensor(done._global_grad_norm).float().cpu()
+            self.lightning_module.skipped = done.overflow
+        return result
+
+
+def clip_as_others_do(optimizer, limit: float) -> None:
+    """Let DeepSpeed's optimizer measure and clip gradients as the other strategies do, to the last bit: its own sums are of
+    float32 and end in other factors. A norm that is no number makes it leave the step out, as they do."""
+    third = hasattr(optimizer, "fp16_groups")
+
+    def norm(*_) -> Tensor:
+        mine = [g for gradients in optimizer.averaged_gradients.values() for g in gradients]
+        found = grad_norm(mine, True)
+        return found if torch.isfinite(found) else torch.tensor(float("inf"), device=found.device)
+
+    if third:
+        optimizer._get_norm_groups = lambda: [norm()]
+        flat = optimizer.fp32_partitioned_groups_flat
+        optimizer.unscale_and_clip_grads = lambda group, total: clip_grads([flat[group].grad], total, limit)
+    else:
+        optimizer.scaled_global_norm = norm
+        optimizer.unscale_and_clip_grads = lambda gradients, total: clip_grads(gradients, total, limit)
+
+
+class ZeroSharding(Sharding):
+    """The optimizer's memory, and from stage 3 on the weights, are DeepSpeed's to give and take."""
+
+    def own_optimizer(self, groups: list[dict], betas: tuple[float, float], eps: float) -> Optimizer | None:
+        if not self.strategy.offload:
+            return None
+        return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, lr=1.0, betas=betas, eps=eps, adamw_mode=True)
+
+    def clip(self, parameters: list[nn.Parameter], limit: float) -> None:
+        """DeepSpeed does it within its step."""
+
+    def weights(self, parameters: Parameters) -> dict[str, LazyTensor]:
+        if not self.weights_in_pieces:
+            return super().weights(parameters)
+        return {
+            name: LazyTensor(tuple(p.ds_shape), torch.float32, partial(full_weight, p))
+            for name, p in parameters.items()
+        }
+
+    def memory(self, optimizer, parameters: Parameters) -> tuple[dict[str, LazyTensor], dict[str, dict]]:
+        flat = flat_parameters(optimizer)[0]
+        if flat not in optimizer.optimizer.state:
+            return {}, {}
+        self.link(optimizer)
+        count = torch.tensor(float(optimizer.optimizer.state[flat]["step"]))
+        tensors = {}
+        for name, p in parameters.items():
+            tensors[f"{name}/step"] = lazy_tensor(count)
+            shape = tuple(p.ds_shape) if self.weights_in_pieces else tuple(p.shape)
+            for key in MOMENTS:
+                tensors[f"{name}/{key}"] = LazyTensor(shape, torch.float32, partial(full_moment, p, key))
+        return tensors, {}
+
+    def link(self, optimizer) -> None:
+        """Tell parameters where their moments are. DeepSpeed does so after its first step, of the first group of parameters, when
+        those of the others are not yet there."""
+        if not self.weights_in_pieces:
+            optimizer._hp_optimizer_states_linked = False
+            optimizer._lazy_init_hp_params_optimizer_state()
+
+    def remember(self, optimizer, parameters: Parameters, tensors, others) -> None:
+        if not tensors:
+            return
+        count = next(tensor for name, tensor in tensors.items() if name.endswith("/step"))
+        for flat in flat_parameters(optimizer):
+            moments = {key: torch.zeros_like(flat) for key in MOMENTS}
+            optimizer.optimizer.state[flat] = {
+                "step": int(count) if self.strategy.offload else count.clone(),
+                **moments,
+            }
+        self.link(optimizer)
+        for name, p in parameters.items():
+            for key in MOMENTS:
+                value = tensors[f"{name}/{key}"].to(flat.device)
+                if self.weights_in_pieces:
+                    safe_set_local_optimizer_state(p, part_of(p, value), key)
+                else:
+                    safe_set_full_optimizer_state(p, value, key)
+
+
+def flat_parameters(optimizer) -> list[Tensor]:
+    """What DeepSpeed's optimizer has made of the parameters of this process."""
+    third = hasattr(optimizer, "fp32_partitioned_groups_flat")
+    return optimizer.fp32_partitioned_groups_flat if third else optimizer.single_partition_of_fp32_groups
+
+
+def full_weight(parameter: nn.Parameter) -> Tensor:
+    return safe_get_full_fp32_param(parameter)
+
+
+def full_moment(parameter: nn.Parameter, key: str) -> Tensor:
+    return safe_get_full_optimizer_state(parameter, key)
+
+
+def part_of(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """This process's share of a whole tensor, as stage 3 cuts: equal parts, the last one filled up. (DeepSpeed's own way to set
+    a whole one fails where there is something to fill up.)"""
+    size = parameter.ds_tensor.ds_numel
+    mine = value.flatten()[dist.get_rank() * size :][:size]
+    return torch.nn.functional.pad(mine, (0, size - mine.numel()))

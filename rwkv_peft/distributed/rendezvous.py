@@ -1,0 +1,176 @@
+"""Before a training on several machines: do all its processes have the same? What the first one has decided, the others hear.
+
+They meet in a store of torch's at MASTER_ADDR, which is closed again before the training itself meets there (reach.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch.distributed import PrefixStore, Store
+
+from rwkv_peft.common.errors import SettingError, SettingErrors, UserError
+from rwkv_peft.common.paths import PACKAGE
+
+from .connect import find_store, in_time, open_store
+from .launch import ProcessInfo
+
+REACH, PATIENCE = 120.0, 900.0  # seconds to find the first node; to wait for what another does before it begins
+LOOK = 0.2  # seconds between two looks
+# settings that may differ: where things lie on a machine, and how it is reached; files are compared by what is in them
+OWN = {
+    "NODE_RANK", "MASTER_ADDR", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "MODEL_PATH", "DATA_PATH", "VAL_DATA",
+    "NUM_WORKERS", "EMB_ON_CPU",
+}  # fmt: skip
+
+
+class Rendezvous:
+    """me: the number of this party of `count`; 0 is the first. called: what to call another; how: to start one."""
+
+    def __init__(self, store: Store, me: int, count: int, called: str, say: Callable[[str], None], how: str = ""):
+        self.store, self.me, self.count, self.called, self.say, self.how = store, me, count, called, say, how
+        self.lost = False  # the first one does not answer any more
+
+    def ask(self, does: str, *what: Any) -> Any:
+        """What the store of the first one answers. UserError if it does not."""
+        try:
+            return in_time(lambda: getattr(self.store, does)(*what), REACH)
+        except TimeoutError:
+            words = (
+                f"The first process has not answered for {REACH:.0f} seconds: it, or the network to it, stands still."
+            )
+        except RuntimeError as error:
+            words = f"The first process has ended before all could begin ({str(error).partition(chr(10))[0]})."
+        self.lost = True
+        raise UserError(words)
+
+    def tell(self, key: str, value: Any) -> None:
+        self.ask("set", key, json.dumps(value))
+
+    def hear(self, key: str, of: int = 0) -> Any:
+        """What another has told, or will. UserError if it cannot any more."""
+        began, told = time.monotonic(), False
+        while not self.ask("check", [key]):
+            if self.ask("check", ["failed"]):
+                raise UserError(f"Another process could not begin: {json.loads(self.ask('get', 'failed'))}")
+            waited = time.monotonic() - began
+            if waited > PATIENCE:
+                raise UserError(
+                    f"{self.called} {of} has not come within {PATIENCE / 60:.0f} minutes. Is it running there?"
+                )
+            if waited > REACH / 20 and not told:
+                self.say(f"waiting for {self.called} {of}{self.how.format(of)}")
+                told = True
+            time.sleep(LOOK)
+        return json.loads(self.ask("get", key))
+
+    def enter(self, patience: float, where: str) -> None:
+        """Take part. Problems if this is not the meeting of this one's training. patience: seconds for the first to say so."""
+        if self.me == 0:
+            self.tell("count", self.count)
+        began = time.monotonic()
+        while not self.ask("check", ["count"]):
+            if time.monotonic() - began > patience:
+                words = (
+                    f"is used by another training at {where}, not by node 0 of this one before it begins. If that is node 0, "
+                    "which trains already, stop all nodes and start them again; else take another number, on all nodes"
+                )
+                raise SettingErrors(SettingError("MASTER_PORT", words))
+            time.sleep(LOOK)
+        count = json.loads(self.ask("get", "count"))
+        if self.me >= count:
+            name = "NNODES" if self.called == "node" else "GPU_COUNT"
+            words = f"makes {self.count} {self.called}s here, and {count} on {self.called} 0, which waits for no further one"
+            raise SettingErrors(SettingError(name, f"{words}; all need the same"))
+        if self.ask("add", f"here/{self.me}", 1) > 1:
+            words = f"is {self.me} on two nodes; it counts them, from 0"
+            raise SettingErrors(
+                SettingError("NODE_RANK", f"{words}. (If this one has started again, start node 0 again, too.)")
+            )
+
+    def compare(self, mine: Mapping[str, Any]) -> None:
+        """Problems with all that differs from what the first process has. To be called by all."""
+        self.tell(f"facts/{self.me}", mine)
+        if self.me == 0:
+            found = []
+            for other in range(1, self.count):
+                theirs = self.hear(f"facts/{other}", other)
+                for name in (name for name in mine if differ(name, theirs.get(name), mine[name])):
+                    values = f"{shown(theirs.get(name))} on {self.called} {other}, and {shown(mine[name])} on {self.called} 0"
+                    found.append([name, f"is {values}; all need the same"])
+            self.tell("differences", found)
+        if differences := self.hear("differences"):
+            raise SettingErrors(*(SettingError(name, message) for name, message in differences))
+
+    def part(self) -> None:
+        """Leave; the first one when all others have, since the store is its."""
+        self.ask("add", "gone", 1)
+        deadline = time.monotonic() + REACH
+        while self.me == 0 and self.ask("add", "gone", 0) < self.count and time.monotonic() < deadline:
+            time.sleep(LOOK / 10)
+        del self.store
+
+
+@contextlib.contextmanager
+def open_rendezvous(
+    place: ProcessInfo, processes: int, address: str, port: int, say: Callable[[str], None]
+) -> Iterator[Rendezvous]:
+    """With the other parties of a training: all of its processes if somebody else has started them, else one of each node.
+    processes: of the whole training. UserError if they cannot be reached."""
+    me, count = (place.rank, processes) if place.starter else (place.node, place.nodes)
+    called = "process" if place.starter else "node"
+    hosts = me == 0 and place.starter != "torchrun"  # which has a store of its own
+    where = f"{address}, port {port}"
+    if hosts:
+        store = open_store(address, port, REACH)
+    else:
+        store = find_store(address, port, REACH, lambda: say(f"waiting for {called} 0 at {where}"))
+    how = f" at {where}: NODE_RANK={{}} ./training.sh there" if called == "node" else ""
+    met = Rendezvous(PrefixStore("rwkv-peft", store), me, count, called, say, how)
+    # (a store of torchrun's is there before the first process is)
+    met.enter(PATIENCE if place.starter == "torchrun" else REACH / 4, where)
+    try:
+        yield met
+    except (SettingErrors, UserError, OSError, MemoryError, ImportError, KeyboardInterrupt) as error:
+        with contextlib.suppress(UserError):
+            if not met.lost:
+                met.tell("failed", "it was stopped by Ctrl-C" if isinstance(error, KeyboardInterrupt) else str(error))
+                time.sleep(5 * LOOK)  # so that they hear it before the store is gone
+        raise
+    met.part()
+
+
+def differ(name: str, theirs: Any, mine: Any) -> bool:
+    """Whether two processes cannot train together. (A run without a name is called as the first process says.)"""
+    return theirs != mine and not (name == "RUN_NAME" and "" in (theirs, mine))
+
+
+def shown(value: Any) -> str:
+    text = str(value)
+    return (text if len(text) < 60 else f"{text[:20]}...{hashlib.sha256(text.encode()).hexdigest()[:8]}") or '""'
+
+
+def facts_of(settings: Mapping[str, Any], base: str, data: Any, state: Any) -> dict[str, Any]:
+    """What all processes must have alike, by the variable to look at, or another name. base: the sha256 of its file. data: what
+    identifies the data. state: the same of the saved state that the run goes on from."""
+    import pytorch_lightning
+    import torch
+
+    digest = hashlib.sha256()
+    for file in sorted(PACKAGE.rglob("*.py")):
+        digest.update(file.relative_to(PACKAGE).as_posix().encode() + file.read_bytes())
+    versions = f"torch {torch.__version__.partition('+')[0]}, lightning {pytorch_lightning.__version__}"
+    return {
+        "the kit's code": digest.hexdigest()[:12],
+        "versions": f"{versions}, Python {'.'.join(platform.python_version_tuple()[:2])}",
+        **{name: value for name, value in settings.items() if name not in OWN},
+        "MODEL_PATH": f"a file of sha256 {base[:12]}",
+        "DATA_PATH": hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12],
+        "the state": hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:12],
+    }

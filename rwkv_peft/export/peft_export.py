@@ -1,0 +1,23 @@
+"""An adapter folder as the peft package saves it: adapter_config.json and adapter_model.safetensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rwkv_peft.checkpoint import safetensors_io
+from rwkv_peft.common.atomic_io import make_folder, own_folder, write_json
+
+
+def write(target: Path, config: dict, tensors: Mapping[str, Tensor]) -> None:
+    """config: of adapter_config.json. tensors: by peft's names, written in float32. The configuration comes last: peft takes a
+    folder without one for none of its own."""
+    make_folder(target.parent)
+    own_folder(target)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    weights = target / "adapter_model.safetensors"
+    safetensors_io.write(weights, shapes, torch.float32, lambda name: [tensors[name].float()])
+    write_json(target / "adapter_config.json", config)

@@ -1,0 +1,100 @@
+"""Text from a model, one token at a time: state in, state out."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from rwkv_peft.common.errors import UserError
+from rwkv_peft.text.roles import Role
+from rwkv_peft.text.template import Message, Template
+from rwkv_peft.text.tokenizer import END_OF_DOC, VOCAB_SIZE, Utf8Stream, encode
+
+COLDEST = 1e-4  # below this, the likeliest token has all of the share
+PREFILL = 512  # tokens of a prompt that go through at once
+
+
+@torch.no_grad()  # (not inference_mode: what layers keep for later calls may be wanted by a training)
+def advance(model, ids: Sequence[int], state=None):
+    """Feed tokens; returns the logits after the last one, float32 [V], and the state."""
+    rows, device = model.geometry.vocab_size, model.ln_out.weight.device
+    if max(ids) >= rows:
+        raise UserError(f"The model's vocabulary ends at {rows - 1}, but the text needs token {max(ids)}.")
+    x = None
+    for begin in range(0, len(ids), PREFILL):
+        piece = torch.tensor([ids[begin : begin + PREFILL]], device=device)
+        x, state = model.features(piece, state)
+    # rows behind the vocabulary stand for nothing
+    return model.head(x[0, -1]).float()[:VOCAB_SIZE], state
+
+
+def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator, top_k: int = 0) -> int:
+    """The next token. temperature 0: the likeliest. top_k: only so many of the likeliest (0: all); then top_p: of those, only
+    the likeliest that together have this share."""
+    if not bool(torch.isfinite(logits).all()):
+        raise UserError("The model's answer is not a number: its weights hold NaN or infinity. Take an earlier epoch.")
+    if temperature < COLDEST:
+        return int(logits.argmax())
+    shares, order = torch.softmax(logits.cpu().double() / temperature, -1).sort(descending=True, stable=True)
+    if top_k:
+        shares = shares[:top_k] / shares[:top_k].sum()
+    keep = shares.cumsum(-1) - shares < top_p  # the first one always stays
+    keep[0] = True
+    shares = shares * keep
+    return int(order[torch.multinomial(shares, 1, generator=generator)])
+
+
+def generate(
+    model,
+    logits: Tensor,
+    state,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    stops: Sequence[str],
+    stop_tokens: Collection[int] = (END_OF_DOC,),
+    top_k: int = 0,
+) -> Iterator[str]:
+    """Pieces of text until a stop token, a stop string or max_tokens; never half a character.
+
+    logits, state: after the prompt. stop_tokens: token 0, the end of the document, should be among them. Text that might be the
+    beginning of a stop string is held back until it is clear.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    stream, held = Utf8Stream(), ""
+    for i in range(max_tokens):
+        token = choose(logits, temperature, top_p, generator, top_k)
+        if token in stop_tokens:
+            break
+        held += stream.push(token)
+        found = [held.index(stop) for stop in stops if stop in held]
+        if found:
+            yield held[: min(found)]
+            return
+        ready = len(held) - longest_beginning(held, stops)
+        if ready:
+            yield held[:ready]
+            held = held[ready:]
+        if i + 1 < max_tokens:
+            logits, state = advance(model, [token], state)
+    if held:
+        yield held
+
+
+def likeliest_answer(
+    model, form: Template, question: str, most: int, stop_tokens: Collection[int] = (END_OF_DOC,), bos: bool = False
+) -> str:
+    """To a question that stands alone, of at most so many tokens. bos: token 0 comes first."""
+    ids = [END_OF_DOC] * bos + encode(form.prompt([Message(Role.USER, question)]))
+    said = generate(model, *advance(model, ids), most, 0.0, 1.0, 0, form.stops(), stop_tokens)
+    return form.opening + "".join(said)
+
+
+def longest_beginning(text: str, stops: Sequence[str]) -> int:
+    """How many characters at the end of text could be the beginning of a stop string."""
+    return max(
+        (n for stop in stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])), default=0
+    )

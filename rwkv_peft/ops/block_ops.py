@@ -1,0 +1,116 @@
+"""What stands around the recurrence in a block, as the formulas say it, for any device: the definition of what backends fuse.
+
+Shapes: T tokens of all sequences behind one another, S sequences, C channels, H heads, N head size (C = H * N).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .lowrank_merge import fold as fold
+
+READS = ()  # formats of weights that `linear` need not convert
+LOG_DECAY_SCALE = -0.6065306597126334  # -exp(-1/2): no token's decay is below exp of this
+EPS = 64e-5  # of the norm behind the recurrence: 1e-5 * 8**2, as the base models were trained
+
+
+def decode_step(model) -> None:
+    """What takes the place of a model's blocks where a single token goes through them; None: there is nothing better."""
+
+
+class Where(Protocol):
+    """Where sequences lie among T tokens: their borders [S + 1], as integers and as int64 on the host, and the first token of
+    each, [S], where the tokens lie."""
+
+    cu_seqlens: tuple[int, ...]
+    host: Tensor
+    first: Tensor
+
+
+def token_shift(x: Tensor, before: Tensor, where: Where) -> Tensor:
+    """What stood one token earlier: x [T, C] moved by one, and at each sequence's first token what was carried in, [S, C]."""
+    return F.pad(x[:-1], (0, 0, 1, 0)).index_copy(0, where.first, before.to(x.dtype))
+
+
+def token_shift_mix(x: Tensor, before: Tensor, shares: Sequence[Tensor], where: Where) -> list[Tensor]:
+    """x + (token_shift(x) - x) * share for each share [C]: what the layers of a block read."""
+    change = token_shift(x, before, where) - x
+    return [torch.addcmul(x, change, share) for share in shares]
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps=1e-5)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., in] times weight [out, in] of any dtype, in the dtype of x."""
+    return F.linear(x, weight.to(x.dtype))
+
+
+def square_relu(x: Tensor) -> Tensor:
+    return torch.relu(x) ** 2
+
+
+class Wkv7Inputs(NamedTuple):
+    """What RWKV-7's layers give to the recurrence, [T, C] each: w, a and mix before their sigmoid. mix, v_first: None in the
+    first layer."""
+
+    r: Tensor
+    w: Tensor
+    k: Tensor
+    v: Tensor
+    a: Tensor
+    g: Tensor
+    mix: Tensor | None
+    v_first: Tensor | None
+
+
+class Wkv7Params(NamedTuple):
+    """The parameters of RWKV-7 around the recurrence: [C] each, in the dtype of the gates."""
+
+    k_k: Tensor
+    k_a: Tensor
+    r_k: Tensor
+    weight: Tensor  # of ln_x
+    bias: Tensor
+
+
+def wkv7_block(
+    wkv: Callable, x: Wkv7Inputs, own: Wkv7Params, s0: Tensor, where: Where, heads: int
+) -> tuple[Tensor, Tensor]:
+    """From what the layers give to what the output layer reads, [T, C], and the state behind each sequence.
+
+    wkv: of a backend. s0: [S, H, N, N].
+    """
+    T, C = x.r.shape
+    in_heads = lambda z: z.view(T, heads, C // heads)  # noqa: E731
+    # the logarithm of the decay, in the state's precision: near 1 a bfloat16 decay has only a few values
+    w = LOG_DECAY_SCALE * torch.sigmoid(x.w.to(s0.dtype))
+    v = x.v if x.mix is None else x.v + (x.v_first - x.v) * torch.sigmoid(x.mix)
+    a = torch.sigmoid(x.a)  # how much of the old value is replaced
+    kk = F.normalize(in_heads(x.k * own.k_k), dim=-1, eps=1e-12)
+    k = x.k * (1 + (a - 1) * own.k_a)
+    inputs = (in_heads(z)[None] for z in (x.r, w, k, v, -kk, kk * in_heads(a)))
+    y, s = wkv(*inputs, s0, where.cu_seqlens)
+    y = F.group_norm(y.reshape(T, C), heads, own.weight, own.bias, EPS)
+    bonus = in_heads(x.r * k * own.r_k).sum(-1, keepdim=True)
+    y = y + (bonus * in_heads(v)).view(T, C)
+    return y * x.g, s
+
+
+def cross_entropy_grad(logits: Tensor, targets: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
+    """Sum over rows of -log softmax(logits)[target], at least float32, and if wanted, d sum / d logits in the dtype of logits,
+    which may take their place. logits: [R, V]; targets: int64 [R]."""
+    dtype, target = logits.dtype, targets[:, None]
+    logits = logits.to(torch.promote_types(dtype, torch.float32))
+    log_sum = logits.logsumexp(-1, keepdim=True)
+    loss = (log_sum - logits.gather(-1, target)).sum()
+    if not wanted:
+        return loss, None
+    probabilities = logits.sub_(log_sum).exp_()
+    return loss, probabilities.scatter_add_(-1, target, torch.full_like(log_sum, -1.0)).to(dtype)

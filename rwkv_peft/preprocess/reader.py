@@ -1,0 +1,243 @@
+"""What readers of all formats share: blocks of rows, the bytes of a file whether packed or not, and what is wrong with rows."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import os
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from rwkv_peft.common.errors import UserError, pip_command
+from rwkv_peft.common.formatting import plural
+from rwkv_peft.common.paths import display_path
+
+from . import encodings
+from .schemas import Row, RowError
+
+BLOCK = 1 << 18  # bytes of lines that are worked on at once; larger ones fall out of the processor's cache
+HEAD = 1 << 16  # bytes that are read from the disk at once, and that a format may be told by
+FED = 1 << 9  # bytes of a packed file that are unpacked at once: zstd makes up to 32,000 times as many of them
+LINE_LIMIT = 32 << 20  # bytes; a longer line is a file without line breaks, not a row
+ROWS = 512  # of a table that are worked on at once
+
+
+class Note(NamedTuple):
+    """What is to be said of a file as a whole. level: note or warning."""
+
+    level: str
+    file: str
+    words: str
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows behind one another. data: bytes of whole JSON lines, the first of which is line `first`; or a list of
+    (number, JSON bytes | row | RowError). read: bytes of the file up to here. held_out: they belong to NAME.valid."""
+
+    file: str
+    first: int
+    data: bytes | list[tuple[int, bytes | Row | RowError]]
+    read: int
+    held_out: bool = False
+    notes: tuple[Note, ...] = ()
+
+
+class Frames(io.RawIOBase):
+    """Frames of a packed file behind one another, as one stream. EOFError if the last one was cut off, which the library's
+    own stream passes over in silence."""
+
+    def __init__(self, raw: IO[bytes], begin: Callable):
+        """begin: makes an object that unpacks one frame."""
+        self.raw, self.begin, self.frame = raw, begin, None
+        self.packed = self.left = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target) -> int:
+        while not self.left:
+            self.packed = self.packed or memoryview(self.raw.read(HEAD))
+            if not self.packed:
+                if self.frame and not self.frame.eof:
+                    raise EOFError("the file ends inside a frame")
+                return 0
+            if self.frame is None or self.frame.eof:
+                self.frame = self.begin()
+            piece, self.packed = self.packed[:FED], self.packed[FED:]
+            self.left = memoryview(self.frame.decompress(piece))
+            if self.frame.eof and self.frame.unused_data:
+                self.packed = memoryview(self.frame.unused_data + bytes(self.packed))
+        size = min(len(target), len(self.left))
+        target[:size], self.left = self.left[:size], self.left[size:]
+        return size
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """The bytes of a file, unpacked, and the file itself."""
+    with contextlib.ExitStack() as open_files:
+        raw = open_files.enter_context(open(path, "rb", HEAD))
+        file = raw
+        packed = path.suffix.lower() if path.suffix.lower() in (".gz", ".zst") else packing(raw.peek(4))
+        if packed == ".gz":
+            file = open_files.enter_context(gzip.GzipFile(fileobj=raw))
+        elif packed == ".zst":
+            try:
+                import zstandard
+            except ImportError:
+                raise UserError(
+                    f"{display_path(path)}: reading .zst needs the package zstandard: {pip_command('zstandard')}"
+                ) from None
+            unpacker = zstandard.ZstdDecompressor()
+            file = open_files.enter_context(io.BufferedReader(Frames(raw, unpacker.decompressobj), HEAD))
+        try:
+            yield file, raw
+        except (EOFError, OSError, zlib.error) as error:
+            if isinstance(error, OSError) and error.errno is not None and not isinstance(error, gzip.BadGzipFile):
+                raise
+            raise UserError(f"{display_path(path)}: cannot be unpacked: {error}. It was cut off or damaged.") from None
+        except Exception as error:
+            if type(error).__name__ != "ZstdError":
+                raise
+            raise UserError(f"{display_path(path)}: cannot be unpacked: {error}. It was cut off or damaged.") from None
+
+
+@contextlib.contextmanager
+def unpacked(path: Path) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
+    """The text of a file, unpacked, as UTF-8 with \\n as line end, and a function that tells how many bytes of the file itself
+    have been read. UserError if it is no text, or in an encoding that cannot be told."""
+    with opened(path) as (file, raw):
+        found = encoding_of(path) if raw.seekable() else encoding_of_pipe(path, file)
+        if isinstance(found, encodings.Binary):
+            why = f"is {found.what}" if found.what else "holds bytes that no text has"
+            raise UserError(f"{display_path(path)}: is no text; it {why}.")
+        if isinstance(found, encodings.Unsure):
+            raise UserError(undecided(path, found))
+        file.read(found.skip)
+        text = io.BufferedReader(encodings.AsUtf8(file, found), HEAD)
+        yield text, raw.tell if raw.seekable() else lambda: 0  # a pipe has no position
+
+
+Found = encodings.Encoding | encodings.Unsure | encodings.Binary
+NO_TEXTS = (".parquet", ".arrow", ".feather", ".xlsx", ".xlsm", ".xlsb", ".xls", ".ods")
+# file -> ENCODING for it, what identifies its content, and what it is in. Reading a file twice, as tables and streams do, must
+# not mean looking for its encoding twice, which takes a pass over all of it where it is ASCII
+_settled: dict[str, tuple[str, tuple[int, int], Found]] = {}
+
+
+def settle(paths: Sequence[Path], wanted: str = "auto") -> dict[str, str]:
+    """Decide which encoding each file of text is read in. wanted: ENCODING of make_tokenize.sh.
+
+    Returns the names of the files that are not UTF-8, as shown, with their encodings. UserError with all files whose encoding
+    cannot be told.
+    """
+    others, refused = {}, []
+    for path in paths:
+        if path.suffix.lower() in NO_TEXTS or not path.is_file():
+            _settled[os.path.abspath(path)] = (wanted, (0, 0), encodings.Encoding())
+            continue
+        _settled.pop(os.path.abspath(path), None)
+        found = encoding_of(path, wanted)
+        if isinstance(found, encodings.Unsure):
+            refused.append(undecided(path, found))
+        elif isinstance(found, encodings.Encoding) and found.codec:
+            others[display_path(path)] = found.shown
+    if refused:
+        raise UserError("\n".join(refused))
+    return others
+
+
+def encoding_of(path: Path, wanted: str = "") -> Found:
+    """What a file is in; as `settle` has decided, if it has. wanted: a name that takes the place of looking."""
+    facts = path.stat()
+    name, stamp = os.path.abspath(path), (facts.st_size, facts.st_mtime_ns)
+    known = _settled.get(name)
+    if known and known[1] == stamp and wanted in ("", known[0]):
+        return known[2]
+    wanted = wanted or (known[0] if known else "auto")
+    with opened(path) as (file, _):
+        found = encodings.decide(file) if wanted == "auto" else encodings.of_name(wanted, file.peek(4)[:4])
+    _settled[name] = (wanted, stamp, found)
+    return found
+
+
+def encoding_of_pipe(path: Path, file: IO[bytes]) -> Found:
+    """What a pipe is in, from what has come of it so far; it cannot be read twice."""
+    known = _settled.get(os.path.abspath(path))
+    head = file.peek(HEAD)
+    if known and known[0] != "auto":
+        return encodings.of_name(known[0], head[:4])
+    return encodings.decide(io.BytesIO(head), whole=False)
+
+
+def undecided(path: Path, found: encodings.Unsure) -> str:
+    """What to say of a file whose encoding cannot be told."""
+    width = max(len(codec) for codec, _ in (*found.candidates, ("utf-8", "")))
+    rows = "\n".join(f"  --encoding {codec:{width}}   {sample}" for codec, sample in found.candidates)
+    return (
+        f"{display_path(path)}: is not UTF-8 ({plural(found.lines, 'line')} at least), and its encoding cannot be told for sure. "
+        "Add the option whose\ntext reads right, or set ENCODING in make_tokenize.sh:\n"
+        f"{rows}\n  --encoding {'utf-8':{width}}   leaves out the rows that are not UTF-8\n"
+        "Or save the file as UTF-8 (in an editor: Save as, encoding UTF-8)."
+    )
+
+
+def packing(begins: bytes) -> str:
+    """.gz or .zst by the first bytes of a file, or ""."""
+    if begins.startswith(b"\x1f\x8b"):
+        return ".gz"
+    return ".zst" if begins.startswith(b"\x28\xb5\x2f\xfd") or begins[1:4] == b"\x2a\x4d\x18" else ""
+
+
+def too_long(law: str) -> RowError:
+    return RowError("too long", f"is longer than {LINE_LIMIT >> 20} MB. {law}; split this one into several rows")
+
+
+def skip_line(file: IO[bytes]) -> None:
+    """Go to behind the next line break."""
+    while (rest := file.readline(LINE_LIMIT)) and not rest.endswith(b"\n"):
+        pass
+
+
+def not_utf8(data: bytes) -> RowError:
+    """What to say of a row that does not belong to the encoding of its file."""
+    if mark := encodings.MARK.search(data):
+        name = mark[1].decode("utf-8", "replace")
+        if name.startswith(encodings.UTF8_INSIDE):
+            rest = name.removeprefix(encodings.UTF8_INSIDE)
+            return RowError("not UTF-8", f"is UTF-8, but the file was read as {rest}. Save all of it in one encoding")
+        return RowError("not UTF-8", f"holds bytes that are not {name}, the encoding that the file was read in")
+    return RowError("not UTF-8", "is not valid UTF-8, the encoding of the file. Save this row as UTF-8, or take it out")
+
+
+def is_utf8(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def text_row(data: bytes) -> Row | RowError:
+    try:
+        return {"text": data.decode("utf-8")}
+    except UnicodeDecodeError:
+        return not_utf8(data)
+
+
+def grouped(path: Path, rows: Iterator[tuple[int, Row | RowError]], read: Callable[[], int]) -> Iterator[Block]:
+    """Single rows in blocks: as many as a table's, or about a block's bytes of text."""
+    found, size = [], 0
+    for number, row in rows:
+        found.append((number, row))
+        size += sum(len(v) for v in row.values() if v) if isinstance(row, dict) else 0
+        if len(found) >= ROWS or size >= BLOCK:
+            yield Block(display_path(path), found[0][0], found, read())
+            found, size = [], 0
+    if found:
+        yield Block(display_path(path), found[0][0], found, read())

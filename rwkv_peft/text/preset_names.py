@@ -1,0 +1,56 @@
+"""PROMPT_TYPE -> a template: the name of one of ours, or a JSON file of the user's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rwkv_peft.common.errors import SettingError, SettingErrors, UserError
+from rwkv_peft.common.formatting import did_you_mean
+from rwkv_peft.common.names import fault
+from rwkv_peft.common.paths import display_path, missing, resolve_path
+
+from . import template_file
+from .presets import BEFORE, PRESETS
+from .template import Template
+
+
+def template(name: str) -> Template:
+    """name: a preset, or file.json, or file.json:name where a file holds several. Problems if there is none."""
+    if name in PRESETS:
+        return PRESETS[name]
+    if wrong := fault(name):
+        raise SettingErrors(SettingError("PROMPT_TYPE", f"{wrong}; take another name"))
+    file, _, inner = name.rpartition(":") if ".json:" in name else (name, "", "")
+    if not file.endswith(".json"):
+        known = ", ".join(PRESETS)
+        raise SettingErrors(
+            SettingError("PROMPT_TYPE", f"must be one of {known}, auto, or a .json file{did_you_mean(name, PRESETS)}")
+        )
+    path = resolve_path(file, "data")
+    if not path.is_file():
+        raise SettingErrors(SettingError("PROMPT_TYPE", f"{display_path(path)}: {missing(path)}"))
+    return template_file.load(path, inner)
+
+
+def recorded_name(record: Mapping[str, Any], key: str = "prompt_type") -> str:
+    """What a recorded template is called now: older versions have meant another by the same name. "" where none is recorded."""
+    name = str(record.get(key) or "")
+    return name if record.get("template") is not None else BEFORE.get(name, name)
+
+
+def recorded(record: Mapping[str, Any], where: str, key: str = "prompt_type") -> Template | None:
+    """The template that a sidecar or NAME.report.json tells of, None where it tells none. Its content ("template") counts, and
+    its name only where an older version of this kit has written no content.
+
+    where: how to call the file in an error. key: what it calls the name. Problems or UserError for one that cannot be used.
+    """
+    content, name = record.get("template"), recorded_name(record, key)
+    if content is not None:
+        try:
+            return Template.from_dict(content)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{where}: its template {error}. Was the file edited, or made by a newer version?"
+            ) from None
+    return template(name) if name else None

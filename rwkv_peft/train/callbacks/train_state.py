@@ -1,0 +1,183 @@
+"""Exact resume, for Lightning: what a running trainer keeps in a snapshot, and how a new one goes on from there as if it had
+never stopped.
+
+A snapshot is always of a moment between two optimizer steps: a run that is stopped between the micro-batches of a step does that
+step again. Where it lies in the data follows from the number of the step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+from rwkv_peft.checkpoint import train_state
+from rwkv_peft.checkpoint.lazy_tensors import LazyTensors
+from rwkv_peft.checkpoint.train_state import TrainState
+from rwkv_peft.common.errors import UserError, in_words
+from rwkv_peft.common.file_watch import FileChanged
+from rwkv_peft.distributed.sharding import gather_to_main, lazy_tensor
+
+Names = Callable[[], Mapping[str, nn.Parameter]]
+
+
+class ResumeCallback(pl.Callback):
+    """Puts a trainer where a snapshot was taken. To be the first callback: others look where it stands.
+
+    names: () -> the trained parameters, under their names in files. epoch_steps, accumulate: optimizer steps of an epoch, and
+    micro-batches of a step. micro_batches: of an epoch, None for a stream. loaded: is called when nothing
+    more is read of the snapshot.
+    """
+
+    def __init__(
+        self,
+        begin: TrainState,
+        names: Names,
+        epoch_steps: int,
+        accumulate: int,
+        micro_batches: int | None,
+        loaded: Callable[[], None] = lambda: None,
+    ):
+        self.begin, self.names, self.micro_batches, self.loaded = begin, names, micro_batches, loaded
+        self.epoch, step = divmod(begin.step, epoch_steps)
+        self.first = step * accumulate  # micro-batch of the epoch
+
+    def on_train_start(self, trainer, module) -> None:
+        step = self.begin.step
+        if trainer.strategy.broadcast(step) != step:
+            raise UserError(f"process {trainer.global_rank} found another saved state than the first process did.")
+        loops = trainer.fit_loop
+        for progress in (loops.epoch_progress.total, loops.epoch_progress.current):
+            progress.ready = progress.started = progress.processed = progress.completed = self.epoch
+        done = loops.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
+        done.ready = done.completed = step
+        [optimizer], [schedule] = trainer.optimizers, trainer.lr_scheduler_configs
+        with train_state.fitting(self.begin):
+            memory = self.begin.tensors("optimizer"), self.begin.facts["optimizer"]
+            module.spread.remember(optimizer, self.names(), *memory)
+            self.restore_random(trainer)
+        schedule.scheduler.last_epoch = step
+        for group, factor in zip(optimizer.param_groups, schedule.scheduler.base_lrs, strict=True):
+            group["lr"] = factor * module.rate_of(step)
+        if scaler := getattr(trainer.precision_plugin, "scaler", None):
+            with train_state.fitting(self.begin):
+                scaler.load_state_dict(self.begin.facts["scaler"])
+
+    def restore_random(self, trainer) -> None:
+        """The random numbers of this process go on as they were."""
+        of_rank = {
+            name.partition("/")[2]: tensor
+            for name, tensor in self.begin.tensors("random").items()
+            if name.startswith(f"{trainer.global_rank}/")
+        }
+        if of_rank:  # (else there were fewer processes: it draws anew)
+            train_state.set_random_state(of_rank, trainer.strategy.root_device)
+        self.loaded()
+
+    def on_train_epoch_start(self, trainer, module) -> None:
+        if (
+            self.micro_batches is not None
+        ):  # Lightning counts the batches of an epoch from 0, wherever the loader begins
+            left = self.first if trainer.current_epoch == self.epoch else 0
+            trainer.fit_loop.max_batches = self.micro_batches - left
+
+
+class TrainStateCallback(pl.Callback):
+    """Saves a snapshot every so many optimizer steps, and when `save` is called. To be the last callback.
+
+    write: from parts and facts to a snapshot on the disk; None for a run that saves none. names: see GoOn. every: 0 for never by
+    itself. epoch_steps: optimizer steps of an epoch. say: is told where one cannot be written, on a full disk: training goes on
+    without it. saved: the step of the one that it goes on from. beside: is called by all processes after one of `every`,
+    and again where a run goes on from it: it may have been killed between the two. paused: is told how many seconds both took.
+    unchanged: called by all before and after one is written; raises where a file of the run has changed.
+    """
+
+    def __init__(
+        self,
+        write: Callable[[Mapping[str, LazyTensors], dict], None] | None,
+        names: Names,
+        every: int,
+        epoch_steps: int,
+        say: Callable[[str], None],
+        saved: int = -1,
+    ):
+        self.write, self.names, self.every, self.epoch_steps, self.say = write, names, every, epoch_steps, say
+        self.step, self.saved = 0, saved
+        self.beside: Callable[[pl.Trainer, pl.LightningModule], None] = lambda trainer, module: None
+        self.paused: Callable[[float], None] = lambda seconds: None
+        self.unchanged: Callable[[pl.Trainer], None] = lambda trainer: None
+
+    def on_train_start(self, trainer, module) -> None:
+        self.look(trainer)
+        if self.write is not None and self.every and self.step and self.step % self.every == 0:
+            self.beside(trainer, module)
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step == self.step:
+            return
+        self.look(trainer)
+        # (not where an epoch ends: its checkpoint comes first, or a run that goes on from here would never write it)
+        if self.every and self.step % self.every == 0 and self.step % self.epoch_steps:
+            self.save_step(trainer, module)
+
+    def on_train_epoch_end(self, trainer, module) -> None:
+        if self.every and self.step and self.step % self.every == 0:
+            self.save_step(trainer, module)
+
+    def save_step(self, trainer, module) -> None:
+        if self.write is not None:
+            began = time.monotonic()
+            self.save(trainer)
+            self.beside(trainer, module)
+            self.paused(time.monotonic() - began)
+
+    def look(self, trainer) -> None:
+        """Note what changes between here and the next step."""
+        self.step = trainer.global_step
+        self.random = train_state.random_state(trainer.strategy.root_device)
+
+    def save(self, trainer) -> None:
+        """Of the last optimizer step that is done. To be called by all processes."""
+        if self.write is None or (self.exact and trainer.world_size == 1):
+            return
+        self.unchanged(trainer)
+        random = {f"{trainer.global_rank}/{name}": state for name, state in self.random.items()}
+        if trainer.world_size > 1:
+            everyone: list[dict] = [{} for _ in range(trainer.world_size)]
+            torch.distributed.all_gather_object(everyone, random)
+            random = {name: state for one in everyone for name, state in one.items()}
+        spread = trainer.lightning_module.spread
+        spread.settle(trainer.lightning_module.model)
+        names = self.names()
+        memory, others = spread.memory(trainer.optimizers[0], names)
+        parts = {
+            "weights": spread.weights(names),
+            "optimizer": memory,
+            "random": {n: lazy_tensor(t) for n, t in random.items()},
+        }
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        facts = {"step": self.step, "optimizer": others, "scaler": scaler.state_dict() if scaler else None}
+        with gather_to_main(
+            parts, spread.memory_in_pieces, trainer.is_global_zero, trainer.strategy.root_device
+        ) as ready:
+            try:
+                if ready:
+                    self.write(ready, facts)
+                    self.saved = self.step
+            except FileChanged:  # in the last moment: told with all the others
+                pass
+            except (OSError, UserError) as error:
+                self.say(
+                    f"warning   the state of step {self.step} could not be saved; training goes on. {in_words(error)}"
+                )
+        self.unchanged(trainer)
+        if trainer.world_size > 1:
+            trainer.strategy.barrier()
+
+    @property
+    def exact(self) -> bool:
+        """Whether a run that stops now can go on as if it had not."""
+        return self.saved == self.step

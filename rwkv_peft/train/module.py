@@ -1,0 +1,107 @@
+"""The training step, for Lightning: sum of the cross entropy of trained targets, divided by their number in the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from rwkv_peft.data.dataset import Batch
+from rwkv_peft.distributed.sharding import Given, Sharding
+
+from .infctx import chunked_loss
+from .lr_schedule import learning_rate
+from .optim import optimizer_of
+
+
+class TrainingModule(pl.LightningModule):
+    """model: an RWKV. groups: () -> the optimizer's parameter groups. steps: optimizer steps of the whole run. spread: over the
+    processes.
+
+    chunk_ctx: tokens that go through at once (infctx), None for all of a micro-batch. infctx_grad: see training/infctx.
+    optim: a key of methods.OPTIMS.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Callable[[], list[dict]],
+        steps: int,
+        spread: Sharding,
+        lr_schedule: str,
+        lr_init: float,
+        lr_final: float,
+        warmup_steps: int,
+        betas: tuple[float, float],
+        adam_eps: float,
+        grad_clip: float,
+        chunk_ctx: int | None = None,
+        infctx_grad: str = "detach",
+        optim: str = "adamw",
+    ):
+        super().__init__()
+        self.model, self.groups, self.steps, self.spread = model, groups, steps, spread
+        self.rate = (lr_schedule, lr_init, lr_final, warmup_steps)
+        self.betas, self.adam_eps, self.grad_clip = betas, adam_eps, grad_clip
+        self.chunk_ctx, self.infctx_grad, self.optim = chunk_ctx, infctx_grad, optim
+        self.shares: list[Tensor] = []  # of the step's loss so far, one of each micro-batch of this process
+        self.grad_norm: Tensor | None = None
+        # makes the parameters whose names begin so, where that was left until they are cut into pieces
+        self.settle: Callable[[str], None] = lambda prefix: None
+        self.given: Given = lambda name: False  # (nothing was said of the model's file)
+        self.skipped = False  # the step changes nothing: its gradient is no number
+
+    def training_step(self, batch: Batch, _index: int) -> Tensor:
+        loss = self.summed_loss(batch) / max(batch.step_targets, 1)
+        self.shares.append(loss.detach())
+        # Lightning divides by the number of accumulated batches and averages over ranks; the division is already done
+        return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+
+    def validation_step(self, batch: Batch) -> Tensor:
+        return self.summed_loss(batch)
+
+    def summed_loss(self, batch: Batch) -> Tensor:
+        """The sum of the cross entropies of a micro-batch's targets."""
+        if self.chunk_ctx:
+            where = batch.ids, batch.cu_seqlens, batch.positions, batch.targets
+            return chunked_loss(self.model, *where, self.chunk_ctx, self.infctx_grad)
+        x, _ = self.model.features(batch.ids, cu_seqlens=batch.cu_seqlens, carry=False)
+        rows = x[0].index_select(0, batch.positions)
+        return self.model.ops.cross_entropy(rows, self.model.head_weight(), batch.targets)
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = self.spread.clip(parameters, self.grad_clip)
+        if norm is None:  # the strategy clips, and leaves steps out, by itself
+            return
+        self.grad_norm = norm
+        # (float16 has a scale of its own, which finds such steps, leaves them out and shrinks until there are none)
+        self.skipped = self.model.dtype != torch.float16 and not bool(torch.isfinite(self.grad_norm))
+        if self.skipped:
+            for parameter in parameters:  # optimizers pass over what has none: weights and moments stay as they are
+                parameter.grad = None
+
+    def configure_optimizers(self):
+        fused = self.model.dtype != torch.float16
+        optimizer = optimizer_of(self.spread, self.optim, self.groups(), self.betas, self.adam_eps, fused)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": LambdaLR(optimizer, self.rate_of), "interval": "step"},
+        }
+
+    def rate_of(self, step: int) -> float:
+        """The learning rate of optimizer step `step`, from 0."""
+        name, first, last, warmup = self.rate
+        return learning_rate(step, self.steps, name, first, last, warmup)
+
+    def transfer_batch_to_device(self, batch: Batch, device, _index: int) -> Batch:
+        def move(x: Tensor) -> Tensor:
+            pinned = x.pin_memory() if torch.device(device).type == "cuda" else x  # else the host waits for it
+            return pinned.to(device, non_blocking=True)
+
+        ids = batch.ids if self.model.emb.on_host else move(batch.ids)
+        return replace(batch, ids=ids, positions=move(batch.positions), targets=move(batch.targets))
