@@ -25,6 +25,6 @@ fi
 echo "== what the kernels compute"
 "$python" -c 'from rwkv_peft.train.selftest import selftest; selftest()' || echo "the self-test FAILED"
 echo "== the tests that need a GPU"
-timeout 150 "$python" -m pytest -q -m gpu tests/test_gpu.py -p no:cacheprovider || echo "the tests FAILED, or there is no pytest"
+timeout 150 "$python" -m pytest -q -m gpu tests/ops/test_gpu.py -p no:cacheprovider || echo "the tests FAILED, or there is no pytest"
 echo "== times"
 "$python" bench/gpu.py --minutes "$minutes" ${json:+--json "$json"}

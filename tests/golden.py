@@ -27,8 +27,8 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import tiny  # noqa: E402
 import torch  # noqa: E402
+from helpers import tiny  # noqa: E402
 
 FAST = {
     "MODEL_PATH": "v7.pth", "DATA_PATH": "chat", "PRECISION": "fp32", "EPOCH_COUNT": "2", "lora_r": "4", "lora_alpha": "8",

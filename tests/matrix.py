@@ -40,11 +40,12 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import numpy as np
-import tiny
 import torch
 import torch.nn.functional as F
-from inprocess import FAST
-from test_scripts import ROOT, shell_values
+from helpers import tiny
+from helpers.kit import ROOT
+from helpers.scripts import shell_values
+from helpers.training import FAST
 from torch import Tensor
 
 from rwkv_peft.adapters import inject
@@ -614,7 +615,7 @@ def docs() -> str:
     total, living = len(answers()), len(accepted())
     lines = [
         "# What goes with what", "",
-        "Made by `python tests/matrix.py --docs` from the tables of the code; `tests/test_matrix.py` checks that it is up to",
+        "Made by `python tests/matrix.py --docs` from the tables of the code; `tests/kit/test_matrix.py` checks that it is up to",
         "date. A cell is a value of every axis below. "
         f"Of {total:,} cells, `training.sh` accepts {living:,} and refuses the others",
         "before anything is loaded, each with the sentence that stands here.", "",

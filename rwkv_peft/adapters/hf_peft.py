@@ -3,7 +3,7 @@
 FINETUNE_MODE=peft trains what the JSON file of PEFT_CONFIG says, {"peft_type": "LOHA", "r": 8, "alpha": 16}. Which layers are
 adapted is said in training.sh as for every other method, so nothing in that file may say it too. Only methods for which
 the law of adapters was seen to hold are let in: a fresh adapter changes nothing, every trained tensor gets a gradient, and
-what peft merges does what its layer did. tests/test_methods.py goes through the table.
+what peft merges does what its layer did. tests/adapters/test_layers.py goes through the table.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 `schemas.Reader.read` and `Template.render` are the definition; this gives what they give together, or None where a row has
 more to it (tools, thoughts, weights, second texts, suspicious letters) and must go the long way. Binding test:
-tests/test_rows.py.
+tests/preprocess/test_encode.py.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Ids 1..65529 are in the vocabulary file that the `rwkv` package carries; 0 ends a document and has no bytes;
 65530..65535 are reserved. Encoding is done by pyrwkv-tokenizer where it is installed, else by the Python trie below;
-both give the same ids (tests/test_tokenizer.py).
+both give the same ids (tests/text/test_tokenizer.py).
 """
 
 from __future__ import annotations

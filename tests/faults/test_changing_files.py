@@ -20,11 +20,11 @@ from pathlib import Path
 
 import pytest
 import pytorch_lightning  # noqa: F401 (once, for all that are forked)
-import tiny
 import torch
-from conftest import few
-from inprocess import FAST, config, tokenize
-from test_scripts import ROOT, shell_values
+from helpers import tiny
+from helpers.kit import ROOT, few
+from helpers.scripts import shell_values
+from helpers.training import FAST, config, tokenize
 
 import rwkv_peft.cli.merge as merging
 from rwkv_peft.checkpoint import pth, run_dir, step_log, train_state
@@ -524,7 +524,7 @@ def test_tokenizing_what_changes_puts_no_file_in_place(project_folder, monkeypat
 @pytest.mark.parametrize("harm", [append_a_row, cut_in_the_middle, Path.unlink])
 @pytest.mark.parametrize("ending", [".gz", ".csv", ".parquet", ".json"])
 def test_whatever_the_format(project_folder, monkeypatch, ending, harm):
-    from test_files import write
+    from helpers.row_files import write
 
     source = write(project_folder / "data", ".jsonl.gz" if ending == ".gz" else ending)
     real = tokenizing.progress

@@ -13,12 +13,12 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import names_written
 import pytest
-import test_merge
-import tiny
-from conftest import EVERYTHING, few
-from inprocess import config, tokenize
+from helpers import audit as names_written
+from helpers import tiny
+from helpers.kit import EVERYTHING, few
+from helpers.merging import merge
+from helpers.training import config, tokenize
 
 # (imported here, once, and not in every child)
 import rwkv_peft.train.callbacks.periodic_setup  # noqa: F401
@@ -60,7 +60,7 @@ def encoded(root: Path) -> None:
 
 
 def exported(run: str, *kinds: str) -> None:
-    test_merge.merge(run, *(f"--export={kind}" for kind in kinds))
+    merge(run, *(f"--export={kind}" for kind in kinds))
 
 
 COMMANDS: dict[str, Callable[[Path], None]] = {

@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 import pytest
-import tiny
-from conftest import ROOT
+from helpers import tiny
+from helpers.kit import ROOT
 
 from rwkv_peft.common import errors
 from rwkv_peft.common.errors import describe_error, describe_os_error
@@ -113,7 +113,7 @@ def test_a_library_that_gets_no_memory_to_load_is_told_in_words(kit, script):
 
 def test_a_run_under_a_limit_of_files_warns_with_the_cause_and_ends_with_it(ready, monkeypatch, capsys):
     """States and step checkpoints are left out, the last checkpoint ends it."""
-    from inprocess import run
+    from helpers.training import run
 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))

@@ -8,9 +8,9 @@ import subprocess
 import sys
 
 import pytest
-import tiny
-from conftest import EVERYTHING
-from inprocess import config, run, tokenize
+from helpers import tiny
+from helpers.kit import EVERYTHING
+from helpers.training import config, run, tokenize
 
 from rwkv_peft.checkpoint import run_dir
 from rwkv_peft.cli import train

@@ -5,8 +5,8 @@ import random
 
 import pytest
 import torch
-from conftest import EVERYTHING, few
-from inprocess import run
+from helpers.kit import EVERYTHING, few
+from helpers.training import run
 
 from rwkv_peft.checkpoint import pth, train_state
 from rwkv_peft.common.errors import UserError

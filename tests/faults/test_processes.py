@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny
-from conftest import EVERYTHING
-from inprocess import FAST
+from helpers import tiny
+from helpers.kit import EVERYTHING
+from helpers.training import FAST
 
 from rwkv_peft.checkpoint import train_state
 from rwkv_peft.common.errors import EXIT_PROCESS

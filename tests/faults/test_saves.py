@@ -14,11 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from conftest import few
-from inprocess import run, tokenize
-from test_resume import interrupted
+from helpers import tiny
+from helpers.kit import few
+from helpers.resuming import interrupted
+from helpers.training import run, tokenize
 
 from rwkv_peft.checkpoint import pth, run_dir, safetensors_io, train_state
 from rwkv_peft.checkpoint.lazy_tensors import LazyTensors

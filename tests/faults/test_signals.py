@@ -6,9 +6,9 @@ import subprocess
 import time
 
 import pytest
-import tiny
-from conftest import EVERYTHING
-from inprocess import FAST
+from helpers import tiny
+from helpers.kit import EVERYTHING
+from helpers.training import FAST
 
 from rwkv_peft.checkpoint import train_state
 

@@ -9,8 +9,8 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from helpers.token_files import write
 from hypothesis import HealthCheck, given, settings
-from written import write
 
 from fuzz import mutate
 from fuzz.harnesses.binidx_reader import joined

@@ -1,0 +1,1 @@
+"""What several tests share. A test imports this package, never another test."""
