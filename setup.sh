@@ -55,13 +55,15 @@ fi
 # a torch that is new enough is the one to keep: leave it out of the list
 new_enough='import sys, torch; sys.exit(tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2]) < (2, 10))'
 list="$(mktemp)"
-trap 'rm -f "$list"' EXIT
+constraints="$(mktemp)"
+trap 'rm -f "$list" "$constraints"' EXIT
 if .venv/bin/python -c "$new_enough" 2> /dev/null; then pattern='^torch=='; else pattern='^$'; fi
 for file in "${missing[@]}"; do grep -v -- "$pattern" "$file" >> "$list"; done
+grep -v -- "$pattern" constraints.txt > "$constraints" # the tested versions of everything else
 say "Installing ${missing[*]} into .venv: up to 1 GB without a GPU build of torch, some 5 GB with one. This is done once."
 # a line for each package shows that it goes on; the log has everything
 .venv/bin/python -m pip install --disable-pip-version-check --progress-bar off --log .venv/install.log \
-  --requirement "$list" 2>&1 |
+  --requirement "$list" --constraint "$constraints" 2>&1 |
   sed -unE 's/^(Installing collected packages):.*/\1 .../p; t; s/ \(from .*//; /^ *(Collecting|Building|ERROR|error)/p' >&2 || {
   say "The packages could not be installed: see above, and .venv/install.log for all of it. Is the network there, and"
   say "enough disk? Run it again to go on."

@@ -15,7 +15,7 @@ import torch  # noqa: E402
 pytest.register_assert_rewrite("helpers")  # before they are imported
 
 from helpers import tiny  # noqa: E402
-from helpers.kit import Kit  # noqa: E402
+from helpers.kit import EVERYTHING, Kit  # noqa: E402
 
 torch.set_num_threads(1)
 # a run heeds no signal that whoever started it ignores; started from a script's background, we would be such a starter
@@ -34,14 +34,25 @@ LONG = (
 )  # fmt: skip
 
 
-def pytest_collection_modifyitems(items) -> None:
+def pytest_collection_modifyitems(config, items) -> None:
     place = {name: number for number, name in enumerate(LONG)}
     items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
+    if config.pluginmanager.hasplugin("timeout"):
+        for item in items:
+            if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+                item.add_marker(pytest.mark.timeout(0 if EVERYTHING else 600))
 
 
 @pytest.fixture(autouse=True)
-def fixed_seed():
+def clean_torch():
+    """Begin with a fixed seed; leave no default dtype, thread count, seed or process group to the next test."""
     torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture

@@ -71,6 +71,4 @@ def test_the_table_of_faults_is_the_same_in_both_languages():
     assert rows[0] == rows[1] and len(rows[0]) >= 40
     for _, names in rows[0]:
         for name in names:
-            assert any(
-                (docs.parent / folder / name.strip("`")).is_file() for folder in ("", "tests", "tests/faults")
-            ), name
+            assert any((docs.parent / folder / name.strip("`")).is_file() for folder in ("", "tests/faults")), name

@@ -7,6 +7,7 @@ import sys
 import pytest
 from helpers.kit import EVERYTHING, ROOT
 
+pytestmark = pytest.mark.timeout(1800)  # each installs or trains for minutes
 SHIPPED = ["setup.sh", "quickstart.sh", "make_tokenize.sh", "training.sh", "merge.sh", "chat.sh", "requirements.txt"]
 
 
