@@ -24,7 +24,8 @@ NAMES = {
 }  # fmt: skip
 # words of a sentence -> the standard term; "held-out" and "stands for" are standard
 PROSE = {
-    r"tell(s|ing)?": "log, report", r"told": "logged, reported", r"anew": "again, new", r"nobody": "no process", r"riddles?": "problem",
+    r"tell(s|ing)?": "log, report", r"told": "logged, reported",
+    r"anew": "again, new", r"nobody": "no process", r"riddles?": "problem",
     r"lies": "is, is stored", r"stands(?! for)": "is", r"goes on": "resumes, continues", r"cook(s|ed|ing)?": "encode",
     r"doctor(s|ed)?": "repair", r"dice": "RNG state", r"(spread|pieces) over (the )?processes": "sharded, shards",
     r"held(?![- ]out)": "validation data, kept", r"first process": "rank 0", r"in vain": "ignored", r"of ours": "launched by us",
