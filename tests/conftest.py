@@ -55,6 +55,18 @@ def clean_torch():
         torch.distributed.destroy_process_group()
 
 
+@pytest.fixture(autouse=True)
+def blank_pictures(request, monkeypatch):
+    """Save a blank picture in place of a drawn one: drawing loss.png is two thirds of what a tiny run takes.
+
+    Tests marked `pictures`, and processes of their own, draw.
+    """
+    if not request.node.get_closest_marker("pictures"):
+        from matplotlib.figure import Figure  # (here, where it is used: some tests are about what is imported)
+
+        monkeypatch.setattr(Figure, "savefig", lambda self, file, **_: file.write(b"\x89PNG\r\n\x1a\n"))
+
+
 @pytest.fixture
 def project_folder(tmp_path, monkeypatch):
     """The kit's folders, empty, for code that runs in this process."""

@@ -153,6 +153,7 @@ def test_the_plan_has_a_line_of_its_own_for_the_highest_rate_of_a_state(ready, c
     assert len(found) == bool(line) and all(text.startswith(line) for text in found)
 
 
+@pytest.mark.pictures
 def test_the_picture_of_find_lr_advises_no_more_than_its_text(tmp_path, monkeypatch):
     import contextlib
 

@@ -130,6 +130,7 @@ def test_a_gap_that_was_told_of_is_not_new_whatever_a_manifest_says(known, new):
     assert step_log.new_gaps([[4, 13]], known) == new
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize("missing", [(), (3,), (3, 4), (1,)])
 def test_the_picture_is_broken_and_grey_where_records_are_missing(tmp_path, monkeypatch, missing):
     from matplotlib.axes import Axes
@@ -146,6 +147,7 @@ def test_the_picture_is_broken_and_grey_where_records_are_missing(tmp_path, monk
     assert int((drawn["each step"] != drawn["each step"]).sum()) == bool(missing and missing[0] > 1)
 
 
+@pytest.mark.pictures
 def test_steps_without_a_loss_are_no_gap(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
 
@@ -154,6 +156,7 @@ def test_steps_without_a_loss_are_no_gap(tmp_path, monkeypatch):
     loss_plot.draw_loss(tmp_path)
 
 
+@pytest.mark.pictures
 def test_a_log_of_gaps_only_takes_linear_time(tmp_path):
     """Which squares of its lines would make hours of."""
     log(tmp_path, *(line(step) for step in range(2, 20_000, 2)))

@@ -238,6 +238,7 @@ def test_a_prefix_of_many_rows_is_copied_from_the_disk_as_from_memory(data, monk
     assert contents(data / "x") == expected
 
 
+@pytest.mark.pictures
 def test_the_report_tells_duplicates_turns_scripts_lengths_and_filling(data):
     rows = [*many(20), *many(5), SAME["messages"], {"text": "System: s\n\nUser: u\n\nAssistant: a"}]
     made = tokenize(tiny.write_jsonl(data / "x.jsonl", rows))

@@ -54,6 +54,7 @@ def test_what_is_tried_is_trained_as_a_run_would(ready, strategy):
     assert {p.dtype for p in tried.module.parameters() if p.requires_grad} == {torch.float32}
 
 
+@pytest.mark.pictures
 def test_find_lr_takes_the_first_steps_of_a_run_and_leaves_no_run(ready, capsys, monkeypatch):
     settings = {"MICRO_BSZ": "1", "MINI_BSZ": "2", "EPOCH_STEPS": "4"}
     _, records = run(ready, "run", **settings)

@@ -159,6 +159,7 @@ def test_a_dry_run_refuses_a_checkpoint_that_does_not_fit(ready):
         train.command(config(lora_load="junk.pth"), ["--dry-run"])
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize("name", ["我的数据", "costs $5 to $^6"])
 @pytest.mark.filterwarnings("error")
 def test_a_run_may_have_any_name_and_its_picture_is_drawn_without_a_warning(project_folder, name):

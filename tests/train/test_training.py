@@ -79,6 +79,7 @@ def test_the_base_file_is_never_touched(ready):
     assert (ready / "model" / "tiny.pth").read_bytes() == before
 
 
+@pytest.mark.pictures
 def test_the_sidecar_says_what_merging_needs(ready):
     run(ready)
     sidecar = json.loads((ready / "output/run/rwkv-0.json").read_text())

@@ -53,6 +53,7 @@ def defined(root, tensors) -> float:
     return float(torch.cat(losses).mean())
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize(
     "settings", [{}, {"DATALOAD": "bucket", "MICRO_BSZ": "auto"}, {"TRAIN_TYPE": "infctx", "CHUNK_CTX": "16"}], ids=str
 )
