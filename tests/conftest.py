@@ -34,7 +34,35 @@ LONG = (
 )  # fmt: skip
 
 
+def smoke_cases(cases: list[dict[str, int]], count: int | None) -> set[int]:
+    """Return which cases the default suite runs, of those that have these values (numbers) of the parameters.
+
+    Args:
+        cases: For each case, the number of the value that each parameter has.
+        count: How many, evenly from first to last. None: so many that every value of every parameter occurs.
+    """
+    if count is not None:
+        return {i * len(cases) // count for i in range(min(count, len(cases)))}
+    missing, chosen = {pair for case in cases for pair in case.items()}, set()
+    while missing:
+        best = max(range(len(cases)), key=lambda i: len(missing & cases[i].items()))
+        chosen.add(best)
+        missing -= cases[best].items()
+    return chosen
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m is applied
 def pytest_collection_modifyitems(config, items) -> None:
+    groups: dict[tuple, list] = {}
+    for item in items:
+        if item.get_closest_marker("smoke") and not item.get_closest_marker("slow"):
+            groups.setdefault((item.path, item.originalname), []).append(item)
+    for cases in groups.values():
+        marker = cases[0].get_closest_marker("smoke")
+        chosen = smoke_cases([case.callspec.indices for case in cases], *(marker.args or (None,)))
+        for number, case in enumerate(cases):
+            if number not in chosen:
+                case.add_marker(pytest.mark.slow)
     place = {name: number for number, name in enumerate(LONG)}
     items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
     if config.pluginmanager.hasplugin("timeout"):

@@ -53,6 +53,7 @@ def test_parts_train_what_they_name_and_nothing_else(version, parts, contains, l
     assert all(p.dtype == torch.float32 for p in trained.values())
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("version", tiny.VERSIONS)
 @pytest.mark.parametrize("name", METHODS)
 def test_a_whole_model_with_a_fresh_adapter_is_the_model(name, version):
@@ -74,6 +75,7 @@ def test_the_number_of_trained_values_is_known_from_the_shapes_alone(name, versi
     )
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("quant", ["none", *QUANTS])
 @pytest.mark.parametrize("name", ADAPTED)
 def test_a_run_that_goes_on_has_the_model_that_was_saved_to_the_last_bit(name, quant):
@@ -87,6 +89,7 @@ def test_a_run_that_goes_on_has_the_model_that_was_saved_to_the_last_bit(name, q
     assert all(torch.equal(begun[n], again[n]) for n in begun)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("version", tiny.VERSIONS)
 @pytest.mark.parametrize("name", ADAPTED)
 def test_a_saved_adapter_on_its_base_is_the_model_as_it_was_trained(name, version):
@@ -129,6 +132,7 @@ def test_weights_that_are_kept_are_converted_and_trained_ones_are_float32():
     assert {kinds[n] for n, p in model.named_parameters() if p.requires_grad} == {torch.float32}
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("loaded", [False, True], ids=["fresh", "going on"])
 @pytest.mark.parametrize("file", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("keep", [torch.bfloat16, torch.float32])

@@ -55,6 +55,7 @@ def test_a_kept_layer_computes_with_the_bases_weight():
     assert isinstance(model.blocks[1].att.output, QuantLinear) and isinstance(model.blocks[0].att.key, QuantLinear)
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize(("parts", "kept"), [("att,ffn", [FIRST]), (ALL, [])])
 def test_a_run_says_which_layers_it_left(ready, capsys, parts, kept):
     run(ready, QUANT="nf4", QUANT_PARTS=parts)
@@ -64,6 +65,7 @@ def test_a_run_says_which_layers_it_left(ready, capsys, parts, kept):
     assert ("blocks.0.att.output stays as it is" in said) == bool(kept)
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("kept", [[FIRST], [], None], ids=["kept", "compressed", "of an earlier version"])
 def test_a_merge_into_the_compressed_base_knows_what_was_left(ready, kept):
     from rwkv_peft.merge.inputs import found
@@ -83,6 +85,7 @@ def test_a_merge_into_the_compressed_base_knows_what_was_left(ready, kept):
     assert not torch.equal(part.compressed(second, base[second], shape), base[second])
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("fact", [[FIRST], [], None], ids=["kept", "compressed", "of an earlier version"])
 def test_a_run_goes_on_with_what_it_left(ready, monkeypatch, fact):
     from rwkv_peft.train import setup
@@ -127,6 +130,7 @@ def test_the_usual_rate_of_a_state_grows_with_the_model(values, rate):
     assert report.usual_state(int(values)).endswith(f"about LR_INIT={rate} with LR_FINAL={float(rate) / 10:g}")
 
 
+@pytest.mark.smoke(2)
 @pytest.mark.parametrize(
     ("settings", "line"),
     [

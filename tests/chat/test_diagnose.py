@@ -114,6 +114,7 @@ def with_others(ready):
     return ready
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
@@ -180,12 +181,14 @@ def test_a_model_whose_answers_are_no_numbers_gets_its_verdict(ready, capsys):
     assert "(no number)" in said and "verdict   the learning rate is too high" in said
 
 
+@pytest.mark.slow
 def test_a_run_that_has_not_seen_all_its_rows_says_so(ready, capsys):
     run(ready, "one", EPOCH_STEPS="1", MICRO_BSZ="1", DATALOAD="only")
     chat.command(ASKING, ["--diagnose", "one"])
     assert "it had not gone through all its rows by then" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_files_of_one_name_and_windows_of_one_document_are_all_looked_at(ready, capsys):
     for folder, count in (("a", 3), ("b", 4)):
         (ready / "data" / folder).mkdir()
@@ -207,6 +210,7 @@ def test_settings_of_another_version_are_answered_in_words(ready):
         chat.command(ASKING, ["--diagnose", "one"])
 
 
+@pytest.mark.slow
 def test_a_streamed_run_is_judged_by_its_held_out_rows(ready, capsys):
     run(ready, "one", STREAMING="1", MAX_STEPS="12", CTX_LEN="64", DATA_PATH="chat.jsonl", VAL_DATA="chat")
     chat.command(ASKING, ["--diagnose", "output/one/rwkv-0.pth"])
@@ -220,6 +224,7 @@ def test_what_has_no_place_beside_it_is_refused(words):
         chat.command(ASKING, ["--diagnose", "one", *words])
 
 
+@pytest.mark.slow
 def test_data_that_were_made_anew_since_the_run_are_told(ready, capsys):
     run(ready, "one")
     capsys.readouterr()
@@ -234,6 +239,7 @@ def test_data_that_were_made_anew_since_the_run_are_told(ready, capsys):
     )
 
 
+@pytest.mark.slow
 def test_rows_that_stand_there_several_times_are_looked_at_once(ready, capsys):
     tokenize(ready / "data" / "chat.jsonl", epochs=4, OVERWRITE_CACHE="1")
     run(ready, "one", DATALOAD="only")
@@ -266,6 +272,7 @@ def test_an_answer_is_right_if_it_is_what_was_expected_as_far_as_it_may_go():
     assert not diagnose.same(cut[:20], long) and not diagnose.same("Seve", short) and not diagnose.same("", short[:0])
 
 
+@pytest.mark.slow
 def test_two_files_of_one_name_are_not_taken_for_one_another(ready, capsys):
     for name, rows in (("a", tiny.CHATS), ("b", tiny.CHATS[:3])):
         (ready / "data" / name).mkdir()

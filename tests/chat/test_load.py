@@ -18,6 +18,7 @@ from rwkv_peft.config.shell import Script
 from rwkv_peft.export import EXPORTS
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("version", tiny.VERSIONS)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_checkpoint_of_any_method_talks_as_it_was_trained(project_folder, method, version):

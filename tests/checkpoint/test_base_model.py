@@ -210,6 +210,7 @@ def test_a_prefix_is_taken_off_whole_models_only(tmp_path):
     assert set(pth.read_header(tmp_path / "x.pth")) == {"model.blocks.0.att.key.lora_A"}
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("form", ["b.safetensors", "c.pth"])
 @pytest.mark.parametrize("more", [{}, {"QUANT": "int8"}, {"FINETUNE_MODE": "full", "lora_alpha": "8"}], ids=str)
 def test_another_form_trains_as_the_official_one(ready, form, more):
@@ -220,6 +221,7 @@ def test_another_form_trains_as_the_official_one(ready, form, more):
     assert set(ours) == set(theirs) and all(torch.equal(ours[n], theirs[n]) for n in ours)
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("form", ["b.safetensors", "c.pth"])
 def test_a_run_on_another_form_merges_into_the_official_one(ready, form, capsys):
     from helpers.merging import merge
@@ -295,6 +297,7 @@ RUNS = [
 ]
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("more", RUNS, ids=str)
 def test_a_base_with_nan_is_refused_before_anything_is_written(ready, more):
     damaged(ready / "model" / "tiny.pth")

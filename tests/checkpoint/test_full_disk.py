@@ -58,6 +58,7 @@ def content(folder):
     return {path.name: path.read_bytes() for path in folder.glob("rwkv-best*")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", pytest.param("lisa", marks=pytest.mark.slow)])
 def test_a_full_disk_at_any_write_keeps_the_best_checkpoint(ready, monkeypatch, method):
     tokenize(tiny.write_jsonl(ready / "data" / "chat.valid.jsonl", tiny.CHATS[:3]))

@@ -233,6 +233,7 @@ def test_the_builder_of_hostile_files_builds_sound_ones(tmp_path):
     assert [*checkpoint.load(tmp_path / "x.safetensors")] == ["a", "b"]
 
 
+@pytest.mark.smoke(8)
 @pytest.mark.parametrize("name", FILES)
 def test_a_hostile_file_gets_the_same_words_at_every_door(ready, files, name):
     path = files / f"{[*FILES].index(name)}.pth"
@@ -244,11 +245,13 @@ def test_a_hostile_file_gets_the_same_words_at_every_door(ready, files, name):
     assert len({*said}) == 1
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("name", ["data.pkl of 1 GB in 1 MB", "1 TB that is announced", "header nested deep"])
 def test_a_hostile_file_costs_no_memory(files, name):
     must_cost_no_memory(files / f"{[*FILES].index(name)}.pth")
 
 
+@pytest.mark.slow
 def test_what_a_pickle_announces_to_remember_costs_no_memory(tmp_path):
     (tmp_path / "x.pth").write_bytes(replaced(b"a/data.pkl", b"\x80\x02}r\xff\xff\xff\x7f."))
     must_cost_no_memory(tmp_path / "x.pth")

@@ -70,6 +70,7 @@ def fields(path) -> dict:
     return {name.removeprefix("tokenizer."): value for name, value in said.items()}
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize(("name", "eot", "bos"), [
     ("rwkv-world", "doc", False), ("rwkv-world", "x17", True), ("rwkv-g1", "doc", False), ("rwkv-g1", "blank", True),
     ("rwkv-g1-bot", "doc", True), ("chatml", "both", False), ("chatml", "x17", False),
@@ -188,6 +189,7 @@ def test_an_older_run_and_one_of_now_of_the_same_preset_go_together(project_fold
     assert sidecars.read(merged, ())["prompt_type"] == "rwkv-world"
 
 
+@pytest.mark.slow
 def test_an_older_run_with_the_old_empty_thought_is_called_by_its_name_of_now(project_folder, trained, capsys):
     paths = [trained("a", "rwkv-g1-emptythink-2025"), trained("b", "rwkv-g1-fakethink")]
     make_old(paths[0], prompt_type="rwkv-g1-fakethink")

@@ -316,6 +316,7 @@ with handle_errors():
 """
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("way", ["save", "rewrite"])
 def test_a_file_that_may_not_be_as_large_leaves_the_old_one_whole_and_says_so(tmp_path, way):
     pth.save(tmp_path / "base.pth", {"x": torch.ones(200_000)})

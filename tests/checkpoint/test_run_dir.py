@@ -177,6 +177,7 @@ def test_a_run_whose_name_can_be_an_epoch_is_addressed_by_its_path(two, capsys, 
     )
 
 
+@pytest.mark.smoke(2)
 @pytest.mark.parametrize("word", ["first", "first/0", "latest", "latest/last", "0", "output/first/rwkv-0.pth"])
 def test_chat_and_training_take_the_same_addresses(ready, word):
     train.command(config(RUN_NAME="first"), [])
@@ -194,6 +195,7 @@ def test_diagnose_takes_a_run_and_its_epoch(ready, capsys):
         chat.command(asking, ["--diagnose", "first", "0"])
 
 
+@pytest.mark.slow
 def test_merged_by_script_with_the_lines_of_the_help(shared_kit):
     kit = shared_kit
     for name in ("one", "two"):

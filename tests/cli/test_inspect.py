@@ -331,6 +331,7 @@ def test_the_command_works_alone_and_never_imports_torch(pair):
     subprocess.run([sys.executable, "-c", code, str(pair)], cwd=ROOT, check=True, capture_output=True)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(tmp_path):
     """Peak memory on 64 MB of tokens and their roles is that on three rows, to a few blocks."""
     row = np.array(ROWS[0] * 1000, np.uint16)

@@ -114,6 +114,7 @@ except OSError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_a_change_of_several_tensors_at_once(tmp_path):
     """And leaves nobody waiting for a tensor's turn."""
     command = [sys.executable, "-c", FAILING, str(tmp_path)]

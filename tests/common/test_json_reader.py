@@ -137,6 +137,7 @@ def test_a_line_of_a_log_that_cannot_be_read_costs_no_other(tmp_path, text, word
         assert [record["step"] for record in records] == [1, 3]
 
 
+@pytest.mark.smoke(3)
 @pytest.mark.parametrize(
     "content, words",
     [
@@ -208,6 +209,7 @@ def reseal(folder):
     (folder / "manifest.json").write_text(json.dumps({**manifest, "sha256": train_state.checksum(manifest)}))
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize(
     "part, how",
     [

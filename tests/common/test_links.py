@@ -186,6 +186,7 @@ def test_latest_leads_to_a_run_in_output_only(project_folder, target, found):
     assert run_dir.latest() == (paths.OUTPUT / found if found else None)
 
 
+@pytest.mark.slow
 def test_latest_that_leads_to_another_folder_of_runs_changes_nothing_there(ready, monkeypatch, tmp_path):
     """Which it would prune, and tidy up."""
     interrupted(monkeypatch, ready, 5, "stopped", **BASE)
@@ -272,6 +273,7 @@ def test_a_trackers_folder_leads_nowhere(project_folder, theirs, tracker, what):
         claimed()
 
 
+@pytest.mark.slow
 def test_whole_folders_on_another_disk_work_as_before(ready, tmp_path, monkeypatch, capsys):
     disk = tmp_path / "another disk"
     disk.mkdir()
@@ -316,6 +318,7 @@ def test_an_export_of_a_folder_takes_the_place_of_a_link_and_not_of_its_target(p
     assert placed[0].name == "x-peft" and not placed[0].is_symlink() and (other / "weights").exists()
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize(
     "name", ["chat.bin", "chat.roles.idx", "chat.report.json", "chat.lengths.png", "chat.rejects.jsonl"]
 )

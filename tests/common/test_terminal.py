@@ -66,6 +66,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.smoke(2)
 @pytest.mark.parametrize("name", HOSTILE)
 def test_no_escape_sequence_of_a_data_file_is_printed(tmp_path, name):
     file, content = HOSTILE[name]

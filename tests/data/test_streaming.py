@@ -146,6 +146,7 @@ def test_a_run_trains_for_max_steps_and_is_the_same_again_and_with_a_worker(rows
     assert "shuffled among 20,000 rows" in said
 
 
+@pytest.mark.slow
 def test_an_endless_pipe_trains_for_max_steps_and_one_that_ends_saves_what_was_learnt(rows, capsys):
     pipe = rows / "data" / "pipe.jsonl"
     os.mkfifo(pipe)

@@ -114,6 +114,7 @@ def rows_of(text: str, how: str) -> list[list[int]]:
     return [[*ids, 0]]
 
 
+@pytest.mark.smoke(20)
 @pytest.mark.parametrize("how", ["whole", "cut", "packed", "by lines", "by words", "by characters"])
 @pytest.mark.parametrize("kind", TEXTS)
 def test_a_file_of_the_world_vocabulary_is_taken(tmp_path, kind, how):

@@ -210,6 +210,7 @@ def test_a_node_that_is_stopped_by_hand_tells_the_others():
     assert said[0] == "Another process could not begin: it was stopped by Ctrl-C"
 
 
+@pytest.mark.slow
 def test_a_training_whose_node_0_is_a_silent_stranger_ends_in_words_and_leaves_nobody():
     """The whole command, in a process of its own, which ends although a thread of torch's still waits."""
     code = (
@@ -230,6 +231,7 @@ def test_a_training_whose_node_0_is_a_silent_stranger_ends_in_words_and_leaves_n
     assert done.stderr.startswith("MASTER_PORT: another program") and done.stderr.count("\n") == 1, done.stderr
 
 
+@pytest.mark.slow
 def test_a_silent_stranger_that_speaks_as_the_command_ends_does_not_change_its_exit_code(tmp_path):
     """torch aborts where its call returns while Python ends."""
     code = (

@@ -348,6 +348,7 @@ def test_the_buffer_of_rwkv_cpp_is_ffn_shift_att_shift_heads(tmp_path, version, 
         assert torch.equal(heads, matrix if version == "x070" else matrix.transpose(1, 2))
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("version", V7_V6)
 def test_the_rwkv_package_started_from_an_exported_state_answers_like_our_model(tmp_path, version):
     shape = tiny.geometry(2, 128, 512, 64, version)
@@ -383,6 +384,7 @@ def test_the_rwkv_package_started_from_an_exported_state_answers_like_our_model(
 # --- what is refused, and what is left behind ---
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("value", [65504.0, 65520.0, -7e4, float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["blocks.1.ffn.value.weight", "blocks.0.att.w1"])

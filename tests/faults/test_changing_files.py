@@ -204,6 +204,7 @@ def finished(run) -> Run:
     return run
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("harm", few(HARM, (overwrite, cut, cut_below_a_page)))
 @pytest.mark.parametrize("name", ["model/tiny.pth", "data/chat.bin"])
 def test_a_run_stops(run, name, harm):
@@ -211,12 +212,14 @@ def test_a_run_stops(run, name, harm):
     run.stops(name, lambda: harm(path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", few((overwrite, replace, cut, Path.unlink), (replace,)))
 @pytest.mark.parametrize("name", ["chat.idx", "chat.roles.bin", "chat.roles.idx"])
 def test_every_token_file_is_watched(run, name, harm):
     run.stops(f"data/{name}", lambda: harm(run.root / "data" / name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "harm", few((overwrite, overwrite_and_put_the_time_back, replace, cut, cut_below_a_page, Path.unlink), (overwrite,))
 )
@@ -226,6 +229,7 @@ def test_so_is_the_checkpoint_that_a_run_began_with(finished, harm):
     assert "starts from output/first/rwkv-0.pth" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", few((overwrite, replace, cut, Path.unlink), (replace,)))
 def test_and_the_state_of_state_tuning(run, harm):
     tune = {"FINETUNE_MODE": "state_tuning"}
@@ -235,6 +239,7 @@ def test_and_the_state_of_state_tuning(run, harm):
     run.stops("output/first/rwkv-0.pth", lambda: harm(first), state_load="output/first/rwkv-0.pth", **tune)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", few((overwrite, cut), (overwrite,)))
 def test_and_what_is_held_out(run, harm):
     for ending in (".bin", ".idx", ".roles.bin", ".roles.idx"):
@@ -242,6 +247,7 @@ def test_and_what_is_held_out(run, harm):
     run.stops("data/held.bin", lambda: harm(run.root / "data/held.bin"), VAL_DATA="held", VAL_STEPS="5")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", few((overwrite, cut, Path.unlink), (overwrite,)))
 def test_rows_that_are_streamed_are_watched(run, harm):
     rows = tiny.write_jsonl(run.root / "data/rows.jsonl", tiny.CHATS)
@@ -249,12 +255,14 @@ def test_rows_that_are_streamed_are_watched(run, harm):
     run.stops("data/rows.jsonl", lambda: harm(rows), **streamed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", few((overwrite, cut), (cut,)))
 @pytest.mark.parametrize("name", ["model/tiny.pth", "data/chat.bin"])
 def test_processes_that_load_data_stop_as_well(run, name, harm):
     run.stops(name, lambda: harm(run.root / name), NUM_WORKERS="1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["model/tiny.pth", "data/chat.bin"])
 def test_a_change_is_noticed_within_seconds_where_nothing_is_saved(run, name):
     process = run.start(SAVE_STEPS="0")
@@ -264,6 +272,7 @@ def test_a_change_is_noticed_within_seconds_where_nothing_is_saved(run, name):
     assert not run.saved()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="no tmpfs")
 @pytest.mark.parametrize("name", ["model/tiny.pth", "data/chat.bin"])
 def test_a_write_that_leaves_the_times_alone_is_seen_in_the_content(run, name):
@@ -309,6 +318,7 @@ SAME = {
 }
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("harm", few(WRITTEN, (os.utime, overwrite_and_put_the_content_back)))
 @pytest.mark.parametrize("name", ["model/tiny.pth", "data/chat.bin"])
 def test_a_file_that_was_written_to_stops_a_run_and_the_last_state_goes_on(run, name, harm):
@@ -319,6 +329,7 @@ def test_a_file_that_was_written_to_stops_a_run_and_the_last_state_goes_on(run, 
     assert process.code() == 0 and f"goes on   output/run at step {step}" in process.said, process.said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", few(SAME, ("linked", "replaced")))
 @pytest.mark.parametrize("name", ["model/tiny.pth", "data/chat.bin"])
 def test_the_same_content_again_is_no_change(run, name, how):
@@ -346,6 +357,7 @@ def test_nothing_is_saved_on_the_way_out_either(run):
     assert not run.saved()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [{"EPOCH_COUNT": "3"}, {"EPOCH_SAVE": "1"}, {"KEEP_BEST": "1", "VAL_DATA": "chat"}],
@@ -377,6 +389,7 @@ def test_nor_at_the_end_of_an_epoch(ready, monkeypatch, changes):
     assert not found & {"rwkv-2.pth", "rwkv-2.json"} and len(steps_done) == 12
 
 
+@pytest.mark.slow
 def test_the_last_good_state_goes_on_once_the_file_is_back(run):
     """With the bits of a run that was never disturbed; while the file is not back, it is refused."""
     path = run.root / "data/chat.bin"

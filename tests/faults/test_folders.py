@@ -188,6 +188,7 @@ def copy(original, tmp_path) -> Path:
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", few(COMMANDS, ["tokenize", "a run that goes on"]))
 def test_the_list_has_every_name_that_is_written(copy, what):
     found, names = copy.parent / "names.txt", set()
@@ -272,6 +273,7 @@ FEW = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("what", "kind"), few(TOGETHER, FEW))
 def test_what_stands_at_the_names_is_replaced_and_not_followed(copy, tmp_path, what, kind):
     one = Somebody(tmp_path)
@@ -301,6 +303,7 @@ REFUSED = [
 ]  # fmt: skip
 
 
+@pytest.mark.smoke(2)
 @pytest.mark.parametrize(
     ("what", "name", "kind"),
     [*few(REFUSED, REFUSED[:7] + REFUSED[21:22] + REFUSED[-1:]), *(few(SINGLE) if EVERYTHING else ())],

@@ -45,6 +45,7 @@ WRITES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("body", WRITES.values(), ids=WRITES)
 def test_a_file_larger_than_the_shell_allows_is_named_with_the_limit(tmp_path, body):
     (tmp_path / "x").write_text("old")
@@ -82,6 +83,7 @@ MAPS += (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ["pth", "safetensors"])
 def test_a_sound_file_that_cannot_be_mapped_is_not_called_damaged(tmp_path, ending):
     import torch
@@ -95,6 +97,7 @@ def test_a_sound_file_that_cannot_be_mapped_is_not_called_damaged(tmp_path, endi
     assert "ulimit -v" in done.stderr and "damaged" not in done.stderr and "Get the file again" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["training.sh", "make_tokenize.sh", "merge.sh", "chat.sh"])
 def test_a_library_that_gets_no_memory_to_load_is_told_in_words(kit, script):
     """Every command under ulimit -v; whatever a library does that gets none, the limit was named before."""

@@ -34,6 +34,7 @@ def everything(root):
     return {p for p in root.parent.rglob("*") if p.name.startswith("CANARY") or not p.is_relative_to(root)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [60, pytest.param(500, marks=pytest.mark.slow)])
 def test_training_takes_a_name_as_it_is_or_refuses_it(ready, monkeypatch, count):
     monkeypatch.chdir(ready)
@@ -47,6 +48,7 @@ def test_training_takes_a_name_as_it_is_or_refuses_it(ready, monkeypatch, count)
     assert everything(ready) == before and list((ready / "output").iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [12, pytest.param(60, marks=pytest.mark.slow)])
 def test_a_run_of_any_name_lies_in_its_folder(ready, monkeypatch, count):
     monkeypatch.chdir(ready)
@@ -63,6 +65,7 @@ def test_a_run_of_any_name_lies_in_its_folder(ready, monkeypatch, count):
     assert all(p.parent == ready / "output" for p in (ready / "output").iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [60, pytest.param(500 if EVERYTHING else 150, marks=pytest.mark.slow)])
 def test_tokenizing_a_file_of_any_name_writes_beside_it_and_merging_finds_nothing(project_folder, monkeypatch, count):
     monkeypatch.chdir(project_folder)

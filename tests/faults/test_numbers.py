@@ -44,6 +44,7 @@ def broken(monkeypatch, what: str, at: int, bad: float) -> None:
     monkeypatch.setattr(TrainingModule, "configure_gradient_clipping", clipping)
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("seed", few(range(30 if EVERYTHING else 6), [0, 1]))
 @pytest.mark.parametrize("what", ["loss", "gradient", "weight"])
 def test_what_was_learnt_stays_sound(ready, monkeypatch, capsys, what, seed):

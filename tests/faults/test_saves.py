@@ -61,6 +61,7 @@ def state(folder: Path, step: int, keep: int = 2) -> None:
     train_state.write(folder, parts, tiny.state_facts(step), keep)
 
 
+@pytest.mark.slow
 @some(20, 200)
 def test_killed_at_any_instant_of_a_save_the_newest_whole_state_is_there(tmp_path, count):
     """F1: SIGKILL while states and checkpoints are written one after another."""
@@ -116,6 +117,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+@pytest.mark.smoke(1)
 @some(3, 20)
 @pytest.mark.parametrize("what", WRITERS)
 def test_a_disk_that_is_full_at_any_place_leaves_what_was_there(tmp_path, what, count):
@@ -140,6 +142,7 @@ def test_a_disk_that_is_full_at_any_place_leaves_what_was_there(tmp_path, what, 
         assert content(tmp_path) == before
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("what", ["a new run", "a run that goes on", "a merge", "tokens"])
 def test_a_folder_that_cannot_be_written_is_told_and_nothing_is_written(ready, monkeypatch, what):
     """F12, as somebody who may not."""
@@ -184,6 +187,7 @@ def test_a_folder_that_cannot_be_written_is_told_and_nothing_is_written(ready, m
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), RuntimeError("can't allocate memory")
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("error", few(FULL, FULL[:1]))
 @pytest.mark.parametrize(
     "settings",
@@ -247,6 +251,7 @@ class Evil:
 PLACES = ("state/step-000002/evil.pth", "state/step-000002/weights.safetensors", "rwkv-0.pth", "init_pissa.pth")
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("where", few(PLACES, PLACES[:2]))
 def test_a_run_folder_of_somebody_else_executes_nothing(ready, tmp_path, where):
     """F21: pickles in every place that going on, merging and talking look at."""

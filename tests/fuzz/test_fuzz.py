@@ -125,6 +125,7 @@ def test_too_much_time_is_a_finding(planted, monkeypatch):
         planted.judge(b"square" * 300)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("word", "grows"), [(b"square", True), (b"line", False)])
 def test_time_that_grows_faster_than_the_size_is_a_finding(planted, monkeypatch, word, grows):
     monkeypatch.setattr(rules, "SECONDS", 1000.0)

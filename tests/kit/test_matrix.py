@@ -92,6 +92,7 @@ def test_docs_matrix_md_is_up_to_date():
     assert matrix.DOCS.read_text(encoding="utf-8") == matrix.docs(), "run: python tests/matrix.py --docs"
 
 
+@pytest.mark.smoke(3)
 @pytest.mark.parametrize("cell", covering(1), ids=" ".join)
 def test_the_laws_hold_of_every_value(world, cell):
     assert broken(cell, asked(cell)) == {}

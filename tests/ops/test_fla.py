@@ -38,6 +38,7 @@ def stand_in(module, name):
     return kernel
 
 
+@pytest.mark.smoke(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("version", OURS)
 def test_inputs_states_and_borders_get_there_as_the_package_wants_them(monkeypatch, version, dtype):

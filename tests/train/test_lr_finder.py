@@ -70,6 +70,7 @@ def test_find_lr_takes_the_first_steps_of_a_run_and_leaves_no_run(ready, capsys,
     assert left == {curve_file.name, curve_file.with_suffix(".png").name}
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize(
     "settings",
     [

@@ -47,6 +47,7 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("case", few(CASES, ["accumulated, and a short last step", "pissa on nf4"]))
 def test_a_run_that_was_stopped_and_killed_is_one_that_went_through(ready, monkeypatch, case):
     """Stopped in the first epoch, and killed two steps after a state was saved."""
@@ -58,6 +59,7 @@ def test_a_run_that_was_stopped_and_killed_is_one_that_went_through(ready, monke
     same(ready, "whole", "again", (whole, parts))
 
 
+@pytest.mark.slow
 def test_what_was_saved_in_the_middle_of_an_epoch_goes_when_the_epoch_has_ended(ready, monkeypatch, capsys):
     """It is written where a run is stopped, and would be no epoch's checkpoint later."""
     settings = BASE | {"EPOCH_SAVE": "9"}
@@ -133,6 +135,7 @@ def test_what_may_not_change_is_refused_with_what_it_was(ready, monkeypatch):
             run(ready, "again", **BASE | {name: value})
 
 
+@pytest.mark.slow
 def test_another_split_of_the_same_steps_goes_on(ready, monkeypatch):
     """4 x 1 is 2 x 2 is 1 x 4; what makes other steps is refused."""
     settings = BASE | {"lora_dropout": "0", "SAVE_STEPS": "1", "MICRO_BSZ": "2", "MINI_BSZ": "1", "EPOCH_STEPS": "auto"}
@@ -158,6 +161,7 @@ def test_other_data_or_another_base_of_the_same_name_is_refused(ready, monkeypat
     assert "DATA_PATH: has another content" in str(refused.value) and "chat.bin" in str(refused.value)
 
 
+@pytest.mark.slow
 def test_a_base_and_data_that_have_moved_are_the_same(ready, monkeypatch):
     _, whole = run(ready, "whole", **BASE)
     interrupted(monkeypatch, ready, 5, "stopped", **BASE)
@@ -255,6 +259,7 @@ def prepare(kit, **settings) -> None:
     kit.set(**BASE | common | settings)
 
 
+@pytest.mark.slow
 def test_a_damaged_state_is_told_and_the_one_before_it_taken(ready, monkeypatch, capsys):
     settings = BASE | {"SAVE_STEPS": "2"}
     _, whole = run(ready, "whole", **settings)
@@ -271,6 +276,7 @@ def test_a_damaged_state_is_told_and_the_one_before_it_taken(ready, monkeypatch,
     same(ready, "whole", "again", (whole, parts))
 
 
+@pytest.mark.slow
 def test_a_state_that_cannot_be_written_stops_nothing(ready, monkeypatch, capsys):
     def full(*_arguments):
         raise OSError(28, "No space left on device")
@@ -357,6 +363,7 @@ def test_no_damage_goes_unseen(tmp_path, harm):
     assert said
 
 
+@pytest.mark.slow
 def test_the_checkpoint_of_an_epoch_is_not_lost_where_the_run_ended_while_it_was_saved(ready, monkeypatch):
     """A state of that step must not be there before the checkpoint is; and what is missing is written when the run goes on."""
     settings = BASE | {"SAVE_STEPS": "4"}
@@ -400,6 +407,7 @@ def test_an_epoch_count_below_what_is_done_is_refused_and_one_that_ends_there_wr
     assert run_dir.list_checkpoints(ready / "output/again") == ([1], [6, 8])
 
 
+@pytest.mark.slow
 def test_a_stream_may_be_made_longer_and_its_text_may_not_change(ready, monkeypatch):
     settings = BASE | CASES["stream"] | {"LR_SCHEDULE": "constant"}
     _, whole = run(ready, "whole", **settings)
@@ -424,6 +432,7 @@ def test_what_adapters_began_with_must_be_there(ready, monkeypatch):
         run(ready, "again", **settings)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_before_it_saved_anything_begins_again(ready, monkeypatch):
     _, whole = run(ready, "whole", **BASE)
     interrupted(monkeypatch, ready, 3, "killed", **BASE)
@@ -443,6 +452,7 @@ def test_a_new_run_that_never_took_a_step_does_not_hide_the_one_that_was_stopped
         train.command(config(RUN_NAME=name, **BASE), ["--dry-run", "--new"])
 
 
+@pytest.mark.slow
 def test_a_state_that_another_process_has_overtaken_is_looked_for_again(ready, monkeypatch, capsys):
     from rwkv_peft.train import resume
 
@@ -462,6 +472,7 @@ def test_a_state_that_another_process_has_overtaken_is_looked_for_again(ready, m
     assert "at step 4 of 12" in capsys.readouterr().out and before[0].step == 6
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("log", ["missing", "torn", "without its losses"])
 def test_a_log_with_gaps_is_told_and_stops_nothing(ready, monkeypatch, capsys, log):
     interrupted(monkeypatch, ready, 5, "stopped", **BASE)
@@ -477,6 +488,7 @@ def test_a_log_with_gaps_is_told_and_stops_nothing(ready, monkeypatch, capsys, l
     assert f"loss.jsonl has no record of {missing}; loss.png shows the gap" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_records_behind_a_gap_stay_at_every_resume_and_the_gap_is_told_once(ready, monkeypatch, capsys):
     interrupted(monkeypatch, ready, 5, "stopped", **BASE)
     file = ready / "output/again/loss.jsonl"
@@ -490,6 +502,7 @@ def test_records_behind_a_gap_stay_at_every_resume_and_the_gap_is_told_once(read
     assert told == [True, False]
 
 
+@pytest.mark.slow
 def test_every_save_steps_there_is_a_checkpoint_that_merges(ready, capsys):
     from helpers.merging import merge
 
@@ -523,6 +536,7 @@ def test_a_run_that_died_before_its_first_epoch_has_the_checkpoint_of_a_step(rea
     assert (ready / "merge/tiny-again-step-3.pth").is_file()
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_the_checkpoint_of_a_step_and_not_the_training(ready, monkeypatch, capsys):
     write = pth.save
 

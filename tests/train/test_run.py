@@ -82,6 +82,7 @@ def test_the_speed_is_that_of_the_last_steps_and_never_of_the_first(monkeypatch)
     assert [(r.tokens_per_s, r.targets_per_s) for r in found] == [(100 / 90, 50 / 90), (100.0, 50.0), (50.0, 25.0)]
 
 
+@pytest.mark.smoke(5)
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -189,6 +190,7 @@ def test_epochs_are_saved_when_the_setting_says_and_always_at_the_end(ready):
     assert sorted(p.name for p in (ready / "output/run").glob("*.pth")) == ["rwkv-1.pth", "rwkv-3.pth", "rwkv-4.pth"]
 
 
+@pytest.mark.slow
 def test_wandb_offline_gets_the_records_and_a_broken_one_stops_nothing(ready, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -220,6 +222,7 @@ def test_tensorboard_has_every_step_once_also_where_a_run_goes_on(ready, monkeyp
     assert {one.step for one in found.Scalars("validation_loss")} == {1, 2, 3, 4}
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("name", ["wandb", "tensorboard", "swanlab", "trackio"])
 def test_a_tracker_that_is_missing_or_fails_says_so_once_and_stops_nothing(ready, monkeypatch, capsys, name):
     variable = {name.upper(): "1" if name == "tensorboard" else "test"}

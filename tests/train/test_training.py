@@ -29,6 +29,7 @@ def close(a: dict, b: dict, tolerance: float) -> None:
         torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("dataload", few(["pack", "pad", "only", "get", "concat"], ["pack", "pad"]))
 def test_batch_8_is_4_times_2_accumulated(ready, dataload):
     """Also where the last step of the epoch is short, and rows have different numbers of trained tokens."""
@@ -43,6 +44,7 @@ def test_batch_8_is_4_times_2_accumulated(ready, dataload):
         assert [r["loss"] for r in again] == pytest.approx([r["loss"] for r in losses], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_packed_rows_train_like_rows_of_their_own(ready):
     """One step over all rows: the same sum of gradients, whatever the layout."""
     settings = {"CTX_LEN": "96", "MICRO_BSZ": "100"}
@@ -127,6 +129,7 @@ def test_going_on_from_a_checkpoint_starts_with_its_weights(ready):
     assert records[0]["loss"] < other[0]["loss"]
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize(
     ("changes", "name", "words"),
     [
@@ -159,6 +162,7 @@ MATRIX = few(
 )
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(("dataload", "mask", "mode"), MATRIX)
 def test_every_way_to_batch_works_with_every_mask_and_method(ready, dataload, mask, mode):
     settings = {"DATALOAD": dataload, "CTX_LEN": "48"} | WAYS[dataload]
@@ -169,6 +173,7 @@ def test_every_way_to_batch_works_with_every_mask_and_method(ready, dataload, ma
     assert all(math.isfinite(r["loss"]) for r in records if r["targets"])
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize(
     ("dataload", "overlong"), [("pack", "truncate"), ("bucket", "truncate-left"), ("pad", "drop"), ("only", "split")]
 )
@@ -206,6 +211,7 @@ def test_a_worker_changes_nothing(ready):
     assert all(torch.equal(alone[n], helped[n]) for n in alone)
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("dataload", few(WAYS, ["pack", "bucket", "get"]))
 def test_a_mixture_trains_in_every_way(ready, dataload):
     said = tokenizer.encode("User: Say no.\n\nAssistant: No, no, no, never ever.")
@@ -217,6 +223,7 @@ def test_a_mixture_trains_in_every_way(ready, dataload):
     assert given["DATA_PATH"] == "chat:3 my no:1.0"
 
 
+@pytest.mark.smoke(2)
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("mode", ["lora", "full"])
 @pytest.mark.parametrize("op", few(["torch", "reference"], ["torch"]))
@@ -227,6 +234,7 @@ def test_every_precision_method_and_operator_learns(ready, precision, mode, op):
     assert records[-1]["loss"] < records[0]["loss"]
 
 
+@pytest.mark.smoke(3)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -250,6 +258,7 @@ def test_other_settings_work(ready, settings):
     assert all(math.isfinite(r["loss"]) for r in records)
 
 
+@pytest.mark.smoke(3)
 @pytest.mark.parametrize(
     ("settings", "rows", "name", "words"),
     [
@@ -294,6 +303,7 @@ def test_data_without_anything_to_train_are_refused(ready, settings, rows, name,
     assert words in {p.name: p.message for p in found.value.problems}[name]
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_a_run_that_becomes_nan_stops_with_words_and_saves_nothing_of_it(ready, capsys, mode):
     with pytest.raises(
@@ -323,6 +333,7 @@ def with_nan_in(monkeypatch, steps):
     )
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("optim", ["adamw", "adafactor", "lion8bit"])
 def test_a_step_without_a_number_is_left_out_and_changes_nothing(ready, monkeypatch, capsys, optim):
     common = {
@@ -436,6 +447,7 @@ def test_the_precision_follows_the_processor():
     assert hardware.cpu_gains_by_bf16(amd) and not hardware.cpu_gains_by_bf16("flags\t\t: fpu avx2 avx512f")
 
 
+@pytest.mark.smoke(3)
 @pytest.mark.parametrize(
     ("settings", "name", "words"),
     [
@@ -458,6 +470,7 @@ def test_what_does_not_go_with_the_base_is_told_before_anything_is_loaded(ready,
     assert not (ready / "output" / "never").exists()
 
 
+@pytest.mark.slow
 def test_a_pissa_run_goes_on_only_with_what_it_began_with(ready):
     settings = {"FINETUNE_MODE": "pissa", "pissa_r": "4"}
     run(ready, "first", **settings)

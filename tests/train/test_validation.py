@@ -53,6 +53,7 @@ def defined(root, tensors) -> float:
     return float(torch.cat(losses).mean())
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.pictures
 @pytest.mark.parametrize(
     "settings", [{}, {"DATALOAD": "bucket", "MICRO_BSZ": "auto"}, {"TRAIN_TYPE": "infctx", "CHUNK_CTX": "16"}], ids=str
@@ -68,6 +69,7 @@ def test_its_loss_is_that_of_every_row_alone_and_begins_with_the_base(held, sett
     assert (held / "output/run/loss.png").stat().st_size > 1000
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize(
     "settings", [{}, {"FINETUNE_MODE": "lisa", "lisa_r": "1", "lisa_k": "2", "lora_dropout": "0"}], ids=str
 )
@@ -89,6 +91,7 @@ def test_auto_looks_at_what_make_tokenize_has_held_out(ready, capsys):
     assert [r["step"] for r in looks(ready)] == [0, 4, 8]
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("at", few([2, 4, 6], [4]))
 @pytest.mark.parametrize("steps", few(["0", "2"], ["2"]))
 @pytest.mark.parametrize("how", ["killed", "told"])
@@ -157,6 +160,7 @@ def test_other_held_out_data_are_counted_anew(held, monkeypatch, capsys):
     assert len({r["data"] for r in found[:3]}) == len({r["data"] for r in found[3:]}) == 1
 
 
+@pytest.mark.slow
 def test_a_look_that_is_interrupted_is_made_when_the_run_goes_on(held, monkeypatch):
     settings = {**BASE, "VAL_DATA": "held", "VAL_STEPS": "3", "SAVE_STEPS": "0"}
     _, whole = run(held, "whole", **settings)
