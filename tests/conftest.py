@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 
 # before torch is imported: libgomp's spinning makes small operations far slower when processes share the cores
@@ -125,14 +126,27 @@ def shared_kit(tmp_path_factory) -> Kit:
     return kit
 
 
-@pytest.fixture
-def ready(project_folder):
-    """A tiny base and tokenized data in a project of its own."""
+@pytest.fixture(scope="session")
+def prepared_project(tmp_path_factory):
+    """Make the files that `ready` copies, once for all tests of a worker."""
     from helpers.training import tokenize
 
-    tiny.save_model(project_folder / "model" / "tiny.pth")
-    tokenize(tiny.write_jsonl(project_folder / "data" / "chat.jsonl", tiny.CHATS))
-    return project_folder
+    from rwkv_peft.common import paths
+
+    root = tmp_path_factory.mktemp("prepared")
+    for folder in ("data", "model"):
+        (root / folder).mkdir()
+    tiny.save_model(root / "model" / "tiny.pth")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(paths, "ROOT", root)
+        tokenize(tiny.write_jsonl(root / "data" / "chat.jsonl", tiny.CHATS))
+    return root
+
+
+@pytest.fixture
+def ready(project_folder, prepared_project):
+    """A tiny base and tokenized data in a project of its own."""
+    return shutil.copytree(prepared_project, project_folder, dirs_exist_ok=True)
 
 
 def pytest_make_parametrize_id(config, val, argname):
