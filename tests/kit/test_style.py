@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import io
+import itertools
 import re
 import tokenize
 from collections.abc import Iterator
@@ -64,7 +65,7 @@ def in_python(path: Path) -> Iterator[Hit]:
     tree = ast.parse(text)
     for line, name in defined_names(tree):
         parts = [part.lower() for part in WORDS.findall(name)]
-        for part, following in zip(parts, [*parts[1:], ""], strict=True):
+        for part, following in itertools.pairwise([*parts, ""]):
             if part in NAMES and (part, following) != ("held", "out"):
                 yield line, name, NAMES[part]
     for node in ast.walk(tree):
@@ -116,7 +117,7 @@ def test_private_words_are_not_used(part):
 
 def test_a_private_word_is_found_where_it_counts(tmp_path):
     source = '''"""It is told anew."""  # nobody
-def cook(found, held_out):
+def cook(found, held_out, _):
     """First line.
 
     The mended one stands for held-out data; it stands here.
