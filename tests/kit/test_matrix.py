@@ -20,6 +20,8 @@ from rwkv_peft.quantize import quantise
 
 PLAIN = matrix.with_values({})  # the first value of every axis
 COMPRESSED = (*PLAIN[:-1], "nf4")
+VALUE_SHARDS = 13  # of the cells for every value: one a test
+PAIR_SHARDS = 40  # of those for every two values: two a test
 SHARDS = 27  # of the cells for every three values: about 15 a test
 
 
@@ -92,16 +94,19 @@ def test_docs_matrix_md_is_up_to_date():
     assert matrix.DOCS.read_text(encoding="utf-8") == matrix.docs(), "run: python tests/matrix.py --docs"
 
 
+# (shards, not cells: to know the cells, all 70,200 must be read, which would take seconds in each process that collects this)
 @pytest.mark.smoke(3)
-@pytest.mark.parametrize("cell", covering(1), ids=" ".join)
-def test_the_laws_hold_of_every_value(world, cell):
-    assert broken(cell, asked(cell)) == {}
+@pytest.mark.parametrize("shard", range(VALUE_SHARDS))
+def test_the_laws_hold_of_every_value(world, shard):
+    found = {cell: wrong for cell in covering(1)[shard::VALUE_SHARDS] if (wrong := broken(cell, asked(cell)))}
+    assert found == {}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cell", covering(2), ids=" ".join)
-def test_the_laws_hold_where_two_values_meet(world, cell):
-    assert broken(cell, asked(cell)) == {}
+@pytest.mark.parametrize("shard", range(PAIR_SHARDS))
+def test_the_laws_hold_where_two_values_meet(world, shard):
+    found = {cell: wrong for cell in covering(2)[shard::PAIR_SHARDS] if (wrong := broken(cell, asked(cell)))}
+    assert found == {}
 
 
 @pytest.mark.slow

@@ -41,6 +41,7 @@ def logits(path, version="x070"):
     return build(shape, pth.load(path), tiny.ops(shape))(X)[0]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("version", "dtype"), [("x070", torch.bfloat16), ("x060", torch.float32), ("x052", torch.bfloat16)]
 )
@@ -66,6 +67,7 @@ def test_the_merged_file_answers_like_the_run_and_is_the_bases_else(project_fold
     assert ("ignore a state inside a .pth" in said) == (method == "state" and version == "x070")
 
 
+@pytest.mark.smoke(4)
 @pytest.mark.parametrize("kernel", [False, True])
 @pytest.mark.parametrize("method", ADAPTERS)
 def test_the_streamed_merge_is_the_naive_merge_bit_for_bit(project_folder, method, kernel, monkeypatch):
@@ -267,6 +269,7 @@ def test_the_same_run_merged_again_replaces_its_own_file_and_tells_of_old_export
     assert result("base-r-3.gguf").read_bytes() == result().read_bytes()
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("left", ["all", "no .pth", "only an export", "a damaged sidecar"])
 @pytest.mark.parametrize("logged", [True, False])
 def test_another_run_of_the_same_name_gets_a_number(project_folder, plain_exports, capsys, logged, left):
@@ -365,6 +368,7 @@ def test_states_are_averaged_as_well(project_folder):
         torch.testing.assert_close(mean[name], (a[name] + b[name]) / 2)
 
 
+@pytest.mark.slow
 def test_the_rwkv_package_loads_a_rewritten_file_and_reads_the_same_logits(tmp_path):
     """The file that we write record by record, in the hands of a real client."""
     shape = tiny.geometry(2, 128, 512, 64)
@@ -552,6 +556,7 @@ def one_row_off(right, w, tensors, options):
     return made
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("fault", [too_much, left_out, one_row_off])
 @pytest.mark.parametrize("method", ["lora", "dora", "pissa", "miss", "bat"])
 @pytest.mark.parametrize("turn", ["alone", "before another run"])
@@ -669,6 +674,7 @@ def foreign_file(folder, method, prefix="", **renamed):
     return path
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("prefix", ["", "model."], ids=["2024", "2025"])
 @pytest.mark.parametrize(
     ("method", "given", "renamed"),

@@ -72,6 +72,7 @@ def test_without_a_gpu_there_is_one_memory():
         hardware.embedding_on_host("1", True, 10**12)
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("settings", [{}, {"TRAIN_TYPE": "infctx", "CHUNK_CTX": "16"}, {"VAL_PERCENT": "20"}], ids=str)
 def test_a_run_learns_the_same(ready, monkeypatch, capsys, settings):
     _, plain = run(ready, "plain", **settings)

@@ -20,6 +20,7 @@ CASES.remove(("x052", 1, False))  # the package itself fails on a v5 of one laye
 CASES += [("x070", layers, True) for layers in (1, 3)]  # files with v0, v1, v2 in layer 0, where nobody uses them
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize(("version", "layers", "layer0_v"), few(CASES, [(v, 3, False) for v in tiny.VERSIONS]))
 def test_logits_equal_those_of_the_rwkv_package(tmp_path, version, layers, layer0_v):
     shape = tiny.geometry(layers, 128, 512, 64, version)

@@ -101,6 +101,7 @@ def inputs_of(version, *shape, **how):
     return wkv6_inputs(*shape, constant=version == "x052", **how)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("version", KERNELS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
@@ -111,6 +112,7 @@ def test_a_kernel_equals_the_reference_forward_and_every_gradient(version, kind,
     laws.equals_the_reference(KERNELS[version], REFERENCE[version], NAMES[version], inputs, s0)
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.rounded
 @pytest.mark.parametrize("version", KERNELS)
 def test_a_kernel_is_exact_to_the_rounding_of_bf16_inputs_and_outputs(version):
@@ -118,6 +120,7 @@ def test_a_kernel_is_exact_to_the_rounding_of_bf16_inputs_and_outputs(version):
     laws.equals_the_reference_to_the_rounding_of_bf16(KERNELS[version], REFERENCE[version], inputs, s0)
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("version", KERNELS)
 def test_the_head_size_of_the_official_models(version):
     inputs, s0 = inputs_of(version, 1, 67, 1, 64), laws.start(1, 1, 64)
@@ -158,6 +161,7 @@ def test_poisoned_memory_does_not_show(monkeypatch, version):
 ON_ROUNDED = [(way, torch.bfloat16) for way in ON_TENSOR_CORES]
 
 
+@pytest.mark.slow
 @pytest.mark.rounded
 @pytest.mark.parametrize(("version", "dtype"), few([*itertools.product(VERSIONS, DTYPES), *ON_ROUNDED], ON_ROUNDED))
 def test_the_proof_that_a_gpu_must_give_is_passed(version, dtype):
@@ -165,12 +169,14 @@ def test_the_proof_that_a_gpu_must_give_is_passed(version, dtype):
     assert found.passed, found
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_proof_of_what_stands_around_is_passed(dtype):
     found = kernel_check.prove_around(fused, wkv.wkv7, "cpu", dtype)
     assert found.passed, found
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_model_on_the_kernels_learns_what_one_on_torch_learns(version):
     """Logits, the states behind packed sequences, and the gradient of every parameter."""
@@ -215,6 +221,7 @@ def test_mixes_equal_their_definition(dtype, borders, count, order):
     of_neighbours.token_shift_mix(fused, dtype, borders, count)
 
 
+@pytest.mark.smoke
 @of_neighbours.dtypes
 @of_neighbours.packs
 @pytest.mark.parametrize("first_layer", [True, False])

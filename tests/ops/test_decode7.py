@@ -41,6 +41,7 @@ def close(a, b):
     return (a - b).abs().max() <= 2e-5 * b.abs().max()
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layers, width, size", SIZES)

@@ -39,6 +39,7 @@ def wrong(version, how):
     return wkv
 
 
+@pytest.mark.smoke(4)
 @pytest.mark.parametrize("version", TORCH)
 @pytest.mark.parametrize("how", ["forgets where a sequence ends", "a wrong gradient", "a wrong state", "NaN"])
 def test_what_is_wrong_fails(version, how):
@@ -97,6 +98,7 @@ def test_kernels_that_pass_are_taken_and_are_asked_once(gpu, monkeypatch):
             assert dispatch.choose("auto", "x070", "cuda").name == "torch"  # asked again, and there is nobody to ask
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("how", ["wrong", "missing", "refused", "other bindings"])
 def test_kernels_that_fail_are_not_taken_and_the_reason_is_told(gpu, how):
     def fails(*_given):
@@ -135,6 +137,7 @@ def test_a_kernel_that_leaves_the_gpu_unusable_is_told_as_that(gpu, monkeypatch)
         dispatch.choose("auto", "x070", "cuda")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "bad", few([["in parts"], ["in a single pass"], ["in parts", "in a single pass"]], [["in parts"]])
 )
@@ -165,6 +168,7 @@ def test_token_by_token_is_proved_by_itself_where_a_backend_would_go_another_way
     assert asked == {torch_wkv7.wkv7}  # the rest of a block is proved with what is right
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("name", ["token_shift_mix", "square_relu", "cross_entropy_grad", "wkv7_block"])
 def test_what_is_wrong_around_the_recurrence_is_left_to_torch(gpu, name):
     def wrong_one(*given):
@@ -195,6 +199,7 @@ def test_what_is_for_another_device_is_refused():
         dispatch.choose("cpu", "x070", "cuda")
 
 
+@pytest.mark.slow
 def test_the_selftest_prints_what_it_found_and_fails_with_it(ready, capsys, monkeypatch):
     from helpers.training import config
 

@@ -20,6 +20,7 @@ def inputs_of(version, *shape, **how):
     return wkv6_inputs(*shape, constant=version == "x052", **how)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("version, backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tokens", [2, 31, 32, 33, 100])

@@ -15,6 +15,7 @@ BACKENDS = [name for name in WKV7 if name != "reference"]
 KINDS = ("random", "repeated", "fast", "slow")
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tokens", [2, 31, 32, 33, 100])
