@@ -381,6 +381,7 @@ def test_the_rwkv_package_loads_a_rewritten_file_and_reads_the_same_logits(tmp_p
     assert (ours[0] - whole).abs().max() < 2e-5 * whole.abs().max() < (base[0] - whole).abs().max()
 
 
+@pytest.mark.slow
 def test_the_rwkv_package_begins_a_v6_from_the_state_inside_the_merged_file(project_folder):
     shape = tiny.geometry(2, 128, 512, 64, "x060")
     base = project_folder / "model" / "base.pth"
@@ -575,6 +576,7 @@ def test_a_wrong_formula_is_seen_though_rounding_to_bf16_is_larger(project_folde
         merge(*words)
 
 
+@pytest.mark.smoke(2)
 @pytest.mark.parametrize("width", [32, 64], ids=["without a kernel", "with a kernel"])
 @pytest.mark.parametrize("fault", ["too much", "left out", "one row off", "rounded otherwise"])
 def test_a_wrong_product_is_seen_though_rounding_to_bf16_is_larger(project_folder, monkeypatch, width, fault):

@@ -127,6 +127,7 @@ def test_the_head_size_of_the_official_models(version):
     laws.equals_the_reference(KERNELS[version], REFERENCE[version], NAMES[version], inputs, s0)
 
 
+@pytest.mark.smoke(2)
 @pytest.mark.parametrize("version", KERNELS)
 @pytest.mark.parametrize("cut", [1, 45])
 def test_two_halves_with_the_carried_state_equal_the_whole(version, cut):
@@ -249,6 +250,7 @@ def test_the_squared_relu_equals_its_definition(dtype, shape):
     of_neighbours.squared_relu(fused, dtype, shape)
 
 
+@pytest.mark.smoke
 @of_neighbours.dtypes
 @pytest.mark.parametrize("columns", [1, 50, 1000])
 @pytest.mark.parametrize("scale", [1.0, 30.0, 1e4])

@@ -45,6 +45,7 @@ def write_parquet(path, columns):
     pq.write_table(pa.table({"prompt": ["a"], "response": ["b"], **{f"c{i}": ["x"] for i in range(columns)}}), path)
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize(
     "write, ending, columns",
     [
@@ -100,6 +101,7 @@ def test_a_text_that_a_parquet_file_holds_once_and_means_often_costs_little_memo
     assert in_little_memory(tmp_path / "x.parquet").strip() == "2000"
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("packed", ["gz", "zst"])
 @pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "txt"])
 def test_a_packed_row_of_300_mb_costs_little_memory(tmp_path, packed, ending):

@@ -262,6 +262,7 @@ def test_no_token_holds_a_nul_beside_other_bytes():
     assert tokenizer.token_bytes()[1] == b"\0"
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("eot", ENDINGS)
 @settings(max_examples=25, deadline=None)

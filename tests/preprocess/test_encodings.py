@@ -46,6 +46,7 @@ def read(data: bytes, found: Encoding) -> bytes:
 PAIRS = [(language, codec) for language, (known, _) in bench.LANGUAGES.items() for codec in known]
 
 
+@pytest.mark.smoke(10)
 @pytest.mark.parametrize(("language", "codec"), PAIRS)
 def test_no_file_is_ever_read_as_another_text(language, codec):
     for rows in (1, 3, 20):

@@ -196,6 +196,7 @@ def mutated(line: bytes, random: random.Random) -> bytes:
     return line * 2
 
 
+@pytest.mark.slow
 def test_ten_thousand_mutated_rows_end_in_no_traceback_and_every_rejection_names_file_and_line():
     random_ = random.Random(7)
     good = [json.dumps(row, ensure_ascii=False).encode() for row in (
