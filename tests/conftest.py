@@ -35,11 +35,11 @@ LONG = (
 )  # fmt: skip
 
 
-def smoke_cases(cases: list[dict[str, int]], count: int | None) -> set[int]:
-    """Return which cases the default suite runs, of those that have these values (numbers) of the parameters.
+def smoke_cases(cases: list[dict[str, str]], count: int | None) -> set[int]:
+    """Return which cases the default suite runs.
 
     Args:
-        cases: For each case, the number of the value that each parameter has.
+        cases: For each case, the value of each parameter, as text.
         count: How many, evenly from first to last. None: so many that every value of every parameter occurs.
     """
     if count is not None:
@@ -60,7 +60,10 @@ def pytest_collection_modifyitems(config, items) -> None:
             groups.setdefault((item.path, item.originalname), []).append(item)
     for cases in groups.values():
         marker = cases[0].get_closest_marker("smoke")
-        chosen = smoke_cases([case.callspec.indices for case in cases], *(marker.args or (None,)))
+        chosen = smoke_cases(
+            [{name: repr(value) for name, value in case.callspec.params.items()} for case in cases],
+            *(marker.args or (None,)),
+        )
         for number, case in enumerate(cases):
             if number not in chosen:
                 case.add_marker(pytest.mark.slow)

@@ -409,6 +409,7 @@ def test_the_last_good_state_goes_on_once_the_file_is_back(run):
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 def test_a_run_with_another_base_is_refused(run):
     path = run.root / "model/tiny.pth"
     run.stops("model/tiny.pth", lambda: replace_by_another_model(path))
@@ -421,6 +422,7 @@ def replace_by_another_model(path: Path) -> None:
     os.replace(path.with_name("fresh.pth"), path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", few((overwrite, cut, Path.unlink), (overwrite,)))
 @pytest.mark.parametrize("part", ["weights", "optimizer"])
 def test_a_state_that_changes_while_it_is_read_is_not_gone_on_from(run, monkeypatch, part, harm):
@@ -439,6 +441,7 @@ def test_a_state_that_changes_while_it_is_read_is_not_gone_on_from(run, monkeypa
     assert code == EXIT_USER and f"/{part}.safetensors: " in said.splitlines()[-1] and "Traceback" not in said, said
 
 
+@pytest.mark.slow
 def test_states_that_the_run_itself_removes_are_no_change(run):
     assert Run(run.root, EPOCH_COUNT="4").start().code() == 0
     process = run.start(EPOCH_COUNT="40", KEEP_LAST="1")

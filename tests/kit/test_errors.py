@@ -66,6 +66,7 @@ def kit(tmp_path_factory):
     return Kit(tmp_path_factory.mktemp("errors") / "my kit")
 
 
+@pytest.mark.smoke(4)
 @pytest.mark.parametrize(("content", "words"), bad_rows().values(), ids=bad_rows())
 def test_a_bad_row_is_named_with_its_line_and_earlier_files_stay(kit, content, words):
     data = kit.root / "data"

@@ -112,7 +112,7 @@ def test_a_kernel_equals_the_reference_forward_and_every_gradient(version, kind,
     laws.equals_the_reference(KERNELS[version], REFERENCE[version], NAMES[version], inputs, s0)
 
 
-@pytest.mark.smoke(1)
+@pytest.mark.slow
 @pytest.mark.rounded
 @pytest.mark.parametrize("version", KERNELS)
 def test_a_kernel_is_exact_to_the_rounding_of_bf16_inputs_and_outputs(version):
@@ -120,7 +120,7 @@ def test_a_kernel_is_exact_to_the_rounding_of_bf16_inputs_and_outputs(version):
     laws.equals_the_reference_to_the_rounding_of_bf16(KERNELS[version], REFERENCE[version], inputs, s0)
 
 
-@pytest.mark.smoke(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("version", KERNELS)
 def test_the_head_size_of_the_official_models(version):
     inputs, s0 = inputs_of(version, 1, 67, 1, 64), laws.start(1, 1, 64)
@@ -170,7 +170,7 @@ def test_the_proof_that_a_gpu_must_give_is_passed(version, dtype):
     assert found.passed, found
 
 
-@pytest.mark.smoke(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_proof_of_what_stands_around_is_passed(dtype):
     found = kernel_check.prove_around(fused, wkv.wkv7, "cpu", dtype)

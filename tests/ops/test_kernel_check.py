@@ -183,6 +183,7 @@ def test_what_is_wrong_around_the_recurrence_is_left_to_torch(gpu, name):
     assert "the rest of a block on torch: they are wrong on this GPU" in found.why
 
 
+@pytest.mark.slow
 def test_where_our_own_kernels_fail_flash_linear_attention_is_taken_if_it_is_there_and_right(gpu):
     gpu(wrong("x070", "NaN"))
     gpu(torch_wkv7.wkv7, "fla")

@@ -378,7 +378,7 @@ def test_the_report_counts_names_the_first_line_and_says_what_to_do(project_fold
     )
 
 
-@pytest.mark.smoke(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["--convert-headings"], ["--convert-headings", "1"], ["--convert-headings=1"]])
 def test_the_option_is_a_switch(kit, words):
     kit.data("x.jsonl", {"text": "Q: Hi\nA: Yo"})

@@ -310,6 +310,7 @@ def test_json_lines_of_one_row_need_no_note(tmp_path, row):
     assert not notes_of(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("word", ["one row", "one message"])
 def test_the_keys_of_a_row_and_a_message_are_gone_through_once(word):
     """They took minutes: each was looked for in all of the row, and all were sorted for each."""

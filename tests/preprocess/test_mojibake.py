@@ -120,6 +120,7 @@ ENDS = [
 BEGINS = ["", "", "", "“", "„", "«\xa0", "«", "‘", "¿", "¡", "(", "— "]
 
 
+@pytest.mark.smoke(4)
 @pytest.mark.parametrize("language", WORD_LETTERS)
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())

@@ -72,6 +72,7 @@ TURN = st.one_of(
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"a": "<b>"}}}, {"name": "你"}]
 
 
+@pytest.mark.smoke(8)
 @pytest.mark.parametrize("name", FORMS)
 @settings(max_examples=40, deadline=None)
 @given(st.lists(TURN, min_size=1, max_size=5), st.sampled_from(sorted(ENDINGS)), st.sampled_from([None, TOOLS]))
@@ -92,6 +93,7 @@ def test_a_prompt_without_a_system_message_has_that_of_the_template(name):
         assert rendered(FORMS[name], "doc", messages) == prompt(FORMS[name], "doc", asked)
 
 
+@pytest.mark.smoke(8)
 @pytest.mark.parametrize("name", FORMS)
 def test_without_a_question_the_conversation_ends_as_a_row_does_and_token_zero_comes_first(name):
     form = FORMS[name]
