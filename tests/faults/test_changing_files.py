@@ -626,6 +626,7 @@ MERGING = {  # when a file changes during a merge
 }
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("when", few(MERGING, ("before it is verified",)))
 @pytest.mark.parametrize(
     ("name", "harm"),
@@ -717,6 +718,7 @@ def chat_settings(**changes: str) -> chat.ChatConfig:
     return Script(ROOT / "chat.sh", values).read(chat.ChatConfig)
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("harm", few((overwrite, other_model, replace, grow, Path.unlink), (overwrite, Path.unlink)))
 @pytest.mark.parametrize("name", ["model/tiny.pth", "output/first/rwkv-0.pth"])
 def test_a_model_or_adapter_that_changes_gives_no_further_answer(finished, monkeypatch, name, harm):

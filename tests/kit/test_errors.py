@@ -110,6 +110,7 @@ def test_a_file_without_a_good_row_tells_what_is_wrong_once_and_writes_nothing(k
     assert [p.name for p in (kit.root / "data").glob("all.*")] == ["all.jsonl"]
 
 
+@pytest.mark.slow
 def test_a_forgotten_empty_line_before_a_turn_is_told_with_its_line(kit):
     kit.data("joined.jsonl", tiny.CHATS[0], {"text": "User: Hi\nAssistant: Hello"})
     said = kit.run("make_tokenize.sh", "joined.jsonl").stdout
@@ -120,6 +121,7 @@ def test_a_forgotten_empty_line_before_a_turn_is_told_with_its_line(kit):
     )  # the data are to be mended, not the mask
 
 
+@pytest.mark.slow
 def test_rows_above_max_tokens_are_dropped_with_their_lines_and_dropping_all_is_an_error(kit):
     kit.data("long.jsonl", *tiny.CHATS)
     said = kit.run("make_tokenize.sh", "long.jsonl", "1", "40").stdout
@@ -133,6 +135,7 @@ def test_rows_above_max_tokens_are_dropped_with_their_lines_and_dropping_all_is_
     assert (kit.root / "data/long.bin").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_no_eof_leaves_the_end_of_documents_out(kit):
     from rwkv_peft.data.binidx import Reader
 
@@ -143,6 +146,7 @@ def test_no_eof_leaves_the_end_of_documents_out(kit):
     assert (Reader(kit.root / "data/eof").tokens == 0).sum() == len(tiny.CHATS)
 
 
+@pytest.mark.smoke(5)
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -219,6 +223,7 @@ def test_a_retired_name_says_what_became_of_it(shared_kit):
     assert "is called STRATEGY here" in shared_kit.run("old.sh", ok=False).stderr
 
 
+@pytest.mark.slow
 def test_what_only_the_files_can_tell_comes_in_the_same_form(shared_kit):
     said = training(shared_kit, N_LAYER="24", EMBD_SIZE="2048", DATA_PATH="nothing", lora_load="x.pth")
     assert "N_LAYER=24" in said and "but model/tiny.pth has 2; use auto" in said
@@ -301,6 +306,7 @@ def test_a_foreign_file_without_roles_trains_by_its_headings_and_says_so(shared_
     assert ours.split("--- sample 1")[1] == theirs.split("--- sample 1")[1]
 
 
+@pytest.mark.slow
 def test_a_token_outside_the_vocabulary_is_named(shared_kit):
     tiny.save_model(shared_kit.root / "model" / "small.pth", shape=tiny.geometry(vocab=512))
     said = training(shared_kit, MODEL_PATH="small.pth")

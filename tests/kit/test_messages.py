@@ -212,6 +212,7 @@ def test_numbers_that_fp16_does_not_hold_are_told_as_that(ready):
         run(ready, MODEL_PATH="large.pth", NAN_LIMIT="2", PRECISION="fp16")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.isdir("/dev/shm") or os.geteuid() != 0, reason="needs a small /dev/shm of its own")
 @pytest.mark.parametrize("holds", ["4k", "20k"])
 def test_a_full_shared_memory_is_named_where_a_worker_dies_of_it(ready, holds):

@@ -146,6 +146,7 @@ TEXTS = {
 }  # fmt: skip
 
 
+@pytest.mark.smoke(8)
 @pytest.mark.parametrize("times", [1, 2, 3])
 @pytest.mark.parametrize("reading", READINGS)
 @pytest.mark.parametrize("kind", TEXTS)

@@ -48,6 +48,7 @@ def said(monkeypatch):
     return []
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("version", few(["x070", "x060"], ["x070"]))
 @pytest.mark.parametrize("method", ["lora", "full", "state"])
 @pytest.mark.parametrize("recompute", ["nothing", "cheap"])
@@ -72,6 +73,7 @@ def test_some_shapes_are_recorded_at_their_third_time_and_all_others_go_one_by_o
     assert all(torch.equal(a, b) for a, b in now)
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("wrong", ["an output", "a gradient", "nan", "a gradient is missing", "there are none"])
 def test_what_replays_something_else_is_not_used_and_that_is_told(said, monkeypatch, wrong):
     changes = {
