@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import tiny
 
-from rwkv_peft.adapters.specs import METHODS, MOST_ALPHA, OPTIMS
+from rwkv_peft.adapters.base import Adapter
+from rwkv_peft.adapters.specs import MOST_ALPHA, OPTIMS, Method
 from rwkv_peft.chat.diagnose import course
 from rwkv_peft.common.errors import SettingErrors, UserError
 from rwkv_peft.config.train import TrainConfig
@@ -15,19 +16,29 @@ from rwkv_peft.ops import dispatch
 from rwkv_peft.train import memory_estimate
 
 
-def test_the_memory_estimate_knows_every_method_and_version():
-    assert memory_estimate.LAYERS.keys() == METHODS.keys()
+def test_the_memory_estimate_knows_every_version():
     versions = {*ARCHS}
     assert {version for _, version in memory_estimate.KEPT} == versions == {*dispatch.WKV}
 
 
-@pytest.mark.parametrize(("method", "version", "words"), [("glue", "x070", "LAYERS"), ("lora", "x080", "KEPT")])
-def test_a_missing_fact_is_an_error_with_its_name(method, version, words):
+def test_a_version_that_the_memory_estimate_lacks_is_named():
     shape = tiny.geometry()
     sizes = {name: tensor.shape for name, tensor in tiny.tensors(0, shape).items()}
-    shape = type(shape)(**(vars(shape) | {"version": version}))
-    with pytest.raises(UserError, match=f"estimate.py: {words} has no row for"):
-        memory_estimate.memory_bytes(sizes, 1, 1, shape, 4, "0", method, "cpu", "cpu", OPTIMS["adamw"])
+    shape = type(shape)(**(vars(shape) | {"version": "x080"}))
+    with pytest.raises(UserError, match="estimate.py: KEPT has no row for"):
+        memory_estimate.memory_bytes(sizes, 1, 1, shape, 4, "0", "lora", "cpu", "cpu", OPTIMS["adamw"])
+
+
+def test_a_method_that_says_nothing_of_its_activations_is_an_error():
+    with pytest.raises(TypeError, match="activations"):
+        Method("a method that was written today")
+
+
+def test_an_adapter_that_says_nothing_of_its_rows_is_an_error():
+    with pytest.raises(TypeError, match="Glue lacks row_axes"):
+
+        class Glue(Adapter):
+            tensors = ("glue",)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

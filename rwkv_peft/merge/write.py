@@ -378,14 +378,13 @@ def export_adapter(found: Sequence[LoadedCheckpoint], base: Path, in_use: FileWa
     """A run as an adapter folder of the peft package."""
     from rwkv_peft.adapters import inject
     from rwkv_peft.export import peft_export
-    from rwkv_peft.export.peft_adapter import METHODS as WRITTEN
-    from rwkv_peft.export.peft_adapter import peft_weights
+    from rwkv_peft.export.peft_adapter import has_peft_form, peft_weights
 
     one = alone("peft", found)
     described, geometry = base_model.read_geometry(base)
     opened = fold.opened(one.part, described, geometry)
     whole = inject.sorted_by_place(opened.tensors, geometry)[1]
-    if whole and opened.setup.method in WRITTEN:
+    if whole and has_peft_form(opened.setup.method):
         raise UserError(
             f"{paths.display_path(one.path)}: has trained {join_names(whole, 3)} whole, and a peft "
             f"adapter has no place for that. Train "

@@ -6,7 +6,7 @@ import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
-from rwkv_peft.adapters.specs import Optim
+from rwkv_peft.adapters.specs import METHODS, Optim
 from rwkv_peft.common.errors import UserError
 from rwkv_peft.config.strategies import STRATEGIES, Strategy
 from rwkv_peft.model.arch import Geometry
@@ -43,21 +43,6 @@ KEPT = {
     ("torch", "x070"): Kept(12, 17),
     ("torch", "x060"): Kept(30, 8),
     ("torch", "x052"): Kept(12, 8),
-}
-
-# method -> what its layers keep of a token, in shares of their inputs' size: what is cheap to make again, and what is not; None
-# for a method that trains no matrix of the blocks. Every method of METHODS has a row
-LAYERS: dict[str, tuple[float, float] | None] = {
-    "lora": (1, 0),
-    "dora": (1, 1),  # also the output, for the magnitude's gradient
-    "pissa": (1, 0),
-    "miss": (0, 0),  # only the input's sums over groups of channels
-    "bat": (0, 1),
-    "peft": (1, 0),
-    "lisa": (1, 0),
-    "full": (1, 0),
-    "state": None,
-    "none": None,
 }
 
 
@@ -97,7 +82,7 @@ def memory_bytes(
     channels, layers = geometry.n_embd, geometry.n_layer
     inner = geometry.dim_ffn / channels
     kept = fact("KEPT", KEPT, (op if op == "cpu" else "torch", geometry.version))
-    shares = fact("LAYERS", LAYERS, method)
+    shares = METHODS[method].activations
     again, more = ((kept.inputs + inner) * share for share in shares or (0, 0))
     of_block = tokens * channels * ((kept.values + inner + again + more) * itemsize + kept.floats * 4)
     activations = {
