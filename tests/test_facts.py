@@ -1,32 +1,31 @@
 """Tables of facts: no method, version or backend is missing from one, and what is missing is named."""
 
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
-import tiny
 
 from rwkv_peft.adapters.base import Adapter
-from rwkv_peft.adapters.specs import MOST_ALPHA, OPTIMS, Method
+from rwkv_peft.adapters.specs import MOST_ALPHA, Method
 from rwkv_peft.chat.diagnose import course
-from rwkv_peft.common.errors import SettingErrors, UserError
+from rwkv_peft.common.errors import SettingErrors
 from rwkv_peft.config.train import TrainConfig
-from rwkv_peft.model.arch import ARCHS
-from rwkv_peft.ops import dispatch
-from rwkv_peft.train import memory_estimate
+from rwkv_peft.model.arch import ARCHS, Arch
+from rwkv_peft.model.rwkv import VERSIONS
+from rwkv_peft.ops import dispatch, kernel_check
 
 
-def test_the_memory_estimate_knows_every_version():
-    versions = {*ARCHS}
-    assert {version for _, version in memory_estimate.KEPT} == versions == {*dispatch.WKV}
+def test_every_version_has_an_operator_and_what_its_blocks_keep():
+    assert {*ARCHS} == {*dispatch.WKV} == {*kernel_check.DEFINITIONS} == {*VERSIONS}
+    assert all({*arch.activations} == {"cpu", "torch"} for arch in ARCHS.values())
 
 
-def test_a_version_that_the_memory_estimate_lacks_is_named():
-    shape = tiny.geometry()
-    sizes = {name: tensor.shape for name, tensor in tiny.tensors(0, shape).items()}
-    shape = type(shape)(**(vars(shape) | {"version": "x080"}))
-    with pytest.raises(UserError, match="estimate.py: KEPT has no row for"):
-        memory_estimate.memory_bytes(sizes, 1, 1, shape, 4, "0", "lora", "cpu", "cpu", OPTIMS["adamw"])
+@pytest.mark.parametrize("fact", [field.name for field in dataclasses.fields(Arch)])
+def test_a_version_that_lacks_a_fact_is_an_error_with_its_name(fact):
+    facts = {field.name: getattr(ARCHS["x070"], field.name) for field in dataclasses.fields(Arch) if field.name != fact}
+    with pytest.raises(TypeError, match=fact):
+        Arch(**facts)
 
 
 def test_a_method_that_says_nothing_of_its_activations_is_an_error():
