@@ -24,7 +24,17 @@ class Adapter(nn.Module, abc.ABC):
 
     tensors: tuple[str, ...] = ()  # trained
     start: tuple[str, ...] = ()  # not trained, and impossible to compute anew: a run keeps them in a file beside it
+    # leaf -> its axis that counts the weight's rows, if `merge` makes each row from the same row of the weight; None if not
+    row_axes: dict[str, int] | None
+    row_block: str = ""  # the option that says how many rows `merge` works on together; "" for one
+    no_peft: str = ""  # why there is no `to_peft`
     changes_base: bool = False  # __init__ takes a part out of the layer's weight, and forward puts it back
+
+    def __init_subclass__(cls) -> None:
+        """Refuse a class that does not say what merging by rows needs: a default would be wrong for some."""
+        super().__init_subclass__()
+        if not hasattr(cls, "row_axes"):
+            raise TypeError(f"{cls.__module__}.{cls.__name__} lacks row_axes (see Adapter)")
 
     def __init__(self, linear: nn.Module):
         super().__init__()
@@ -63,6 +73,16 @@ class Adapter(nn.Module, abc.ABC):
     def product(tensors: dict[str, Tensor], sidecar: dict) -> tuple[Tensor, Tensor] | None:
         """B [out, r] and A [r, in], float32, where the merged weight is W + B A; None where it is another one."""
         return None
+
+    @staticmethod
+    def to_peft(tensors: dict[str, Tensor], sidecar: dict) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The adapter that peft would have here: fields of adapter_config.json, and this layer's tensors by peft's names.
+
+        Left as it is by adapters that peft has not got (`no_peft` says why).
+
+        tensors: this layer's trained and start tensors, float32. UserError for tensors that peft cannot compute with.
+        """
+        raise NotImplementedError
 
     def begun(self) -> dict[str, Tensor]:
         """Copies of the start tensors. To be asked before the first training step."""

@@ -26,6 +26,9 @@ class Bat(Adapter):
     """
 
     tensors = ("disha",)
+    row_axes = {}
+    row_block = "rank"  # it works on square blocks
+    no_peft = "peft's bat shares its blocks along the outputs, ours along the inputs"
 
     def __init__(self, linear: nn.Module, rank: int):
         super().__init__(linear)

@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rwkv_peft.common.errors import UserError
+
 from .base import Adapter, compute_dtype
-from .lora import Lora, fresh_factors, scale
+from .lora import Lora, fresh_factors, scale, scale_of
 from .lowrank import lora_linear
 
 
@@ -25,6 +27,7 @@ class Dora(Adapter):
     """
 
     tensors = ("lora_A", "lora_B", "lora_magnitude")
+    row_axes = {"lora_B": 0, "lora_magnitude": 0}
 
     def __init__(self, linear: nn.Module, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False):
         super().__init__(linear)
@@ -53,6 +56,20 @@ class Dora(Adapter):
     def merge(weight: Tensor, tensors: dict[str, Tensor], sidecar: dict) -> Tensor:
         moved = Lora.merge(weight, tensors, sidecar)
         return gains(tensors["lora_magnitude"].to(moved.dtype), moved)[:, None] * moved
+
+    @staticmethod
+    def to_peft(tensors: dict[str, Tensor], sidecar: dict) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """As LoRA's, with a magnitude for every row: peft has no row of zeros that learns as LoRA's do."""
+        settings, named = Lora.to_peft(tensors, sidecar)
+        magnitude, change = tensors["lora_magnitude"], scale_of(sidecar) * tensors["lora_B"] @ tensors["lora_A"]
+        lengths = torch.linalg.vector_norm(change, dim=1)
+        if ((magnitude == 0) & (lengths == 0)).any():
+            raise UserError(
+                "This dora run cannot be written as a peft adapter: its base has rows of zeros that have learnt nothing, and "
+                "peft divides by their length. Merge it with ./merge.sh instead."
+            )
+        named["lora_magnitude_vector"] = torch.where(magnitude == 0, lengths, magnitude)
+        return settings | {"use_dora": True}, named
 
 
 @torch.no_grad()

@@ -176,6 +176,7 @@ class PeftLayer(Adapter):
 
     tensors = tuple(dict.fromkeys(n for method in METHODS.values() for n in method.trained))
     start = tuple(dict.fromkeys(n for method in METHODS.values() for n in method.start))
+    row_axes = None
 
     def __init__(self, linear: nn.Module, config: dict, start: dict[str, Tensor] | None = None):
         super().__init__(linear)

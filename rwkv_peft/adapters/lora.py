@@ -16,6 +16,7 @@ class Lora(Adapter):
     """lora_A [r, in], lora_B [out, r], float32. B starts at zero: a fresh adapter changes nothing."""
 
     tensors = ("lora_A", "lora_B")
+    row_axes = {"lora_B": 0}
 
     def __init__(self, linear: nn.Module, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False):
         super().__init__(linear)
@@ -38,6 +39,15 @@ class Lora(Adapter):
     @staticmethod
     def product(tensors: dict[str, Tensor], sidecar: dict) -> tuple[Tensor, Tensor]:
         return tensors["lora_B"].float() * scale_of(sidecar), tensors["lora_A"].float()
+
+    @staticmethod
+    def to_peft(tensors: dict[str, Tensor], sidecar: dict) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        settings = {
+            "peft_type": "LORA", "r": sidecar["rank"], "lora_alpha": sidecar.get("alpha"), "lora_dropout": 0.0,
+            "init_lora_weights": True, "use_rslora": bool(sidecar.get("rslora", False)), "use_dora": False,
+            "fan_in_fan_out": False,
+        }  # fmt: skip
+        return settings, {f"{leaf}.weight": tensors[leaf] for leaf in Lora.tensors}
 
 
 def scale(rank: int, alpha: float, rslora: bool) -> float:

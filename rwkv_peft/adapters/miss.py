@@ -23,6 +23,7 @@ class Miss(Adapter):
     """
 
     tensors = ("disha",)
+    row_axes = {"disha": 1}
 
     def __init__(self, linear: nn.Module, rank: int):
         super().__init__(linear)
@@ -48,3 +49,8 @@ class Miss(Adapter):
         row = tensors["disha"].to(compute_dtype(weight.dtype)).T  # [out, r]
         blocks = -(-weight.shape[1] // row.shape[1])
         return weight.to(row.dtype) + row.repeat(1, blocks)[:, : weight.shape[1]]
+
+    @staticmethod
+    def to_peft(tensors: dict[str, Tensor], sidecar: dict) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        settings = {"peft_type": "MISS", "r": sidecar["rank"], "init_weights": True, "miss_dropout": 0.0}
+        return settings, {"miss_block": tensors["disha"]}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rwkv_peft.common.errors import UserError
 
 from .base import Adapter, compute_dtype
+from .lora import Lora
 from .lowrank import lora_linear
 
 
@@ -22,6 +23,8 @@ class Pissa(Adapter):
 
     tensors = ("lora_A", "lora_B")
     start = ("init_lora_A", "init_lora_B")
+    row_axes = {"lora_B": 0, "init_lora_B": 0}
+    row_block = "rank"  # a weight with fewer rows is refused
     changes_base = True
 
     def __init__(self, linear: nn.Module, rank: int, niter: int, start: dict[str, Tensor] | None = None):
@@ -64,6 +67,17 @@ class Pissa(Adapter):
         kind = compute_dtype(weight.dtype)
         A, B, A0, B0 = (tensors[leaf].to(kind) for leaf in (*Pissa.tensors, *Pissa.start))
         return weight.to(kind) + (B @ A - B0 @ A0)
+
+    @staticmethod
+    def to_peft(tensors: dict[str, Tensor], sidecar: dict) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The LoRA of twice the rank that does the same, B A - B0 A0 = [B, -B0] [A; A0] with scale 1: peft would compute the
+        singular values again instead."""
+        rank = 2 * sidecar["rank"]
+        factors = {
+            "lora_A": torch.cat([tensors["lora_A"], tensors["init_lora_A"]]),
+            "lora_B": torch.cat([tensors["lora_B"], -tensors["init_lora_B"]], dim=1),
+        }
+        return Lora.to_peft(factors, {"rank": rank, "alpha": rank})
 
     def begun(self) -> dict[str, Tensor]:
         return {"init_lora_A": self.lora_A.detach().clone(), "init_lora_B": self.lora_B.detach().clone()}

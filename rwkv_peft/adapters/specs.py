@@ -13,7 +13,11 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class Method:
-    """words: what it is, for the plan of a run.
+    """What is known of a method without computing it. A field without a default that a row lacks is an error at import.
+
+    words: what it is, for the plan of a run.
+    activations: what its layers keep of a token for the backward pass, in shares of their inputs' size: what is cheap to
+    recompute, and what is not; None for a method that trains no matrix of the blocks.
     options: keyword of the adapter -> the variable of training.sh that sets it; they are written into the sidecar.
     dropout: the variable of its dropout. load: the variable that goes on from a checkpoint of it.
     wraps: adapters on the linear layers of att and ffn. parts: lora_parts says what is trained.
@@ -21,6 +25,7 @@ class Method:
     """
 
     words: str
+    activations: tuple[float, float] | None
     options: Mapping[str, str] = field(default_factory=dict)
     dropout: str = ""
     load: str = ""
@@ -34,16 +39,18 @@ MOST_ALPHA = 10**9  # of lora_alpha in training.sh, LORA_ALPHA in merge.sh and t
 LORA = {"rank": "lora_r", "alpha": "lora_alpha", "rslora": "use_rslora"}
 
 METHODS: dict[str, Method] = {
-    "lora": Method("LoRA", LORA, "lora_dropout", "lora_load", wraps=True),
-    "dora": Method("DoRA", LORA, "lora_dropout", "lora_load", wraps=True),
-    "pissa": Method("PiSSA", {"rank": "pissa_r", "niter": "svd_niter"}, load="pissa_load", wraps=True),
-    "miss": Method("MiSS", {"rank": "disha_r"}, load="disha_load", wraps=True),
-    "bat": Method("Bat", {"rank": "disha_r"}, load="disha_load", wraps=True),
-    "peft": Method("a method of the peft package", {"config": "PEFT_CONFIG"}, load="peft_load", wraps=True),
-    "state": Method("state tuning", {"shifts": "state_shifts"}, load="state_load", parts=False),
-    "none": Method("no adapter, whole tensors", load="lora_load"),
-    "lisa": Method("LISA", {"layers": "lisa_r", "every": "lisa_k"}, saves_model=True),
-    "full": Method("every weight", parts=False, saves_model=True),
+    "lora": Method("LoRA", (1, 0), LORA, "lora_dropout", "lora_load", wraps=True),
+    # also the output, for the magnitude's gradient
+    "dora": Method("DoRA", (1, 1), LORA, "lora_dropout", "lora_load", wraps=True),
+    "pissa": Method("PiSSA", (1, 0), {"rank": "pissa_r", "niter": "svd_niter"}, load="pissa_load", wraps=True),
+    # only the input's sums over groups of channels
+    "miss": Method("MiSS", (0, 0), {"rank": "disha_r"}, load="disha_load", wraps=True),
+    "bat": Method("Bat", (0, 1), {"rank": "disha_r"}, load="disha_load", wraps=True),
+    "peft": Method("a method of the peft package", (1, 0), {"config": "PEFT_CONFIG"}, load="peft_load", wraps=True),
+    "state": Method("state tuning", None, {"shifts": "state_shifts"}, load="state_load", parts=False),
+    "none": Method("no adapter, whole tensors", None, load="lora_load"),
+    "lisa": Method("LISA", (1, 0), {"layers": "lisa_r", "every": "lisa_k"}, saves_model=True),
+    "full": Method("every weight", (1, 0), parts=False, saves_model=True),
 }
 # other names of the field -> ours
 ALIASES = {"bone": "miss", "disha": "miss", "state_tuning": "state"}

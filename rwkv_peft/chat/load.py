@@ -16,12 +16,12 @@ from rwkv_peft.common import hardware, paths
 from rwkv_peft.common.errors import UserError
 from rwkv_peft.common.file_watch import FileWatch
 from rwkv_peft.common.formatting import did_you_mean, join_names
+from rwkv_peft.export import EXPORTS
 from rwkv_peft.model.arch import ARCHS, STATE_NAME
 from rwkv_peft.model.rwkv import RWKV, build, for_generating
 from rwkv_peft.ops import dispatch
 
 # the endings of files for other programs -> what loads them
-OTHERS = {".st": "Ai00 and web-rwkv", ".gguf": "llama.cpp", ".state": "Ai00", ".rwkvcpp.bin": "rwkv.cpp"}
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,10 @@ def ready(model: RWKV) -> RWKV:
 
 def must_be_for_us(name: str) -> None:
     """UserError for a file that ./merge.sh --export writes for another program, with the name of what it was made of."""
-    for ending, program in OTHERS.items():
-        if name.endswith(ending):
-            stem = name.removesuffix(ending).removesuffix(".bf16").removesuffix(".f32")
-            raise UserError(f"{name}: ./chat.sh reads .pth, and this file is for {program}. Use {stem}.pth")
+    for export in sorted(EXPORTS.values(), key=lambda one: -len(one.ending)):  # .bf16.gguf before .gguf
+        if export.program and name.endswith(export.ending):
+            stem = name.removesuffix(export.ending)
+            raise UserError(f"{name}: ./chat.sh reads .pth, and this file is for {export.program}. Use {stem}.pth")
 
 
 def model_place(name: str) -> Path:

@@ -49,21 +49,12 @@ from rwkv_peft.common.errors import SettingError, SettingErrors, UserError
 from rwkv_peft.common.file_watch import FileWatch
 from rwkv_peft.common.formatting import did_you_mean
 from rwkv_peft.config.shell import run_cli, setting
+from rwkv_peft.export import EXPORTS, KINDS
 
 SEVERAL = ("--stack", "--average")  # take several checkpoints
 
-# --export KIND -> what it is for
-KINDS = {
-    "safetensors": "Ai00, web-rwkv (.st)",
-    "gguf": "llama.cpp (.gguf, float16; gguf-bf16 and gguf-f32 keep more)",
-    "gguf-bf16": "",
-    "gguf-f32": "",
-    "peft": "the peft package: an adapter folder (lora, dora, pissa and miss runs)",
-    "state": "RWKV-Runner, the rwkv package (.pth) and Ai00 (.state): a tuned state alone",
-    "rwkvcpp": "rwkv.cpp: a tuned state as its buffer",
-}
 USAGE = __doc__.replace(
-    "{kinds}", "\n".join(f"                  {kind:<12}  {what}" for kind, what in KINDS.items() if what)
+    "{kinds}", "\n".join(f"                  {kind:<12}  {what}" for kind in KINDS if (what := EXPORTS[kind].help))
 )
 
 
@@ -105,12 +96,11 @@ def merge_or_export(config: MergeConfig, typed: list[str], in_use: FileWatch) ->
     if run and words and not how and not all(map(run_dir.is_epoch, words)):
         raise UserError(f"--run {run} and {shlex.join(words)}: both say which run. Leave one of the two away.")
     from rwkv_peft.checkpoint import base_model
-    from rwkv_peft.export import EXPORTS
     from rwkv_peft.merge import inputs, legacy
     from rwkv_peft.merge.write import export, export_adapter, export_state, merge
 
     # a model is exported when it is merged; a state or an adapter as it is
-    alone = [kind for kind in kinds if kind == "peft" or EXPORTS[kind].what == "state"]
+    alone = [kind for kind in kinds if EXPORTS[kind].source != "model"]
     of_model = [kind for kind in kinds if kind not in alone]
     names, weights = inputs.shares(words) if averaged else (words, None)
     files = inputs.checkpoint_files(names, run or config.run, how)

@@ -34,14 +34,42 @@ DIGITS = 18  # of the longest whole number that a setting may be
 ASSIGNMENT = re.compile(r"^\s*(?:export\s+|declare\s+(?:-\w+\s+)*|readonly\s+)?([A-Za-z_]\w*)\+?=(.*)$")
 
 
-def setting(name: str, *, ge=None, gt=None, le=None, lt=None, later: Mapping[str, str] | None = None) -> Any:
-    """A dataclass field that is read from the bash variable `name`.
+def setting(
+    name: str,
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+    later: Mapping[str, str] | None = None,
+    resume: Literal["fixed", "free", "split", "content"] = "fixed",
+    per_node: bool = False,
+) -> Any:
+    """Declare a dataclass field that is read from the bash variable `name`, with all that is known of it.
 
-    ge, gt, le, lt bound a number. later: value -> why this version refuses it (a value of the field that is not built
-    yet, or is called otherwise here, is named and refused, never accepted and ignored).
+    Args:
+        name: The variable in the script.
+        ge: The least value.
+        gt: What the value is above.
+        le: The largest value.
+        lt: What the value is below.
+        later: Value -> why this version refuses it. A value of the field that is not built yet, or is called otherwise
+            here, is named and refused, never accepted and ignored.
+        resume: What a run that resumes may find changed. "fixed": nothing. "free": anything; the setting changes when the
+            run ends, what it writes or how fast it is, and no step that is done. "split": how an optimizer step is split
+            over processes and micro-batches, if it has the same rows as before. "content": the name of a file; what counts
+            for a run that is named is what the file holds.
+        per_node: Whether nodes may differ in it: where files are on a machine, and how it is reached.
     """
     bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
-    return dataclasses.field(metadata={"var": name, "later": later or {}, **bounds})
+    return dataclasses.field(
+        metadata={"var": name, "later": later or {}, "resume": resume, "per_node": per_node, **bounds}
+    )
+
+
+def names_where(cls: type, **facts: Any) -> set[str]:
+    """The variables of a dataclass whose declarations state these facts, as in `resume="free"`."""
+    return {f.metadata["var"] for f in dataclasses.fields(cls) if all(f.metadata[k] == v for k, v in facts.items())}
 
 
 class Script:

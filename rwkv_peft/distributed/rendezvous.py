@@ -17,17 +17,15 @@ from torch.distributed import PrefixStore, Store
 
 from rwkv_peft.common.errors import SettingError, SettingErrors, UserError
 from rwkv_peft.common.paths import PACKAGE
+from rwkv_peft.config.shell import names_where
+from rwkv_peft.config.train import TrainConfig
 
 from .connect import find_store, in_time, open_store
 from .launch import ProcessInfo
 
 REACH, PATIENCE = 120.0, 900.0  # seconds to find the first node; to wait for what another does before it begins
 LOOK = 0.2  # seconds between two looks
-# settings that may differ: where things lie on a machine, and how it is reached; files are compared by what is in them
-OWN = {
-    "NODE_RANK", "MASTER_ADDR", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "MODEL_PATH", "DATA_PATH", "VAL_DATA",
-    "NUM_WORKERS", "EMB_ON_CPU",
-}  # fmt: skip
+PER_NODE = names_where(TrainConfig, per_node=True)
 
 
 class Rendezvous:
@@ -169,7 +167,7 @@ def facts_of(settings: Mapping[str, Any], base: str, data: Any, state: Any) -> d
     return {
         "the kit's code": digest.hexdigest()[:12],
         "versions": f"{versions}, Python {'.'.join(platform.python_version_tuple()[:2])}",
-        **{name: value for name, value in settings.items() if name not in OWN},
+        **{name: value for name, value in settings.items() if name not in PER_NODE},
         "MODEL_PATH": f"a file of sha256 {base[:12]}",
         "DATA_PATH": hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12],
         "the state": hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:12],

@@ -124,12 +124,12 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write(source: Path, target: Path, geometry: Geometry, prompting: Prompting, dtype: torch.dtype) -> Iterator[str]:
-    """Write a model's .gguf file with matrices in dtype. Yields sentences about it.
+def write(source: Path, target: Path, geometry: Geometry, prompting: Prompting, number: str) -> Iterator[str]:
+    """Write a model's .gguf file with matrices of these numbers, by torch's name of them. Yields sentences about it.
 
-    UserError if the source is no model, is an RWKV-5, has not the World vocabulary, or does not fit dtype.
+    UserError if the source is no model, is an RWKV-5, has not the World vocabulary, or does not fit them.
     """
-    where = display_path(source)
+    where, dtype = display_path(source), getattr(torch, number)
     with PthReader(source) as archive:
         must_be_model(archive, geometry)
         if geometry.version not in NAMES:

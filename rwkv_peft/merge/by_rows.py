@@ -12,23 +12,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from rwkv_peft.adapters.specs import METHODS
+from rwkv_peft.adapters.registry import ADAPTERS
 from rwkv_peft.checkpoint.pth import Change, RowwiseUpdate
 from rwkv_peft.model.arch import Geometry
 
 from . import fold
 from .fold import MergeInput
-
-# methods whose formula makes each row from the same row of the weight: leaf -> the axis that counts rows, where it has one
-ROWS = {
-    "lora": {"lora_B": 0},
-    "dora": {"lora_B": 0, "lora_magnitude": 0},
-    "pissa": {"lora_B": 0, "init_lora_B": 0},
-    "miss": {"disha": 1},
-    "bat": {},
-}
-# Bat works on square blocks of this many rows; PiSSA refuses a weight with fewer
-TOGETHER = {"pissa": "rank", "bat": "rank"}
 
 
 def by_rows(change: Change, parts: Sequence[MergeInput], weights: Sequence[float] | None, geometry: Geometry) -> Change:
@@ -44,20 +33,31 @@ def by_rows(change: Change, parts: Sequence[MergeInput], weights: Sequence[float
             some = [cut(part, name, block) for part in parts]
             return (fold.average(some, weights, geometry) if weights else fold.in_turn(some, geometry))(name)(tensor)
 
-        options = [part.setup.options.get(TOGETHER.get(part.setup.method, ""), 1) for part in mine]
-        return RowwiseUpdate(rows, math.lcm(*options))
+        return RowwiseUpdate(rows, math.lcm(*(rows_together(part) for part in mine)))
 
     return cut_up
 
 
 def is_by_rows(part: MergeInput, name: str, geometry: Geometry) -> bool:
     compressed = part.quantised and name.removesuffix(".weight") in part.setup.compressed(geometry)
-    return not compressed and (part.setup.method in ROWS or not METHODS[part.setup.method].wraps)
+    return not compressed and row_axes(part) is not None
+
+
+def row_axes(part: MergeInput) -> dict[str, int] | None:
+    """The axis of the part's tensors that counts the weight's rows; {} for whole tensors, None where rows depend on others."""
+    adapter = ADAPTERS.get(part.setup.method)
+    return adapter.row_axes if adapter else {}
+
+
+def rows_together(part: MergeInput) -> int:
+    """How many rows the method works on at once."""
+    adapter = ADAPTERS.get(part.setup.method)
+    return part.setup.options.get(adapter.row_block, 1) if adapter else 1
 
 
 def cut(part: MergeInput, name: str, block: slice) -> MergeInput:
     """What the part has of these rows of a tensor, and nothing else."""
-    layer, axes = name.removesuffix(".weight"), ROWS.get(part.setup.method, {})
+    layer, axes = name.removesuffix(".weight"), row_axes(part) or {}
 
     def some(leaf: str, tensor: Tensor) -> Tensor:
         return tensor.narrow(axes[leaf], block.start, block.stop - block.start) if leaf in axes else tensor

@@ -24,7 +24,7 @@ from rwkv_peft.ops import dispatch
 from rwkv_peft.ops.lowrank_merge import QUESTIONS
 
 from . import fold
-from .by_rows import ROWS, cut
+from .by_rows import cut
 from .fold import MergeInput
 
 ROW = 3e-5  # allowed difference of one output before rounding, relative to its row of weights (seen: 2e-6)
@@ -246,7 +246,7 @@ def answer(part: MergeInput, name: str, weight: Tensor, x: Tensor, product=None)
     tensors, method = part.layer(name), ADAPTERS[part.setup.method]
     start = {leaf: tensors[leaf] for leaf in method.starts(**part.setup.options)}
     # our own can be made without numbers: none are drawn that would only be thrown away
-    empty = part.setup.method in ROWS and not method.changes_base
+    empty = method.row_axes is not None and not method.changes_base
     with torch.device("meta"):
         linear = Linear(weight.shape[1], weight.shape[0])
     linear.product = product or linear.product

@@ -33,8 +33,6 @@ from .inputs import LoadedCheckpoint
 from .output_check import OutputCheck
 from .verify import verify
 
-# the kinds of --export that are several files
-TOGETHER = {"state": ("state", "state-ai00")}
 LONGEST = 200  # bytes of a name; file systems allow 255 with all endings
 # what the sidecar of a result says of how it was made, beside the runs
 HOW = ("method", "weights", "merge_base", "base_sha256")
@@ -199,7 +197,7 @@ def place_for(name: str, about: dict) -> Path:
 
     about: the result's sidecar. Its own earlier file is one that was made of the same runs in the same way.
     """
-    endings = [".pth", *(one.ending for one in EXPORTS.values() if one.what == "model")]
+    endings = [".pth", *(one.ending for one in EXPORTS.values() if one.source == "model")]
     for stem in versions(name):
         there = [place for ending in endings if (place := merged_place(stem, ending)).exists()]
         if not there or same_source(sidecar_of(merged_place(stem, ".pth")), about):
@@ -251,7 +249,7 @@ def tell_of_replaced(target: Path, fresh: Path) -> list[str]:
     print(
         f"replaces  {paths.display_path(target)}, {'which is the same' if same else 'an earlier result of the same run'}"
     )
-    exports = [merged_place(target.stem, one.ending) for one in EXPORTS.values() if one.what == "model"]
+    exports = [merged_place(target.stem, one.ending) for one in EXPORTS.values() if one.source == "model"]
     old = [] if same else [paths.display_path(path) for path in exports if path.exists()]
     words = "still the earlier result: --export writes it again"
     return [f"warning: {join_names(old)}: {words}"] if old else []
@@ -312,7 +310,7 @@ def export(kind: str, source: Path, stem: str, geometry: Geometry, in_use: FileW
     if asked.assumed:
         print(f"warning   {asked.assumed}. ./chat.sh shows which template it answers in")
     merged = source.parent == paths.ROOT / "merge" and source.stem == stem and "merged" in sidecar_of(source)
-    for name in TOGETHER.get(kind, (kind,)):
+    for name in (kind, *EXPORTS[kind].also):
         one = EXPORTS[name]
         with writing_export(stem, one.ending, in_use, merged) as (fresh, placed):
             said = list(one.write(source, fresh, geometry, asked))
@@ -378,14 +376,13 @@ def export_adapter(found: Sequence[LoadedCheckpoint], base: Path, in_use: FileWa
     """A run as an adapter folder of the peft package."""
     from rwkv_peft.adapters import inject
     from rwkv_peft.export import peft_export
-    from rwkv_peft.export.peft_adapter import METHODS as WRITTEN
-    from rwkv_peft.export.peft_adapter import peft_weights
+    from rwkv_peft.export.peft_adapter import has_peft_form, peft_weights
 
     one = alone("peft", found)
     described, geometry = base_model.read_geometry(base)
     opened = fold.opened(one.part, described, geometry)
     whole = inject.sorted_by_place(opened.tensors, geometry)[1]
-    if whole and opened.setup.method in WRITTEN:
+    if whole and has_peft_form(opened.setup.method):
         raise UserError(
             f"{paths.display_path(one.path)}: has trained {join_names(whole, 3)} whole, and a peft "
             f"adapter has no place for that. Train "

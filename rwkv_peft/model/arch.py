@@ -46,16 +46,31 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
+class Activations:
+    """What one block keeps of a token for the backward pass, without the channel mix's inner values.
+
+    values: per channel, in the working dtype. floats: per channel, in float32. inputs: those of `values` that are inputs of
+    layers that learn, cheap to recompute. Fitted to bench/memory.py, malloc's holes included: they are not what is kept by name.
+    """
+
+    values: float
+    floats: float
+    inputs: float = 5
+
+
+@dataclass(frozen=True)
 class Arch:
     """A version of RWKV.
 
     marker: a tensor that only this version has. heads: the tensor [H, N] that tells heads and head size.
     linears: what adapters may wrap, by part. whole: regular expressions over names of what a part trains whole.
     lr_scales: learning-rate factors of the official recipe; everything else has 1. layer: shapes of one block.
-    ranks: field of Geometry -> tensor and the axis of its inner width.
+    ranks: field of Geometry -> tensor and the axis of its inner width. number: what scripts and people call it.
+    activations: what computes ("cpu", or "torch" for everything else) -> what a block keeps.
     """
 
     version: str
+    number: str
     name: str
     marker: str
     heads: str
@@ -64,6 +79,7 @@ class Arch:
     lr_scales: Mapping[str, float]
     ranks: Mapping[str, tuple[str, int]]
     layer: Callable[[Geometry, int], Shapes]
+    activations: Mapping[str, Activations]
 
 
 def layer_of_v7(geometry: Geometry, layer: int) -> Shapes:
@@ -116,6 +132,7 @@ def layer_of_v5(geometry: Geometry, layer: int) -> Shapes:
 
 V7 = Arch(
     version="x070",
+    number="v7",
     name="RWKV-7 (x070)",
     marker="blocks.0.att.r_k",
     heads="blocks.0.att.r_k",
@@ -134,9 +151,11 @@ V7 = Arch(
         "rank_g": ("blocks.0.att.g1", 1),
     },
     layer=layer_of_v7,
+    activations={"cpu": Activations(4.5, 10.5), "torch": Activations(12, 17)},
 )
 V6 = Arch(
     version="x060",
+    number="v6",
     name="RWKV-6 (x060)",
     marker="blocks.0.att.time_maa_x",
     heads="blocks.0.att.time_faaaa",
@@ -150,9 +169,11 @@ V6 = Arch(
     lr_scales={r"blocks\.\d+\.att\.time_decay(_w[12])?": 2.0},
     ranks={"rank_mix": ("blocks.0.att.time_maa_w2", 1), "rank_w": ("blocks.0.att.time_decay_w1", 1)},
     layer=layer_of_v6,
+    activations={"cpu": Activations(24, 10.5), "torch": Activations(30, 8)},
 )
 V5 = Arch(
     version="x052",
+    number="v5",
     name="RWKV-5 (x052)",
     marker="blocks.0.att.time_mix_g",
     heads="blocks.0.att.time_faaaa",
@@ -161,10 +182,10 @@ V5 = Arch(
     lr_scales={r"blocks\.\d+\.att\.time_decay": 2.0},
     ranks={},
     layer=layer_of_v5,
+    activations={"cpu": Activations(9, 10.5), "torch": Activations(12, 8)},
 )
 ARCHS = {arch.version: arch for arch in (V7, V6, V5)}
-# what scripts and people call them
-NUMBERS = {"x070": "v7", "x060": "v6", "x052": "v5"}
+NUMBERS = {arch.version: arch.number for arch in ARCHS.values()}
 
 # the state a block may begin with, learnt by state tuning: the WKV matrices [H, value, key], and the two token shifts [C]
 STATE_NAME = re.compile(r"blocks\.\d+\.(att\.(time|ts)_state|ffn\.ts_state)")

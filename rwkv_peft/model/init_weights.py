@@ -1,4 +1,4 @@
-"""The official initialisation of a new model: every tensor by its name.
+"""The official initialisation of a new model: every tensor by its name. What a version has of its own is in its module.
 
 Source of every number: RWKV_Tmix_x070, RWKV_CMix_x070 and generate_init_weight in RWKV-LM/RWKV-v7/train_temp/src/model.py;
 RWKV_Tmix_x060, RWKV_Tmix_x052, their channel mixes and generate_init_weight in RWKV-LM/RWKV-v5/src/model.py.
@@ -7,7 +7,6 @@ RWKV_Tmix_x060, RWKV_Tmix_x052, their channel mixes and generate_init_weight in 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,13 +14,7 @@ from torch import Tensor
 from rwkv_peft.common.errors import UserError
 
 from .arch import ARCHS, Geometry, shapes
-
-LARGE = 4096  # width from which RWKV-6 has low-rank parts of twice the rank
-
-
-def rank(factor: float, width: int) -> int:
-    """The official suggestion for the inner width of a low-rank part of RWKV-7: factor * sqrt(width), in steps of 32."""
-    return max(32, round(factor * width**0.5 / 32) * 32)
+from .rwkv import VERSIONS
 
 
 def new_geometry(version: str, layers: int, width: int, vocab: int, head_size: int = 64) -> Geometry:
@@ -30,18 +23,9 @@ def new_geometry(version: str, layers: int, width: int, vocab: int, head_size: i
         raise UserError(f"--head-size {head_size}: must be 2 or more (64 for every released model).")
     if width % head_size:
         raise UserError(f"--width {width}: must be a multiple of --head-size {head_size}.")
-    gated = int(width * 3.5) // 32 * 32  # of RWKV-5 and -6
-    if not gated:
+    sizes = VERSIONS[version].new_sizes(layers, width)
+    if not sizes["dim_ffn"]:
         raise UserError(f"--width {width}: is too small; the channel mix would have no width.")
-    factor = 2 if width >= LARGE else 1
-    sizes = {
-        "x070": {
-            "dim_ffn": 4 * width, "rank_w": rank(2.5, width), "rank_a": rank(2.5, width),
-            "rank_v": rank(1.7, width) if layers > 1 else 0, "rank_g": rank(5, width),
-        },
-        "x060": {"dim_ffn": gated, "rank_w": 64 * factor, "rank_mix": 32 * factor},
-        "x052": {"dim_ffn": gated},
-    }[version]  # fmt: skip
     return Geometry(version, layers, width, head_size, vocab, **sizes)
 
 
@@ -66,83 +50,6 @@ class Recipe:
         gain *= math.sqrt(shape[0] / shape[1]) if shape[0] > shape[1] else 1.0
         return torch.nn.init.orthogonal_(torch.empty(shape), gain=gain, generator=self.generator)
 
-    def decay(self) -> Tensor:
-        """time_decay of RWKV-5 and -6."""
-        return -6 + 5 * self.along ** (0.7 + 1.3 * self.depth)
-
-    def bonus(self) -> Tensor:
-        """time_faaaa of RWKV-5 and -6."""
-        return self.depth * (1 - self.along) + ((self.n + 1) % 3 - 1) * 0.1
-
-
-def special_of_v7(recipe: Recipe, leaf: str, name: str, shape) -> Tensor | None:
-    N, n = recipe.geometry.head_size, recipe.n
-    linear = recipe.along - 0.5
-    inside = (n % N - (N - 1) / 2) / ((N - 1) / 2)  # -1 to 1 within each head
-    zigzag = inside * inside.abs()
-    mixes = {"x_r": 0.2, "x_w": 0.9, "x_k": 0.7, "x_v": 0.7, "x_a": 0.9, "x_g": 0.2}
-    vectors = {
-        "w0": -6 + 6 * recipe.along ** (1 + recipe.depth**0.3) + 0.5 + zigzag * 2.5,
-        "a0": -0.19 + zigzag * 0.3 + linear * 0.4,
-        "v0": 0.73 - linear * 0.4,
-        "k_k": 0.71 - linear * 0.1,
-        "k_a": torch.full_like(n, 1.02),
-    }
-    if name.endswith("ffn.x_k"):
-        return 1.0 - recipe.part**recipe.rest**4
-    if leaf in mixes:
-        return 1.0 - recipe.part ** (mixes[leaf] * recipe.rest)
-    if leaf in vectors:
-        return vectors[leaf]
-    if leaf == "r_k":
-        return torch.full(shape, -0.04)
-    if leaf in ("w1", "a1", "v1", "g1") or name.endswith(("output.weight", "ffn.value.weight")):
-        return torch.zeros(shape)
-    if leaf in ("w2", "a2", "v2", "g2"):
-        return recipe.orthogonal(shape, 0.1)
-    if leaf == "weight":
-        small = 0.1 if name.endswith("att.key.weight") else 1.0
-        return recipe.uniform(shape, small * 0.5 / math.sqrt(recipe.geometry.n_embd))
-    return None
-
-
-def gated(recipe: Recipe, leaf: str, name: str, shape) -> Tensor | None:
-    """What RWKV-5 and -6 have in common."""
-    if leaf == "time_decay":
-        return recipe.decay()
-    if leaf == "time_faaaa":
-        return recipe.bonus()
-    if name.endswith(("output.weight", "ffn.value.weight", "ffn.receptance.weight")):
-        return torch.zeros(shape)
-    if leaf == "weight":
-        return recipe.orthogonal(shape, 0.1 if name.endswith(("att.key.weight", "att.gate.weight")) else 1.0)
-    return None
-
-
-def shift_mix(recipe: Recipe, letter: str) -> Tensor:
-    """How much of the current token each channel takes, in RWKV-5's sense (time_mix; RWKV-6's time_maa is 1 less it)."""
-    power = {"r": 0.5, "g": 0.5}.get(letter, 1.0)
-    return recipe.part ** (power * recipe.rest) + (0.3 * recipe.depth if letter == "v" else 0.0)
-
-
-def special_of_v6(recipe: Recipe, leaf: str, name: str, shape) -> Tensor | None:
-    if leaf in ("time_maa_w1", "time_decay_w1"):
-        return torch.zeros(shape)
-    if leaf in ("time_maa_w2", "time_decay_w2"):
-        return recipe.uniform(shape, 0.01)
-    if leaf.startswith("time_maa_"):
-        return 1.0 - (recipe.part**recipe.rest if ".ffn." in name else shift_mix(recipe, leaf[-1]))
-    return gated(recipe, leaf, name, shape)
-
-
-def special_of_v5(recipe: Recipe, leaf: str, name: str, shape) -> Tensor | None:
-    if leaf.startswith("time_mix_"):
-        return recipe.part**recipe.rest if ".ffn." in name else shift_mix(recipe, leaf[-1])
-    return gated(recipe, leaf, name, shape)
-
-
-SPECIAL: dict[str, Callable] = {"x070": special_of_v7, "x060": special_of_v6, "x052": special_of_v5}
-
 
 def initial_tensors(geometry: Geometry, seed: int) -> dict[str, Tensor]:
     """Every tensor of a fresh model, float32, by its official name."""
@@ -161,7 +68,7 @@ def initial_tensors(geometry: Geometry, seed: int) -> dict[str, Tensor]:
             return torch.zeros(shape)
         if len(shape) == 1:
             return torch.ones(shape)
-        made = SPECIAL[geometry.version](recipe, name.rpartition(".")[2], name, shape)
+        made = VERSIONS[geometry.version].initial_value(recipe, name.rpartition(".")[2], name, shape)
         if made is None:
             raise ValueError(f"{name}: no rule says how it begins in {ARCHS[geometry.version].name}")
         return made.reshape(shape)

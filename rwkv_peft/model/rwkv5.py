@@ -5,6 +5,8 @@ Shapes: T tokens of all sequences behind one another, S sequences, C channels, H
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +14,9 @@ from torch import Tensor, nn
 from .arch import Geometry
 from .layers import GroupNorm, Linear, matrix, own_parameters, vector
 from .state import SeqBounds
+
+if TYPE_CHECKING:
+    from .init_weights import Recipe
 
 # exp(-exp(5)) is 0 in float32; what is larger would only make infinities on the way
 LARGEST_DECAY = 5.0
@@ -78,3 +83,40 @@ class ChannelMix(nn.Module):
         xk, xr = self.ops.token_shift_mix(x, shift, self.shares(x.dtype), borders)
         k = self.ops.square_relu(self.key(xk))
         return torch.sigmoid(self.receptance(xr)) * self.value(k), x[borders.last]
+
+
+def gated_width(width: int) -> int:
+    """The inner width of the channel mix that the official trainer gives a new model of RWKV-5 and -6."""
+    return int(width * 3.5) // 32 * 32
+
+
+def new_sizes(layers: int, width: int) -> dict[str, int]:
+    """The sizes that the official trainer gives a new model: fields of Geometry."""
+    return {"dim_ffn": gated_width(width)}
+
+
+def initial_value(recipe: Recipe, leaf: str, name: str, shape: tuple[int, ...]) -> Tensor | None:
+    """A tensor of a new model (RWKV_Tmix_x052, its channel mix and generate_init_weight of RWKV-v5/src/model.py); None for a name
+    without a rule."""
+    if leaf.startswith("time_mix_"):
+        return recipe.part**recipe.rest if ".ffn." in name else shift_mix(recipe, leaf[-1])
+    return initial_value_of_both(recipe, leaf, name, shape)
+
+
+def initial_value_of_both(recipe: Recipe, leaf: str, name: str, shape) -> Tensor | None:
+    """What RWKV-5 and -6 have in common."""
+    if leaf == "time_decay":
+        return -6 + 5 * recipe.along ** (0.7 + 1.3 * recipe.depth)
+    if leaf == "time_faaaa":
+        return recipe.depth * (1 - recipe.along) + ((recipe.n + 1) % 3 - 1) * 0.1
+    if name.endswith(("output.weight", "ffn.value.weight", "ffn.receptance.weight")):
+        return torch.zeros(shape)
+    if leaf == "weight":
+        return recipe.orthogonal(shape, 0.1 if name.endswith(("att.key.weight", "att.gate.weight")) else 1.0)
+    return None
+
+
+def shift_mix(recipe: Recipe, letter: str) -> Tensor:
+    """How much of the current token each channel takes, in RWKV-5's sense (time_mix; RWKV-6's time_maa is 1 less it)."""
+    power = {"r": 0.5, "g": 0.5}.get(letter, 1.0)
+    return recipe.part ** (power * recipe.rest) + (0.3 * recipe.depth if letter == "v" else 0.0)

@@ -3,14 +3,21 @@ the text. Names are the checkpoint's own; shapes as in rwkv5."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from . import rwkv5
 from .arch import Geometry
 from .layers import matrix, own_parameters, vector
-from .rwkv5 import log_decay
+from .rwkv5 import gated_width, initial_value_of_both, log_decay, shift_mix
 from .state import SeqBounds
+
+if TYPE_CHECKING:
+    from .init_weights import Recipe
+
+LARGE = 4096  # width from which new models have low-rank parts of twice the rank
 
 
 class TimeMix(rwkv5.TimeMix):
@@ -38,3 +45,21 @@ class ChannelMix(rwkv5.ChannelMix):
     def shares(self, dtype: torch.dtype) -> list[Tensor]:
         p = own_parameters(self, dtype)
         return [p["time_maa_k"], p["time_maa_r"]]
+
+
+def new_sizes(layers: int, width: int) -> dict[str, int]:
+    """The sizes that the official trainer gives a new model: fields of Geometry."""
+    factor = 2 if width >= LARGE else 1
+    return {"dim_ffn": gated_width(width), "rank_w": 64 * factor, "rank_mix": 32 * factor}
+
+
+def initial_value(recipe: Recipe, leaf: str, name: str, shape: tuple[int, ...]) -> Tensor | None:
+    """A tensor of a new model (RWKV_Tmix_x060, its channel mix and generate_init_weight of RWKV-v5/src/model.py); None for a name
+    without a rule."""
+    if leaf in ("time_maa_w1", "time_decay_w1"):
+        return torch.zeros(shape)
+    if leaf in ("time_maa_w2", "time_decay_w2"):
+        return recipe.uniform(shape, 0.01)
+    if leaf.startswith("time_maa_"):
+        return 1.0 - (recipe.part**recipe.rest if ".ffn." in name else shift_mix(recipe, leaf[-1]))
+    return initial_value_of_both(recipe, leaf, name, shape)

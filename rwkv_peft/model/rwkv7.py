@@ -5,12 +5,18 @@ Shapes: T tokens of all sequences behind one another, S sequences, C channels, H
 
 from __future__ import annotations
 
+import math
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from .arch import Geometry
 from .layers import Affine, Linear, matrix, own_parameters, vector
 from .state import SeqBounds
+
+if TYPE_CHECKING:
+    from .init_weights import Recipe
 
 
 class TimeMix(nn.Module):
@@ -59,3 +65,49 @@ class ChannelMix(nn.Module):
         """x: [T, C]; shift: [S, C]. Returns y [T, C] and the shift after each sequence [S, C]."""
         [xk] = self.ops.token_shift_mix(x, shift, [own_parameters(self, x.dtype)["x_k"]], borders)
         return self.value(self.ops.square_relu(self.key(xk))), x[borders.last]
+
+
+def rank(factor: float, width: int) -> int:
+    """The official suggestion for the inner width of a low-rank part: factor * sqrt(width), in steps of 32."""
+    return max(32, round(factor * width**0.5 / 32) * 32)
+
+
+def new_sizes(layers: int, width: int) -> dict[str, int]:
+    """The sizes that the official trainer gives a new model: fields of Geometry."""
+    return {
+        "dim_ffn": 4 * width, "rank_w": rank(2.5, width), "rank_a": rank(2.5, width),
+        "rank_v": rank(1.7, width) if layers > 1 else 0, "rank_g": rank(5, width),
+    }  # fmt: skip
+
+
+def initial_value(recipe: Recipe, leaf: str, name: str, shape: tuple[int, ...]) -> Tensor | None:
+    """A tensor of a new model (RWKV_Tmix_x070, RWKV_CMix_x070 and generate_init_weight of the official trainer); None for a name
+    without a rule."""
+    N, n = recipe.geometry.head_size, recipe.n
+    linear = recipe.along - 0.5
+    inside = (n % N - (N - 1) / 2) / ((N - 1) / 2)  # -1 to 1 within each head
+    zigzag = inside * inside.abs()
+    mixes = {"x_r": 0.2, "x_w": 0.9, "x_k": 0.7, "x_v": 0.7, "x_a": 0.9, "x_g": 0.2}
+    vectors = {
+        "w0": -6 + 6 * recipe.along ** (1 + recipe.depth**0.3) + 0.5 + zigzag * 2.5,
+        "a0": -0.19 + zigzag * 0.3 + linear * 0.4,
+        "v0": 0.73 - linear * 0.4,
+        "k_k": 0.71 - linear * 0.1,
+        "k_a": torch.full_like(n, 1.02),
+    }
+    if name.endswith("ffn.x_k"):
+        return 1.0 - recipe.part**recipe.rest**4
+    if leaf in mixes:
+        return 1.0 - recipe.part ** (mixes[leaf] * recipe.rest)
+    if leaf in vectors:
+        return vectors[leaf]
+    if leaf == "r_k":
+        return torch.full(shape, -0.04)
+    if leaf in ("w1", "a1", "v1", "g1") or name.endswith(("output.weight", "ffn.value.weight")):
+        return torch.zeros(shape)
+    if leaf in ("w2", "a2", "v2", "g2"):
+        return recipe.orthogonal(shape, 0.1)
+    if leaf == "weight":
+        small = 0.1 if name.endswith("att.key.weight") else 1.0
+        return recipe.uniform(shape, small * 0.5 / math.sqrt(recipe.geometry.n_embd))
+    return None

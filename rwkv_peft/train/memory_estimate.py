@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
-from rwkv_peft.adapters.specs import Optim
-from rwkv_peft.common.errors import UserError
+from rwkv_peft.adapters.specs import METHODS, Optim
 from rwkv_peft.config.strategies import STRATEGIES, Strategy
-from rwkv_peft.model.arch import Geometry
+from rwkv_peft.model.arch import ARCHS, Geometry
 from rwkv_peft.ops.loss import CHUNK_VALUES
 
 ALONE = STRATEGIES["single"]
@@ -20,52 +18,6 @@ MASTER_BYTES = {"cuda": 8, "cpu": 11}
 WORK = {True: 130, False: 90}
 BUCKETS = 400 << 20  # of DeepSpeed's stage 3
 OVERHEAD = {"cuda": 700 << 20, "cpu": 555 << 20}  # CUDA context; libraries, loss.png and the writing of checkpoints
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What one block keeps of a token, in values per channel, without the channel mix's inner ones: in the working dtype; and in
-    float32. inputs: of the layers that learn, cheap of them to make again.
-
-    Fitted to bench/memory.py, malloc's holes included: they are not what is kept by name.
-    """
-
-    values: float
-    floats: float
-    inputs: float = 5
-
-
-# (what computes, version) -> what it keeps
-KEPT = {
-    ("cpu", "x070"): Kept(4.5, 10.5),
-    ("cpu", "x060"): Kept(24, 10.5),
-    ("cpu", "x052"): Kept(9, 10.5),
-    ("torch", "x070"): Kept(12, 17),
-    ("torch", "x060"): Kept(30, 8),
-    ("torch", "x052"): Kept(12, 8),
-}
-
-# method -> what its layers keep of a token, in shares of their inputs' size: what is cheap to make again, and what is not; None
-# for a method that trains no matrix of the blocks. Every method of METHODS has a row
-LAYERS: dict[str, tuple[float, float] | None] = {
-    "lora": (1, 0),
-    "dora": (1, 1),  # also the output, for the magnitude's gradient
-    "pissa": (1, 0),
-    "miss": (0, 0),  # only the input's sums over groups of channels
-    "bat": (0, 1),
-    "peft": (1, 0),
-    "lisa": (1, 0),
-    "full": (1, 0),
-    "state": None,
-    "none": None,
-}
-
-
-def fact(name: str, table: Mapping, key: Hashable):
-    """A row of one of the tables above. UserError that names the table where the row is missing."""
-    if key not in table:
-        raise UserError(f"rwkv_peft/train/memory_estimate.py: {name} has no row for {key}, so the memory is not known.")
-    return table[key]
 
 
 def memory_bytes(
@@ -96,8 +48,8 @@ def memory_bytes(
     """
     channels, layers = geometry.n_embd, geometry.n_layer
     inner = geometry.dim_ffn / channels
-    kept = fact("KEPT", KEPT, (op if op == "cpu" else "torch", geometry.version))
-    shares = fact("LAYERS", LAYERS, method)
+    kept = ARCHS[geometry.version].activations[op if op == "cpu" else "torch"]
+    shares = METHODS[method].activations
     again, more = ((kept.inputs + inner) * share for share in shares or (0, 0))
     of_block = tokens * channels * ((kept.values + inner + again + more) * itemsize + kept.floats * 4)
     activations = {

@@ -16,24 +16,17 @@ from rwkv_peft.checkpoint.train_state import TrainState
 from rwkv_peft.common import hashing, paths
 from rwkv_peft.common.errors import SettingError, SettingErrors, UserError
 from rwkv_peft.common.formatting import plural
+from rwkv_peft.config.shell import names_where
 from rwkv_peft.config.train import TrainConfig
 from rwkv_peft.distributed.rendezvous import Rendezvous
 
 from .checks import as_written
 from .run_record import script_values
 
-# settings that may differ: they change when it ends, what is written, or how fast it is, and no step that is done
-FREE = {
-    "RUN_NAME", "EPOCH_COUNT", "MAX_STEPS", "EPOCH_SAVE", "SAVE_STEPS", "KEEP_LAST", "WANDB", "TENSORBOARD", "SWANLAB", "TRACKIO",
-    "NUM_WORKERS", "VOCABULARY", "OP", "GRAD_CP", "EMB_ON_CPU", "CUDA_GRAPHS", "STRATEGY", "NAN_LIMIT",
-    "VAL_DATA", "VAL_STEPS", "VAL_PATIENCE", "KEEP_BEST",
-    "SAMPLE_PROMPTS", "SAMPLE_STEPS", "SAMPLE_TOKENS", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME",
-    "NCCL_SOCKET_IFNAME",
-}  # fmt: skip
-# these may, if a step has the same rows as before: what is saved is whole, and each process takes its part of it
-SPLIT = {"GPU_COUNT", "NNODES", "MICRO_BSZ", "MINI_BSZ", "EPOCH_STEPS"}
-# settings that name files: for a run that is named, what counts is what is in them
-BY_CONTENT = {"MODEL_PATH", "DATA_PATH"}
+# what a setting's declaration says of runs that resume (config/shell.py: setting)
+FREE = names_where(TrainConfig, resume="free")
+SPLIT = names_where(TrainConfig, resume="split")
+BY_CONTENT = names_where(TrainConfig, resume="content")
 # the first process tells the others that it starts: the folder of the state, or nothing for a new run
 HANDED = "RWKV_PEFT_GOES_ON"
 

@@ -94,8 +94,8 @@ def test_a_file_for_another_program_is_told_from_a_model(setting, ending, progra
         load(**{setting: f"merge/x-run-1{ending}"})
 
 
-def test_every_ending_of_an_export_is_known():
-    assert all(one.ending == ".pth" or one.ending.endswith(tuple(models.OTHERS)) for one in EXPORTS.values())
+def test_every_export_that_chat_cannot_read_says_which_program_reads_it():
+    assert all(one.ending in (".pth", "") or one.program for one in EXPORTS.values())
 
 
 def test_a_file_of_the_run_that_is_missing_is_named(project_folder):

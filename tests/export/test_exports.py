@@ -23,8 +23,8 @@ from rwkv_peft.text import tokenizer
 
 gguf = pytest.importorskip("gguf")
 
-MODELS = [kind for kind, export in EXPORTS.items() if export.what == "model"]
-STATES = [kind for kind, export in EXPORTS.items() if export.what == "state"]
+MODELS = [kind for kind, export in EXPORTS.items() if export.source == "model"]
+STATES = [kind for kind, export in EXPORTS.items() if export.source == "state"]
 
 
 @pytest.fixture
@@ -486,7 +486,7 @@ def test_tensors_that_llama_cpp_has_no_place_for_are_left_out_aloud(tmp_path, fe
 @pytest.mark.parametrize("kind", ["safetensors", "rwkvcpp"])
 def test_an_export_killed_while_it_writes_leaves_nothing_with_its_name(tmp_path, kind):
     """The process ends in the middle, as if by kill -9; the old file stays, and the next export cleans up."""
-    shape, what = small(), EXPORTS[kind].what
+    shape, what = small(), EXPORTS[kind].source
     source = tmp_path / "m.pth"
     checkpoint.save(source, tiny.tensors(0, shape) if what == "model" else states_of(shape))
     target = tmp_path / ("out" + EXPORTS[kind].ending)
@@ -514,7 +514,7 @@ def test_a_damaged_byte_in_the_source_is_noticed_and_nothing_is_written(tmp_path
 
 
 def test_the_table_names_its_kinds_and_no_two_files_of_one_kind_of_source_share_an_ending():
-    assert all(kind == export.kind and export.what in ("model", "state") for kind, export in EXPORTS.items())
+    assert all(kind == export.kind and export.source in ("model", "state", "run") for kind, export in EXPORTS.items())
     assert len({export.ending for export in EXPORTS.values()}) == len(EXPORTS)
 
 
@@ -533,7 +533,7 @@ def test_an_untransposed_low_rank_matrix_would_be_noticed(tmp_path, monkeypatch)
 )
 def test_a_missing_package_is_named_before_anything_is_written(tmp_path, few_tokens, monkeypatch, kind, package):
     shape = small()
-    tensors = tiny.tensors(0, shape) if EXPORTS[kind].what == "model" else states_of(shape)
+    tensors = tiny.tensors(0, shape) if EXPORTS[kind].source == "model" else states_of(shape)
     checkpoint.save(tmp_path / "m.pth", tensors)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=f"pip install {package}"):

@@ -1,33 +1,43 @@
 """Tables of facts: no method, version or backend is missing from one, and what is missing is named."""
 
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
-from helpers import tiny
 
-from rwkv_peft.adapters.specs import METHODS, MOST_ALPHA, OPTIMS
+from rwkv_peft.adapters.base import Adapter
+from rwkv_peft.adapters.specs import MOST_ALPHA, Method
 from rwkv_peft.chat.diagnose import course
-from rwkv_peft.common.errors import SettingErrors, UserError
+from rwkv_peft.common.errors import SettingErrors
 from rwkv_peft.config.train import TrainConfig
-from rwkv_peft.model.arch import ARCHS
-from rwkv_peft.ops import dispatch
-from rwkv_peft.train import memory_estimate
+from rwkv_peft.model.arch import ARCHS, Arch
+from rwkv_peft.model.rwkv import VERSIONS
+from rwkv_peft.ops import dispatch, kernel_check
 
 
-def test_the_memory_estimate_knows_every_method_and_version():
-    assert memory_estimate.LAYERS.keys() == METHODS.keys()
-    versions = {*ARCHS}
-    assert {version for _, version in memory_estimate.KEPT} == versions == {*dispatch.WKV}
+def test_every_version_has_an_operator_and_what_its_blocks_keep():
+    assert {*ARCHS} == {*dispatch.WKV} == {*kernel_check.DEFINITIONS} == {*VERSIONS}
+    assert all({*arch.activations} == {"cpu", "torch"} for arch in ARCHS.values())
 
 
-@pytest.mark.parametrize(("method", "version", "words"), [("glue", "x070", "LAYERS"), ("lora", "x080", "KEPT")])
-def test_a_missing_fact_is_an_error_with_its_name(method, version, words):
-    shape = tiny.geometry()
-    sizes = {name: tensor.shape for name, tensor in tiny.tensors(0, shape).items()}
-    shape = type(shape)(**(vars(shape) | {"version": version}))
-    with pytest.raises(UserError, match=f"estimate.py: {words} has no row for"):
-        memory_estimate.memory_bytes(sizes, 1, 1, shape, 4, "0", method, "cpu", "cpu", OPTIMS["adamw"])
+@pytest.mark.parametrize("fact", [field.name for field in dataclasses.fields(Arch)])
+def test_a_version_that_lacks_a_fact_is_an_error_with_its_name(fact):
+    facts = {field.name: getattr(ARCHS["x070"], field.name) for field in dataclasses.fields(Arch) if field.name != fact}
+    with pytest.raises(TypeError, match=fact):
+        Arch(**facts)
+
+
+def test_a_method_that_says_nothing_of_its_activations_is_an_error():
+    with pytest.raises(TypeError, match="activations"):
+        Method("a method that was written today")
+
+
+def test_an_adapter_that_says_nothing_of_its_rows_is_an_error():
+    with pytest.raises(TypeError, match="Glue lacks row_axes"):
+
+        class Glue(Adapter):
+            tensors = ("glue",)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
