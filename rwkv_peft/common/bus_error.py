@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import signal
+import threading
 from collections.abc import Callable, Iterator
 
 HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
@@ -26,9 +27,16 @@ def handled(leave: Callable[[], object]) -> Iterator[None]:
         yield
         return
 
+    first = threading.Lock()
+
     def handle(number: int) -> None:
-        set_handler(number, int(signal.SIG_DFL))  # whatever goes wrong here, the same instruction then ends the process
-        leave()
+        # (a second SIGBUS of this thread, in here, ends the process at once: the signal is blocked)
+        if not first.acquire(blocking=False):
+            threading.Event().wait()  # another thread has met the same and is just saying why: ending now would silence it
+        try:
+            leave()
+        finally:
+            set_handler(number, int(signal.SIG_DFL))  # the same instruction now ends the process
 
     handler = HANDLER(handle)
     before = set_handler(signal.SIGBUS, ctypes.cast(handler, ctypes.c_void_p))

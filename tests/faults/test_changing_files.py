@@ -673,6 +673,29 @@ def test_a_merge_whose_adapter_is_cut_leaves_with_words_and_without_half_a_file(
     assert not list((merged / "merge").iterdir())
 
 
+def test_two_threads_that_read_a_file_that_was_cut_leave_once_and_in_words(tmp_path):
+    code = """
+import mmap, os, sys, threading, time
+from rwkv_peft.common import bus_error
+
+def leave():
+    time.sleep(0.5)  # the other thread reads meanwhile
+    print("why", flush=True)
+    os._exit(5)
+
+path = sys.argv[1]
+with open(path, "wb") as file:
+    file.write(bytes(4 * mmap.PAGESIZE))
+with open(path, "r+b") as file, bus_error.handled(leave):
+    content = mmap.mmap(file.fileno(), 0)
+    file.truncate(0)
+    for page in range(2):
+        threading.Thread(target=lambda: content[page * mmap.PAGESIZE]).start()
+"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "file"], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout.split()) == (5, ["why"])
+
+
 @pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="no tmpfs")
 def test_content_that_was_known_is_taken_again_where_a_write_has_left_the_times_alone(monkeypatch):
     monkeypatch.setattr(hashing, "SETTLED", -1.0)
