@@ -5,10 +5,16 @@ from __future__ import annotations
 import abc
 import itertools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from rwkv_peft.model.layers import Linear
+from rwkv_peft.quantize.linear import QuantLinear
+
+AnyLinear = Linear | QuantLinear  # a layer that can be adapted, before and after its weight is compressed
 
 
 class Adapter(nn.Module, abc.ABC):
@@ -36,13 +42,15 @@ class Adapter(nn.Module, abc.ABC):
         if not hasattr(cls, "row_axes"):
             raise TypeError(f"{cls.__module__}.{cls.__name__} lacks row_axes (see Adapter)")
 
-    def __init__(self, linear: nn.Module):
+    linear: AnyLinear
+
+    def __init__(self, linear: AnyLinear):
         super().__init__()
         self.linear = linear
 
     @staticmethod
     @abc.abstractmethod
-    def shapes(outputs: int, inputs: int, **options: Any) -> dict[str, tuple[int, ...]]:
+    def shapes(outputs: int, inputs: int, *args: Any, **options: Any) -> dict[str, tuple[int, ...]]:
         """Trained tensors of a layer of this size, by name. options: keyword arguments of __init__."""
 
     @classmethod
@@ -56,13 +64,13 @@ class Adapter(nn.Module, abc.ABC):
         return cls.start
 
     @staticmethod
-    def refusal(outputs: int, inputs: int, **options: Any) -> str:
+    def refusal(outputs: int, inputs: int, *args: Any, **options: Any) -> str:
         """Why these options do not fit a layer of this size, as what the first of them "must be ..."; empty if they do."""
         return ""
 
     @staticmethod
     @abc.abstractmethod
-    def merge(weight: Tensor, tensors: dict[str, Tensor], sidecar: dict) -> Tensor:
+    def merge(weight: Tensor, tensors: dict[str, Tensor], sidecar: Mapping[str, Any]) -> Tensor:
         """The merged weight [out, in], in the dtype it was computed in: see `exact`.
 
         weight: the base's. tensors: this layer's trained and start tensors by name (lora_A, ...). sidecar: how the run
@@ -70,12 +78,12 @@ class Adapter(nn.Module, abc.ABC):
         """
 
     @staticmethod
-    def product(tensors: dict[str, Tensor], sidecar: dict) -> tuple[Tensor, Tensor] | None:
+    def product(tensors: dict[str, Tensor], sidecar: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
         """B [out, r] and A [r, in], float32, where the merged weight is W + B A; None where it is another one."""
         return None
 
     @staticmethod
-    def to_peft(tensors: dict[str, Tensor], sidecar: dict) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def to_peft(tensors: dict[str, Tensor], sidecar: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The adapter that peft would have here: fields of adapter_config.json, and this layer's tensors by peft's names.
 
         Left as it is by adapters that peft has not got (`no_peft` says why).

@@ -7,6 +7,7 @@ RWKV-PEFT has it. (HF peft's init_weights="bat" has one D per block of outputs: 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from rwkv_peft.common.errors import UserError
 
-from .base import Adapter, compute_dtype, device_of
+from .base import Adapter, AnyLinear, compute_dtype, device_of
 
 
 class Bat(Adapter):
@@ -30,7 +31,7 @@ class Bat(Adapter):
     row_block = "rank"  # it works on square blocks
     no_peft = "peft's bat shares its blocks along the outputs, ours along the inputs"
 
-    def __init__(self, linear: nn.Module, rank: int):
+    def __init__(self, linear: AnyLinear, rank: int):
         super().__init__(linear)
         if refused := self.refusal(linear.out_features, linear.in_features, rank):
             raise UserError(f"The rank of Bat, {rank}, {refused}.")
@@ -57,7 +58,7 @@ class Bat(Adapter):
         )
 
     @staticmethod
-    def merge(weight: Tensor, tensors: dict[str, Tensor], sidecar: dict) -> Tensor:
+    def merge(weight: Tensor, tensors: dict[str, Tensor], sidecar: Mapping[str, Any]) -> Tensor:
         D = tensors["disha"].to(compute_dtype(weight.dtype))
         blocks, rank, _ = D.shape
         W = weight.to(D.dtype).reshape(-1, rank, blocks, rank)  # [out/r, r, in/r, r]

@@ -6,6 +6,7 @@ one product of the size of B A and no memory that the backward pass would keep.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from rwkv_peft.common.errors import UserError
 
-from .base import Adapter, compute_dtype
+from .base import Adapter, AnyLinear, compute_dtype
 from .lora import Lora, fresh_factors, scale, scale_of
 from .lowrank import lora_linear
 
@@ -29,7 +30,7 @@ class Dora(Adapter):
     tensors = ("lora_A", "lora_B", "lora_magnitude")
     row_axes = {"lora_B": 0, "lora_magnitude": 0}
 
-    def __init__(self, linear: nn.Module, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False):
+    def __init__(self, linear: AnyLinear, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False):
         super().__init__(linear)
         self.scale, self.dropout = scale(rank, alpha, rslora), dropout
         self.lora_A, self.lora_B = fresh_factors(linear, rank)
@@ -53,12 +54,12 @@ class Dora(Adapter):
         return {"lora_A": (rank, inputs), "lora_B": (outputs, rank), "lora_magnitude": (outputs,)}
 
     @staticmethod
-    def merge(weight: Tensor, tensors: dict[str, Tensor], sidecar: dict) -> Tensor:
+    def merge(weight: Tensor, tensors: dict[str, Tensor], sidecar: Mapping[str, Any]) -> Tensor:
         moved = Lora.merge(weight, tensors, sidecar)
         return gains(tensors["lora_magnitude"].to(moved.dtype), moved)[:, None] * moved
 
     @staticmethod
-    def to_peft(tensors: dict[str, Tensor], sidecar: dict) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def to_peft(tensors: dict[str, Tensor], sidecar: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """As LoRA's, with a magnitude for every row: peft has no row of zeros that learns as LoRA's do."""
         settings, named = Lora.to_peft(tensors, sidecar)
         magnitude, change = tensors["lora_magnitude"], scale_of(sidecar) * tensors["lora_B"] @ tensors["lora_A"]

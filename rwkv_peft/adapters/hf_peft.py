@@ -9,8 +9,10 @@ what peft merges does what its layer did. tests/adapters/test_layers.py goes thr
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -178,7 +180,7 @@ class PeftLayer(Adapter):
     start = tuple(dict.fromkeys(n for method in METHODS.values() for n in method.start))
     row_axes = None
 
-    def __init__(self, linear: nn.Module, config: dict, start: dict[str, Tensor] | None = None):
+    def __init__(self, linear: Linear, config: dict, start: dict[str, Tensor] | None = None):
         super().__init__(linear)
         kind = config["peft_type"]
         stand = Stand(linear)
@@ -253,7 +255,7 @@ class PeftLayer(Adapter):
         return {name: getattr(self, name).clone() for name in self.start}
 
     @staticmethod
-    def merge(weight: Tensor, tensors: dict[str, Tensor], sidecar: dict) -> Tensor:
+    def merge(weight: Tensor, tensors: dict[str, Tensor], sidecar: Mapping[str, Any]) -> Tensor:
         """As peft merges a plain linear layer of this weight, in float32 (float64 if the weight is)."""
         kind = compute_dtype(weight.dtype)
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
@@ -304,13 +306,13 @@ def must_keep_its_law(outputs: int, inputs: int, config: dict) -> None:
 class Stand(nn.Linear):
     """What peft takes for its base layer: asks the real one, in the dtype of the input that the adapter was given."""
 
-    def __init__(self, linear: nn.Module):
+    def __init__(self, linear: Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.register_parameter("bias", None)
         self.lend(linear, torch.float32, torch.float32)
 
-    def lend(self, linear: nn.Module, inputs: torch.dtype, sums: torch.dtype) -> None:
+    def lend(self, linear: Linear, inputs: torch.dtype, sums: torch.dtype) -> None:
         self.__dict__.update(linear=linear, inputs=inputs, sums=sums)
 
     @property
@@ -341,7 +343,7 @@ def config_class(name: str) -> type:
     return PEFT_TYPE_TO_CONFIG_MAPPING[name]
 
 
-def injected(linear: nn.Module, config: dict, device: torch.device) -> nn.Module:
+def injected(linear: Linear, config: dict, device: torch.device) -> nn.Module:
     """peft's layer around this linear one, on this device."""
     settings = peft_config(config)
     from peft import inject_adapter_in_model
@@ -384,7 +386,7 @@ def as_kind(tensor: Tensor, kind: torch.dtype) -> Tensor:
     return tensor.to(kind) if tensor.is_floating_point() else tensor
 
 
-def probes(linear: nn.Module) -> Tensor:
+def probes(linear: Linear) -> Tensor:
     x = torch.randn(PROBES, linear.in_features, generator=torch.Generator().manual_seed(0))
     return x.to(device_of(linear))
 

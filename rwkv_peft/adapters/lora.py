@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .base import Adapter, compute_dtype, device_of
+from .base import Adapter, AnyLinear, compute_dtype, device_of
 from .lowrank import lora_linear
 
 
@@ -18,7 +19,7 @@ class Lora(Adapter):
     tensors = ("lora_A", "lora_B")
     row_axes = {"lora_B": 0}
 
-    def __init__(self, linear: nn.Module, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False):
+    def __init__(self, linear: AnyLinear, rank: int, alpha: float, dropout: float = 0.0, rslora: bool = False):
         super().__init__(linear)
         self.scale, self.dropout = scale(rank, alpha, rslora), dropout
         self.lora_A, self.lora_B = fresh_factors(linear, rank)
@@ -32,16 +33,16 @@ class Lora(Adapter):
         return {"lora_A": (rank, inputs), "lora_B": (outputs, rank)}
 
     @staticmethod
-    def merge(weight: Tensor, tensors: dict[str, Tensor], sidecar: dict) -> Tensor:
+    def merge(weight: Tensor, tensors: dict[str, Tensor], sidecar: Mapping[str, Any]) -> Tensor:
         A, B = factors(weight, tensors)
         return torch.addmm(weight.to(A.dtype), B, A, alpha=scale_of(sidecar))
 
     @staticmethod
-    def product(tensors: dict[str, Tensor], sidecar: dict) -> tuple[Tensor, Tensor]:
+    def product(tensors: dict[str, Tensor], sidecar: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         return tensors["lora_B"].float() * scale_of(sidecar), tensors["lora_A"].float()
 
     @staticmethod
-    def to_peft(tensors: dict[str, Tensor], sidecar: dict) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def to_peft(tensors: dict[str, Tensor], sidecar: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         settings = {
             "peft_type": "LORA", "r": sidecar["rank"], "lora_alpha": sidecar.get("alpha"), "lora_dropout": 0.0,
             "init_lora_weights": True, "use_rslora": bool(sidecar.get("rslora", False)), "use_dora": False,
@@ -55,7 +56,7 @@ def scale(rank: int, alpha: float, rslora: bool) -> float:
     return alpha / (math.sqrt(rank) if rslora else rank)
 
 
-def fresh_factors(linear: nn.Module, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
+def fresh_factors(linear: AnyLinear, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
     """A as torch draws linear layers (by the global generator), B zero."""
     where = {"dtype": torch.float32, "device": device_of(linear)}
     A = nn.Parameter(torch.empty(rank, linear.in_features, **where))
@@ -63,7 +64,7 @@ def fresh_factors(linear: nn.Module, rank: int) -> tuple[nn.Parameter, nn.Parame
     return A, nn.Parameter(torch.zeros(linear.out_features, rank, **where))
 
 
-def scale_of(sidecar: dict) -> float:
+def scale_of(sidecar: Mapping[str, Any]) -> float:
     return scale(sidecar["rank"], sidecar["alpha"], sidecar.get("rslora", False))
 
 

@@ -5,6 +5,7 @@ W' = W + [D^T D^T ... D^T], cut to the width of W. RWKV-PEFT called it Bone from
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from rwkv_peft.common.errors import UserError
 
-from .base import Adapter, compute_dtype, device_of
+from .base import Adapter, AnyLinear, compute_dtype, device_of
 
 
 class Miss(Adapter):
@@ -25,7 +26,7 @@ class Miss(Adapter):
     tensors = ("disha",)
     row_axes = {"disha": 1}
 
-    def __init__(self, linear: nn.Module, rank: int):
+    def __init__(self, linear: AnyLinear, rank: int):
         super().__init__(linear)
         if refused := self.refusal(linear.out_features, linear.in_features, rank):
             raise UserError(f"The rank of MiSS, {rank}, {refused}.")
@@ -45,12 +46,12 @@ class Miss(Adapter):
         return f"must be {inputs} or less: a layer has no more inputs" if rank > inputs else ""
 
     @staticmethod
-    def merge(weight: Tensor, tensors: dict[str, Tensor], sidecar: dict) -> Tensor:
+    def merge(weight: Tensor, tensors: dict[str, Tensor], sidecar: Mapping[str, Any]) -> Tensor:
         row = tensors["disha"].to(compute_dtype(weight.dtype)).T  # [out, r]
         blocks = -(-weight.shape[1] // row.shape[1])
         return weight.to(row.dtype) + row.repeat(1, blocks)[:, : weight.shape[1]]
 
     @staticmethod
-    def to_peft(tensors: dict[str, Tensor], sidecar: dict) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def to_peft(tensors: dict[str, Tensor], sidecar: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         settings = {"peft_type": "MISS", "r": sidecar["rank"], "init_weights": True, "miss_dropout": 0.0}
         return settings, {"miss_block": tensors["disha"]}

@@ -6,12 +6,14 @@ W' = W - B0 A0 + B A. There is no alpha: the scale is 1.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rwkv_peft.common.errors import UserError
+from rwkv_peft.model.layers import Linear
 
 from .base import Adapter, compute_dtype
 from .lora import Lora
@@ -27,7 +29,7 @@ class Pissa(Adapter):
     row_block = "rank"  # a weight with fewer rows is refused
     changes_base = True
 
-    def __init__(self, linear: nn.Module, rank: int, niter: int, start: dict[str, Tensor] | None = None):
+    def __init__(self, linear: Linear, rank: int, niter: int, start: dict[str, Tensor] | None = None):
         """start: the factors of an earlier run, to go on from; without it, principal(W, rank, niter)."""
         super().__init__(linear)
         weight = linear.weight.detach()
@@ -62,14 +64,14 @@ class Pissa(Adapter):
         return f"must be {most} or less: a layer has no more singular values" if rank > most else ""
 
     @staticmethod
-    def merge(weight: Tensor, tensors: dict[str, Tensor], sidecar: dict) -> Tensor:
+    def merge(weight: Tensor, tensors: dict[str, Tensor], sidecar: Mapping[str, Any]) -> Tensor:
         """From the original weight, not the residual. What was not trained cancels to the last bit."""
         kind = compute_dtype(weight.dtype)
         A, B, A0, B0 = (tensors[leaf].to(kind) for leaf in (*Pissa.tensors, *Pissa.start))
         return weight.to(kind) + (B @ A - B0 @ A0)
 
     @staticmethod
-    def to_peft(tensors: dict[str, Tensor], sidecar: dict) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def to_peft(tensors: dict[str, Tensor], sidecar: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The LoRA of twice the rank that does the same, B A - B0 A0 = [B, -B0] [A; A0] with scale 1: peft would compute the
         singular values again instead."""
         rank = 2 * sidecar["rank"]

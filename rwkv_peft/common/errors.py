@@ -73,7 +73,7 @@ def ended_in_words(report_problems, lean: str) -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_USER)
     except ModuleNotFoundError as error:
-        if error.name.partition(".")[0] in ("rwkv_peft", "json2binidx"):
+        if (error.name or "").partition(".")[0] in ("rwkv_peft", "json2binidx"):
             raise
         exit_with(
             f"The Python package {error.name} is missing. Run ./test.sh or ./quickstart.sh once: they make .venv with all "
@@ -149,10 +149,11 @@ def cause(error: BaseException) -> OSError | MemoryError | None:
 ENDS = (*WRITING, *OURS, errno.EAGAIN, errno.EIO)
 
 
-def hidden(error: Exception) -> OSError | MemoryError | None:
+def hidden(error: BaseException) -> OSError | MemoryError | None:
     """What the system had refused before this error came: Lightning, as it tidies up, raises one that says nothing of it."""
-    while error := error.__context__:
-        first = cause(error)
+    before = error.__context__
+    while before:
+        first, before = cause(before), before.__context__
         if isinstance(first, MemoryError) or first and first.errno in ENDS:
             return first
     return None
@@ -239,7 +240,7 @@ def describe_os_error(error: OSError) -> tuple[str, int]:
         errno.EISDIR: ("is a folder, where a file is wanted", EXIT_USER),
         errno.ENOTDIR: ("a part of this path is a file, not a folder", EXIT_USER),
     }
-    told, code = cures.get(number, (error.strerror or str(error), EXIT_USER))
+    told, code = cures.get(number or 0, (error.strerror or str(error), EXIT_USER))
     return f"{file or 'The system'}: {told}.", code
 
 

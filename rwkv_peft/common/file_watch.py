@@ -181,13 +181,13 @@ class FileWatch:
         return self.changed
 
     def must_be_unchanged(self) -> None:
-        if self.look():
-            raise self.changed
+        if changed := self.look():
+            raise changed
 
     def glance(self) -> None:
         """must_be_unchanged every now and then, for a loop that asks often."""
-        if time.monotonic() - self.last > LOOK and self.look(every=False):
-            raise self.changed
+        if time.monotonic() - self.last > LOOK and (changed := self.look(every=False)):
+            raise changed
 
     @contextlib.contextmanager
     def explaining(self) -> Iterator[None]:
@@ -197,8 +197,8 @@ class FileWatch:
         except FileChanged:
             raise
         except Exception:
-            if self.look():
-                raise self.changed from None
+            if changed := self.look():
+                raise changed from None
             raise
 
     @contextlib.contextmanager

@@ -80,7 +80,8 @@ class BackgroundTask(Generic[T]):
     """What takes a while to read, read while the caller does something else."""
 
     def __init__(self, work: Callable[[], T]):
-        self.work, self.error = work, None
+        self.work = work
+        self.error: Exception | None = None
         self.thread = threading.Thread(target=self.run, daemon=True)  # nobody waits for it if the rest fails
         self.thread.start()
 

@@ -36,7 +36,7 @@ def parse(text: bytes | str, most: int = MOST_BYTES) -> Any:
         try:
             text = text.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            line = text.count(b"\n", 0, error.start) + 1
+            line = error.object.count(b"\n", 0, error.start) + 1
             raise ValueError(f"is not UTF-8 in line {line} (byte {error.start:,})") from None
     text = text.removeprefix("\ufeff")
     must_be_flat(text)
@@ -119,8 +119,10 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"has the key {short(twice)} twice")
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"has the key {short(key)} twice")
+            seen.add(key)
     return found
 
 

@@ -34,4 +34,4 @@ def parallel_map(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data

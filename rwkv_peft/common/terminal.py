@@ -41,7 +41,7 @@ def clean_output() -> Iterator[None]:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # there is none, or it is no real stream
             if "write" not in vars(stream):
-                stream.write = writer(stream.write)
+                vars(stream)["write"] = writer(stream.write)
                 changed.append(stream)
     try:
         yield

@@ -286,8 +286,8 @@ def parse_value(text: str, kind: Any, bounds: Mapping[str, Any]) -> Any:
         try:
             return parse_value(text, others[0], bounds)
         except ValueError as error:
-            words = [w or '""' for w in words]
-            raise ValueError(f"{error}, or {' or '.join(words)}") from None
+            offered = [w or '""' for w in words]
+            raise ValueError(f"{error}, or {' or '.join(offered)}") from None
     if origin is Literal:
         words = typing.get_args(kind)
         if text in words:

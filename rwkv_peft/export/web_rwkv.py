@@ -53,7 +53,8 @@ def write(source: Path, target: Path, geometry: Geometry, prompting: Prompting) 
         must_be_model(archive, geometry)
         if geometry.version == "x070" and geometry.n_layer < 2:
             raise UserError(f"{display_path(source)}: has one layer only; web-rwkv loads RWKV-7 from two layers on.")
-        sources, shapes = {}, {}
+        sources: dict[str, str] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for name, stored in archive.described.items():
             swap = stored.shape[-2:][::-1] if is_transposed(name) else stored.shape[-2:]
             if other := sources.get(new_name(name)):

@@ -68,9 +68,9 @@ def matrix(*shape: int) -> nn.Parameter:
 
 def own_parameters(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     """A module's parameters that are not its layers', in the dtype it computes in; vectors [1, 1, C] as [C]."""
-    out = {}
-    for name, p in module._parameters.items():  # (named_parameters takes ten times as long, at every token)
-        if p is not None and not name.endswith("_state"):
-            p = p if p.dtype == dtype else p.to(dtype)
+    out: dict[str, Tensor] = {}
+    for name, own in module._parameters.items():  # (named_parameters takes ten times as long, at every token)
+        if own is not None and not name.endswith("_state"):
+            p = own if own.dtype == dtype else own.to(dtype)
             out[name] = p.view(-1) if p.dim() == 3 and p.shape[:2] == (1, 1) else p
     return out

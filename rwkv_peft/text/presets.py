@@ -6,6 +6,8 @@ rwkv-rs/vllm-rwkv and transformers-rwkv (templates "bot", "assistant", "function
 
 from __future__ import annotations
 
+from typing import Any
+
 from .roles import Role
 from .template import Template
 
@@ -13,7 +15,7 @@ SPEAKERS = frozenset({Role.SYSTEM, Role.USER, Role.ASSISTANT, Role.TOOL})
 LISTENERS = SPEAKERS - {Role.ASSISTANT}  # thoughts and code of the G1 models hold blank lines
 
 # Ai00 stops at a blank line, and RWKV-Runner at "\n\nUser": so no blank line inside any turn
-WORLD = {
+WORLD: dict[str, Any] = {
     "format_system": "System: {{content}}",
     "format_user": "User: {{content}}",
     "format_assistant": "Assistant: {{content}}",
@@ -23,15 +25,15 @@ WORLD = {
 }
 # official: "it's better to clean System: and User: inputs"
 # sampling of the official evaluation of G1 (BlinkDL/Albatross, MATH500, 2026): temperature 1, top_k 32, top_p 0.28
-G1 = WORLD | {"clean": LISTENERS, "temperature": 1.0, "top_p": 0.28, "top_k": 32}
+G1: dict[str, Any] = WORLD | {"clean": LISTENERS, "temperature": 1.0, "top_p": 0.28, "top_k": 32}
 # the prompt ends with "<think": the model writes the rest of the thought itself
-THINK = {"think": "always", "opening": "<think"}
+THINK: dict[str, Any] = {"think": "always", "opening": "<think"}
 # official, and rwkv.cn Prompt-Format of 2026-03-27 ("must be"): the prompt ends with "<think></think", behind which the model
 # writes ">", a line break and the answer ("></" is one token, 5439)
-NO_THOUGHT = {"format_no_thought": "<think></think>\n"}
-FAKETHINK = {"think": "fake", "opening": "<think></think"} | NO_THOUGHT
+NO_THOUGHT: dict[str, Any] = {"format_no_thought": "<think></think>\n"}
+FAKETHINK: dict[str, Any] = {"think": "fake", "opening": "<think></think"} | NO_THOUGHT
 # from G1h (2026-07): ✿, token 10060, ends every turn. "normal" of vllm-rwkv, lighteval-rwkv and SkyRL, whose stop is ✿
-BOT = G1 | {
+BOT: dict[str, Any] = G1 | {
     "format_system": "System✿{{content}}✿",
     "format_user": "User✿{{content}}✿",
     "format_assistant": "Bot✿{{content}}✿",
@@ -42,7 +44,7 @@ BOT = G1 | {
     "bos": True,  # the tokenizer of rwkv-rs/transformers-rwkv begins with token 0
 }
 # "function_calling" of vllm-rwkv, whose stop is "\n### User"
-FUNCTIONS = {
+FUNCTIONS: dict[str, Any] = {
     "format_system": "### System\n{{content}}",
     "format_user": "### User\n{{content}}",
     "format_assistant": "### Assistant\n{{content}}",
