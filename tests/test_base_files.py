@@ -11,7 +11,7 @@ from inprocess import config, run
 from safetensors.torch import save_file
 
 from rwkv_peft.chat.load import built
-from rwkv_peft.checkpoint import base_model, pth
+from rwkv_peft.checkpoint import base_model, pth, pth_rewrite
 from rwkv_peft.cli import train
 from rwkv_peft.common import paths
 from rwkv_peft.common.errors import SettingErrors, UserError
@@ -195,10 +195,10 @@ def test_a_rewritten_model_of_another_form_is_the_official_one_bit_for_bit(tmp_p
     def change(name):
         if "key" in name:
             return lambda tensor: tensor * 1.1
-        return pth.RowwiseUpdate(lambda rows, _: rows + 1, block=32) if "ffn" in name else None
+        return pth_rewrite.RowwiseUpdate(lambda rows, _: rows + 1, block=32) if "ffn" in name else None
 
     for source, target in ((form, "x.pth"), ("official.pth", "y.pth")):
-        pth.rewrite(tmp_path / source, tmp_path / target, change, added)
+        pth_rewrite.rewrite(tmp_path / source, tmp_path / target, change, added)
         pth.check_checksums(tmp_path / target)
     ours, theirs = (torch.load(tmp_path / name, weights_only=True) for name in ("x.pth", "y.pth"))
     assert set(ours) == set(theirs) == {*tensors, *added}

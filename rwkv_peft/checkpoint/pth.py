@@ -8,22 +8,19 @@ or with flattened vectors, are read as the official files are (native.py).
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import functools
 import io
-import itertools
 import lzma
 import math
 import os
 import pickle
 import re
 import struct
-import threading
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -32,12 +29,12 @@ import torch
 from torch import Tensor
 
 from rwkv_peft.common.atomic_io import atomic_write, check_disk_space
-from rwkv_peft.common.direct_io import DirectReader, DirectWriter
+from rwkv_peft.common.direct_io import DirectReader
 from rwkv_peft.common.direct_io import aligned as room_for
 from rwkv_peft.common.errors import UserError, cause
 from rwkv_peft.common.formatting import first_line, join_names
 from rwkv_peft.common.hashing import crc32
-from rwkv_peft.common.parallel_io import parallel_map, tensor_bytes
+from rwkv_peft.common.parallel_io import parallel_map
 from rwkv_peft.common.paths import display_path, missing, models_in
 
 from . import file_type, zip_records
@@ -45,10 +42,7 @@ from . import official_names as native
 
 MOST_SIDES = 64  # of a tensor, as torch has it
 COPY_BYTES = 1 << 22  # read, hash and copy in pieces of 4 MB
-BLOCK = 1 << 19  # numbers of a tensor that are worked on at once: in float32 they fit a core's own cache
 LOCAL_HEADER = 30  # bytes in front of a record's name in a zip file
-ALIGNMENT = 64  # torch places every record at a multiple of this, so that it can be mapped
-FULL32 = 0xFFFFFFFF  # in a zip file: the number has more than 32 bits and stands elsewhere
 MOST_PICKLE = 32 << 20  # bytes of data.pkl: a tensor needs some 150
 MOST_NUMBERS = 1 << 48  # of a tensor, and in each of its sizes
 
@@ -100,7 +94,7 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
-class _Storage:
+class StorageInfo:
     dtype: torch.dtype
     key: str
     size: int
@@ -131,14 +125,14 @@ class _Describe(pickle._Unpickler):
         kind, dtype, key, _device, size = pid
         if kind != "storage" or not isinstance(dtype, torch.dtype):
             raise pickle.UnpicklingError("it holds something other than plain tensors")
-        return _Storage(dtype, str(key), int(size))
+        return StorageInfo(dtype, str(key), int(size))
 
 
 def are_sizes(numbers: Iterable) -> bool:
     return all(type(n) is int and 0 <= n <= MOST_NUMBERS for n in numbers)
 
 
-def describe_tensor(storage: _Storage, offset: int, shape, stride, *_rest) -> TensorInfo:
+def describe_tensor(storage: StorageInfo, offset: int, shape, stride, *_rest) -> TensorInfo:
     if not are_sizes((offset, storage.size, *shape, *stride)) or not can_be(shape):
         raise pickle.UnpicklingError("a tensor has a size that no tensor has")
     contiguous, expected = True, 1
@@ -485,10 +479,6 @@ def check_checksums(path: str | os.PathLike) -> None:
         parallel_map(look, archive.zip.infolist())
 
 
-class WrongChecksum(Exception):
-    """What was read for a record, whose name this is, is not what its file says."""
-
-
 class PthReader:
     """A .pth or .safetensors file opened for reading one tensor, or some rows of one, at a time. Memory holds nothing else.
 
@@ -618,224 +608,3 @@ class PthReader:
         record = info.filename.removeprefix(self.folder)
         name = next((n for n, stored in self.described.items() if stored.record == record), record)
         return CorruptCheckpoint(f"{display_path(self.path)}: {name} is damaged ({how}). Get the file again.")
-
-
-# what becomes of a tensor: None for "as it is", else a function from the source's tensor to the new one
-Change = Callable[[str], Callable[[Tensor], Tensor] | None]
-
-
-@dataclass(frozen=True)
-class RowwiseUpdate:
-    """A change of which some rows can be made without the others.
-
-    rows: some rows of the source's tensor, and which they are -> what becomes of them. unit: rows that must stay together:
-    blocks begin at multiples of it. block: numbers that are worked on at once (0: BLOCK).
-    """
-
-    rows: Callable[[Tensor, slice], Tensor]
-    unit: int = 1
-    block: int = 0
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        return self.rows(tensor, slice(0, len(tensor)) if tensor.dim() else slice(None))
-
-    def blocks(self, shape: Sequence[int]) -> list[slice]:
-        """The rows of a tensor of this shape in blocks of about so many numbers, all nearly equally large."""
-        units = shape[0] // self.unit
-        number = max(1, units * self.unit * math.prod(shape[1:]) // (self.block or BLOCK))
-        number = min(number, max(units, 1))
-        ends = [units * i // number * self.unit for i in range(number)] + [shape[0]]
-        return [slice(begin, end) for begin, end in itertools.pairwise(ends)]
-
-
-def rewrite(
-    source: str | os.PathLike | PthReader,
-    target: str | os.PathLike,
-    change: Change,
-    added: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Copy a checkpoint with some tensors changed, several records at a time: of those that change, memory holds some rows
-    if the change is ByRows, else one whole tensor.
-
-    source: a path, or an archive that is open already (it then does not matter what has become of its path). added: tensors
-    that the source has not got, by name, or that take the place of what it has.
-    A changed tensor is written in the dtype and shape of the source; key set, shapes, dtypes and (without added) pickle
-    stay the source's, and so do the bytes of all that does not change. The target is a .pth, with the official names and shapes
-    where the source has others.
-    """
-    added = added or {}
-    with contextlib.nullcontext(source) if isinstance(source, PthReader) else PthReader(source) as old:
-        more = sum(t.numel() * t.element_size() for t in added.values())
-        check_disk_space(Path(target).parent, old.size + more)
-        owners: dict[str, list[str]] = {}
-        for name, stored in old.described.items():
-            owners.setdefault(old.folder + stored.record, []).append(name)
-        if any(len(names) > 1 or not old.described[names[0]].whole for names in owners.values()):
-            # tensors that share a record cannot be changed one by one: such files are rare, and small enough to load
-            changed = {n: fitted(n, make(t), t) if (make := change(n)) else t for n, t in load(old.path).items()}
-            save(target, {**changed, **added})
-            return
-        places = {name: stored for name, stored in old.described.items() if name not in added}
-        contents: dict[str, Content] = {}
-        one_at_a_time = threading.Lock()
-        folder, infos = (old.folder, old.zip.infolist()) if old.zip else ("archive/", [])
-        listed_anew = bool(added) or not old.is_official
-        if old.zip is None:
-            contents |= {f"{folder}data.pkl": whole_bytes(b""), f"{folder}byteorder": whole_bytes(b"little")}
-            for name in places:
-                make, info = change(name), old.info(name)
-                pieces = functools.partial(old.read, info, [])
-                copied = Content(info.file_size, pieces)
-                contents[folder + info.filename] = changed_rows(old, name, make, one_at_a_time) if make else copied
-            contents[f"{folder}version"] = whole_bytes(b"3\n")
-        for info in infos:
-            name = owners.get(info.filename, [""])[0]
-            if name in added:
-                continue
-            if listed_anew and info.filename == f"{old.folder}data.pkl":
-                contents[info.filename] = whole_bytes(b"")  # its turn comes when all places are known
-            elif name and (make := change(name)):
-                contents[info.filename] = changed_rows(old, name, make, one_at_a_time)
-            else:
-                # what is written has the checksum of what was read: no need to take it twice
-                pieces = functools.partial(old.read, info, [], False)
-                contents[info.filename] = Content(info.file_size, pieces, info.CRC)
-        for number, (name, tensor) in enumerate(added.items()):
-            places[name] = TensorInfo(tensor.dtype, tuple(tensor.shape), f"data/added{number}", True)
-            contents[folder + places[name].record] = whole_bytes(tensor_bytes(tensor.detach().cpu()))
-        if listed_anew:
-            contents[f"{folder}data.pkl"] = whole_bytes(pickled(places))
-        with atomic_write(target) as file, DirectWriter(file) as out:
-            try:
-                write_zip(out, contents)
-            except WrongChecksum as wrong:
-                raise old.damaged(old.zip.getinfo(str(wrong)), "its checksum is wrong") from None
-
-
-def changed_rows(old: PthReader, name: str, make: Callable[[Tensor], Tensor], one_at_a_time: threading.Lock) -> Content:
-    """The record of a tensor that changes."""
-    stored = old.described[name]
-
-    def by_rows() -> Iterator[memoryview]:
-        blocks = make.blocks(stored.shape)
-        for block, tensor in zip(blocks, old.rows(name, blocks), strict=True):
-            yield tensor_bytes(fitted(name, make.rows(tensor, block), tensor))
-
-    def whole() -> Iterator[memoryview]:
-        with one_at_a_time:  # memory has room for one whole tensor and what its change takes
-            tensor = old.tensor(name)
-            yield tensor_bytes(fitted(name, make(tensor), tensor))
-
-    return Content(
-        stored.bytes, by_rows if isinstance(make, RowwiseUpdate) and stored.bytes and stored.shape else whole
-    )
-
-
-def fitted(name: str, changed: Tensor, original: Tensor) -> Tensor:
-    if changed.shape != original.shape:
-        raise ValueError(f"{name} would change its shape from {list(original.shape)} to {list(changed.shape)}")
-    return changed.to(original.dtype)
-
-
-@dataclass(frozen=True)
-class Content:
-    """What a record will hold: so many bytes, which come in pieces, and if it is known beforehand, their checksum."""
-
-    size: int
-    pieces: Callable[[], Iterable[memoryview]]
-    checksum: int | None = None
-
-
-def whole_bytes(data: bytes | memoryview) -> Content:
-    return Content(len(data), lambda: [memoryview(data)])
-
-
-def write_zip(out: DirectWriter, contents: Mapping[str, Content]) -> None:
-    """Write a zip archive of uncompressed records, by their names, to an empty file.
-
-    Where a record lies follows from the sizes of those in front of it, so several are written at a time. (The format:
-    https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT; the numbers in brackets are its chapters.)
-    """
-    records, end = [], 0
-    for name, content in contents.items():
-        info = aligned(name, end)
-        info.file_size, info.compress_size, info.CRC = content.size, content.size, 0
-        records.append(info)
-        end += len(info.FileHeader(zip64=True)) + content.size
-
-    def write(info: zipfile.ZipInfo) -> None:
-        def counted() -> Iterator[memoryview]:
-            for piece in contents[info.filename].pieces():
-                info.CRC = crc32(piece, info.CRC)
-                yield piece
-
-        begin = info.header_offset + len(info.FileHeader(zip64=True))
-        # closed at once where writing fails: what comes in pieces may hold a lock, and an error would keep it alive
-        with contextlib.closing(counted()) as pieces:
-            at = out.pieces(pieces, begin)
-        if at - begin != info.file_size:
-            raise ValueError(f"{info.filename} has {at - begin:,} bytes instead of {info.file_size:,}")
-        if contents[info.filename].checksum not in (None, info.CRC):
-            raise WrongChecksum(info.filename)
-        out.write(info.FileHeader(zip64=True), info.header_offset)
-
-    parallel_map(write, records)
-    out.write(directory(records, end), end)
-
-
-def aligned(name: str, begin: int) -> zipfile.ZipInfo:
-    """The entry of a record whose header lies at begin and whose content at a multiple of 64 bytes, as torch writes them."""
-    info = zipfile.ZipInfo(name)
-    info.compress_type, info.header_offset = zipfile.ZIP_STORED, begin
-    # behind the name: 20 bytes that zip64 adds, then our padding field (4 bytes head)
-    padding = -(begin + LOCAL_HEADER + len(name.encode()) + 20 + 4) % ALIGNMENT
-    info.extra = struct.pack("<HH", 0x4246, padding) + b"Z" * padding  # "FB": torch's own mark for it
-    return info
-
-
-def directory(records: Sequence[zipfile.ZipInfo], begin: int) -> bytes:
-    """What stands at the end of a zip archive, from begin on: where each record is, and where this list is."""
-    out = b""
-    for info in records:
-        name, flags = info.filename.encode(), 0 if info.filename.isascii() else 0x800  # UTF-8
-        large = [n for n in (info.file_size, info.compress_size, info.header_offset) if n >= FULL32]
-        extra = struct.pack(f"<HH{len(large)}Q", 1, 8 * len(large), *large) if large else b""  # [4.5.3]
-        size, offset = min(info.file_size, FULL32), min(info.header_offset, FULL32)
-        date = 1 << 5 | 1  # 1 January 1980, as torch has it
-        out += b"PK\1\2" + struct.pack(  # [4.3.12]
-            "<6H3L5H2L", 45, 45, flags, 0, 0, date, info.CRC, size, size, len(name), len(extra), 0, 0, 0, 0, offset
-        )  # fmt: skip
-        out += name + extra
-    size, count, tail = len(out), len(records), b""
-    if count >= 0xFFFF or begin + size >= FULL32:
-        tail = b"PK\6\6" + struct.pack("<Q2H2L4Q", 44, 45, 45, 0, 0, count, count, size, begin)  # [4.3.14]
-        tail += b"PK\6\7" + struct.pack("<LQL", 0, begin + size, 1)  # [4.3.15]
-    few = min(count, 0xFFFF)
-    tail += b"PK\5\6" + struct.pack("<4H2LH", 0, 0, few, few, min(size, FULL32), min(begin, FULL32), 0)  # [4.3.16]
-    return out + tail
-
-
-def pickled(places: Mapping[str, TensorInfo]) -> bytes:
-    """data.pkl for tensors that lie in records of their own: what torch.save would write about them."""
-
-    class Writer(pickle.Pickler):
-        def persistent_id(self, thing):
-            if not isinstance(thing, _Storage):
-                return None
-            kind = next(name for name, dtype in DTYPES.items() if dtype == thing.dtype)
-            return ("storage", getattr(torch, kind), thing.key, "cpu", thing.size)
-
-        def reducer_override(self, thing):
-            if not isinstance(thing, TensorInfo):
-                return NotImplemented
-            strides, size = [], 1
-            for n in reversed(thing.shape):
-                strides.insert(0, size)
-                size *= n
-            storage = _Storage(thing.dtype, thing.record.removeprefix("data/"), size)
-            shape = 0, thing.shape, tuple(strides), False, OrderedDict()
-            return torch._utils._rebuild_tensor_v2, (storage, *shape)
-
-    out = io.BytesIO()
-    Writer(out, protocol=2).dump(dict(places))
-    return out.getvalue()
