@@ -304,7 +304,7 @@ FULL = """
 import resource, sys
 from pathlib import Path
 import torch
-from rwkv_peft.checkpoint import pth
+from rwkv_peft.checkpoint import pth, pth_rewrite
 from rwkv_peft.common.errors import handle_errors
 base, target = map(Path, sys.argv[1:3])
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
