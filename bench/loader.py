@@ -33,7 +33,7 @@ import torch
 from rwkv_peft.data import buckets
 from rwkv_peft.data.binidx import Reader, index_bytes
 from rwkv_peft.data.dataset import Batches, TokenDataset
-from rwkv_peft.data.token_source import Source
+from rwkv_peft.data.token_source import TokenSource
 from rwkv_peft.text.roles import Role
 
 MODES = ("pack", "concat", "pad", "only", "bucket", "get", "magic")
@@ -59,7 +59,7 @@ def write(prefix: Path, documents: int) -> None:
 
 def make(prefix: Path, mode: str, given) -> tuple[TokenDataset, Batches]:
     needed = given.mask in ("qa", "last")
-    source = Source(Reader(prefix), Reader(f"{prefix}.roles") if needed else None, 65536)
+    source = TokenSource(Reader(prefix), Reader(f"{prefix}.roles") if needed else None, 65536)
     choose = functools.partial(buckets.choose, edges=(), sizes=(), budget=TOKENS, accumulate=1, world=1)
     data = TokenDataset(
         [source], mode, given.mask, given.ctx_len, "truncate", 42, True, choose if mode == "bucket" else None

@@ -10,7 +10,7 @@ import torch
 from inprocess import config, run
 from safetensors.torch import save_file
 
-from rwkv_peft.chat.load import built
+from rwkv_peft.chat.load import build_model
 from rwkv_peft.checkpoint import base_model, pth, pth_rewrite
 from rwkv_peft.cli import train
 from rwkv_peft.common import paths
@@ -238,7 +238,7 @@ def test_a_run_on_another_form_merges_into_the_official_one(ready, form, capsys)
 def test_a_model_in_safetensors_talks(ready):
     FORMS["b.safetensors"](pth.load(ready / "model" / "tiny.pth"), ready / "model" / "b.safetensors")
     ids = torch.tensor([[1, 2, 3]])
-    ours, theirs = (built(ready / "model" / name, "fp32")(ids)[0] for name in ("b.safetensors", "tiny.pth"))
+    ours, theirs = (build_model(ready / "model" / name, "fp32")(ids)[0] for name in ("b.safetensors", "tiny.pth"))
     assert torch.equal(ours, theirs)
 
 
@@ -340,7 +340,7 @@ def test_chat_and_merge_tell_of_a_base_with_nan(ready):
     run(ready)
     damaged(ready / "model" / "tiny.pth")
     with pytest.raises(UserError, match="blocks.1.ffn.key.weight holds NaN"):
-        built(ready / "model" / "nan.pth", "fp32")
+        build_model(ready / "model" / "nan.pth", "fp32")
     sidecar = ready / "output/run/rwkv-0.json"
     facts = json.loads(sidecar.read_text())
     from rwkv_peft.checkpoint import sidecars

@@ -1,4 +1,4 @@
-"""./chat.sh --diagnose RUN: rows that it has learnt from, and held-out ones, go through the base and what became of it."""
+"""./chat.sh --diagnose RUN: compare the losses of the base model and the tuned model on trained and on held-out rows."""
 
 from __future__ import annotations
 
@@ -30,30 +30,37 @@ from rwkv_peft.train.callbacks import validation
 from rwkv_peft.train.report import MOST_RATE, MOST_STATE_RATE
 
 from . import load
-from .verdict import BLANK, Rows, Run, judge
+from .verdict import BLANK, RowLosses, RunFacts, judge
 
-MOST_ROWS, MOST_TOKENS, LEAST_ROWS = 64, 8192, 8  # of a file that go through the models
+MOST_ROWS, MOST_TOKENS, LEAST_ROWS = 64, 8192, 8  # of a file that are evaluated
 QUESTIONS = 3  # of the rows that were trained, and of the held-out ones
 ANSWER = 48  # tokens
-# of run.json
-# what is needed of run.json, and what it may be
+# the settings that are needed of run.json, and their checks
 WANTED: Schema = {
     **dict.fromkeys(("DATA_PATH", "VAL_DATA", "LOSS_MASK", "MASK_START", "MASK_END", "OVERLONG", "DATALOAD"), is_text),
     **dict.fromkeys(("CTX_LEN", "EPOCH_COUNT", "EPOCH_STEPS", "MINI_BSZ"), lambda value: is_whole(value, 1)),
     "STREAMING": is_bool, "PACK": is_text, "LR_INIT": is_number, "VAL_PATIENCE": is_whole,
 }  # fmt: skip
-# of a line of loss.jsonl
+# checks of a line of loss.jsonl
 RECORD: Schema = {"step": is_whole, "loss": is_none_or(is_number), "targets": is_whole}
 SHOWN = 160  # characters of a text
 WIDTH = 125  # of the lines of a verdict
-MOST_READ = 1 << 30  # bytes of a file that is compared with what it was
-TARGETS = 256  # whose logits are in memory at once
+MOST_READ = 1 << 30  # bytes of a file whose content is compared
+TARGETS = 256  # targets whose logits are in memory at once
 
 
 @dataclass(frozen=True)
 class Row:
-    """A document as the run has it. file, number: where it lies. tokens int64 [n]; weights [n - 1]: which targets are trained.
-    asked: how many of its first tokens are the question; expected: those of the answer to it."""
+    """A document as the run has it.
+
+    Attributes:
+        file: name of its file.
+        number: of the row in it.
+        tokens: int64 [n].
+        weights: which targets are trained, [n - 1].
+        asked: number of its first tokens that are the question.
+        expected: tokens of the answer to it.
+    """
 
     file: str
     number: int
@@ -64,7 +71,17 @@ class Row:
 
 
 def diagnose(name: str, base: str, precision: str, accept_edited: bool = False) -> None:
-    """name: of a run, or of one of its checkpoints. base: where the base lies, "" for where the sidecar says."""
+    """Diagnose a run and print what is found.
+
+    Args:
+        name: of a run, or of one of its checkpoints.
+        base: path of the base, "" for the one in the sidecar.
+        precision: PRECISION.
+        accept_edited: accept a sidecar that was edited.
+
+    Raises:
+        UserError: the run cannot be diagnosed.
+    """
     folder = project.resolve_path(name, "output")
     if (
         not run_dir.is_epoch(name)
@@ -72,16 +89,16 @@ def diagnose(name: str, base: str, precision: str, accept_edited: bool = False) 
         and not run_dir.checkpoints(folder)
         and not any(run_dir.list_checkpoints(folder))
     ):
-        return of_its_course(folder.resolve(), "has saved no checkpoint")
-    adapter = load.adapter_file(name)
-    chosen = load.of_run(adapter, base, accept_edited)
+        return diagnose_loss_curve(folder.resolve(), "has saved no checkpoint")
+    adapter = load.find_adapter(name)
+    chosen = load.choose_checkpoint(adapter, base, accept_edited)
     sidecars.read(adapter, ("step",))
-    settings, records, looks = facts_of(adapter.parent)
+    settings, records, looks = read_run(adapter.parent)
     if settings["STREAMING"] and settings["VAL_DATA"] in ("auto", "none"):
-        return of_its_course(adapter.parent, "has learnt from a stream, and has no held-out rows")
-    original = chosen.model if chosen.adapter else load.base_of(adapter, chosen.sidecar, base)
-    model = load.built(original, precision)
-    files, lines, targets = rows_of(settings, model.geometry.vocab_size)
+        return diagnose_loss_curve(adapter.parent, "has learnt from a stream, and has no held-out rows")
+    original = chosen.model if chosen.adapter else load.find_base(adapter, chosen.sidecar, base)
+    model = load.build_model(original, precision)
+    files, lines, targets = load_rows(settings, model.geometry.vocab_size)
     told = [r for r in records if r["step"] <= chosen.sidecar["step"]]
     changed = changed_files(settings, chosen.sidecar)
     all_seen = sum(r["targets"] for r in told) >= targets and not changed
@@ -102,45 +119,45 @@ def diagnose(name: str, base: str, precision: str, accept_edited: bool = False) 
     for line in lines:
         print(line, flush=True)
 
-    asked = {"trained": ask(trained), "held-out": ask(held)}
+    asked = {"trained": pick_questions(trained), "held-out": pick_questions(held)}
     everything = trained + held
     found: list[tuple[list[float], list[str]]] = []
     for which in ("base", "tuned"):
         if which == "tuned":
             if chosen.adapter:
-                model = load.built(original, precision)
-                load.put_on(model, chosen)
+                model = load.build_model(original, precision)
+                load.attach_adapter(model, chosen)
             else:
-                model = load.built(chosen.model, precision)
-        model = load.ready(model)
+                model = load.build_model(chosen.model, precision)
+        model = load.prepare_model(model)
         bar = tqdm(everything, desc=which, disable=not sys.stderr.isatty(), leave=False, unit="row")
-        losses = [loss_of(model, row) for row in bar]
-        answers = [answer(model, row, asked_as) for rows in asked.values() for row in rows]
+        losses = [row_loss(model, row) for row in bar]
+        answers = [generate_answer(model, row, asked_as) for rows in asked.values() for row in rows]
         found.append((losses, answers))
     (before, said_before), (after, said_after) = found
 
-    sums = Rows(np.array([row.weights.sum() for row in everything]), np.array(before), np.array(after))
+    sums = RowLosses(np.array([row.weights.sum() for row in everything]), np.array(before), np.array(after))
     places = {id(row): i for i, row in enumerate(everything)}
 
-    def measured(rows: Sequence[Row]) -> Rows | None:
+    def measured(rows: Sequence[Row]) -> RowLosses | None:
         return sums.part(np.array([places[id(row)] for row in rows])) if rows else None
 
-    print("\n" + "\n".join(table(files, measured, trained, held)))
+    print("\n" + "\n".join(loss_table(files, measured, trained, held)))
     number = 0
     for what, rows in asked.items():
         for row in rows:
             print(f"\n{what} row {row.number} of {row.file}")
             texts = {
-                "asked": text_of(row.tokens[: row.asked]), "expected": text_of(row.expected), "base": said_before[number],
+                "asked": decode_text(row.tokens[: row.asked]), "expected": decode_text(row.expected), "base": said_before[number],
                 "tuned": said_after[number],
             }  # fmt: skip
-            print("\n".join(f"  {label:<9} {shortened(text)}" for label, text in texts.items()))
+            print("\n".join(f"  {label:<9} {shorten(text)}" for label, text in texts.items()))
             number += 1
     pairs = zip([row for rows in asked.values() for row in rows], said_after, strict=True)
-    right = [same(said, row.expected) for row, said in pairs][: len(asked["trained"])]
+    right = [is_expected(said, row.expected) for row, said in pairs][: len(asked["trained"])]
     step = chosen.sidecar["step"]
     sources = [(file, measured(rows), measured(files[1].get(file, []))) for file, rows in files[0].items()]
-    run = Run(
+    run = RunFacts(
         measured(trained),
         measured(held),
         sources if len(sources) > 1 else [],
@@ -150,47 +167,59 @@ def diagnose(name: str, base: str, precision: str, accept_edited: bool = False) 
         settings["LR_INIT"],
         f"./merge.sh {run_dir.words_for(adapter.parent, 'best')}" if (adapter.parent / run_dir.BEST).is_file() else "",
         all_seen,
-        *course(settings, records, looks, chosen.sidecar),
+        *remaining_steps(settings, records, looks, chosen.sidecar),
         (sum(right), len(right)),
         MOST_STATE_RATE if chosen.setup.method == "state" else MOST_RATE,
     )
     print()
-    tell(run)
+    print_findings(run)
 
 
-def of_its_course(folder: Path, why: str) -> None:
-    """What can be told of a run without looking at rows. UserError where it has not taken a step."""
-    settings, records, looks = facts_of(folder)
+def diagnose_loss_curve(folder: Path, why: str) -> None:
+    """Diagnose a run without its rows.
+
+    Raises:
+        UserError: it has not taken a step.
+    """
+    settings, records, looks = read_run(folder)
     if not records:
         raise UserError(f"{project.display_path(folder)}: has taken no step yet.")
     print(f"{project.display_path(folder)} {why}: this is what the course of its loss tells\n")
     losses = np.array([r["loss"] for r in records if r["loss"] is not None and not r.get("skipped")])
     seen = [(look["step"], look["loss"]) for look in looks if look["step"]]
-    tell(Run(None, None, [], losses, sum(bool(r.get("skipped")) for r in records), seen, settings["LR_INIT"]))
+    print_findings(
+        RunFacts(None, None, [], losses, sum(bool(r.get("skipped")) for r in records), seen, settings["LR_INIT"])
+    )
 
 
-def tell(run: Run) -> None:
+def print_findings(run: RunFacts) -> None:
+    """Print what the numbers of a run show."""
     for finding in judge(run):
         filled = textwrap.fill(f"verdict   {finding.words}.", WIDTH, subsequent_indent=" " * 10, break_on_hyphens=False)
         print(filled.replace(BLANK, " "))
 
 
 def changed_files(settings: dict, sidecar: dict) -> list[str]:
-    """Which of a run's tokenized files have another content than when it learnt from them. Large ones are taken on trust: their
-    index is there as well, and tells nearly every change."""
-    known = [tuple(one) for one in sidecar.get("data") or ()]  # (several may have one name)
+    """Return a run's tokenized files whose content has changed since it was trained on them.
+
+    Large files are not read: their index is checked as well, and shows nearly every change.
+    """
+    known = [tuple(one) for one in sidecar.get("data") or ()]  # several may have one name
     names = {name for name, _ in known}
     if settings["STREAMING"]:
         return []
     paths = [
         Path(f"{prefix}{ending}") for prefix, _ in data_files(settings["DATA_PATH"])[0] for ending in (".bin", ".idx")
     ]
-    there = [path for path in paths if path.name in names and path.is_file() and path.stat().st_size <= MOST_READ]
-    return [project.display_path(path) for path in there if (path.name, hashing.sha256(path)) not in known]
+    present = [path for path in paths if path.name in names and path.is_file() and path.stat().st_size <= MOST_READ]
+    return [project.display_path(path) for path in present if (path.name, hashing.sha256(path)) not in known]
 
 
-def course(settings: dict, records: list[dict], looks: list[dict], sidecar: dict) -> tuple[int, bool]:
-    """How many steps a run has still to do, and whether VAL_PATIENCE has ended it; of its newest checkpoint only."""
+def remaining_steps(settings: dict, records: list[dict], looks: list[dict], sidecar: dict) -> tuple[int, bool]:
+    """Return how many steps a run still has to do, and whether VAL_PATIENCE has ended it.
+
+    Only for its newest checkpoint: (0, False) for others.
+    """
     done = records[-1]["step"] if records else 0
     if settings["STREAMING"] or sidecar["step"] < done:
         return 0, False
@@ -200,18 +229,29 @@ def course(settings: dict, records: list[dict], looks: list[dict], sidecar: dict
     return (0, ended) if ended else (max(0, planned - done), False)
 
 
-def facts_of(folder: Path) -> tuple[dict[str, Any], list[dict], list[dict]]:
-    """A run's settings, and the records of its steps and of its looks at held-out rows. UserError if it has no settings."""
+def read_run(folder: Path) -> tuple[dict[str, Any], list[dict], list[dict]]:
+    """Read a run's settings, and the records of its steps and of its validations.
+
+    Raises:
+        UserError: it has no settings.
+    """
     settings = json_reader.read(folder / "run.json", "record of a run's settings", WANTED, tuple(WANTED))
     looks = validation.read(folder)
     return settings, step_log.read(folder), validation.of_one_set(looks, looks[-1].get("data")) if looks else []
 
 
-def rows_of(
+def load_rows(
     settings: dict, vocab_size: int
 ) -> tuple[tuple[dict[str, list[Row]], dict[str, list[Row]]], list[str], int]:
-    """Rows by file: of those that were trained, and of the held-out ones, under the same name; what to say of them; and how many
-    targets the former have, all together. UserError if there are none at all."""
+    """Load trained rows and held-out rows of a run.
+
+    Returns:
+        Trained and held-out rows by file, under the same name; messages about them; and the loss tokens of all trained
+            rows.
+
+    Raises:
+        UserError: there are no rows.
+    """
     lines: list[str] = []
     trained: dict[str, list[Row]] = {}
     pairs, wrong = data_files(settings["DATA_PATH"]) if not settings["STREAMING"] else ([], [])
@@ -222,14 +262,14 @@ def rows_of(
 
     def put(by_file: dict[str, list[Row]], pair: tuple) -> int:
         try:
-            found, whole = take(settings, pair, vocab_size, lines.append)
-        except SettingErrors as problems:  # nothing that could be learnt from
+            found, whole = sample_rows(settings, pair, vocab_size, lines.append)
+        except SettingErrors as problems:  # it has nothing to train
             lines.append(f"warning   {project.display_path(pair[0])}: {problems.problems[0].message}")
             return 0
         by_file.setdefault(project.display_path(pair[0]).removesuffix(".valid"), []).extend(found)
         return whole
 
-    for pair in there(pairs):
+    for pair in existing_files(pairs):
         targets += put(trained, pair)
     held: dict[str, list[Row]] = {}
     if settings["VAL_DATA"] in ("auto", "none"):
@@ -237,7 +277,7 @@ def rows_of(
     else:
         others, wrong = data_files(settings["VAL_DATA"])
         lines += [f"warning   VAL_DATA: {words}" for words in wrong]
-    for pair in there(others):
+    for pair in existing_files(others):
         put(held, pair)
     if trained and not held:
         words = "what was learnt by heart cannot be told; VALID_PERCENT=5 in make_tokenize.sh sets some aside"
@@ -247,13 +287,20 @@ def rows_of(
     return (trained, held), lines, targets
 
 
-def there(pairs: Sequence[tuple]) -> list[tuple]:
+def existing_files(pairs: Sequence[tuple]) -> list[tuple]:
+    """Return the files that exist."""
     return [pair for pair in pairs if not missing_data(pair[0])]
 
 
-def take(settings: dict, pair: tuple, vocab_size: int, say: Callable[[str], None]) -> tuple[list[Row], int]:
-    """Rows of a tokenized file, from all over it, as many as are quickly looked at; and the targets of all. Problems if none has
-    anything to learn."""
+def sample_rows(settings: dict, pair: tuple, vocab_size: int, say: Callable[[str], None]) -> tuple[list[Row], int]:
+    """Sample rows from all over a tokenized file, as many as are quickly evaluated.
+
+    Returns:
+        The rows, and the loss tokens of the whole file.
+
+    Raises:
+        SettingErrors: it has nothing to train.
+    """
     masks = settings["LOSS_MASK"], settings["MASK_START"], settings["MASK_END"]
     [source] = open_sources([pair], *masks, vocab_size, say)
     windows = settings["DATALOAD"] == "get" or settings["PACK"] == "concat"  # of which a long document has many
@@ -265,13 +312,13 @@ def take(settings: dict, pair: tuple, vocab_size: int, say: Callable[[str], None
     for number in np.linspace(0, data.rows - 1, count).round().astype(int).tolist():
         [piece], _, _ = data.parts_of(number)
         [(tokens, weights)] = data.row(number)
-        if tokens.tobytes() in known:  # make_tokenize.sh repeats rows, if it is told to
+        if tokens.tobytes() in known:  # make_tokenize.sh can repeat rows
             continue
         known.add(tokens.tobytes())
         asked, expected = 0, tokens[:0]
         roles = source.roles[piece.start : piece.stop] if source.roles is not None else np.zeros(0, dtype=np.uint8)
         answers = np.flatnonzero(roles == Role.ASSISTANT)
-        if len(answers) and answers[0] > (tokens[0] == tokenizer.END_OF_DOC):  # a token 0 alone is no question
+        if len(answers) and answers[0] > (tokens[0] == tokenizer.END_OF_DOC):  # a token 0 alone is not a question
             asked = int(answers[0])
             others = np.flatnonzero(roles[asked:] != Role.ASSISTANT)
             expected = tokens[asked : asked + int(others[0]) if len(others) else len(roles)]
@@ -279,16 +326,16 @@ def take(settings: dict, pair: tuple, vocab_size: int, say: Callable[[str], None
     return found, data.facts().targets
 
 
-def ask(rows: Sequence[Row]) -> list[Row]:
-    """Those whose questions are asked: one of the beginning, one of the middle, one of the end."""
+def pick_questions(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows whose questions are asked: one of the beginning, one of the middle, one of the end."""
     asking = [row for row in rows if row.asked]
     places = np.linspace(0, len(asking) - 1, min(QUESTIONS, len(asking))).round().astype(int).tolist()
     return [asking[i] for i in places]
 
 
 @torch.no_grad()
-def loss_of(model: RWKV, row: Row) -> float:
-    """The sum of the cross entropies of a row's trained targets."""
+def row_loss(model: RWKV, row: Row) -> float:
+    """Return the sum of the cross entropies of a row's loss tokens."""
     device = model.ln_out.weight.device
     places = torch.from_numpy(np.flatnonzero(row.weights)).to(device)
     targets = torch.from_numpy(row.tokens[1:]).to(device)[places]
@@ -300,32 +347,35 @@ def loss_of(model: RWKV, row: Row) -> float:
     return total
 
 
-def answer(model: RWKV, row: Row, asked_as: Prompting) -> str:
+def generate_answer(model: RWKV, row: Row, asked_as: Prompting) -> str:
+    """Generate the model's answer to a row's question."""
     ids = row.tokens[: row.asked].tolist()
     try:
         stops = asked_as.template.stops(), asked_as.stop_tokens
         return "".join(generate(model, *advance(model, ids), ANSWER, 0.0, 1.0, 0, *stops))
-    except UserError:  # of a model that has gone wrong, which the losses tell
+    except UserError:  # the model computes no numbers, which the losses show
         return "(no number)"
 
 
-def text_of(tokens: np.ndarray) -> str:
+def decode_text(tokens: np.ndarray) -> str:
+    """Return the text of tokens."""
     return tokenizer.decode(tokens[tokens != tokenizer.END_OF_DOC].tolist())
 
 
-def same(said: str, expected: np.ndarray) -> bool:
-    """Whether an answer is the expected one, as far as it may go: ANSWER tokens, and no half of a character."""
-    wanted = text_of(expected[:ANSWER]).rstrip("\ufffd").strip()
+def is_expected(said: str, expected: np.ndarray) -> bool:
+    """Return whether an answer is the expected one, up to ANSWER tokens and without an incomplete character."""
+    wanted = decode_text(expected[:ANSWER]).rstrip("\ufffd").strip()
     return bool(wanted) and said.rstrip("\ufffd").strip() == wanted
 
 
-def shortened(text: str) -> str:
+def shorten(text: str) -> str:
+    """Shorten a text to one line."""
     text = " / ".join(line.strip() for line in text.strip().splitlines() if line.strip())
     return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} ... {text[-SHOWN // 2 :]}"
 
 
-def table(files, measured: Callable[[Sequence[Row]], Rows | None], trained, held) -> list[str]:
-    """Loss per token before and after, of trained and of held-out rows; of each file, and of short and long ones."""
+def loss_table(files, measured: Callable[[Sequence[Row]], RowLosses | None], trained, held) -> list[str]:
+    """Return a table of the loss per token of both models: trained and held-out rows, each file, short and long rows."""
     lines = [f"{'loss per trained token':<44}{'rows':>6}{'base':>9}{'tuned':>9}{'gained':>9}{'+-':>8}"]
 
     def add(label: str, rows: Sequence[Row]) -> None:

@@ -1,7 +1,8 @@
-"""What the numbers of a run say of it, in words: too high or too low a rate, underfit, overfit, or neither.
+"""What the numbers of a run show: a learning rate that is too high or too low, underfitting, overfitting, or none of
+these.
 
-Every number that a word rests on is said with it. A difference counts where it is larger than chance: than SURE times what it
-would differ by between samples of such rows or steps.
+Every finding includes the numbers that it rests on. A difference counts if it is larger than chance: larger than SURE
+standard errors between samples of such rows or steps.
 """
 
 from __future__ import annotations
@@ -14,33 +15,39 @@ import numpy as np
 from rwkv_peft.common.formatting import plural
 
 SURE = 2.5  # standard errors
-MANY = 0.01  # of the steps: if more came to no number, it was no accident
-SELDOM = 4.0  # ... between the lowest and the highest of many
-WINDOWS = 20  # pieces that the curve of losses is cut into
-LEAST = 5  # steps of such a piece
-RISE = 0.05  # of the lowest loss so far: a higher one later is no wobble
-FLAT = 0.02  # of the base's loss: who gains less on rows that were trained has hardly moved
+MANY = 0.01  # of the steps: if more had a loss that is not finite, it was no accident
+SELDOM = 4.0  # standard errors between the lowest and the highest of many
+WINDOWS = 20  # windows of the loss curve
+LEAST = 5  # steps of a window
+RISE = 0.05  # of the lowest loss so far: a larger rise is not noise
+FLAT = 0.02  # of the base's loss: a smaller gain on trained rows is hardly any
 STILL = 0.1  # of all that the loss has fallen: if the last quarter of the steps brought more, it was still falling
-HALF = 0.5  # of what is gained on rows that were trained: if held-out rows gain less, rows were learnt by heart
-FAR = 4.0  # loss per token: each comes as one in 55; no text in a language that a model knows is so hard
-BY_HEART = 0.1  # loss per token of a row that is known by heart ...
-NEW = 0.5  # ... if it was not known before
+HALF = 0.5  # of the gain on trained rows: if held-out rows gain less, rows were memorized
+FAR = 4.0  # loss per token: a probability of 1 in 55; no text in a language that a model knows is so hard
+BY_HEART = 0.1  # loss per token of a memorized row ...
+NEW = 0.5  # ... and at least of the base, or it was known before
 
 
-class Rows(NamedTuple):
-    """Rows that went through the base and through what became of it. targets: trained tokens of each [N]; base, tuned: the sums
-    of their losses [N]."""
+class RowLosses(NamedTuple):
+    """Losses of rows under the base model and the tuned model.
+
+    Attributes:
+        targets: loss tokens of each row [N].
+        base: sums of the losses under the base [N].
+        tuned: sums of the losses under the tuned model [N].
+    """
 
     targets: np.ndarray
     base: np.ndarray
     tuned: np.ndarray
 
-    def part(self, which: np.ndarray) -> Rows:
-        return Rows(self.targets[which], self.base[which], self.tuned[which])
+    def part(self, which: np.ndarray) -> RowLosses:
+        """Return some of the rows."""
+        return RowLosses(self.targets[which], self.base[which], self.tuned[which])
 
     @property
     def losses(self) -> tuple[float, float]:
-        """Per token, of the base and of what became of it."""
+        """Loss per token, of the base and of the tuned model."""
         whole = max(float(self.targets.sum()), 1.0)
         return float(self.base.sum()) / whole, float(self.tuned.sum()) / whole
 
@@ -56,29 +63,42 @@ class Rows(NamedTuple):
 
     @property
     def by_heart(self) -> np.ndarray:
-        """Which rows are known by heart, and were not, bool [N]."""
+        """Which rows are memorized, and were not before, bool [N]."""
         return (self.tuned < BY_HEART * self.targets) & (self.base > NEW * self.targets)
 
 
 class Finding(NamedTuple):
-    what: str  # too high, too low, underfit, overfit, fits, unknown
+    """What a run shows. what: too high, too low, underfit, overfit, fits, unknown, unfinished; words: the sentence."""
+
+    what: str
     words: str
 
 
-BLANK = "\u00a0"  # in commands, which are not to be broken over lines; printed as a blank
+BLANK = "\u00a0"  # in commands, which must not be broken over lines; printed as a blank
 
 
-class Run(NamedTuple):
-    """What is known of a run. trained, held: rows that it has learnt from, and others; None for none. sources: (name, rows it has
-    learnt from, held-out rows or None) of each file, if there are several. losses: of its steps. skipped: steps that were left
-    out. looks: its validations, (step, loss). rate: LR_INIT. kept: the command that takes its best checkpoint, "" where none
-    was kept. all_seen: whether it has gone through all its rows: else some of `trained` are new to it. left: steps that it
-    has still to do. patience: whether VAL_PATIENCE has ended it. answers: how many questions of trained rows were answered as
-    they should be, and how many were asked. usual: the highest rate that is usual."""
+class RunFacts(NamedTuple):
+    """What is known of a run.
 
-    trained: Rows | None
-    held: Rows | None
-    sources: Sequence[tuple[str, Rows, Rows | None]]
+    Attributes:
+        trained: rows that it was trained on; None for none.
+        held: held-out rows; None for none.
+        sources: (name, trained rows, held-out rows or None) of each file, if there are several.
+        losses: of its steps.
+        skipped: steps that were left out.
+        looks: its validations, (step, loss).
+        rate: LR_INIT.
+        kept: the command that uses its best checkpoint, "" if none was kept.
+        all_seen: whether it has gone through all its rows: else some of `trained` are new to it.
+        left: steps that it still has to do.
+        patience: whether VAL_PATIENCE has ended it.
+        answers: how many questions of trained rows were answered as expected, and how many were asked.
+        usual: the highest usual learning rate.
+    """
+
+    trained: RowLosses | None
+    held: RowLosses | None
+    sources: Sequence[tuple[str, RowLosses, RowLosses | None]]
     losses: np.ndarray
     skipped: int
     looks: Sequence[tuple[int, float]]
@@ -92,7 +112,7 @@ class Run(NamedTuple):
 
     @property
     def whose(self) -> str:
-        """The rows that a verdict rests on."""
+        """The rows that a finding rests on."""
         return (
             ("the rows that it was trained on" if self.all_seen else "rows of its files")
             if self.trained
@@ -100,26 +120,27 @@ class Run(NamedTuple):
         )
 
 
-def judge(run: Run) -> list[Finding]:
-    """In the order in which to mend them. Never empty."""
-    high = too_high(run)
-    low = [] if run.left else [one for one in (too_low(run), underfit(run), far(run)) if one][:1]
+def judge(run: RunFacts) -> list[Finding]:
+    """Return the findings in the order in which to fix them. Never empty."""
+    high = find_too_high(run)
+    low = [] if run.left else [one for one in (find_too_low(run), find_underfit(run), find_high_loss(run)) if one][:1]
     found = [high] if high else low
-    found += [one for one in (overfit(run),) if one]
+    found += [one for one in (find_overfit(run),) if one]
     if run.left:
-        return [unfinished(run), *found]
+        return [describe_unfinished(run), *found]
     if not run.held and run.trained and not found:
         before, after = run.trained.losses
         words = (
-            f"on its own rows the loss is {after:.3f} instead of {before:.3f}{answered(run)}. {where(run)}What it says to others "
+            f"on its own rows the loss is {after:.3f} instead of {before:.3f}{describe_answers(run)}. {describe_memorized(run)}What it says to others "
             "cannot be told without held-out rows: VALID_PERCENT in make_tokenize.sh sets some aside, or VAL_DATA in training.sh "
             "names them"
         )
         return [Finding("unknown", words)]
-    return found or [fits(run)]
+    return found or [describe_fit(run)]
 
 
-def unfinished(run: Run) -> Finding:
+def describe_unfinished(run: RunFacts) -> Finding:
+    """Report a run that has steps left."""
     done = len(run.losses) + run.skipped
     words = (
         f"it is not finished: {run.left:,} of its {done + run.left:,} steps are left; ./training.sh, as it was, goes on"
@@ -127,19 +148,20 @@ def unfinished(run: Run) -> Finding:
     return Finding("unfinished", words)
 
 
-def pieces(losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The curve in at most WINDOWS pieces behind one another: the mean of each, and its standard error."""
+def mean_curve(losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Split the losses into at most WINDOWS consecutive windows: the mean of each, and its standard error."""
     count = min(WINDOWS, len(losses) // LEAST)
     if count < 2:
         return np.zeros(0), np.zeros(0)
     cut = np.array_split(losses, count)
-    # (half of the squared differences of neighbours: what falls on the way is no noise)
+    # half of the squared differences of neighbours: a falling loss is not noise
     noise = [np.sqrt((np.diff(piece) ** 2).mean() / 2 / len(piece)) for piece in cut]
-    # (of few steps, it may come out small by chance)
+    # the error of few steps may be small by chance
     return np.array([piece.mean() for piece in cut]), np.maximum(noise, np.median(noise))
 
 
-def too_high(run: Run) -> Finding | None:
+def find_too_high(run: RunFacts) -> Finding | None:
+    """Report a learning rate that is too high."""
     cure = (
         f"take a third of LR_INIT={run.rate:g}, and GRAD_CLIP=1; ./training.sh --find-lr tells what the settings bear"
     )
@@ -147,7 +169,7 @@ def too_high(run: Run) -> Finding | None:
     if run.skipped > MANY * steps:
         many = f"{run.skipped} of its {steps} steps came to no number and were left out"
         return Finding("too high", f"the learning rate is too high, or a setting is extreme: {many}. {cure}")
-    means, errors = pieces(run.losses)
+    means, errors = mean_curve(run.losses)
     worst: tuple[float, int, int] | None = None
     for i in range(1, len(means)):
         low = int(means[:i].argmin())
@@ -162,14 +184,15 @@ def too_high(run: Run) -> Finding | None:
         rise = f"{share} the loss rose from {means[low]:.3f} to {means[i]:.3f}"
         after = f"and came down again to {means[i:].min():.3f}: it oscillates" if back else "and never came back"
         return Finding("too high", f"the learning rate is too high: {rise} {after}. {cure}")
-    if (rows := run.trained or run.held) and not rows.gain[0] > -FLAT * rows.losses[0]:  # (or no number)
+    if (rows := run.trained or run.held) and not rows.gain[0] > -FLAT * rows.losses[0]:  # also for NaN
         before, after = rows.losses
         words = f"{run.whose} are worse than before: loss {after:.3f} instead of {before:.3f}"
         return Finding("too high", f"the learning rate is too high, or a setting is extreme: {words}. {cure}")
     return None
 
 
-def too_low(run: Run) -> Finding | None:
+def find_too_low(run: RunFacts) -> Finding | None:
+    """Report a learning rate that is too low."""
     rows = run.trained or run.held
     if not rows or abs(rows.gain[0]) >= FLAT * rows.losses[0]:
         return None
@@ -179,15 +202,16 @@ def too_low(run: Run) -> Finding | None:
     return Finding("too low", f"the learning rate is too low, or the run too short: {words}. {cure}")
 
 
-def underfit(run: Run) -> Finding | None:
-    means, errors = pieces(run.losses)
+def find_underfit(run: RunFacts) -> Finding | None:
+    """Report a loss that was still falling at the end."""
+    means, errors = mean_curve(run.losses)
     if len(means) < 4:
         return None
     quarter = max(1, len(means) // 4)
     last, whole = float(means[-1 - quarter] - means[-1]), float(means[0] - means[-1])
     if whole <= 0 or last < STILL * whole or last < SURE * float(np.hypot(errors[-1], errors[-1 - quarter])):
         return None
-    if run.held and learnt_by_heart(run):
+    if run.held and is_memorized(run):
         return None
     falling = f"still falling at the end, by {last:.3f} over the last quarter of the steps and {whole:.3f} in all"
     more = "a larger VAL_PATIENCE" if run.patience else "a larger EPOCH_COUNT"
@@ -195,8 +219,8 @@ def underfit(run: Run) -> Finding | None:
     return Finding("underfit", f"underfit: the loss was {falling}. {cure}")
 
 
-def far(run: Run) -> Finding | None:
-    """The loss that is left, whatever was gained."""
+def find_high_loss(run: RunFacts) -> Finding | None:
+    """Report a high remaining loss, whatever was gained."""
     rows = run.trained or run.held
     if not rows or not rows.losses[1] > FAR:
         return None
@@ -218,18 +242,19 @@ def far(run: Run) -> Finding | None:
     return Finding("underfit", f"underfit: {left}. {cure}")
 
 
-def learnt_by_heart(run: Run) -> bool:
-    """Whether held-out rows gain much less than those that were trained, or lose."""
+def is_memorized(run: RunFacts) -> bool:
+    """Return whether held-out rows gain much less than those that were trained, or lose."""
     if not run.trained or not run.held or not run.all_seen:
         return False
     (own, own_error), (other, other_error) = run.trained.gain, run.held.gain
     return own - other > SURE * float(np.hypot(own_error, other_error)) and other < HALF * own
 
 
-def overfit(run: Run) -> Finding | None:
+def find_overfit(run: RunFacts) -> Finding | None:
+    """Report memorized rows, or a validation loss that rises again."""
     cure = "Take fewer epochs, a smaller rank or rate, more dropout or WEIGHT_DECAY, or more rows"
     words = ""
-    if run.trained and run.held and learnt_by_heart(run):
+    if run.trained and run.held and is_memorized(run):
         own, other = run.trained.gain[0], run.held.gain[0]
         before, after = run.held.losses
         share = f"of the {own:.3f} that it gained on its own rows"
@@ -251,11 +276,11 @@ def overfit(run: Run) -> Finding | None:
                 if run.kept
                 else "KEEP_BEST=1 keeps the best checkpoint, VAL_PATIENCE=3 ends a run in time; or take fewer epochs"
             )
-    return Finding("overfit", f"overfit: {words}. {where(run)}{cure}") if words else None
+    return Finding("overfit", f"overfit: {words}. {describe_memorized(run)}{cure}") if words else None
 
 
-def where(run: Run) -> str:
-    """Which part of the data was learnt by heart most; "" where none stands out."""
+def describe_memorized(run: RunFacts) -> str:
+    """Return which part of the data was memorized most; "" if none stands out."""
     gaps = [(own.gain[0] - held.gain[0], name) for name, own, held in run.sources if held]
     words = ""
     if len(gaps) > 1:
@@ -268,7 +293,8 @@ def where(run: Run) -> str:
     return words
 
 
-def fits(run: Run) -> Finding:
+def describe_fit(run: RunFacts) -> Finding:
+    """Report that nothing is wrong."""
     rows = run.trained or run.held
     if not rows:
         return Finding("fits", "the loss has not risen on the way; there were no rows to look at")
@@ -276,11 +302,11 @@ def fits(run: Run) -> Finding:
     words = f"of {run.whose} the loss is {after:.3f} instead of {before:.3f}"
     if run.held and run.trained:
         words += f", and held-out rows have gained {run.held.gain[0]:.3f} beside {run.trained.gain[0]:.3f}"
-    return Finding("fits", f"neither underfit nor overfit: {words}{answered(run)}")
+    return Finding("fits", f"neither underfit nor overfit: {words}{describe_answers(run)}")
 
 
-def answered(run: Run) -> str:
-    """What the answers to questions of trained rows say beside the losses."""
+def describe_answers(run: RunFacts) -> str:
+    """Return what the answers to questions of trained rows show beside the losses."""
     right, asked = run.answers
     if not asked or not run.all_seen:
         return ""

@@ -48,12 +48,14 @@ def check_finite(path: Path, names: Iterable[str]) -> None:
     """
     with pth.PthReader(path) as archive:
 
-        def look(name: str) -> None:
+        def check(name: str) -> None:
             stored = archive.described[name]
-            whole = stored.whole and stored.dtype.is_floating_point
-            pieces = archive.pieces(name) if whole else [archive.tensor(name)]
-            for piece in pieces:
-                numbers = torch.frombuffer(piece, dtype=stored.dtype) if whole else piece
+            parts: Iterable[Tensor] = (
+                [archive.tensor(name)]
+                if not (stored.whole and stored.dtype.is_floating_point)
+                else (torch.frombuffer(piece, dtype=stored.dtype) for piece in archive.pieces(name))
+            )
+            for numbers in parts:
                 if not are_finite(numbers):
                     what = "NaN" if torch.isnan(numbers).any() else "infinity"
                     raise UserError(
@@ -62,7 +64,7 @@ def check_finite(path: Path, names: Iterable[str]) -> None:
                         "has damaged the model (take an earlier checkpoint). Nothing was written."
                     )
 
-        parallel_map(look, [name for name in names if name in archive.described])
+        parallel_map(check, [name for name in names if name in archive.described])
 
 
 def check_model(path: Path, geometry: Geometry) -> None:
@@ -149,7 +151,7 @@ def check_sidecar_exists(adapter: Path) -> None:
     sidecar = sidecars.path_of(adapter)
     if not sidecar.is_file() and (adapter.parent / "run.json").is_file():
         raise UserError(
-            f"{paths.display_path(sidecar)}: {sidecars.why_not(sidecar)}, and says how "
+            f"{paths.display_path(sidecar)}: {sidecars.missing_reason(sidecar)}, and says how "
             f"{paths.display_path(adapter)} was made. Copy "
             f"{sidecar.name} from the run: it was written beside the checkpoint."
         )

@@ -22,7 +22,7 @@ PLAIN = frozenset({"model", "pytorch_model", "rwkv", "consolidated"})
 FOR_WORLD = frozenset({"rwkv-world", "rwkv-qa", "rwkv-instruct"})
 
 
-class Known(NamedTuple):
+class BaseTemplate(NamedTuple):
     """The template of a base model.
 
     Attributes:
@@ -36,21 +36,21 @@ class Known(NamedTuple):
     trained: bool
 
 
-def known_by(base: Path) -> Known:
+def known_by(base: Path) -> BaseTemplate:
     """Return the template of a base model. The file `base` need not exist."""
-    sidecar = sidecar_of(base)
+    sidecar = read_base_sidecar(base)
     try:
         template = recorded(sidecar, str(base))
     except (SettingErrors, UserError):  # reported where the sidecar itself is read
         template = None
     if template:
         same = next((name for name, preset in PRESETS.items() if preset == template), None)
-        return Known(same or recorded_name(sidecar) or template.name, template, True)
+        return BaseTemplate(same or recorded_name(sidecar) or template.name, template, True)
     name = "rwkv-g1" if says_g1(base, str(sidecar.get("base") or "")) else "rwkv-world"
-    return Known(name, PRESETS[name], False)
+    return BaseTemplate(name, PRESETS[name], False)
 
 
-def sidecar_of(base: Path) -> dict:
+def read_base_sidecar(base: Path) -> dict:
     """Return the sidecar of a base model; {} if it is missing, unreadable or edited."""
     if not sidecars.path_of(base).is_file():
         return {}
@@ -63,8 +63,9 @@ def sidecar_of(base: Path) -> dict:
 
 
 def says_g1(base: Path, *others: str) -> bool:
-    """Return whether a base is a G1 model by its name, by the name of its link target, or by the folder of a
-    model.pth.
+    """Return whether a base is a G1 model by its name.
+
+    The name of its link target counts as well, and for a model.pth the name of its folder.
     """
     names = [*others, base.name]
     with contextlib.suppress(OSError, RuntimeError):  # a link to itself

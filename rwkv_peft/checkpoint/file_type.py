@@ -41,7 +41,7 @@ def is_safetensors(head: bytes, size: int) -> bool:
     return length >= 2 and (length + 8 <= size or b'"dtype"' in head or b'"__metadata__"' in head)
 
 
-def what_it_is(path: Path) -> str:
+def describe_file(path: Path) -> str:
     """Say what a file is that is neither a zip nor a safetensors file, and what to do. The text follows its name."""
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -57,7 +57,7 @@ def what_it_is(path: Path) -> str:
     if not head.strip(b"\0"):
         return f"holds nothing but zeros: a download that reserved its {size:,} bytes and did not fill them. {AGAIN}."
     if head.startswith(b"version https://git-lfs.github.com/spec/"):
-        return lfs_pointer(head, size)
+        return describe_lfs_pointer(head, size)
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<!--")):
         return (
@@ -84,8 +84,8 @@ def what_it_is(path: Path) -> str:
             "run. Get the model as .pth or .safetensors."
         )
     if text[:1] in (b"{", b"["):
-        return json_words(path, head)
-    if is_text(head):
+        return describe_json(path, head)
+    if is_utf8(head):
         first = " ".join(head.decode("utf-8", "replace").split())[:60]
         return (
             f'is no .pth checkpoint: it is a text file that begins "{first}". {AGAIN}, or name the model\'s own file.'
@@ -93,7 +93,7 @@ def what_it_is(path: Path) -> str:
     return f"is no .pth checkpoint and no .safetensors file, or it was cut off at its beginning. {AGAIN}."
 
 
-def lfs_pointer(head: bytes, size: int) -> str:
+def describe_lfs_pointer(head: bytes, size: int) -> str:
     """Return the message for a Git LFS pointer."""
     match = re.search(rb"^size (\d+)", head, re.MULTILINE)
     large = f" of {int(match[1]):,} bytes" if match else ""
@@ -103,7 +103,7 @@ def lfs_pointer(head: bytes, size: int) -> str:
     )
 
 
-def json_words(path: Path, head: bytes) -> str:
+def describe_json(path: Path, head: bytes) -> str:
     """Return the message for a JSON file."""
     if b'"weight_map"' in head or path.name.endswith(".index.json"):
         return (
@@ -123,7 +123,7 @@ def join_command(pattern: str) -> str:
     )
 
 
-def what_zip_it_is(names: Iterable[str]) -> str:
+def describe_zip(names: Iterable[str]) -> str:
     """Say what a zip file is that holds no torch checkpoint. The text follows its name.
 
     Args:
@@ -142,7 +142,7 @@ def what_zip_it_is(names: Iterable[str]) -> str:
     return f"is a zip file, but no torch checkpoint (no data.pkl in it). {AGAIN}, or name the model's own file."
 
 
-def is_text(head: bytes) -> bool:
+def is_utf8(head: bytes) -> bool:
     """Return whether the first bytes of a file are UTF-8 text; the last character may be incomplete."""
     try:
         codecs.utf_8_decode(head, "strict", False)
@@ -151,7 +151,7 @@ def is_text(head: bytes) -> bool:
     return b"\0" not in head
 
 
-def cut_off(size: int, wanted: int | None, at_least: bool = False) -> str:
+def describe_incomplete(size: int, wanted: int | None, at_least: bool = False) -> str:
     """Return the message for an incomplete download.
 
     Args:
@@ -169,7 +169,7 @@ def cut_off(size: int, wanted: int | None, at_least: bool = False) -> str:
     return f"{words}. {AGAIN}."
 
 
-def safetensors_header(path: Path) -> tuple[dict, int]:
+def read_safetensors_header(path: Path) -> tuple[dict, int]:
     """Read the header of a safetensors file, and where the bytes after it begin.
 
     Raises:
@@ -179,7 +179,7 @@ def safetensors_header(path: Path) -> tuple[dict, int]:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length + 8 > size:
-            raise ValueError(cut_off(size, length + 8, True))
+            raise ValueError(describe_incomplete(size, length + 8, True))
         if length > MOST_HEADER:
             raise ValueError(f"is a .safetensors file with a header of {length:,} bytes, which no model has. {AGAIN}.")
         try:

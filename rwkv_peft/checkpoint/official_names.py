@@ -20,13 +20,13 @@ VECTOR = re.compile(
 DECAY = re.compile(r"blocks\.\d+\.att\.time_decay")  # [1, 1, C] in RWKV-6 alone
 
 
-def native(found: Mapping[str, Shape]) -> dict[str, tuple[str, Shape]]:
+def map_to_official(found: Mapping[str, Shape]) -> dict[str, tuple[str, Shape]]:
     """Map the official name of each tensor of a file to its name in the file and its official shape.
 
     Args:
         found: names and shapes in the file.
     """
-    prefix = prefix_of(found)
+    prefix = name_prefix(found)
     names = {name.removeprefix(prefix): name for name in found if name.startswith(prefix)}
     names |= {name: name for name in found if not name.startswith(prefix) and name not in names}  # like the head
     if "head.weight" not in names and "lm_head.weight" in names and "emb.weight" in names:
@@ -36,12 +36,12 @@ def native(found: Mapping[str, Shape]) -> dict[str, tuple[str, Shape]]:
     whole = "emb.weight" in names and "blocks.0.ln1.weight" in names
     sixth = "blocks.0.att.time_maa_x" in names
     return {
-        name: (old, official(name, found[old], sixth) if whole else found[old])
+        name: (old, official_shape(name, found[old], sixth) if whole else found[old])
         for name, old in names.items()
     }  # fmt: skip
 
 
-def prefix_of(names: Mapping[str, Shape]) -> str:
+def name_prefix(names: Mapping[str, Shape]) -> str:
     """Return the prefix of all official names of a whole model; "" for none."""
     if "emb.weight" in names:
         return ""
@@ -52,7 +52,7 @@ def prefix_of(names: Mapping[str, Shape]) -> str:
     return ""
 
 
-def official(name: str, shape: Shape, sixth: bool) -> Shape:
+def official_shape(name: str, shape: Shape, sixth: bool) -> Shape:
     """Return the official shape of a tensor. sixth: the model is RWKV-6."""
     vector = VECTOR.fullmatch(name) or (sixth and DECAY.fullmatch(name))
     size = math.prod(shape)

@@ -144,7 +144,9 @@ def of_sidecar(sidecar: Mapping[str, Any], where: str, base: Path) -> Prompting:
     if form is None:
         form = known_by(base).template
         reason = "nothing tells" if not sidecar else "the data were of different or unknown templates, so nothing tells"
-        assumed = f"{reason} which template the model was trained with: {form.name} is a guess by the name of {base.name}"
+        assumed = (
+            f"{reason} which template the model was trained with: {form.name} is a guess by the name of {base.name}"
+        )
     eot = sidecar.get("eot", "")
     return Prompting(
         form,

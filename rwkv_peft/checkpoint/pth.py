@@ -1,15 +1,14 @@
-"""Checkpoint files: what is in one (without loading it), mapped reading, atomic writing, and rewriting record by record.
+"""Checkpoint files: describe one without loading it, map it, check it, read parts of it, and save one atomically.
 
-A .pth is a zip archive: NAME/data.pkl says which tensor lies in which record, NAME/data/K are the records. Reading the
+A .pth is a zip archive: NAME/data.pkl says which tensor is in which record, NAME/data/K are the records. Reading the
 pickle here executes nothing: only the few names that describe tensors are understood, anything else is refused. A
-.safetensors file is read as well, whatever its name; what is written is a .pth. Models with the official names behind a prefix,
-or with flattened vectors, are read as the official files are (native.py).
+.safetensors file is read as well, whatever its name; what is written is a .pth. Models with the official names after a
+prefix, or with flattened vectors, are read as the official files are (official_names.py).
 """
 
 from __future__ import annotations
 
 import errno
-import functools
 import io
 import lzma
 import math
@@ -23,7 +22,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -37,16 +36,15 @@ from rwkv_peft.common.hashing import crc32
 from rwkv_peft.common.parallel_io import parallel_map
 from rwkv_peft.common.paths import display_path, missing, models_in
 
-from . import file_type, zip_records
-from . import official_names as native
+from . import file_type, official_names, zip_records
 
-MOST_SIDES = 64  # of a tensor, as torch has it
+MOST_SIDES = 64  # dimensions of a tensor, as in torch
 COPY_BYTES = 1 << 22  # read, hash and copy in pieces of 4 MB
-LOCAL_HEADER = 30  # bytes in front of a record's name in a zip file
-MOST_PICKLE = 32 << 20  # bytes of data.pkl: a tensor needs some 150
+LOCAL_HEADER = 30  # bytes before a record's name in a zip file
+MOST_PICKLE = 32 << 20  # bytes of data.pkl: a tensor needs about 150
 MOST_NUMBERS = 1 << 48  # of a tensor, and in each of its sizes
 
-# what a damaged zip or pickle raises, one way or another
+# the errors that a damaged zip or pickle can raise
 UNREADABLE = (
     pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeError, ValueError, RuntimeError, zlib.error,
     ArithmeticError, AssertionError, struct.error, zipfile.BadZipFile, lzma.LZMAError,
@@ -74,10 +72,16 @@ SAFETENSORS = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor as its file describes it: dtype, shape, and the record that holds it (whole: nothing else is in it).
+    """A tensor as its file describes it.
 
-    name: in the file, where that or the shape is not the official one, which this has. offset: where its bytes begin in a
-    .safetensors file. reach: bytes that its record must have.
+    Attributes:
+        dtype: of its numbers.
+        shape: the official one.
+        record: the record that holds it.
+        whole: nothing else is in the record.
+        name: the name in the file, where that or the shape is not the official one; else "".
+        offset: where its bytes begin in a .safetensors file; -1 in a .pth.
+        reach: bytes that its record must have.
     """
 
     dtype: torch.dtype
@@ -85,32 +89,41 @@ class TensorInfo:
     record: str
     whole: bool
     name: str = field(default="", compare=False)
-    offset: int | None = field(default=None, compare=False)
+    offset: int = field(default=-1, compare=False)
     reach: int = field(default=0, compare=False)
 
     @property
     def bytes(self) -> int:
-        return functools.reduce(int.__mul__, self.shape, 1) * self.dtype.itemsize
+        """Bytes of the tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def in_safetensors(self) -> bool:
+        """Whether the file is a .safetensors file."""
+        return self.offset >= 0
 
 
 @dataclass(frozen=True)
 class StorageInfo:
+    """The storage of a tensor as data.pkl describes it."""
+
     dtype: torch.dtype
     key: str
     size: int
 
 
 class _Describe(pickle._Unpickler):
-    """Reads data.pkl of a .pth as descriptions; refuses everything that is not a plain tensor.
+    """Unpickler that reads data.pkl of a .pth as descriptions and refuses everything that is not a plain tensor.
 
-    The unpickler in Python: the one in C makes room for what a pickle announces (a text of 1 TB, the 2,147,483,647th thing to be
-    remembered: nine bytes take 32 GB) before it looks whether it is there. A model's list takes 0.1 s. An array of bytes, which
-    no list of tensors holds, would be made in the size that is written before it.
+    It is the unpickler written in Python: the one in C allocates what a pickle announces (a text of 1 TB, the
+    2,147,483,647th memo entry: nine bytes take 32 GB) before it checks whether it is there. A model's list takes 0.1
+    s. A bytearray, which no list of tensors holds, would be allocated in the size that is written before it.
     """
 
     dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]}
 
-    def find_class(self, module: str, name: str):
+    def find_class(self, module: str, name: str) -> Any:
+        """Return what describes a class that the pickle names; refuse all others."""
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return describe_tensor
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
@@ -121,19 +134,24 @@ class _Describe(pickle._Unpickler):
             return DTYPES[name]
         raise pickle.UnpicklingError(f"it wants to load {module}.{name}")
 
-    def persistent_load(self, pid):
+    def persistent_load(self, pid: Any) -> StorageInfo:
+        """Describe a storage."""
         kind, dtype, key, _device, size = pid
         if kind != "storage" or not isinstance(dtype, torch.dtype):
             raise pickle.UnpicklingError("it holds something other than plain tensors")
         return StorageInfo(dtype, str(key), int(size))
 
 
-def are_sizes(numbers: Iterable) -> bool:
+def are_valid_sizes(numbers: Iterable) -> bool:
+    """Return whether all numbers are whole and possible as sizes of a tensor."""
     return all(type(n) is int and 0 <= n <= MOST_NUMBERS for n in numbers)
 
 
-def describe_tensor(storage: StorageInfo, offset: int, shape, stride, *_rest) -> TensorInfo:
-    if not are_sizes((offset, storage.size, *shape, *stride)) or not can_be(shape):
+def describe_tensor(
+    storage: StorageInfo, offset: int, shape: Sequence[int], stride: Sequence[int], *_rest: object
+) -> TensorInfo:
+    """Describe a tensor from the arguments of `torch._utils._rebuild_tensor_v2`."""
+    if not are_valid_sizes((offset, storage.size, *shape, *stride)) or not is_valid_shape(shape):
         raise pickle.UnpicklingError("a tensor has a size that no tensor has")
     contiguous, expected = True, 1
     for n, s in zip(reversed(shape), reversed(stride), strict=True):
@@ -147,63 +165,75 @@ def describe_tensor(storage: StorageInfo, offset: int, shape, stride, *_rest) ->
     return TensorInfo(storage.dtype, tuple(shape), f"data/{storage.key}", whole, reach=reach)
 
 
-def can_be(shape: Sequence[int]) -> bool:
-    """Whether a tensor may have a shape: where one of its sides is 0, the others could be any number."""
-    return len(shape) <= MOST_SIDES and are_sizes(shape) and math.prod(max(side, 1) for side in shape) <= MOST_NUMBERS
+def is_valid_shape(shape: Sequence[int]) -> bool:
+    """Return whether a tensor may have a shape. Where one side is 0, the others could be any number."""
+    return (
+        len(shape) <= MOST_SIDES
+        and are_valid_sizes(shape)
+        and math.prod(max(side, 1) for side in shape) <= MOST_NUMBERS
+    )
 
 
 def read_header(path: str | os.PathLike) -> dict[str, TensorInfo]:
-    """What a .pth or .safetensors file holds, name -> description, without reading a weight. UserError, with what it is instead,
-    if it is no checkpoint of tensors."""
+    """Describe the tensors of a .pth or .safetensors file by name, without reading a weight.
+
+    Raises:
+        UserError: it is not a checkpoint of tensors; the message says what it is instead.
+    """
     path = Path(path)
     if path.is_dir():
-        raise UserError(f"{display_path(path)}: is a folder, not a .pth or .safetensors file.{inside(path)}")
+        raise UserError(f"{display_path(path)}: is a folder, not a .pth or .safetensors file.{folder_hint(path)}")
     if not path.is_file():
-        raise UserError(f"{display_path(path)}: {missing(path)}.{nearby(path)}")
+        raise UserError(f"{display_path(path)}: {missing(path)}.{nearby_files_hint(path)}")
     with open(path, "rb") as file:
         head = file.read(file_type.HEAD)
     if file_type.is_safetensors(head, path.stat().st_size):
-        return official_names(describe_safetensors(path))
+        return to_official_names(read_safetensors(path))
     if not has_zip_end(path):
         if head.startswith(b"PK\3\4"):
-            raise UserError(f"{display_path(path)}: {file_type.cut_off(path.stat().st_size, size_by_list(path), True)}")
-        raise UserError(f"{display_path(path)}: {file_type.what_it_is(path)}")
+            raise UserError(
+                f"{display_path(path)}: {file_type.describe_incomplete(path.stat().st_size, expected_size(path), True)}"
+            )
+        raise UserError(f"{display_path(path)}: {file_type.describe_file(path)}")
     if path.suffix == ".safetensors":  # torch.load goes by the name
         raise UserError(
             f"{display_path(path)}: is a .pth file by its content. Rename it to {path.with_suffix('.pth').name}"
         )
-    records, folder = records_of(path)
+    records, folder = read_records(path)
     try:
-        content = _Describe(io.BytesIO(small(path, records[f"{folder}data.pkl"], MOST_PICKLE))).load()
+        content = _Describe(io.BytesIO(read_small_record(path, records[f"{folder}data.pkl"], MOST_PICKLE))).load()
     except UNREADABLE as error:
         raise UserError(
             f"{display_path(path)}: holds more than plain tensors ({error}). It was not loaded, and nothing in it was run."
         ) from None
     if not isinstance(content, dict) or not all(isinstance(v, TensorInfo) for v in content.values()):
         raise UserError(
-            f"{display_path(path)}: is not a dictionary of tensors, so it is no model and no adapter.{within(content)}"
+            f"{display_path(path)}: is not a dictionary of tensors, so it is no model and no adapter.{nested_model_hint(content)}"
         )
-    must_have_plain_names(path, content)
+    check_names(path, content)
     for name, stored in content.items():
         record = records.get(folder + stored.record)
         if record is None or record.file_size != stored.reach or stored.bytes > stored.reach:
             raise UserError(
                 f"{display_path(path)}: the record of {name} is missing, too short or too long. Get the file again."
             )
-    return official_names(dict(content))
+    return to_official_names(dict(content))
 
 
-def records_of(path: Path) -> tuple[dict[str, zipfile.ZipInfo], str]:
-    """The records of a .pth by their names, and the folder that they are in. UserError for what is no .pth that torch would
-    write, before anything of it is read."""
+def read_records(path: Path) -> tuple[dict[str, zipfile.ZipInfo], str]:
+    """Return the records of a .pth by name, and the folder that they are in.
+
+    Raises:
+        UserError: it is not a .pth that torch would write; raised before anything of it is read.
+    """
     try:
-        names = list_of(path)
+        names = record_names(path)
         pickles = [n for n in names if n.endswith("/data.pkl")]
         if len(pickles) != 1 or any("/code/" in n for n in names):
             if len(pickles) > 1:
                 raise ValueError(f"it has {pickles[0]} and {pickles[1]}, and a checkpoint has one")
-            raise UserError(f"{display_path(path)}: {file_type.what_zip_it_is(names)}")
-        records = zip_records.checked(path)
+            raise UserError(f"{display_path(path)}: {file_type.describe_zip(names)}")
+        records = zip_records.read_records(path)
     except (ValueError, zipfile.BadZipFile) as error:
         raise UserError(
             f"{display_path(path)}: is damaged, or no checkpoint: {error}. Get the file again; or, if "
@@ -222,7 +252,7 @@ def records_of(path: Path) -> tuple[dict[str, zipfile.ZipInfo], str]:
             f"{display_path(path)}: holds {stranger} beside the checkpoint in {folder}. Get the file again."
         )
     if f"{folder}byteorder" in records:
-        order = small(path, records[f"{folder}byteorder"], 16)
+        order = read_small_record(path, records[f"{folder}byteorder"], 16)
         if order != b"little":
             raise UserError(
                 f"{display_path(path)}: its numbers are in the byte order {order.decode('ascii', 'replace')!r}; "
@@ -232,16 +262,24 @@ def records_of(path: Path) -> tuple[dict[str, zipfile.ZipInfo], str]:
     return records, folder
 
 
-def list_of(path: Path) -> list[str]:
-    """The names of a zip file's records, where their list is not too long. ValueError."""
+def record_names(path: Path) -> list[str]:
+    """Return the names of a zip file's records.
+
+    Raises:
+        ValueError: the list of records is too long.
+    """
     with open(path, "rb") as file:
-        zip_records.find_list(file, path.stat().st_size, exact=False)
+        zip_records.find_directory(file, path.stat().st_size, exact=False)
         with zipfile.ZipFile(file) as archive:
             return archive.namelist()
 
 
-def small(path: Path, info: zipfile.ZipInfo, most: int) -> bytes:
-    """The bytes of a record that is short. UserError if it is not."""
+def read_small_record(path: Path, info: zipfile.ZipInfo, most: int) -> bytes:
+    """Read a record of at most `most` bytes.
+
+    Raises:
+        UserError: the record is larger.
+    """
     if info.file_size > most:
         raise UserError(
             f"{display_path(path)}: {info.filename} has {info.file_size:,} bytes, and {most:,} are the "
@@ -249,29 +287,33 @@ def small(path: Path, info: zipfile.ZipInfo, most: int) -> bytes:
             "not read."
         )
     with open(path, "rb") as file:
-        return zip_records.read_at(file, zip_records.begin_of(file, info), info.file_size)
+        return zip_records.read_at(file, zip_records.record_start(file, info), info.file_size)
 
 
-def must_have_plain_names(path: Path, content: Mapping) -> None:
-    """UserError for a tensor whose name is no text that can be shown: names stand in messages, and in other files."""
+def check_names(path: Path, content: Mapping) -> None:
+    """Check that tensor names are printable texts: they appear in messages and in other files.
+
+    Raises:
+        UserError: one is not.
+    """
     for name in content:
         if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= zip_records.MOST_NAME:
             raise UserError(f"{display_path(path)}: holds a tensor of the name {str(name)[:80]!a}, which no model has.")
 
 
 def has_zip_end(path: Path) -> bool:
-    """Whether a file has the end of a zip file, which says what is in it."""
+    """Return whether a file has the end of a zip file, which lists its content."""
     try:
         return zipfile.is_zipfile(path)
     except (*UNREADABLE, OSError):
         return False
 
 
-def official_names(content: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """What a file holds by the official names and in the official shapes."""
+def to_official_names(content: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Convert descriptions to the official names and shapes."""
     if not all(isinstance(name, str) for name in content):
         return content
-    official = native.native({name: stored.shape for name, stored in content.items()})
+    official = official_names.map_to_official({name: stored.shape for name, stored in content.items()})
     return {
         name: content[old]
         if (name, shape) == (old, content[old].shape)
@@ -281,7 +323,7 @@ def official_names(content: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
 
 
 def differences(described: Mapping[str, TensorInfo]) -> str:
-    """A sentence about how a model's file differs from the official form; "" where it does not."""
+    """Return a sentence about how a model file differs from the official form; "" if it does not."""
     renamed = sum(stored.name not in ("", name) for name, stored in described.items())
     shaped = sum(stored.name == name for name, stored in described.items())
     if renamed:
@@ -289,11 +331,11 @@ def differences(described: Mapping[str, TensorInfo]) -> str:
         return f"The file has other names than the official ones ({old})."
     if shaped:
         return "The file has flattened vectors."
-    return "The base is a .safetensors file." if any(s.offset is not None for s in described.values()) else ""
+    return "The base is a .safetensors file." if any(s.in_safetensors for s in described.values()) else ""
 
 
-def within(content) -> str:
-    """A sentence about a model that lies in a dictionary of other things, as trainers save it."""
+def nested_model_hint(content: object) -> str:
+    """Return a sentence about a model inside a dictionary of other things, as trainers save it."""
     for key in ("state_dict", "model", "module", "model_state_dict", "weights") if isinstance(content, dict) else ():
         part = content.get(key)
         if isinstance(part, dict) and part and all(isinstance(v, TensorInfo) for v in part.values()):
@@ -304,24 +346,29 @@ def within(content) -> str:
     return ""
 
 
-def describe_safetensors(path: Path) -> dict[str, TensorInfo]:
-    """What a .safetensors file holds. UserError if its header is not right, or the file is cut off."""
+def read_safetensors(path: Path) -> dict[str, TensorInfo]:
+    """Describe the tensors of a .safetensors file.
+
+    Raises:
+        UserError: its header is wrong, or the file is incomplete.
+    """
     try:
-        header, begin = file_type.safetensors_header(path)
-        must_have_plain_names(path, header)
-        content, size = {}, path.stat().st_size
+        header, begin = file_type.read_safetensors_header(path)
+        check_names(path, header)
+        content: dict[str, TensorInfo] = {}
+        size = path.stat().st_size
         for name, entry in header.items():
             dtype, shape, places = SAFETENSORS.get(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
             if dtype is None:
                 raise ValueError(
                     f"holds {name} as {entry['dtype']}, which this version does not read: use an F16, BF16 or F32 copy."
                 )
-            sound = can_be(shape) and len(places) == 2 and are_sizes((*shape, *places))
+            sound = is_valid_shape(shape) and len(places) == 2 and are_valid_sizes((*shape, *places))
             stored = TensorInfo(dtype, shape, f"data/{len(content)}", True, offset=begin + places[0]) if sound else None
             if stored is None or stored.bytes != places[1] - places[0]:
                 raise ValueError(f"is a .safetensors file whose header is damaged ({name}). {file_type.AGAIN}.")
             content[name] = stored
-        must_follow_one_another(content, begin, size)
+        check_contiguous(content, begin, size)
     except ValueError as error:
         raise UserError(f"{display_path(path)}: {error}") from None
     except (KeyError, TypeError, AttributeError):
@@ -337,9 +384,17 @@ def describe_safetensors(path: Path) -> dict[str, TensorInfo]:
     return content
 
 
-def must_follow_one_another(content: Mapping[str, TensorInfo], begin: int, size: int) -> None:
-    """ValueError unless the tensors of a .safetensors file, whose header ends at `begin`, fill its bytes without gaps and without
-    sharing any: as its library wants it."""
+def check_contiguous(content: Mapping[str, TensorInfo], begin: int, size: int) -> None:
+    """Check that the tensors of a .safetensors file fill its bytes without gaps or overlap, as its library requires.
+
+    Args:
+        content: the tensors.
+        begin: where the header ends.
+        size: bytes of the file.
+
+    Raises:
+        ValueError: they do not.
+    """
     end = begin
     for name, stored in sorted(content.items(), key=lambda one: (one[1].offset, one[1].bytes)):
         if stored.offset != end:
@@ -347,17 +402,17 @@ def must_follow_one_another(content: Mapping[str, TensorInfo], begin: int, size:
             raise ValueError(f"is a .safetensors file whose header is damaged ({name} {what}). {file_type.AGAIN}.")
         end += stored.bytes
     if end > size:
-        raise ValueError(file_type.cut_off(size, end))
+        raise ValueError(file_type.describe_incomplete(size, end))
     if end < size:
         raise ValueError(f"is a .safetensors file with {size - end:,} bytes behind its last tensor. {file_type.AGAIN}.")
 
 
-def size_by_list(path: Path) -> int | None:
-    """How many bytes a .pth that was cut off should have at least, by the list of tensors at its beginning."""
+def expected_size(path: Path) -> int | None:
+    """Return the least size in bytes of an incomplete .pth, by the tensor list at its beginning; None if unknown."""
     storages: dict[str, int] = {}
 
     class Sizes(_Describe):
-        def persistent_load(self, pid):
+        def persistent_load(self, pid: Any) -> StorageInfo:
             storage = super().persistent_load(pid)
             storages[storage.key] = storage.size * storage.dtype.itemsize
             return storage
@@ -375,14 +430,14 @@ def size_by_list(path: Path) -> int | None:
     return sum(storages.values())
 
 
-def nearby(path: Path) -> str:
-    """A sentence about what lies in the folder instead, for messages."""
+def nearby_files_hint(path: Path) -> str:
+    """Return a sentence about the model files in the same folder."""
     there = models_in(path.parent)
     return f" In {display_path(path.parent)}/ there is: {join_names(there)}." if there else ""
 
 
-def inside(folder: Path) -> str:
-    """A sentence about which file of a folder to name."""
+def folder_hint(folder: Path) -> str:
+    """Return a sentence about which file of a folder to name."""
     there = models_in(folder)
     shards = [name for name in there if re.search(r"-\d{5}-of-\d{5}\.safetensors$", name)]
     if len(shards) > 1:
@@ -390,20 +445,26 @@ def inside(folder: Path) -> str:
             f" It holds a model in {len(shards)} .safetensors files; this version reads one file: join them, in their folder: "
             + file_type.join_command("*-of-*.safetensors")
         )
-    return f" Name the file in it: {display_path(folder / there[0])}" if len(there) == 1 else nearby(folder / "x")
+    return (
+        f" Name the file in it: {display_path(folder / there[0])}"
+        if len(there) == 1
+        else nearby_files_hint(folder / "x")
+    )
 
 
 def load(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The tensors of a .pth or .safetensors file, mapped: nothing is read until it is used."""
+    """Map the tensors of a .pth or .safetensors file: nothing is read until it is used."""
     path, described = Path(path), read_header(path)
     if not described:
         return {}
-    if any(stored.offset is not None for stored in described.values()):
+    if any(stored.in_safetensors for stored in described.values()):
         try:
-            whole = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
+            whole: Any = torch.UntypedStorage.from_file(
+                str(path), False, path.stat().st_size
+            )  # the stub has a base class
         except RuntimeError as error:
             raise cause(error) or error from None
-        return {name: mapped(whole, stored) for name, stored in described.items()}
+        return {name: map_tensor(whole, stored) for name, stored in described.items()}
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return {name: tensors[s.name or name].detach().reshape(s.shape) for name, s in described.items()}
@@ -416,11 +477,11 @@ def load(path: str | os.PathLike) -> dict[str, Tensor]:
         raise UserError(f"{display_path(path)}: is damaged ({first_line(error)}). Get the file again.") from None
 
 
-def mapped(whole: torch.UntypedStorage, stored: TensorInfo) -> Tensor:
-    """A tensor in a mapped .safetensors file."""
+def map_tensor(whole: torch.UntypedStorage, stored: TensorInfo) -> Tensor:
+    """Return a tensor of a mapped .safetensors file."""
     if not stored.bytes:
         return torch.empty(stored.shape, dtype=stored.dtype)
-    if stored.offset % stored.dtype.itemsize:  # behind tensors of single bytes
+    if stored.offset % stored.dtype.itemsize:  # after tensors of single bytes
         data = bytes(whole[stored.offset : stored.offset + stored.bytes])
         return torch.frombuffer(bytearray(data), dtype=stored.dtype).view(stored.shape)
     at = stored.offset // stored.dtype.itemsize
@@ -429,7 +490,7 @@ def mapped(whole: torch.UntypedStorage, stored: TensorInfo) -> Tensor:
 
 
 def save(path: str | os.PathLike, tensors: Mapping[str, Tensor]) -> None:
-    """Write a checkpoint; it has its name only when it is whole."""
+    """Write a checkpoint. It gets its name only when it is complete."""
     path = Path(path)
     check_disk_space(path.parent, sum(t.numel() * t.element_size() for t in tensors.values()))
     # clone: a view would drag its whole storage into the file
@@ -437,20 +498,22 @@ def save(path: str | os.PathLike, tensors: Mapping[str, Tensor]) -> None:
     with atomic_write(path) as file:
         watched = WatchedFile(file)
         try:
-            torch.save(plain, watched)
-        except RuntimeError:  # torch's way to say that a write failed
+            torch.save(plain, watched)  # type: ignore[arg-type]  # write() and flush() are enough for torch
+        except RuntimeError:  # torch raises it when a write fails
             if watched.refused:
                 raise watched.refused from None
             raise
 
 
 class WatchedFile:
-    """A file to write to, which keeps what the system has refused: torch forgets it."""
+    """A file to write to that keeps the error of the system: torch forgets it."""
 
     def __init__(self, file: BinaryIO):
-        self.file, self.refused = file, None
+        self.file = file
+        self.refused: OSError | None = None
 
-    def write(self, data) -> int:
+    def write(self, data: bytes | memoryview) -> int:
+        """Write data, and keep the error if that fails."""
         try:
             return self.file.write(data)
         except OSError as error:
@@ -458,6 +521,7 @@ class WatchedFile:
             raise
 
     def flush(self) -> None:
+        """Flush the file."""
         self.file.flush()
 
 
@@ -466,8 +530,13 @@ class CorruptCheckpoint(UserError):
 
 
 def check_checksums(path: str | os.PathLike) -> None:
-    """Damaged if a record of a .pth has another checksum than the file says: mapped reading does not look at them. (A
-    .safetensors file has none.)"""
+    """Check every record of a .pth against its checksum.
+
+    Mapped reading does not check them. A .safetensors file has none.
+
+    Raises:
+        CorruptCheckpoint: a record does not match.
+    """
     with PthReader(path) as archive:
         if archive.zip is None:
             return
@@ -480,30 +549,33 @@ def check_checksums(path: str | os.PathLike) -> None:
 
 
 class PthReader:
-    """A .pth or .safetensors file opened for reading one tensor, or some rows of one, at a time. Memory holds nothing else.
+    """A .pth or .safetensors file opened to read one tensor, or some rows of one, at a time.
 
-    Unlike a mapped file it checks what it reads: every record of a .pth carries a checksum. Threads may read from it side by
-    side.
-    straight: read what is on the disk, not what the system may still have in memory.
+    It keeps nothing else in memory. Unlike a mapped file it checks what it reads: every record of a .pth has a
+    checksum. Threads may read from it concurrently.
+
+    Args:
+        path: the file.
+        straight: read what is on the disk, not what the system may still have in memory.
     """
 
     def __init__(self, path: str | os.PathLike, straight: bool = False):
         self.path, self.described = Path(path), read_header(path)
         self.straight = straight
+        self.zip: zipfile.ZipFile | None = None
+        self.plain: BinaryIO | None = None
+        self.reader: DirectReader | None = None
+        self.folder, self.has_checksums = "", False
 
     def __enter__(self) -> PthReader:
-        self.zip, self.plain, self.folder = None, None, ""
         self.reader = DirectReader(self.path) if self.straight else None
-        if not self.described or any(stored.offset is not None for stored in self.described.values()):
-            self.plain = open(self.path, "rb")  # noqa: SIM115 (closed by __exit__)
-            self.file = self.plain.fileno()
-            return self
-        _, self.folder = records_of(self.path)
-        self.zip = zipfile.ZipFile(self.path)
-        if not any(info.CRC for info in self.zip.infolist()):  # torch.serialization.set_crc32_options(False)
-            for info in self.zip.infolist():
-                info.CRC = None
-        self.file = self.zip.fp.fileno()
+        self.plain = open(self.path, "rb")  # noqa: SIM115 closed by __exit__
+        self.file = self.plain.fileno()
+        if self.described and not any(stored.in_safetensors for stored in self.described.values()):
+            _, self.folder = read_records(self.path)
+            self.zip = zipfile.ZipFile(self.plain)
+            # none with torch.serialization.set_crc32_options(False)
+            self.has_checksums = any(info.CRC for info in self.zip.infolist())
         return self
 
     def __exit__(self, *_exception) -> None:
@@ -522,41 +594,41 @@ class PthReader:
 
     @property
     def is_official(self) -> bool:
-        """Whether it is a .pth with the official names and shapes, of which the list of tensors can be copied."""
+        """Whether it is a .pth with the official names and shapes, whose list of tensors can be copied."""
         return self.zip is not None and not any(stored.name for stored in self.described.values())
 
     def info(self, name: str) -> zipfile.ZipInfo:
-        """The directory's entry of the record that holds a tensor; for .safetensors one like it, without a checksum."""
+        """Return the directory entry of the record that holds a tensor; for .safetensors a similar one."""
         stored = self.described[name]
         if self.zip is not None:
             return self.zip.getinfo(self.folder + stored.record)
         info = zipfile.ZipInfo(stored.record)
         info.compress_type, info.header_offset = zipfile.ZIP_STORED, stored.offset
         info.file_size = info.compress_size = stored.bytes
-        info.CRC = None
         return info
 
     def checksum(self, name: str) -> int:
-        """The checksum of a tensor's record, read for it where the file does not have it."""
-        crc = self.info(name).CRC
-        if crc is None:
-            crc = 0
-            for piece in self.pieces(name):
-                crc = crc32(piece, crc)
+        """Return the checksum of a tensor's record; computed where the file does not have it."""
+        if self.has_checksums:
+            return self.info(name).CRC
+        crc = 0
+        for piece in self.pieces(name):
+            crc = crc32(piece, crc)
         return crc
 
     def begin(self, info: zipfile.ZipInfo) -> int:
-        """Where a record's bytes begin."""
+        """Return where a record's bytes begin."""
         if self.zip is None:
             return info.header_offset
         header = os.pread(self.file, LOCAL_HEADER, info.header_offset)
         if header[:4] != b"PK\3\4":
-            raise self.damaged(info, "its position in the file is wrong")
+            raise self.corrupt(info, "its position in the file is wrong")
         return info.header_offset + LOCAL_HEADER + sum(struct.unpack("<HH", header[-4:]))
 
     def tensor(self, name: str) -> Tensor:
+        """Read a tensor."""
         stored = self.described[name]
-        if not stored.whole:  # a view into a record that others use as well
+        if not stored.whole:  # a view into a record that other tensors share
             return load(self.path)[name]
         data, at = bytearray(stored.bytes), 0
         for piece in self.pieces(name):
@@ -570,8 +642,10 @@ class PthReader:
         )
 
     def rows(self, name: str, blocks: Sequence[slice]) -> Iterator[Tensor]:
-        """Rows of a tensor that has a record to itself: all of them, in blocks that follow one another. A block is valid
-        until the next one is asked for."""
+        """Read a tensor that has a record to itself in consecutive blocks of rows, which cover all of it.
+
+        A block is valid until the next one is requested.
+        """
         stored = self.described[name]
         row = stored.bytes // stored.shape[0]
         sizes = [(block.stop - block.start) * row for block in blocks]
@@ -579,32 +653,41 @@ class PthReader:
             yield torch.frombuffer(piece, dtype=stored.dtype).view(block.stop - block.start, *stored.shape[1:])
 
     def pieces(self, name: str) -> Iterator[memoryview]:
-        """The bytes of a tensor's record, a few MB at a time. A piece is valid until the next one is asked for."""
+        """Read the bytes of a tensor's record, a few MB at a time. A piece is valid until the next one is requested."""
         return self.read(self.info(name), [])
 
     def read(self, info: zipfile.ZipInfo, sizes: Sequence[int], test: bool = True) -> Iterator[memoryview]:
-        """The bytes of a record: pieces of these sizes, and what is left a few MB at a time. A piece is valid until the
-        next one is asked for. Damaged instead of the last one if the checksum is wrong."""
-        at, test = self.begin(info), test and info.CRC is not None
+        """Read the bytes of a record. A piece is valid until the next one is requested.
+
+        Args:
+            info: the record.
+            sizes: bytes of the first pieces; the rest comes a few MB at a time.
+            test: compare the checksum.
+
+        Raises:
+            CorruptCheckpoint: the checksum is wrong; raised in place of the last piece.
+        """
+        at, test = self.begin(info), test and self.has_checksums
         left, crc, sizes = info.file_size, 0, list(sizes)
         most = min(left, max([COPY_BYTES, *sizes]))
         buffer = room_for(most) if self.reader else memoryview(bytearray(most))
         while left:
-            piece = self.some(buffer, size := min(left, sizes.pop(0) if sizes else COPY_BYTES), at)
+            piece = self.read_at(buffer, size := min(left, sizes.pop(0) if sizes else COPY_BYTES), at)
             if len(piece) != size:
-                raise self.damaged(info, "it is cut off")
-            crc, at, left = crc32(piece, crc) if test else info.CRC, at + len(piece), left - len(piece)
-            if not left and crc != info.CRC:
-                raise self.damaged(info, "its checksum is wrong")
+                raise self.corrupt(info, "it is cut off")
+            crc, at, left = crc32(piece, crc) if test else 0, at + len(piece), left - len(piece)
+            if test and not left and crc != info.CRC:
+                raise self.corrupt(info, "its checksum is wrong")
             yield piece
 
-    def some(self, buffer: memoryview, size: int, at: int) -> memoryview:
-        """So many bytes of the file, or what there is of them."""
+    def read_at(self, buffer: memoryview, size: int, at: int) -> memoryview:
+        """Read `size` bytes of the file from `at`, or as many as there are."""
         if self.reader:
             return self.reader.read(buffer, size, at)
         return buffer[: os.preadv(self.file, [buffer[:size]], at)]
 
-    def damaged(self, info: zipfile.ZipInfo, how: str) -> CorruptCheckpoint:
+    def corrupt(self, info: zipfile.ZipInfo, how: str) -> CorruptCheckpoint:
+        """Return the error for a record."""
         record = info.filename.removeprefix(self.folder)
         name = next((n for n, stored in self.described.items() if stored.record == record), record)
         return CorruptCheckpoint(f"{display_path(self.path)}: {name} is damaged ({how}). Get the file again.")

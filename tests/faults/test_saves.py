@@ -94,7 +94,9 @@ def test_killed_at_any_instant_of_a_save_the_newest_whole_state_is_there(tmp_pat
 WRITERS: dict[str, Callable[[Path], None]] = {
     "state": lambda folder: state(folder, 5),
     "checkpoint": lambda folder: pth.save(folder / "x.pth", {"a": torch.ones(SIZE)}),
-    "rewritten": lambda folder: pth_rewrite.rewrite(folder / "base.pth", folder / "x.pth", lambda name: lambda t: t + 1),
+    "rewritten": lambda folder: pth_rewrite.rewrite(
+        folder / "base.pth", folder / "x.pth", lambda name: lambda t: t + 1
+    ),
     "safetensors": lambda folder: safetensors_io.write(
         folder / "x.st", {"a": (SIZE,)}, torch.float32, lambda name: [torch.ones(SIZE)]
     ),
