@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,7 @@ from tqdm import tqdm
 from rwkv_peft.adapters.specs import METHODS
 from rwkv_peft.checkpoint import run_dir, sidecars, step_log
 from rwkv_peft.checkpoint.prompt_format import Prompting, of_sidecar
-from rwkv_peft.common import hashing, json_reader
-from rwkv_peft.common import paths as project
+from rwkv_peft.common import hashing, json_reader, paths
 from rwkv_peft.common.errors import SettingErrors, UserError
 from rwkv_peft.common.json_reader import Schema, is_bool, is_none_or, is_number, is_text, is_whole
 from rwkv_peft.data.dataset import TokenDataset
@@ -60,6 +60,8 @@ class Row:
         weights: which targets are trained, [n - 1].
         asked: number of its first tokens that are the question.
         expected: tokens of the answer to it.
+        losses: under the base and under the tuned model.
+        answers: of the base and of the tuned model.
     """
 
     file: str
@@ -68,6 +70,8 @@ class Row:
     weights: np.ndarray
     asked: int
     expected: np.ndarray
+    losses: list[float] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)
 
 
 def diagnose(name: str, base: str, precision: str, accept_edited: bool = False) -> None:
@@ -82,7 +86,7 @@ def diagnose(name: str, base: str, precision: str, accept_edited: bool = False) 
     Raises:
         UserError: the run cannot be diagnosed.
     """
-    folder = project.resolve_path(name, "output")
+    folder = paths.resolve_path(name, "output")
     if (
         not run_dir.is_epoch(name)
         and (folder / "run.json").is_file()
@@ -99,9 +103,9 @@ def diagnose(name: str, base: str, precision: str, accept_edited: bool = False) 
     original = chosen.model if chosen.adapter else load.find_base(adapter, chosen.sidecar, base)
     model = load.build_model(original, precision)
     files, lines, targets = load_rows(settings, model.geometry.vocab_size)
-    told = [r for r in records if r["step"] <= chosen.sidecar["step"]]
+    done = [r for r in records if r["step"] <= chosen.sidecar["step"]]
     changed = changed_files(settings, chosen.sidecar)
-    all_seen = sum(r["targets"] for r in told) >= targets and not changed
+    all_seen = sum(r["targets"] for r in done) >= targets and not changed
     if changed:
         words = "not what the run learnt from (make_tokenize.sh has written it anew)"
         rows = "rows that stand below as trained may be new to it, and held-out ones may not be"
@@ -111,64 +115,50 @@ def diagnose(name: str, base: str, precision: str, accept_edited: bool = False) 
             "warning   it had not gone through all its rows by then: some of those below as trained are new to it"
         )
     trained, held = [[row for rows in by_file.values() for row in rows] for by_file in files]
-    asked_as = of_sidecar(chosen.sidecar, project.display_path(adapter), original)
+    asked_as = of_sidecar(chosen.sidecar, paths.display_path(adapter), original)
     print(
-        f"{project.display_path(adapter)} ({METHODS[chosen.setup.method].words}) beside its base "
-        f"{project.display_path(original)}"
+        f"{paths.display_path(adapter)} ({METHODS[chosen.setup.method].words}) beside its base "
+        f"{paths.display_path(original)}"
     )
     for line in lines:
         print(line, flush=True)
 
     asked = {"trained": pick_questions(trained), "held-out": pick_questions(held)}
-    everything = trained + held
-    found: list[tuple[list[float], list[str]]] = []
     for which in ("base", "tuned"):
         if which == "tuned":
-            if chosen.adapter:
-                model = load.build_model(original, precision)
-                load.attach_adapter(model, chosen)
-            else:
-                model = load.build_model(chosen.model, precision)
+            model = load.build_model(chosen.model, precision)
+            load.attach_adapter(model, chosen)
         model = load.prepare_model(model)
-        bar = tqdm(everything, desc=which, disable=not sys.stderr.isatty(), leave=False, unit="row")
-        losses = [row_loss(model, row) for row in bar]
-        answers = [generate_answer(model, row, asked_as) for rows in asked.values() for row in rows]
-        found.append((losses, answers))
-    (before, said_before), (after, said_after) = found
+        for row in tqdm(trained + held, desc=which, disable=not sys.stderr.isatty(), leave=False, unit="row"):
+            row.losses.append(row_loss(model, row))
+        for rows in asked.values():
+            for row in rows:
+                row.answers.append(generate_answer(model, row, asked_as))
 
-    sums = RowLosses(np.array([row.weights.sum() for row in everything]), np.array(before), np.array(after))
-    places = {id(row): i for i, row in enumerate(everything)}
-
-    def measured(rows: Sequence[Row]) -> RowLosses | None:
-        return sums.part(np.array([places[id(row)] for row in rows])) if rows else None
-
-    print("\n" + "\n".join(loss_table(files, measured, trained, held)))
-    number = 0
+    print("\n" + "\n".join(loss_table(files, trained, held)))
     for what, rows in asked.items():
         for row in rows:
             print(f"\n{what} row {row.number} of {row.file}")
-            texts = {
-                "asked": decode_text(row.tokens[: row.asked]), "expected": decode_text(row.expected), "base": said_before[number],
-                "tuned": said_after[number],
-            }  # fmt: skip
-            print("\n".join(f"  {label:<9} {shorten(text)}" for label, text in texts.items()))
-            number += 1
-    pairs = zip([row for rows in asked.values() for row in rows], said_after, strict=True)
-    right = [is_expected(said, row.expected) for row, said in pairs][: len(asked["trained"])]
+            texts = decode_text(row.tokens[: row.asked]), decode_text(row.expected), *row.answers
+            for label, text in zip(("asked", "expected", "base", "tuned"), texts, strict=True):
+                print(f"  {label:<9} {shorten(text)}")
+    right = sum(is_expected(row.answers[1], row.expected) for row in asked["trained"])
     step = chosen.sidecar["step"]
-    sources = [(file, measured(rows), measured(files[1].get(file, []))) for file, rows in files[0].items()]
+    sources = [
+        (name, own, measure(files[1].get(name, []))) for name, rows in files[0].items() if (own := measure(rows))
+    ]
     run = RunFacts(
-        measured(trained),
-        measured(held),
+        measure(trained),
+        measure(held),
         sources if len(sources) > 1 else [],
-        np.array([r["loss"] for r in told if r["loss"] is not None and not r.get("skipped")]),
-        sum(bool(r.get("skipped")) for r in told),
+        np.array([r["loss"] for r in done if r["loss"] is not None and not r.get("skipped")]),
+        sum(bool(r.get("skipped")) for r in done),
         [(r["step"], r["loss"]) for r in looks if r["loss"] is not None and 0 < r["step"] <= step],
         settings["LR_INIT"],
         f"./merge.sh {run_dir.words_for(adapter.parent, 'best')}" if (adapter.parent / run_dir.BEST).is_file() else "",
         all_seen,
         *remaining_steps(settings, records, looks, chosen.sidecar),
-        (sum(right), len(right)),
+        (right, len(asked["trained"])),
         MOST_STATE_RATE if chosen.setup.method == "state" else MOST_RATE,
     )
     print()
@@ -183,8 +173,8 @@ def diagnose_loss_curve(folder: Path, why: str) -> None:
     """
     settings, records, looks = read_run(folder)
     if not records:
-        raise UserError(f"{project.display_path(folder)}: has taken no step yet.")
-    print(f"{project.display_path(folder)} {why}: this is what the course of its loss tells\n")
+        raise UserError(f"{paths.display_path(folder)}: has taken no step yet.")
+    print(f"{paths.display_path(folder)} {why}: this is what the course of its loss tells\n")
     losses = np.array([r["loss"] for r in records if r["loss"] is not None and not r.get("skipped")])
     seen = [(look["step"], look["loss"]) for look in looks if look["step"]]
     print_findings(
@@ -208,11 +198,11 @@ def changed_files(settings: dict, sidecar: dict) -> list[str]:
     names = {name for name, _ in known}
     if settings["STREAMING"]:
         return []
-    paths = [
+    files = [
         Path(f"{prefix}{ending}") for prefix, _ in data_files(settings["DATA_PATH"])[0] for ending in (".bin", ".idx")
     ]
-    present = [path for path in paths if path.name in names and path.is_file() and path.stat().st_size <= MOST_READ]
-    return [project.display_path(path) for path in present if (path.name, hashing.sha256(path)) not in known]
+    present = [path for path in files if path.name in names and path.is_file() and path.stat().st_size <= MOST_READ]
+    return [paths.display_path(path) for path in present if (path.name, hashing.sha256(path)) not in known]
 
 
 def remaining_steps(settings: dict, records: list[dict], looks: list[dict], sidecar: dict) -> tuple[int, bool]:
@@ -237,7 +227,8 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[dict], list[dict]]:
     """
     settings = json_reader.read(folder / "run.json", "record of a run's settings", WANTED, tuple(WANTED))
     looks = validation.read(folder)
-    return settings, step_log.read(folder), validation.of_one_set(looks, looks[-1].get("data")) if looks else []
+    newest: Any = looks[-1].get("data") if looks else ""
+    return settings, step_log.read(folder), validation.of_one_set(looks, newest)
 
 
 def load_rows(
@@ -264,9 +255,9 @@ def load_rows(
         try:
             found, whole = sample_rows(settings, pair, vocab_size, lines.append)
         except SettingErrors as problems:  # it has nothing to train
-            lines.append(f"warning   {project.display_path(pair[0])}: {problems.problems[0].message}")
+            lines.append(f"warning   {paths.display_path(pair[0])}: {problems.problems[0].message}")
             return 0
-        by_file.setdefault(project.display_path(pair[0]).removesuffix(".valid"), []).extend(found)
+        by_file.setdefault(paths.display_path(pair[0]).removesuffix(".valid"), []).extend(found)
         return whole
 
     for pair in existing_files(pairs):
@@ -287,7 +278,7 @@ def load_rows(
     return (trained, held), lines, targets
 
 
-def existing_files(pairs: Sequence[tuple]) -> list[tuple]:
+def existing_files(pairs: Sequence[tuple[Path, Fraction]]) -> list[tuple[Path, Fraction]]:
     """Return the files that exist."""
     return [pair for pair in pairs if not missing_data(pair[0])]
 
@@ -316,7 +307,7 @@ def sample_rows(settings: dict, pair: tuple, vocab_size: int, say: Callable[[str
             continue
         known.add(tokens.tobytes())
         asked, expected = 0, tokens[:0]
-        roles = source.roles[piece.start : piece.stop] if source.roles is not None else np.zeros(0, dtype=np.uint8)
+        roles = source.roles[piece.start : piece.stop]
         answers = np.flatnonzero(roles == Role.ASSISTANT)
         if len(answers) and answers[0] > (tokens[0] == tokenizer.END_OF_DOC):  # a token 0 alone is not a question
             asked = int(answers[0])
@@ -331,6 +322,13 @@ def pick_questions(rows: Sequence[Row]) -> list[Row]:
     asking = [row for row in rows if row.asked]
     places = np.linspace(0, len(asking) - 1, min(QUESTIONS, len(asking))).round().astype(int).tolist()
     return [asking[i] for i in places]
+
+
+def measure(rows: Sequence[Row]) -> RowLosses | None:
+    """Return the losses of rows that went through both models, None for no rows."""
+    if not rows:
+        return None
+    return RowLosses(np.array([row.weights.sum() for row in rows]), *np.array([row.losses for row in rows]).T)
 
 
 @torch.no_grad()
@@ -351,8 +349,9 @@ def generate_answer(model: RWKV, row: Row, asked_as: Prompting) -> str:
     """Generate the model's answer to a row's question."""
     ids = row.tokens[: row.asked].tolist()
     try:
-        stops = asked_as.template.stops(), asked_as.stop_tokens
-        return "".join(generate(model, *advance(model, ids), ANSWER, 0.0, 1.0, 0, *stops))
+        logits, state = advance(model, ids)
+        stops = asked_as.template.stops()
+        return "".join(generate(model, logits, state, ANSWER, 0.0, 1.0, 0, stops, asked_as.stop_tokens))
     except UserError:  # the model computes no numbers, which the losses show
         return "(no number)"
 
@@ -374,13 +373,12 @@ def shorten(text: str) -> str:
     return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} ... {text[-SHOWN // 2 :]}"
 
 
-def loss_table(files, measured: Callable[[Sequence[Row]], RowLosses | None], trained, held) -> list[str]:
+def loss_table(files: tuple[dict[str, list[Row]], ...], trained: list[Row], held: list[Row]) -> list[str]:
     """Return a table of the loss per token of both models: trained and held-out rows, each file, short and long rows."""
     lines = [f"{'loss per trained token':<44}{'rows':>6}{'base':>9}{'tuned':>9}{'gained':>9}{'+-':>8}"]
 
     def add(label: str, rows: Sequence[Row]) -> None:
-        if rows:
-            found = measured(rows)
+        if found := measure(rows):
             (before, after), (gain, error) = found.losses, found.gain
             chance = f"{error:.3f}" if np.isfinite(error) else "-"
             lines.append(f"{label:<44}{len(rows):>6}{before:>9.3f}{after:>9.3f}{gain:>9.3f}{chance:>8}")

@@ -1,5 +1,4 @@
-"""What the numbers of a run show: a learning rate that is too high or too low, underfitting, overfitting, or none of
-these.
+"""What the numbers of a run show: a learning rate too high or too low, underfitting, overfitting, or none of these.
 
 Every finding includes the numbers that it rests on. A difference counts if it is larger than chance: larger than SURE
 standard errors between samples of such rows or steps.
@@ -40,10 +39,6 @@ class RowLosses(NamedTuple):
     targets: np.ndarray
     base: np.ndarray
     tuned: np.ndarray
-
-    def part(self, which: np.ndarray) -> RowLosses:
-        """Return some of the rows."""
-        return RowLosses(self.targets[which], self.base[which], self.tuned[which])
 
     @property
     def losses(self) -> tuple[float, float]:
@@ -113,11 +108,14 @@ class RunFacts(NamedTuple):
     @property
     def whose(self) -> str:
         """The rows that a finding rests on."""
-        return (
-            ("the rows that it was trained on" if self.all_seen else "rows of its files")
-            if self.trained
-            else "held-out rows"
-        )
+        if not self.trained:
+            return "held-out rows"
+        return "the rows that it was trained on" if self.all_seen else "rows of its files"
+
+    @property
+    def rows(self) -> RowLosses | None:
+        """The rows that a finding rests on, None if there are none."""
+        return self.trained or self.held
 
 
 def judge(run: RunFacts) -> list[Finding]:
@@ -131,7 +129,8 @@ def judge(run: RunFacts) -> list[Finding]:
     if not run.held and run.trained and not found:
         before, after = run.trained.losses
         words = (
-            f"on its own rows the loss is {after:.3f} instead of {before:.3f}{describe_answers(run)}. {describe_memorized(run)}What it says to others "
+            f"on its own rows the loss is {after:.3f} instead of {before:.3f}{describe_answers(run)}. "
+            f"{describe_memorized(run)}What it says to others "
             "cannot be told without held-out rows: VALID_PERCENT in make_tokenize.sh sets some aside, or VAL_DATA in training.sh "
             "names them"
         )
@@ -181,10 +180,10 @@ def find_too_high(run: RunFacts) -> Finding | None:
         _, low, i = worst
         back = means[i:].min() < (means[i] + means[low]) / 2
         share = f"between {(low + 1) / len(means):.0%} and {(i + 1) / len(means):.0%} of the run"
-        rise = f"{share} the loss rose from {means[low]:.3f} to {means[i]:.3f}"
+        rose = f"{share} the loss rose from {means[low]:.3f} to {means[i]:.3f}"
         after = f"and came down again to {means[i:].min():.3f}: it oscillates" if back else "and never came back"
-        return Finding("too high", f"the learning rate is too high: {rise} {after}. {cure}")
-    if (rows := run.trained or run.held) and not rows.gain[0] > -FLAT * rows.losses[0]:  # also for NaN
+        return Finding("too high", f"the learning rate is too high: {rose} {after}. {cure}")
+    if (rows := run.rows) and not rows.gain[0] > -FLAT * rows.losses[0]:  # also for NaN
         before, after = rows.losses
         words = f"{run.whose} are worse than before: loss {after:.3f} instead of {before:.3f}"
         return Finding("too high", f"the learning rate is too high, or a setting is extreme: {words}. {cure}")
@@ -193,7 +192,7 @@ def find_too_high(run: RunFacts) -> Finding | None:
 
 def find_too_low(run: RunFacts) -> Finding | None:
     """Report a learning rate that is too low."""
-    rows = run.trained or run.held
+    rows = run.rows
     if not rows or abs(rows.gain[0]) >= FLAT * rows.losses[0]:
         return None
     before, after = rows.losses
@@ -211,7 +210,7 @@ def find_underfit(run: RunFacts) -> Finding | None:
     last, whole = float(means[-1 - quarter] - means[-1]), float(means[0] - means[-1])
     if whole <= 0 or last < STILL * whole or last < SURE * float(np.hypot(errors[-1], errors[-1 - quarter])):
         return None
-    if run.held and is_memorized(run):
+    if is_memorized(run):
         return None
     falling = f"still falling at the end, by {last:.3f} over the last quarter of the steps and {whole:.3f} in all"
     more = "a larger VAL_PATIENCE" if run.patience else "a larger EPOCH_COUNT"
@@ -221,7 +220,7 @@ def find_underfit(run: RunFacts) -> Finding | None:
 
 def find_high_loss(run: RunFacts) -> Finding | None:
     """Report a high remaining loss, whatever was gained."""
-    rows = run.trained or run.held
+    rows = run.rows
     if not rows or not rows.losses[1] > FAR:
         return None
     before, after = rows.losses
@@ -295,7 +294,7 @@ def describe_memorized(run: RunFacts) -> str:
 
 def describe_fit(run: RunFacts) -> Finding:
     """Report that nothing is wrong."""
-    rows = run.trained or run.held
+    rows = run.rows
     if not rows:
         return Finding("fits", "the loss has not risen on the way; there were no rows to look at")
     before, after = rows.losses

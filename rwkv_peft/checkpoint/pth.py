@@ -336,8 +336,9 @@ def differences(described: Mapping[str, TensorInfo]) -> str:
 
 def nested_model_hint(content: object) -> str:
     """Return a sentence about a model inside a dictionary of other things, as trainers save it."""
-    for key in ("state_dict", "model", "module", "model_state_dict", "weights") if isinstance(content, dict) else ():
-        part = content.get(key)
+    outer = content if isinstance(content, dict) else {}
+    for key in ("state_dict", "model", "module", "model_state_dict", "weights"):
+        part = outer.get(key)
         if isinstance(part, dict) and part and all(isinstance(v, TensorInfo) for v in part.values()):
             return (
                 f' Its "{key}" is one: take that out, with python -c "import torch; torch.save(torch.load(\'FILE\', '

@@ -278,8 +278,8 @@ def pickle_header(places: Mapping[str, TensorInfo]) -> bytes:
                 strides.insert(0, size)
                 size *= n
             storage = StorageInfo(thing.dtype, thing.record.removeprefix("data/"), size)
-            arguments = storage, 0, thing.shape, tuple(strides), False, OrderedDict()
-            return torch._utils._rebuild_tensor_v2, arguments
+            hooks: OrderedDict[str, object] = OrderedDict()
+            return torch._utils._rebuild_tensor_v2, (storage, 0, thing.shape, tuple(strides), False, hooks)
 
     out = io.BytesIO()
     Writer(out, protocol=2).dump(dict(places))

@@ -189,7 +189,7 @@ def write(
             dtypes = {name: found.dtype for name, found in tensors.wholes.items()}
             read = functools.partial(finite_tensor, tensors) if part == "weights" else tensors.__getitem__
             digest = hashlib.sha256()
-            size = safetensors_io.write(path, shapes, dtypes, lambda name, read=read: [read(name)], digest)
+            size = safetensors_io.write(path, shapes, dtypes, functools.partial(read_one, read), digest)
             files[path.name] = {"bytes": size, "sha256": digest.hexdigest()}
         content = {"format": FORMAT, **facts, "files": files}
         write_json(fresh / MANIFEST, {**content, "sha256": manifest_checksum(content)})
@@ -204,6 +204,11 @@ def write(
     for old in [n for n in state_names(run) if state_step(n) <= facts["step"]][:-keep]:
         remove_state(there / old)
     return TrainState(target, json_reader.load(target / MANIFEST))
+
+
+def read_one(read: Callable[[str], Tensor], name: str) -> list[Tensor]:
+    """Return a tensor as the only piece of itself."""
+    return [read(name)]
 
 
 def finite_tensor(tensors: LazyTensors, name: str) -> Tensor:

@@ -174,7 +174,6 @@ class Writer:
     """
 
     def __init__(self, prefix: str | os.PathLike, streams: dict[str, np.dtype]):
-        """streams: ending between prefix and .bin ("" or ".roles") -> dtype. The stream "" is the one that marks them all."""
         self.prefix, self.streams = str(prefix), {ending: np.dtype(d) for ending, d in streams.items()}
         self.files: dict[str, BinaryIO] = {}
         self.sizes = {ending: array.array("i") for ending in self.streams}

@@ -185,7 +185,9 @@ class BucketPlan(Plan):
         """Return source, pass, the content of that pass, and the step in it."""
         source, number = self.turns.locate(epoch * self.optimizer_steps + step)
         turn, i = divmod(number, self.sources[source].steps)
-        return source, turn, self.sources[source].one_pass(turn), i
+        one = self.sources[source].one_pass(turn)
+        assert isinstance(one, StepPass)
+        return source, turn, one, i
 
     def rows_of_step(self, epoch: int, step: int) -> range:
         """Return the numbers of a step's rows in the endless stream."""

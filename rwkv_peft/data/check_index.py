@@ -6,8 +6,9 @@ size.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,19 +33,19 @@ class Faults:
 
     def add(self, kind: str, sentence: str) -> None:
         """Add one fault."""
-        self.add_all(kind, [0], lambda _: sentence)
+        self.add_all(kind, 1, iter([sentence]))
 
-    def add_all(self, kind: str, where: Sequence[int] | np.ndarray, tell: Callable[[int], str]) -> None:
+    def add_all(self, kind: str, number: int, sentences: Iterator[str]) -> None:
         """Add faults of one kind.
 
         Args:
             kind: of the faults.
-            where: numbers of rows, tokens or entries.
-            tell: returns the sentence for one of them.
+            number: of faults.
+            sentences: one for each; only those that are kept are made.
         """
         room = max(LISTED - len(self.sentences[kind]), 0)
-        self.sentences[kind] += [tell(int(w)) for w in where[:room]]
-        self.counts[kind] += len(where)
+        self.sentences[kind] += itertools.islice(sentences, room)
+        self.counts[kind] += number
 
     def __bool__(self) -> bool:
         return any(self.counts.values())
@@ -196,9 +197,10 @@ def check_rows(
         negative += len(wrong)
         faults.add_all(
             "size",
-            wrong,
-            lambda i, first=first, sizes=sizes: (
+            len(wrong),
+            (
                 f"{name}, byte {HEADER + 4 * (first + i):,}: row {first + i:,} has {sizes[i]} tokens."
+                for i in wrong.tolist()
             ),
         )
         ends = total + np.cumsum(sizes, dtype=np.int64)
@@ -215,10 +217,8 @@ def check_rows(
             expected = found - (off[2:] - off[1:-1])
             faults.add_all(
                 "pointer",
-                wrong,
-                lambda i, first=first, found=found, expected=expected: describe_pointer(
-                    name, header, first + i, found[i], expected[i]
-                ),
+                len(wrong),
+                (describe_pointer(name, header, first + i, found[i], expected[i]) for i in wrong.tolist()),
             )
             gaps = int(off[-2]), int(off[-1])
         total = int(ends[-1])
@@ -262,12 +262,14 @@ def check_documents(idx: Path, header: Header, faults: Faults) -> None:
             right[0] = borders[0] == 0
         if first + len(borders) == header.documents:
             right[-1] &= borders[-1] == rows
+        wrong = np.flatnonzero(~right).tolist()
         faults.add_all(
             "document index",
-            np.flatnonzero(~right),
-            lambda i, first=first, borders=borders, before=before: (
+            len(wrong),
+            (
                 f"{name}, byte {header.documents_at + 8 * (first + i):,}: entry {first + i:,} of the document index is "
                 f"{borders[i]:,}; {expected_entry(first + i, header, int(before[i]))}."
+                for i in wrong
             ),
         )
         previous = int(borders[-1]) if known[-1] else 0

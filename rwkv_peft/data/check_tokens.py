@@ -124,33 +124,34 @@ class Facts:
     lowest: int = 0
     highest: int = 0
     ended: int = 0  # rows that end with token 0
-    not_text: int = 0  # rows that are no UTF-8
+    not_text: int = 0  # rows that are not UTF-8
     first_not_text: int | None = None
 
 
 def read_tokens(pair: Pair, faults: Faults, warnings: Faults) -> Facts:
     """Check the tokens of a pair, and count facts about them."""
     facts, rows = Facts(), Utf8Rows()
-    name, item = paths.display_path(pair.bin), pair.dtype.itemsize
+    name, item = paths.display_path(pair.bin), pair.dtype.itemsize if pair.dtype else 1
     for piece in token_blocks(pair):
         ids = piece.ids
 
         def place(i: int, piece: TokenBlock = piece, ids: np.ndarray = ids) -> str:
-            at = f"{name}, byte {(piece.at + int(i)) * item:,}: "
+            at = f"{name}, byte {(piece.at + i) * item:,}: "
             if not pair.sound:
-                return f"{at}token {piece.at + int(i):,} of the file is {ids[i]}"
+                return f"{at}token {piece.at + i:,} of the file is {ids[i]}"
             row, token = piece.place(i)
             return f"{at}row {row:,}, token {token:,} is {ids[i]}"
 
         facts.lowest, facts.highest = min(facts.lowest, int(ids.min())), max(facts.highest, int(ids.max()))
-        outside = np.flatnonzero((ids < 0) | (ids >= tokenizer.VOCAB_SIZE))
+        outside = np.flatnonzero((ids < 0) | (ids >= tokenizer.VOCAB_SIZE)).tolist()
         facts.outside += len(outside)
-        faults.add_all("id", outside, lambda i, tell=place: f"{tell(i)}; the World vocabulary ends at {LAST_WORLD_ID}.")
-        reserved = np.flatnonzero((ids > LAST_WORLD_ID) & (ids < tokenizer.VOCAB_SIZE))
-        warnings.add_all("reserved id", reserved, lambda i, tell=place: f"{tell(i)}, a reserved id without text.")
+        words = f"; the World vocabulary ends at {LAST_WORLD_ID}."
+        faults.add_all("id", len(outside), (place(i) + words for i in outside))
+        reserved = np.flatnonzero((ids > LAST_WORLD_ID) & (ids < tokenizer.VOCAB_SIZE)).tolist()
+        warnings.add_all("reserved id", len(reserved), (f"{place(i)}, a reserved id without text." for i in reserved))
         if pair.sound:
-            filled = piece.ends[piece.ends > piece.starts()]  # not of empty rows
-            facts.ended += int((ids[filled - 1] == tokenizer.END_OF_DOC).sum())
+            ends = piece.ends[piece.ends > piece.starts()]  # without empty rows
+            facts.ended += int((ids[ends - 1] == tokenizer.END_OF_DOC).sum())
             if not facts.outside:
                 rows.push(piece)
     facts.not_text, facts.first_not_text = rows.bad, rows.first_bad
@@ -166,12 +167,14 @@ def read_roles(roles: Pair, pair: Pair, faults: Faults) -> np.ndarray:
     tallies, name = np.zeros(256, np.int64), paths.display_path(roles.bin)
     for piece in token_blocks(roles):
         tallies += np.bincount(piece.ids, minlength=256)
+        wrong = np.flatnonzero(piece.ids > max(Role)).tolist()
         faults.add_all(
             "role",
-            np.flatnonzero(piece.ids > max(Role)),
-            lambda i, piece=piece: (
-                f"{name}, byte {piece.at + int(i):,}: row {piece.place(i)[0]:,}, token {piece.place(i)[1]:,} has the role "
+            len(wrong),
+            (
+                f"{name}, byte {piece.at + i:,}: row {piece.place(i)[0]:,}, token {piece.place(i)[1]:,} has the role "
                 f"{piece.ids[i]}; known are 0 to {int(max(Role))}."
+                for i in wrong
             ),
         )
     if roles.header.rows != pair.header.rows:
@@ -182,12 +185,14 @@ def read_roles(roles: Pair, pair: Pair, faults: Faults) -> np.ndarray:
         )
     for (first, ours), (_, theirs) in zip(roles.sizes(), pair.sizes(), strict=False):
         n = min(len(ours), len(theirs))
+        wrong = np.flatnonzero(ours[:n] != theirs[:n]).tolist()
         faults.add_all(
             "roles of other data",
-            np.flatnonzero(ours[:n] != theirs[:n]),
-            lambda i, first=first, ours=ours, theirs=theirs: (
+            len(wrong),
+            (
                 f"{paths.display_path(roles.idx)}, byte {HEADER + 4 * (first + i):,}: row {first + i:,} has "
                 f"{plural(int(ours[i]), 'role')} for {plural(int(theirs[i]), 'token')}: they belong to other data."
+                for i in wrong
             ),
         )
     return tallies[: max(Role) + 1]

@@ -113,7 +113,7 @@ class TokenDataset:
         """Return the rows of a source whose documents stay whole."""
         if self.mode == "pack":
             return Packs(part.items, self.ctx_len, key, shuffle)
-        if self.mode == "bucket":
+        if self.buckets:
             return BucketRows(part.items, self.buckets, key, shuffle)
         return ItemRows(part.items, len(part.items), key, shuffle)
 
@@ -154,13 +154,14 @@ class TokenDataset:
             world: number of ranks.
         """
         if self.mode == "bucket":
-            return bucket_plan(self.streams, [float(source.weight) for source in self.sources], epoch_steps)
+            streams = [stream for stream in self.streams if isinstance(stream, BucketRows)]
+            return bucket_plan(streams, [float(source.weight) for source in self.sources], epoch_steps)
         return Plan(self.rows, epoch_steps, micro_bsz, accumulate, world)
 
     def passes(self, plan: Plan, epochs: int) -> list[float]:
         """Return how often a run of so many epochs goes through each source."""
         if isinstance(plan, BucketPlan):
-            drawn, each, turns = plan.optimizer_steps * epochs, [stream.steps for stream in self.streams], plan.turns
+            drawn, each, turns = plan.optimizer_steps * epochs, [source.steps for source in plan.sources], plan.turns
         else:
             drawn, each, turns = plan.rows_per_epoch * epochs, [stream.rows for stream in self.streams], self.turns
         return [turns.count(k, drawn) / whole for k, whole in enumerate(each)]

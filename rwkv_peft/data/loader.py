@@ -48,7 +48,7 @@ def make_loader(batches: Dataset, workers: int, epoch: int = 0, first: int = 0) 
         first: the first micro-batch of that epoch.
     """
     stream = isinstance(batches, IterableDataset)
-    sampler = None if stream else OrderedSampler(len(batches), epoch, first)
+    sampler = None if stream else OrderedSampler(len(batches), epoch, first)  # type: ignore[arg-type]  # the stub of Dataset lacks __len__
     # every iterator draws a seed: from this generator, so that dropout does not depend on how often one is made
     generator = torch.Generator()
     if not workers:
@@ -82,6 +82,6 @@ def ignore_signals(_worker: int) -> None:
 def end_workers(loader: DataLoader) -> None:
     """End the workers now, however the run ended."""
     iterator, loader._iterator = loader._iterator, None
-    if hasattr(iterator, "_shutdown_workers"):
+    if iterator and hasattr(iterator, "_shutdown_workers"):
         with contextlib.suppress(Exception):  # it has already ended
             iterator._shutdown_workers()

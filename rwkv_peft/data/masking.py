@@ -46,17 +46,24 @@ def target_weights(roles: np.ndarray, mask: str, starts_document: np.ndarray | N
             learnt, so not Role.UNTRAINED), last (only the last of these answers in each document).
         starts_document: bool [n], True at the first token of a document; only windows that cross documents need it.
     """
-    n = len(roles)
-    starts = np.zeros(n, dtype=bool) if starts_document is None else starts_document
-    if mask == "none":
-        return np.ones(n - 1, dtype=np.float32)
-    inside = ~starts[1:]
-    if mask == "pad":
-        return inside.astype(np.float32)
-    answers = roles == Role.ASSISTANT
+    starts = np.zeros(len(roles), dtype=bool) if starts_document is None else starts_document
+    trained = is_trained(roles, mask)
     if mask == "last":
-        answers &= in_last_answer(answers, starts)
-    return (answers[1:] & inside).astype(np.float32)
+        trained &= in_last_answer(trained, starts)
+    return (trained if mask == "none" else trained & ~starts)[1:].astype(np.float32)
+
+
+def is_trained(roles: np.ndarray, mask: str) -> np.ndarray:
+    """Return whether tokens inside a document count as targets by their role alone, bool like `roles`.
+
+    For the mask last these are all answers: the caller selects the last one.
+    """
+    return roles == Role.ASSISTANT if needs_roles(mask) else np.ones(roles.shape, dtype=bool)
+
+
+def needs_roles(mask: str) -> bool:
+    """Return whether a mask (or LOSS_MASK) depends on roles."""
+    return mask not in ("none", "pad")
 
 
 def in_last_answer(answers: np.ndarray, starts: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import IterableDataset
@@ -18,20 +18,12 @@ from rwkv_peft.common.errors import SettingErrors
 
 from .dataset import FILL_TO, Batch, TokenDataset, dummy_batch, join_rows
 from .sampling import Plan
-from .token_source import TokenSource
+from .token_source import Chunk, TokenSource
 
 CHUNK = (
     64  # contexts of tokens that are batched together: a larger chunk has fuller packs, and fewer left open at its end
 )
 PATIENCE = 50  # chunks in a row without anything to train
-
-
-class Chunk(NamedTuple):
-    """Some documents, in the form in which TokenSource takes a file."""
-
-    path: Path
-    sizes: np.ndarray
-    tokens: np.ndarray
 
 
 class Row(NamedTuple):
@@ -73,15 +65,16 @@ class Stream(IterableDataset):
 
     def chunks(self) -> Iterator[TokenSource]:
         """Yield the chunks."""
-        held, size = [], 0
+        waiting: list[Any] = []
+        size = 0
         for document in self.documents():
-            held.append(document)
+            waiting.append(document)
             size += len(document.ids)
             if size >= CHUNK * self.ctx_len:
-                yield self.source(held)
-                held, size = [], 0
-        if held:
-            yield self.source(held)
+                yield self.source(waiting)
+                waiting, size = [], 0
+        if waiting:
+            yield self.source(waiting)
 
     def source(self, documents: list) -> TokenSource:
         """Make a source of documents."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,10 +15,19 @@ from rwkv_peft.common.paths import display_path
 from rwkv_peft.text.roles import Role
 
 from .binidx import Reader
+from .masking import is_trained, needs_roles
 from .sampling import TokenSpan
 
 BLOCK = 1 << 22  # tokens that are processed together
 ZERO = np.zeros(1, dtype=np.uint16)  # separates documents where the file has no token 0
+
+
+class Chunk(NamedTuple):
+    """Documents that are in memory, with the attributes of a Reader that TokenSource uses."""
+
+    path: Path
+    sizes: np.ndarray
+    tokens: np.ndarray
 
 
 class TokenSource:
@@ -36,7 +47,7 @@ class TokenSource:
 
     def __init__(
         self,
-        reader: Reader,
+        reader: Reader | Chunk,
         roles: Reader | np.ndarray | Callable[[np.ndarray], np.ndarray] | None,
         vocab_size: int,
         weight: Fraction = Fraction(1),
@@ -64,8 +75,9 @@ class TokenSource:
                     f"{display_path(roles.path)}: holds {roles.dtype.name} numbers, not roles. Tokenize the data again."
                 )
             roles = np.asarray(roles.tokens)
-        # (no roles where the mask needs none: it then does not index them)
-        self.roles = self.find_roles(roles) if callable(roles) else roles
+        if roles is None:  # no token has a role; the zeros take no memory
+            roles = np.broadcast_to(np.uint8(Role.TEXT), self.tokens.shape)
+        self.roles: np.ndarray = self.find_roles(roles) if callable(roles) else roles
         self.last_answer: np.ndarray | None = None  # set by find_last_answers
 
     def __len__(self) -> int:
@@ -108,7 +120,7 @@ class TokenSource:
         last = np.full(len(self), self.starts[-1], dtype=np.int64)
         before = False
         for begin, end in self.blocks():
-            answers = self.roles[begin:end] == Role.ASSISTANT
+            answers = is_trained(self.roles[begin:end], "last")
             begins = answers.copy()
             begins[1:] &= ~answers[:-1]
             begins[0] &= not before
@@ -122,14 +134,12 @@ class TokenSource:
 
     def is_trained(self, tokens: np.ndarray, documents: np.ndarray, mask: str) -> np.ndarray:
         """Return whether these tokens (positions in the .bin, inside documents) count as targets, bool."""
-        if mask in ("none", "pad"):
-            return np.ones(len(tokens), dtype=bool)
-        found = self.roles[tokens] == Role.ASSISTANT
-        return found if self.last_answer is None else found & (tokens >= self.last_answer[documents])
+        trained = is_trained(self.roles[tokens], mask)
+        return trained if self.last_answer is None else trained & (tokens >= self.last_answer[documents])
 
     def count_trained(self, begins: np.ndarray, ends: np.ndarray, documents: np.ndarray, mask: str) -> np.ndarray:
         """Return how many tokens of runs begins..ends inside documents count as targets, int64. Both rise."""
-        if mask in ("none", "pad"):
+        if not needs_roles(mask):
             return ends - begins
         if self.last_answer is not None:
             begins = np.minimum(np.maximum(begins, self.last_answer[documents]), ends)
@@ -137,7 +147,7 @@ class TokenSource:
         while i < len(begins):
             begin = max(at, int(begins[i]))
             at = begin + BLOCK
-            answers = self.roles[begin:at] == Role.ASSISTANT
+            answers = is_trained(self.roles[begin:at], mask)
             sums = np.zeros(len(answers) + 1, dtype=np.int32)
             np.cumsum(answers, out=sums[1:])
             past = int(np.searchsorted(begins, at))
@@ -168,12 +178,9 @@ class TokenSource:
         """
         parts = []
         for document, start, stop, ended, joined in pieces:
-            if mask in ("none", "pad"):
-                flags = np.ones(stop - start, dtype=bool)
-            else:
-                flags = self.roles[start:stop] == Role.ASSISTANT
-                if self.last_answer is not None:
-                    flags[: max(0, int(self.last_answer[document]) - start)] = False
+            flags = is_trained(self.roles[start:stop], mask)
+            if self.last_answer is not None:
+                flags[: max(0, int(self.last_answer[document]) - start)] = False
             if ended:
                 flags = np.append(flags, False)
             if joined and (mask != "none" or (self.tokens[start] == 0 and self.begins_with_zero(document, start))):

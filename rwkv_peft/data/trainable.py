@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -47,13 +47,13 @@ class SourceData:
         facts: its statistics.
         items: the items to train.
         counts: loss tokens of each item, int32 [I].
-        windows: the rows, if they are windows, which have no items.
+        windows: the rows, if they are windows; there are no items then.
     """
 
     source: TokenSource
     facts: DataStats
-    items: RowSpans | None = None
-    counts: np.ndarray | None = None
+    items: RowSpans = field(default_factory=RowSpans.empty)
+    counts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     windows: Windows | ConcatWindows | None = None
 
 

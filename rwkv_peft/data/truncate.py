@@ -30,6 +30,11 @@ class RowSpans:
     start: np.ndarray
     length: np.ndarray
 
+    @classmethod
+    def empty(cls) -> RowSpans:
+        """Return no items."""
+        return cls(np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.int32))
+
     def __len__(self) -> int:
         return len(self.start)
 

@@ -111,7 +111,8 @@ def what_is_wrong(prefix: Path, reader: Reader | None = None) -> str:
     written = report.get("files", {}).get(f"{prefix.name}.bin")
     if written and "vocabulary" in report:
         if (named := report["vocabulary"]) != tokenizer.VOCABULARY:
-            return f"{display_path(reported)}.report.json says that {prefix.name} was made with the vocabulary {named}, not World's"
+            made = f"{prefix.name} was made with the vocabulary {named}, not World's"
+            return f"{display_path(reported)}.report.json says that {made}"
         if written.get("bytes") == Path(f"{prefix}.bin").stat().st_size:
             return ""  # make_tokenize.sh has written it
     reader, seen = reader or Reader(prefix), SampleCounts()
