@@ -165,7 +165,7 @@ def test_the_losses_are_those_of_the_training(ready, settings):
 
 def test_one_row_that_is_known_is_not_called_too_little():
     one = RowLosses(np.array([10]), np.array([100.0]), np.array([0.1]))
-    assert judge(made()._replace(trained=one, held=None))[0].what == "unknown"
+    assert judge(made()._replace(trained=one, held_out=None))[0].what == "unknown"
 
 
 def test_a_model_whose_answers_are_no_numbers_gets_its_verdict(ready, capsys):

@@ -97,7 +97,7 @@ def diagnose(name: str, base: str, precision: str, accept_edited: bool = False) 
     adapter = load.find_adapter(name)
     chosen = load.choose_checkpoint(adapter, base, accept_edited)
     sidecars.read(adapter, ("step",))
-    settings, records, looks = read_run(adapter.parent)
+    settings, records, validations = read_run(adapter.parent)
     if settings["STREAMING"] and settings["VAL_DATA"] in ("auto", "none"):
         return diagnose_loss_curve(adapter.parent, "has learnt from a stream, and has no held-out rows")
     original = chosen.model if chosen.adapter else load.find_base(adapter, chosen.sidecar, base)
@@ -114,7 +114,7 @@ def diagnose(name: str, base: str, precision: str, accept_edited: bool = False) 
         lines.append(
             "warning   it had not gone through all its rows by then: some of those below as trained are new to it"
         )
-    trained, held = [[row for rows in by_file.values() for row in rows] for by_file in files]
+    trained, held_out = [[row for rows in by_file.values() for row in rows] for by_file in files]
     asked_as = of_sidecar(chosen.sidecar, paths.display_path(adapter), original)
     print(
         f"{paths.display_path(adapter)} ({METHODS[chosen.setup.method].words}) beside its base "
@@ -123,19 +123,19 @@ def diagnose(name: str, base: str, precision: str, accept_edited: bool = False) 
     for line in lines:
         print(line, flush=True)
 
-    asked = {"trained": pick_questions(trained), "held-out": pick_questions(held)}
+    asked = {"trained": pick_questions(trained), "held-out": pick_questions(held_out)}
     for which in ("base", "tuned"):
         if which == "tuned":
             model = load.build_model(chosen.model, precision)
             load.attach_adapter(model, chosen)
         model = load.prepare_model(model)
-        for row in tqdm(trained + held, desc=which, disable=not sys.stderr.isatty(), leave=False, unit="row"):
+        for row in tqdm(trained + held_out, desc=which, disable=not sys.stderr.isatty(), leave=False, unit="row"):
             row.losses.append(row_loss(model, row))
         for rows in asked.values():
             for row in rows:
                 row.answers.append(generate_answer(model, row, asked_as))
 
-    print("\n" + "\n".join(loss_table(files, trained, held)))
+    print("\n" + "\n".join(loss_table(files, trained, held_out)))
     for what, rows in asked.items():
         for row in rows:
             print(f"\n{what} row {row.number} of {row.file}")
@@ -149,15 +149,15 @@ def diagnose(name: str, base: str, precision: str, accept_edited: bool = False) 
     ]
     run = RunFacts(
         measure(trained),
-        measure(held),
+        measure(held_out),
         sources if len(sources) > 1 else [],
         np.array([r["loss"] for r in done if r["loss"] is not None and not r.get("skipped")]),
         sum(bool(r.get("skipped")) for r in done),
-        [(r["step"], r["loss"]) for r in looks if r["loss"] is not None and 0 < r["step"] <= step],
+        [(r["step"], r["loss"]) for r in validations if r["loss"] is not None and 0 < r["step"] <= step],
         settings["LR_INIT"],
         f"./merge.sh {run_dir.words_for(adapter.parent, 'best')}" if (adapter.parent / run_dir.BEST).is_file() else "",
         all_seen,
-        *remaining_steps(settings, records, looks, chosen.sidecar),
+        *remaining_steps(settings, records, validations, chosen.sidecar),
         (right, len(asked["trained"])),
         MOST_STATE_RATE if chosen.setup.method == "state" else MOST_RATE,
     )
@@ -171,12 +171,12 @@ def diagnose_loss_curve(folder: Path, why: str) -> None:
     Raises:
         UserError: it has not taken a step.
     """
-    settings, records, looks = read_run(folder)
+    settings, records, validations = read_run(folder)
     if not records:
         raise UserError(f"{paths.display_path(folder)}: has taken no step yet.")
     print(f"{paths.display_path(folder)} {why}: this is what the course of its loss tells\n")
     losses = np.array([r["loss"] for r in records if r["loss"] is not None and not r.get("skipped")])
-    seen = [(look["step"], look["loss"]) for look in looks if look["step"]]
+    seen = [(look["step"], look["loss"]) for look in validations if look["step"]]
     print_findings(
         RunFacts(None, None, [], losses, sum(bool(r.get("skipped")) for r in records), seen, settings["LR_INIT"])
     )
@@ -205,7 +205,7 @@ def changed_files(settings: dict, sidecar: dict) -> list[str]:
     return [paths.display_path(path) for path in present if (path.name, hashing.sha256(path)) not in known]
 
 
-def remaining_steps(settings: dict, records: list[dict], looks: list[dict], sidecar: dict) -> tuple[int, bool]:
+def remaining_steps(settings: dict, records: list[dict], validations: list[dict], sidecar: dict) -> tuple[int, bool]:
     """Return how many steps a run still has to do, and whether VAL_PATIENCE has ended it.
 
     Only for its newest checkpoint: (0, False) for others.
@@ -214,7 +214,7 @@ def remaining_steps(settings: dict, records: list[dict], looks: list[dict], side
     if settings["STREAMING"] or sidecar["step"] < done:
         return 0, False
     planned = settings["EPOCH_COUNT"] * -(-settings["EPOCH_STEPS"] // settings["MINI_BSZ"])
-    seen = [look for look in looks if look["loss"] is not None]
+    seen = [look for look in validations if look["loss"] is not None]
     ended = 0 < settings["VAL_PATIENCE"] <= validation.rounds_without_a_better(seen)
     return (0, ended) if ended else (max(0, planned - done), False)
 
@@ -226,9 +226,9 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[dict], list[dict]]:
         UserError: it has no settings.
     """
     settings = json_reader.read(folder / "run.json", "record of a run's settings", WANTED, tuple(WANTED))
-    looks = validation.read(folder)
-    newest: Any = looks[-1].get("data") if looks else ""
-    return settings, step_log.read(folder), validation.of_one_set(looks, newest)
+    validations = validation.read(folder)
+    newest: Any = validations[-1].get("data") if validations else ""
+    return settings, step_log.read(folder), validation.of_one_set(validations, newest)
 
 
 def load_rows(
@@ -253,29 +253,29 @@ def load_rows(
 
     def put(by_file: dict[str, list[Row]], pair: tuple) -> int:
         try:
-            found, whole = sample_rows(settings, pair, vocab_size, lines.append)
+            rows, count = sample_rows(settings, pair, vocab_size, lines.append)
         except SettingErrors as problems:  # it has nothing to train
             lines.append(f"warning   {paths.display_path(pair[0])}: {problems.problems[0].message}")
             return 0
-        by_file.setdefault(paths.display_path(pair[0]).removesuffix(".valid"), []).extend(found)
-        return whole
+        by_file.setdefault(paths.display_path(pair[0]).removesuffix(".valid"), []).extend(rows)
+        return count
 
     for pair in existing_files(pairs):
         targets += put(trained, pair)
-    held: dict[str, list[Row]] = {}
+    held_out: dict[str, list[Row]] = {}
     if settings["VAL_DATA"] in ("auto", "none"):
         others = [(prefix.with_name(f"{prefix.name}.valid"), weight) for prefix, weight in pairs]
     else:
         others, wrong = data_files(settings["VAL_DATA"])
         lines += [f"warning   VAL_DATA: {words}" for words in wrong]
     for pair in existing_files(others):
-        put(held, pair)
-    if trained and not held:
+        put(held_out, pair)
+    if trained and not held_out:
         words = "what was learnt by heart cannot be told; VALID_PERCENT=5 in make_tokenize.sh sets some aside"
         lines.append(f"warning   there are no held-out rows: {words}")
-    if not trained and not held:
+    if not trained and not held_out:
         raise UserError("\n".join([*lines, "There is no row to look at: see DATA_PATH and VAL_DATA in training.sh."]))
-    return (trained, held), lines, targets
+    return (trained, held_out), lines, targets
 
 
 def existing_files(pairs: Sequence[tuple[Path, Fraction]]) -> list[tuple[Path, Fraction]]:
@@ -299,7 +299,7 @@ def sample_rows(settings: dict, pair: tuple, vocab_size: int, say: Callable[[str
     data = TokenDataset([source], "only", mask_of(masks[0]), settings["CTX_LEN"], overlong, 0, False)
     mean = max(1, int(data.parts[0].items.length.mean()))
     count = min(data.rows, MOST_ROWS, max(LEAST_ROWS, MOST_TOKENS // mean))
-    found, known = [], set()
+    rows, known = [], set()
     for number in np.linspace(0, data.rows - 1, count).round().astype(int).tolist():
         [piece], _, _ = data.parts_of(number)
         [(tokens, weights)] = data.row(number)
@@ -313,8 +313,8 @@ def sample_rows(settings: dict, pair: tuple, vocab_size: int, say: Callable[[str
             asked = int(answers[0])
             others = np.flatnonzero(roles[asked:] != Role.ASSISTANT)
             expected = tokens[asked : asked + int(others[0]) if len(others) else len(roles)]
-        found.append(Row(source.name, piece.document, tokens, weights, asked, expected))
-    return found, data.facts().targets
+        rows.append(Row(source.name, piece.document, tokens, weights, asked, expected))
+    return rows, data.facts().targets
 
 
 def pick_questions(rows: Sequence[Row]) -> list[Row]:
@@ -373,17 +373,17 @@ def shorten(text: str) -> str:
     return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} ... {text[-SHOWN // 2 :]}"
 
 
-def loss_table(files: tuple[dict[str, list[Row]], ...], trained: list[Row], held: list[Row]) -> list[str]:
+def loss_table(files: tuple[dict[str, list[Row]], ...], trained: list[Row], held_out: list[Row]) -> list[str]:
     """Return a table of the loss per token of both models: trained and held-out rows, each file, short and long rows."""
     lines = [f"{'loss per trained token':<44}{'rows':>6}{'base':>9}{'tuned':>9}{'gained':>9}{'+-':>8}"]
 
     def add(label: str, rows: Sequence[Row]) -> None:
-        if found := measure(rows):
-            (before, after), (gain, error) = found.losses, found.gain
+        if losses := measure(rows):
+            (before, after), (gain, error) = losses.losses, losses.gain
             chance = f"{error:.3f}" if np.isfinite(error) else "-"
             lines.append(f"{label:<44}{len(rows):>6}{before:>9.3f}{after:>9.3f}{gain:>9.3f}{chance:>8}")
 
-    for what, by_file, rows in (("trained", files[0], trained), ("held-out", files[1], held)):
+    for what, by_file, rows in (("trained", files[0], trained), ("held-out", files[1], held_out)):
         add(f"{what} rows", rows)
         for name, some in by_file.items() if len(by_file) > 1 else ():
             add(f"  of {name}", some)

@@ -57,7 +57,7 @@ class RowLosses(NamedTuple):
         return gained, float(np.sqrt((rest**2).sum() * rows / (rows - 1)) / self.targets.sum())
 
     @property
-    def by_heart(self) -> np.ndarray:
+    def memorized(self) -> np.ndarray:
         """Which rows are memorized, and were not before, bool [N]."""
         return (self.tuned < BY_HEART * self.targets) & (self.base > NEW * self.targets)
 
@@ -77,11 +77,11 @@ class RunFacts(NamedTuple):
 
     Attributes:
         trained: rows that it was trained on; None for none.
-        held: held-out rows; None for none.
+        held_out: held-out rows; None for none.
         sources: (name, trained rows, held-out rows or None) of each file, if there are several.
         losses: of its steps.
         skipped: steps that were left out.
-        looks: its validations, (step, loss).
+        validations: of the run, (step, loss).
         rate: LR_INIT.
         kept: the command that uses its best checkpoint, "" if none was kept.
         all_seen: whether it has gone through all its rows: else some of `trained` are new to it.
@@ -92,11 +92,11 @@ class RunFacts(NamedTuple):
     """
 
     trained: RowLosses | None
-    held: RowLosses | None
+    held_out: RowLosses | None
     sources: Sequence[tuple[str, RowLosses, RowLosses | None]]
     losses: np.ndarray
     skipped: int
-    looks: Sequence[tuple[int, float]]
+    validations: Sequence[tuple[int, float]]
     rate: float
     kept: str = ""
     all_seen: bool = True
@@ -115,18 +115,18 @@ class RunFacts(NamedTuple):
     @property
     def rows(self) -> RowLosses | None:
         """The rows that a finding rests on, None if there are none."""
-        return self.trained or self.held
+        return self.trained or self.held_out
 
 
 def judge(run: RunFacts) -> list[Finding]:
     """Return the findings in the order in which to fix them. Never empty."""
     high = find_too_high(run)
     low = [] if run.left else [one for one in (find_too_low(run), find_underfit(run), find_high_loss(run)) if one][:1]
-    found = [high] if high else low
-    found += [one for one in (find_overfit(run),) if one]
+    findings = [high] if high else low
+    findings += [one for one in (find_overfit(run),) if one]
     if run.left:
-        return [describe_unfinished(run), *found]
-    if not run.held and run.trained and not found:
+        return [describe_unfinished(run), *findings]
+    if not run.held_out and run.trained and not findings:
         before, after = run.trained.losses
         words = (
             f"on its own rows the loss is {after:.3f} instead of {before:.3f}{describe_answers(run)}. "
@@ -135,7 +135,7 @@ def judge(run: RunFacts) -> list[Finding]:
             "names them"
         )
         return [Finding("unknown", words)]
-    return found or [describe_fit(run)]
+    return findings or [describe_fit(run)]
 
 
 def describe_unfinished(run: RunFacts) -> Finding:
@@ -161,13 +161,11 @@ def mean_curve(losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def find_too_high(run: RunFacts) -> Finding | None:
     """Report a learning rate that is too high."""
-    cure = (
-        f"take a third of LR_INIT={run.rate:g}, and GRAD_CLIP=1; ./training.sh --find-lr tells what the settings bear"
-    )
+    fix = f"take a third of LR_INIT={run.rate:g}, and GRAD_CLIP=1; ./training.sh --find-lr tells what the settings bear"
     steps = len(run.losses) + run.skipped
     if run.skipped > MANY * steps:
         many = f"{run.skipped} of its {steps} steps came to no number and were left out"
-        return Finding("too high", f"the learning rate is too high, or a setting is extreme: {many}. {cure}")
+        return Finding("too high", f"the learning rate is too high, or a setting is extreme: {many}. {fix}")
     means, errors = mean_curve(run.losses)
     worst: tuple[float, int, int] | None = None
     for i in range(1, len(means)):
@@ -182,11 +180,11 @@ def find_too_high(run: RunFacts) -> Finding | None:
         share = f"between {(low + 1) / len(means):.0%} and {(i + 1) / len(means):.0%} of the run"
         rose = f"{share} the loss rose from {means[low]:.3f} to {means[i]:.3f}"
         after = f"and came down again to {means[i:].min():.3f}: it oscillates" if back else "and never came back"
-        return Finding("too high", f"the learning rate is too high: {rose} {after}. {cure}")
+        return Finding("too high", f"the learning rate is too high: {rose} {after}. {fix}")
     if (rows := run.rows) and not rows.gain[0] > -FLAT * rows.losses[0]:  # also for NaN
         before, after = rows.losses
         words = f"{run.whose} are worse than before: loss {after:.3f} instead of {before:.3f}"
-        return Finding("too high", f"the learning rate is too high, or a setting is extreme: {words}. {cure}")
+        return Finding("too high", f"the learning rate is too high, or a setting is extreme: {words}. {fix}")
     return None
 
 
@@ -197,8 +195,8 @@ def find_too_low(run: RunFacts) -> Finding | None:
         return None
     before, after = rows.losses
     words = f"it has hardly learnt anything: of {run.whose} the loss is {after:.3f} instead of {before:.3f}"
-    cure = f"take ten times LR_INIT={run.rate:g} (./training.sh --find-lr tells what the settings bear), or many more steps"
-    return Finding("too low", f"the learning rate is too low, or the run too short: {words}. {cure}")
+    fix = f"take ten times LR_INIT={run.rate:g} (./training.sh --find-lr tells what the settings bear), or many more steps"
+    return Finding("too low", f"the learning rate is too low, or the run too short: {words}. {fix}")
 
 
 def find_underfit(run: RunFacts) -> Finding | None:
@@ -214,8 +212,8 @@ def find_underfit(run: RunFacts) -> Finding | None:
         return None
     falling = f"still falling at the end, by {last:.3f} over the last quarter of the steps and {whole:.3f} in all"
     more = "a larger VAL_PATIENCE" if run.patience else "a larger EPOCH_COUNT"
-    cure = f"Take {more}, or a higher LR_INIT (or LR_FINAL)"
-    return Finding("underfit", f"underfit: the loss was {falling}. {cure}")
+    fix = f"Take {more}, or a higher LR_INIT (or LR_FINAL)"
+    return Finding("underfit", f"underfit: the loss was {falling}. {fix}")
 
 
 def find_high_loss(run: RunFacts) -> Finding | None:
@@ -228,64 +226,64 @@ def find_high_loss(run: RunFacts) -> Finding | None:
     if run.rate > run.usual:
         words = f"LR_INIT={run.rate:g} is far above what is usual ({run.usual:g} at most)"
         words += f", and of {run.whose} the loss is {after:.3f}"
-        cure = "Take a tenth of it or less; ./training.sh --find-lr tells what the settings bear"
-        return Finding("too high", f"the learning rate is too high: {words}, {guessed}. {cure}")
+        fix = "Take a tenth of it or less; ./training.sh --find-lr tells what the settings bear"
+        return Finding("too high", f"the learning rate is too high: {words}, {guessed}. {fix}")
     left = f"of {run.whose} the loss is still {after:.3f} ({before:.3f} before), {guessed}"
-    cures = [
+    fixes = [
         f"another LR_INIT than {run.rate:g} (./training.sh --find-lr tells what the settings bear)",
         *([] if run.patience else ["a larger EPOCH_COUNT"]),
         "more rows",
         "or a base that knows the language (and its template, PROMPT_TYPE)",
     ]
-    cure = f"Take {', '.join(cures)}"
-    return Finding("underfit", f"underfit: {left}. {cure}")
+    fix = f"Take {', '.join(fixes)}"
+    return Finding("underfit", f"underfit: {left}. {fix}")
 
 
 def is_memorized(run: RunFacts) -> bool:
     """Return whether held-out rows gain much less than those that were trained, or lose."""
-    if not run.trained or not run.held or not run.all_seen:
+    if not run.trained or not run.held_out or not run.all_seen:
         return False
-    (own, own_error), (other, other_error) = run.trained.gain, run.held.gain
+    (own, own_error), (other, other_error) = run.trained.gain, run.held_out.gain
     return own - other > SURE * float(np.hypot(own_error, other_error)) and other < HALF * own
 
 
 def find_overfit(run: RunFacts) -> Finding | None:
     """Report memorized rows, or a validation loss that rises again."""
-    cure = "Take fewer epochs, a smaller rank or rate, more dropout or WEIGHT_DECAY, or more rows"
+    fix = "Take fewer epochs, a smaller rank or rate, more dropout or WEIGHT_DECAY, or more rows"
     words = ""
-    if run.trained and run.held and is_memorized(run):
-        own, other = run.trained.gain[0], run.held.gain[0]
-        before, after = run.held.losses
+    if run.trained and run.held_out and is_memorized(run):
+        own, other = run.trained.gain[0], run.held_out.gain[0]
+        before, after = run.held_out.losses
         share = f"of the {own:.3f} that it gained on its own rows"
         words = f"on held-out rows it has gained {other:.3f} {share} ({max(0.0, other / own):.0%})"
         if other <= 0:
             words = f"held-out rows have gained nothing ({other:+.3f}), its own {own:.3f}"
-        if -other > SURE * run.held.gain[1]:
+        if -other > SURE * run.held_out.gain[1]:
             worse = f"held-out rows are worse than before (loss {after:.3f} instead of {before:.3f})"
             words = f"{worse}, its own have gained {own:.3f}"
-    if len(run.looks) > 2:
-        best = min(run.looks, key=lambda look: look[1])
-        end = run.looks[-1]
+    if len(run.validations) > 2:
+        best = min(run.validations, key=lambda look: look[1])
+        end = run.validations[-1]
         if end[0] > best[0] and end[1] - best[1] > RISE * best[1]:
             words += ("; " if words else "") + (
                 f"the validation was best, {best[1]:.3f}, at step {best[0]}, and is {end[1]:.3f} at the end"
             )
-            cure = (
+            fix = (
                 f"{run.kept.replace(' ', BLANK)} takes the checkpoint of that step"
                 if run.kept
                 else "KEEP_BEST=1 keeps the best checkpoint, VAL_PATIENCE=3 ends a run in time; or take fewer epochs"
             )
-    return Finding("overfit", f"overfit: {words}. {describe_memorized(run)}{cure}") if words else None
+    return Finding("overfit", f"overfit: {words}. {describe_memorized(run)}{fix}") if words else None
 
 
 def describe_memorized(run: RunFacts) -> str:
     """Return which part of the data was memorized most; "" if none stands out."""
-    gaps = [(own.gain[0] - held.gain[0], name) for name, own, held in run.sources if held]
+    gaps = [(own.gain[0] - held_out.gain[0], name) for name, own, held_out in run.sources if held_out]
     words = ""
     if len(gaps) > 1:
         gap, name = max(gaps)
         words = f"Most of it in {name}, whose own rows gained {gap:.3f} more than its held-out ones. "
-    if run.trained and (known := run.trained.by_heart).any():
+    if run.trained and (known := run.trained.memorized).any():
         words += (
             f"{known.sum()} of {len(known)} rows that were looked at are known by heart (loss below {BY_HEART:g}). "
         )
@@ -299,8 +297,8 @@ def describe_fit(run: RunFacts) -> Finding:
         return Finding("fits", "the loss has not risen on the way; there were no rows to look at")
     before, after = rows.losses
     words = f"of {run.whose} the loss is {after:.3f} instead of {before:.3f}"
-    if run.held and run.trained:
-        words += f", and held-out rows have gained {run.held.gain[0]:.3f} beside {run.trained.gain[0]:.3f}"
+    if run.held_out and run.trained:
+        words += f", and held-out rows have gained {run.held_out.gain[0]:.3f} beside {run.trained.gain[0]:.3f}"
     return Finding("fits", f"neither underfit nor overfit: {words}{describe_answers(run)}")
 
 

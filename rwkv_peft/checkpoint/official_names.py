@@ -20,23 +20,23 @@ VECTOR = re.compile(
 DECAY = re.compile(r"blocks\.\d+\.att\.time_decay")  # [1, 1, C] in RWKV-6 alone
 
 
-def map_to_official(found: Mapping[str, Shape]) -> dict[str, tuple[str, Shape]]:
+def map_to_official(shapes: Mapping[str, Shape]) -> dict[str, tuple[str, Shape]]:
     """Map the official name of each tensor of a file to its name in the file and its official shape.
 
     Args:
-        found: names and shapes in the file.
+        shapes: names and shapes in the file.
     """
-    prefix = name_prefix(found)
-    names = {name.removeprefix(prefix): name for name in found if name.startswith(prefix)}
-    names |= {name: name for name in found if not name.startswith(prefix) and name not in names}  # like the head
+    prefix = name_prefix(shapes)
+    names = {name.removeprefix(prefix): name for name in shapes if name.startswith(prefix)}
+    names |= {name: name for name in shapes if not name.startswith(prefix) and name not in names}  # like the head
     if "head.weight" not in names and "lm_head.weight" in names and "emb.weight" in names:
         names["head.weight"] = names.pop("lm_head.weight")
-    if len(names) < len(found):  # two tensors of one name: change nothing
-        return {name: (name, shape) for name, shape in found.items()}
+    if len(names) < len(shapes):  # two tensors of one name: change nothing
+        return {name: (name, shape) for name, shape in shapes.items()}
     whole = "emb.weight" in names and "blocks.0.ln1.weight" in names
     sixth = "blocks.0.att.time_maa_x" in names
     return {
-        name: (old, official_shape(name, found[old], sixth) if whole else found[old])
+        name: (old, official_shape(name, shapes[old], sixth) if whole else shapes[old])
         for name, old in names.items()
     }  # fmt: skip
 

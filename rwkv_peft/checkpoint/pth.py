@@ -36,7 +36,7 @@ from rwkv_peft.common.hashing import crc32
 from rwkv_peft.common.parallel_io import parallel_map
 from rwkv_peft.common.paths import display_path, missing, models_in
 
-from . import file_type, official_names, zip_records
+from . import file_type, official_names, safetensors_io, zip_records
 
 MOST_SIDES = 64  # dimensions of a tensor, as in torch
 COPY_BYTES = 1 << 22  # read, hash and copy in pieces of 4 MB
@@ -51,23 +51,11 @@ UNREADABLE = (
 )  # fmt: skip
 
 DTYPES = {
-    "FloatStorage": torch.float32,
-    "DoubleStorage": torch.float64,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}
-
-
-SAFETENSORS = {
-    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "BOOL": torch.bool,
-    "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16,
+    "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
 }  # fmt: skip
+SAFETENSORS = {code: dtype for dtype, code in safetensors_io.CODES.items()}
 
 
 @dataclass(frozen=True)

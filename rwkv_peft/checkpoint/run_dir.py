@@ -347,11 +347,11 @@ def run_folder(name: str) -> Path:
         raise UserError(
             f"No run in {paths.display_path(paths.OUTPUT)}/ has saved a checkpoint yet. Train first: ./training.sh"
         )
-    found = max(runs, key=lambda p: (p / "run.json").stat().st_mtime)
+    newest_saved = max(runs, key=lambda p: (p / "run.json").stat().st_mtime)
     if newest:
-        words = f"the newest run, {paths.display_path(newest)}, has saved nothing; this is {paths.display_path(found)}"
+        words = f"the newest run, {paths.display_path(newest)}, has saved nothing; this is {paths.display_path(newest_saved)}"
         print(f"note: {words}", file=sys.stderr)
-    return found
+    return newest_saved
 
 
 def none_of_that_name(words: str, name: str) -> UserError:
@@ -377,11 +377,11 @@ def best_checkpoint(folder: Path) -> Path:
 
 def checkpoints(folder: Path) -> list[tuple[Path, int]]:
     """Return a run's checkpoints and their steps. The best one, which may share its step with another, comes last."""
-    found = []
+    files = []
     for path in sorted(folder.glob("rwkv-*.pth"), key=lambda path: path.name == BEST):
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-            found.append((path, int(json_reader.load(path.with_suffix(".json"))["step"])))
-    return found
+            files.append((path, int(json_reader.load(path.with_suffix(".json"))["step"])))
+    return files
 
 
 def has_better_checkpoint(folder: Path, checkpoint: Path) -> bool:

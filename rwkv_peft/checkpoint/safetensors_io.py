@@ -118,8 +118,8 @@ def check_readable(safetensors: ModuleType, path: Path, names: set[str], target:
     """
     try:
         with safetensors.safe_open(path, framework="np") as file:
-            found = set(file.keys())
+            names_read = set(file.keys())
     except safetensors.SafetensorError as error:
         raise UserError(f"{display_path(target)}: was not written right ({error}). Is the disk sound?") from None
-    if found != names:
+    if names_read != names:
         raise UserError(f"{display_path(target)}: was not written right (tensors are missing). Is the disk sound?")

@@ -60,10 +60,10 @@ def lines(path: Path, is_record: Callable[[dict], bool]) -> Iterator[Line]:
 def parse_line(text: str, is_record: Callable[[dict], bool]) -> dict[str, Any] | None:
     """Return the record that a line holds, None if it is not one."""
     try:
-        found = json_reader.parse(text)
+        record = json_reader.parse(text)
     except ValueError:
         return None
-    return found if isinstance(found, dict) and is_record(found) else None
+    return record if isinstance(record, dict) and is_record(record) else None
 
 
 def is_count(value: object, least: int = 0) -> bool:
@@ -97,11 +97,11 @@ def read(folder: Path, last: int | None = None) -> list[dict[str, Any]]:
 
 def read_records(path: Path, last: int | None) -> list[tuple[dict[str, Any], str]]:
     """Return the records of a log and their lines, in the order of their steps."""
-    found: dict[int, tuple[dict[str, Any], str]] = {}
+    by_step: dict[int, tuple[dict[str, Any], str]] = {}
     for text, record in lines(path, is_step):
         if record and (last is None or record["step"] <= last):
-            found[record["step"]] = {**COUNTS, **NUMBERS, **record}, text
-    return [found[step] for step in sorted(found)]
+            by_step[record["step"]] = {**COUNTS, **NUMBERS, **record}, text
+    return [by_step[step] for step in sorted(by_step)]
 
 
 def cut(folder: Path, last: int) -> tuple[list[dict[str, Any]], bool]:
@@ -132,8 +132,8 @@ def cut(folder: Path, last: int) -> tuple[list[dict[str, Any]], bool]:
 def lacking(path: Path, written: str) -> str:
     """Return what to append to a log so that it has all records of another one, whose text is `written`."""
     there = {record["step"] for record in read(path.parent)}
-    found = [(parse_line(line, is_step), line) for line in written.split("\n")]
-    more = "".join(line + "\n" for record, line in found if record and record["step"] not in there)
+    parsed = [(parse_line(line, is_step), line) for line in written.split("\n")]
+    more = "".join(line + "\n" for record, line in parsed if record and record["step"] not in there)
     with reading(path) as file:
         end = file.read()[-1:]
     return ("" if end in (b"", b"\n") else "\n") + more
@@ -150,11 +150,11 @@ def gaps(steps: Sequence[int], last: int) -> list[list[int]]:
     return [[before + 1, after - 1] for before, after in ends if after - before > 1]
 
 
-def new_gaps(found: Sequence[list[int]], known: object) -> list[list[int]]:
+def new_gaps(log_gaps: Sequence[list[int]], known: object) -> list[list[int]]:
     """Return the gaps that are not part of those that a state records as reported.
 
     Args:
-        found: the gaps of a log.
+        log_gaps: the gaps of a log.
         known: as it is in the manifest.
     """
     reported = [gap for gap in known if isinstance(gap, list) and len(gap) == 2] if isinstance(known, list) else []
@@ -163,10 +163,10 @@ def new_gaps(found: Sequence[list[int]], known: object) -> list[list[int]]:
         [first for first, _ in reported],
         list(itertools.accumulate((last for _, last in reported), max, initial=-1)),
     )
-    return [[first, last] for first, last in found if last > ends[bisect.bisect_right(begins, first)]]
+    return [[first, last] for first, last in log_gaps if last > ends[bisect.bisect_right(begins, first)]]
 
 
-def in_words(found: Sequence[list[int]]) -> str:
+def in_words(log_gaps: Sequence[list[int]]) -> str:
     """Format gaps as step 3, steps 5 to 9."""
-    words = [f"step {first:,}" if first == last else f"steps {first:,} to {last:,}" for first, last in found]
+    words = [f"step {first:,}" if first == last else f"steps {first:,} to {last:,}" for first, last in log_gaps]
     return ", ".join(words[:3]) + (f" and {len(words) - 3:,} more gaps" if len(words) > 3 else "")

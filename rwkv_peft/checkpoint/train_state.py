@@ -139,14 +139,14 @@ class TrainState:
         """
         from safetensors.torch import load_file
 
-        found = load_file(self.folder / f"{part}.safetensors")
-        if bad := next((name for name, tensor in found.items() if tensor.isnan().any()), ""):
+        tensors = load_file(self.folder / f"{part}.safetensors")
+        if bad := next((name for name, tensor in tensors.items() if tensor.isnan().any()), ""):
             raise UserError(
                 f"{display_path(self.folder)}: {bad} in {part}.safetensors holds NaN, which is never "
                 f"saved. Was it edited? Take the "
                 "folder away, and the run goes on from an earlier state."
             )
-        return found
+        return tensors
 
 
 def folder_of(run: Path) -> Path:
@@ -177,7 +177,7 @@ def write(
     there = folder_of(run)
     own_folder(there)
     tidy(run)
-    check_disk_space(there, sum(found.nbytes for tensors in parts.values() for found in tensors.wholes.values()))
+    check_disk_space(there, sum(lazy.nbytes for tensors in parts.values() for lazy in tensors.wholes.values()))
     name = f"step-{facts['step']:06}"
     fresh, target = there / f"{UNFINISHED}{name}", there / name
     fresh.mkdir()
@@ -185,8 +185,8 @@ def write(
         files = {}
         for part, tensors in parts.items():
             path = fresh / f"{part}.safetensors"
-            shapes = {name: found.shape for name, found in tensors.wholes.items()}
-            dtypes = {name: found.dtype for name, found in tensors.wholes.items()}
+            shapes = {name: lazy.shape for name, lazy in tensors.wholes.items()}
+            dtypes = {name: lazy.dtype for name, lazy in tensors.wholes.items()}
             read = functools.partial(finite_tensor, tensors) if part == "weights" else tensors.__getitem__
             digest = hashlib.sha256()
             size = safetensors_io.write(path, shapes, dtypes, functools.partial(read_one, read), digest)
@@ -279,8 +279,8 @@ def state_step(name: str) -> int:
 def state_names(run: Path) -> list[str]:
     """Return the names of the saved states of a run, oldest first."""
     there = folder_of(run)
-    found = [p.name for p in there.iterdir() if NAME.fullmatch(p.name)] if there.is_dir() else []
-    return sorted(found, key=state_step)
+    found_names = [p.name for p in there.iterdir() if NAME.fullmatch(p.name)] if there.is_dir() else []
+    return sorted(found_names, key=state_step)
 
 
 def newest_first(run: Path) -> list[Path]:
@@ -309,8 +309,8 @@ def read_manifest(folder: Path) -> TrainState:
         raise UserError(f"{display_path(manifest)}: is not readable as JSON: it {error}.") from None
     if wrong := json_reader.why_not(facts, {}, "manifest"):
         raise UserError(f"{display_path(manifest)}: {wrong}")
-    told = facts.pop("sha256", None)
-    if told != manifest_checksum(facts) or facts.get("step") != state_step(folder.name):
+    recorded = facts.pop("sha256", None)
+    if recorded != manifest_checksum(facts) or facts.get("step") != state_step(folder.name):
         raise UserError(f"{display_path(manifest)}: is damaged (its content is not what was written).")
     missing = [key for key in WANTED if key not in facts]
     if facts.get("format") != FORMAT or missing:
@@ -324,15 +324,15 @@ def read_manifest(folder: Path) -> TrainState:
 
 def file_stamps(folder: Path, names: Iterable[str]) -> dict[str, Stamp]:
     """Return the stamps of those files that exist, by path."""
-    found = {}
+    stamps = {}
     for name in names:
         with contextlib.suppress(OSError):
-            found[str(folder / name)] = stamp_of(folder / name)
-    return found
+            stamps[str(folder / name)] = stamp_of(folder / name)
+    return stamps
 
 
 @contextlib.contextmanager
-def fitting(found: TrainState) -> Iterator[None]:
+def fitting(state: TrainState) -> Iterator[None]:
     """Convert errors from loading a state into its run to a UserError.
 
     They occur when the content does not fit the run that resumes from it, although its checksums are right.
@@ -345,22 +345,22 @@ def fitting(found: TrainState) -> Iterator[None]:
             raise
         why = (str(error).splitlines() or [""])[0]
         raise UserError(
-            f"{display_path(found.folder)}: does not fit the run that it is of ({type(error).__name__}: "
+            f"{display_path(state.folder)}: does not fit the run that it is of ({type(error).__name__}: "
             f"{why}). Was it edited? Take the "
             "folder away, and the run goes on from an earlier state."
         ) from error
 
 
-def check_files(found: TrainState) -> None:
+def check_files(state: TrainState) -> None:
     """Check that every byte of a state is as it was written.
 
     Raises:
         UserError: it is not.
     """
-    for name, told in found.facts["files"].items():
-        path = found.folder / name
+    for name, recorded in state.facts["files"].items():
+        path = state.folder / name
         try:
-            if hashing.sha256(path) != told["sha256"]:
+            if hashing.sha256(path) != recorded["sha256"]:
                 raise UserError(f"{display_path(path)}: is damaged (its content is not what the manifest says).")
         except OSError as error:
             if error.errno in OURS:
@@ -384,11 +384,11 @@ def latest_valid(
     folders = newest_first(run)
     for folder in folders:
         try:
-            found = read_manifest(folder)
-            if not wanted(found):
+            state = read_manifest(folder)
+            if not wanted(state):
                 return None
-            check_files(found)
-            return found
+            check_files(state)
+            return state
         except UserError as error:
             say(f"warning   {error}")
     if folders:
@@ -398,10 +398,10 @@ def latest_valid(
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
     """Return the RNG state that dropout draws from."""
-    found = {"cpu": torch.get_rng_state()}
+    state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
-        found["cuda"] = torch.cuda.get_rng_state(device)
-    return found
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
 
 
 def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:

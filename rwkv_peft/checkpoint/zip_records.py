@@ -54,8 +54,8 @@ def find_directory(file: BinaryIO, whole: int, exact: bool = True) -> Directory:
     end = find_end(file, whole)
     kind, disk, list_disk, here, count, size, begin, _ = END.unpack(read_at(file, end, END.size))
     at, short_form = end, Directory(count, size, begin)
-    if end >= LOCATOR64.size and (found := read_at(file, end - LOCATOR64.size, LOCATOR64.size))[:4] == b"PK\6\7":
-        at = LOCATOR64.unpack(found)[2]
+    if end >= LOCATOR64.size and (locator := read_at(file, end - LOCATOR64.size, LOCATOR64.size))[:4] == b"PK\6\7":
+        at = LOCATOR64.unpack(locator)[2]
         if at + END64.size > end - LOCATOR64.size or (more := read_at(file, at, END64.size))[:4] != b"PK\6\6":
             raise ValueError("its end does not say where the list of its records is")
         disk, list_disk, here, count, size, begin = END64.unpack(more)[4:]
@@ -100,14 +100,14 @@ def read_records(path: Path) -> dict[str, zipfile.ZipInfo]:
             infos = archive.infolist()
         if len(infos) != place.records:
             raise ValueError(f"its list has {len(infos):,} records, and its end says {place.records:,}")
-        found: dict[str, zipfile.ZipInfo] = {}
+        records: dict[str, zipfile.ZipInfo] = {}
         folded: set[str] = set()  # torch ignores the case of record names
         for info in infos:
             check_record(info)
             if info.filename.casefold() in folded:
                 raise ValueError(f"it has the record {info.filename} twice")
             folded.add(info.filename.casefold())
-            found[info.filename] = info
+            records[info.filename] = info
         end = 0
         for info in sorted(infos, key=lambda one: one.header_offset):
             if info.header_offset < end:
@@ -115,7 +115,7 @@ def read_records(path: Path) -> dict[str, zipfile.ZipInfo]:
             end = record_start(file, info) + info.file_size
             if end > place.begin:
                 raise ValueError(f"the record {info.filename} would end behind the list of the records")
-    return found
+    return records
 
 
 def check_record(info: zipfile.ZipInfo) -> None:

@@ -16,7 +16,7 @@ import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -175,7 +175,7 @@ class Writer:
 
     def __init__(self, prefix: str | os.PathLike, streams: dict[str, np.dtype]):
         self.prefix, self.streams = str(prefix), {ending: np.dtype(d) for ending, d in streams.items()}
-        self.files: dict[str, BinaryIO] = {}
+        self.files: dict[str, IO[bytes]] = {}
         self.sizes = {ending: array.array("i") for ending in self.streams}
 
     def __enter__(self) -> Writer:

@@ -207,18 +207,18 @@ def check_rows(
         if have is not None and item and cut_row is None and int(ends[-1]) * item > have:
             at = int(np.flatnonzero(ends * item > have)[0])
             cut_row = first + at, have // item - (int(ends[at]) - int(sizes[at]))
-        _, found = next(pointers, (0, np.zeros(0, np.int64)))
-        if dtype and len(found):
-            n = len(found)
+        _, offsets = next(pointers, (0, np.zeros(0, np.int64)))
+        if dtype and len(offsets):
+            n = len(offsets)
             starts = (ends[:n] - sizes[:n]) * item
-            off = np.concatenate([np.array(gaps, np.int64), found - starts])
+            off = np.concatenate([np.array(gaps, np.int64), offsets - starts])
             # a wrong offset is reported once: not again where the following rows are off as far, or right again
             wrong = np.flatnonzero((off[2:] != 0) & (off[2:] != off[1:-1]) & (off[2:] != off[:-2]))
-            expected = found - (off[2:] - off[1:-1])
+            expected = offsets - (off[2:] - off[1:-1])
             faults.add_all(
                 "pointer",
                 len(wrong),
-                (describe_pointer(name, header, first + i, found[i], expected[i]) for i in wrong.tolist()),
+                (describe_pointer(name, header, first + i, offsets[i], expected[i]) for i in wrong.tolist()),
             )
             gaps = int(off[-2]), int(off[-1])
         total = int(ends[-1])
@@ -236,11 +236,11 @@ def check_rows(
         faults.add("bin", f"{bin_name}, byte {need:,}: {more} more than {idx.name} describes ({need:,}).")
 
 
-def describe_pointer(name: str, header: Header, row: int, found: int, expected: int) -> str:
+def describe_pointer(name: str, header: Header, row: int, offset: int, expected: int) -> str:
     """Return the sentence for a wrong offset."""
     before = f", where row {row - 1:,} ends (its size: byte {HEADER + 4 * (row - 1):,})" if row else ""
     return (
-        f"{name}, byte {header.offsets_at + 8 * row:,}: row {row:,} points to byte {found:,} of the .bin, "
+        f"{name}, byte {header.offsets_at + 8 * row:,}: row {row:,} points to byte {offset:,} of the .bin, "
         f"but must begin at {expected:,}{before}."
     )
 

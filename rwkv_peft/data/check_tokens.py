@@ -56,7 +56,7 @@ def token_blocks(pair: Pair) -> Iterator[TokenBlock]:
     """Yield the tokens of a sound pair with the ends of their rows; of another pair, without them."""
     sizes = pair.sizes() if pair.sound else iter(())
     ends, total, row, row_at = np.zeros(0, np.int64), 0, 0, 0
-    for at, block in read_blocks(pair.bin, pair.dtype, 0, pair.tokens):
+    for at, block in read_blocks(pair.bin, "<u2" if pair.dtype is None else pair.dtype, 0, pair.tokens):
         while not len(ends) or ends[-1] <= at + len(block):
             _, more = next(sizes, (0, None))
             if more is None:

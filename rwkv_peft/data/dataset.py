@@ -123,26 +123,28 @@ class TokenDataset:
         Raises:
             SettingErrors: one has not.
         """
-        found = []
+        problems = []
         for part in self.parts:
             name, facts = part.source.path.name, part.facts
             if part.windows and not part.windows.rows:
                 windows = f"{plural(facts.tokens // self.ctx_len, 'window')} of CTX_LEN={self.ctx_len} tokens"
-                found.append(SettingError("MAGIC_PRIME", f"needs 3 windows or more; {name} has {windows}. Use 0"))
+                problems.append(SettingError("MAGIC_PRIME", f"needs 3 windows or more; {name} has {windows}. Use 0"))
             elif facts.targets:
                 continue
             elif facts.overlong and self.overlong == "drop":
                 what = f"OVERLONG=drop leaves out every row of {name} that has something to train"
-                found.append(SettingError(limit, f"is too short: {what}. Use auto"))
+                problems.append(SettingError(limit, f"is too short: {what}. Use auto"))
             elif facts.overlong:
                 ends = f"{plural(self.ctx_len, 'token')} {'ends' if self.ctx_len == 1 else 'end'}"
-                found.append(SettingError(limit, f"is too short: {ends} before any answer begins. Use auto"))
+                problems.append(SettingError(limit, f"is too short: {ends} before any answer begins. Use auto"))
             elif self.mask in ("pad", "none"):
-                found.append(SettingError("DATA_PATH", f"has nothing to train: every row of {name} is a single token"))
+                problems.append(
+                    SettingError("DATA_PATH", f"has nothing to train: every row of {name} is a single token")
+                )
             else:
-                found.append(SettingError("LOSS_MASK", NO_ANSWER.format(name)))
-        if found:
-            raise SettingErrors(*found)
+                problems.append(SettingError("LOSS_MASK", NO_ANSWER.format(name)))
+        if problems:
+            raise SettingErrors(*problems)
 
     def make_plan(self, epoch_steps: int | None, micro_bsz: int, accumulate: int, world: int) -> Plan:
         """Make the plan of epochs, steps and micro-batches.

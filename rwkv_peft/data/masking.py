@@ -99,8 +99,8 @@ class Markers:
         The last one, which the end of the document belongs to, is ASSISTANT if its end marker is missing.
         """
         spans, at = [], 0
-        while (found := data.find(self.start, at)) >= 0:
-            begin = found + len(self.start)
+        while (marker := data.find(self.start, at)) >= 0:
+            begin = marker + len(self.start)
             spans.append(Span(at, begin, Role.TEXT))
             stop = data.find(self.end, begin)
             self.starts, self.ends = self.starts + 1, self.ends + (stop >= 0)

@@ -26,7 +26,7 @@ def parse_mixture(text: str) -> list[tuple[str, Fraction]]:
     """
     if not SHARE.search(text):
         return [(text, Fraction(1))]
-    found, at = [], 0
+    shares, at = [], 0
     for share in SHARE.finditer(text):
         name = text[at : share.start()].strip()
         if not name:
@@ -34,17 +34,17 @@ def parse_mixture(text: str) -> list[tuple[str, Fraction]]:
         weight = Fraction(share[1])
         if weight <= 0:
             raise ValueError(f"gives {name} the weight {share[1]}; it must be more than 0")
-        found.append((name, weight))
+        shares.append((name, weight))
         at = share.end()
     if rest := text[at:].strip():
         raise ValueError(f'gives {rest} no weight; write "first:0.7 second:0.3"')
-    names = [name for name, _ in found]
+    names = [name for name, _ in shares]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"names {' and '.join(twice)} more than once; give each file one weight")
-    if sum(integer_ratio([weight for _, weight in found])) > LONGEST_PERIOD:
+    if sum(integer_ratio([weight for _, weight in shares])) > LONGEST_PERIOD:
         raise ValueError("has weights with too many digits; three are enough")
-    return found
+    return shares
 
 
 def integer_ratio(weights: Sequence[Fraction]) -> list[int]:

@@ -138,18 +138,18 @@ def bos_of(prefix: Path) -> tuple[int, str]:
     """
     share = bos_share(Reader(prefix))
     recorded = report_file.read(prefix).get("settings", {}).get("BOS")
-    found = int(share >= 0.5)
-    if recorded is not None and recorded != found:
-        return found, (
+    bos = int(share >= 0.5)
+    if recorded is not None and recorded != bos:
+        return bos, (
             f"{paths.display_path(prefix)}.report.json says BOS={recorded}, but {share:.0%} of the rows begin with token 0: the "
             "report belongs to other tokens. BOS is taken from the rows"
         )
     if 0 < share < 1:
-        return found, (
+        return bos, (
             f"{share:.0%} of the rows of {paths.display_path(prefix)} begin with token 0, the others do not; it counts as "
-            f"BOS={found}. Tokenize the rows again with one BOS"
+            f"BOS={bos}. Tokenize the rows again with one BOS"
         )
-    return found, ""
+    return bos, ""
 
 
 def blank_lines_of(prefix: Path) -> bool:
