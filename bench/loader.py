@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from rwkv_peft.data import buckets
-from rwkv_peft.data.binidx import Reader, index_bytes
+from rwkv_peft.data.binidx import Reader, index_chunks
 from rwkv_peft.data.dataset import Batches, TokenDataset
 from rwkv_peft.data.token_source import TokenSource
 from rwkv_peft.text.roles import Role
@@ -46,7 +46,7 @@ def write(prefix: Path, documents: int) -> None:
     random = np.random.default_rng(0)
     sizes = random.lognormal(np.log(300), 0.8, documents).astype(int).clip(4, 8192)
     for ending, dtype in (("", np.uint16), (".roles", np.uint8)):
-        Path(f"{prefix}{ending}.idx").write_bytes(index_bytes(sizes, dtype))
+        Path(f"{prefix}{ending}.idx").write_bytes(b"".join(index_chunks(sizes, dtype)))
     with open(f"{prefix}.bin", "wb") as tokens, open(f"{prefix}.roles.bin", "wb") as roles:
         for size in sizes:
             ids = random.integers(1, 65530, size, dtype=np.uint16)

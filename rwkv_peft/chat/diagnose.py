@@ -108,8 +108,8 @@ def diagnose(name: str, base: str, precision: str, accept_edited: bool = False) 
     all_seen = sum(r["targets"] for r in done) >= targets and not changed
     if changed:
         words = "not what the run learnt from (make_tokenize.sh has written it anew)"
-        rows = "rows that stand below as trained may be new to it, and held-out ones may not be"
-        lines.append(f"warning   {', '.join(changed)}: {words}; {rows}")
+        effect = "rows that stand below as trained may be new to it, and held-out ones may not be"
+        lines.append(f"warning   {', '.join(changed)}: {words}; {effect}")
     elif files[0] and not all_seen:
         lines.append(
             "warning   it had not gone through all its rows by then: some of those below as trained are new to it"
@@ -390,7 +390,7 @@ def loss_table(files: tuple[dict[str, list[Row]], ...], trained: list[Row], held
         if len(rows) >= 2 * LEAST_ROWS:
             ordered = sorted(rows, key=lambda row: len(row.tokens))
             half = len(ordered) // 2
-            border = len(ordered[half].tokens)
-            add(f"  the shorter half (below {border} tokens)", ordered[:half])
+            limit = len(ordered[half].tokens)
+            add(f"  the shorter half (below {limit} tokens)", ordered[:half])
             add("  the longer half", ordered[half:])
     return lines

@@ -47,6 +47,12 @@ class RowLosses(NamedTuple):
         return float(self.base.sum()) / whole, float(self.tuned.sum()) / whole
 
     @property
+    def change(self) -> str:
+        """The loss per token of both, in words."""
+        before, after = self.losses
+        return f"{after:.3f} instead of {before:.3f}"
+
+    @property
     def gain(self) -> tuple[float, float]:
         """How much lower the loss has become, and the standard error of that."""
         before, after = self.losses
@@ -127,9 +133,8 @@ def judge(run: RunFacts) -> list[Finding]:
     if run.left:
         return [describe_unfinished(run), *findings]
     if not run.held_out and run.trained and not findings:
-        before, after = run.trained.losses
         words = (
-            f"on its own rows the loss is {after:.3f} instead of {before:.3f}{describe_answers(run)}. "
+            f"on its own rows the loss is {run.trained.change}{describe_answers(run)}. "
             f"{describe_memorized(run)}What it says to others "
             "cannot be told without held-out rows: VALID_PERCENT in make_tokenize.sh sets some aside, or VAL_DATA in training.sh "
             "names them"
@@ -179,11 +184,10 @@ def find_too_high(run: RunFacts) -> Finding | None:
         back = means[i:].min() < (means[i] + means[low]) / 2
         share = f"between {(low + 1) / len(means):.0%} and {(i + 1) / len(means):.0%} of the run"
         rose = f"{share} the loss rose from {means[low]:.3f} to {means[i]:.3f}"
-        after = f"and came down again to {means[i:].min():.3f}: it oscillates" if back else "and never came back"
-        return Finding("too high", f"the learning rate is too high: {rose} {after}. {fix}")
+        ending = f"and came down again to {means[i:].min():.3f}: it oscillates" if back else "and never came back"
+        return Finding("too high", f"the learning rate is too high: {rose} {ending}. {fix}")
     if (rows := run.rows) and not rows.gain[0] > -FLAT * rows.losses[0]:  # also for NaN
-        before, after = rows.losses
-        words = f"{run.whose} are worse than before: loss {after:.3f} instead of {before:.3f}"
+        words = f"{run.whose} are worse than before: loss {rows.change}"
         return Finding("too high", f"the learning rate is too high, or a setting is extreme: {words}. {fix}")
     return None
 
@@ -193,8 +197,7 @@ def find_too_low(run: RunFacts) -> Finding | None:
     rows = run.rows
     if not rows or abs(rows.gain[0]) >= FLAT * rows.losses[0]:
         return None
-    before, after = rows.losses
-    words = f"it has hardly learnt anything: of {run.whose} the loss is {after:.3f} instead of {before:.3f}"
+    words = f"it has hardly learnt anything: of {run.whose} the loss is {rows.change}"
     fix = f"take ten times LR_INIT={run.rate:g} (./training.sh --find-lr tells what the settings bear), or many more steps"
     return Finding("too low", f"the learning rate is too low, or the run too short: {words}. {fix}")
 
@@ -253,13 +256,12 @@ def find_overfit(run: RunFacts) -> Finding | None:
     words = ""
     if run.trained and run.held_out and is_memorized(run):
         own, other = run.trained.gain[0], run.held_out.gain[0]
-        before, after = run.held_out.losses
         share = f"of the {own:.3f} that it gained on its own rows"
         words = f"on held-out rows it has gained {other:.3f} {share} ({max(0.0, other / own):.0%})"
         if other <= 0:
             words = f"held-out rows have gained nothing ({other:+.3f}), its own {own:.3f}"
         if -other > SURE * run.held_out.gain[1]:
-            worse = f"held-out rows are worse than before (loss {after:.3f} instead of {before:.3f})"
+            worse = f"held-out rows are worse than before (loss {run.held_out.change})"
             words = f"{worse}, its own have gained {own:.3f}"
     if len(run.validations) > 2:
         best = min(run.validations, key=lambda look: look[1])
@@ -277,7 +279,7 @@ def find_overfit(run: RunFacts) -> Finding | None:
 
 
 def describe_memorized(run: RunFacts) -> str:
-    """Return which part of the data was memorized most; "" if none stands out."""
+    """Return which part of the data was memorized most; "" if there is no such part."""
     gaps = [(own.gain[0] - held_out.gain[0], name) for name, own, held_out in run.sources if held_out]
     words = ""
     if len(gaps) > 1:
@@ -295,8 +297,7 @@ def describe_fit(run: RunFacts) -> Finding:
     rows = run.rows
     if not rows:
         return Finding("fits", "the loss has not risen on the way; there were no rows to look at")
-    before, after = rows.losses
-    words = f"of {run.whose} the loss is {after:.3f} instead of {before:.3f}"
+    words = f"of {run.whose} the loss is {rows.change}"
     if run.held_out and run.trained:
         words += f", and held-out rows have gained {run.held_out.gain[0]:.3f} beside {run.trained.gain[0]:.3f}"
     return Finding("fits", f"neither underfit nor overfit: {words}{describe_answers(run)}")

@@ -36,9 +36,8 @@ def map_to_official(shapes: Mapping[str, Shape]) -> dict[str, tuple[str, Shape]]
     whole = "emb.weight" in names and "blocks.0.ln1.weight" in names
     sixth = "blocks.0.att.time_maa_x" in names
     return {
-        name: (old, official_shape(name, shapes[old], sixth) if whole else shapes[old])
-        for name, old in names.items()
-    }  # fmt: skip
+        name: (old, official_shape(name, shapes[old], sixth) if whole else shapes[old]) for name, old in names.items()
+    }
 
 
 def name_prefix(names: Mapping[str, Shape]) -> str:

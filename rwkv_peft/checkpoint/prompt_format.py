@@ -33,7 +33,7 @@ class Prompting:
         eot: EOT of the data.
         bos: texts begin with token 0.
         name: PROMPT_TYPE as it was written.
-        blank_lines: answers of the data are known to hold blank lines, which the template does not tell (texts that
+        blank_lines: answers of the data are known to hold blank lines, which the template does not show (texts that
             are already formatted are taken as they are).
         assumed: why this is a guess; "" if the sidecar records it.
     """
@@ -163,11 +163,5 @@ def shell_text(text: str) -> str:
     plain = shlex.quote(text)
     if text.isprintable():
         return plain
-    escaped = (
-        text.replace("\\", "\\\\")
-        .replace("'", "\\'")
-        .replace("\n", "\\n")
-        .replace("\t", "\\t")
-        .replace("\x17", "\\x17")
-    )
-    return f"$'{escaped}'"
+    escapes = {"\\": "\\\\", "'": "\\'", "\n": "\\n", "\t": "\\t", "\x17": "\\x17"}
+    return f"$'{text.translate(str.maketrans(escapes))}'"

@@ -19,18 +19,6 @@ from rwkv_peft.common.atomic_io import create, fsync_dir, glob_escape, reading, 
 from rwkv_peft.common.errors import UserError
 from rwkv_peft.common.formatting import join_names
 from rwkv_peft.common.hashing import sha256
-from rwkv_peft.common.json_reader import (
-    Schema,
-    is_bool,
-    is_hash,
-    is_list,
-    is_none_or,
-    is_number,
-    is_object,
-    is_path,
-    is_text,
-    is_whole,
-)
 from rwkv_peft.common.paths import display_path, missing
 
 SEAL = "fields_sha256"  # key of the checksums of all other fields
@@ -162,53 +150,56 @@ def complete_pair(path: Path, content: dict[str, Any]) -> bool:
 
 def is_geometry(value: Any) -> bool:
     """Return whether a value is what Geometry.as_dict gives."""
-    if not is_object(value) or not {"version", "n_layer", "n_embd"} <= {*value}:
+    if not json_reader.is_object(value) or not {"version", "n_layer", "n_embd"} <= {*value}:
         return False
-    return all(is_text(size) if name == "version" else is_whole(size, 1) for name, size in value.items())
+    return all(
+        json_reader.is_text(size) if name == "version" else json_reader.is_whole(size, 1)
+        for name, size in value.items()
+    )
 
 
 def is_hashed_file(value: Any) -> bool:
     """Return whether a value is [name, SHA-256]."""
-    return is_list(value, is_text) and len(value) == 2
+    return json_reader.is_list(value, json_reader.is_text) and len(value) == 2
 
 
 # checks of a sidecar's values
-SIDECAR: Schema = {
-    "method": is_text,
-    "rank": lambda value: is_whole(value, 1),
-    "alpha": lambda value: is_number(value) and 0 < value <= MOST_ALPHA,
-    "rslora": is_bool,
-    "niter": is_whole,
-    "shifts": is_bool,
-    "layers": lambda value: is_whole(value, 1),
-    "every": lambda value: is_whole(value, 1),
-    "config": is_object,
-    "dropout": lambda value: is_number(value) and 0 <= value <= 1,
-    "parts": lambda value: is_list(value, lambda part: part in PARTS),
-    "base": lambda value: is_path(value) and value == Path(value).name != "",
-    "base_path": is_path,
-    "base_sha256": is_hash,
-    "base_mark": is_none_or(lambda value: is_list(value, is_whole)),
-    "checkpoint_sha256": is_hash,
-    "start_sha256": is_hash,
+SIDECAR: json_reader.Schema = {
+    "method": json_reader.is_text,
+    "rank": lambda value: json_reader.is_whole(value, 1),
+    "alpha": lambda value: json_reader.is_number(value) and 0 < value <= MOST_ALPHA,
+    "rslora": json_reader.is_bool,
+    "niter": json_reader.is_whole,
+    "shifts": json_reader.is_bool,
+    "layers": lambda value: json_reader.is_whole(value, 1),
+    "every": lambda value: json_reader.is_whole(value, 1),
+    "config": json_reader.is_object,
+    "dropout": lambda value: json_reader.is_number(value) and 0 <= value <= 1,
+    "parts": lambda value: json_reader.is_list(value, lambda part: part in PARTS),
+    "base": lambda value: json_reader.is_path(value) and value == Path(value).name != "",
+    "base_path": json_reader.is_path,
+    "base_sha256": json_reader.is_hash,
+    "base_mark": json_reader.is_none_or(lambda value: json_reader.is_list(value, json_reader.is_whole)),
+    "checkpoint_sha256": json_reader.is_hash,
+    "start_sha256": json_reader.is_hash,
     "geometry": is_geometry,
     "quant": lambda value: value in ("none", *QUANTS),
-    "quant_parts": lambda value: is_list(value, is_text),
-    "quant_kept": lambda value: is_list(value, is_text),
-    "precision": is_text,
-    "epoch": is_whole,
-    "epoch_finished": is_bool,
-    "step": is_whole,
-    "prompt_type": is_none_or(is_text),
-    "eot": is_none_or(is_text),
-    "bos": is_none_or(lambda value: is_whole(value, 0, 1)),
-    "blank_lines": is_none_or(is_bool),
-    "template": is_none_or(is_object),
-    "data": lambda value: is_list(value, is_hashed_file),
-    "versions": is_object,
-    "merged": lambda value: is_list(value, is_object),
-    "weights": lambda value: is_list(value, is_number),
-    "merge_base": is_text,
-    "merged_by": is_text,
-    SEAL: lambda value: is_object(value) and all(map(is_text, value.values())),
+    "quant_parts": lambda value: json_reader.is_list(value, json_reader.is_text),
+    "quant_kept": lambda value: json_reader.is_list(value, json_reader.is_text),
+    "precision": json_reader.is_text,
+    "epoch": json_reader.is_whole,
+    "epoch_finished": json_reader.is_bool,
+    "step": json_reader.is_whole,
+    "prompt_type": json_reader.is_none_or(json_reader.is_text),
+    "eot": json_reader.is_none_or(json_reader.is_text),
+    "bos": json_reader.is_none_or(lambda value: json_reader.is_whole(value, 0, 1)),
+    "blank_lines": json_reader.is_none_or(json_reader.is_bool),
+    "template": json_reader.is_none_or(json_reader.is_object),
+    "data": lambda value: json_reader.is_list(value, is_hashed_file),
+    "versions": json_reader.is_object,
+    "merged": lambda value: json_reader.is_list(value, json_reader.is_object),
+    "weights": lambda value: json_reader.is_list(value, json_reader.is_number),
+    "merge_base": json_reader.is_text,
+    "merged_by": json_reader.is_text,
+    SEAL: lambda value: json_reader.is_object(value) and all(map(json_reader.is_text, value.values())),
 }

@@ -28,17 +28,6 @@ from rwkv_peft.common.atomic_io import check_disk_space, fsync_dir, own_folder, 
 from rwkv_peft.common.atomic_io import remove as take_away
 from rwkv_peft.common.errors import OURS, UserError, in_words
 from rwkv_peft.common.file_watch import Stamp, stamp_of
-from rwkv_peft.common.json_reader import (
-    Schema,
-    is_bool,
-    is_hash,
-    is_list,
-    is_none_or,
-    is_number,
-    is_object,
-    is_text,
-    is_whole,
-)
 from rwkv_peft.common.paths import display_path
 
 from . import safetensors_io
@@ -57,7 +46,7 @@ MOST = 1 << 40  # of a count
 
 def is_count(value: Any) -> bool:
     """Return whether a value is a whole number from 0 to MOST."""
-    return is_whole(value, 0, MOST)
+    return json_reader.is_whole(value, 0, MOST)
 
 
 def is_content(value: Any) -> bool:
@@ -65,42 +54,53 @@ def is_content(value: Any) -> bool:
 
     The content is a checksum of all of it with a stamp, or of a sample.
     """
-    if not is_object(value) or not is_text(value.get("name")) or not {"sha256", "sample"} & {*value}:
+    if (
+        not json_reader.is_object(value)
+        or not json_reader.is_text(value.get("name"))
+        or not {"sha256", "sample"} & {*value}
+    ):
         return False
-    mark = is_none_or(lambda mark: is_list(mark, is_whole))
-    return all(is_hash(value[key] or "0" * 64) for key in ("sha256", "sample") if key in value) and mark(
+    mark = json_reader.is_none_or(lambda mark: json_reader.is_list(mark, json_reader.is_whole))
+    return all(json_reader.is_hash(value[key] or "0" * 64) for key in ("sha256", "sample") if key in value) and mark(
         value.get("mark")
     )
 
 
 def are_state_files(value: Any) -> bool:
     """Return whether a value names the files of a state with sizes and checksums: only these files are opened."""
-    if not is_object(value) or {*value} != {f"{part}.safetensors" for part in PARTS}:
+    if not json_reader.is_object(value) or {*value} != {f"{part}.safetensors" for part in PARTS}:
         return False
-    return all(is_object(one) and is_count(one.get("bytes")) and is_hash(one.get("sha256")) for one in value.values())
+    return all(
+        json_reader.is_object(one) and is_count(one.get("bytes")) and json_reader.is_hash(one.get("sha256"))
+        for one in value.values()
+    )
 
 
 # what the values of a manifest must be
-SCHEMA: Schema = {
+SCHEMA: json_reader.Schema = {
     "step": is_count,
     "steps": is_count,
-    "finished": is_bool,
-    "world": lambda value: is_whole(value, 1, MOST),
-    "settings": is_object,
-    "became": is_object,
-    "plan": lambda value: is_object(value) and all(map(is_count, value.values())),
+    "finished": json_reader.is_bool,
+    "world": lambda value: json_reader.is_whole(value, 1, MOST),
+    "settings": json_reader.is_object,
+    "became": json_reader.is_object,
+    "plan": lambda value: json_reader.is_object(value) and all(map(is_count, value.values())),
     "base": lambda value: is_content(value) and "sha256" in value,
-    "data": lambda value: is_object(value) and is_list(value.get("files"), is_content),
-    "options": is_object,
-    "start_sha256": is_none_or(is_hash),
-    "optimizer": lambda value: is_object(value) and all(map(is_object, value.values())),
-    "scaler": is_none_or(lambda value: is_object(value) and all(map(is_number, value.values()))),
+    "data": lambda value: json_reader.is_object(value) and json_reader.is_list(value.get("files"), is_content),
+    "options": json_reader.is_object,
+    "start_sha256": json_reader.is_none_or(json_reader.is_hash),
+    "optimizer": lambda value: json_reader.is_object(value) and all(map(json_reader.is_object, value.values())),
+    "scaler": json_reader.is_none_or(
+        lambda value: json_reader.is_object(value) and all(map(json_reader.is_number, value.values()))
+    ),
     "tokens": is_count,
     "in_a_row": is_count,
-    "blocks": is_none_or(lambda value: is_list(value, is_count)),
-    "wandb": is_none_or(is_text),
-    "trackers": lambda value: is_object(value) and all(map(is_none_or(is_text), value.values())),
-    "quant_kept": lambda value: is_list(value, is_text),
+    "blocks": json_reader.is_none_or(lambda value: json_reader.is_list(value, is_count)),
+    "wandb": json_reader.is_none_or(json_reader.is_text),
+    "trackers": lambda value: (
+        json_reader.is_object(value) and all(map(json_reader.is_none_or(json_reader.is_text), value.values()))
+    ),
+    "quant_kept": lambda value: json_reader.is_list(value, json_reader.is_text),
     "files": are_state_files,
 }
 

@@ -34,13 +34,11 @@ INDEX_ROWS = 1 << 20  # rows of an index that are in memory at once
 HEADER = len(MAGIC) + 8 + 1 + 8 + 8
 
 
-def index_bytes(sizes: np.ndarray, dtype: DTypeLike) -> bytes:
-    """Return the content of an .idx file for rows of these sizes (tokens) stored one after another."""
-    return b"".join(index_chunks(np.asarray(sizes), dtype))
-
-
 def index_chunks(sizes: np.ndarray, dtype: DTypeLike) -> Iterator[bytes]:
-    """Yield `index_bytes` in chunks: for millions of rows the whole would take much memory."""
+    """Yield the content of an .idx file for rows of these sizes (tokens) stored one after another.
+
+    It comes in chunks: for millions of rows the whole would take much memory.
+    """
     dtype, rows = np.dtype(dtype), len(sizes)
     yield MAGIC + struct.pack("<QBQQ", 1, CODES[dtype], rows, rows + 1)
     for begin in range(0, rows, INDEX_ROWS):

@@ -100,11 +100,11 @@ class StepPass(Pass):
     """A pass whose rows are in the order of the optimizer steps.
 
     Attributes:
-        borders: first row of each step, and the end, [S + 1].
+        bounds: first row of each step, and the end, [S + 1].
         bucket: of each step, [S].
     """
 
-    borders: np.ndarray = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
+    bounds: np.ndarray = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
     bucket: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
 
@@ -138,8 +138,8 @@ class BucketRows(ItemRows):
         first = np.append(begins[bucket] + number_in_bucket * step_rows[bucket], self.rows)
         # not shuffled: in the order of the first row in each
         steps = random.permutation(self.steps) if self.shuffle else np.argsort(order[first[:-1]], kind="stable")
-        order, borders = reorder_groups(order, first, steps)
-        return StepPass(order, None, borders, bucket[steps])
+        order, bounds = reorder_groups(order, first, steps)
+        return StepPass(order, None, bounds, bucket[steps])
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class BucketPlan(Plan):
         """Return the numbers of a step's rows in the endless stream."""
         source, turn, one, i = self.locate(epoch, step)
         begin, sources = turn * self.sources[source].rows, len(self.sources)
-        first, end = begin + int(one.borders[i]), begin + int(one.borders[i + 1])
+        first, end = begin + int(one.bounds[i]), begin + int(one.bounds[i + 1])
         return range(first * sources + source, end * sources + source, sources)
 
     def micro_bsz_of_step(self, epoch: int, step: int) -> int:

@@ -253,26 +253,26 @@ def check_documents(idx: Path, header: Header, faults: Faults) -> None:
             "document index", f"{name}, byte 26: the document index is empty; it must hold 0 and {rows} at least."
         )
     previous = 0
-    for first, borders in read_blocks(idx, "<i8", header.documents_at, header.documents):
-        known = (borders >= 0) & (borders <= rows)
+    for first, bounds in read_blocks(idx, "<i8", header.documents_at, header.documents):
+        known = (bounds >= 0) & (bounds <= rows)
         # one entry that is too large does not make all of those after it wrong
-        before = np.concatenate([[previous], np.where(known, borders, 0)[:-1]])
-        right = known & (borders >= before)
+        before = np.concatenate([[previous], np.where(known, bounds, 0)[:-1]])
+        right = known & (bounds >= before)
         if first == 0:
-            right[0] = borders[0] == 0
-        if first + len(borders) == header.documents:
-            right[-1] &= borders[-1] == rows
+            right[0] = bounds[0] == 0
+        if first + len(bounds) == header.documents:
+            right[-1] &= bounds[-1] == rows
         wrong = np.flatnonzero(~right).tolist()
         faults.add_all(
             "document index",
             len(wrong),
             (
                 f"{name}, byte {header.documents_at + 8 * (first + i):,}: entry {first + i:,} of the document index is "
-                f"{borders[i]:,}; {expected_entry(first + i, header, int(before[i]))}."
+                f"{bounds[i]:,}; {expected_entry(first + i, header, int(before[i]))}."
                 for i in wrong
             ),
         )
-        previous = int(borders[-1]) if known[-1] else 0
+        previous = int(bounds[-1]) if known[-1] else 0
 
 
 def expected_entry(entry: int, header: Header, before: int) -> str:

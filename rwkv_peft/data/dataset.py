@@ -185,8 +185,8 @@ class TokenDataset:
         """Return tokens [n] and weights [n-1] of every sequence of a row of the endless stream."""
         pieces, text, trained = self.parts_of(number)
         lengths = sequence_lengths(pieces)
-        borders = np.cumsum(lengths)[:-1]
-        both = np.split(np.concatenate(text), borders), np.split(np.concatenate(trained), borders)
+        bounds = np.cumsum(lengths)[:-1]
+        both = np.split(np.concatenate(text), bounds), np.split(np.concatenate(trained), bounds)
         return [(tokens.astype(np.int64), flags[1:].astype(np.float32)) for tokens, flags in zip(*both, strict=True)]
 
     def count_row(self, number: int) -> int:
@@ -279,19 +279,19 @@ def make_batch(
     sequence = np.searchsorted(ends, trained_tokens, side="right")
     positions = trained_tokens - 1 - sequence
     inputs = lengths - 1
-    borders = np.zeros(len(lengths) + 1, dtype=np.int64)
+    bounds = np.zeros(len(lengths) + 1, dtype=np.int64)
     if fill_to is None:
-        np.cumsum(inputs, out=borders[1:])
+        np.cumsum(inputs, out=bounds[1:])
     else:
         width = -(-int(inputs.max()) // fill_to) * fill_to
-        borders = np.arange(len(lengths) + 1) * width
-        moved = borders[:-1] - (np.cumsum(inputs) - inputs)  # how far padding moves each sequence
-        filled = np.zeros(int(borders[-1]), dtype=np.int64)
+        bounds = np.arange(len(lengths) + 1) * width
+        moved = bounds[:-1] - (np.cumsum(inputs) - inputs)  # how far padding moves each sequence
+        filled = np.zeros(int(bounds[-1]), dtype=np.int64)
         filled[np.arange(len(ids)) + np.repeat(moved, inputs)] = ids
         ids, positions = filled, positions + moved[sequence]
     return Batch(
         ids=torch.from_numpy(ids)[None],
-        cu_seqlens=tuple(borders.tolist()),
+        cu_seqlens=tuple(bounds.tolist()),
         positions=torch.from_numpy(positions),
         targets=torch.from_numpy(tokens[trained_tokens].astype(np.int64)),
         step_targets=step_targets,

@@ -24,13 +24,13 @@ def roles_of_tokens(lengths: np.ndarray, spans: Sequence[Span], end_of_doc: bool
     """
     ends = np.cumsum(lengths)
     starts = ends - lengths
-    borders = np.array([span.start for span in spans], dtype=np.int64)
+    bounds = np.array([span.start for span in spans], dtype=np.int64)
     roles = np.array([span.role for span in spans], dtype=np.uint8)
     if not len(roles):
         return np.zeros(len(lengths), dtype=np.uint8)
-    out = roles[np.maximum(np.searchsorted(borders, starts, side="right") - 1, 0)]
+    out = roles[np.maximum(np.searchsorted(bounds, starts, side="right") - 1, 0)]
     for role in (Role.UNTRAINED, Role.ASSISTANT):  # the first token of an answer may begin before it
-        at = np.searchsorted(starts, borders[roles == role], side="right") - 1
+        at = np.searchsorted(starts, bounds[roles == role], side="right") - 1
         out[at[out[at] != Role.ASSISTANT]] = role
     if end_of_doc:
         out[-1] = roles[-1]

@@ -83,9 +83,9 @@ def reorder_groups(values: np.ndarray, first: np.ndarray, which: np.ndarray) -> 
         which: the groups in their new order.
     """
     sizes = np.diff(first)[which]
-    borders = np.zeros(len(which) + 1, dtype=np.int64)
-    np.cumsum(sizes, out=borders[1:])
-    return values[np.repeat(first[which] - borders[:-1], sizes) + np.arange(borders[-1])], borders
+    bounds = np.zeros(len(which) + 1, dtype=np.int64)
+    np.cumsum(sizes, out=bounds[1:])
+    return values[np.repeat(first[which] - bounds[:-1], sizes) + np.arange(bounds[-1])], bounds
 
 
 class ItemRows:

@@ -134,7 +134,7 @@ def bos_share(reader: Reader) -> float:
 def bos_of(prefix: Path) -> tuple[int, str]:
     """Return whether the rows of tokenized data begin with token 0, 1 or 0, and a warning ("" for none).
 
-    NAME.report.json tells; for files without it, the rows do.
+    By NAME.report.json; for files without it, by the rows.
     """
     share = bos_share(Reader(prefix))
     recorded = report_file.read(prefix).get("settings", {}).get("BOS")

@@ -14,16 +14,16 @@ import numpy as np
 from .sampling import TokenSpan
 
 
-def documents_between(borders: np.ndarray, begin: int, end: int) -> range:
+def documents_between(bounds: np.ndarray, begin: int, end: int) -> range:
     """Return the documents with tokens in begin..end of a stream.
 
     Args:
-        borders: where documents begin and the last ends, [N + 1].
+        bounds: where documents begin and the last ends, [N + 1].
         begin: first token.
         end: end of the range.
     """
-    first = int(np.searchsorted(borders, begin, side="right")) - 1
-    return range(first, int(np.searchsorted(borders, end, side="left")))
+    first = int(np.searchsorted(bounds, begin, side="right")) - 1
+    return range(first, int(np.searchsorted(bounds, end, side="left")))
 
 
 class Windows:
@@ -143,20 +143,20 @@ class ConcatWindows:
         order = self.documents
         if self.shuffle:
             order = np.random.default_rng([*self.key, number]).permutation(order)
-        borders = np.zeros(len(order) + 1, dtype=np.int64)
-        np.cumsum(self.sizes[order] + self.unended[order], out=borders[1:])
-        return order, borders
+        bounds = np.zeros(len(order) + 1, dtype=np.int64)
+        np.cumsum(self.sizes[order] + self.unended[order], out=bounds[1:])
+        return order, bounds
 
     def row(self, number: int) -> list[TokenSpan]:
         """Return the spans of row `number` of the endless stream."""
         turn, i = divmod(number, self.rows)
-        order, borders = self.one_pass(turn)
+        order, bounds = self.one_pass(turn)
         begin = i * self.ctx_len
         end = min(begin + self.ctx_len, self.targets) + 1
         pieces: list[TokenSpan] = []
-        for place in documents_between(borders, begin, end):
-            document, at = int(order[place]), int(borders[place])
+        for place in documents_between(bounds, begin, end):
+            document, at = int(order[place]), int(bounds[place])
             start, size = int(self.starts[document]), int(self.sizes[document])
-            a, b = max(begin - at, 0), min(end - at, int(borders[place + 1]) - at)
+            a, b = max(begin - at, 0), min(end - at, int(bounds[place + 1]) - at)
             pieces.append(TokenSpan(document, start + min(a, size), start + min(b, size), b > size, bool(pieces)))
         return pieces
