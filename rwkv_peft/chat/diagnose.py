@@ -151,8 +151,7 @@ def diagnose(name: str, base: str, precision: str, accept_edited: bool = False) 
         measure(trained),
         measure(held_out),
         sources if len(sources) > 1 else [],
-        np.array([r["loss"] for r in done if r["loss"] is not None and not r.get("skipped")]),
-        sum(bool(r.get("skipped")) for r in done),
+        *loss_curve(done),
         [(r["step"], r["loss"]) for r in validations if r["loss"] is not None and 0 < r["step"] <= step],
         settings["LR_INIT"],
         f"./merge.sh {run_dir.words_for(adapter.parent, 'best')}" if (adapter.parent / run_dir.BEST).is_file() else "",
@@ -175,11 +174,14 @@ def diagnose_loss_curve(folder: Path, why: str) -> None:
     if not records:
         raise UserError(f"{paths.display_path(folder)}: has taken no step yet.")
     print(f"{paths.display_path(folder)} {why}: this is what the course of its loss tells\n")
-    losses = np.array([r["loss"] for r in records if r["loss"] is not None and not r.get("skipped")])
     seen = [(look["step"], look["loss"]) for look in validations if look["step"]]
-    print_findings(
-        RunFacts(None, None, [], losses, sum(bool(r.get("skipped")) for r in records), seen, settings["LR_INIT"])
-    )
+    print_findings(RunFacts(None, None, [], *loss_curve(records), seen, settings["LR_INIT"]))
+
+
+def loss_curve(records: list[dict]) -> tuple[np.ndarray, int]:
+    """Return the losses of the steps, and how many steps were skipped."""
+    losses = [record["loss"] for record in records if record["loss"] is not None and not record.get("skipped")]
+    return np.array(losses), sum(bool(record.get("skipped")) for record in records)
 
 
 def print_findings(run: RunFacts) -> None:
@@ -251,7 +253,9 @@ def load_rows(
     lines += [f"warning   DATA_PATH: {words}" for words in wrong]
     targets = 0
 
-    def put(by_file: dict[str, list[Row]], pair: tuple) -> int:
+    def put(by_file: dict[str, list[Row]], pair: tuple[Path, Fraction]) -> int:
+        if missing_data(pair[0]):
+            return 0
         try:
             rows, count = sample_rows(settings, pair, vocab_size, lines.append)
         except SettingErrors as problems:  # it has nothing to train
@@ -260,7 +264,7 @@ def load_rows(
         by_file.setdefault(paths.display_path(pair[0]).removesuffix(".valid"), []).extend(rows)
         return count
 
-    for pair in existing_files(pairs):
+    for pair in pairs:
         targets += put(trained, pair)
     held_out: dict[str, list[Row]] = {}
     if settings["VAL_DATA"] in ("auto", "none"):
@@ -268,7 +272,7 @@ def load_rows(
     else:
         others, wrong = data_files(settings["VAL_DATA"])
         lines += [f"warning   VAL_DATA: {words}" for words in wrong]
-    for pair in existing_files(others):
+    for pair in others:
         put(held_out, pair)
     if trained and not held_out:
         words = "what was learnt by heart cannot be told; VALID_PERCENT=5 in make_tokenize.sh sets some aside"
@@ -278,12 +282,9 @@ def load_rows(
     return (trained, held_out), lines, targets
 
 
-def existing_files(pairs: Sequence[tuple[Path, Fraction]]) -> list[tuple[Path, Fraction]]:
-    """Return the files that exist."""
-    return [pair for pair in pairs if not missing_data(pair[0])]
-
-
-def sample_rows(settings: dict, pair: tuple, vocab_size: int, say: Callable[[str], None]) -> tuple[list[Row], int]:
+def sample_rows(
+    settings: dict, pair: tuple[Path, Fraction], vocab_size: int, say: Callable[[str], None]
+) -> tuple[list[Row], int]:
     """Sample rows from all over a tokenized file, as many as are quickly evaluated.
 
     Returns:

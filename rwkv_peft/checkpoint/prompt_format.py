@@ -163,5 +163,5 @@ def shell_text(text: str) -> str:
     plain = shlex.quote(text)
     if text.isprintable():
         return plain
-    escapes = {"\\": "\\\\", "'": "\\'", "\n": "\\n", "\t": "\\t", "\x17": "\\x17"}
-    return f"$'{text.translate(str.maketrans(escapes))}'"
+    escapes = str.maketrans({"\\": "\\\\", "'": "\\'", "\n": "\\n", "\t": "\\t", "\x17": "\\x17"})
+    return f"$'{text.translate(escapes)}'"

@@ -530,11 +530,11 @@ def check_checksums(path: str | os.PathLike) -> None:
         if archive.zip is None:
             return
 
-        def look(info: zipfile.ZipInfo) -> None:
+        def check(info: zipfile.ZipInfo) -> None:
             for _ in archive.read(info, []):
                 pass
 
-        parallel_map(look, archive.zip.infolist())
+        parallel_map(check, archive.zip.infolist())
 
 
 class PthReader:
@@ -554,14 +554,15 @@ class PthReader:
         self.zip: zipfile.ZipFile | None = None
         self.plain: BinaryIO | None = None
         self.reader: DirectReader | None = None
-        self.folder, self.has_checksums = "", False
+        self.has_checksums = False
 
     def __enter__(self) -> PthReader:
         self.reader = DirectReader(self.path) if self.straight else None
+        is_zip = self.described and not any(stored.in_safetensors for stored in self.described.values())
+        _, self.folder = read_records(self.path) if is_zip else ({}, "")
         self.plain = open(self.path, "rb")  # noqa: SIM115 closed by __exit__
         self.file = self.plain.fileno()
-        if self.described and not any(stored.in_safetensors for stored in self.described.values()):
-            _, self.folder = read_records(self.path)
+        if is_zip:
             self.zip = zipfile.ZipFile(self.plain)
             # none with torch.serialization.set_crc32_options(False)
             self.has_checksums = any(info.CRC for info in self.zip.infolist())
