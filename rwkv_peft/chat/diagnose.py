@@ -117,8 +117,7 @@ def diagnose(name: str, base: str, precision: str, accept_edited: bool = False) 
     trained, held_out = [[row for rows in by_file.values() for row in rows] for by_file in files]
     asked_as = of_sidecar(chosen.sidecar, paths.display_path(adapter), original)
     print(
-        f"{paths.display_path(adapter)} ({METHODS[chosen.setup.method].words}) beside its base "
-        f"{paths.display_path(original)}"
+        f"{paths.display_path(adapter)} ({METHODS[chosen.setup.method].words}) beside its base {paths.display_path(original)}"
     )
     for line in lines:
         print(line, flush=True)

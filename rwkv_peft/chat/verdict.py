@@ -134,10 +134,9 @@ def judge(run: RunFacts) -> list[Finding]:
         return [describe_unfinished(run), *findings]
     if not run.held_out and run.trained and not findings:
         words = (
-            f"on its own rows the loss is {run.trained.change}{describe_answers(run)}. "
-            f"{describe_memorized(run)}What it says to others "
-            "cannot be told without held-out rows: VALID_PERCENT in make_tokenize.sh sets some aside, or VAL_DATA in training.sh "
-            "names them"
+            f"on its own rows the loss is {run.trained.change}{describe_answers(run)}. {describe_memorized(run)}What it says to "
+            "others cannot be told without held-out rows: VALID_PERCENT in make_tokenize.sh sets some aside, or VAL_DATA in "
+            "training.sh names them"
         )
         return [Finding("unknown", words)]
     return findings or [describe_fit(run)]

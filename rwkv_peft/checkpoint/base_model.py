@@ -123,9 +123,8 @@ def find_base_model(
                 f"model/, or name it with {cure}."
             ) from None
     wrong = UserError(
-        f"{paths.display_path(there[0])}: is not the file that {paths.display_path(adapter)} was trained "
-        f"on (its content differs from "
-        f"{sidecar['base']} then). Put the right one into model/, or name it with {cure}."
+        f"{paths.display_path(there[0])}: is not the file that {paths.display_path(adapter)} was trained on (its content "
+        f"differs from {sidecar['base']} then). Put the right one into model/, or name it with {cure}."
     )
     if doubts is not None and len(there) == 1:
         meanwhile = hashing.BackgroundTask(lambda: hashing.sha256(there[0]))
@@ -151,9 +150,8 @@ def check_sidecar_exists(adapter: Path) -> None:
     sidecar = sidecars.path_of(adapter)
     if not sidecar.is_file() and (adapter.parent / "run.json").is_file():
         raise UserError(
-            f"{paths.display_path(sidecar)}: {sidecars.missing_reason(sidecar)}, and says how "
-            f"{paths.display_path(adapter)} was made. Copy "
-            f"{sidecar.name} from the run: it was written beside the checkpoint."
+            f"{paths.display_path(sidecar)}: {sidecars.missing_reason(sidecar)}, and says how {paths.display_path(adapter)} was "
+            f"made. Copy {sidecar.name} from the run: it was written beside the checkpoint."
         )
 
 
@@ -202,15 +200,13 @@ def load_adapter_init(adapter: Path, sidecar: dict, method: str, given: Path | N
     if not path.is_file():
         if sidecar.get("start_sha256"):
             raise UserError(
-                f"{paths.display_path(path)}: is missing. {paths.display_path(adapter)} means nothing "
-                f"without what it began with: copy "
-                f"{run_dir.init_file(adapter.parent, method).name} from the run, beside the checkpoint."
+                f"{paths.display_path(path)}: is missing. {paths.display_path(adapter)} means nothing without what it began "
+                f"with: copy {run_dir.init_file(adapter.parent, method).name} from the run, beside the checkpoint."
             )
         return {}
     if sidecar.get("start_sha256") not in (None, hashing.sha256(path)):
         raise UserError(
-            f"{paths.display_path(path)}: is not what {paths.display_path(adapter)} began with (its "
-            f"content differs from what the run "
-            "wrote). Every PiSSA run has its own; name the right one."
+            f"{paths.display_path(path)}: is not what {paths.display_path(adapter)} began with (its content differs from what "
+            "the run wrote). Every PiSSA run has its own; name the right one."
         )
     return pth.load(path)

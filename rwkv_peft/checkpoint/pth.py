@@ -224,9 +224,8 @@ def read_records(path: Path) -> tuple[dict[str, zipfile.ZipInfo], str]:
         records = zip_records.read_records(path)
     except (ValueError, zipfile.BadZipFile) as error:
         raise UserError(
-            f"{display_path(path)}: is damaged, or no checkpoint: {error}. Get the file again; or, if "
-            f"you trust it, load it with torch "
-            "and save it once more."
+            f"{display_path(path)}: is damaged, or no checkpoint: {error}. Get the file again; or, if you trust it, load it "
+            "with torch and save it once more."
         ) from None
     except UNREADABLE as error:
         raise UserError(f"{display_path(path)}: is damaged ({error}). Get the file again.") from None
@@ -243,9 +242,8 @@ def read_records(path: Path) -> tuple[dict[str, zipfile.ZipInfo], str]:
         order = read_small_record(path, records[f"{folder}byteorder"], 16)
         if order != b"little":
             raise UserError(
-                f"{display_path(path)}: its numbers are in the byte order {order.decode('ascii', 'replace')!r}; "
-                f"this version reads "
-                "little. Load and save it once with torch on a machine like this one."
+                f"{display_path(path)}: its numbers are in the byte order {order.decode('ascii', 'replace')!r}; this version "
+                "reads little. Load and save it once with torch on a machine like this one."
             )
     return records, folder
 
@@ -270,9 +268,8 @@ def read_small_record(path: Path, info: zipfile.ZipInfo, most: int) -> bytes:
     """
     if info.file_size > most:
         raise UserError(
-            f"{display_path(path)}: {info.filename} has {info.file_size:,} bytes, and {most:,} are the "
-            f"most that it can need. It was "
-            "not read."
+            f"{display_path(path)}: {info.filename} has {info.file_size:,} bytes, and {most:,} are the most that it can need. "
+            "It was not read."
         )
     with open(path, "rb") as file:
         return zip_records.read_at(file, zip_records.record_start(file, info), info.file_size)
@@ -366,9 +363,8 @@ def read_safetensors(path: Path) -> dict[str, TensorInfo]:
         ) from None
     if content and all(name.endswith("time_state") for name in content):
         raise UserError(
-            f"{display_path(path)}: is a learnt state for Ai00 and web-rwkv, whose matrices are "
-            f"transposed. Use the checkpoint of "
-            "its run (output/RUN/rwkv-N.pth), or the .pth that ./merge.sh --export state writes."
+            f"{display_path(path)}: is a learnt state for Ai00 and web-rwkv, whose matrices are transposed. Use the checkpoint "
+            "of its run (output/RUN/rwkv-N.pth), or the .pth that ./merge.sh --export state writes."
         )
     return content
 

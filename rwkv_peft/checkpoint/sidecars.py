@@ -94,10 +94,8 @@ def check_unedited(path: str | os.PathLike, content: Mapping[str, Any], accept: 
         print(f"note: {display_path(path_of(path))}: {words}", file=sys.stderr)
     if not (changed := edited_fields(content)):
         return
-    words = (
-        f"{display_path(path_of(path))}: was edited: {join_names(changed)} {'is' if len(changed) == 1 else 'are'} "
-        f"not as written"
-    )
+    verb = "is" if len(changed) == 1 else "are"
+    words = f"{display_path(path_of(path))}: was edited: {join_names(changed)} {verb} not as written"
     if not accept:
         raise UserError(f"{words}. Copy the file again from the run, or use it as it is with {ACCEPT}.")
     print(f"warning: {words}. It is used as it is ({ACCEPT}).", file=sys.stderr)

@@ -142,9 +142,8 @@ class TrainState:
         tensors = load_file(self.folder / f"{part}.safetensors")
         if bad := next((name for name, tensor in tensors.items() if tensor.isnan().any()), ""):
             raise UserError(
-                f"{display_path(self.folder)}: {bad} in {part}.safetensors holds NaN, which is never "
-                f"saved. Was it edited? Take the "
-                "folder away, and the run goes on from an earlier state."
+                f"{display_path(self.folder)}: {bad} in {part}.safetensors holds NaN, which is never saved. Was it edited? Take "
+                "the folder away, and the run goes on from an earlier state."
             )
         return tensors
 
@@ -345,9 +344,8 @@ def fitting(state: TrainState) -> Iterator[None]:
             raise
         why = (str(error).splitlines() or [""])[0]
         raise UserError(
-            f"{display_path(state.folder)}: does not fit the run that it is of ({type(error).__name__}: "
-            f"{why}). Was it edited? Take the "
-            "folder away, and the run goes on from an earlier state."
+            f"{display_path(state.folder)}: does not fit the run that it is of ({type(error).__name__}: {why}). Was it edited? "
+            "Take the folder away, and the run goes on from an earlier state."
         ) from error
 
 

@@ -127,9 +127,8 @@ class Reader:
         self.dtype, rows = header.dtype, header.rows
         if len(index) != header.end:
             raise UserError(
-                f"{display_path(idx_path)}: has {len(index):,} bytes, but its header ({plural(rows, 'row')}) "
-                f"asks for {header.end:,}. "
-                "It was cut off or damaged; tokenize the data again."
+                f"{display_path(idx_path)}: has {len(index):,} bytes, but its header ({plural(rows, 'row')}) asks for "
+                f"{header.end:,}. It was cut off or damaged; tokenize the data again."
             )
         self.sizes = np.frombuffer(index, "<i4", rows, HEADER)
         self.offsets = np.frombuffer(index, "<i8", rows, header.offsets_at)

@@ -74,9 +74,8 @@ def ignore_signals(_worker: int) -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(
-        signal.SIGBUS, signal.SIG_DFL
-    )  # a file was cut: the training process says so, not torch in other words
+    # a file was truncated: the training process reports it, not torch in other words
+    signal.signal(signal.SIGBUS, signal.SIG_DFL)
 
 
 def end_workers(loader: DataLoader) -> None:

@@ -20,9 +20,8 @@ from .dataset import FILL_TO, Batch, TokenDataset, dummy_batch, join_rows
 from .sampling import Plan
 from .token_source import Chunk, TokenSource
 
-CHUNK = (
-    64  # contexts of tokens that are batched together: a larger chunk has fuller packs, and fewer left open at its end
-)
+# contexts of tokens that are batched together: a larger chunk has fuller packs, and fewer left open at its end
+CHUNK = 64
 PATIENCE = 50  # chunks in a row without anything to train
 
 

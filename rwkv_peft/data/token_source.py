@@ -54,9 +54,8 @@ class TokenSource:
     ):
         self.path, self.name, self.weight = reader.path, reader.path.stem, weight
         self.sizes = reader.sizes
-        self.tokens = np.asarray(
-            reader.tokens
-        )  # the same mapped bytes; a plain array is sliced much faster than a np.memmap
+        # the same mapped bytes; a plain array is sliced much faster than a np.memmap
+        self.tokens = np.asarray(reader.tokens)
         if self.tokens.dtype.kind == "f":
             kind = self.tokens.dtype.name
             raise UserError(

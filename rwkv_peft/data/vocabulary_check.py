@@ -34,10 +34,8 @@ LEAST = 3  # places: fewer may be damage
 BROKEN = 0.01  # share of tokens that yield bytes which are not UTF-8, control characters or reserved ids
 MIXED = 0.04  # ... that join alphabets which never meet in a word, as "TY\u0454"
 BOTH = (0.003, 0.005)  # ... of the two together
-RARE, OF_HAN = (
-    0.03,
-    0.2,
-)  # share of tokens that yield rare Han characters, and of these among all, in a text mostly of Latin letters
+# share of tokens that yield rare Han characters, and of these among all, in a text mostly of Latin letters
+RARE, OF_HAN = 0.03, 0.2
 WORD = re.compile("[A-Za-z]{6,}")
 LAST = 65529  # ids above are reserved
 SHOWN = 60  # characters of a sample in a message
@@ -122,9 +120,8 @@ def what_is_wrong(prefix: Path, reader: Reader | None = None) -> str:
         return ""
     begins = " ".join("".join(c if c.isprintable() else " " for c in seen.text).split())[:SHOWN]
     return (
-        f"{display_path(prefix)}.bin holds no text of the World vocabulary: a sample of "
-        f"{plural(seen.tokens, 'token')} decodes to "
-        f"{seen.broken:,} bytes that are no text and to {seen.mixed + seen.rare:,} letters that do not belong together, like "
+        f"{display_path(prefix)}.bin holds no text of the World vocabulary: a sample of {plural(seen.tokens, 'token')} decodes "
+        f"to {seen.broken:,} bytes that are no text and to {seen.mixed + seen.rare:,} letters that do not belong together, like "
         f'"{begins}". Its ids are those of another vocabulary (20B, GPT-2, Llama ...)'
     )
 
