@@ -444,9 +444,8 @@ def load(path: str | os.PathLike) -> dict[str, Tensor]:
         return {}
     if any(stored.in_safetensors for stored in described.values()):
         try:
-            whole: Any = torch.UntypedStorage.from_file(
-                str(path), False, path.stat().st_size
-            )  # the stub has a base class
+            # Any: the stub says it returns a base class
+            whole: Any = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
         except RuntimeError as error:
             raise cause(error) or error from None
         return {name: map_tensor(whole, stored) for name, stored in described.items()}
