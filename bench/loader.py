@@ -31,9 +31,9 @@ import numpy as np
 import torch
 
 from rwkv_peft.data import buckets
-from rwkv_peft.data.binidx import Reader, index_bytes
+from rwkv_peft.data.binidx import Reader, index_chunks
 from rwkv_peft.data.dataset import Batches, TokenDataset
-from rwkv_peft.data.token_source import Source
+from rwkv_peft.data.token_source import TokenSource
 from rwkv_peft.text.roles import Role
 
 MODES = ("pack", "concat", "pad", "only", "bucket", "get", "magic")
@@ -46,7 +46,7 @@ def write(prefix: Path, documents: int) -> None:
     random = np.random.default_rng(0)
     sizes = random.lognormal(np.log(300), 0.8, documents).astype(int).clip(4, 8192)
     for ending, dtype in (("", np.uint16), (".roles", np.uint8)):
-        Path(f"{prefix}{ending}.idx").write_bytes(index_bytes(sizes, dtype))
+        Path(f"{prefix}{ending}.idx").write_bytes(b"".join(index_chunks(sizes, dtype)))
     with open(f"{prefix}.bin", "wb") as tokens, open(f"{prefix}.roles.bin", "wb") as roles:
         for size in sizes:
             ids = random.integers(1, 65530, size, dtype=np.uint16)
@@ -59,7 +59,7 @@ def write(prefix: Path, documents: int) -> None:
 
 def make(prefix: Path, mode: str, given) -> tuple[TokenDataset, Batches]:
     needed = given.mask in ("qa", "last")
-    source = Source(Reader(prefix), Reader(f"{prefix}.roles") if needed else None, 65536)
+    source = TokenSource(Reader(prefix), Reader(f"{prefix}.roles") if needed else None, 65536)
     choose = functools.partial(buckets.choose, edges=(), sizes=(), budget=TOKENS, accumulate=1, world=1)
     data = TokenDataset(
         [source], mode, given.mask, given.ctx_len, "truncate", 42, True, choose if mode == "bucket" else None

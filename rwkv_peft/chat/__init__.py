@@ -1,0 +1,1 @@
+"""Load a model to chat with, and diagnose a training run."""

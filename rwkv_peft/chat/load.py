@@ -1,4 +1,4 @@
-"""Which files a talk is with, and the model they make."""
+"""Resolve the files of a chat, and load the model that they make."""
 
 from __future__ import annotations
 
@@ -21,13 +21,18 @@ from rwkv_peft.model.arch import ARCHS, STATE_NAME
 from rwkv_peft.model.rwkv import RWKV, build, for_generating
 from rwkv_peft.ops import dispatch
 
-# the endings of files for other programs -> what loads them
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """model: the file of all weights. adapter: what is put on them, if anything, and setup: what it is. sidecar: what the run
-    tells of itself, {} if nobody knows."""
+    """The files of a chat.
+
+    Attributes:
+        model: the file of all weights.
+        adapter: what is added to them, if anything.
+        setup: the configuration of the adapter.
+        sidecar: of the run, {} if there is none.
+    """
 
     model: Path
     adapter: Path | None
@@ -36,32 +41,50 @@ class Chosen:
 
     @property
     def name(self) -> str:
+        """The files, for messages."""
         return paths.display_path(self.model) + (f" + {paths.display_path(self.adapter)}" if self.adapter else "")
 
 
 def load(
     config, base_was_named: bool, accept_edited: bool = False, in_use: FileWatch | None = None
 ) -> tuple[RWKV, str, dict]:
-    """The model of a ChatConfig ready to talk, what to call it, and what its run tells of itself. in_use: gets its files."""
+    """Load the model of a ChatConfig.
+
+    Args:
+        config: the settings.
+        base_was_named: see `choose`.
+        accept_edited: accept a sidecar that was edited.
+        in_use: file watch that gets the files.
+
+    Returns:
+        The model, its name, and the sidecar of its run.
+    """
     chosen = choose(config.model_path, config.adapter, base_was_named, accept_edited)
     if in_use:
         in_use.add(path for path in (chosen.model, chosen.adapter) if path)
-    model = built(chosen.model, config.precision)
-    put_on(model, chosen)
-    return ready(model), chosen.name, chosen.sidecar
+    model = build_model(chosen.model, config.precision)
+    attach_adapter(model, chosen)
+    return prepare_model(model), chosen.name, chosen.sidecar
 
 
 def choose(model_path: str, adapter_name: str, base_was_named: bool, accept_edited: bool = False) -> Chosen:
-    """MODEL_PATH and ADAPTER -> files. base_was_named: --model was typed beside an adapter: it must be the adapter's base. Else
-    the sidecar says which. accept_edited: take a sidecar that was edited."""
+    """Resolve MODEL_PATH and ADAPTER to files.
+
+    Args:
+        model_path: MODEL_PATH.
+        adapter_name: ADAPTER.
+        base_was_named: --model was given beside an adapter, so it must be the adapter's base; else the sidecar says
+            which is.
+        accept_edited: accept a sidecar that was edited.
+    """
     if adapter_name:
-        adapter = adapter_file(adapter_name)
-        if is_bare_state(adapter):  # a state from anywhere: nothing else has to be known
-            return Chosen(model_or_merged(model_path), adapter, inject.AdapterConfig("state"), {})
-        return of_run(adapter, str(model_place(model_path)) if base_was_named else "", accept_edited)
+        adapter = find_adapter(adapter_name)
+        if is_bare_state(adapter):  # a state from anywhere: nothing else is needed
+            return Chosen(find_model(model_path), adapter, inject.AdapterConfig("state"), {})
+        return choose_checkpoint(adapter, str(model_place(model_path)) if base_was_named else "", accept_edited)
     if not model_path.strip():
         raise UserError("No model is named: give --model FILE or --adapter FILE, or MODEL_PATH in chat.sh.")
-    model, sidecar = model_or_merged(model_path), {}
+    model, sidecar = find_model(model_path), {}
     if sidecars.path_of(model).is_file():  # a merged model
         with contextlib.suppress(UserError):
             sidecar = sidecars.read(model, ("prompt_type",))
@@ -69,27 +92,34 @@ def choose(model_path: str, adapter_name: str, base_was_named: bool, accept_edit
     return Chosen(model, None, inject.AdapterConfig("none"), sidecar)
 
 
-def of_run(adapter: Path, base: str, accept_edited: bool = False) -> Chosen:
-    """A checkpoint that a run has written. base: where its base is said to be, "" if nobody says."""
+def choose_checkpoint(adapter: Path, base: str, accept_edited: bool = False) -> Chosen:
+    """Resolve a checkpoint that a run has written.
+
+    Args:
+        adapter: the checkpoint.
+        base: path of its base, "" for the one in the sidecar.
+        accept_edited: accept a sidecar that was edited.
+    """
     base_model.check_sidecar_exists(adapter)
     sidecar = sidecars.read(adapter, ("method", "base", "base_sha256"))
     setup = inject.setup_of(sidecar, paths.display_path(adapter))
     base_model.check_sidecar(adapter, sidecar, accept_edited)
     if METHODS[setup.method].saves_model:
         return Chosen(adapter, None, setup, sidecar)
-    return Chosen(base_of(adapter, sidecar, base), adapter, setup, sidecar)
+    return Chosen(find_base(adapter, sidecar, base), adapter, setup, sidecar)
 
 
-def base_of(adapter: Path, sidecar: dict, given: str) -> Path:
+def find_base(adapter: Path, sidecar: dict, given: str) -> Path:
+    """Find the base of a checkpoint."""
     return base_model.find_base_model(sidecar, adapter, given, cure="./chat.sh --model FILE --adapter FILE")
 
 
-def built(path: Path, precision: str) -> RWKV:
-    """A model from its file, on the host. precision: PRECISION."""
+def build_model(path: Path, precision: str) -> RWKV:
+    """Load a model from its file, on the host. precision: PRECISION."""
     _, geometry = base_model.read_geometry(path)
     base_model.check_model(path, geometry)
     ops = dispatch.choose("auto", geometry.version, hardware.device_kind(), geometry.head_size)
-    # where large matrices are read as they are stored, float32 costs no more than bfloat16 and rounds nothing
+    # where kernels read large matrices in their stored dtype, float32 costs no more than bfloat16 and rounds nothing
     exact = precision == "auto" and torch.bfloat16 in ops.reads
     dtype = torch.float32 if exact else hardware.DTYPES[hardware.resolve_precision(precision)]
     if ops.why and ops.name == "torch":
@@ -97,19 +127,25 @@ def built(path: Path, precision: str) -> RWKV:
     return build(geometry, pth.load(path), ops, dtype)
 
 
-def put_on(model: RWKV, chosen: Chosen) -> None:
+def attach_adapter(model: RWKV, chosen: Chosen) -> None:
+    """Attach the chosen adapter to its base."""
     if chosen.adapter:
         start = base_model.load_adapter_init(chosen.adapter, chosen.sidecar, chosen.setup.method)
         where = pth.load(chosen.adapter), chosen.setup, paths.display_path(chosen.adapter)
         inject.attach_checkpoint(model, *where, None, start)
 
 
-def ready(model: RWKV) -> RWKV:
+def prepare_model(model: RWKV) -> RWKV:
+    """Prepare a model for generation on its device."""
     return for_generating(model).to(torch.device(hardware.device_kind()))
 
 
-def must_be_for_us(name: str) -> None:
-    """UserError for a file that ./merge.sh --export writes for another program, with the name of what it was made of."""
+def check_not_foreign(name: str) -> None:
+    """Check that a name is not that of a file that ./merge.sh --export writes for another program.
+
+    Raises:
+        UserError: it is; the message names the file that it was made from.
+    """
     for export in sorted(EXPORTS.values(), key=lambda one: -len(one.ending)):  # .bf16.gguf before .gguf
         if export.program and name.endswith(export.ending):
             stem = name.removesuffix(export.ending)
@@ -117,14 +153,19 @@ def must_be_for_us(name: str) -> None:
 
 
 def model_place(name: str) -> Path:
-    """Where a model lies, in model/ or merge/ or anywhere. May not exist."""
-    must_be_for_us(name)
+    """Return the path of a model, in model/ or merge/ or anywhere. It may not exist."""
+    check_not_foreign(name)
     path = paths.model_file(name)
     merged = paths.resolve_path(name if name.endswith(".pth") else f"{name}.pth", "merge")
     return merged if merged.exists() and not path.exists() else path
 
 
-def model_or_merged(name: str) -> Path:
+def find_model(name: str) -> Path:
+    """Return the path of a model that exists.
+
+    Raises:
+        UserError: there is none.
+    """
     path = model_place(name)
     if path.exists():
         return path
@@ -139,9 +180,13 @@ def model_or_merged(name: str) -> Path:
     )
 
 
-def adapter_file(name: str) -> Path:
-    """ADAPTER -> the checkpoint (see runs.find). UserError if it is a model of its own."""
-    must_be_for_us(name)
+def find_adapter(name: str) -> Path:
+    """Resolve ADAPTER to a checkpoint (see run_dir.find).
+
+    Raises:
+        UserError: it is a whole model.
+    """
+    check_not_foreign(name)
     path = run_dir.find(name, places=("output", "merge"))
     holds = pth.read_header(path)
     if sidecars.path_of(path).is_file():
@@ -156,5 +201,5 @@ def adapter_file(name: str) -> Path:
 
 
 def is_bare_state(path: Path) -> bool:
-    """Whether a file holds a learnt state and nothing else, without a sidecar."""
+    """Return whether a file is a learnt state and nothing else, without a sidecar."""
     return not sidecars.path_of(path).is_file() and all(map(STATE_NAME.fullmatch, pth.read_header(path)))

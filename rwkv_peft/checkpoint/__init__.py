@@ -1,0 +1,1 @@
+"""Checkpoint files, their sidecars, run folders and saved training states."""

@@ -1,5 +1,4 @@
-"""The files around a checkpoint: is a base one, how large is it, which base does a checkpoint belong to, and what did its
-adapters begin with?"""
+"""Base model files: geometry, finiteness, identity by content, and the initial tensors of adapters."""
 
 from __future__ import annotations
 
@@ -20,7 +19,11 @@ from . import pth, run_dir, sidecars
 
 
 def read_geometry(path: Path) -> tuple[dict[str, pth.TensorInfo], Geometry]:
-    """What a model file holds, and its geometry, without reading a weight. UserError if it is no model."""
+    """Read the tensor descriptions and the geometry of a model file, without reading a weight.
+
+    Raises:
+        UserError: the file is not a model.
+    """
     stored = pth.read_header(path)
     geometry = arch.detect({name: s.shape for name, s in stored.items()}, paths.display_path(path))
     odd = [name for name in arch.shapes(geometry) if not stored[name].dtype.is_floating_point]
@@ -32,16 +35,27 @@ def read_geometry(path: Path) -> tuple[dict[str, pth.TensorInfo], Geometry]:
 
 
 def check_finite(path: Path, names: Iterable[str]) -> None:
-    """UserError if one of these tensors of a model holds NaN or infinity, or is not what its file's checksum says. Read a
-    few MB at a time: memory holds nothing of it afterwards."""
+    """Check that tensors of a model hold neither NaN nor infinity and match the checksums of their file.
+
+    Reads a few MB at a time and keeps nothing in memory.
+
+    Args:
+        path: the model file.
+        names: the tensors to check; names that the file does not have are ignored.
+
+    Raises:
+        UserError: a value is not finite, or a checksum is wrong.
+    """
     with pth.PthReader(path) as archive:
 
-        def look(name: str) -> None:
+        def check(name: str) -> None:
             stored = archive.described[name]
-            whole = stored.whole and stored.dtype.is_floating_point
-            pieces = archive.pieces(name) if whole else [archive.tensor(name)]
-            for piece in pieces:
-                numbers = torch.frombuffer(piece, dtype=stored.dtype) if whole else piece
+            parts: Iterable[Tensor] = (
+                [archive.tensor(name)]
+                if not (stored.whole and stored.dtype.is_floating_point)
+                else (torch.frombuffer(piece, dtype=stored.dtype) for piece in archive.pieces(name))
+            )
+            for numbers in parts:
                 if not are_finite(numbers):
                     what = "NaN" if torch.isnan(numbers).any() else "infinity"
                     raise UserError(
@@ -50,16 +64,19 @@ def check_finite(path: Path, names: Iterable[str]) -> None:
                         "has damaged the model (take an earlier checkpoint). Nothing was written."
                     )
 
-        parallel_map(look, [name for name in names if name in archive.described])
+        parallel_map(check, [name for name in names if name in archive.described])
 
 
 def check_model(path: Path, geometry: Geometry) -> None:
-    """must_be_finite for all that a model of this geometry computes with."""
+    """Run `check_finite` on all tensors that a model of this geometry computes with."""
     check_finite(path, [*arch.shapes(geometry), *arch.state_shapes(geometry)])
 
 
 def are_finite(numbers: Tensor) -> bool:
-    """Whether all are finite. Their sum is, where they all are and small enough, and takes a tenth of the time."""
+    """Return whether all numbers are finite.
+
+    Their sum is finite if all are finite and small enough; the sum takes a tenth of the time of the full check.
+    """
     return bool(torch.isfinite(numbers.sum())) or bool(torch.isfinite(numbers).all())
 
 
@@ -71,13 +88,20 @@ def find_base_model(
     cure: str = "MODEL_PATH in merge.sh",
     in_use: FileWatch | None = None,
 ) -> Path:
-    """The very file that a checkpoint was trained on, found by its content.
+    """Find the file that a checkpoint was trained on, by its content.
 
-    given: where the user says it is; else it is looked for by its name in model/, and where it lay at that time.
-    doubts: where the caller can go on before it is sure. If only one file can be meant, it is then returned at once, its
-    content is read meanwhile, and a function is added here that must be called before anything is done which counts.
-    cure: by what the user can say where it is. in_use: watches it, from before it is looked at. UserError, here or from that
-    function, if none of these is that file.
+    Args:
+        sidecar: the sidecar of the checkpoint.
+        adapter: the checkpoint.
+        given: path that the user gives for the base; "" searches by name in model/ and at the recorded path.
+        doubts: list for deferred checks, for callers that can start before the base is verified. If there is only one
+            candidate, it is returned at once, its content is read in the background, and a function is appended that
+            must be called before anything final is done.
+        cure: the setting by which the user can name the file, for messages.
+        in_use: file watch that gets the candidates before they are read.
+
+    Raises:
+        UserError: no candidate is that file; raised here or by the deferred check.
     """
     places = [paths.model_file(given)] if given else [paths.ROOT / "model" / sidecar["base"]]
     if not given and sidecar.get("base_path"):
@@ -87,21 +111,20 @@ def find_base_model(
         in_use.add(there)
     for place in there:
         if sidecar.get("base_mark") and hashing.file_stamp(place) == sidecar["base_mark"]:
-            return place  # nobody has written to it since its content was taken
+            return place  # it has not been written to since its hash was taken
     if len(there) == 2 and there[0].samefile(there[1]):
         del there[1]
     if not there:
         try:
-            read_geometry(places[0])  # says that it is missing
+            read_geometry(places[0])  # raises the error for a missing file
         except UserError as error:
             raise UserError(
                 f"{error} {paths.display_path(adapter)} was trained on {sidecar['base']}: put it into "
                 f"model/, or name it with {cure}."
             ) from None
     wrong = UserError(
-        f"{paths.display_path(there[0])}: is not the file that {paths.display_path(adapter)} was trained "
-        f"on (its content differs from "
-        f"{sidecar['base']} then). Put the right one into model/, or name it with {cure}."
+        f"{paths.display_path(there[0])}: is not the file that {paths.display_path(adapter)} was trained on (its content "
+        f"differs from {sidecar['base']} then). Put the right one into model/, or name it with {cure}."
     )
     if doubts is not None and len(there) == 1:
         meanwhile = hashing.BackgroundTask(lambda: hashing.sha256(there[0]))
@@ -119,19 +142,33 @@ def find_base_model(
 
 
 def check_sidecar_exists(adapter: Path) -> None:
-    """UserError if a checkpoint has no sidecar and lies in the folder of a run of this kit, which has written one."""
+    """Check that a checkpoint in a run folder of this kit has its sidecar; the kit has written one.
+
+    Raises:
+        UserError: the sidecar is missing.
+    """
     sidecar = sidecars.path_of(adapter)
     if not sidecar.is_file() and (adapter.parent / "run.json").is_file():
         raise UserError(
-            f"{paths.display_path(sidecar)}: {sidecars.why_not(sidecar)}, and says how "
-            f"{paths.display_path(adapter)} was made. Copy "
-            f"{sidecar.name} from the run: it was written beside the checkpoint."
+            f"{paths.display_path(sidecar)}: {sidecars.missing_reason(sidecar)}, and says how {paths.display_path(adapter)} was "
+            f"made. Copy {sidecar.name} from the run: it was written beside the checkpoint."
         )
 
 
 def check_sidecar(adapter: Path, sidecar: dict, accept_edited: bool = False, in_use: FileWatch | None = None) -> None:
-    """UserError if a checkpoint is not the one that its sidecar was written for: another of the same shapes would fit; and if
-    the sidecar was edited, unless that is accepted. in_use: watches the checkpoint, from before it is looked at."""
+    """Check that a checkpoint is the one that its sidecar was written for.
+
+    Another checkpoint of the same shapes would fit too.
+
+    Args:
+        adapter: the checkpoint.
+        sidecar: its content.
+        accept_edited: accept a sidecar that was edited.
+        in_use: file watch that gets the checkpoint before it is read.
+
+    Raises:
+        UserError: the content differs, or the sidecar was edited and that is not accepted.
+    """
     if in_use:
         in_use.add([adapter])
     sidecars.check_unedited(adapter, sidecar, accept_edited)
@@ -142,27 +179,34 @@ def check_sidecar(adapter: Path, sidecar: dict, accept_edited: bool = False, in_
             f"{paths.display_path(adapter)}: is not the file that its .json was written with (its content differs). Copy the two "
             "together; for a checkpoint of RWKV-PEFT, or one that you changed, take the .json away."
         )
-    if in_use:  # it has only now its name
+    if in_use:  # the file was only now renamed
         in_use.release([adapter])
         in_use.add([adapter])
 
 
 def load_adapter_init(adapter: Path, sidecar: dict, method: str, given: Path | None = None) -> dict[str, Tensor]:
-    """What a checkpoint's adapters began with, by name; empty for a run that has no such file. given: where the user says it
-    is, else it lies beside the checkpoint. UserError if it is missing, or another run's: the sidecar knows its content."""
+    """Load the initial tensors of a checkpoint's adapters, by name; empty for a run that has no such file.
+
+    Args:
+        adapter: the checkpoint.
+        sidecar: its sidecar, which records the content of the file.
+        method: the fine-tuning method.
+        given: path that the user gives for the file; None: beside the checkpoint.
+
+    Raises:
+        UserError: the file is missing or belongs to another run.
+    """
     path = given or run_dir.init_file(adapter.parent, method)
     if not path.is_file():
         if sidecar.get("start_sha256"):
             raise UserError(
-                f"{paths.display_path(path)}: is missing. {paths.display_path(adapter)} means nothing "
-                f"without what it began with: copy "
-                f"{run_dir.init_file(adapter.parent, method).name} from the run, beside the checkpoint."
+                f"{paths.display_path(path)}: is missing. {paths.display_path(adapter)} means nothing without what it began "
+                f"with: copy {run_dir.init_file(adapter.parent, method).name} from the run, beside the checkpoint."
             )
         return {}
     if sidecar.get("start_sha256") not in (None, hashing.sha256(path)):
         raise UserError(
-            f"{paths.display_path(path)}: is not what {paths.display_path(adapter)} began with (its "
-            f"content differs from what the run "
-            "wrote). Every PiSSA run has its own; name the right one."
+            f"{paths.display_path(path)}: is not what {paths.display_path(adapter)} began with (its content differs from what "
+            "the run wrote). Every PiSSA run has its own; name the right one."
         )
     return pth.load(path)

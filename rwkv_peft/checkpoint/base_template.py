@@ -1,4 +1,4 @@
-"""PROMPT_TYPE=auto: the template that a base knows, by what its sidecar says it was trained with, else by its name."""
+"""PROMPT_TYPE=auto: the chat template that a base model was trained with, from its sidecar or from its name."""
 
 from __future__ import annotations
 
@@ -17,46 +17,56 @@ from . import sidecars
 AUTO = "auto"
 # rwkv7-g1k-1.5b-20260930-ctx25600, rwkv7-g1a4-2.9b, RWKV7-G1-0.1B: a part of the name
 G1 = re.compile(r"(?<![a-z0-9])g1[a-z]?\d*(?![a-z0-9])", re.IGNORECASE)
-# names that say nothing: the folder's does
+# names without information: the name of the folder is used
 PLAIN = frozenset({"model", "pytorch_model", "rwkv", "consolidated"})
 FOR_WORLD = frozenset({"rwkv-world", "rwkv-qa", "rwkv-instruct"})
 
 
-class Known(NamedTuple):
-    """name: for PROMPT_TYPE. template: its content. trained: whether the base's sidecar tells it; else its name does."""
+class BaseTemplate(NamedTuple):
+    """The template of a base model.
+
+    Attributes:
+        name: value for PROMPT_TYPE.
+        template: the template itself.
+        trained: True if the base's sidecar records it, False if it follows from the name.
+    """
 
     name: str
     template: Template
     trained: bool
 
 
-def known_by(base: Path) -> Known:
-    """What a base knows. base: its file, which need not exist."""
-    told = sidecar_of(base)
+def known_by(base: Path) -> BaseTemplate:
+    """Return the template of a base model. The file `base` need not exist."""
+    sidecar = read_base_sidecar(base)
     try:
-        found = recorded(told, str(base))
-    except (SettingErrors, UserError):  # (what reads the sidecar for its own sake says so)
-        found = None
-    if found:
-        same = next((name for name, preset in PRESETS.items() if preset == found), None)
-        return Known(same or recorded_name(told) or found.name, found, True)
-    name = "rwkv-g1" if says_g1(base, str(told.get("base") or "")) else "rwkv-world"
-    return Known(name, PRESETS[name], False)
+        template = recorded(sidecar, str(base))
+    except (SettingErrors, UserError):  # reported where the sidecar itself is read
+        template = None
+    if template:
+        same = next((name for name, preset in PRESETS.items() if preset == template), None)
+        return BaseTemplate(same or recorded_name(sidecar) or template.name, template, True)
+    name = "rwkv-g1" if says_g1(base, str(sidecar.get("base") or "")) else "rwkv-world"
+    return BaseTemplate(name, PRESETS[name], False)
 
 
-def sidecar_of(base: Path) -> dict:
+def read_base_sidecar(base: Path) -> dict:
+    """Return the sidecar of a base model; {} if it is missing, unreadable or edited."""
     if not sidecars.path_of(base).is_file():
         return {}
     try:
-        found = sidecars.read(base, ())
-        sidecars.check_unedited(base, found, False)
-        return found
+        sidecar = sidecars.read(base, ())
+        sidecars.check_unedited(base, sidecar, False)
+        return sidecar
     except UserError:
         return {}
 
 
 def says_g1(base: Path, *others: str) -> bool:
-    """Whether the name of a base is that of a G1 model; of what a link leads to as well, and of the folder of model.pth."""
+    """Return whether a base is a G1 model by its name.
+
+    The name of its link target counts as well, and for a model.pth the name of its folder.
+    """
     names = [*others, base.name]
     with contextlib.suppress(OSError, RuntimeError):  # a link to itself
         names.append(base.resolve().name)
@@ -66,8 +76,10 @@ def says_g1(base: Path, *others: str) -> bool:
 
 
 def misfit(base: Path, form: Template) -> str:
-    """What to say of a template that is not the one which a base knows, or "". Templates of other models and of the user's own
-    are a decision, and fit every base that has not been trained with one."""
+    """Return why a template differs from the one that the base was trained with; "" if there is nothing to say.
+
+    Templates of other models and of the user's own are a decision, and fit every base that was not trained with one.
+    """
     known = known_by(base)
     if known.trained:
         return f"{base.name} was trained with PROMPT_TYPE={known.name}" if known.template != form else ""

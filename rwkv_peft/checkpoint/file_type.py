@@ -1,4 +1,4 @@
-"""What a file is that should be a checkpoint and is none: told by its first bytes, with what to do instead. Floor 0."""
+"""Detect by its first bytes what a file is that is not a checkpoint, and say what to do instead. Floor 0."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 from rwkv_peft.common import json_reader
 from rwkv_peft.common.formatting import plural
 
-HEAD = 4096  # bytes of a file that are looked at
-MOST_HEADER = 16 << 20  # bytes of a safetensors header: a tensor needs some 120 (its library allows 100 MB)
+HEAD = 4096  # bytes of a file that are examined
+MOST_HEADER = 16 << 20  # bytes of a safetensors header: a tensor needs about 120 (its library allows 100 MB)
 AGAIN = "Download it again"
 ORIGINAL = "Use the .pth that it was made from, or download it (model/README.md says where)"
 
@@ -34,15 +34,15 @@ UNFINISHED = (".aria2", ".crdownload", ".part", ".incomplete", ".tmp", ".downloa
 
 
 def is_safetensors(head: bytes, size: int) -> bool:
-    """Whether a file's first bytes are those of a safetensors file. size: of the file."""
+    """Return whether the first bytes `head` of a file of `size` bytes are those of a safetensors file."""
     if len(head) < 9 or head[8:9] != b"{":
         return False
     length = int.from_bytes(head[:8], "little")
     return length >= 2 and (length + 8 <= size or b'"dtype"' in head or b'"__metadata__"' in head)
 
 
-def what_it_is(path: Path) -> str:
-    """What a file is that is neither a zip nor a safetensors file, and what to do, in words behind its name."""
+def describe_file(path: Path) -> str:
+    """Say what a file is that is neither a zip nor a safetensors file, and what to do. The text follows its name."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         head = file.read(HEAD)
@@ -57,7 +57,7 @@ def what_it_is(path: Path) -> str:
     if not head.strip(b"\0"):
         return f"holds nothing but zeros: a download that reserved its {size:,} bytes and did not fill them. {AGAIN}."
     if head.startswith(b"version https://git-lfs.github.com/spec/"):
-        return lfs_pointer(head, size)
+        return describe_lfs_pointer(head, size)
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<!--")):
         return (
@@ -84,8 +84,8 @@ def what_it_is(path: Path) -> str:
             "run. Get the model as .pth or .safetensors."
         )
     if text[:1] in (b"{", b"["):
-        return json_words(path, head)
-    if is_text(head):
+        return describe_json(path, head)
+    if is_utf8(head):
         first = " ".join(head.decode("utf-8", "replace").split())[:60]
         return (
             f'is no .pth checkpoint: it is a text file that begins "{first}". {AGAIN}, or name the model\'s own file.'
@@ -93,17 +93,18 @@ def what_it_is(path: Path) -> str:
     return f"is no .pth checkpoint and no .safetensors file, or it was cut off at its beginning. {AGAIN}."
 
 
-def lfs_pointer(head: bytes, size: int) -> str:
-    """What to say of a Git LFS pointer."""
-    found = re.search(rb"^size (\d+)", head, re.MULTILINE)
-    large = f" of {int(found[1]):,} bytes" if found else ""
+def describe_lfs_pointer(head: bytes, size: int) -> str:
+    """Return the message for a Git LFS pointer."""
+    match = re.search(rb"^size (\d+)", head, re.MULTILINE)
+    large = f" of {int(match[1]):,} bytes" if match else ""
     return (
         f"is a Git LFS pointer: a note of {size:,} bytes in place of the file itself{large}. Run git lfs pull in the folder that "
         "git cloned, or download the file from the page of the model."
     )
 
 
-def json_words(path: Path, head: bytes) -> str:
+def describe_json(path: Path, head: bytes) -> str:
+    """Return the message for a JSON file."""
     if b'"weight_map"' in head or path.name.endswith(".index.json"):
         return (
             "is the index of a model in several .safetensors files. This version reads one file: join them, in their folder: "
@@ -115,15 +116,19 @@ def json_words(path: Path, head: bytes) -> str:
 
 
 def join_command(pattern: str) -> str:
-    """A command that makes one file of several. pattern: what to join."""
+    """Return a command that joins the safetensors files which match a glob pattern into one file."""
     return (
         'python -c "import glob; from safetensors.torch import load_file, save_file; '
         f"save_file({{k: v for f in sorted(glob.glob('{pattern}')) for k, v in load_file(f).items()}}, 'joined.safetensors')\""
     )
 
 
-def what_zip_it_is(names: Iterable[str]) -> str:
-    """What a zip file is that holds no checkpoint of torch, in words behind its name. names: of its members."""
+def describe_zip(names: Iterable[str]) -> str:
+    """Say what a zip file is that holds no torch checkpoint. The text follows its name.
+
+    Args:
+        names: the names of its members.
+    """
     names = list(names)
     inside = [name for name in names if name.lower().endswith((".pth", ".pt", ".safetensors", ".bin", ".ckpt"))]
     if inside:
@@ -137,8 +142,8 @@ def what_zip_it_is(names: Iterable[str]) -> str:
     return f"is a zip file, but no torch checkpoint (no data.pkl in it). {AGAIN}, or name the model's own file."
 
 
-def is_text(head: bytes) -> bool:
-    """Whether a file's first bytes are UTF-8 text; a character may be cut at their end."""
+def is_utf8(head: bytes) -> bool:
+    """Return whether the first bytes of a file are UTF-8 text; the last character may be incomplete."""
     try:
         codecs.utf_8_decode(head, "strict", False)
     except UnicodeDecodeError:
@@ -146,8 +151,14 @@ def is_text(head: bytes) -> bool:
     return b"\0" not in head
 
 
-def cut_off(size: int, wanted: int | None, at_least: bool = False) -> str:
-    """What to say of a download that was cut off. wanted: how many bytes there should be, if that is known."""
+def describe_incomplete(size: int, wanted: int | None, at_least: bool = False) -> str:
+    """Return the message for an incomplete download.
+
+    Args:
+        size: bytes of the file.
+        wanted: bytes that it should have, None if unknown.
+        at_least: `wanted` is a lower bound.
+    """
     words = "is not complete"
     if wanted and wanted > size:
         words += f": it has {size:,} bytes and should have {'at least ' if at_least else ''}{wanted:,}"
@@ -158,14 +169,17 @@ def cut_off(size: int, wanted: int | None, at_least: bool = False) -> str:
     return f"{words}. {AGAIN}."
 
 
-def safetensors_header(path: Path) -> tuple[dict, int]:
-    """The header of a safetensors file, and where the bytes behind it begin. ValueError in the user's words, without the file's
-    name."""
+def read_safetensors_header(path: Path) -> tuple[dict, int]:
+    """Read the header of a safetensors file, and where the bytes after it begin.
+
+    Raises:
+        ValueError: the header is damaged; the message is for the user, without the name of the file.
+    """
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length + 8 > size:
-            raise ValueError(cut_off(size, length + 8, True))
+            raise ValueError(describe_incomplete(size, length + 8, True))
         if length > MOST_HEADER:
             raise ValueError(f"is a .safetensors file with a header of {length:,} bytes, which no model has. {AGAIN}.")
         try:
@@ -174,8 +188,8 @@ def safetensors_header(path: Path) -> tuple[dict, int]:
             raise ValueError(f"is a .safetensors file whose header is damaged: it {error}. {AGAIN}.") from None
     if not isinstance(header, dict):
         raise ValueError(f"is a .safetensors file whose header is damaged (no object). {AGAIN}.")
-    told = header.pop("__metadata__", {})
-    if not isinstance(told, dict) or not all(isinstance(value, str) for value in told.values()):
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError(
             f"is a .safetensors file whose header is damaged (__metadata__ holds more than texts). {AGAIN}."
         )

@@ -1,4 +1,4 @@
-"""Tensors that are made whole when they are asked for: how a run whose weights lie in pieces over processes is saved."""
+"""Tensors that are gathered when they are accessed, so that a run with sharded weights can be saved."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from torch import Tensor
 
 
 class LazyTensor(NamedTuple):
-    """A tensor that may lie in pieces. get: makes it whole; where it lies in pieces, all processes have to call it at once."""
+    """A tensor that may be sharded.
+
+    Attributes:
+        shape: of the whole tensor.
+        dtype: of the whole tensor.
+        get: gathers it; if it is sharded, all ranks must call this at the same time.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -19,12 +25,17 @@ class LazyTensor(NamedTuple):
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """Tensors by name, each made whole when it is asked for, on the host, and never kept. announce: is told the number of one
-    before it is made."""
+    """Tensors by name, each gathered to the host when it is accessed, and never kept.
+
+    Args:
+        wholes: the tensors.
+        announce: called with a tensor before it is gathered.
+    """
 
     def __init__(self, wholes: Mapping[str, LazyTensor], announce: Callable[[LazyTensor], None] = lambda _: None):
         self.wholes, self.announce, self.one_at_a_time = wholes, announce, threading.Lock()

@@ -1,4 +1,4 @@
-"""How a model is asked and where its answers stop: what was trained, as its sidecar tells, for chat, samples and exports."""
+"""The prompt format of a model and where its answers stop, from its sidecar: for chat, samples and exports."""
 
 from __future__ import annotations
 
@@ -20,15 +20,23 @@ from rwkv_peft.text.template import ENDINGS, Ending, Message, Template
 from .base_template import known_by
 
 BLANK_LINE = 261  # "\n\n"
-SUFFIX = ".prompt.json"  # behind the name of an export
+SUFFIX = ".prompt.json"  # added to the name of an export
 EXAMPLE = (Message(Role.SYSTEM, "Be brief."), Message(Role.USER, "How are you?"))
 
 
 @dataclass(frozen=True)
 class Prompting:
-    """template, eot: PROMPT_TYPE and EOT of the data. name: PROMPT_TYPE as it was written. bos: texts begin with token 0.
-    blank_lines: answers of the data are known to hold blank lines, which the template does not tell (ready texts are taken as
-    they are). assumed: why this is a guess, "" where the sidecar tells."""
+    """The prompt format of a model.
+
+    Attributes:
+        template: PROMPT_TYPE of the data.
+        eot: EOT of the data.
+        bos: texts begin with token 0.
+        name: PROMPT_TYPE as it was written.
+        blank_lines: answers of the data are known to hold blank lines, which the template does not show (texts that
+            are already formatted are taken as they are).
+        assumed: why this is a guess; "" if the sidecar records it.
+    """
 
     template: Template
     eot: str = "doc"
@@ -39,44 +47,47 @@ class Prompting:
 
     @property
     def ending(self) -> Ending:
+        """What EOT puts after answers and documents."""
         return ENDINGS[self.eot]
 
     @property
     def label(self) -> str:
+        """The format as settings, for messages."""
         return f"PROMPT_TYPE={self.name or self.template.name}, EOT={self.eot}, BOS={int(self.bos)}"
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text that begins a document."""
+        """Return the tokens of a text that begins a document."""
         return [tokenizer.END_OF_DOC] * self.bos + tokenizer.encode(text)
 
     @functools.cached_property
     def token_texts(self) -> dict[int, str]:
-        """Tokens that end an answer wherever they come, and their texts: token 0, which has none, first."""
+        """Tokens that end an answer wherever they occur, and their texts. Token 0, which has none, comes first."""
         words = [self.ending.answer, *self.template.stop_words]
-        found = {tokenizer.END_OF_DOC: ""}
-        found |= {ids[0]: word for word in words if word and len(ids := tokenizer.encode(word)) == 1}
-        return found | ({BLANK_LINE: "\n\n"} if self.stops_at_blank_lines else {})
+        texts = {tokenizer.END_OF_DOC: ""}
+        texts |= {ids[0]: word for word in words if word and len(ids := tokenizer.encode(word)) == 1}
+        return texts | ({BLANK_LINE: "\n\n"} if self.stops_at_blank_lines else {})
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
+        """Tokens that end an answer."""
         return tuple(self.token_texts)
 
     @property
     def stops_at_blank_lines(self) -> bool:
-        """Whether a blank line ends a turn: EOT=blank says so, or turns are parted by it and no answer holds one."""
+        """Whether a blank line ends a turn: EOT=blank, or it separates turns and no answer holds one."""
         form = self.template
         parted = form.format_separator == "\n\n" and not form.answer_in_user and not form.patterns[Role.ASSISTANT].tail
         return self.eot == "blank" or (parted and Role.ASSISTANT in form.clean and not self.blank_lines)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        """Texts that end an answer: the template's stop words, what EOT puts behind answers, and headings of a next turn."""
+        """Texts that end an answer: the template's stop words, what EOT puts after answers, headings of a next turn."""
         unused = {end.answer for end in ENDINGS.values()} - {self.ending.answer}
         return tuple(text for text in self.template.stops() if text not in unused)
 
     @property
     def stop_strings_beside_tokens(self) -> tuple[str, ...]:
-        """Those that a client must be given which knows the tokens: stop words of several tokens, and the user's next turn."""
+        """Stop strings for a client that knows the stop tokens: stop words of several tokens, the next user turn."""
         user = self.template.patterns[Role.USER].heading
         wanted = [
             text for text in self.stop_strings if text in self.template.stop_words or (user and text.endswith(user))
@@ -84,7 +95,7 @@ class Prompting:
         return tuple(text for text in wanted if text not in self.token_texts.values())
 
     def describe(self) -> dict[str, Any]:
-        """What <export>.prompt.json holds."""
+        """Return the content of <export>.prompt.json."""
         form = self.template
         return {
             "prompt_type": self.name or form.name,
@@ -100,23 +111,29 @@ class Prompting:
         }
 
     def write(self, target: Path) -> None:
-        """The description beside an export, or in the folder that it is."""
+        """Write the description beside an export, or into the folder if the export is one."""
         write_json(target / f"rwkv{SUFFIX}" if target.is_dir() else beside(target), self.describe())
 
     def metadata(self) -> dict[str, str]:
-        """The same for the metadata of a safetensors file, whose values are texts."""
+        """Return the description as metadata of a safetensors file, whose values are texts."""
         return {"rwkv_prompt": json.dumps(self.describe(), ensure_ascii=False)}
 
 
 def beside(target: Path) -> Path:
+    """Return the path of the description of an export."""
     return target.with_name(target.name + SUFFIX)
 
 
 def of_sidecar(sidecar: Mapping[str, Any], where: str, base: Path) -> Prompting:
-    """What a sidecar tells, {} for a model without one; what it does not tell is assumed. UserError for a template that cannot
-    be used.
+    """Build the prompt format that a sidecar records; what it does not record is assumed.
 
-    where: how to call the sidecar. base: the file of the model or its base, which need not be there, for the assumption.
+    Args:
+        sidecar: {} for a model without one.
+        where: name of the sidecar in messages.
+        base: the file of the model or of its base, for the assumption; it need not exist.
+
+    Raises:
+        UserError: the template cannot be used.
     """
     try:
         form = recorded(sidecar, where)
@@ -126,11 +143,14 @@ def of_sidecar(sidecar: Mapping[str, Any], where: str, base: Path) -> Prompting:
     assumed = ""
     if form is None:
         form = known_by(base).template
-        told = "nothing tells" if not sidecar else "the data were of different or unknown templates, so nothing tells"
-        assumed = f"{told} which template the model was trained with: {form.name} is a guess by the name of {base.name}"
+        reason = "nothing tells" if not sidecar else "the data were of different or unknown templates, so nothing tells"
+        assumed = (
+            f"{reason} which template the model was trained with: {form.name} is a guess by the name of {base.name}"
+        )
+    eot = sidecar.get("eot", "")
     return Prompting(
         form,
-        sidecar.get("eot") if sidecar.get("eot") in ENDINGS else "doc",
+        eot if eot in ENDINGS else "doc",
         bool(sidecar.get("bos")),
         recorded_name(sidecar) or form.name,
         bool(sidecar.get("blank_lines")),
@@ -139,15 +159,9 @@ def of_sidecar(sidecar: Mapping[str, Any], where: str, base: Path) -> Prompting:
 
 
 def shell_text(text: str) -> str:
-    """A text as bash reads it, on one line."""
+    """Quote a text for bash, on one line."""
     plain = shlex.quote(text)
     if text.isprintable():
         return plain
-    escaped = (
-        text.replace("\\", "\\\\")
-        .replace("'", "\\'")
-        .replace("\n", "\\n")
-        .replace("\t", "\\t")
-        .replace("\x17", "\\x17")
-    )
-    return f"$'{escaped}'"
+    escapes = str.maketrans({"\\": "\\\\", "'": "\\'", "\n": "\\n", "\t": "\\t", "\x17": "\\x17"})
+    return f"$'{text.translate(escapes)}'"

@@ -1,4 +1,4 @@
-"""The runs in output/: a folder of its own for each, whose it is, which is the newest, and what it has saved."""
+"""Run folders in output/: a new one for each run, locks, the newest run, and the checkpoints that a run has saved."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from rwkv_peft.common.formatting import did_you_mean, join_names
 
 from . import step_log
 
-BEST = "rwkv-best.pth"  # what was trained where the validation was best
-BEFORE = "loss-before.jsonl"  # the logs of earlier runs of that name, which have saved nothing, one after another
+BEST = "rwkv-best.pth"  # the checkpoint with the best validation loss
+BEFORE = "loss-before.jsonl"  # the logs of earlier runs of that name that saved nothing, appended
 EPOCH, STEP = re.compile(r"rwkv-([0-9]+)\.pth"), re.compile(r"rwkv-step-([0-9]+)\.pth")
-# what a run's folder holds: files that lines are added to, folders, and files that are written as a whole
+# the content of a run folder: files that lines are added to, folders, and files that are written as a whole
 LINES = (step_log.FILE, BEFORE, "valid.jsonl", "samples.md")
 TRACKERS = ("tensorboard", "swanlab", "wandb")
 FOLDERS = ("state", *TRACKERS)
@@ -32,7 +32,7 @@ WHOLE = re.compile(r"run\.json|loss\.png|loss-damaged\.jsonl|init_.*\.pth|rwkv-.
 
 
 def new_run_dir(name: str, stem: str) -> Path:
-    """output/name, or for "" a folder that no run has: stem and the time."""
+    """Return output/name; for "" a folder that no run has: stem and the time."""
     if name:
         return paths.OUTPUT / name
     name = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -43,11 +43,20 @@ def new_run_dir(name: str, stem: str) -> Path:
 
 
 def lock_run_dir(name: str, stem: str, cleanup: contextlib.ExitStack, goes_on: bool = False) -> Path:
-    """The same, made ours until cleanup: of two runs that want one name at the same instant, one gets it. goes_on: it is an
-    earlier run's, which goes on.
+    """Create or reuse a run folder and lock it until cleanup: of two runs that want one name at once, one gets it.
 
-    The mark is a lock on the folder, which vanishes with its process, so a run that was killed blocks nobody; and one on
-    loss.jsonl, for file systems that lock no folders (NFS). That alone would not do: an editor puts another file in its place.
+    There is a lock on the folder, which vanishes with its process, so a run that was killed blocks no other; and one
+    on loss.jsonl, for file systems that do not lock folders (NFS). The second alone would not be enough: an editor
+    puts another file in its place.
+
+    Args:
+        name: RUN_NAME; "" for a name from `stem` and the time.
+        stem: begins the name.
+        cleanup: releases the locks.
+        goes_on: an earlier run resumes in this folder.
+
+    Raises:
+        SettingErrors: another run has the folder.
     """
     atomic_io.make_folder(paths.OUTPUT)
     others: list[bool] = []
@@ -66,13 +75,13 @@ def lock_run_dir(name: str, stem: str, cleanup: contextlib.ExitStack, goes_on: b
                 continue
         try:
             handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except FileNotFoundError:  # who had it has just taken it away
+        except FileNotFoundError:  # its owner has just removed it
             continue
         cleanup.callback(os.close, handle)
         locked = lock(handle)
         if not is_at(folder, handle):
             continue
-        must_be_usable(folder)
+        check_run_paths(folder)
         taken = not locked or (has_saved(folder) and not goes_on)
         file = None if taken else cleanup.enter_context(atomic_io.appending(folder / step_log.FILE, own=own))
         if file is None or any(others):
@@ -80,7 +89,7 @@ def lock_run_dir(name: str, stem: str, cleanup: contextlib.ExitStack, goes_on: b
             if goes_on:
                 message = f"{paths.display_path(folder)} is being trained at this moment, by another process"
             raise SettingErrors(SettingError("RUN_NAME", message))
-        if not goes_on and os.fstat(file.fileno()).st_size:  # of a run that was ended before it had saved anything
+        if not goes_on and os.fstat(file.fileno()).st_size:  # of a run that ended before it saved anything
             with atomic_io.reading(folder / step_log.FILE) as log, atomic_io.appending(folder / BEFORE, "ab") as before:
                 shutil.copyfileobj(log, before)
             file.truncate(0)
@@ -88,7 +97,7 @@ def lock_run_dir(name: str, stem: str, cleanup: contextlib.ExitStack, goes_on: b
 
 
 def lock(file: IO[Any] | int, kind: int = fcntl.LOCK_EX) -> bool:
-    """Lock an open file or folder; False if another process has done so."""
+    """Lock an open file or folder. Return False if another process has locked it."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -99,29 +108,39 @@ def lock(file: IO[Any] | int, kind: int = fcntl.LOCK_EX) -> bool:
 
 
 def is_at(path: Path, handle: int) -> bool:
-    """Whether an open file or folder is still what the name leads to."""
+    """Return whether an open file or folder is still what the path leads to."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(handle))
     except OSError:
         return False
 
 
-def must_be_usable(folder: Path) -> None:
-    """UserError if something in a run's folder stands where the kit writes, and is not what it writes there."""
+def check_run_paths(folder: Path) -> None:
+    """Check that everything in a run folder under a name that the kit writes is of the kind that it writes.
+
+    Raises:
+        UserError: it is not.
+    """
     for path in sorted(folder.iterdir()):
         if path.name in LINES:
             atomic_io.must_be_lines(path)
         elif path.name in FOLDERS:
             atomic_io.must_be_own_folder(path)
             if path.name in TRACKERS:
-                must_lead_nowhere(path)
+                check_tracker_links(path)
         elif WHOLE.fullmatch(path.name):
             atomic_io.must_not_be_folder(path)
 
 
-def must_lead_nowhere(folder: Path) -> None:
-    """UserError if a link in a tracker's folder leads out of it. A tracker writes to folders of its own making in there, whose
-    names nobody knows before; wandb's own links in there lead to those."""
+def check_tracker_links(folder: Path) -> None:
+    """Check that no link in a tracker's folder leads out of it.
+
+    A tracker writes to folders that it makes in there, whose names are not known before; wandb's own links in there
+    lead to those.
+
+    Raises:
+        UserError: one does.
+    """
     for path in sorted(folder.iterdir()):
         if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
             raise UserError(
@@ -130,7 +149,7 @@ def must_lead_nowhere(folder: Path) -> None:
 
 
 def is_running(folder: Path) -> bool:
-    """Whether a process trains this run now."""
+    """Return whether a process is training this run."""
     with contextlib.ExitStack() as opened, contextlib.suppress(OSError):  # it has no log
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         opened.callback(os.close, handle)
@@ -141,12 +160,15 @@ def is_running(folder: Path) -> bool:
 
 
 def has_saved(folder: Path) -> bool:
-    """Whether a run has left results there, or a state to go on from. A folder of one that was ended before may be used."""
+    """Return whether a run has saved a checkpoint or a state. The folder of one that ended before may be reused."""
     return any(folder.glob("rwkv-*.pth")) or any(folder.glob("state/step-*"))
 
 
 def point_latest(folder: Path) -> None:
-    """output/latest -> the newest run. A hint for people and for merge.sh; file systems without links go without."""
+    """Point output/latest to the newest run.
+
+    A hint for people and for merge.sh; it is left out on file systems without links.
+    """
     link, fresh = folder.parent / "latest", folder.parent / f".latest-{os.getpid()}"
     for left in folder.parent.glob(".latest-*"):
         number = left.name.removeprefix(".latest-")
@@ -164,7 +186,7 @@ def point_latest(folder: Path) -> None:
 
 
 def latest() -> Path | None:
-    """The run in output/ that output/latest leads to. None where it is no link, or leads out of output/."""
+    """Return the run that output/latest leads to; None if that is not a link, or leads out of output/."""
     link = paths.OUTPUT / "latest"
     try:
         target = paths.OUTPUT / os.readlink(link)
@@ -175,19 +197,23 @@ def latest() -> Path | None:
 
 
 def init_file(folder: Path, method: str) -> Path:
-    """Where a run keeps what its adapters began with, if its method needs that to go on or to be merged."""
+    """Return where a run keeps the initial tensors of its adapters, if its method needs them to resume or to merge."""
     return folder / f"init_{method}.pth"
 
 
 def remove_partial_files(folder: Path, ours: Callable[[], bool] = lambda: True) -> None:
-    """What leaving in the middle of a save must not leave behind: half a file, or a sidecar without its checkpoint. ours: whether
-    the folder is still the run's own."""
+    """Remove what an interrupted save leaves: an incomplete file, or a sidecar without its checkpoint.
+
+    Args:
+        folder: of the run.
+        ours: whether the folder is still the run's own.
+    """
     if not ours():
         return
     for half in folder.glob(f"*.tmp-{os.getpid()}"):
         target = half.with_name(half.name.removesuffix(f".tmp-{os.getpid()}"))
         note = target.with_suffix(".json")
-        # a sidecar that is younger than its whole checkpoint was renamed just now: its checkpoint follows
+        # a sidecar that is newer than its complete checkpoint was just renamed: its checkpoint follows
         if target.suffix == ".pth" and note.is_file() and note.stat().st_mtime_ns >= half.lstat().st_mtime_ns:
             half.replace(target)
         else:
@@ -199,7 +225,12 @@ def remove_partial_files(folder: Path, ours: Callable[[], bool] = lambda: True) 
 
 
 def remove_empty_run(folder: Path, ours: Callable[[], bool] = lambda: True) -> None:
-    """Leave nothing behind of a run that never took a step, and no link to it. ours: whether the folder is still its own."""
+    """Remove a run that never took a step, and the link to it.
+
+    Args:
+        folder: of the run.
+        ours: whether the folder is still the run's own.
+    """
     if not ours():
         return
     log = folder / step_log.FILE
@@ -215,17 +246,21 @@ def remove_empty_run(folder: Path, ours: Callable[[], bool] = lambda: True) -> N
 
 
 def is_epoch(word: str) -> bool:
-    """Whether a word addresses an epoch of a run: a number, last, best or step-N."""
+    """Return whether a word addresses a checkpoint of a run: a number, last, best or step-N."""
     number = word[5:] if word.startswith("step-") else word.lstrip("+-")
     return word in ("last", "best") or (number.isdecimal() and len(number) <= MOST_DIGITS)
 
 
 def epoch_file(folder: Path, word: str = "last") -> Path:
-    """The checkpoint of a run that a word addresses. UserError naming what there is."""
+    """Return the checkpoint of a run that a word addresses.
+
+    Raises:
+        UserError: there is none; the message lists those there are.
+    """
     if word == "last":
         return checkpoint_file(folder)
     if word == "best":
-        return best_file(folder)
+        return best_checkpoint(folder)
     if word.startswith("step-"):
         return checkpoint_file(folder, step=int(word[5:]))
     if not word.isdecimal():
@@ -234,36 +269,45 @@ def epoch_file(folder: Path, word: str = "last") -> Path:
 
 
 def find(word: str, run: str = "", places: Sequence[str] = ("output",)) -> Path:
-    """The one way to address a checkpoint, in every command and setting.
+    """Find a checkpoint by its address, the same in every command and setting.
 
-    word: an epoch (a number, last, best, step-N) of `run`; or a run (latest, a name in output/, or a path), for its last epoch;
-    or a run and an epoch, as my-run/best; or a file. A word that can be an epoch is one: a run of such a name is addressed by
-    its path, as output/7. run: a run, "" for the newest. places: the kit's folders that a file is looked for in.
-    UserError if there is no such checkpoint.
+    Args:
+        word: an epoch (a number, last, best, step-N) of `run`; or a run (latest, a name in output/, or a path), for
+            its last epoch; or a run and an epoch, as my-run/best; or a file. A word that can be an epoch is one: a run
+            of such a name is addressed by its path, as output/7.
+        run: a run, "" for the newest.
+        places: the kit's folders in which a file is searched.
+
+    Raises:
+        UserError: there is no such checkpoint.
     """
     if is_epoch(word):
         folder = run_folder(run)
         if not run and (paths.OUTPUT / word).is_dir():
             print(f"note: {word} is taken for an epoch; the run of that name is output/{word}", file=sys.stderr)
         return epoch_file(folder, word)
-    if folder := folder_of(word):
-        return checkpoint_file(folder)
+    if found := folder_of(word):
+        return checkpoint_file(found)
     for place in places:
         if (path := paths.resolve_path(word, place)).is_file():
             return path
     head, _, tail = word.rstrip("/").rpartition("/")
-    folder = folder_of(head) if head else None
+    run_dir = folder_of(head) if head else None
     epoch = tail.removeprefix("rwkv-").removesuffix(".pth")
-    if folder and is_epoch(epoch):
-        return epoch_file(folder, epoch)
-    if folder:
+    if run_dir and is_epoch(epoch):
+        return epoch_file(run_dir, epoch)
+    if run_dir:
         how = "Write a run and its epoch as RUN/EPOCH; an epoch is a number, last, best or step-N."
-        raise UserError(f"{word}: {paths.display_path(folder)} has no {tail}. {how}")
+        raise UserError(f"{word}: {paths.display_path(run_dir)} has no {tail}. {how}")
     raise none_of_that_name(f"{word}: there is no such run or checkpoint", word)
 
 
 def folder_of(word: str) -> Path | None:
-    """The folder of a run: of the newest for latest, of a name in output/, or a path. None if there is no such run."""
+    """Return the folder of a run; None if there is no such run.
+
+    Args:
+        word: latest for the newest run, a name in output/, or a path.
+    """
     if word.rstrip("/") in ("latest", "output/latest", str(paths.OUTPUT / "latest")):
         return run_folder("")
     literal = paths.OUTPUT / word
@@ -277,7 +321,7 @@ def folder_of(word: str) -> Path | None:
 
 
 def words_for(folder: Path, epoch: str = "") -> str:
-    """What to write behind ./merge.sh for an epoch of a run."""
+    """Return the arguments of ./merge.sh for an epoch of a run."""
     name = folder.name if folder.parent == paths.OUTPUT else str(folder)
     if is_epoch(name) or name.startswith("-"):
         name = f"output/{name}" if folder.parent == paths.OUTPUT else f"./{name}"
@@ -285,38 +329,45 @@ def words_for(folder: Path, epoch: str = "") -> str:
 
 
 def run_folder(name: str) -> Path:
-    """The folder of a run (see find); for "" that of the newest run that has saved something. UserError if there is none."""
+    """Return the folder of a run (see `find`); for "" that of the newest run that has saved something.
+
+    Raises:
+        UserError: there is none.
+    """
     if name and name.rstrip("/") not in ("latest", "output/latest"):
-        folder = folder_of(name)
-        if folder is None:
-            raise none_of_that_name(f"RUN={name}: there is no such run", name)
-        return folder
+        if folder := folder_of(name):
+            return folder
+        raise none_of_that_name(f"RUN={name}: there is no such run", name)
     newest = latest()
     if newest and any(list_checkpoints(newest)):
         return newest
-    # the link is missing, or its run was ended before it had anything to save
+    # the link is missing, or its run ended before it saved anything
     runs = [p.parent for p in paths.OUTPUT.glob("*/run.json") if any(list_checkpoints(p.parent))]
     if not runs:
         raise UserError(
             f"No run in {paths.display_path(paths.OUTPUT)}/ has saved a checkpoint yet. Train first: ./training.sh"
         )
-    found = max(runs, key=lambda p: (p / "run.json").stat().st_mtime)
+    newest_saved = max(runs, key=lambda p: (p / "run.json").stat().st_mtime)
     if newest:
-        words = f"the newest run, {paths.display_path(newest)}, has saved nothing; this is {paths.display_path(found)}"
+        words = f"the newest run, {paths.display_path(newest)}, has saved nothing; this is {paths.display_path(newest_saved)}"
         print(f"note: {words}", file=sys.stderr)
-    return found
+    return newest_saved
 
 
 def none_of_that_name(words: str, name: str) -> UserError:
-    """words, and which runs there are instead of the one of this name."""
+    """Return an error that begins with `words` and lists the runs there are."""
     there = [p.name for p in paths.OUTPUT.glob("*") if p.is_dir() and not p.is_symlink()]
     return UserError(
         f"{words}{did_you_mean(name, there) or '.'} In {paths.display_path(paths.OUTPUT)}/ there is: {join_names(there)}."
     )
 
 
-def best_file(folder: Path) -> Path:
-    """What a run has kept where its validation was best. UserError if it has not."""
+def best_checkpoint(folder: Path) -> Path:
+    """Return the checkpoint of a run with the best validation loss.
+
+    Raises:
+        UserError: the run has kept none.
+    """
     if not (folder / BEST).is_file():
         raise UserError(
             f"{paths.display_path(folder)}: has no {BEST}; KEEP_BEST=1 in training.sh keeps it, if there are held-out rows."
@@ -325,30 +376,35 @@ def best_file(folder: Path) -> Path:
 
 
 def checkpoints(folder: Path) -> list[tuple[Path, int]]:
-    """A run's checkpoints and the steps that they are of; the best one last, whose step another may share."""
-    found = []
+    """Return a run's checkpoints and their steps. The best one, which may share its step with another, comes last."""
+    files = []
     for path in sorted(folder.glob("rwkv-*.pth"), key=lambda path: path.name == BEST):
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-            found.append((path, int(json_reader.load(path.with_suffix(".json"))["step"])))
-    return found
+            files.append((path, int(json_reader.load(path.with_suffix(".json"))["step"])))
+    return files
 
 
 def has_better_checkpoint(folder: Path, checkpoint: Path) -> bool:
-    """Whether a run has kept an earlier checkpoint, of where its validation was better."""
+    """Return whether a run has kept an earlier checkpoint with a better validation loss."""
     steps = {path.name: step for path, step in checkpoints(folder)}
     return steps.get(BEST, 0) < steps.get(checkpoint.name, 0) and BEST in steps
 
 
 def list_checkpoints(folder: Path) -> tuple[list[int], list[int]]:
-    """The epochs and the steps that a run has checkpoints of."""
+    """Return the epochs and the steps that a run has checkpoints of."""
     files = [path.name for path in folder.glob("rwkv-*.pth")]
     epochs, steps = (sorted(int(m[1]) for name in files if (m := kind.fullmatch(name))) for kind in (EPOCH, STEP))
     return epochs, steps
 
 
 def checkpoint_file(folder: Path, epoch: int | None = None, step: int | None = None) -> Path:
-    """The checkpoint of an epoch or a step of a run; with neither that of the last epoch, or step where no epoch has ended.
-    UserError naming what there is."""
+    """Return the checkpoint of an epoch or of a step.
+
+    With neither it is that of the last epoch, or of the last step if no epoch has ended.
+
+    Raises:
+        UserError: there is none; the message lists those there are.
+    """
     epochs, steps = list_checkpoints(folder)
     if not epochs and not steps:
         raise UserError(f"{paths.display_path(folder)}: this run has saved no checkpoint yet.")
@@ -362,8 +418,11 @@ def checkpoint_file(folder: Path, epoch: int | None = None, step: int | None = N
 
 
 def drop_unfinished(folder: Path, epoch: int) -> Path | None:
-    """Remove the checkpoint that was saved in the middle of an epoch when the run was stopped; returns what it was, if there is
-    one."""
+    """Remove the checkpoint that was saved within an epoch when the run was stopped.
+
+    Returns:
+        Its path, None if there was none.
+    """
     file = folder / f"rwkv-{epoch}.pth"
     with contextlib.suppress(OSError, ValueError, AttributeError):
         if json_reader.load(file.with_suffix(".json")).get("epoch_finished") is False:
@@ -374,10 +433,10 @@ def drop_unfinished(folder: Path, epoch: int) -> Path | None:
 
 
 def drop_old_steps(folder: Path, step: int, keep: int) -> None:
-    """Remove the checkpoints of steps up to this one, but for the newest."""
+    """Remove the checkpoints of steps up to this one, except the newest `keep`."""
     for old in [n for n in list_checkpoints(folder)[1] if n <= step][:-keep]:
         file = folder / f"rwkv-step-{old}.pth"
-        file.unlink()  # first: a checkpoint without its sidecar would be a riddle
+        file.unlink()  # first: an orphaned sidecar is harmless, an orphaned checkpoint is not
     for sidecar in folder.glob("rwkv-step-*.json"):
         if not sidecar.with_suffix(".pth").exists():
             sidecar.unlink()

@@ -1,8 +1,8 @@
-"""The safetensors format, written some tensors at a time: the library's own writer wants all of them in memory at once.
+"""Write safetensors files some tensors at a time: the library's own writer needs all of them in memory at once.
 
-The file: length of the header (uint64, little-endian); the header, JSON, name -> dtype, shape and place of the bytes behind
-the header; the bytes. Spaces fill the header up to a multiple of 8, so that tensors can be used where they lie.
-(https://huggingface.co/docs/safetensors)
+The file: length of the header (uint64, little-endian); the header, JSON, name -> dtype, shape and position of the
+bytes after the header; the bytes. Spaces fill the header up to a multiple of 8, so that tensors can be used where they
+are. (https://huggingface.co/docs/safetensors)
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -38,13 +39,23 @@ def write(
     digest: Any = None,
     metadata: Mapping[str, str] | None = None,
 ) -> int:
-    """Write a file; it has its name only when it is whole. Returns its size in bytes.
+    """Write a file. It gets its name only when it is complete.
 
-    shapes: name -> shape, in the order of the file. dtypes: of all tensors, or name -> its own. pieces: name -> the tensor's
-    numbers in their order, in its dtype; asked by several threads. digest: of hashlib; gets all bytes, for which tensors are
-    written one after another. metadata: texts by name, for the head of the file.
+    Args:
+        target: the file.
+        shapes: name -> shape, in the order of the file.
+        dtypes: of all tensors, or name -> dtype.
+        pieces: name -> the tensor's numbers in order, in its dtype; called by several threads.
+        digest: object of hashlib that gets all bytes; tensors are then written one after another.
+        metadata: texts by name, for the header.
+
+    Returns:
+        The size of the file in bytes.
+
+    Raises:
+        UserError: safetensors is not installed, or cannot read the result.
     """
-    safetensors = library()
+    safetensors = import_safetensors()
     header: dict[str, dict] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name, shape in shapes.items():
@@ -59,16 +70,16 @@ def write(
 
         def write_tensor(name: str) -> None:
             at, end = (8 + len(text) + offset for offset in header[name]["data_offsets"])
-            if out.pieces(told(map(tensor_bytes, pieces(name))), at) != end:
+            if out.pieces(hashed(map(tensor_bytes, pieces(name))), at) != end:
                 raise ValueError(f"{name} has another size than its shape {shapes[name]} says")
 
-        def told(data: Iterable[memoryview]) -> Iterator[memoryview]:
+        def hashed(data: Iterable[memoryview]) -> Iterator[memoryview]:
             if digest is None:
                 yield from data
                 return
             for piece in data:
-                done = beside.submit(digest.update, piece)
-                yield piece  # which is on its way to the disk meanwhile
+                done = hasher.submit(digest.update, piece)
+                yield piece  # it is written to the disk meanwhile
                 done.result()
 
         first = struct.pack("<Q", len(text)) + text
@@ -77,17 +88,21 @@ def write(
             parallel_map(write_tensor, shapes)
         else:
             digest.update(first)
-            with ThreadPoolExecutor(1) as beside:
+            with ThreadPoolExecutor(1) as hasher:
                 for name in shapes:
                     write_tensor(name)
-        must_open(safetensors, Path(file.name), set(shapes), target)
+        check_readable(safetensors, Path(file.name), set(shapes), target)
     return size
 
 
-def library():
-    """The safetensors library; UserError if it is missing, before anything is written."""
+def import_safetensors() -> ModuleType:
+    """Import the safetensors library, before anything is written.
+
+    Raises:
+        UserError: it is not installed.
+    """
     try:
-        import safetensors
+        import safetensors  # here: an optional package
     except ModuleNotFoundError:
         raise UserError(
             f"Writing safetensors files needs a package that is missing: {pip_command('safetensors')}"
@@ -95,12 +110,16 @@ def library():
     return safetensors
 
 
-def must_open(safetensors, path: Path, names: set[str], target: Path) -> None:
-    """Let the library that clients use read the header: it checks every place in it."""
+def check_readable(safetensors: ModuleType, path: Path, names: set[str], target: Path) -> None:
+    """Read the header with the library that clients use: it checks every position in it.
+
+    Raises:
+        UserError: it cannot be read, or tensors are missing.
+    """
     try:
         with safetensors.safe_open(path, framework="np") as file:
-            found = set(file.keys())
+            names_read = set(file.keys())
     except safetensors.SafetensorError as error:
         raise UserError(f"{display_path(target)}: was not written right ({error}). Is the disk sound?") from None
-    if found != names:
+    if names_read != names:
         raise UserError(f"{display_path(target)}: was not written right (tensors are missing). Is the disk sound?")

@@ -1,5 +1,7 @@
-"""Sidecars: beside each checkpoint of a run lies a file of the same name with .json, which says what made it, so that nothing
-is typed twice. Floor 0."""
+"""Sidecars: the .json of the same name beside each checkpoint, which records how it was made.
+
+So nothing has to be typed twice. Floor 0.
+"""
 
 from __future__ import annotations
 
@@ -17,95 +19,98 @@ from rwkv_peft.common.atomic_io import create, fsync_dir, glob_escape, reading, 
 from rwkv_peft.common.errors import UserError
 from rwkv_peft.common.formatting import join_names
 from rwkv_peft.common.hashing import sha256
-from rwkv_peft.common.json_reader import (
-    Schema,
-    is_bool,
-    is_hash,
-    is_list,
-    is_none_or,
-    is_number,
-    is_object,
-    is_path,
-    is_text,
-    is_whole,
-)
 from rwkv_peft.common.paths import display_path, missing
 
 SEAL = "fields_sha256"  # key of the checksums of all other fields
-ACCEPT = "--accept-edited"  # the option of training.sh, merge.sh and chat.sh that takes an edited sidecar as it is
+ACCEPT = "--accept-edited"  # option of training.sh, merge.sh and chat.sh that accepts an edited sidecar
 WHAT = "sidecar of this kit"
 
 
 def path_of(path: str | os.PathLike) -> Path:
+    """Return the path of the sidecar of a checkpoint."""
     return Path(path).with_suffix(".json")
 
 
 def read(path: str | os.PathLike, wanted: tuple[str, ...]) -> dict[str, Any]:
-    """The sidecar of a checkpoint, with at least the wanted keys. UserError if it is missing or unreadable."""
+    """Read the sidecar of a checkpoint, with at least the wanted keys.
+
+    Raises:
+        UserError: it is missing or unreadable.
+    """
     sidecar = path_of(path)
     if not sidecar.is_file():
         raise UserError(
-            f"{display_path(sidecar)}: {why_not(sidecar)}. It is written with every checkpoint and says "
+            f"{display_path(sidecar)}: {missing_reason(sidecar)}. It is written with every checkpoint and says "
             f"how {display_path(path)} was made."
         )
     return json_reader.read(sidecar, WHAT, SIDECAR, wanted)
 
 
-def why_not(sidecar: Path) -> str:
-    """What to say of a sidecar that is no file."""
+def missing_reason(sidecar: Path) -> str:
+    """Return the message for a sidecar that is not a file."""
     return missing(sidecar) if os.path.lexists(sidecar) else "is missing"
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
     """Write a sidecar, with a checksum of each field."""
-    write_json(path, sealed(content))
+    write_json(path, with_checksums(content))
 
 
-def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+def with_checksums(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content with a checksum of each field."""
     fields = json.loads(json.dumps({key: value for key, value in content.items() if key != SEAL}))
     return {**fields, SEAL: {key: field_checksum(key, value) for key, value in fields.items()}}
 
 
 def field_checksum(key: str, value: Any) -> str:
-    """Half of a SHA-256: it tells changes, and hides none from somebody who writes new ones."""
+    """Return half of a SHA-256: it reveals changes, but does not stop anyone who writes new checksums."""
     return hashlib.sha256(json.dumps([key, value], sort_keys=True).encode()).hexdigest()[:32]
 
 
-def edited(content: Mapping[str, Any]) -> list[str]:
-    """The fields that were changed, added or taken out since the sidecar was written; none for one of an earlier version, which
-    has no checksums."""
+def edited_fields(content: Mapping[str, Any]) -> list[str]:
+    """Return the fields that were changed, added or removed since the sidecar was written.
+
+    Empty for a sidecar of an earlier version, which has no checksums.
+    """
     if SEAL not in content:
         return []
-    told, now = content[SEAL], sealed(content)[SEAL]
-    return [key for key in {**now, **told} if told.get(key) != now.get(key)]
+    then, now = content[SEAL], with_checksums(content)[SEAL]
+    return [key for key in {**now, **then} if then.get(key) != now.get(key)]
 
 
 def check_unedited(path: str | os.PathLike, content: Mapping[str, Any], accept: bool) -> None:
-    """UserError for the sidecar of a checkpoint that was edited since it was written; with accept a warning."""
+    """Check that a checkpoint's sidecar was not edited since it was written.
+
+    Args:
+        path: the checkpoint.
+        content: of the sidecar.
+        accept: warn only.
+
+    Raises:
+        UserError: it was edited and that is not accepted.
+    """
     if SEAL not in content:
         words = "has no checksums of its fields (earlier versions wrote none), so an edit would not be noticed"
         print(f"note: {display_path(path_of(path))}: {words}", file=sys.stderr)
-    if not (changed := edited(content)):
+    if not (changed := edited_fields(content)):
         return
-    words = (
-        f"{display_path(path_of(path))}: was edited: {join_names(changed)} {'is' if len(changed) == 1 else 'are'} "
-        f"not as written"
-    )
+    verb = "is" if len(changed) == 1 else "are"
+    words = f"{display_path(path_of(path))}: was edited: {join_names(changed)} {verb} not as written"
     if not accept:
         raise UserError(f"{words}. Copy the file again from the run, or use it as it is with {ACCEPT}.")
     print(f"warning: {words}. It is used as it is ({ACCEPT}).", file=sys.stderr)
 
 
 def replace_pair(fresh: Path, fresh_note: Path, path: Path) -> None:
-    """Give a checkpoint and its sidecar their names: both, or where that fails neither.
+    """Give a checkpoint and its sidecar their names: both, or if that fails neither.
 
-    The sidecar comes first. A process that ends between the two renames leaves the new sidecar, the earlier checkpoint, and the
-    new checkpoint under its temporary name: complete_pair ends what was begun.
+    The sidecar comes first. A process that ends between the two renames leaves the new sidecar, the earlier
+    checkpoint, and the new checkpoint under its temporary name: `complete_pair` finishes the replacement.
     """
     note = path_of(path)
     kept = temp_path(note.with_name(f"{note.name}.earlier"))
     try:
-        if there := note.is_file():  # now, while nothing has changed: a copy needs room on the disk
+        if there := note.is_file():  # before anything changes: a copy needs disk space
             with reading(note) as old, create(kept) as file:
                 file.write(old.read())
                 sync(file)
@@ -124,8 +129,15 @@ def replace_pair(fresh: Path, fresh_note: Path, path: Path) -> None:
 
 
 def complete_pair(path: Path, content: dict[str, Any]) -> bool:
-    """Whether the checkpoint that a sidecar belongs to was found under its temporary name, and has its own now: the process
-    that wrote both ended between the two renames. content: of the sidecar."""
+    """Finish a replacement that was interrupted between the two renames of `replace_pair`.
+
+    Args:
+        path: the checkpoint.
+        content: of its sidecar.
+
+    Returns:
+        Whether the checkpoint of this sidecar was found under its temporary name, and has its own now.
+    """
     for left in path.parent.glob(f"{glob_escape(path.name)}.tmp-*"):
         if left.is_file() and not left.is_symlink() and sha256(left) == content.get("checkpoint_sha256"):
             os.replace(left, path)
@@ -135,54 +147,57 @@ def complete_pair(path: Path, content: dict[str, Any]) -> bool:
 
 
 def is_geometry(value: Any) -> bool:
-    """Whether a value is what Geometry.as_dict gives."""
-    if not is_object(value) or not {"version", "n_layer", "n_embd"} <= {*value}:
+    """Return whether a value is what Geometry.as_dict gives."""
+    if not json_reader.is_object(value) or not {"version", "n_layer", "n_embd"} <= {*value}:
         return False
-    return all(is_text(size) if name == "version" else is_whole(size, 1) for name, size in value.items())
+    return all(
+        json_reader.is_text(size) if name == "version" else json_reader.is_whole(size, 1)
+        for name, size in value.items()
+    )
 
 
-def is_file(value: Any) -> bool:
-    """Whether a value is [name, SHA-256]."""
-    return is_list(value, is_text) and len(value) == 2
+def is_hashed_file(value: Any) -> bool:
+    """Return whether a value is [name, SHA-256]."""
+    return json_reader.is_list(value, json_reader.is_text) and len(value) == 2
 
 
-# what a sidecar's values must be
-SIDECAR: Schema = {
-    "method": is_text,
-    "rank": lambda value: is_whole(value, 1),
-    "alpha": lambda value: is_number(value) and 0 < value <= MOST_ALPHA,
-    "rslora": is_bool,
-    "niter": is_whole,
-    "shifts": is_bool,
-    "layers": lambda value: is_whole(value, 1),
-    "every": lambda value: is_whole(value, 1),
-    "config": is_object,
-    "dropout": lambda value: is_number(value) and 0 <= value <= 1,
-    "parts": lambda value: is_list(value, lambda part: part in PARTS),
-    "base": lambda value: is_path(value) and value == Path(value).name != "",
-    "base_path": is_path,
-    "base_sha256": is_hash,
-    "base_mark": is_none_or(lambda value: is_list(value, is_whole)),
-    "checkpoint_sha256": is_hash,
-    "start_sha256": is_hash,
+# checks of a sidecar's values
+SIDECAR: json_reader.Schema = {
+    "method": json_reader.is_text,
+    "rank": lambda value: json_reader.is_whole(value, 1),
+    "alpha": lambda value: json_reader.is_number(value) and 0 < value <= MOST_ALPHA,
+    "rslora": json_reader.is_bool,
+    "niter": json_reader.is_whole,
+    "shifts": json_reader.is_bool,
+    "layers": lambda value: json_reader.is_whole(value, 1),
+    "every": lambda value: json_reader.is_whole(value, 1),
+    "config": json_reader.is_object,
+    "dropout": lambda value: json_reader.is_number(value) and 0 <= value <= 1,
+    "parts": lambda value: json_reader.is_list(value, lambda part: part in PARTS),
+    "base": lambda value: json_reader.is_path(value) and value == Path(value).name != "",
+    "base_path": json_reader.is_path,
+    "base_sha256": json_reader.is_hash,
+    "base_mark": json_reader.is_none_or(lambda value: json_reader.is_list(value, json_reader.is_whole)),
+    "checkpoint_sha256": json_reader.is_hash,
+    "start_sha256": json_reader.is_hash,
     "geometry": is_geometry,
     "quant": lambda value: value in ("none", *QUANTS),
-    "quant_parts": lambda value: is_list(value, is_text),
-    "quant_kept": lambda value: is_list(value, is_text),
-    "precision": is_text,
-    "epoch": is_whole,
-    "epoch_finished": is_bool,
-    "step": is_whole,
-    "prompt_type": is_none_or(is_text),
-    "eot": is_none_or(is_text),
-    "bos": is_none_or(lambda value: is_whole(value, 0, 1)),
-    "blank_lines": is_none_or(is_bool),
-    "template": is_none_or(is_object),
-    "data": lambda value: is_list(value, is_file),
-    "versions": is_object,
-    "merged": lambda value: is_list(value, is_object),
-    "weights": lambda value: is_list(value, is_number),
-    "merge_base": is_text,
-    "merged_by": is_text,
-    SEAL: lambda value: is_object(value) and all(map(is_text, value.values())),
+    "quant_parts": lambda value: json_reader.is_list(value, json_reader.is_text),
+    "quant_kept": lambda value: json_reader.is_list(value, json_reader.is_text),
+    "precision": json_reader.is_text,
+    "epoch": json_reader.is_whole,
+    "epoch_finished": json_reader.is_bool,
+    "step": json_reader.is_whole,
+    "prompt_type": json_reader.is_none_or(json_reader.is_text),
+    "eot": json_reader.is_none_or(json_reader.is_text),
+    "bos": json_reader.is_none_or(lambda value: json_reader.is_whole(value, 0, 1)),
+    "blank_lines": json_reader.is_none_or(json_reader.is_bool),
+    "template": json_reader.is_none_or(json_reader.is_object),
+    "data": lambda value: json_reader.is_list(value, is_hashed_file),
+    "versions": json_reader.is_object,
+    "merged": lambda value: json_reader.is_list(value, json_reader.is_object),
+    "weights": lambda value: json_reader.is_list(value, json_reader.is_number),
+    "merge_base": json_reader.is_text,
+    "merged_by": json_reader.is_text,
+    SEAL: lambda value: json_reader.is_object(value) and all(map(json_reader.is_text, value.values())),
 }

@@ -1,5 +1,8 @@
-"""loss.jsonl and valid.jsonl: an object on each line. A power cut, an editor or a stranger may have left anything there: what is
-not a record is passed over, and nothing behind it is lost. Floor 0."""
+"""The logs loss.jsonl and valid.jsonl: one object per line.
+
+A power cut, an editor or another program may have left anything in them: what is not a record is skipped, and nothing
+after it is lost. Floor 0.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +18,30 @@ from rwkv_peft.common import json_reader
 from rwkv_peft.common.atomic_io import appending, atomic_write, reading, sync
 
 FILE = "loss.jsonl"  # in the folder of a run: an object for every optimizer step
-DAMAGED = "loss-damaged.jsonl"  # the same as it was found, where lines of it were no records
+DAMAGED = "loss-damaged.jsonl"  # the original log, where lines of it were not records
 MOST_COUNT = (1 << 53) - 1  # which a float holds exactly
-MOST_LINE = 1 << 20  # characters; a record has some 200
-COUNTS = {"epoch": 0, "targets": 0}  # what else a record has, and what it is where that is missing
+MOST_LINE = 1 << 20  # characters; a record has about 200
+COUNTS = {"epoch": 0, "targets": 0}  # other fields of a record, and their values where they are missing
 NUMBERS = {"lr": 0.0, "tokens_per_s": 0.0, "seconds": 0.0}
 
 
 class Line(NamedTuple):
-    """text: as it stands in the file, with one line end. record: None where it is no record."""
+    """A line of a log.
+
+    Attributes:
+        text: as it is in the file, with one line end.
+        record: None if the line is not a record.
+    """
 
     text: str
     record: dict[str, Any] | None
 
 
 def lines(path: Path, is_record: Callable[[dict], bool]) -> Iterator[Line]:
-    """The lines of a file, if there is one, but for empty lines. UTF-16 is read where an editor has put its mark in front."""
+    """Yield the lines of a file, if it exists, except empty ones.
+
+    UTF-16 is read where an editor has put its mark at the beginning.
+    """
     if not path.exists():
         return
     with reading(path) as file:
@@ -43,28 +54,30 @@ def lines(path: Path, is_record: Callable[[dict], bool]) -> Iterator[Line]:
                     pass
                 yield Line("", None)
             elif text.strip():
-                yield Line(text.rstrip("\r\n") + "\n", parsed(text, is_record))
+                yield Line(text.rstrip("\r\n") + "\n", parse_line(text, is_record))
 
 
-def parsed(text: str, is_record: Callable[[dict], bool]) -> dict[str, Any] | None:
+def parse_line(text: str, is_record: Callable[[dict], bool]) -> dict[str, Any] | None:
+    """Return the record that a line holds, None if it is not one."""
     try:
-        found = json_reader.parse(text)
+        record = json_reader.parse(text)
     except ValueError:
         return None
-    return found if isinstance(found, dict) and is_record(found) else None
+    return record if isinstance(record, dict) and is_record(record) else None
 
 
 def is_count(value: object, least: int = 0) -> bool:
+    """Return whether a value is a whole number from `least` that a float holds exactly."""
     return json_reader.is_whole(value, least, MOST_COUNT)
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is a finite number, and not less than 0."""
+    """Return whether a value is a finite number, and not less than 0."""
     return is_count(value) or (isinstance(value, float) and math.isfinite(value) and value >= 0)
 
 
 def is_step(record: dict) -> bool:
-    """Whether an object is the record of an optimizer step."""
+    """Return whether an object is the record of an optimizer step."""
     return (
         is_count(record.get("step"), 1)
         and "loss" in record
@@ -75,25 +88,34 @@ def is_step(record: dict) -> bool:
 
 
 def read(folder: Path, last: int | None = None) -> list[dict[str, Any]]:
-    """The records of a run by their steps, up to an optimizer step; of two of one step the later line counts."""
-    return [record for record, _ in kept(folder / FILE, last)]
+    """Return the records of a run in the order of their steps, up to step `last`.
+
+    Of two records of one step the later line counts.
+    """
+    return [record for record, _ in read_records(folder / FILE, last)]
 
 
-def kept(path: Path, last: int | None) -> list[tuple[dict[str, Any], str]]:
-    """The records of a log and their lines, by their steps."""
-    found: dict[int, tuple[dict[str, Any], str]] = {}
+def read_records(path: Path, last: int | None) -> list[tuple[dict[str, Any], str]]:
+    """Return the records of a log and their lines, in the order of their steps."""
+    by_step: dict[int, tuple[dict[str, Any], str]] = {}
     for text, record in lines(path, is_step):
         if record and (last is None or record["step"] <= last):
-            found[record["step"]] = {**COUNTS, **NUMBERS, **record}, text
-    return [found[step] for step in sorted(found)]
+            by_step[record["step"]] = {**COUNTS, **NUMBERS, **record}, text
+    return [by_step[step] for step in sorted(by_step)]
 
 
 def cut(folder: Path, last: int) -> tuple[list[dict[str, Any]], bool]:
-    """Take from loss.jsonl what came after an optimizer step, and what is no record. Returns what is left, and whether more than
-    its end had to go or to move: then the log as it was found is DAMAGED. Its lock stays: the file is changed where it is."""
+    """Remove from loss.jsonl what comes after an optimizer step, and what is not a record.
+
+    The lock on the file stays: it is changed in place.
+
+    Returns:
+        The records that are left, and whether more than the end of the file changed; the original log is then kept as
+            DAMAGED.
+    """
     path = folder / FILE
     with appending(path, "a+b") as file:
-        records = kept(path, last)
+        records = read_records(path, last)
         content = "".join(text for _, text in records).encode()
         file.seek(0)
         is_beginning = file.read(len(content)) == content
@@ -108,30 +130,43 @@ def cut(folder: Path, last: int) -> tuple[list[dict[str, Any]], bool]:
 
 
 def lacking(path: Path, written: str) -> str:
-    """What to add to a log so that it has all records of another one, whose text is given."""
+    """Return what to append to a log so that it has all records of another one, whose text is `written`."""
     there = {record["step"] for record in read(path.parent)}
-    found = [(parsed(line, is_step), line) for line in written.split("\n")]
-    more = "".join(line + "\n" for record, line in found if record and record["step"] not in there)
+    parsed = [(parse_line(line, is_step), line) for line in written.split("\n")]
+    more = "".join(line + "\n" for record, line in parsed if record and record["step"] not in there)
     with reading(path) as file:
         end = file.read()[-1:]
     return ("" if end in (b"", b"\n") else "\n") + more
 
 
 def gaps(steps: Sequence[int], last: int) -> list[list[int]]:
-    """The steps up to `last` that have no record, as [first, last] of each gap. steps: those that have one; they rise."""
+    """Return the steps without a record up to `last`, as [first, last] of each gap.
+
+    Args:
+        steps: the steps that have a record, rising.
+        last: the last step that should have one.
+    """
     ends = itertools.pairwise([0, *steps, last + 1])
     return [[before + 1, after - 1] for before, after in ends if after - before > 1]
 
 
-def new_gaps(found: Sequence[list[int]], known: object) -> list[list[int]]:
-    """The gaps that are not parts of those that a state says were told of. known: as the manifest has it."""
-    told = [gap for gap in known if isinstance(gap, list) and len(gap) == 2] if isinstance(known, list) else []
-    told = sorted(gap for gap in told if all(is_count(end) for end in gap))
-    begins, ends = [first for first, _ in told], list(itertools.accumulate((last for _, last in told), max, initial=-1))
-    return [[first, last] for first, last in found if last > ends[bisect.bisect_right(begins, first)]]
+def new_gaps(log_gaps: Sequence[list[int]], known: object) -> list[list[int]]:
+    """Return the gaps that are not part of those that a state records as reported.
+
+    Args:
+        log_gaps: the gaps of a log.
+        known: as it is in the manifest.
+    """
+    reported = [gap for gap in known if isinstance(gap, list) and len(gap) == 2] if isinstance(known, list) else []
+    reported = sorted(gap for gap in reported if all(is_count(end) for end in gap))
+    begins, ends = (
+        [first for first, _ in reported],
+        list(itertools.accumulate((last for _, last in reported), max, initial=-1)),
+    )
+    return [[first, last] for first, last in log_gaps if last > ends[bisect.bisect_right(begins, first)]]
 
 
-def in_words(found: Sequence[list[int]]) -> str:
-    """Gaps as step 3, steps 5 to 9."""
-    words = [f"step {first:,}" if first == last else f"steps {first:,} to {last:,}" for first, last in found]
+def in_words(log_gaps: Sequence[list[int]]) -> str:
+    """Format gaps as step 3, steps 5 to 9."""
+    words = [f"step {first:,}" if first == last else f"steps {first:,} to {last:,}" for first, last in log_gaps]
     return ", ".join(words[:3]) + (f" and {len(words) - 3:,} more gaps" if len(words) > 3 else "")

@@ -1,8 +1,8 @@
-"""What an exact resume needs, as a folder state/step-NNNNNN of the run: safetensors and a manifest. Nothing in it is a pickle,
-so a run folder that somebody has shared can execute nothing.
+"""Training states for an exact resume: a folder state/step-NNNNNN of the run with safetensors files and a manifest.
 
-Such a folder has its name only when it is whole: it is filled under another name, every file is on the disk, the manifest with
-their checksums comes last, and one rename makes it count. Older ones go when the new one is there.
+Nothing in it is a pickle, so a run folder that was shared cannot execute anything. Such a folder has its name only
+when it is complete: it is filled under another name, every file is on the disk, the manifest with their checksums
+comes last, and one rename makes it valid. Older ones are removed when the new one exists.
 """
 
 from __future__ import annotations
@@ -28,17 +28,6 @@ from rwkv_peft.common.atomic_io import check_disk_space, fsync_dir, own_folder, 
 from rwkv_peft.common.atomic_io import remove as take_away
 from rwkv_peft.common.errors import OURS, UserError, in_words
 from rwkv_peft.common.file_watch import Stamp, stamp_of
-from rwkv_peft.common.json_reader import (
-    Schema,
-    is_bool,
-    is_hash,
-    is_list,
-    is_none_or,
-    is_number,
-    is_object,
-    is_text,
-    is_whole,
-)
 from rwkv_peft.common.paths import display_path
 
 from . import safetensors_io
@@ -56,55 +45,76 @@ MOST = 1 << 40  # of a count
 
 
 def is_count(value: Any) -> bool:
-    return is_whole(value, 0, MOST)
+    """Return whether a value is a whole number from 0 to MOST."""
+    return json_reader.is_whole(value, 0, MOST)
 
 
 def is_content(value: Any) -> bool:
-    """Whether a value is the name of a file and its content: a checksum of all of it with a mark, or of a sample."""
-    if not is_object(value) or not is_text(value.get("name")) or not {"sha256", "sample"} & {*value}:
+    """Return whether a value is the name of a file and its content.
+
+    The content is a checksum of all of it with a stamp, or of a sample.
+    """
+    if (
+        not json_reader.is_object(value)
+        or not json_reader.is_text(value.get("name"))
+        or not {"sha256", "sample"} & {*value}
+    ):
         return False
-    mark = is_none_or(lambda mark: is_list(mark, is_whole))
-    return all(is_hash(value[key] or "0" * 64) for key in ("sha256", "sample") if key in value) and mark(
+    mark = json_reader.is_none_or(lambda mark: json_reader.is_list(mark, json_reader.is_whole))
+    return all(json_reader.is_hash(value[key] or "0" * 64) for key in ("sha256", "sample") if key in value) and mark(
         value.get("mark")
     )
 
 
-def are_files(value: Any) -> bool:
-    """Whether a value names the files of a state, with their sizes and contents: these and no others are opened."""
-    if not is_object(value) or {*value} != {f"{part}.safetensors" for part in PARTS}:
+def are_state_files(value: Any) -> bool:
+    """Return whether a value names the files of a state with sizes and checksums: only these files are opened."""
+    if not json_reader.is_object(value) or {*value} != {f"{part}.safetensors" for part in PARTS}:
         return False
-    return all(is_object(one) and is_count(one.get("bytes")) and is_hash(one.get("sha256")) for one in value.values())
+    return all(
+        json_reader.is_object(one) and is_count(one.get("bytes")) and json_reader.is_hash(one.get("sha256"))
+        for one in value.values()
+    )
 
 
 # what the values of a manifest must be
-SCHEMA: Schema = {
+SCHEMA: json_reader.Schema = {
     "step": is_count,
     "steps": is_count,
-    "finished": is_bool,
-    "world": lambda value: is_whole(value, 1, MOST),
-    "settings": is_object,
-    "became": is_object,
-    "plan": lambda value: is_object(value) and all(map(is_count, value.values())),
+    "finished": json_reader.is_bool,
+    "world": lambda value: json_reader.is_whole(value, 1, MOST),
+    "settings": json_reader.is_object,
+    "became": json_reader.is_object,
+    "plan": lambda value: json_reader.is_object(value) and all(map(is_count, value.values())),
     "base": lambda value: is_content(value) and "sha256" in value,
-    "data": lambda value: is_object(value) and is_list(value.get("files"), is_content),
-    "options": is_object,
-    "start_sha256": is_none_or(is_hash),
-    "optimizer": lambda value: is_object(value) and all(map(is_object, value.values())),
-    "scaler": is_none_or(lambda value: is_object(value) and all(map(is_number, value.values()))),
+    "data": lambda value: json_reader.is_object(value) and json_reader.is_list(value.get("files"), is_content),
+    "options": json_reader.is_object,
+    "start_sha256": json_reader.is_none_or(json_reader.is_hash),
+    "optimizer": lambda value: json_reader.is_object(value) and all(map(json_reader.is_object, value.values())),
+    "scaler": json_reader.is_none_or(
+        lambda value: json_reader.is_object(value) and all(map(json_reader.is_number, value.values()))
+    ),
     "tokens": is_count,
     "in_a_row": is_count,
-    "blocks": is_none_or(lambda value: is_list(value, is_count)),
-    "wandb": is_none_or(is_text),
-    "trackers": lambda value: is_object(value) and all(map(is_none_or(is_text), value.values())),
-    "quant_kept": lambda value: is_list(value, is_text),
-    "files": are_files,
+    "blocks": json_reader.is_none_or(lambda value: json_reader.is_list(value, is_count)),
+    "wandb": json_reader.is_none_or(json_reader.is_text),
+    "trackers": lambda value: (
+        json_reader.is_object(value) and all(map(json_reader.is_none_or(json_reader.is_text), value.values()))
+    ),
+    "quant_kept": lambda value: json_reader.is_list(value, json_reader.is_text),
+    "files": are_state_files,
 }
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """A saved state. facts: its manifest. beside: the states of the run at that moment, this one included. stamps: what its files
-    were before their content was looked at."""
+    """A saved state.
+
+    Attributes:
+        folder: of the state.
+        facts: its manifest.
+        beside: the states of the run at that time, this one included.
+        stamps: of its files, from before their content was read.
+    """
 
     folder: Path
     facts: Mapping[str, Any]
@@ -113,7 +123,7 @@ class TrainState:
 
     @property
     def run(self) -> Path:
-        """The folder of the run that it is of."""
+        """The folder of its run."""
         return self.folder.parent.parent
 
     @property
@@ -122,20 +132,24 @@ class TrainState:
         return self.facts["step"]
 
     def tensors(self, part: str) -> dict[str, Tensor]:
-        """The tensors of a part, by name; mapped. UserError for NaN: the next steps would be blamed for it."""
+        """Map the tensors of a part, by name.
+
+        Raises:
+            UserError: one holds NaN, which would be blamed on the next steps.
+        """
         from safetensors.torch import load_file
 
-        found = load_file(self.folder / f"{part}.safetensors")
-        if bad := next((name for name, tensor in found.items() if tensor.isnan().any()), ""):
+        tensors = load_file(self.folder / f"{part}.safetensors")
+        if bad := next((name for name, tensor in tensors.items() if tensor.isnan().any()), ""):
             raise UserError(
-                f"{display_path(self.folder)}: {bad} in {part}.safetensors holds NaN, which is never "
-                f"saved. Was it edited? Take the "
-                "folder away, and the run goes on from an earlier state."
+                f"{display_path(self.folder)}: {bad} in {part}.safetensors holds NaN, which is never saved. Was it edited? Take "
+                "the folder away, and the run goes on from an earlier state."
             )
-        return found
+        return tensors
 
 
 def folder_of(run: Path) -> Path:
+    """Return the folder of the states of a run."""
     return run / "state"
 
 
@@ -146,13 +160,23 @@ def write(
     keep: int,
     last_look: Callable[[], None] = lambda: None,
 ) -> TrainState:
-    """Save a state of a run and remove all but the `keep` newest ones. parts: file stem -> tensors, which come to the host one
-    at a time. last_look: raises where the state must not get its name. UserError or OSError if it cannot be written: what was
-    there before is whole then."""
+    """Save a state of a run and remove all but the newest `keep`.
+
+    Args:
+        run: the run folder.
+        parts: file stem -> tensors, which come to the host one at a time.
+        facts: for the manifest.
+        keep: number of states to keep.
+        last_look: called before the state gets its name; raises if it must not.
+
+    Raises:
+        UserError: it cannot be written; the earlier states are then complete.
+        OSError: likewise.
+    """
     there = folder_of(run)
     own_folder(there)
     tidy(run)
-    check_disk_space(there, sum(found.nbytes for tensors in parts.values() for found in tensors.wholes.values()))
+    check_disk_space(there, sum(lazy.nbytes for tensors in parts.values() for lazy in tensors.wholes.values()))
     name = f"step-{facts['step']:06}"
     fresh, target = there / f"{UNFINISHED}{name}", there / name
     fresh.mkdir()
@@ -160,99 +184,119 @@ def write(
         files = {}
         for part, tensors in parts.items():
             path = fresh / f"{part}.safetensors"
-            shapes = {name: found.shape for name, found in tensors.wholes.items()}
-            dtypes = {name: found.dtype for name, found in tensors.wholes.items()}
-            read = functools.partial(sound, tensors) if part == "weights" else tensors.__getitem__
+            shapes = {name: lazy.shape for name, lazy in tensors.wholes.items()}
+            dtypes = {name: lazy.dtype for name, lazy in tensors.wholes.items()}
+            read = functools.partial(finite_tensor, tensors) if part == "weights" else tensors.__getitem__
             digest = hashlib.sha256()
-            size = safetensors_io.write(path, shapes, dtypes, lambda name, read=read: [read(name)], digest)
+            size = safetensors_io.write(path, shapes, dtypes, functools.partial(read_one, read), digest)
             files[path.name] = {"bytes": size, "sha256": digest.hexdigest()}
         content = {"format": FORMAT, **facts, "files": files}
-        write_json(fresh / MANIFEST, {**content, "sha256": checksum(content)})
+        write_json(fresh / MANIFEST, {**content, "sha256": manifest_checksum(content)})
         fsync_dir(fresh)
         last_look()
-        if os.path.lexists(target):  # of the same step, from before the run was stopped and gone on with
+        if os.path.lexists(target):  # of the same step, from before the run was stopped and resumed
             os.replace(target, there / f"{REPLACED}{name}")
         os.replace(fresh, target)
         fsync_dir(there)
     finally:
         tidy(run)
-    for old in [n for n in names(run) if step_of(n) <= facts["step"]][:-keep]:
-        remove(there / old)
+    for old in [n for n in state_names(run) if state_step(n) <= facts["step"]][:-keep]:
+        remove_state(there / old)
     return TrainState(target, json_reader.load(target / MANIFEST))
 
 
-def sound(tensors: LazyTensors, name: str) -> Tensor:
-    """UserError for a weight that is no number: nothing could go on from there, and older states would go for it."""
+def read_one(read: Callable[[str], Tensor], name: str) -> list[Tensor]:
+    """Return a tensor as the only piece of itself."""
+    return [read(name)]
+
+
+def finite_tensor(tensors: LazyTensors, name: str) -> Tensor:
+    """Return a weight after a check that it is finite.
+
+    No run could resume from it, and older states would be removed for it.
+
+    Raises:
+        UserError: it is not finite.
+    """
     if not torch.isfinite(tensor := tensors[name]).all():
         raise UserError(f"{name} has become NaN or infinite.")
     return tensor
 
 
-def checksum(content: Mapping[str, Any]) -> str:
-    """Of a manifest without this."""
+def manifest_checksum(content: Mapping[str, Any]) -> str:
+    """Return the checksum of a manifest without its checksum."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def tidy(run: Path) -> None:
-    """Remove what was never finished, and what has been replaced; where it has not, it gets its name back. For the process
-    alone that trains the run."""
+    """Remove states that were never finished or have been replaced.
+
+    A state whose replacement failed gets its name back. Only the process that trains the run may call this.
+    """
     there = folder_of(run)
-    for left in replaced(there):
+    for left in replaced_states(there):
         name = there / left.name.removeprefix(REPLACED)
         if os.path.lexists(name):
-            forget(there / f"{UNFINISHED}{name.name}")
+            try_remove(there / f"{UNFINISHED}{name.name}")
             name = there / f"{UNFINISHED}{name.name}"
         os.replace(left, name)
     for left in there.glob(f"{UNFINISHED}*"):
-        forget(left)
+        try_remove(left)
 
 
-def replaced(there: Path) -> list[Path]:
-    """The states that had to make room for another one of their step."""
+def replaced_states(there: Path) -> list[Path]:
+    """Return the states that were renamed to make room for another one of the same step."""
     return [p for p in there.glob(f"{REPLACED}*") if NAME.fullmatch(p.name.removeprefix(REPLACED))]
 
 
-def forget(path: Path) -> None:
-    """Remove what has no name of a state any more. Where that cannot be, it stays, and does no harm."""
+def try_remove(path: Path) -> None:
+    """Remove a path that no longer has the name of a state. If that fails it stays, which is harmless."""
     with contextlib.suppress(OSError):
         take_away(path)
 
 
-def remove(folder: Path) -> None:
-    """Take its name away first: half of a folder must not look like a whole one."""
+def remove_state(folder: Path) -> None:
+    """Remove a state. It is renamed first: an incomplete folder must not look like a state."""
     gone = folder.with_name(f"{UNFINISHED}{folder.name}")
-    forget(gone)
+    try_remove(gone)
     os.replace(folder, gone)
-    forget(gone)
+    try_remove(gone)
 
 
 def drop_newer(run: Path, step: int) -> None:
-    """Remove states of later steps than the one that the run goes on from: they are damaged."""
-    for name in names(run):
-        if step_of(name) > step:
-            remove(folder_of(run) / name)
+    """Remove states of later steps than the one that the run resumes from: they are damaged."""
+    for name in state_names(run):
+        if state_step(name) > step:
+            remove_state(folder_of(run) / name)
 
 
-def step_of(name: str) -> int:
+def state_step(name: str) -> int:
+    """Return the step in the name of a state."""
     return int(name.rpartition("-")[2])
 
 
-def names(run: Path) -> list[str]:
-    """The saved states of a run, oldest first."""
+def state_names(run: Path) -> list[str]:
+    """Return the names of the saved states of a run, oldest first."""
     there = folder_of(run)
-    found = [p.name for p in there.iterdir() if NAME.fullmatch(p.name)] if there.is_dir() else []
-    return sorted(found, key=step_of)
+    found_names = [p.name for p in there.iterdir() if NAME.fullmatch(p.name)] if there.is_dir() else []
+    return sorted(found_names, key=state_step)
 
 
 def newest_first(run: Path) -> list[Path]:
-    """The folders of the states that a run could go on from; one that was about to be replaced is among them."""
+    """Return the folders of the states that a run could resume from, including one that was about to be replaced."""
     there = folder_of(run)
-    alone = [p for p in replaced(there) if not (there / p.name.removeprefix(REPLACED)).exists()]
-    return sorted([*(there / name for name in names(run)), *alone], key=lambda p: step_of(p.name), reverse=True)
+    alone = [p for p in replaced_states(there) if not (there / p.name.removeprefix(REPLACED)).exists()]
+    return sorted(
+        [*(there / name for name in state_names(run)), *alone], key=lambda p: state_step(p.name), reverse=True
+    )
 
 
 def read_manifest(folder: Path) -> TrainState:
-    """What a saved state says of itself. UserError if that is not what was written."""
+    """Read the manifest of a saved state.
+
+    Raises:
+        UserError: it is not what was written.
+    """
     manifest = folder / MANIFEST
     try:
         facts = json_reader.load(manifest)
@@ -264,8 +308,8 @@ def read_manifest(folder: Path) -> TrainState:
         raise UserError(f"{display_path(manifest)}: is not readable as JSON: it {error}.") from None
     if wrong := json_reader.why_not(facts, {}, "manifest"):
         raise UserError(f"{display_path(manifest)}: {wrong}")
-    told = facts.pop("sha256", None)
-    if told != checksum(facts) or facts.get("step") != step_of(folder.name):
+    recorded = facts.pop("sha256", None)
+    if recorded != manifest_checksum(facts) or facts.get("step") != state_step(folder.name):
         raise UserError(f"{display_path(manifest)}: is damaged (its content is not what was written).")
     missing = [key for key in WANTED if key not in facts]
     if facts.get("format") != FORMAT or missing:
@@ -273,42 +317,48 @@ def read_manifest(folder: Path) -> TrainState:
     if wrong := json_reader.why_not(facts, SCHEMA, "manifest"):
         raise UserError(f"{display_path(manifest)}: {wrong}")
     return TrainState(
-        folder, facts, tuple(p.name for p in newest_first(folder.parent.parent)), stamps_of(folder, facts["files"])
+        folder, facts, tuple(p.name for p in newest_first(folder.parent.parent)), file_stamps(folder, facts["files"])
     )
 
 
-def stamps_of(folder: Path, names: Iterable[str]) -> dict[str, Stamp]:
-    """Of those that are there."""
-    found = {}
+def file_stamps(folder: Path, names: Iterable[str]) -> dict[str, Stamp]:
+    """Return the stamps of those files that exist, by path."""
+    stamps = {}
     for name in names:
         with contextlib.suppress(OSError):
-            found[str(folder / name)] = stamp_of(folder / name)
-    return found
+            stamps[str(folder / name)] = stamp_of(folder / name)
+    return stamps
 
 
 @contextlib.contextmanager
-def fitting(found: TrainState) -> Iterator[None]:
-    """UserError where what a state holds cannot be put into the run that goes on from it, although its checksums are right."""
+def fitting(state: TrainState) -> Iterator[None]:
+    """Convert errors from loading a state into its run to a UserError.
+
+    They occur when the content does not fit the run that resumes from it, although its checksums are right.
+    """
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError, SafetensorError) as error:
-        of_others = isinstance(error, RuntimeError) and torch.distributed.is_initialized()  # another process has died
+        of_others = isinstance(error, RuntimeError) and torch.distributed.is_initialized()  # another rank has died
         if of_others or isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
             raise
         why = (str(error).splitlines() or [""])[0]
         raise UserError(
-            f"{display_path(found.folder)}: does not fit the run that it is of ({type(error).__name__}: "
-            f"{why}). Was it edited? Take the "
-            "folder away, and the run goes on from an earlier state."
+            f"{display_path(state.folder)}: does not fit the run that it is of ({type(error).__name__}: {why}). Was it edited? "
+            "Take the folder away, and the run goes on from an earlier state."
         ) from error
 
 
-def check_whole(found: TrainState) -> None:
-    """UserError unless every byte of a state is as it was written."""
-    for name, told in found.facts["files"].items():
-        path = found.folder / name
+def check_files(state: TrainState) -> None:
+    """Check that every byte of a state is as it was written.
+
+    Raises:
+        UserError: it is not.
+    """
+    for name, recorded in state.facts["files"].items():
+        path = state.folder / name
         try:
-            if hashing.sha256(path) != told["sha256"]:
+            if hashing.sha256(path) != recorded["sha256"]:
                 raise UserError(f"{display_path(path)}: is damaged (its content is not what the manifest says).")
         except OSError as error:
             if error.errno in OURS:
@@ -319,16 +369,24 @@ def check_whole(found: TrainState) -> None:
 def latest_valid(
     run: Path, say: Callable[[str], None], wanted: Callable[[TrainState], bool] = lambda _: True
 ) -> TrainState | None:
-    """The newest state that is wanted and whole; None if there is none. say: is told about damaged ones. wanted: is asked
-    before the files are read. UserError if there is nothing but damaged ones."""
+    """Return the newest state that is wanted and valid; None if there is none.
+
+    Args:
+        run: the run folder.
+        say: called with a message about each damaged state.
+        wanted: decides whether to use a state, before its files are read.
+
+    Raises:
+        UserError: there are only damaged states.
+    """
     folders = newest_first(run)
     for folder in folders:
         try:
-            found = read_manifest(folder)
-            if not wanted(found):
+            state = read_manifest(folder)
+            if not wanted(state):
                 return None
-            check_whole(found)
-            return found
+            check_files(state)
+            return state
         except UserError as error:
             say(f"warning   {error}")
     if folders:
@@ -337,14 +395,15 @@ def latest_valid(
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """The state of the random numbers that dropout is drawn from."""
-    found = {"cpu": torch.get_rng_state()}
+    """Return the RNG state that dropout draws from."""
+    state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
-        found["cuda"] = torch.cuda.get_rng_state(device)
-    return found
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
 
 
 def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
+    """Restore the RNG state that dropout draws from."""
     torch.set_rng_state(state["cpu"].clone())
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"].clone(), device)

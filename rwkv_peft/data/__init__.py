@@ -1,0 +1,1 @@
+"""From tokenized files to batches."""

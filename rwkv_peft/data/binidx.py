@@ -1,6 +1,6 @@
-"""The .bin/.idx container of the field (Megatron MMIDIDX), reader and writer side by side.
+"""Reader and writer of the .bin/.idx format (Megatron MMIDIDX).
 
-    NAME.bin   all rows behind one another, little-endian, no padding
+    NAME.bin   all rows one after another, little-endian, no padding
     NAME.idx   9 bytes magic, u64 version 1, u8 dtype code, u64 rows N, u64 D, i32 sizes [N] in tokens,
                i64 byte offsets [N] into .bin, i64 document index [D] (0..N here: each row is a document)
 
@@ -16,9 +16,10 @@ import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from rwkv_peft.common import atomic_io
 from rwkv_peft.common.atomic_io import create, fsync_dir, must_not_be_folder, named, remove_stale_temps, sync, temp_path
@@ -29,17 +30,15 @@ from rwkv_peft.common.paths import display_path, missing
 MAGIC = b"MMIDIDX\0\0"
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float64, 8: np.uint16}
 CODES = {np.dtype(np.uint8): 1, np.dtype(np.uint16): 8}
-INDEX_ROWS = 1 << 20  # of an index that are in memory at once
+INDEX_ROWS = 1 << 20  # rows of an index that are in memory at once
 HEADER = len(MAGIC) + 8 + 1 + 8 + 8
 
 
-def index_bytes(sizes: np.ndarray, dtype) -> bytes:
-    """The content of an .idx file for rows of these sizes (tokens) stored one after another."""
-    return b"".join(index_parts(np.asarray(sizes), dtype))
+def index_chunks(sizes: np.ndarray, dtype: DTypeLike) -> Iterator[bytes]:
+    """Yield the content of an .idx file for rows of these sizes (tokens) stored one after another.
 
-
-def index_parts(sizes: np.ndarray, dtype) -> Iterator[bytes]:
-    """index_bytes piece by piece: for millions of rows the whole would take much memory for nothing."""
+    It comes in chunks: for millions of rows the whole would take much memory.
+    """
     dtype, rows = np.dtype(dtype), len(sizes)
     yield MAGIC + struct.pack("<QBQQ", 1, CODES[dtype], rows, rows + 1)
     for begin in range(0, rows, INDEX_ROWS):
@@ -54,7 +53,15 @@ def index_parts(sizes: np.ndarray, dtype) -> Iterator[bytes]:
 
 
 class Header(NamedTuple):
-    """The first HEADER bytes of an .idx as they stand there, and where they say that the rest lies. Nothing is checked."""
+    """The first HEADER bytes of an .idx, unchecked, and where they say that the rest is.
+
+    Attributes:
+        magic: identifies the format.
+        version: 1.
+        code: of the tokens' dtype, a key of DTYPES.
+        rows: number of rows.
+        documents: entries of the document index.
+    """
 
     magic: bytes
     version: int
@@ -64,20 +71,22 @@ class Header(NamedTuple):
 
     @classmethod
     def parse(cls, index: bytes) -> Header:
-        """index: at least the first HEADER bytes of the file."""
+        """Parse a header. index: at least the first HEADER bytes of the file."""
         return cls._make(struct.unpack_from("<9sQBQQ", index))
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the tokens, little-endian. KeyError for a code that nobody knows."""
+        """Of the tokens, little-endian. KeyError for an unknown code."""
         return np.dtype(DTYPES[self.code]).newbyteorder("<")
 
     @property
     def offsets_at(self) -> int:
+        """Byte of the first row offset."""
         return HEADER + 4 * self.rows
 
     @property
     def documents_at(self) -> int:
+        """Byte of the document index."""
         return HEADER + 12 * self.rows
 
     @property
@@ -89,7 +98,12 @@ class Header(NamedTuple):
 class Reader:
     """Rows of a .bin/.idx pair, mapped, never copied as a whole. Refuses a pair that does not fit together.
 
-    prefix: path without ending. sizes: int32 [N]. row(i): the tokens of row i as a read-only view.
+    Args:
+        prefix: path without ending.
+
+    Attributes:
+        sizes: tokens of each row, int32 [N].
+        tokens: of all rows.
     """
 
     def __init__(self, prefix: str | os.PathLike):
@@ -113,9 +127,8 @@ class Reader:
         self.dtype, rows = header.dtype, header.rows
         if len(index) != header.end:
             raise UserError(
-                f"{display_path(idx_path)}: has {len(index):,} bytes, but its header ({plural(rows, 'row')}) "
-                f"asks for {header.end:,}. "
-                "It was cut off or damaged; tokenize the data again."
+                f"{display_path(idx_path)}: has {len(index):,} bytes, but its header ({plural(rows, 'row')}) asks for "
+                f"{header.end:,}. It was cut off or damaged; tokenize the data again."
             )
         self.sizes = np.frombuffer(index, "<i4", rows, HEADER)
         self.offsets = np.frombuffer(index, "<i8", rows, header.offsets_at)
@@ -140,20 +153,26 @@ class Reader:
         return len(self.sizes)
 
     def row(self, i: int) -> np.ndarray:
+        """Return the tokens of row `i` as a read-only view."""
         start = int(self.offsets[i]) // self.dtype.itemsize
         return self.tokens[start : start + int(self.sizes[i])]
 
 
 class Writer:
-    """Writes pairs under temporary names; `commit` gives all of them their final names, or none is touched.
+    """Writes pairs under temporary names; `commit` gives all of them their final names, or none is changed.
 
-    Use as a context manager. Without commit (an error, Ctrl-C) the temporary files go away and older files stay whole.
+    Use as a context manager. Without commit (an error, Ctrl-C) the temporary files are removed and older files stay
+    complete.
+
+    Args:
+        prefix: path without ending.
+        streams: ending between prefix and .bin ("" or ".roles") -> dtype. A reader needs the stream "" to accept the
+            others.
     """
 
     def __init__(self, prefix: str | os.PathLike, streams: dict[str, np.dtype]):
-        """streams: ending between prefix and .bin ("" or ".roles") -> dtype. The stream "" is the one that marks them all."""
         self.prefix, self.streams = str(prefix), {ending: np.dtype(d) for ending, d in streams.items()}
-        self.files = {}
+        self.files: dict[str, IO[bytes]] = {}
         self.sizes = {ending: array.array("i") for ending in self.streams}
 
     def __enter__(self) -> Writer:
@@ -168,17 +187,24 @@ class Writer:
         self.discard()
 
     def final(self, ending: str, kind: str) -> Path:
+        """Return the final name of a file."""
         return Path(f"{self.prefix}{ending}.{kind}")
 
     def add(self, rows: dict[str, np.ndarray]) -> None:
-        """One row: its values for each of some streams."""
+        """Add one row: its values for each of some streams."""
         for ending, values in rows.items():
             # not tofile: it hides why a write failed (a full disk)
             content = values.astype(self.streams[ending].newbyteorder("<"), copy=False).tobytes()
             self.extend(ending, content, [len(values)])
 
     def extend(self, ending: str, content: bytes, sizes: Sequence[int]) -> None:
-        """Rows of one stream behind one another, as the bytes of the file; sizes: values of each."""
+        """Add consecutive rows of one stream.
+
+        Args:
+            ending: of the stream.
+            content: the bytes for the file.
+            sizes: values of each row.
+        """
         with named(self.final(ending, "bin")):
             self.files[ending].write(content)
         self.sizes[ending].extend(sizes)
@@ -186,32 +212,35 @@ class Writer:
     def commit(self, remove: Sequence[Path] = (), last_look: Callable[[], None] = lambda: None) -> None:
         """Flush everything to the disk, then rename. The .idx of "" comes last: a pair without it is refused.
 
-        remove: files of an earlier run that do not belong to these; they go in the same moment. last_look: raises where nothing
-        must get its name.
+        Args:
+            remove: files of an earlier run that do not belong to these; they are removed in the same step.
+            last_look: called before the renames; raises if the files must not get their names.
         """
         for ending, file in self.files.items():
             with named(self.final(ending, "bin")):
                 sync(file)
                 file.close()
             with named(self.final(ending, "idx")), create(temp_path(self.final(ending, "idx"))) as index:
-                index.writelines(index_parts(np.frombuffer(self.sizes[ending], np.int32), self.streams[ending]))
+                index.writelines(index_chunks(np.frombuffer(self.sizes[ending], np.int32), self.streams[ending]))
                 sync(index)
         names = [self.final(e, kind) for e in sorted(self.streams, reverse=True) for kind in ("bin", "idx")]
         last_look()
         put_in_place(names, remove)  # ends with the .idx of ""
 
     def discard(self) -> None:
+        """Remove the temporary files."""
         for ending, file in self.files.items():
-            with contextlib.suppress(OSError):  # a full disk refuses what is still to be flushed: it is to go anyway
+            with contextlib.suppress(OSError):  # a full disk refuses the rest of the data, which is discarded anyway
                 file.close()
             for kind in ("bin", "idx"):
                 atomic_io.remove(temp_path(self.final(ending, kind)))
 
 
 def put_in_place(names: list[Path], remove: Sequence[Path] = ()) -> None:
-    """Give temporary files their names and take the files of `remove` away, all or none. The last name is the mark without
-    which readers refuse the rest: it goes first and comes back last, so that a kill in between never leaves an old and a new
-    file that seem to belong together.
+    """Give temporary files their names and remove the files of `remove`, all or none.
+
+    The last name is the one without which readers refuse the rest: it is removed first and comes back last, so that a
+    kill in between never leaves an old and a new file that seem to belong together.
     """
     kept: dict[Path, Path] = {}
     placed: list[Path] = []

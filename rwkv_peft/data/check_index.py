@@ -1,48 +1,59 @@
-"""What is wrong with an .idx, and with the length of its .bin: every fault with its exact place.
+"""Check an .idx file, and the length of its .bin: report every fault with its exact place.
 
-Unlike rwkv_peft.data.binidx.Reader, which refuses a pair at the first fault. Files are read in blocks, whatever their size.
+Unlike rwkv_peft.data.binidx.Reader, which refuses a pair at the first fault. Files are read in blocks, whatever their
+size.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from rwkv_peft.common import paths
 from rwkv_peft.common.formatting import plural
 
 from .binidx import DTYPES, HEADER, MAGIC, Header
 
-BLOCK = 1 << 16  # tokens, sizes or pointers that are in memory at once; larger blocks leave the processor's cache
-LISTED = 10  # faults of one kind that are told; the rest are counted
+BLOCK = 1 << 16  # tokens, sizes or offsets that are in memory at once; larger blocks exceed the processor's cache
+LISTED = 10  # faults of one kind that are reported; the rest are counted
 
 
 class Faults:
-    """What is wrong, by kind; at most LISTED of a kind are kept as sentences."""
+    """Faults by kind; at most LISTED of a kind are kept as sentences."""
 
     def __init__(self):
-        self.told: dict[str, list[str]] = defaultdict(list)
+        self.sentences: dict[str, list[str]] = defaultdict(list)
         self.counts: Counter[str] = Counter()
 
     def add(self, kind: str, sentence: str) -> None:
-        self.add_all(kind, [0], lambda _: sentence)
+        """Add one fault."""
+        self.add_all(kind, 1, iter([sentence]))
 
-    def add_all(self, kind: str, where: Sequence[int] | np.ndarray, tell: Callable[[int], str]) -> None:
-        """where: numbers of rows, tokens or entries. tell: from one of them to its sentence."""
-        room = max(LISTED - len(self.told[kind]), 0)
-        self.told[kind] += [tell(int(w)) for w in where[:room]]
-        self.counts[kind] += len(where)
+    def add_all(self, kind: str, number: int, sentences: Iterator[str]) -> None:
+        """Add faults of one kind.
+
+        Args:
+            kind: of the faults.
+            number: of faults.
+            sentences: one for each; only those that are kept are made.
+        """
+        room = max(LISTED - len(self.sentences[kind]), 0)
+        self.sentences[kind] += itertools.islice(sentences, room)
+        self.counts[kind] += number
 
     def __bool__(self) -> bool:
         return any(self.counts.values())
 
     def lines(self) -> list[str]:
+        """Return the sentences, and how many more there are of each kind."""
         out = []
-        for kind, sentences in self.told.items():
+        for kind, sentences in self.sentences.items():
             out += sentences
             if self.counts[kind] > len(sentences):
                 out.append(f"... and {self.counts[kind] - len(sentences):,} more of this kind ({kind})")
@@ -51,9 +62,14 @@ class Faults:
 
 @dataclass(frozen=True)
 class Pair:
-    """A pair whose header could be read. rows: how many its .idx tells. tokens: what the .bin holds.
+    """A pair whose header could be read.
 
-    sound: the .idx and the length of the .bin fit together, so rows can be found. dtype: None if its code is unknown.
+    Attributes:
+        prefix: path without ending.
+        header: of the .idx.
+        dtype: of the tokens; None if its code is unknown.
+        tokens: number of tokens in the .bin.
+        sound: the .idx and the length of the .bin fit together, so rows can be found.
     """
 
     prefix: Path
@@ -64,24 +80,27 @@ class Pair:
 
     @property
     def idx(self) -> Path:
+        """Path of the .idx."""
         return Path(f"{self.prefix}.idx")
 
     @property
     def bin(self) -> Path:
+        """Path of the .bin."""
         return Path(f"{self.prefix}.bin")
 
     def sizes(self) -> Iterator[tuple[int, np.ndarray]]:
-        return values(self.idx, "<i4", HEADER, self.header.rows)
+        """Yield the sizes of the rows in blocks."""
+        return read_blocks(self.idx, "<i4", HEADER, self.header.rows)
 
 
-def values(path: Path, dtype, at: int, number: int) -> Iterator[tuple[int, np.ndarray]]:
-    """`number` values of a file from byte `at` on, block by block, with the number of the first; fewer if the file ends.
+def read_blocks(path: Path, dtype: DTypeLike, at: int, number: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield `number` values of a file from byte `at` in blocks, with the number of the first; fewer if the file ends.
 
     Reads rather than maps: pages of a map count as memory of this process.
     """
     first = 0
     with open(path, "rb") as file:
-        if at >= path.stat().st_size:  # a damaged header asks for places that no file has
+        if at >= path.stat().st_size:  # a damaged header can give positions beyond the file
             return
         file.seek(at)
         while first < number:
@@ -93,7 +112,7 @@ def values(path: Path, dtype, at: int, number: int) -> Iterator[tuple[int, np.nd
 
 
 def read_pair(prefix: Path, faults: Faults) -> Pair | None:
-    """Everything that the .idx, and the length of the .bin, tell; None where there is not even a header."""
+    """Check an .idx and the length of its .bin. Return None if there is not even a header."""
     idx, bin_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     name, length = paths.display_path(idx), idx.stat().st_size
     with open(idx, "rb") as file:
@@ -110,7 +129,7 @@ def read_pair(prefix: Path, faults: Faults) -> Pair | None:
         return None
     header = Header.parse(head)
     if not magic_is_right and (header.version != 1 or header.end != length):
-        return None  # another kind of file: nothing in it means anything
+        return None  # another kind of file: the rest of it means nothing
     if header.version != 1:
         faults.add("version", f"{name}, byte {len(MAGIC)}: the version is {header.version}; only 1 is known.")
     if header.code not in DTYPES:
@@ -130,7 +149,11 @@ def read_pair(prefix: Path, faults: Faults) -> Pair | None:
 
 
 def check_length(name: str, length: int, header: Header, faults: Faults) -> bool:
-    """Whether the counts in the header can be believed: the file is as long as they say, or was cut off."""
+    """Check the length of an .idx against the counts in its header.
+
+    Returns:
+        Whether the counts are credible: the file is as long as they say, or is incomplete.
+    """
     if length == header.end:
         return True
     asks = f"its header ({plural(header.rows, 'row')} by byte 18, {header.documents:,} document borders by byte 26)"
@@ -150,47 +173,59 @@ def check_length(name: str, length: int, header: Header, faults: Faults) -> bool
     return not fits
 
 
-def check_rows(idx, length, header: Header, dtype, bin_path: Path, have: int | None, faults: Faults) -> None:
-    """Sizes and pointers, side by side; then the length of the .bin. length: of the .idx, which may have been cut off."""
+def check_rows(
+    idx: Path, length: int, header: Header, dtype: np.dtype | None, bin_path: Path, have: int | None, faults: Faults
+) -> None:
+    """Check sizes and offsets together, then the length of the .bin.
+
+    Args:
+        idx: the .idx.
+        length: of the .idx, which may be incomplete.
+        header: of the .idx.
+        dtype: of the tokens.
+        bin_path: the .bin.
+        have: bytes of the .bin, None if it is missing.
+        faults: gets what is wrong.
+    """
     name, item = paths.display_path(idx), dtype.itemsize if dtype else 0
     there = min(header.rows, (length - HEADER) // 4)
-    pointers = values(idx, "<i8", header.offsets_at, header.rows)
-    total, gaps, negative, cut_row = 0, (0, 0), 0, None  # gaps: of the two rows before, how far they lie off
-    for first, sizes in values(idx, "<i4", HEADER, there):
+    pointers = read_blocks(idx, "<i8", header.offsets_at, header.rows)
+    cut_row: tuple[int, int] | None = None
+    total, gaps, negative = 0, (0, 0), 0  # gaps: errors of the offsets of the two rows before
+    for first, sizes in read_blocks(idx, "<i4", HEADER, there):
         wrong = np.flatnonzero(sizes < 0)
         negative += len(wrong)
         faults.add_all(
             "size",
-            wrong,
-            lambda i, first=first, sizes=sizes: (
+            len(wrong),
+            (
                 f"{name}, byte {HEADER + 4 * (first + i):,}: row {first + i:,} has {sizes[i]} tokens."
+                for i in wrong.tolist()
             ),
         )
         ends = total + np.cumsum(sizes, dtype=np.int64)
         if have is not None and item and cut_row is None and int(ends[-1]) * item > have:
             at = int(np.flatnonzero(ends * item > have)[0])
             cut_row = first + at, have // item - (int(ends[at]) - int(sizes[at]))
-        _, found = next(pointers, (0, np.zeros(0, np.int64)))
-        if dtype and len(found):
-            n = len(found)
+        _, offsets = next(pointers, (0, np.zeros(0, np.int64)))
+        if dtype and len(offsets):
+            n = len(offsets)
             starts = (ends[:n] - sizes[:n]) * item
-            off = np.concatenate([np.array(gaps, np.int64), found - starts])
-            # a row that lies off is told once: not again where the rows behind it lie off as far, or right again
+            off = np.concatenate([np.array(gaps, np.int64), offsets - starts])
+            # a wrong offset is reported once: not again where the following rows are off as far, or right again
             wrong = np.flatnonzero((off[2:] != 0) & (off[2:] != off[1:-1]) & (off[2:] != off[:-2]))
-            expected = found - (off[2:] - off[1:-1])
+            expected = offsets - (off[2:] - off[1:-1])
             faults.add_all(
                 "pointer",
-                wrong,
-                lambda i, first=first, found=found, expected=expected: wrong_pointer(
-                    name, header, first + i, found[i], expected[i]
-                ),
+                len(wrong),
+                (describe_pointer(name, header, first + i, offsets[i], expected[i]) for i in wrong.tolist()),
             )
             gaps = int(off[-2]), int(off[-1])
         total = int(ends[-1])
     if have is None or not item or negative or there < header.rows:
         return
     need, bin_name = total * item, paths.display_path(bin_path)
-    if have < need:
+    if cut_row:  # have < need
         row, token = cut_row
         faults.add(
             "bin",
@@ -201,43 +236,47 @@ def check_rows(idx, length, header: Header, dtype, bin_path: Path, have: int | N
         faults.add("bin", f"{bin_name}, byte {need:,}: {more} more than {idx.name} describes ({need:,}).")
 
 
-def wrong_pointer(name: str, header: Header, row: int, found: int, expected: int) -> str:
+def describe_pointer(name: str, header: Header, row: int, offset: int, expected: int) -> str:
+    """Return the sentence for a wrong offset."""
     before = f", where row {row - 1:,} ends (its size: byte {HEADER + 4 * (row - 1):,})" if row else ""
     return (
-        f"{name}, byte {header.offsets_at + 8 * row:,}: row {row:,} points to byte {found:,} of the .bin, "
+        f"{name}, byte {header.offsets_at + 8 * row:,}: row {row:,} points to byte {offset:,} of the .bin, "
         f"but must begin at {expected:,}{before}."
     )
 
 
 def check_documents(idx: Path, header: Header, faults: Faults) -> None:
-    """The document index: row numbers that begin with 0, never fall, and end with the number of rows."""
+    """Check the document index: row numbers that begin with 0, never fall, and end with the number of rows."""
     name, rows = paths.display_path(idx), header.rows
     if not header.documents:
         faults.add(
             "document index", f"{name}, byte 26: the document index is empty; it must hold 0 and {rows} at least."
         )
     previous = 0
-    for first, borders in values(idx, "<i8", header.documents_at, header.documents):
-        known = (borders >= 0) & (borders <= rows)
-        # one border that is too large makes not all of those behind it wrong
-        before = np.concatenate([[previous], np.where(known, borders, 0)[:-1]])
-        right = known & (borders >= before)
+    for first, bounds in read_blocks(idx, "<i8", header.documents_at, header.documents):
+        known = (bounds >= 0) & (bounds <= rows)
+        # one entry that is too large does not make all of those after it wrong
+        before = np.concatenate([[previous], np.where(known, bounds, 0)[:-1]])
+        right = known & (bounds >= before)
         if first == 0:
-            right[0] = borders[0] == 0
-        if first + len(borders) == header.documents:
-            right[-1] &= borders[-1] == rows
+            right[0] = bounds[0] == 0
+        if first + len(bounds) == header.documents:
+            right[-1] &= bounds[-1] == rows
+        wrong = np.flatnonzero(~right).tolist()
         faults.add_all(
             "document index",
-            np.flatnonzero(~right),
-            lambda i, first=first, borders=borders, before=before: (
+            len(wrong),
+            (
                 f"{name}, byte {header.documents_at + 8 * (first + i):,}: entry {first + i:,} of the document index is "
-                f"{borders[i]:,}; {must_be(first + i, header, int(before[i]))}."
+                f"{bounds[i]:,}; {expected_entry(first + i, header, int(before[i]))}."
+                for i in wrong
             ),
         )
-        previous = int(borders[-1]) if known[-1] else 0
+        previous = int(bounds[-1]) if known[-1] else 0
 
 
-def must_be(entry: int, header: Header, before: int) -> str:
+def expected_entry(entry: int, header: Header, before: int) -> str:
+    """Return what an entry of the document index must be."""
     if entry == 0:
         return "the first must be 0"
     if entry == header.documents - 1:

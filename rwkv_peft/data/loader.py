@@ -1,4 +1,4 @@
-"""Who prepares batches: this process as they are asked for, or workers that live as long as the run."""
+"""The data loader: batches prepared on request by this process, or by workers that live as long as the run."""
 
 from __future__ import annotations
 
@@ -12,14 +12,20 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 AHEAD = 4  # batches that a worker prepares in advance
 
 
-class InOrder(Sampler):
-    """The numbers of an epoch's micro-batches; Lightning calls set_epoch before each epoch. A run that goes on begins with
-    micro-batch `first` of its first epoch."""
+class OrderedSampler(Sampler):
+    """The numbers of an epoch's micro-batches. Lightning calls set_epoch before each epoch.
+
+    Args:
+        length: micro-batches of an epoch.
+        epoch: the first epoch.
+        first: the first micro-batch of that epoch, for a run that resumes.
+    """
 
     def __init__(self, length: int, epoch: int, first: int):
         self.length, self.epoch, self.first = length, epoch, first
 
     def set_epoch(self, epoch: int) -> None:
+        """Move to an epoch."""
         if epoch != self.epoch:
             self.epoch, self.first = epoch, 0
 
@@ -31,14 +37,19 @@ class InOrder(Sampler):
 
 
 def make_loader(batches: Dataset, workers: int, epoch: int = 0, first: int = 0) -> DataLoader:
-    """Batches in order, prepared by `workers` processes that live as long as the run; 0: by this one, as they are asked for.
+    """Make a loader of batches in order.
 
-    Workers are forked: they share the mapped files and all that is known of them, instead of getting copies. epoch, first: where
-    it begins; a stream knows that itself.
+    Workers are forked: they share the mapped files and all derived data instead of getting copies.
+
+    Args:
+        batches: the data set.
+        workers: processes that prepare batches and live as long as the run; 0: this process does it, on request.
+        epoch: the first epoch; a stream has its own position.
+        first: the first micro-batch of that epoch.
     """
     stream = isinstance(batches, IterableDataset)
-    sampler = None if stream else InOrder(len(batches), epoch, first)
-    # every iterator draws a seed: from here, so that dropout's numbers do not depend on how often one is made
+    sampler = None if stream else OrderedSampler(len(batches), epoch, first)  # type: ignore[arg-type]  # the stub of Dataset lacks __len__
+    # every iterator draws a seed: from this generator, so that dropout does not depend on how often one is made
     generator = torch.Generator()
     if not workers:
         return DataLoader(batches, batch_size=None, sampler=sampler, generator=generator)
@@ -51,25 +62,25 @@ def make_loader(batches: Dataset, workers: int, epoch: int = 0, first: int = 0) 
         persistent_workers=True,
         prefetch_factor=AHEAD,
         multiprocessing_context="fork",
-        worker_init_fn=leave_signals_to_the_run,
+        worker_init_fn=ignore_signals,
     )
 
 
-def leave_signals_to_the_run(_worker: int) -> None:
-    """Ctrl-C and a closing terminal reach every process; whether and when to stop is for the training process to decide.
+def ignore_signals(_worker: int) -> None:
+    """Ignore stop signals in a worker.
 
-    A worker ends when it is told to, and within seconds by itself when its run is gone.
+    Ctrl-C and a closing terminal reach every process; the training process decides whether and when to stop. A worker
+    ends when it gets the order, and by itself within seconds when its run has ended.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(
-        signal.SIGBUS, signal.SIG_DFL
-    )  # a file was cut: the training process says so, not torch in other words
+    # a file was truncated: the training process reports it, not torch in other words
+    signal.signal(signal.SIGBUS, signal.SIG_DFL)
 
 
 def end_workers(loader: DataLoader) -> None:
     """End the workers now, however the run ended."""
     iterator, loader._iterator = loader._iterator, None
-    if hasattr(iterator, "_shutdown_workers"):
-        with contextlib.suppress(Exception):  # one that is gone already
+    if iterator and hasattr(iterator, "_shutdown_workers"):
+        with contextlib.suppress(Exception):  # it has already ended
             iterator._shutdown_workers()

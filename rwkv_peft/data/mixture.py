@@ -1,8 +1,8 @@
-"""Several files in one run (DATA_PATH="a:0.7 b:0.3"): their shares, and whose turn it is at every row.
+"""Mixtures of several files in one run (DATA_PATH="a:0.7 b:0.3"): their shares, and which file every row comes from.
 
-Turns are drawn by earliest deadline: the j-th row of a source with share w must come at a place t with (j-1)/w < t < j/w + 1.
-A plan that keeps all of them always exists (Tijdeman, "The chairman assignment problem", 1980), and earliest deadline first
-finds it. So after any number of rows, every source has had its share to within one row.
+Turns are drawn by earliest deadline: the j-th row of a source with share w must come at a position t with (j-1)/w < t
+< j/w + 1. A plan that meets all deadlines always exists (Tijdeman, "The chairman assignment problem", 1980), and
+earliest deadline first finds it. So after any number of rows, every source has had its share to within one row.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ from fractions import Fraction
 
 import numpy as np
 
-LONGEST_PERIOD = 100_000  # turns repeat after the sum of the weights as whole numbers
+LONGEST_PERIOD = 100_000  # the schedule repeats after the sum of the weights as whole numbers
 SHARE = re.compile(r":([+-]?(?:\d+\.?\d*|\.\d+))(?=\s|$)")
 
 
-def parse(text: str) -> list[tuple[str, Fraction]]:
-    """Names and weights of "a:0.7 b c:0.3" (the second name is "b c"). One name without a weight has all.
+def parse_mixture(text: str) -> list[tuple[str, Fraction]]:
+    """Parse names and weights of "a:0.7 b c:0.3" (the second name is "b c"). A single name without a weight has all.
 
-    Raises ValueError in the user's words.
+    Raises:
+        ValueError: it cannot be parsed; the message is for the user.
     """
     if not SHARE.search(text):
         return [(text, Fraction(1))]
-    found, at = [], 0
+    shares, at = [], 0
     for share in SHARE.finditer(text):
         name = text[at : share.start()].strip()
         if not name:
@@ -33,35 +34,39 @@ def parse(text: str) -> list[tuple[str, Fraction]]:
         weight = Fraction(share[1])
         if weight <= 0:
             raise ValueError(f"gives {name} the weight {share[1]}; it must be more than 0")
-        found.append((name, weight))
+        shares.append((name, weight))
         at = share.end()
     if rest := text[at:].strip():
         raise ValueError(f'gives {rest} no weight; write "first:0.7 second:0.3"')
-    names = [name for name, _ in found]
+    names = [name for name, _ in shares]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"names {' and '.join(twice)} more than once; give each file one weight")
-    if sum(whole_numbers([weight for _, weight in found])) > LONGEST_PERIOD:
+    if sum(integer_ratio([weight for _, weight in shares])) > LONGEST_PERIOD:
         raise ValueError("has weights with too many digits; three are enough")
-    return found
+    return shares
 
 
-def whole_numbers(weights: Sequence[Fraction]) -> list[int]:
-    """The smallest whole numbers with the same ratios."""
+def integer_ratio(weights: Sequence[Fraction]) -> list[int]:
+    """Return the smallest whole numbers with the same ratios."""
     bottom = math.lcm(*(weight.denominator for weight in weights))
     numbers = [int(weight * bottom) for weight in weights]
     top = math.gcd(*numbers)
     return [number // top for number in numbers]
 
 
-def nearest_whole_numbers(weights: Sequence[float], total: int) -> list[int]:
-    """Whole numbers, none of them 0, whose sum is about `total` and whose ratios are near to those of the weights."""
+def nearest_integer_ratio(weights: Sequence[float], total: int) -> list[int]:
+    """Return whole numbers, none of them 0, with a sum of about `total` and nearly the ratios of the weights."""
     scale = total / sum(weights)
-    return whole_numbers([Fraction(max(1, round(weight * scale))) for weight in weights])
+    return integer_ratio([Fraction(max(1, round(weight * scale))) for weight in weights])
 
 
 class MixtureSchedule:
-    """Whose row is row n of an endless stream. weights: whole numbers, one per source; the turns repeat after their sum."""
+    """The source of each row of an endless stream.
+
+    Args:
+        weights: whole numbers, one per source; the schedule repeats after their sum.
+    """
 
     def __init__(self, weights: Sequence[int]):
         self.weights, self.period = list(weights), sum(weights)
@@ -77,12 +82,12 @@ class MixtureSchedule:
         self.who, self.before = who, before
 
     def locate(self, number: int) -> tuple[int, int]:
-        """Row `number` is which row of which source: (source, row)."""
+        """Return source and row in that source of row `number`."""
         turn, place = divmod(number, self.period)
         source = int(self.who[place])
         return source, turn * self.weights[source] + int(self.before[place])
 
     def count(self, source: int, rows: int) -> int:
-        """How many of the first `rows` rows are the source's."""
+        """Return how many of the first `rows` rows are the source's."""
         turn, place = divmod(rows, self.period)
         return turn * self.weights[source] + int((self.who[:place] == source).sum())

@@ -1,7 +1,7 @@
-"""Items -> packs of at most CTX_LEN targets, as few as best fit decreasing makes, in which equal lengths are apart.
+"""Packing: items in packs of at most CTX_LEN targets, as few as best fit decreasing makes, with equal lengths apart.
 
-Which lengths share a pack depends on the lengths alone, so it is worked out once; every pass then draws anew which of the
-items of a length takes which of its places. Packs fill by length, not by item: a million items take a second.
+Which lengths share a pack depends on the lengths alone, so it is computed once; every pass then draws again which of
+the items of a length takes which of its places. Packs fill by length, not by item: a million items take a second.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from .sampling import ItemRows, Pass, take_groups
+from .sampling import ItemRows, Pass, reorder_groups
 from .truncate import RowSpans
 
-SPREADING = (1.0, 0.75, 0.5, 0.25, 0.0)  # share of the packs that may be begun before they are needed
+SPREADING = (1.0, 0.75, 0.5, 0.25, 0.0)  # shares of the packs that may be opened before they are needed
 
 
-class Rooms:
-    """Open packs by the room that they have left: take the fullest that still fits."""
+class OpenPacks:
+    """Open packs by the room that they have left; the fullest that still fits is taken first."""
 
     def __init__(self, capacity: int):
         self.capacity, self.opened = capacity, 0
@@ -26,14 +26,15 @@ class Rooms:
         self.sorted: list[int] = []
 
     def put(self, room: int, packs: list[int]) -> None:
-        if room > 0 and packs:  # a full pack is never asked for again
+        """Return packs with this room left."""
+        if room > 0 and packs:  # a full pack is never needed again
             if room not in self.packs:
                 self.packs[room] = []
                 bisect.insort(self.sorted, room)
             self.packs[room] += packs
 
     def take(self, room: int, most: int) -> list[int]:
-        """Up to `most` of the packs that have exactly this room."""
+        """Take up to `most` of the packs that have exactly this room."""
         packs = self.packs[room]
         taken = packs[-most:]
         del packs[-most:]
@@ -43,22 +44,27 @@ class Rooms:
         return taken
 
     def open(self, most: int) -> list[int]:
+        """Begin new packs."""
         self.opened += most
         return list(range(self.opened - most, self.opened))
 
 
 def best_fit(lengths: Iterable[tuple[int, int]], capacity: int) -> tuple[np.ndarray, int]:
-    """Best fit decreasing: each item, the longest first, into the fullest pack that still has room for it.
+    """Best fit decreasing: each item, the longest first, goes into the fullest pack that still has room for it.
 
-    lengths: (length, how many items have it), from the longest to the shortest. Returns the pack of every item in that
-    order, int32 [n], and the number of packs.
+    Args:
+        lengths: (length, number of items), from the longest to the shortest.
+        capacity: of a pack.
+
+    Returns:
+        The pack of every item in that order, int32 [n], and the number of packs.
     """
-    rooms, placed = Rooms(capacity), []
+    rooms, placed = OpenPacks(capacity), []
     for length, items in lengths:
         while items:
             at = bisect.bisect_left(rooms.sorted, length)
             room = rooms.sorted[at] if at < len(rooms.sorted) else capacity
-            # a pack that has taken one is now the fullest that fits, and goes on until the length fits no more
+            # a pack that has taken one is now the fullest that fits, so it takes items until the length no longer fits
             each = min(room // length, items)
             most = max(1, items // each)
             packs = rooms.take(room, most) if at < len(rooms.sorted) else rooms.open(most)
@@ -68,14 +74,17 @@ def best_fit(lengths: Iterable[tuple[int, int]], capacity: int) -> tuple[np.ndar
     return np.concatenate(placed) if placed else np.zeros(0, dtype=np.int32), rooms.opened
 
 
-def spread(lengths: Iterable[tuple[int, int]], capacity: int, early: int) -> tuple[np.ndarray, int]:
-    """The same, but a pack takes a second item of one length only where no other pack can take it.
+def spread_fit(lengths: Iterable[tuple[int, int]], capacity: int, early: int) -> tuple[np.ndarray, int]:
+    """Like `best_fit`, but a pack takes a second item of one length only if no other pack can take it.
 
-    early: as long as there are fewer packs than this, a new one is begun rather than giving a pack the same length again.
+    Args:
+        lengths: (length, number of items), from the longest to the shortest.
+        capacity: of a pack.
+        early: with fewer packs than this, a new one is begun rather than giving a pack the same length again.
     """
-    rooms, placed = Rooms(capacity), []
+    rooms, placed = OpenPacks(capacity), []
     for length, items in lengths:
-        while items:  # one round: no pack takes more than one
+        while items:  # one round: each pack takes at most one
             moved: dict[int, list[int]] = {}
             for room in rooms.sorted[bisect.bisect_left(rooms.sorted, length) :]:
                 packs = rooms.take(room, items)
@@ -92,17 +101,21 @@ def spread(lengths: Iterable[tuple[int, int]], capacity: int, early: int) -> tup
     return np.concatenate(placed) if placed else np.zeros(0, dtype=np.int32), rooms.opened
 
 
-def places(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
-    """The pack of the longest item, of the next, ...: int32 [n], and how many packs there are (as few as best_fit's).
+def assign_packs(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
+    """Return the pack of the longest item, of the next, ...: int32 [n], and the number of packs.
 
-    lengths: [n], none above capacity, in any order.
+    There are as few packs as `best_fit` makes.
+
+    Args:
+        lengths: [n], none above capacity, in any order.
+        capacity: of a pack.
     """
     unique, counts = np.unique(lengths, return_counts=True)
     by_length = list(zip(unique[::-1].tolist(), counts[::-1].tolist(), strict=True))
     plain, fewest = best_fit(by_length, capacity)
     if len(unique) < len(lengths):
         for share in SPREADING:
-            apart, packs = spread(by_length, capacity, int(share * fewest))
+            apart, packs = spread_fit(by_length, capacity, int(share * fewest))
             if packs <= fewest:
                 return apart, packs
     return plain, fewest
@@ -112,13 +125,14 @@ class Packs(ItemRows):
     """DATALOAD=pack: a row is a pack of items, each a sequence of its own."""
 
     def __init__(self, items: RowSpans, capacity: int, key: tuple[int, ...], shuffle: bool):
-        pack, packs = places(items.length, capacity)
-        self.by_pack = np.argsort(pack, kind="stable").astype(np.int32)  # places, pack after pack
+        pack, packs = assign_packs(items.length, capacity)
+        self.by_pack = np.argsort(pack, kind="stable").astype(np.int32)  # ranks of the items by length, pack after pack
         self.first = np.zeros(packs + 1, dtype=np.int64)
         np.cumsum(np.bincount(pack, minlength=packs), out=self.first[1:])
         super().__init__(items, packs, key, shuffle)
 
     def make_pass(self, number: int) -> Pass:
+        """Draw the order of a pass."""
         random = self.random(number)
         order = random.permutation(len(self.items)) if self.shuffle else np.arange(len(self.items))
         longest_first = order[np.argsort(-self.items.length[order], kind="stable")]
@@ -127,4 +141,4 @@ class Packs(ItemRows):
             packs = random.permutation(self.rows)
         else:  # in the order of the earliest item in each
             packs = np.argsort(np.minimum.reduceat(order, self.first[:-1]), kind="stable")
-        return Pass(*take_groups(order, self.first, packs))
+        return Pass(*reorder_groups(order, self.first, packs))

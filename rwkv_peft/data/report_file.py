@@ -1,4 +1,4 @@
-"""NAME.report.json beside tokenized data: what make_tokenize.sh wrote down about them, read where training looks at it."""
+"""NAME.report.json beside tokenized data: what make_tokenize.sh recorded about them, as training reads it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from rwkv_peft.common import json_reader
 from rwkv_peft.common.json_reader import Schema, is_none_or, is_object, is_text, is_whole
 
-# what the values must be
+# checks of the values
 SCHEMA: Schema = {
     "settings": is_object,
     "template": is_none_or(is_object),
@@ -17,16 +17,21 @@ SCHEMA: Schema = {
     "vocabulary": is_text,
     "source": is_text,
 }
-# of the settings in it
+# checks of the settings in it
 SETTINGS: Schema = {"PROMPT_TYPE": is_text, "EOT": is_text, "BOS": lambda value: is_whole(value, 0, 1)}
 
 
 def path_of(prefix: Path) -> Path:
+    """Return the path of the report."""
     return Path(f"{prefix}.report.json")
 
 
 def read(prefix: Path) -> dict[str, Any]:
-    """What the report of tokenized data says, {} where there is none. UserError for one that was damaged or edited."""
+    """Read the report of tokenized data; {} if there is none.
+
+    Raises:
+        UserError: it was damaged or edited.
+    """
     path = path_of(prefix)
     if not path.exists():
         return {}

@@ -1,4 +1,4 @@
-"""Tokenized files: found by the names in DATA_PATH, and opened with who said what in them."""
+"""Tokenized files: found by the names in DATA_PATH, and opened with their roles."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 import os
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -24,16 +24,20 @@ from rwkv_peft.text.turns import spans_of_text
 from . import mixture, report_file
 from .binidx import Reader
 from .masking import Markers, roles_of_tokens
-from .token_source import Source
+from .token_source import TokenSource
 
 
 def data_files(text: str, other_than: Sequence[str] = ()) -> tuple[list[tuple[Path, Fraction]], list[str]]:
-    """DATA_PATH -> prefixes and weights of the tokenized files, and what is wrong with them. other_than: names that cannot be
-    meant, such as the data for training where held-out data are wanted."""
-    if not missing_data(paths.data_prefix(text)):  # a file whose very name looks like a mixture
+    """Return prefixes and weights of the tokenized files in DATA_PATH, and what is wrong with them.
+
+    Args:
+        text: DATA_PATH.
+        other_than: names that cannot be meant, such as the training data where held-out data are wanted.
+    """
+    if not missing_data(paths.data_prefix(text)):  # a file whose name looks like a mixture
         return [(paths.data_prefix(text), Fraction(1))], []
     try:
-        names = mixture.parse(text)
+        names = mixture.parse_mixture(text)
     except ValueError as error:
         return [], [str(error)]
     files = [(paths.data_prefix(name), weight) for name, weight in names]
@@ -51,7 +55,12 @@ def data_files(text: str, other_than: Sequence[str] = ()) -> tuple[list[tuple[Pa
 
 
 def missing_data(prefix: Path, other_than: Sequence[str] = ()) -> str:
-    """What to say if a tokenized file is not there, else "". other_than: names that are not proposed."""
+    """Return the message for a tokenized file that is missing, else "".
+
+    Args:
+        prefix: path without ending.
+        other_than: names that are not proposed.
+    """
     missing = [ending for ending in (".bin", ".idx") if not Path(f"{prefix}{ending}").is_file()]
     if not missing:
         return ""
@@ -67,7 +76,13 @@ def missing_data(prefix: Path, other_than: Sequence[str] = ()) -> str:
 
 
 class Form(NamedTuple):
-    """What dialogues were written in: PROMPT_TYPE, EOT, and the template itself (None: its file is gone)."""
+    """The format of dialogues.
+
+    Attributes:
+        prompt_type: PROMPT_TYPE.
+        eot: EOT.
+        template: None if its file is missing.
+    """
 
     prompt_type: str
     eot: str
@@ -75,8 +90,11 @@ class Form(NamedTuple):
 
 
 def form_of(prefix: Path) -> Form | None:
-    """What tokenized data were written in, as NAME.report.json tells; None where there is none. UserError if it holds a template
-    that cannot be read."""
+    """Return the format of tokenized data from NAME.report.json; None if there is none.
+
+    Raises:
+        UserError: it holds a template that cannot be read.
+    """
     report = report_file.read(prefix)
     settings, path = report.get("settings", {}), report_file.path_of(prefix)
     if not {"PROMPT_TYPE", "EOT"} <= {*settings}:
@@ -84,72 +102,94 @@ def form_of(prefix: Path) -> Form | None:
     name, eot = settings["PROMPT_TYPE"], settings["EOT"]
     if eot not in ENDINGS:
         raise UserError(f"{paths.display_path(path)}: EOT cannot be {eot!r}. Was the file edited?")
-    told = {"template": report.get("template"), "prompt_type": name}
-    name = preset_names.recorded_name(told)
+    recorded = {"template": report.get("template"), "prompt_type": name}
+    name = preset_names.recorded_name(recorded)
     try:
-        return Form(name, eot, preset_names.recorded(told, paths.display_path(path)))
+        return Form(name, eot, preset_names.recorded(recorded, paths.display_path(path)))
     except (SettingErrors, UserError):
-        if told["template"] is not None:
+        if recorded["template"] is not None:
             raise
-        return Form(name, eot, None)  # an older version has kept the name alone, and the user's file is not there now
+        return Form(name, eot, None)  # an older version kept only the name, and the user's file is missing
 
 
 def common(forms: Sequence[Form]) -> Form | None:
-    """The one form of several files, None where they differ."""
+    """Return the common format of several files, None if they differ."""
     first = forms[0] if forms else None
     return first if first and all(one == first for one in forms) else None
 
 
-LOOKED_AT = 1000  # rows of a file, from all over it, that tell whether it begins rows with token 0
+SAMPLED_ROWS = 1000  # rows from all over a file that show whether it begins rows with token 0
 
 
 def bos_share(reader: Reader) -> float:
-    """The share of a file's rows that begin with token 0. Rows of one token tell nothing."""
+    """Return the share of a file's rows that begin with token 0. Rows of one token do not count."""
     rows = np.flatnonzero(reader.sizes > 1)
     if not len(rows):
         return 0.0
-    some = rows[np.linspace(0, len(rows) - 1, min(LOOKED_AT, len(rows))).astype(np.int64)]
+    some = rows[np.linspace(0, len(rows) - 1, min(SAMPLED_ROWS, len(rows))).astype(np.int64)]
     starts = np.cumsum(reader.sizes, dtype=np.int64) - reader.sizes
     return float(np.mean(np.asarray(reader.tokens)[starts[some]] == tokenizer.END_OF_DOC))
 
 
 def bos_of(prefix: Path) -> tuple[int, str]:
-    """Whether the rows of tokenized data begin with token 0: 1 or 0, and a warning ("" for none). NAME.report.json tells; for
-    files without it, the rows do."""
+    """Return whether the rows of tokenized data begin with token 0, 1 or 0, and a warning ("" for none).
+
+    By NAME.report.json; for files without it, by the rows.
+    """
     share = bos_share(Reader(prefix))
-    told = report_file.read(prefix).get("settings", {}).get("BOS")
-    found = int(share >= 0.5)
-    if told is not None and told != found:
-        return found, (
-            f"{paths.display_path(prefix)}.report.json says BOS={told}, but {share:.0%} of the rows begin with token 0: the "
+    recorded = report_file.read(prefix).get("settings", {}).get("BOS")
+    bos = int(share >= 0.5)
+    if recorded is not None and recorded != bos:
+        return bos, (
+            f"{paths.display_path(prefix)}.report.json says BOS={recorded}, but {share:.0%} of the rows begin with token 0: the "
             "report belongs to other tokens. BOS is taken from the rows"
         )
     if 0 < share < 1:
-        return found, (
+        return bos, (
             f"{share:.0%} of the rows of {paths.display_path(prefix)} begin with token 0, the others do not; it counts as "
-            f"BOS={found}. Tokenize the rows again with one BOS"
+            f"BOS={bos}. Tokenize the rows again with one BOS"
         )
-    return found, ""
+    return bos, ""
 
 
 def blank_lines_of(prefix: Path) -> bool:
-    """Whether answers of ready texts hold blank lines, as NAME.report.json tells: then a blank line does not end a turn."""
+    """Return whether answers of formatted texts hold blank lines, by NAME.report.json.
+
+    A blank line then does not end a turn.
+    """
     return bool(report_file.read(prefix).get("places", {}).get("blank lines"))
 
 
 def mask_of(loss_mask: str) -> str:
-    """LOSS_MASK=se is qa with roles that the markers tell."""
+    """Return the mask of LOSS_MASK: se is qa with roles from the markers."""
     return "qa" if loss_mask == "se" else loss_mask
 
 
 def open_sources(
-    files, loss_mask: str, mask_start: str, mask_end: str, vocab_size: int, say: Callable[[str], None]
-) -> list[Source]:
-    """Tokenized files with the roles that LOSS_MASK asks for: those written down, or found in the text. files: prefixes and
-    weights. mask_start, mask_end: MASK_START and MASK_END, as the script has them. Problems for markers that are nowhere."""
+    files: Iterable[tuple[Path, Fraction]],
+    loss_mask: str,
+    mask_start: str,
+    mask_end: str,
+    vocab_size: int,
+    say: Callable[[str], None],
+) -> list[TokenSource]:
+    """Open tokenized files with the roles that LOSS_MASK needs: those recorded, or found in the text.
+
+    Args:
+        files: prefixes and weights.
+        loss_mask: LOSS_MASK.
+        mask_start: MASK_START, as in the script.
+        mask_end: MASK_END, as in the script.
+        vocab_size: of the model.
+        say: called with notes for the user.
+
+    Raises:
+        SettingErrors: a marker does not occur.
+    """
     sources, missing = [], []
     for prefix, weight in files:
-        reader, roles = Reader(prefix), None
+        reader = Reader(prefix)
+        roles: Reader | Callable[[np.ndarray], np.ndarray] | None = None
         markers = Markers(unescaped(mask_start), unescaped(mask_end))
         if loss_mask == "se":
             roles = functools.partial(roles_in_text, find_spans=markers.spans)
@@ -161,7 +201,7 @@ def open_sources(
                 say(
                     f"{prefix.name} has no .roles file: who said what is found by the headings User: and Assistant: in the text."
                 )
-        sources.append(Source(reader, roles, vocab_size, weight))
+        sources.append(TokenSource(reader, roles, vocab_size, weight))
         if loss_mask == "se" and not markers.starts:
             missing.append(SettingError("MASK_START", f"is nowhere in {prefix.name}.bin"))
         elif loss_mask == "se" and not markers.ends:
@@ -172,8 +212,13 @@ def open_sources(
 
 
 def roles_in_text(ids: np.ndarray, find_spans: Callable[[bytes], Sequence[Span]]) -> np.ndarray:
-    """Who said each token of a document whose file does not tell, uint8 [n]. find_spans: from its bytes to spans of them."""
-    ids = np.where(ids < tokenizer.VOCAB_SIZE, ids, tokenizer.END_OF_DOC)  # others have no bytes
+    """Return the role of each token of a document without recorded roles, uint8 [n].
+
+    Args:
+        ids: the tokens.
+        find_spans: from the bytes of the document to its spans.
+    """
+    ids = np.where(ids < tokenizer.VOCAB_SIZE, ids, tokenizer.END_OF_DOC)  # other ids have no bytes
     spans = find_spans(tokenizer.decode_bytes(ids.tolist()))
     roles = roles_of_tokens(tokenizer.token_lengths()[ids], spans, end_of_doc=len(ids) > 0 and ids[-1] == 0)
     if len(ids) > 1 and ids[0] == tokenizer.END_OF_DOC:  # BOS
@@ -182,6 +227,6 @@ def roles_in_text(ids: np.ndarray, find_spans: Callable[[bytes], Sequence[Span]]
 
 
 def unescaped(text: str) -> bytes:
-    """The bytes that MASK_START and MASK_END mean."""
+    """Return the bytes that MASK_START and MASK_END mean."""
     marks = {"\\n": "\n", "\\t": "\t", "\\\\": "\\"}
     return re.sub(r"\\[nt\\]", lambda found: marks[found[0]], text).encode()

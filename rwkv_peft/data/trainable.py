@@ -1,52 +1,73 @@
-"""What one file gives under one way to batch and one mask: the items or the windows that are trained, and facts to show."""
+"""The items or windows of one file that are trained under one sampling mode and one mask, and their statistics."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from .token_source import Source
-from .truncate import RowSpans, cut
-from .windows import Concatenated, MagicPrime, Windows
+from .token_source import TokenSource
+from .truncate import RowSpans, truncate_documents
+from .windows import ConcatWindows, MagicPrime, Windows
 
 
 @dataclass(frozen=True)
 class DataStats:
-    """What is known of one file before training, for the plan that the user sees."""
+    """Statistics of one file before training, for the plan that the user sees.
+
+    Attributes:
+        documents: number of documents.
+        tokens: number of tokens.
+        targets: loss tokens of one pass.
+        untrained: documents without a target under this mask. This and the rest: where documents stay whole.
+        overlong: other documents that are longer than the context.
+        lost: their tokens that are not used.
+        emptied: overlong documents that are left without a target, and so left out.
+        pieces: items that the rest of them became.
+        unfinished: those of the pieces that end inside what is trained: no end is learnt from them.
+    """
 
     documents: int
     tokens: int
-    targets: int  # trained in one pass
-    # where documents stay whole:
-    untrained: int = 0  # documents without a target under this mask
-    overlong: int = 0  # others that are longer than the context ...
-    lost: int = 0  # ... and their tokens that are not used
-    emptied: int = 0  # ... those of them that are left without a target, and so left out
-    pieces: int = 0  # ... and what the rest became
-    unfinished: int = 0  # ... and those of them that end inside what is trained: no end is learnt from them
+    targets: int
+    untrained: int = 0
+    overlong: int = 0
+    lost: int = 0
+    emptied: int = 0
+    pieces: int = 0
+    unfinished: int = 0
 
 
 @dataclass(frozen=True)
-class Part:
-    """One source under one mode and mask. items, counts: what is trained whole, and its targets; None where rows are windows,
-    which then are the source's rows already."""
+class SourceData:
+    """One source under one sampling mode and mask.
 
-    source: Source
+    Attributes:
+        source: the file.
+        facts: its statistics.
+        items: the items to train.
+        counts: loss tokens of each item, int32 [I].
+        windows: the rows, if they are windows; there are no items then.
+    """
+
+    source: TokenSource
     facts: DataStats
-    items: RowSpans | None = None
-    counts: np.ndarray | None = None  # int32 [I]
-    windows: Windows | Concatenated | None = None
+    items: RowSpans = field(default_factory=RowSpans.empty)
+    counts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    windows: Windows | ConcatWindows | None = None
 
 
-def window_part(source: Source, mode: str, mask: str, ctx_len: int, key: tuple[int, ...], shuffle: bool) -> Part:
-    """A source whose rows ignore where documents end."""
+def window_data(
+    source: TokenSource, mode: str, mask: str, ctx_len: int, key: tuple[int, ...], shuffle: bool
+) -> SourceData:
+    """Return a source whose rows ignore where documents end."""
     starts, end = source.starts, int(source.starts[-1])
-    heads = begins_with_zero(source)
+    heads = has_bos(source)
+    windows: Windows | ConcatWindows
     if mode == "concat":
         unended = source.tokens[np.maximum(starts[1:] - 1, 0)] != 0
-        # (without them: the end of the document before is a token 0 as well)
-        windows = Concatenated(source.sizes - heads, starts[:-1] + heads, unended, ctx_len, key, shuffle)
+        # without BOS: the end of the document before is a token 0 as well
+        windows = ConcatWindows(source.sizes - heads, starts[:-1] + heads, unended, ctx_len, key, shuffle)
     elif mode == "magic":
         windows = MagicPrime(starts, ctx_len, key, shuffle)
         end = windows.rows * ctx_len + 1
@@ -62,27 +83,30 @@ def window_part(source: Source, mode: str, mask: str, ctx_len: int, key: tuple[i
         stops = np.minimum(starts[documents + 1], end)
         begins = np.minimum(starts[documents] + 1 + heads[documents], stops)
         targets = int(source.count_trained(begins, stops, documents, mask).sum())
-    return Part(source, DataStats(len(source), int(starts[-1]), targets), windows=windows)
+    return SourceData(source, DataStats(len(source), int(starts[-1]), targets), windows=windows)
 
 
-def begins_with_zero(source: Source) -> np.ndarray:
-    """1 for every document that begins with token 0 (BOS), else 0: int32 [N]."""
+def has_bos(source: TokenSource) -> np.ndarray:
+    """Return 1 for every document that begins with token 0 (BOS), else 0: int32 [N]."""
     first = np.asarray(source.tokens)[np.minimum(source.starts[:-1], source.starts[-1] - 1)]
     return ((source.sizes > 1) & (first == 0)).astype(np.int32)
 
 
-def item_part(source: Source, mask: str, ctx_len: int, overlong: str) -> Part:
-    """A source whose documents stay whole, but for those that OVERLONG is about. What has nothing to train is left out."""
+def item_data(source: TokenSource, mask: str, ctx_len: int, overlong: str) -> SourceData:
+    """Return a source whose documents stay whole, except those that OVERLONG applies to.
+
+    Documents without loss tokens are left out.
+    """
     sizes, starts = source.sizes.astype(np.int64), source.starts
     documents = np.flatnonzero(sizes > 1)
     whole = np.zeros(len(sizes), dtype=np.int64)  # trained targets of the documents as they are
     whole[documents] = source.count_trained(starts[documents] + 1, starts[documents + 1], documents, mask)
-    items = cut(sizes, starts, ctx_len, overlong)
+    items = truncate_documents(sizes, starts, ctx_len, overlong)
     counts, too_long = whole[items.document], sizes - 1 > ctx_len
     touched = np.flatnonzero(too_long[items.document])
     pieces, stop = items.take(touched), items.stop()[touched]
     counts[touched] = source.count_trained(pieces.start + 1, stop, pieces.document, mask)
-    # of pieces that lost their end: whether the part cut off continues text that the piece is trained on
+    # of items that lost their end: whether the part that was cut off continues text that the item is trained on
     inner = np.flatnonzero((stop < starts[pieces.document + 1]) & (overlong == "truncate"))
     last, whose = stop[inner] - 1, pieces.document[inner]
     unfinished = int((source.is_trained(last, whose, mask) & source.is_trained(last + 1, whose, mask)).sum())
@@ -102,4 +126,4 @@ def item_part(source: Source, mask: str, ctx_len: int, overlong: str) -> Part:
         pieces=int(np.isin(items.document, over).sum()),
         unfinished=unfinished,
     )
-    return Part(source, facts, items, counts)
+    return SourceData(source, facts, items, counts)

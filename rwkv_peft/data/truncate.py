@@ -1,12 +1,12 @@
-"""What becomes of documents with more than CTX_LEN targets (OVERLONG): documents -> items, the pieces that rows take whole.
+"""OVERLONG: turn documents with more than CTX_LEN targets into items, the units that rows take whole.
 
     truncate        the first part
     truncate-left   the last part
     drop            nothing
-    split           several items, one behind the other: every target once
+    split           several items, one after the other: every target once
 
-A cut adds nothing: what loses its end has no end, and the model does not learn to stop there. A document with exactly CTX_LEN
-targets fits. All arrays are numpy; a document of n tokens has n-1 targets.
+Truncation adds nothing: an item that loses its end has no end, and the model does not learn to stop there. A document
+with exactly CTX_LEN targets fits. All arrays are numpy; a document of n tokens has n-1 targets.
 """
 
 from __future__ import annotations
@@ -20,28 +20,41 @@ import numpy as np
 class RowSpans:
     """Runs of tokens, in the order of the file. An item of `length` targets has length+1 tokens.
 
-    document: int32 [I]. start: int64 [I], its first token in the .bin. length: int32 [I].
+    Attributes:
+        document: int32 [I].
+        start: int64 [I], its first token in the .bin.
+        length: int32 [I].
     """
 
     document: np.ndarray
     start: np.ndarray
     length: np.ndarray
 
+    @classmethod
+    def empty(cls) -> RowSpans:
+        """Return no items."""
+        return cls(np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.int32))
+
     def __len__(self) -> int:
         return len(self.start)
 
     def stop(self) -> np.ndarray:
-        """Where their run in the file ends, int64 [I]."""
+        """Return where their run in the file ends, int64 [I]."""
         return self.start + self.length + 1
 
     def take(self, which: np.ndarray) -> RowSpans:
+        """Return some of the items."""
         return RowSpans(self.document[which], self.start[which], self.length[which])
 
 
-def cut(sizes: np.ndarray, starts: np.ndarray, ctx_len: int, overlong: str) -> RowSpans:
-    """Every document that has a target, as OVERLONG wants it.
+def truncate_documents(sizes: np.ndarray, starts: np.ndarray, ctx_len: int, overlong: str) -> RowSpans:
+    """Return every document that has a target, as OVERLONG says.
 
-    sizes: tokens per document [N]. starts: their first tokens in the .bin, [N + 1].
+    Args:
+        sizes: tokens per document [N].
+        starts: their first tokens in the .bin, [N + 1].
+        ctx_len: most targets of an item.
+        overlong: OVERLONG.
     """
     document = np.flatnonzero(sizes > 1).astype(np.int32)
     targets = sizes[document].astype(np.int64) - 1

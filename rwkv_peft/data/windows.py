@@ -1,7 +1,7 @@
-"""A file as one long text, cut into windows of CTX_LEN targets: DATALOAD=get, with or without MAGIC_PRIME, and PACK=concat.
+"""A file as one long text, cut into windows of CTX_LEN targets.
 
-A window is one sequence. Inside it, documents follow one another without a reset, as native RWKV models are pretrained; only
-the mask knows where one ends.
+For DATALOAD=get, with or without MAGIC_PRIME, and PACK=concat. A window is one sequence. Inside it, documents follow
+one another without a reset, as native RWKV models are pretrained; only the mask knows where one ends.
 """
 
 from __future__ import annotations
@@ -14,17 +14,31 @@ import numpy as np
 from .sampling import TokenSpan
 
 
-def documents_between(borders: np.ndarray, begin: int, end: int) -> range:
-    """Which documents have tokens in begin..end of a stream. borders: where they begin and the last ends, [N + 1]."""
-    first = int(np.searchsorted(borders, begin, side="right")) - 1
-    return range(first, int(np.searchsorted(borders, end, side="left")))
+def documents_between(bounds: np.ndarray, begin: int, end: int) -> range:
+    """Return the documents with tokens in begin..end of a stream.
+
+    Args:
+        bounds: where documents begin and the last ends, [N + 1].
+        begin: first token.
+        end: end of the range.
+    """
+    first = int(np.searchsorted(bounds, begin, side="right")) - 1
+    return range(first, int(np.searchsorted(bounds, end, side="left")))
 
 
 class Windows:
     """DATALOAD=get: a grid of CTX_LEN targets over the file, moved by a new offset every pass and closed to a ring.
 
-    The window that runs over the end of the file is cut there and goes on at its beginning, as a second sequence.
-    starts: first tokens of the documents and the end, int64 [N + 1]. rows: windows in a pass.
+    The window that runs over the end of the file is split there and continues at its beginning, as a second sequence.
+
+    Args:
+        starts: first tokens of the documents and the end, int64 [N + 1].
+        ctx_len: targets of a window.
+        key: seeds the order, together with the number of the pass.
+        shuffle: draw an order.
+
+    Attributes:
+        rows: windows in a pass.
     """
 
     def __init__(self, starts: np.ndarray, ctx_len: int, key: tuple[int, ...], shuffle: bool):
@@ -34,7 +48,7 @@ class Windows:
         self.one_pass = functools.lru_cache(maxsize=2)(self.make_pass)
 
     def make_pass(self, number: int) -> tuple[int, np.ndarray]:
-        """The offset of the grid, and the order of its windows."""
+        """Return the offset of the grid, and the order of its windows."""
         order = np.arange(self.rows, dtype=np.int32)
         if not self.shuffle:
             return 0, order
@@ -42,6 +56,7 @@ class Windows:
         return int(random.integers(self.ctx_len)) % self.targets, random.permutation(order)
 
     def row(self, number: int) -> list[TokenSpan]:
+        """Return the spans of row `number` of the endless stream."""
         turn, i = divmod(number, self.rows)
         offset, order = self.one_pass(turn)
         begin = offset + int(order[i]) * self.ctx_len
@@ -51,7 +66,7 @@ class Windows:
         return [piece for a, b in parts if a < b for piece in self.sequence(a, b + 1)]
 
     def sequence(self, begin: int, end: int) -> list[TokenSpan]:
-        """Tokens begin..end of the file, document by document."""
+        """Return tokens begin..end of the file, document by document."""
         pieces: list[TokenSpan] = []
         for document in documents_between(self.starts, begin, end):
             a, b = max(begin, int(self.starts[document])), min(end, int(self.starts[document + 1]))
@@ -61,11 +76,13 @@ class Windows:
 
 
 class MagicPrime(Windows):
-    """MAGIC_PRIME=1: RWKV-LM's sampling. Window (f n^3) mod p for n = 1, 2, ..., with p the largest prime that is 2 mod 3 and
-    less than the number of whole windows, and f the golden section of p. As 3 does not divide p-1, cubing is a permutation:
-    every window below p comes once, and the same way round in every pass.
+    """MAGIC_PRIME=1: the sampling of RWKV-LM.
 
-    Source: RWKV-v7/train_temp/src/dataset.py and RWKV-v5/make_data.py in BlinkDL/RWKV-LM. rows is 0 where there is no p.
+    Window (f n^3) mod p for n = 1, 2, ..., with p the largest prime that is 2 mod 3 and less than the number of whole
+    windows, and f the golden section of p. As 3 does not divide p-1, cubing is a permutation: every window below p
+    comes once, and in the same order in every pass.
+
+    Source: RWKV-v7/train_temp/src/dataset.py and RWKV-v5/make_data.py in BlinkDL/RWKV-LM. rows is 0 if there is no p.
     """
 
     def __init__(self, starts: np.ndarray, ctx_len: int, key: tuple[int, ...], shuffle: bool):
@@ -75,26 +92,34 @@ class MagicPrime(Windows):
         self.factor = int(self.rows * (math.sqrt(5) - 1) / 2)
 
     def row(self, number: int) -> list[TokenSpan]:
+        """Return the spans of row `number` of the endless stream."""
         window = self.factor * pow(number + 1, 3, self.rows) % self.rows
         return self.sequence(window * self.ctx_len, (window + 1) * self.ctx_len + 1)
 
 
 def magic_prime(windows: int) -> int:
-    """The largest prime p < windows with p % 3 == 2, or 0."""
+    """Return the largest prime p < windows with p % 3 == 2, or 0."""
     return next((p for p in range(windows - 1, 1, -1) if p % 3 == 2 and is_prime(p)), 0)
 
 
 def is_prime(n: int) -> bool:
+    """Return whether a number is prime."""
     return n > 1 and all(n % i for i in range(2, math.isqrt(n) + 1))
 
 
-class Concatenated:
-    """PACK=concat: the documents in a new order every pass, behind one another, with a token 0 behind each (put there, and not
-    trained, where the file has none), cut into rows of CTX_LEN targets; the last row is shorter. A token 0 that a document
-    begins with (BOS) is left out by whoever makes this: the end of the document before is one.
+class ConcatWindows:
+    """PACK=concat: the documents in a new order every pass, one after another, cut into rows of CTX_LEN targets.
 
-    sizes: tokens of the documents [N]. starts: their first tokens, int64 [N]. unended: bool [N], documents that do not end with
-    token 0.
+    Each is followed by a token 0 (added, and not trained, where the file has none); the last row is shorter. The
+    caller leaves out a token 0 that a document begins with (BOS): the end of the document before is one.
+
+    Args:
+        sizes: tokens of the documents [N].
+        starts: their first tokens, int64 [N].
+        unended: bool [N], documents that do not end with token 0.
+        ctx_len: targets of a row.
+        key: seeds the order, together with the number of the pass.
+        shuffle: draw an order.
     """
 
     def __init__(
@@ -114,23 +139,24 @@ class Concatenated:
         self.one_pass = functools.lru_cache(maxsize=2)(self.make_pass)
 
     def make_pass(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """The documents in their order, and where each begins in the stream, [N + 1]."""
+        """Return the documents in their order, and where each begins in the stream, [N + 1]."""
         order = self.documents
         if self.shuffle:
             order = np.random.default_rng([*self.key, number]).permutation(order)
-        borders = np.zeros(len(order) + 1, dtype=np.int64)
-        np.cumsum(self.sizes[order] + self.unended[order], out=borders[1:])
-        return order, borders
+        bounds = np.zeros(len(order) + 1, dtype=np.int64)
+        np.cumsum(self.sizes[order] + self.unended[order], out=bounds[1:])
+        return order, bounds
 
     def row(self, number: int) -> list[TokenSpan]:
+        """Return the spans of row `number` of the endless stream."""
         turn, i = divmod(number, self.rows)
-        order, borders = self.one_pass(turn)
+        order, bounds = self.one_pass(turn)
         begin = i * self.ctx_len
         end = min(begin + self.ctx_len, self.targets) + 1
         pieces: list[TokenSpan] = []
-        for place in documents_between(borders, begin, end):
-            document, at = int(order[place]), int(borders[place])
+        for place in documents_between(bounds, begin, end):
+            document, at = int(order[place]), int(bounds[place])
             start, size = int(self.starts[document]), int(self.sizes[document])
-            a, b = max(begin - at, 0), min(end - at, int(borders[place + 1]) - at)
+            a, b = max(begin - at, 0), min(end - at, int(bounds[place + 1]) - at)
             pieces.append(TokenSpan(document, start + min(a, size), start + min(b, size), b > size, bool(pieces)))
         return pieces

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from rwkv_peft.adapters.registry import ADAPTERS
-from rwkv_peft.checkpoint.pth import Change, RowwiseUpdate
+from rwkv_peft.checkpoint.pth_rewrite import Change, RowwiseUpdate
 from rwkv_peft.model.arch import Geometry
 
 from . import fold

@@ -18,7 +18,8 @@ from rwkv_peft.adapters.base import compute_dtype
 from rwkv_peft.adapters.inject import AdapterConfig
 from rwkv_peft.adapters.registry import ADAPTERS
 from rwkv_peft.adapters.specs import METHODS
-from rwkv_peft.checkpoint.pth import Change, TensorInfo
+from rwkv_peft.checkpoint.pth import TensorInfo
+from rwkv_peft.checkpoint.pth_rewrite import Change
 from rwkv_peft.common.errors import UserError
 from rwkv_peft.common.formatting import join_names, plural
 from rwkv_peft.model.arch import Geometry, shapes, state_shapes

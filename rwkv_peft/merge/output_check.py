@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from rwkv_peft.adapters import inject
 from rwkv_peft.adapters.registry import ADAPTERS
-from rwkv_peft.checkpoint.pth import Change, RowwiseUpdate, TensorInfo
+from rwkv_peft.checkpoint.pth import TensorInfo
+from rwkv_peft.checkpoint.pth_rewrite import Change, RowwiseUpdate
 from rwkv_peft.model.arch import Geometry
 from rwkv_peft.model.layers import Linear
 from rwkv_peft.ops import dispatch

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from rwkv_peft.checkpoint import pth
 from rwkv_peft.checkpoint.base_model import are_finite
-from rwkv_peft.checkpoint.pth import PthReader, RowwiseUpdate
+from rwkv_peft.checkpoint.pth import PthReader
+from rwkv_peft.checkpoint.pth_rewrite import RowwiseUpdate
 from rwkv_peft.common.errors import UserError
 from rwkv_peft.common.formatting import plural
 from rwkv_peft.common.parallel_io import parallel_map

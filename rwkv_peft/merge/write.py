@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rwkv_peft import __version__
 from rwkv_peft.adapters.specs import METHODS
-from rwkv_peft.checkpoint import base_model, prompt_format, pth, sidecars
+from rwkv_peft.checkpoint import base_model, prompt_format, pth, pth_rewrite, sidecars
 from rwkv_peft.common import hashing, paths
 from rwkv_peft.common.atomic_io import fsync_dir, must_not_be_folder, remove, remove_stale_temps, temp_path
 from rwkv_peft.common.errors import SettingErrors, UserError
@@ -86,7 +86,7 @@ def folded(
         remove_stale_temps(path)
     fresh, fresh_note = temp_path(target), temp_path(note)  # they get their names when the result is known to be right
     try:
-        pth.rewrite(base, fresh, change, added)
+        pth_rewrite.rewrite(base, fresh, change, added)
         checks = list(verify(base, fresh, change, added))
         for settle in doubts:
             settle()

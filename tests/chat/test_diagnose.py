@@ -10,7 +10,7 @@ from helpers.kit import few
 from helpers.training import run, tokenize
 
 from rwkv_peft.chat import diagnose, load
-from rwkv_peft.chat.verdict import Rows, Run, judge
+from rwkv_peft.chat.verdict import RowLosses, RunFacts, judge
 from rwkv_peft.checkpoint import pth, sidecars
 from rwkv_peft.cli import chat
 from rwkv_peft.common import hashing
@@ -23,11 +23,11 @@ OTHERS = [
 ]  # fmt: skip
 
 
-def rows(base: float, tuned: float, count: int = 40, spread: float = 0.1) -> Rows:
+def rows(base: float, tuned: float, count: int = 40, spread: float = 0.1) -> RowLosses:
     """Rows of 10 tokens with about these losses per token."""
     dice = np.random.default_rng(0)
     targets = np.full(count, 10)
-    return Rows(targets, *(np.abs(loss * 10 + dice.normal(0, spread * 10, count)) for loss in (base, tuned)))
+    return RowLosses(targets, *(np.abs(loss * 10 + dice.normal(0, spread * 10, count)) for loss in (base, tuned)))
 
 
 def course(*points: float, steps: int = 400, noise: float = 0.05) -> np.ndarray:
@@ -47,7 +47,7 @@ def made(
     **more,
 ):
     pair = [rows(*numbers) if numbers else None for numbers in (trained, held)]
-    return Run(*pair, sources, course(*losses, noise=noise), skipped, looks, 1e-4, **more)
+    return RunFacts(*pair, sources, course(*losses, noise=noise), skipped, looks, 1e-4, **more)
 
 
 @pytest.mark.parametrize(
@@ -148,23 +148,23 @@ def test_the_losses_are_those_of_the_training(ready, settings):
     tokenize(ready / "data" / "one.jsonl")
     _, records = run(ready, "one", DATA_PATH="one", EPOCH_COUNT="4", MICRO_BSZ="1", **settings)
     _, more = run(ready, "more", DATA_PATH="one", EPOCH_COUNT="5", MICRO_BSZ="1", **settings)
-    adapter = load.adapter_file("one")
-    chosen = load.of_run(adapter, "")
-    original = load.base_of(adapter, chosen.sidecar, "")
-    (found, _), _, _ = diagnose.rows_of(json.loads((ready / "output/one/run.json").read_text()), 65536)
+    adapter = load.find_adapter("one")
+    chosen = load.choose_checkpoint(adapter, "")
+    original = load.find_base(adapter, chosen.sidecar, "")
+    (found, _), _, _ = diagnose.load_rows(json.loads((ready / "output/one/run.json").read_text()), 65536)
     [row] = found["data/one"]
     if not settings.get("QUANT"):
-        base = diagnose.loss_of(load.ready(load.built(original, "fp32")), row)
+        base = diagnose.row_loss(load.prepare_model(load.build_model(original, "fp32")), row)
         assert base / row.weights.sum() == pytest.approx(records[0]["loss"], rel=1e-5)
-    model = load.built(chosen.model, "fp32")
-    load.put_on(model, chosen)
-    tuned = diagnose.loss_of(load.ready(model), row) / row.weights.sum()
+    model = load.build_model(chosen.model, "fp32")
+    load.attach_adapter(model, chosen)
+    tuned = diagnose.row_loss(load.prepare_model(model), row) / row.weights.sum()
     assert tuned == pytest.approx(more[4]["loss"], rel=1e-5 if not settings.get("QUANT") else 0.1)
 
 
 def test_one_row_that_is_known_is_not_called_too_little():
-    one = Rows(np.array([10]), np.array([100.0]), np.array([0.1]))
-    assert judge(made()._replace(trained=one, held=None))[0].what == "unknown"
+    one = RowLosses(np.array([10]), np.array([100.0]), np.array([0.1]))
+    assert judge(made()._replace(trained=one, held_out=None))[0].what == "unknown"
 
 
 def test_a_model_whose_answers_are_no_numbers_gets_its_verdict(ready, capsys):
@@ -268,8 +268,12 @@ def test_an_answer_is_right_if_it_is_what_was_expected_as_far_as_it_may_go():
     long = np.array(tokenizer.encode(" 😀🎉 tea" * 40))
     short = np.array(tokenizer.encode(" Seven.\n\n"))
     cut = tokenizer.decode(long[: diagnose.ANSWER].tolist())
-    assert diagnose.same(cut.rstrip("\ufffd"), long) and diagnose.same("Seven.", short)
-    assert not diagnose.same(cut[:20], long) and not diagnose.same("Seve", short) and not diagnose.same("", short[:0])
+    assert diagnose.is_expected(cut.rstrip("\ufffd"), long) and diagnose.is_expected("Seven.", short)
+    assert (
+        not diagnose.is_expected(cut[:20], long)
+        and not diagnose.is_expected("Seve", short)
+        and not diagnose.is_expected("", short[:0])
+    )
 
 
 @pytest.mark.slow
@@ -303,5 +307,5 @@ def test_the_verdict_names_the_run_whose_best_checkpoint_it_advises(monkeypatch,
     for width in range(60, 130, 5):
         monkeypatch.setattr(diagnose, "WIDTH", width)
         looks = [(100, 1.0), (200, 1.5), (300, 2.0)]
-        diagnose.tell(made(held=(2.0, 2.4), looks=looks, kept="./merge.sh 'a run' best"))
+        diagnose.print_findings(made(held=(2.0, 2.4), looks=looks, kept="./merge.sh 'a run' best"))
         assert "./merge.sh 'a run' best takes" in capsys.readouterr().out.replace("\n          takes", " takes")

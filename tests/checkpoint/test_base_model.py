@@ -10,8 +10,8 @@ from helpers import tiny
 from helpers.training import config, run
 from safetensors.torch import save_file
 
-from rwkv_peft.chat.load import built
-from rwkv_peft.checkpoint import base_model, pth
+from rwkv_peft.chat.load import build_model
+from rwkv_peft.checkpoint import base_model, pth, pth_rewrite
 from rwkv_peft.cli import train
 from rwkv_peft.common import paths
 from rwkv_peft.common.errors import SettingErrors, UserError
@@ -195,10 +195,10 @@ def test_a_rewritten_model_of_another_form_is_the_official_one_bit_for_bit(tmp_p
     def change(name):
         if "key" in name:
             return lambda tensor: tensor * 1.1
-        return pth.RowwiseUpdate(lambda rows, _: rows + 1, block=32) if "ffn" in name else None
+        return pth_rewrite.RowwiseUpdate(lambda rows, _: rows + 1, block=32) if "ffn" in name else None
 
     for source, target in ((form, "x.pth"), ("official.pth", "y.pth")):
-        pth.rewrite(tmp_path / source, tmp_path / target, change, added)
+        pth_rewrite.rewrite(tmp_path / source, tmp_path / target, change, added)
         pth.check_checksums(tmp_path / target)
     ours, theirs = (torch.load(tmp_path / name, weights_only=True) for name in ("x.pth", "y.pth"))
     assert set(ours) == set(theirs) == {*tensors, *added}
@@ -240,7 +240,7 @@ def test_a_run_on_another_form_merges_into_the_official_one(ready, form, capsys)
 def test_a_model_in_safetensors_talks(ready):
     FORMS["b.safetensors"](pth.load(ready / "model" / "tiny.pth"), ready / "model" / "b.safetensors")
     ids = torch.tensor([[1, 2, 3]])
-    ours, theirs = (built(ready / "model" / name, "fp32")(ids)[0] for name in ("b.safetensors", "tiny.pth"))
+    ours, theirs = (build_model(ready / "model" / name, "fp32")(ids)[0] for name in ("b.safetensors", "tiny.pth"))
     assert torch.equal(ours, theirs)
 
 
@@ -343,7 +343,7 @@ def test_chat_and_merge_tell_of_a_base_with_nan(ready):
     run(ready)
     damaged(ready / "model" / "tiny.pth")
     with pytest.raises(UserError, match="blocks.1.ffn.key.weight holds NaN"):
-        built(ready / "model" / "nan.pth", "fp32")
+        build_model(ready / "model" / "nan.pth", "fp32")
     sidecar = ready / "output/run/rwkv-0.json"
     facts = json.loads(sidecar.read_text())
     from rwkv_peft.checkpoint import sidecars

@@ -16,7 +16,7 @@ import pytest
 import torch
 from helpers.kit import EVERYTHING, ROOT
 
-from rwkv_peft.checkpoint import base_model, pth, sidecars
+from rwkv_peft.checkpoint import base_model, pth, pth_rewrite, sidecars
 from rwkv_peft.common import hashing
 from rwkv_peft.common.atomic_io import atomic_write
 from rwkv_peft.common.errors import UserError
@@ -150,7 +150,7 @@ def contents(path):
 
 def test_a_rewrite_equals_the_naive_one_bit_for_bit(tmp_path):
     pth.save(tmp_path / "x.pth", TENSORS)
-    pth.rewrite(tmp_path / "x.pth", tmp_path / "ours.pth", double)
+    pth_rewrite.rewrite(tmp_path / "x.pth", tmp_path / "ours.pth", double)
     naive_rewrite(tmp_path / "x.pth", tmp_path / "naive.pth", doubled)
     ours, naive = contents(tmp_path / "ours.pth"), contents(tmp_path / "naive.pth")
     skip = {".data/serialization_id", ".format_version"}
@@ -162,7 +162,7 @@ def test_a_rewrite_equals_the_naive_one_bit_for_bit(tmp_path):
 
 def test_records_lie_at_multiples_of_64_so_that_others_can_map_them(tmp_path):
     pth.save(tmp_path / "x.pth", TENSORS)
-    pth.rewrite(tmp_path / "x.pth", tmp_path / "y.pth", double)
+    pth_rewrite.rewrite(tmp_path / "x.pth", tmp_path / "y.pth", double)
     raw = (tmp_path / "y.pth").read_bytes()
     for info in zipfile.ZipFile(tmp_path / "y.pth").infolist():
         at = info.header_offset
@@ -172,7 +172,7 @@ def test_records_lie_at_multiples_of_64_so_that_others_can_map_them(tmp_path):
 
 @pytest.mark.parametrize("unit", [1, 3, 7])
 def test_a_change_by_rows_is_the_change_of_the_whole_and_sees_a_few_rows_at_a_time(tmp_path, monkeypatch, unit):
-    monkeypatch.setattr(pth, "BLOCK", 40)
+    monkeypatch.setattr(pth_rewrite, "BLOCK", 40)
     tensors = {"even": torch.randn(24, 10), "odd": torch.randn(23, 10).bfloat16(), "empty": torch.empty(0, 4)}
     pth.save(tmp_path / "x.pth", tensors | {"other": torch.randn(5)})
     seen = []
@@ -181,8 +181,8 @@ def test_a_change_by_rows_is_the_change_of_the_whole_and_sees_a_few_rows_at_a_ti
         seen.append((len(tensor), block.start))
         return tensor * torch.arange(block.start, block.stop)[:, None]
 
-    change = lambda name: pth.RowwiseUpdate(rows, unit) if name in tensors else None  # noqa: E731
-    pth.rewrite(tmp_path / "x.pth", tmp_path / "y.pth", change)
+    change = lambda name: pth_rewrite.RowwiseUpdate(rows, unit) if name in tensors else None  # noqa: E731
+    pth_rewrite.rewrite(tmp_path / "x.pth", tmp_path / "y.pth", change)
     assert contents(tmp_path / "y.pth").keys() == contents(tmp_path / "x.pth").keys()
     loaded = torch.load(tmp_path / "y.pth", weights_only=True, mmap=True)
     for name, tensor in tensors.items():
@@ -199,7 +199,7 @@ def test_a_source_that_torch_saved_without_checksums_is_sound_and_its_copy_has_t
     finally:
         torch.serialization.set_crc32_options(True)
     pth.check_checksums(tmp_path / "x.pth")
-    pth.rewrite(tmp_path / "x.pth", tmp_path / "y.pth", lambda name: (lambda t: t + 1) if name == "a" else None)
+    pth_rewrite.rewrite(tmp_path / "x.pth", tmp_path / "y.pth", lambda name: (lambda t: t + 1) if name == "a" else None)
     assert zipfile.ZipFile(tmp_path / "y.pth").testzip() is None
     found = pth.load(tmp_path / "y.pth")
     assert torch.equal(found["a"], tensors["a"] + 1) and torch.equal(found["b"], tensors["b"])
@@ -214,7 +214,7 @@ def test_a_damaged_source_is_named_and_leaves_no_file(tmp_path, where):
     changes = "a" if where == "a tensor that changes" else "b"
     change = lambda name: (lambda tensor: tensor + 1) if name == changes else None  # noqa: E731
     with pytest.raises(UserError, match=r"a is damaged \(its checksum is wrong\). Get the file again"):
-        pth.rewrite(tmp_path / "x.pth", tmp_path / "y.pth", change)
+        pth_rewrite.rewrite(tmp_path / "x.pth", tmp_path / "y.pth", change)
     assert [p.name for p in tmp_path.iterdir()] == ["x.pth"]
 
 
@@ -228,7 +228,7 @@ def test_the_directory_of_an_archive_is_read_by_python_however_large_the_records
     begin = 3 * size
     (tmp_path / "z").touch()
     with open(tmp_path / "z", "r+b") as file:
-        os.pwrite(file.fileno(), pth.directory(large, begin), begin)  # a hole in front of it
+        os.pwrite(file.fileno(), pth_rewrite.central_directory(large, begin), begin)  # a hole in front of it
     read = zipfile.ZipFile(tmp_path / "z").infolist()
     fields = [(i.filename, i.file_size, i.compress_size, i.header_offset, i.CRC) for i in large]
     assert [(i.filename, i.file_size, i.compress_size, i.header_offset, i.CRC) for i in read] == fields
@@ -249,7 +249,7 @@ def test_work_side_by_side_keeps_its_order_passes_errors_on_and_leaves_torch_as_
 def test_tensors_that_share_a_record_are_rewritten_as_well(tmp_path):
     whole = torch.arange(12.0).view(3, 4)
     torch.save({"whole": whole, "row": whole[1], "turned": whole.T}, tmp_path / "x.pth")
-    pth.rewrite(tmp_path / "x.pth", tmp_path / "y.pth", lambda n: (lambda t: t + 1) if n == "row" else None)
+    pth_rewrite.rewrite(tmp_path / "x.pth", tmp_path / "y.pth", lambda n: (lambda t: t + 1) if n == "row" else None)
     loaded = pth.load(tmp_path / "y.pth")
     assert torch.equal(loaded["whole"], whole) and torch.equal(loaded["row"], whole[1] + 1)
     assert torch.equal(loaded["turned"], whole.T)
@@ -258,7 +258,7 @@ def test_tensors_that_share_a_record_are_rewritten_as_well(tmp_path):
 def test_a_change_of_shape_is_a_bug_and_leaves_no_file(tmp_path):
     pth.save(tmp_path / "x.pth", TENSORS)
     with pytest.raises(ValueError, match="a.b would change its shape"):
-        pth.rewrite(tmp_path / "x.pth", tmp_path / "y.pth", lambda n: (lambda t: t[:1]) if n == "a.b" else None)
+        pth_rewrite.rewrite(tmp_path / "x.pth", tmp_path / "y.pth", lambda n: (lambda t: t[:1]) if n == "a.b" else None)
     assert [p.name for p in tmp_path.iterdir()] == ["x.pth"]
 
 
@@ -303,7 +303,7 @@ FULL = """
 import resource, sys
 from pathlib import Path
 import torch
-from rwkv_peft.checkpoint import pth
+from rwkv_peft.checkpoint import pth, pth_rewrite
 from rwkv_peft.common.errors import handle_errors
 base, target = map(Path, sys.argv[1:3])
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -312,7 +312,7 @@ with handle_errors():
     if sys.argv[3] == "save":
         pth.save(target, {"x": torch.zeros(200_000)})
     else:
-        pth.rewrite(base, target, lambda n: lambda t: t + 1)
+        pth_rewrite.rewrite(base, target, lambda n: lambda t: t + 1)
 """
 
 

@@ -182,7 +182,7 @@ def test_a_run_whose_name_can_be_an_epoch_is_addressed_by_its_path(two, capsys, 
 def test_chat_and_training_take_the_same_addresses(ready, word):
     train.command(config(RUN_NAME="first"), [])
     path = paths.OUTPUT / "first" / "rwkv-0.pth"
-    assert load.adapter_file(word).resolve() == path
+    assert load.find_adapter(word).resolve() == path
     train.command(config(RUN_NAME="second", lora_load=word), ["--dry-run"])
 
 

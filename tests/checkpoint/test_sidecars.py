@@ -188,7 +188,7 @@ def test_a_merged_model_has_checksums_of_its_own(sealed, capsys):
     change(sealed, alpha=16.0)
     merge("r", "3", "--accept-edited")
     note = result().with_suffix(".json")
-    assert sidecars.edited(json.loads(note.read_text())) == []
+    assert sidecars.edited_fields(json.loads(note.read_text())) == []
     load(MODEL_PATH=str(result()))
     change(note, prompt_type="rwkv-qa", template=PRESETS["rwkv-qa"].to_dict())
     for use in (

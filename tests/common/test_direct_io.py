@@ -97,7 +97,7 @@ def test_a_full_disk_is_an_error_on_both_ways(way, tmp_path, monkeypatch):
 FAILING = """
 import sys, torch
 from pathlib import Path
-from rwkv_peft.checkpoint import pth
+from rwkv_peft.checkpoint import pth, pth_rewrite
 from rwkv_peft.common import direct_io
 
 folder = Path(sys.argv[1])
@@ -108,7 +108,7 @@ def full(self, data, at):
 
 direct_io.DirectWriter.flush = direct_io.DirectWriter.write = full
 try:
-    pth.rewrite(folder / "base.pth", folder / "new.pth", lambda name: lambda tensor: tensor + 1)
+    pth_rewrite.rewrite(folder / "base.pth", folder / "new.pth", lambda name: lambda tensor: tensor + 1)
 except OSError as error:
     print(error.errno)
 """

@@ -186,7 +186,7 @@ def test_a_manifest_of_wrong_types_and_a_right_checksum_is_refused(tmp_path, fac
     folder = tmp_path / "run/state/step-000003"
     folder.mkdir(parents=True)
     content = {**facts, field: value}
-    (folder / "manifest.json").write_text(json.dumps({**content, "sha256": train_state.checksum(content)}))
+    (folder / "manifest.json").write_text(json.dumps({**content, "sha256": train_state.manifest_checksum(content)}))
     with pytest.raises(UserError, match="manifest.json: "):
         train_state.read_manifest(folder)
 
@@ -194,7 +194,7 @@ def test_a_manifest_of_wrong_types_and_a_right_checksum_is_refused(tmp_path, fac
 def test_a_manifest_as_a_run_writes_it_is_read(tmp_path, facts):
     folder = tmp_path / "run/state/step-000003"
     folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text(json.dumps({**facts, "sha256": train_state.checksum(facts)}))
+    (folder / "manifest.json").write_text(json.dumps({**facts, "sha256": train_state.manifest_checksum(facts)}))
     assert train_state.read_manifest(folder).step == 3
 
 
@@ -206,7 +206,7 @@ def reseal(folder):
     del manifest["sha256"]
     for name in manifest["files"]:
         manifest["files"][name]["sha256"] = hashing.sha256(folder / name)
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "sha256": train_state.checksum(manifest)}))
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "sha256": train_state.manifest_checksum(manifest)}))
 
 
 @pytest.mark.smoke(1)
@@ -251,4 +251,4 @@ def test_settings_of_a_run_of_wrong_types_are_refused_by_the_diagnosis(ready):
     file = ready / "output/run/run.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "EPOCH_COUNT": "many"}))
     with pytest.raises(UserError, match='run.json: EPOCH_COUNT cannot be "many"'):
-        diagnose.facts_of(file.parent)
+        diagnose.read_run(file.parent)

@@ -19,7 +19,7 @@ from rwkv_peft.data.binidx import Reader
 from rwkv_peft.data.dataset import Batches
 from rwkv_peft.data.loader import end_workers, make_loader
 from rwkv_peft.data.masking import Markers, target_weights
-from rwkv_peft.data.token_source import Source
+from rwkv_peft.data.token_source import TokenSource
 from rwkv_peft.text.roles import Role
 
 SIZES = st.lists(st.integers(2, 60), min_size=2, max_size=12)
@@ -212,7 +212,7 @@ def test_a_token_outside_the_vocabulary_is_named_with_its_row(tmp_path, monkeypa
 
     prefix = write(tmp_path / "x", [np.array([1, 2, 3] * 5), np.array([4, 900, 5])])
     with pytest.raises(UserError, match="x.bin: row 1 holds token 900, but the model's vocabulary ends at 511"):
-        Source(Reader(prefix), None, 512)
+        TokenSource(Reader(prefix), None, 512)
 
 
 def test_what_stands_between_the_markers_is_trained_and_the_end_marker_too():

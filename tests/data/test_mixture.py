@@ -8,7 +8,7 @@ from helpers.token_files import data, documents, source
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_peft.data.mixture import MixtureSchedule, nearest_whole_numbers, parse, whole_numbers
+from rwkv_peft.data.mixture import MixtureSchedule, integer_ratio, nearest_integer_ratio, parse_mixture
 
 WEIGHTS = st.lists(st.integers(1, 60), min_size=1, max_size=6)
 
@@ -25,7 +25,7 @@ WEIGHTS = st.lists(st.integers(1, 60), min_size=1, max_size=6)
     ],
 )
 def test_names_with_weights_are_read_by_the_numbers_at_their_ends(text, names):
-    assert dict(parse(text)) == names
+    assert dict(parse_mixture(text)) == names
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_names_with_weights_are_read_by_the_numbers_at_their_ends(text, names):
 )
 def test_what_is_no_mixture_is_refused_in_words(text, words):
     with pytest.raises(ValueError, match=words):
-        parse(text)
+        parse_mixture(text)
 
 
 @settings(max_examples=200, deadline=None)
@@ -58,9 +58,9 @@ def test_after_any_number_of_rows_every_source_is_within_one_row_of_its_share(we
 
 
 def test_shares_need_not_sum_to_one():
-    assert whole_numbers([Fraction("0.7"), Fraction("0.3")]) == whole_numbers([Fraction(14), Fraction(6)]) == [7, 3]
-    assert nearest_whole_numbers([0.5, 0.25, 0.25], 100) == [2, 1, 1]
-    assert 0 not in nearest_whole_numbers([1.0, 1e-9], 100)
+    assert integer_ratio([Fraction("0.7"), Fraction("0.3")]) == integer_ratio([Fraction(14), Fraction(6)]) == [7, 3]
+    assert nearest_integer_ratio([0.5, 0.25, 0.25], 100) == [2, 1, 1]
+    assert 0 not in nearest_integer_ratio([1.0, 1e-9], 100)
 
 
 @pytest.mark.parametrize("mode", ["pack", "concat", "pad", "only", "get", "magic"])

@@ -8,7 +8,7 @@ from helpers.token_files import data, documents, source
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_peft.data.packing import best_fit, places
+from rwkv_peft.data.packing import assign_packs, best_fit
 
 LENGTHS = st.lists(st.integers(1, 100), min_size=1, max_size=80)
 
@@ -47,22 +47,22 @@ def test_packing_by_length_is_packing_one_by_one(lengths, capacity):
 @given(LENGTHS, st.integers(1, 4), st.integers(100, 160))
 def test_keeping_equal_lengths_apart_costs_no_pack(lengths, repeats, capacity):
     lengths = lengths * repeats
-    pack, packs = places(np.array(lengths), capacity)
+    pack, packs = assign_packs(np.array(lengths), capacity)
     assert packs <= len(one_by_one(lengths, capacity)) and set(pack.tolist()) == set(range(packs))
     assert all(sum(content) <= capacity for content in contents(lengths, pack))
 
 
 def test_exactly_the_context_fits_into_a_pack():
     for length in (15, 16):
-        assert places(np.array([length]), 16)[1] == 1
-    assert places(np.array([16, 8, 8]), 16)[1] == 2
+        assert assign_packs(np.array([length]), 16)[1] == 1
+    assert assign_packs(np.array([16, 8, 8]), 16)[1] == 2
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_repeats_of_a_row_land_in_different_packs(seed):
     """make_tokenize.sh writes every row EPOCHS times, so their lengths are equal."""
     lengths = np.repeat(np.random.default_rng(seed).integers(10, 200, 60), 4)
-    pack, packs = places(lengths, 512)
+    pack, packs = assign_packs(lengths, 512)
     order = np.sort(lengths)[::-1]
     twice = sum(count - 1 for count in Counter(zip(pack.tolist(), order.tolist(), strict=True)).values())
     together = sum(n - len(set(p)) for p in one_by_one(lengths.tolist(), 512) for n in [len(p)])
@@ -87,6 +87,6 @@ def test_who_of_equal_lengths_goes_where_is_drawn_anew_every_pass():
 def test_two_hundred_thousand_documents_are_packed_without_looking_at_each():
     """The number of looks depends on how many lengths there are. (No timing: a quadratic packer would not end.)"""
     lengths = np.random.default_rng(0).lognormal(5.5, 0.7, 200_000).astype(int).clip(1, 1024)
-    pack, packs = places(lengths, 1024)
+    pack, packs = assign_packs(lengths, 1024)
     assert np.bincount(pack, np.sort(lengths)[::-1]).max() <= 1024
     assert lengths.sum() / (packs * 1024) > 0.99

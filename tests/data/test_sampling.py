@@ -8,8 +8,8 @@ from helpers.token_files import MODES, data, documents, source
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_peft.data.sampling import Plan, auto_ctx_len, take_groups
-from rwkv_peft.data.truncate import cut
+from rwkv_peft.data.sampling import Plan, auto_ctx_len, reorder_groups
+from rwkv_peft.data.truncate import truncate_documents
 from rwkv_peft.data.windows import is_prime, magic_prime
 
 SIZES = st.lists(st.integers(2, 80), min_size=1, max_size=40)
@@ -26,7 +26,7 @@ def targets(sequences):
 def test_exactly_the_context_fits_and_overlong_says_what_becomes_of_more(sizes, ctx_len, overlong, zero):
     ids, _ = documents(sizes, ended=float(zero))
     tokens, starts = np.concatenate(ids), np.concatenate([[0], np.cumsum(sizes)])
-    items = cut(np.array(sizes), starts, ctx_len, overlong)
+    items = truncate_documents(np.array(sizes), starts, ctx_len, overlong)
     pieces = {}
     for document, start, stop in zip(items.document, items.start, items.stop(), strict=True):
         piece = tokens[start:stop].tolist()
@@ -150,7 +150,7 @@ def test_the_magic_prime_is_below_the_number_of_windows(windows, p):
 def test_groups_are_taken_whole(sizes, random):
     first = np.concatenate([[0], np.cumsum(sizes)])
     which = np.array(random.sample(range(len(sizes)), len(sizes)))
-    values, borders = take_groups(np.arange(first[-1]), first, which)
+    values, borders = reorder_groups(np.arange(first[-1]), first, which)
     groups = [values[a:b].tolist() for a, b in zip(borders[:-1], borders[1:], strict=True)]
     assert groups == [list(range(first[i], first[i + 1])) for i in which]
 

@@ -184,7 +184,7 @@ def test_two_nodes_are_two_processes_of_one_machine_and_go_on(tmp_path, wires):
     assert "node 1 of 2 trains with node 0" in said[1] and "x NNODES=2" in said[0] and "saved" not in said[1]
     equal()
     output = kits[0].root / "output" / "two"
-    for later in train_state.names(output)[1:]:
+    for later in train_state.state_names(output)[1:]:
         shutil.rmtree(output / "state" / later)
     codes, said = both()
     assert codes == [2, 2] and all("output/ has to be the same folder on all nodes" in one for one in said)

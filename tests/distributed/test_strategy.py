@@ -120,7 +120,7 @@ def test_a_run_goes_on_with_any_strategy(kit, strategy):
     ddp, name = by_ddp(kit, "full"), f"on-{strategy}"
     output = kit.root / "output"
     shutil.copytree(output / ddp, output / name)
-    for later in train_state.names(output / name)[1:]:
+    for later in train_state.state_names(output / name)[1:]:
         shutil.rmtree(output / name / "state" / later)
     assert "at step 1 of 4" in train(kit, name, strategy, **METHODS["full"]).stdout
     if STRATEGIES[strategy].offload:
@@ -135,7 +135,7 @@ def test_a_run_goes_on_with_another_number_of_processes(kit):
     ddp, name = by_ddp(kit, "full"), "numbers"
     output = kit.root / "output"
     shutil.copytree(output / ddp, output / name)
-    for later in train_state.names(output / name)[1:]:
+    for later in train_state.state_names(output / name)[1:]:
         shutil.rmtree(output / name / "state" / later)
     settings = METHODS["full"]
     kit.set(to="x.sh", **FAST | EVERY_STATE | {"EPOCH_COUNT": "2", "MICRO_BSZ": "1", "RUN_NAME": name} | settings)
@@ -143,12 +143,12 @@ def test_a_run_goes_on_with_another_number_of_processes(kit):
     assert "at step 1 of 4 was begun with 2, which would be 1 now: set it back, or change MINI_BSZ" in said
     train(kit, name, "single", GPU_COUNT="1", MINI_BSZ="2", **settings)
     near(kit, ddp, name)
-    for later in train_state.names(output / name)[3:]:
+    for later in train_state.state_names(output / name)[3:]:
         shutil.rmtree(output / name / "state" / later)
     kit.set(script="x.sh", to="x.sh", GPU_COUNT="2", STRATEGY="ddp", EPOCH_COUNT="4")
     refused = kit.run("x.sh", ok=False).stderr
     assert "at step 3 of 4 was begun with 1, which would be 2 now: set it back, or change MINI_BSZ" in refused
-    for later in train_state.names(output / name)[3:]:
+    for later in train_state.state_names(output / name)[3:]:
         shutil.rmtree(output / name / "state" / later)
     assert "at step 3 of 4" in train(kit, name, "fsdp", **settings).stdout
     near(kit, ddp, name)

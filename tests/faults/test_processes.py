@@ -43,7 +43,7 @@ def started(kit, in_steps: bool = True) -> tuple[subprocess.Popen, int]:
     while True:
         assert first.poll() is None and time.monotonic() < deadline, first.communicate()
         second = process_1(first.pid)
-        if second and (not in_steps or train_state.names(kit.root / "output/run")):
+        if second and (not in_steps or train_state.state_names(kit.root / "output/run")):
             return first, second
         time.sleep(0.1)
 
@@ -103,11 +103,14 @@ def test_processes_that_were_stopped_together_go_on(ready):
     os.killpg(first.pid, signal.SIGSTOP)
     time.sleep(STILL + 4)
     os.killpg(first.pid, signal.SIGCONT)
-    before = len(train_state.names(ready.root / "output/run")) and train_state.names(ready.root / "output/run")[-1]
+    before = (
+        len(train_state.state_names(ready.root / "output/run"))
+        and train_state.state_names(ready.root / "output/run")[-1]
+    )
     deadline = time.monotonic() + 60
-    while train_state.names(ready.root / "output/run")[-1:] == [before] and time.monotonic() < deadline:
+    while train_state.state_names(ready.root / "output/run")[-1:] == [before] and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert first.poll() is None and train_state.names(ready.root / "output/run")[-1] != before
+    assert first.poll() is None and train_state.state_names(ready.root / "output/run")[-1] != before
     os.killpg(first.pid, signal.SIGINT)
     said = first.communicate(timeout=60)
     assert first.returncode == 130, said

@@ -20,7 +20,7 @@ from helpers.kit import few
 from helpers.resuming import interrupted
 from helpers.training import run, tokenize
 
-from rwkv_peft.checkpoint import pth, run_dir, safetensors_io, train_state
+from rwkv_peft.checkpoint import pth, pth_rewrite, run_dir, safetensors_io, train_state
 from rwkv_peft.checkpoint.lazy_tensors import LazyTensors
 from rwkv_peft.cli.merge import MergeConfig
 from rwkv_peft.cli.merge import command as merge_command
@@ -95,7 +95,9 @@ def test_killed_at_any_instant_of_a_save_the_newest_whole_state_is_there(tmp_pat
 WRITERS: dict[str, Callable[[Path], None]] = {
     "state": lambda folder: state(folder, 5),
     "checkpoint": lambda folder: pth.save(folder / "x.pth", {"a": torch.ones(SIZE)}),
-    "rewritten": lambda folder: pth.rewrite(folder / "base.pth", folder / "x.pth", lambda name: lambda t: t + 1),
+    "rewritten": lambda folder: pth_rewrite.rewrite(
+        folder / "base.pth", folder / "x.pth", lambda name: lambda t: t + 1
+    ),
     "safetensors": lambda folder: safetensors_io.write(
         folder / "x.st", {"a": (SIZE,)}, torch.float32, lambda name: [torch.ones(SIZE)]
     ),

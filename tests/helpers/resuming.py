@@ -50,7 +50,7 @@ def same(root, one: str, other: str, records: tuple[list, list]) -> None:
     for file in files[0]:
         first, second = (pth.load(folder / file) for folder in folders)
         assert first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
-    last = [train_state.read_manifest(folder / "state" / train_state.names(folder)[-1]) for folder in folders]
+    last = [train_state.read_manifest(folder / "state" / train_state.state_names(folder)[-1]) for folder in folders]
     assert last[0].step == last[1].step and last[0].facts["tokens"] == last[1].facts["tokens"]
     for part in ("weights", "optimizer", "random"):
         first, second = (one.tensors(part) for one in last)

@@ -12,7 +12,7 @@ import numpy as np
 from rwkv_peft.data import buckets
 from rwkv_peft.data.binidx import Reader, Writer
 from rwkv_peft.data.dataset import TokenDataset
-from rwkv_peft.data.token_source import Source
+from rwkv_peft.data.token_source import TokenSource
 from rwkv_peft.text.roles import Role
 
 MODES = ("pack", "concat", "pad", "only", "bucket", "get", "magic")
@@ -44,12 +44,12 @@ def write(prefix: Path, ids, roles=None) -> Path:
     return prefix
 
 
-def source(ids, roles=None, weight=1, find=None) -> Source:
+def source(ids, roles=None, weight=1, find=None) -> TokenSource:
     """A file that is gone from its folder when this returns, but not from its readers."""
     with tempfile.TemporaryDirectory() as folder:
         prefix = write(Path(folder) / "file", ids, roles)
         known = Reader(f"{prefix}.roles") if roles is not None else find
-        return Source(Reader(prefix), known, 65536, Fraction(weight))
+        return TokenSource(Reader(prefix), known, 65536, Fraction(weight))
 
 
 def data(

@@ -286,10 +286,12 @@ def test_torn_and_foreign_data_are_refused(shared_kit):
     (data / "torn.bin").write_bytes((data / "chat.bin").read_bytes()[:-100])
     assert "data/torn.bin: has" in (said := training(shared_kit, DATA_PATH="torn")) and "cut off" in said
     (data / "torn.bin").write_bytes((data / "chat.bin").read_bytes())
-    from rwkv_peft.data.binidx import index_bytes
+    import numpy
+
+    from rwkv_peft.data.binidx import index_chunks
 
     (data / "torn.roles.bin").write_bytes(b"12345")
-    (data / "torn.roles.idx").write_bytes(index_bytes([2, 3], "uint8"))
+    (data / "torn.roles.idx").write_bytes(b"".join(index_chunks(numpy.array([2, 3]), "uint8")))
     assert "describes other rows than" in training(shared_kit, DATA_PATH="torn")
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from rwkv_peft.adapters.base import Adapter
 from rwkv_peft.adapters.specs import MOST_ALPHA, Method
-from rwkv_peft.chat.diagnose import course
+from rwkv_peft.chat.diagnose import remaining_steps
 from rwkv_peft.common.errors import SettingErrors
 from rwkv_peft.config.train import TrainConfig
 from rwkv_peft.model.arch import ARCHS, Arch
@@ -67,7 +67,7 @@ def test_alpha_has_one_bound():
 )
 def test_the_steps_of_an_epoch_are_rounded_up(micro_batches, mini, done, left):
     settings = {"STREAMING": False, "EPOCH_COUNT": 3, "EPOCH_STEPS": micro_batches, "MINI_BSZ": mini, "VAL_PATIENCE": 0}
-    assert course(settings, [{"step": done}], [], {"step": done}) == (left, False)
+    assert remaining_steps(settings, [{"step": done}], [], {"step": done}) == (left, False)
 
 
 def test_the_table_of_faults_is_the_same_in_both_languages():

@@ -17,7 +17,7 @@ from rwkv_peft.adapters.base import Adapter
 from rwkv_peft.adapters.inject import AdapterConfig
 from rwkv_peft.adapters.registry import ADAPTERS
 from rwkv_peft.adapters.specs import METHODS
-from rwkv_peft.checkpoint import pth, run_dir, sidecars
+from rwkv_peft.checkpoint import pth, pth_rewrite, run_dir, sidecars
 from rwkv_peft.common import atomic_io, hashing, paths
 from rwkv_peft.common.errors import SettingErrors, UserError
 from rwkv_peft.export import EXPORTS
@@ -374,7 +374,7 @@ def test_the_rwkv_package_loads_a_rewritten_file_and_reads_the_same_logits(tmp_p
     shape = tiny.geometry(2, 128, 512, 64)
     pth.save(tmp_path / "base.pth", tiny.tensors(0, shape))
     change = lambda name: (lambda t: t * 1.5) if "att.key" in name else None  # noqa: E731
-    pth.rewrite(tmp_path / "base.pth", tmp_path / "merged.pth", change, {"more": torch.randn(3)})
+    pth_rewrite.rewrite(tmp_path / "base.pth", tmp_path / "merged.pth", change, {"more": torch.randn(3)})
     whole, _ = judged(tmp_path / "merged.pth")
     ours, _ = build(shape, pth.load(tmp_path / "merged.pth"), tiny.ops(shape))(torch.tensor([IDS]))
     base, _ = build(shape, pth.load(tmp_path / "base.pth"), tiny.ops(shape))(torch.tensor([IDS]))
@@ -477,7 +477,7 @@ def test_what_does_not_belong_together_is_refused_and_nothing_is_written(run, sp
 
 def test_a_result_that_does_not_read_back_is_removed(run, monkeypatch):
     folder, _, _ = run
-    original = pth.rewrite
+    original = pth_rewrite.rewrite
 
     def flip_a_bit(source, target, change, added, **how):
         original(source, target, change, added, **how)
@@ -486,7 +486,7 @@ def test_a_result_that_does_not_read_back_is_removed(run, monkeypatch):
         raw[at] ^= 1
         target.write_bytes(bytes(raw))
 
-    monkeypatch.setattr(pth, "rewrite", flip_a_bit)
+    monkeypatch.setattr(pth_rewrite, "rewrite", flip_a_bit)
     with pytest.raises(
         UserError,
         match="blocks.0.att.w1 is not as written when the result is read back",
@@ -536,7 +536,7 @@ def test_a_right_merge_passes_its_check_at_real_widths(tmp_path, dtype, undone):
     answers = OutputCheck(
         by_rows(fold.in_turn([part], SHAPE), [part], None, SHAPE), pth.read_header(base), [part], None, SHAPE
     )
-    pth.rewrite(base, made, answers)
+    pth_rewrite.rewrite(base, made, answers)
     with pth.PthReader(base) as old, pth.PthReader(made) as new:
         found = check_changed(name, old, new, answers, threading.Lock())
     assert found.sound and found.changed and found.difference < ROUNDINGS / 2 * torch.finfo(dtype).eps
@@ -615,7 +615,7 @@ def test_a_merge_of_what_is_nothing_or_next_to_nothing_is_right(tmp_path, dtype,
     pth.save(base, {"blocks.0.att.key.weight": before})
     change = by_rows(fold.in_turn(parts, SHAPE), parts, None, SHAPE)
     answers = OutputCheck(change, pth.read_header(base), parts, None, SHAPE)
-    pth.rewrite(base, made, answers)
+    pth_rewrite.rewrite(base, made, answers)
     assert not list(answers.wrong())
 
 
@@ -659,7 +659,7 @@ def test_merging_reads_only_the_tensors_that_change_and_each_once(run, monkeypat
     )
     original = pth.PthReader.tensor
     monkeypatch.setattr(pth.PthReader, "tensor", lambda self, name: read.append(name) or original(self, name))
-    pth.rewrite(base, folder / "out.pth", fold.in_turn([part], SHAPE))
+    pth_rewrite.rewrite(base, folder / "out.pth", fold.in_turn([part], SHAPE))
     touched = {n.removesuffix(".lora_A") + ".weight" for n in adapter if n.endswith("lora_A")}
     touched |= {n for n in adapter if "lora" not in n}
     assert sorted(read) == sorted(touched)

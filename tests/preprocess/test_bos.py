@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rwkv_peft.data import binidx, tokenized_files
 from rwkv_peft.data.dataset import TokenDataset
-from rwkv_peft.data.token_source import Source
+from rwkv_peft.data.token_source import TokenSource
 from rwkv_peft.preprocess.encode import Pieces, encode_row, encode_rows
 from rwkv_peft.preprocess.truncate import Limits
 from rwkv_peft.text import tokenizer
@@ -110,7 +110,7 @@ ROWS = [[0, 5, 6, 7, 0], [0, 8, 9, 0], [0, 10, 11]]
 SAID = [[1, 3, 4, 4, 4], [1, 4, 4, 4], [1, 3, 4]]
 
 
-def source(rows=ROWS, said=SAID) -> Source:
+def source(rows=ROWS, said=SAID) -> TokenSource:
     class Chunk:
         from pathlib import Path
 
@@ -118,7 +118,7 @@ def source(rows=ROWS, said=SAID) -> Source:
         sizes = np.array([len(r) for r in rows], np.int32)
         tokens = np.concatenate([np.array(r, np.uint16) for r in rows])
 
-    return Source(Chunk, np.concatenate([np.array(r, np.uint8) for r in said]), 65536)
+    return TokenSource(Chunk, np.concatenate([np.array(r, np.uint8) for r in said]), 65536)
 
 
 @pytest.mark.parametrize("mask", ["none", "pad", "qa", "last"])

@@ -192,7 +192,7 @@ def test_two_processes_go_on_as_if_they_had_never_stopped(kit):
     kit.run("training.sh")
     output = kit.root / "output"
     shutil.copytree(output / "whole", output / "again")
-    for name in train_state.names(output / "again")[2:]:
+    for name in train_state.state_names(output / "again")[2:]:
         shutil.rmtree(output / "again" / "state" / name)
     (output / "latest").unlink()
     (output / "latest").symlink_to("again")
@@ -202,13 +202,15 @@ def test_two_processes_go_on_as_if_they_had_never_stopped(kit):
     valid = output / "again" / "valid.jsonl"
     assert valid.read_bytes() == (output / "whole/valid.jsonl").read_bytes()
     # an early best look: all processes count from it, and end together
-    for name in train_state.names(output / "again")[2:]:
+    for name in train_state.state_names(output / "again")[2:]:
         shutil.rmtree(output / "again" / "state" / name)
     first, *others = valid.read_text().splitlines()
     valid.write_text("\n".join([json.dumps({**json.loads(first), "loss": 1e-3}), *others]) + "\n")
     kit.set(VAL_PATIENCE="3")
     assert "VAL_PATIENCE=3: no better validation" in kit.run("training.sh").stdout
-    assert train_state.read_manifest(output / "again/state" / train_state.names(output / "again")[-1]).facts["finished"]
+    assert train_state.read_manifest(output / "again/state" / train_state.state_names(output / "again")[-1]).facts[
+        "finished"
+    ]
 
 
 ONE, TWO = {}, {"GPU_COUNT": "2", "MICRO_BSZ": "1"}
@@ -265,7 +267,7 @@ def test_a_damaged_state_is_told_and_the_one_before_it_taken(ready, monkeypatch,
     _, whole = run(ready, "whole", **settings)
     interrupted(monkeypatch, ready, 7, "killed", **settings)
     folder = ready / "output" / "again" / "state"
-    assert train_state.names(folder.parent) == ["step-000004", "step-000006"]
+    assert train_state.state_names(folder.parent) == ["step-000004", "step-000006"]
     file = folder / "step-000006" / "optimizer.safetensors"
     content = bytearray(file.read_bytes())
     content[-3] ^= 4
@@ -322,9 +324,9 @@ def test_a_state_that_is_saved_behind_a_damaged_later_one_stays(tmp_path):
         saved(tmp_path, step, keep=2)
     (tmp_path / "state/step-000008/weights.safetensors").unlink()
     saved(tmp_path, 7)
-    assert train_state.names(tmp_path) == ["step-000007", "step-000008"]
+    assert train_state.state_names(tmp_path) == ["step-000007", "step-000008"]
     train_state.drop_newer(tmp_path, 7)
-    assert train_state.names(tmp_path) == ["step-000007"]
+    assert train_state.state_names(tmp_path) == ["step-000007"]
 
 
 def test_a_state_that_was_about_to_be_replaced_is_found_and_looking_changes_nothing(tmp_path):

@@ -398,13 +398,13 @@ def test_so_many_steps_in_a_row_end_the_training_and_the_batch_is_named(ready, m
 def test_the_last_answer_of_a_window_is_the_last_of_its_whole_document(ready):
     from rwkv_peft.data.binidx import Reader
     from rwkv_peft.data.dataset import TokenDataset
-    from rwkv_peft.data.token_source import Source
+    from rwkv_peft.data.token_source import TokenSource
     from rwkv_peft.text import tokenizer
 
     text = "User: one\n\nAssistant: FIRST ANSWER here it is\n\nUser: two\n\nAssistant: LAST"
     tokenize(tiny.write_jsonl(ready / "data" / "w.jsonl", [{"text": text}]))
     prefix = ready / "data" / "w"
-    source = Source(Reader(prefix), Reader(f"{prefix}.roles"), 65536)
+    source = TokenSource(Reader(prefix), Reader(f"{prefix}.roles"), 65536)
     data = TokenDataset([source], "get", "last", 6, "truncate", 1, True)
     said = sorted(
         tokenizer.decode(tokens[1:][weights > 0].tolist()).strip()

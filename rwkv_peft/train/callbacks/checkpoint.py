@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rwkv_peft import __version__
 from rwkv_peft.adapters.specs import OPTIMS
-from rwkv_peft.checkpoint import pth, run_dir, sidecars, train_state
+from rwkv_peft.checkpoint import pth, pth_rewrite, run_dir, sidecars, train_state
 from rwkv_peft.checkpoint.lazy_tensors import LazyTensors
 from rwkv_peft.common import hashing, paths
 from rwkv_peft.common.atomic_io import check_disk_space, remove, remove_stale_temps, temp_path
@@ -114,7 +114,7 @@ class CheckpointWriter:
             try:
                 if learner.held:
                     change = lambda name: (lambda _: sound(name)) if name in trained else None  # noqa: E731
-                    pth.rewrite(learner.held, fresh, change)
+                    pth_rewrite.rewrite(learner.held, fresh, change)
                 else:
                     pth.save(fresh, {name: sound(name) for name in trained})
                 sidecar["checkpoint_sha256"] = hashing.sha256(fresh, on_disk=True)

@@ -14,7 +14,7 @@ import torch
 
 from fuzz import mutate
 from fuzz.harness import Harness, sound
-from rwkv_peft.checkpoint import base_model, pth
+from rwkv_peft.checkpoint import base_model, pth, pth_rewrite
 from rwkv_peft.common.errors import UserError
 
 NUMBERS = (
@@ -98,7 +98,7 @@ class It(Harness):
                 with contextlib.suppress(pth.CorruptCheckpoint):
                     sound(same(archive.tensor(name), mapped), "two readers read two things", name, stored)
         if self.choice(data) % 4 == 0:
-            pth.rewrite(path, folder / "copy.pth", lambda name: None)
+            pth_rewrite.rewrite(path, folder / "copy.pth", lambda name: None)
             again = pth.load(folder / "copy.pth")
             sound(again.keys() == tensors.keys(), "a copy with other names", again.keys())
             sound(all(same(again[name], tensors[name]) for name in again), "a copy with other numbers", again.keys())

@@ -51,7 +51,7 @@ class It(Harness):
         described = pth.read_header(path)
         behind = 8 + int.from_bytes(data[:8], "little")
         for name, stored in described.items():
-            sound(stored.offset is not None, "described as a .pth", stored)
+            sound(stored.in_safetensors, "described as a .pth", stored)
             sound(
                 behind <= stored.offset and stored.offset + stored.bytes <= len(data),
                 "bytes outside the file",

@@ -78,7 +78,7 @@ class It(Harness):
                 sound(bounds["le"] is None or value <= bounds["le"], "above its bound", field.name, value)
         if kind is TrainConfig:
             try:
-                shares = mixture.parse(settings.data_path)
+                shares = mixture.parse_mixture(settings.data_path)
                 sound(all(weight > 0 for _, weight in shares), "a share of nothing", shares)
             except ValueError as error:
                 sound(str(error), "no words", error)

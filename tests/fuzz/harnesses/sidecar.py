@@ -21,7 +21,7 @@ from rwkv_peft.common.errors import SettingErrors, UserError
 from rwkv_peft.merge import inputs
 from rwkv_peft.text.presets import PRESETS
 
-SEALED = sidecars.sealed  # with the checksum of its fields
+SEALED = sidecars.with_checksums  # with the checksum of its fields
 NAMES = (
     *sidecars.SIDECAR, *METHODS, *PRESETS, "checkpoint_sha256", "merged", "format_user", "format_assistant",
     "stop_words", "clean", "think", "name", "parts", "versions", "epoch_finished", "nf4", "doc", "blank",
@@ -78,7 +78,7 @@ class It(Harness):
         return "merge"
 
     def chat(self, path: Path, base: Path) -> str:
-        chosen = load.of_run(path, str(base))
+        chosen = load.choose_checkpoint(path, str(base))
         sound(chosen.model.is_file(), "a model that is none", chosen)
         return "chat"
 

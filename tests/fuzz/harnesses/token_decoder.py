@@ -68,7 +68,7 @@ class It(Harness):
         roles = roles_in_text(ids, spans_of_text)
         sound(len(roles) == len(ids) and (not len(roles) or roles.max() <= max(Role)), "roles that are none", roles)
         suspects(ids.astype(np.intp), roles)
-        seen = vocabulary_check.Seen()
-        vocabulary_check.look_at(ids.astype(np.int64), seen)
+        seen = vocabulary_check.SampleCounts()
+        vocabulary_check.count_text(ids.astype(np.int64), seen)
         sound(seen.tokens == len(ids), "tokens that are not counted", seen)
         return f"ids {seen.is_text()}"
