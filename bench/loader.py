@@ -60,7 +60,7 @@ def write(prefix: Path, documents: int) -> None:
 def make(prefix: Path, mode: str, given) -> tuple[TokenDataset, Batches]:
     needed = given.mask in ("qa", "last")
     source = TokenSource(Reader(prefix), Reader(f"{prefix}.roles") if needed else None, 65536)
-    choose = functools.partial(buckets.choose, edges=(), sizes=(), budget=TOKENS, accumulate=1, world=1)
+    choose = functools.partial(buckets.make_buckets, edges=(), sizes=(), budget=TOKENS, accumulate=1, world=1)
     data = TokenDataset(
         [source], mode, given.mask, given.ctx_len, "truncate", 42, True, choose if mode == "bucket" else None
     )

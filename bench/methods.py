@@ -236,7 +236,7 @@ def ask(root: Path, adapter: str) -> dict:
     at(root)
     torch.set_num_threads(1)
     settings = chat.ChatConfig("base.pth", adapter, "rwkv-world", "", LONGEST, 0.0, 1.0, 1, "bf16")
-    model = load.load(settings, False)[0]
+    model = load.load_chat_model(settings, False)[0]
     form = template("rwkv-world")
     facts, _, unseen = material()
 

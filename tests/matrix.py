@@ -463,7 +463,7 @@ def attached(run: Run) -> RWKV:
     if METHODS[run.config.method].saves_model:
         return model_of(saved)
     model = model_of(pth.load(paths.model_file(run.config.model_path)))
-    sidecar = sidecars.read(run.checkpoint, ("method",))
+    sidecar = sidecars.read_sidecar(run.checkpoint, ("method",))
     setup = inject.setup_of(sidecar, "the matrix")
     inject.attach_checkpoint(model, saved, setup, "the matrix", None, run.start or None)
     return model

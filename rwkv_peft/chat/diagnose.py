@@ -16,12 +16,12 @@ from tqdm import tqdm
 
 from rwkv_peft.adapters.specs import METHODS
 from rwkv_peft.checkpoint import run_dir, sidecars, step_log
-from rwkv_peft.checkpoint.prompt_format import Prompting, of_sidecar
+from rwkv_peft.checkpoint.prompt_format import PromptFormat, read_prompt_format
 from rwkv_peft.common import hashing, json_reader, paths
 from rwkv_peft.common.errors import SettingErrors, UserError
 from rwkv_peft.common.json_reader import Schema, is_bool, is_none_or, is_number, is_text, is_whole
 from rwkv_peft.data.dataset import TokenDataset
-from rwkv_peft.data.tokenized_files import data_files, mask_of, missing_data, open_sources
+from rwkv_peft.data.tokenized_files import data_files, effective_mask, missing_data, open_sources
 from rwkv_peft.model.generate import advance, generate
 from rwkv_peft.model.rwkv import RWKV
 from rwkv_peft.text import tokenizer
@@ -90,13 +90,13 @@ def diagnose(name: str, base: str, precision: str, accept_edited: bool = False) 
     if (
         not run_dir.is_epoch(name)
         and (folder / "run.json").is_file()
-        and not run_dir.checkpoints(folder)
+        and not run_dir.checkpoint_steps(folder)
         and not any(run_dir.list_checkpoints(folder))
     ):
         return diagnose_loss_curve(folder.resolve(), "has saved no checkpoint")
     adapter = load.find_adapter(name)
     chosen = load.choose_checkpoint(adapter, base, accept_edited)
-    sidecars.read(adapter, ("step",))
+    sidecars.read_sidecar(adapter, ("step",))
     settings, records, validations = read_run(adapter.parent)
     if settings["STREAMING"] and settings["VAL_DATA"] in ("auto", "none"):
         return diagnose_loss_curve(adapter.parent, "has learnt from a stream, and has no held-out rows")
@@ -115,7 +115,7 @@ def diagnose(name: str, base: str, precision: str, accept_edited: bool = False) 
             "warning   it had not gone through all its rows by then: some of those below as trained are new to it"
         )
     trained, held_out = [[row for rows in by_file.values() for row in rows] for by_file in files]
-    asked_as = of_sidecar(chosen.sidecar, paths.display_path(adapter), original)
+    asked_as = read_prompt_format(chosen.sidecar, paths.display_path(adapter), original)
     print(
         f"{paths.display_path(adapter)} ({METHODS[chosen.setup.method].words}) beside its base {paths.display_path(original)}"
     )
@@ -153,7 +153,9 @@ def diagnose(name: str, base: str, precision: str, accept_edited: bool = False) 
         *loss_curve(done),
         [(r["step"], r["loss"]) for r in validations if r["loss"] is not None and 0 < r["step"] <= step],
         settings["LR_INIT"],
-        f"./merge.sh {run_dir.words_for(adapter.parent, 'best')}" if (adapter.parent / run_dir.BEST).is_file() else "",
+        f"./merge.sh {run_dir.merge_arguments(adapter.parent, 'best')}"
+        if (adapter.parent / run_dir.BEST).is_file()
+        else "",
         all_seen,
         *remaining_steps(settings, records, validations, chosen.sidecar),
         (right, len(asked["trained"])),
@@ -229,7 +231,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[dict], list[dict]]:
     settings = json_reader.read(folder / "run.json", "record of a run's settings", WANTED, tuple(WANTED))
     validations = validation.read(folder)
     newest: Any = validations[-1].get("data") if validations else ""
-    return settings, step_log.read(folder), validation.of_one_set(validations, newest)
+    return settings, step_log.read_log(folder), validation.of_one_set(validations, newest)
 
 
 def load_rows(
@@ -296,7 +298,7 @@ def sample_rows(
     [source] = open_sources([pair], *masks, vocab_size, say)
     windows = settings["DATALOAD"] == "get" or settings["PACK"] == "concat"  # of which a long document has many
     overlong = "split" if windows else settings["OVERLONG"]
-    data = TokenDataset([source], "only", mask_of(masks[0]), settings["CTX_LEN"], overlong, 0, False)
+    data = TokenDataset([source], "only", effective_mask(masks[0]), settings["CTX_LEN"], overlong, 0, False)
     mean = max(1, int(data.parts[0].items.length.mean()))
     count = min(data.rows, MOST_ROWS, max(LEAST_ROWS, MOST_TOKENS // mean))
     rows, known = [], set()
@@ -345,7 +347,7 @@ def row_loss(model: RWKV, row: Row) -> float:
     return total
 
 
-def generate_answer(model: RWKV, row: Row, asked_as: Prompting) -> str:
+def generate_answer(model: RWKV, row: Row, asked_as: PromptFormat) -> str:
     """Generate the model's answer to a row's question."""
     ids = row.tokens[: row.asked].tolist()
     try:

@@ -22,7 +22,6 @@ from rwkv_peft.model.rwkv import RWKV, build, for_generating
 from rwkv_peft.ops import dispatch
 
 
-
 @dataclass(frozen=True)
 class Chosen:
     """The files of a chat.
@@ -45,7 +44,7 @@ class Chosen:
         return paths.display_path(self.model) + (f" + {paths.display_path(self.adapter)}" if self.adapter else "")
 
 
-def load(
+def load_chat_model(
     config, base_was_named: bool, accept_edited: bool = False, in_use: FileWatch | None = None
 ) -> tuple[RWKV, str, dict]:
     """Load the model of a ChatConfig.
@@ -81,13 +80,13 @@ def choose(model_path: str, adapter_name: str, base_was_named: bool, accept_edit
         adapter = find_adapter(adapter_name)
         if is_bare_state(adapter):  # a state from anywhere: nothing else is needed
             return Chosen(find_model(model_path), adapter, inject.AdapterConfig("state"), {})
-        return choose_checkpoint(adapter, str(model_place(model_path)) if base_was_named else "", accept_edited)
+        return choose_checkpoint(adapter, str(locate_model(model_path)) if base_was_named else "", accept_edited)
     if not model_path.strip():
         raise UserError("No model is named: give --model FILE or --adapter FILE, or MODEL_PATH in chat.sh.")
     model, sidecar = find_model(model_path), {}
-    if sidecars.path_of(model).is_file():  # a merged model
+    if sidecars.sidecar_path(model).is_file():  # a merged model
         with contextlib.suppress(UserError):
-            sidecar = sidecars.read(model, ("prompt_type",))
+            sidecar = sidecars.read_sidecar(model, ("prompt_type",))
         sidecars.check_unedited(model, sidecar, accept_edited)
     return Chosen(model, None, inject.AdapterConfig("none"), sidecar)
 
@@ -101,7 +100,7 @@ def choose_checkpoint(adapter: Path, base: str, accept_edited: bool = False) -> 
         accept_edited: accept a sidecar that was edited.
     """
     base_model.check_sidecar_exists(adapter)
-    sidecar = sidecars.read(adapter, ("method", "base", "base_sha256"))
+    sidecar = sidecars.read_sidecar(adapter, ("method", "base", "base_sha256"))
     setup = inject.setup_of(sidecar, paths.display_path(adapter))
     base_model.check_sidecar(adapter, sidecar, accept_edited)
     if METHODS[setup.method].saves_model:
@@ -152,7 +151,7 @@ def check_not_foreign(name: str) -> None:
             raise UserError(f"{name}: ./chat.sh reads .pth, and this file is for {export.program}. Use {stem}.pth")
 
 
-def model_place(name: str) -> Path:
+def locate_model(name: str) -> Path:
     """Return the path of a model, in model/ or merge/ or anywhere. It may not exist."""
     check_not_foreign(name)
     path = paths.model_file(name)
@@ -166,7 +165,7 @@ def find_model(name: str) -> Path:
     Raises:
         UserError: there is none.
     """
-    path = model_place(name)
+    path = locate_model(name)
     if path.exists():
         return path
     if foreign := paths.foreign_path(name):
@@ -187,10 +186,10 @@ def find_adapter(name: str) -> Path:
         UserError: it is a whole model.
     """
     check_not_foreign(name)
-    path = run_dir.find(name, places=("output", "merge"))
+    path = run_dir.find_checkpoint(name, places=("output", "merge"))
     holds = pth.read_header(path)
-    if sidecars.path_of(path).is_file():
-        method = METHODS.get(sidecars.read(path, ("method",))["method"])
+    if sidecars.sidecar_path(path).is_file():
+        method = METHODS.get(sidecars.read_sidecar(path, ("method",))["method"])
         if method and method.saves_model:
             return path
     if "head.weight" in holds and any(arch.marker in holds for arch in ARCHS.values()):
@@ -202,4 +201,4 @@ def find_adapter(name: str) -> Path:
 
 def is_bare_state(path: Path) -> bool:
     """Return whether a file is a learnt state and nothing else, without a sidecar."""
-    return not sidecars.path_of(path).is_file() and all(map(STATE_NAME.fullmatch, pth.read_header(path)))
+    return not sidecars.sidecar_path(path).is_file() and all(map(STATE_NAME.fullmatch, pth.read_header(path)))

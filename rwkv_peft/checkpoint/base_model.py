@@ -147,7 +147,7 @@ def check_sidecar_exists(adapter: Path) -> None:
     Raises:
         UserError: the sidecar is missing.
     """
-    sidecar = sidecars.path_of(adapter)
+    sidecar = sidecars.sidecar_path(adapter)
     if not sidecar.is_file() and (adapter.parent / "run.json").is_file():
         raise UserError(
             f"{paths.display_path(sidecar)}: {sidecars.missing_reason(sidecar)}, and says how {paths.display_path(adapter)} was "

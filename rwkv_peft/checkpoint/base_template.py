@@ -36,7 +36,7 @@ class BaseTemplate(NamedTuple):
     trained: bool
 
 
-def known_by(base: Path) -> BaseTemplate:
+def find_base_template(base: Path) -> BaseTemplate:
     """Return the template of a base model. The file `base` need not exist."""
     sidecar = read_base_sidecar(base)
     try:
@@ -46,23 +46,23 @@ def known_by(base: Path) -> BaseTemplate:
     if template:
         same = next((name for name, preset in PRESETS.items() if preset == template), None)
         return BaseTemplate(same or recorded_name(sidecar) or template.name, template, True)
-    name = "rwkv-g1" if says_g1(base, str(sidecar.get("base") or "")) else "rwkv-world"
+    name = "rwkv-g1" if is_g1_name(base, str(sidecar.get("base") or "")) else "rwkv-world"
     return BaseTemplate(name, PRESETS[name], False)
 
 
 def read_base_sidecar(base: Path) -> dict:
     """Return the sidecar of a base model; {} if it is missing, unreadable or edited."""
-    if not sidecars.path_of(base).is_file():
+    if not sidecars.sidecar_path(base).is_file():
         return {}
     try:
-        sidecar = sidecars.read(base, ())
+        sidecar = sidecars.read_sidecar(base, ())
         sidecars.check_unedited(base, sidecar, False)
         return sidecar
     except UserError:
         return {}
 
 
-def says_g1(base: Path, *others: str) -> bool:
+def is_g1_name(base: Path, *others: str) -> bool:
     """Return whether a base is a G1 model by its name.
 
     The name of its link target counts as well, and for a model.pth the name of its folder.
@@ -75,12 +75,12 @@ def says_g1(base: Path, *others: str) -> bool:
     return any(G1.search(name) for name in names)
 
 
-def misfit(base: Path, form: Template) -> str:
+def describe_mismatch(base: Path, form: Template) -> str:
     """Return why a template differs from the one that the base was trained with; "" if there is nothing to say.
 
     Templates of other models and of the user's own are a decision, and fit every base that was not trained with one.
     """
-    known = known_by(base)
+    known = find_base_template(base)
     if known.trained:
         return f"{base.name} was trained with PROMPT_TYPE={known.name}" if known.template != form else ""
     if known.name == "rwkv-g1" and form.name in FOR_WORLD and form == PRESETS[form.name]:

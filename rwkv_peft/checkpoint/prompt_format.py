@@ -17,7 +17,7 @@ from rwkv_peft.text.preset_names import recorded, recorded_name
 from rwkv_peft.text.roles import Role
 from rwkv_peft.text.template import ENDINGS, Ending, Message, Template
 
-from .base_template import known_by
+from .base_template import find_base_template
 
 BLANK_LINE = 261  # "\n\n"
 SUFFIX = ".prompt.json"  # added to the name of an export
@@ -25,7 +25,7 @@ EXAMPLE = (Message(Role.SYSTEM, "Be brief."), Message(Role.USER, "How are you?")
 
 
 @dataclass(frozen=True)
-class Prompting:
+class PromptFormat:
     """The prompt format of a model.
 
     Attributes:
@@ -112,19 +112,19 @@ class Prompting:
 
     def write(self, target: Path) -> None:
         """Write the description beside an export, or into the folder if the export is one."""
-        write_json(target / f"rwkv{SUFFIX}" if target.is_dir() else beside(target), self.describe())
+        write_json(target / f"rwkv{SUFFIX}" if target.is_dir() else prompt_file(target), self.describe())
 
     def metadata(self) -> dict[str, str]:
         """Return the description as metadata of a safetensors file, whose values are texts."""
         return {"rwkv_prompt": json.dumps(self.describe(), ensure_ascii=False)}
 
 
-def beside(target: Path) -> Path:
+def prompt_file(target: Path) -> Path:
     """Return the path of the description of an export."""
     return target.with_name(target.name + SUFFIX)
 
 
-def of_sidecar(sidecar: Mapping[str, Any], where: str, base: Path) -> Prompting:
+def read_prompt_format(sidecar: Mapping[str, Any], where: str, base: Path) -> PromptFormat:
     """Build the prompt format that a sidecar records; what it does not record is assumed.
 
     Args:
@@ -142,13 +142,13 @@ def of_sidecar(sidecar: Mapping[str, Any], where: str, base: Path) -> Prompting:
         raise UserError(f"{where}: its prompt_type {recorded_name(sidecar)!r}: {words}") from None
     assumed = ""
     if form is None:
-        form = known_by(base).template
+        form = find_base_template(base).template
         reason = "nothing tells" if not sidecar else "the data were of different or unknown templates, so nothing tells"
         assumed = (
             f"{reason} which template the model was trained with: {form.name} is a guess by the name of {base.name}"
         )
     eot = sidecar.get("eot", "")
-    return Prompting(
+    return PromptFormat(
         form,
         eot if eot in ENDINGS else "doc",
         bool(sidecar.get("bos")),
@@ -158,7 +158,7 @@ def of_sidecar(sidecar: Mapping[str, Any], where: str, base: Path) -> Prompting:
     )
 
 
-def shell_text(text: str) -> str:
+def quote_for_bash(text: str) -> str:
     """Quote a text for bash, on one line."""
     plain = shlex.quote(text)
     if text.isprintable():

@@ -307,7 +307,7 @@ def to_official_names(content: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
     }
 
 
-def differences(described: Mapping[str, TensorInfo]) -> str:
+def describe_differences(described: Mapping[str, TensorInfo]) -> str:
     """Return a sentence about how a model file differs from the official form; "" if it does not."""
     renamed = sum(stored.name not in ("", name) for name, stored in described.items())
     shaped = sum(stored.name == name for name, stored in described.items())

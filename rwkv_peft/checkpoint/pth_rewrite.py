@@ -38,7 +38,7 @@ class WrongChecksum(Exception):
 
 
 # a tensor's name -> None to copy it, else a function from the source's tensor to the new one
-Change = Callable[[str], Callable[[Tensor], Tensor] | None]
+TensorUpdate = Callable[[str], Callable[[Tensor], Tensor] | None]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class RowwiseUpdate:
 def rewrite(
     source: str | os.PathLike | PthReader,
     target: str | os.PathLike,
-    change: Change,
+    change: TensorUpdate,
     added: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Copy a checkpoint with some tensors changed, several records at a time.

@@ -62,7 +62,7 @@ def lock_run_dir(name: str, stem: str, cleanup: contextlib.ExitStack, goes_on: b
     others: list[bool] = []
 
     def own(file: IO[Any]) -> None:
-        others.append(not lock(file))
+        others.append(not lock_file(file))
 
     while True:
         folder = new_run_dir(name, stem)
@@ -78,8 +78,8 @@ def lock_run_dir(name: str, stem: str, cleanup: contextlib.ExitStack, goes_on: b
         except FileNotFoundError:  # its owner has just removed it
             continue
         cleanup.callback(os.close, handle)
-        locked = lock(handle)
-        if not is_at(folder, handle):
+        locked = lock_file(handle)
+        if not is_same_file(folder, handle):
             continue
         check_run_paths(folder)
         taken = not locked or (has_saved(folder) and not goes_on)
@@ -96,7 +96,7 @@ def lock_run_dir(name: str, stem: str, cleanup: contextlib.ExitStack, goes_on: b
         return folder
 
 
-def lock(file: IO[Any] | int, kind: int = fcntl.LOCK_EX) -> bool:
+def lock_file(file: IO[Any] | int, kind: int = fcntl.LOCK_EX) -> bool:
     """Lock an open file or folder. Return False if another process has locked it."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
@@ -107,7 +107,7 @@ def lock(file: IO[Any] | int, kind: int = fcntl.LOCK_EX) -> bool:
     return True
 
 
-def is_at(path: Path, handle: int) -> bool:
+def is_same_file(path: Path, handle: int) -> bool:
     """Return whether an open file or folder is still what the path leads to."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(handle))
@@ -153,9 +153,9 @@ def is_running(folder: Path) -> bool:
     with contextlib.ExitStack() as opened, contextlib.suppress(OSError):  # it has no log
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         opened.callback(os.close, handle)
-        if not lock(handle, fcntl.LOCK_SH):
+        if not lock_file(handle, fcntl.LOCK_SH):
             return True
-        return not lock(opened.enter_context(atomic_io.reading(folder / step_log.FILE)), fcntl.LOCK_SH)
+        return not lock_file(opened.enter_context(atomic_io.reading(folder / step_log.FILE)), fcntl.LOCK_SH)
     return False
 
 
@@ -185,7 +185,7 @@ def point_latest(folder: Path) -> None:
             print(f"note: {paths.display_path(link)} {words}", file=sys.stderr)
 
 
-def latest() -> Path | None:
+def latest_run() -> Path | None:
     """Return the run that output/latest leads to; None if that is not a link, or leads out of output/."""
     link = paths.OUTPUT / "latest"
     try:
@@ -268,7 +268,7 @@ def epoch_file(folder: Path, word: str = "last") -> Path:
     return checkpoint_file(folder, int(word))
 
 
-def find(word: str, run: str = "", places: Sequence[str] = ("output",)) -> Path:
+def find_checkpoint(word: str, run: str = "", places: Sequence[str] = ("output",)) -> Path:
     """Find a checkpoint by its address, the same in every command and setting.
 
     Args:
@@ -286,23 +286,23 @@ def find(word: str, run: str = "", places: Sequence[str] = ("output",)) -> Path:
         if not run and (paths.OUTPUT / word).is_dir():
             print(f"note: {word} is taken for an epoch; the run of that name is output/{word}", file=sys.stderr)
         return epoch_file(folder, word)
-    if found := folder_of(word):
+    if found := find_run_folder(word):
         return checkpoint_file(found)
     for place in places:
         if (path := paths.resolve_path(word, place)).is_file():
             return path
     head, _, tail = word.rstrip("/").rpartition("/")
-    run_dir = folder_of(head) if head else None
+    run_dir = find_run_folder(head) if head else None
     epoch = tail.removeprefix("rwkv-").removesuffix(".pth")
     if run_dir and is_epoch(epoch):
         return epoch_file(run_dir, epoch)
     if run_dir:
         how = "Write a run and its epoch as RUN/EPOCH; an epoch is a number, last, best or step-N."
         raise UserError(f"{word}: {paths.display_path(run_dir)} has no {tail}. {how}")
-    raise none_of_that_name(f"{word}: there is no such run or checkpoint", word)
+    raise unknown_run_error(f"{word}: there is no such run or checkpoint", word)
 
 
-def folder_of(word: str) -> Path | None:
+def find_run_folder(word: str) -> Path | None:
     """Return the folder of a run; None if there is no such run.
 
     Args:
@@ -320,7 +320,7 @@ def folder_of(word: str) -> Path | None:
     return path if is_one else None
 
 
-def words_for(folder: Path, epoch: str = "") -> str:
+def merge_arguments(folder: Path, epoch: str = "") -> str:
     """Return the arguments of ./merge.sh for an epoch of a run."""
     name = folder.name if folder.parent == paths.OUTPUT else str(folder)
     if is_epoch(name) or name.startswith("-"):
@@ -335,10 +335,10 @@ def run_folder(name: str) -> Path:
         UserError: there is none.
     """
     if name and name.rstrip("/") not in ("latest", "output/latest"):
-        if folder := folder_of(name):
+        if folder := find_run_folder(name):
             return folder
-        raise none_of_that_name(f"RUN={name}: there is no such run", name)
-    newest = latest()
+        raise unknown_run_error(f"RUN={name}: there is no such run", name)
+    newest = latest_run()
     if newest and any(list_checkpoints(newest)):
         return newest
     # the link is missing, or its run ended before it saved anything
@@ -354,7 +354,7 @@ def run_folder(name: str) -> Path:
     return newest_saved
 
 
-def none_of_that_name(words: str, name: str) -> UserError:
+def unknown_run_error(words: str, name: str) -> UserError:
     """Return an error that begins with `words` and lists the runs there are."""
     there = [p.name for p in paths.OUTPUT.glob("*") if p.is_dir() and not p.is_symlink()]
     return UserError(
@@ -375,7 +375,7 @@ def best_checkpoint(folder: Path) -> Path:
     return folder / BEST
 
 
-def checkpoints(folder: Path) -> list[tuple[Path, int]]:
+def checkpoint_steps(folder: Path) -> list[tuple[Path, int]]:
     """Return a run's checkpoints and their steps. The best one, which may share its step with another, comes last."""
     files = []
     for path in sorted(folder.glob("rwkv-*.pth"), key=lambda path: path.name == BEST):
@@ -386,7 +386,7 @@ def checkpoints(folder: Path) -> list[tuple[Path, int]]:
 
 def has_better_checkpoint(folder: Path, checkpoint: Path) -> bool:
     """Return whether a run has kept an earlier checkpoint with a better validation loss."""
-    steps = {path.name: step for path, step in checkpoints(folder)}
+    steps = {path.name: step for path, step in checkpoint_steps(folder)}
     return steps.get(BEST, 0) < steps.get(checkpoint.name, 0) and BEST in steps
 
 
@@ -417,7 +417,7 @@ def checkpoint_file(folder: Path, epoch: int | None = None, step: int | None = N
     return folder / name
 
 
-def drop_unfinished(folder: Path, epoch: int) -> Path | None:
+def remove_unfinished(folder: Path, epoch: int) -> Path | None:
     """Remove the checkpoint that was saved within an epoch when the run was stopped.
 
     Returns:
@@ -432,7 +432,7 @@ def drop_unfinished(folder: Path, epoch: int) -> Path | None:
     return None
 
 
-def drop_old_steps(folder: Path, step: int, keep: int) -> None:
+def remove_old_steps(folder: Path, step: int, keep: int) -> None:
     """Remove the checkpoints of steps up to this one, except the newest `keep`."""
     for old in [n for n in list_checkpoints(folder)[1] if n <= step][:-keep]:
         file = folder / f"rwkv-step-{old}.pth"

@@ -31,7 +31,7 @@ CODES = {
 }  # fmt: skip
 
 
-def write(
+def write_safetensors(
     target: Path,
     shapes: Mapping[str, tuple[int, ...]],
     dtypes: torch.dtype | Mapping[str, torch.dtype],

@@ -26,18 +26,18 @@ ACCEPT = "--accept-edited"  # option of training.sh, merge.sh and chat.sh that a
 WHAT = "sidecar of this kit"
 
 
-def path_of(path: str | os.PathLike) -> Path:
+def sidecar_path(path: str | os.PathLike) -> Path:
     """Return the path of the sidecar of a checkpoint."""
     return Path(path).with_suffix(".json")
 
 
-def read(path: str | os.PathLike, wanted: tuple[str, ...]) -> dict[str, Any]:
+def read_sidecar(path: str | os.PathLike, wanted: tuple[str, ...]) -> dict[str, Any]:
     """Read the sidecar of a checkpoint, with at least the wanted keys.
 
     Raises:
         UserError: it is missing or unreadable.
     """
-    sidecar = path_of(path)
+    sidecar = sidecar_path(path)
     if not sidecar.is_file():
         raise UserError(
             f"{display_path(sidecar)}: {missing_reason(sidecar)}. It is written with every checkpoint and says "
@@ -51,7 +51,7 @@ def missing_reason(sidecar: Path) -> str:
     return missing(sidecar) if os.path.lexists(sidecar) else "is missing"
 
 
-def write(path: Path, content: Mapping[str, Any]) -> None:
+def write_sidecar(path: Path, content: Mapping[str, Any]) -> None:
     """Write a sidecar, with a checksum of each field."""
     write_json(path, with_checksums(content))
 
@@ -91,11 +91,11 @@ def check_unedited(path: str | os.PathLike, content: Mapping[str, Any], accept: 
     """
     if SEAL not in content:
         words = "has no checksums of its fields (earlier versions wrote none), so an edit would not be noticed"
-        print(f"note: {display_path(path_of(path))}: {words}", file=sys.stderr)
+        print(f"note: {display_path(sidecar_path(path))}: {words}", file=sys.stderr)
     if not (changed := edited_fields(content)):
         return
     verb = "is" if len(changed) == 1 else "are"
-    words = f"{display_path(path_of(path))}: was edited: {join_names(changed)} {verb} not as written"
+    words = f"{display_path(sidecar_path(path))}: was edited: {join_names(changed)} {verb} not as written"
     if not accept:
         raise UserError(f"{words}. Copy the file again from the run, or use it as it is with {ACCEPT}.")
     print(f"warning: {words}. It is used as it is ({ACCEPT}).", file=sys.stderr)
@@ -107,7 +107,7 @@ def replace_pair(fresh: Path, fresh_note: Path, path: Path) -> None:
     The sidecar comes first. A process that ends between the two renames leaves the new sidecar, the earlier
     checkpoint, and the new checkpoint under its temporary name: `complete_pair` finishes the replacement.
     """
-    note = path_of(path)
+    note = sidecar_path(path)
     kept = temp_path(note.with_name(f"{note.name}.earlier"))
     try:
         if there := note.is_file():  # before anything changes: a copy needs disk space

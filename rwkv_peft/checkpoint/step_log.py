@@ -37,7 +37,7 @@ class Line(NamedTuple):
     record: dict[str, Any] | None
 
 
-def lines(path: Path, is_record: Callable[[dict], bool]) -> Iterator[Line]:
+def read_lines(path: Path, is_record: Callable[[dict], bool]) -> Iterator[Line]:
     """Yield the lines of a file, if it exists, except empty ones.
 
     UTF-16 is read where an editor has put its mark at the beginning.
@@ -87,7 +87,7 @@ def is_step(record: dict) -> bool:
     )
 
 
-def read(folder: Path, last: int | None = None) -> list[dict[str, Any]]:
+def read_log(folder: Path, last: int | None = None) -> list[dict[str, Any]]:
     """Return the records of a run in the order of their steps, up to step `last`.
 
     Of two records of one step the later line counts.
@@ -98,13 +98,13 @@ def read(folder: Path, last: int | None = None) -> list[dict[str, Any]]:
 def read_records(path: Path, last: int | None) -> list[tuple[dict[str, Any], str]]:
     """Return the records of a log and their lines, in the order of their steps."""
     by_step: dict[int, tuple[dict[str, Any], str]] = {}
-    for text, record in lines(path, is_step):
+    for text, record in read_lines(path, is_step):
         if record and (last is None or record["step"] <= last):
             by_step[record["step"]] = {**COUNTS, **NUMBERS, **record}, text
     return [by_step[step] for step in sorted(by_step)]
 
 
-def cut(folder: Path, last: int) -> tuple[list[dict[str, Any]], bool]:
+def truncate_log(folder: Path, last: int) -> tuple[list[dict[str, Any]], bool]:
     """Remove from loss.jsonl what comes after an optimizer step, and what is not a record.
 
     The lock on the file stays: it is changed in place.
@@ -129,9 +129,9 @@ def cut(folder: Path, last: int) -> tuple[list[dict[str, Any]], bool]:
     return [record for record, _ in records], not is_beginning
 
 
-def lacking(path: Path, written: str) -> str:
+def missing_lines(path: Path, written: str) -> str:
     """Return what to append to a log so that it has all records of another one, whose text is `written`."""
-    there = {record["step"] for record in read(path.parent)}
+    there = {record["step"] for record in read_log(path.parent)}
     parsed = [(parse_line(line, is_step), line) for line in written.split("\n")]
     more = "".join(line + "\n" for record, line in parsed if record and record["step"] not in there)
     with reading(path) as file:
@@ -139,7 +139,7 @@ def lacking(path: Path, written: str) -> str:
     return ("" if end in (b"", b"\n") else "\n") + more
 
 
-def gaps(steps: Sequence[int], last: int) -> list[list[int]]:
+def find_gaps(steps: Sequence[int], last: int) -> list[list[int]]:
     """Return the steps without a record up to `last`, as [first, last] of each gap.
 
     Args:
@@ -150,7 +150,7 @@ def gaps(steps: Sequence[int], last: int) -> list[list[int]]:
     return [[before + 1, after - 1] for before, after in ends if after - before > 1]
 
 
-def new_gaps(log_gaps: Sequence[list[int]], known: object) -> list[list[int]]:
+def find_new_gaps(log_gaps: Sequence[list[int]], known: object) -> list[list[int]]:
     """Return the gaps that are not part of those that a state records as reported.
 
     Args:
@@ -166,7 +166,7 @@ def new_gaps(log_gaps: Sequence[list[int]], known: object) -> list[list[int]]:
     return [[first, last] for first, last in log_gaps if last > ends[bisect.bisect_right(begins, first)]]
 
 
-def in_words(log_gaps: Sequence[list[int]]) -> str:
+def describe_gaps(log_gaps: Sequence[list[int]]) -> str:
     """Format gaps as step 3, steps 5 to 9."""
     words = [f"step {first:,}" if first == last else f"steps {first:,} to {last:,}" for first, last in log_gaps]
     return ", ".join(words[:3]) + (f" and {len(words) - 3:,} more gaps" if len(words) > 3 else "")

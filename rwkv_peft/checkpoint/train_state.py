@@ -148,12 +148,12 @@ class TrainState:
         return tensors
 
 
-def folder_of(run: Path) -> Path:
+def state_folder(run: Path) -> Path:
     """Return the folder of the states of a run."""
     return run / "state"
 
 
-def write(
+def save_state(
     run: Path,
     parts: Mapping[str, LazyTensors],
     facts: Mapping[str, Any],
@@ -173,9 +173,9 @@ def write(
         UserError: it cannot be written; the earlier states are then complete.
         OSError: likewise.
     """
-    there = folder_of(run)
+    there = state_folder(run)
     own_folder(there)
-    tidy(run)
+    remove_leftovers(run)
     check_disk_space(there, sum(lazy.nbytes for tensors in parts.values() for lazy in tensors.wholes.values()))
     name = f"step-{facts['step']:06}"
     fresh, target = there / f"{UNFINISHED}{name}", there / name
@@ -188,7 +188,7 @@ def write(
             dtypes = {name: lazy.dtype for name, lazy in tensors.wholes.items()}
             read = functools.partial(finite_tensor, tensors) if part == "weights" else tensors.__getitem__
             digest = hashlib.sha256()
-            size = safetensors_io.write(path, shapes, dtypes, functools.partial(read_one, read), digest)
+            size = safetensors_io.write_safetensors(path, shapes, dtypes, functools.partial(read_one, read), digest)
             files[path.name] = {"bytes": size, "sha256": digest.hexdigest()}
         content = {"format": FORMAT, **facts, "files": files}
         write_json(fresh / MANIFEST, {**content, "sha256": manifest_checksum(content)})
@@ -199,7 +199,7 @@ def write(
         os.replace(fresh, target)
         fsync_dir(there)
     finally:
-        tidy(run)
+        remove_leftovers(run)
     for old in [n for n in state_names(run) if state_step(n) <= facts["step"]][:-keep]:
         remove_state(there / old)
     return TrainState(target, json_reader.load(target / MANIFEST))
@@ -228,12 +228,12 @@ def manifest_checksum(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def tidy(run: Path) -> None:
+def remove_leftovers(run: Path) -> None:
     """Remove states that were never finished or have been replaced.
 
     A state whose replacement failed gets its name back. Only the process that trains the run may call this.
     """
-    there = folder_of(run)
+    there = state_folder(run)
     for left in replaced_states(there):
         name = there / left.name.removeprefix(REPLACED)
         if os.path.lexists(name):
@@ -263,11 +263,11 @@ def remove_state(folder: Path) -> None:
     try_remove(gone)
 
 
-def drop_newer(run: Path, step: int) -> None:
+def remove_newer_states(run: Path, step: int) -> None:
     """Remove states of later steps than the one that the run resumes from: they are damaged."""
     for name in state_names(run):
         if state_step(name) > step:
-            remove_state(folder_of(run) / name)
+            remove_state(state_folder(run) / name)
 
 
 def state_step(name: str) -> int:
@@ -277,14 +277,14 @@ def state_step(name: str) -> int:
 
 def state_names(run: Path) -> list[str]:
     """Return the names of the saved states of a run, oldest first."""
-    there = folder_of(run)
+    there = state_folder(run)
     found_names = [p.name for p in there.iterdir() if NAME.fullmatch(p.name)] if there.is_dir() else []
     return sorted(found_names, key=state_step)
 
 
-def newest_first(run: Path) -> list[Path]:
+def states_newest_first(run: Path) -> list[Path]:
     """Return the folders of the states that a run could resume from, including one that was about to be replaced."""
-    there = folder_of(run)
+    there = state_folder(run)
     alone = [p for p in replaced_states(there) if not (there / p.name.removeprefix(REPLACED)).exists()]
     return sorted(
         [*(there / name for name in state_names(run)), *alone], key=lambda p: state_step(p.name), reverse=True
@@ -317,7 +317,10 @@ def read_manifest(folder: Path) -> TrainState:
     if wrong := json_reader.why_not(facts, SCHEMA, "manifest"):
         raise UserError(f"{display_path(manifest)}: {wrong}")
     return TrainState(
-        folder, facts, tuple(p.name for p in newest_first(folder.parent.parent)), file_stamps(folder, facts["files"])
+        folder,
+        facts,
+        tuple(p.name for p in states_newest_first(folder.parent.parent)),
+        file_stamps(folder, facts["files"]),
     )
 
 
@@ -331,7 +334,7 @@ def file_stamps(folder: Path, names: Iterable[str]) -> dict[str, Stamp]:
 
 
 @contextlib.contextmanager
-def fitting(state: TrainState) -> Iterator[None]:
+def explain_mismatch(state: TrainState) -> Iterator[None]:
     """Convert errors from loading a state into its run to a UserError.
 
     They occur when the content does not fit the run that resumes from it, although its checksums are right.
@@ -379,7 +382,7 @@ def latest_valid(
     Raises:
         UserError: there are only damaged states.
     """
-    folders = newest_first(run)
+    folders = states_newest_first(run)
     for folder in folders:
         try:
             state = read_manifest(folder)
@@ -390,11 +393,13 @@ def latest_valid(
         except UserError as error:
             say(f"warning   {error}")
     if folders:
-        raise UserError(f"{display_path(folder_of(run))}: none of its states is whole; nothing can go on from there.")
+        raise UserError(
+            f"{display_path(state_folder(run))}: none of its states is whole; nothing can go on from there."
+        )
     return None
 
 
-def random_state(device: torch.device) -> dict[str, Tensor]:
+def get_rng_state(device: torch.device) -> dict[str, Tensor]:
     """Return the RNG state that dropout draws from."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
@@ -402,7 +407,7 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
     return state
 
 
-def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
+def set_rng_state(state: Mapping[str, Tensor], device: torch.device) -> None:
     """Restore the RNG state that dropout draws from."""
     torch.set_rng_state(state["cpu"].clone())
     if device.type == "cuda" and "cuda" in state:

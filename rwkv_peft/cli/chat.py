@@ -38,8 +38,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from rwkv_peft.checkpoint.base_template import AUTO, known_by, misfit
-from rwkv_peft.checkpoint.prompt_format import Prompting
+from rwkv_peft.checkpoint.base_template import AUTO, describe_mismatch, find_base_template
+from rwkv_peft.checkpoint.prompt_format import PromptFormat
 from rwkv_peft.checkpoint.run_dir import is_epoch
 from rwkv_peft.checkpoint.sidecars import ACCEPT
 from rwkv_peft.common import bus_error
@@ -112,10 +112,10 @@ def talk_with_model(
     accept_edited: bool,
     in_use: FileWatch,
 ) -> None:
-    from rwkv_peft.chat.load import load, model_place
+    from rwkv_peft.chat.load import load_chat_model, locate_model
 
-    model, name, told = load(config, base_was_named, accept_edited, in_use)
-    base = Path(told["base_path"]) if told.get("base_path") else model_place(config.model_path)
+    model, name, told = load_chat_model(config, base_was_named, accept_edited, in_use)
+    base = Path(told["base_path"]) if told.get("base_path") else locate_model(config.model_path)
     form = PRESETS["empty"] if raw else form_to_talk_in(config.prompt_type, was_typed, told, name, base)
     asked = prompting(config, form, told, name)
     config = with_sampling(config, form)
@@ -127,14 +127,14 @@ def talk_with_model(
         talk(model, config, asked, name, in_use)
 
 
-def prompting(config: ChatConfig, form: Template, told: Mapping[str, Any], name: str) -> Prompting:
+def prompting(config: ChatConfig, form: Template, told: Mapping[str, Any], name: str) -> PromptFormat:
     """How to talk in a template: with the end of turns and the token 0 in front that were trained. told: the sidecar."""
     eot = told.get("eot") if told.get("eot") in ENDINGS else "doc"
     trained = bool(told.get("bos")) if told.get("prompt_type") or "bos" in told else None  # older runs had none
     bos = form.begins_with_zero(config.bos) if config.bos != "auto" or trained is None else trained
     if trained is not None and bos != trained:
         say(f"warning: BOS={config.bos}, but {name} was trained with BOS={int(trained)}.")
-    return Prompting(form, eot, bos, blank_lines=bool(told.get("blank_lines")))
+    return PromptFormat(form, eot, bos, blank_lines=bool(told.get("blank_lines")))
 
 
 def with_sampling(config: ChatConfig, form: Template) -> ChatConfig:
@@ -157,7 +157,7 @@ def form_to_talk_in(asked: str, was_typed: bool, told: Mapping[str, Any], name: 
         which = f"{name} was trained with PROMPT_TYPE={told['prompt_type']}, which"
         raise UserError(f"{which} {found.problems[0].message}.") from None
     trained_with = trained and (recorded_name(told) or trained.name)
-    form = template(asked) if asked != AUTO else trained or known_by(base).template
+    form = template(asked) if asked != AUTO else trained or find_base_template(base).template
     if trained and was_typed and trained != form:
         say(
             f"warning: --prompt-type {asked}, but {name} was trained with PROMPT_TYPE={trained_with}: it may not end its answers."
@@ -165,8 +165,10 @@ def form_to_talk_in(asked: str, was_typed: bool, told: Mapping[str, Any], name: 
     elif trained and trained != form:
         say(f"PROMPT_TYPE={trained_with}: what it was trained with. --prompt-type takes another.")
     elif not trained and asked == AUTO:
-        say(f"PROMPT_TYPE=auto became {known_by(base).name} (by the base, {base.name}). --prompt-type takes another.")
-    elif not trained and (words := misfit(base, form)):
+        say(
+            f"PROMPT_TYPE=auto became {find_base_template(base).name} (by the base, {base.name}). --prompt-type takes another."
+        )
+    elif not trained and (words := describe_mismatch(base, form)):
         say(f"warning: PROMPT_TYPE={asked}, but {words}.")
     return form if was_typed or not trained else trained
 
@@ -251,7 +253,7 @@ def readable(typed: str) -> str:
     return typed.encode("utf-8", "replace").decode()
 
 
-def once(model, config: ChatConfig, asked: Prompting, prompt: str, raw: bool, in_use: FileWatch) -> None:
+def once(model, config: ChatConfig, asked: PromptFormat, prompt: str, raw: bool, in_use: FileWatch) -> None:
     """--prompt: one answer to standard output. in_use: the model's files."""
     from rwkv_peft.model.generate import advance
     from rwkv_peft.text.roles import Role
@@ -297,7 +299,7 @@ def answer(model, config: ChatConfig, logits, state, stops, strip: bool, talking
     return text
 
 
-def talk(model, config: ChatConfig, asked: Prompting, name: str, in_use: FileWatch) -> None:
+def talk(model, config: ChatConfig, asked: PromptFormat, name: str, in_use: FileWatch) -> None:
     """A conversation. The whole of it is encoded again each turn, and the model continues from the end of the last prompt: that
     is a border which later text cannot move, while the end of an answer is not. in_use: the model's files."""
     with contextlib.suppress(ImportError):  # gives input() its line editing and the arrow keys

@@ -25,11 +25,11 @@ from rwkv_peft.common.errors import UserError, exit_with, handle_errors
 from rwkv_peft.common.formatting import did_you_mean, join_names, plural
 from rwkv_peft.config.shell import whole_number
 from rwkv_peft.data.binidx import HEADER
-from rwkv_peft.data.check_index import Faults, Pair, read_pair
-from rwkv_peft.data.check_tokens import LAST_WORLD_ID, Facts, find_roles, read_roles, read_tokens, whole_numbers
+from rwkv_peft.data.check_index import Faults, IndexedPair, read_pair
+from rwkv_peft.data.check_tokens import LAST_WORLD_ID, TokenFacts, find_roles, read_roles, read_tokens, to_integers
 from rwkv_peft.data.masking import target_weights
 from rwkv_peft.data.tokenized_files import roles_in_text
-from rwkv_peft.data.vocabulary_check import what_is_wrong
+from rwkv_peft.data.vocabulary_check import describe_vocabulary_problem
 from rwkv_peft.text import tokenizer
 from rwkv_peft.text.roles import Role
 from rwkv_peft.text.turns import spans_of_text
@@ -91,7 +91,7 @@ def inspect(prefix: Path, rows: int, own: bool = False) -> None:
     pair = read_pair(prefix, faults)
     if pair:
         show_header(pair)
-    facts = read_tokens(pair, faults, warnings) if pair and pair.dtype and pair.tokens else Facts()
+    facts = read_tokens(pair, faults, warnings) if pair and pair.dtype and pair.tokens else TokenFacts()
     roles = find_roles(prefix, faults)
     if pair and pair.sound:
         show_lengths(pair, facts)
@@ -105,7 +105,14 @@ def inspect(prefix: Path, rows: int, own: bool = False) -> None:
             f"text      the ids ({facts.lowest:,} to {facts.highest:,}) do not belong to the World vocabulary "
             f"(0 to {LAST_WORLD_ID}): these data were made with another tokenizer"
         )
-    if pair and pair.sound and pair.tokens and not facts.outside and not own and (wrong := what_is_wrong(prefix)):
+    if (
+        pair
+        and pair.sound
+        and pair.tokens
+        and not facts.outside
+        and not own
+        and (wrong := describe_vocabulary_problem(prefix))
+    ):
         faults.add("vocabulary", f"{wrong}.")
     for line in warnings.lines():
         print(f"warning   {line}")
@@ -122,7 +129,7 @@ def inspect(prefix: Path, rows: int, own: bool = False) -> None:
     print(f"sound     {paths.display_path(prefix)}: nothing is wrong with it")
 
 
-def show_header(pair: Pair) -> None:
+def show_header(pair: IndexedPair) -> None:
     header = pair.header
     kind = pair.dtype.name if pair.dtype else "unknown"
     print(
@@ -132,7 +139,7 @@ def show_header(pair: Pair) -> None:
     print(f"holds     {plural(header.rows, 'row')}, {plural(max(header.documents - 1, 0), 'document')} ({per})")
 
 
-def show_lengths(pair: Pair, facts: Facts) -> None:
+def show_lengths(pair: IndexedPair, facts: TokenFacts) -> None:
     histogram: Counter[int] = Counter()  # few keys: n different lengths need n * n / 2 tokens
     for _, sizes in pair.sizes():
         histogram.update(dict(zip(*(a.tolist() for a in np.unique(sizes, return_counts=True)), strict=True)))
@@ -170,12 +177,12 @@ def show_roles(tallies: np.ndarray) -> None:
     print(f"roles     {', '.join(shares) or 'none'}")
 
 
-def show_rows(pair: Pair, roles: Pair | None, number: int) -> None:
+def show_rows(pair: IndexedPair, roles: IndexedPair | None, number: int) -> None:
     for row in range(min(number, pair.header.rows)):
         size = int(np.fromfile(pair.idx, "<i4", 1, offset=HEADER + 4 * row)[0])
         at = int(np.fromfile(pair.idx, "<i8", 1, offset=pair.header.offsets_at + 8 * row)[0])
         shown = min(size, SHOWN_TOKENS)
-        ids = whole_numbers(np.fromfile(pair.bin, pair.dtype, shown, offset=at))
+        ids = to_integers(np.fromfile(pair.bin, pair.dtype, shown, offset=at))
         place = at // pair.dtype.itemsize  # a role is one byte
         said = np.fromfile(roles.bin, np.uint8, shown, offset=place) if roles else roles_in_text(ids, spans_of_text)
         print(f"\nrow {row:,}: {plural(size, 'token')}{f', the first {shown:,}' if shown < size else ''}")

@@ -105,7 +105,7 @@ def merge_or_export(config: MergeConfig, typed: list[str], in_use: FileWatch) ->
     names, weights = inputs.shares(words) if averaged else (words, None)
     files = inputs.checkpoint_files(names, run or config.run, how)
     init = paths.resolve_path(config.pissa_init, "output") if config.pissa_init else None
-    beside = [sidecars.path_of(path) for path in files]
+    beside = [sidecars.sidecar_path(path) for path in files]
     beside += [start for path in files for start in path.parent.glob("init_*.pth")]
     in_use.add([*files, *beside, *([init] if init else [])])
     models = [path for path in files if is_whole_model(path, legacy.is_model)]
@@ -119,8 +119,8 @@ def merge_or_export(config: MergeConfig, typed: list[str], in_use: FileWatch) ->
             )
         must_be_unset(config, ("merge_base", "method", "lora_alpha", "pissa_init"), "a model is exported as it is")
         _, geometry = base_model.read_geometry(files[0])
-        if sidecars.path_of(files[0]).is_file():
-            sidecars.check_unedited(files[0], sidecars.read(files[0], ()), accept_edited)
+        if sidecars.sidecar_path(files[0]).is_file():
+            sidecars.check_unedited(files[0], sidecars.read_sidecar(files[0], ()), accept_edited)
         stems = {kind: f"{files[0].stem}-alone" if kind in alone else files[0].stem for kind in kinds}
         all_that_can_be(
             [functools.partial(export, kind, files[0], stem, geometry, in_use) for kind, stem in stems.items()]
@@ -236,8 +236,8 @@ def is_whole_model(path: Path, is_model) -> bool:
 
     if not is_model(pth.read_header(path)):
         return False
-    sidecar = sidecars.path_of(path)
-    return not sidecar.is_file() or "merged" in sidecars.read(path, ())
+    sidecar = sidecars.sidecar_path(path)
+    return not sidecar.is_file() or "merged" in sidecars.read_sidecar(path, ())
 
 
 if __name__ == "__main__":

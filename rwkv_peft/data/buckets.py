@@ -45,7 +45,7 @@ class Buckets:
         return np.searchsorted(self.edges, lengths)
 
 
-def choose(
+def make_buckets(
     lengths: np.ndarray, edges: Sequence[int], sizes: Sequence[int], budget: int | None, accumulate: int, world: int
 ) -> Buckets:
     """Make buckets for rows of these lengths. What is not given (empty, None) is chosen.

@@ -61,7 +61,7 @@ class Faults:
 
 
 @dataclass(frozen=True)
-class Pair:
+class IndexedPair:
     """A pair whose header could be read.
 
     Attributes:
@@ -111,7 +111,7 @@ def read_blocks(path: Path, dtype: DTypeLike, at: int, number: int) -> Iterator[
             first += len(block)
 
 
-def read_pair(prefix: Path, faults: Faults) -> Pair | None:
+def read_pair(prefix: Path, faults: Faults) -> IndexedPair | None:
     """Check an .idx and the length of its .bin. Return None if there is not even a header."""
     idx, bin_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     name, length = paths.display_path(idx), idx.stat().st_size
@@ -145,7 +145,7 @@ def read_pair(prefix: Path, faults: Faults) -> Pair | None:
         check_rows(idx, length, header, dtype, bin_path, have, faults)
         check_documents(idx, header, faults)
     sound = sum(faults.counts.values()) == before
-    return Pair(prefix, header, dtype, (have or 0) // dtype.itemsize if dtype else 0, sound)
+    return IndexedPair(prefix, header, dtype, (have or 0) // dtype.itemsize if dtype else 0, sound)
 
 
 def check_length(name: str, length: int, header: Header, faults: Faults) -> bool:

@@ -19,7 +19,7 @@ from rwkv_peft.text import tokenizer
 from rwkv_peft.text.roles import Role
 
 from .binidx import HEADER, MAGIC
-from .check_index import Faults, Pair, read_blocks, read_pair
+from .check_index import Faults, IndexedPair, read_blocks, read_pair
 
 LAST_WORLD_ID = 65529  # 65530..65535 are reserved
 
@@ -52,7 +52,7 @@ class TokenBlock:
         return np.concatenate([[self.row_at - self.at], self.ends[:-1]]) if len(self.ends) else self.ends
 
 
-def token_blocks(pair: Pair) -> Iterator[TokenBlock]:
+def token_blocks(pair: IndexedPair) -> Iterator[TokenBlock]:
     """Yield the tokens of a sound pair with the ends of their rows; of another pair, without them."""
     sizes = pair.sizes() if pair.sound else iter(())
     ends, total, row, row_at = np.zeros(0, np.int64), 0, 0, 0
@@ -64,12 +64,12 @@ def token_blocks(pair: Pair) -> Iterator[TokenBlock]:
             ends = np.concatenate([ends, total + np.cumsum(more, dtype=np.int64)])
             total = int(ends[-1])
         here = ends[: np.searchsorted(ends, at + len(block), side="right")]
-        yield TokenBlock(whole_numbers(block), at, here - at, row, row_at)
+        yield TokenBlock(to_integers(block), at, here - at, row, row_at)
         if len(here):
             row, row_at, ends = row + len(here), int(here[-1]), ends[len(here) :]
 
 
-def whole_numbers(block: np.ndarray) -> np.ndarray:
+def to_integers(block: np.ndarray) -> np.ndarray:
     """Convert a block to int64; -1 for what is not a whole number."""
     if block.dtype.kind == "f":
         whole = np.isfinite(block) & (block == np.floor(block)) & (np.abs(block) < 2**62)
@@ -117,7 +117,7 @@ class Utf8Rows:
 
 
 @dataclass
-class Facts:
+class TokenFacts:
     """Counts of the tokens of a pair."""
 
     outside: int = 0  # ids that no World vocabulary has
@@ -128,9 +128,9 @@ class Facts:
     first_not_text: int | None = None
 
 
-def read_tokens(pair: Pair, faults: Faults, warnings: Faults) -> Facts:
+def read_tokens(pair: IndexedPair, faults: Faults, warnings: Faults) -> TokenFacts:
     """Check the tokens of a pair, and count facts about them."""
-    facts, rows = Facts(), Utf8Rows()
+    facts, rows = TokenFacts(), Utf8Rows()
     name, item = paths.display_path(pair.bin), pair.dtype.itemsize if pair.dtype else 1
     for piece in token_blocks(pair):
         ids = piece.ids
@@ -158,7 +158,7 @@ def read_tokens(pair: Pair, faults: Faults, warnings: Faults) -> Facts:
     return facts
 
 
-def read_roles(roles: Pair, pair: Pair, faults: Faults) -> np.ndarray:
+def read_roles(roles: IndexedPair, pair: IndexedPair, faults: Faults) -> np.ndarray:
     """Check roles: values that are not a role, and rows that are not those of the tokens.
 
     Returns:
@@ -198,7 +198,7 @@ def read_roles(roles: Pair, pair: Pair, faults: Faults) -> np.ndarray:
     return tallies[: max(Role) + 1]
 
 
-def find_roles(prefix: Path, faults: Faults) -> Pair | None:
+def find_roles(prefix: Path, faults: Faults) -> IndexedPair | None:
     """Return the pair with the roles of tokenized data; None if there is none that can be used."""
     path = Path(f"{prefix}.roles")
     idx, bin_path = Path(f"{path}.idx"), Path(f"{path}.bin")

@@ -89,7 +89,7 @@ class Form(NamedTuple):
     template: Template | None
 
 
-def form_of(prefix: Path) -> Form | None:
+def read_form(prefix: Path) -> Form | None:
     """Return the format of tokenized data from NAME.report.json; None if there is none.
 
     Raises:
@@ -112,7 +112,7 @@ def form_of(prefix: Path) -> Form | None:
         return Form(name, eot, None)  # an older version kept only the name, and the user's file is missing
 
 
-def common(forms: Sequence[Form]) -> Form | None:
+def common_form(forms: Sequence[Form]) -> Form | None:
     """Return the common format of several files, None if they differ."""
     first = forms[0] if forms else None
     return first if first and all(one == first for one in forms) else None
@@ -131,7 +131,7 @@ def bos_share(reader: Reader) -> float:
     return float(np.mean(np.asarray(reader.tokens)[starts[some]] == tokenizer.END_OF_DOC))
 
 
-def bos_of(prefix: Path) -> tuple[int, str]:
+def detect_bos(prefix: Path) -> tuple[int, str]:
     """Return whether the rows of tokenized data begin with token 0, 1 or 0, and a warning ("" for none).
 
     By NAME.report.json; for files without it, by the rows.
@@ -152,7 +152,7 @@ def bos_of(prefix: Path) -> tuple[int, str]:
     return bos, ""
 
 
-def blank_lines_of(prefix: Path) -> bool:
+def has_blank_lines(prefix: Path) -> bool:
     """Return whether answers of formatted texts hold blank lines, by NAME.report.json.
 
     A blank line then does not end a turn.
@@ -160,7 +160,7 @@ def blank_lines_of(prefix: Path) -> bool:
     return bool(report_file.read(prefix).get("places", {}).get("blank lines"))
 
 
-def mask_of(loss_mask: str) -> str:
+def effective_mask(loss_mask: str) -> str:
     """Return the mask of LOSS_MASK: se is qa with roles from the markers."""
     return "qa" if loss_mask == "se" else loss_mask
 
@@ -190,7 +190,7 @@ def open_sources(
     for prefix, weight in files:
         reader = Reader(prefix)
         roles: Reader | Callable[[np.ndarray], np.ndarray] | None = None
-        markers = Markers(unescaped(mask_start), unescaped(mask_end))
+        markers = Markers(unescape_marker(mask_start), unescape_marker(mask_end))
         if loss_mask == "se":
             roles = functools.partial(roles_in_text, find_spans=markers.spans)
         elif loss_mask in ("qa", "last"):
@@ -226,7 +226,7 @@ def roles_in_text(ids: np.ndarray, find_spans: Callable[[bytes], Sequence[Span]]
     return roles
 
 
-def unescaped(text: str) -> bytes:
+def unescape_marker(text: str) -> bytes:
     """Return the bytes that MASK_START and MASK_END mean."""
     marks = {"\\n": "\n", "\\t": "\t", "\\\\": "\\"}
     return re.sub(r"\\[nt\\]", lambda found: marks[found[0]], text).encode()

@@ -93,7 +93,7 @@ class SampleCounts:
         return not (broken >= BROKEN or mixed >= MIXED or (broken >= BOTH[0] and mixed >= BOTH[1]) or foreign)
 
 
-def what_is_wrong(prefix: Path, reader: Reader | None = None) -> str:
+def describe_vocabulary_problem(prefix: Path, reader: Reader | None = None) -> str:
     """Return why a tokenized file is not of the World vocabulary; "" if it is.
 
     The same check serves training.sh and the inspector.

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rwkv_peft.checkpoint.prompt_format import Prompting
+    from rwkv_peft.checkpoint.prompt_format import PromptFormat
     from rwkv_peft.model.arch import Geometry
 
-Write = Callable[[Path, Path, "Geometry", "Prompting"], Iterator[str]]
+Write = Callable[[Path, Path, "Geometry", "PromptFormat"], Iterator[str]]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Export:
 def writer(module: str, function: str = "write", **options: Any) -> Write:
     """A writer whose module, and torch with it, is imported when it is used: --help and chat need the table only."""
 
-    def write(source: Path, target: Path, geometry: Geometry, prompting: Prompting) -> Iterator[str]:
+    def write(source: Path, target: Path, geometry: Geometry, prompting: PromptFormat) -> Iterator[str]:
         made = getattr(importlib.import_module(f"{__name__}.{module}"), function)
         return made(source, target, geometry, prompting, **options)
 

@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rwkv_peft.checkpoint.prompt_format import Prompting, shell_text
+from rwkv_peft.checkpoint.prompt_format import PromptFormat, quote_for_bash
 from rwkv_peft.checkpoint.pth import PthReader
 from rwkv_peft.common.atomic_io import atomic_write, check_disk_space
 from rwkv_peft.common.errors import UserError, pip_command
@@ -124,7 +124,7 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write(source: Path, target: Path, geometry: Geometry, prompting: Prompting, number: str) -> Iterator[str]:
+def write(source: Path, target: Path, geometry: Geometry, prompting: PromptFormat, number: str) -> Iterator[str]:
     """Write a model's .gguf file with matrices of these numbers, by torch's name of them. Yields sentences about it.
 
     UserError if the source is no model, is an RWKV-5, has not the World vocabulary, or does not fit them.
@@ -149,10 +149,10 @@ def write(source: Path, target: Path, geometry: Geometry, prompting: Prompting, 
     yield from told(prompting)
 
 
-def told(prompting: Prompting) -> Iterator[str]:
+def told(prompting: PromptFormat) -> Iterator[str]:
     """What of the training is inside, what is not, and how to load the file."""
     inside, outside = stop_tokens(prompting)
-    names = ", ".join(f"{token} ({shell_text(text) if text else 'end of text'})" for token, text in inside.items())
+    names = ", ".join(f"{token} ({quote_for_bash(text) if text else 'end of text'})" for token, text in inside.items())
     guess = " (a guess)" if prompting.assumed else ""
     yield f"The chat template of {prompting.label}{guess} is inside, with the stop tokens {names}."
     texts = [*outside.values(), *prompting.stop_strings_beside_tokens]
@@ -160,11 +160,11 @@ def told(prompting: Prompting) -> Iterator[str]:
     if texts:
         yield "A .gguf has no place for stop texts. Give the client these:"
         yield f'  llama-server, "stop" of a request: {json.dumps(texts, ensure_ascii=False)}'
-        command += "".join(f" --reverse-prompt {shell_text(text)}" for text in texts)
+        command += "".join(f" --reverse-prompt {quote_for_bash(text)}" for text in texts)
     yield f"Load it with llama.cpp: {command}    or make it smaller first with llama-quantize."
 
 
-def stop_tokens(prompting: Prompting) -> tuple[dict[int, str], dict[int, str]]:
+def stop_tokens(prompting: PromptFormat) -> tuple[dict[int, str], dict[int, str]]:
     """Those that the file has a place for (eos, eot, eom), and the others; with their texts."""
     found = list(prompting.token_texts.items())
     return dict(found[:3]), dict(found[3:])
@@ -220,7 +220,7 @@ def fused_entry(archive: PthReader, names: list[str], new: str) -> Entry:
 
 
 def write_file(
-    target: Path, entries: list[Entry], geometry: Geometry, dtype: torch.dtype, name: str, prompting: Prompting
+    target: Path, entries: list[Entry], geometry: Geometry, dtype: torch.dtype, name: str, prompting: PromptFormat
 ) -> None:
     gguf, writer = head(geometry, dtype, name, prompting)
     for e in entries:
@@ -242,7 +242,7 @@ def write_file(
         writer.write_padding(file, file.tell())
 
 
-def head(geometry: Geometry, dtype: torch.dtype, name: str, prompting: Prompting):
+def head(geometry: Geometry, dtype: torch.dtype, name: str, prompting: PromptFormat):
     """The gguf module and its writer, with everything said that is not a tensor."""
     try:
         import gguf
@@ -275,7 +275,7 @@ def head(geometry: Geometry, dtype: torch.dtype, name: str, prompting: Prompting
     return gguf, writer
 
 
-def add_prompting(writer, prompting: Prompting) -> None:
+def add_prompting(writer, prompting: PromptFormat) -> None:
     """The chat template, and the tokens that begin and end texts. All that was trained is in rwkv_peft.prompt, as JSON."""
     eos, *others = stop_tokens(prompting)[0]
     writer.add_bos_token_id(tokenizer.END_OF_DOC)

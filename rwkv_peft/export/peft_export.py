@@ -19,5 +19,5 @@ def write(target: Path, config: dict, tensors: Mapping[str, Tensor]) -> None:
     own_folder(target)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     weights = target / "adapter_model.safetensors"
-    safetensors_io.write(weights, shapes, torch.float32, lambda name: [tensors[name].float()])
+    safetensors_io.write_safetensors(weights, shapes, torch.float32, lambda name: [tensors[name].float()])
     write_json(target / "adapter_config.json", config)

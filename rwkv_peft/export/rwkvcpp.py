@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from rwkv_peft.checkpoint.prompt_format import Prompting
+from rwkv_peft.checkpoint.prompt_format import PromptFormat
 from rwkv_peft.common.atomic_io import atomic_write, check_disk_space
 from rwkv_peft.common.paths import display_path
 from rwkv_peft.model.arch import Geometry
@@ -24,7 +24,7 @@ from .inputs import learnt_state
 KEY_FIRST = {"x070": False, "x060": True, "x052": True}
 
 
-def write(source: Path, target: Path, geometry: Geometry, prompting: Prompting) -> Iterator[str]:
+def write(source: Path, target: Path, geometry: Geometry, prompting: PromptFormat) -> Iterator[str]:
     """Write the buffer. Yields sentences about it; UserError if the source holds no state of such a model."""
     states = {
         name: fitted(tensor, torch.float32, f"{display_path(source)}: {name}")

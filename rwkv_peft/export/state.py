@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rwkv_peft.checkpoint import pth, safetensors_io
-from rwkv_peft.checkpoint.prompt_format import Prompting
+from rwkv_peft.checkpoint.prompt_format import PromptFormat
 from rwkv_peft.common.formatting import plural
 from rwkv_peft.common.paths import display_path
 from rwkv_peft.model.arch import Geometry
@@ -42,7 +42,7 @@ def left_out(shifts: int) -> Iterator[str]:
         )
 
 
-def write_pth(source: Path, target: Path, geometry: Geometry, prompting: Prompting) -> Iterator[str]:
+def write_pth(source: Path, target: Path, geometry: Geometry, prompting: PromptFormat) -> Iterator[str]:
     """Write a state's .pth. Yields sentences about it; UserError if the source holds no state of such a model."""
     chosen, shifts = matrices(source, geometry, torch.float32)
     pth.save(target, chosen)
@@ -51,12 +51,14 @@ def write_pth(source: Path, target: Path, geometry: Geometry, prompting: Prompti
     yield "Load it in RWKV-Runner: put it into its folder state-models and choose it as the state of its .pth base."
 
 
-def write_ai00(source: Path, target: Path, geometry: Geometry, prompting: Prompting) -> Iterator[str]:
+def write_ai00(source: Path, target: Path, geometry: Geometry, prompting: PromptFormat) -> Iterator[str]:
     """Write a state's .state. Yields sentences about it; UserError as above, or if a number does not fit float16."""
     chosen, shifts = matrices(source, geometry, torch.float16)
     turned = {name: tensor.transpose(1, 2) for name, tensor in chosen.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in turned.items()}
-    safetensors_io.write(target, shapes, torch.float16, lambda name: [turned[name]], metadata=prompting.metadata())
+    safetensors_io.write_safetensors(
+        target, shapes, torch.float16, lambda name: [turned[name]], metadata=prompting.metadata()
+    )
     yield from left_out(shifts)
     yield f"It holds the matrices of {plural(len(chosen), 'layer')}, float16 [head, key, value]."
     yield "Load it in Ai00: name it under [[state]] in Config.toml, or send it to /api/models/state/load."

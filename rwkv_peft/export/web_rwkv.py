@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from rwkv_peft.checkpoint import safetensors_io
-from rwkv_peft.checkpoint.prompt_format import Prompting
+from rwkv_peft.checkpoint.prompt_format import PromptFormat
 from rwkv_peft.checkpoint.pth import PthReader
 from rwkv_peft.common.errors import UserError
 from rwkv_peft.common.paths import display_path
@@ -47,7 +47,7 @@ def is_transposed(name: str) -> bool:
     return name.startswith("blocks.") and name.split(".", 2)[2] in TRANSPOSED
 
 
-def write(source: Path, target: Path, geometry: Geometry, prompting: Prompting) -> Iterator[str]:
+def write(source: Path, target: Path, geometry: Geometry, prompting: PromptFormat) -> Iterator[str]:
     """Write a model's .st file. Yields sentences about it; UserError if the source is no model or does not fit float16."""
     with PthReader(source) as archive:
         must_be_model(archive, geometry)
@@ -70,6 +70,6 @@ def write(source: Path, target: Path, geometry: Geometry, prompting: Prompting) 
             tensor = archive.tensor(name).transpose(-2, -1)
             return [fitted(tensor, torch.float16, f"{display_path(source)}: {name}")]
 
-        safetensors_io.write(target, shapes, torch.float16, pieces, metadata=prompting.metadata())
+        safetensors_io.write_safetensors(target, shapes, torch.float16, pieces, metadata=prompting.metadata())
     yield f"All {len(shapes):,} tensors are float16 under web-rwkv's names; the safetensors library opens the file."
     yield "Load it in Ai00 (put it into its folder of models, name it in Config.toml) or in the WebGPU mode of RWKV-Runner."

@@ -13,14 +13,16 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from rwkv_peft.adapters.registry import ADAPTERS
-from rwkv_peft.checkpoint.pth_rewrite import Change, RowwiseUpdate
+from rwkv_peft.checkpoint.pth_rewrite import RowwiseUpdate, TensorUpdate
 from rwkv_peft.model.arch import Geometry
 
 from . import fold
 from .fold import MergeInput
 
 
-def by_rows(change: Change, parts: Sequence[MergeInput], weights: Sequence[float] | None, geometry: Geometry) -> Change:
+def by_rows(
+    change: TensorUpdate, parts: Sequence[MergeInput], weights: Sequence[float] | None, geometry: Geometry
+) -> TensorUpdate:
     """The change of these parts, in turn or (with weights) averaged, made by rows where that is the same."""
 
     def cut_up(name: str):

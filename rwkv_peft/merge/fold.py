@@ -19,7 +19,7 @@ from rwkv_peft.adapters.inject import AdapterConfig
 from rwkv_peft.adapters.registry import ADAPTERS
 from rwkv_peft.adapters.specs import METHODS
 from rwkv_peft.checkpoint.pth import TensorInfo
-from rwkv_peft.checkpoint.pth_rewrite import Change
+from rwkv_peft.checkpoint.pth_rewrite import TensorUpdate
 from rwkv_peft.common.errors import UserError
 from rwkv_peft.common.formatting import join_names, plural
 from rwkv_peft.model.arch import Geometry, shapes, state_shapes
@@ -139,7 +139,7 @@ def touches(part: MergeInput, name: str, geometry: Geometry) -> bool:
     return by_quant or name in part.tensors or name.removesuffix(".weight") in part.leaves
 
 
-def in_turn(parts: Sequence[MergeInput], geometry: Geometry) -> Change:
+def in_turn(parts: Sequence[MergeInput], geometry: Geometry) -> TensorUpdate:
     """The change of several checkpoints, each folded into what the ones before it made."""
 
     def change(name: str):
@@ -162,7 +162,7 @@ def in_turn(parts: Sequence[MergeInput], geometry: Geometry) -> Change:
     return change
 
 
-def average(parts: Sequence[MergeInput], weights: Sequence[float], geometry: Geometry) -> Change:
+def average(parts: Sequence[MergeInput], weights: Sequence[float], geometry: Geometry) -> TensorUpdate:
     """The base and the weighted mean of what the checkpoints change in it. weights: their shares, which sum to 1."""
 
     def change(name: str):

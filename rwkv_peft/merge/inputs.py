@@ -58,7 +58,7 @@ def checkpoint_files(words: Sequence[str], run: str, several: str = "") -> list[
     if len(words) > 1 and not run_dir.is_epoch(epoch):
         for word in words:
             if not run_dir.is_epoch(word):
-                run_dir.find(word, places=PLACES)  # what is no checkpoint is not to be stacked
+                run_dir.find_checkpoint(word, places=PLACES)  # what is no checkpoint is not to be stacked
         raise UserError(only_one(words))
     if len(words) == 2:
         return [of_run(words[0], epoch, run)]
@@ -68,8 +68,8 @@ def checkpoint_files(words: Sequence[str], run: str, several: str = "") -> list[
     [word] = words
     if run:
         print(f"note: RUN={run} is not used, because {word} says which checkpoint is meant", file=sys.stderr)
-    folder = None if run_dir.is_epoch(word) else run_dir.folder_of(word)
-    return [last_of(folder) if folder else run_dir.find(word, places=PLACES)]
+    folder = None if run_dir.is_epoch(word) else run_dir.find_run_folder(word)
+    return [last_of(folder) if folder else run_dir.find_checkpoint(word, places=PLACES)]
 
 
 def several_files(words: Sequence[str], run: str, option: str) -> list[Path]:
@@ -78,19 +78,19 @@ def several_files(words: Sequence[str], run: str, option: str) -> list[Path]:
     bare = [word for word in words if run_dir.is_epoch(word)]
     if bare and len(bare) < len(words) and not run:
         others = [word for word in words if word not in bare]
-        name = next((word.rstrip("/") for word in others if run_dir.folder_of(word)), "RUN")
+        name = next((word.rstrip("/") for word in others if run_dir.find_run_folder(word)), "RUN")
         raise UserError(
             f"{bare[0]}: of which run? Write the run and the epoch together, as {shlex.quote(f'{name}/{bare[0]}')}, or name the "
             "run of bare epochs with --run."
         )
     if run and not bare:
         print(f"note: RUN={run} is not used, because every checkpoint is named with its run", file=sys.stderr)
-    return [run_dir.find(word, run, PLACES) for word in words]
+    return [run_dir.find_checkpoint(word, run, PLACES) for word in words]
 
 
 def of_run(name: str, epoch: str, run: str) -> Path:
     """The checkpoint that RUN EPOCH addresses."""
-    folder = run_dir.folder_of(name)
+    folder = run_dir.find_run_folder(name)
     if folder:
         if run:
             print(f"note: RUN={run} is not used, because {name} says which run is meant", file=sys.stderr)
@@ -102,21 +102,21 @@ def of_run(name: str, epoch: str, run: str) -> Path:
         )
     if any(paths.resolve_path(name, place).is_file() for place in PLACES):
         raise UserError(f"{name} is a file, which has no epoch {epoch}. Leave one of the two away.")
-    raise run_dir.none_of_that_name(f"{name}: there is no such run", name)
+    raise run_dir.unknown_run_error(f"{name}: there is no such run", name)
 
 
 def last_of(folder: Path) -> Path:
     """The last epoch of a run, and a word where an earlier one may be the better."""
     newest = run_dir.checkpoint_file(folder)
     if run_dir.has_better_checkpoint(folder, newest):
-        command = f"./merge.sh {run_dir.words_for(folder, 'best')}"
+        command = f"./merge.sh {run_dir.merge_arguments(folder, 'best')}"
         print(f"note: the validation was better before {newest.name}: {command} takes that checkpoint")
     return newest
 
 
 def only_one(words: Sequence[str]) -> str:
     """What to write instead of words that are no RUN EPOCH, the command on a line of its own."""
-    if len(words) == 2 and run_dir.is_epoch(words[0]) and run_dir.folder_of(words[1]):
+    if len(words) == 2 and run_dir.is_epoch(words[0]) and run_dir.find_run_folder(words[1]):
         return f"{shlex.join(words)}: the run comes first:\n  ./merge.sh {shlex.join(words[::-1])}"
     several = "Several are folded into one model, one after the other, by"
     return f"{shlex.join(words)}: a merge takes one checkpoint. {several}\n  {stacking(words)}"
@@ -125,13 +125,13 @@ def only_one(words: Sequence[str]) -> str:
 def stacking(words: Sequence[str]) -> str:
     """The command that folds all of them. RUN 1 2 is meant as RUN/1 RUN/2: --stack takes bare epochs alone or none."""
     if not all(map(run_dir.is_epoch, words)):
-        run = next((word for word in words if not run_dir.is_epoch(word) and run_dir.folder_of(word)), "latest")
+        run = next((word for word in words if not run_dir.is_epoch(word) and run_dir.find_run_folder(word)), "latest")
         named: list[str] = []
         for i, word in enumerate(words):
             if run_dir.is_epoch(word):
                 named.append(f"{run.rstrip('/')}/{word}")
                 continue
-            is_run = run_dir.folder_of(word) is not None
+            is_run = run_dir.find_run_folder(word) is not None
             run = word if is_run else run
             if not is_run or not run_dir.is_epoch(words[i + 1] if i + 1 < len(words) else ""):
                 named.append(word)
@@ -172,7 +172,7 @@ def found(
     where = paths.display_path(path)
     described = pth.read_header(path)  # refuses what is no checkpoint before its sidecar is asked for
     if has_sidecar(path):
-        sidecar = sidecars.read(path, SIDECAR)
+        sidecar = sidecars.read_sidecar(path, SIDECAR)
         if legacy.is_model(described) and "merged" in sidecar:  # a model that merge.sh made
             sidecars.check_unedited(path, sidecar, accept_edited)
             pth.check_checksums(path)
@@ -216,7 +216,7 @@ def found(
 
 def has_sidecar(path: Path) -> bool:
     """Whether a checkpoint's sidecar says what it is."""
-    return sidecars.path_of(path).is_file() and "method" in sidecars.read(path, ())
+    return sidecars.sidecar_path(path).is_file() and "method" in sidecars.read_sidecar(path, ())
 
 
 def run_of(path: Path) -> str:

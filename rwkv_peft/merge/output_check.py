@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rwkv_peft.adapters import inject
 from rwkv_peft.adapters.registry import ADAPTERS
 from rwkv_peft.checkpoint.pth import TensorInfo
-from rwkv_peft.checkpoint.pth_rewrite import Change, RowwiseUpdate
+from rwkv_peft.checkpoint.pth_rewrite import RowwiseUpdate, TensorUpdate
 from rwkv_peft.model.arch import Geometry
 from rwkv_peft.model.layers import Linear
 from rwkv_peft.ops import dispatch
@@ -41,7 +41,7 @@ class OutputCheck:
 
     def __init__(
         self,
-        change: Change,
+        change: TensorUpdate,
         base: Mapping[str, TensorInfo],
         parts: Sequence[MergeInput],
         weights: Sequence[float] | None,

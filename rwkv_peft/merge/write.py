@@ -54,7 +54,7 @@ def merge(
     doubts = [sound.result, *doubts]
     compressed = f", compressed to {how.setup.quant} as the run had it (MERGE_BASE=quantised)" if how.quantised else ""
     print(f"base      {paths.display_path(base)}{compressed}")
-    if words := pth.differences(described):
+    if words := pth.describe_differences(described):
         print(f"note: {words} The result is a .pth with the official names and shapes.")
     try:
         return folded(found, weights, base, doubts)
@@ -80,7 +80,7 @@ def folded(
     sources = inputs.sources(found)
     about = describe(found, weights, sources, base, geometry)
     target = place_for(name_of(found, weights, base), about)
-    note = sidecars.path_of(target)
+    note = sidecars.sidecar_path(target)
     for path in target, note:
         must_not_be_folder(path)
         remove_stale_temps(path)
@@ -91,7 +91,7 @@ def folded(
         for settle in doubts:
             settle()
         replaced = tell_of_replaced(target, fresh)
-        sidecars.write(fresh_note, about)
+        sidecars.write_sidecar(fresh_note, about)
         sidecars.replace_pair(fresh, fresh_note, target)
     finally:
         remove(fresh)
@@ -223,7 +223,7 @@ def merged_place(stem: str, ending: str) -> Path:
 def sidecar_of(model: Path) -> dict:
     """What the sidecar of a merged model says; nothing where it is missing or damaged."""
     with contextlib.suppress(UserError):
-        return sidecars.read(model, ())
+        return sidecars.read_sidecar(model, ())
     return {}
 
 
@@ -323,33 +323,35 @@ def export(kind: str, source: Path, stem: str, geometry: Geometry, in_use: FileW
             for line in client_lines(asked):
                 print(f"          {line}")
         print(
-            f"          {paths.display_path(prompt_format.beside(target))}: an example prompt, stop texts and stop tokens"
+            f"          {paths.display_path(prompt_format.prompt_file(target))}: an example prompt, stop texts and stop tokens"
         )
 
 
-def prompting_of(source: Path) -> prompt_format.Prompting:
+def prompting_of(source: Path) -> prompt_format.PromptFormat:
     """How a model or checkpoint was trained to be asked, as its sidecar tells."""
     sidecar = told_of(source)
-    return prompt_format.of_sidecar(
-        sidecar, paths.display_path(sidecars.path_of(source)), Path(sidecar.get("base_path") or source)
+    return prompt_format.read_prompt_format(
+        sidecar, paths.display_path(sidecars.sidecar_path(source)), Path(sidecar.get("base_path") or source)
     )
 
 
 def told_of(path: Path) -> dict:
     """A sidecar, {} for none. What an older version has left out of its form is filled in: a template is known by its name
     alone, and EOT was doc."""
-    told = sidecars.read(path, ()) if sidecars.path_of(path).is_file() else {}
+    told = sidecars.read_sidecar(path, ()) if sidecars.sidecar_path(path).is_file() else {}
     if name := recorded_name(told):
         told = told | {"prompt_type": name, "eot": told.get("eot") or "doc"}
         with contextlib.suppress(SettingErrors):  # (a file of the user's that is gone)
-            if told.get("template") is None and (form := recorded(told, paths.display_path(sidecars.path_of(path)))):
+            if told.get("template") is None and (
+                form := recorded(told, paths.display_path(sidecars.sidecar_path(path)))
+            ):
                 told["template"] = form.to_dict()
     return told
 
 
-def client_lines(asked: prompt_format.Prompting) -> Iterator[str]:
+def client_lines(asked: prompt_format.PromptFormat) -> Iterator[str]:
     """What a client must be set to whose files have no place for it."""
-    texts = ", ".join(map(prompt_format.shell_text, asked.stop_strings))
+    texts = ", ".join(map(prompt_format.quote_for_bash, asked.stop_strings))
     told = (
         f"If the guess is right, its format is {asked.label}" if asked.assumed else f"It was trained with {asked.label}"
     )
@@ -391,7 +393,7 @@ def export_adapter(found: Sequence[LoadedCheckpoint], base: Path, in_use: FileWa
     tensors = {**opened.tensors, **opened.start}
     sidecar = {**one.sidecar, **one.part.setup.options, "method": one.part.setup.method}
     config, weights = peft_weights(tensors, sidecar, opened.leaves)
-    asked = prompt_format.of_sidecar(one.sidecar, paths.display_path(sidecars.path_of(one.path)), base)
+    asked = prompt_format.read_prompt_format(one.sidecar, paths.display_path(sidecars.sidecar_path(one.path)), base)
     if asked.assumed:
         print(f"warning   {asked.assumed}")
     with writing_export(f"{short(f'{base.stem}-{one.label}')}-peft", "", in_use) as (fresh, placed):

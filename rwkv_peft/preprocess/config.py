@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-from rwkv_peft.checkpoint.base_template import AUTO, known_by, says_g1
+from rwkv_peft.checkpoint.base_template import AUTO, find_base_template, is_g1_name
 from rwkv_peft.common import paths
 from rwkv_peft.common.errors import SettingError, SettingErrors, UserError
 from rwkv_peft.config.shell import MOST, parse_assignments, setting
@@ -100,7 +100,7 @@ def settled(config: TokenizeConfig, base: Path | None = None) -> tuple[TokenizeC
     if base is None:
         name, why = "rwkv-world", "there is no training.sh that names a base; --prompt-type takes another"
     else:
-        known = known_by(base)
+        known = find_base_template(base)
         name, why = known.name, f"{where} is {base.name}"
         if known.trained:
             why += f", which was trained with {name}"
@@ -109,7 +109,7 @@ def settled(config: TokenizeConfig, base: Path | None = None) -> tuple[TokenizeC
             except (SettingErrors, UserError):
                 fits = False
             if not fits:
-                name = "rwkv-g1" if says_g1(base) else "rwkv-world"
+                name = "rwkv-g1" if is_g1_name(base) else "rwkv-world"
                 why += ", a template that is not here any more: give it with --prompt-type"
     return dataclasses.replace(config, prompt_type=name), f"PROMPT_TYPE=auto became {name} ({why})"
 

@@ -116,7 +116,7 @@ def init_from(config: TrainConfig) -> InitFrom | None:
     if not name:
         return InitFrom(None, start_file(config, None)) if config.pissa_init else None
     try:
-        path = run_dir.find(name)
+        path = run_dir.find_checkpoint(name)
         pth.read_header(path)
     except UserError as error:
         raise SettingErrors(SettingError(load, str(error))) from None
@@ -142,8 +142,8 @@ def check_init(
 
     method, content, path = METHODS[config.method], hashing.fingerprint(base), earlier.path
     name, wrong = script_values(config)[method.load], []
-    if sidecars.path_of(path).is_file():
-        sidecar = sidecars.read(path, ("method", "base", "base_sha256"))
+    if sidecars.sidecar_path(path).is_file():
+        sidecar = sidecars.read_sidecar(path, ("method", "base", "base_sha256"))
         try:
             # (a link like output/latest is about to point to this run)
             base_model.check_sidecar(path.resolve(), sidecar, accept_edited, in_use)

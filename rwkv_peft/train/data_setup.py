@@ -65,7 +65,7 @@ def plan_run(config: TrainConfig, files, vocab_size: int, say, in_use: FileWatch
     from rwkv_peft.data import buckets
     from rwkv_peft.data.dataset import ITEM_MODES, Batches, TokenDataset
     from rwkv_peft.data.sampling import AUTO_CTX_LIMIT
-    from rwkv_peft.data.tokenized_files import blank_lines_of, bos_of, form_of, mask_of
+    from rwkv_peft.data.tokenized_files import detect_bos, effective_mask, has_blank_lines, read_form
 
     from . import report
 
@@ -78,12 +78,14 @@ def plan_run(config: TrainConfig, files, vocab_size: int, say, in_use: FileWatch
         in_use.add(paths_of(files))
 
     def choose(lengths):
-        return buckets.choose(lengths, config.lengths, config.batch_sizes, budget, config.mini_bsz, config.processes)
+        return buckets.make_buckets(
+            lengths, config.lengths, config.batch_sizes, budget, config.mini_bsz, config.processes
+        )
 
     data = TokenDataset(
         open_masked(config, files, vocab_size, say),
         mode,
-        mask_of(config.loss_mask),
+        effective_mask(config.loss_mask),
         ctx_len,
         config.overlong,
         config.seed,
@@ -99,8 +101,8 @@ def plan_run(config: TrainConfig, files, vocab_size: int, say, in_use: FileWatch
         micro_bsz = max(1, min(AUTO_BATCH_TOKENS // data.ctx_len, several))
     epoch_steps = None if config.epoch_steps == "auto" else config.epoch_steps
     plan = data.make_plan(epoch_steps, micro_bsz, config.mini_bsz, config.processes)
-    forms = tuple(dict.fromkeys(form for prefix, _ in files if (form := form_of(prefix))))
-    begun = {prefix: bos_of(prefix) for prefix, _ in files}
+    forms = tuple(dict.fromkeys(form for prefix, _ in files if (form := read_form(prefix))))
+    begun = {prefix: detect_bos(prefix) for prefix, _ in files}
     facts = data.facts()
     most_tokens = min(plan.most_tokens(data.ctx_len), facts.tokens)
     sequences = (
@@ -121,7 +123,7 @@ def plan_run(config: TrainConfig, files, vocab_size: int, say, in_use: FileWatch
         forms,
         functools.partial(content_of_files, files, in_use=in_use),
         tuple(sorted({bos for bos, _ in begun.values()})),
-        any(blank_lines_of(prefix) for prefix, _ in files),
+        any(has_blank_lines(prefix) for prefix, _ in files),
     )
 
 
@@ -147,13 +149,13 @@ def held_out(
     """What VAL_DATA names, in packs, with the mask of the run; None for none. files: those that are trained, for auto. in_use:
     watches what is held out. Problems for what is not there or has nothing to learn."""
     from rwkv_peft.data.dataset import TokenDataset
-    from rwkv_peft.data.tokenized_files import data_files, mask_of, missing_data
+    from rwkv_peft.data.tokenized_files import data_files, effective_mask, missing_data
 
     def opened(pairs) -> TokenDataset:
         if in_use:
             in_use.add(paths_of(pairs))
         sources = open_masked(config, pairs, vocab_size, say)
-        return TokenDataset(sources, "pack", mask_of(config.loss_mask), ctx_len, "truncate", 0, False)
+        return TokenDataset(sources, "pack", effective_mask(config.loss_mask), ctx_len, "truncate", 0, False)
 
     missing: list[str] = []
     if config.val_data == "none":
@@ -230,7 +232,7 @@ def plan_stream(config: TrainConfig, source: Path, vocab_size: int, say, in_use:
     from rwkv_peft.data.masking import Markers
     from rwkv_peft.data.sampling import Plan
     from rwkv_peft.data.streaming import Stream
-    from rwkv_peft.data.tokenized_files import Form, mask_of, roles_in_text, unescaped
+    from rwkv_peft.data.tokenized_files import Form, effective_mask, roles_in_text, unescape_marker
     from rwkv_peft.preprocess import files, reader
     from rwkv_peft.preprocess.config import TokenizeConfig, recipe, settled
     from rwkv_peft.preprocess.row_stream import RowStream
@@ -246,7 +248,7 @@ def plan_stream(config: TrainConfig, source: Path, vocab_size: int, say, in_use:
     micro_bsz = max(1, AUTO_BATCH_TOKENS // config.ctx_len) if config.micro_bsz == "auto" else config.micro_bsz
     rows = config.max_steps * micro_bsz * config.mini_bsz * config.processes
     plan = Plan(rows, None, micro_bsz, config.mini_bsz, config.processes)
-    markers = Markers(unescaped(config.mask_start), unescaped(config.mask_end))
+    markers = Markers(unescape_marker(config.mask_start), unescape_marker(config.mask_end))
     chosen = files.chosen(source, tokenizing.valid_split)
     found = chosen.train
     if in_use:
@@ -263,7 +265,7 @@ def plan_stream(config: TrainConfig, source: Path, vocab_size: int, say, in_use:
         return TokenDataset(
             [part],
             config.dataload,
-            mask_of(config.loss_mask),
+            effective_mask(config.loss_mask),
             config.ctx_len,
             config.overlong,
             (config.seed, number),
@@ -315,7 +317,7 @@ def open_masked(config: TrainConfig, files, vocab_size: int, say) -> list:
 
     if config.vocabulary == "world" and vocab_size == tokenizer.VOCAB_SIZE:
         cure = "make it again from the text with ./make_tokenize.sh, or set VOCABULARY=own if the model has that vocabulary"
-        found = [wrong for prefix, _ in files if (wrong := vocabulary_check.what_is_wrong(Path(prefix)))]
+        found = [wrong for prefix, _ in files if (wrong := vocabulary_check.describe_vocabulary_problem(Path(prefix)))]
         if found:
             raise SettingErrors(*(SettingError("DATA_PATH", f"{wrong}; {cure}") for wrong in found))
     return open_sources(files, config.loss_mask, config.mask_start, config.mask_end, vocab_size, say)

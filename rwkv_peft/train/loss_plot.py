@@ -24,9 +24,9 @@ def looks_back(steps: int) -> int:
 
 def draw_loss(folder: Path) -> Path:
     """Draw folder/loss.jsonl as folder/loss.png. Lines break where steps have no record, and what is missing is grey."""
-    records = step_log.read(folder)
+    records = step_log.read_log(folder)
     written = [r["step"] for r in records]
-    gaps = step_log.gaps(written, max(written, default=0))
+    gaps = step_log.find_gaps(written, max(written, default=0))
     records = [r for r in records if r["loss"] is not None]
     steps, losses = [r["step"] for r in records], np.array([r["loss"] for r in records])
     # (a step without a loss is no gap: it has its place among those that are written)

@@ -68,7 +68,7 @@ def make_train_model(run: RunSetup, cleanup: contextlib.ExitStack, say: Callable
         inject.load_trained(model, pth.load(run.begins_with), shown, later)
         say(f"starts from {shown} (what it has learnt; the optimizer starts anew)")
         folder = run.begins_with.resolve().parent
-        if folder.parent == paths.OUTPUT and train_state.newest_first(folder):
+        if folder.parent == paths.OUTPUT and train_state.states_newest_first(folder):
             more = f"RUN_NAME={shlex.quote(folder.name)} and a larger EPOCH_COUNT"
             say(f"          {more} would go on with that run itself, optimizer, data and all, as if it had never ended")
 
@@ -85,7 +85,7 @@ def make_train_model(run: RunSetup, cleanup: contextlib.ExitStack, say: Callable
         say(f"CUDA graphs are not used: they are for OP=cuda, and this run computes with {run.ops.name}")
     learner = TrainModel(model, begun, lisa, held, groups, later or {})
     if run.found:
-        with train_state.fitting(run.found):
+        with train_state.explain_mismatch(run.found):
             weights = run.found.tensors("weights")
             if lisa:
                 lisa.go_on(run.found.facts["blocks"], weights)

@@ -391,7 +391,7 @@ def best_look(looks: Sequence[dict], folder: Path, newest: Path) -> Path:
     """Tell where the validation was best. looks: of the run at held-out rows; newest: its last checkpoint. Returns the checkpoint
     to go on with: that of the best look that there is one of."""
     best, losses = min(looks, key=lambda look: look["loss"]), {look["step"]: look["loss"] for look in looks}
-    saved = {step: path for path, step in run_dir.checkpoints(folder) if step in losses}
+    saved = {step: path for path, step in run_dir.checkpoint_steps(folder) if step in losses}
     where = f"at step {best['step']}, in epoch {best['epoch'] + 1}"
     if not best["step"]:
         where = "before training: nothing that was learnt does better on held-out rows"
@@ -436,6 +436,6 @@ def finish(
     if looks:
         newest = best_look(looks, folder, newest)
     number = newest.stem.removeprefix("rwkv-")
-    name, path = run_dir.words_for(folder), shlex.quote(str(newest))
+    name, path = run_dir.merge_arguments(folder), shlex.quote(str(newest))
     print(f"next: ./merge.sh {name} {number}      or try it: ./chat.sh --adapter {path}")
     print(f"      does it fit, and would more or less be better? ./chat.sh --diagnose {name}")

@@ -88,11 +88,13 @@ def find_resume_state(config: TrainConfig, anew: bool, first: bool, say: Callabl
 
 def newest_run() -> Path | None:
     """The folder of the newest run that has saved a state."""
-    latest, link = run_dir.latest(), paths.OUTPUT / "latest"
-    if latest and train_state.newest_first(latest):
+    latest, link = run_dir.latest_run(), paths.OUTPUT / "latest"
+    if latest and train_state.states_newest_first(latest):
         return latest
     # the link is missing, or its run was ended before it had anything to save
-    others = [p.parent for p in paths.OUTPUT.glob("*/state") if p.parent != link and train_state.newest_first(p.parent)]
+    others = [
+        p.parent for p in paths.OUTPUT.glob("*/state") if p.parent != link and train_state.states_newest_first(p.parent)
+    ]
     return max(others, key=lambda p: (p / "state").stat().st_mtime, default=None)
 
 
@@ -133,7 +135,7 @@ def receive(met: Rendezvous) -> None:
     if told is None:
         os.environ[HANDED] = ""
         return
-    folder = train_state.folder_of(paths.OUTPUT / told[0]) / told[1]
+    folder = train_state.state_folder(paths.OUTPUT / told[0]) / told[1]
     if not folder.is_dir():
         raise UserError(
             f"{paths.display_path(folder)} is not there, and the first node goes on from it: output/ "
@@ -160,10 +162,10 @@ def ended_early(found: TrainState) -> bool:
 
 def must_be_unchanged(found: TrainState) -> None:
     """Moved if another process has saved a state since this one was found. To be asked once the run is ours."""
-    train_state.tidy(found.run)
-    if tuple(p.name for p in train_state.newest_first(found.run)) != found.beside:
+    train_state.remove_leftovers(found.run)
+    if tuple(p.name for p in train_state.states_newest_first(found.run)) != found.beside:
         raise StateChanged
-    train_state.drop_newer(found.run, found.step)
+    train_state.remove_newer_states(found.run, found.step)
 
 
 def must_not_be_finished(found: TrainState, steps: int, config: TrainConfig, missing: Path | None) -> None:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rwkv_peft.checkpoint.base_template import misfit
-from rwkv_peft.data.tokenized_files import Form, form_of
+from rwkv_peft.checkpoint.base_template import describe_mismatch
+from rwkv_peft.data.tokenized_files import Form, read_form
 
 
 def warnings(base: Path, forms: tuple[Form, ...], held: list[Path]) -> list[str]:
     """base: its file. forms: of the trained data. held: prefixes of the held-out data."""
     found = []
     for form in forms:
-        if form.template and (words := misfit(base, form.template)):
+        if form.template and (words := describe_mismatch(base, form.template)):
             found.append(f"the data were made with PROMPT_TYPE={form.prompt_type}, but {words}")
     for prefix in held:
-        form = form_of(prefix) or form_of(prefix.with_name(prefix.name.removesuffix(".valid")))
+        form = read_form(prefix) or read_form(prefix.with_name(prefix.name.removesuffix(".valid")))
         if form and forms and form not in forms:
             theirs = " and ".join(f"PROMPT_TYPE={one.prompt_type} with EOT={one.eot}" for one in forms)
             found.append(

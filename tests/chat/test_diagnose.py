@@ -175,7 +175,7 @@ def test_a_model_whose_answers_are_no_numbers_gets_its_verdict(ready, capsys):
     tensors["ln_out.weight"] = tensors["ln_out.weight"] * 1e30
     pth.save(file, {name: tensor.clone() for name, tensor in tensors.items()})
     about = json.loads(file.with_suffix(".json").read_text())
-    sidecars.write(file.with_suffix(".json"), {**about, "checkpoint_sha256": hashing.sha256(file)})
+    sidecars.write_sidecar(file.with_suffix(".json"), {**about, "checkpoint_sha256": hashing.sha256(file)})
     chat.command(ASKING, ["--diagnose", "one"])
     said = capsys.readouterr().out
     assert "(no number)" in said and "verdict   the learning rate is too high" in said

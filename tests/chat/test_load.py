@@ -10,7 +10,6 @@ from helpers.merging import X, make_run, merge, result, write_sidecar
 from helpers.scripts import shell_values
 
 from rwkv_peft.adapters.specs import METHODS
-from rwkv_peft.chat import load as models
 from rwkv_peft.checkpoint import pth
 from rwkv_peft.cli import chat
 from rwkv_peft.common.errors import UserError

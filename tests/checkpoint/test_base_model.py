@@ -350,7 +350,7 @@ def test_chat_and_merge_tell_of_a_base_with_nan(ready):
     from rwkv_peft.common import hashing
 
     facts |= {"base": "nan.pth", "base_sha256": hashing.sha256(ready / "model/nan.pth"), "base_mark": None}
-    sidecars.write(sidecar, facts)
+    sidecars.write_sidecar(sidecar, facts)
     (ready / "model/tiny.pth").unlink()
     with pytest.raises(UserError, match="nan.pth: blocks.1.ffn.key.weight holds NaN"):
         merge("output/run/rwkv-0.pth")

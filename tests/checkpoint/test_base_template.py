@@ -12,8 +12,8 @@ from helpers.scripts import shell_values
 from helpers.training import config, run, tokenize
 
 from rwkv_peft.checkpoint import prompt_format, sidecars
-from rwkv_peft.checkpoint.base_template import known_by, misfit, says_g1
-from rwkv_peft.checkpoint.prompt_format import Prompting
+from rwkv_peft.checkpoint.base_template import describe_mismatch, find_base_template, is_g1_name
+from rwkv_peft.checkpoint.prompt_format import PromptFormat
 from rwkv_peft.cli import chat, train
 from rwkv_peft.common import paths
 from rwkv_peft.common.errors import UserError
@@ -60,14 +60,14 @@ def test_auto_is_what_ships_and_the_toy_base_is_a_world_model():
     ],
 )  # fmt: skip
 def test_a_g1_model_is_known_by_its_name(name, yes):
-    assert says_g1(Path(name)) == yes
+    assert is_g1_name(Path(name)) == yes
 
 
 def test_a_link_is_what_it_leads_to(tmp_path):
     (tmp_path / "rwkv7-g1k-1.5b.pth").touch()
     (tmp_path / "base.pth").symlink_to("rwkv7-g1k-1.5b.pth")
     (tmp_path / "loop.pth").symlink_to("loop.pth")
-    assert says_g1(tmp_path / "base.pth") and not says_g1(tmp_path / "loop.pth")
+    assert is_g1_name(tmp_path / "base.pth") and not is_g1_name(tmp_path / "loop.pth")
 
 
 @pytest.mark.parametrize(
@@ -99,16 +99,16 @@ def test_a_base_that_was_trained_with_a_template_wants_that(project_folder):
     base = project_folder / "model" / "mine.pth"
     base.touch()
     form = PRESETS["rwkv-g1-bot"]
-    sidecars.path_of(base).write_text(json.dumps({"prompt_type": form.name, "template": form.to_dict()}))
+    sidecars.sidecar_path(base).write_text(json.dumps({"prompt_type": form.name, "template": form.to_dict()}))
     base_is(project_folder, "mine.pth")
     shipped = Script(ROOT / "make_tokenize.sh", shell_values(ROOT / "make_tokenize.sh")).read(TokenizeConfig)
     became, told = settled(shipped)
     assert became.prompt_type == "rwkv-g1-bot" and "mine.pth, which was trained with rwkv-g1-bot" in told
     own = dataclasses.replace(form, name="own", format_user="Q {{content}}")  # of a file that is gone
-    sidecars.path_of(base).write_text(json.dumps({"prompt_type": "own.json", "template": own.to_dict()}))
+    sidecars.sidecar_path(base).write_text(json.dumps({"prompt_type": "own.json", "template": own.to_dict()}))
     became, told = settled(shipped)
     assert became.prompt_type == "rwkv-world" and "own.json, a template that is not here any more" in told
-    sidecars.path_of(base).write_text("no JSON")
+    sidecars.sidecar_path(base).write_text("no JSON")
     assert settled(shipped)[0].prompt_type == "rwkv-world"
 
 
@@ -124,7 +124,7 @@ def test_a_base_that_was_trained_with_a_template_wants_that(project_folder):
     ],
 )  # fmt: skip
 def test_what_does_not_fit_a_base_is_told(base, name, words):
-    said = misfit(Path(base), PRESETS[name])
+    said = describe_mismatch(Path(base), PRESETS[name])
     assert words in said and bool(words) == bool(said)
 
 
@@ -171,7 +171,7 @@ def test_a_stream_is_written_as_its_base_wants(ready, capsys):
 def test_a_run_keeps_the_content_of_its_template_through_training_and_merging(ready, capsys):
     tokenize(ready / "data" / "chat.jsonl", PROMPT_TYPE="rwkv-g1-bot-fakethink")
     run(ready, "bot")
-    told = sidecars.read(ready / "output" / "bot" / "rwkv-0.pth", ("prompt_type", "template"))
+    told = sidecars.read_sidecar(ready / "output" / "bot" / "rwkv-0.pth", ("prompt_type", "template"))
     assert told["prompt_type"] == "rwkv-g1-bot-fakethink"
     assert told["template"] == PRESETS["rwkv-g1-bot-fakethink"].to_dict()
 
@@ -226,7 +226,7 @@ def test_a_run_whose_template_is_gone_is_refused_unless_another_is_typed(capsys)
 def test_chat_refuses_a_question_that_holds_a_border(capsys):
     settings = chat.ChatConfig("", "", "auto", "auto", "", 5, 0.0, 1.0, 0, 0, "fp32")
     with pytest.raises(UserError, match="holds ✿, which ends a turn in PROMPT_TYPE=rwkv-g1-bot"):
-        chat.once(None, settings, Prompting(PRESETS["rwkv-g1-bot"]), "a✿b", False, FileWatch("it was opened", ""))
+        chat.once(None, settings, PromptFormat(PRESETS["rwkv-g1-bot"]), "a✿b", False, FileWatch("it was opened", ""))
 
 
 def test_several_runs_of_one_name_and_other_contents_leave_the_template_open(project_folder):
@@ -241,10 +241,10 @@ def test_chat_calls_the_old_empty_thought_by_its_name_of_now(capsys):
     told, said = {"prompt_type": "rwkv-g1-fakethink"}, "was trained with PROMPT_TYPE=rwkv-g1-emptythink-2025"
     assert said in form_of_chat(capsys, "rwkv-g1-fakethink", True, told)[1]
     assert form_of_chat(capsys, "rwkv-g1-emptythink-2025", True, told) == ("rwkv-g1-emptythink-2025", "")
-    assert prompt_format.of_sidecar(told, "it", Path("x.pth")).name == "rwkv-g1-emptythink-2025"
+    assert prompt_format.read_prompt_format(told, "it", Path("x.pth")).name == "rwkv-g1-emptythink-2025"
 
 
 def test_a_plain_base_is_known_by_its_name_alone(project_folder):
     folder, base, _ = make_run(project_folder)
-    assert known_by(base).name == "rwkv-world" and not known_by(base).trained
-    assert known_by(paths.ROOT / "model" / "nothing-g1.pth").name == "rwkv-g1"
+    assert find_base_template(base).name == "rwkv-world" and not find_base_template(base).trained
+    assert find_base_template(paths.ROOT / "model" / "nothing-g1.pth").name == "rwkv-g1"

@@ -110,7 +110,7 @@ def torn(tmp_path):
 def test_a_pair_whose_writer_was_killed_between_the_renames_is_completed_by_its_reader(torn):
     path, fresh = torn
     os.replace(fresh, f"{path}.tmp-{PAST}")
-    base_model.check_sidecar(path, sidecars.read(path, ()))
+    base_model.check_sidecar(path, sidecars.read_sidecar(path, ()))
     assert pth.load(path)["a"][0] == 2
 
 
@@ -120,7 +120,7 @@ def test_a_half_written_checkpoint_is_not_taken_for_the_one_of_the_sidecar(torn)
     with open(f"{path}.tmp-{PAST}", "r+b") as file:
         file.truncate(100)
     with pytest.raises(UserError, match="is not the file that its .json was written with"):
-        base_model.check_sidecar(path, sidecars.read(path, ()))
+        base_model.check_sidecar(path, sidecars.read_sidecar(path, ()))
 
 
 @pytest.mark.parametrize("renamed", [False, True], ids=["before the sidecar's rename", "after it"])
@@ -131,7 +131,7 @@ def test_leaving_in_the_middle_of_a_save_leaves_the_earlier_checkpoint_or_the_ne
     if renamed:
         os.replace(fresh.with_suffix(".json"), path.with_suffix(".json"))
     run_dir.remove_partial_files(tmp_path)
-    about = sidecars.read(path, ())
+    about = sidecars.read_sidecar(path, ())
     base_model.check_sidecar(path, about)
     assert about["step"] == pth.load(path)["a"][0] == 1 + renamed
     assert not list(tmp_path.glob("*.tmp-*"))

@@ -9,7 +9,7 @@ from helpers.training import run, tokenize
 from safetensors import safe_open
 
 from rwkv_peft.checkpoint import prompt_format, pth, sidecars
-from rwkv_peft.checkpoint.prompt_format import Prompting
+from rwkv_peft.checkpoint.prompt_format import PromptFormat
 from rwkv_peft.cli import chat, merge
 from rwkv_peft.common import paths as project
 from rwkv_peft.text import tokenizer
@@ -37,15 +37,15 @@ STOPS = {
 
 @pytest.mark.parametrize(("name", "eot"), STOPS)
 def test_stop_tokens_are_those_that_can_only_be_an_end(name, eot):
-    asked = Prompting(PRESETS[name], eot)
+    asked = PromptFormat(PRESETS[name], eot)
     assert asked.stop_tokens == STOPS[name, eot]
     assert ("\x17" in asked.stop_strings) == (eot == "x17")
 
 
 def test_a_stop_word_of_ones_own_is_a_stop_token_only_where_it_is_one_token():
     own = Template("own", "Q: {{content}}", "A: {{content}}", stop_words=("✿", "<|im_end|>"))
-    assert Prompting(own).stop_tokens == (0, 10060)
-    assert Prompting(own).stop_strings_beside_tokens == ("<|im_end|>", "\n\nQ:")
+    assert PromptFormat(own).stop_tokens == (0, 10060)
+    assert PromptFormat(own).stop_strings_beside_tokens == ("<|im_end|>", "\n\nQ:")
 
 
 def test_blank_lines_in_answers_of_ready_texts_keep_a_blank_line_from_being_an_end(project_folder):
@@ -59,7 +59,7 @@ def test_blank_lines_in_answers_of_ready_texts_keep_a_blank_line_from_being_an_e
         run_name = name[:5] + str(len(name))
         run(project_folder, run_name, DATA_PATH=name)
         path = project_folder / "output" / run_name / "rwkv-0.pth"
-        assert prompt_format.of_sidecar(sidecars.read(path, ()), "x", path).stop_tokens == stops
+        assert prompt_format.read_prompt_format(sidecars.read_sidecar(path, ()), "x", path).stop_tokens == stops
 
 
 FACTS = {"prompt_type": "chatml", "eot": "x17", "bos": 1}
@@ -77,7 +77,7 @@ def fields(path) -> dict:
 ])  # fmt: skip
 def test_a_gguf_holds_the_template_and_the_stop_tokens_that_were_trained(tmp_path, name, eot, bos):
     jinja2 = pytest.importorskip("jinja2")
-    shape, asked = small(layers=1, vocab=65536), Prompting(PRESETS[name], eot, bos)
+    shape, asked = small(layers=1, vocab=65536), PromptFormat(PRESETS[name], eot, bos)
     tiny.save_model(tmp_path / "m.pth", 0, shape)
     told = write("gguf", tmp_path / "m.pth", tmp_path / "m.gguf", shape, asked)
     said = fields(tmp_path / "m.gguf")
@@ -93,7 +93,7 @@ def test_a_gguf_holds_the_template_and_the_stop_tokens_that_were_trained(tmp_pat
 
 
 def test_safetensors_hold_it_in_their_metadata(tmp_path):
-    shape, asked = small(), Prompting(PRESETS["chatml"], "x17", True)
+    shape, asked = small(), PromptFormat(PRESETS["chatml"], "x17", True)
     tiny.save_model(tmp_path / "m.pth", 0, shape)
     write("safetensors", tmp_path / "m.pth", tmp_path / "m.st", shape, asked)
     with safe_open(tmp_path / "m.st", "np") as file:
@@ -121,7 +121,7 @@ def exported(project_folder):
 
 def test_what_a_run_was_trained_with_is_beside_every_export_of_it(project_folder, trained, capsys):
     path = trained("a", "chatml", EOT="x17", BOS="1", lora_parts="att,ffn")
-    sidecar = sidecars.read(path, ())
+    sidecar = sidecars.read_sidecar(path, ())
     assert (sidecar["prompt_type"], sidecar["eot"], sidecar["bos"]) == ("chatml", "x17", 1)
     capsys.readouterr()
     script = merge.MergeConfig("", "", "original", "", "", "")
@@ -136,7 +136,7 @@ def test_what_a_run_was_trained_with_is_beside_every_export_of_it(project_folder
         assert "<|im_end|>" in content["stop"] and "assumed" not in content
     assert "Its prompts begin with token 0" in said and "warning" not in said
     [merged] = [p for p in (project.ROOT / "merge").glob("*.pth")]
-    assert {k: sidecars.read(merged, ())[k] for k in FACTS} == FACTS
+    assert {k: sidecars.read_sidecar(merged, ())[k] for k in FACTS} == FACTS
 
 
 def test_a_model_without_a_sidecar_is_a_guess_and_says_so(project_folder, capsys):
@@ -171,9 +171,9 @@ def test_runs_of_different_formats_that_go_together_are_warned_of(project_folder
 
 def make_old(path, **changes):
     """A sidecar as an older version wrote it, without the template's content."""
-    told = sidecars.read(path, ())
+    told = sidecars.read_sidecar(path, ())
     del told["template"], told["bos"], told["blank_lines"], told["fields_sha256"]
-    sidecars.path_of(path).write_text(json.dumps(told | changes))
+    sidecars.sidecar_path(path).write_text(json.dumps(told | changes))
 
 
 def test_an_older_run_and_one_of_now_of_the_same_preset_go_together(project_folder, trained, capsys):
@@ -186,7 +186,7 @@ def test_an_older_run_and_one_of_now_of_the_same_preset_go_together(project_fold
     said = capsys.readouterr().out
     assert "different formats" not in said and "guess" not in said
     [merged] = (project.ROOT / "merge").glob("*.pth")
-    assert sidecars.read(merged, ())["prompt_type"] == "rwkv-world"
+    assert sidecars.read_sidecar(merged, ())["prompt_type"] == "rwkv-world"
 
 
 @pytest.mark.slow
@@ -201,7 +201,7 @@ def test_an_older_run_with_the_old_empty_thought_is_called_by_its_name_of_now(pr
         "<think>\n</think"
     )
     [merged] = (project.ROOT / "merge").glob("*.pth")
-    assert sidecars.read(merged, ())["prompt_type"] == "rwkv-g1-emptythink-2025"
+    assert sidecars.read_sidecar(merged, ())["prompt_type"] == "rwkv-g1-emptythink-2025"
     merge.command(
         merge.MergeConfig("", "", "original", "", "", ""), ["--average", *map(str, paths), "--export", "safetensors"]
     )
@@ -244,10 +244,10 @@ def test_chat_takes_the_sampling_of_the_template_where_it_is_auto():
 def test_a_stop_text_can_be_pasted_into_a_shell(text, shell):
     import subprocess
 
-    assert prompt_format.shell_text(text) == shell
+    assert prompt_format.quote_for_bash(text) == shell
     assert subprocess.run(["bash", "-c", f"printf %s {shell}"], capture_output=True, text=True).stdout == text
 
 
 def test_a_state_of_others_has_no_sidecar_and_is_a_guess(tmp_path):
     pth.save(tmp_path / "s.pth", states_of(small()))
-    assert prompt_format.of_sidecar({}, "x", tmp_path / "s.pth").assumed
+    assert prompt_format.read_prompt_format({}, "x", tmp_path / "s.pth").assumed

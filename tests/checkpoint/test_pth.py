@@ -347,7 +347,7 @@ def test_a_sidecar_that_cannot_be_used_says_why(tmp_path, content, words):
     if content:
         (tmp_path / "x.json").write_text(content)
     with pytest.raises(UserError, match=words):
-        sidecars.read(tmp_path / "x.pth", ("method", "rank"))
+        sidecars.read_sidecar(tmp_path / "x.pth", ("method", "rank"))
 
 
 @pytest.mark.parametrize("right", [True, False])

@@ -65,14 +65,14 @@ ONE_WORD = {
 @pytest.mark.parametrize(("word", "file"), ONE_WORD.items())
 def test_a_word_addresses_the_same_checkpoint_everywhere(two, word, file):
     path = two / "output" / f"{file}.pth"
-    assert run_dir.find(word).resolve() == path
+    assert run_dir.find_checkpoint(word).resolve() == path
     assert [found.resolve() for found in checkpoint_files([word], "")] == [path]
     assert [found.resolve() for found in checkpoint_files([word, word], "", "--stack")] == [path, path]
 
 
 def test_an_absolute_path_of_a_run_anywhere(two, tmp_path):
     folder = make(two, "c", "4").rename(tmp_path / "elsewhere")
-    assert run_dir.find(str(folder)) == run_dir.find(f"{folder}/4") == folder / "rwkv-4.pth"
+    assert run_dir.find_checkpoint(str(folder)) == run_dir.find_checkpoint(f"{folder}/4") == folder / "rwkv-4.pth"
 
 
 @pytest.mark.parametrize(
@@ -166,12 +166,16 @@ def test_a_run_that_is_set_and_not_used_is_told(two, capsys, words):
 @pytest.mark.parametrize("name", ["1", "best", "last", "step-3"])
 def test_a_run_whose_name_can_be_an_epoch_is_addressed_by_its_path(two, capsys, name):
     folder = make(two, name, "0", "1", "best", "step-3")
-    assert run_dir.find(f"output/{name}") == run_dir.find(f"output/{name}/1") == folder / "rwkv-1.pth"
+    assert (
+        run_dir.find_checkpoint(f"output/{name}")
+        == run_dir.find_checkpoint(f"output/{name}/1")
+        == folder / "rwkv-1.pth"
+    )
     assert checkpoint_files([f"output/{name}", "1"], "") == checkpoint_files(["1"], name) == [folder / "rwkv-1.pth"]
     assert checkpoint_files([name, "0"], "") == [folder / "rwkv-0.pth"], "in front of an epoch stands a run"
-    assert run_dir.words_for(folder, "0") == f"output/{name} 0"
+    assert run_dir.merge_arguments(folder, "0") == f"output/{name} 0"
     run_dir.point_latest(two / "output" / "a run")
-    assert run_dir.find(name.replace("3", "30")).parent == two / "output" / "a run"
+    assert run_dir.find_checkpoint(name.replace("3", "30")).parent == two / "output" / "a run"
     assert name == "step-3" or f"note: {name} is taken for an epoch; the run of that name is output/{name}" in (
         capsys.readouterr().err
     )

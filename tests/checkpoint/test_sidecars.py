@@ -9,7 +9,7 @@ from helpers.merging import make_run, merge, result
 from helpers.training import config, run
 
 from rwkv_peft.checkpoint import sidecars
-from rwkv_peft.checkpoint.base_template import known_by
+from rwkv_peft.checkpoint.base_template import find_base_template
 from rwkv_peft.cli import chat, train
 from rwkv_peft.common.errors import SettingErrors, UserError
 from rwkv_peft.text.presets import PRESETS
@@ -28,7 +28,7 @@ def sealed(project_folder):
     """A run whose sidecar has checksums; returns its sidecar."""
     folder, _, _ = make_run(project_folder, parts=("att", "ffn"))
     path = folder / "rwkv-3.json"
-    sidecars.write(path, {**json.loads(path.read_text()), "template": None, "eot": None})
+    sidecars.write_sidecar(path, {**json.loads(path.read_text()), "template": None, "eot": None})
     return path
 
 
@@ -48,7 +48,7 @@ def load_accepting(**changes):
     from rwkv_peft.config.shell import Script
 
     values = shell_values(ROOT / "chat.sh") | {"PRECISION": "fp32", "MODEL_PATH": ""} | changes
-    return models.load(Script(ROOT / "chat.sh", values).read(chat.ChatConfig), False, True)
+    return models.load_chat_model(Script(ROOT / "chat.sh", values).read(chat.ChatConfig), False, True)
 
 
 def diagnose(*option):
@@ -161,7 +161,7 @@ def test_a_field_of_a_wrong_type_is_refused_by_its_name(tmp_path, fields):
     [name] = fields
     (tmp_path / "rwkv-3.json").write_text(json.dumps({"method": "lora", **fields}))
     with pytest.raises(UserError, match=f"rwkv-3.json: {name} cannot be "):
-        sidecars.read(tmp_path / "rwkv-3.pth", ())
+        sidecars.read_sidecar(tmp_path / "rwkv-3.pth", ())
 
 
 @pytest.mark.parametrize("fields", [{"geometry": {}}, {"parts": 5}])
@@ -198,7 +198,7 @@ def test_a_merged_model_has_checksums_of_its_own(sealed, capsys):
     ):
         with pytest.raises(UserError, match="base-r-3.json: was edited: "):
             use()
-    assert known_by(result()).trained is False  # make_tokenize.sh goes by its name then
+    assert find_base_template(result()).trained is False  # make_tokenize.sh goes by its name then
     load_accepting(MODEL_PATH=str(result()))
     merge(result(), "--export", "safetensors", "--accept-edited")
 

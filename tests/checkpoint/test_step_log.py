@@ -56,9 +56,9 @@ DAMAGED = {
 @pytest.mark.parametrize("what", DAMAGED)
 def test_what_is_behind_a_line_that_is_no_record_stays(tmp_path, what):
     log(tmp_path, *FIVE[:2], DAMAGED[what], *FIVE[3:])
-    assert [r["step"] for r in step_log.read(tmp_path)] == [1, 2, 4, 5]
+    assert [r["step"] for r in step_log.read_log(tmp_path)] == [1, 2, 4, 5]
     for _ in range(2):
-        records, mended = step_log.cut(tmp_path, 5)
+        records, mended = step_log.truncate_log(tmp_path, 5)
         assert [r["step"] for r in records] == [1, 2, 4, 5]
     assert not mended
     assert (tmp_path / step_log.FILE).read_text() == "".join([*FIVE[:2], *FIVE[3:]])
@@ -80,7 +80,7 @@ def test_what_is_behind_a_line_that_is_no_record_stays(tmp_path, what):
 )
 def test_records_are_kept_once_and_in_order(tmp_path, lines):
     log(tmp_path, *lines)
-    assert step_log.cut(tmp_path, 5)[1]
+    assert step_log.truncate_log(tmp_path, 5)[1]
     assert (tmp_path / step_log.FILE).read_text() == "".join(FIVE)
 
 
@@ -88,7 +88,7 @@ def test_records_are_kept_once_and_in_order(tmp_path, lines):
 def test_what_came_after_a_step_is_cut_off_and_nothing_else_is_written(tmp_path, end):
     path = log(tmp_path, *FIVE[:3], end)
     inode = path.stat().st_ino
-    records, mended = step_log.cut(tmp_path, 3)
+    records, mended = step_log.truncate_log(tmp_path, 3)
     assert len(records) == 3 and not mended
     assert path.read_text() == "".join(FIVE[:3]) and path.stat().st_ino == inode
     assert [p.name for p in tmp_path.iterdir()] == [step_log.FILE]
@@ -97,12 +97,12 @@ def test_what_came_after_a_step_is_cut_off_and_nothing_else_is_written(tmp_path,
 def test_the_lock_stays_with_a_log_that_is_mended(tmp_path):
     path = log(tmp_path, "x\n", *FIVE)
     inode = path.stat().st_ino
-    assert step_log.cut(tmp_path, 5)[1] and path.stat().st_ino == inode
+    assert step_log.truncate_log(tmp_path, 5)[1] and path.stat().st_ino == inode
 
 
 def test_an_empty_log_or_none_has_no_records(tmp_path):
-    assert step_log.read(tmp_path) == [] and step_log.cut(tmp_path, 7) == ([], False)
-    assert step_log.gaps([], 7) == [[1, 7]] and step_log.gaps([], 0) == []
+    assert step_log.read_log(tmp_path) == [] and step_log.truncate_log(tmp_path, 7) == ([], False)
+    assert step_log.find_gaps([], 7) == [[1, 7]] and step_log.find_gaps([], 0) == []
 
 
 @pytest.mark.parametrize(
@@ -115,8 +115,8 @@ def test_an_empty_log_or_none_has_no_records(tmp_path):
     ],
 )
 def test_gaps_are_found_and_named(steps, last, found, words):
-    assert step_log.gaps(steps, last) == found
-    assert step_log.in_words(found) == words
+    assert step_log.find_gaps(steps, last) == found
+    assert step_log.describe_gaps(found) == words
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_gaps_are_found_and_named(steps, last, found, words):
     ],
 )  # fmt: skip
 def test_a_gap_that_was_told_of_is_not_new_whatever_a_manifest_says(known, new):
-    assert step_log.new_gaps([[4, 13]], known) == new
+    assert step_log.find_new_gaps([[4, 13]], known) == new
 
 
 @pytest.mark.pictures
@@ -160,9 +160,13 @@ def test_steps_without_a_loss_are_no_gap(tmp_path, monkeypatch):
 def test_a_log_of_gaps_only_takes_linear_time(tmp_path):
     """Which squares of its lines would make hours of."""
     log(tmp_path, *(line(step) for step in range(2, 20_000, 2)))
-    records, _ = step_log.cut(tmp_path, 10**6)
-    gaps = step_log.gaps([r["step"] for r in records], 20_000)
-    assert len(gaps) == 10_000 and step_log.new_gaps(gaps, gaps) == [] and step_log.new_gaps(gaps, gaps[1:]) == gaps[:1]
+    records, _ = step_log.truncate_log(tmp_path, 10**6)
+    gaps = step_log.find_gaps([r["step"] for r in records], 20_000)
+    assert (
+        len(gaps) == 10_000
+        and step_log.find_new_gaps(gaps, gaps) == []
+        and step_log.find_new_gaps(gaps, gaps[1:]) == gaps[:1]
+    )
     loss_plot.draw_loss(tmp_path)
 
 
@@ -190,7 +194,7 @@ def test_samples_of_any_bytes_are_cut(tmp_path, damage):
 def test_a_log_of_several_names_gets_a_copy_before_it_is_cut(tmp_path):
     path, other = log(tmp_path, *FIVE), tmp_path / "other"
     os.link(path, other)
-    step_log.cut(tmp_path, 3)
+    step_log.truncate_log(tmp_path, 3)
     assert path.read_text() == "".join(FIVE[:3]) and other.read_text() == "".join(FIVE)
 
 
@@ -198,5 +202,5 @@ def test_a_log_that_is_a_link_is_refused(tmp_path):
     (tmp_path / "diary").write_text("dear")
     (tmp_path / step_log.FILE).symlink_to("diary")
     with pytest.raises(UserError, match=r"loss.jsonl: is a symbolic link to diary, and lines are added only to"):
-        step_log.cut(tmp_path, 3)
+        step_log.truncate_log(tmp_path, 3)
     assert (tmp_path / "diary").read_text() == "dear"

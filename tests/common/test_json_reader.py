@@ -13,8 +13,8 @@ from rwkv_peft.cli import train
 from rwkv_peft.common import json_reader
 from rwkv_peft.common.errors import SettingErrors, UserError
 from rwkv_peft.data import report_file
-from rwkv_peft.data.tokenized_files import bos_of, form_of
-from rwkv_peft.data.vocabulary_check import what_is_wrong
+from rwkv_peft.data.tokenized_files import detect_bos, read_form
+from rwkv_peft.data.vocabulary_check import describe_vocabulary_problem
 from rwkv_peft.preprocess.keys import columns
 from rwkv_peft.text import template_file
 from rwkv_peft.train.callbacks import validation
@@ -81,7 +81,7 @@ def test_a_pipe_and_a_folder_are_refused_and_not_waited_for(tmp_path):
 
 
 def sidecar(path, tmp_path):
-    sidecars.read(path.with_suffix(".pth"), ())
+    sidecars.read_sidecar(path.with_suffix(".pth"), ())
 
 
 def template(path, tmp_path):
@@ -106,7 +106,7 @@ def report(path, tmp_path):
 
 def form(path, tmp_path):
     path.rename(tmp_path / "x.report.json")
-    form_of(tmp_path / "x")
+    read_form(tmp_path / "x")
 
 
 @hostile
@@ -133,7 +133,7 @@ def test_a_line_of_a_log_that_cannot_be_read_costs_no_other(tmp_path, text, word
     for name in ("loss.jsonl", "valid.jsonl"):
         lines = [json.dumps(whole).encode() + b"\n", line, json.dumps(whole | {"step": 3}).encode() + b"\n"]
         (tmp_path / name).write_bytes(b"".join(lines))
-    for records in (step_log.read(tmp_path), validation.read(tmp_path), step_log.cut(tmp_path, 9)[0]):
+    for records in (step_log.read_log(tmp_path), validation.read(tmp_path), step_log.truncate_log(tmp_path, 9)[0]):
         assert [record["step"] for record in records] == [1, 3]
 
 
@@ -157,7 +157,7 @@ def test_a_report_of_wrong_types_is_refused_with_its_field(ready, content, words
     prefix = ready / "data/chat"
     (ready / "data/chat.report.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=f"chat.report.json: .*{words}"):
-        form_of(prefix), bos_of(prefix), what_is_wrong(prefix)
+        read_form(prefix), detect_bos(prefix), describe_vocabulary_problem(prefix)
 
 
 WRONG = {

@@ -183,7 +183,7 @@ def test_latest_leads_to_a_run_in_output_only(project_folder, target, found):
     (paths.OUTPUT / "run/state").mkdir(parents=True)
     (project_folder / "elsewhere").mkdir()
     (paths.OUTPUT / "latest").symlink_to(target.format(output=paths.OUTPUT))
-    assert run_dir.latest() == (paths.OUTPUT / found if found else None)
+    assert run_dir.latest_run() == (paths.OUTPUT / found if found else None)
 
 
 @pytest.mark.slow
@@ -226,9 +226,9 @@ def test_a_link_among_states_is_taken_away_and_not_followed(tmp_path, theirs, na
     other.mkdir()
     (other / "kept").touch()
     (run_folder / "state" / name).symlink_to(other)
-    train_state.newest_first(run_folder)
-    train_state.tidy(run_folder)
-    train_state.drop_newer(run_folder, 0)
+    train_state.states_newest_first(run_folder)
+    train_state.remove_leftovers(run_folder)
+    train_state.remove_newer_states(run_folder, 0)
     assert (other / "kept").exists()
     left = [path.name for path in (run_folder / "state").iterdir()]
     assert left == ([name] if name in (".replaced-x", ".replaced-") else [])
@@ -249,11 +249,11 @@ def test_a_fifo_as_a_sidecar_is_told(tmp_path):
     (tmp_path / "rwkv-0.pth").touch()
     os.mkfifo(tmp_path / "rwkv-0.json")
     with pytest.raises(UserError, match="rwkv-0.json: is a FIFO"):
-        sidecars.read(tmp_path / "rwkv-0.pth", ())
+        sidecars.read_sidecar(tmp_path / "rwkv-0.pth", ())
     (tmp_path / "run.json").touch()
     with pytest.raises(UserError, match="rwkv-0.json: is a FIFO"):
         base_model.check_sidecar_exists(tmp_path / "rwkv-0.pth")
-    assert run_dir.checkpoints(tmp_path) == [] and run_dir.drop_unfinished(tmp_path, 0) is None
+    assert run_dir.checkpoint_steps(tmp_path) == [] and run_dir.remove_unfinished(tmp_path, 0) is None
 
 
 @pytest.mark.parametrize("tracker", run_dir.TRACKERS)
@@ -292,7 +292,7 @@ def test_whole_folders_on_another_disk_work_as_before(ready, tmp_path, monkeypat
     assert "at step 5 of" in capsys.readouterr().out
     merge("again")
     assert list((disk / "merge").glob("tiny-*.pth"))
-    assert run_dir.run_folder("") == ready / "output/again" == run_dir.latest()
+    assert run_dir.run_folder("") == ready / "output/again" == run_dir.latest_run()
 
 
 def test_an_export_does_not_replace_a_folder_of_the_users(project_folder, monkeypatch):

@@ -99,11 +99,11 @@ def test_three_rows_are_enough():
 
 def test_a_budget_gives_each_bucket_its_rows_and_a_list_is_taken_as_it_is():
     lengths = np.array([10, 60, 500])
-    assert buckets.choose(lengths, (16, 64, 512), (), 256, 1, 1).sizes == (16, 4, 1)
-    assert buckets.choose(lengths, (16, 64, 512), (8, 4, 2), None, 1, 1).sizes == (8, 4, 2)
+    assert buckets.make_buckets(lengths, (16, 64, 512), (), 256, 1, 1).sizes == (16, 4, 1)
+    assert buckets.make_buckets(lengths, (16, 64, 512), (8, 4, 2), None, 1, 1).sizes == (8, 4, 2)
     many = np.full(10_000, 60)
-    assert buckets.choose(many, (64,), (), None, 1, 1).sizes == (4096 // 64,)
-    assert buckets.choose(many, (64,), (), None, 8, 8).sizes == (10_000 // (16 * 64),)
+    assert buckets.make_buckets(many, (64,), (), None, 1, 1).sizes == (4096 // 64,)
+    assert buckets.make_buckets(many, (64,), (), None, 8, 8).sizes == (10_000 // (16 * 64),)
 
 
 def test_without_shuffle_steps_follow_the_file():

@@ -11,6 +11,7 @@ from helpers.training import config, tokenize
 from rwkv_peft.cli import inspect, train
 from rwkv_peft.common.errors import SettingErrors
 from rwkv_peft.data import binidx, vocabulary_check
+from rwkv_peft.data.vocabulary_check import describe_vocabulary_problem
 from rwkv_peft.text import tokenizer
 
 # "The quick brown fox jumps over the lazy dog, ..." by GPT-NeoX's 20B tokenizer
@@ -118,30 +119,30 @@ def rows_of(text: str, how: str) -> list[list[int]]:
 @pytest.mark.parametrize("how", ["whole", "cut", "packed", "by lines", "by words", "by characters"])
 @pytest.mark.parametrize("kind", TEXTS)
 def test_a_file_of_the_world_vocabulary_is_taken(tmp_path, kind, how):
-    assert vocabulary_check.what_is_wrong(write(tmp_path / "x", rows_of(TEXTS[kind], how))) == ""
+    assert describe_vocabulary_problem(write(tmp_path / "x", rows_of(TEXTS[kind], how))) == ""
 
 
 @pytest.mark.parametrize("ids", [IDS_20B, IDS_GPT2, IDS_LLAMA, IDS_BERT], ids=["20B", "GPT-2", "Llama 2", "BERT"])
 @pytest.mark.parametrize("rows", [1, 5, 400])
 def test_a_file_of_another_vocabulary_is_refused(tmp_path, ids, rows):
-    told = vocabulary_check.what_is_wrong(write(tmp_path / "x", [ids * 4] * rows))
+    told = describe_vocabulary_problem(write(tmp_path / "x", [ids * 4] * rows))
     assert "x.bin holds no text of the World vocabulary" in told and "another vocabulary" in told
 
 
 def test_a_few_damaged_places_are_no_other_vocabulary(tmp_path):
     ids = tokenizer.encode(TEXTS["English"] * 5)
     ids[100], ids[900] = 200, 8
-    assert vocabulary_check.what_is_wrong(write(tmp_path / "x", [ids])) == ""
+    assert describe_vocabulary_problem(write(tmp_path / "x", [ids])) == ""
 
 
 def test_short_files_are_judged_too(tmp_path):
-    assert vocabulary_check.what_is_wrong(write(tmp_path / "x", [[1, 2]])) == ""
-    assert vocabulary_check.what_is_wrong(write(tmp_path / "y", [[], [0], []])) == ""
+    assert describe_vocabulary_problem(write(tmp_path / "x", [[1, 2]])) == ""
+    assert describe_vocabulary_problem(write(tmp_path / "y", [[], [0], []])) == ""
 
 
 def test_form_feeds_of_old_sources_are_no_other_vocabulary(tmp_path):
     text = ("int main(void)\n{\n\treturn 0;\n}\n" * 20 + "\f\n") * 30
-    assert vocabulary_check.what_is_wrong(write(tmp_path / "x", [tokenizer.encode(text)])) == ""
+    assert describe_vocabulary_problem(write(tmp_path / "x", [tokenizer.encode(text)])) == ""
 
 
 def test_a_sample_is_small_and_comes_from_all_over_a_file():
@@ -156,7 +157,7 @@ def test_training_and_the_inspector_give_one_verdict(ready, capsys):
     with pytest.raises(SettingErrors) as found:
         train.command(config(DATA_PATH="foreign", LOSS_MASK="pad"), ["--dry-run"])
     [problem] = found.value.problems
-    verdict = vocabulary_check.what_is_wrong(ready / "data" / "foreign")
+    verdict = describe_vocabulary_problem(ready / "data" / "foreign")
     assert problem.name == "DATA_PATH" and problem.message.startswith(verdict) and "VOCABULARY=own" in problem.message
     with pytest.raises(SystemExit) as left:
         inspect.main(["foreign"])
@@ -186,12 +187,12 @@ def test_a_report_that_names_another_vocabulary_is_believed(ready):
     content = json.loads(report.read_text())
     assert content["vocabulary"] == "rwkv_vocab_v20230424"
     report.write_text(json.dumps(content | {"vocabulary": "20B"}))
-    assert "was made with the vocabulary 20B, not World's" in vocabulary_check.what_is_wrong(ready / "data" / "chat")
+    assert "was made with the vocabulary 20B, not World's" in describe_vocabulary_problem(ready / "data" / "chat")
 
 
 def test_a_replaced_bin_is_found_beside_a_report_of_ours(ready):
     write(ready / "data" / "chat", [IDS_20B * 4] * 12)
-    assert "no text of the World vocabulary" in vocabulary_check.what_is_wrong(ready / "data" / "chat")
+    assert "no text of the World vocabulary" in describe_vocabulary_problem(ready / "data" / "chat")
 
 
 def test_held_out_rows_are_known_by_the_report_of_their_data(ready):
@@ -199,10 +200,10 @@ def test_held_out_rows_are_known_by_the_report_of_their_data(ready):
     tokenize(path, VALID_PERCENT="20", EOT="x17")
     prefix, report = ready / "data" / "held.valid", ready / "data" / "held.report.json"
     content = json.loads(report.read_text())
-    assert vocabulary_check.what_is_wrong(prefix) == ""
+    assert describe_vocabulary_problem(prefix) == ""
     report.write_text(json.dumps(content | {"vocabulary": "20B"}))
-    assert "held.report.json says that held.valid was made with the vocabulary 20B" in vocabulary_check.what_is_wrong(
+    assert "held.report.json says that held.valid was made with the vocabulary 20B" in describe_vocabulary_problem(
         prefix
     )
     report.unlink()
-    assert vocabulary_check.what_is_wrong(prefix) == vocabulary_check.what_is_wrong(ready / "data" / "held") == ""
+    assert describe_vocabulary_problem(prefix) == describe_vocabulary_problem(ready / "data" / "held") == ""

@@ -108,7 +108,7 @@ def test_the_bytes_of_a_st_file_begin_at_a_multiple_of_eight_whatever_the_names(
     shapes = {"x" * rows: (rows,), "empty": (0,), "y": (1, 1, rows)}
     data = {name: torch.randn(shape) for name, shape in shapes.items()}
     digest = digest and digest.copy()
-    safetensors_io.write(tmp_path / "f.st", shapes, torch.float32, lambda name: data[name].split(2), digest)
+    safetensors_io.write_safetensors(tmp_path / "f.st", shapes, torch.float32, lambda name: data[name].split(2), digest)
     if digest:
         assert digest.hexdigest() == hashing.sha256(tmp_path / "f.st")
     assert int.from_bytes((tmp_path / "f.st").read_bytes()[:8], "little") % 8 == 0

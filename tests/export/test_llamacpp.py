@@ -142,7 +142,7 @@ def test_the_exported_model_stops_where_ours_stops(ready, name, eot, capsys):
     [path] = (ready / "output" / "run").glob("rwkv-[0-9]*.pth")
     merge.command(merge.MergeConfig("", "", "original", "", "", ""), [str(path), "--export", "gguf-f32"])
     [file] = (ready / "merge").glob("*.gguf")
-    asked = prompt_format.of_sidecar(sidecars.read(path, ()), "", path)
+    asked = prompt_format.read_prompt_format(sidecars.read_sidecar(path, ()), "", path)
     model = build(tiny.geometry(2, 64, 65536, 64), pth.load(path), tiny.ops(tiny.geometry()), torch.float32).eval()
     ours = {}
     for question in ASKED:

@@ -921,7 +921,7 @@ def test_a_log_that_an_editor_replaces_loses_no_record_and_lets_no_second_run_in
     process.until(lambda: not {*run.saved()} & {*saved})
     os.kill(process.pid, signal.SIGINT)
     assert process.code() == 130, process.said
-    steps = [record["step"] for record in step_log.read(run.folder)]
+    steps = [record["step"] for record in step_log.read_log(run.folder)]
     assert steps == [*range(1, steps[-1] + 1)] and steps[-1] >= max(int(p.name[5:]) for p in run.folder.glob("state/*"))
     assert process.said.count("warning   output/run/loss.jsonl") == 1, process.said
     assert not run_dir.is_running(run.folder)
@@ -937,7 +937,7 @@ def test_a_log_that_held_bytes_that_are_no_text_is_followed_as_well(tmp_path):
     path.unlink()
     log(dataclasses.replace(record, step=2))
     log.close()
-    assert [record["step"] for record in step_log.read(tmp_path)] == [1, 2] and "it goes on" in told[0]
+    assert [record["step"] for record in step_log.read_log(tmp_path)] == [1, 2] and "it goes on" in told[0]
 
 
 def test_no_tracker_writes_into_a_folder_that_has_taken_the_runs_place(run):
@@ -975,4 +975,4 @@ def test_a_run_whose_folder_is_renamed_stops_and_writes_nothing_into_another(run
     if another:
         assert {path.name: path.read_text() for path in folder.iterdir()} == held
     moved.rename(folder) if not another else None
-    assert step_log.read(folder if not another else moved)[-1]["step"] > 5
+    assert step_log.read_log(folder if not another else moved)[-1]["step"] > 5

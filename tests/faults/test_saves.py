@@ -58,7 +58,7 @@ def in_a_child(work: Callable[[], None], wait: bool = True) -> int:
 
 def state(folder: Path, step: int, keep: int = 2) -> None:
     parts = {part: LazyTensors({"a": lazy_tensor(torch.full((SIZE,), float(step)))}) for part in train_state.PARTS}
-    train_state.write(folder, parts, tiny.state_facts(step), keep)
+    train_state.save_state(folder, parts, tiny.state_facts(step), keep)
 
 
 @pytest.mark.slow
@@ -87,7 +87,7 @@ def test_killed_at_any_instant_of_a_save_the_newest_whole_state_is_there(tmp_pat
             saved = pth.load(tmp_path / "rwkv-0.pth")["a"]
             pth.check_checksums(tmp_path / "rwkv-0.pth")
             assert bool((saved == saved[0]).all())
-    train_state.tidy(tmp_path)
+    train_state.remove_leftovers(tmp_path)
     atomic_io.remove_stale_temps(tmp_path / "rwkv-0.pth")
     assert not [p for p in tmp_path.rglob("*") if "tmp-" in p.name or p.name.startswith(".")]
 
@@ -98,7 +98,7 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "rewritten": lambda folder: pth_rewrite.rewrite(
         folder / "base.pth", folder / "x.pth", lambda name: lambda t: t + 1
     ),
-    "safetensors": lambda folder: safetensors_io.write(
+    "safetensors": lambda folder: safetensors_io.write_safetensors(
         folder / "x.st", {"a": (SIZE,)}, torch.float32, lambda name: [torch.ones(SIZE)]
     ),
     "tokens": lambda folder: tokens(folder / "x"),

@@ -10,7 +10,7 @@ import sys
 import torch
 
 from helpers import tiny
-from rwkv_peft.checkpoint.prompt_format import Prompting
+from rwkv_peft.checkpoint.prompt_format import PromptFormat
 from rwkv_peft.export import EXPORTS
 from rwkv_peft.model import arch
 from rwkv_peft.text.presets import PRESETS
@@ -18,7 +18,7 @@ from rwkv_peft.text.presets import PRESETS
 IDS = [5, 77, 300, 2, 2, 2, 499, 13, 1, 260, 42, 9]
 
 
-WORLD = Prompting(PRESETS["rwkv-world"])
+WORLD = PromptFormat(PRESETS["rwkv-world"])
 
 
 DTYPES = {"gguf": torch.float16, "gguf-bf16": torch.bfloat16, "gguf-f32": torch.float32}

@@ -78,4 +78,4 @@ def records(root, name: str) -> list[dict]:
 def saved(folder, step: int, keep: int = 1):
     """A state of so many steps, with little in it."""
     parts = {part: LazyTensors({"a": lazy_tensor(torch.arange(64.0))}) for part in train_state.PARTS}
-    return train_state.write(folder, parts, tiny.state_facts(step), keep)
+    return train_state.save_state(folder, parts, tiny.state_facts(step), keep)

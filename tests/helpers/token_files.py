@@ -61,6 +61,6 @@ def data(
             other.get(name, default) for name, default in (("edges", ()), ("sizes", ()), ("budget", None))
         )
         choose = functools.partial(
-            buckets.choose, edges=edges, sizes=sizes, budget=budget, accumulate=accumulate, world=world
+            buckets.make_buckets, edges=edges, sizes=sizes, budget=budget, accumulate=accumulate, world=world
         )
     return TokenDataset(sources, mode, mask, ctx_len, overlong, other.get("seed", 1), shuffle, choose)

@@ -240,7 +240,7 @@ def test_no_merge_changes_what_an_earlier_name_means(project_folder, plain_expor
     assert first.keys() == {f"base-a-3.{ending}" for ending in ("pth", "json", "gguf", "bf16.gguf")}
     merge("b", "--export", "gguf"), merge("--stack", "a", "b"), merge("--average", "a", "b"), merge("b")
     assert first.items() <= kept().items()
-    assert sidecars.read(result("base-b-3.pth"), ())["merged"][0]["run"] == "b"
+    assert sidecars.read_sidecar(result("base-b-3.pth"), ())["merged"][0]["run"] == "b"
 
 
 def log_of(folder, seconds: float):
@@ -838,7 +838,7 @@ def foreign_refusals():
         return [""], {}
 
     def a_swapped_checkpoint(path):
-        sidecar = sidecars.read(path.parent / "r/rwkv-3.pth", ())
+        sidecar = sidecars.read_sidecar(path.parent / "r/rwkv-3.pth", ())
         atomic_io.write_json(path.parent / "r/rwkv-3.json", sidecar | {"checkpoint_sha256": "0" * 64})
         return ["r"], {}
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import tiny
 
-from rwkv_peft.checkpoint.prompt_format import Prompting
+from rwkv_peft.checkpoint.prompt_format import PromptFormat
 from rwkv_peft.cli import chat
 from rwkv_peft.common.file_watch import FileWatch
 from rwkv_peft.model.generate import advance, choose, generate
@@ -90,7 +90,7 @@ def test_a_talk_goes_on_from_exactly_what_the_whole_conversation_would_give(monk
 
     monkeypatch.setattr("rwkv_peft.model.generate.advance", watch)
     config = chat.ChatConfig("", "", "rwkv-world", "auto", "Be brief.", 5, 0.0, 1.0, 0, 0, "fp32")
-    chat.talk(model, config, Prompting(PRESETS["rwkv-world"]), "tiny", FileWatch("it was opened", ""))
+    chat.talk(model, config, PromptFormat(PRESETS["rwkv-world"]), "tiny", FileWatch("it was opened", ""))
     turn = [Message(Role.SYSTEM, "Be brief."), Message(Role.USER, "你好。"), Message(Role.ASSISTANT, "好的。")]
     second = PRESETS["rwkv-world"].prompt([*turn, Message(Role.USER, "And?")])
     assert fed[0][0] + fed[1][0] == tokenizer.encode(second)
@@ -114,7 +114,7 @@ def test_ctrl_c_while_a_question_is_read_forgets_it_and_the_talk_goes_on(monkeyp
     chat.talk(
         model,
         chat.ChatConfig("", "", "rwkv-world", "auto", "", 5, 0.0, 1.0, 0, 0, "fp32"),
-        Prompting(PRESETS["rwkv-world"]),
+        PromptFormat(PRESETS["rwkv-world"]),
         "tiny",
         FileWatch("it was opened", ""),
     )

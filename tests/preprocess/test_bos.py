@@ -78,9 +78,9 @@ def test_the_setting_decides_and_the_report_and_the_rows_tell_it(project_folder,
     assert report["settings"]["BOS"] == zeros
     prefix = project_folder / "data" / "a"
     assert all((first == 0) == zeros for first in first_tokens(prefix))
-    assert tokenized_files.bos_of(prefix) == (int(zeros), "")
+    assert tokenized_files.detect_bos(prefix) == (int(zeros), "")
     (project_folder / "data" / "a.report.json").unlink()  # files of others, and of earlier versions
-    assert tokenized_files.bos_of(prefix) == (int(zeros), "")
+    assert tokenized_files.detect_bos(prefix) == (int(zeros), "")
 
 
 def test_a_template_of_ones_own_may_begin_with_zero_by_itself(project_folder):
@@ -97,10 +97,10 @@ def test_a_report_of_other_tokens_and_rows_of_both_kinds_are_warned_of(project_f
         for row in ([0, 5, 6, 0], [0, 7, 0], [8, 9, 0]):
             writer.extend("", np.array(row, np.uint16).tobytes(), [len(row)])
         writer.commit(remove=[])
-    bos, warning = tokenized_files.bos_of(prefix)
+    bos, warning = tokenized_files.detect_bos(prefix)
     assert bos == 1 and "67% of the rows" in warning
     prefix.with_name("a.report.json").write_text(json.dumps({"settings": {"BOS": 0}}))
-    bos, warning = tokenized_files.bos_of(prefix)
+    bos, warning = tokenized_files.detect_bos(prefix)
     assert bos == 1 and "belongs to other tokens" in warning
 
 

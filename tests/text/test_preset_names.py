@@ -6,7 +6,7 @@ import json
 import pytest
 
 from rwkv_peft.common.errors import SettingErrors, UserError
-from rwkv_peft.data.tokenized_files import Form, common, form_of
+from rwkv_peft.data.tokenized_files import Form, common_form, read_form
 from rwkv_peft.text import presets
 from rwkv_peft.text.preset_names import recorded
 from rwkv_peft.text.presets import PRESETS
@@ -64,18 +64,22 @@ def test_the_report_of_tokenized_data_holds_their_template(tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"question": "Q", "answer": "A"}\n', encoding="utf-8")
     tokenize(rows, PROMPT_TYPE="rwkv-g1-think")
-    form = form_of(tmp_path / "rows")
+    form = read_form(tmp_path / "rows")
     assert form == Form("rwkv-g1-think", "doc", PRESETS["rwkv-g1-think"])
-    assert common([form, form]) == form and common([form, form._replace(eot="x17")]) is None and common([]) is None
+    assert (
+        common_form([form, form]) == form
+        and common_form([form, form._replace(eot="x17")]) is None
+        and common_form([]) is None
+    )
     report = tmp_path / "rows.report.json"
     content = json.loads(report.read_text())
     del content["template"]  # as an older version wrote it
     report.write_text(json.dumps(content))
-    assert form_of(tmp_path / "rows") == form
+    assert read_form(tmp_path / "rows") == form
     content["settings"]["PROMPT_TYPE"] = "rwkv-g1-fakethink"  # which meant another form then
     report.write_text(json.dumps(content))
     old = "rwkv-g1-emptythink-2025"
-    assert form_of(tmp_path / "rows") == Form(old, "doc", PRESETS[old]) and PRESETS[old].opening == "<think>\n</think"
+    assert read_form(tmp_path / "rows") == Form(old, "doc", PRESETS[old]) and PRESETS[old].opening == "<think>\n</think"
     content["settings"]["PROMPT_TYPE"] = "gone.json"
     report.write_text(json.dumps(content))
-    assert form_of(tmp_path / "rows") == Form("gone.json", "doc", None)
+    assert read_form(tmp_path / "rows") == Form("gone.json", "doc", None)

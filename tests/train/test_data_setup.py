@@ -102,7 +102,7 @@ def test_a_run_remembers_the_template_of_its_data_and_chat_talks_in_it(ready, ca
 
     tokenize(ready / "data" / "chat.jsonl", PROMPT_TYPE="rwkv-qa", EOT="both")
     run(ready, "qa")
-    sidecar = sidecars.read(ready / "output" / "qa" / "rwkv-0.pth", ("prompt_type", "eot"))
+    sidecar = sidecars.read_sidecar(ready / "output" / "qa" / "rwkv-0.pth", ("prompt_type", "eot"))
     assert (sidecar["prompt_type"], sidecar["eot"]) == ("rwkv-qa", "both")
     asked = []
     monkeypatch.setattr(chat, "once", lambda model, config, how, *_: asked.append(how.template.name))

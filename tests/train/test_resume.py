@@ -79,7 +79,7 @@ def test_a_checkpoint_that_is_not_said_to_be_of_the_middle_of_an_epoch_stays(tmp
     if sidecar is not None:
         (tmp_path / "rwkv-1.json").write_text(sidecar)
     before = sorted(tmp_path.iterdir())
-    assert run_dir.drop_unfinished(tmp_path, 1) is None and sorted(tmp_path.iterdir()) == before
+    assert run_dir.remove_unfinished(tmp_path, 1) is None and sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize("at", few([3, 4, 11], [4]))
@@ -325,7 +325,7 @@ def test_a_state_that_is_saved_behind_a_damaged_later_one_stays(tmp_path):
     (tmp_path / "state/step-000008/weights.safetensors").unlink()
     saved(tmp_path, 7)
     assert train_state.state_names(tmp_path) == ["step-000007", "step-000008"]
-    train_state.drop_newer(tmp_path, 7)
+    train_state.remove_newer_states(tmp_path, 7)
     assert train_state.state_names(tmp_path) == ["step-000007"]
 
 
@@ -334,7 +334,7 @@ def test_a_state_that_was_about_to_be_replaced_is_found_and_looking_changes_noth
     folder.rename(folder.with_name(f"{train_state.REPLACED}{folder.name}"))
     (tmp_path / "state" / f"{train_state.UNFINISHED}step-000005").mkdir()
     assert train_state.latest_valid(tmp_path, print).step == 4 and len(list((tmp_path / "state").iterdir())) == 2
-    train_state.tidy(tmp_path)
+    train_state.remove_leftovers(tmp_path)
     assert [p.name for p in (tmp_path / "state").iterdir()] == ["step-000004"]
 
 

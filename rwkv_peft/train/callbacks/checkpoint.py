@@ -17,7 +17,7 @@ from rwkv_peft.checkpoint.lazy_tensors import LazyTensors
 from rwkv_peft.common import hashing, paths
 from rwkv_peft.common.atomic_io import check_disk_space, remove, remove_stale_temps, temp_path
 from rwkv_peft.common.errors import UserError
-from rwkv_peft.data.tokenized_files import common
+from rwkv_peft.data.tokenized_files import common_form
 from rwkv_peft.train.model_setup import TrainModel
 from rwkv_peft.train.run_record import describe_run, script_values
 from rwkv_peft.train.setup import RunSetup
@@ -66,7 +66,7 @@ class CheckpointWriter:
         }  # fmt: skip
         facts = {**facts, **more, **self.running()}
         with self.in_own_folder():
-            train_state.write(run.folder, parts, facts, run.config.keep_last, run.in_use.must_be_unchanged)
+            train_state.save_state(run.folder, parts, facts, run.config.keep_last, run.in_use.must_be_unchanged)
 
     @contextlib.contextmanager
     def in_own_folder(self) -> Iterator[None]:
@@ -75,7 +75,7 @@ class CheckpointWriter:
             yield
         finally:
             if not self.run.in_use.is_there(self.run.folder):
-                for made in (train_state.folder_of(self.run.folder), self.run.folder):
+                for made in (train_state.state_folder(self.run.folder), self.run.folder):
                     with contextlib.suppress(OSError):  # it is not there, or not empty
                         made.rmdir()
 
@@ -96,7 +96,7 @@ class CheckpointWriter:
 
         about = run.config, run.geometry, run.setup.options, run.base, self.content, run.precision
         sidecar = describe_run(*about, epoch, step, finished)
-        form = common(run.data.forms)
+        form = common_form(run.data.forms)
         sidecar["prompt_type"], sidecar["eot"] = (form.prompt_type, form.eot) if form else (None, None)
         sidecar["template"] = form.template.to_dict() if form and form.template else None
         sidecar["quant_kept"] = list(run.setup.quant_kept)
@@ -107,7 +107,7 @@ class CheckpointWriter:
         if learner.begun:
             sidecar["start_sha256"] = self.start_sha256
         # both get their names when both are whole: until then the disk may be full, and what was there before stays
-        note = sidecars.path_of(path)
+        note = sidecars.sidecar_path(path)
         remove_stale_temps(note)
         fresh, fresh_note = temp_path(path), temp_path(note)
         with self.in_own_folder():
@@ -118,7 +118,7 @@ class CheckpointWriter:
                 else:
                     pth.save(fresh, {name: sound(name) for name in trained})
                 sidecar["checkpoint_sha256"] = hashing.sha256(fresh, on_disk=True)
-                sidecars.write(fresh_note, sidecar)
+                sidecars.write_sidecar(fresh_note, sidecar)
                 run.in_use.must_be_unchanged()
                 sidecars.replace_pair(fresh, fresh_note, path)
             finally:

@@ -257,13 +257,13 @@ class LossFile:
 
     def follow(self) -> None:
         """Take the file that has the name now."""
-        if not self.ours() or (not self.path.is_symlink() and run_dir.is_at(self.path, self.file.fileno())):
+        if not self.ours() or (not self.path.is_symlink() and run_dir.is_same_file(self.path, self.file.fileno())):
             return
         try:
             with contextlib.ExitStack() as failed:
-                fresh = failed.enter_context(self.open(run_dir.lock))
+                fresh = failed.enter_context(self.open(run_dir.lock_file))
                 self.file.seek(0)
-                fresh.write(step_log.lacking(self.path, self.file.read()))
+                fresh.write(step_log.missing_lines(self.path, self.file.read()))
                 fresh.flush()
                 failed.pop_all()
             self.file.close()
@@ -332,7 +332,10 @@ class CheckpointCallback(pl.Callback):
             self.draw(epoch + 1 == self.epochs or trainer.should_stop)
             self.say(f"saved {path} (epoch {epoch + 1} of {self.epochs}{'' if finished else ', not finished'})")
         elif (
-            not due and trainer.is_global_zero and self.ours() and (old := run_dir.drop_unfinished(self.folder, epoch))
+            not due
+            and trainer.is_global_zero
+            and self.ours()
+            and (old := run_dir.remove_unfinished(self.folder, epoch))
         ):
             self.say(f"removed {paths.display_path(old)}: of the middle of an epoch that is finished now")
         if trainer.world_size > 1:
@@ -353,7 +356,7 @@ class CheckpointCallback(pl.Callback):
         try:
             if path := self.put(trainer, module, epoch, finished, step, f"step-{step}"):
                 self.say(f"saved {path}")
-                run_dir.drop_old_steps(self.folder, step, self.most_steps)
+                run_dir.remove_old_steps(self.folder, step, self.most_steps)
                 self.draw(False)
         except FileChanged:
             raise

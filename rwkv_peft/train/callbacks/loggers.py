@@ -44,8 +44,8 @@ def open_loggers(run: RunSetup, cleanup: contextlib.ExitStack, say: Callable[[st
     """Opens them all, after what an earlier start of the run has written behind the step that it goes on from is cut off."""
     config, found, folder = run.config, run.found, run.folder
     done, looked = found.step if found else 0, looked_before(run)
-    before, mended = step_log.cut(folder, done) if found else ([], False)
-    gaps = step_log.gaps([record["step"] for record in before], done)
+    before, mended = step_log.truncate_log(folder, done) if found else ([], False)
+    gaps = step_log.find_gaps([record["step"] for record in before], done)
     for files in (validation, samples):
         files.cut(folder, found.step if found else -1)
     write_json(folder / "run.json", run.settings)
@@ -57,8 +57,8 @@ def open_loggers(run: RunSetup, cleanup: contextlib.ExitStack, say: Callable[[st
     if mended:
         words = f"had lines that are no records, or out of order; what it held before is kept as {step_log.DAMAGED}"
         say(f"warning   {paths.display_path(folder / step_log.FILE)} {words}")
-    if missing := step_log.new_gaps(gaps, found.facts.get("gaps")) if found else []:
-        say(f"warning   loss.jsonl has no record of {step_log.in_words(missing)}; loss.png shows the gap")
+    if missing := step_log.find_new_gaps(gaps, found.facts.get("gaps")) if found else []:
+        say(f"warning   loss.jsonl has no record of {step_log.describe_gaps(missing)}; loss.png shows the gap")
     progress = Progress(run.steps, config.epoch_count, before, hardware.peak_memory, done)
     ours = functools.partial(run.in_use.is_there, folder)
     log = LossFile(folder / step_log.FILE, progress.say, ours)

@@ -29,7 +29,7 @@ class OomCheck(pl.Callback):
         if not self.due or trainer.global_step == self.step:
             return
         self.due, device = False, trainer.strategy.root_device
-        dice = train_state.random_state(device)
+        dice = train_state.get_rng_state(device)
         module.summed_loss(module.transfer_batch_to_device(self.batch, device, 0)).backward()
         trainer.optimizers[0].zero_grad(set_to_none=True)
-        train_state.set_random_state(dice, device)
+        train_state.set_rng_state(dice, device)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 
-from rwkv_peft.checkpoint.base_template import known_by
-from rwkv_peft.checkpoint.prompt_format import Prompting
-from rwkv_peft.data.tokenized_files import common
+from rwkv_peft.checkpoint.base_template import find_base_template
+from rwkv_peft.checkpoint.prompt_format import PromptFormat
+from rwkv_peft.data.tokenized_files import common_form
 from rwkv_peft.model.generate import likeliest_answer
 from rwkv_peft.train.setup import RunSetup
 
@@ -41,10 +41,10 @@ def make_periodic(
     """The validation and what comes beside it, in their order. stop: cuts them short. recorder: does not count their time."""
     config, rounds = run.config, [validation] if validation else []
     if run.questions:
-        written = common(run.data.forms)
-        form = (written and written.template) or known_by(run.base).template
+        written = common_form(run.data.forms)
+        form = (written and written.template) or find_base_template(run.base).template
         bos = run.data.bos == (1,)
-        asked = Prompting(form, written.eot if written else "doc", bos, blank_lines=run.data.blank_lines)
+        asked = PromptFormat(form, written.eot if written else "doc", bos, blank_lines=run.data.blank_lines)
         answer = functools.partial(say_after, asked, config.sample_tokens)
         where = run.folder / samples.FILE
         every = config.sample_steps, run.plan.optimizer_steps
@@ -55,5 +55,5 @@ def make_periodic(
     return rounds
 
 
-def say_after(asked: Prompting, most_tokens: int, model, question: str) -> str:
+def say_after(asked: PromptFormat, most_tokens: int, model, question: str) -> str:
     return likeliest_answer(model, asked.template, question, most_tokens, asked.stop_tokens, asked.bos)

@@ -55,7 +55,7 @@ class ResumeCallback(pl.Callback):
         done = loops.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
         done.ready = done.completed = step
         [optimizer], [schedule] = trainer.optimizers, trainer.lr_scheduler_configs
-        with train_state.fitting(self.begin):
+        with train_state.explain_mismatch(self.begin):
             memory = self.begin.tensors("optimizer"), self.begin.facts["optimizer"]
             module.spread.remember(optimizer, self.names(), *memory)
             self.restore_random(trainer)
@@ -63,7 +63,7 @@ class ResumeCallback(pl.Callback):
         for group, factor in zip(optimizer.param_groups, schedule.scheduler.base_lrs, strict=True):
             group["lr"] = factor * module.rate_of(step)
         if scaler := getattr(trainer.precision_plugin, "scaler", None):
-            with train_state.fitting(self.begin):
+            with train_state.explain_mismatch(self.begin):
                 scaler.load_state_dict(self.begin.facts["scaler"])
 
     def restore_random(self, trainer) -> None:
@@ -74,7 +74,7 @@ class ResumeCallback(pl.Callback):
             if name.startswith(f"{trainer.global_rank}/")
         }
         if of_rank:  # (else there were fewer processes: it draws anew)
-            train_state.set_random_state(of_rank, trainer.strategy.root_device)
+            train_state.set_rng_state(of_rank, trainer.strategy.root_device)
         self.loaded()
 
     def on_train_epoch_start(self, trainer, module) -> None:
@@ -137,7 +137,7 @@ class TrainStateCallback(pl.Callback):
     def look(self, trainer) -> None:
         """Note what changes between here and the next step."""
         self.step = trainer.global_step
-        self.random = train_state.random_state(trainer.strategy.root_device)
+        self.random = train_state.get_rng_state(trainer.strategy.root_device)
 
     def save(self, trainer) -> None:
         """Of the last optimizer step that is done. To be called by all processes."""

@@ -22,7 +22,7 @@ FILE = "valid.jsonl"  # in the run's folder: an object for every look
 
 def read(folder: Path, last: int | None = None) -> list[dict]:
     """What a run has found so far, up to an optimizer step."""
-    found = [record for _, record in step_log.lines(folder / FILE, is_look)]
+    found = [record for _, record in step_log.read_lines(folder / FILE, is_look)]
     return [record for record in found if record and (last is None or record["step"] <= last)]
 
 

@@ -43,15 +43,15 @@ class It(Harness):
                 writer.commit()
         report = Path(f"{prefix}.report.json")
         report.write_bytes(data)
-        bos, words = tokenized_files.bos_of(prefix)
+        bos, words = tokenized_files.detect_bos(prefix)
         sound(bos == 0 and isinstance(words, str), "another BOS than the rows have", bos, words)
-        sound(isinstance(tokenized_files.blank_lines_of(prefix), bool), "neither true nor false")
-        wrong = vocabulary_check.what_is_wrong(prefix, Reader(prefix))
+        sound(isinstance(tokenized_files.has_blank_lines(prefix), bool), "neither true nor false")
+        wrong = vocabulary_check.describe_vocabulary_problem(prefix, Reader(prefix))
         sound(not wrong or "data.report.json" in wrong, "text that is none", wrong)
         found = cache.fresh(report, "k")
         sound(found is None or isinstance(found, dict), "a report that is none", found)
         try:
-            form = tokenized_files.form_of(prefix)
+            form = tokenized_files.read_form(prefix)
         except UserError as error:
             sound("data.report.json" in str(error) or ".json" in str(error), "a message without a place", error)
             return "refused"

@@ -15,7 +15,7 @@ from fuzz.harness import Harness, quiet, sound
 from rwkv_peft.adapters.specs import METHODS
 from rwkv_peft.chat import load
 from rwkv_peft.checkpoint import base_model, prompt_format, pth, run_dir, sidecars
-from rwkv_peft.checkpoint.base_template import known_by, misfit
+from rwkv_peft.checkpoint.base_template import describe_mismatch, find_base_template
 from rwkv_peft.common import hashing
 from rwkv_peft.common.errors import SettingErrors, UserError
 from rwkv_peft.merge import inputs
@@ -44,7 +44,7 @@ class It(Harness):
 
     def read(self, data: bytes, folder: Path) -> str:
         path, base = self.files(folder)
-        note = sidecars.path_of(path)
+        note = sidecars.sidecar_path(path)
         try:
             content = json.loads(data)
         except (ValueError, RecursionError):
@@ -72,7 +72,7 @@ class It(Harness):
         found = inputs.found(path, "", None, None, True)
         sound(found.words and found.label, "no words", found)
         sound(found.part.setup.method in METHODS, "an unknown method", found.part.setup)
-        run_dir.checkpoints(path.parent)
+        run_dir.checkpoint_steps(path.parent)
         if found.sidecar:
             sound(base_model.find_base_model(found.sidecar, path, str(base)) == base, "another base", found.sidecar)
         return "merge"
@@ -83,8 +83,8 @@ class It(Harness):
         return "chat"
 
     def prompt(self, path: Path, base: Path) -> str:
-        told = sidecars.read(path, ())
-        asked = prompt_format.of_sidecar(told, str(sidecars.path_of(path)), base)
+        told = sidecars.read_sidecar(path, ())
+        asked = prompt_format.read_prompt_format(told, str(sidecars.sidecar_path(path)), base)
         again = json.loads(json.dumps(asked.describe()))
         sound(
             all(isinstance(i, int) and 0 <= i < 65536 for i in again["stop_token_ids"]),
@@ -96,7 +96,7 @@ class It(Harness):
         return "prompt"
 
     def known(self, path: Path, base: Path) -> str:
-        known = known_by(path)
+        known = find_base_template(path)
         sound(known.name, "a template without a name", known)
-        misfit(path, PRESETS["rwkv-world"])
+        describe_mismatch(path, PRESETS["rwkv-world"])
         return known.name if known.name in PRESETS else "own"

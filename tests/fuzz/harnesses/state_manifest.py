@@ -70,7 +70,7 @@ class It(Harness):
         return f"{self.log(folder / 'run', log)} {self.state(folder / 'run')}"
 
     def log(self, run: Path, log: bytes) -> str:
-        kept, _ = step_log.cut(run, 5)
+        kept, _ = step_log.truncate_log(run, 5)
         left = (run / "loss.jsonl").read_bytes()
         sound(len(kept) <= 5 and all(record["step"] <= 5 for record in kept), "records of later steps", kept)
         sound({*left.split(b"\n")} <= {*log.split(b"\n"), b""}, "lines that were not there", left)

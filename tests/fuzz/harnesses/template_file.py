@@ -12,7 +12,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from fuzz import mutate
 from fuzz.harness import Harness, sound
-from rwkv_peft.checkpoint.prompt_format import Prompting, shell_text
+from rwkv_peft.checkpoint.prompt_format import PromptFormat, quote_for_bash
 from rwkv_peft.text import template_file
 from rwkv_peft.text.chat_template import jinja
 from rwkv_peft.text.roles import Role
@@ -44,7 +44,7 @@ class It(Harness):
 
     def warm_up(self) -> None:
         self.environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        Prompting(Template("x", "User: {{content}}", "Assistant: {{content}}")).describe()
+        PromptFormat(Template("x", "User: {{content}}", "Assistant: {{content}}")).describe()
 
     def mutate(self, data: bytes, random: random.Random, other: bytes) -> bytes:
         return mutate.of_json(data, random, other, NAMES)
@@ -67,10 +67,10 @@ class It(Harness):
             spans = spans_of_text(data, form.headings)
             overlooked_heading(data, spans, form.headings)
         for eot in ENDINGS:
-            asked = Prompting(form, eot, form.bos)
+            asked = PromptFormat(form, eot, form.bos)
             told = asked.describe()
             json.dumps(told)
-            shell_text(told["example_prompt"])
+            quote_for_bash(told["example_prompt"])
             sound(
                 all(told["stop"]) and all(0 <= i < 65536 for i in told["stop_token_ids"]), "stops that are none", told
             )

@@ -11,7 +11,7 @@ import numpy as np
 from fuzz.harness import Harness, sound
 from rwkv_peft.data import vocabulary_check
 from rwkv_peft.data.masking import Markers, roles_of_tokens, target_weights
-from rwkv_peft.data.tokenized_files import roles_in_text, unescaped
+from rwkv_peft.data.tokenized_files import roles_in_text, unescape_marker
 from rwkv_peft.preprocess.foreign_headings import suspects, tables
 from rwkv_peft.text import tokenizer
 from rwkv_peft.text.roles import Role
@@ -45,7 +45,7 @@ class It(Harness):
         sound(self.python.encode(text) == ids, "the encoders differ", text, ids)
         stream = tokenizer.Utf8Stream()
         sound("".join(map(stream.push, ids)) == text, "a stream gives another text", text)
-        mark = unescaped(text[:4])
+        mark = unescape_marker(text[:4])
         if mark and text:
             markers = Markers(mark, b"\n")
             spans = markers.spans(text.encode())
