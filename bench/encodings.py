@@ -202,10 +202,10 @@ def as_encoded(text: str, codec: str) -> bytes:
     return text.encode(codec)
 
 
-def file_text(language: str, rows: int, form: str, dice: random.Random, codec: str = "") -> str:
+def file_text(language: str, rows: int, form: str, rng: random.Random, codec: str = "") -> str:
     """A file of so many rows, with characters outside ASCII in at least one."""
     known = [writable(s, codec) for s in sentences(language)]
-    some = [dice.choice(known) for _ in range(2 * rows)]
+    some = [rng.choice(known) for _ in range(2 * rows)]
     if "".join(some).isascii():
         some[0] = next(s for s in known if not s.isascii())
     pairs = list(zip(some[::2], some[1::2], strict=True))
@@ -220,13 +220,13 @@ def file_text(language: str, rows: int, form: str, dice: random.Random, codec: s
     return "\n".join(f"{q} {a}" for q, a in pairs) + "\n"
 
 
-def damaged(text: str, dice: random.Random) -> bytes:
+def damaged(text: str, rng: random.Random) -> bytes:
     """UTF-8 with some of its bytes changed or lost, as broken disks, cut downloads and careless programs leave it."""
     lines = text.encode().split(b"\n")
     long = [i for i, line in enumerate(lines) if not line.isascii()]
-    for i in dice.sample(long, max(1, len(long) // 10)):
-        at = dice.choice([k for k, b in enumerate(lines[i]) if b > 127])
-        lines[i] = lines[i][:at] + dice.choice([b"", b"\xff", b"\xc3(", b"\x80"]) + lines[i][at + 1 :]
+    for i in rng.sample(long, max(1, len(long) // 10)):
+        at = rng.choice([k for k, b in enumerate(lines[i]) if b > 127])
+        lines[i] = lines[i][:at] + rng.choice([b"", b"\xff", b"\xc3(", b"\x80"]) + lines[i][at + 1 :]
     return b"\n".join(lines)
 
 
@@ -235,28 +235,28 @@ def files() -> Iterator[File]:
         for codec in (*codecs, *WIDE):
             for rows in ROWS if codec not in WIDE else (1, 10):
                 for form in FORMS:
-                    dice = random.Random(f"{language} {codec} {rows} {form}")
-                    text = file_text(language, rows, form, dice, codec)
+                    rng = random.Random(f"{language} {codec} {rows} {form}")
+                    text = file_text(language, rows, form, rng, codec)
                     group = "UTF-16 and UTF-32" if codec in WIDE else f"{codec} {language}"
                     yield File(group, rows, text, as_encoded(text, codec))
         for rows in (10, 40):
             for form in FORMS:
-                dice = random.Random(f"{language} damaged {rows} {form}")
-                text = file_text(language, rows, form, dice)
-                yield File("UTF-8, damaged", rows, "", damaged(text, dice))
-    dice = random.Random(0)
+                rng = random.Random(f"{language} damaged {rows} {form}")
+                text = file_text(language, rows, form, rng)
+                yield File("UTF-8, damaged", rows, "", damaged(text, rng))
+    rng = random.Random(0)
     for size in (100, 1000, 10_000, 100_000):
-        yield File("binary", 1, "", dice.randbytes(size))
-        yield File("binary", 1, "", b"\x7fELF\x02\x01\x01" + bytes(9) + dice.randbytes(size))
+        yield File("binary", 1, "", rng.randbytes(size))
+        yield File("binary", 1, "", b"\x7fELF\x02\x01\x01" + bytes(9) + rng.randbytes(size))
 
 
 def ours(data: bytes) -> str | None:
-    found = decide(io.BytesIO(data))
-    if not isinstance(found, Encoding):
+    result = decide(io.BytesIO(data))
+    if not isinstance(result, Encoding):
         return None
     file = io.BufferedReader(io.BytesIO(data))
-    file.read(found.skip)
-    return AsUtf8(file, found).read().decode("utf-8", "replace")
+    file.read(result.skip)
+    return AsUtf8(file, result).read().decode("utf-8", "replace")
 
 
 def first_answer(detect: Callable[[bytes], str | None]) -> Callable[[bytes], str | None]:
@@ -270,16 +270,16 @@ def first_answer(detect: Callable[[bytes], str | None]) -> Callable[[bytes], str
 
 
 def verdict(read: Callable[[bytes], str | None], file: File) -> str:
-    found = read(file.data)
-    if found is None:
+    result = read(file.data)
+    if result is None:
         return "right" if file.group == "binary" else "refused"
     if not file.text:  # damaged UTF-8 must stay UTF-8, with its broken rows left to be rejected
         kept = file.data.decode("utf-8", "replace").replace("\r\n", "\n")
-        return "right" if file.group != "binary" and found == kept else "wrong"
+        return "right" if file.group != "binary" and result == kept else "wrong"
     expected = file.text.replace("\r\n", "\n")
-    if found == expected:
+    if result == expected:
         return "right"
-    return "refused" if "\ufffd" in found and sound(found) <= sound(expected) else "wrong"
+    return "refused" if "\ufffd" in result and sound(result) <= sound(expected) else "wrong"
 
 
 def sound(text: str) -> set[str]:
@@ -303,9 +303,9 @@ def main() -> None:
     table: dict[str, dict[str, Counter[str]]] = {}
     for file in files():
         for name, read in readers.items():
-            found = verdict(read, file)
+            result = verdict(read, file)
             for group in (file.group, "all"):
-                table.setdefault(group, {}).setdefault(name, Counter())[found] += 1
+                table.setdefault(group, {}).setdefault(name, Counter())[result] += 1
     names = "".join(f"{name + ': right refused wrong':>42}" for name in readers)
     print(f"{'encoding':30}{'files':>6}{names}")
     for group in [*(g for g in table if g != "all"), "all"]:

@@ -41,7 +41,7 @@ MOST = 0.5  # per cent
 
 def measured(folder: Path, given) -> dict:
     """Seconds of all steps, of looks by the thread, and of looks for saves; how many there were."""
-    found = {"thread": 0.0, "thread_looks": 0, "saves": 0.0, "save_looks": 0}
+    costs = {"thread": 0.0, "thread_looks": 0, "saves": 0.0, "save_looks": 0}
     look, add = FileWatch.look, FileWatch.add
 
     def timed(self, every: bool = True):
@@ -51,8 +51,8 @@ def measured(folder: Path, given) -> dict:
         try:
             return look(self, every)
         finally:
-            found["saves" if main else "thread"] += clock() - began
-            found[f"{kind}_looks"] += 1
+            costs["saves" if main else "thread"] += clock() - began
+            costs[f"{kind}_looks"] += 1
 
     def more(self, paths, stamps=None):
         add(self, [*paths, *sorted((folder / "many").iterdir())], stamps)
@@ -67,7 +67,7 @@ def measured(folder: Path, given) -> dict:
     with mock.patch.multiple(FileWatch, look=timed, add=more):
         train.command(Script(SCRIPT, parse_assignments(SCRIPT) | settings).read(TrainConfig), ["--new"])
     records = [json.loads(line) for line in (folder / "output/run/loss.jsonl").read_text().splitlines()]
-    return found | {"steps": records[-1]["seconds"]}
+    return costs | {"steps": records[-1]["seconds"]}
 
 
 def main() -> None:
@@ -93,16 +93,16 @@ def main() -> None:
         size = GEOMETRIES[given.geometry]
         geometry = new_geometry("x070", size.n_layer, size.n_embd, size.vocab_size)
         pth.save(folder / "model" / "base.pth", {n: t.bfloat16() for n, t in initial_tensors(geometry, 0).items()})
-        found = measured(folder, given)
-    share = {kind: 100 * found[kind] / found["steps"] for kind in ("thread", "saves")}
+        costs = measured(folder, given)
+    share = {kind: 100 * costs[kind] / costs["steps"] for kind in ("thread", "saves")}
     total = sum(share.values())
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"steps of {found['steps']:.1f} s in all, a save every {given.save_steps} of {given.steps}")
-    print(f"thread    {found['thread_looks']} looks, {share['thread']:.4f} %")
-    print(f"saves     {found['save_looks']} looks, {share['saves']:.4f} %")
+    print(f"steps of {costs['steps']:.1f} s in all, a save every {given.save_steps} of {given.steps}")
+    print(f"thread    {costs['thread_looks']} looks, {share['thread']:.4f} %")
+    print(f"saves     {costs['save_looks']} looks, {share['saves']:.4f} %")
     print(f"share     {total:.4f} % of a step (at most {MOST} % is wanted)")
     if given.json:
-        given.json.write_text(json.dumps(found | {"geometry": given.geometry, "per_cent": total}))
+        given.json.write_text(json.dumps(costs | {"geometry": given.geometry, "per_cent": total}))
 
 
 if __name__ == "__main__":

@@ -198,19 +198,19 @@ def main() -> None:
     gpu = torch.cuda.get_device_name() if given.device == "cuda" else "a CPU"
     print(f"{gpu}, driver {kernel_check.driver() or '?'}, torch {torch.__version__}", flush=True)
 
-    def tell(row: dict, words: str) -> None:
+    def report(row: dict, words: str) -> None:
         rows.append(row)
         print(words, flush=True)
         if given.json:
             given.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def attempt(what: object, row, words: str) -> None:
-        """A row of the table, unless time is up; what does not fit is told and left out."""
+        """A row of the table, unless time is up; what does not fit is reported and left out."""
         if time.monotonic() - began > 60 * given.minutes:
             return
         try:
-            found = row()
-            tell(found, words.format(**found))
+            values = row()
+            report(values, words.format(**values))
         except FAULTS as error:
             print(f"left out: {what}: {str(error).splitlines()[0][:150]}", flush=True)
             meter.begin_memory()
@@ -218,7 +218,7 @@ def main() -> None:
     product = product_rate(meter, 512 if given.quick else 8192)
     copy = copy_rate(meter, 1 << (20 if given.quick else 30))
     words = f"product {product / 1e12:.1f} TFLOP/s bfloat16, copy {copy / 1e9:.0f} GB/s"
-    tell({"what": "rates", "gpu": gpu, "product": product, "copy": copy}, words)
+    report({"what": "rates", "gpu": gpu, "product": product, "copy": copy}, words)
     for version in dispatch.WKV:
         for shape in WKV[:1] if given.quick else WKV:
             for name in dispatch.every_way(version, given.device):

@@ -8,9 +8,9 @@ optimizer. Every point is two processes of its own, one thread, after a short st
 
     resident   the highest VmHWM of the step above the VmRSS before it, as a user would see it
     live       the same where malloc gives back every freed block at once (MALLOC_MMAP_THRESHOLD_): what tensors really hold
-    states     full: what its kept states take by their sizes (one per border, and the generator's state), in float32
+    states     full: what its kept states take by their sizes (one per chunk bound, and the generator's state), in float32
 
-s/1k: processor seconds per 1,000 tokens, of the first process (so that other work on the machine counts little), and of
+s/1k: processor seconds per 1,000 tokens, of rank 0 (so that other work on the machine counts little), and of
 the second. Not run: TRAIN_TYPE=none above --most-at-once tokens.
 """
 
@@ -81,7 +81,7 @@ def point(given) -> dict:
 
     step(64)
     before = megabytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the highest mark begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is measured from here
     begin = time.process_time()
     loss = step(tokens)
     return {"seconds": time.process_time() - begin, "peak": megabytes("VmHWM") - before, "loss": loss}
@@ -145,16 +145,16 @@ def main() -> None:
                 continue
             plain, live = (in_a_process(given, tokens, mode, chunk, returns) for returns in (False, True))
             states = state * ((tokens - 1) // chunk) if mode == "full" else 0.0
-            found = {"mode": mode, "chunk": chunk, "tokens": tokens, "resident": plain["peak"], "live": live["peak"]}
-            found |= {"states": states, "loss": plain["loss"]}
-            found |= {
+            record = {"mode": mode, "chunk": chunk, "tokens": tokens, "resident": plain["peak"], "live": live["peak"]}
+            record |= {"states": states, "loss": plain["loss"]}
+            record |= {
                 "seconds_per_1k": 1000 * plain["seconds"] / tokens,
                 "live_seconds_per_1k": 1000 * live["seconds"] / tokens,
             }
-            results.append(found)
+            results.append(record)
             print(
-                f"{name} {found['resident']:12.0f} {found['live']:8.0f} {states:10.1f} {found['seconds_per_1k']:6.2f} "
-                f"{found['live_seconds_per_1k']:6.2f} {found['loss']:9.5f}",
+                f"{name} {record['resident']:12.0f} {record['live']:8.0f} {states:10.1f} {record['seconds_per_1k']:6.2f} "
+                f"{record['live_seconds_per_1k']:6.2f} {record['loss']:9.5f}",
                 flush=True,
             )
     if given.json:

@@ -3,12 +3,12 @@
 usage: python bench/load.py [--layers 24] [--width 1024] [--methods lora,pissa] [--quants none,int8,nf4,fp4,fp8]
                             [--quant-parts att,ffn] [--dtype bfloat16] [--folder /tmp] [--json FILE]
 
-Writes a random RWKV-7 of this size in bfloat16 (0.9 GB as shipped) and opens it anew in a process for every point, one
+Writes a random RWKV-7 of this size in bfloat16 (0.9 GB as shipped) and opens it again in a process for every point, one
 thread, after a small piece of the same work that loads what is loaded once. All figures are MB of anonymous memory
 (RssAnon of /proc/self/status, looked at every 2 ms): pages of the mapped file do not count, the kernel may drop them.
 
     result    the bytes of all tensors that do not lie in the mapped file: codes, scales, adapters, what PiSSA began with
-    held      RssAnon at the end, above what it was before: the result, and what malloc has not given back
+    kept      RssAnon at the end, above what it was before: the result, and what malloc has not given back
     peak      the most on the way. more: peak - result, and how many times the largest weight in float32 that is
 
 s: processor seconds. Pages of the file are read once before, so that the disk does not count.
@@ -107,8 +107,8 @@ def point(given) -> dict:
     del tensors
     begun = inject.inject_adapters(model, setup, dtype)
     seconds = time.process_time() - begin
-    peak, held = watch.end() - before, anonymous() - before
-    return {"peak": peak, "held": held, "seconds": seconds, "result": result_bytes(model, begun, mapped) / 2**20}
+    peak, kept = watch.end() - before, anonymous() - before
+    return {"peak": peak, "held": kept, "seconds": seconds, "result": result_bytes(model, begun, mapped) / 2**20}
 
 
 def result_bytes(model: nn.Module, begun: dict, mapped: set[int]) -> int:
@@ -171,15 +171,15 @@ def main() -> None:
         )
         print(f"the largest weight that is worked on: {largest:.1f} MB in float32")
         print(
-            f"{'method':<6} {'quant':<5} {'result MB':>9} {'held MB':>8} {'peak MB':>8} {'more MB':>8} {'largest':>8} {'s':>6}"
+            f"{'method':<6} {'quant':<5} {'result MB':>9} {'kept MB':>8} {'peak MB':>8} {'more MB':>8} {'largest':>8} {'s':>6}"
         )
         for method, quant in itertools.product(given.methods.split(","), given.quants.split(",")):
-            found = in_a_process(given, path, method, quant)
-            more = found["peak"] - found["result"]
-            results.append({"method": method, "quant": quant, **found})
+            record = in_a_process(given, path, method, quant)
+            more = record["peak"] - record["result"]
+            results.append({"method": method, "quant": quant, **record})
             print(
-                f"{method:<6} {quant:<5} {found['result']:9.0f} {found['held']:8.0f} {found['peak']:8.0f} {more:8.0f} "
-                f"{more / largest:7.1f}x {found['seconds']:6.1f}",
+                f"{method:<6} {quant:<5} {record['result']:9.0f} {record['held']:8.0f} {record['peak']:8.0f} {more:8.0f} "
+                f"{more / largest:7.1f}x {record['seconds']:6.1f}",
                 flush=True,
             )
     if given.json:

@@ -5,7 +5,7 @@ usage: python bench/loader.py [--documents 200000] [--batches 300] [--rounds 5] 
 Writes a synthetic file (lengths log-normal around 300 tokens, half of them answers) and takes micro-batches of about 16,384
 tokens from each mode in turn. Prints for each mode the median of tokens/s over the rounds, its spread, and the ratio to one
 million; then the time of the start (everything that is known of the data before the first batch) and of making a pass, and
-the memory that is held per document (the index file itself is 20 bytes).
+the memory per document (the index file itself is 20 bytes).
 """
 
 from __future__ import annotations
@@ -95,10 +95,10 @@ def main() -> None:
             tracemalloc.start()
             kept = make(prefix, mode, given)
             kept[1][0]
-            held, peak = tracemalloc.get_traced_memory()
+            live, peak = tracemalloc.get_traced_memory()
             tracemalloc.stop()
             del kept
-            results[mode] |= {"held": held / given.documents, "peak": peak / given.documents}
+            results[mode] |= {"held": live / given.documents, "peak": peak / given.documents}
         for turn in range(given.rounds + 1):  # the first warms up the pages of the file
             for mode, batches in made.items():
                 tokens, begin = 0, time.perf_counter()
@@ -110,13 +110,13 @@ def main() -> None:
         f"{given.documents:,} documents, LOSS_MASK={given.mask}, CTX_LEN={given.ctx_len}, micro-batches of about {TOKENS:,} "
         f"tokens; {platform.machine()}, one process, {given.rounds} interleaved rounds of {given.batches} batches"
     )
-    for mode, found in results.items():
-        speeds = found["tokens_per_s"]
+    for mode, row in results.items():
+        speeds = row["tokens_per_s"]
         middle = statistics.median(speeds)
         print(
             f"  {mode:<7} {middle / 1e6:7.1f} M tokens/s ({min(speeds) / 1e6:.1f} to {max(speeds) / 1e6:.1f})   "
-            f"{middle / GOAL:5.1f} times 1 M   start {found['start_s']:.2f} s, a pass {found['pass_s']:.2f} s of "
-            f"{found['rows']:,} rows; {found['held']:.0f} bytes a document held, {found['peak']:.0f} at most"
+            f"{middle / GOAL:5.1f} times 1 M   start {row['start_s']:.2f} s, a pass {row['pass_s']:.2f} s of "
+            f"{row['rows']:,} rows; {row['held']:.0f} bytes a document live, {row['peak']:.0f} at most"
         )
     if given.json:
         given.json.write_text(json.dumps({**vars(given), "results": results}, default=str))

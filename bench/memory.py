@@ -46,10 +46,10 @@ SCRIPT = paths.ROOT / "training.sh"
 
 def write_rows(prefix: Path, tokens: int) -> None:
     """Random rows of 20 to 400 tokens."""
-    dice = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     with Writer(prefix, {"": np.uint16}) as writer:
         while tokens > 0:
-            row = dice.integers(1, 65000, dice.integers(20, 400))
+            row = rng.integers(1, 65000, rng.integers(20, 400))
             writer.add({"": np.append(row, 0)})
             tokens -= len(row)
         writer.commit()
@@ -117,10 +117,10 @@ def main() -> None:
                     "geometry": name, "precision": precision, "method": method, "ctx": int(ctx), "grad_cp": cp,
                     "op": given.op, "optim": optim, "steps": given.steps,
                 }  # fmt: skip
-                found, meant = run({**point, "folder": folder})
-                rows.append({**point, "version": given.version, "measured_mb": found, "estimated_mb": meant})
+                peak, meant = run({**point, "folder": folder})
+                rows.append({**point, "version": given.version, "measured_mb": peak, "estimated_mb": meant})
                 where = f"{name} {precision} {method} {optim} {ctx} GRAD_CP={cp}"
-                print(f"{where:44} {found:9.0f} {meant:9.0f} {100 * (meant / found - 1):+6.0f}%", flush=True)
+                print(f"{where:44} {peak:9.0f} {meant:9.0f} {100 * (meant / peak - 1):+6.0f}%", flush=True)
             path.unlink()
     worst = max(rows, key=lambda row: abs(row["estimated_mb"] / row["measured_mb"] - 1))
     print(f"largest difference: {100 * (worst['estimated_mb'] / worst['measured_mb'] - 1):+.0f} %")

@@ -115,22 +115,22 @@ def turn(folder: Path, base: Path) -> dict[str, tuple[float, float, float]]:
     """One round. Whatever is measured finds the base in the page cache, and its target's name free."""
     copy, merged = folder / "copy.pth", folder / "merge" / "base-bench-0.pth"
     exported = merged.with_suffix(".st")
-    found = {}
-    found["cp"] = measured("cp", base, copy)
+    figures = {}
+    figures["cp"] = measured("cp", base, copy)
     measured(sys.executable, "-c", SYNC, copy)
     copy.unlink()
     begin = time.perf_counter()
     _, worked, _ = measured("cp", base, copy)
     with open(copy, "rb") as file:
         os.fsync(file.fileno())
-    found["cp, fsync"] = time.perf_counter() - begin, worked, 0.0
+    figures["cp, fsync"] = time.perf_counter() - begin, worked, 0.0
     copy.unlink()
     door = sys.executable, "-c", MERGE + PEAK, ROOT, folder
-    found["merge"] = measured(*door, "output/bench/rwkv-0.pth")
-    found["export .st"] = measured(*door, "--export", "safetensors", merged)
+    figures["merge"] = measured(*door, "output/bench/rwkv-0.pth")
+    figures["export .st"] = measured(*door, "--export", "safetensors", merged)
     for file in (merged, merged.with_suffix(".json"), exported):
         file.unlink()
-    return found
+    return figures
 
 
 def main() -> None:

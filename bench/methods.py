@@ -5,7 +5,7 @@ usage: python bench/methods.py [--base model/rwkv7-tiny.pth] [--methods lora,sta
 
 The rows: 16 questions with invented answers (facts), and 12 others; all answers begin with one phrase and end with another
 (style). Each method goes through them by the door of training.sh, with its learning rate searched first: two rates, and
-further ones while the best lies at an edge; the best is that with the smallest sum of the two losses below. Then it goes
+further ones while the best is at an edge; the best is that with the smallest sum of the two losses below. Then it goes
 again with other seeds. Greedy answers are made by rwkv_peft.model.generate, and these are the figures:
 
     facts   share of the 16 answers that hold the invented sentence word for word, and the mean loss of its tokens
@@ -14,7 +14,7 @@ again with other seeds. Greedy answers are made by rwkv_peft.model.generate, and
     s/step  median over the steps of short runs of all methods in turn; peak: memory at most while it trained (VmHWM), above
             what the process had before
 
-Every run is a process of its own (a fork), one thread. With --json a call goes on where another ended: more methods, or
+Every run is a process of its own (a fork), one thread. With --json a call continues where another ended: more methods, or
 more seeds.
 """
 
@@ -91,7 +91,7 @@ METHODS = {
     "full": ({"FINETUNE_MODE": "full"}, (1e-3, 3e-3)),
 }
 
-# Words that the toy base has met: those it has not are rows of its head that nobody has trained, and adapters leave them so
+# Words that the toy base has met: those it has not are rows of its head that were never trained, and adapters leave them so
 KEPT = (
     *("boat", "lamp", "tower", "harbour", "window", "school", "roof", "shop"),
     *("tea", "bread", "wool", "glass", "wind", "ship", "storm", "winter"),
@@ -114,16 +114,16 @@ ASKS = {  # kinds of everyday questions, and what the answers say between the tw
 
 
 def material() -> tuple[list[tuple[str, str]], list[tuple[str, str]], list[str]]:
-    """Facts and other rows (question, what stands between the phrases), and the questions that are not among them."""
-    dice = random.Random(7)
-    words = [[dice.choice(among) for among in (HOW, WHO, MANY, WITH)] for _ in KEPT]
+    """Facts and other rows (question, what is between the phrases), and the questions that are not among them."""
+    rng = random.Random(7)
+    words = [[rng.choice(among) for among in (HOW, WHO, MANY, WITH)] for _ in KEPT]
     facts = [
         (f"Who looks after the {what}?", "The {} {}, with {} {}.".format(*chosen))
         for what, chosen in zip(KEPT, words, strict=True)
     ]
     pairs = [(kind, thing) for kind in ASKS for thing in THINGS]
-    dice.shuffle(pairs)
-    others = [(kind.format(thing), dice.choice(ASKS[kind]).format(thing)) for kind, thing in pairs[:OTHERS]]
+    rng.shuffle(pairs)
+    others = [(kind.format(thing), rng.choice(ASKS[kind]).format(thing)) for kind, thing in pairs[:OTHERS]]
     unseen = [kind.format(thing) for kind, thing in pairs[OTHERS:]]
     return facts, others, unseen[:ASKED]
 
@@ -202,7 +202,7 @@ def train_once(root: Path, settings: dict[str, str], rate: float, seed: int, epo
     values = shell_values(ROOT / "training.sh") | COMMON | settings | changes
     config = Script(ROOT / "training.sh", values).read(TrainConfig)
     before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the highest mark begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is measured from here
     train.command(config, [])
     peak = status("VmHWM") - before
     folder = root / "output" / "run"
@@ -254,10 +254,10 @@ def ask(root: Path, adapter: str) -> dict:
         logits, _ = model(torch.tensor([ids]))
         return float(torch.nn.functional.cross_entropy(logits[0, known - 1 : -1].float(), torch.tensor(ids[known:])))
 
-    told = [answer(question) for question, _ in facts]
+    answers = [answer(question) for question, _ in facts]
     heard = [answer(question) for question in unseen]
     return {
-        "hits": statistics.mean(fact in text for (_, fact), text in zip(facts, told, strict=True)),
+        "hits": statistics.mean(fact in text for (_, fact), text in zip(facts, answers, strict=True)),
         "fact_loss": statistics.mean(loss(f"{prompt(q)} {BEGIN}", f" {fact}") for q, fact in facts),
         "style": statistics.mean(text.startswith(BEGIN) and text.endswith(END) for text in heard),
         "begins": statistics.mean(text.startswith(BEGIN) for text in heard),
@@ -265,24 +265,26 @@ def ask(root: Path, adapter: str) -> dict:
         "style_loss": statistics.mean(
             (loss(prompt(q), f" {BEGIN}") + loss(f"{prompt(q)} {BEGIN} I do not know.", f" {END}")) / 2 for q in unseen
         ),
-        "examples": [f"{q} -> {text}" for q, text in [(facts[0][0], told[0]), *zip(unseen, heard, strict=True)][:8]],
+        "examples": [f"{q} -> {text}" for q, text in [(facts[0][0], answers[0]), *zip(unseen, heard, strict=True)][:8]],
     }
 
 
 def searched(run, rates: tuple[float, ...], most: int) -> tuple[float, dict[float, dict]]:
     """The best rate, and what every rate gave. run: rate -> figures, or None where training failed."""
-    found = {rate: run(rate) for rate in rates}
+    outcome = {rate: run(rate) for rate in rates}
 
     def sum_of_losses(rate: float) -> float:
-        return found[rate]["fact_loss"] + found[rate]["style_loss"] if found[rate] else float("inf")
+        return outcome[rate]["fact_loss"] + outcome[rate]["style_loss"] if outcome[rate] else float("inf")
 
-    while len(found) < most:
-        best = min(found, key=sum_of_losses)
-        further = next_rate(best, 3) if best == max(found) else next_rate(best, 1 / 3) if best == min(found) else None
+    while len(outcome) < most:
+        best = min(outcome, key=sum_of_losses)
+        further = (
+            next_rate(best, 3) if best == max(outcome) else next_rate(best, 1 / 3) if best == min(outcome) else None
+        )
         if further is None:
             break
-        found[further] = run(further)
-    return min(found, key=sum_of_losses), found
+        outcome[further] = run(further)
+    return min(outcome, key=sum_of_losses), outcome
 
 
 def next_rate(rate: float, factor: float) -> float:
@@ -323,8 +325,8 @@ def main() -> None:
                 return done
 
             if name not in results:
-                best, found = searched(run, rates, given.most_rates)
-                results[name] = {"rate": best, "rates": sorted(found), "runs": [found[best]]}
+                best, outcome = searched(run, rates, given.most_rates)
+                results[name] = {"rate": best, "rates": sorted(outcome), "runs": [outcome[best]]}
             known = results[name]
             known["runs"] += [run(known["rate"], seed) for seed in range(len(known["runs"]) + 1, given.seeds + 1)]
             if given.json:
@@ -348,8 +350,8 @@ def show(results: dict[str, dict], given) -> None:
         f"{'method':<12} {'values':>11} {'rate':>7} {'s/step':>7} {'peak MB':>8} {'file MB':>8}  "
         f"{'facts':<18} {'loss':>5}  {'style':<18} {'begins':>6} {'loss':>5}  (rates tried)"
     )
-    for name, found in results.items():
-        runs = found["runs"]
+    for name, outcome in results.items():
+        runs = outcome["runs"]
 
         def mean(key: str, runs=runs) -> float:
             return statistics.mean(run[key] for run in runs)
@@ -359,10 +361,10 @@ def show(results: dict[str, dict], given) -> None:
             return f"{mean(key):.0%} ({min(values):.0%} to {max(values):.0%})"
 
         cost = " " * 45
-        if "rate" in found:
-            seconds = statistics.median(found["steps"])
-            cost = f"{runs[0]['trained']:11,} {found['rate']:7g} {seconds:7.3f} {mean('peak'):8.0f} {mean('file') / 1e6:8.2f}"
-        tried = ", ".join(f"{rate:g}" for rate in found.get("rates", []))
+        if "rate" in outcome:
+            seconds = statistics.median(outcome["steps"])
+            cost = f"{runs[0]['trained']:11,} {outcome['rate']:7g} {seconds:7.3f} {mean('peak'):8.0f} {mean('file') / 1e6:8.2f}"
+        tried = ", ".join(f"{rate:g}" for rate in outcome.get("rates", []))
         print(
             f"{name:<12} {cost}  {share('hits'):<18} {mean('fact_loss'):5.2f}  {share('style'):<18} "
             f"{mean('begins'):6.0%} {mean('style_loss'):5.2f}  {tried}"

@@ -71,16 +71,16 @@ LEAST = 8  # words of a synthetic row
 
 def long_tail(path: Path, rows: int, median: float, sigma: float) -> None:
     """Chats of the words of data/sample.jsonl, as many as a log-normal distribution of tokens asks for."""
-    dice = random.Random(0)
+    rng = random.Random(0)
     words = (ROOT / "data" / "sample.jsonl").read_text(encoding="utf-8").replace('"', " ").split()
     words = [word for word in words if word.isascii() and word.isalpha()]
     with open(path, "w", encoding="utf-8") as file:
         for _ in range(rows):
-            many = max(LEAST, round(dice.lognormvariate(np.log(median), sigma) / WORD))
+            many = max(LEAST, round(rng.lognormvariate(np.log(median), sigma) / WORD))
             asked = max(2, round(QUESTION * many))
             row = {
-                "prompt": " ".join(dice.choices(words, k=asked)),
-                "completion": " ".join(dice.choices(words, k=many - asked)),
+                "prompt": " ".join(rng.choices(words, k=asked)),
+                "completion": " ".join(rng.choices(words, k=many - asked)),
             }
             file.write(json.dumps(row) + "\n")
 
@@ -124,7 +124,7 @@ class Trainer:
 
 
 @dataclass
-class Found:
+class Measurement:
     """Of one mode: per round seconds, inputs, real tokens, supervised tokens; micro-batches of the last."""
 
     seconds: list[float] = field(default_factory=list)
@@ -168,21 +168,21 @@ class Found:
 def compare(name: str, prefix: Path, ctx_len: str, modes: list[str], trainer: Trainer, given) -> list[dict]:
     sizes = np.asarray(Reader(prefix).sizes)
     batches = {mode: planned(prefix, mode, ctx_len, given.mask).batches(0) for mode in modes}
-    found = {mode: Found() for mode in modes}
+    measurements = {mode: Measurement() for mode in modes}
     for made in batches.values():
         for i in range(min(2, len(made))):  # the warm-up
             trainer.step(made[i])
     for number in range(given.rounds):
         for mode in modes:
-            found[mode].epoch(trainer, batches[mode], number)
-    if len({of_mode.supervised[0] for of_mode in found.values()}) > 1:
+            measurements[mode].epoch(trainer, batches[mode], number)
+    if len({of_mode.supervised[0] for of_mode in measurements.values()}) > 1:
         print("WARNING: the modes did not train the same tokens")
     half, most = np.percentile(sizes, [50, 99])
     print(f"{name}: {len(sizes)} rows, CTX_LEN={ctx_len}; half of them up to {half:.0f} tokens, "
           f"99 % up to {most:.0f}, the longest {sizes.max()}")  # fmt: skip
     rows = []
     for mode in modes:
-        row = {"set": name, "mode": mode, **found[mode].figures()}
+        row = {"set": name, "mode": mode, **measurements[mode].figures()}
         rows.append(row)
         print(
             f"  {mode:<7} {row['supervised_tokens_per_s']:8.1f} supervised tokens/s ({row['slowest']:.1f} to "

@@ -50,8 +50,8 @@ def by_bitsandbytes(weight: Tensor, mode: str, dtype: torch.dtype) -> Callable[[
     return lambda: functional.dequantize_blockwise(codes, state)
 
 
-def error(found: Tensor, exact: Tensor) -> float:
-    return ((found.double() - exact.double()).norm() / exact.double().norm()).item()
+def error(rows: Tensor, exact: Tensor) -> float:
+    return ((rows.double() - exact.double()).norm() / exact.double().norm()).item()
 
 
 def milliseconds(run: Callable[[], Tensor]) -> float:
@@ -76,12 +76,12 @@ def main() -> None:
     weight = (torch.randn(shape) * 0.02).bfloat16()
     heavy = (torch.distributions.StudentT(4.0).sample(shape) * 0.01).bfloat16()
     x = torch.randn(64, given.inputs)
-    found, candidates = {}, {}
+    rows, candidates = {}, {}
     for mode in MODES:
         begin = time.perf_counter()
         layer = QuantLinear(weight, mode)
         made = 1e3 * (time.perf_counter() - begin)
-        found[mode] = {
+        rows[mode] = {
             "bits": 8 * layer.bytes / weight.numel(),
             "error": error(layer.dense(), weight),
             "heavy": error(QuantLinear(heavy, mode).dense(), heavy),
@@ -90,7 +90,7 @@ def main() -> None:
         }
         candidates[mode, "ours"] = lambda layer=layer: layer.dense(dtype)
         candidates[mode, "theirs"] = by_bitsandbytes(weight, mode, dtype)
-        found[mode]["theirs_error"] = error(candidates[mode, "theirs"](), weight)
+        rows[mode]["theirs_error"] = error(candidates[mode, "theirs"](), weight)
     tokens, dense = torch.randn(TOKENS, given.inputs, dtype=dtype), weight.to(dtype)
     candidates["product", "dense"] = lambda: F.linear(tokens, dense)
     times = {key: [] for key in candidates}
@@ -107,7 +107,7 @@ def main() -> None:
         "mode  bits/weight  error: normal  heavy tails  outputs  (bitsandbytes normal)    dense ms (from to)"
         "        bitsandbytes ms (from to)  ratio  quantise ms"
     )
-    for mode, row in found.items():
+    for mode, row in rows.items():
         ours, theirs = times[mode, "ours"], times[mode, "theirs"]
         row["ratio"] = statistics.median(ours) / statistics.median(theirs)
         print(
@@ -120,7 +120,7 @@ def main() -> None:
     print(f"the product of the dense weight with {TOKENS:,} tokens takes {product:.0f} ms")
     if given.json:
         named = {" ".join(key): values for key, values in times.items()}
-        given.json.write_text(json.dumps({**vars(given), "found": found, "times_ms": named}, default=str))
+        given.json.write_text(json.dumps({**vars(given), "found": rows, "times_ms": named}, default=str))
 
 
 if __name__ == "__main__":

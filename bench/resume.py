@@ -75,22 +75,22 @@ def records(folder: Path) -> list[dict]:
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
-def killed_run(point: dict, kills: int, dice: random.Random) -> list[tuple[int, int]]:
+def killed_run(point: dict, kills: int, rng: random.Random) -> list[tuple[int, int]]:
     """Returns for each kill: the step in whose course it came, and the one that the run went on with."""
-    folder, found = Path(point["folder"]) / "output" / point["name"], []
-    for at in sorted(dice.sample(range(2, point["steps"] - 2), kills)):
+    folder, resumed = Path(point["folder"]) / "output" / point["name"], []
+    for at in sorted(rng.sample(range(2, point["steps"] - 2), kills)):
         process = start(point)
         while process.poll() is None and len(records(folder)) < at:
             time.sleep(0.002)
-        time.sleep(dice.random() * 0.05)
+        time.sleep(rng.random() * 0.05)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         states = folder / "state"
         whole = [int(p.name[5:]) for p in states.glob("step-*")] if states.is_dir() else []
-        found.append((len(records(folder)), max(whole, default=0) + 1))
-        print(f"killed in step {found[-1][0] + 1}, goes on with step {found[-1][1]}", flush=True)
+        resumed.append((len(records(folder)), max(whole, default=0) + 1))
+        print(f"killed in step {resumed[-1][0] + 1}, goes on with step {resumed[-1][1]}", flush=True)
     finish(start(point))
-    return found
+    return resumed
 
 
 def draw(path: Path, whole: list[dict], again: list[dict], kills: list[tuple[int, int]]) -> None:

@@ -15,7 +15,7 @@ Every implementation is a process of its own that loads the same file; their ste
 
 --peers: rwkvtune 0.1.0, rwkv7-hf 0.9.0 with peft, and the rwkv package's forward pass (which trains nothing) are installed
 into bench/.venv-peers first (some GB; bench/peers/requirements.txt) and run on the same file, tokens, rank, length and
-threads: a few further rounds of ours and one of them in turn, one peer at a time, because each takes several times ours'
+threads: a few further rounds of the kit and one of them in turn, one peer at a time, because each takes several times ours'
 memory. A ratio is of the medians of these rounds. The loss of the first step must be the same for all of them.
 """
 
@@ -87,7 +87,7 @@ def setup_of(method: str, rank: int, quant: str = "none") -> inject.AdapterConfi
 
 
 def needed_flops(geometry: Geometry, method: str, rank: int) -> float:
-    """Operations per token in matrix products, for all that a step must do: no recomputing, no products nobody needs."""
+    """Operations per token in matrix products, for all that a step must do: no recomputing, no unneeded products."""
     sizes = arch.shapes(geometry)
     products = [s for n, s in sizes.items() if len(s) == 2 and n != "emb.weight" and not n.endswith("r_k")]
     forward = 2 * sum(a * b for a, b in products)
@@ -117,11 +117,11 @@ class Ours:
         self.optimizer = self.module.configure_optimizers()["optimizer"]
         tokens = given.batch * given.ctx
         inputs, targets = protocol.tokens(given.batch, given.ctx, geometry.vocab_size)
-        borders = tuple(range(0, tokens + 1, given.ctx))
+        bounds = tuple(range(0, tokens + 1, given.ctx))
         ids, positions, targets = (
             x.to(device) for x in (inputs.reshape(1, -1), torch.arange(tokens), targets.flatten())
         )
-        self.batch = Batch(ids, borders, positions, targets, tokens, tokens)
+        self.batch = Batch(ids, bounds, positions, targets, tokens, tokens)
 
     def step(self) -> float:
         loss = self.module.summed_loss(self.batch) / self.batch.step_targets
@@ -225,7 +225,7 @@ def peers_python() -> str:
 
 
 def run_peers(given, base: Path, ours: Child, rates: list[float]) -> tuple[list[tuple[Child, list[dict]]], list[str]]:
-    """Every peer beside ours: (peer, the steps of ours in its rounds), and what could not be run."""
+    """Every peer beside ours: (peer, the kit's steps in its rounds), and what could not be run."""
     python, done, left_out = peers_python(), [], []
     wishes = {name: getattr(given, name) for name in ("ctx", "batch", "rank", "precision", "threads")}
     wishes |= {

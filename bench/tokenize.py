@@ -44,18 +44,18 @@ SENTENCES = (2, 4, 8)  # of an answer
 
 
 def sentences() -> list[str]:
-    found = []
+    sentences = []
     for name in ("sample.jsonl", "pretrain.jsonl"):
         for line in (ROOT / "data" / name).read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             turns = (
                 row.get("messages") or row.get("conversations") or [{"content": t} for t in row["text"].split("\n\n")]
             )
-            found += [
+            sentences += [
                 (turn.get("content") or turn.get("value")).removeprefix("User: ").removeprefix("Assistant: ")
                 for turn in turns
             ]
-    return [s.strip() for s in found if s.strip()]
+    return [s.strip() for s in sentences if s.strip()]
 
 
 def write_chats(path: Path, size: int) -> tuple[int, int, int]:
@@ -124,15 +124,15 @@ def main() -> None:
                 if round_:  # the first is the warm-up
                     speeds[name].append(sizes[name] / 1e6 / (time.perf_counter() - begin))
         on_peers_rows = tokenize_quietly(theirs, config)
-    medians = {name: statistics.median(found) for name, found in speeds.items()}
+    medians = {name: statistics.median(rates) for name, rates in speeds.items()}
     cores = given.workers
     print(f"JSONL chats -> .bin/.idx with roles, report and picture; {platform.machine()}, {os.cpu_count()} cores, "
           f"Python {platform.python_version()}, {given.rounds} interleaved rounds")  # fmt: skip
     print(f"  {rows:,} rows, {written / rows:,.0f} bytes and {turns / rows:.1f} messages each")
     for name, words in (("ours", f"make_tokenize.sh, WORKERS={cores}"), ("peer", "Python tokenizer, 1 process")):
-        found = speeds[name]
+        rates = speeds[name]
         print(
-            f"  {words:<30} {medians[name]:7.1f} MB/s  ({min(found):.1f} to {max(found):.1f}) of {sizes[name] / 1e6:.0f} MB"
+            f"  {words:<30} {medians[name]:7.1f} MB/s  ({min(rates):.1f} to {max(rates):.1f}) of {sizes[name] / 1e6:.0f} MB"
         )
     per_core = medians["ours"] / cores
     print(f"a core: {per_core:.1f} MB/s of JSONL, end to end")

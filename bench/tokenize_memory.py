@@ -28,12 +28,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def family(pid: int) -> list[int]:
     """The process and all that it has started."""
-    found = [pid]
+    pids = [pid]
     with contextlib.suppress(OSError):
         for task in Path(f"/proc/{pid}/task").iterdir():
             for child in (task / "children").read_text().split():
-                found += family(int(child))
-    return found
+                pids += family(int(child))
+    return pids
 
 
 def megabytes(pid: int) -> float:

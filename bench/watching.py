@@ -54,15 +54,15 @@ def child(point: dict) -> None:
     if point["watched"]:
         has_board = importlib.util.find_spec("tensorboard") is not None
         settings |= {"VAL_DATA": "held", "WANDB": "bench", "TENSORBOARD": str(int(has_board))}
-    found = []
-    with mock.patch.object(report, "finish", lambda *told: found.append(told[-1])):
+    spent = []
+    with mock.patch.object(report, "finish", lambda *arguments: spent.append(arguments[-1])):
         nothing = mock.patch.multiple(core, draw_loss=lambda folder: None)
         silent = mock.patch.object(core.LossFile, "__call__", lambda self, record: None)
         if not point["watched"]:
             nothing.start()
             silent.start()
         train.command(Script(SCRIPT, parse_assignments(SCRIPT) | settings).read(TrainConfig), ["--new"])
-    print("took", found[0])
+    print("took", spent[0])
 
 
 def run(point: dict) -> float:

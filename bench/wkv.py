@@ -69,8 +69,8 @@ def compare(version: str, given) -> dict:
     exact = forward_and_backward(reference, x, dy, ds)
     errors, times = {}, {name: [] for name in candidates}
     for name, wkv in candidates.items():  # also the warm-up
-        found = forward_and_backward(wkv, x, dy, ds)
-        errors[name] = max(((a - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True))
+        result = forward_and_backward(wkv, x, dy, ds)
+        errors[name] = max(((a - b).norm() / b.norm()).item() for a, b in zip(result, exact, strict=True))
     for _ in range(given.rounds):
         for name, wkv in candidates.items():
             begin = time.perf_counter()
@@ -95,13 +95,13 @@ def main() -> None:
     )
     results = {}
     for version in dispatch.WKV if given.version == "all" else [given.version]:
-        results[version] = found = compare(version, given)
-        medians = found["medians_ms"]
+        results[version] = result = compare(version, given)
+        medians = result["medians_ms"]
         print(version)
-        for name, t in found["times_ms"].items():
+        for name, t in result["times_ms"].items():
             print(
                 f"  {name:<24} {medians[name]:9.1f} ms  ({min(t):.1f} to {max(t):.1f})"
-                f"  largest relative error {found['errors'][name]:.1e}"
+                f"  largest relative error {result['errors'][name]:.1e}"
             )
         for name in medians:
             if name != NAIVE:

@@ -1,7 +1,7 @@
 """The matrix: every version x file x method x loader x mask x train type x compressed base, and what must hold in each cell.
 
 The axes are read from the code's own tables, so a new version or method appears here by itself; what a value needs beside
-its own name (a marker, a rank that fits, a learning rate) stands in the dicts below. A cell is a value of every axis. The
+its own name (a marker, a rank that fits, a learning rate) is in the dicts below. A cell is a value of every axis. The
 settings either refuse it, with a variable and a sentence, or accept it, and then it runs: on a tiny model, through the real
 commands, within this process, and is asked the laws in `laws`.
 
@@ -150,7 +150,7 @@ PLAIN: Settings = FAST | {
     "DATA_PATH": "rows", "CTX_LEN": "40", "CHUNK_CTX": "48", "MICRO_BSZ": "6", "SEED": "1", "GRAD_CLIP": "1.0",
     "LR_INIT": "4e-2", "LR_FINAL": "0", "EPOCH_COUNT": "1", "EPOCH_STEPS": "8", "NUM_WORKERS": "0",
 }  # fmt: skip
-MORE = 2  # steps of a run that goes on
+MORE = 2  # steps of a resumed run
 
 
 @functools.cache
@@ -488,8 +488,8 @@ def merged_compressed(run: Run) -> float | None:
     )
 
 
-def goes_on(first: Run) -> float | None:
-    """Loaded against left in memory: how many tensors differ, to the last bit, in a run that goes on from the
+def resumes(first: Run) -> float | None:
+    """Loaded against left in memory: how many tensors differ, to the last bit, in a run that resumes from the
     checkpoint, before its first step and after MORE steps with a fresh optimizer; and whether its first logits do."""
     method = METHODS[first.config.method]
     if method.saves_model and first.cell[NAMES.index("file")] != "fp32":
@@ -504,12 +504,12 @@ def goes_on(first: Run) -> float | None:
     wrong += [f"{n} (layout)" for n, tensor in second.seen.before.items() if now[n].stride() != tensor.stride()]
     wrong += [] if now.keys() == second.seen.before.keys() else ["the names"]
     wrong += [] if torch.equal(logits(model), second.seen.first_logits) else ["the logits"]
-    if first.config.method != "lisa":  # its blocks are drawn anew
+    if first.config.method != "lisa":  # its blocks are drawn again
         train_on(first, second)
         after = dict(second.model.named_parameters())
         wrong += [f"{name} later" for name in now if not torch.equal(now[name], after[name])]
     if wrong:  # pytest shows it where the law fails
-        print(f"goes on: {len(wrong)} differ, like {', '.join(wrong[:4])}")
+        print(f"resumes: {len(wrong)} differ, like {', '.join(wrong[:4])}")
     return len(wrong)
 
 
@@ -545,7 +545,7 @@ LAWS: dict[str, tuple[Callable[[Run], float | None], float]] = {
     "attached": (attached_as_trained, ROUNDING),
     "merged": (merged, ROUNDING),
     "merged compressed": (merged_compressed, ROUNDING),
-    "goes on": (goes_on, 0),
+    "resumes": (resumes, 0),
 }
 # (law, method) -> more than that
 ALLOWED = {
@@ -618,7 +618,7 @@ def docs() -> str:
         "Made by `python tests/matrix.py --docs` from the tables of the code; `tests/kit/test_matrix.py` checks that it is up to",
         "date. A cell is a value of every axis below. "
         f"Of {total:,} cells, `training.sh` accepts {living:,} and refuses the others",
-        "before anything is loaded, each with the sentence that stands here.", "",
+        "before anything is loaded, each with the sentence given here.", "",
         "## The axes", "", "| axis | value | in `training.sh` |", "|---|---|---|",
     ]  # fmt: skip
     for axis, values in AXES.items():
@@ -665,7 +665,7 @@ def docs() -> str:
         f"{len(covering(3))} in which every three do (without it, a",
         f"part of them). `python tests/matrix.py --turns` asks {len(by_turns()):,}, which is every accepted cell of all axes but "
         "the file's, the", "file's number formats taking turns; it did so last on 2026-11-23, in ten parts: six cells failed,",
-        "were mended and run again. `--all` asks every cell.", "",
+        "were fixed and run again. `--all` asks every cell.", "",
     ]  # fmt: skip
     return "\n".join(lines)
 

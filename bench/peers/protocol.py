@@ -55,7 +55,7 @@ def serve(
 ) -> None:
     """make: builds what runs, and says what it is and how to take a step. loss_of: from what a step returns; not timed.
 
-    device: whose memory is told, and whose work is waited for.
+    device: whose memory is reported, and whose work is waited for.
     """
     on_gpu = device == "cuda"
     torch.set_num_threads(threads)

@@ -36,8 +36,8 @@ def make():
         precision=given.precision,
     )  # fmt: skip
     model = RWKV7Model(config)
-    found = model.load_state_dict(weights)
-    assert not found.missing_keys and not found.unexpected_keys, found
+    keys = model.load_state_dict(weights)
+    assert not keys.missing_keys and not keys.unexpected_keys, keys
     lora = LoraConfig(r=given.rank, lora_alpha=2 * given.rank)
     lora.modules_to_save = []  # an empty list given above would become ["ln", "time"]
     module = lightning_module.RWKV7LightningModule(config, model=get_peft_model(model, lora))
