@@ -27,7 +27,7 @@ from helpers.scripts import shell_values
 from helpers.training import FAST, config, tokenize
 
 import rwkv_peft.cli.merge as merging
-from rwkv_peft.checkpoint import pth, run_dir, step_log, train_state
+from rwkv_peft.checkpoint import pth, pth_rewrite, run_dir, step_log, train_state
 from rwkv_peft.cli import chat, train
 from rwkv_peft.common import file_watch, hashing
 from rwkv_peft.common.errors import EXIT_USER, SettingErrors, UserError, handle_errors
@@ -683,7 +683,7 @@ def test_a_merge_of_what_has_the_same_content_is_made(merged, monkeypatch, name,
 def test_a_merge_whose_adapter_is_cut_leaves_with_words_and_without_half_a_file(merged, monkeypatch):
     """The adapter is mapped: what reads it then would be ended by SIGBUS."""
     adapter = merged / "output/first/rwkv-0.pth"
-    between(monkeypatch, pth, "write_zip", lambda: cut_below_a_page(adapter), False)
+    between(monkeypatch, pth_rewrite, "write_zip", lambda: cut_below_a_page(adapter), False)
     process = Command(lambda: merge_with("first"), merged / "said.txt")
     assert process.code() == EXIT_USER, process.said
     assert "output/first/rwkv-0.pth: became shorter" in process.said.splitlines()[-1], process.said
