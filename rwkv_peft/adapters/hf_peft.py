@@ -36,7 +36,8 @@ TOLERANCE = 1e-3  # of the size of the outputs; the methods of the table stay be
 class Method:
     """trained: tensors that it may have, by peft's names without NAME. start: drawn at random once, and needed to merge.
     settings: what must be set to wrap a single layer, or for a fresh adapter to change nothing. only: what alone may be
-    set to something else than peft's default; empty if anything may."""
+    set to something else than peft's default; empty if anything may.
+    """
 
     trained: tuple[str, ...]
     start: tuple[str, ...] = ()
@@ -324,7 +325,7 @@ class Stand(nn.Linear):
 
 
 def peft_config(config: dict):
-    """peft's own object for settings as read_config gives them."""
+    """Peft's own object for settings as read_config gives them."""
     settings = {k: v for k, v in config.items() if k != "peft_type"}
     kind = config_class(str(config.get("peft_type")))
     try:
@@ -344,7 +345,7 @@ def config_class(name: str) -> type:
 
 
 def injected(linear: Linear, config: dict, device: torch.device) -> nn.Module:
-    """peft's layer around this linear one, on this device."""
+    """Peft's layer around this linear one, on this device."""
     settings = peft_config(config)
     from peft import inject_adapter_in_model
 

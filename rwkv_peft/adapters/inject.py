@@ -156,7 +156,8 @@ def widens(weight: Tensor, keep: torch.dtype | None) -> bool:
 
 def give_back_freed() -> None:
     """Hand freed memory back to the system. Between a layer's results malloc would keep the holes of what was computed on the
-    way: PiSSA on 0.4B took 1,194 MB for results of 630 (bench/load.py)."""
+    way: PiSSA on 0.4B took 1,194 MB for results of 630 (bench/load.py).
+    """
     with contextlib.suppress(OSError, AttributeError):  # glibc has it, and glibc needs it
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -212,7 +213,8 @@ def frozen(module: nn.Module, name: str, mode: str | None, keep: torch.dtype | N
 
 def given(model: RWKV, setup: AdapterConfig) -> Callable[[str], bool]:
     """Tells of a model's parameter, by its name, whether it is frozen and what the base's file has, be it in another dtype: not
-    drawn, learnt, compressed, or what an adapter has left of it."""
+    drawn, learnt, compressed, or what an adapter has left of it.
+    """
     known = set(shapes(model.geometry)) - {*trainable_params(model)}
     if takes_part(setup):
         known -= {f"{name}.weight" for name in setup.wrapped(model.geometry)}
@@ -238,7 +240,8 @@ def load_into(
     wanted: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], where: str, later: Later | None = None
 ) -> None:
     """Put tensors into parameters of their names, or into what these become later. UserError unless names and shapes are exactly
-    theirs."""
+    theirs.
+    """
     wrong = [f"{n} is missing" for n in wanted if n not in tensors]
     wrong += [f"{n} does not belong to this setting" for n in tensors if n not in wanted]
     wrong += [

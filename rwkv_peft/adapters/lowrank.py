@@ -1,5 +1,6 @@
 """linear(x) + scale * (dropout(x) A^T) B^T as one step of autograd: nothing is computed for the frozen weight, nothing is kept
-but the input, which others may be able to make again, and what dropout has let through, a byte for each value."""
+but the input, which others may be able to make again, and what dropout has let through, a byte for each value.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 def lora_linear(linear: nn.Module, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
     """x: [..., in]; A: [r, in], B: [out, r]. linear: frozen, with .dense(dtype), its weight [out, in]. dropout: the share of x
-    that A does not see. Computes in the dtype of x."""
+    that A does not see. Computes in the dtype of x.
+    """
     if not torch.is_grad_enabled():  # the layer may have a quicker way for a few rows
         z = F.dropout(x, dropout) if dropout else x
         return linear(x) + scale * F.linear(F.linear(z, A.to(x.dtype)), B.to(x.dtype))

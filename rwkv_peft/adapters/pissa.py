@@ -73,7 +73,8 @@ class Pissa(Adapter):
     @staticmethod
     def to_peft(tensors: dict[str, Tensor], sidecar: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The LoRA of twice the rank that does the same, B A - B0 A0 = [B, -B0] [A; A0] with scale 1: peft would compute the
-        singular values again instead."""
+        singular values again instead.
+        """
         rank = 2 * sidecar["rank"]
         factors = {
             "lora_A": torch.cat([tensors["lora_A"], tensors["init_lora_A"]]),

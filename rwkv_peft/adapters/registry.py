@@ -1,16 +1,17 @@
-"""The classes that wrap linear layers, by the name of their method (methods.METHODS) in sidecars."""
+"""The adapter classes, by the name of their method (`specs.METHODS`), which sidecars hold too."""
 
 from __future__ import annotations
 
-from .base import Adapter
-from .bat import Bat
-from .dora import Dora
-from .hf_peft import PeftLayer
-from .lora import Lora
-from .miss import Miss
-from .pissa import Pissa
+import importlib
 
-ADAPTERS: dict[str, type[Adapter]] = {
-    "lora": Lora, "dora": Dora, "pissa": Pissa, "miss": Miss, "bat": Bat,
-    "peft": PeftLayer,
-}  # fmt: skip
+from .base import Adapter
+from .specs import METHODS
+
+
+def load_class(layer: str) -> type[Adapter]:
+    """Return the class that `Method.layer` names, as module.Class."""
+    module, name = layer.split(".")
+    return getattr(importlib.import_module(f".{module}", __package__), name)
+
+
+ADAPTERS = {name: load_class(method.layer) for name, method in METHODS.items() if method.layer}

@@ -20,7 +20,8 @@ class Method:
     recompute, and what is not; None for a method that trains no matrix of the blocks.
     options: keyword of the adapter -> the variable of training.sh that sets it; they are written into the sidecar.
     dropout: the variable of its dropout. load: the variable that goes on from a checkpoint of it.
-    wraps: adapters on the linear layers of att and ffn. parts: lora_parts says what is trained.
+    layer: the class in adapters/ that wraps linear layers of att and ffn, as module.Class; "" for a method that wraps none.
+    parts: lora_parts says what is trained.
     saves_model: its checkpoints are whole models; go on from them with MODEL_PATH.
     """
 
@@ -29,9 +30,14 @@ class Method:
     options: Mapping[str, str] = field(default_factory=dict)
     dropout: str = ""
     load: str = ""
-    wraps: bool = False
+    layer: str = ""
     parts: bool = True
     saves_model: bool = False
+
+    @property
+    def wraps(self) -> bool:
+        """Whether the method puts adapters on linear layers."""
+        return bool(self.layer)
 
 
 MOST_ALPHA = 10**9  # of lora_alpha in training.sh, LORA_ALPHA in merge.sh and the sidecars
@@ -39,14 +45,16 @@ MOST_ALPHA = 10**9  # of lora_alpha in training.sh, LORA_ALPHA in merge.sh and t
 LORA = {"rank": "lora_r", "alpha": "lora_alpha", "rslora": "use_rslora"}
 
 METHODS: dict[str, Method] = {
-    "lora": Method("LoRA", (1, 0), LORA, "lora_dropout", "lora_load", wraps=True),
+    "lora": Method("LoRA", (1, 0), LORA, "lora_dropout", "lora_load", layer="lora.Lora"),
     # also the output, for the magnitude's gradient
-    "dora": Method("DoRA", (1, 1), LORA, "lora_dropout", "lora_load", wraps=True),
-    "pissa": Method("PiSSA", (1, 0), {"rank": "pissa_r", "niter": "svd_niter"}, load="pissa_load", wraps=True),
+    "dora": Method("DoRA", (1, 1), LORA, "lora_dropout", "lora_load", layer="dora.Dora"),
+    "pissa": Method("PiSSA", (1, 0), {"rank": "pissa_r", "niter": "svd_niter"}, load="pissa_load", layer="pissa.Pissa"),
     # only the input's sums over groups of channels
-    "miss": Method("MiSS", (0, 0), {"rank": "disha_r"}, load="disha_load", wraps=True),
-    "bat": Method("Bat", (0, 1), {"rank": "disha_r"}, load="disha_load", wraps=True),
-    "peft": Method("a method of the peft package", (1, 0), {"config": "PEFT_CONFIG"}, load="peft_load", wraps=True),
+    "miss": Method("MiSS", (0, 0), {"rank": "disha_r"}, load="disha_load", layer="miss.Miss"),
+    "bat": Method("Bat", (0, 1), {"rank": "disha_r"}, load="disha_load", layer="bat.Bat"),
+    "peft": Method(
+        "a method of the peft package", (1, 0), {"config": "PEFT_CONFIG"}, load="peft_load", layer="hf_peft.PeftLayer"
+    ),
     "state": Method("state tuning", None, {"shifts": "state_shifts"}, load="state_load", parts=False),
     "none": Method("no adapter, whole tensors", None, load="lora_load"),
     "lisa": Method("LISA", (1, 0), {"layers": "lisa_r", "every": "lisa_k"}, saves_model=True),
@@ -81,7 +89,8 @@ def load_variables() -> dict[str, list[str]]:
 class Optim(NamedTuple):
     """An optimizer. moments: bytes that it keeps for a trained value. package: what must be installed for it, or "".
     copies: bytes for each value of the largest trained tensor, while that one is changed on a CPU (bench/memory.py --optim):
-    bitsandbytes computes there in float32."""
+    bitsandbytes computes there in float32.
+    """
 
     moments: float
     package: str = ""

@@ -17,6 +17,7 @@ from typing import IO, Any
 from rwkv_peft.common import atomic_io, json_reader, paths
 from rwkv_peft.common.errors import SettingError, SettingErrors, UserError
 from rwkv_peft.common.formatting import did_you_mean, join_names
+from rwkv_peft.common.trackers import TRACKERS
 
 from . import step_log
 
@@ -25,7 +26,6 @@ BEFORE = "loss-before.jsonl"  # the logs of earlier runs of that name that saved
 EPOCH, STEP = re.compile(r"rwkv-([0-9]+)\.pth"), re.compile(r"rwkv-step-([0-9]+)\.pth")
 # the content of a run folder: files that lines are added to, folders, and files that are written as a whole
 LINES = (step_log.FILE, BEFORE, "valid.jsonl", "samples.md")
-TRACKERS = ("tensorboard", "swanlab", "wandb")
 FOLDERS = ("state", *TRACKERS)
 MOST_DIGITS = 18  # of the number of an epoch or a step
 WHOLE = re.compile(r"run\.json|loss\.png|loss-damaged\.jsonl|init_.*\.pth|rwkv-.*\.(pth|json)", re.DOTALL)

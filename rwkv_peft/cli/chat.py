@@ -73,7 +73,8 @@ class ChatConfig:
 
 class Asked(NamedTuple):
     """config: with the words of the command line. prompt, raw: --prompt, --raw. base_was_named: --model was typed. run: what is
-    to be diagnosed, None for nothing. accept_edited: --accept-edited."""
+    to be diagnosed, None for nothing. accept_edited: --accept-edited.
+    """
 
     config: ChatConfig
     prompt: str | None
@@ -279,7 +280,8 @@ def once(model, config: ChatConfig, asked: PromptFormat, prompt: str, raw: bool,
 
 def answer(model, config: ChatConfig, logits, state, stops, strip: bool, talking: bool = False, lead: str = " ") -> str:
     """Print an answer while it is made; returns it. strip: without what stands before its words; their indentation stays. lead:
-    what the template writes behind the heading. stops: texts and tokens. talking: Ctrl-C ends the answer, not the program."""
+    what the template writes behind the heading. stops: texts and tokens. talking: Ctrl-C ends the answer, not the program.
+    """
     from rwkv_peft.model.generate import generate
 
     text = before = ""
@@ -301,7 +303,8 @@ def answer(model, config: ChatConfig, logits, state, stops, strip: bool, talking
 
 def talk(model, config: ChatConfig, asked: PromptFormat, name: str, in_use: FileWatch) -> None:
     """A conversation. The whole of it is encoded again each turn, and the model continues from the end of the last prompt: that
-    is a border which later text cannot move, while the end of an answer is not. in_use: the model's files."""
+    is a border which later text cannot move, while the end of an answer is not. in_use: the model's files.
+    """
     with contextlib.suppress(ImportError):  # gives input() its line editing and the arrow keys
         import readline  # noqa: F401
 

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from rwkv_peft.common.errors import UserError, handle_errors
+from rwkv_peft.model.arch import ARCHS, NUMBERS
 
 
 def main(arguments: list[str]) -> None:
@@ -26,7 +27,7 @@ def main(arguments: list[str]) -> None:
         default=argparse.SUPPRESS,
         help="the .pth to write; an existing file is not overwritten",
     )
-    parser.add_argument("--version", choices=("v7", "v6", "v5"), default="v7", help="of RWKV")
+    parser.add_argument("--version", choices=tuple(NUMBERS.values()), default="v7", help="of RWKV")
     parser.add_argument("--layers", type=positive, default=12, help="blocks")
     parser.add_argument("--width", type=positive, default=768, help="channels")
     parser.add_argument(
@@ -41,7 +42,6 @@ def main(arguments: list[str]) -> None:
 
         from rwkv_peft.checkpoint import pth
         from rwkv_peft.common import paths
-        from rwkv_peft.model.arch import ARCHS, NUMBERS
         from rwkv_peft.model.init_weights import initial_tensors, new_geometry
 
         if given.out.exists():

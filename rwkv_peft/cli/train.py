@@ -87,7 +87,8 @@ def run(
     accept_edited: bool = False,
 ) -> None:
     """anew: begin a new run, even if one could go on. cleanup: what to do whether training ends well or not. accept_edited: take
-    a checkpoint whose sidecar was edited."""
+    a checkpoint whose sidecar was edited.
+    """
     # heavy imports come after the settings are known to be sound: a typo answers in a fraction of a second
     from rwkv_peft.checkpoint import base_model
     from rwkv_peft.distributed.rendezvous import open_rendezvous

@@ -141,7 +141,8 @@ def create(path: str | os.PathLike, mode: str = "wb", **kwargs) -> IO[Any]:
 
 def appending(path: Path, mode: str = "a", own: Callable[[IO[Any]], None] | None = None, **kwargs) -> IO[Any]:
     """A file of lines, opened to add to it or to cut it; see the top. own: is called with the file, and with the copy that takes
-    its place where it has other names, before the copy is to be seen: for a lock."""
+    its place where it has other names, before the copy is to be seen: for a lock.
+    """
     must_be_lines(path)
     file = open(path, mode, opener=without_links, **kwargs)  # noqa: SIM115 (returned)
     with contextlib.ExitStack() as failed:

@@ -41,7 +41,8 @@ def write_at(file: int, data: memoryview, at: int) -> None:
 
 class DirectWriter:
     """Writes into a file, by several threads, one write at a time: the system would let the others turn in circles before its own
-    lock. file: opened for writing; whoever opened it syncs it."""
+    lock. file: opened for writing; whoever opened it syncs it.
+    """
 
     def __init__(self, file: BinaryIO):
         self.file, self.path, self.one_at_a_time, self.own = (

@@ -104,7 +104,8 @@ SHARED, FEW = "/dev/shm", 16  # where processes share memory; blocks: it is full
 
 def describe_error(error: Exception, lean: str = "") -> tuple[str, int] | None:
     """The words and the exit code for what the system, or torch in its place, has refused. None for what is none of that: a bug.
-    lean: settings with which it takes less memory."""
+    lean: settings with which it takes less memory.
+    """
     error = cause(error) or hidden(error) or error
     # (each thread has a stack: where memory is limited, there is no room for another one)
     memory = [errno.ENOMEM, *([errno.EAGAIN] if limit(resource.RLIMIT_AS) is not None else [])]

@@ -103,7 +103,8 @@ class Watched:
 
 class FileWatch:
     """The files that a command uses. begun: "this run began", what the command is called in messages. cure: a sentence about
-    what to do. before_leaving: what to tidy up where the process must leave at once."""
+    what to do. before_leaving: what to tidy up where the process must leave at once.
+    """
 
     def __init__(self, begun: str, cure: str):
         self.begun, self.cure = begun, cure
@@ -118,7 +119,8 @@ class FileWatch:
 
     def add(self, paths: Iterable[str | os.PathLike], stamps: Mapping[str, Stamp] | None = None) -> None:
         """Watch regular files from here on. To be called before anything is read of them. stamps: what the files were before
-        that, where somebody has read them already, by their paths."""
+        that, where somebody has read them already, by their paths.
+        """
         new = [str(path) for path in paths if str(path) not in self.files]
         many = max(1, min(PIECES, ALL_PIECES // max(1, len(new) + len(self.files))))
         for path in new:
@@ -272,7 +274,8 @@ class FileWatch:
 
     def cut_off(self) -> str:
         """What to say of a file whose mapped content is not there any more; "" if there is none. Takes no lock: who asks may
-        have one, or be stopped in the middle of anything."""
+        have one, or be stopped in the middle of anything.
+        """
         found = []
         for one in [one for one in list(self.files.values()) if not one.is_folder]:
             try:

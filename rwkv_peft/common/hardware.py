@@ -58,7 +58,8 @@ def cpu_has_bf16(cpuinfo: str | None = None) -> bool:
 def cpu_gains_by_bf16(cpuinfo: str | None = None) -> bool:
     """Whether it is faster in bf16. Intel's AVX-512 multiplies no more bf16 than fp32 numbers in the same time, and what is
     converted comes on top: a LoRA step of 0.1B took 2.37 s instead of 1.52 s there; AMX takes half of fp32's time. (AMD's AVX-512
-    and ARM multiply twice as many by their makers' tables; not measured here.)"""
+    and ARM multiply twice as many by their makers' tables; not measured here.)
+    """
     words = cpuinfo or cpu_words()
     plain = "amx_bf16" not in words and re.search(r"^vendor_id\s*: GenuineIntel", words, re.M)
     return cpu_has_bf16(words) and not plain
@@ -70,7 +71,7 @@ def cpu_words() -> str:
 
 
 def resolve_precision(wanted: str) -> str:
-    """auto -> what this machine computes best. Raises Problems for what it cannot do."""
+    """Auto -> what this machine computes best. Raises Problems for what it cannot do."""
     on_gpu = device_kind() == "cuda"
     if wanted == "auto":
         if on_gpu:

@@ -29,7 +29,8 @@ __all__ = ["BackgroundTask", "crc32", "file_stamp", "fingerprint", "sample", "sh
 
 def file_stamp(path: str | os.PathLike) -> list[int] | None:
     """What stays the same as long as nobody writes to a file: size, inode, and the times of its last changes in ns. None for
-    one that has only just been written: another write could fall into the same tick of the clock."""
+    one that has only just been written: another write could fall into the same tick of the clock.
+    """
     found = os.stat(path)
     if time.time() - max(found.st_mtime, found.st_ctime) < SETTLED:
         return None
@@ -56,7 +57,8 @@ def sha256(path: str | os.PathLike, on_disk: bool = False) -> str:
 
 def sample(path: str | os.PathLike) -> str:
     """The content hash of a file's size, its first and last MB and some of what lies between: for files that are too long to be
-    read twice. It tells most changes, not all."""
+    read twice. It tells most changes, not all.
+    """
     size = os.stat(path).st_size
     digest = hashlib.sha256(str(size).encode())
     with reading(path) as file:
@@ -68,7 +70,8 @@ def sample(path: str | os.PathLike) -> str:
 
 def fingerprint(path: str | os.PathLike, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """sha256 of a file, its mark, and its sample; None for the mark if the file has changed meanwhile. known: its content at an
-    earlier time: if nobody has written to it since, it is not read. (The sample tells of writes that leave the mark alone.)"""
+    earlier time: if nobody has written to it since, it is not read. (The sample tells of writes that leave the mark alone.)
+    """
     before, pieces = file_stamp(path), sample(path)
     if known and before and before == known.get("mark") and known.get("pieces") in (None, pieces):
         return {"sha256": known["sha256"], "mark": before, "pieces": pieces}

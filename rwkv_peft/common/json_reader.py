@@ -29,7 +29,8 @@ Schema = Mapping[str, Callable[[Any], bool]]  # key -> whether a value is one th
 
 def parse(text: bytes | str, most: int = MOST_BYTES) -> Any:
     """The value that JSON text holds. ValueError in the user's words, with the line where there is one, for all that is not one
-    plain value. most: bytes."""
+    plain value. most: bytes.
+    """
     if len(text) > most:
         raise ValueError(f"is longer than {most >> 20} MB, which nothing of this kind is")
     if isinstance(text, bytes):

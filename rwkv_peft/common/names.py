@@ -12,7 +12,8 @@ UNSEEN = ("Cc", "Cf", "Zl", "Zp", "Cs")
 
 def fault(name: str, edges: bool = True) -> str:
     """Why a name cannot be that of a file which others read, list and type, as in: holds a line break. "" for one that can.
-    edges: whether it is all of that name, so that its ends count, too."""
+    edges: whether it is all of that name, so that its ends count, too.
+    """
     for i, character in enumerate(name):
         kind = unicodedata.category(character)
         if character in JOINERS and 0 < i < len(name) - 1:

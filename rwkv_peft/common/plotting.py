@@ -20,7 +20,7 @@ WINDOWS_FONT = Path("/mnt/c/Windows/Fonts/msyh.ttc")
 
 
 def fonts() -> list[str]:
-    """matplotlib's own font, then the first of ours that is there."""
+    """Matplotlib's own font, then the first of ours that is there."""
     from matplotlib import font_manager
 
     if WINDOWS_FONT.is_file():
@@ -32,7 +32,8 @@ def fonts() -> list[str]:
 @contextlib.contextmanager
 def figure(width: float, height: float, parts: Sequence[float] = (1,)) -> Iterator:
     """A matplotlib figure of this size in inches, and its axes; draw and save it inside the block. parts: shares of the height
-    that several axes have, which lie above one another and share their x."""
+    that several axes have, which lie above one another and share their x.
+    """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -1,5 +1,6 @@
 """What reaches the terminal: no name in a file and no word of a model moves its cursor, changes its title or hides a line.
-Floor 0."""
+Floor 0.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ def cleaned(text: str) -> str:
 
 def open_what_is_closed() -> None:
     """A stream that whoever started us has closed (>&-) leads nowhere from here on. Else the next file that is opened would get
-    its number, and hold what is written there."""
+    its number, and hold what is written there.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             number = os.open(os.devnull, os.O_RDWR)  # the lowest that is free

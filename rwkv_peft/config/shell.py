@@ -23,6 +23,7 @@ from typing import Any, Literal, TypeVar, Union
 from rwkv_peft.common.errors import SettingError, SettingErrors, UserError, handle_errors, limit
 from rwkv_peft.common.formatting import did_you_mean, format_size, join_names, plural
 from rwkv_peft.common.names import visible
+from rwkv_peft.common.trackers import TRACKERS
 
 T = TypeVar("T")
 MOST = 10**9  # of anything that is counted
@@ -44,6 +45,7 @@ def setting(
     later: Mapping[str, str] | None = None,
     resume: Literal["fixed", "free", "split", "content"] = "fixed",
     per_node: bool = False,
+    tracker: str = "",
 ) -> Any:
     """Declare a dataclass field that is read from the bash variable `name`, with all that is known of it.
 
@@ -60,10 +62,20 @@ def setting(
             over processes and micro-batches, if it has the same rows as before. "content": the name of a file; what counts
             for a run that is named is what the file holds.
         per_node: Whether nodes may differ in it: where files are on a machine, and how it is reached.
+        tracker: The tracker that it switches on; "" for other settings.
     """
+    if tracker and tracker not in TRACKERS:
+        raise TypeError(f"{name}: rwkv_peft/common/trackers.py: TRACKERS has no row for {tracker}")
     bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
     return dataclasses.field(
-        metadata={"var": name, "later": later or {}, "resume": resume, "per_node": per_node, **bounds}
+        metadata={
+            "var": name,
+            "later": later or {},
+            "resume": resume,
+            "per_node": per_node,
+            "tracker": tracker,
+            **bounds,
+        }
     )
 
 
@@ -186,7 +198,8 @@ def names_in(line: str) -> list[str]:
 
 def parse_assignments(path: Path) -> dict[str, str]:
     """What a script sets, read without bash (which is not everywhere): plain assignments, quotes, comments and ${NAME:-else} are
-    understood, the last as where the shell has no NAME."""
+    understood, the last as where the shell has no NAME.
+    """
     found = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         if assignment := ASSIGNMENT.match(line):
@@ -270,7 +283,7 @@ def where_to_set(path: Path, cls: type) -> str:
 
 
 def parse_value(text: str, kind: Any, bounds: Mapping[str, Any]) -> Any:
-    """text as a value of type kind, or ValueError in the user's words.
+    """Text as a value of type kind, or ValueError in the user's words.
 
     Understood: str, int, float, bool (0 or 1), Literal[...] of words, and Union of these (Literal["auto"] | int).
     """

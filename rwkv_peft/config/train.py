@@ -6,6 +6,7 @@ A value or a variable of the field that this version does not have yet is refuse
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import math
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -175,10 +176,10 @@ class TrainConfig:
     sample_prompts: str = setting("SAMPLE_PROMPTS", resume="free")
     sample_steps: int = setting("SAMPLE_STEPS", resume="free", ge=0)
     sample_tokens: int = setting("SAMPLE_TOKENS", resume="free", ge=1, le=MOST)
-    wandb: str = setting("WANDB", resume="free")
-    tensorboard: bool = setting("TENSORBOARD", resume="free")
-    swanlab: str = setting("SWANLAB", resume="free")
-    trackio: str = setting("TRACKIO", resume="free")
+    wandb: str = setting("WANDB", resume="free", tracker="wandb")
+    tensorboard: bool = setting("TENSORBOARD", resume="free", tracker="tensorboard")
+    swanlab: str = setting("SWANLAB", resume="free", tracker="swanlab")
+    trackio: str = setting("TRACKIO", resume="free", tracker="trackio")
 
     @property
     def method(self) -> str:
@@ -188,8 +189,8 @@ class TrainConfig:
     @property
     def trackers(self) -> dict[str, str]:
         """Those that are asked for -> the project there; keys of training.trackers.OPEN."""
-        asked = {"wandb": self.wandb, "tensorboard": "files" if self.tensorboard else "", "swanlab": self.swanlab}
-        return {name: project for name, project in {**asked, "trackio": self.trackio}.items() if project}
+        values = {f.metadata["tracker"]: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: "files" if value is True else value for name, value in values.items() if name and value}
 
     @property
     def processes(self) -> int:
@@ -204,7 +205,8 @@ class TrainConfig:
     @property
     def parts(self) -> tuple[str, ...]:
         """What is trained: att and ffn get the method's adapters, the others are trained whole; () where the method
-        leaves no choice."""
+        leaves no choice.
+        """
         if not METHODS[self.method].parts:
             return ()
         return tuple(dict.fromkeys((*words_of(self.lora_parts), *(("emb", "head") if self.emb_finetune else ()))))
@@ -258,12 +260,12 @@ class TrainConfig:
             "RUN_NAME",
             'must be a plain folder name (no "/", not latest)',
         )
-        for name, value in (
-            ("RUN_NAME", given.run_name),
-            ("WANDB", given.wandb),
-            ("SWANLAB", given.swanlab),
-            ("TRACKIO", given.trackio),
-        ):
+        projects = [
+            (f.metadata["var"], getattr(given, f.name))
+            for f in dataclasses.fields(TrainConfig)
+            if f.metadata["tracker"]
+        ]
+        for name, value in (("RUN_NAME", given.run_name), *(pair for pair in projects if isinstance(pair[1], str))):
             rule(wrong := fault(value or ""), name, f"{wrong}; choose another name")
         for name, value in (("MASTER_ADDR", given.master_addr), ("MODEL_PATH", given.model_path)):
             rule(wrong := fault(value or "", edges=False), name, wrong)

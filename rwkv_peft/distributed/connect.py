@@ -32,7 +32,8 @@ stuck: list[Thread] = []  # threads that had no answer in time
 
 def in_time(work: Callable[[], T], seconds: float, soon: float = 0.0, say: Callable[[], None] | None = None) -> T:
     """What `work` returns, or raises. TimeoutError where that takes longer than so many seconds; the thread that waits for it
-    then ends with this process. say: is called after `soon` seconds, if it has not ended by then."""
+    then ends with this process. say: is called after `soon` seconds, if it has not ended by then.
+    """
     waiting = BackgroundTask(work)
     if say:
         waiting.thread.join(min(soon, seconds))

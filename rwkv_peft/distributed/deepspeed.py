@@ -113,7 +113,8 @@ class DeepSpeedZero(DeepSpeedStrategy):
 
     def cut(self, module) -> None:
         """Cut weights into pieces, block after block: no process holds more than one of them whole. (DeepSpeed itself would begin
-        when all are there.)"""
+        when all are there.)
+        """
         model = module.model
         parts = {f"blocks.{number}.": block for number, block in enumerate(model.blocks)} | {"": model}
         convert = None
@@ -131,7 +132,8 @@ class DeepSpeedZero(DeepSpeedStrategy):
 
     def backward(self, closure_loss: Tensor, optimizer, *given, **more) -> Tensor:
         """Lightning has divided by the number of accumulated micro-batches, and DeepSpeed would once more: gradients would be so
-        much smaller, which Adam hides, and clipping does not."""
+        much smaller, which Adam hides, and clipping does not.
+        """
         return super().backward(closure_loss, optimizer, *given, **more, scale_wrt_gas=False)
 
     def optimizer_step(self, optimizer, closure, model=None, **more) -> Any:
@@ -146,7 +148,8 @@ class DeepSpeedZero(DeepSpeedStrategy):
 
 def clip_as_others_do(optimizer, limit: float) -> None:
     """Let DeepSpeed's optimizer measure and clip gradients as the other strategies do, to the last bit: its own sums are of
-    float32 and end in other factors. A norm that is no number makes it leave the step out, as they do."""
+    float32 and end in other factors. A norm that is no number makes it leave the step out, as they do.
+    """
     third = hasattr(optimizer, "fp16_groups")
 
     def norm(*_) -> Tensor:
@@ -198,7 +201,8 @@ class ZeroSharding(Sharding):
 
     def link(self, optimizer) -> None:
         """Tell parameters where their moments are. DeepSpeed does so after its first step, of the first group of parameters, when
-        those of the others are not yet there."""
+        those of the others are not yet there.
+        """
         if not self.weights_in_pieces:
             optimizer._hp_optimizer_states_linked = False
             optimizer._lazy_init_hp_params_optimizer_state()
@@ -239,7 +243,8 @@ def full_moment(parameter: nn.Parameter, key: str) -> Tensor:
 
 def part_of(parameter: nn.Parameter, value: Tensor) -> Tensor:
     """This process's share of a whole tensor, as stage 3 cuts: equal parts, the last one filled up. (DeepSpeed's own way to set
-    a whole one fails where there is something to fill up.)"""
+    a whole one fails where there is something to fill up.)
+    """
     size = parameter.ds_tensor.ds_numel
     mine = value.flatten()[dist.get_rank() * size :][:size]
     return torch.nn.functional.pad(mine, (0, size - mine.numel()))

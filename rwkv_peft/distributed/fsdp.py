@@ -1,5 +1,6 @@
 """STRATEGY=fsdp: weights, gradients and the optimizer's memory in pieces, by torch's fully_shard (FSDP2). Lightning's own FSDP
-strategy wants a GPU."""
+strategy wants a GPU.
+"""
 
 from __future__ import annotations
 

@@ -13,7 +13,8 @@ from rwkv_peft.config.train import TrainConfig
 @dataclass(frozen=True)
 class ProcessInfo:
     """rank: among all processes; local: among those of this machine, which is node `node` of `nodes`. starter: "" if we start
-    the other processes of this machine ourselves, else who has. of_ours: one of ours has started this one."""
+    the other processes of this machine ourselves, else who has. of_ours: one of ours has started this one.
+    """
 
     rank: int
     local: int

@@ -120,7 +120,8 @@ def open_rendezvous(
     place: ProcessInfo, processes: int, address: str, port: int, say: Callable[[str], None]
 ) -> Iterator[Rendezvous]:
     """With the other parties of a training: all of its processes if somebody else has started them, else one of each node.
-    processes: of the whole training. UserError if they cannot be reached."""
+    processes: of the whole training. UserError if they cannot be reached.
+    """
     me, count = (place.rank, processes) if place.starter else (place.node, place.nodes)
     called = "process" if place.starter else "node"
     hosts = me == 0 and place.starter != "torchrun"  # which has a store of its own
@@ -156,7 +157,8 @@ def shown(value: Any) -> str:
 
 def facts_of(settings: Mapping[str, Any], base: str, data: Any, state: Any) -> dict[str, Any]:
     """What all processes must have alike, by the variable to look at, or another name. base: the sha256 of its file. data: what
-    identifies the data. state: the same of the saved state that the run goes on from."""
+    identifies the data. state: the same of the saved state that the run goes on from.
+    """
     import pytorch_lightning
     import torch
 

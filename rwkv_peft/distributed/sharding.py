@@ -77,7 +77,8 @@ def gather_to_main(
 @torch.no_grad()
 def broadcast_params(parameters: Iterable[tuple[str, nn.Parameter]], given: Given, device: torch.device) -> None:
     """Give all processes the parameters of the first one, on their device: what was drawn, decomposed or compressed may differ by
-    a rounding between machines, and pieces of different things do not fit together."""
+    a rounding between machines, and pieces of different things do not fit together.
+    """
     for name, parameter in parameters:
         if given(name):
             parameter.data = parameter.detach().to(device)
@@ -89,7 +90,8 @@ def broadcast_params(parameters: Iterable[tuple[str, nn.Parameter]], given: Give
 
 def grad_norm(gradients: Iterable[Tensor], in_pieces: bool) -> Tensor:
     """The length of all gradients, float32 []. Summed in float64, so that it does not depend on how they are cut. in_pieces:
-    each process has parts of its own of all gradients."""
+    each process has parts of its own of all gradients.
+    """
     local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
     squares = torch.stack(torch._foreach_norm(local, 2, dtype=torch.float64)).square().sum()
     if in_pieces:
@@ -106,7 +108,8 @@ def clip_grads(gradients: Iterable[Tensor], norm: Tensor, limit: float) -> None:
 
 class Sharding:
     """How a training is spread, where torch knows: on one process, on several with all that is trained on each (DDP), or in
-    pieces as DTensors (FSDP2). several: processes."""
+    pieces as DTensors (FSDP2). several: processes.
+    """
 
     def __init__(self, strategy: Strategy, several: bool):
         self.strategy, self.several = strategy, several

@@ -60,7 +60,8 @@ class Watchdog(pl.Callback):
     @contextlib.contextmanager
     def instead_of_lightnings(self) -> Iterator[None]:
         """Take the place of Lightning's observer, which ends this process by SIGKILL some seconds after any of those that it has
-        started has ended, whatever it is just writing."""
+        started has ended, whatever it is just writing.
+        """
         theirs, subprocess_script._launch_process_observer = subprocess_script._launch_process_observer, self.observe
         try:
             yield
@@ -153,7 +154,8 @@ class Watchdog(pl.Callback):
 
     def end(self, words: str, code: int = EXIT_PROCESS, why: str = "") -> None:
         """Leave at once, and let nobody of ours stay: they wait in the middle of something. words: about another process; why:
-        about something else."""
+        about something else.
+        """
         if not self.named.acquire(blocking=False):
             time.sleep(60)
         self.leave()
@@ -171,7 +173,8 @@ class Watchdog(pl.Callback):
 
     def leave(self) -> None:
         """Where this process ends, those that it has started have ended: by themselves where the training is done, else they may
-        wait for it in the middle of something."""
+        wait for it in the middle of something.
+        """
         self.over.set()
         for child in self.children:
             with contextlib.suppress(subprocess.TimeoutExpired):

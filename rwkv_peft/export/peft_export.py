@@ -14,7 +14,8 @@ from rwkv_peft.common.atomic_io import make_folder, own_folder, write_json
 
 def write(target: Path, config: dict, tensors: Mapping[str, Tensor]) -> None:
     """config: of adapter_config.json. tensors: by peft's names, written in float32. The configuration comes last: peft takes a
-    folder without one for none of its own."""
+    folder without one for none of its own.
+    """
     make_folder(target.parent)
     own_folder(target)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

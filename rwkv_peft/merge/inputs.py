@@ -267,7 +267,8 @@ def base_of(
     in_use: FileWatch | None = None,
 ) -> Path:
     """The one base of all of them. UserError where they have different ones, or nothing tells it. doubts, in_use: of
-    bases.base_of."""
+    bases.base_of.
+    """
     doubts = doubts if len(checkpoints) == 1 else None
     bases_found = {}
     for one in checkpoints:
@@ -307,7 +308,8 @@ def sources(checkpoints: Sequence[LoadedCheckpoint]) -> list[dict]:
 
 def began(path: Path) -> str | None:
     """What tells a checkpoint's run from a later one of the same name: the content of its first step's record, which has the
-    time that it took. None where there is no log."""
+    time that it took. None where there is no log.
+    """
     with contextlib.suppress(OSError), reading(path.parent / step_log.FILE) as log:
         return hashlib.sha256(first).hexdigest() if (first := log.readline(step_log.MOST_LINE)) else None
     return None

@@ -37,7 +37,8 @@ SURE = 6  # standard deviations that noise stays within
 
 class OutputCheck:
     """A change that, while it is made, compares for every layer with an adapter what comes out with what base + adapter answer to
-    QUESTIONS random inputs."""
+    QUESTIONS random inputs.
+    """
 
     def __init__(
         self,
@@ -78,7 +79,8 @@ class OutputCheck:
 
     def low_rank(self, name: str) -> int | None:
         """The checkpoint's number, where all that becomes of a weight is W + B A of a single one: a kernel merges and asks at
-        once."""
+        once.
+        """
         mine = [i for i, part in enumerate(self.parts) if fold.touches(part, name, self.geometry)]
         if len(mine) != 1 or self.weights:
             return None
@@ -99,7 +101,8 @@ class OutputCheck:
     def note(self, name: str, before: Tensor, first: Tensor, made: Tensor, parts: Sequence[MergeInput]) -> Tensor:
         """`made` in the base's format. Looks at how far it is from what the base's rows answer together with the adapters.
 
-        before, first: these rows as they are stored, and as sums are computed."""
+        before, first: these rows as they are stored, and as sums are computed.
+        """
         x = questions(first.shape[1], first.dtype)
         stages = averaged if self.weights else in_turn
         for number, weight, theirs, ours in stages(
@@ -140,7 +143,8 @@ class Off:
 
     def add(self, theirs: Tensor, before: Tensor, ours: Tensor, squares: Tensor) -> None:
         """Answers [QUESTIONS, rows] of base + adapter, of the weight before it and of the merged one, and the squared lengths of
-        the rows of these two, [2, rows]."""
+        the rows of these two, [2, rows].
+        """
         change, off = (theirs - before).double(), (ours - theirs).double()
         lengths = QUESTIONS * squares.double().amax(0).clamp_min(1e-60)
         rows = (off.square().sum(0) / lengths).sqrt()
@@ -167,7 +171,8 @@ class Off:
 @dataclass
 class Written:
     """The outputs of what goes into the file. off: squared difference from what they should be; theirs: squared length of that;
-    base: the squared length of the base's outputs, as normal inputs make them on average."""
+    base: the squared length of the base's outputs, as normal inputs make them on average.
+    """
 
     off: float = 0.0
     theirs: float = 0.0
@@ -243,7 +248,8 @@ def averaged(
 
 def answer(part: MergeInput, name: str, weight: Tensor, x: Tensor, product=None) -> Tensor:
     """What a layer of this weight with the part's adapter answers to x, by the adapter's own forward. product: what multiplies
-    x by a weight of another format."""
+    x by a weight of another format.
+    """
     tensors, method = part.layer(name), ADAPTERS[part.setup.method]
     start = {leaf: tensors[leaf] for leaf in method.starts(**part.setup.options)}
     # our own can be made without numbers: none are drawn that would only be thrown away

@@ -1,5 +1,6 @@
 """Is a merge on the disk? The result is read back: the list of its tensors, and of every record the checksum that was taken from
-what was computed. Whether that was right, answers.py has asked while it was made."""
+what was computed. Whether that was right, answers.py has asked while it was made.
+"""
 
 from __future__ import annotations
 
@@ -96,7 +97,8 @@ def first_of(wrong: Sequence[object], one: str, several: str) -> str:
 
 def identical(old: PthReader, new: PthReader, name: str) -> bool:
     """Whether a tensor is the base's. Records are compared by their checksums, which reading them puts to the test; where the
-    result's is the base's, what was read from the base to make it was right as well."""
+    result's is the base's, what was read from the base to make it was right as well.
+    """
     if not (old.described[name].whole and new.described[name].whole):
         return torch.equal(old.tensor(name), new.tensor(name))
     for _ in new.pieces(name):
@@ -112,7 +114,8 @@ def check_changed(
     name: str, old: PthReader, new: PthReader, answers: OutputCheck, one_at_a_time: threading.Lock
 ) -> Checked:
     """A changed tensor. That the file holds what was written its checksum says, which was taken from what was computed; what is
-    no adapter's is looked at itself."""
+    no adapter's is looked at itself.
+    """
     moved = not same_record(old, new, name) if old.described[name].whole else True
     if name in answers.written:
         for _ in new.pieces(name):

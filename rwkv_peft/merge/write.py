@@ -1,6 +1,7 @@
 """The files that come out: a merged model, which is read back before it has its name, and exports of a model, a state or an
 adapter, which have theirs when they are whole. A name stands for one run and epoch: what something else made of that name gets a
-number behind it."""
+number behind it.
+"""
 
 from __future__ import annotations
 
@@ -176,7 +177,8 @@ def label_of(form: dict) -> str:
 
 def name_of(found: Sequence[LoadedCheckpoint], weights: Sequence[float] | None, base: Path) -> str:
     """The name of the result without its ending: BASE-RUN-EPOCH, BASE-RUN-EPOCH+RUN-EPOCH, BASE-average-RUN-EPOCH+RUN-EPOCH; of
-    whole models average-MODEL+MODEL."""
+    whole models average-MODEL+MODEL.
+    """
     label = "+".join(one.label for one in found)
     models = all(one.part.setup.method == "full" and not one.sidecar for one in found)
     words = [*([] if models and weights else [base.stem]), *(["average"] if weights else []), label]
@@ -229,7 +231,8 @@ def sidecar_of(model: Path) -> dict:
 
 def same_source(earlier: dict, about: dict) -> bool:
     """Whether two sidecars of merged models are of the same runs, in the same order and with the same settings. A run that was
-    trained further is the same; another one of its name is not."""
+    trained further is the same; another one of its name is not.
+    """
     about = json.loads(json.dumps(about))  # as it would have been written
     before, now = earlier.get("merged"), about["merged"]
     if not isinstance(before, list) or not all(isinstance(part, dict) for part in before) or len(before) != len(now):
@@ -304,7 +307,8 @@ def contents(path: Path) -> dict[str, str]:
 
 def export(kind: str, source: Path, stem: str, geometry: Geometry, in_use: FileWatch) -> None:
     """Write a model or a state as other programs want it, into merge/, and beside it how it was trained to be asked. in_use:
-    watches the source."""
+    watches the source.
+    """
     in_use.add([source])
     asked = prompting_of(source)
     if asked.assumed:
@@ -337,7 +341,8 @@ def prompting_of(source: Path) -> prompt_format.PromptFormat:
 
 def told_of(path: Path) -> dict:
     """A sidecar, {} for none. What an older version has left out of its form is filled in: a template is known by its name
-    alone, and EOT was doc."""
+    alone, and EOT was doc.
+    """
     told = sidecars.read_sidecar(path, ()) if sidecars.sidecar_path(path).is_file() else {}
     if name := recorded_name(told):
         told = told | {"prompt_type": name, "eot": told.get("eot") or "doc"}

@@ -20,7 +20,8 @@ NORMS = {"ln": r"(blocks\.\d+\.(ln[012]|att\.ln_x)|ln_out)\.(weight|bias)"}
 @dataclass(frozen=True)
 class Geometry:
     """The sizes of a model. Ranks are the inner widths of its low-rank parts, 0 where the version has none: w (decays of
-    RWKV-7 and -6), a, v, g (RWKV-7), mix (token-shift mixes of RWKV-6)."""
+    RWKV-7 and -6), a, v, g (RWKV-7), mix (token-shift mixes of RWKV-6).
+    """
 
     version: str
     n_layer: int
@@ -290,7 +291,8 @@ def other_version(found: Mapping[str, tuple[int, ...]]) -> str:
 
 def of_web_rwkv(found: Mapping[str, tuple[int, ...]]) -> bool:
     """Whether a file is one that web-rwkv's converter has made: the low-rank matrices of RWKV-7 are [out, in] there, and those of
-    RWKV-5 and -6 have other names."""
+    RWKV-5 and -6 have other names.
+    """
     if {"blocks.0.att.time_first", "blocks.0.att.time_mix_g"} <= {*found}:
         return True
     width = found.get("emb.weight", (0, 0))[-1]
@@ -375,5 +377,6 @@ def lr_scale(geometry: Geometry, name: str) -> float:
 def decays(name: str, shape) -> bool:
     """Whether weight decay applies: to large matrices only, never to norms, vectors, states and the low-rank parts of the
     decay, as in the official trainer (tensors called .weight). An adapter's matrices count as large; they are told by
-    their names, which go one level deeper (blocks.0.att.key.lora_A)."""
+    their names, which go one level deeper (blocks.0.att.key.lora_A).
+    """
     return len(shape) >= 2 and (name.endswith(".weight") or name.count(".") == 4)

@@ -32,7 +32,8 @@ def advance(model, ids: Sequence[int], state=None):
 
 def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator, top_k: int = 0) -> int:
     """The next token. temperature 0: the likeliest. top_k: only so many of the likeliest (0: all); then top_p: of those, only
-    the likeliest that together have this share."""
+    the likeliest that together have this share.
+    """
     if not bool(torch.isfinite(logits).all()):
         raise UserError("The model's answer is not a number: its weights hold NaN or infinity. Take an earlier epoch.")
     if temperature < COLDEST:

@@ -1,8 +1,10 @@
 """RWKV: embedding -> blocks -> head. Takes what computes (ops.dispatch.Ops) as an argument
-and knows nothing of backends or adapters."""
+and knows nothing of backends or adapters.
+"""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -10,17 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from . import rwkv5, rwkv6, rwkv7
-from .arch import STATE_NAME, Geometry, state_shapes
+from .arch import ARCHS, STATE_NAME, Geometry, state_shapes
 from .layers import LayerNorm, Linear
 from .state import BlockState, SeqBounds
 
-VERSIONS = {"x070": rwkv7, "x060": rwkv6, "x052": rwkv5}
+# version -> its module: rwkv7 for "v7"
+VERSIONS = {arch.version: importlib.import_module(f".rwkv{arch.number[1:]}", __package__) for arch in ARCHS.values()}
 
 
 class Embedding(nn.Module):
     """on_host: it stays in the host's memory, wherever the model goes; only the rows that are asked for follow. It cannot learn
-    then."""
+    then.
+    """
 
     def __init__(self, vocabulary: int, channels: int):
         super().__init__()
@@ -93,7 +96,8 @@ class RWKV(nn.Module):
 
     def first_state(self, sequences: int) -> list[BlockState]:
         """The state before a text's first token: zero, or what state tuning has learnt, for every sequence. Blocks share the
-        zeros: many short sequences would fill the memory with them."""
+        zeros: many short sequences would fill the memory with them.
+        """
         like = torch.empty(0, dtype=self.dtype, device=self.ln_out.weight.device)
         zero, states = BlockState.zeros(sequences, self.geometry.n_head, self.geometry.head_size, like), []
         for block in self.blocks:
@@ -111,7 +115,7 @@ class RWKV(nn.Module):
         cu_seqlens: Sequence[int] | None = None,
         carry: bool = True,
     ) -> tuple[Tensor, list[BlockState]]:
-        """ids -> what the head reads, and the state after each sequence.
+        """Ids -> what the head reads, and the state after each sequence.
 
         ids: int64 [B, T]. state: one BlockState per block, for S sequences; None is first_state. cu_seqlens: [S + 1]
         integers, with B = 1: several sequences in one row. Without it every row is a sequence (S = B). carry: whether the state
@@ -187,7 +191,8 @@ def build(
 
 def for_generating(model: RWKV) -> RWKV:
     """The model with nothing left to convert at each token. Large matrices stay as narrow as their file has them where the
-    product reads them so: time goes into reading them, and the sums are the same."""
+    product reads them so: time goes into reading them, and the sums are the same.
+    """
     for module in model.modules():
         for leaf, weight in list(module.named_parameters(recurse=False)):
             narrow = isinstance(module, (Linear, Embedding)) and weight.dtype in model.ops.reads

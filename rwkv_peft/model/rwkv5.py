@@ -97,7 +97,8 @@ def new_sizes(layers: int, width: int) -> dict[str, int]:
 
 def initial_value(recipe: Recipe, leaf: str, name: str, shape: tuple[int, ...]) -> Tensor | None:
     """A tensor of a new model (RWKV_Tmix_x052, its channel mix and generate_init_weight of RWKV-v5/src/model.py); None for a name
-    without a rule."""
+    without a rule.
+    """
     if leaf.startswith("time_mix_"):
         return recipe.part**recipe.rest if ".ffn." in name else shift_mix(recipe, leaf[-1])
     return initial_value_of_both(recipe, leaf, name, shape)

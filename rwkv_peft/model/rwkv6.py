@@ -1,5 +1,6 @@
 """RWKV-6 time mix and channel mix (https://arxiv.org/abs/2404.05892): RWKV-5 whose token-shift mixes and decays depend on
-the text. Names are the checkpoint's own; shapes as in rwkv5."""
+the text. Names are the checkpoint's own; shapes as in rwkv5.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +56,8 @@ def new_sizes(layers: int, width: int) -> dict[str, int]:
 
 def initial_value(recipe: Recipe, leaf: str, name: str, shape: tuple[int, ...]) -> Tensor | None:
     """A tensor of a new model (RWKV_Tmix_x060, its channel mix and generate_init_weight of RWKV-v5/src/model.py); None for a name
-    without a rule."""
+    without a rule.
+    """
     if leaf in ("time_maa_w1", "time_decay_w1"):
         return torch.zeros(shape)
     if leaf in ("time_maa_w2", "time_decay_w2"):

@@ -82,7 +82,8 @@ def new_sizes(layers: int, width: int) -> dict[str, int]:
 
 def initial_value(recipe: Recipe, leaf: str, name: str, shape: tuple[int, ...]) -> Tensor | None:
     """A tensor of a new model (RWKV_Tmix_x070, RWKV_CMix_x070 and generate_init_weight of the official trainer); None for a name
-    without a rule."""
+    without a rule.
+    """
     N, n = recipe.geometry.head_size, recipe.n
     linear = recipe.along - 0.5
     inside = (n % N - (N - 1) / 2) / ((N - 1) / 2)  # -1 to 1 within each head

@@ -25,7 +25,8 @@ def decode_step(model) -> None:
 
 class Where(Protocol):
     """Where sequences lie among T tokens: their borders [S + 1], as integers and as int64 on the host, and the first token of
-    each, [S], where the tokens lie."""
+    each, [S], where the tokens lie.
+    """
 
     cu_seqlens: tuple[int, ...]
     host: Tensor
@@ -38,7 +39,7 @@ def token_shift(x: Tensor, before: Tensor, where: Where) -> Tensor:
 
 
 def token_shift_mix(x: Tensor, before: Tensor, shares: Sequence[Tensor], where: Where) -> list[Tensor]:
-    """x + (token_shift(x) - x) * share for each share [C]: what the layers of a block read."""
+    """X + (token_shift(x) - x) * share for each share [C]: what the layers of a block read."""
     change = token_shift(x, before, where) - x
     return [torch.addcmul(x, change, share) for share in shares]
 
@@ -48,7 +49,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., in] times weight [out, in] of any dtype, in the dtype of x."""
+    """X [..., in] times weight [out, in] of any dtype, in the dtype of x."""
     return F.linear(x, weight.to(x.dtype))
 
 
@@ -58,7 +59,8 @@ def square_relu(x: Tensor) -> Tensor:
 
 class Wkv7Inputs(NamedTuple):
     """What RWKV-7's layers give to the recurrence, [T, C] each: w, a and mix before their sigmoid. mix, v_first: None in the
-    first layer."""
+    first layer.
+    """
 
     r: Tensor
     w: Tensor
@@ -105,7 +107,8 @@ def wkv7_block(
 
 def cross_entropy_grad(logits: Tensor, targets: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
     """Sum over rows of -log softmax(logits)[target], at least float32, and if wanted, d sum / d logits in the dtype of logits,
-    which may take their place. logits: [R, V]; targets: int64 [R]."""
+    which may take their place. logits: [R, V]; targets: int64 [R].
+    """
     dtype, target = logits.dtype, targets[:, None]
     logits = logits.to(torch.promote_types(dtype, torch.float32))
     log_sum = logits.logsumexp(-1, keepdim=True)

@@ -24,30 +24,31 @@ from .cuda import wkv as cuda
 from .lowrank_merge import Folded
 from .recompute import recomputable, recomputing
 
-# version -> backend -> function; the signatures are those of the reference
-WKV: dict[str, dict[str, Callable]] = {
+# version -> backend -> function; the signatures are those of the definition in reference.py
+BACKENDS: dict[str, dict[str, Callable]] = {
     "x070": {
-        "reference": reference.wkv7,
         "torch": torch_wkv7.wkv7,
         "cpu": cpu.wkv7,
         "cuda": cuda.wkv7,
         "fla": fla.wkv7,
     },
     "x060": {
-        "reference": reference.wkv6,
         "torch": torch_wkv6.wkv6,
         "cpu": cpu.wkv6,
         "cuda": cuda.wkv6,
         "fla": fla.wkv6,
     },
     "x052": {
-        "reference": reference.wkv5,
         "torch": torch_wkv6.wkv5,
         "cpu": cpu.wkv5,
         "cuda": cuda.wkv5,
         "fla": fla.wkv5,
     },
 }
+for version in BACKENDS:
+    if version not in reference.DEFINITIONS:
+        raise TypeError(f"rwkv_peft/ops/reference.py: DEFINITIONS has no row for {version}")
+WKV = {version: {"reference": reference.DEFINITIONS[version], **row} for version, row in BACKENDS.items()}
 
 # what runs on a kind of device and nowhere else
 OF_DEVICE = {"cpu": "cpu", "cuda": "cuda", "fla": "cuda"}
@@ -273,6 +274,8 @@ def must_still_compute(name: str, words: str) -> None:
 
 def made(name: str, version: str, why: str = "") -> Ops:
     if name not in (there := WKV.get(version, {})):
-        words = f"use one of auto, {', '.join(there)}" if there else "rwkv_peft/ops/dispatch.py: WKV has no row for it"
+        words = (
+            f"use one of auto, {', '.join(there)}" if there else "rwkv_peft/ops/dispatch.py: BACKENDS has no row for it"
+        )
         raise SettingErrors(SettingError("OP", f"nothing called {name} computes RWKV {version}; {words}"))
     return Ops(name, WKV[version][name], AROUND.get(name, block_ops), why)

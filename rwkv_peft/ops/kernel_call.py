@@ -1,5 +1,6 @@
 """What compiled recurrences have in common: shapes that kernels have are looked at, flattened and given to them; for others there
-is the torch backend."""
+is the torch backend.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from .reference import must_fit, sequences
 
 def unlearnt(*given: Tensor | None) -> tuple[Tensor | None, ...]:
     """What a Function is given: where no gradient is made, without a mark that there could be one. Else it would be told of every
-    parameter that learns, and keep for a backward pass that never comes."""
+    parameter that learns, and keep for a backward pass that never comes.
+    """
     return given if torch.is_grad_enabled() else tuple(None if x is None else x.detach() for x in given)
 
 

@@ -33,7 +33,6 @@ AROUND_LENGTHS, AROUND_HEADS = (
     3,
 )  # with a border where a kernel's part has one, and channels that fill no block
 FAINT, SHORT = 1e-2, 1e-4
-DEFINITIONS = {"x070": reference.wkv7, "x060": reference.wkv6, "x052": reference.wkv5}
 
 
 class KernelCheck(NamedTuple):
@@ -50,7 +49,8 @@ class KernelCheck(NamedTuple):
 
 def inputs(version: str, kind: str, size: int = SIZE) -> list[Tensor]:
     """What a model of the version could give to its recurrence, float64. kind: random; repeated, the same key again and again and
-    replaced almost wholly; forgetful, decays at their lower end."""
+    replaced almost wholly; forgetful, decays at their lower end.
+    """
     dice = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -75,7 +75,8 @@ def check_against_reference(
     version: str, wkv: Callable, device: str | torch.device, dtype: torch.dtype, size: int = SIZE
 ) -> KernelCheck:
     """Compare a recurrence with its definition. dtype: of the inputs; the logarithm of the decay and states are float32.
-    size: of a head."""
+    size: of a head.
+    """
     borders = (0, *(sum(LENGTHS[: i + 1]) for i in range(len(LENGTHS))))
     worst = KernelCheck(0.0, LIMITS[dtype], "")
     for kind in KINDS:
@@ -89,7 +90,7 @@ def check_against_reference(
             [x.detach().cpu().double().requires_grad_() for x in given],
             start.detach().cpu().double().requires_grad_(),
         )
-        wanted = outputs(DEFINITIONS[version], exact, s0, borders)
+        wanted = outputs(reference.DEFINITIONS[version], exact, s0, borders)
         found = outputs(wkv, given, start, borders)
         names = [
             "y",
@@ -189,7 +190,8 @@ def remembered(
 ) -> KernelCheck | None:
     """The proof of a GPU's kernels: from an earlier time with the same GPU, driver, torch and sources, None then, or anew.
 
-    what: names what is proved. prove: does it, of inputs of a format."""
+    what: names what is proved. prove: does it, of inputs of a format.
+    """
     gpu = torch.cuda.get_device_properties(device)
     key = f"{what} {gpu.name} {torch.version.cuda} {torch.__version__} {driver()} {digest}"
     file = kernel_cache.folder() / "proofs.json"

@@ -1,5 +1,6 @@
 """A product of low rank folded into rows of a weight, and what proves it: what the sum and the rounded sum answer to a few
-inputs."""
+inputs.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ QUESTIONS = 4  # inputs
 
 class Folded(NamedTuple):
     """made: rows like the weight's. exact, rounded: answers [QUESTIONS, rows] of the sum before it was rounded, and of `made`.
-    squares: the squared lengths of the rows of the weight and of the sum, [2, rows]."""
+    squares: the squared lengths of the rows of the weight and of the sum, [2, rows].
+    """
 
     made: Tensor
     exact: Tensor
@@ -23,8 +25,9 @@ class Folded(NamedTuple):
 
 
 def fold(weight: Tensor, B: Tensor, A: Tensor, x: Tensor) -> Folded:
-    """weight [rows, in] of any format; B [rows, r], A [r, in] and x [QUESTIONS, in] in the one that sums are to have. made is
-    weight + B A in the weight's format."""
+    """Weight [rows, in] of any format; B [rows, r], A [r, in] and x [QUESTIONS, in] in the one that sums are to have. made is
+    weight + B A in the weight's format.
+    """
     before = weight.to(x.dtype)
     exact = torch.addmm(before, B, A)
     made = exact.to(weight.dtype)

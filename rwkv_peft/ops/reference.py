@@ -102,3 +102,7 @@ def sequences(batch: int, tokens: int, cu_seqlens: Sequence[int] | None) -> list
     if batch != 1 or len(borders) < 2 or borders[0] != 0 or borders[-1] != tokens or not ordered:
         raise ValueError(f"cu_seqlens must rise from 0 to T={tokens} with B=1, not {borders[:4]}... with B={batch}")
     return list(zip(borders, borders[1:], strict=False))
+
+
+# version -> its definition
+DEFINITIONS = {"x070": wkv7, "x060": wkv6, "x052": wkv5}

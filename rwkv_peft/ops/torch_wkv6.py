@@ -66,7 +66,8 @@ def meetings(scores: Tensor, b: int) -> Tensor:
 
 def flushed(x: Tensor) -> Tensor:
     """Numbers too small to be normal become zero. Fast decays make many, and a CPU is slow with them: without this, decays
-    around exp(-3) took 3.5 times as long as slow ones, with it 1.4 times."""
+    around exp(-3) took 3.5 times as long as slow ones, with it 1.4 times.
+    """
     return F.hardshrink(x, torch.finfo(x.dtype).tiny)
 
 

@@ -17,7 +17,8 @@ Row = Mapping[str, Any]
 
 def one_answer(value: Any, name: str, unused: dict[tuple[str, str], int]) -> Any:
     """An answer that is a message or a content in parts; of a list of texts, the only one; of a column "answers", which holds
-    several that are right, the best (SQuAD: its first text; Nectar: that of rank 1)."""
+    several that are right, the best (SQuAD: its first text; Nectar: that of rank 1).
+    """
     if isinstance(value, dict) and message_order.have_roles([value]):
         return [value]
     if isinstance(value, dict) and (messages := messages_of_choices(value.get("choices"))):
@@ -93,7 +94,8 @@ MORE_ANSWER_KEYS = ("answer_text", "text", "value", "body", "generated_text")
 
 def answer_key(one: Row, several: bool) -> str:
     """The key of an answer's words in an object with nothing but them and what is said of them; or "". several: of a column
-    "answers"."""
+    "answers".
+    """
     names = (*ANSWER_KEYS, *MORE_ANSWER_KEYS) if several else ANSWER_KEYS
     found = [name for name in names if isinstance(one.get(name), str)]
     known = several or len(one) == 1 or not left_over(tuple(one), (*found, "rank", "index", "finish_reason"))
@@ -102,7 +104,8 @@ def answer_key(one: Row, several: bool) -> str:
 
 def answer_to_text(row: Row, text: str, sure: bool) -> str:
     """The column of an answer to a text that is no question (MBPP: code; AdGen: a summary); or "". sure: the text has the name of
-    one. An answer that the text holds is a part of it, and one word of no letters is a label."""
+    one. An answer that the text holds is a part of it, and one word of no letters is a label.
+    """
     if not isinstance(row[text], str):
         return ""
     others = [name for name in left_over(tuple(row), (text,)) if not is_nothing(row[name])]

@@ -20,7 +20,8 @@ LIBRARIES = ("pyrwkv-tokenizer", "orjson", "pyarrow", "numpy", "chardet", "pytho
 
 def key(contents: Mapping[Path, str], settings: dict[str, Any], template: str) -> str:
     """A hash of all that decides the result: content of the data (file -> SHA-256), settings, template, vocabulary, code and
-    libraries."""
+    libraries.
+    """
     digest = hashlib.sha256()
 
     def add(*words: str) -> None:
@@ -46,7 +47,7 @@ def version(package: str) -> str:
 
 
 def describe(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """name -> size and time of the last change (ns) of each file that was written."""
+    """Name -> size and time of the last change (ns) of each file that was written."""
     return {path.name: facts(path) for path in files}
 
 

@@ -36,7 +36,8 @@ def columns_of_choices(keys: tuple[str, ...]) -> tuple[str, ...]:
 
 def choices_of(row: Mapping[str, Any]) -> list[str]:
     """The choices of a question, without their letters; none if it has no such thing. A text of choices has several lines, or
-    letters, or is JSON."""
+    letters, or is JSON.
+    """
     found: list[Any] = []
     for name in columns_of_choices(tuple(row)):
         value = row[name]
@@ -71,7 +72,8 @@ def names_a_choice(answer: str, choices: Sequence[str]) -> bool:
 
 def refuse_choice(row: Mapping[str, Any], question: str, answer: Any, where: str) -> None:
     """RowError if an answer is the letter or the number of a choice that the question does not show. where: what the question is
-    called."""
+    called.
+    """
     choices = choices_of(row)
     words = as_text(answer).strip()
     if not choices or words in choices or not names_a_choice(words, choices):

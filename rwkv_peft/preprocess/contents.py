@@ -17,7 +17,8 @@ THINK_NAMES = frozenset(map(squashed, THINK))
 
 def parts_of_json(text: str) -> Any:
     """The parts of a content that stand in a text as JSON, as tables and databases keep them; the text itself where it is
-    something else."""
+    something else.
+    """
     with contextlib.suppress(orjson.JSONDecodeError):
         parts = orjson.loads(text)
         if all(map(message_order.is_part, parts)):

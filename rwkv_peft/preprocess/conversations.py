@@ -45,7 +45,8 @@ PLAIN_ROLES = {name: role for name, role in ROLE_NAMES.items() if role in (Role.
 class Talks:
     """Reads conversations. verdicts: what the mojibake doctor said of the strings of the last row. seen: columns of MAP_KEYS that
     were met. unused: (level, key) -> 1 for every key of the last row that was not used. padded: rows are Arrow's, which puts null
-    where an object lacks a field that others have."""
+    where an object lacks a field that others have.
+    """
 
     columns: Columns = field(default_factory=Columns)
     repair: bool = True
@@ -273,7 +274,8 @@ class Talks:
 
     def message(self, i: int, one: Any, rows: Sequence[Any] = ()) -> Message | None:
         """Message i (from 1) of a conversation; None for a system message that says nothing, and for a role that ROLE_MAP
-        leaves out."""
+        leaves out.
+        """
         if not isinstance(one, dict):
             raise RowError("wrong type", f"message {i} must be an object with role and content")
         keys = tuple(one)

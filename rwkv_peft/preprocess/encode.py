@@ -44,7 +44,8 @@ class Pieces(NamedTuple):
 
 def encode_row(pieces: Pieces, end_of_doc: bool, bos: bool = False) -> Tokens:
     """One row; with end_of_doc its last id is 0 and belongs to the last speaker; with bos its first id is 0 as well, which
-    is never trained."""
+    is never trained.
+    """
     text = "".join(pieces.texts)
     if NUL in text:
         raise RowError("not text", HAS_NUL)
@@ -75,7 +76,8 @@ class Encoded(NamedTuple):
     """Many rows. ids uint16 [n], roles uint8 [n] of all of them; first [rows + 1]: where each begins;
     answered bool [rows]: whether the row has something to learn; pieces: tokens that begin in each piece of text, over all
     rows; turns: how many answers there are; untrained: those not to be learnt; systems: system texts; scripts: see below;
-    suspects int64: rows that may hold what another tool left in them, see foreign_headings."""
+    suspects int64: rows that may hold what another tool left in them, see foreign_headings.
+    """
 
     ids: np.ndarray
     roles: np.ndarray

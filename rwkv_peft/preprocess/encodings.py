@@ -228,7 +228,8 @@ def read_share(data: bytes, codec: str) -> float:
 @dataclass
 class Counts:
     """What the lines of a file say about UTF-8, and samples of those that are not. The weight of a character is the number of
-    its bytes behind the first."""
+    its bytes behind the first.
+    """
 
     good: int = 0
     bad: int = 0
@@ -571,7 +572,8 @@ def script(c: str) -> str:
 
 def oddities(text: str) -> tuple[int, int]:
     """How many characters are outside ASCII, and how many of them are where no text has them: control characters, signs inside
-    words, words of two alphabets, capitals inside a word."""
+    words, words of two alphabets, capitals inside a word.
+    """
     text = f" {ESCAPE.sub(' ', text)} "
     letters = odd = 0
     if CONTROL.search(text):  # where another encoding has quotes and letters

@@ -279,7 +279,8 @@ def is_one_object_of_many(value: dict) -> bool:
 
 def is_row_of_messages(value: dict) -> bool:
     """Whether an object is a row by its lists of messages: one better and one worse answer, or a conversation with a system text
-    beside it (Gemini's contents)."""
+    beside it (Gemini's contents).
+    """
     talks = [key for key, one in value.items() if isinstance(one, list) and one and is_message(one[0])]
     return (
         any(PREFERENCE.search(key) for key in talks)

@@ -201,7 +201,8 @@ def unknown_ending(path: Path) -> str:
 @dataclasses.dataclass(frozen=True)
 class Source:
     """The files of a file or folder that is to be read. train, held_out: what becomes of their rows; left_out: what is not
-    read; notes: what is to be said of that."""
+    read; notes: what is to be said of that.
+    """
 
     train: list[Path]
     held_out: list[Path]

@@ -26,7 +26,8 @@ from rwkv_peft.text.turns import WORLD
 
 class Kind(NamedTuple):
     """Something that another tool left in a row. name: of a row that has it. effect: what comes of it. instead: what to do where
-    it is not rewritten. rewritten: CONVERT_HEADINGS=1 may rewrite it."""
+    it is not rewritten. rewritten: CONVERT_HEADINGS=1 may rewrite it.
+    """
 
     name: str
     effect: str
@@ -316,7 +317,8 @@ def look_at_text(text: str, own: Mapping[str, Role] = WORLD) -> list[Finding]:
 
 def look_at_letters(text: str, tagged: bool) -> list[Finding]:
     """Line breaks that are written as letters, tokens of other tools that are, and escaped tags. tagged: the tokens belong to its
-    format."""
+    format.
+    """
     found = []
     if (at := where_escaped(text)) >= 0:
         found.append(Finding("escaped", "\\n" if "\\n" in text else text[at : at + 6], at))
@@ -628,7 +630,8 @@ NEEDLES = ("<|", "<｜", "</s>", "<s>", "<eos>", "<eoh>", "<eom>", "<bos>", "[IN
 @functools.cache
 def tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What a token may be the first part of, and the second, uint8 [65536] each (ALONE: it is all of it); and whether it may be
-    the first part of anything, bool [65536]."""
+    the first part of anything, bool [65536].
+    """
     first, second = np.zeros(65536, np.uint8), np.zeros(65536, np.uint8)
     table = tokenizer.token_bytes()
     # (a system's heading is worth nothing without another one)

@@ -63,7 +63,8 @@ TOGETHER = 512  # rows of one object that holds many
 @dataclass(frozen=True)
 class Shape:
     """Where the rows of a file are. level: brackets around a row. holder: the bracket right around rows, opener: the ones that
-    begin a row. named: the rows are in lists that have names."""
+    begin a row. named: the rows are in lists that have names.
+    """
 
     level: int
     holder: bytes = b"["

@@ -16,7 +16,8 @@ UNKNOWN = -1
 def key_ends(data: bytes, wide: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Where keys may end: the places of quotes before a colon, ascending int64 [keys]; and whether each is sure, bool [keys]:
     of others it is not known whether they are quotes. Values that begin with a colon are among them. wide: full-width colons
-    count too."""
+    count too.
+    """
     text = np.frombuffer(data, np.uint8)
     at = np.flatnonzero(text[1:] == COLON)  # the places before colons
     if wide:
@@ -42,7 +43,8 @@ def wide_colons(text: np.ndarray) -> np.ndarray:
 
 def counts(rows: Sequence[bytes]) -> list[int]:
     """The keys that the bytes of every row hold, [rows]; a value that begins with a colon counts as one. UNKNOWN where that
-    cannot be said without parsing."""
+    cannot be said without parsing.
+    """
     data = b"\n".join(rows)
     at, sure = key_ends(data)
     text = np.frombuffer(data, np.uint8)

@@ -146,7 +146,8 @@ def plain(value: Any) -> Any:
 
 def too_deep(text: str) -> bool:
     """Whether more brackets are open at once than parsers should follow. (Brackets inside texts count where strings do not
-    parse, which refuses no sound row: those never come here.)"""
+    parse, which refuses no sound row: those never come here.)
+    """
     if text.count("[") + text.count("{") <= DEPTH_LIMIT:
         return False
     depth = deepest = 0

@@ -249,7 +249,8 @@ class Columns:
 
 def columns(map_keys: str, role_map: str = "") -> Columns:
     """MAP_KEYS, like {"prompt": "question", "response": "reply"}, where "" leaves a part out; ROLE_MAP, like
-    {"customer": "user"}, where "" leaves the messages of a role out. Problems if one is wrong."""
+    {"customer": "user"}, where "" leaves the messages of a role out. Problems if one is wrong.
+    """
     given = texts_of("MAP_KEYS", map_keys, '{"text": "content"}')
     unknown = [key for key in given if key not in MAPPABLE]
     if unknown:

@@ -13,7 +13,8 @@ Row = Mapping[str, Any]
 
 def renamed_keys(one: Row, given: Mapping[str, str]) -> Row:
     """A message with the keys that MAP_KEYS names under their usual names. What had such a name by itself is not used, and is
-    reported as that."""
+    reported as that.
+    """
     there = {part: name for name, part in given.items() if name in one}
     kept = {
         f"{key} (MAP_KEYS takes {there[key]})" if key in there else key: value
@@ -25,7 +26,8 @@ def renamed_keys(one: Row, given: Mapping[str, str]) -> Row:
 
 def lifted(row: Row, names: Iterable[str]) -> Row:
     """The row with what is inside an object beside the rest, where MAP_KEYS names it as "body.messages". RowError where a key
-    inside and one beside the object disagree."""
+    inside and one beside the object disagree.
+    """
     paths = {name: name.split(".") for name in names if "." in name and name not in row}
     found = {name: value for name, path in paths.items() if (value := inside(row, path)) is not ABSENT}
     if not found:

@@ -107,7 +107,8 @@ def are_pairs(rows: Any) -> bool:
 
 def are_role_pairs(rows: Any, roles: Mapping[str, Any] = MappingProxyType({})) -> bool:
     """Whether a list is of [role, text] pairs: some of the roles are known, by themselves or by ROLE_MAP. RowError where they
-    may be roles that are not known, or some pairs begin with a role and others with something else."""
+    may be roles that are not known, or some pairs begin with a role and others with something else.
+    """
     if not isinstance(rows, list) or not all(
         isinstance(one, list) and len(one) == 2 and isinstance(one[0], str) for one in rows
     ):

@@ -77,7 +77,8 @@ def peel(text: str) -> tuple[str, str]:
 
 def has_chain(found: list[re.Match]) -> bool:
     """Whether sequences follow one another as no clean text has it: three with three different continuations (a list of
-    letters, "Ä…Ö…Ü…", has one), or four that are longer than two. For words whose sequences are all harmless: "ê°‚ê°‘"."""
+    letters, "Ä…Ö…Ü…", has one), or four that are longer than two. For words whose sequences are all harmless: "ê°‚ê°‘".
+    """
     run: list[re.Match] = []
     for match in found:
         run = [*run[-3:], match] if run and run[-1].end() == match.start() else [match]

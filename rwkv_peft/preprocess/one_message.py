@@ -41,7 +41,8 @@ LOOKED_AT = 32  # rows at the beginning of a file that tell its kind
 
 def conversations(blocks: Iterable[Block], columns: Columns = NO_COLUMNS) -> Iterator[Block]:
     """The blocks of a file, with its messages put together where it has one in every row. UserError if they do not have the
-    conversation_id of MAP_KEYS."""
+    conversation_id of MAP_KEYS.
+    """
     blocks = iter(blocks)
     for first in blocks:
         if first.data:
@@ -86,7 +87,8 @@ def together(blocks: Sequence[Block], key: tuple[str, ...], held_out: bool, colu
 
 def grouping(block: Block, columns: Columns) -> tuple[str, ...]:
     """The columns that tell which messages belong together: (message_id, parent_id), (conversation_id,), or () if the rows
-    are no single messages."""
+    are no single messages.
+    """
     mapped = columns.given.get("conversation_id")
     seen: dict[str, list[Any]] = {}
     for _, item in itertools.islice(items(block), LOOKED_AT):

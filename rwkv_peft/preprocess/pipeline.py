@@ -86,7 +86,8 @@ class Place(NamedTuple):
 class EncodedBlock:
     """What a block has become. ids uint16 [n], roles uint8 [n]; sizes int32 and hashes uint64 [rows that are written];
     documents uint64: a hash of all that was made of the same row; lines int64: where each comes from. counts: rows by what
-    happened to them ("read", "kept", "dropped: ...", ...)."""
+    happened to them ("read", "kept", "dropped: ...", ...).
+    """
 
     ids: np.ndarray
     roles: np.ndarray
@@ -108,7 +109,8 @@ class EncodedBlock:
 
 class Rows(NamedTuple):
     """Rows to write. ids uint16 [n], roles uint8 [n], first [rows + 1], lines int64 [rows]; rows int64: which of the block's
-    rows each was made of; scripts as in Cooked."""
+    rows each was made of; scripts as in Cooked.
+    """
 
     ids: np.ndarray
     roles: np.ndarray
@@ -121,7 +123,8 @@ class Rows(NamedTuple):
 class PendingRow(NamedTuple):
     """A row on its way: which of its block's it is, its line in the file (several may stand in one), its text in pieces, and
     what it was rendered from: a dialogue, the unread row where that is a plain conversation (a parsed one would take memory
-    for nothing), or None for a ready text."""
+    for nothing), or None for a ready text.
+    """
 
     row: int
     line: int
@@ -149,7 +152,8 @@ def with_keys(block: Block) -> Iterator[tuple[int, bytes | Row | RowError, int |
 def parse(item: bytes | Row | RowError, faults: set[str] | None = None, keys: int | None = None) -> Row:
     """The row itself; a list of messages is a conversation. RowError if it is none. faults: gets the kind of fault of JSON that
     is not quite JSON (literals.FAULTS). keys: how many its bytes hold (json_keys.counts); None: a key that is there twice is
-    not looked for."""
+    not looked for.
+    """
     if isinstance(item, RowError):
         raise item
     if not isinstance(item, bytes):  # of a table, whose packed cells may be far larger than its file
@@ -203,7 +207,8 @@ def keys_of(row: Any) -> int:
 
 def one_value_each(item: bytes) -> None:
     """RowError if an object of the row has a key with two values, of which a parser keeps the last one only. Keys that say
-    nothing a model could learn may."""
+    nothing a model could learn may.
+    """
     twice: dict[int, str] = {}  # the objects with such a key, by identity, and the key
     kept: list[Row] = []  # all objects, so that no identity is given again
 
@@ -316,7 +321,8 @@ class RowEncoder:
 
     def empty_cells(self, row: dict[str, Any], line: int, counts: Counter[str], note) -> str:
         """Cells in which pandas wrote that they are empty become empty, but for those that may be a text in a column that a
-        row needs (an answer may be None). Returns what to add to an error of a row that needs such a cell."""
+        row needs (an answer may be None). Returns what to add to an error of a row that needs such a cell.
+        """
         hint = ""
         for name, cell in row.items():
             if type(cell) is str and cell in MISSING:

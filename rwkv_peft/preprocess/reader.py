@@ -37,7 +37,8 @@ class Note(NamedTuple):
 @dataclass(frozen=True)
 class Block:
     """Rows behind one another. data: bytes of whole JSON lines, the first of which is line `first`; or a list of
-    (number, JSON bytes | row | RowError). read: bytes of the file up to here. held_out: they belong to NAME.valid."""
+    (number, JSON bytes | row | RowError). read: bytes of the file up to here. held_out: they belong to NAME.valid.
+    """
 
     file: str
     first: int
@@ -49,7 +50,8 @@ class Block:
 
 class Frames(io.RawIOBase):
     """Frames of a packed file behind one another, as one stream. EOFError if the last one was cut off, which the library's
-    own stream passes over in silence."""
+    own stream passes over in silence.
+    """
 
     def __init__(self, raw: IO[bytes], begin: Callable):
         """begin: makes an object that unpacks one frame."""
@@ -110,7 +112,8 @@ def opened(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
 @contextlib.contextmanager
 def unpacked(path: Path) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
     """The text of a file, unpacked, as UTF-8 with \\n as line end, and a function that tells how many bytes of the file itself
-    have been read. UserError if it is no text, or in an encoding that cannot be told."""
+    have been read. UserError if it is no text, or in an encoding that cannot be told.
+    """
     with opened(path) as (file, raw):
         found = encoding_of(path) if raw.seekable() else encoding_of_pipe(path, file)
         if isinstance(found, encodings.Binary):

@@ -171,7 +171,8 @@ def foreign_lines(
     found: Mapping[str, int], places: Mapping[str, Sequence], converting: bool, left: Mapping[str, int]
 ) -> Iterator[str]:
     """A warning for each thing that another tool left in the rows: how many, the first, and what to do. left: why headings were
-    left -> rows."""
+    left -> rows.
+    """
     for kind, rows in found.items():
         what, effect, instead, rewritten = KINDS[kind]
         file, number, _ = places[kind][0]
@@ -205,7 +206,8 @@ def overlooked_words(rows: int, where: str) -> str:
 
 def say(content: Mapping[str, Any], prefix: Path, template: str = "", made: bool = True) -> None:
     """The report in words; its last lines are those that training.sh wants. template: what PROMPT_TYPE=auto became. made: now,
-    not by an earlier call."""
+    not by an earlier call.
+    """
     rows, places, tokens = content["rows"], content["places"], content["tokens"]
     several = len(content["read_files"]) > 1
     shown = paths.display_path(prefix)
@@ -355,7 +357,7 @@ def more(total: int) -> str:
 
 
 def at_places(found: Sequence[Place], several: bool) -> str:
-    """line 5 (its note), line 9 (its note); with the file where there are several."""
+    """Line 5 (its note), line 9 (its note); with the file where there are several."""
     return ", ".join(
         (f"{p.file}:{p.line}" if several else f"line {p.line}") + (f" ({p.note})" if p.note else "") for p in found
     )

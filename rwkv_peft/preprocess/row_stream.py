@@ -1,5 +1,6 @@
 """Rows of files as tokens, encoded on the way, in a shuffled order that needs no more than a buffer. Endless for files, which
-are read again and again; a pipe is read once."""
+are read again and again; a pipe is read once.
+"""
 
 from __future__ import annotations
 

@@ -137,7 +137,8 @@ class Reader(Talks):
 
     def plain_pair(self, row: Row, keys: tuple[str, ...], parts: Parts) -> tuple[str, Dialogue] | None:
         """A row of nothing but a question, perhaps its second text, and an answer, which most pairs are: what the long way
-        would give, sooner. Or None."""
+        would give, sooner. Or None.
+        """
         pair = self.pairs.get(keys)
         if pair is None:
             pair = self.pairs[keys] = self.columns_of_plain_pair(keys, parts)
@@ -195,7 +196,8 @@ class Reader(Talks):
 
     def recognise(self, row: Row, parts: Parts) -> tuple[str, tuple[str, ...]]:
         """messages, pair or text, and the columns that tell it. Exports of several kinds have all the columns, and null in
-        those that are not used."""
+        those that are not used.
+        """
         wanted, given = HANDLERS[self.handler], self.columns.given
         certain = {given["messages"]} if "messages" in given else set()
         empty: tuple[str, tuple[str, ...]] | None = None

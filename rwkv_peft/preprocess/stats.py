@@ -21,7 +21,8 @@ KEYS = (
 
 class CorpusStats:
     """Sums over all blocks. sizes: tokens of every row that is written, in order; hashes: of their content; documents: of
-    all that was made of the same row."""
+    all that was made of the same row.
+    """
 
     def __init__(self, keep_documents: bool = False):
         self.keep_documents = keep_documents  # only the held-out part asks which rows were made of the same one
@@ -57,7 +58,7 @@ class CorpusStats:
         self.notes += one.notes
 
     def unused_keys(self) -> dict[str, list[list]]:
-        """file -> [level, key, rows] of what is not used, the most frequent first."""
+        """File -> [level, key, rows] of what is not used, the most frequent first."""
         return {
             file: [[level, key, rows] for (level, key), rows in keys.most_common()]
             for file, keys in self.unused.items()

@@ -35,7 +35,8 @@ def trimmed(name: str) -> str:
 
 def header_row(rows: Sequence[Sequence[str]]) -> int:
     """Which row names the columns: the first that is not empty; or, where only titles of one cell are above it, the first of
-    several cells with a known name among them, within 20 rows."""
+    several cells with a known name among them, within 20 rows.
+    """
     filled = [i for i, row in enumerate(rows[:LOOKED_AT]) if any(cell.strip(INVISIBLE) for cell in row)]
     for i in filled:
         cells = [cell for cell in rows[i] if cell.strip(INVISIBLE)]
@@ -99,7 +100,8 @@ class Header:
 
     def is_other(self, cells: Sequence[str], number: int) -> bool:
         """Whether a row is the header of another table, as joined files have it: from there on its names hold. All of its cells
-        are names that columns have, of a question and of an answer among them."""
+        are names that columns have, of a question and of an answer among them.
+        """
         if not self.is_known or not cells or len(cells[-1]) > LONGEST or not is_name(cells[0] or cells[-1]):
             return False
         names = [trimmed(cell) for cell in cells]

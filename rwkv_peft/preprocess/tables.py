@@ -34,7 +34,8 @@ FIELDS_LIMIT = 1 << 27  # characters of a cell that Python's reader takes; RowLi
 class Dialect:
     """How a table is written. quotes: standard ("" for a quote), backslash (\" for one), spaced (blanks around quoted cells),
     or none (a quote is a letter).
-    all_escaped: a backslash itself is written as two."""
+    all_escaped: a backslash itself is written as two.
+    """
 
     quotes: str = "standard"
     all_escaped: bool = False
@@ -76,7 +77,8 @@ QUOTED_SO = {
 
 def table(path: Path) -> Iterator[Block]:
     """Rows of a .csv or .tsv file; the first line names the columns. Cells that hold lists are read where they are wanted as
-    lists."""
+    lists.
+    """
     csv.field_size_limit(FIELDS_LIMIT)
     name, notes = display_path(path), []
     with unpacked(path) as (file, read):
@@ -102,7 +104,8 @@ def table(path: Path) -> Iterator[Block]:
 
 def best_dialect(path: Path, mark: str) -> Dialect:
     """The dialect in which most of a table can be read; the file is read beforehand only where quotes are unusual. mark: what
-    stands between its cells, if that is known."""
+    stands between its cells, if that is known.
+    """
     if not path.is_file():  # a pipe can be read only once
         return Dialect()
     escaped = lone = quoted = spaced = False

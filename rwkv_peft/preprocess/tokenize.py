@@ -273,7 +273,8 @@ class Stored:
 
 def held_out_rows(tally: CorpusStats, config: TokenizeConfig, source: Path) -> np.ndarray:
     """Which rows become NAME.valid, bool [rows]: those of VALID_SPLIT, or VALID_PERCENT of all. UserError if VALID_SPLIT names
-    nothing that is there, or everything."""
+    nothing that is there, or everything.
+    """
     if not config.valid_split:
         documents = np.frombuffer(tally.documents, np.uint64)
         return valid_rows(documents, len(tally.sizes), config.valid_percent, config.seed)
@@ -302,7 +303,8 @@ def write(
     last_look: Callable[[], None] = lambda: None,
 ) -> list[Path]:
     """NAME.bin/.idx with roles, every row `epochs` times in a new order each; NAME.valid with what is held out, once. last_look:
-    raises where the files must not get their names."""
+    raises where the files must not get their names.
+    """
     sizes = np.frombuffer(tally.sizes, np.int32)
     starts = np.zeros(len(sizes) + 1, np.int64)
     np.cumsum(sizes, out=starts[1:])

@@ -98,7 +98,8 @@ def results_of_text(text: str) -> list[str]:
 
 def stay_text(words: str, role: Role) -> bool:
     """Whether calls, results or tools between tags are left in the words of a message: they could not be read, or there is text
-    behind them."""
+    behind them.
+    """
     if role is Role.ASSISTANT:
         tag = CALL_TAG.search(words)
         return tag is not None and not in_code(code_of(words), tag.start())

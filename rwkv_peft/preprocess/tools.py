@@ -22,7 +22,8 @@ Unused = dict[tuple[str, str], int]
 
 def agreed_tools(found: Sequence[tuple[str, Any]], padded: bool, unused: Unused) -> str:
     """The list of tools as one line of JSON; functions without the wrapper that OpenAI puts around them. RowError where
-    two lists disagree."""
+    two lists disagree.
+    """
     texts = [(name, text) for name, value in found if (text := tools_text(value, padded, unused))]
     for name, text in texts[1:]:
         if not same(text, texts[0][1]):
@@ -96,7 +97,8 @@ def agreed_call(where: str, calls: Sequence[tuple[str, Any]], padded: bool, unus
 
 def call_text(where: str, calls: Any, padded: bool, unused: Unused) -> str:
     """Tool calls as JSON text: {"name": ..., "arguments": {...}}, or a list of such where there are several. No arguments
-    at all (null, "", {}) are {}."""
+    at all (null, "", {}) are {}.
+    """
     if isinstance(calls, str):
         try:
             calls = orjson.loads(calls)

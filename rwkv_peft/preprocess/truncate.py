@@ -34,7 +34,8 @@ ANSWERS = (Role.ASSISTANT, Role.UNTRAINED)
 @dataclass(frozen=True)
 class Limits:
     """0 is no limit. max_tokens: of a row, its terminator included. target: of an answer, its terminator included.
-    source: of any other turn."""
+    source: of any other turn.
+    """
 
     max_tokens: int = 0
     source: int = 0
@@ -127,7 +128,8 @@ def cut_answer(tokens: Tokens, pieces: Pieces, place: int, limits: Limits) -> To
 def unlearn_what_is_new(tokens: Tokens, pieces: Pieces, before: Tokens, whole: Pieces) -> None:
     """Answers that lost their beginning are not learnt where what is left of them begins: no answer begins so. The role of the
     first word that is left (of its first token, if the tokens are the same as before the cut) becomes UNTRAINED; what follows it,
-    the end of the turn as well, is learnt."""
+    the end of the turn as well, is learnt.
+    """
     pairs = zip(runs_of_pieces(tokens, pieces), runs_of_pieces(before, whole), pieces.roles, strict=True)
     for (a, b), (c, d), role in pairs:
         if role is not Role.ASSISTANT:
@@ -172,7 +174,8 @@ def shortened_text(text: str, excess: int, policy: str) -> str:
 
 def word_begin(text: str, at: int, most: int) -> int:
     """Where a text begins that is cut at a character and must keep to so many tokens: with the word that the cut goes through,
-    if it fits, else with the next one, else at the cut."""
+    if it fits, else with the next one, else at the cut.
+    """
     begin = end = at
     while inside_word(text, begin):
         begin -= 1

@@ -37,7 +37,8 @@ def is_nothing(value: Any) -> bool:
 
 def as_text(value: Any) -> str:
     """A value as text: a string is itself; a number, true, false, an object or a list is what JSON writes for it (a date: its
-    ISO form; bytes: their UTF-8 text)."""
+    ISO form; bytes: their UTF-8 text).
+    """
     if isinstance(value, str):
         return value
     if isinstance(value, bytes):
@@ -160,7 +161,8 @@ FENCE = re.compile(r"(?:`{3,}|^[ \t>]*~{3,})(?P<word>[ ]?\w)?", re.M)
 
 def fence_stays_open(text: str, begin: int, tag: re.Match, starts: bool) -> bool:
     """Whether the fence of code that a closing tag stands behind was never closed: none follows, or one that opens another.
-    starts: a thought was opened, so the tag ends it where some fence is open at the end. RowError where nothing tells."""
+    starts: a thought was opened, so the tag ends it where some fence is open at the end. RowError where nothing tells.
+    """
     behind = FENCE.search(text, tag.end())
     if not behind or behind["word"]:
         return True
@@ -176,7 +178,8 @@ def fence_stays_open(text: str, begin: int, tag: re.Match, starts: bool) -> bool
 
 def code_of(text: str, begin: int = 0) -> list[tuple[int, int]]:
     """Where a text quotes code, from `begin` on: between two equal runs of backticks in one line, and inside fences: of three
-    backticks or more (to the end where nothing closes them), or of three tildes or more that are closed."""
+    backticks or more (to the end where nothing closes them), or of three tildes or more that are closed.
+    """
     found: list[tuple[int, int]] = []
     fences: list[str] = []  # that are open: one with a word behind it opens another
     start, past, never_closed = 0, begin, MOST_MARKS + 1
@@ -283,7 +286,8 @@ MEDIUM = re.compile(
 
 def is_medium(value: Any, named: bool = False) -> bool:
     """Whether a column of pictures, sounds or films has one: a list, an object, bytes, a path, an address; no word about it.
-    named: the column is called a path or a file, whatever it holds."""
+    named: the column is called a path or a file, whatever it holds.
+    """
     if isinstance(value, str):
         empty = is_nothing(value) or value.strip().lower() in ("n/a", "[]", "nan", "none", "null", "no", "false")
         return not empty and (named or MEDIUM.search(value) is not None)

@@ -44,7 +44,8 @@ SMALL = 256 << 20  # bytes that a workbook may unpack to, to be read without a t
 
 def workbook(path: Path, valid_split: str = "") -> Iterator[Block]:
     """Rows of all sheets with the same columns; other sheets are named, and so are those whose names say that they are for
-    testing. valid_split: the name of the sheet whose rows are held out."""
+    testing. valid_split: the name of the sheet whose rows are held out.
+    """
     try:
         import python_calamine as calamine
     except ImportError:
@@ -87,7 +88,8 @@ for title in book.sheet_names:
 
 def must_fit_memory(path: Path, name: str) -> None:
     """UserError for a workbook that unpacks to more than memory holds, or whose last cell is so far out that the rectangle up
-    to it is more. The library ends the process that asks for so much, so another process tries it."""
+    to it is more. The library ends the process that asks for so much, so another process tries it.
+    """
     tried = subprocess.run([sys.executable, "-c", PROBE, path], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     if tried.returncode < 0 or b"MemoryError" in tried.stderr:
         raise UserError(
@@ -158,7 +160,8 @@ def sheets(book, name: str, size: int, valid_split: str = "") -> Iterator[Block]
 
 def is_small(path: Path, name: str) -> bool:
     """Whether a workbook is of XML (.xlsx) and unpacks to little. UserError for one with a cell so far away that the library,
-    which makes room for the whole rectangle, would take all memory."""
+    which makes room for the whole rectangle, would take all memory.
+    """
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:

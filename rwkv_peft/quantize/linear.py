@@ -58,7 +58,7 @@ class QuantEmbedding(nn.Module):
     on_host = False  # (it is small)
 
     def forward(self, ids: Tensor, dtype: torch.dtype, _device=None) -> Tensor:
-        """ids of any shape [...] -> [..., C]."""
+        """Ids of any shape [...] -> [..., C]."""
         return self.weight.rows(ids.flatten(), dtype).view(*ids.shape, self.weight.shape[1])
 
     def extra_repr(self) -> str:

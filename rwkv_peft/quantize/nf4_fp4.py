@@ -83,7 +83,7 @@ class FourBit(Quantised):
 
 
 def scaled(values: Tensor, absmax: Tensor) -> Tensor:
-    """values / absmax, in -1 .. 1. Zeros stay zero; a product with the reciprocal, as bitsandbytes has it."""
+    """Values / absmax, in -1 .. 1. Zeros stay zero; a product with the reciprocal, as bitsandbytes has it."""
     return values.mul(1 / absmax.clamp(min=1e-38)).clamp_(-1, 1)
 
 

@@ -43,7 +43,8 @@ def table(strings: Mapping[str, str]) -> str:
 class Cleaning:
     """What a cleaner does. ends: line ends become \\n. left: "all" blanks before the words go; "indent": blank lines and a
     single space, but no other indentation; or "none". right: blanks behind them go. inside: blank lines between lines of words
-    go."""
+    go.
+    """
 
     ends: bool
     left: str
@@ -121,7 +122,8 @@ def cleaning_of(cleaner: Callable[[str], str]) -> Cleaning:
 class Layout:
     """The text around the words of turns. first: before those of the first turn. between: "ua" -> between a user's words and
     the assistant's answer to them. asked: behind the last turn, up to where an answer begins; closed: where none is asked for.
-    empty: the prompt without any turn."""
+    empty: the prompt without any turn.
+    """
 
     first: dict[str, str]
     between: dict[str, str]

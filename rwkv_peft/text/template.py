@@ -34,7 +34,8 @@ SPEAKERS = (Role.SYSTEM, Role.USER, Role.ASSISTANT)
 
 class Message(NamedTuple):
     """One turn. think: what the assistant thought before it spoke. material: a second text of a user's turn (the input
-    of an instruction). learn: whether an answer is to be learnt. call: the content of a tool call, as JSON."""
+    of an instruction). learn: whether an answer is to be learnt. call: the content of a tool call, as JSON.
+    """
 
     role: Role
     content: str
@@ -55,7 +56,8 @@ class Dialogue:
 @dataclass(frozen=True)
 class Ending:
     """How turns end. answer: behind every answer, inside the turn. last: behind the last turn. token: whether the row
-    ends with token 0."""
+    ends with token 0.
+    """
 
     answer: str = ""
     last: str = ""
@@ -87,8 +89,9 @@ def clean(content: str) -> str:
 
 
 def tidy_answer(content: str) -> str:
-    """tidy for what is learnt: the indentation of the first line stays, as in code or a Chinese paragraph. Blank lines before it
-    go, and so does a single space (prompt/completion data of OpenAI begin with one)."""
+    """Tidy for what is learnt: the indentation of the first line stays, as in code or a Chinese paragraph. Blank lines before it
+    go, and so does a single space (prompt/completion data of OpenAI begin with one).
+    """
     content = lines(content).rstrip()
     if not content[:1].isspace():
         return content
@@ -187,7 +190,8 @@ class Template:
 
     def to_dict(self) -> dict[str, Any]:
         """Every field, as JSON can hold it: what a run keeps, so that it is served in the form that it was trained in, whatever
-        the name means in a later version."""
+        the name means in a later version.
+        """
         found = {}
         for one in dataclasses.fields(self):
             value = getattr(self, one.name)
@@ -260,7 +264,8 @@ class Template:
     @functools.cached_property
     def headings(self) -> dict[str, Role]:
         """What begins a turn in texts that are ready (spans_of_text): words before a colon behind a blank line, and headings like
-        Bot✿ and ### User at the start of a line."""
+        Bot✿ and ### User at the start of a line.
+        """
         own = {self.patterns[r].heading.split("\n")[0].strip(): r for r in (Role.TOOL, *SPEAKERS)}
         blank = self.format_separator == "\n\n"
         words = {h[:-1]: role for h, role in own.items() if blank and re.fullmatch(r"\w[\w ]*:", h)}

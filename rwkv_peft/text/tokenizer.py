@@ -62,7 +62,7 @@ def token_lengths() -> np.ndarray:
 
 
 def decode(ids) -> str:
-    """ids -> text; bytes that are no UTF-8 become U+FFFD. Ids outside the vocabulary have no bytes."""
+    """Ids -> text; bytes that are no UTF-8 become U+FFFD. Ids outside the vocabulary have no bytes."""
     return decode_bytes(ids).decode("utf-8", "replace")
 
 
@@ -139,7 +139,7 @@ def unload() -> None:
 
 
 def encode(text: str) -> list[int]:
-    """text -> ids. Raises UnicodeEncodeError for half surrogates, which no file can hold."""
+    """Text -> ids. Raises UnicodeEncodeError for half surrogates, which no file can hold."""
     return encoder().encode(text)
 
 

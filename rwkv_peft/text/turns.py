@@ -19,7 +19,8 @@ def is_mark(heading: str) -> bool:
 @functools.cache
 def patterns(words: tuple[str, ...]) -> tuple[re.Pattern[bytes], re.Pattern[bytes]]:
     """What is a heading: at the start of the text or after a blank line, with a half- or full-width colon. And what looks
-    like one to a reader: the word at the start of a line, in any case."""
+    like one to a reader: the word at the start of a line, in any case.
+    """
     any_word = "|".join(re.escape(word) for word in words if not is_mark(word))
     marks = "".join(f"|^{re.escape(word)}" + "$" * word.startswith("#") for word in words if is_mark(word))
     return (
@@ -48,7 +49,8 @@ def spans_of_text(data: bytes, words: Mapping[str, Role] = WORLD) -> list[Span]:
 
 def overlooked_heading(data: bytes, spans: Sequence[Span], words: Mapping[str, Role] = WORLD) -> str:
     """The first line of a ready text that looks like a heading but is not what the models know as one: no blank line
-    before it, another case, a full-width colon (which does count as a turn here, for who says what). Or ""."""
+    before it, another case, a full-width colon (which does count as a turn here, for who says what). Or "".
+    """
     known = {span.start for span in spans if span.role is Role.HEADING and data[span.end - 1 : span.end] == b":"}
     alike = patterns(tuple(words))[1].finditer(data) if words else ()
     found = next((m for m in alike if m.start() not in known), None)

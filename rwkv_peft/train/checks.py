@@ -22,7 +22,8 @@ MOST_TEXT = 1 << 20  # characters of a file of questions
 
 def open_files(config: TrainConfig, base: Path, new: bool):
     """What the base holds, its geometry, the data (prefixes and weights, or what is streamed), and the checkpoint that a new
-    run begins with. Problems with all that is wrong with the files. new: the run has no state of its own to go on from."""
+    run begins with. Problems with all that is wrong with the files. new: the run has no state of its own to go on from.
+    """
     from rwkv_peft.checkpoint import base_model
     from rwkv_peft.data.tokenized_files import data_files
     from rwkv_peft.model.arch import NUMBERS
@@ -101,7 +102,8 @@ def layer_problems(config: TrainConfig, geometry) -> list[SettingError]:
 @dataclass(frozen=True)
 class InitFrom:
     """The checkpoint that a run goes on from, and what its adapters began with (PiSSA alone has that, and can begin a new
-    run with it)."""
+    run with it).
+    """
 
     path: Path | None
     start: Path | None
@@ -135,7 +137,8 @@ def check_init(
 ) -> dict:
     """Whether a checkpoint is of this method with these options, was trained on this base, and has the tensors that this run
     trains; Problems with all that does not fit. setup: what becomes of the model. in_use: watches it. Returns
-    the base's hashing.content."""
+    the base's hashing.content.
+    """
     from rwkv_peft.adapters import inject
     from rwkv_peft.checkpoint import base_model, pth
     from rwkv_peft.model.arch import misfits

@@ -39,7 +39,8 @@ class Broken(Exception):
 class Recorded(NamedTuple):
     """x, out: what `forward` reads and writes, [T, C]. slope: what `backward` reads, the gradient of out; grads: what it writes,
     of each of the tensors that were asked for, None where out does not depend on it. held: what else lies at addresses that are
-    read."""
+    read.
+    """
 
     x: Tensor
     out: Tensor

@@ -131,7 +131,8 @@ def plan_run(config: TrainConfig, files, vocab_size: int, say, in_use: FileWatch
 class ValData:
     """Held-out data. names, prefixes: of the files; missing: of those that are trained and have none. rows: places of the
     context's length. untrained: documents that have nothing to learn from. data: tells these from others. batches: from a
-    process's number and their count to its share."""
+    process's number and their count to its share.
+    """
 
     names: tuple[str, ...]
     prefixes: tuple[Path, ...]
@@ -147,7 +148,8 @@ def held_out(
     config: TrainConfig, files, ctx_len: int, vocab_size: int, say, in_use: FileWatch | None = None
 ) -> ValData | None:
     """What VAL_DATA names, in packs, with the mask of the run; None for none. files: those that are trained, for auto. in_use:
-    watches what is held out. Problems for what is not there or has nothing to learn."""
+    watches what is held out. Problems for what is not there or has nothing to learn.
+    """
     from rwkv_peft.data.dataset import TokenDataset
     from rwkv_peft.data.tokenized_files import data_files, effective_mask, missing_data
 

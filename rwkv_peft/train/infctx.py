@@ -27,7 +27,8 @@ HALF_SCALE = 2.0**12  # gradients of float16 activations are made this much larg
 @dataclass(frozen=True)
 class Chunk:
     """Tokens begin to end of the batch. borders: where sequences lie among them, from 0. goes_on: its first sequence
-    began in the chunk before."""
+    began in the chunk before.
+    """
 
     begin: int
     end: int
@@ -37,7 +38,8 @@ class Chunk:
 
 def cut(cu_seqlens: Sequence[int], size: int) -> list[Chunk]:
     """The tokens of sequences behind one another, in chunks of at most `size`. A sequence is cut at multiples of `size` from
-    its own beginning, whatever lies beside it: so the result does not depend on how rows are batched."""
+    its own beginning, whatever lies beside it: so the result does not depend on how rows are batched.
+    """
     places, begin = [0], 0
     for first, end in zip(cu_seqlens, cu_seqlens[1:], strict=False):
         if end - begin > size and first > begin:  # it does not fit into what was begun
@@ -94,7 +96,8 @@ def replace_first(states: Tensor, first: Tensor) -> Tensor:
 
 class KnownGradients(torch.autograd.Function):
     """A loss whose gradients are computed on the way forward (by `run`, in pieces); parameters are named so that whoever
-    waits for their gradients (accumulation, other processes) sees them come."""
+    waits for their gradients (accumulation, other processes) sees them come.
+    """
 
     @staticmethod
     def forward(ctx, run: Callable, *parameters: nn.Parameter) -> Tensor:
@@ -119,7 +122,8 @@ class Sums:
 
     def add(self, loss: Tensor, ends: list[tuple[Tensor, Tensor]], leaves: list[Tensor]) -> list[Tensor]:
         """Gradients of a chunk. ends: states it hands on, with the gradients (already scaled) that come back for them.
-        leaves: states it began from. Returns the scaled gradients of those."""
+        leaves: states it began from. Returns the scaled gradients of those.
+        """
         self.loss = self.loss + loss.detach()
         outputs = [(loss * self.scale, None)] + [(s, g) for s, g in ends if s.requires_grad]
         outputs = [(o, g) for o, g in outputs if o.requires_grad]
@@ -171,7 +175,8 @@ def pass_full(one: Callable, chunks: list[Chunk], parameters: list, dtype) -> tu
 class Kept:
     """Tensors of the same shapes for each of `count` chunks, in room that is taken once. Kept one by one, they would lie in
     the gaps between what chunks take and give back, which malloc could then not use again: even 5 kB for each of 128
-    chunks made it hold 650 MB where tensors are 40 (bench/infctx.py)."""
+    chunks made it hold 650 MB where tensors are 40 (bench/infctx.py).
+    """
 
     def __init__(self, count: int):
         self.count, self.room = count, []

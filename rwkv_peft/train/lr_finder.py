@@ -118,7 +118,8 @@ def burst(losses: Sequence[float]) -> bool:
 @dataclass(frozen=True)
 class Advice:
     """lowest: the rate at which the smoothed loss is lowest; take: what to begin with, None where nothing was learnt at any rate;
-    held: it had not burst in the end."""
+    held: it had not burst in the end.
+    """
 
     lowest: float
     take: float | None
@@ -137,7 +138,8 @@ def advise(tried: Sequence[float], losses: Sequence[float]) -> Advice:
 
 def to_begin_with(found: Advice, usual: float | None) -> float:
     """The rate that is advised. found: with a rate to take. usual: for a state, the rate that is usual for its model, because
-    what the first steps bear is no measure there."""
+    what the first steps bear is no measure there.
+    """
     return found.take if usual is None or found.take <= MOST_STATE_RATE else usual
 
 

@@ -33,7 +33,8 @@ RECOMPUTE = {"0": "nothing", "1": "blocks", "selective": "cheap"}
 class TrainModel:
     """begun: what the adapters began with, where it cannot be computed anew. held: the base, held open, where checkpoints are
     changed copies of it: it stays what it is even if another file takes its name. later: what of the model is not made yet, where
-    its weights will lie in pieces: a process never holds all of them."""
+    its weights will lie in pieces: a process never holds all of them.
+    """
 
     model: RWKV
     begun: Mapping[str, Tensor]

@@ -135,7 +135,8 @@ def rate_rows(setup, rates: dict[str, float], values: int) -> list[tuple[str, st
 
 def usual_state_rate(values: int) -> float:
     """The rate that is usual for a state of a model of so many values: between those of 0.1B and of 7B on a straight line of
-    logarithms."""
+    logarithms.
+    """
     share = math.log(min(max(values, 1e8), 7e9) / 1e8) / math.log(70)
     return float(f"{1e-3 * 10**share:.0e}")
 
@@ -389,7 +390,8 @@ def out_of_memory(settings: dict, error: Exception) -> str:
 
 def best_look(looks: Sequence[dict], folder: Path, newest: Path) -> Path:
     """Tell where the validation was best. looks: of the run at held-out rows; newest: its last checkpoint. Returns the checkpoint
-    to go on with: that of the best look that there is one of."""
+    to go on with: that of the best look that there is one of.
+    """
     best, losses = min(looks, key=lambda look: look["loss"]), {look["step"]: look["loss"] for look in looks}
     saved = {step: path for path, step in run_dir.checkpoint_steps(folder) if step in losses}
     where = f"at step {best['step']}, in epoch {best['epoch'] + 1}"
@@ -412,7 +414,8 @@ def finish(
     seconds: float,
 ) -> None:  # fmt: skip
     """The last words: where the result is and what to do with it. looks: at held-out rows. exact: the state was
-    saved as well. complete: no step is left."""
+    saved as well. complete: no step is left.
+    """
     there = paths.display_path(folder)
     if received:
         if complete:

@@ -37,7 +37,8 @@ class StateChanged(Exception):
 
 def find_resume_state(config: TrainConfig, anew: bool, first: bool, say: Callable[[str], None]) -> TrainState | None:
     """The state that this run goes on from; None if it is a new one. anew: the user wants a new one. first: this is the process
-    that decides. Problems if RUN_NAME names a run that cannot go on."""
+    that decides. Problems if RUN_NAME names a run that cannot go on.
+    """
     if not first and HANDED in os.environ:
         return train_state.read_manifest(Path(os.environ[HANDED])) if os.environ[HANDED] else None
     folder = paths.OUTPUT / config.run_name
@@ -170,7 +171,8 @@ def must_be_unchanged(found: TrainState) -> None:
 
 def must_not_be_finished(found: TrainState, steps: int, config: TrainConfig, missing: Path | None) -> None:
     """Problems if there is nothing left to do. steps: of the whole run as the script has it now. missing: the last epoch's
-    checkpoint, if it is not there."""
+    checkpoint, if it is not there.
+    """
     stream = found.facts["settings"].get("STREAMING")
     more, run = longer(found), paths.display_path(found.run)
     if found.step > steps:
@@ -204,7 +206,8 @@ def place(found: TrainState) -> str:
 
 def changed_settings(found: TrainState, config: TrainConfig, free: set[str]) -> list[tuple[str, str]]:
     """Settings that are not what they were, with what they were; but for the free ones, and those that the kit had not
-    got then."""
+    got then.
+    """
     told, given = found.facts["settings"], script_values(config)
     return [
         (name, said(told[name])) for name in given if name in told and name not in free and told[name] != given[name]
@@ -217,7 +220,8 @@ def said(value) -> str:
 
 def must_have_its_files(found: TrainState, options: dict, content: dict, data: dict, start: Path) -> None:
     """Problems where what lies in files is not what it was. options: of the method. content: of the base. data: what identifies
-    the data. start: the file of what adapters began with."""
+    the data. start: the file of what adapters began with.
+    """
     facts, where = found.facts, place(found)
     wrong = []
     if content["sha256"] != facts["base"]["sha256"]:
@@ -244,7 +248,8 @@ def must_have_its_files(found: TrainState, options: dict, content: dict, data: d
 
 def must_be_the_same(found: TrainState, given: dict, settings: dict, plan: dict) -> None:
     """Problems where what only the machine can tell of the settings is not what it was. given: the settings of the script;
-    settings: resolved. plan: what `plan_facts` says."""
+    settings: resolved. plan: what `plan_facts` says.
+    """
     facts, where = found.facts, place(found)
     became, wrong = facts["became"], []
     free = FREE | BY_CONTENT | ({"EPOCH_STEPS"} if settings["STREAMING"] else set())
@@ -290,7 +295,8 @@ def same_steps(settings: dict, plan: dict, became: dict, before: dict) -> bool:
 
 def described(data):
     """What identifies data, without the names and the marks of its files, which change when they are copied, and without the
-    samples, which earlier versions had not got."""
+    samples, which earlier versions had not got.
+    """
     if isinstance(data, dict):
         return {key: described(value) for key, value in data.items() if key not in ("mark", "name", "pieces")}
     return [described(value) for value in data] if isinstance(data, list) else data

@@ -12,7 +12,8 @@ from rwkv_peft.common.file_watch import FileChanged, FileWatch
 
 class RunFiles:
     """node: whose files this process watches, None for one beside another of the same machine. ends: is told that the training
-    ends."""
+    ends.
+    """
 
     def __init__(self, watch: FileWatch, node: int | None, ends: Callable[[], None]):
         self.watch, self.node, self.ends = watch, node, ends

@@ -13,11 +13,11 @@ from rwkv_peft.common.errors import SettingErrors
 from rwkv_peft.config.train import TrainConfig
 from rwkv_peft.model.arch import ARCHS, Arch
 from rwkv_peft.model.rwkv import VERSIONS
-from rwkv_peft.ops import dispatch, kernel_check
+from rwkv_peft.ops import dispatch, reference
 
 
 def test_every_version_has_an_operator_and_what_its_blocks_keep():
-    assert {*ARCHS} == {*dispatch.WKV} == {*kernel_check.DEFINITIONS} == {*VERSIONS}
+    assert {*ARCHS} == {*dispatch.WKV} == {*reference.DEFINITIONS} == {*VERSIONS}
     assert all({*arch.activations} == {"cpu", "torch"} for arch in ARCHS.values())
 
 

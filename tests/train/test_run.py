@@ -14,10 +14,9 @@ from helpers.training import config, run
 
 from rwkv_peft.checkpoint import run_dir
 from rwkv_peft.cli import train
-from rwkv_peft.common import paths
+from rwkv_peft.common import paths, trackers
 from rwkv_peft.common.errors import SettingErrors
 from rwkv_peft.train import report
-from rwkv_peft.train.callbacks import trackers
 from rwkv_peft.train.callbacks.core import GracefulStop
 
 
@@ -235,7 +234,7 @@ def test_a_tracker_that_is_missing_or_fails_says_so_once_and_stops_nothing(ready
     def broken(*_):
         raise SystemExit("the disk is full")
 
-    monkeypatch.setitem(trackers.OPEN, name, lambda *_: trackers.Opened(broken, broken, "x"))
+    monkeypatch.setitem(trackers.TRACKERS, name, lambda *_: trackers.Opened(broken, broken, "x"))
     _, records = run(ready, "broken", **variable)
     assert (
         records

@@ -75,7 +75,8 @@ def library() -> ctypes.CDLL:
 
 def of_compiler(compiler: str, sources: list[Path]) -> ctypes.CDLL:
     """The kernels as this compiler makes them, or has made them. A file's name ends with its size: half of one is not loaded,
-    which would end the process without a word."""
+    which would end the process without a word.
+    """
     flags = [*FLAGS, *CAPABILITIES.get(torch.backends.cpu.get_cpu_capability(), ())]
     version = output([compiler, "--version"]).stdout
     # without OpenMP (Apple's clang, or clang without libomp) it runs on one thread
@@ -130,7 +131,8 @@ def compiled(command: list[str], folder: Path, stem: str) -> Path:
 @functools.cache
 def function(name: str, pointers: int, numbers: int):
     """A kernel's function: so many pointers, then 64-bit numbers, then the number of threads. It returns 0, or 1 where it has
-    no kernel for these numbers."""
+    no kernel for these numbers.
+    """
     found = getattr(library(), name)
     found.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_int64] * numbers + [ctypes.c_int]
     found.restype = ctypes.c_int

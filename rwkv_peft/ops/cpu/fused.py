@@ -182,7 +182,7 @@ class Wkv7Block(torch.autograd.Function):
 
 
 def prepared(gates: Sequence[Tensor | None], own: Sequence[Tensor], heads: int) -> list[Tensor]:
-    """r w k v a b of the recurrence, float32 [T, H, N]."""
+    """R w k v a b of the recurrence, float32 [T, H, N]."""
     T, C = gates[0].shape
     inputs = [torch.empty(T, heads, C // heads) for _ in range(6)]
     kernel("before7", gates[0], 15, 3)(

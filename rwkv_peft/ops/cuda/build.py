@@ -38,7 +38,8 @@ Argument = Tensor | int | None  # None: a null pointer
 
 class Launch(Protocol):
     """Starts a kernel on the current stream. threads: of a block; 0: a head's size. shared: bytes of shared memory beside what it
-    declares."""
+    declares.
+    """
 
     def __call__(
         self, name: str, grid: tuple[int, int], args: Sequence[Argument], threads: int = 0, shared: int = 0
@@ -74,7 +75,8 @@ def packed(args: Sequence[Argument]) -> tuple[tuple[int, ...], tuple]:
 
 def bind(index: int) -> None:
     """Give this thread the GPU's context, if it has none: torch does not where the GPU is the first one and it has called
-    nothing of its own yet, as in autograd's threads."""
+    nothing of its own yet, as in autograd's threads.
+    """
     _, driver = bindings()
     if not int(checked(driver, driver.cuCtxGetCurrent())):
         gpu = checked(driver, driver.cuDeviceGet(index))
@@ -164,7 +166,8 @@ def digest() -> str:
 
 def state() -> str:
     """Tells one state of whatever a proof depends on from another: the sources, what compiles and launches them, the proof
-    itself. Missing without a compiler."""
+    itself. Missing without a compiler.
+    """
     here = Path(__file__).parent
     return f"{digest()} {hashed([*here.glob('*.py'), here.parent / 'kernel_check.py'])} {compiler()}"
 

@@ -181,7 +181,7 @@ class Wkv7Block(torch.autograd.Function):
 
 
 def prepared(gates: Sequence[Tensor | None], own: Sequence[Tensor], heads: int) -> list[Tensor]:
-    """r w k v a b of the recurrence, [T, H, N]; w in float32."""
+    """R w k v a b of the recurrence, [T, H, N]; w in float32."""
     r = gates[0]
     T, C = r.shape
     shape = T, heads, C // heads

@@ -129,7 +129,7 @@ class WKV7(torch.autograd.Function):
 
 
 def in_memory(given: Sequence[Tensor]) -> list[Tensor]:
-    """r w k v a b as the kernels read them."""
+    """R w k v a b as the kernels read them."""
     kind = format_of(given[0])
     return [z.to(torch.float32 if number == 1 else kind).contiguous() for number, z in enumerate(given)]
 

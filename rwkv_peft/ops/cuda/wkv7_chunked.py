@@ -30,7 +30,8 @@ WORTH = 256  # tokens of the longest sequence from which on it is worth the laun
 @remembered
 def tables(spans: Spans, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """[parts, 3]: first token, behind the last one, which kept state is the one before it, or -1. [sequences, 2] and [chunks, 2]:
-    first part, behind the last one; chunks are from one kept state to the next."""
+    first part, behind the last one; chunks are from one kept state to the next.
+    """
     parts, sequences, chunks = [], [], []
     for begin, end in spans:
         first = len(parts)

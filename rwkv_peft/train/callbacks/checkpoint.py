@@ -81,7 +81,8 @@ class CheckpointWriter:
 
     def write(self, trained: LazyTensors, epoch: int, finished: bool, step: int, name: str = "") -> Path:
         """Write a checkpoint of what is trained, and its sidecar; returns its path. name: instead of the epoch's number.
-        UserError if it would hold NaN."""
+        UserError if it would hold NaN.
+        """
         run, learner = self.run, self.learner
         path = run.folder / f"rwkv-{name or epoch}.pth"
         remove_stale_temps(path)

@@ -49,7 +49,8 @@ SPEED_STEPS = 10  # the last ones, for tokens/s
 @dataclass(frozen=True)
 class StepMetrics:
     """One optimizer step. loss: mean over its trained targets. tokens: inputs without filling; targets: trained ones. skipped:
-    its loss or gradient was no number, and it changed nothing."""
+    its loss or gradient was no number, and it changed nothing.
+    """
 
     step: int  # from 1
     epoch: int  # from 0, as in file names
@@ -139,7 +140,8 @@ class MetricsCallback(pl.Callback):
         self, loss: float, norm: float, shares: list[float], beginnings: list[tuple[int, ...]], last: int, why: str
     ) -> None:
         """Say that a step was left out, and of which data; UserError where there have been too many. last: the number of the
-        step's last micro-batch in its epoch. why: what to say then of the cause."""
+        step's last micro-batch in its epoch. why: what to say then of the cause.
+        """
         what = f"its loss is {loss}" if not math.isfinite(loss) else f"the length of its gradient is {norm}"
         bad, first = [i for i, share in enumerate(shares) if not math.isfinite(share)], last - len(shares) + 1
         elsewhere = not bad and not math.isfinite(loss)
@@ -243,7 +245,8 @@ class Progress:
 class LossFile:
     """loss.jsonl: one object per optimizer step, readable at any moment. Where an editor, or sed -i, has put another file in its
     place, or somebody has removed it, it goes on in the file of that name, with the records that this one lacks. ours: whether
-    its folder is still the run's own. say: is told of that, once."""
+    its folder is still the run's own. say: is told of that, once.
+    """
 
     def __init__(
         self, path: Path, say: Callable[[str], None] = lambda words: None, ours: Callable[[], bool] = lambda: True
@@ -451,7 +454,8 @@ class GracefulStop(pl.Callback):
 
     def agree(self, trainer) -> bool:
         """Whether any process has been told to stop; then all have. To be called by all. FileChanged, for all, where a file of
-        one of them has changed."""
+        one of them has changed.
+        """
         received, changed = self.received, self.files is not None and self.files.changed
         if trainer.world_size > 1:
             told = torch.tensor([received, int(changed)], device=trainer.strategy.root_device)

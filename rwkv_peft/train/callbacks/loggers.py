@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from rwkv_peft.checkpoint import run_dir, step_log
 from rwkv_peft.common import hardware, paths
 from rwkv_peft.common.atomic_io import write_json
+from rwkv_peft.common.trackers import Tracker
 from rwkv_peft.train.setup import RunSetup
 
 from . import samples, validation
 from .core import LossFile, Progress
-from .trackers import Tracker
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """The heaviest micro-batch of a run goes through once, right behind the first step: a GPU that is too small for it says so in the
-first minute, not in the tenth hour. (On a host that is full, no error comes: programs are ended.)"""
+first minute, not in the tenth hour. (On a host that is full, no error comes: programs are ended.)
+"""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ WHERE = ("cuda",)  # kinds of devices
 
 class OomCheck(pl.Callback):
     """batch: of as many inputs as the largest has, all of them trained. Behind the first step, when the optimizer has its
-    memory. Nothing of the training changes by it."""
+    memory. Nothing of the training changes by it.
+    """
 
     def __init__(self, batch: Batch):
         self.batch = batch

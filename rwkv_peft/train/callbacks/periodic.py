@@ -24,7 +24,8 @@ class PeriodicCallback(pl.Callback, abc.ABC):
     @abc.abstractmethod
     def round(self, trainer, module) -> bool:
         """With the module as for use, nothing dropped: no random number of the training may be drawn. Returns whether it was
-        done; a run that goes on from here does it then."""
+        done; a run that goes on from here does it then.
+        """
 
     def begin(self, trainer, module) -> None:
         if self.last == trainer.global_step:

@@ -43,7 +43,8 @@ def cut(folder: Path, last: int) -> None:
 class Samples(PeriodicCallback):
     """questions: answered one by one, each by a model that has heard nothing before; answer: from a model and a question to what
     it says. say: is told what goes wrong, which never stops the training. ours: whether the file's folder is still the
-    run's own."""
+    run's own.
+    """
 
     def __init__(
         self,

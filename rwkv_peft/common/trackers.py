@@ -1,5 +1,6 @@
 """Programs that show a run elsewhere: wandb, tensorboard, swanlab, trackio. One that does not start, or fails, says so once and
-is left out: it never stops a training. Nothing is sent anywhere unless a setting asks for it."""
+is left out: it never stops a training. Nothing is sent anywhere unless a setting asks for it.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +35,13 @@ def open_wandb(project: str, folder: Path, settings: Mapping, earlier: str | Non
 def open_tensorboard(_project: str, folder: Path, settings: Mapping, earlier: str | None, step: int) -> Opened:
     from torch.utils.tensorboard import SummaryWriter
 
-    # (what an earlier start of this run has written behind the step that it goes on from does not count)
-    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+    # through the open folder: tensorboard opens its file by name for each write, and the name may then be another folder's
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    place = (
+        f"/proc/self/fd/{handle}/tensorboard" if os.path.isdir(f"/proc/self/fd/{handle}") else folder / "tensorboard"
+    )
+    # purge_step: records after the step that this run resumes from do not count
+    writer = SummaryWriter(str(place), purge_step=step + 1 if step else None)
     writer.add_text("settings", "\n".join(f"    {name}={value}" for name, value in settings.items()))
 
     def log(numbers: dict[str, float], at: int) -> None:
@@ -43,7 +49,11 @@ def open_tensorboard(_project: str, folder: Path, settings: Mapping, earlier: st
             writer.add_scalar(name, number, at)
         writer.flush()
 
-    return Opened(log, writer.close)
+    def close() -> None:
+        writer.close()
+        os.close(handle)
+
+    return Opened(log, close)
 
 
 def open_swanlab(project: str, folder: Path, settings: Mapping, earlier: str | None, step: int) -> Opened:
@@ -64,13 +74,14 @@ def open_trackio(project: str, folder: Path, settings: Mapping, earlier: str | N
     return Opened(lambda numbers, at: trackio.log(numbers, step=at), trackio.finish, folder.name)
 
 
-OPEN = {"wandb": open_wandb, "tensorboard": open_tensorboard, "swanlab": open_swanlab, "trackio": open_trackio}
+# name of a tracker, and of the folder that it may make in a run's -> what opens a run there
+TRACKERS = {"wandb": open_wandb, "tensorboard": open_tensorboard, "swanlab": open_swanlab, "trackio": open_trackio}
 
 
 class Tracker:
     """Hands the numbers of steps and looks to a tracker until it fails; then says so once and is quiet.
 
-    name: a key of OPEN. project: where to put the run. earlier: its id there, if the run goes on, after `step` steps. ours:
+    name: a key of TRACKERS. project: where to put the run. earlier: its id there, if the run goes on, after `step` steps. ours:
     whether the run's folder, which some write to, is still its own.
     """
 
@@ -88,7 +99,7 @@ class Tracker:
         self.name, self.warn, self.ours, self.opened = name, warn, ours, None
         try:
             with nobody_to_ask():
-                self.opened = OPEN[name](project, folder, settings, earlier, step)
+                self.opened = TRACKERS[name](project, folder, settings, earlier, step)
         except (Exception, SystemExit) as error:  # whatever a tracker does, it must not stop training
             cure = f" ({pip_command(name)})" if isinstance(error, ImportError) else ""
             self.warn(f"{name} did not start ({first_line(error)}){cure}; training goes on.")
