@@ -61,7 +61,9 @@ ADDITIONS: dict[str, dict[str, str | list[Edit]]] = {
         "rwkv_peft/config/train.py": [
             (r"    wandb: str = ", '    lines: str = setting("LINES", resume="free", tracker="lines")\n')
         ],
-        "training.sh": [(r"# Name of a wandb project", '# Name of a file of lines; empty: none. 记录文件名\nLINES=""\n\n')],
+        "training.sh": [
+            (r"# Name of a wandb project", '# Name of a file of lines; empty: none. 记录文件名\nLINES=""\n\n'),
+        ],
     },
     "version": {
         "rwkv_peft/model/rwkv8.py": "rwkv8.py",
