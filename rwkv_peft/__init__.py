@@ -1,1 +1,3 @@
+"""Fine-tune RWKV language models."""
+
 __version__ = "0.1.0"

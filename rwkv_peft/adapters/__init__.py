@@ -1,0 +1,1 @@
+"""Adapters: trained changes of frozen linear layers, and how they are merged."""

@@ -39,6 +39,7 @@ class Bat(Adapter):
         self.disha = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device_of(linear)))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the adapted layer's output, [..., out]."""
         D = self.disha.to(x.dtype)
         u = torch.einsum("...bk,bjk->...bj", x.unflatten(-1, (len(D), -1)), D)  # [..., in/r, r]
         y = self.linear(x + u.flatten(-2))
@@ -46,10 +47,12 @@ class Bat(Adapter):
 
     @staticmethod
     def shapes(outputs: int, inputs: int, rank: int, **_: Any) -> dict[str, tuple[int, ...]]:
+        """Return the trained tensors' shapes by name."""
         return {"disha": (inputs // rank, rank, rank)}
 
     @staticmethod
     def refusal(outputs: int, inputs: int, rank: int, **_: Any) -> str:
+        """Return why these options do not fit a layer of this size, or ""."""
         common = math.gcd(outputs, inputs)
         return (
             f"must divide {common}, to cut a layer into square blocks; or use MiSS, which takes any"
@@ -59,6 +62,7 @@ class Bat(Adapter):
 
     @staticmethod
     def merge(weight: Tensor, tensors: dict[str, Tensor], sidecar: Mapping[str, Any]) -> Tensor:
+        """Return the merged weight, [out, in]."""
         D = tensors["disha"].to(compute_dtype(weight.dtype))
         blocks, rank, _ = D.shape
         W = weight.to(D.dtype).reshape(-1, rank, blocks, rank)  # [out/r, r, in/r, r]

@@ -51,10 +51,12 @@ class Dora(Adapter):
 
     @staticmethod
     def shapes(outputs: int, inputs: int, rank: int, **_: Any) -> dict[str, tuple[int, ...]]:
+        """Return the trained tensors' shapes by name."""
         return {"lora_A": (rank, inputs), "lora_B": (outputs, rank), "lora_magnitude": (outputs,)}
 
     @staticmethod
     def merge(weight: Tensor, tensors: dict[str, Tensor], sidecar: Mapping[str, Any]) -> Tensor:
+        """Return the merged weight, [out, in]."""
         moved = Lora.merge(weight, tensors, sidecar)
         return gains(tensors["lora_magnitude"].to(moved.dtype), moved)[:, None] * moved
 

@@ -223,6 +223,7 @@ class PeftLayer(Adapter):
             )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the adapted layer's output, [..., out]."""
         kind = compute_dtype(x.dtype)
         lent = {n: as_kind(getattr(self, name), kind) for name, n in self.lent.items()}
         for name in self.plain:
@@ -236,11 +237,13 @@ class PeftLayer(Adapter):
 
     @staticmethod
     def shapes(outputs: int, inputs: int, config: dict) -> dict[str, tuple[int, ...]]:
+        """Return the trained tensors' shapes by name."""
         inner = injected(Linear(inputs, outputs), config, torch.device("cpu"))
         return {leaf(name): tuple(t.shape) for name, t in tensors_of(inner).items() if is_trained(t)}
 
     @classmethod
     def starts(cls, config: dict) -> tuple[str, ...]:
+        """Return the names of the start tensors."""
         return METHODS[config["peft_type"]].start
 
     @staticmethod
@@ -253,6 +256,7 @@ class PeftLayer(Adapter):
         return ""
 
     def begun(self) -> dict[str, Tensor]:
+        """Return copies of the start tensors."""
         return {name: getattr(self, name).clone() for name in self.start}
 
     @staticmethod
@@ -321,6 +325,7 @@ class Stand(nn.Linear):
         return self.linear.dense(self.sums).detach()
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output."""
         return self.linear(x.to(self.inputs)).to(x.dtype)
 
 

@@ -25,24 +25,29 @@ class Lora(Adapter):
         self.lora_A, self.lora_B = fresh_factors(linear, rank)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the adapted layer's output, [..., out]."""
         dropout = self.dropout if self.training else 0.0
         return lora_linear(self.linear, x, self.lora_A, self.lora_B, self.scale, dropout)
 
     @staticmethod
     def shapes(outputs: int, inputs: int, rank: int, **_: Any) -> dict[str, tuple[int, ...]]:
+        """Return the trained tensors' shapes by name."""
         return {"lora_A": (rank, inputs), "lora_B": (outputs, rank)}
 
     @staticmethod
     def merge(weight: Tensor, tensors: dict[str, Tensor], sidecar: Mapping[str, Any]) -> Tensor:
+        """Return the merged weight, [out, in]."""
         A, B = factors(weight, tensors)
         return torch.addmm(weight.to(A.dtype), B, A, alpha=scale_of(sidecar))
 
     @staticmethod
     def product(tensors: dict[str, Tensor], sidecar: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Return the factors of the change, B [out, r] and A [r, in]."""
         return tensors["lora_B"].float() * scale_of(sidecar), tensors["lora_A"].float()
 
     @staticmethod
     def to_peft(tensors: dict[str, Tensor], sidecar: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return the settings and tensors that peft would have."""
         settings = {
             "peft_type": "LORA", "r": sidecar["rank"], "lora_alpha": sidecar.get("alpha"), "lora_dropout": 0.0,
             "init_lora_weights": True, "use_rslora": bool(sidecar.get("rslora", False)), "use_dora": False,

@@ -20,8 +20,11 @@ def lora_linear(linear: nn.Module, x: Tensor, A: Tensor, B: Tensor, scale: float
 
 
 class LoraLinear(torch.autograd.Function):
+    """Autograd node of `LoraLinear`."""
+
     @staticmethod
     def forward(ctx, x, A, B, scale, dropout, linear):
+        """Compute the outputs and save what the backward pass needs."""
         a, b = A.to(x.dtype), B.to(x.dtype)
         z, seen = torch.native_dropout(x, dropout, True) if dropout else (x, None)
         inner = F.linear(z, a)
@@ -33,6 +36,7 @@ class LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
+        """Return the gradients of the inputs."""
         x, inner, a, b, seen = ctx.saved_tensors
         need_x, need_A, need_B = ctx.needs_input_grad[:3]
         dinner = (dy @ b).mul_(ctx.scale)

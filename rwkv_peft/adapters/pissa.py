@@ -52,14 +52,17 @@ class Pissa(Adapter):
         self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the adapted layer's output, [..., out]."""
         return lora_linear(self.linear, x, self.lora_A, self.lora_B, 1.0)
 
     @staticmethod
     def shapes(outputs: int, inputs: int, rank: int, **_: Any) -> dict[str, tuple[int, ...]]:
+        """Return the trained tensors' shapes by name."""
         return {"lora_A": (rank, inputs), "lora_B": (outputs, rank)}
 
     @staticmethod
     def refusal(outputs: int, inputs: int, rank: int, **_: Any) -> str:
+        """Return why these options do not fit a layer of this size, or ""."""
         most = min(outputs, inputs)
         return f"must be {most} or less: a layer has no more singular values" if rank > most else ""
 
@@ -83,6 +86,7 @@ class Pissa(Adapter):
         return Lora.to_peft(factors, {"rank": rank, "alpha": rank})
 
     def begun(self) -> dict[str, Tensor]:
+        """Return copies of the start tensors."""
         return {"init_lora_A": self.lora_A.detach().clone(), "init_lora_B": self.lora_B.detach().clone()}
 
 

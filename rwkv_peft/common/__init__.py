@@ -1,0 +1,1 @@
+"""What every package uses: errors, paths, atomic writes, hashing, formatting."""

@@ -1,0 +1,1 @@
+"""Settings: read from the scripts, checked, typed."""

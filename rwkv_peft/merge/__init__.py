@@ -1,0 +1,1 @@
+"""Merge adapters and states into a base, and verify the result."""

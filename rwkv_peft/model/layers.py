@@ -26,6 +26,7 @@ class Linear(nn.Linear):
         """Weights come from a file; drawing random ones first would only take time."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output."""
         return self.product(x, self.weight)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -44,6 +45,7 @@ class Affine(nn.Module):
 
 class LayerNorm(Affine):
     def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output."""
         return F.layer_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.bias.to(x.dtype), eps=1e-5)
 
 
@@ -55,6 +57,7 @@ class GroupNorm(Affine):
         self.groups, self.eps = groups, eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output."""
         return F.group_norm(x, self.groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 

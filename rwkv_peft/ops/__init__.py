@@ -1,0 +1,1 @@
+"""Operators: definitions, torch versions, CPU and CUDA kernels, dispatch."""

@@ -1,6 +1,7 @@
-"""What stands around the recurrence in a block, as the formulas say it, for any device: the definition of what backends fuse.
+"""The operations of a block other than the recurrence, as the formulas define them, for any device.
 
-Shapes: T tokens of all sequences behind one another, S sequences, C channels, H heads, N head size (C = H * N).
+Backends fuse them. Shapes: T tokens of all sequences one after another, S sequences, C channels, H heads, N head size
+(C = H * N).
 """
 
 from __future__ import annotations
@@ -24,8 +25,12 @@ def decode_step(model) -> None:
 
 
 class Where(Protocol):
-    """Where sequences lie among T tokens: their borders [S + 1], as integers and as int64 on the host, and the first token of
-    each, [S], where the tokens lie.
+    """The bounds of sequences among T tokens.
+
+    Attributes:
+        cu_seqlens: The bounds [S + 1], as integers on the host.
+        host: The same as an int64 tensor on the host.
+        first: The first token of each sequence, [S], on the device of the tokens.
     """
 
     cu_seqlens: tuple[int, ...]
@@ -45,6 +50,7 @@ def token_shift_mix(x: Tensor, before: Tensor, shares: Sequence[Tensor], where: 
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return the layer norm of x [T, C], eps 1e-5."""
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps=1e-5)
 
 
@@ -54,12 +60,14 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def square_relu(x: Tensor) -> Tensor:
+    """Return relu(x) squared."""
     return torch.relu(x) ** 2
 
 
 class Wkv7Inputs(NamedTuple):
-    """What RWKV-7's layers give to the recurrence, [T, C] each: w, a and mix before their sigmoid. mix, v_first: None in the
-    first layer.
+    """The outputs of RWKV-7's layers that the recurrence takes, [T, C] each; w, a and mix before their sigmoid.
+
+    mix and v_first are None in the first layer.
     """
 
     r: Tensor
@@ -106,8 +114,17 @@ def wkv7_block(
 
 
 def cross_entropy_grad(logits: Tensor, targets: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
-    """Sum over rows of -log softmax(logits)[target], at least float32, and if wanted, d sum / d logits in the dtype of logits,
-    which may take their place. logits: [R, V]; targets: int64 [R].
+    """Return the summed cross entropy and its gradient.
+
+    Args:
+        logits: [R, V].
+        targets: int64 [R].
+        wanted: Whether the gradient is asked for.
+
+    Returns:
+        The sum over rows of -log softmax(logits)[target], at least float32, and its gradient in the dtype of logits,
+        which may
+        overwrite them; None if it is not asked for.
     """
     dtype, target = logits.dtype, targets[:, None]
     logits = logits.to(torch.promote_types(dtype, torch.float32))

@@ -19,7 +19,7 @@ class Chunks:
 
     length: int  # L
     count: int  # M
-    gather: Tensor | None  # [M * L] token that lies there, or T for filling; None: tokens lie there already
+    gather: Tensor | None  # [M * L] the token at this place, or T for padding; None: tokens are in this order already
     scatter: Tensor | None  # [T] place of each token
     steps: list[Tensor]  # steps[j]: the j-th chunk of every sequence that has one
     active: list[Tensor]  # active[j]: those sequences
@@ -27,6 +27,13 @@ class Chunks:
 
 @functools.lru_cache(maxsize=8)  # every layer, and the backward pass, asks for the same one
 def plan_chunks(spans: Sequence[tuple[int, int]], length: int, device) -> Chunks:
+    """Cut sequences into chunks of `length` tokens.
+
+    Args:
+        spans: Begin and end of each sequence among T tokens.
+        length: Tokens of a chunk; the last one of a sequence is padded.
+        device: Of the index tensors.
+    """
     counts = [-(-(end - begin) // length) for begin, end in spans]
     firsts, total = [], 0
     for count in counts:
@@ -64,13 +71,16 @@ class Tokens:
         self.chunks = chunks
 
     def product(self, x: Tensor, y: Tensor, dtype) -> Tensor:
+        """Return x * y, cast, in the order of tokens."""
         out = x.new_empty(self.chunks.count, self.chunks.length, x.shape[1], x.shape[3])
         torch.mul(x, y, out=out.transpose(1, 2))
         return self.finish(out, dtype)
 
     def copy(self, x: Tensor, dtype) -> Tensor:
+        """Return x, cast, in the order of tokens."""
         return self.finish(x.transpose(1, 2), dtype)
 
     def finish(self, x: Tensor, dtype) -> Tensor:
+        """Cast [M, L, ...] and drop the padding."""
         x = x.to(dtype).reshape(self.chunks.count * self.chunks.length, *x.shape[2:])
         return x if self.chunks.scatter is None else x.index_select(0, self.chunks.scatter)

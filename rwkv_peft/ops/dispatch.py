@@ -55,7 +55,13 @@ OF_DEVICE = {"cpu": "cpu", "cuda": "cuda", "fla": "cuda"}
 
 
 class ForGPU(NamedTuple):
-    """words: what it is. digest: tells one state of it from another; missing: raised where it is not there."""
+    """Kernels for GPUs.
+
+    Attributes:
+        words: What they are, for the user.
+        digest: Returns a hash of everything that their results depend on.
+        missing: The exception raised where they are not available.
+    """
 
     words: str
     digest: Callable[[], str]
@@ -81,7 +87,7 @@ class KernelVariants(NamedTuple):
     among: Callable[[Sequence[str]], Callable]
 
 
-# backend -> what stands around its recurrence; the others have the definition
+# backend -> its block operations; the others use the definition
 AROUND: dict[str, ModuleType] = {"cpu": fused, "cuda": cuda_fused}
 
 # (backend, version) -> that
@@ -90,9 +96,13 @@ WAYS = {("cuda", "x070"): KernelVariants(tuple(cuda.WAYS), cuda.only, cuda.among
 
 @dataclass(frozen=True)
 class Ops:
-    """What a model of one version computes with: the recurrence of a backend, and what stands around it.
+    """What a model of one version computes with: a backend's recurrence and its other operations.
 
-    name: the backend. why: what it is and how it came to that, for the user, or "".
+    Attributes:
+        name: The backend.
+        wkv: The recurrence.
+        around: The module with the functions of block_ops.
+        why: What the backend is and why it was chosen, for the user, or "".
     """
 
     name: str
@@ -114,17 +124,21 @@ class Ops:
         return recomputing()
 
     def token_shift(self, x: Tensor, before: Tensor, where: Where) -> Tensor:
+        """As block_ops.token_shift."""
         return block_ops.token_shift(x, before, where)
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """As block_ops.linear."""
         return self.around.linear(x, weight)
 
     def token_shift_mix(self, x: Tensor, before: Tensor, shares: Sequence[Tensor], where: Where) -> list[Tensor]:
+        """As block_ops.token_shift_mix."""
         return recomputable(
             lambda x, before, *shares: self.around.token_shift_mix(x, before, shares, where), x, before, *shares
         )
 
     def square_relu(self, x: Tensor) -> Tensor:
+        """As block_ops.square_relu."""
         return recomputable(self.around.square_relu, x)
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -153,11 +167,11 @@ def available(version: str, device: str) -> dict[str, Callable]:
 
 def every_way(version: str, device: str) -> dict[str, Callable]:
     """`available`, and what one of them chooses between by itself."""
-    found = available(version, device)
+    functions = available(version, device)
     for (name, of), ways in WAYS.items():
-        if name in found and of == version:
-            found |= {f"{name} tokens": ways.among(()), **{f"{name} {way}": ways.only(way) for way in ways.others}}
-    return found
+        if name in functions and of == version:
+            functions |= {f"{name} tokens": ways.among(()), **{f"{name} {way}": ways.only(way) for way in ways.others}}
+    return functions
 
 
 def choose(op: str, version: str, device: str = "cpu", head_size: int = 64) -> Ops:
@@ -193,6 +207,7 @@ def choose(op: str, version: str, device: str = "cpu", head_size: int = 64) -> O
 
 
 def heads(sizes: Sequence[int]) -> str:
+    """Return a sentence about the head sizes that have kernels."""
     return f"there are kernels for heads of {', '.join(map(str, sizes))} channels"
 
 
@@ -200,9 +215,9 @@ def on_gpu(op: str, version: str, size: int) -> Ops:
     """Kernels that compute on this GPU what the definition says. They are asked once for a GPU and a driver."""
     reasons = []
     for name in [kind for kind in FOR_GPU if kind in WKV[version]] if op == "auto" else (op,):
-        found, wrong = check_kernel(name, version, size, recurrence(version, by_tokens(name, version), size))
+        check, wrong = check_kernel(name, version, size, recurrence(version, by_tokens(name, version), size))
         if not wrong:
-            ops = made(name, version, f"{FOR_GPU[name].words}{seen(found)}")
+            ops = made(name, version, f"{FOR_GPU[name].words}{seen(check)}")
             return what_is_right(ops, version, size)
         if op == name:
             raise SettingErrors(SettingError("OP", f"{FOR_GPU[name].words} cannot be used: {wrong}; use auto"))
@@ -240,8 +255,9 @@ def recurrence(version: str, wkv: Callable, size: int) -> Callable:
     return lambda device, dtype: kernel_check.check_against_reference(version, wkv, device, dtype, size)
 
 
-def seen(found: kernel_check.KernelCheck | None) -> str:
-    return f", error {found.error:.1e} on this GPU" if found else ""
+def seen(check: kernel_check.KernelCheck | None) -> str:
+    """Return the measured error as words, or ""."""
+    return f", error {check.error:.1e} on this GPU" if check else ""
 
 
 def check_kernel(name: str, what: str, size: int, prove: Callable) -> tuple[kernel_check.KernelCheck | None, str]:
@@ -250,15 +266,15 @@ def check_kernel(name: str, what: str, size: int, prove: Callable) -> tuple[kern
     try:
         digest = kind.digest()
         device = torch.device("cuda", torch.cuda.current_device())
-        found = kernel_check.remembered(f"{name} {what} {size}", functools.partial(prove, device), device, digest)
+        check = kernel_check.remembered(f"{name} {what} {size}", functools.partial(prove, device), device, digest)
     except kind.missing as missing:
         return None, str(missing)
     except Exception as error:  # whatever a driver, a GPU or a package has against them: torch computes as well
         words = (str(error).splitlines() or [""])[0][:200]
         must_still_compute(name, words)
         return None, f"they do not run on this GPU ({type(error).__name__}: {words})"
-    good = found is None or found.passed
-    return found, "" if good else f"they are wrong on this GPU ({found.what}: {found.error:.1e})"
+    good = check is None or check.passed
+    return check, "" if good else f"they are wrong on this GPU ({check.what}: {check.error:.1e})"
 
 
 def must_still_compute(name: str, words: str) -> None:
@@ -273,6 +289,7 @@ def must_still_compute(name: str, words: str) -> None:
 
 
 def made(name: str, version: str, why: str = "") -> Ops:
+    """Return the operators of a backend. Raises SettingErrors if the backend does not compute this version."""
     if name not in (there := WKV.get(version, {})):
         words = (
             f"use one of auto, {', '.join(there)}" if there else "rwkv_peft/ops/dispatch.py: BACKENDS has no row for it"

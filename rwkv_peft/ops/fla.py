@@ -1,9 +1,9 @@
-"""The WKV recurrences of flash-linear-attention (https://github.com/fla-org/flash-linear-attention, the package fla-core): Triton
-kernels, for GPUs that our own kernels do not serve. An optional package.
+"""The WKV recurrences of flash-linear-attention (https://github.com/fla-org/flash-linear-attention, the package fla-core).
 
-Its states are [keys][values], ours [values][keys]. In fla-core 0.6.0 the path behind safe_gate, which `lower_bound` turns on as
-well, diverges where a key comes again and again and is replaced almost wholly (errors up to millions of times the output). The
-other path is exact: it is asked for in so many words.
+Triton kernels for GPUs that the kit's own kernels do not support; an optional package. Its states are [keys][values], the
+kit's [values][keys]. In fla-core 0.6.0 the path behind safe_gate, which `lower_bound` turns on as well, diverges where a key
+comes again and again and is replaced almost wholly (errors up to millions of times the output). The other path is exact, so
+it is requested explicitly.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def fits(r: Tensor) -> bool:
 
 
 @functools.lru_cache(maxsize=8)  # every layer asks for the same one
-def borders(spans: Spans, device: torch.device) -> tuple[Tensor, Tensor] | None:
+def device_bounds(spans: Spans, device: torch.device) -> tuple[Tensor, Tensor] | None:
     """cu_seqlens on the device and on the host; None for a single sequence."""
     if len(spans) == 1:
         return None
@@ -69,7 +69,8 @@ def borders(spans: Spans, device: torch.device) -> tuple[Tensor, Tensor] | None:
 
 
 def call(kernel: Callable, x: Sequence[Tensor], s0: Tensor, spans: Spans, **more) -> tuple[Tensor, Tensor]:
-    cu_seqlens, host = borders(spans, s0.device) or (None, None)
+    """Run one of the package's functions and return the output and the last state in the kit's layout."""
+    cu_seqlens, host = device_bounds(spans, s0.device) or (None, None)
     y, end = kernel(
         *x, scale=1.0, initial_state=s0.float().transpose(-1, -2).contiguous(), output_final_state=True,
         cu_seqlens=cu_seqlens, cu_seqlens_cpu=host, **more,
@@ -78,6 +79,7 @@ def call(kernel: Callable, x: Sequence[Tensor], s0: Tensor, spans: Spans, **more
 
 
 def run7(r, w, k, v, a, b, s0: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
+    """RWKV-7, one sequence after another in one row."""
     exact = {"safe_gate": False, "lower_bound": None, "chunk_size": CHUNK}
     x = [z[None].to(torch.float32 if z is w else r.dtype) for z in (r, w, k, v, a, b)]
     return call(function("rwkv7", "chunk_rwkv7"), x, s0, spans, **exact)

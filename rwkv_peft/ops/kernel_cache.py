@@ -23,4 +23,5 @@ def folder() -> Path:
 
 @functools.cache
 def temporary() -> tempfile.TemporaryDirectory:
+    """Return a temporary folder of the kit."""
     return tempfile.TemporaryDirectory(prefix="rwkv-peft-")

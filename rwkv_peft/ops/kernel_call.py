@@ -1,6 +1,4 @@
-"""What compiled recurrences have in common: shapes that kernels have are looked at, flattened and given to them; for others there
-is the torch backend.
-"""
+"""What compiled recurrences have in common: they check shapes, flatten them, and fall back to the torch backend."""
 
 from __future__ import annotations
 
@@ -13,8 +11,9 @@ from .reference import must_fit, sequences
 
 
 def unlearnt(*given: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What a Function is given: where no gradient is made, without a mark that there could be one. Else it would be told of every
-    parameter that learns, and keep for a backward pass that never comes.
+    """Return the inputs without gradients where none is asked for.
+
+    Else autograd would register every trained parameter, and keep tensors for a backward pass that never comes.
     """
     return given if torch.is_grad_enabled() else tuple(None if x is None else x.detach() for x in given)
 

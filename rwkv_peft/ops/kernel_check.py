@@ -1,8 +1,8 @@
-"""Whether a recurrence computes on this machine what the definition says: forward, every gradient, several sequences in one row,
-states in and out, and the inputs that careless kernels fail on.
+"""Check that a recurrence computes on this machine what the definition says.
 
-Compiled kernels meet GPUs and drivers that nobody has tried them on. So they are put to this test when they are first used, and
-training begins with those that have passed.
+The check covers the forward pass, every gradient, several sequences in one row, states in and out, and inputs that careless
+kernels fail on. Compiled kernels meet GPUs and drivers that they were never tried on, so they are checked at their first use,
+and training uses those that have passed.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ HEADS, SIZE = 2, 64
 KINDS = ("random", "repeated", "forgetful")
 # largest difference from the definition, of the norm of an output or a gradient (float32: seen 5e-6; bfloat16: its rounding)
 LIMITS = {torch.float32: 3e-5, torch.bfloat16: 2**-6, torch.float16: 2**-8}
-# the same, of what stands around the recurrence: of bfloat16, what a norm makes of its rounding
+# the same for the other operations: for bfloat16, what a norm makes of its rounding
 AROUND_LIMITS = {torch.float32: 3e-5, torch.bfloat16: 2**-7}
 AROUND_LENGTHS, AROUND_HEADS = (
     (1, 63, 70),
     3,
-)  # with a border where a kernel's part has one, and channels that fill no block
+)  # with a bound where a kernel's part has one, and channels that fill no block
 FAINT, SHORT = 1e-2, 1e-4
 
 
@@ -44,17 +44,22 @@ class KernelCheck(NamedTuple):
 
     @property
     def passed(self) -> bool:
+        """Whether the error is within the limit."""
         return self.error <= self.limit
 
 
 def inputs(version: str, kind: str, size: int = SIZE) -> list[Tensor]:
-    """What a model of the version could give to its recurrence, float64. kind: random; repeated, the same key again and again and
-    replaced almost wholly; forgetful, decays at their lower end.
+    """Return inputs that a model of the version could give to its recurrence, float64.
+
+    Args:
+        version: Of RWKV.
+        kind: "random"; "repeated": the same key again and again, replaced almost wholly; "forgetful": decays at their lower end.
+        size: Of a head.
     """
-    dice = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=dice, dtype=torch.float64)
+        return torch.randn(*shape, generator=rng, dtype=torch.float64)
 
     shape = 1, sum(LENGTHS), HEADS, size
     r, k, v = normal(*shape), normal(*shape), normal(*shape)
@@ -74,10 +79,16 @@ def inputs(version: str, kind: str, size: int = SIZE) -> list[Tensor]:
 def check_against_reference(
     version: str, wkv: Callable, device: str | torch.device, dtype: torch.dtype, size: int = SIZE
 ) -> KernelCheck:
-    """Compare a recurrence with its definition. dtype: of the inputs; the logarithm of the decay and states are float32.
-    size: of a head.
+    """Compare a recurrence with its definition.
+
+    Args:
+        version: Of RWKV.
+        wkv: The recurrence.
+        device: Where it runs.
+        dtype: Of the inputs; the logarithm of the decay and states are float32.
+        size: Of a head.
     """
-    borders = (0, *(sum(LENGTHS[: i + 1]) for i in range(len(LENGTHS))))
+    bounds = (0, *(sum(LENGTHS[: i + 1]) for i in range(len(LENGTHS))))
     worst = KernelCheck(0.0, LIMITS[dtype], "")
     for kind in KINDS:
         given = inputs(version, kind, size)
@@ -90,15 +101,15 @@ def check_against_reference(
             [x.detach().cpu().double().requires_grad_() for x in given],
             start.detach().cpu().double().requires_grad_(),
         )
-        wanted = outputs(reference.DEFINITIONS[version], exact, s0, borders)
-        found = outputs(wkv, given, start, borders)
+        wanted = outputs(reference.DEFINITIONS[version], exact, s0, bounds)
+        results = outputs(wkv, given, start, bounds)
         names = [
             "y",
             "state",
             *(f"gradient of {n}" for n in ("rwkvab" if version == "x070" else "rwkvu")),
             "gradient of s0",
         ]
-        for name, one, other in zip(names, found, wanted, strict=True):
+        for name, one, other in zip(names, results, wanted, strict=True):
             whole = other.detach().norm()
             if (
                 name == "gradient of w"
@@ -110,11 +121,12 @@ def check_against_reference(
     return worst
 
 
-def outputs(wkv: Callable, given: list[Tensor], s0: Tensor, borders: tuple[int, ...]) -> list[Tensor]:
-    y, state = wkv(*given, s0, borders)
-    dice = torch.Generator().manual_seed(2)
+def outputs(wkv: Callable, given: list[Tensor], s0: Tensor, bounds: tuple[int, ...]) -> list[Tensor]:
+    """Return the output, the last state and every gradient, for fixed random output gradients."""
+    y, state = wkv(*given, s0, bounds)
+    rng = torch.Generator().manual_seed(2)
     # (numbers that every format holds)
-    dy, dstate = (torch.randn(x.shape, generator=dice).bfloat16() for x in (y, state))
+    dy, dstate = (torch.randn(x.shape, generator=rng).bfloat16() for x in (y, state))
     grads = torch.autograd.grad([y, state], [*given, s0], [dy.to(y), dstate.to(state)])
     return [y, state, *grads]
 
@@ -122,20 +134,25 @@ def outputs(wkv: Callable, given: list[Tensor], s0: Tensor, borders: tuple[int, 
 def prove_around(
     around: ModuleType, wkv: Callable, device: str | torch.device, dtype: torch.dtype, size: int = SIZE
 ) -> KernelCheck:
-    """Compare what stands around the recurrence of RWKV-7, and in the other blocks, with its definition in float64.
+    """Compare the other operations of a block with their definition in float64.
 
-    around: has the functions of block_ops; wkv: the recurrence that goes with it. size: of a head.
+    Args:
+        around: The module with the functions of block_ops.
+        wkv: The recurrence that goes with it.
+        device: Where they run.
+        dtype: Of the inputs.
+        size: Of a head.
     """
-    dice = torch.Generator().manual_seed(3)
+    rng = torch.Generator().manual_seed(3)
 
     def drawn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=dice, dtype=torch.float64)
+        return torch.randn(*shape, generator=rng, dtype=torch.float64)
 
     T, S, C, V = sum(AROUND_LENGTHS), len(AROUND_LENGTHS), AROUND_HEADS * size, 1000
-    borders = (0, *itertools.accumulate(AROUND_LENGTHS))
-    host = torch.tensor(borders)
-    where = {d: SimpleNamespace(cu_seqlens=borders, host=host, first=host[:-1].to(d)) for d in ("cpu", device)}
-    targets = torch.randint(V, (T,), generator=dice)
+    bounds = (0, *itertools.accumulate(AROUND_LENGTHS))
+    host = torch.tensor(bounds)
+    where = {d: SimpleNamespace(cu_seqlens=bounds, host=host, first=host[:-1].to(d)) for d in ("cpu", device)}
+    targets = torch.randint(V, (T,), generator=rng)
 
     def block(module, wkv, place, gates, own, s0):
         return module.wkv7_block(wkv, Wkv7Inputs(*gates), Wkv7Params(*own), s0, where[place], AROUND_HEADS)
@@ -166,9 +183,9 @@ def prove_around(
         ("cross entropy", entropy, [drawn(T, V)]),
     ):  # fmt: skip
         given = [x.float() if x is s0 or x is s0_faint else x.to(dtype) for x in given]  # (states are float32)
-        found = all_of(function, around, wkv, device, [x.to(device) for x in given])
+        results = all_of(function, around, wkv, device, [x.to(device) for x in given])
         exact = all_of(function, block_ops, reference.wkv7, "cpu", [x.double() for x in given])
-        for one, other in zip(found, exact, strict=True):
+        for one, other in zip(results, exact, strict=True):
             error = float((one.detach().cpu().double() - other).norm() / other.norm().clamp_min(1e-30))
             if not error <= worst.error:
                 worst = KernelCheck(error if error == error else float("inf"), worst.limit, name)
@@ -178,19 +195,23 @@ def prove_around(
 def all_of(function: Callable, module: ModuleType, wkv: Callable, place: Any, given: list[Tensor]) -> list[Tensor]:
     """Outputs, and gradients of what is given."""
     given = [x.detach().requires_grad_() for x in given]
-    found = function(module, wkv, place, *given)
-    learnt = [x for x in found if x.requires_grad]
+    results = function(module, wkv, place, *given)
+    learnt = [x for x in results if x.requires_grad]
     slopes = [torch.randn(x.shape, generator=torch.Generator().manual_seed(4)).bfloat16() for x in learnt]
     grads = torch.autograd.grad(learnt, given, [s.to(x) for s, x in zip(slopes, learnt, strict=True)]) if learnt else ()
-    return [*(x.detach() for x in found), *grads]
+    return [*(x.detach() for x in results), *grads]
 
 
 def remembered(
     what: str, prove: Callable[[torch.dtype], KernelCheck], device: torch.device, digest: str
 ) -> KernelCheck | None:
-    """The proof of a GPU's kernels: from an earlier time with the same GPU, driver, torch and sources, None then, or anew.
+    """Return the check of a GPU's kernels; None if an earlier check with the same GPU, driver, torch and sources has passed.
 
-    what: names what is proved. prove: does it, of inputs of a format.
+    Args:
+        what: Names what is checked.
+        prove: Runs the check for an input format.
+        device: The GPU.
+        digest: Of everything that the result depends on.
     """
     gpu = torch.cuda.get_device_properties(device)
     key = f"{what} {gpu.name} {torch.version.cuda} {torch.__version__} {driver()} {digest}"
@@ -202,14 +223,14 @@ def remembered(
     if isinstance(known, dict) and key in known:
         return None
     proofs = [prove(dtype) for dtype in (torch.float32, torch.bfloat16)]
-    worst = max(proofs, key=lambda found: found.error / found.limit)
+    worst = max(proofs, key=lambda proof: proof.error / proof.limit)
     if worst.passed:
         write_json(file, {**known, key: worst.error} if isinstance(known, dict) else {key: worst.error})
     return worst
 
 
 def driver() -> str:
-    """The version of NVIDIA's driver, or nothing where it does not tell."""
+    """Return the version of NVIDIA's driver, or "" where it is not known."""
     try:
         with open("/proc/driver/nvidia/version", encoding="utf-8") as file:
             return file.readline().strip()

@@ -16,7 +16,7 @@ from .block_ops import cross_entropy_grad
 
 CHUNK_VALUES = (
     1 << 24
-)  # logits held at once (R * V): 256 rows of 65,536. With 64 rows the products take 1.6 times as long
+)  # logits in memory at once (R * V): 256 rows of 65,536. With 64 rows the products take 1.6 times as long
 
 
 def naive_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -37,8 +37,11 @@ def linear_cross_entropy(
 
 
 class LinearCrossEntropy(torch.autograd.Function):
+    """Autograd node of `LinearCrossEntropy`."""
+
     @staticmethod
     def forward(ctx, x, weight, targets, slopes: Callable, chunk_values: int):
+        """Compute the outputs and save what the backward pass needs."""
         need_x, need_weight = ctx.needs_input_grad[:2]
         dtype = torch.promote_types(x.dtype, torch.float32)
         head = weight.to(x.dtype)
@@ -63,6 +66,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss):
+        """Return the gradients of the inputs."""
         saved = list(ctx.saved_tensors)
         dx = saved.pop(0).mul(dloss) if ctx.need_x else None
         dweight = saved.pop(0).mul(dloss).to(ctx.weight_dtype) if ctx.need_weight else None

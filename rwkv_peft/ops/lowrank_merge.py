@@ -1,5 +1,6 @@
-"""A product of low rank folded into rows of a weight, and what proves it: what the sum and the rounded sum answer to a few
-inputs.
+"""Add a low-rank product to rows of a weight, and compute what verifies it.
+
+That is the answers of the sum, and of the rounded sum, to a few inputs.
 """
 
 from __future__ import annotations
@@ -14,8 +15,13 @@ QUESTIONS = 4  # inputs
 
 
 class Folded(NamedTuple):
-    """made: rows like the weight's. exact, rounded: answers [QUESTIONS, rows] of the sum before it was rounded, and of `made`.
-    squares: the squared lengths of the rows of the weight and of the sum, [2, rows].
+    """The result of a merge.
+
+    Attributes:
+        made: Rows like the weight's.
+        exact: Answers [QUESTIONS, rows] of the sum before it was rounded.
+        rounded: Answers [QUESTIONS, rows] of `made`.
+        squares: The squared lengths of the rows of the weight and of the sum, [2, rows].
     """
 
     made: Tensor
@@ -25,8 +31,13 @@ class Folded(NamedTuple):
 
 
 def fold(weight: Tensor, B: Tensor, A: Tensor, x: Tensor) -> Folded:
-    """Weight [rows, in] of any format; B [rows, r], A [r, in] and x [QUESTIONS, in] in the one that sums are to have. made is
-    weight + B A in the weight's format.
+    """Return weight + B A in the weight's format, and its answers.
+
+    Args:
+        weight: [rows, in], any format.
+        B: [rows, r], in the format that sums are computed in.
+        A: [r, in].
+        x: [QUESTIONS, in].
     """
     before = weight.to(x.dtype)
     exact = torch.addmm(before, B, A)

@@ -24,6 +24,7 @@ class RecomputeNode:
         self.outputs: Sequence[Tensor] | None = None
 
     def get(self, index: int) -> Tensor:
+        """Return one of the outputs; recompute all of them at the first request."""
         if self.outputs is None:
             given = [
                 x[0].again(x[1]) if isinstance(x, tuple) and isinstance(x[0], RecomputeNode) else x for x in self.inputs
@@ -31,20 +32,20 @@ class RecomputeNode:
             with torch.no_grad():
                 made = self.function(*given)
             self.outputs = [made] if isinstance(made, Tensor) else made
-        found = self.outputs[index]
+        output = self.outputs[index]
         self.uses -= 1
         if self.uses <= 0:
             self.outputs = None
-        return found
+        return output
 
     def again(self, index: int) -> Tensor:
-        """For another function's sake."""
+        """Return an output that another function needs; it is still to be asked for."""
         self.uses += 1
         return self.get(index)
 
 
 class Recomputing:
-    """What was made so far inside the block, by where it lies in memory: an alias holds the same numbers."""
+    """The tensors made so far inside the context, by their address: an alias has the same numbers."""
 
     def __init__(self):
         self.known: dict[tuple, tuple[RecomputeNode, int]] = {}
@@ -61,13 +62,15 @@ class Recomputing:
         return outputs
 
     def pack(self, x: Tensor):
-        found = self.known.get(place(x)) if x.is_contiguous() else None
-        if found is None:
+        """Replace a tensor that can be recomputed by its node."""
+        known = self.known.get(place(x)) if x.is_contiguous() else None
+        if known is None:
             return x
-        found[0].uses += 1
-        return *found, x.shape
+        known[0].uses += 1
+        return *known, x.shape
 
     def unpack(self, kept):
+        """Return the tensor of a packed value."""
         if isinstance(kept, Tensor):
             return kept
         made, index, shape = kept
@@ -75,6 +78,7 @@ class Recomputing:
 
 
 def place(x: Tensor) -> tuple:
+    """Return what identifies the memory of a tensor."""
     return x.data_ptr(), x.numel(), x.dtype, x.device
 
 

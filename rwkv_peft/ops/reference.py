@@ -45,17 +45,20 @@ def wkv5(r, w, k, v, u, s0: Tensor | None = None, cu_seqlens: Sequence[int] | No
 
 
 def step7(s, r, w, k, v, a, b):
+    """One token of RWKV-7."""
     sa = torch.einsum("hvk,hk->hv", s, a)
     s = s * w.exp()[:, None, :] + sa[:, :, None] * b[:, None, :] + v[:, :, None] * k[:, None, :]
     return torch.einsum("hvk,hk->hv", s, r), s
 
 
 def step6(s, r, w, k, v, u):
+    """One token of RWKV-6."""
     y = torch.einsum("hvk,hk->hv", s, r) + (r * u * k).sum(-1, keepdim=True) * v
     return y, s * w.exp()[:, None, :] + v[:, :, None] * k[:, None, :]
 
 
 def step5(s, r, k, v, w, u):
+    """One token of RWKV-5."""
     return step6(s, r, w, k, v, u)
 
 
@@ -97,11 +100,11 @@ def sequences(batch: int, tokens: int, cu_seqlens: Sequence[int] | None) -> list
     """Begin and end of every sequence among batch * tokens tokens."""
     if cu_seqlens is None:
         return [(i * tokens, (i + 1) * tokens) for i in range(batch)]
-    borders = [int(c) for c in cu_seqlens]
-    ordered = all(x < y for x, y in zip(borders, borders[1:], strict=False))
-    if batch != 1 or len(borders) < 2 or borders[0] != 0 or borders[-1] != tokens or not ordered:
-        raise ValueError(f"cu_seqlens must rise from 0 to T={tokens} with B=1, not {borders[:4]}... with B={batch}")
-    return list(zip(borders, borders[1:], strict=False))
+    bounds = [int(c) for c in cu_seqlens]
+    ordered = all(x < y for x, y in zip(bounds, bounds[1:], strict=False))
+    if batch != 1 or len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != tokens or not ordered:
+        raise ValueError(f"cu_seqlens must rise from 0 to T={tokens} with B=1, not {bounds[:4]}... with B={batch}")
+    return list(zip(bounds, bounds[1:], strict=False))
 
 
 # version -> its definition

@@ -1,11 +1,12 @@
-"""WKV-6 in chunks, for decays without a lower bound: inside a chunk blocks of 1, 2, 4 ... tokens meet their neighbours,
-one step per chunk between chunks. WKV-5 is the case of one decay for all tokens. Runs wherever torch does.
+"""WKV-6 in chunks, for decays without a lower bound. WKV-5 is the case of one decay for all tokens. Runs wherever torch does.
+
+Inside a chunk, blocks of 1, 2, 4 ... tokens are joined with their neighbours; between chunks there is one step per chunk.
 
 A token t sees an earlier token s of its chunk through the decays of the tokens strictly between them. Exactly one pair of
 neighbouring blocks of b = 1, 2, 4 ... L/2 tokens has s in its first block and t in its second; there
 
-    score[t, s] = Q_t . K_s    Q_t = r_t * the decays from the border between the blocks up to t-1
-                               K_s = k_s * the decays from s+1 up to that border
+    score[t, s] = Q_t . K_s    Q_t = r_t * the decays from the bound between the blocks up to t-1
+                               K_s = k_s * the decays from s+1 up to that bound
 
 Joining two blocks multiplies Q of the second by the whole decay of the first, K of the first by that of the second. So
 every factor is a product of decays, in [0, 1]: nothing is divided, subtracted or taken out of a running sum, which a decay
@@ -65,8 +66,10 @@ def meetings(scores: Tensor, b: int) -> Tensor:
 
 
 def flushed(x: Tensor) -> Tensor:
-    """Numbers too small to be normal become zero. Fast decays make many, and a CPU is slow with them: without this, decays
-    around exp(-3) took 3.5 times as long as slow ones, with it 1.4 times.
+    """Set numbers that are too small to be normal to zero.
+
+    Fast decays make many, and a CPU is slow with them: without this, decays around exp(-3) took 3.5 times as long as slow ones,
+    with it 1.4 times.
     """
     return F.hardshrink(x, torch.finfo(x.dtype).tiny)
 
@@ -117,8 +120,11 @@ def descend(levels: list, dq: Tensor, dk: Tensor, dscores: Tensor, dw: Tensor) -
 
 
 class ChunkedWKV6(torch.autograd.Function):
+    """Autograd node of `ChunkedWKV6`."""
+
     @staticmethod
     def forward(ctx, r, w, k, v, u, s0, chunks: Chunks):
+        """Compute the outputs and save what the backward pass needs."""
         dtype = torch.promote_types(r.dtype, torch.float32)
         rc, wc, kc, vc = (laid_out(x, chunks, dtype) for x in (r, w, k, v))
         tree = Tree(rc, wc, kc, bonus_of_chunks(u, chunks, dtype))
@@ -137,6 +143,7 @@ class ChunkedWKV6(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, dstate):
+        """Return the gradients of the inputs."""
         r, w, k, v, u, starts = ctx.saved_tensors
         chunks, dtype = ctx.chunks, ctx.dtype
         rc, wc, kc, vc, dY = (laid_out(x, chunks, dtype) for x in (r, w, k, v, dy))

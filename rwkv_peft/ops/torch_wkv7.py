@@ -73,6 +73,7 @@ class Scaling:
         return out
 
     def before(self) -> Tensor:
+        """Return the decays up to the token before each, [..., L, N]."""
         return torch.cat([torch.ones_like(self.end), self.up[..., :-1, :]], -2)
 
 
@@ -83,8 +84,11 @@ def causal_mask(length: int, like: Tensor) -> Tensor:
 
 
 class ChunkedWKV7(torch.autograd.Function):
+    """Autograd node of `ChunkedWKV7`."""
+
     @staticmethod
     def forward(ctx, r, w, k, v, a, b, s0, chunks: Chunks):
+        """Compute the outputs and save what the backward pass needs."""
         dtype = torch.promote_types(r.dtype, torch.float32)
         rc, wc, kc, vc, ac, bc = (to_chunks(x, chunks) for x in (r, w, k, v, a, b))
         vc = vc.to(dtype).contiguous()
@@ -113,6 +117,7 @@ class ChunkedWKV7(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, dstate):
+        """Return the gradients of the inputs."""
         r, w, k, v, a, b, inverse, U, starts, end = ctx.saved_tensors
         chunks, dtype = ctx.chunks, ctx.dtype
         L = chunks.length

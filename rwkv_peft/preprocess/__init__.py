@@ -1,0 +1,1 @@
+"""Rows of any file to tokens. Never imports torch."""

@@ -34,6 +34,7 @@ class QuantLinear(nn.Module):
         return self.weight.dense(dtype or torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output."""
         return FrozenProduct.apply(x, self.weight)
 
     def extra_repr(self) -> str:
@@ -70,9 +71,11 @@ class FrozenProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Quantised) -> Tensor:
+        """Compute the outputs and save what the backward pass needs."""
         ctx.weight = weight
         return F.linear(x, weight.dense(x.dtype))
 
     @staticmethod
     def backward(ctx, dy: Tensor):
+        """Return the gradients of the inputs."""
         return dy @ ctx.weight.dense(dy.dtype), None

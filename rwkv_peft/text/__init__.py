@@ -1,0 +1,1 @@
+"""Tokenizer, roles, prompt templates."""

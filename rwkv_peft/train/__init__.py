@@ -1,0 +1,1 @@
+"""Training: set up a run, train it, report."""

@@ -89,6 +89,7 @@ class Replay(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, recorded: Recorded, x: Tensor, *parameters: Tensor) -> Tensor:
+        """Compute the outputs and save what the backward pass needs."""
         recorded.x.detach().copy_(x)
         recorded.forward()
         ctx.recorded, ctx.of_x = recorded, x.requires_grad
@@ -97,6 +98,7 @@ class Replay(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, slope: Tensor):
+        """Return the gradients of the inputs."""
         recorded = ctx.recorded
         recorded.slope.copy_(slope)
         recorded.backward()

@@ -101,6 +101,7 @@ class KnownGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, run: Callable, *parameters: nn.Parameter) -> Tensor:
+        """Compute the outputs and save what the backward pass needs."""
         with torch.enable_grad():
             loss, ctx.grads = run()
         return loss
@@ -108,6 +109,7 @@ class KnownGradients(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss: Tensor):
+        """Return the gradients of the inputs."""
         grads, ctx.grads = ctx.grads, None
         return None, *(g.mul_(dloss.to(g.dtype)) for g in grads)
 

@@ -43,9 +43,9 @@ MOST_SECONDS = 120
 
 def capability() -> str:
     """What this processor is taken for."""
-    found = torch.backends.cpu.get_cpu_capability()
+    level = torch.backends.cpu.get_cpu_capability()
     return {"AVX512": "AVX-512"}.get(
-        found, found if found in CAPABILITIES else f"plain {platform.machine()} instructions"
+        level, level if level in CAPABILITIES else f"plain {platform.machine()} instructions"
     )
 
 
@@ -74,8 +74,9 @@ def library() -> ctypes.CDLL:
 
 
 def of_compiler(compiler: str, sources: list[Path]) -> ctypes.CDLL:
-    """The kernels as this compiler makes them, or has made them. A file's name ends with its size: half of one is not loaded,
-    which would end the process without a word.
+    """Load the kernels built by this compiler; build them first if they are not in the cache.
+
+    A file's name ends with its size: a file that was cut off would end the process without a message, so it is not loaded.
     """
     flags = [*FLAGS, *CAPABILITIES.get(torch.backends.cpu.get_cpu_capability(), ())]
     version = output([compiler, "--version"]).stdout
@@ -100,6 +101,7 @@ def of_compiler(compiler: str, sources: list[Path]) -> ctypes.CDLL:
 
 
 def output(command: list[str]) -> subprocess.CompletedProcess:
+    """Run a command and return what it printed. Raises KernelUnavailable if it does not run."""
     try:
         return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=MOST_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -130,10 +132,17 @@ def compiled(command: list[str], folder: Path, stem: str) -> Path:
 
 @functools.cache
 def function(name: str, pointers: int, numbers: int):
-    """A kernel's function: so many pointers, then 64-bit numbers, then the number of threads. It returns 0, or 1 where it has
-    no kernel for these numbers.
+    """Return a kernel's C function.
+
+    Args:
+        name: Of the function in the library.
+        pointers: How many pointers it takes first; then come 64-bit numbers, then the number of threads.
+        numbers: How many 64-bit numbers it takes.
+
+    Returns:
+        A function that returns 0, or 1 where it has no kernel for these numbers.
     """
-    found = getattr(library(), name)
-    found.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_int64] * numbers + [ctypes.c_int]
-    found.restype = ctypes.c_int
-    return found
+    symbol = getattr(library(), name)
+    symbol.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_int64] * numbers + [ctypes.c_int]
+    symbol.restype = ctypes.c_int
+    return symbol

@@ -14,8 +14,10 @@ LOW = (*RANKS, "w2", "a2", "v2", "g2")
 
 
 class DecodeStep7:
-    """The blocks of a model that is not trained any more. The matrices of low rank are kept once more, as [outputs, inputs] in
-    the format of the large ones: a few hundredths of the model.
+    """The blocks of a model that is no longer trained, for one token at a time.
+
+    It keeps a second copy of the low-rank matrices, as [outputs, inputs] in the format of the large ones: a few hundredths of
+    the model.
     """
 
     def __init__(self, blocks: nn.ModuleList, heads: int, size: int, dtype: torch.dtype):
@@ -42,8 +44,9 @@ class DecodeStep7:
 
 
 def decode_step(model) -> DecodeStep7 | None:
-    """What takes the place of the model's blocks for a single token, float32; None where they are not all of them plain RWKV-7
-    with numbers that the kernel has.
+    """Return what replaces the model's blocks for a single float32 token.
+
+    None where some block is not plain RWKV-7 in a number format that the kernel has.
     """
     geometry, blocks = model.geometry, model.blocks
     if geometry.version != "x070" or model.dtype != torch.float32 or geometry.head_size not in SIZES:

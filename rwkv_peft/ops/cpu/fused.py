@@ -1,7 +1,7 @@
-"""The operations around the recurrence in C++ (cpu/mix.cpp, cpu/around7.cpp, cpu/loss.cpp): the functions of ops/block_ops.py and
-ops/loss.py, one pass over the activations each, with gradients. What is cheap to compute again is not kept.
+"""The block operations in C++ (cpu/mix.cpp, cpu/around7.cpp, cpu/loss.cpp): functions of block_ops.py and loss.py with gradients.
 
-Activations are float32 or bfloat16; for others, and for shapes without a kernel, there is the definition.
+Each is one pass over the activations; what is cheap to recompute is not kept. Activations are float32 or bfloat16; other
+formats, and shapes without a kernel, use the definition.
 """
 
 from __future__ import annotations
@@ -30,14 +30,17 @@ fold = lowrank_merge.fold
 
 
 def fits(x: Tensor) -> bool:
+    """Return whether there is a kernel for these activations."""
     return x.dtype in NAMES and x.device.type == "cpu" and x.shape[-1] % LANES == 0
 
 
 def kernel(name: str, x: Tensor, pointers: int, numbers: int):
+    """Return a kernel for the dtype of x."""
     return function(f"{name}_{NAMES[x.dtype]}", pointers, numbers)
 
 
 def token_shift_mix(x: Tensor, before: Tensor, shares: Sequence[Tensor], where: Where) -> list[Tensor]:
+    """As block_ops.token_shift_mix."""
     if not fits(x) or len(shares) > MOST_MIXES:
         return block_ops.token_shift_mix(x, before, shares, where)
     sequences(1, len(x), where.cu_seqlens)
@@ -47,11 +50,12 @@ def token_shift_mix(x: Tensor, before: Tensor, shares: Sequence[Tensor], where: 
     return list(Mixes.apply(*given) if torch.is_grad_enabled() else mixed(*(z.contiguous() for z in given)))
 
 
-def mixed(x: Tensor, before: Tensor, shares: Tensor, borders: Tensor) -> tuple[Tensor, ...]:
+def mixed(x: Tensor, before: Tensor, shares: Tensor, bounds: Tensor) -> tuple[Tensor, ...]:
+    """Return every mix of x and the token before it, without gradients."""
     out = [torch.empty_like(x) for _ in shares]
     slots = [*out, *[None] * (MOST_MIXES - len(out))]
     kernel("mix_forward", x, 10, 3)(
-        *map(pointer, (x, before, shares, borders, *slots)), *x.shape, len(shares), torch.get_num_threads()
+        *map(pointer, (x, before, shares, bounds, *slots)), *x.shape, len(shares), torch.get_num_threads()
     )
     return tuple(out)
 
@@ -60,15 +64,17 @@ class Mixes(torch.autograd.Function):
     """shares: [M, C], float32. Returns M tensors like x."""
 
     @staticmethod
-    def forward(ctx, x, before, shares, borders):
+    def forward(ctx, x, before, shares, bounds):
+        """Compute the outputs and save what the backward pass needs."""
         x, before, shares = x.contiguous(), before.contiguous(), shares.contiguous()
         ctx.save_for_backward(x, before, shares)
-        ctx.borders = borders
-        return mixed(x, before, shares, borders)
+        ctx.bounds = bounds
+        return mixed(x, before, shares, bounds)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *dout):
+        """Return the gradients of the inputs."""
         x, before, shares = ctx.saved_tensors
         threads = torch.get_num_threads()
         dout = [torch.zeros_like(x) if d is None else d.contiguous() for d in dout]
@@ -76,13 +82,14 @@ class Mixes(torch.autograd.Function):
         dx, dbefore = torch.empty_like(x), torch.empty_like(before)
         dshares = shares.new_zeros(threads, *shares.shape) if ctx.needs_input_grad[2] else None
         kernel("mix_backward", x, 13, 3)(
-            *map(pointer, (x, before, shares, ctx.borders, *slots, dx, dbefore, dshares)),
+            *map(pointer, (x, before, shares, ctx.bounds, *slots, dx, dbefore, dshares)),
             *(*x.shape, len(shares), threads),
         )
         return dx, dbefore, None if dshares is None else dshares.sum(0), None
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """As block_ops.linear; a few rows without gradients take a kernel that reads narrow weights as they are."""
     rows = x.numel() // x.shape[-1]
     learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if learns or not 0 < rows <= MOST_ROWS or not fits(x) or weight.dtype not in NAMES or not weight.is_contiguous():
@@ -95,12 +102,16 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def square_relu(x: Tensor) -> Tensor:
+    """As block_ops.square_relu."""
     return SquareRelu.apply(x) if fits(x) else block_ops.square_relu(x)
 
 
 class SquareRelu(torch.autograd.Function):
+    """Autograd node of `SquareRelu`."""
+
     @staticmethod
     def forward(ctx, x):
+        """Compute the outputs and save what the backward pass needs."""
         x = x.contiguous()
         y = torch.empty_like(x)
         kernel("square_relu", x, 2, 1)(pointer(x), pointer(y), x.numel(), torch.get_num_threads())
@@ -110,6 +121,7 @@ class SquareRelu(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
+        """Return the gradients of the inputs."""
         [x] = ctx.saved_tensors
         dy, dx = dy.contiguous(), torch.empty_like(x)
         kernel("square_relu_backward", x, 3, 1)(*map(pointer, (x, dy, dx)), x.numel(), torch.get_num_threads())
@@ -119,6 +131,7 @@ class SquareRelu(torch.autograd.Function):
 def wkv7_block(
     wkv: Callable, x: Wkv7Inputs, own: Wkv7Params, s0: Tensor, where: Where, heads: int
 ) -> tuple[Tensor, Tensor]:
+    """As block_ops.wkv7_block."""
     alike = all(z is None or z.dtype == x.r.dtype for z in x)  # a kernel cannot see what it is given
     if not fits(x.r) or not alike or x.r.shape[1] // heads not in SIZES:
         return block_ops.wkv7_block(wkv, x, own, s0, where, heads)
@@ -137,6 +150,7 @@ class Wkv7Block(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, r, w, k, v, a, g, mix, v_first, k_k, k_a, r_k, weight, bias, s0, cu_seqlens, heads):
+        """Compute the outputs and save what the backward pass needs."""
         gates = [None if z is None else z.contiguous() for z in (r, w, k, v, a, mix, v_first)]
         own = [z.contiguous() for z in (k_k, k_a, r_k, weight, bias)]
         spans = tuple(zip(cu_seqlens, cu_seqlens[1:], strict=False))
@@ -156,6 +170,7 @@ class Wkv7Block(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, dstate):
+        """Return the gradients of the inputs."""
         saved = ctx.saved_tensors
         gates, own, (g, y, kept) = saved[:7], saved[7:12], saved[12:]
         heads, threads = ctx.heads, torch.get_num_threads()
@@ -192,6 +207,7 @@ def prepared(gates: Sequence[Tensor | None], own: Sequence[Tensor], heads: int) 
 
 
 def cross_entropy_grad(logits: Tensor, targets: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
+    """As block_ops.cross_entropy_grad."""
     if logits.dtype not in NAMES or logits.device.type != "cpu":
         return block_ops.cross_entropy_grad(logits, targets, wanted)
     if targets.shape != logits.shape[:1]:

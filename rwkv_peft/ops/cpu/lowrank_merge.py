@@ -15,6 +15,7 @@ COLUMNS = 64  # that the kernel takes at a time
 
 
 def fits(weight: Tensor, x: Tensor) -> bool:
+    """Return whether there is a kernel for this weight and these probes."""
     return weight.dtype == torch.bfloat16 and x.dtype == torch.float32 and weight.shape[1] % COLUMNS == 0
 
 

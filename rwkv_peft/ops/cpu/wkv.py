@@ -21,14 +21,15 @@ EVERY = 32  # tokens from one kept state to the next: 512 bytes per token and he
 
 
 @functools.lru_cache(maxsize=8)  # every layer, and the backward pass, asks for the same one
-def borders(spans: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor, int]:
-    """Borders of sequences [S + 1], the number of each one's first kept state [S], and how many there are."""
+def kept_states(spans: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor, int]:
+    """Return the sequence bounds [S + 1], the index of each sequence's first kept state [S], and the number of kept states."""
     chunks = [-(-(end - begin) // EVERY) for begin, end in spans]
     firsts = [sum(chunks[:i]) for i in range(len(chunks))]
     return torch.tensor([0, *(end for _, end in spans)]), torch.tensor(firsts), sum(chunks)
 
 
 def pointer(x: Tensor | None) -> int:
+    """Return the address of a tensor's data, 0 for None."""
     return 0 if x is None else x.data_ptr()
 
 
@@ -38,6 +39,7 @@ def fits(r: Tensor) -> bool:
 
 
 def plain(x: Tensor) -> Tensor:
+    """Return a tensor as contiguous float32."""
     return x.float().contiguous()
 
 
@@ -47,8 +49,11 @@ def wkv7(r, w, k, v, a, b, s0: Tensor | None = None, cu_seqlens: Sequence[int] |
 
 
 class WKV7(torch.autograd.Function):
+    """Autograd node of `WKV7`."""
+
     @staticmethod
     def forward(ctx, r, w, k, v, a, b, s0, spans):
+        """Compute the outputs and save what the backward pass needs."""
         y, end, kept = forward7([plain(x) for x in (r, w, k, v, a, b)], plain(s0), spans, any(ctx.needs_input_grad))
         ctx.save_for_backward(r, w, k, v, a, b, kept)
         ctx.spans, ctx.s0_dtype = spans, s0.dtype
@@ -57,6 +62,7 @@ class WKV7(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dstate):
+        """Return the gradients of the inputs."""
         *inputs, kept = ctx.saved_tensors
         grads, ds0 = backward7([plain(x) for x in inputs], kept, plain(dy), plain(dstate), ctx.spans)
         return *(grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True)), ds0.to(ctx.s0_dtype), None
@@ -64,7 +70,7 @@ class WKV7(torch.autograd.Function):
 
 def forward7(x: Sequence[Tensor], s0: Tensor, spans, keep: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """y, the states behind the sequences, and the states kept for backward7. All float32 and contiguous."""
-    where, firsts, count = borders(spans)
+    where, firsts, count = kept_states(spans)
     T, H, N = x[0].shape
     y, end = torch.empty_like(x[0]), torch.empty_like(s0)
     kept = x[0].new_empty(count, H, N, N) if keep else None
@@ -79,7 +85,7 @@ def backward7(
     x: Sequence[Tensor], kept: Tensor, dy: Tensor, dstate: Tensor | None, spans, more: Sequence[Tensor] = ()
 ) -> tuple[list[Tensor], Tensor]:
     """Gradients of the inputs, and of s0. more: what r, k and v get besides; the sums take its place."""
-    where, firsts, _ = borders(spans)
+    where, firsts, _ = kept_states(spans)
     T, H, N = x[0].shape
     dr, dk, dv = more or (torch.empty_like(x[0]) for _ in range(3))
     dw, da, db = (torch.empty_like(x[0]) for _ in range(3))
@@ -106,8 +112,9 @@ class WKV6(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, r, w, k, v, u, s0, spans):
+        """Compute the outputs and save what the backward pass needs."""
         x, start = [plain(x) for x in (r, w, k, v, u)], plain(s0)
-        where, firsts, count = borders(spans)
+        where, firsts, count = kept_states(spans)
         T, H, N = r.shape
         y, end = torch.empty_like(x[0]), torch.empty_like(start)
         kept = x[0].new_empty(count, H, N, N) if any(ctx.needs_input_grad) else None
@@ -122,9 +129,10 @@ class WKV6(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dstate):
+        """Return the gradients of the inputs."""
         *inputs, kept = ctx.saved_tensors
         x, dy, dstate = [plain(x) for x in inputs], plain(dy), plain(dstate)
-        where, firsts, _ = borders(ctx.spans)
+        where, firsts, _ = kept_states(ctx.spans)
         T, H, N = dy.shape
         S, each = len(ctx.spans), x[1].dim() == 3
         dr, dw, dk, dv = (torch.empty_like(dy) for _ in range(4))

@@ -37,13 +37,20 @@ Argument = Tensor | int | None  # None: a null pointer
 
 
 class Launch(Protocol):
-    """Starts a kernel on the current stream. threads: of a block; 0: a head's size. shared: bytes of shared memory beside what it
-    declares.
-    """
+    """A function that starts a kernel on the current stream."""
 
     def __call__(
         self, name: str, grid: tuple[int, int], args: Sequence[Argument], threads: int = 0, shared: int = 0
-    ) -> None: ...
+    ) -> None:
+        """Start a kernel.
+
+        Args:
+            name: Of the kernel.
+            grid: Blocks.
+            args: Of the kernel.
+            threads: Of a block; 0: the head size.
+            shared: Bytes of shared memory beside what the kernel declares.
+        """
 
 
 def launcher(device: torch.device, size: int) -> Launch:
@@ -74,8 +81,9 @@ def packed(args: Sequence[Argument]) -> tuple[tuple[int, ...], tuple]:
 
 
 def bind(index: int) -> None:
-    """Give this thread the GPU's context, if it has none: torch does not where the GPU is the first one and it has called
-    nothing of its own yet, as in autograd's threads.
+    """Give this thread the GPU's context if it has none.
+
+    torch does not where the GPU is the first one and the thread has not called it yet, as in autograd's threads.
     """
     _, driver = bindings()
     if not int(checked(driver, driver.cuCtxGetCurrent())):
@@ -160,20 +168,22 @@ def compiler() -> str:
 
 @functools.cache
 def digest() -> str:
-    """Tells one state of the sources from another."""
+    """Return a hash of the sources."""
     return hashed(SOURCES / name for name in (*(f"{file}.cu" for file in FILES), *HEADERS))
 
 
 def state() -> str:
-    """Tells one state of whatever a proof depends on from another: the sources, what compiles and launches them, the proof
-    itself. Missing without a compiler.
+    """Return a hash of everything that a kernel check depends on.
+
+    That is the sources, what compiles and launches them, and the check itself. Raises KernelUnavailable without a compiler.
     """
     here = Path(__file__).parent
     return f"{digest()} {hashed([*here.glob('*.py'), here.parent / 'kernel_check.py'])} {compiler()}"
 
 
 def hashed(files: Iterable[Path]) -> str:
-    found = hashlib.sha256()
+    """Return a hash of the names and contents of files."""
+    sha = hashlib.sha256()
     for path in sorted(files):
-        found.update(path.name.encode() + path.read_bytes())
-    return found.hexdigest()[:16]
+        sha.update(path.name.encode() + path.read_bytes())
+    return sha.hexdigest()[:16]

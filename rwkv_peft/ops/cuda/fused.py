@@ -1,8 +1,7 @@
-"""The operations around the recurrence on a GPU (cuda/around7.cu, cuda/mix.cu): the functions of ops/block_ops.py, one pass
-over the
-activations each, with gradients; those of parameters only where they are wanted. What is cheap to compute again is not kept.
+"""The block operations on a GPU (cuda/around7.cu, cuda/mix.cu): the functions of block_ops.py with gradients.
 
-Activations are float32 or bfloat16; for others, and for shapes without a kernel, there is the definition.
+Each is one pass over the activations; gradients of parameters are made only where they are wanted, and what is cheap to
+recompute is not kept. Activations are float32 or bfloat16; other formats, and shapes without a kernel, use the definition.
 """
 
 from __future__ import annotations
@@ -33,6 +32,7 @@ ELEMENTS = 8  # of a thread, in what goes over numbers one by one
 
 
 def parts(count: int, size: int) -> int:
+    """Return how many parts of this size cover a count."""
     return -(-count // size)
 
 
@@ -42,6 +42,7 @@ def start(name: str, x: Tensor, grid: tuple[int, int], args: Sequence, size: int
 
 
 def token_shift_mix(x: Tensor, before: Tensor, shares: Sequence[Tensor], where: Where) -> list[Tensor]:
+    """As block_ops.token_shift_mix."""
     if x.dtype not in NAMES or len(shares) > MOST_MIXES or not len(x):
         return block_ops.token_shift_mix(x, before, shares, where)
     spans = tuple(sequences(1, len(x), where.cu_seqlens))
@@ -55,6 +56,7 @@ class Mixes(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, before, shares, spans: Spans):
+        """Compute the outputs and save what the backward pass needs."""
         x, before, shares = x.contiguous(), before.contiguous(), shares.contiguous()
         (T, C), M = x.shape, len(shares)
         out = [torch.empty_like(x) for _ in shares]
@@ -68,6 +70,7 @@ class Mixes(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *dout):
+        """Return the gradients of the inputs."""
         x, before, shares = ctx.saved_tensors
         (T, C), M = x.shape, len(shares)
         dout = [torch.zeros_like(x) if d is None else d.contiguous() for d in dout]
@@ -80,20 +83,26 @@ class Mixes(torch.autograd.Function):
 
 
 def slots(given: Sequence[Tensor]) -> list[Tensor | None]:
+    """Fill up a list with None to the number of a kernel's arguments."""
     return [*given, *[None] * (MOST_MIXES - len(given))]
 
 
 def square_relu(x: Tensor) -> Tensor:
+    """As block_ops.square_relu."""
     return SquareRelu.apply(x) if x.dtype in NAMES and x.numel() else block_ops.square_relu(x)
 
 
 def rows_of(x: Tensor) -> tuple[int, int]:
+    """Return the number of rows of x, and their length."""
     return x.numel() // x.shape[-1], x.shape[-1]
 
 
 class SquareRelu(torch.autograd.Function):
+    """Autograd node of `SquareRelu`."""
+
     @staticmethod
     def forward(ctx, x):
+        """Compute the outputs and save what the backward pass needs."""
         x = x.contiguous()
         y = torch.empty_like(x)
         start("mix_relu", x, (parts(x.numel(), THREADS * ELEMENTS), 1), (x, y, *rows_of(x)))
@@ -103,6 +112,7 @@ class SquareRelu(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
+        """Return the gradients of the inputs."""
         [x] = ctx.saved_tensors
         dx = torch.empty_like(x)
         grid = parts(x.numel(), THREADS * ELEMENTS), 1
@@ -111,6 +121,7 @@ class SquareRelu(torch.autograd.Function):
 
 
 def cross_entropy_grad(logits: Tensor, targets: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
+    """As block_ops.cross_entropy_grad."""
     if logits.dtype not in NAMES or not logits.is_contiguous() or not logits.numel():
         return block_ops.cross_entropy_grad(logits, targets, wanted)
     losses = logits.new_empty(len(logits), dtype=torch.float32)
@@ -122,6 +133,7 @@ def cross_entropy_grad(logits: Tensor, targets: Tensor, wanted: bool) -> tuple[T
 def wkv7_block(
     recurrence: Callable, x: Wkv7Inputs, own: Wkv7Params, s0: Tensor, where: Where, heads: int
 ) -> tuple[Tensor, Tensor]:
+    """As block_ops.wkv7_block."""
     alike = all(z is None or z.dtype == x.r.dtype for z in x)  # a kernel cannot see what it is given
     T, C = x.r.shape
     one_of_ours = isinstance(recurrence, wkv.Recurrence7)
@@ -142,6 +154,7 @@ class Wkv7Block(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, r, w, k, v, a, g, mix, v_first, k_k, k_a, r_k, weight, bias, s0, spans, heads, way):
+        """Compute the outputs and save what the backward pass needs."""
         gates = [None if z is None else z.contiguous() for z in (r, w, k, v, a, mix, v_first)]
         own, g = [z.contiguous() for z in (k_k, k_a, r_k, weight, bias)], g.contiguous()
         inputs = prepared(gates, own, heads)
@@ -157,6 +170,7 @@ class Wkv7Block(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, dlast):
+        """Return the gradients of the inputs."""
         saved = ctx.saved_tensors
         gates, own, (g, y, kept) = saved[:7], saved[7:12], saved[12:]
         T, H, N = y.shape

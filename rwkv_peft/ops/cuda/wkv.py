@@ -1,7 +1,7 @@
 """The WKV recurrences on a GPU (cuda/wkv7.cu, cuda/wkv6.cu), with gradients: bfloat16 or float32 in memory, float32 inside.
 
-For the backward pass the state before every 64th token is kept, 256 bytes for each token and head of size 64; what lies between
-is computed again.
+For the backward pass the state before every 64th token is kept, 256 bytes for each token and head of size 64; the states
+between are recomputed.
 """
 
 from __future__ import annotations
@@ -32,10 +32,13 @@ class Way(NamedTuple):
 
 @dataclass(frozen=True)
 class Recurrence7:
-    """reference.wkv7, computed in float32, with gradients for all inputs and s0: token by token, or (of bfloat16 inputs only, and
-    with products in tf32) on tensor cores, whichever should be quicker.
+    """reference.wkv7 computed in float32, with gradients for all inputs and s0.
 
-    ways: those that may be taken beside token by token, and always: that they are wherever there are kernels for them.
+    It runs token by token, or (for bfloat16 inputs only, and with products in tf32) on tensor cores, whichever should be faster.
+
+    Attributes:
+        ways: The variants that may be taken beside token by token.
+        always: Whether they are taken wherever there are kernels for them.
     """
 
     ways: tuple[Way, ...]
@@ -44,6 +47,7 @@ class Recurrence7:
     def __call__(
         self, r, w, k, v, a, b, s0: Tensor | None = None, cu_seqlens: Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor]:
+        """Compute the recurrence; arguments as reference.wkv7."""
         def kernel(r, *others):
             return WKV7.apply(r, *others, self.way(r, others[-1]))
 
@@ -109,8 +113,11 @@ wkv7 = among(tuple(WAYS))
 
 
 class WKV7(torch.autograd.Function):
+    """Autograd node of `WKV7`."""
+
     @staticmethod
     def forward(ctx, r, w, k, v, a, b, s0, spans, way: Way):
+        """Compute the outputs and save what the backward pass needs."""
         inputs = in_memory((r, w, k, v, a, b))
         y, last, kept = way.forward(inputs, s0.float().contiguous(), spans, any(ctx.needs_input_grad))
         ctx.save_for_backward(r, w, k, v, a, b, kept)
@@ -120,6 +127,7 @@ class WKV7(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dlast):
+        """Return the gradients of the inputs."""
         *given, kept = ctx.saved_tensors
         inputs = in_memory(given)
         dy, dlast = dy.to(inputs[0].dtype).contiguous(), dlast.float().contiguous()
@@ -149,6 +157,7 @@ class WKV6(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, r, w, k, v, u, s0, spans):
+        """Compute the outputs and save what the backward pass needs."""
         keep, kind = any(ctx.needs_input_grad), format_of(r)
         x = [z.to(torch.float32 if z is w or z is u else kind).contiguous() for z in (r, w, k, v, u)]
         start = s0.float().contiguous()
@@ -165,6 +174,7 @@ class WKV6(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dend):
+        """Return the gradients of the inputs."""
         *inputs, kept = ctx.saved_tensors
         kind = format_of(inputs[0])
         r, k, v = (inputs[i].to(kind).contiguous() for i in (0, 2, 3))

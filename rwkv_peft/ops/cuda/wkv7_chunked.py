@@ -29,8 +29,11 @@ WORTH = 256  # tokens of the longest sequence from which on it is worth the laun
 
 @remembered
 def tables(spans: Spans, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """[parts, 3]: first token, behind the last one, which kept state is the one before it, or -1. [sequences, 2] and [chunks, 2]:
-    first part, behind the last one; chunks are from one kept state to the next.
+    """Return the index tables of the chunked kernel.
+
+    Returns:
+        [parts, 3]: first token, the token after the last, and the index of the kept state before the part, or -1.
+        [sequences, 2] and [chunks, 2]: the first part and the part after the last; chunks are from one kept state to the next.
     """
     parts, sequences, chunks = [], [], []
     for begin, end in spans:

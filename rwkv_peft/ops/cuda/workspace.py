@@ -51,10 +51,10 @@ def remembered(make: Callable) -> Callable:
 
     @functools.wraps(make)
     def asked(*how):
-        found = cached(*how)
-        for held in keepers:
-            held.append(found)
-        return found
+        made = cached(*how)
+        for kept in keepers:
+            kept(made)
+        return made
 
     return asked
 

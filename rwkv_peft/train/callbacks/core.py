@@ -237,6 +237,7 @@ class Progress:
                 print(message, flush=True)
 
     def close(self) -> None:
+        """Release what was opened."""
         with ignore_closed_pipe():
             if self.bar:
                 self.bar.close()
@@ -291,6 +292,7 @@ class LossFile:
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
+        """Release what was opened."""
         self.file.close()
 
 
