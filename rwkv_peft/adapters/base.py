@@ -29,7 +29,7 @@ class Adapter(nn.Module, abc.ABC):
     """
 
     tensors: tuple[str, ...] = ()  # trained
-    start: tuple[str, ...] = ()  # not trained, and impossible to compute anew: a run keeps them in a file beside it
+    start: tuple[str, ...] = ()  # not trained, and impossible to recompute: a run keeps them in a file beside it
     # leaf -> its axis that counts the weight's rows, if `merge` makes each row from the same row of the weight; None if not
     row_axes: dict[str, int] | None
     row_block: str = ""  # the option that says how many rows `merge` works on together; "" for one
@@ -103,5 +103,5 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def device_of(linear: nn.Module) -> torch.device:
-    """Where a layer's weight lies, whatever it is kept as."""
+    """Return the device of a layer's weight, whatever it is stored as."""
     return next(itertools.chain(linear.parameters(), linear.buffers())).device

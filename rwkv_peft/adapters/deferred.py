@@ -11,8 +11,9 @@ Later = dict[str, Callable[[], Tensor | nn.Module]]
 
 
 def materialize(model: nn.Module, later: Later, prefix: str = "") -> None:
-    """Make what was left for later of all whose names begin with prefix. Parameters stay the same parameters: an optimizer may
-    have them. Layers are frozen, and nobody has theirs.
+    """Make what was deferred, for all names that begin with prefix.
+
+    Parameters stay the same objects: an optimizer may have them. Layers are frozen, and no optimizer has theirs.
     """
     for name in [name for name in later if name.startswith(prefix)]:
         made = later.pop(name)()

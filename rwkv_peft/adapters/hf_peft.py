@@ -27,16 +27,20 @@ from rwkv_peft.model.layers import Linear
 from .base import Adapter, compute_dtype, device_of
 
 INSTALL = pip_command('"peft==0.21.*"')
-NAME = "default"  # what peft calls an adapter that nobody named; it stands inside its tensors' names
+NAME = "default"  # peft's name for an unnamed adapter; it is part of its tensors' names
 PROBES = 4  # random inputs that an adapter is asked for, to see whether it keeps its law
 TOLERANCE = 1e-3  # of the size of the outputs; the methods of the table stay below 1e-5 in float32
 
 
 @dataclass(frozen=True)
 class Method:
-    """trained: tensors that it may have, by peft's names without NAME. start: drawn at random once, and needed to merge.
-    settings: what must be set to wrap a single layer, or for a fresh adapter to change nothing. only: what alone may be
-    set to something else than peft's default; empty if anything may.
+    """A method of peft.
+
+    Attributes:
+        trained: Tensors that it may have, by peft's names without NAME.
+        start: Tensors drawn at random once, and needed to merge.
+        settings: What must be set to wrap a single layer, or for a fresh adapter to change nothing.
+        only: The only settings that may differ from peft's defaults; empty if any may.
     """
 
     trained: tuple[str, ...]
@@ -112,7 +116,7 @@ ELSEWHERE = (
 
 
 def read_config(path: str | Path) -> dict:
-    """The settings in the file of PEFT_CONFIG: peft_type, in capitals, and what that method can be told."""
+    """Read the settings in the file of PEFT_CONFIG: peft_type, in capitals, and the method's own."""
     where = display_path(path)
     if not Path(path).is_file():
         raise UserError(f"{where}: {missing(Path(path))}.")
@@ -165,16 +169,19 @@ def read_config(path: str | Path) -> dict:
 
 
 def offered() -> str:
+    """Return the names of the methods, for messages."""
     return join_names(METHODS, len(METHODS))
 
 
 class PeftLayer(Adapter):
-    """One linear layer and peft's layer of it. `tensors` and `start` of the class are all that any method may have; those
-    of an instance are what it has.
+    """One linear layer and peft's layer of it.
 
-    peft's layer is kept out of the module tree; its tensors are here, under the names they have in files. On each call it
-    is lent them in the dtype of the sum, and `Stand` in place of its base layer. So the model may be moved, and the layer
-    below be quantised later, as with any other adapter.
+    `tensors` and `start` of the class are all that any method may have; those of an instance are what it has.
+
+    peft's layer is kept out of the module tree; its tensors are here, under the names they have in files. For each call
+    it gets
+    them in the dtype of the sum, and `Stand` in place of its base layer. So the model may be moved, and the layer below be
+    quantised later, as with any other adapter.
     """
 
     tensors = tuple(dict.fromkeys(n for method in METHODS.values() for n in method.trained))
@@ -232,6 +239,7 @@ class PeftLayer(Adapter):
         return torch.func.functional_call(self.inner, lent, (x.to(kind),)).to(x.dtype)
 
     def train(self, mode: bool = True) -> PeftLayer:
+        """Switch peft's layer as well."""
         self.inner.train(mode)
         return super().train(mode)
 
@@ -318,10 +326,12 @@ class Stand(nn.Linear):
         self.lend(linear, torch.float32, torch.float32)
 
     def lend(self, linear: Linear, inputs: torch.dtype, sums: torch.dtype) -> None:
+        """Give the layer and dtypes of the next call."""
         self.__dict__.update(linear=linear, inputs=inputs, sums=sums)
 
     @property
     def weight(self) -> Tensor:
+        """The layer's weight, in the dtype of the sums."""
         return self.linear.dense(self.sums).detach()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -340,6 +350,7 @@ def peft_config(config: dict):
 
 
 def config_class(name: str) -> type:
+    """Return peft's configuration class of a method. Raises UserError if peft does not have it."""
     try:
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
     except ModuleNotFoundError as error:
@@ -356,11 +367,11 @@ def injected(linear: Linear, config: dict, device: torch.device) -> nn.Module:
 
     holder = nn.Module()
     holder.layer = linear
-    # peft asks a model's first parameter where the model lies
+    # peft takes the device of a model's first parameter for the model's
     holder.place = nn.Parameter(torch.empty(0, device=device), requires_grad=False)
     try:
         inject_adapter_in_model(settings, holder, adapter_name=NAME)
-    # its methods refuse settings in all these ways; which one it was is told, and kept as the cause
+    # its methods refuse settings in all these ways; the message says which, and the error is its cause
     except (ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError) as error:
         shape = f"{linear.out_features} x {linear.in_features}"
         raise UserError(f"peft cannot put {config['peft_type']} on a layer of {shape}: {error}") from error
@@ -385,14 +396,17 @@ def leaf(name: str) -> str:
 
 
 def is_trained(tensor: Tensor) -> bool:
+    """Return whether a tensor is a trained parameter."""
     return isinstance(tensor, nn.Parameter) and tensor.requires_grad
 
 
 def as_kind(tensor: Tensor, kind: torch.dtype) -> Tensor:
+    """Cast a floating-point tensor; return others unchanged."""
     return tensor.to(kind) if tensor.is_floating_point() else tensor
 
 
 def probes(linear: Linear) -> Tensor:
+    """Return fixed random inputs of a layer, [PROBES, in]."""
     x = torch.randn(PROBES, linear.in_features, generator=torch.Generator().manual_seed(0))
     return x.to(device_of(linear))
 

@@ -48,7 +48,7 @@ class AdapterConfig:
         return linear_layers(geometry, self.parts) if METHODS[self.method].wraps else []
 
     def whole(self, geometry: Geometry) -> list[str]:
-        """The base's tensors that are trained whole. (Those of LISA's layers come and go; see training/lisa.)"""
+        """Return the base's tensors that are trained whole, without those of LISA's layers (callbacks/lisa.py)."""
         return list(shapes(geometry)) if self.method == "full" else whole_tensors(geometry, self.parts)
 
     def states(self, geometry: Geometry) -> dict[str, Tensor]:
@@ -82,13 +82,20 @@ def inject_adapters(
     device: str | torch.device = "cpu",
     later: Later | None = None,
 ) -> dict[str, Tensor]:
-    """Make a built model what the setup says. Layer after layer, so that mapped weights are read one at a time and memory
-    holds the largest of them beside the result.
+    """Make a built model what the setup says, one layer after another.
 
-    keep: dtype of the frozen weights that are not compressed; None leaves them as they are. start: what adapters began
-    with, by name, where a run goes on (PiSSA). device: where weights are decomposed and compressed, and then lie. later: what
-    becomes of frozen weights, and of those trained whole, is put here instead, for `later.settle`.
-    Returns what a run must keep beside its checkpoints, by name: empty but for PiSSA.
+    So mapped weights are read one at a time, and memory has the largest of them beside the result.
+
+    Args:
+        model: With the base's weights.
+        setup: The method and its options.
+        keep: The dtype of frozen weights that are not compressed; None leaves them as they are.
+        start: For a resumed run, the tensors that adapters began with, by name (PiSSA).
+        device: Where weights are decomposed and compressed, and then stay.
+        later: If given, what becomes of frozen weights, and of those trained whole, is put here for `deferred.materialize`.
+
+    Returns:
+        What a run must keep beside its checkpoints, by name: empty but for PiSSA.
     """
     geometry = model.geometry
     # (a base may hold a learnt state: what is learnt begins there)
@@ -155,8 +162,10 @@ def widens(weight: Tensor, keep: torch.dtype | None) -> bool:
 
 
 def give_back_freed() -> None:
-    """Hand freed memory back to the system. Between a layer's results malloc would keep the holes of what was computed on the
-    way: PiSSA on 0.4B took 1,194 MB for results of 630 (bench/load.py).
+    """Return freed memory to the system.
+
+    Between a layer's results malloc would keep the holes of intermediate values: PiSSA on 0.4B took 1,194 MB for results of
+    630 (bench/load.py).
     """
     with contextlib.suppress(OSError, AttributeError):  # glibc has it, and glibc needs it
         ctypes.CDLL(None).malloc_trim(0)
@@ -187,7 +196,7 @@ def frozen_part(setup: AdapterConfig, linear: nn.Module, name: str, mode, keep, 
 
 
 def make(setup: AdapterConfig, linear: nn.Module, start: Mapping[str, Tensor] | None = None) -> Adapter:
-    """An adapter of the setup's method on a layer. start: what it begins with, by leaf, where a run goes on."""
+    """Return an adapter of the setup's method on a layer. start: for a resumed run, what it began with, by leaf."""
     more: dict[str, Any] = {"dropout": setup.dropout} if METHODS[setup.method].dropout else {}
     more |= {"start": start} if start else {}
     return ADAPTERS[setup.method](linear, **setup.options, **more)
@@ -212,8 +221,9 @@ def frozen(module: nn.Module, name: str, mode: str | None, keep: torch.dtype | N
 
 
 def given(model: RWKV, setup: AdapterConfig) -> Callable[[str], bool]:
-    """Tells of a model's parameter, by its name, whether it is frozen and what the base's file has, be it in another dtype: not
-    drawn, learnt, compressed, or what an adapter has left of it.
+    """Return a function that says whether a parameter, by its name, is frozen and has the base's values.
+
+    Such a parameter may have another dtype; it is not drawn, trained, compressed, or what an adapter has left of it.
     """
     known = set(shapes(model.geometry)) - {*trainable_params(model)}
     if takes_part(setup):
@@ -239,8 +249,10 @@ def load_trained(model: nn.Module, tensors: Mapping[str, Tensor], where: str, la
 def load_into(
     wanted: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor], where: str, later: Later | None = None
 ) -> None:
-    """Put tensors into parameters of their names, or into what these become later. UserError unless names and shapes are exactly
-    theirs.
+    """Put tensors into the parameters of their names, or into what these become later.
+
+    Raises:
+        UserError: names or shapes are not exactly those that are wanted.
     """
     wrong = [f"{n} is missing" for n in wanted if n not in tensors]
     wrong += [f"{n} does not belong to this setting" for n in tensors if n not in wanted]
@@ -270,7 +282,7 @@ def attach_checkpoint(
     keep: torch.dtype | None = None,
     start: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """A saved adapter on its base, as it was trained, without dropout. What it wraps is told by its tensors' names."""
+    """Put a saved adapter on its base, as it was trained, without dropout. Its tensors' names say what it wraps."""
     layers, whole, states = sorted_by_place(tensors, model.geometry)
     known = {*shapes(model.geometry)}
     wanted = state_shapes(model.geometry)

@@ -70,6 +70,7 @@ def fresh_factors(linear: AnyLinear, rank: int) -> tuple[nn.Parameter, nn.Parame
 
 
 def scale_of(sidecar: Mapping[str, Any]) -> float:
+    """Return the scale of the run that a sidecar describes."""
     return scale(sidecar["rank"], sidecar["alpha"], sidecar.get("rslora", False))
 
 

@@ -1,5 +1,8 @@
-"""linear(x) + scale * (dropout(x) A^T) B^T as one step of autograd: nothing is computed for the frozen weight, nothing is kept
-but the input, which others may be able to make again, and what dropout has let through, a byte for each value.
+"""linear(x) + scale * (dropout(x) A^T) B^T as one autograd node.
+
+No gradient is computed for the frozen weight. It keeps only the input, which recomputation may make again, and
+dropout's mask,
+one byte per value.
 """
 
 from __future__ import annotations
@@ -10,8 +13,15 @@ from torch import Tensor, nn
 
 
 def lora_linear(linear: nn.Module, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
-    """x: [..., in]; A: [r, in], B: [out, r]. linear: frozen, with .dense(dtype), its weight [out, in]. dropout: the share of x
-    that A does not see. Computes in the dtype of x.
+    """Return linear(x) + scale * (dropout(x) A^T) B^T in the dtype of x.
+
+    Args:
+        linear: Frozen, with .dense(dtype), its weight [out, in].
+        x: [..., in].
+        A: [r, in].
+        B: [out, r].
+        scale: Of the change.
+        dropout: The share of x that A does not see.
     """
     if not torch.is_grad_enabled():  # the layer may have a quicker way for a few rows
         z = F.dropout(x, dropout) if dropout else x

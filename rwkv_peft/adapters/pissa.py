@@ -75,8 +75,9 @@ class Pissa(Adapter):
 
     @staticmethod
     def to_peft(tensors: dict[str, Tensor], sidecar: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The LoRA of twice the rank that does the same, B A - B0 A0 = [B, -B0] [A; A0] with scale 1: peft would compute the
-        singular values again instead.
+        """As the LoRA of twice the rank that does the same: B A - B0 A0 = [B, -B0] [A; A0] with scale 1.
+
+        peft would compute the singular values again instead.
         """
         rank = 2 * sidecar["rank"]
         factors = {
@@ -91,13 +92,20 @@ class Pissa(Adapter):
 
 
 def principal(weight: Tensor, rank: int, niter: int) -> tuple[Tensor, Tensor]:
-    """A0 [r, in] and B0 [out, r] of a weight [out, in], float32, where it lies. Draws from no outside generator: every
-    process gets the same.
+    """Return A0 [r, in] and B0 [out, r] of a weight [out, in], float32, on its device.
 
-    niter: rounds of subspace iteration (https://arxiv.org/abs/0909.4061); 0 is the exact SVD. In the iteration the space
-    is half as wide again as the rank, which costs less than more rounds would. On one core, for 8192 x 2048 and rank 64
-    where the singular values fall like 1/sqrt(i): exact 6.4 s; 4 rounds 0.5 s, 3e-4 of the energy missed; 8 rounds 1.0 s,
-    3e-6 missed. Where they hardly fall, as in random matrices, which directions are taken matters as little.
+    It uses no outside generator: every process gets the same.
+
+    Args:
+        weight: [out, in].
+        rank: r.
+        niter: Rounds of subspace iteration (https://arxiv.org/abs/0909.4061); 0 is the exact SVD. In the iteration the
+            space is
+            half as wide again as the rank, which costs less than more rounds would. On one core, for 8192 x 2048 and
+            rank 64 where
+            the singular values fall like 1/sqrt(i): exact 6.4 s; 4 rounds 0.5 s, 3e-4 of the energy missed; 8 rounds
+            1.0 s, 3e-6
+            missed. Where they hardly fall, as in random matrices, which directions are taken matters as little.
     """
     most = min(weight.shape)
     weight = weight.float()
@@ -115,5 +123,5 @@ def principal(weight: Tensor, rank: int, niter: int) -> tuple[Tensor, Tensor]:
             "Check the base model."
         ) from error
     root = S[:rank].sqrt()
-    # laid out as a loaded file's are: sums in another order would round differently when a run goes on
+    # laid out as a loaded file's are: sums in another order would round differently in a resumed run
     return (root[:, None] * Vh[:rank]).contiguous(), (U[:, :rank] * root).contiguous()

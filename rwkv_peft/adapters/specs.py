@@ -13,16 +13,19 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class Method:
-    """What is known of a method without computing it. A field without a default that a row lacks is an error at import.
+    """What is known of a method without computing it. A row that lacks a field without a default is an error at import.
 
-    words: what it is, for the plan of a run.
-    activations: what its layers keep of a token for the backward pass, in shares of their inputs' size: what is cheap to
-    recompute, and what is not; None for a method that trains no matrix of the blocks.
-    options: keyword of the adapter -> the variable of training.sh that sets it; they are written into the sidecar.
-    dropout: the variable of its dropout. load: the variable that goes on from a checkpoint of it.
-    layer: the class in adapters/ that wraps linear layers of att and ffn, as module.Class; "" for a method that wraps none.
-    parts: lora_parts says what is trained.
-    saves_model: its checkpoints are whole models; go on from them with MODEL_PATH.
+    Attributes:
+        words: What it is, for the plan of a run.
+        activations: What its layers keep of a token for the backward pass, in shares of their inputs' size: what is cheap to
+            recompute, and what is not; None for a method that trains no matrix of the blocks.
+        options: Keyword of the adapter -> the variable of training.sh that sets it; they are written into the sidecar.
+        dropout: The variable of its dropout.
+        load: The variable that names an earlier checkpoint of it to continue from.
+        layer: The class in adapters/ that wraps linear layers of att and ffn, as module.Class; "" for a method that
+            wraps none.
+        parts: Whether lora_parts says what is trained.
+        saves_model: Its checkpoints are whole models; MODEL_PATH continues from them.
     """
 
     words: str
@@ -79,17 +82,22 @@ def method_of(mode: str, use_dora: bool) -> str:
 
 def load_variables() -> dict[str, list[str]]:
     """The variables that go on from a checkpoint -> the words of FINETUNE_MODE that they belong to."""
-    found: dict[str, list[str]] = {}
+    variables: dict[str, list[str]] = {}
     for mode in MODES:
         if load := METHODS[ALIASES.get(mode, mode)].load:
-            found.setdefault(load, []).append(mode)
-    return found
+            variables.setdefault(load, []).append(mode)
+    return variables
 
 
 class Optim(NamedTuple):
-    """An optimizer. moments: bytes that it keeps for a trained value. package: what must be installed for it, or "".
-    copies: bytes for each value of the largest trained tensor, while that one is changed on a CPU (bench/memory.py --optim):
-    bitsandbytes computes there in float32.
+    """An optimizer.
+
+    Attributes:
+        moments: Bytes that it keeps for a trained value.
+        package: What must be installed for it, or "".
+        copies: Bytes for each value of the largest trained tensor while that one is updated on a CPU (bench/memory.py
+            --optim):
+            bitsandbytes computes there in float32.
     """
 
     moments: float

@@ -136,7 +136,7 @@ def merge_or_export(config: MergeConfig, typed: list[str], in_use: FileWatch) ->
     ]
     quantised = config.merge_base == "quantised"
     found = [
-        inputs.found(path, *said, init, quantised, accept_edited, in_use)
+        inputs.load_checkpoint(path, *said, init, quantised, accept_edited, in_use)
         for path, said in zip(files, told, strict=True)
     ]
     if config.merge_base == "quantised":

@@ -1,11 +1,11 @@
-"""A model as llama.cpp loads it: GGUF, with the World vocabulary inside. RWKV-7 and RWKV-6; llama.cpp has no RWKV-5.
+r"""A model as llama.cpp loads it: GGUF with the World vocabulary. RWKV-7 and RWKV-6; llama.cpp has no RWKV-5.
 
 Names are those of the gguf library (MODEL_ARCH.RWKV7, MODEL_ARCH.RWKV6); what llama.cpp wants beyond names was read from its
 loaders (src/models/rwkv7.cpp, rwkv6.cpp) and its converter for HF folders (conversion/rwkv.py):
 
-- the low-rank matrices, which the .pth holds as [in, out], are [out, in]; vectors and r_k are flat;
+- the low-rank matrices, which the .pth has as [in, out], are [out, in]; vectors and r_k are flat;
 - the token-shift mixes of a block are one tensor [number, 1, 1, C], in the order r w k v a g (RWKV-7) or w k v r g (RWKV-6);
-- v0, v1, v2 must exist in layer 0, where nobody uses them, with the shapes of a0, a1, a2: they are a0, a1, a2 again;
+- v0, v1, v2 must exist in layer 0, where the model does not use them, with the shapes of a0, a1, a2: they are a0, a1, a2;
 - flat tensors, norms, mixes and some low-rank matrices are float32 whatever the file's format is;
 - a RWKV-6 of float16 halves its activations after every 6th layer, so that float16 cannot overflow on a GPU: att.output and
   ffn.value of layer i are divided by 2 ** (i // 6) for that, as in the rwkv package;
@@ -121,6 +121,7 @@ class Entry:
 
     @property
     def bytes(self) -> int:
+        """Bytes in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -146,10 +147,10 @@ def write(source: Path, target: Path, geometry: Geometry, prompting: PromptForma
         yield f"{plural(len(rest), 'tensor')} had to be left out, for which llama.cpp has no place: {join_names(rest, 4)}."
     made = f"{plural(len(entries), 'tensor')}: matrices are {FORMATS[dtype][1]}, vectors and mixes F32"
     yield f"{made}. The World vocabulary is inside."
-    yield from told(prompting)
+    yield from prompt_notes(prompting)
 
 
-def told(prompting: PromptFormat) -> Iterator[str]:
+def prompt_notes(prompting: PromptFormat) -> Iterator[str]:
     """What of the training is inside, what is not, and how to load the file."""
     inside, outside = stop_tokens(prompting)
     names = ", ".join(f"{token} ({quote_for_bash(text) if text else 'end of text'})" for token, text in inside.items())
@@ -166,8 +167,8 @@ def told(prompting: PromptFormat) -> Iterator[str]:
 
 def stop_tokens(prompting: PromptFormat) -> tuple[dict[int, str], dict[int, str]]:
     """Those that the file has a place for (eos, eot, eom), and the others; with their texts."""
-    found = list(prompting.token_texts.items())
-    return dict(found[:3]), dict(found[3:])
+    tokens = list(prompting.token_texts.items())
+    return dict(tokens[:3]), dict(tokens[3:])
 
 
 def plan(archive: PthReader, geometry: Geometry, dtype: torch.dtype) -> tuple[list[Entry], set[str]]:
@@ -195,10 +196,12 @@ def plan(archive: PthReader, geometry: Geometry, dtype: torch.dtype) -> tuple[li
 
 
 def rescaled(geometry: Geometry, dtype: torch.dtype) -> bool:
+    """Return whether llama.cpp halves the activations of such a file."""
     return geometry.version == "x060" and dtype == torch.float16
 
 
 def entry(archive: PthReader, name: str, new: str, transposed: bool, dtype: torch.dtype, factor: float) -> Entry:
+    """Return the entry of a tensor under its name in the file."""
     shape = archive.described[name].shape
     if transposed:
         shape = (*shape[:-2], shape[-1], shape[-2])
@@ -213,6 +216,7 @@ def entry(archive: PthReader, name: str, new: str, transposed: bool, dtype: torc
 
 
 def fused_entry(archive: PthReader, names: list[str], new: str) -> Entry:
+    """Return the entry of several vectors as one tensor."""
     shape = (len(names), 1, 1, math.prod(archive.described[names[0]].shape))
     return Entry(
         new, shape, torch.float32, lambda: (x for name in names for x in numbers(archive, name, torch.float32))
@@ -222,6 +226,7 @@ def fused_entry(archive: PthReader, names: list[str], new: str) -> Entry:
 def write_file(
     target: Path, entries: list[Entry], geometry: Geometry, dtype: torch.dtype, name: str, prompting: PromptFormat
 ) -> None:
+    """Write the head of the file, then the tensors."""
     gguf, writer = head(geometry, dtype, name, prompting)
     for e in entries:
         # the library asks for numpy's dtype and does not look at it where the number format is given

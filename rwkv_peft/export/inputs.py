@@ -22,18 +22,25 @@ from rwkv_peft.model.arch import Geometry
 
 
 def must_be_model(archive: PthReader, geometry: Geometry) -> None:
-    found = {name: stored.shape for name, stored in archive.described.items()}
-    if not any(marker.marker in found for marker in arch.ARCHS.values()):
-        raise UserError(f"{display_path(archive.path)}: {arch.what_it_is(found)}")
-    if wrong := arch.misfits(found, arch.shapes(geometry)):
+    """Check that a file is a whole model of this geometry.
+
+    Raises:
+        UserError: it is not.
+    """
+    described = {name: stored.shape for name, stored in archive.described.items()}
+    if not any(marker.marker in described for marker in arch.ARCHS.values()):
+        raise UserError(f"{display_path(archive.path)}: {arch.what_it_is(described)}")
+    if wrong := arch.misfits(described, arch.shapes(geometry)):
         raise UserError(f"{display_path(archive.path)}: is no whole {arch.arch_of(geometry).name} model: {wrong[0]}.")
 
 
 def learnt_state(source: Path, geometry: Geometry) -> dict[str, Tensor]:
-    """The learnt state in a file, by name, sorted by layer: n_layer matrices, and the token shifts if they were learnt.
+    """Return the learnt state in a file, by name, sorted by layer: n_layer matrices, and the token shifts if they were trained.
+
     The file may be a model that has one merged in.
 
-    UserError if the file holds no state of such a model.
+    Raises:
+        UserError: the file has no state of such a model.
     """
     tensors, wanted = pth.load(source), arch.state_shapes(geometry)
     states = {name: tensor for name, tensor in tensors.items() if arch.STATE_NAME.fullmatch(name)}

@@ -13,8 +13,12 @@ from rwkv_peft.common.atomic_io import make_folder, own_folder, write_json
 
 
 def write(target: Path, config: dict, tensors: Mapping[str, Tensor]) -> None:
-    """config: of adapter_config.json. tensors: by peft's names, written in float32. The configuration comes last: peft takes a
-    folder without one for none of its own.
+    """Write an adapter folder.
+
+    Args:
+        target: The folder.
+        config: Of adapter_config.json. It is written last: peft does not take a folder without one for an adapter.
+        tensors: By peft's names; written in float32.
     """
     make_folder(target.parent)
     own_folder(target)

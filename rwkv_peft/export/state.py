@@ -35,6 +35,7 @@ def matrices(source: Path, geometry: Geometry, dtype: torch.dtype) -> tuple[dict
 
 
 def left_out(shifts: int) -> Iterator[str]:
+    """Yield a sentence about token shifts that have no place in the file."""
     if shifts:
         yield (
             f"{plural(shifts, 'learnt token shift')} of this full state had to be left out: these clients begin with zero "

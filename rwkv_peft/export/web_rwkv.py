@@ -1,14 +1,15 @@
 """A model as Ai00 and other clients of web-rwkv load it: safetensors, float16.
 
 The rules are those of web-rwkv's converter (convert_safetensors.py, as Ai00-X/ai00_server carries it in assets/scripts)
-and of what its loader asks for (cryscan/web-rwkv, src/runtime/loader.rs):
+and of its loader (cryscan/web-rwkv, src/runtime/loader.rs):
 
 - names in lower case, with time_faaaa called time_first and time_maa called time_mix;
-- the low-rank matrices, which the .pth holds as [in, out], go in as [out, in] (the last two axes change places), and so
+- the low-rank matrices, which the .pth has as [in, out], go in as [out, in] (the last two axes change places), and so
   does a learnt state that was merged in: [head, value, key] -> [head, key, value];
 - every tensor is float16; shapes stay otherwise, [1, 1, C] as well; tensors it does not know do no harm.
 
-It tells the version by names and the sizes by shapes, the rank of v by layer 1: an RWKV-7 of one layer cannot be loaded.
+The loader finds the version by names and the sizes by shapes, the rank of v by layer 1: an RWKV-7 of one layer cannot be
+loaded.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ TRANSPOSED = {
 
 
 def new_name(name: str) -> str:
+    """Return a tensor's name in the file."""
     for old, new in RENAMED.items():
         name = name.replace(old, new)
     return name.lower()

@@ -1,7 +1,6 @@
-"""A merge some rows at a time: what belongs to these rows of a weight is cut out of the checkpoints, and the formulas are
-asked for them alone.
+"""Merge some rows at a time: the formulas get only what the checkpoints have of these rows.
 
-So memory does not grow with the weight, and what is computed stays in the processor's cache.
+So memory does not grow with the weight, and intermediate values stay in the processor's cache.
 """
 
 from __future__ import annotations
@@ -41,6 +40,7 @@ def by_rows(
 
 
 def is_by_rows(part: MergeInput, name: str, geometry: Geometry) -> bool:
+    """Return whether a checkpoint's change of a tensor can be made by rows."""
     compressed = part.quantised and name.removesuffix(".weight") in part.setup.compressed(geometry)
     return not compressed and row_axes(part) is not None
 

@@ -39,8 +39,8 @@ class LoadedCheckpoint:
     def words(self) -> str:
         """What it is, for the user."""
         method = METHODS[self.part.setup.method]
-        told = {k: v for k, v in self.part.setup.options.items() if k in ("rank", "alpha")}
-        settings = "".join(f" {k}={v:g}" for k, v in told.items())
+        named = {k: v for k, v in self.part.setup.options.items() if k in ("rank", "alpha")}
+        settings = "".join(f" {k}={v:g}" for k, v in named.items())
         whole = self.sidecar.get("epoch_finished", True) or run_dir.STEP.fullmatch(self.path.name)
         early = "" if whole else " (stopped early)"
         step = f", step {self.sidecar['step']}{early}" if self.sidecar else ""
@@ -73,6 +73,7 @@ def checkpoint_files(words: Sequence[str], run: str, several: str = "") -> list[
 
 
 def several_files(words: Sequence[str], run: str, option: str) -> list[Path]:
+    """Return the checkpoints of an option that takes several."""
     if len(words) < 2:
         raise UserError(f"{option} needs two checkpoints or more.")
     bare = [word for word in words if run_dir.is_epoch(word)]
@@ -155,7 +156,7 @@ def shares(words: Sequence[str]) -> tuple[list[str], list[float]]:
     return names, [weight / sum(weights) for weight in weights]
 
 
-def found(
+def load_checkpoint(
     path: Path,
     method: str,
     alpha: float | None,
@@ -225,7 +226,7 @@ def run_of(path: Path) -> str:
 
 
 def numbered(path: Path) -> bool:
-    """Whether only the folder tells a file of RWKV-PEFT from those of other runs: rwkv-2.pth."""
+    """Return whether only the folder distinguishes a file of RWKV-PEFT from those of other runs: rwkv-2.pth."""
     return bool(run_dir.EPOCH.fullmatch(path.name)) and path.resolve().parent != paths.OUTPUT.resolve()
 
 
@@ -243,8 +244,8 @@ def contradicts(method: str, alpha: float | None, setup: inject.AdapterConfig, w
             SettingError("METHOD", f"but {where} is a run of {setup.method}; leave it empty, its sidecar knows")
         )
     if alpha is not None and alpha != setup.options.get("alpha"):
-        told = setup.options.get("alpha")
-        theirs = f"was trained with alpha {told:g}" if told else "has no alpha"
+        trained = setup.options.get("alpha")
+        theirs = f"was trained with alpha {trained:g}" if trained else "has no alpha"
         wrong.append(SettingError("LORA_ALPHA", f"but {where} {theirs}; leave it empty, its sidecar knows"))
     if wrong:
         raise SettingErrors(*wrong)
@@ -256,8 +257,8 @@ def must_be_one_compressed_run(checkpoints: Sequence[LoadedCheckpoint]) -> None:
     if len(checkpoints) > 1:
         raise SettingErrors(SettingError("MERGE_BASE", "must be original where several checkpoints go into one result"))
     if not first.part.quantised:
-        told = f"{paths.display_path(first.path)} was not trained on a compressed base"
-        raise SettingErrors(SettingError("MERGE_BASE", f"must be original: {told}"))
+        why = f"{paths.display_path(first.path)} was not trained on a compressed base"
+        raise SettingErrors(SettingError("MERGE_BASE", f"must be original: {why}"))
 
 
 def base_of(
@@ -266,23 +267,31 @@ def base_of(
     doubts: list[Callable[[], None]] | None = None,
     in_use: FileWatch | None = None,
 ) -> Path:
-    """The one base of all of them. UserError where they have different ones, or nothing tells it. doubts, in_use: of
-    bases.base_of.
+    """Return the one base of all checkpoints.
+
+    Args:
+        checkpoints: To be merged.
+        model_path: MODEL_PATH of merge.sh.
+        doubts: As of base_model.find_base_model.
+        in_use: Likewise.
+
+    Raises:
+        UserError: they have different bases, or none is named.
     """
     doubts = doubts if len(checkpoints) == 1 else None
-    bases_found = {}
+    bases = {}
     for one in checkpoints:
         if one.sidecar:
-            bases_found[base_model.find_base_model(one.sidecar, one.path, model_path, doubts, in_use=in_use)] = one
+            bases[base_model.find_base_model(one.sidecar, one.path, model_path, doubts, in_use=in_use)] = one
     contents = {one.sidecar["base_sha256"] for one in checkpoints if one.sidecar}
     if len(contents) > 1:
-        first, second = list(bases_found.values())[:2] if len(bases_found) > 1 else checkpoints[:2]
+        first, second = list(bases.values())[:2] if len(bases) > 1 else checkpoints[:2]
         raise UserError(
             f"{paths.display_path(second.path)} was trained on {second.sidecar['base']}, {paths.display_path(first.path)} on "
             f"{first.sidecar['base']}: only runs on one base go together. Merge the first, and train the second on the result."
         )
-    if bases_found:
-        return next(iter(bases_found))
+    if bases:
+        return next(iter(bases))
     models = [one.path for one in checkpoints if one.part.setup.method == "full"]
     if models and not model_path:  # whole models to be averaged: the first one gives names, shapes and formats
         return models[0]
@@ -307,8 +316,9 @@ def sources(checkpoints: Sequence[LoadedCheckpoint]) -> list[dict]:
 
 
 def began(path: Path) -> str | None:
-    """What tells a checkpoint's run from a later one of the same name: the content of its first step's record, which has the
-    time that it took. None where there is no log.
+    """Return what distinguishes a checkpoint's run from a later one of the same name; None where there is no log.
+
+    It is a hash of its first step's record, which has the time that the step took.
     """
     with contextlib.suppress(OSError), reading(path.parent / step_log.FILE) as log:
         return hashlib.sha256(first).hexdigest() if (first := log.readline(step_log.MOST_LINE)) else None

@@ -1,8 +1,8 @@
-"""Adapters that RWKV-PEFT has saved: what they are is told by their tensors, and by the user where those do not tell.
+"""Adapters that RWKV-PEFT has saved: their tensors say what they are, and the user where those do not.
 
-Its files hold tensors and nothing else: no rank, alpha, base or method. Names of 2024 are those of ours, some of 2025 begin
-with "model."; MiSS was .bone until February 2025 and .disha after; Bat has the same names and one more axis. LoRA and PiSSA
-look alike, and so the user must say which it is, and LoRA's alpha. (RWKV-PEFT at b24c73c, 5b8aac9.)
+Its files have tensors and nothing else: no rank, alpha, base or method. Names of 2024 are the kit's, some of 2025 begin with
+"model."; MiSS was .bone until February 2025 and .disha after; Bat has the same names and one more axis. LoRA and PiSSA
+look alike, so the user must say which it is, and LoRA's alpha. (RWKV-PEFT at b24c73c, 5b8aac9.)
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ MOST_LEFT = 0.5  # of what a PiSSA took out: next to 0 on its own base, far abov
 
 def our_names(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     """Tensors by the names that we would have saved them under. where: the file, for messages."""
-    found: dict[str, Tensor] = {}
+    renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         layer, _, leaf = name.removeprefix(PREFIX).rpartition(".")
         ours = f"{layer}.{RENAMED.get(leaf, leaf)}" if layer else leaf
-        if ours in found:
+        if ours in renamed:
             raise UserError(f"{where}: holds {ours} twice, under two names; which one was trained?")
-        found[ours] = tensor
-    return found
+        renamed[ours] = tensor
+    return renamed
 
 
 def has(path: Path, leaves: Sequence[str]) -> bool:
@@ -45,6 +45,7 @@ def has(path: Path, leaves: Sequence[str]) -> bool:
 
 
 def is_model(names) -> bool:
+    """Return whether these are the tensors of a whole model."""
     return "head.weight" in names and any(arch.marker in names for arch in ARCHS.values())
 
 
@@ -66,14 +67,14 @@ def setup_of(tensors: Mapping[str, Tensor], where: str, method: str, alpha: floa
             raise SettingErrors(SettingError("LORA_ALPHA", message))
         return AdapterConfig("lora", {"rank": rank, "alpha": alpha})
     if "disha" in leaves:
-        found = [t for n, t in tensors.items() if n.endswith("disha")]
-        kinds = {t.dim() for t in found}
+        matrices = [t for n, t in tensors.items() if n.endswith("disha")]
+        kinds = {t.dim() for t in matrices}
         if kinds not in ({2}, {3}):
             raise UserError(f"{where}: mixes tensors of Bone (2 axes) and Bat (3 axes); it is no adapter.")
         name = "miss" if kinds == {2} else "bat"
         refuse_other(name, wanted, where)
         return AdapterConfig(
-            name, {"rank": one_rank({t.shape[0] if name == "miss" else t.shape[1] for t in found}, where)}
+            name, {"rank": one_rank({t.shape[0] if name == "miss" else t.shape[1] for t in matrices}, where)}
         )
     if any(STATE_NAME.fullmatch(name) for name in tensors):
         refuse_other("state", wanted, where)
@@ -85,11 +86,13 @@ def setup_of(tensors: Mapping[str, Tensor], where: str, method: str, alpha: floa
 
 
 def refuse_other(name: str, said: str, where: str) -> None:
+    """Raise SettingErrors if METHOD names another method than the file has."""
     if said not in ("", name):
         raise SettingErrors(SettingError("METHOD", f"but {where} holds {name}; leave it empty"))
 
 
 def one_rank(ranks: set[int], where: str) -> int:
+    """Return the only rank. Raises UserError if there are several."""
     if len(ranks) != 1:
         raise UserError(
             f"{where}: its layers have different ranks ({join_names(map(str, ranks))}); it is no adapter of one run."

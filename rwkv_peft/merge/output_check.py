@@ -1,7 +1,8 @@
-"""Is a merge right? Every changed layer is asked the adapter's own question: does the merged matrix answer as base + adapter did
-in training? What it should answer is computed by the adapter's `forward`, not by the formula that makes the file, while the
-base's rows are in hand for merging, and compared before the sums are rounded to the file's numbers: rounding to bfloat16 would
-hide what a short run has learnt. What the rounded rows answer is compared as well.
+"""Check that a merge is right: the merged matrix must answer as base + adapter did in training.
+
+Every changed layer gets a few random inputs. The expected answer is computed by the adapter's `forward`, not by the formula
+that makes the file, while the base's rows are read for merging, and compared before the sums are rounded to the file's
+numbers: rounding to bfloat16 would hide what a short run has learnt. The answers of the rounded rows are compared as well.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ SURE = 6  # standard deviations that noise stays within
 
 
 class OutputCheck:
-    """A change that, while it is made, compares for every layer with an adapter what comes out with what base + adapter answer to
-    QUESTIONS random inputs.
+    """A tensor update that compares, while it runs, the merged output of every adapted layer with that of base + adapter.
+
+    The layers get QUESTIONS random inputs.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class OutputCheck:
         self.written = {n: Written() for n in wrapped}
 
     def __call__(self, name: str):
+        """Return the update of a tensor; None if it stays as it is."""
         make = self.change(name)
         if make is None or name not in self.off:
             return make
@@ -78,9 +81,7 @@ class OutputCheck:
         )
 
     def low_rank(self, name: str) -> int | None:
-        """The checkpoint's number, where all that becomes of a weight is W + B A of a single one: a kernel merges and asks at
-        once.
-        """
+        """Return the number of the only checkpoint that changes a weight by W + B A: one kernel merges and checks it."""
         mine = [i for i, part in enumerate(self.parts) if fold.touches(part, name, self.geometry)]
         if len(mine) != 1 or self.weights:
             return None
@@ -89,6 +90,7 @@ class OutputCheck:
 
     @torch.no_grad()
     def folded(self, name: str, number: int, before: Tensor, block: slice) -> Tensor:
+        """Merge and check rows of a weight with one kernel."""
         x, part = questions(before.shape[1], torch.float32), cut(self.parts[number], name, block)
         made, exact, rounded, squares = self.ops.fold(before, *product_of(part, name), x)
         theirs = answer(part, name, before, x, self.ops.linear)
@@ -142,8 +144,13 @@ class Off:
     small: float = 0.0
 
     def add(self, theirs: Tensor, before: Tensor, ours: Tensor, squares: Tensor) -> None:
-        """Answers [QUESTIONS, rows] of base + adapter, of the weight before it and of the merged one, and the squared lengths of
-        the rows of these two, [2, rows].
+        """Add the answers and lengths of some rows.
+
+        Args:
+            theirs: Answers [QUESTIONS, rows] of base + adapter.
+            before: Answers of the weight before the merge.
+            ours: Answers of the merged weight.
+            squares: The squared lengths of the rows of these two, [2, rows].
         """
         change, off = (theirs - before).double(), (ours - theirs).double()
         lengths = QUESTIONS * squares.double().amax(0).clamp_min(1e-60)
@@ -170,8 +177,12 @@ class Off:
 
 @dataclass
 class Written:
-    """The outputs of what goes into the file. off: squared difference from what they should be; theirs: squared length of that;
-    base: the squared length of the base's outputs, as normal inputs make them on average.
+    """The outputs of what goes into the file.
+
+    Attributes:
+        off: Their squared difference from the expected outputs.
+        theirs: The squared length of the expected outputs.
+        base: The squared length of the base's outputs, as normal inputs make them on average.
     """
 
     off: float = 0.0
@@ -209,6 +220,7 @@ def kind_of(dtype: torch.dtype) -> torch.dtype:
 
 @functools.lru_cache
 def questions(inputs: int, dtype: torch.dtype) -> Tensor:
+    """Return fixed random inputs, [QUESTIONS, inputs]."""
     return torch.randn(QUESTIONS, inputs, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
@@ -247,8 +259,9 @@ def averaged(
 
 
 def answer(part: MergeInput, name: str, weight: Tensor, x: Tensor, product=None) -> Tensor:
-    """What a layer of this weight with the part's adapter answers to x, by the adapter's own forward. product: what multiplies
-    x by a weight of another format.
+    """Return the answer to x of a layer with this weight and the part's adapter, by the adapter's own forward.
+
+    product: multiplies x by a weight of another format.
     """
     tensors, method = part.layer(name), ADAPTERS[part.setup.method]
     start = {leaf: tensors[leaf] for leaf in method.starts(**part.setup.options)}

@@ -1,5 +1,7 @@
-"""Is a merge on the disk? The result is read back: the list of its tensors, and of every record the checksum that was taken from
-what was computed. Whether that was right, answers.py has asked while it was made.
+"""Check that a merge is on the disk: read the result back.
+
+The list of its tensors is compared, and of every record the checksum that was taken from the computed values. Whether these
+were right, output_check.py has checked while they were made.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ def verify(base: Path, target: Path, answers: OutputCheck, added: Mapping[str, T
     shapes = {n: (s.shape, s.dtype) for n, s in wanted.items()}
     shapes |= {n: (tuple(t.shape), t.dtype) for n, t in added.items()}
     same = {n: (s.shape, s.dtype) for n, s in described.items()} == shapes
-    found: dict[str, Checked] = {} if same else {"the list of tensors": Checked(False)}
+    results: dict[str, Checked] = {} if same else {"the list of tensors": Checked(False)}
     one_at_a_time = threading.Lock()
     if wrong := list(answers.wrong()):
         raise UserError(
@@ -71,20 +73,20 @@ def verify(base: Path, target: Path, answers: OutputCheck, added: Mapping[str, T
                     pass
         pth.load(target)
         names = list(shapes) if same else []
-        found |= dict(zip(names, parallel_map(check, names), strict=True))
-    wrong = [name for name, checked in found.items() if not checked.sound]
+        results |= dict(zip(names, parallel_map(check, names), strict=True))
+    wrong = [name for name, checked in results.items() if not checked.sound]
     if wrong:
         raise UserError(
             f"{first_of(wrong, 'is', 'are')} not as written when the result is read back from the disk; the result was "
             "removed. Is the disk sound?"
         )
-    changed = sum(checked.changed for checked in found.values())
+    changed = sum(checked.changed for checked in results.values())
     fresh = [name for name in added if name not in wanted]
     more = f", {len(fresh)} added" if fresh else ""
     if not changed and not fresh:
         yield "warning: nothing in it differs from the base; what was learnt is nothing, or less than the base's numbers can hold"
     yield f"{len(wanted)} tensors read back: {changed} changed, {len(wanted) - changed} identical to the base{more}"
-    asked = [checked.difference for checked in found.values() if checked.difference is not None]
+    asked = [checked.difference for checked in results.values() if checked.difference is not None]
     if asked:
         form = str(wanted["emb.weight"].dtype).removeprefix("torch.")
         yield f"every merged layer answers as base + adapter: outputs differ by {max(asked):.1e} at most (rounding to {form})"
@@ -96,8 +98,11 @@ def first_of(wrong: Sequence[object], one: str, several: str) -> str:
 
 
 def identical(old: PthReader, new: PthReader, name: str) -> bool:
-    """Whether a tensor is the base's. Records are compared by their checksums, which reading them puts to the test; where the
-    result's is the base's, what was read from the base to make it was right as well.
+    """Return whether a tensor is the base's.
+
+    Records are compared by their checksums, which are checked by reading them; where the result's is the base's, what
+    was read
+    from the base to make it was right as well.
     """
     if not (old.described[name].whole and new.described[name].whole):
         return torch.equal(old.tensor(name), new.tensor(name))
@@ -107,14 +112,17 @@ def identical(old: PthReader, new: PthReader, name: str) -> bool:
 
 
 def same_record(old: PthReader, new: PthReader, name: str) -> bool:
+    """Return whether two files have the same record of a tensor."""
     return old.info(name).file_size == new.info(name).file_size and old.checksum(name) == new.checksum(name)
 
 
 def check_changed(
     name: str, old: PthReader, new: PthReader, answers: OutputCheck, one_at_a_time: threading.Lock
 ) -> Checked:
-    """A changed tensor. That the file holds what was written its checksum says, which was taken from what was computed; what is
-    no adapter's is looked at itself.
+    """Check a changed tensor.
+
+    The record's checksum, taken from the computed values, shows that the file has what was written; tensors that no adapter
+    changes are compared.
     """
     moved = not same_record(old, new, name) if old.described[name].whole else True
     if name in answers.written:
@@ -149,6 +157,7 @@ def of_changed(name: str, new: PthReader, answers: OutputCheck, one_at_a_time: t
 
 
 def no_numbers(name: str) -> UserError:
+    """Return the error about NaN or infinity in a result."""
     return UserError(
         f"{name} would hold NaN or infinity: what the run learnt is too large for the base's numbers, or "
         "alpha is, or the base holds such numbers itself. Nothing was written; take an earlier epoch."

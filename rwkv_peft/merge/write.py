@@ -1,6 +1,6 @@
-"""The files that come out: a merged model, which is read back before it has its name, and exports of a model, a state or an
-adapter, which have theirs when they are whole. A name stands for one run and epoch: what something else made of that name gets a
-number behind it.
+"""Write the results: a merged model, which is read back before it gets its name, and exports, which are named when whole.
+
+A name belongs to one run and epoch: a result of something else under that name gets a number appended.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ HOW = ("method", "weights", "merge_base", "base_sha256")
 
 
 def merge(
-    found: Sequence[LoadedCheckpoint],
+    checkpoints: Sequence[LoadedCheckpoint],
     weights: Sequence[float] | None,
     base: Path,
     doubts: Sequence[Callable[[], None]] = (),
@@ -49,7 +49,7 @@ def merge(
 
     doubts: what bases.base_of has left open about the base. It is settled before the result gets its name.
     """
-    how = found[0].part
+    how = checkpoints[0].part
     described, geometry = base_model.read_geometry(base)
     sound = hashing.BackgroundTask(lambda: base_model.check_model(base, geometry))
     doubts = [sound.result, *doubts]
@@ -58,7 +58,7 @@ def merge(
     if words := pth.describe_differences(described):
         print(f"note: {words} The result is a .pth with the official names and shapes.")
     try:
-        return folded(found, weights, base, doubts)
+        return folded(checkpoints, weights, base, doubts)
     except UserError:
         for settle in doubts:  # a wrong base explains whatever else is wrong
             settle()
@@ -66,21 +66,25 @@ def merge(
 
 
 def folded(
-    found: Sequence[LoadedCheckpoint], weights: Sequence[float] | None, base: Path, doubts: Sequence[Callable[[], None]]
+    checkpoints: Sequence[LoadedCheckpoint],
+    weights: Sequence[float] | None,
+    base: Path,
+    doubts: Sequence[Callable[[], None]],
 ) -> tuple[Path, Geometry]:
+    """Merge into a temporary file, check it, and return it with the base's geometry."""
     described, geometry = base_model.read_geometry(base)
-    opened = parallel_map(lambda one: fold.opened(one.part, described, geometry), found)
-    for one, part in zip(found, opened, strict=True):
+    opened = parallel_map(lambda one: fold.opened(one.part, described, geometry), checkpoints)
+    for one, part in zip(checkpoints, opened, strict=True):
         for doubt in [] if one.sidecar else legacy.warnings(one.path, part, base, geometry):
             print(f"warning   {paths.display_path(one.path)}: {doubt}")
-    for words in differing_forms(found):
+    for words in differing_forms(checkpoints):
         print(f"warning   {words}")
     added = fold.added(opened, weights)
     change = fold.average(opened, weights, geometry) if weights else fold.in_turn(opened, geometry)
     change = OutputCheck(by_rows(change, opened, weights, geometry), described, opened, weights, geometry)
-    sources = inputs.sources(found)
-    about = describe(found, weights, sources, base, geometry)
-    target = place_for(name_of(found, weights, base), about)
+    sources = inputs.sources(checkpoints)
+    about = describe(checkpoints, weights, sources, base, geometry)
+    target = place_for(name_of(checkpoints, weights, base), about)
     note = sidecars.sidecar_path(target)
     for path in target, note:
         must_not_be_folder(path)
@@ -91,13 +95,13 @@ def folded(
         checks = list(verify(base, fresh, change, added))
         for settle in doubts:
             settle()
-        replaced = tell_of_replaced(target, fresh)
+        replaced = report_replaced(target, fresh)
         sidecars.write_sidecar(fresh_note, about)
         sidecars.replace_pair(fresh, fresh_note, target)
     finally:
         remove(fresh)
         remove(fresh_note)
-    if any(one.sidecar for one in found):
+    if any(one.sidecar for one in checkpoints):
         print("checked   the base is the file that it was trained on (same content)")
     for line in checks:
         print(f"checked   {line}")
@@ -129,24 +133,26 @@ def next_lines(model: Path, names: Iterable[str], geometry: Geometry) -> list[st
     return lines
 
 
-def describe(found: Sequence[LoadedCheckpoint], weights, sources: list[dict], base: Path, geometry: Geometry) -> dict:
+def describe(
+    checkpoints: Sequence[LoadedCheckpoint], weights, sources: list[dict], base: Path, geometry: Geometry
+) -> dict:
     """The sidecar of a merged model: where it came from. A single run's own sidecar goes into it whole."""
-    same = [one.sidecar for one in found if one.sidecar]
-    forms = [told_of(one.path) for one in found]  # of merged models as well
+    same = [one.sidecar for one in checkpoints if one.sidecar]
+    forms = [sidecar_or_empty(one.path) for one in checkpoints]  # of merged models as well
     # (a run's own checksums are those of its checkpoint and sidecar, not of these files)
     of_files = ("checkpoint_sha256", sidecars.SEAL)
-    own = {k: v for k, v in same[0].items() if k not in of_files} if len(same) == 1 == len(found) else {
-        "method": "+".join(one.part.setup.method for one in found), "base": base.name, "base_path": str(base.resolve()),
+    own = {k: v for k, v in same[0].items() if k not in of_files} if len(same) == 1 == len(checkpoints) else {
+        "method": "+".join(one.part.setup.method for one in checkpoints), "base": base.name, "base_path": str(base.resolve()),
         "geometry": geometry.as_dict(),
     }  # fmt: skip
     own |= {
         k: forms[0][k] for keys in FORM if all(alike(s, forms[0], keys) for s in forms) for k in keys if k in forms[0]
     }
     how = {"weights": list(weights)} if weights else {}
-    if found[0].part.quantised:
+    if checkpoints[0].part.quantised:
         how["merge_base"] = "quantised"
-    if len(found) == 1:
-        how |= found[0].part.setup.options
+    if len(checkpoints) == 1:
+        how |= checkpoints[0].part.setup.options
     return {"merged": sources, **own, **how, "merged_by": __version__}
 
 
@@ -155,6 +161,7 @@ FORM = (("prompt_type", "template"), ("eot",), ("bos",), ("blank_lines",))
 
 
 def alike(one: dict, other: dict, keys: Sequence[str]) -> bool:
+    """Return whether two prompt formats agree in these keys."""
     # (what an older version did not write was no)
     with contextlib.suppress(UserError):  # (a template that cannot be read is not like another)
         if "template" in keys and one.get("template") and other.get("template"):
@@ -162,9 +169,9 @@ def alike(one: dict, other: dict, keys: Sequence[str]) -> bool:
     return all((one.get(key) or 0) == (other.get(key) or 0) for key in keys)
 
 
-def differing_forms(found: Sequence[LoadedCheckpoint]) -> Iterator[str]:
+def differing_forms(checkpoints: Sequence[LoadedCheckpoint]) -> Iterator[str]:
     """A warning where what goes together was trained to be asked in different ways."""
-    forms = {one.path: told_of(one.path) for one in found}
+    forms = {one.path: sidecar_or_empty(one.path) for one in checkpoints}
     first = next(iter(forms.values()))
     if not all(alike(form, first, keys) for form in forms.values() for keys in FORM):
         words = "; ".join(f"{paths.display_path(path)}: {label_of(form)}" for path, form in forms.items())
@@ -172,17 +179,19 @@ def differing_forms(found: Sequence[LoadedCheckpoint]) -> Iterator[str]:
 
 
 def label_of(form: dict) -> str:
+    """Return a prompt format in words."""
     return f"PROMPT_TYPE={form.get('prompt_type') or 'unknown'}, EOT={form.get('eot') or 'unknown'}, BOS={form.get('bos') or 0}"
 
 
-def name_of(found: Sequence[LoadedCheckpoint], weights: Sequence[float] | None, base: Path) -> str:
-    """The name of the result without its ending: BASE-RUN-EPOCH, BASE-RUN-EPOCH+RUN-EPOCH, BASE-average-RUN-EPOCH+RUN-EPOCH; of
-    whole models average-MODEL+MODEL.
+def name_of(checkpoints: Sequence[LoadedCheckpoint], weights: Sequence[float] | None, base: Path) -> str:
+    """Return the name of the result without its ending.
+
+    BASE-RUN-EPOCH, BASE-RUN-EPOCH+RUN-EPOCH, BASE-average-RUN-EPOCH+RUN-EPOCH; of whole models average-MODEL+MODEL.
     """
-    label = "+".join(one.label for one in found)
-    models = all(one.part.setup.method == "full" and not one.sidecar for one in found)
+    label = "+".join(one.label for one in checkpoints)
+    models = all(one.part.setup.method == "full" and not one.sidecar for one in checkpoints)
     words = [*([] if models and weights else [base.stem]), *(["average"] if weights else []), label]
-    words += ["quantised"] if found[0].part.quantised else []
+    words += ["quantised"] if checkpoints[0].part.quantised else []
     return short("-".join(words))
 
 
@@ -216,7 +225,7 @@ def versions(name: str) -> Iterator[str]:
 
 
 def merged_place(stem: str, ending: str) -> Path:
-    """Where a result of this name lies. UserError for a name that a file should not have."""
+    """Return the path of a result of this name. Raises UserError for a name that a file should not have."""
     if wrong := fault(stem):
         raise UserError(f"merge/{visible(stem)}{ending}: this name {wrong}; rename the base or the folder of the run.")
     return paths.ROOT / "merge" / f"{stem}{ending}"
@@ -230,8 +239,9 @@ def sidecar_of(model: Path) -> dict:
 
 
 def same_source(earlier: dict, about: dict) -> bool:
-    """Whether two sidecars of merged models are of the same runs, in the same order and with the same settings. A run that was
-    trained further is the same; another one of its name is not.
+    """Return whether two sidecars of merged models name the same runs, in the same order and with the same settings.
+
+    A run that was trained further is the same; another one of its name is not.
     """
     about = json.loads(json.dumps(about))  # as it would have been written
     before, now = earlier.get("merged"), about["merged"]
@@ -244,7 +254,7 @@ def same_source(earlier: dict, about: dict) -> bool:
     return all(earlier.get(key) == about.get(key) for key in HOW)
 
 
-def tell_of_replaced(target: Path, fresh: Path) -> list[str]:
+def report_replaced(target: Path, fresh: Path) -> list[str]:
     """Say that an earlier result of the same run is replaced. Returns what to say of exports that were made of it."""
     if not target.exists():
         return []
@@ -306,9 +316,7 @@ def contents(path: Path) -> dict[str, str]:
 
 
 def export(kind: str, source: Path, stem: str, geometry: Geometry, in_use: FileWatch) -> None:
-    """Write a model or a state as other programs want it, into merge/, and beside it how it was trained to be asked. in_use:
-    watches the source.
-    """
+    """Write a model or a state for other programs, into merge/, and beside it its prompt format. in_use: watches the source."""
     in_use.add([source])
     asked = prompting_of(source)
     if asked.assumed:
@@ -323,7 +331,7 @@ def export(kind: str, source: Path, stem: str, geometry: Geometry, in_use: FileW
         print(f"wrote     {paths.display_path(target)}: {target.stat().st_size / 1e6:,.1f} MB")
         for line in said:
             print(f"          {line}")
-        if not name.startswith("gguf"):  # which tells it itself: most of it is inside
+        if not name.startswith("gguf"):  # which reports it itself: most of it is inside
             for line in client_lines(asked):
                 print(f"          {line}")
         print(
@@ -332,44 +340,46 @@ def export(kind: str, source: Path, stem: str, geometry: Geometry, in_use: FileW
 
 
 def prompting_of(source: Path) -> prompt_format.PromptFormat:
-    """How a model or checkpoint was trained to be asked, as its sidecar tells."""
-    sidecar = told_of(source)
+    """Return the prompt format that a model or checkpoint was trained with, from its sidecar."""
+    sidecar = sidecar_or_empty(source)
     return prompt_format.read_prompt_format(
         sidecar, paths.display_path(sidecars.sidecar_path(source)), Path(sidecar.get("base_path") or source)
     )
 
 
-def told_of(path: Path) -> dict:
-    """A sidecar, {} for none. What an older version has left out of its form is filled in: a template is known by its name
-    alone, and EOT was doc.
+def sidecar_or_empty(path: Path) -> dict:
+    """Return a sidecar, {} for none.
+
+    What an older version has left out of its prompt format is filled in: a template is known by its name alone, and EOT
+    was doc.
     """
-    told = sidecars.read_sidecar(path, ()) if sidecars.sidecar_path(path).is_file() else {}
-    if name := recorded_name(told):
-        told = told | {"prompt_type": name, "eot": told.get("eot") or "doc"}
+    sidecar = sidecars.read_sidecar(path, ()) if sidecars.sidecar_path(path).is_file() else {}
+    if name := recorded_name(sidecar):
+        sidecar = sidecar | {"prompt_type": name, "eot": sidecar.get("eot") or "doc"}
         with contextlib.suppress(SettingErrors):  # (a file of the user's that is gone)
-            if told.get("template") is None and (
-                form := recorded(told, paths.display_path(sidecars.sidecar_path(path)))
+            if sidecar.get("template") is None and (
+                form := recorded(sidecar, paths.display_path(sidecars.sidecar_path(path)))
             ):
-                told["template"] = form.to_dict()
-    return told
+                sidecar["template"] = form.to_dict()
+    return sidecar
 
 
 def client_lines(asked: prompt_format.PromptFormat) -> Iterator[str]:
     """What a client must be set to whose files have no place for it."""
     texts = ", ".join(map(prompt_format.quote_for_bash, asked.stop_strings))
-    told = (
+    sidecar = (
         f"If the guess is right, its format is {asked.label}" if asked.assumed else f"It was trained with {asked.label}"
     )
-    yield f"{told}. Set the client to that format, and to stop at token 0 and at: {texts}"
+    yield f"{sidecar}. Set the client to that format, and to stop at token 0 and at: {texts}"
     if not asked.stops_at_blank_lines:
         yield "Its answers may hold blank lines, at which Ai00 stops unless a request has a stop of its own."
     if asked.bos:
         yield "Its prompts begin with token 0, which RWKV-Runner and Ai00 do not send by themselves (docs/data.md)."
 
 
-def export_state(kind: str, found: Sequence[LoadedCheckpoint], base: Path, in_use: FileWatch) -> None:
+def export_state(kind: str, checkpoints: Sequence[LoadedCheckpoint], base: Path, in_use: FileWatch) -> None:
     """A learnt state as a file of its own."""
-    one = alone(kind, found)
+    one = alone(kind, checkpoints)
     if one.part.setup.method != "state":
         raise UserError(
             f"{paths.display_path(one.path)}: holds a run of {METHODS[one.part.setup.method].words}, and no state."
@@ -379,13 +389,13 @@ def export_state(kind: str, found: Sequence[LoadedCheckpoint], base: Path, in_us
     export(kind, one.path, f"{short(f'{base.stem}-{one.label}')}-alone", geometry, in_use)
 
 
-def export_adapter(found: Sequence[LoadedCheckpoint], base: Path, in_use: FileWatch) -> None:
+def export_adapter(checkpoints: Sequence[LoadedCheckpoint], base: Path, in_use: FileWatch) -> None:
     """A run as an adapter folder of the peft package."""
     from rwkv_peft.adapters import inject
     from rwkv_peft.export import peft_export
     from rwkv_peft.export.peft_adapter import has_peft_form, peft_weights
 
-    one = alone("peft", found)
+    one = alone("peft", checkpoints)
     described, geometry = base_model.read_geometry(base)
     opened = fold.opened(one.part, described, geometry)
     whole = inject.sorted_by_place(opened.tensors, geometry)[1]
@@ -416,7 +426,8 @@ def export_adapter(found: Sequence[LoadedCheckpoint], base: Path, in_use: FileWa
         print(f"          {line}")
 
 
-def alone(kind: str, found: Sequence[LoadedCheckpoint]) -> LoadedCheckpoint:
-    if len(found) != 1:
-        raise UserError(f"--export {kind} takes one checkpoint, not {len(found)}.")
-    return found[0]
+def alone(kind: str, checkpoints: Sequence[LoadedCheckpoint]) -> LoadedCheckpoint:
+    """Return the only checkpoint. Raises UserError if there are several."""
+    if len(checkpoints) != 1:
+        raise UserError(f"--export {kind} takes one checkpoint, not {len(checkpoints)}.")
+    return checkpoints[0]

@@ -1,1 +1,1 @@
-"""RWKV-7, -6 and -5: geometry, layers, state, initialisation, generation."""
+"""RWKV-7, -6 and -5: names and sizes, layers, state, initialisation, generation."""

@@ -1,6 +1,6 @@
 """The one place that knows what RWKV checkpoints look like inside: which version, how large, what each tensor is called.
 
-Facts only. Versions are found by a tensor that no other version has; every size is read from the shapes, because low
+Facts only. Versions are shapes_of_file by a tensor that no other version has; every size is read from the shapes, because low
 ranks differ between models of the same width and formulas for them are wrong for some.
 """
 
@@ -19,8 +19,11 @@ NORMS = {"ln": r"(blocks\.\d+\.(ln[012]|att\.ln_x)|ln_out)\.(weight|bias)"}
 
 @dataclass(frozen=True)
 class Geometry:
-    """The sizes of a model. Ranks are the inner widths of its low-rank parts, 0 where the version has none: w (decays of
-    RWKV-7 and -6), a, v, g (RWKV-7), mix (token-shift mixes of RWKV-6).
+    """The sizes of a model.
+
+    Ranks are the inner widths of its low-rank parts, 0 where the version has none: w (decays of RWKV-7 and -6), a, v, g
+    (RWKV-7),
+    mix (token-shift mixes of RWKV-6).
     """
 
     version: str
@@ -37,9 +40,11 @@ class Geometry:
 
     @property
     def n_head(self) -> int:
+        """Heads of a layer."""
         return self.n_embd // self.head_size
 
     def as_dict(self) -> dict:
+        """Return the sizes that are not 0, by name."""
         return {name: value for name, value in asdict(self).items() if value != 0}
 
 
@@ -63,11 +68,18 @@ class Activations:
 class Arch:
     """A version of RWKV.
 
-    marker: a tensor that only this version has. heads: the tensor [H, N] that tells heads and head size.
-    linears: what adapters may wrap, by part. whole: regular expressions over names of what a part trains whole.
-    lr_scales: learning-rate factors of the official recipe; everything else has 1. layer: shapes of one block.
-    ranks: field of Geometry -> tensor and the axis of its inner width. number: what scripts and people call it.
-    activations: what computes ("cpu", or "torch" for everything else) -> what a block keeps.
+    Attributes:
+        version: Its name in the code.
+        number: Its name in scripts and for users.
+        name: Both, for messages.
+        marker: A tensor that only this version has.
+        heads: The tensor [H, N] from whose shape heads and head size are read.
+        linears: What adapters may wrap, by part.
+        whole: By part, a regular expression over names of the tensors that the part trains whole.
+        lr_scales: Learning-rate factors of the official recipe; everything else has 1.
+        ranks: Field of Geometry -> tensor and the axis of its inner width.
+        layer: Returns the shapes of one block.
+        activations: Backend ("cpu", or "torch" for everything else) -> what a block keeps.
     """
 
     version: str
@@ -84,7 +96,10 @@ class Arch:
 
 
 def layer_of_v7(geometry: Geometry, layer: int) -> Shapes:
-    """Some files hold v0, v1, v2 in layer 0 as well. Nobody uses them there; they pass through merges untouched."""
+    """Return the shapes of a block of RWKV-7.
+
+    Some files have v0, v1, v2 in layer 0 as well. The model does not use them there; merges pass them through unchanged.
+    """
     C, N, F = geometry.n_embd, geometry.head_size, geometry.dim_ffn
     vector = (1, 1, C)
     out: Shapes = {f"att.{x}": vector for x in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g")}
@@ -109,6 +124,7 @@ def attention_of_v5_and_v6(geometry: Geometry) -> Shapes:
 
 
 def channel_of_v5_and_v6(geometry: Geometry, mix: str) -> Shapes:
+    """Return the shapes of a channel mix of RWKV-5 or -6."""
     C, F = geometry.n_embd, geometry.dim_ffn
     return {
         **{f"ffn.{mix}_{x}": (1, 1, C) for x in "kr"},
@@ -117,6 +133,7 @@ def channel_of_v5_and_v6(geometry: Geometry, mix: str) -> Shapes:
 
 
 def layer_of_v6(geometry: Geometry, layer: int) -> Shapes:
+    """Return the shapes of a block of RWKV-6."""
     C = geometry.n_embd
     out: Shapes = {f"att.time_maa_{x}": (1, 1, C) for x in "xwkvrg"}
     out |= {"att.time_maa_w1": (C, 5 * geometry.rank_mix), "att.time_maa_w2": (5, geometry.rank_mix, C)}
@@ -126,6 +143,7 @@ def layer_of_v6(geometry: Geometry, layer: int) -> Shapes:
 
 
 def layer_of_v5(geometry: Geometry, layer: int) -> Shapes:
+    """Return the shapes of a block of RWKV-5."""
     C, N = geometry.n_embd, geometry.head_size
     out: Shapes = {f"att.time_mix_{x}": (1, 1, C) for x in "kvrg"} | {"att.time_decay": (C // N, N)}
     return out | attention_of_v5_and_v6(geometry) | channel_of_v5_and_v6(geometry, "time_mix")
@@ -193,6 +211,7 @@ STATE_NAME = re.compile(r"blocks\.\d+\.(att\.(time|ts)_state|ffn\.ts_state)")
 
 
 def arch_of(geometry: Geometry) -> Arch:
+    """Return the version of a model."""
     return ARCHS[geometry.version]
 
 
@@ -215,26 +234,26 @@ def state_shapes(geometry: Geometry) -> Shapes:
     return {f"blocks.{i}.{name}": shape for i in range(geometry.n_layer) for name, shape in one.items()}
 
 
-def detect(found: Mapping[str, tuple[int, ...]], where: str) -> Geometry:
+def detect(shapes_of_file: Mapping[str, tuple[int, ...]], where: str) -> Geometry:
     """The geometry of a file from its tensors' shapes. UserError when it is no RWKV, or not a whole one.
 
-    found: tensor name -> shape. where: the file, for the message.
+    shapes_of_file: tensor name -> shape. where: the file, for the message.
     """
-    arch = next((arch for arch in ARCHS.values() if arch.marker in found), None)
-    if other := other_version(found):
+    arch = next((arch for arch in ARCHS.values() if arch.marker in shapes_of_file), None)
+    if other := other_version(shapes_of_file):
         raise UserError(f"{where}: is {other}; this kit works with {versions()}. Use another base: {OFFICIAL}.")
     if arch is None:
-        raise UserError(f"{where}: {what_it_is(found)}")
-    if of_web_rwkv(found):
+        raise UserError(f"{where}: {what_it_is(shapes_of_file)}")
+    if of_web_rwkv(shapes_of_file):
         raise UserError(
             f"{where}: is a model in the form of web-rwkv and Ai00 (.st): its low-rank matrices are transposed, and of RWKV-5 "
             "and -6 some names are other ones. Use the .pth that it was made from."
         )
     try:
-        layers = 1 + max(int(m[1]) for name in found if (m := re.match(r"blocks\.(\d+)\.", name)))
-        heads, size = found[arch.heads]
+        layers = 1 + max(int(m[1]) for name in shapes_of_file if (m := re.match(r"blocks\.(\d+)\.", name)))
+        heads, size = shapes_of_file[arch.heads]
         ranks = {
-            field: found[name][axis]
+            field: shapes_of_file[name][axis]
             for field, (name, axis) in arch.ranks.items()
             if layers > 1 or not name.startswith("blocks.1.")
         }
@@ -243,17 +262,17 @@ def detect(found: Mapping[str, tuple[int, ...]], where: str) -> Geometry:
             n_layer=layers,
             n_embd=heads * size,
             head_size=size,
-            vocab_size=found["emb.weight"][0],
-            dim_ffn=found["blocks.0.ffn.key.weight"][0],
+            vocab_size=shapes_of_file["emb.weight"][0],
+            dim_ffn=shapes_of_file["blocks.0.ffn.key.weight"][0],
             **ranks,
         )
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(
             f"{where}: looks like {arch.name}, but a tensor that gives its size is missing: {error}."
         ) from None
-    wrong = misfits(found, shapes(geometry))
+    wrong = misfits(shapes_of_file, shapes(geometry))
     states = state_shapes(geometry)
-    wrong += misfits(found, {name: shape for name, shape in states.items() if name in found})
+    wrong += misfits(shapes_of_file, {name: shape for name, shape in states.items() if name in shapes_of_file})
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(f"{where}: is a damaged {arch.name} file: {'; '.join(wrong[:3])}{more}.")
@@ -261,6 +280,7 @@ def detect(found: Mapping[str, tuple[int, ...]], where: str) -> Geometry:
 
 
 def versions() -> str:
+    """Return the names of all versions, for messages."""
     return join_names([arch.name for arch in ARCHS.values()])
 
 
@@ -275,11 +295,13 @@ LATER = {
 }
 
 
-def other_version(found: Mapping[str, tuple[int, ...]]) -> str:
+def other_version(shapes_of_file: Mapping[str, tuple[int, ...]]) -> str:
     """Which other version of RWKV a whole model with the official names is, in words; "" for none."""
-    block = {name.removeprefix("blocks.0."): shape for name, shape in found.items() if name.startswith("blocks.0.")}
-    later = next((words for part, words in LATER.items() if any(part in name for name in found)), "")
-    if later and "emb.weight" in found and block:
+    block = {
+        name.removeprefix("blocks.0."): shape for name, shape in shapes_of_file.items() if name.startswith("blocks.0.")
+    }
+    later = next((words for part, words in LATER.items() if any(part in name for name in shapes_of_file)), "")
+    if later and "emb.weight" in shapes_of_file and block:
         return later
     decay = block.get("att.time_decay", ())
     if "att.time_mix_k" not in block and "att.time_mix_g" not in block:
@@ -289,14 +311,15 @@ def other_version(found: Mapping[str, tuple[int, ...]]) -> str:
     return "RWKV-5.0" if "att.ln_x.weight" in block else "RWKV-4"
 
 
-def of_web_rwkv(found: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether a file is one that web-rwkv's converter has made: the low-rank matrices of RWKV-7 are [out, in] there, and those of
-    RWKV-5 and -6 have other names.
+def of_web_rwkv(shapes_of_file: Mapping[str, tuple[int, ...]]) -> bool:
+    """Return whether web-rwkv's converter has made a file.
+
+    The low-rank matrices of RWKV-7 are [out, in] there, and those of RWKV-5 and -6 have other names.
     """
-    if {"blocks.0.att.time_first", "blocks.0.att.time_mix_g"} <= {*found}:
+    if {"blocks.0.att.time_first", "blocks.0.att.time_mix_g"} <= {*shapes_of_file}:
         return True
-    width = found.get("emb.weight", (0, 0))[-1]
-    first, second = (found.get(f"blocks.0.att.{name}", (0, 0)) for name in ("w1", "w2"))
+    width = shapes_of_file.get("emb.weight", (0, 0))[-1]
+    first, second = (shapes_of_file.get(f"blocks.0.att.{name}", (0, 0)) for name in ("w1", "w2"))
     return len(first) == len(second) == 2 and first[1] == second[0] == width and first[0] == second[1] != width
 
 
@@ -309,9 +332,9 @@ OFFICIAL = (
 )
 
 
-def what_it_is(found: Iterable[str]) -> str:
+def what_it_is(shapes_of_file: Iterable[str]) -> str:
     """What a file without any version's marker seems to be, and what to do, in words behind its name."""
-    names = list(found)
+    names = list(shapes_of_file)
     if not names:
         return f"holds no tensor. Use {OFFICIAL}."
     if all(name.endswith(("time_state", "ts_state")) for name in names):
@@ -344,14 +367,14 @@ def what_it_is(found: Iterable[str]) -> str:
     return f"is not an RWKV model: it holds none of {markers}, but {join_names(names, 3)}."
 
 
-def misfits(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
+def misfits(shapes_of_file: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
     """What is missing or has another shape, in words."""
     wrong = []
     for name, shape in wanted.items():
-        if name not in found:
+        if name not in shapes_of_file:
             wrong.append(f"{name} is missing")
-        elif tuple(found[name]) != tuple(shape):
-            wrong.append(f"{name} is {list(found[name])} instead of {list(shape)}")
+        elif tuple(shapes_of_file[name]) != tuple(shape):
+            wrong.append(f"{name} is {list(shapes_of_file[name])} instead of {list(shape)}")
     return wrong
 
 
@@ -370,13 +393,17 @@ def whole_tensors(geometry: Geometry, parts: Iterable[str]) -> list[str]:
 
 
 def lr_scale(geometry: Geometry, name: str) -> float:
+    """Return a tensor's learning-rate factor."""
     scales = arch_of(geometry).lr_scales
     return next((scale for pattern, scale in scales.items() if re.fullmatch(pattern, name)), 1.0)
 
 
 def decays(name: str, shape) -> bool:
-    """Whether weight decay applies: to large matrices only, never to norms, vectors, states and the low-rank parts of the
-    decay, as in the official trainer (tensors called .weight). An adapter's matrices count as large; they are told by
-    their names, which go one level deeper (blocks.0.att.key.lora_A).
+    """Return whether weight decay applies to a parameter.
+
+    It applies to large matrices only, never to norms, vectors, states and the low-rank parts of the decay, as in the official
+    trainer (tensors called .weight). An adapter's matrices count as large; they are recognised by their names, which go
+    one level
+    deeper (blocks.0.att.key.lora_A).
     """
     return len(shape) >= 2 and (name.endswith(".weight") or name.count(".") == 4)

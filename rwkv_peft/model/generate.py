@@ -31,8 +31,17 @@ def advance(model, ids: Sequence[int], state=None):
 
 
 def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator, top_k: int = 0) -> int:
-    """The next token. temperature 0: the likeliest. top_k: only so many of the likeliest (0: all); then top_p: of those, only
-    the likeliest that together have this share.
+    """Draw the next token.
+
+    Args:
+        logits: [V].
+        temperature: 0: the likeliest token.
+        top_p: Only the likeliest that together have this share.
+        generator: Draws.
+        top_k: Before that, only so many of the likeliest; 0: all.
+
+    Raises:
+        UserError: a logit is NaN or infinite.
     """
     if not bool(torch.isfinite(logits).all()):
         raise UserError("The model's answer is not a number: its weights hold NaN or infinity. Take an earlier epoch.")
@@ -59,36 +68,56 @@ def generate(
     stop_tokens: Collection[int] = (END_OF_DOC,),
     top_k: int = 0,
 ) -> Iterator[str]:
-    """Pieces of text until a stop token, a stop string or max_tokens; never half a character.
+    """Yield pieces of text until a stop token, a stop string or max_tokens; never half a character.
 
-    logits, state: after the prompt. stop_tokens: token 0, the end of the document, should be among them. Text that might be the
-    beginning of a stop string is held back until it is clear.
+    Text that might be the beginning of a stop string is kept back until it is clear.
+
+    Args:
+        model: For generation (`for_generating`).
+        logits: After the prompt, [V].
+        state: After the prompt.
+        max_tokens: The most tokens.
+        temperature: As in `choose`.
+        top_p: As in `choose`.
+        seed: Of the draws.
+        stops: Stop strings.
+        stop_tokens: Should have token 0, the end of the document, among them.
+        top_k: As in `choose`.
     """
     generator = torch.Generator().manual_seed(seed)
-    stream, held = Utf8Stream(), ""
+    stream, pending = Utf8Stream(), ""
     for i in range(max_tokens):
         token = choose(logits, temperature, top_p, generator, top_k)
         if token in stop_tokens:
             break
-        held += stream.push(token)
-        found = [held.index(stop) for stop in stops if stop in held]
-        if found:
-            yield held[: min(found)]
+        pending += stream.push(token)
+        at = [pending.index(stop) for stop in stops if stop in pending]
+        if at:
+            yield pending[: min(at)]
             return
-        ready = len(held) - longest_beginning(held, stops)
+        ready = len(pending) - longest_beginning(pending, stops)
         if ready:
-            yield held[:ready]
-            held = held[ready:]
+            yield pending[:ready]
+            pending = pending[ready:]
         if i + 1 < max_tokens:
             logits, state = advance(model, [token], state)
-    if held:
-        yield held
+    if pending:
+        yield pending
 
 
 def likeliest_answer(
     model, form: Template, question: str, most: int, stop_tokens: Collection[int] = (END_OF_DOC,), bos: bool = False
 ) -> str:
-    """To a question that stands alone, of at most so many tokens. bos: token 0 comes first."""
+    """Return the greedy answer to a single question.
+
+    Args:
+        model: For generation.
+        form: The prompt template.
+        question: The user's turn.
+        most: The most tokens.
+        stop_tokens: As in `generate`.
+        bos: Begin with token 0.
+    """
     ids = [END_OF_DOC] * bos + encode(form.prompt([Message(Role.USER, question)]))
     said = generate(model, *advance(model, ids), most, 0.0, 1.0, 0, form.stops(), stop_tokens)
     return form.opening + "".join(said)

@@ -44,9 +44,11 @@ class Recipe:
         self.along = self.n / max(geometry.n_embd - 1, 1)  # 0 to 1
 
     def uniform(self, shape, bound: float) -> Tensor:
+        """Draw from [-bound, bound]."""
         return torch.empty(shape).uniform_(-bound, bound, generator=self.generator)
 
     def orthogonal(self, shape, gain: float) -> Tensor:
+        """Draw an orthogonal matrix; a tall one is scaled by the root of its sides' ratio."""
         gain *= math.sqrt(shape[0] / shape[1]) if shape[0] > shape[1] else 1.0
         return torch.nn.init.orthogonal_(torch.empty(shape), gain=gain, generator=self.generator)
 

@@ -1,7 +1,7 @@
-"""Small parts that every block is made of. A module computes in the dtype of its input, whatever its weights are kept in:
-frozen weights may be bfloat16 and trained ones float32 in the same layer.
+"""The small parts of every block.
 
-Shapes: T tokens of all sequences behind one another, C channels, S sequences.
+A module computes in the dtype of its input, whatever its weights are stored as: frozen weights may be bfloat16 and trained
+ones float32 in the same layer. Shapes: T tokens of all sequences one after another, C channels, S sequences.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 
 def plain_product(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x W^T in the dtype of x."""
     return F.linear(x, weight.to(x.dtype))
 
 
@@ -44,6 +45,8 @@ class Affine(nn.Module):
 
 
 class LayerNorm(Affine):
+    """Layer norm over the channels, eps 1e-5."""
+
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output."""
         return F.layer_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.bias.to(x.dtype), eps=1e-5)
@@ -62,10 +65,12 @@ class GroupNorm(Affine):
 
 
 def vector(channels: int) -> nn.Parameter:
+    """Return an empty parameter [1, 1, C]."""
     return nn.Parameter(torch.empty(1, 1, channels))
 
 
 def matrix(*shape: int) -> nn.Parameter:
+    """Return an empty parameter."""
     return nn.Parameter(torch.empty(*shape))
 
 

@@ -1,5 +1,6 @@
-"""RWKV: embedding -> blocks -> head. Takes what computes (ops.dispatch.Ops) as an argument
-and knows nothing of backends or adapters.
+"""RWKV: embedding -> blocks -> head.
+
+Takes the operators (ops.dispatch.Ops) as an argument and knows nothing of backends or adapters.
 """
 
 from __future__ import annotations
@@ -21,8 +22,12 @@ VERSIONS = {arch.version: importlib.import_module(f".rwkv{arch.number[1:]}", __p
 
 
 class Embedding(nn.Module):
-    """on_host: it stays in the host's memory, wherever the model goes; only the rows that are asked for follow. It cannot learn
-    then.
+    """The embedding.
+
+    Attributes:
+        on_host: It stays in the host's memory, wherever the model goes; only the rows that are asked for are copied. It
+            cannot be
+            trained then.
     """
 
     def __init__(self, vocabulary: int, channels: int):
@@ -43,6 +48,8 @@ class Embedding(nn.Module):
 
 
 class Block(nn.Module):
+    """A block: time mix and channel mix, each after a layer norm."""
+
     def __init__(self, geometry: Geometry, layer: int, ops):
         super().__init__()
         version = VERSIONS[geometry.version]
@@ -51,17 +58,18 @@ class Block(nn.Module):
         self.ln1, self.ln2 = LayerNorm(geometry.n_embd), LayerNorm(geometry.n_embd)
         self.att, self.ffn = version.TimeMix(geometry, layer, ops), version.ChannelMix(geometry, ops)
 
-    def forward(self, x: Tensor, v_first: Tensor | None, borders: SeqBounds, *state: Tensor):
+    def forward(self, x: Tensor, v_first: Tensor | None, bounds: SeqBounds, *state: Tensor):
         """Returns x, v_first and the block's new state as three tensors (plain tensors, so that it can be checkpointed)."""
         att_x, wkv, ffn_x = state
         if hasattr(self, "ln0"):
             x = self.ln0(x)
-        y, v_first, att_x, wkv = self.att(self.norm(self.ln1, x), v_first, att_x, wkv, borders)
+        y, v_first, att_x, wkv = self.att(self.norm(self.ln1, x), v_first, att_x, wkv, bounds)
         x = x + y
-        y, ffn_x = self.ffn(self.norm(self.ln2, x), ffn_x, borders)
+        y, ffn_x = self.ffn(self.norm(self.ln2, x), ffn_x, bounds)
         return x + y, v_first, *BlockState(att_x, wkv, ffn_x).tensors()
 
     def norm(self, layer: LayerNorm, x: Tensor) -> Tensor:
+        """Return a layer norm of x, computed by the backend."""
         return self.att.ops.layer_norm(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 
     def learnt_state(self) -> dict[str, nn.Parameter]:
@@ -71,10 +79,15 @@ class Block(nn.Module):
 
 
 class RWKV(nn.Module):
-    """recompute: what the backward pass makes again instead of keeping it: "nothing"; "cheap", what costs next to no time (norms,
-    token shifts, the squared ReLU); "blocks", all but each block's input (least memory, a third more work).
+    """An RWKV model.
 
-    dtype: what activations are computed in; weights keep theirs.
+    Args:
+        geometry: Its sizes.
+        ops: What it computes with.
+        dtype: Of activations; weights keep theirs.
+        recompute: What the backward pass recomputes instead of keeping it: "nothing"; "cheap": what costs next to no
+            time (norms,
+            token shifts, the squared ReLU); "blocks": all but each block's input (least memory, a third more work).
     """
 
     def __init__(self, geometry: Geometry, ops, dtype: torch.dtype = torch.float32, recompute: str = "nothing"):
@@ -95,8 +108,9 @@ class RWKV(nn.Module):
         return self.head.weight if isinstance(self.head, Linear) else self.head.dense(self.dtype)
 
     def first_state(self, sequences: int) -> list[BlockState]:
-        """The state before a text's first token: zero, or what state tuning has learnt, for every sequence. Blocks share the
-        zeros: many short sequences would fill the memory with them.
+        """Return the state before a text's first token, for every sequence: zero, or what state tuning has learnt.
+
+        Blocks share the zeros: many short sequences would fill the memory with them.
         """
         like = torch.empty(0, dtype=self.dtype, device=self.ln_out.weight.device)
         zero, states = BlockState.zeros(sequences, self.geometry.n_head, self.geometry.head_size, like), []
@@ -126,31 +140,31 @@ class RWKV(nn.Module):
         if cu_seqlens is None:
             cu_seqlens = range(0, batch * tokens + 1, tokens)
         device = self.ln_out.weight.device
-        borders = SeqBounds(tuple(cu_seqlens), device)
+        bounds = SeqBounds(tuple(cu_seqlens), device)
         x = self.emb(ids.reshape(-1), self.dtype, device)
         if self.one_token and batch * tokens == 1 and not torch.is_grad_enabled():
-            state = self.first_state(len(borders)) if state is None else state
+            state = self.first_state(len(bounds)) if state is None else state
             x, after = self.one_token(self.blocks[0].ln0(x), [before.tensors() for before in state])
             return self.ln_out(x).view(1, 1, -1), [BlockState(*tensors) for tensors in after]
         if self.replay and state is None and not carry and torch.is_grad_enabled():
-            return self.replay(x, borders).view(batch, tokens, -1), []
-        x, after = self.through(x, state, borders, carry)
+            return self.replay(x, bounds).view(batch, tokens, -1), []
+        x, after = self.through(x, state, bounds, carry)
         return x.view(batch, tokens, -1), after
 
     def through(
-        self, x: Tensor, state: Sequence[BlockState] | None, borders: SeqBounds, carry: bool
+        self, x: Tensor, state: Sequence[BlockState] | None, bounds: SeqBounds, carry: bool
     ) -> tuple[Tensor, list[BlockState]]:
         """What features does behind the embedding. x: [T, C]. Returns [T, C] after ln_out, and the new state if it is wanted."""
-        state = self.first_state(len(borders)) if state is None else state
+        state = self.first_state(len(bounds)) if state is None else state
         v_first, after = None, []
         for block, before in zip(self.blocks, state, strict=True):
             if not torch.is_grad_enabled() or self.recompute == "nothing":
-                x, v_first, *new = block(x, v_first, borders, *before.tensors())
+                x, v_first, *new = block(x, v_first, bounds, *before.tensors())
             elif self.recompute == "cheap":
                 with self.ops.recomputing():
-                    x, v_first, *new = block(x, v_first, borders, *before.tensors())
+                    x, v_first, *new = block(x, v_first, bounds, *before.tensors())
             else:
-                x, v_first, *new = checkpoint(block, x, v_first, borders, *before.tensors(), use_reentrant=False)
+                x, v_first, *new = checkpoint(block, x, v_first, bounds, *before.tensors(), use_reentrant=False)
             if carry:
                 after.append(BlockState(*new))
             del new
@@ -190,8 +204,11 @@ def build(
 
 
 def for_generating(model: RWKV) -> RWKV:
-    """The model with nothing left to convert at each token. Large matrices stay as narrow as their file has them where the
-    product reads them so: time goes into reading them, and the sums are the same.
+    """Prepare a model for generation: nothing is left to convert at each token.
+
+    Large matrices stay as narrow as in their file where the product reads them so: the time goes into reading them, and
+    the sums
+    are the same.
     """
     for module in model.modules():
         for leaf, weight in list(module.named_parameters(recurse=False)):

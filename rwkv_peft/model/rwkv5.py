@@ -28,6 +28,8 @@ def log_decay(raw: Tensor, like: Tensor) -> Tensor:
 
 
 class TimeMix(nn.Module):
+    """The time mix of RWKV-5."""
+
     def __init__(self, geometry: Geometry, layer: int, ops):
         super().__init__()
         C, H, N = geometry.n_embd, geometry.n_head, geometry.head_size
@@ -38,31 +40,34 @@ class TimeMix(nn.Module):
         self.ln_x = GroupNorm(H, C, eps=64e-5)  # the trainer's ln_x(y / 8) with 1e-5
 
     def make_mixes(self, geometry: Geometry) -> None:
+        """Make the parameters of token shift and decay."""
         C = geometry.n_embd
         self.time_mix_k, self.time_mix_v, self.time_mix_r, self.time_mix_g = (vector(C) for _ in range(4))
         self.time_decay = matrix(geometry.n_head, geometry.head_size)
 
-    def mixed(self, x: Tensor, shift: Tensor, s: Tensor, borders: SeqBounds) -> tuple[Tensor, ...]:
+    def mixed(self, x: Tensor, shift: Tensor, s: Tensor, bounds: SeqBounds) -> tuple[Tensor, ...]:
         """Inputs of receptance, key, value and gate, each [T, C], and the log decay as the wkv function takes it."""
         p = own_parameters(self, x.dtype)
-        r, k, v, g = self.ops.token_shift_mix(x, shift, [1 - p["time_mix_" + m] for m in "rkvg"], borders)
+        r, k, v, g = self.ops.token_shift_mix(x, shift, [1 - p["time_mix_" + m] for m in "rkvg"], bounds)
         return r, k, v, g, log_decay(self.time_decay, s)
 
-    def forward(self, x: Tensor, v_first: None, shift: Tensor, s: Tensor, borders: SeqBounds):
+    def forward(self, x: Tensor, v_first: None, shift: Tensor, s: Tensor, bounds: SeqBounds):
         """x: [T, C]; v_first: unused before RWKV-7; shift: [S, C]; s: [S, H, N, N].
 
         Returns y [T, C], v_first, and the state after each sequence: shift [S, C], s [S, H, N, N].
         """
         heads = lambda z: z.view(1, len(x), self.heads, self.size)  # noqa: E731
-        xr, xk, xv, xg, w = self.mixed(x, shift, s, borders)
+        xr, xk, xv, xg, w = self.mixed(x, shift, s, bounds)
         r, k, v, g = self.receptance(xr), self.key(xk), self.value(xv), F.silu(self.gate(xg))
         bonus = self.time_faaaa.to(x.dtype)
-        y, s = self.ops.wkv(heads(r), w, heads(k), heads(v), bonus, s, borders.cu_seqlens)
+        y, s = self.ops.wkv(heads(r), w, heads(k), heads(v), bonus, s, bounds.cu_seqlens)
         y = self.ln_x(y.reshape(len(x), -1))
-        return self.output(y * g), v_first, x[borders.last], s
+        return self.output(y * g), v_first, x[bounds.last], s
 
 
 class ChannelMix(nn.Module):
+    """The channel mix of RWKV-5."""
+
     def __init__(self, geometry: Geometry, ops):
         super().__init__()
         self.ops = ops
@@ -71,6 +76,7 @@ class ChannelMix(nn.Module):
         self.key, self.receptance, self.value = Linear(C, F_), Linear(C, C), Linear(F_, C)
 
     def make_mixes(self, channels: int) -> None:
+        """Make the parameters of token shift."""
         self.time_mix_k, self.time_mix_r = vector(channels), vector(channels)
 
     def shares(self, dtype: torch.dtype) -> list[Tensor]:
@@ -78,11 +84,11 @@ class ChannelMix(nn.Module):
         p = own_parameters(self, dtype)
         return [1 - p["time_mix_k"], 1 - p["time_mix_r"]]
 
-    def forward(self, x: Tensor, shift: Tensor, borders: SeqBounds) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, shift: Tensor, bounds: SeqBounds) -> tuple[Tensor, Tensor]:
         """x: [T, C]; shift: [S, C]. Returns y [T, C] and the shift after each sequence [S, C]."""
-        xk, xr = self.ops.token_shift_mix(x, shift, self.shares(x.dtype), borders)
+        xk, xr = self.ops.token_shift_mix(x, shift, self.shares(x.dtype), bounds)
         k = self.ops.square_relu(self.key(xk))
-        return torch.sigmoid(self.receptance(xr)) * self.value(k), x[borders.last]
+        return torch.sigmoid(self.receptance(xr)) * self.value(k), x[bounds.last]
 
 
 def gated_width(width: int) -> int:
@@ -96,8 +102,9 @@ def new_sizes(layers: int, width: int) -> dict[str, int]:
 
 
 def initial_value(recipe: Recipe, leaf: str, name: str, shape: tuple[int, ...]) -> Tensor | None:
-    """A tensor of a new model (RWKV_Tmix_x052, its channel mix and generate_init_weight of RWKV-v5/src/model.py); None for a name
-    without a rule.
+    """Return a tensor of a new model; None for a name without a rule.
+
+    Source: RWKV_Tmix_x052, its channel mix and generate_init_weight of RWKV-v5/src/model.py.
     """
     if leaf.startswith("time_mix_"):
         return recipe.part**recipe.rest if ".ffn." in name else shift_mix(recipe, leaf[-1])

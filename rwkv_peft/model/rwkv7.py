@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 
 class TimeMix(nn.Module):
+    """The time mix of RWKV-7."""
+
     def __init__(self, geometry: Geometry, layer: int, ops):
         super().__init__()
         C, H, N = geometry.n_embd, geometry.n_head, geometry.head_size
@@ -35,13 +37,13 @@ class TimeMix(nn.Module):
         self.receptance, self.key, self.value, self.output = (Linear(C, C) for _ in range(4))
         self.ln_x = Affine(C)  # a norm over each head, which ops computes
 
-    def forward(self, x: Tensor, v_first: Tensor | None, shift: Tensor, s: Tensor, borders: SeqBounds):
+    def forward(self, x: Tensor, v_first: Tensor | None, shift: Tensor, s: Tensor, bounds: SeqBounds):
         """x: [T, C]; v_first: the first layer's values [T, C], None in the first layer; shift: [S, C]; s: [S, H, N, N].
 
         Returns y [T, C], v_first, and the state after each sequence: shift [S, C], s [S, H, N, N].
         """
         p = own_parameters(self, x.dtype)
-        xr, xw, xk, xv, xa, xg = self.ops.token_shift_mix(x, shift, [p["x_" + m] for m in "rwkvag"], borders)
+        xr, xw, xk, xv, xa, xg = self.ops.token_shift_mix(x, shift, [p["x_" + m] for m in "rwkvag"], bounds)
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
         w = torch.tanh(xw @ p["w1"]) @ p["w2"] + p["w0"]
         a = (xa @ p["a1"]) @ p["a2"] + p["a0"]
@@ -49,11 +51,13 @@ class TimeMix(nn.Module):
         mix = (xv @ p["v1"]) @ p["v2"] + p["v0"] if self.mixes_v_first else None
         own = p["k_k"], p["k_a"], p["r_k"].view(-1), self.ln_x.weight.to(x.dtype), self.ln_x.bias.to(x.dtype)
         gates = r, w, k, v, a, g, mix, v_first if self.mixes_v_first else None
-        y, s = self.ops.wkv7_block(gates, own, s, borders, self.heads)
-        return self.output(y), v_first if self.mixes_v_first else v, x[borders.last], s
+        y, s = self.ops.wkv7_block(gates, own, s, bounds, self.heads)
+        return self.output(y), v_first if self.mixes_v_first else v, x[bounds.last], s
 
 
 class ChannelMix(nn.Module):
+    """The channel mix of RWKV-7."""
+
     def __init__(self, geometry: Geometry, ops):
         super().__init__()
         self.ops = ops
@@ -61,10 +65,10 @@ class ChannelMix(nn.Module):
         self.key = Linear(geometry.n_embd, geometry.dim_ffn)
         self.value = Linear(geometry.dim_ffn, geometry.n_embd)
 
-    def forward(self, x: Tensor, shift: Tensor, borders: SeqBounds) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, shift: Tensor, bounds: SeqBounds) -> tuple[Tensor, Tensor]:
         """x: [T, C]; shift: [S, C]. Returns y [T, C] and the shift after each sequence [S, C]."""
-        [xk] = self.ops.token_shift_mix(x, shift, [own_parameters(self, x.dtype)["x_k"]], borders)
-        return self.value(self.ops.square_relu(self.key(xk))), x[borders.last]
+        [xk] = self.ops.token_shift_mix(x, shift, [own_parameters(self, x.dtype)["x_k"]], bounds)
+        return self.value(self.ops.square_relu(self.key(xk))), x[bounds.last]
 
 
 def rank(factor: float, width: int) -> int:
@@ -81,8 +85,9 @@ def new_sizes(layers: int, width: int) -> dict[str, int]:
 
 
 def initial_value(recipe: Recipe, leaf: str, name: str, shape: tuple[int, ...]) -> Tensor | None:
-    """A tensor of a new model (RWKV_Tmix_x070, RWKV_CMix_x070 and generate_init_weight of the official trainer); None for a name
-    without a rule.
+    """Return a tensor of a new model; None for a name without a rule.
+
+    Source: RWKV_Tmix_x070, RWKV_CMix_x070 and generate_init_weight of the official trainer.
     """
     N, n = recipe.geometry.head_size, recipe.n
     linear = recipe.along - 0.5

@@ -1,6 +1,6 @@
 """What a sequence carries from one token to the next: state in, state out.
 
-Zero is plain training; the last chunk's state goes on with a long text; one token at a time is chat.
+Zero is plain training; infctx continues a long text from its last chunk's state; one token at a time is chat.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ class BlockState:
 
     @classmethod
     def zeros(cls, sequences: int, heads: int, size: int, like: Tensor) -> BlockState:
+        """Return zeros for `sequences` sequences, on the device of `like`."""
         shift = like.new_zeros(sequences, heads * size)
         wkv_dtype = torch.promote_types(like.dtype, torch.float32)
         return cls(shift, like.new_zeros(sequences, heads, size, size, dtype=wkv_dtype), shift.clone())
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the tensors in the order of the model's arguments."""
         return self.att_x, self.wkv, self.ffn_x
 
 

@@ -30,6 +30,7 @@ class Quantised(nn.Module, abc.ABC):
         self.shape, self.width = torch.Size(shape), width
 
     def keep(self, **tensors: Tensor) -> None:
+        """Register the tensors that hold the weight; state_dict leaves them out."""
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
 
@@ -63,14 +64,17 @@ class Quantised(nn.Module, abc.ABC):
             self.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
 
     def kept(self) -> Iterator[Tensor]:
+        """Return the tensors that hold the weight."""
         return itertools.chain(self.buffers(), self.parameters())
 
     @property
     def device(self) -> torch.device:
+        """The device of the weight."""
         return next(self.kept()).device
 
     @property
     def bytes(self) -> int:
+        """Bytes of the weight."""
         return sum(tensor.nbytes for tensor in self.kept())
 
     def _apply(self, fn, recurse=True):

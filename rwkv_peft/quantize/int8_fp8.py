@@ -30,6 +30,7 @@ class Int8(Quantised):
         self.keep(codes=codes, scale=scale)
 
     def decode(self, rows: slice | Tensor, out: Tensor) -> None:
+        """Write the rows' values to `out`."""
         torch.mul(take(self.codes, rows), take(self.scale, rows), out=out)
 
 
@@ -46,6 +47,7 @@ class Fp8(Quantised):
         self.keep(codes=codes, scale=scale)
 
     def decode(self, rows: slice | Tensor, out: Tensor) -> None:
+        """Write the rows' values to `out`."""
         codes = take(self.codes, rows)
         # twice as fast as torch's conversion of float8 on a CPU
         values = fp8_values(codes.device).index_select(0, codes.reshape(-1).int()).view(codes.shape)

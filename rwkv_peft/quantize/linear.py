@@ -19,14 +19,17 @@ class QuantLinear(nn.Module):
 
     @property
     def out_features(self) -> int:
+        """Outputs."""
         return self.weight.shape[0]
 
     @property
     def in_features(self) -> int:
+        """Inputs."""
         return self.weight.shape[1]
 
     @property
     def bytes(self) -> int:
+        """Bytes of the weight."""
         return self.weight.bytes
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -38,6 +41,7 @@ class QuantLinear(nn.Module):
         return FrozenProduct.apply(x, self.weight)
 
     def extra_repr(self) -> str:
+        """Return what repr adds."""
         return f"{self.in_features} -> {self.out_features}, {self.mode}"
 
 
@@ -50,6 +54,7 @@ class QuantEmbedding(nn.Module):
 
     @property
     def bytes(self) -> int:
+        """Bytes of the weight."""
         return self.weight.bytes
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -63,6 +68,7 @@ class QuantEmbedding(nn.Module):
         return self.weight.rows(ids.flatten(), dtype).view(*ids.shape, self.weight.shape[1])
 
     def extra_repr(self) -> str:
+        """Return what repr adds."""
         return f"{self.weight.shape[0]} x {self.weight.shape[1]}, {self.mode}"
 
 

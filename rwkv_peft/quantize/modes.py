@@ -15,6 +15,8 @@ from .nf4_fp4 import FP4, NF4, FourBit
 
 @dataclass(frozen=True)
 class Mode:
+    """A compressed format."""
+
     says: str  # for people
     make: Callable[[Tensor], Quantised]
 

@@ -59,6 +59,7 @@ class FourBit(Quantised):
         self.keep(codes=codes, scale_codes=scale_codes, scale_max=scale_max, scale_mean=scale_mean.view(1))
 
     def decode(self, rows: slice | Tensor, out: Tensor) -> None:
+        """Write the rows' values to `out`."""
         codes = take(self.codes, rows)
         # one look-up gives the levels of both halves of a byte, as eight bytes that only look like an integer
         pairs = pairs_of_levels(self.levels, codes.device).index_select(0, codes.reshape(-1).int())

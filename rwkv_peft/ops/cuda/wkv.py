@@ -48,6 +48,7 @@ class Recurrence7:
         self, r, w, k, v, a, b, s0: Tensor | None = None, cu_seqlens: Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Compute the recurrence; arguments as reference.wkv7."""
+
         def kernel(r, *others):
             return WKV7.apply(r, *others, self.way(r, others[-1]))
 

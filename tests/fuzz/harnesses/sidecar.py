@@ -69,7 +69,7 @@ class It(Harness):
         return " ".join(outcomes)
 
     def merge(self, path: Path, base: Path) -> str:
-        found = inputs.found(path, "", None, None, True)
+        found = inputs.load_checkpoint(path, "", None, None, True)
         sound(found.words and found.label, "no words", found)
         sound(found.part.setup.method in METHODS, "an unknown method", found.part.setup)
         run_dir.checkpoint_steps(path.parent)
