@@ -16,8 +16,11 @@ Row = Mapping[str, Any]
 
 
 def one_answer(value: Any, name: str, unused: dict[tuple[str, str], int]) -> Any:
-    """An answer that is a message or a content in parts; of a list of texts, the only one; of a column "answers", which holds
-    several that are right, the best (SQuAD: its first text; Nectar: that of rank 1).
+    """Return the one answer of a value.
+
+    Of a message or a content in parts, its text; of a list of texts, the only one; of a column "answers", which has
+    several right
+    ones, the best (SQuAD: its first text; Nectar: that of rank 1).
     """
     if isinstance(value, dict) and message_order.have_roles([value]):
         return [value]
@@ -74,6 +77,7 @@ def messages_of_choices(choices: Any) -> list[Any]:
 
 
 def says_nothing(one: Any) -> bool:
+    """Return whether a value is empty, or an object of empty values."""
     return is_nothing(one) or isinstance(one, dict) and all(map(is_nothing, one.values()))
 
 
@@ -93,18 +97,22 @@ MORE_ANSWER_KEYS = ("answer_text", "text", "value", "body", "generated_text")
 
 
 def answer_key(one: Row, several: bool) -> str:
-    """The key of an answer's words in an object with nothing but them and what is said of them; or "". several: of a column
-    "answers".
+    """Return the key of an answer's text in an object of only the text and metadata; or "".
+
+    several: of a column "answers".
     """
     names = (*ANSWER_KEYS, *MORE_ANSWER_KEYS) if several else ANSWER_KEYS
-    found = [name for name in names if isinstance(one.get(name), str)]
-    known = several or len(one) == 1 or not left_over(tuple(one), (*found, "rank", "index", "finish_reason"))
-    return found[0] if found and known else ""
+    texts = [name for name in names if isinstance(one.get(name), str)]
+    known = several or len(one) == 1 or not left_over(tuple(one), (*texts, "rank", "index", "finish_reason"))
+    return texts[0] if texts and known else ""
 
 
 def answer_to_text(row: Row, text: str, sure: bool) -> str:
-    """The column of an answer to a text that is no question (MBPP: code; AdGen: a summary); or "". sure: the text has the name of
-    one. An answer that the text holds is a part of it, and one word of no letters is a label.
+    """Return the column of an answer to a text that is no question (MBPP: code; AdGen: a summary); or "".
+
+    An answer that is a part of the text does not count, and one word of no letters is a label. sure: the text's column
+    has the
+    name of a text.
     """
     if not isinstance(row[text], str):
         return ""

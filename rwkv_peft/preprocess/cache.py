@@ -19,8 +19,12 @@ LIBRARIES = ("pyrwkv-tokenizer", "orjson", "pyarrow", "numpy", "chardet", "pytho
 
 
 def key(contents: Mapping[Path, str], settings: dict[str, Any], template: str) -> str:
-    """A hash of all that decides the result: content of the data (file -> SHA-256), settings, template, vocabulary, code and
-    libraries.
+    """Return a hash of all that decides the result.
+
+    Args:
+        contents: File -> SHA-256 of its content.
+        settings: By name.
+        template: Of the prompt. Vocabulary, code and libraries are added here.
     """
     digest = hashlib.sha256()
 
@@ -40,6 +44,7 @@ def key(contents: Mapping[Path, str], settings: dict[str, Any], template: str) -
 
 
 def version(package: str) -> str:
+    """Return the version of a package, "none" if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -52,18 +57,19 @@ def describe(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
 
 
 def facts(path: Path) -> dict[str, int]:
-    found = path.stat()
-    return {"bytes": found.st_size, "changed": found.st_mtime_ns}
+    """Return size and time of change of a file."""
+    status = path.stat()
+    return {"bytes": status.st_size, "changed": status.st_mtime_ns}
 
 
 def fresh(report: Path, wanted: str) -> dict[str, Any] | None:
     """The report, if it belongs to this key and every file that it names is there and unchanged; else None."""
     try:
-        found = json_reader.load(report)
-        if found["key"] != wanted:
+        content = json_reader.load(report)
+        if content["key"] != wanted:
             return None
-        if any(facts(report.parent / name) != known for name, known in found["files"].items()):
+        if any(facts(report.parent / name) != known for name, known in content["files"].items()):
             return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # no report, or not ours: encode
-    return found
+    return content

@@ -52,26 +52,27 @@ OF_OPEN_WEBUI = ("title", "share_id", "archived", "pinned", "folder_id")
 
 def path_to(nodes: Mapping[str, Any], name: Any, parent: str) -> list[Mapping[str, Any]]:
     """The nodes from the beginning to this one."""
-    found: list[Mapping[str, Any]] = []
+    path: list[Mapping[str, Any]] = []
     while isinstance(name, str) and isinstance(nodes.get(name), dict):
-        found.append(nodes[name])
+        path.append(nodes[name])
         name = nodes[name].get(parent)
-        if len(found) > LONGEST or len(found) > len(nodes):
+        if len(path) > LONGEST or len(path) > len(nodes):
             raise RowError("no beginning", f'its "{parent}" leads back to itself')
-    return found[::-1]
+    return path[::-1]
 
 
 def messages_of_mapping(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the messages of a ChatGPT or DeepSeek export, along the path to its current node."""
     nodes = row["mapping"]
     last = row.get("current_node")
     if last not in nodes:  # DeepSeek does not say: the newest path
         last = next((name for name, node in reversed(nodes.items()) if not node.get("children")), None)
-    found: list[dict[str, Any]] = []
+    messages: list[dict[str, Any]] = []
     for node in path_to(nodes, last, "parent"):
         message = node["message"]
         if isinstance(message, dict):
-            found += of_deepseek(message, len(found)) if "author" not in message else of_chatgpt(message)
-    return found
+            messages += of_deepseek(message, len(messages)) if "author" not in message else of_chatgpt(message)
+    return messages
 
 
 def of_deepseek(message: Mapping[str, Any], before: int) -> list[dict[str, Any]]:
@@ -111,6 +112,7 @@ def of_chatgpt(message: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def messages_of_open_webui(chat: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the messages of an Open WebUI export, along the path to its current message."""
     history = chat.get("history")
     nodes = history.get("messages") if isinstance(history, dict) else None
     if isinstance(nodes, dict) and history.get("currentId") in nodes:

@@ -30,15 +30,16 @@ def columns_of_choices(keys: tuple[str, ...]) -> tuple[str, ...]:
         return lists
     if "A" in keys and "B" in keys:
         return tuple(key for key in LETTERS if key in keys)
-    found = tuple(key for key in keys if COLUMN_OF_ONE.match(squashed(key)))
-    return found if len(found) > 1 else ()
+    choice_columns = tuple(key for key in keys if COLUMN_OF_ONE.match(squashed(key)))
+    return choice_columns if len(choice_columns) > 1 else ()
 
 
 def choices_of(row: Mapping[str, Any]) -> list[str]:
-    """The choices of a question, without their letters; none if it has no such thing. A text of choices has several lines, or
-    letters, or is JSON.
+    """Return the choices of a question, without their letters; none if it has no choices.
+
+    A text of choices has several lines, or letters, or is JSON.
     """
-    found: list[Any] = []
+    options: list[Any] = []
     for name in columns_of_choices(tuple(row)):
         value = row[name]
         if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
@@ -49,8 +50,8 @@ def choices_of(row: Mapping[str, Any]) -> list[str]:
         if squashed(name) in COLUMNS and not isinstance(value, list):
             words = "" if is_nothing(value) else as_text(value).strip()
             value = words.split("\n") if "\n" in words or len(LETTER.findall(words)) > 1 else []
-        found += value if isinstance(value, list) else [value]
-    choices = [as_text(one).strip() for one in found if not is_nothing(one)]
+        options += value if isinstance(value, list) else [value]
+    choices = [as_text(one).strip() for one in options if not is_nothing(one)]
     led = [LED.match(one) for one in choices]
     if all(one and one[1] == letter for one, letter in zip(led, LETTERS, strict=False)):
         return [one[2] for one in led[: len(LETTERS)]] + choices[len(LETTERS) :]
@@ -71,8 +72,9 @@ def names_a_choice(answer: str, choices: Sequence[str]) -> bool:
 
 
 def refuse_choice(row: Mapping[str, Any], question: str, answer: Any, where: str) -> None:
-    """RowError if an answer is the letter or the number of a choice that the question does not show. where: what the question is
-    called.
+    """Raise RowError if an answer is the letter or the number of a choice that the question does not show.
+
+    where: the name of the question, for the message.
     """
     choices = choices_of(row)
     words = as_text(answer).strip()

@@ -55,36 +55,36 @@ class TokenizeConfig:
 
     @staticmethod
     def problems(given: SimpleNamespace) -> list[SettingError]:
-        """What no single variable can tell. given: the values that are sound, None where one is not."""
-        found = []
+        """Return the errors that concern several variables. given: the values that are sound, None where one is not."""
+        errors = []
         roles = functools.partial(columns, "")
         for check, value in ((template, given.prompt_type), (columns, given.map_keys), (roles, given.role_map)):
             try:
                 if value is not None and not (check is template and value == AUTO):
                     check(value)
             except SettingErrors as problems:
-                found += problems.problems
+                errors += problems.problems
             except UserError as error:
-                found.append(SettingError("PROMPT_TYPE", str(error)))
+                errors.append(SettingError("PROMPT_TYPE", str(error)))
         if given.encoding is not None and (wrong := encodings.check(given.encoding)):
-            found.append(SettingError("ENCODING", wrong))
+            errors.append(SettingError("ENCODING", wrong))
         if given.overlong == "split" and (given.source_length or given.target_length):
             which = "SOURCE_LENGTH" if given.source_length else "TARGET_LENGTH"
-            found.append(
+            errors.append(
                 SettingError(which, "limits single turns, which cannot be split; use drop, truncate or truncate-left")
             )
         for name, value in (("SOURCE_LENGTH", given.source_length), ("TARGET_LENGTH", given.target_length)):
             if given.max_tokens and value and value > given.max_tokens:
-                found.append(
+                errors.append(
                     SettingError(name, f"is more than MAX_TOKENS={given.max_tokens}, which limits the whole row")
                 )
         if given.valid_split and given.valid_percent:
-            found.append(
+            errors.append(
                 SettingError("VALID_SPLIT", f"must be empty with VALID_PERCENT={given.valid_percent:g}, or that be 0")
             )
         if given.expand and given.mask_history:
-            found.append(SettingError("MASK_HISTORY", "must be 0 with EXPAND=1, which makes a row for every answer"))
-        return found
+            errors.append(SettingError("MASK_HISTORY", "must be 0 with EXPAND=1, which makes a row for every answer"))
+        return errors
 
 
 def settled(config: TokenizeConfig, base: Path | None = None) -> tuple[TokenizeConfig, str]:

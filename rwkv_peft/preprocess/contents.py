@@ -16,9 +16,7 @@ THINK_NAMES = frozenset(map(squashed, THINK))
 
 
 def parts_of_json(text: str) -> Any:
-    """The parts of a content that stand in a text as JSON, as tables and databases keep them; the text itself where it is
-    something else.
-    """
+    """Return the parts of a content that is JSON in a text, as tables and databases keep them; else the text itself."""
     with contextlib.suppress(orjson.JSONDecodeError):
         parts = orjson.loads(text)
         if all(map(message_order.is_part, parts)):
@@ -28,29 +26,29 @@ def parts_of_json(text: str) -> Any:
 
 def joined_parts(i: int, parts: Iterable[Any], unused: dict[tuple[str, str], int]) -> tuple[str, str]:
     """OpenAI's list of parts as text, and the thought in it; only text can be trained."""
-    found, thoughts = [], []
+    texts, thoughts = [], []
     for part in parts:
         if isinstance(part, str):
-            found.append(part)
+            texts.append(part)
             continue
         if not isinstance(part, dict):
             raise RowError("not text", f"message {i} has a part of type {kind(part)}; only text can be trained")
         named = parts_of(tuple(part))
         of_type = squashed(str(part.get("type", "")))
         is_thought = of_type in THINK_NAMES or of_type == "summarytext" or part.get("thought") is True
-        held = next(
+        medium = next(
             (key for key in ("text", *named.think, "content", "summary") if isinstance(said(part.get(key)), str)),
             "",
         )
-        if held and is_thought:
-            thoughts.append(said(part[held]))
-            used = ("type", "signature", "thought", held)
-        elif held == "text":
-            found.append(said(part["text"]))
+        if medium and is_thought:
+            thoughts.append(said(part[medium]))
+            used = ("type", "signature", "thought", medium)
+        elif medium == "text":
+            texts.append(said(part["text"]))
             used = ("text", "type")
-        elif held in named.think and not of_type:
-            thoughts.append(said(part[held]))
-            used = (held,)
+        elif medium in named.think and not of_type:
+            thoughts.append(said(part[medium]))
+            used = (medium,)
         else:
             raise RowError("not text", f"message {i} has a part of type {part.get('type')}; only text can be trained")
         if any(not is_nothing(part[key]) for key in named.media):
@@ -58,7 +56,7 @@ def joined_parts(i: int, parts: Iterable[Any], unused: dict[tuple[str, str], int
         for key in left_over(tuple(part), used):
             if not is_nothing(part[key]):
                 unused["key of a content part", key] = 1
-    return "\n".join(found), "\n".join(thoughts)
+    return "\n".join(texts), "\n".join(thoughts)
 
 
 def said(value: Any) -> Any:

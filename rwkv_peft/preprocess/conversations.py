@@ -17,7 +17,7 @@ from .encodings import one_line_end
 from .keys import CALLS, HARMLESS_IN_MESSAGES, ROLE_NAMES, Columns, Parts, left_over, names_a_file, parts_of, squashed
 from .loss_flags import LABEL, flag_word, flags_in, list_of_flags
 from .mapped_columns import lifted, renamed_keys
-from .mojibake import doctor
+from .mojibake import repair_text
 from .row_advice import better_answer, quoted, unknown_role
 from .tools import agreed_call, agreed_tools
 from .values import (
@@ -43,9 +43,13 @@ PLAIN_ROLES = {name: role for name, role in ROLE_NAMES.items() if role in (Role.
 
 @dataclass
 class Talks:
-    """Reads conversations. verdicts: what the mojibake doctor said of the strings of the last row. seen: columns of MAP_KEYS that
-    were met. unused: (level, key) -> 1 for every key of the last row that was not used. padded: rows are Arrow's, which puts null
-    where an object lacks a field that others have.
+    """Reads conversations.
+
+    Attributes:
+        verdicts: What mojibake.repair_text found in the strings of the last row.
+        seen: Columns of MAP_KEYS that occurred.
+        unused: (level, key) -> 1 for every key of the last row that was not used.
+        padded: Rows are Arrow's, which puts null where an object lacks a field that others have.
     """
 
     columns: Columns = field(default_factory=Columns)
@@ -56,10 +60,11 @@ class Talks:
     unused: dict[tuple[str, str], int] = field(default_factory=Counter)
 
     def string(self, value: str) -> str:
+        r"""Return a text with \n as line ends, and mojibake repaired."""
         if "\r" in value:
             value = one_line_end(value)
         if self.repair and not value.isascii():
-            value, verdict = doctor(value)
+            value, verdict = repair_text(value)
             if verdict != "clean":
                 self.verdicts.add(verdict)
         return value
@@ -75,18 +80,18 @@ class Talks:
 
     def agreed(self, row: Row, names: Sequence[str], where: str = "its", structured: bool = False) -> str:
         """The text of a part that may have several names. RowError where two of them disagree."""
-        found = [(name, self.text(said(row[name]), name, structured)) for name in names if not is_nothing(row[name])]
-        for name, text in found[1:]:
-            if text.strip() != found[0][1].strip():
-                first = found[0]
+        values = [(name, self.text(said(row[name]), name, structured)) for name in names if not is_nothing(row[name])]
+        for name, text in values[1:]:
+            if text.strip() != values[0][1].strip():
+                first = values[0]
                 raise RowError(
                     "two values", f'{where} "{first[0]}" and "{name}" disagree: {short(first[1])} and {short(text)}'
                 )
-        return found[0][1] if found else ""
+        return values[0][1] if values else ""
 
     def flag(self, one: Row, names: Sequence[str], where: str) -> bool | None:
         """Whether an answer is to be learnt, as the flags of a row or message say; None where they say nothing."""
-        found: dict[str, bool] = {}
+        by_column: dict[str, bool] = {}
         for name in names:
             value = one[name]
             if is_nothing(value) or isinstance(value, list):
@@ -94,11 +99,11 @@ class Talks:
             learn = flag_word(value)
             if learn is None:
                 raise RowError("wrong type", f"{where} has the {name} {value!r}; it must be 0 or 1")
-            found[name] = learn != (squashed(name) == "masked")
-        if len(set(found.values())) > 1:
-            says = " and ".join(f"{name}={one[name]!r}" for name in found)
+            by_column[name] = learn != (squashed(name) == "masked")
+        if len(set(by_column.values())) > 1:
+            says = " and ".join(f"{name}={one[name]!r}" for name in by_column)
             raise RowError("two values", f"{where} has flags that disagree: {says}")
-        return next(iter(found.values()), None)
+        return next(iter(by_column.values()), None)
 
     def flags_of_row(self, row: Row, names: tuple[str, ...]) -> tuple[bool | None, str, list[Any] | None]:
         """The flag of a whole row; the name of the column that has one flag for each message, and its list."""
@@ -107,14 +112,15 @@ class Talks:
                 squashed(name) == LABEL and row[name] is False and "completion" not in row
             ):  # it may mean something else: say so
                 self.unused["answer that is false by the column", name] = 1
-        lists = {name: found for name in names if (found := list_of_flags(row[name], name))}
+        lists = {name: flags for name in names if (flags := list_of_flags(row[name], name))}
         first = next(iter(lists), "")
-        for name, found in lists.items():
-            if found != lists[first]:
+        for name, flags in lists.items():
+            if flags != lists[first]:
                 raise RowError("two values", f'its "{first}" and "{name}" disagree')
         return self.flag(row, [name for name in names if name not in lists], "it"), first, lists.get(first)
 
     def one_thought(self, inside: str, beside: str, where: str) -> str:
+        """Return the thought inside or beside a message. Raises RowError if there are two that differ."""
         if inside and beside and inside.strip() != beside.strip():
             raise RowError("two values", f"{where} has two thoughts that disagree: {short(inside)} and {short(beside)}")
         return inside or beside
@@ -134,8 +140,8 @@ class Talks:
         return [renamed_keys(one, given) for one in value]
 
     def messages(self, rows: Any, row: Row, parts: Parts) -> Dialogue:
-        """A conversation from [{"role": ..., "content": ...}, ...], or "from" and "value"."""
-        found: list[Message] = []
+        """A kept from [{"role": ..., "content": ...}, ...], or "from" and "value"."""
+        kept: list[Message] = []
         answers = 0
         tools = [(name, row[name]) for name in parts.tools]
         learn, list_name, flags = self.flags_of_row(row, flags_in(row, parts))
@@ -149,7 +155,7 @@ class Talks:
             system, listed = tool_texts.tools_of_text(system)
             tools += [("system", listed)] * bool(listed)
         if system:
-            found.append(Message(Role.SYSTEM, system))
+            kept.append(Message(Role.SYSTEM, system))
         pending = ""
         for i, one in enumerate(rows, 1):
             message = plain[i - 1]
@@ -174,22 +180,22 @@ class Talks:
                     message = message._replace(learn=False)
             elif role is Role.SYSTEM:
                 tools += tools_of_system(one)
-                if system and len(found) == 1:  # said in a column of its own and in the conversation
+                if system and len(kept) == 1:  # said in a column of its own and in the conversation
                     if system.strip() != message.content.strip():
                         says = f"{short(system)} and {short(message.content)}"
                         raise RowError("two values", f"has two system texts, in a column and as a message: {says}")
                     continue
-            found.append(message)
+            kept.append(message)
         if pending:
             raise RowError("reasoning", "the last message is a thought, and no answer follows it")
         if not answers:
             raise RowError("no answer", f"the conversation has no assistant message{self.who_answers(rows, row)}")
         if columns_of_choices(tuple(row)):
-            question = "\n".join(message.content for message in found if message.role is not Role.ASSISTANT)
-            for message in found:
+            question = "\n".join(message.content for message in kept if message.role is not Role.ASSISTANT)
+            for message in kept:
                 if message.role is Role.ASSISTANT:
                     refuse_choice(row, question, message.content, "its question")
-        return Dialogue(tuple(found), agreed_tools(tools, self.padded, self.unused))
+        return Dialogue(tuple(kept), agreed_tools(tools, self.padded, self.unused))
 
     def who_answers(self, rows: Sequence[Any], row: Row) -> str:
         """What to say of a conversation without an answer: who may answer in it (MultiWOZ's SYSTEM), or which column may."""
@@ -273,8 +279,9 @@ class Talks:
         return Message(role, content if content.isascii() and "\r" not in content else self.string(content))
 
     def message(self, i: int, one: Any, rows: Sequence[Any] = ()) -> Message | None:
-        """Message i (from 1) of a conversation; None for a system message that says nothing, and for a role that ROLE_MAP
-        leaves out.
+        """Return message i (from 1) of a conversation.
+
+        None for an empty system message, and for a role that ROLE_MAP leaves out.
         """
         if not isinstance(one, dict):
             raise RowError("wrong type", f"message {i} must be an object with role and content")
@@ -340,7 +347,7 @@ class Talks:
         except RowError as error:
             raise RowError(error.reason, f"{where} {error.message}") from None
         thoughts = bare_thought(self.agreed(one, think_names, f"{where}:")) if think_names else ""
-        if thoughts := self.one_thought(think, thoughts, where):  # it stands beside the words
+        if thoughts := self.one_thought(think, thoughts, where):  # it is beside the words
             content = unwrapped(content)
         think = self.one_thought(inside, thoughts, where)
         if not call and (not content or content.isspace()):
@@ -352,6 +359,7 @@ class Talks:
         return Message(role, content, think, learn=learn is not False, call=call)
 
     def look_for_tools(self, words: str, role: Role) -> None:
+        """Note tags of tool calls that stay text."""
         if "<" in words and tool_texts.stay_text(words, role):
             self.verdicts.add("fault: tags")
 

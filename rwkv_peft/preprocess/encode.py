@@ -1,8 +1,8 @@
-"""Rows -> token ids and who said each token.
+"""Rows -> token ids and the role of each token.
 
 `encode_row` is the definition: the whole text of a row is encoded once, and a token belongs to an answer if any of its
 bytes does. `encode_rows` does the same for many rows at once: they are joined by NUL, which no token of the vocabulary
-holds beside other bytes, so that no token can reach over a border.
+has beside other bytes, so that no token can reach over a bound.
 """
 
 from __future__ import annotations
@@ -43,8 +43,12 @@ class Pieces(NamedTuple):
 
 
 def encode_row(pieces: Pieces, end_of_doc: bool, bos: bool = False) -> Tokens:
-    """One row; with end_of_doc its last id is 0 and belongs to the last speaker; with bos its first id is 0 as well, which
-    is never trained.
+    """Encode one row.
+
+    Args:
+        pieces: Its text and roles.
+        end_of_doc: Its last id is 0 and has the role of the last speaker.
+        bos: Its first id is 0, which is never trained.
     """
     text = "".join(pieces.texts)
     if NUL in text:
@@ -66,6 +70,7 @@ def with_bos(row: Tokens) -> Tokens:
 
 
 def encoded(text: str) -> list[int]:
+    """Return the ids of a text. Raises RowError for half of a surrogate pair."""
     try:
         return tokenizer.encode(text)
     except UnicodeEncodeError:
@@ -73,10 +78,19 @@ def encoded(text: str) -> list[int]:
 
 
 class Encoded(NamedTuple):
-    """Many rows. ids uint16 [n], roles uint8 [n] of all of them; first [rows + 1]: where each begins;
-    answered bool [rows]: whether the row has something to learn; pieces: tokens that begin in each piece of text, over all
-    rows; turns: how many answers there are; untrained: those not to be learnt; systems: system texts; scripts: see below;
-    suspects int64: rows that may hold what another tool left in them, see foreign_headings.
+    """Many rows.
+
+    Attributes:
+        ids: uint16 [n], of all rows.
+        roles: uint8 [n].
+        first: [rows + 1], where each row begins.
+        answered: bool [rows], whether the row has something to learn.
+        pieces: How many tokens begin in each piece of text, over all rows.
+        turns: How many answers there are.
+        untrained: How many answers are not to be learnt.
+        systems: How many system texts there are.
+        scripts: See `scripts`.
+        suspects: int64, rows that may have marks of another tool in them, see foreign_headings.
     """
 
     ids: np.ndarray
@@ -92,17 +106,22 @@ class Encoded(NamedTuple):
 
 
 def scripts(text: np.ndarray, said: np.ndarray) -> np.ndarray:
-    """The writing of a text (UTF-8, uint8): its bytes by value, int64 [256]; and how many of those begin Japanese kana. The first
-    byte of a character tells its script, and every character has one, so some of the bytes of a long text are a fair sample.
+    """Return what shows the scripts of a text: counts of its bytes by value, int64 [256], and how many begin Japanese kana.
 
-    said: bool, whether a byte is not of the layout ("User: ").
+    The first byte of a character shows its script, and every character has one, so some of the bytes of a long text are
+    a fair
+    sample.
+
+    Args:
+        text: UTF-8, uint8.
+        said: bool, whether a byte is content, not layout ("User: ").
     """
     step = next(step for size, step in SAMPLES if len(text) < size)
     sample, counted = text[::step], said[::step]
-    found = np.bincount(sample[counted], minlength=256)
+    by_byte = np.bincount(sample[counted], minlength=256)
     behind = text[1::step]
     kana = (sample == 0xE3)[: len(behind)] & counted[: len(behind)] & (behind >= 0x81) & (behind <= 0x83)
-    return np.append(found, kana.sum()) * step
+    return np.append(by_byte, kana.sum()) * step
 
 
 NONE = np.zeros(0, np.int64)
@@ -162,7 +181,11 @@ def is_the_text(ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray, data: 
 
 
 def encode_rows(rows: Sequence[Pieces], end_of_doc: bool, bos: bool = False) -> Encoded:
-    """All rows at once. RowError if any cannot be encoded: then one by one tells which. bos: token 0 before every row."""
+    """Encode all rows at once; bos: token 0 comes before every row.
+
+    Raises:
+        RowError: one cannot be encoded; encoding them one by one shows which.
+    """
     # a NUL behind every row is a piece of its own and belongs to the last speaker; it becomes the end of the document
     texts: list[str] = []
     said: list[Role] = []

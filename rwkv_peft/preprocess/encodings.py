@@ -84,12 +84,13 @@ class Encoding:
 
     @property
     def shown(self) -> str:
+        """The encoding's name for the user."""
         return SHOWN.get(self.codec, self.codec) or "UTF-8"
 
 
 @dataclass(frozen=True)
 class Unsure:
-    """The encoding cannot be told. candidates: (codec, a piece of the text as it would read), the likeliest first."""
+    """The encoding is not clear. candidates: (codec, a piece of the text in it), the likeliest first."""
 
     candidates: tuple[tuple[str, str], ...]
     lines: int  # that are not UTF-8
@@ -107,7 +108,7 @@ def check(name: str) -> str:
     if name == "auto":
         return ""
     try:
-        found = codecs.lookup(name)
+        codec = codecs.lookup(name)
     except (LookupError, ValueError):
         ansi = name.lower() in ("ansi", "mbcs", "oem")
         meant = "; ANSI is cp1252 in the west, gbk in China." if ansi else did_you_mean(name, NAMES)
@@ -115,7 +116,7 @@ def check(name: str) -> str:
             f"is no encoding that Python knows{meant or '.'} Known are gb18030, big5, cp932, cp949, cp1252 and others"
         )
     # (the flag says whether a codec turns text into bytes; base64 and the like do not)
-    if not getattr(found, "_is_text_encoding", True) or found.name.replace("-", "_") in NO_TEXT_CODECS:
+    if not getattr(codec, "_is_text_encoding", True) or codec.name.replace("-", "_") in NO_TEXT_CODECS:
         return "is not an encoding of text files; take one such as gb18030, big5, cp932, cp949, cp1252"
     return ""
 
@@ -146,23 +147,23 @@ def decide(file: IO[bytes], whole: bool = True) -> Encoding | Unsure | Binary:
         return Binary(what)
     if codec := wide(chunk[:4096]):
         return Encoding(codec)
-    found, before = Counts(), b""  # the end of the last chunk, if what follows may belong to it
+    counts, before = Counts(), b""  # the end of the last chunk, if what follows may belong to it
     while chunk:
         if chunk.isascii() and b"\x1b" not in chunk:
-            found.size += len(chunk)
+            counts.size += len(chunk)
             before = chunk
             chunk = file.read(CHUNK)
             continue
         if before:
-            found.size -= len(before) - cut(before)
+            counts.size -= len(before) - cut(before)
             chunk = before[cut(before) :] + chunk
         following = file.read(CHUNK)
         end = cut(chunk) if following or not whole else len(chunk)
-        found.add(chunk[:end])
-        if found.is_utf8:
+        counts.add(chunk[:end])
+        if counts.is_utf8:
             return Encoding()
         before, chunk = chunk[end:], following
-    return found.verdict()
+    return counts.verdict()
 
 
 def cut(chunk: bytes) -> int:
@@ -172,7 +173,7 @@ def cut(chunk: bytes) -> int:
 
 
 def magic(head: bytes) -> str:
-    """What a file is that is no text, where its first bytes tell."""
+    """Return what a binary file is, as far as its first bytes show."""
     for begin, what in (
         (b"PK\x03\x04", "a ZIP file; an Excel table (.xlsx) is one: save it as CSV UTF-8"),
         (b"\xd0\xcf\x11\xe0", "an old Office file (.xls, .doc); save it as CSV UTF-8 or as text"),
@@ -198,12 +199,12 @@ def wide(head: bytes) -> str:
         some = head[: len(head) // size * size]
         if len(some) < 2 * size or (len(head) % size and len(head) < 4096):
             continue
-        found = [(read_share(some, codec), codec) for codec in codecs_of]
-        best, codec = max(found)
+        shares = [(read_share(some, codec), codec) for codec in codecs_of]
+        best, codec = max(shares)
         zeros = some.count(0)
         # text has either zero bytes (Latin), or bytes that no text of one byte a character has (Chinese: below 20)
         odd = zeros or sum(some.count(b) for b in (*range(1, 9), *range(14, 27), 28, 29, 30, 31, 127))
-        if best >= 0.97 and odd >= len(some) / 100 and min(found)[0] < 0.9:
+        if best >= 0.97 and odd >= len(some) / 100 and min(shares)[0] < 0.9:
             return codec
     return ""
 
@@ -227,8 +228,9 @@ def read_share(data: bytes, codec: str) -> float:
 
 @dataclass
 class Counts:
-    """What the lines of a file say about UTF-8, and samples of those that are not. The weight of a character is the number of
-    its bytes behind the first.
+    """What the lines of a file show about UTF-8, with samples of those that are not.
+
+    The weight of a character is the number of its bytes after the first.
     """
 
     good: int = 0
@@ -246,13 +248,16 @@ class Counts:
 
     @property
     def is_utf8(self) -> bool:
+        """Return whether the lines so far are UTF-8."""
         return self.good >= ENOUGH and self.good >= SHARE * self.bad
 
     @property
     def is_legacy(self) -> bool:
+        """Return whether the lines so far are in another encoding."""
         return self.bad >= 8 * ENOUGH and self.bad > 3 * self.good
 
     def add(self, data: bytes) -> None:
+        """Count some lines."""
         self.size += len(data)
         if data.isascii():
             if not self.escapes and b"\x1b$" in data:
@@ -288,6 +293,7 @@ class Counts:
                 self.windows, self.stride = self.windows[::2], 2 * self.stride
 
     def verdict(self) -> Encoding | Unsure | Binary:
+        """Return the encoding of all lines."""
         if not self.bad and self.escapes:
             return judged(self.windows, 0, ("iso2022_jp", "iso2022_kr"))
         if self.good >= self.bad:
@@ -295,18 +301,18 @@ class Counts:
         controls = sum(len(w.translate(None, PRINTED)) for w in self.windows)
         if controls * 100 > sum(map(len, self.windows)):
             return Binary()
-        found = judged(self.windows, self.lines)
+        result = judged(self.windows, self.lines)
         damaged = self.lines <= FEW and self.size_bad <= 0.01 * self.size
-        if isinstance(found, Unsure) and (damaged or self.stray):
+        if isinstance(result, Unsure) and (damaged or self.stray):
             return Encoding()  # with damaged rows, which are rejected
         if (
-            self.sound and isinstance(found, Encoding) and found.codec in SINGLE
+            self.sound and isinstance(result, Encoding) and result.codec in SINGLE
         ):  # no accident there: two encodings in one file
-            return Unsure(((found.codec, ranking(self.windows[0])[0].sample),), self.lines)
-        return found
+            return Unsure(((result.codec, ranking(self.windows[0])[0].sample),), self.lines)
+        return result
 
 
-FEW = 10  # lines that are not UTF-8 among at least a hundred times as much ASCII are damaged, if nothing tells their encoding
+FEW = 10  # lines that are not UTF-8 among at least a hundred times as much ASCII are damaged, if nothing shows their encoding
 STRAY = b"\xfe\xff"  # bytes that damage tests and broken files have, and no UTF-8
 IN_WORD = re.compile(b"[A-Za-z][\xfe\xff]|[\xfe\xff][A-Za-z]")  # letters of Turkish and Icelandic, and spaces
 NOT_STRAY = bytes(b for b in range(256) if b < 0x80 or b in STRAY)
@@ -359,18 +365,20 @@ def is_utf8_line(line: bytes, codec: str) -> bool:
 
 def judged(windows: list[bytes], lines: int, only: tuple[str, ...] = ()) -> Encoding | Unsure | Binary:
     """The one encoding that all windows are in; Unsure if there is none."""
-    found = [decodable(window, only) if only else ranking_of_sound(window) for window in windows]
-    sure = {codec for ranked in found if (codec := winner(ranked))}
+    candidates = [decodable(window, only) if only else ranking_of_sound(window) for window in windows]
+    sure = {codec for ranked in candidates if (codec := winner(ranked))}
     # (pieces of all of them, so that the sample is of the whole file)
     share = 2 * WINDOW // len(windows)
     whole = (
-        found[0] if only or len(found) == 1 else ranking_of_sound(b"\n".join(whole_lines(w, share) for w in windows))
+        candidates[0]
+        if only or len(candidates) == 1
+        else ranking_of_sound(b"\n".join(whole_lines(w, share) for w in windows))
     )
     codec = winner(whole)
-    if codec and sure <= {codec} and (not lines or all(r and any(c.codec == codec for c in r) for r in found)):
+    if codec and sure <= {codec} and (not lines or all(r and any(c.codec == codec for c in r) for r in candidates)):
         return Encoding(codec)
     seen: dict[str, str] = {}
-    for one in sorted((one for ranked in [whole, *found] for one in ranked), key=lambda one: -one.score):
+    for one in sorted((one for ranked in [whole, *candidates] for one in ranked), key=lambda one: -one.score):
         if one.sample not in seen.values():
             # (most files outside ASCII are in cp1252, where it reads the same)
             same = one.codec in SINGLE and reread(one.sample, one.codec) == one.sample
@@ -387,6 +395,8 @@ def judged(windows: list[bytes], lines: int, only: tuple[str, ...] = ()) -> Enco
 
 @dataclass(frozen=True)
 class Candidate:
+    """An encoding that the text may have."""
+
     codec: str
     score: float  # of chardet
     letters: int  # characters outside ASCII
@@ -401,6 +411,7 @@ def reread(text: str, codec: str) -> str:
 
 
 def decodable(data: bytes, names: tuple[str, ...]) -> list[Candidate]:
+    """Return the first encoding that decodes the text, as a list; empty if none does."""
     for name in names:
         try:
             text = data.decode(name, "strict")
@@ -417,7 +428,7 @@ def ranking(data: bytes) -> list[Candidate]:
     """The encodings in which these lines are plausible, the likeliest first, one for each way to read them."""
     import chardet
 
-    found: list[Candidate] = []
+    candidates: list[Candidate] = []
     texts: set[str] = set()
     for one in chardet.detect_all(data, ignore_threshold=True):
         if not one["encoding"]:
@@ -442,11 +453,11 @@ def ranking(data: bytes) -> list[Candidate]:
             letters, odd = oddities(text)
             texts.add(text)
             if odd <= 0.02 * letters + (letters >= 10):
-                found.append(Candidate(codec, one["confidence"], letters, odd, sample_of(text), text))
+                candidates.append(Candidate(codec, one["confidence"], letters, odd, sample_of(text), text))
                 break
-        if len(found) == LISTED:
+        if len(candidates) == LISTED:
             break
-    return found
+    return candidates
 
 
 def ranking_of_sound(data: bytes) -> list[Candidate]:
@@ -478,6 +489,7 @@ def tolerant(data: bytes, codec: str) -> str | None:
 
 
 def strict(line: bytes, codec: str) -> str | None:
+    """Return a decoded line, None if it cannot be decoded."""
     try:
         return line.decode(codec)
     except UnicodeDecodeError:
@@ -540,18 +552,21 @@ def chinese(c: str) -> bool:
 
 @functools.lru_cache(1 << 14)
 def traditional(c: str) -> bool:
+    """Return whether a character is a frequent one of Big5."""
     code = c.encode("big5", "ignore")
     return len(code) == 2 and code[0] < 0xC7
 
 
 @functools.lru_cache(1 << 14)
 def korean(c: str) -> bool:
+    """Return whether a character is a frequent one of EUC-KR."""
     code = c.encode("euc_kr", "ignore")
     return len(code) == 2 and code[0] < 0xC9
 
 
 @functools.lru_cache(1 << 14)
 def japanese(c: str) -> bool:
+    """Return whether a character is a frequent one of EUC-JP."""
     code = c.encode("euc_jp", "ignore")
     return len(code) == 2 and 0xA4 <= code[0] < 0xD0
 
@@ -567,19 +582,21 @@ ALPHABETS = ("LATIN", "CYRILLIC", "GREEK", "HEBREW", "ARABIC", "ARMENIAN", "GEOR
 
 @functools.lru_cache(1 << 12)
 def script(c: str) -> str:
+    """Return the script of a character, by its Unicode name."""
     return "LATIN" if c.isascii() else unicodedata.name(c, "?").partition(" ")[0]
 
 
 def oddities(text: str) -> tuple[int, int]:
-    """How many characters are outside ASCII, and how many of them are where no text has them: control characters, signs inside
-    words, words of two alphabets, capitals inside a word.
+    """Return how many characters are outside ASCII, and how many of them are where no text has them.
+
+    That is control characters, signs inside words, words of two alphabets, capitals inside a word.
     """
     text = f" {ESCAPE.sub(' ', text)} "
     letters = odd = 0
     if CONTROL.search(text):  # where another encoding has quotes and letters
         return len(BEYOND.findall(text)), len(text)
-    for found in itertools.islice(BEYOND.finditer(text), LETTERS):
-        at, c = found.start(), found[0]
+    for hit in itertools.islice(BEYOND.finditer(text), LETTERS):
+        at, c = hit.start(), hit[0]
         before, after, kind = text[at - 1], text[at + 1], unicodedata.category(c)
         letters += 1
         if kind in ("Cn", "Co", "Cs") or c == "¤":
@@ -626,24 +643,26 @@ UTF8_INSIDE = "UTF-8 in "
 
 
 class AsUtf8(io.RawIOBase):
-    """A file as UTF-8, with \\n as its only line end."""
+    r"""A file as UTF-8, with \n as its only line end."""
 
     def __init__(self, file: IO[bytes], encoding: Encoding):
         self.file, self.codec = file, encoding.codec
-        self.left, self.held, self.ended = b"", b"", False
+        self.left, self.pending, self.ended = b"", b"", False
         if self.codec:
             name = f"rwkv_peft.{self.codec}"
             mark = marked(self.codec)
             codecs.register_error(name, lambda error: (mark, error.end))
             self.decoder = codecs.getincrementaldecoder(self.codec)(name)
-        # in these a line can be told before it is decoded
+        # in these the end of a line is known before it is decoded
         self.by_line = self.codec in DOUBLE + SINGLE + RIVALS
         self.line = b""
 
     def readable(self) -> bool:
+        """True."""
         return True
 
     def readinto(self, target) -> int:
+        """Fill a buffer; see io.RawIOBase."""
         while not self.left and not self.ended:
             data = self.file.read1(min(len(target), PIECE))
             self.ended = not data
@@ -661,6 +680,7 @@ class AsUtf8(io.RawIOBase):
         return size
 
     def decoded(self, data: bytes) -> bytes:
+        """Decode some bytes; keep an unfinished character for the next ones."""
         if self.by_line:
             data = self.line + data
             end = len(data) if self.ended or len(data) > PARTIAL else cut_line(data)
@@ -695,19 +715,20 @@ class AsUtf8(io.RawIOBase):
             yield self.decoder.decode(b"", True)
 
     def unified(self, data: bytes) -> bytes:
-        if not self.held and b"\r" not in data:
+        r"""Replace line ends by \n; keep a \r at the end for the next bytes."""
+        if not self.pending and b"\r" not in data:
             return data
-        data = self.held + data
+        data = self.pending + data
         whole = data if self.ended else data.rstrip(b"\r")
-        self.held = data[len(whole) :]
+        self.pending = data[len(whole) :]
         return whole.replace(b"\r\r\n", b"\n").replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
 
 def cut_line(data: bytes) -> int:
-    """Behind the last line end; a \\r at the very end may be half of one."""
+    r"""Return the place after the last line end; a \r at the very end may be half of one."""
     return max(data.rfind(b"\n"), data.rfind(b"\r", 0, len(data) - 1)) + 1
 
 
 def one_line_end(text: str) -> str:
-    """\\r\\n and \\r as \\n."""
+    r"""Replace \r\n and \r by \n."""
     return text.replace("\r\n", "\n").replace("\r", "\n")

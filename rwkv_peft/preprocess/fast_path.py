@@ -44,8 +44,8 @@ class FastPath:
                 )
         self.separator, self.last = len(template.format_separator), ending.last
 
-    def conversation(self, row: Row, doctor: bool) -> tuple[str, Pieces] | None:
-        """doctor: letters outside ASCII are to be looked at, which is the long way."""
+    def conversation(self, row: Row, repair: bool) -> tuple[str, Pieces] | None:
+        """Return a plain conversation, rendered; None if it needs the full path. repair: letters outside ASCII need it."""
         for column in self.columns:
             messages = row.get(column)
             if messages is not None:
@@ -67,7 +67,7 @@ class FastPath:
                 role, pair, heading, lead, end, cleaner = self.speakers[one[who]]
                 plain = "\n" not in content and "\r" not in content and not content[:1].isspace()
                 content = content.rstrip() if plain else cleaner(content)
-                if not content or len(one) != 2 or (doctor and not content.isascii()):
+                if not content or len(one) != 2 or (repair and not content.isascii()):
                     return None
                 if wants_a_look(content):
                     return None

@@ -12,7 +12,7 @@ from rwkv_peft.common.errors import UserError
 from rwkv_peft.common.paths import display_path
 
 from . import reader
-from .json_repair import COMMENTS, OUTSIDE, mended
+from .json_repair import COMMENTS, OUTSIDE, repair_json
 from .keys import HISTORY, MESSAGES, MORE_MESSAGES, PROMPTS, RESPONSES, TEXTS
 from .reader import Note, packing, unpacked
 
@@ -78,9 +78,12 @@ WORDS = {".jsonl": "JSON lines", ".json": "JSON", ".csv": "a table", ".parquet":
 
 
 def kind_of(path: Path, by_name: str) -> tuple[str, list[Note]]:
-    """The ending that says how a file is read, and what is to be said where its own ending says something else.
+    """Return the ending that says how a file is read, and notes where its own ending says something else.
 
-    by_name: what its own ending says, or "". UserError if it is nothing that holds rows; "" if nothing can be told.
+    by_name: what its own ending says, or "". "" is returned if nothing shows it.
+
+    Raises:
+        UserError: the file has no rows.
     """
     if not path.is_file():  # a pipe can be read only once
         return by_name, []
@@ -93,10 +96,10 @@ def kind_of(path: Path, by_name: str) -> tuple[str, list[Note]]:
             f"{display_path(path)}: cannot be unpacked: it is not {what}, though its name ends in {path.suffix}. If it has been "
             "unpacked already, take that ending off its name; else download it again."
         )
-    found = "" if packed else binary_kind(path, magic, by_name)
-    if not found and not by_name and not packed and not is_text(magic):
+    detected = "" if packed else binary_kind(path, magic, by_name)
+    if not detected and not by_name and not packed and not is_text(magic):
         return "", []
-    if not found and magic and by_name not in BINARY:
+    if not detected and magic and by_name not in BINARY:
         with unpacked(path) as (file, _):
             head = file.read(reader.HEAD)
             whole = len(head) < reader.HEAD
@@ -105,13 +108,13 @@ def kind_of(path: Path, by_name: str) -> tuple[str, list[Note]]:
             raise UserError(
                 f"{display_path(path)}: is a tar archive: unpack it (tar xf), and give the folder that comes out."
             )
-        found = text_kind(head, whole, by_name)
-    elif not found and by_name in BINARY and is_text(magic) and not magic.startswith(b"PK\x03\x04"):
+        detected = text_kind(head, whole, by_name)
+    elif not detected and by_name in BINARY and is_text(magic) and not magic.startswith(b"PK\x03\x04"):
         refuse_foreign(path, magic, "")
         with unpacked(path) as (file, _):
             head = file.read(reader.HEAD)
-        found = text_kind(head, len(head) < reader.HEAD, "") or by_name
-    kind = found or by_name
+        detected = text_kind(head, len(head) < reader.HEAD, "") or by_name
+    kind = detected or by_name
     if kind == ".json" and by_name in LINES:
         return kind, [Note("note", display_path(path), f"{what_it_is(head)}; it is read as .json")]
     same = kind == by_name or {kind, by_name} <= set(LINES) or (kind, by_name) == (".xlsx", ".xlsm")
@@ -132,6 +135,7 @@ def what_it_is(head: bytes) -> str:
 
 
 def is_text(data: bytes) -> bool:
+    """Return whether bytes are text."""
     return b"\0" not in data and bool(data.strip())
 
 
@@ -197,9 +201,9 @@ def text_kind(head: bytes, whole: bool, by_name: str) -> str:
     if by_name in LINES:
         return "" if is_lines(lines, whole) else ".json"
     first = [value_of(line) for line in lines[:LOOKED_AT]]
-    # one line tells enough of a table or of a name without a known ending; a .txt may be meant to be text
-    told_by = first if by_name == ".txt" else first[:1]
-    likely = all(isinstance(value, dict) and value for value in told_by)
+    # one line is enough for a table or of a name without a known ending; a .txt may be meant to be text
+    sample = first if by_name == ".txt" else first[:1]
+    likely = all(isinstance(value, dict) and value for value in sample)
     if likely and not (whole and len(lines) == 1 and is_one_object_of_many(first[0])):
         return ".jsonl"
     if re.match(r'\[\s*[{\[]|\{\s*["\']', bare) and (by_name != ".txt" or names_a_row(bare)):
@@ -242,7 +246,7 @@ def value_of(line: str):
         return orjson.loads(line)
     except orjson.JSONDecodeError:
         try:
-            return mended(line)[0]
+            return repair_json(line)[0]
         except ValueError:
             return None
 
@@ -257,6 +261,7 @@ def is_message(value) -> bool:
 
 
 def names_row(value) -> bool:
+    """Return whether an object has keys of rows."""
     return isinstance(value, dict) and bool(ROW_KEYS & value.keys())
 
 
@@ -278,8 +283,9 @@ def is_one_object_of_many(value: dict) -> bool:
 
 
 def is_row_of_messages(value: dict) -> bool:
-    """Whether an object is a row by its lists of messages: one better and one worse answer, or a conversation with a system text
-    beside it (Gemini's contents).
+    """Return whether an object is a row by its lists of messages.
+
+    Such are one better and one worse answer, or a conversation with a system text beside it (Gemini's contents).
     """
     talks = [key for key, one in value.items() if isinstance(one, list) and one and is_message(one[0])]
     return (

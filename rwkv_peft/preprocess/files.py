@@ -1,7 +1,7 @@
 """Files of any format of the field -> blocks of rows that know their file and line, read as a stream.
 
-A file of any size takes the memory of a few blocks. What cannot be read as a row travels along as a RowError, so that it
-is counted and told with its place; a file that is broken as a whole raises UserError.
+A file of any size takes the memory of a few blocks. What cannot be read as a row is passed on as a RowError, so that it is
+counted and reported with its place; a file that is broken as a whole raises UserError.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def plain(path: Path, mode: str) -> Iterator[Block]:
 
 
 def documents(file: IO[bytes], mode: str) -> Iterator[tuple[int, Row | RowError]]:
+    """Yield the documents of a text file with their first lines, as TXT_MODE says."""
     if mode == "file":
         data = file.read(reader.LINE_LIMIT + 1)
         if len(data) > reader.LINE_LIMIT:
@@ -44,12 +45,12 @@ def documents(file: IO[bytes], mode: str) -> Iterator[tuple[int, Row | RowError]
         elif data.strip():
             yield 1, text_row(data)
         return
-    number, begun, held, size = 0, 1, [], 0
+    number, begun, pending, size = 0, 1, [], 0
     while line := file.readline(reader.LINE_LIMIT + 1):
         number += 1
         if len(line) > reader.LINE_LIMIT or size > reader.LINE_LIMIT:
-            yield begun if held else number, too_long(f"Every {mode} is one document")
-            held, size = [], 0
+            yield begun if pending else number, too_long(f"Every {mode} is one document")
+            pending, size = [], 0
             if not line.endswith(b"\n"):
                 skip_line(file)
             continue
@@ -58,14 +59,14 @@ def documents(file: IO[bytes], mode: str) -> Iterator[tuple[int, Row | RowError]
                 yield number, text_row(line.rstrip(b"\n"))
             continue
         if line.strip():
-            begun = begun if held else number
-            held.append(line)
+            begun = begun if pending else number
+            pending.append(line)
             size += len(line)
-        elif held:
-            yield begun, text_row(b"".join(held).rstrip(b"\n"))
-            held, size = [], 0
-    if held:
-        yield begun, text_row(b"".join(held).rstrip(b"\n"))
+        elif pending:
+            yield begun, text_row(b"".join(pending).rstrip(b"\n"))
+            pending, size = [], 0
+    if pending:
+        yield begun, text_row(b"".join(pending).rstrip(b"\n"))
 
 
 READERS: dict[str, Callable[..., Iterator[Block]]] = {
@@ -164,16 +165,16 @@ def blocks(
         yield Block(display_path(path), 1, [], 0, notes=tuple(notes))
     wanted = "" if held_out else valid_split
 
-    def found() -> Iterator[Block]:
+    def all_blocks() -> Iterator[Block]:
         if kind == ".txt":
             return plain(path, txt_mode)
         rows = READERS[kind](path, wanted) if READERS[kind] in WITH_SPLITS else READERS[kind](path)
         return conversations(with_doubts(rows, columns), columns)
 
     if held_out:
-        yield from (dataclasses.replace(block, held_out=True) for block in found())
+        yield from (dataclasses.replace(block, held_out=True) for block in all_blocks())
     else:
-        yield from by_column(found(), found if path.is_file() else None, wanted)
+        yield from by_column(all_blocks(), all_blocks if path.is_file() else None, wanted)
 
 
 def with_doubts(rows: Iterable[Block], columns: Columns) -> Iterator[Block]:
@@ -181,8 +182,8 @@ def with_doubts(rows: Iterable[Block], columns: Columns) -> Iterator[Block]:
     cells = [name for name in columns.of_rows if seems_data(name)]
     for block in rows:
         if cells and block.data and isinstance(block.data, list) and isinstance(row := block.data[0][1], TableRow):
-            if found := [name for name in cells if name in row]:
-                words = f"MAP_KEYS names {join_names(map(repr, found))} of its first line, which is not learnt"
+            if doubtful := [name for name in cells if name in row]:
+                words = f"MAP_KEYS names {join_names(map(repr, doubtful))} of its first line, which is not learnt"
                 yield Block(
                     block.file, 1, [], 0, notes=(Note("warning", block.file, f"{words}. If it is data: {HEADER}"),)
                 )
@@ -191,6 +192,7 @@ def with_doubts(rows: Iterable[Block], columns: Columns) -> Iterator[Block]:
 
 
 def unknown_ending(path: Path) -> str:
+    """Return the message about a file whose ending is not known."""
     return (
         f"{display_path(path)}: must end in one of {', '.join(READERS)} (or one of the text formats "
         f"with .gz or .zst behind it); its "
@@ -200,8 +202,13 @@ def unknown_ending(path: Path) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """The files of a file or folder that is to be read. train, held_out: what becomes of their rows; left_out: what is not
-    read; notes: what is to be said of that.
+    """The files of a file or folder that is to be read.
+
+    Attributes:
+        train: Files whose rows are trained.
+        held_out: Files whose rows are held out.
+        left_out: Files that are not read.
+        notes: Notes about that.
     """
 
     train: list[Path]
@@ -217,26 +224,28 @@ def chosen(source: Path, valid_split: str = "") -> Source:
         return Source(known, [], unknown, [])
     metadata = [p for p in known if p.name in METADATA]
     known = [p for p in known if p.name not in METADATA]
-    train, held, others, unnamed = splits.chosen(known, source, valid_split)
+    train, held_out, others, unnamed = splits.chosen(known, source, valid_split)
     name = display_path(source)
 
     def names(paths: list[Path]) -> str:
         return join_names(str(p.relative_to(source)) for p in paths)
 
-    if valid_split and not held and others:
+    if valid_split and not held_out and others:
         raise UserError(no_such_split(name, valid_split, [str(p.relative_to(source)) for p in others]))
-    if held and not train:
-        raise UserError(f"{name}: VALID_SPLIT={valid_split} would hold out all of its files ({names(held)}).")
+    if held_out and not train:
+        raise UserError(f"{name}: VALID_SPLIT={valid_split} would hold out all of its files ({names(held_out)}).")
     notes = []
     if others:
         words = f"not used, because their names say that they are not for training: {names(others)}"
         which = splits.split_of_file(others[0], source)
         notes.append(Note("warning", name, f"{words}. VALID_SPLIT={which} makes held-out data of them"))
-    if unnamed and (held or others):
+    if unnamed and (held_out or others):
         notes.append(
             Note("warning", name, f"read as training data, though their names do not say so: {names(unnamed)}")
         )
     elif unnamed:
-        words = "read as training data, because there is nothing else, though their names say that they are held out"
+        words = (
+            "read as training data, because there is nothing else, though their names say that they are held out"
+        )
         notes.append(Note("warning", name, f"{words}: {names(unnamed)}"))
-    return Source(train, held, [*unknown, *others, *metadata], notes)
+    return Source(train, held_out, [*unknown, *others, *metadata], notes)

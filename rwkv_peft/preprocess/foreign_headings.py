@@ -1,10 +1,12 @@
-"""Texts that carry the marks of another tool: its headings of turns, its end tokens, line breaks that were escaped twice.
+"""Texts with marks of another tool: its headings of turns, its end tokens, line breaks that were escaped twice.
 
-`look_at_text` and `look_at_turn` find them, `convert_text` and `convert_dialogue` (CONVERT_HEADINGS=1) rewrite them where they
-can be read in one way only. `Suspects` tells from the tokens which rows are worth a look, at next to no cost.
+`look_at_text` and `look_at_turn` find them, `convert_text` and `convert_dialogue` (CONVERT_HEADINGS=1) rewrite them
+where they
+can be read in one way only. `Suspects` finds from the tokens which rows are worth a closer look, at next to no cost.
 
 A heading counts where a line begins with it, and where a text has one of each side: a text that mentions "Q:" once has none.
-Sources of the formats: the chat templates of Qwen (ChatML), Llama 2 and 3, Gemma, DeepSeek, Zephyr, Vicuna, OpenChat; Stanford
+Sources of the formats: the chat templates of Qwen (ChatML), Llama 2 and 3, Gemma, DeepSeek, Zephyr, Vicuna, OpenChat;
+Stanford
 Alpaca; BlinkDL/RWKV-LM RWKV7-G1x-templates.txt (Bot).
 """
 
@@ -25,8 +27,13 @@ from rwkv_peft.text.turns import WORLD
 
 
 class Kind(NamedTuple):
-    """Something that another tool left in a row. name: of a row that has it. effect: what comes of it. instead: what to do where
-    it is not rewritten. rewritten: CONVERT_HEADINGS=1 may rewrite it.
+    """Something that another tool left in a row.
+
+    Attributes:
+        name: Of a row that has it.
+        effect: What comes of it.
+        instead: What to do where it is not rewritten.
+        rewritten: CONVERT_HEADINGS=1 may rewrite it.
     """
 
     name: str
@@ -127,6 +134,7 @@ BARE = (
 
 
 def any_of(words: Sequence[str]) -> str:
+    """Return a pattern for any of these words."""
     forms = [
         f"(?i:{re.escape(w)})"
         if w in ANY_CASE
@@ -225,43 +233,44 @@ class Turn(NamedTuple):
     word: str
     start: int
     content: str
-    gap: bool = False  # whether an empty line stands before it
+    gap: bool = False  # whether an empty line is before it
 
 
 class Parsed(NamedTuple):
-    """A text taken apart by headings. before: what stands before the first one."""
+    """A text taken apart by headings. before: what is before the first one."""
 
     before: str
     turns: tuple[Turn, ...]
 
     def sides(self, kind: str = "") -> set[str]:
+        """Return the sides that speak, in headings of one kind or of all."""
         return {turn.side for turn in self.turns if not kind or turn.kind == kind}
 
 
 def parse(text: str) -> Parsed:
     """The turns of a text by tags if it has any, else by Vicuna's words, else by words before colons."""
-    found = []
+    headings = []
     if any(sign in text for sign in TAG_SIGNS):
-        found = [(m.start(), m.end(), *tag_of(m)) for m in TAG.finditer(text)]
-        if len({side for _, _, kind, side, _ in found if kind == "inst"}) == 1:  # a text about [INST]
-            found = [one for one in found if one[2] != "inst"]
-    if not any(side in (USER, ANSWER) for *_, side, _ in found):
+        headings = [(m.start(), m.end(), *tag_of(m)) for m in TAG.finditer(text)]
+        if len({side for _, _, kind, side, _ in headings if kind == "inst"}) == 1:  # a text about [INST]
+            headings = [one for one in headings if one[2] != "inst"]
+    if not any(side in (USER, ANSWER) for *_, side, _ in headings):
         inline = list(VICUNA.finditer(text)) if "ASSISTANT:" in text else []
         if {m["word"] for m in inline} == {"USER", "ASSISTANT"} and any(
             not begins_line(text, m.start()) for m in inline
         ):
-            found = [(m.start(), m.end(), "vicuna", USER if m["word"] == "USER" else ANSWER, m[0]) for m in inline]
+            headings = [(m.start(), m.end(), "vicuna", USER if m["word"] == "USER" else ANSWER, m[0]) for m in inline]
         else:
-            found = []
+            headings = []
             for m in colon_headings(text):
                 kind, side = SIDES[(m["word"] or m["bare"] or m["hash"]).casefold()]
-                found.append((m.start(), m.end(), kind, side, m[0].strip()))
-            if {w for *_, w in found} & {"A:", "A："} and OPTION_B.search(text):
-                found = [one for one in found if one[2] != "question"]
+                headings.append((m.start(), m.end(), kind, side, m[0].strip()))
+            if {w for *_, w in headings} & {"A:", "A："} and OPTION_B.search(text):
+                headings = [one for one in headings if one[2] != "question"]
     turns = tuple(
-        Turn(kind, side, word, start, text[end : found[i + 1][0] if i + 1 < len(found) else len(text)],
+        Turn(kind, side, word, start, text[end : headings[i + 1][0] if i + 1 < len(headings) else len(text)],
              text[max(0, start - NEAR) : start].rstrip(" \t").endswith("\n\n"))
-        for i, (start, end, kind, side, word) in enumerate(found)
+        for i, (start, end, kind, side, word) in enumerate(headings)
     )  # fmt: skip
     return Parsed(text[: turns[0].start] if turns else text, turns)
 
@@ -290,16 +299,18 @@ def tag_of(m: re.Match[str]) -> tuple[str, str, str]:
 
 
 def begins_line(text: str, at: int) -> bool:
+    """Return whether a place is the first of its line."""
     return not text[text.rfind("\n", 0, at) + 1 : at].strip()
 
 
 def is_tagged(parsed: Parsed) -> bool:
+    """Return whether a text has the special tokens of a chat format."""
     return any(turn.kind not in ("", *WORDS, "vicuna") for turn in parsed.turns)
 
 
 def look_at_text(text: str, own: Mapping[str, Role] = WORLD) -> list[Finding]:
     """What a ready text holds. own: the words that begin a turn there, with which nothing is wrong."""
-    parsed, found = parse(text), []
+    parsed, findings = parse(text), []
     headings = [turn for turn in parsed.turns if turn.side in (USER, ANSWER)]
     if is_tagged(parsed):
         foreign = headings if {USER, ANSWER} <= parsed.sides() or not parsed.before.strip() else []
@@ -311,29 +322,32 @@ def look_at_text(text: str, own: Mapping[str, Role] = WORLD) -> list[Finding]:
         foreign = [t for t in headings if t.kind in kinds and bare(t.word).casefold() not in names]
         foreign += [t for t in headings if t.kind in kinds and t.word[:1] in "#*[【<(（" and t not in foreign]
     if foreign:
-        found.append(Finding("headings", names_of(foreign), foreign[0].start))
-    return found + look_at_letters(text, is_tagged(parsed) or bool(parsed.turns) and parsed.turns[0].kind == "vicuna")
+        findings.append(Finding("headings", names_of(foreign), foreign[0].start))
+    return findings + look_at_letters(
+        text, is_tagged(parsed) or bool(parsed.turns) and parsed.turns[0].kind == "vicuna"
+    )
 
 
 def look_at_letters(text: str, tagged: bool) -> list[Finding]:
-    """Line breaks that are written as letters, tokens of other tools that are, and escaped tags. tagged: the tokens belong to its
-    format.
+    """Find line breaks that are written as letters, tokens of other tools, and escaped tags.
+
+    tagged: the tokens belong to the text's format.
     """
-    found = []
+    findings = []
     if (at := where_escaped(text)) >= 0:
-        found.append(Finding("escaped", "\\n" if "\\n" in text else text[at : at + 6], at))
+        findings.append(Finding("escaped", "\\n" if "\\n" in text else text[at : at + 6], at))
     if not tagged and (marker := first_marker(text)):
-        found.append(Finding("markers", marker[0], marker.start()))
+        findings.append(Finding("markers", marker[0], marker.start()))
     if tag := HTML.search(text):
-        found.append(Finding("html", tag[0], tag.start()))
+        findings.append(Finding("html", tag[0], tag.start()))
     if message := JSON.match(text):
-        found.append(Finding("json", " ".join(message[0][:20].split()), 0))
-    return found
+        findings.append(Finding("json", " ".join(message[0][:20].split()), 0))
+    return findings
 
 
 def look_at_turn(text: str, role: Role, hard: bool) -> list[Finding]:
     """What the words of one turn hold. hard: whether an empty line in it, and a heading, ends it for those who chat."""
-    found, parsed = [], parse(text)
+    findings, parsed = [], parse(text)
     if role in (Role.USER, Role.ASSISTANT, Role.UNTRAINED) and parsed.turns:
         side = USER if role is Role.USER else ANSWER
         first = parsed.turns[0]
@@ -349,13 +363,13 @@ def look_at_turn(text: str, role: Role, hard: bool) -> list[Finding]:
             and any(t.gap and t.word in ("User:", "Assistant:", "System:") for t in parsed.turns)
         )
         if chat or closed or leads or tags or vicuna or ends:
-            found.append(Finding("inside", names_of(parsed.turns), first.start))
-    return found + look_at_letters(text, bool(found) and is_tagged(parsed))
+            findings.append(Finding("inside", names_of(parsed.turns), first.start))
+    return findings + look_at_letters(text, bool(findings) and is_tagged(parsed))
 
 
 def look_at_dialogue(messages: Sequence[tuple[Role, str]], hard: bool) -> list[Finding]:
     """What the turns of a dialogue hold, each kind once; the note of those inside a turn says whose it is."""
-    found: dict[str, Finding] = {}
+    findings: dict[str, Finding] = {}
     for i, (role, content) in enumerate(messages):
         if role in (Role.HEADING, Role.TOOL):
             continue
@@ -367,12 +381,12 @@ def look_at_dialogue(messages: Sequence[tuple[Role, str]], hard: bool) -> list[F
         for one in look_at_turn(content, role, hard) + alike:
             whose = "question" if role is Role.USER else "answer"
             note = f"{one.note} in {'an' if whose == 'answer' else 'a'} {whose}" if one.kind == "inside" else one.note
-            found.setdefault(one.kind, one._replace(note=note))
-    return list(found.values())
+            findings.setdefault(one.kind, one._replace(note=note))
+    return list(findings.values())
 
 
 def labelled(answer: str, question: str) -> list[Finding]:
-    """ "Answer: ..." as an answer. "A: ..." is none where the question has choices."""
+    """Find "Answer: ..." in an answer. "A: ..." does not count where the question has choices."""
     if not COLON.match(answer):
         return []
     parsed = parse(answer)
@@ -403,11 +417,12 @@ def bare(word: str) -> str:
 
 
 def names_of(turns: Sequence[Turn]) -> str:
+    """Return the headings of turns, for messages."""
     return " ".join(dict.fromkeys(turn.word for turn in turns[:8]))
 
 
 def first_marker(text: str) -> re.Match[str] | None:
-    """The first token of another tool that stands in a text as letters, but not where the text is about it."""
+    """Return the first token of another tool that a text has as letters, but not where the text is about it."""
     if not any(sign in text for sign in MARKER_SIGNS):
         return None
     # HTML strikes words out with <s> and </s>
@@ -427,7 +442,7 @@ def first_marker(text: str) -> re.Match[str] | None:
 
 
 def where_escaped(text: str) -> int:
-    """Where a line break, or a character, begins that was escaped twice, as \\n or \\u4f60; -1 where there is none."""
+    r"""Return where a line break, or a character, begins that was escaped twice, as \n or \u4f60; -1 where there is none."""
     if "\\" not in text:
         return -1
     outside = STRING.sub(lambda m: "\0" * len(m[0]), text)
@@ -458,9 +473,9 @@ def unescaped(text: str) -> str | None:
         return None
     signs = {"\\r\\n": "\n", "\\n": "\n", "\\r": "\n", "\\t": "\t", '\\"': '"', "\\/": "/", "\\\\": "\\"}
 
-    def plain(found: re.Match[str]) -> str:
-        sign = signs.get(found[0])
-        return sign or found[0].encode().decode("unicode_escape").encode("utf-16", "surrogatepass").decode("utf-16")
+    def plain(match: re.Match[str]) -> str:
+        sign = signs.get(match[0])
+        return sign or match[0].encode().decode("unicode_escape").encode("utf-16", "surrogatepass").decode("utf-16")
 
     try:
         return re.sub(r"(?:\\u[0-9a-fA-F]{4})+|\\r\\n|\\[nrt\"/\\]", plain, text)
@@ -489,11 +504,11 @@ def messages_of(parsed: Parsed, open_end: bool = False) -> list[Message] | None:
     if open_end and len(turns) > 1 and turns[-1].side == ANSWER and not stripped(turns[-1].content):
         turns.pop()
     kind, before = kinds.pop(), stripped(parsed.before)
-    found: list[Message] = []
+    result: list[Message] = []
     if before:
         if not (ALPACA.match(before) and kind == "instruction" or VICUNA_SYSTEM.match(before) and kind == "vicuna"):
             return None
-        found.append(Message(Role.SYSTEM, before))
+        result.append(Message(Role.SYSTEM, before))
     by_side: dict[str, set[str]] = {}
     for turn in turns:
         by_side.setdefault(turn.side, set()).add(turn.word.rstrip(":：* ").rstrip("0123456789 "))
@@ -503,26 +518,26 @@ def messages_of(parsed: Parsed, open_end: bool = False) -> list[Message] | None:
         if len({turn.gap for turn in turns[1:] if turn.side == side}) > 1:
             return None  # some after an empty line and some not: those may be part of what is said
     for turn in turns:
-        content, last = stripped(turn.content), found[-1].role if found else None
+        content, last = stripped(turn.content), result[-1].role if result else None
         if kind == "inst" and turn.side == USER and (system := LLAMA_SYSTEM.match(content)):
-            if found:
+            if result:
                 return None
-            found.append(Message(Role.SYSTEM, system[1].strip()))
+            result.append(Message(Role.SYSTEM, system[1].strip()))
             content, last = content[system.end() :], Role.SYSTEM
         if not content or MARKER.search(content):
             return None
-        if turn.side == SYSTEM and not found:
-            found.append(Message(Role.SYSTEM, content))
+        if turn.side == SYSTEM and not result:
+            result.append(Message(Role.SYSTEM, content))
         elif turn.side == USER and last is not Role.USER:
-            found.append(Message(Role.USER, content))
-        elif turn.side == MATERIAL and last is Role.USER and not found[-1].material:
-            found[-1] = found[-1]._replace(material=content)
+            result.append(Message(Role.USER, content))
+        elif turn.side == MATERIAL and last is Role.USER and not result[-1].material:
+            result[-1] = result[-1]._replace(material=content)
         elif turn.side == ANSWER and last is Role.USER:
             think, words = split_thought(content)
-            found.append(Message(Role.ASSISTANT, words, think))
+            result.append(Message(Role.ASSISTANT, words, think))
         else:
             return None
-    return found
+    return result
 
 
 def stripped(content: str) -> str:
@@ -543,7 +558,7 @@ def convert_text(text: str, own: Mapping[str, Role] = WORLD) -> tuple[list[str |
     changed: set[str] = set()
     if where_escaped(text) >= 0 and (plain := unescaped(text)) is not None:
         text, changed = plain, {"escaped"}
-    found: list[str | Dialogue] = []
+    converted: list[str | Dialogue] = []
     for document in documents_of(text):
         if document != text:
             changed.add("markers")
@@ -551,10 +566,10 @@ def convert_text(text: str, own: Mapping[str, Role] = WORLD) -> tuple[list[str |
         own_spelling = all(bare(t.word) in own and t.word[-1:] == ":" and (t.gap or not t.start) for t in parsed.turns)
         if parsed.turns and not own_spelling and (dialogue := dialogue_of(document)):
             changed.add("headings")
-            found.append(dialogue)
+            converted.append(dialogue)
         else:
-            found.append(document)
-    return found, changed
+            converted.append(document)
+    return converted, changed
 
 
 def documents_of(text: str) -> Iterator[str]:
@@ -574,11 +589,11 @@ def documents_of(text: str) -> Iterator[str]:
 def convert_dialogue(dialogue: Dialogue) -> tuple[Dialogue, set[str]]:
     """The dialogue with turns that stand inside its messages as messages of their own, and which KINDS were rewritten."""
     changed: set[str] = set()
-    found: list[Message] = []
+    converted: list[Message] = []
     for i, message in enumerate(dialogue.messages):
         content = message.content
         if message.role not in (Role.SYSTEM, Role.USER, Role.ASSISTANT):
-            found.append(message)
+            converted.append(message)
             continue
         if where_escaped(content) >= 0 and (plain := unescaped(content)) is not None:
             content, changed = plain, changed | {"escaped"}
@@ -590,9 +605,9 @@ def convert_dialogue(dialogue: Dialogue) -> tuple[Dialogue, set[str]]:
         if message.role is Role.USER and not message.material and parsed.turns:
             inside = look_at_turn(content, Role.USER, False) or answered_alike(dialogue.messages, i, parsed)
             several = messages_of(parsed, open_end=True) if inside and inside[0].kind == "inside" else None
-            if several and several[-1].role is Role.USER and not (several[0].role is Role.SYSTEM and found):
+            if several and several[-1].role is Role.USER and not (several[0].role is Role.SYSTEM and converted):
                 changed = changed | {"inside"}
-                found += several
+                converted += several
                 continue
         if message.role is Role.ASSISTANT and len(parsed.turns) == 1 and not parsed.before.strip():
             [turn] = parsed.turns
@@ -600,12 +615,12 @@ def convert_dialogue(dialogue: Dialogue) -> tuple[Dialogue, set[str]]:
             leads = turn.side == ANSWER and bare(turn.word).casefold() in LEADING[ANSWER]
             if words and (leads or (turn.side == ANSWER and i and answered_alike(dialogue.messages, i - 1))):
                 content, changed = words, changed | {"inside"}
-        found.append(message._replace(content=content))
-    return (replace(dialogue, messages=tuple(found)), changed) if changed else (dialogue, changed)
+        converted.append(message._replace(content=content))
+    return (replace(dialogue, messages=tuple(converted)), changed) if changed else (dialogue, changed)
 
 
 def answered_alike(messages: Sequence[Message], i: int, parsed: Parsed | None = None) -> list[Finding]:
-    """ "Q: ..." that is answered by "A: ...": each alone may be meant so, both are headings."""
+    """Find "Q: ..." that is answered by "A: ...": each alone may be meant so, both are headings."""
     if i + 1 >= len(messages) or messages[i].role is not Role.USER:
         return []
     asked, answer = parsed or parse(messages[i].content), parse(messages[i + 1].content)
@@ -629,8 +644,12 @@ NEEDLES = ("<|", "<｜", "</s>", "<s>", "<eos>", "<eoh>", "<eom>", "<bos>", "[IN
 
 @functools.cache
 def tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What a token may be the first part of, and the second, uint8 [65536] each (ALONE: it is all of it); and whether it may be
-    the first part of anything, bool [65536].
+    """Return what a token may be a part of.
+
+    Returns:
+        What it may be the first part of, and the second, uint8 [65536] each (ALONE: it is all of it); and whether it
+        may be the
+        first part of anything, bool [65536].
     """
     first, second = np.zeros(65536, np.uint8), np.zeros(65536, np.uint8)
     table = tokenizer.token_bytes()
@@ -688,9 +707,9 @@ def suspects(ids: np.ndarray, roles: np.ndarray) -> np.ndarray:
     ids: intp [n], with a token behind the last row. roles: uint8 [n].
     """
     begins, follows, may_begin = tables()
-    found = np.flatnonzero(may_begin.take(ids))
-    found = found[found + 1 < len(ids)]
-    first = begins[ids[found]]
+    at = np.flatnonzero(may_begin.take(ids))
+    at = at[at + 1 < len(ids)]
+    first = begins[ids[at]]
     alone = first & ALONE > 0
-    hit = (first & follows[ids[found + 1]]) > 0
-    return found[alone | (hit & (roles[found + 1] != Role.HEADING))]
+    hit = (first & follows[ids[at + 1]]) > 0
+    return at[alone | (hit & (roles[at + 1] != Role.HEADING))]

@@ -1,8 +1,10 @@
-"""Rows of glaive-function-calling-v2: a system text with the functions in it, and a whole talk as one text -> messages and tools.
+r"""Rows of glaive-function-calling-v2 -> messages and tools.
 
-{"system": "SYSTEM: You are ... with access to the following functions. Use them if required -\\n{...}",
- "chat": "USER: ...\\n\\n\\nASSISTANT: <functioncall> {\\"name\\": ..., \\"arguments\\": '{...}'} <|endoftext|>"
-         "\\n\\n\\nFUNCTION RESPONSE: ...\\n\\n\\nASSISTANT: ... <|endoftext|>"}
+A row is a system text with the functions in it, and a whole talk as one text:
+
+{"system": "SYSTEM: You are ... with access to the following functions. Use them if required -\n{...}",
+ "chat": "USER: ...\n\n\nASSISTANT: <functioncall> {\"name\": ..., \"arguments\": '{...}'} <|endoftext|>"
+         "\n\n\nFUNCTION RESPONSE: ...\n\n\nASSISTANT: ... <|endoftext|>"}
 """
 
 from __future__ import annotations
@@ -18,28 +20,29 @@ from .values import RowError
 
 SPEAKERS = {"SYSTEM": "system", "USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": "tool"}
 TURN = rf"({'|'.join(SPEAKERS)}):[ ]?"
-BORDERS = ("\n\n\n", "\n\n", "\n")  # between turns: what the files have, and copies of them
+SEPARATORS = ("\n\n\n", "\n\n", "\n")  # between turns: what the files have, and copies of them
 END = re.compile(r"\s*<\|endoftext\|>\s*\Z")
 CALL = re.compile(r"<functioncall>\s*(\{.*\})\s*\Z", re.S)
 ARGUMENTS = re.compile(r'("arguments"\s*:\s*)\'(.*)\'(\s*\})\Z', re.S)
 
 
 def is_glaive(row: Mapping[str, Any]) -> bool:
+    """Return whether a row has this form."""
     chat = row.get("chat")
     return isinstance(chat, str) and chat.lstrip().startswith("USER:") and "\nASSISTANT:" in chat
 
 
 def row_of(row: Mapping[str, Any]) -> dict[str, Any]:
     """The row with messages and tools in place of its two texts. RowError if a call cannot be read."""
-    found = {key: value for key, value in row.items() if key not in ("chat", "system")}
+    rest = {key: value for key, value in row.items() if key not in ("chat", "system")}
     system, tools = row.get("system"), []
     if isinstance(system, str):
         system, tools = functions_of(system.strip().removeprefix("SYSTEM:").strip())
     chat = row["chat"].strip()
-    border = next(border for border in BORDERS if f"{border}ASSISTANT:" in chat)
-    pieces = re.split(rf"(?:\A|{border}\n*){TURN}", chat)[1:]  # speaker, words, speaker, words, ...
+    separator = next(separator for separator in SEPARATORS if f"{separator}ASSISTANT:" in chat)
+    pieces = re.split(rf"(?:\A|{separator}\n*){TURN}", chat)[1:]  # speaker, words, speaker, words, ...
     messages = [message(SPEAKERS[who], words) for who, words in zip(pieces[::2], pieces[1::2], strict=True)]
-    return found | {"system": system, "messages": messages} | ({"tools": tools} if tools else {})
+    return rest | {"system": system, "messages": messages} | ({"tools": tools} if tools else {})
 
 
 def functions_of(system: str) -> tuple[str, list[Any]]:
@@ -59,6 +62,7 @@ def functions_of(system: str) -> tuple[str, list[Any]]:
 
 
 def message(role: str, words: str) -> dict[str, Any]:
+    """Return a message of a turn; a function call becomes a tool call."""
     words = END.sub("", words).strip()
     call = CALL.search(words) if role == "assistant" else None
     if not call:

@@ -18,7 +18,7 @@ from .file_kinds import PREFERENCE, ROW_KEYS, is_message, is_row_of_messages, va
 from .keys import MESSAGES
 from .reader import Block, Note, skip_line, too_long, unpacked
 from .schemas import Row, RowError
-from .splits import is_wanted, split_of
+from .splits import HELD_OUT, is_wanted, split_of
 
 
 def json_lines(path: Path) -> Iterator[Block]:
@@ -54,7 +54,7 @@ def begins_a_list(text: bytes) -> bool:
 # a JSON text is cut at its brackets; texts and comments are stepped over as a whole; a lone mark begins one that was cut
 JSON_PARTS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\]]|"|//[^\n]*\n?|/\*.*?\*/|/\*?|#[^\n]*\n?', re.S)
 PYTHON_PARTS = re.compile(JSON_PARTS.pattern + rb"|'[^'\\]*(?:\\.[^'\\]*)*'|'", re.S)
-LONE = (b'"', b"'", b"/*")  # what follows is cut off, or cannot be told apart
+LONE = (b'"', b"'", b"/*")  # what follows is cut off, or ambiguous
 PYTHON = re.compile(rb"[\s\[{]*\{\s*'")  # how a file begins that Python has printed
 MARK = b"\xef\xbb\xbf"  # of byte order; files that were joined have one in the middle
 TOGETHER = 512  # rows of one object that holds many
@@ -62,8 +62,13 @@ TOGETHER = 512  # rows of one object that holds many
 
 @dataclass(frozen=True)
 class Shape:
-    """Where the rows of a file are. level: brackets around a row. holder: the bracket right around rows, opener: the ones that
-    begin a row. named: the rows are in lists that have names.
+    """Where the rows of a file are.
+
+    Attributes:
+        level: Brackets around a row.
+        holder: The bracket right around rows.
+        opener: The brackets that begin a row.
+        named: The rows are in lists that have names.
     """
 
     level: int
@@ -84,8 +89,8 @@ def json_array(path: Path, valid_split: str = "") -> Iterator[Block]:
         shape = shape_of(head, name)
         python = bool(PYTHON.match(without_comments(head)))
         lists = Lists(path, shape, python, valid_split)
-        found: list[tuple[int, bytes | Row | RowError]] = []
-        size, held, alone, comments = 0, False, None, 0
+        batch: list[tuple[int, bytes | Row | RowError]] = []
+        size, held_out, alone, comments = 0, False, None, 0
         for key, line, item in cut(file, shape, name, python):
             if item is None:
                 comments += 1
@@ -93,15 +98,15 @@ def json_array(path: Path, valid_split: str = "") -> Iterator[Block]:
             use = lists.use(key) if shape.named else "train"
             if use == "":
                 continue
-            if found and (size >= reader.BLOCK or held != (use == "held")):
-                yield Block(name, found[0][0], found, read(), held)
-                found, size = [], 0
-            held = use == "held"
+            if batch and (size >= reader.BLOCK or held_out != (use == HELD_OUT)):
+                yield Block(name, batch[0][0], batch, read(), held_out)
+                batch, size = [], 0
+            held_out = use == HELD_OUT
             alone = item if alone is None and shape.level == 0 and isinstance(item, bytes) else b""
-            found.append((line, item))
+            batch.append((line, item))
             size += len(item) if isinstance(item, bytes) else 0
         notes = [Note("note", name, f"{plural(comments, 'comment')} between rows skipped")] if comments else []
-        if alone and len(found) == 1:
+        if alone and len(batch) == 1:
             whole = rows_of_object(alone, name)
             if whole is not None:
                 yield from blocks_of_object(path, whole, valid_split, read())
@@ -109,8 +114,8 @@ def json_array(path: Path, valid_split: str = "") -> Iterator[Block]:
                 return
         lists.must_be_there()
         notes += lists.notes()
-        if found or notes:
-            yield Block(name, found[0][0] if found else 1, found, read(), held, tuple(notes))
+        if batch or notes:
+            yield Block(name, batch[0][0] if batch else 1, batch, read(), held_out, tuple(notes))
 
 
 def cut(file: IO[bytes], shape: Shape, name: str, python: bool) -> Iterator[tuple[str, int, bytes | RowError | None]]:
@@ -129,7 +134,7 @@ def cut(file: IO[bytes], shape: Shape, name: str, python: bool) -> Iterator[tupl
         return line
 
     def odd(end: int) -> tuple[str, int, RowError] | None:
-        """What stands between two rows and should not."""
+        """Return the error about what is between two rows and should not be there."""
         words = text[gap:end].strip(between)
         if not words or level == 2 or shape.named or holder == b"{":
             return None
@@ -206,19 +211,21 @@ class Lists:
 
     def __init__(self, path: Path, shape: Shape, python: bool, wanted: str):
         self.path, self.shape, self.python, self.wanted = path, shape, python, wanted
-        self.uses: dict[str, str] = {}  # name -> train, held, or "" for one that is passed over
+        self.uses: dict[str, str] = {}  # name -> "train", HELD_OUT, or "" for one that is passed over
         self.rows: Counter[str] = Counter()
         self.names: list[str] | None = None
 
     def use(self, key: str) -> str:
+        """Return what becomes of a list's rows, and count one."""
         if key not in self.uses:
             self.uses[key] = self.decide(key)
         self.rows[key] += 1
         return self.uses[key]
 
     def decide(self, key: str) -> str:
+        """Return what becomes of a list's rows."""
         if is_wanted(key, self.wanted):
-            return "held"
+            return HELD_OUT
         if split_of(key) not in ("valid", "test"):
             return "train"
         # a list for testing is passed over where there is another one
@@ -230,16 +237,17 @@ class Lists:
             self.names = ["train"]  # (of a pipe nothing is known)
             if self.path.is_file():
                 with unpacked(self.path) as (file, _):
-                    found = cut(file, self.shape, display_path(self.path), self.python)
-                    self.names = list(dict.fromkeys(key for key, _, item in found if isinstance(item, bytes)))
+                    pieces = cut(file, self.shape, display_path(self.path), self.python)
+                    self.names = list(dict.fromkeys(key for key, _, item in pieces if isinstance(item, bytes)))
         return self.names
 
     def must_be_there(self) -> None:
         """UserError if VALID_SPLIT names no list of this file, which has lists for training and testing."""
-        if self.wanted and self.uses and "held" not in self.uses.values():
+        if self.wanted and self.uses and HELD_OUT not in self.uses.values():
             raise UserError(no_such_split(display_path(self.path), self.wanted, list(self.uses)))
 
     def notes(self) -> list[Note]:
+        """Return notes about lists that are not used, or used together."""
         name = display_path(self.path)
         said = [
             Note("warning", name, f'its list "{key}" ({plural(self.rows[key], "row")}) is not used: by its name it is not for '
@@ -256,6 +264,7 @@ class Lists:
 
 
 def no_such_split(name: str, wanted: str, there: list[str]) -> str:
+    """Return the message about a VALID_SPLIT that the file does not have."""
     return f"{name}: VALID_SPLIT={wanted} names no part of it; there is {join_names(there)}."
 
 
@@ -313,7 +322,7 @@ def first_object(head: bytes, level: int) -> Any:
 
 
 def head_goes_on(head: bytes) -> bool:
-    """Whether something stands behind the first object."""
+    """Return whether something follows the first object."""
     depth = 0
     for part in JSON_PARTS.finditer(head):
         if part[0] in LONE:
@@ -354,16 +363,20 @@ def wrapped_shape(head: bytes) -> Shape:
 
 
 def rows_of_object(data: bytes, name: str) -> list[tuple[str, Row]] | None:
-    """The rows of an object that holds all of them, with the name of their split: a list or an object per column, an object
-    per row, names and cells apart, or one of these inside another object. None if it is a row itself.
+    """Return the rows of an object that has all of them, with the name of their split; None if it is a row itself.
 
-    UserError for columns of different lengths.
+    It may have a list or an object per column, an object per row, names and cells apart, or one of these inside another
+    object.
+
+    Raises:
+        UserError: columns have different lengths.
     """
     value = value_of(data.decode("utf-8", "replace"))
     return rows_of_value(value, name, "") if isinstance(value, dict) else None
 
 
 def rows_of_value(value: dict, name: str, split: str) -> list[tuple[str, Row]] | None:
+    """Return the rows of one split, as `rows_of_object`."""
     columns, cells = value.get("columns"), value.get("data")
     if isinstance(columns, list) and isinstance(cells, list) and all(isinstance(row, list) for row in cells):
         names = [str(column) for column in columns]
@@ -390,15 +403,15 @@ def rows_of_value(value: dict, name: str, split: str) -> list[tuple[str, Row]] |
         for v in value.values() for one in v.values()
     ):  # fmt: skip
         return [(split, row) for row in value.values()]
-    found: list[tuple[str, Row]] = []
+    rows_with_split: list[tuple[str, Row]] = []
     for key, inside in value.items():  # a split with columns of its own
         rows = rows_of_value(inside, name, key if len(value) > 1 else split)
         if rows is None and len(value) == 1:
             rows = lists_of_rows(inside)
         if rows is None:
             return None
-        found += rows
-    return found
+        rows_with_split += rows
+    return rows_with_split
 
 
 def is_column(key: str, cells: list) -> bool:
@@ -409,12 +422,13 @@ def is_column(key: str, cells: list) -> bool:
 
 
 def from_columns(value: dict, lists: dict[str, list], name: str, split: str) -> list[tuple[str, Row]]:
+    """Return rows of an object with a list per column."""
     sizes = {key: len(cells) for key, cells in lists.items()}
     if len(set(sizes.values())) > 1:
-        told = ", ".join(f'"{key}" has {size:,}' for key, size in sizes.items())
+        lengths = ", ".join(f'"{key}" has {size:,}' for key, size in sizes.items())
         raise UserError(
-            f"{name}: is one object with a list per column, but the lists are not equally long: {told}. Every row needs a cell "
-            "in each."
+            f"{name}: is one object with a list per column, but the lists are not equally long: {lengths}. Every row needs a "
+            "cell in each."
         )
     rows = zip(*lists.values(), strict=True)
     return [(split, dict(zip(lists, row, strict=True))) for row in rows]
@@ -435,11 +449,11 @@ def blocks_of_object(path: Path, rows: list[tuple[str, Row]], wanted: str, read:
     for number, (split, row) in enumerate(rows, 1):
         use = lists.use(split) if split else "train"
         if use:
-            some[use == "held"].append((number, row))
+            some[use == HELD_OUT].append((number, row))
     lists.must_be_there()
-    for held, found in some.items():
-        for begin in range(0, len(found), TOGETHER):
-            part = found[begin : begin + TOGETHER]
-            yield Block(name, part[0][0], part, read, held)
+    for held_out, some_rows in some.items():
+        for begin in range(0, len(some_rows), TOGETHER):
+            part = some_rows[begin : begin + TOGETHER]
+            yield Block(name, part[0][0], part, read, held_out)
     words = f"is one object that holds {plural(len(rows), 'row')}; in messages their numbers stand in place of lines"
     yield Block(name, 1, [], read, notes=(Note("note", name, words), *lists.notes()))

@@ -14,9 +14,14 @@ UNKNOWN = -1
 
 
 def key_ends(data: bytes, wide: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Where keys may end: the places of quotes before a colon, ascending int64 [keys]; and whether each is sure, bool [keys]:
-    of others it is not known whether they are quotes. Values that begin with a colon are among them. wide: full-width colons
-    count too.
+    """Return where keys may end, and whether that is sure.
+
+    Values that begin with a colon are among them. wide: full-width colons count too.
+
+    Returns:
+        The places of quotes before a colon, ascending int64 [keys]; and bool [keys]: of others it is not known whether
+        they are
+        quotes.
     """
     text = np.frombuffer(data, np.uint8)
     at = np.flatnonzero(text[1:] == COLON)  # the places before colons
@@ -42,8 +47,9 @@ def wide_colons(text: np.ndarray) -> np.ndarray:
 
 
 def counts(rows: Sequence[bytes]) -> list[int]:
-    """The keys that the bytes of every row hold, [rows]; a value that begins with a colon counts as one. UNKNOWN where that
-    cannot be said without parsing.
+    """Return how many keys the bytes of every row have, [rows]; UNKNOWN where that needs parsing.
+
+    A value that begins with a colon counts as one.
     """
     data = b"\n".join(rows)
     at, sure = key_ends(data)
@@ -63,6 +69,6 @@ def counts(rows: Sequence[bytes]) -> list[int]:
     sure[walking] = False
     ends = np.cumsum(np.fromiter(map(len, rows), np.int64, len(rows)) + 1)
     row = np.searchsorted(ends, at, side="right")
-    found = np.bincount(row[slashes % 2 == 0], minlength=len(rows))
-    found[row[~sure]] = UNKNOWN
-    return found.tolist()
+    numbers = np.bincount(row[slashes % 2 == 0], minlength=len(rows))
+    numbers[row[~sure]] = UNKNOWN
+    return numbers.tolist()

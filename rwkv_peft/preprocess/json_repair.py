@@ -1,5 +1,7 @@
-"""JSON that is not quite JSON. What has only one possible reading is read, with the kind of fault; everything else is refused
-with a sentence that names the fault.
+"""JSON that is not quite JSON.
+
+What has only one possible reading is read, with the kind of fault; everything else is refused with a sentence that names the
+fault.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ FULL_WIDTH = re.compile("[\"'”’]\\s*([：，；])")
 HALF = "it holds half of a surrogate pair, such as \\ud83d alone, which no file can store"
 
 
-def mended(text: str) -> tuple[Any, str]:
+def repair_json(text: str) -> tuple[Any, str]:
     """The value of a text that strict JSON refuses, and the kind of its fault (a key of FAULTS).
 
     ValueError with a sentence if it cannot be read in one way only.
@@ -87,15 +89,15 @@ def lenient(text: str, kind: str) -> tuple[Any, str]:
     kind = "comment" if bare != text else kind
     whole = TRAILING.sub(lambda m: m[1] or "", bare)
     kind = "comma" if whole != bare else kind
-    found: set[str] = set()
+    faults: set[str] = set()
 
     def number(text: str) -> float | None:
         value = float(text)
-        return value if math.isfinite(value) else found.add(text)
+        return value if math.isfinite(value) else faults.add(text)
 
     # (`add` returns None: NaN becomes null)
-    value = json.loads(whole, strict=False, parse_constant=found.add, parse_float=number)
-    if found:
+    value = json.loads(whole, strict=False, parse_constant=faults.add, parse_float=number)
+    if faults:
         return value, "nan"
     if any(ord(c) < 32 for string in CONTROL.findall(whole) for c in string):
         return value, "control"
@@ -130,6 +132,7 @@ class KnownNames(ast.NodeTransformer):
     """nan, null, true and the like become their values."""
 
     def visit_Name(self, node: ast.Name) -> ast.AST:  # noqa: N802 - the name that ast calls
+        """Replace a known name (true, null, NaN ...) by its value."""
         return ast.Constant(NAMES[node.id]) if node.id in NAMES else node
 
 
@@ -145,8 +148,9 @@ def plain(value: Any) -> Any:
 
 
 def too_deep(text: str) -> bool:
-    """Whether more brackets are open at once than parsers should follow. (Brackets inside texts count where strings do not
-    parse, which refuses no sound row: those never come here.)
+    """Return whether more brackets are open at once than parsers should follow.
+
+    Brackets inside texts count where strings do not parse, which refuses no sound row: those never come here.
     """
     if text.count("[") + text.count("{") <= DEPTH_LIMIT:
         return False
@@ -203,4 +207,4 @@ def parse_list(text: str) -> Any:
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError:
-        return mended(text)[0]
+        return repair_json(text)[0]

@@ -188,12 +188,12 @@ class Parts(NamedTuple):
 @functools.lru_cache(4096)
 def parts_of(keys: tuple[str, ...]) -> Parts:
     """The parts that these keys play."""
-    found = {
+    by_part = {
         part: tuple(key for _, key in sorted((names[squashed(key)], key) for key in keys if squashed(key) in names))
         for part, names in TABLES.items()
     }
-    found["media"] += tuple(key for key in keys if key not in found["media"] and MEDIUM.match(squashed(key)))
-    return Parts(**found, beside_messages=tuple(key for key in keys if squashed(key) in BESIDE_MESSAGES))
+    by_part["media"] += tuple(key for key in keys if key not in by_part["media"] and MEDIUM.match(squashed(key)))
+    return Parts(**by_part, beside_messages=tuple(key for key in keys if squashed(key) in BESIDE_MESSAGES))
 
 
 @functools.lru_cache(4096)
@@ -248,8 +248,14 @@ class Columns:
 
 
 def columns(map_keys: str, role_map: str = "") -> Columns:
-    """MAP_KEYS, like {"prompt": "question", "response": "reply"}, where "" leaves a part out; ROLE_MAP, like
-    {"customer": "user"}, where "" leaves the messages of a role out. Problems if one is wrong.
+    """Read MAP_KEYS and ROLE_MAP.
+
+    Args:
+        map_keys: Like {"prompt": "question", "response": "reply"}, where "" leaves a part out.
+        role_map: Like {"customer": "user"}, where "" leaves the messages of a role out.
+
+    Raises:
+        SettingErrors: one is wrong.
     """
     given = texts_of("MAP_KEYS", map_keys, '{"text": "content"}')
     unknown = [key for key in given if key not in MAPPABLE]
@@ -297,12 +303,12 @@ def chosen(parts: Parts, given: Mapping[str, str], keys: tuple[str, ...]) -> Par
         return parts
     named = set(given.values())
     fields = {"prompt": "prompts", "query": "materials", "response": "responses", "text": "texts", "images": "media"}
-    found = {name: tuple(key for key in getattr(parts, name) if key not in named) for name in Parts._fields}
+    columns = {name: tuple(key for key in getattr(parts, name) if key not in named) for name in Parts._fields}
     for part, name in given.items():
         if part in NOT_IN_ROWS:
             continue
-        found[fields.get(part, part)] = (name,) if name in keys else ()
-    return Parts(**found)
+        columns[fields.get(part, part)] = (name,) if name in keys else ()
+    return Parts(**columns)
 
 
 def documented() -> str:
@@ -328,8 +334,9 @@ def documented() -> str:
         role: [name for name, of in ROLE_NAMES.items() if of is role] for role in dict.fromkeys(ROLE_NAMES.values())
     }
     lines = ["| part | names |", "|---|---|"]
-    lines += [f"| {part} | {' '.join(f'`{name}`' for name in found)} |" for part, found in rows.items()]
+    lines += [f"| {part} | {' '.join(f'`{name}`' for name in spellings)} |" for part, spellings in rows.items()]
     lines += [
-        f"| role {role.name.lower()} | {' '.join(f'`{name}`' for name in found)} |" for role, found in roles.items()
+        f"| role {role.name.lower()} | {' '.join(f'`{name}`' for name in spellings)} |"
+        for role, spellings in roles.items()
     ]
     return "\n".join(lines)

@@ -15,7 +15,7 @@ BARS = 60
 FAR = 1.5  # lines further out than this many times the longest bar are left out
 NEARER = 0.8  # of the shortest row: where the picture begins, if short ones are missing
 LINE = 1.5  # a row has one token more than inputs, which are what a context holds; and lines stand behind bars
-TAIL = 0.995  # rows that the picture shows; the few longest are told in words
+TAIL = 0.995  # rows that the picture shows; the few longest are named in words
 
 
 def draw_lengths(prefix: Path, sizes: np.ndarray, median: int, ctx_len: int, bucket_edges: Sequence[int]) -> Path:

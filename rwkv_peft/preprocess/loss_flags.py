@@ -41,12 +41,15 @@ def liked(keys: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def flags_in(row: Mapping[str, Any], parts: Parts) -> tuple[str, ...]:
-    """The columns of a row that are flags. One of this name with another number (the loss of an earlier model, the weight of a
-    sample) is none, and is reported as not used. A label is one beside a completion (TRL), or where it is true or false.
+    """Return the columns of a row that are flags.
+
+    A column of this name with another number (the loss of an earlier model, the weight of a sample) is none, and is
+    reported as
+    not used. A label is one beside a completion (TRL), or where it is true or false.
     """
-    found = [name for name in parts.flags if list_of_flags(row[name], name) or flag_word(row[name]) is not None]
+    names = [name for name in parts.flags if list_of_flags(row[name], name) or flag_word(row[name]) is not None]
     for name in liked(tuple(row)):
         sure = squashed(name) == LIKED or "completion" in row or type(row[name]) is bool
         if sure and flag_word(row[name]) is not None:
-            found.append(name)
-    return tuple(found)
+            names.append(name)
+    return tuple(names)

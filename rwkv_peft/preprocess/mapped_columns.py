@@ -12,8 +12,9 @@ Row = Mapping[str, Any]
 
 
 def renamed_keys(one: Row, given: Mapping[str, str]) -> Row:
-    """A message with the keys that MAP_KEYS names under their usual names. What had such a name by itself is not used, and is
-    reported as that.
+    """Return a message with the keys that MAP_KEYS names under their usual names.
+
+    A key that had such a name by itself is not used, and is reported as that.
     """
     there = {part: name for name, part in given.items() if name in one}
     kept = {
@@ -25,24 +26,26 @@ def renamed_keys(one: Row, given: Mapping[str, str]) -> Row:
 
 
 def lifted(row: Row, names: Iterable[str]) -> Row:
-    """The row with what is inside an object beside the rest, where MAP_KEYS names it as "body.messages". RowError where a key
-    inside and one beside the object disagree.
+    """Return the row with what is inside an object beside the rest, where MAP_KEYS names it as "body.messages".
+
+    Raises:
+        RowError: a key inside and one beside the object disagree.
     """
     paths = {name: name.split(".") for name in names if "." in name and name not in row}
-    found = {name: value for name, path in paths.items() if (value := inside(row, path)) is not ABSENT}
-    if not found:
+    values = {name: value for name, path in paths.items() if (value := inside(row, path)) is not ABSENT}
+    if not values:
         return row
-    outers = dict.fromkeys(paths[name][0] for name in found)
+    outers = dict.fromkeys(paths[name][0] for name in values)
     rest = {key: value for key, value in row.items() if key not in outers}
     for outer in outers:
-        left = without(row[outer], [paths[name][1:] for name in found if paths[name][0] == outer])
+        left = without(row[outer], [paths[name][1:] for name in values if paths[name][0] == outer])
         for key, value in left.items():
             if is_nothing(rest.get(key)):
                 rest[key] = value
             elif rest[key] != value and not is_nothing(value) and squashed(key) not in HARMLESS_NAMES:
                 says = f"{short(rest[key])} and {short(value)}"
                 raise RowError("two values", f'its "{key}" and "{outer}.{key}" disagree: {says}')
-    return rest | found
+    return rest | values
 
 
 def usual(message: Row, columns: Columns) -> Row:
@@ -55,7 +58,7 @@ ABSENT = object()
 
 
 def occurs(value: Any, name: str) -> bool:
-    """Whether any object inside a value has what MAP_KEYS calls `name`; also one that stands in a text or in bytes as JSON."""
+    """Return whether any object inside a value has what MAP_KEYS calls `name`, also as JSON in a text or in bytes."""
     path, waiting = name.split("."), [value]
     while waiting:
         one = waiting.pop()
@@ -73,7 +76,7 @@ def occurs(value: Any, name: str) -> bool:
 
 
 def inside(row: Any, path: Sequence[str]) -> Any:
-    """What stands at the end of a path of keys; ABSENT where there is no such thing."""
+    """Return what is at the end of a path of keys; ABSENT if nothing is."""
     for key in path:
         if not isinstance(row, dict) or key not in row:
             return ABSENT
@@ -82,7 +85,7 @@ def inside(row: Any, path: Sequence[str]) -> Any:
 
 
 def without(row: Row, paths: Sequence[Sequence[str]]) -> Row:
-    """An object without what stands at the ends of these paths."""
+    """Return an object without what is at the ends of these paths."""
     gone = {path[0] for path in paths if len(path) == 1}
     deeper = {key: [path[1:] for path in paths if path[0] == key] for key in {p[0] for p in paths if len(p) > 1} - gone}
     return {

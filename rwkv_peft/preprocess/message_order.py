@@ -33,7 +33,7 @@ NUMBERED = re.compile(r"\D*(\d+)\Z")
 
 
 def parsed(text: str) -> Any:
-    """A list that stands in a text, as the columns of tables hold it."""
+    """Return a list that is written in a text, as columns of tables have it."""
     try:
         return parse_list(text)
     except ValueError as error:
@@ -41,8 +41,8 @@ def parsed(text: str) -> Any:
         raise RowError("wrong type", words) from None
 
 
-def looks_like_turns(value: Any) -> bool:
-    """Whether a column whose name alone does not tell it holds a conversation."""
+def is_conversation_column(value: Any) -> bool:
+    """Return whether a column has a conversation, where its name alone does not show it."""
     if isinstance(value, str):
         return value.lstrip()[:1] in ("[", "{")
     if isinstance(value, dict):
@@ -51,6 +51,7 @@ def looks_like_turns(value: Any) -> bool:
 
 
 def is_messages(value: Any) -> bool:
+    """Return whether a value is a list of objects."""
     return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
 
 
@@ -93,6 +94,7 @@ def are_parts(content: list[Any]) -> bool:
 
 
 def is_struct_of_lists(value: dict[str, Any]) -> bool:
+    """Return whether an object has lists of speakers and of texts."""
     lists = [key for key, one in value.items() if isinstance(one, list)]
     parts = parts_of(tuple(lists))
     return bool(parts.speaker and parts.said)
@@ -106,8 +108,10 @@ def are_pairs(rows: Any) -> bool:
 
 
 def are_role_pairs(rows: Any, roles: Mapping[str, Any] = MappingProxyType({})) -> bool:
-    """Whether a list is of [role, text] pairs: some of the roles are known, by themselves or by ROLE_MAP. RowError where they
-    may be roles that are not known, or some pairs begin with a role and others with something else.
+    """Return whether a list is of [role, text] pairs: some of the roles are known, by themselves or by ROLE_MAP.
+
+    Raises:
+        RowError: they may be roles that are not known, or some pairs begin with a role and others with something else.
     """
     if not isinstance(rows, list) or not all(
         isinstance(one, list) and len(one) == 2 and isinstance(one[0], str) for one in rows
@@ -169,13 +173,14 @@ def normal(rows: Any, roles: Mapping[str, Any] = MappingProxyType({})) -> list[A
         return [m for pair in rows for m in of_texts(pair)]
     if isinstance(rows[0], dict) and ("role" in rows[0] or "from" in rows[0]):  # what most are
         return rows
-    found: list[Any] = []
+    flat: list[Any] = []
     for one in rows:
-        found += of_turn(one) if isinstance(one, dict) else [one]
-    return found
+        flat += of_turn(one) if isinstance(one, dict) else [one]
+    return flat
 
 
 def of_texts(texts: Sequence[Any]) -> list[dict[str, Any]]:
+    """Return messages of texts that user and assistant say in turn. Raises RowError for one text."""
     if len(texts) < 2:
         raise RowError("no answer", "its conversation has one text, a question without an answer")
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
@@ -198,8 +203,8 @@ def of_object(rows: dict[str, Any]) -> list[Any]:
     if rows and all(NUMBERED.match(str(key)) and isinstance(value, dict) for key, value in rows.items()):
         ordered = sorted(rows, key=lambda key: int(NUMBERED.match(str(key))[1]))
         return [rows[key] for key in ordered]
-    if len(found := of_turn(rows)) > 1:
-        return found
+    if len(messages := of_turn(rows)) > 1:
+        return messages
     raise RowError(
         "wrong type", f"{SHAPE}, not an object with {', '.join(map(repr, list(rows)[:4])) or 'nothing in it'}"
     )
@@ -207,9 +212,11 @@ def of_object(rows: dict[str, Any]) -> list[Any]:
 
 def replies_of(node: dict[str, Any]) -> list[dict[str, Any]]:
     """The replies to a message of a tree, the best first: by their ranks, those without one in their order behind them."""
-    found = node.get("replies")
+    children = node.get("replies")
     alive = (
-        [one for one in found if isinstance(one, dict) and not one.get("deleted")] if isinstance(found, list) else []
+        [one for one in children if isinstance(one, dict) and not one.get("deleted")]
+        if isinstance(children, list)
+        else []
     )
     return sorted(alive, key=lambda one: rank_of(one))
 
@@ -235,12 +242,12 @@ def has_branches(node: Any) -> bool:
 
 def of_tree(node: dict[str, Any]) -> list[Any]:
     """The best path through a tree of replies."""
-    found = []
+    messages = []
     while node:
-        found.append({key: value for key, value in node.items() if key != "replies"})
+        messages.append({key: value for key, value in node.items() if key != "replies"})
         replies = replies_of(node)
         node = replies[0] if replies else {}
-    return found
+    return messages
 
 
 def of_turn(one: dict[str, Any]) -> list[dict[str, Any]]:
@@ -258,7 +265,7 @@ def of_turn(one: dict[str, Any]) -> list[dict[str, Any]]:
     if not roles:
         return [one]
     names = {Role.SYSTEM: "system", Role.USER: "user", Role.ASSISTANT: "assistant", Role.TOOL: "tool"}
-    found = []
+    result = []
     rest = {
         key: without_moss_tags(value) for key, value in one.items() if key not in roles and not is_moss_nothing(value)
     }
@@ -266,14 +273,14 @@ def of_turn(one: dict[str, Any]) -> list[dict[str, Any]]:
         for key in (key for key, of in roles.items() if of is role):
             value = without_moss_tags(one[key])
             if not is_nothing(value) or role is Role.ASSISTANT:
-                found.append({"role": names[role], "content": value})
+                result.append({"role": names[role], "content": value})
                 if role is Role.ASSISTANT:  # thoughts, flags, calls, and what is reported as not used
-                    found[-1] |= {squashed_thought(k): v for k, v in rest.items()}
+                    result[-1] |= {squashed_thought(k): v for k, v in rest.items()}
                     rest = {}
-    if not found:
+    if not result:
         return [one]
-    found[-1] |= rest
-    return found
+    result[-1] |= rest
+    return result
 
 
 def speaker_elsewhere(one: dict[str, Any]) -> str:
@@ -285,15 +292,18 @@ def speaker_elsewhere(one: dict[str, Any]) -> str:
 
 
 def role_of_key(key: str) -> Role | None:
+    """Return the role that a key names, None if it names none."""
     word = key.strip().lower()
     return None if word in CALLS or squashed(word) in ("function", "functions") else ROLE_NAMES.get(word)
 
 
 def squashed_thought(key: str) -> str:
+    """Return the usual key of a thought."""
     return "thinking" if squashed(key) == "innerthoughts" else key
 
 
 def without_moss_tags(value: Any) -> Any:
+    """Remove the tags of MOSS from a text."""
     return MOSS_TAGS.sub("", value) if isinstance(value, str) and "<eo" in value else value
 
 

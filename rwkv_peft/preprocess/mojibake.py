@@ -10,12 +10,12 @@ Why a repair is safe. Two things must hold together, and clean text has neither 
    So nothing is ever repaired in part: an article that shows "Ã©" beside a proper "é" stays as it is.
 2. The fit is no coincidence. Clean text does fit at times: "weiß…", "ROMÃ”", "CAFÉ»", "è…”", "KNÍŽKA", "Úžas", "2×œufs",
    "à ½" are all UTF-8 by accident: a letter that ends a word, then what may follow a word; a letter before š or ž.
-   Such pairs count for nothing, however many there are. One sequence must be telling: a character that follows no letter
+   Such pairs count for nothing, however many there are. One sequence must be conclusive: a character that follows no letter
    in any language (ƒ ˆ ‰ ˜ ¤ ¦ ¨ ¸, a C1 control), or a Ã or Â where no writing has one ("fÃ¼r", "25Â°", "2Ã—3"); or
-   several sequences stand directly behind one another, without one ASCII character between them (has_chain).
+   several sequences follow one another directly, without one ASCII character between them (has_chain).
 
 What this cannot know: an English text that quotes "fÃ¼r" as an example of mojibake, and has nothing else outside ASCII.
-And it lets pass what is too short to tell: "Ã©" alone, "CAFÃ‘A" in capitals.
+And it leaves what is too short to decide: "Ã©" alone, "CAFÃ‘A" in capitals.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ import re
 
 CLEAN, REPAIRED, LOSSY = "clean", "repaired", "lossy"
 
-LAYERS = 3  # mojibake of mojibake of mojibake; nobody has seen a fourth
-ENOUGH = 2  # different telling sequences before a text that cannot be repaired is reported
+LAYERS = 3  # mojibake of mojibake of mojibake; a fourth was never seen
+ENOUGH = 2  # different such sequences before a text that cannot be repaired is reported
 SHARE = 0.75  # and so much of what could be mojibake must be: a text about mojibake shows the proper letters as well
 
 UNDEFINED = (0x81, 0x8D, 0x8F, 0x90, 0x9D)
@@ -46,11 +46,11 @@ CUT_QUOTE = re.compile(f"â€(?!{C})")
 SUSPECT = re.compile(f"[Â-ô\ufffd]|{C}")
 
 
-def doctor(text: str) -> tuple[str, str]:
-    """The text, repaired if it was reversible mojibake, and CLEAN, REPAIRED or LOSSY.
+def repair_text(text: str) -> tuple[str, str]:
+    """Return the text, repaired if it was reversible mojibake, and CLEAN, REPAIRED or LOSSY.
 
-    CLEAN and LOSSY (mojibake that lost bytes, or is mixed with proper text) come back untouched, the same object.
-    A repair gives the bytes before the damage exactly, and doctor(repaired) is CLEAN. Never raises.
+    CLEAN and LOSSY (mojibake that lost bytes, or is mixed with proper text) are returned unchanged, the same object.
+    A repair gives the bytes before the damage exactly, and a repaired text is CLEAN. Never raises.
     """
     if text.isascii() or SEQUENCE.search(text) is None:
         return text, CLEAN
@@ -66,8 +66,8 @@ def doctor(text: str) -> tuple[str, str]:
 
 def peel(text: str) -> tuple[str, str]:
     """The verdict, and the text without its outermost layer of mojibake."""
-    found = list(SEQUENCE.finditer(text))
-    if not any(telling(text, m.start(), m.end()) for m in found) and not has_chain(found):
+    sequences = list(SEQUENCE.finditer(text))
+    if not any(telling(text, m.start(), m.end()) for m in sequences) and not has_chain(sequences):
         return CLEAN, text
     inner = reread(text)
     if inner is not None:
@@ -75,12 +75,14 @@ def peel(text: str) -> tuple[str, str]:
     return (LOSSY if is_mostly_mojibake(text) else CLEAN), text
 
 
-def has_chain(found: list[re.Match]) -> bool:
-    """Whether sequences follow one another as no clean text has it: three with three different continuations (a list of
-    letters, "Ä…Ö…Ü…", has one), or four that are longer than two. For words whose sequences are all harmless: "ê°‚ê°‘".
+def has_chain(matches: list[re.Match]) -> bool:
+    """Return whether sequences follow one another as no clean text has it.
+
+    That is three with three different continuations (a list of letters, "Ä…Ö…Ü…", has one), or four that are longer than two.
+    For words whose sequences are all harmless: "ê°‚ê°‘".
     """
     run: list[re.Match] = []
-    for match in found:
+    for match in matches:
         run = [*run[-3:], match] if run and run[-1].end() == match.start() else [match]
         if len(run) >= 3 and len({c for m in run for c in m[0][1:]}) >= 3:
             return True
@@ -100,19 +102,21 @@ def reread(text: str) -> str | None:
 
 
 def latin_1(text: str) -> bytes:
+    """Encode as latin-1."""
     return text.encode("latin-1")
 
 
 def whatwg(text: str) -> bytes:
+    """Encode as cp1252 with C1 controls."""
     return codecs.charmap_encode(text, "strict", TO_WHATWG)[0]
 
 
 def is_mostly_mojibake(text: str) -> bool:
     """Whether there is evidence enough in a text that does not fit as a whole, and little beside it."""
-    found = list(SEQUENCE.finditer(text))
-    odd = {m[0] for m in found if telling(text, m.start(), m.end())}
+    sequences = list(SEQUENCE.finditer(text))
+    odd = {m[0] for m in sequences if telling(text, m.start(), m.end())}
     # the end of a quotation in English: ” is E2 80 9D, and cp1252 has no 9D
-    if len(odd) + (CUT_QUOTE.search(text) is not None) < ENOUGH and not has_chain(found):
+    if len(odd) + (CUT_QUOTE.search(text) is not None) < ENOUGH and not has_chain(sequences):
         return False
     rest, whole = SEQUENCE.sub("", text), len(SUSPECT.findall(text))
     broken = sum(len(m) for m in BROKEN.findall(rest))
@@ -156,7 +160,7 @@ def telling(text: str, start: int, end: int) -> bool:
 
 
 def odd_pair(lead: str, second: int, text: str, start: int, end: int) -> bool:
-    """telling() for two characters: an upper-case letter or ×, and what stands for a byte 80..BF."""
+    """As `is_conclusive` for two characters: an upper-case letter or ×, and what represents a byte 80..BF."""
     after = text[end : end + 2]
     digit_after = after[:1] in DIGIT
     if second in NO_LETTER_BEFORE:
@@ -179,7 +183,7 @@ def odd_pair(lead: str, second: int, text: str, start: int, end: int) -> bool:
 
 
 def odd_latin_pair(lead: str, second: int, before: str, after: str) -> bool:
-    """The pairs of European text, told from the letters around them: a capital inside a word of small letters.
+    """Return whether a pair of European text is odd, by the letters around it: a capital inside a word of small letters.
 
     before, after: up to two characters on either side.
     """

@@ -36,12 +36,14 @@ TURN = tuple(
 LONGEST_PATH = 10_000  # messages from a root to a leaf
 NO_PARENT = ("0", "-1", "none", "null", "nan", "root")
 NO_COLUMNS = Columns()
-LOOKED_AT = 32  # rows at the beginning of a file that tell its kind
+SAMPLED = 32  # rows at the beginning of a file that show its kind
 
 
 def conversations(blocks: Iterable[Block], columns: Columns = NO_COLUMNS) -> Iterator[Block]:
-    """The blocks of a file, with its messages put together where it has one in every row. UserError if they do not have the
-    conversation_id of MAP_KEYS.
+    """Yield the blocks of a file, with messages put together where it has one in every row.
+
+    Raises:
+        UserError: they do not have the conversation_id of MAP_KEYS.
     """
     blocks = iter(blocks)
     for first in blocks:
@@ -86,12 +88,13 @@ def together(blocks: Sequence[Block], key: tuple[str, ...], held_out: bool, colu
 
 
 def grouping(block: Block, columns: Columns) -> tuple[str, ...]:
-    """The columns that tell which messages belong together: (message_id, parent_id), (conversation_id,), or () if the rows
-    are no single messages.
+    """Return the columns that show which messages belong together.
+
+    (message_id, parent_id), (conversation_id,), or () if the rows are no single messages.
     """
     mapped = columns.given.get("conversation_id")
     seen: dict[str, list[Any]] = {}
-    for _, item in itertools.islice(items(block), LOOKED_AT):
+    for _, item in itertools.islice(items(block), SAMPLED):
         try:
             row = usual(parse(item), columns)
         except RowError:
@@ -128,7 +131,7 @@ def is_single_message(row: Any, parts: Parts) -> bool:
 
 
 def whole(messages: list[tuple[int, dict[str, Any]]]) -> tuple[int, dict[str, Any]]:
-    """One row of these messages: what belongs to the conversation as a whole stands beside them."""
+    """Return one row of these messages, with what belongs to the whole conversation beside them."""
     row: dict[str, Any] = {"messages": [message for _, message in messages]}
     for _, message in messages:
         parts = parts_of(tuple(message))
@@ -140,13 +143,13 @@ def whole(messages: list[tuple[int, dict[str, Any]]]) -> tuple[int, dict[str, An
 
 def groups(messages: list[tuple[int, dict[str, Any]]], key: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Messages of one id, in the order of the file or of their turn numbers. A row without an id has that of the row before."""
-    found: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+    by_name: dict[str, list[tuple[int, dict[str, Any]]]] = {}
     name = ""
     for number, message in messages:
         if not is_nothing(value := message.pop(key, None)):
             name = str(value)
-        found.setdefault(name, []).append((number, message))
-    for group in found.values():
+        by_name.setdefault(name, []).append((number, message))
+    for group in by_name.values():
         turn = next((k for k in group[0][1] if squashed(k) in TURN), None)
         if turn and all(is_number(message.get(turn)) for _, message in group):
             group.sort(key=lambda pair: float(pair[1][turn]))
@@ -156,6 +159,7 @@ def groups(messages: list[tuple[int, dict[str, Any]]], key: str) -> Iterator[tup
 
 
 def is_number(value: Any) -> bool:
+    """Return whether a value is a number or a text of one."""
     try:
         float(value)
     except (TypeError, ValueError):
@@ -219,7 +223,7 @@ def by_id(
     messages: list[tuple[int, dict[str, Any]]], own: str
 ) -> tuple[dict[str, tuple[int, dict[str, Any]]], list[tuple[int, RowError]]]:
     """The messages that were not deleted by their ids, and those whose id another one has."""
-    found: dict[str, tuple[int, dict[str, Any]]] = {}
+    known: dict[str, tuple[int, dict[str, Any]]] = {}
     twice = []
     for number, message in messages:
         if str(message.get("deleted")).lower() in ("true", "1"):
@@ -227,11 +231,11 @@ def by_id(
         name = (
             f" {number}" if is_nothing(message.get(own)) else str(message[own])
         )  # (nothing is below one without an id)
-        if name in found:
-            twice.append((number, RowError("two values", f"has the {own} {short(name)}, as line {found[name][0]} has")))
+        if name in known:
+            twice.append((number, RowError("two values", f"has the {own} {short(name)}, as line {known[name][0]} has")))
         else:
-            found[name] = number, message
-    return found, twice
+            known[name] = number, message
+    return known, twice
 
 
 def without_ids(number: int, message: dict[str, Any], ids: tuple[str, str], used: bool) -> tuple[int, dict[str, Any]]:
@@ -241,6 +245,7 @@ def without_ids(number: int, message: dict[str, Any], ids: tuple[str, str], used
 
 
 def is_answer(message: dict[str, Any], columns: Columns) -> bool:
+    """Return whether a message is an assistant's."""
     message = usual(message, columns)
     role = next((message[key] for key in parts_of(tuple(message)).speaker if isinstance(message[key], str)), "")
     return (ROLE_NAMES | columns.roles).get(role.strip().lower()) is Role.ASSISTANT

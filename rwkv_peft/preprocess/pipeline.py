@@ -1,7 +1,7 @@
-"""How the rows of a block become tokens: read, rendered, encoded, kept within limits; and what is counted on the way.
+"""How the rows of a block become tokens: read, rendered, encoded, limited in length; and what is counted on the way.
 
-A Recipe is all that decides it, so it can be sent to other processes and hashed. One block in, one Cooked out; blocks do not
-know of one another, so any number of workers gives the same bytes.
+An EncodeConfig is all that decides it, so it can be sent to other processes and hashed. One block in, one EncodedBlock out;
+blocks do not depend on one another, so any number of workers gives the same bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rwkv_peft.text.turns import overlooked_heading, spans_of_text
 from . import foreign_headings, json_keys
 from .encode import NO_ROWS, Pieces, Tokens, encode_row, encode_rows, with_bos
 from .fast_path import FastPath
-from .json_repair import mended
+from .json_repair import repair_json
 from .keys import HARMLESS_NAMES, MATERIALS, MESSAGES, PROMPTS, RESPONSES, TEXTS, squashed
 from .mapped_columns import occurs
 from .message_order import are_pairs
@@ -60,6 +60,7 @@ class EncodeConfig:
 
     @property
     def ending(self) -> Ending:
+        """The end of a row's text."""
         ending = ENDINGS[self.eot]
         return dataclasses.replace(ending, token=ending.token and self.end_of_doc)
 
@@ -84,9 +85,16 @@ class Place(NamedTuple):
 
 @dataclass
 class EncodedBlock:
-    """What a block has become. ids uint16 [n], roles uint8 [n]; sizes int32 and hashes uint64 [rows that are written];
-    documents uint64: a hash of all that was made of the same row; lines int64: where each comes from. counts: rows by what
-    happened to them ("read", "kept", "dropped: ...", ...).
+    """A block as tokens.
+
+    Attributes:
+        ids: uint16 [n].
+        roles: uint8 [n].
+        sizes: int32, tokens of each row that is written.
+        hashes: uint64, of each row that is written.
+        documents: uint64, a hash of all that was made of the same row.
+        lines: int64, the line that each row comes from.
+        counts: Rows by what happened to them ("read", "kept", "dropped: ...", ...).
     """
 
     ids: np.ndarray
@@ -108,8 +116,15 @@ class EncodedBlock:
 
 
 class Rows(NamedTuple):
-    """Rows to write. ids uint16 [n], roles uint8 [n], first [rows + 1], lines int64 [rows]; rows int64: which of the block's
-    rows each was made of; scripts as in Cooked.
+    """Rows to write.
+
+    Attributes:
+        ids: uint16 [n].
+        roles: uint8 [n].
+        first: [rows + 1], where each row begins.
+        lines: int64 [rows].
+        rows: int64, the row of the block that each was made of.
+        scripts: As in EncodedBlock.
     """
 
     ids: np.ndarray
@@ -121,9 +136,10 @@ class Rows(NamedTuple):
 
 
 class PendingRow(NamedTuple):
-    """A row on its way: which of its block's it is, its line in the file (several may stand in one), its text in pieces, and
-    what it was rendered from: a dialogue, the unread row where that is a plain conversation (a parsed one would take memory
-    for nothing), or None for a ready text.
+    """A row that is not encoded yet: its number in the block, its line in the file, and its text in pieces.
+
+    Several rows may be on one line. What the text was rendered from is a dialogue, the unread row where that is a plain
+    conversation (a parsed one would take memory for nothing), or None for a ready text.
     """
 
     row: int
@@ -144,15 +160,21 @@ def items(block: Block) -> Iterator[tuple[int, bytes | Row | RowError]]:
 
 def with_keys(block: Block) -> Iterator[tuple[int, bytes | Row | RowError, int | None]]:
     """The rows of a block with their numbers, and how many keys their bytes hold; None where they are parsed already."""
-    found = list(items(block))
-    keys = iter(json_keys.counts([item for _, item in found if type(item) is bytes]))
-    return ((line, item, next(keys) if type(item) is bytes else None) for line, item in found)
+    keyed = list(items(block))
+    keys = iter(json_keys.counts([item for _, item in keyed if type(item) is bytes]))
+    return ((line, item, next(keys) if type(item) is bytes else None) for line, item in keyed)
 
 
 def parse(item: bytes | Row | RowError, faults: set[str] | None = None, keys: int | None = None) -> Row:
-    """The row itself; a list of messages is a conversation. RowError if it is none. faults: gets the kind of fault of JSON that
-    is not quite JSON (literals.FAULTS). keys: how many its bytes hold (json_keys.counts); None: a key that is there twice is
-    not looked for.
+    """Return the row itself; a list of messages is a conversation.
+
+    Args:
+        item: Bytes, or a row that was parsed already.
+        faults: Gets the kind of fault of JSON that is not quite JSON (json_repair.FAULTS).
+        keys: How many keys its bytes have (json_keys.counts); None: a key that is there twice is not looked for.
+
+    Raises:
+        RowError: it is no row.
     """
     if isinstance(item, RowError):
         raise item
@@ -168,7 +190,7 @@ def parse(item: bytes | Row | RowError, faults: set[str] | None = None, keys: in
         if item.lstrip()[:2].startswith((b"//", b"#", b"/*")):
             raise RowError(COMMENT, "is a comment") from None
         try:
-            row, kind_of_fault = mended(item.decode("utf-8"))
+            row, kind_of_fault = repair_json(item.decode("utf-8"))
         except ValueError as fault:
             raise RowError("not JSON", str(fault)) from None
         if faults is not None:
@@ -206,16 +228,17 @@ def keys_of(row: Any) -> int:
 
 
 def one_value_each(item: bytes) -> None:
-    """RowError if an object of the row has a key with two values, of which a parser keeps the last one only. Keys that say
-    nothing a model could learn may.
+    """Raise RowError if an object of the row has a key with two values, of which a parser keeps the last one only.
+
+    Keys of harmless metadata may.
     """
     twice: dict[int, str] = {}  # the objects with such a key, by identity, and the key
     kept: list[Row] = []  # all objects, so that no identity is given again
 
-    def pairs(found: list[tuple[str, Any]]) -> Row:
+    def pairs(pairs_of_row: list[tuple[str, Any]]) -> Row:
         values: Row = {}
         kept.append(values)
-        for key, value in found:
+        for key, value in pairs_of_row:
             if key in values and values[key] != value and squashed(key) not in HARMLESS_NAMES:
                 twice.setdefault(id(values), key)
             values[key] = value
@@ -262,6 +285,7 @@ class RowEncoder:
             self.quick.columns = ()
 
     def block(self, block: Block) -> EncodedBlock:
+        """Encode a block."""
         counts: Counter[str] = Counter()
         rejects: list[Reject] = []
         places: dict[str, list[Place]] = {}
@@ -290,13 +314,13 @@ class RowEncoder:
                 if type(content) is TableRow:
                     hint = self.empty_cells(content, line, counts, note)
                 # what was read as cp1252 holds letters from À to ÿ, which are C3 and another byte: rows without one need no
-                # doctor. (A row in ASCII may hold them as \u00e9; no writer does both.)
-                doctor = repair and (type(item) is not bytes or item.isascii() or b"\xc3" in item)
-                if plain := quick(content, doctor):
+                # repair. (A row in ASCII may hold them as \u00e9; no writer does both.)
+                look_closely = repair and (type(item) is not bytes or item.isascii() or b"\xc3" in item)
+                if plain := quick(content, look_closely):
                     schemas.append(plain[0])
                     drafts.append(PendingRow(row, line, plain[1], item))
                 else:
-                    self.reader.repair = doctor
+                    self.reader.repair = look_closely
                     drafts += self.drafts(row, line, content, counts, note)
                     unused.update(self.reader.unused)
             except RowError as error:
@@ -320,8 +344,11 @@ class RowEncoder:
         )  # fmt: skip
 
     def empty_cells(self, row: dict[str, Any], line: int, counts: Counter[str], note) -> str:
-        """Cells in which pandas wrote that they are empty become empty, but for those that may be a text in a column that a
-        row needs (an answer may be None). Returns what to add to an error of a row that needs such a cell.
+        """Make cells empty in which pandas wrote that they are.
+
+        Texts in a column that a row needs stay (an answer may be None). Returns what to add to an error of a row that
+        needs such a
+        cell.
         """
         hint = ""
         for name, cell in row.items():
@@ -339,47 +366,47 @@ class RowEncoder:
 
     def drafts(self, number: int, line: int, row: Row, counts: Counter[str], note) -> list[PendingRow]:
         """The texts that a row gives: one, or one for every answer with EXPAND."""
-        schema, found = self.reader.read(row)
+        schema, dialogue = self.reader.read(row)
         for verdict in self.reader.verdicts:
             counts[verdict] += 1
             note(verdict, line)
         counts[f"schema: {schema}"] += 1
         if self.recipe.convert:
             texts, changed = (
-                foreign_headings.convert_text(found, self.words)
-                if isinstance(found, str)
-                else foreign_headings.convert_dialogue(found)
+                foreign_headings.convert_text(dialogue, self.words)
+                if isinstance(dialogue, str)
+                else foreign_headings.convert_dialogue(dialogue)
             )
             for what in changed:
                 counts[f"converted: {what}"] += 1
-            found = texts if isinstance(texts, Dialogue) else texts[0]
+            dialogue = texts if isinstance(texts, Dialogue) else texts[0]
             if isinstance(texts, list) and len(texts) > 1:
                 counts["documents made of others"] += len(texts) - 1
                 return [draft for one in texts for draft in self.drafts_of(number, line, schema, one, counts, note)]
-        return self.drafts_of(number, line, schema, found, counts, note)
+        return self.drafts_of(number, line, schema, dialogue, counts, note)
 
     def drafts_of(
-        self, number: int, line: int, schema: str, found: Dialogue | str, counts: Counter[str], note
+        self, number: int, line: int, schema: str, dialogue: Dialogue | str, counts: Counter[str], note
     ) -> list[PendingRow]:
         """The same for what a row was read as, or one of several documents in it."""
-        if isinstance(found, str):
-            return self.text_drafts(number, line, found, note)
-        self.check_writable(schema, found)
-        messages = found.messages
-        counts["tools"] += bool(found.tools)
+        if isinstance(dialogue, str):
+            return self.text_drafts(number, line, dialogue, note)
+        self.check_writable(schema, dialogue)
+        messages = dialogue.messages
+        counts["tools"] += bool(dialogue.tools)
         if not (self.recipe.expand or self.recipe.mask_history):
-            return [PendingRow(number, line, Pieces(*self.template.render(found, self.ending)), found)]
+            return [PendingRow(number, line, Pieces(*self.template.render(dialogue, self.ending)), dialogue)]
         answers = [i for i, m in enumerate(messages) if m.role is Role.ASSISTANT]
         if self.recipe.expand:
             # the same question many times, with one answer more to learn each time
-            whole = found
+            whole = dialogue
             several = [
                 dataclasses.replace(whole, messages=learn_only(messages[: i + 1], i))
                 for i in answers
                 if messages[i].learn
             ]
         else:
-            several = [dataclasses.replace(found, messages=learn_only(messages, answers[-1]))]
+            several = [dataclasses.replace(dialogue, messages=learn_only(messages, answers[-1]))]
         if not several:
             counts[f"dropped: {NOTHING_TO_LEARN}"] += 1
             note("dropped", line, NOTHING_TO_LEARN)
@@ -429,8 +456,8 @@ class RowEncoder:
         drafts = []
         for some, said in several:
             some = list(some)
-            border = "\n\n" if some[-1].endswith("\n\n") else self.template.format_separator
-            some[-1] = some[-1].removesuffix(border if len(some) < len(texts) else end) + end
+            separator = "\n\n" if some[-1].endswith("\n\n") else self.template.format_separator
+            some[-1] = some[-1].removesuffix(separator if len(some) < len(texts) else end) + end
             drafts.append(PendingRow(number, line, Pieces(some, said), None))
         return drafts
 
@@ -438,7 +465,7 @@ class RowEncoder:
         """The rows to write, within all limits; counts and notes what is left out."""
         token, limits, bos = self.ending.token, self.recipe.limits, self.recipe.bos
         try:
-            found = encode_rows([d.pieces for d in drafts], token, bos) if drafts else NO_ROWS
+            encoded_rows = encode_rows([d.pieces for d in drafts], token, bos) if drafts else NO_ROWS
         except RowError:  # one of them cannot be encoded: find it, and do without
             bad = set()
             for draft in drafts:
@@ -450,37 +477,41 @@ class RowEncoder:
                     counts[f"rejected: {error.reason}"] += 1
                     rejects.append(Reject(block.file, draft.line, error.reason, error.message, ""))
             drafts = [d for d in drafts if d.row not in bad]
-            found = encode_rows([d.pieces for d in drafts], token, bos) if drafts else NO_ROWS
+            encoded_rows = encode_rows([d.pieces for d in drafts], token, bos) if drafts else NO_ROWS
         looked: set[tuple[int, str]] = set()
-        for i in found.suspects.tolist():
+        for i in encoded_rows.suspects.tolist():
             self.look(drafts[i], block.file, counts, note, looked)
         # with EXPAND a row is there several times, each with one answer to learn, and its system text every time
-        counts["turns"] = found.turns - found.untrained if self.recipe.expand else found.turns
+        counts["turns"] = encoded_rows.turns - encoded_rows.untrained if self.recipe.expand else encoded_rows.turns
         counts["system"] = (
-            len({d.row for d in drafts if Role.SYSTEM in d.pieces.roles}) if self.recipe.expand else found.systems
+            len({d.row for d in drafts if Role.SYSTEM in d.pieces.roles})
+            if self.recipe.expand
+            else encoded_rows.systems
         )
         lines = np.array([d.line for d in drafts], dtype=np.int64)
         rows = np.array([d.row for d in drafts], dtype=np.int64)
-        trouble = ~found.answered & np.array([d.source is not None for d in drafts], dtype=bool)
+        trouble = ~encoded_rows.answered & np.array([d.source is not None for d in drafts], dtype=bool)
         if limits.max_tokens:
-            trouble |= np.diff(found.first) > limits.max_tokens
-        long_turns = self.long_turns(drafts, found.pieces)
+            trouble |= np.diff(encoded_rows.first) > limits.max_tokens
+        long_turns = self.long_turns(drafts, encoded_rows.pieces)
         trouble[list(long_turns)] = True
         # rows without trouble are taken over in runs, the others one by one
         ids, roles, sizes, places, kept, learnt, begin = [], [], [], [], [], [], 0
         lost: dict[int, tuple[int, str, str]] = {}  # row -> its line, why, and how long it is
         for i in [*np.flatnonzero(trouble).tolist(), len(drafts)]:
-            a, b = found.first[begin], found.first[i]
-            ids.append(found.ids[a:b])
-            roles.append(found.roles[a:b])
-            sizes.append(np.diff(found.first[begin : i + 1]))
+            a, b = encoded_rows.first[begin], encoded_rows.first[i]
+            ids.append(encoded_rows.ids[a:b])
+            roles.append(encoded_rows.roles[a:b])
+            sizes.append(np.diff(encoded_rows.first[begin : i + 1]))
             places.append(lines[begin:i])
             kept.append(rows[begin:i])
-            learnt.append(rows[begin:i][found.answered[begin:i]])
+            learnt.append(rows[begin:i][encoded_rows.answered[begin:i]])
             begin = i + 1
             if i == len(drafts):
                 break
-            tokens = Tokens(found.ids[b : found.first[i + 1]], found.roles[b : found.first[i + 1]])
+            tokens = Tokens(
+                encoded_rows.ids[b : encoded_rows.first[i + 1]], encoded_rows.roles[b : encoded_rows.first[i + 1]]
+            )
             for cut in self.within_limits(drafts[i], tokens, i in long_turns, counts, lost, note):
                 ids.append(cut.ids)
                 roles.append(cut.roles)
@@ -491,7 +522,7 @@ class RowEncoder:
                     learnt.append(rows[i : i + 1])
         made = Rows(
             np.concatenate(ids), np.concatenate(roles), np.append(0, np.cumsum(np.concatenate(sizes))),
-            np.concatenate(places), np.concatenate(kept), found.scripts,
+            np.concatenate(places), np.concatenate(kept), encoded_rows.scripts,
         )  # fmt: skip
         # with EXPAND every answer of a row may go its own way: a row counts once, as kept if anything of it was
         kept = set(made.rows.tolist())
@@ -509,7 +540,7 @@ class RowEncoder:
         """Note what a row holds that another tool has left in it; every kind once. looked: rows and kinds noted before."""
         texts, roles = draft.pieces
         if draft.source is None:
-            found = foreign_headings.look_at_text("".join(texts), self.words)
+            findings = foreign_headings.look_at_text("".join(texts), self.words)
         else:
             said = [
                 (role, text.strip(" \n\x17").removesuffix(self.tails.get(role, "")))
@@ -517,15 +548,15 @@ class RowEncoder:
                 if role is not Role.HEADING
             ]
             keeps = self.template.format_separator == "\n\n" and Role.ASSISTANT not in self.template.clean
-            found = foreign_headings.look_at_dialogue(said, keeps)
-        for what, words, at in found:
+            findings = foreign_headings.look_at_dialogue(said, keeps)
+        for what, words, at in findings:
             if (draft.row, what) not in looked:
                 looked.add((draft.row, what))
                 counts[f"found: {what}"] += 1
                 if self.recipe.convert and what == "headings" and draft.source is None:
                     why = foreign_headings.why_left("".join(texts).removesuffix(self.ending.answer + self.ending.last))
                     counts[f"left: {why}"] += 1
-                # a text of its own is read from a file as it stands there; elsewhere a row is a line
+                # a text of its own is read from a file as it is there; elsewhere a row is a line
                 inside = "".join(texts).count("\n", 0, at) if ".txt" in file and draft.source is None else 0
                 note(what, draft.line + inside, words)
 
@@ -610,8 +641,8 @@ def documents_of(hashes: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 def hashes_of(ids: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """A 64-bit hash of every row's tokens, uint64 [rows]: equal rows have equal ones, in every process."""
-    data, found, at = memoryview(ids.astype("<u2", copy=False)).cast("B"), [], 0
+    data, hashes, at = memoryview(ids.astype("<u2", copy=False)).cast("B"), [], 0
     for size in sizes.tolist():
-        found.append(hashlib.blake2b(data[2 * at : 2 * (at + size)], digest_size=8).digest())
+        hashes.append(hashlib.blake2b(data[2 * at : 2 * (at + size)], digest_size=8).digest())
         at += size
-    return np.frombuffer(b"".join(found), "<u8")
+    return np.frombuffer(b"".join(hashes), "<u8")

@@ -20,7 +20,7 @@ from . import encodings
 from .schemas import Row, RowError
 
 BLOCK = 1 << 18  # bytes of lines that are worked on at once; larger ones fall out of the processor's cache
-HEAD = 1 << 16  # bytes that are read from the disk at once, and that a format may be told by
+HEAD = 1 << 16  # bytes that are read from the disk at once, and that a format may be recognised by
 FED = 1 << 9  # bytes of a packed file that are unpacked at once: zstd makes up to 32,000 times as many of them
 LINE_LIMIT = 32 << 20  # bytes; a longer line is a file without line breaks, not a row
 ROWS = 512  # of a table that are worked on at once
@@ -36,8 +36,12 @@ class Note(NamedTuple):
 
 @dataclass(frozen=True)
 class Block:
-    """Rows behind one another. data: bytes of whole JSON lines, the first of which is line `first`; or a list of
-    (number, JSON bytes | row | RowError). read: bytes of the file up to here. held_out: they belong to NAME.valid.
+    """Rows one after another.
+
+    Attributes:
+        data: Bytes of whole JSON lines, the first of which is line `first`; or a list of (number, JSON bytes | row | RowError).
+        read: Bytes of the file up to here.
+        held_out: They belong to NAME.valid.
     """
 
     file: str
@@ -49,8 +53,9 @@ class Block:
 
 
 class Frames(io.RawIOBase):
-    """Frames of a packed file behind one another, as one stream. EOFError if the last one was cut off, which the library's
-    own stream passes over in silence.
+    """The frames of a packed file as one stream.
+
+    EOFError if the last one was cut off, which the library's own stream ignores.
     """
 
     def __init__(self, raw: IO[bytes], begin: Callable):
@@ -59,9 +64,11 @@ class Frames(io.RawIOBase):
         self.packed = self.left = memoryview(b"")
 
     def readable(self) -> bool:
+        """True."""
         return True
 
     def readinto(self, target) -> int:
+        """Fill a buffer; see io.RawIOBase."""
         while not self.left:
             self.packed = self.packed or memoryview(self.raw.read(HEAD))
             if not self.packed:
@@ -111,33 +118,44 @@ def opened(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
 
 @contextlib.contextmanager
 def unpacked(path: Path) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
-    """The text of a file, unpacked, as UTF-8 with \\n as line end, and a function that tells how many bytes of the file itself
-    have been read. UserError if it is no text, or in an encoding that cannot be told.
+    r"""Open a file's text, unpacked, as UTF-8 with \n as line end.
+
+    Yields the stream and a function that returns how many bytes of the file itself have been read.
+
+    Raises:
+        UserError: the file is no text, or its encoding is not clear.
     """
     with opened(path) as (file, raw):
-        found = encoding_of(path) if raw.seekable() else encoding_of_pipe(path, file)
-        if isinstance(found, encodings.Binary):
-            why = f"is {found.what}" if found.what else "holds bytes that no text has"
+        decided = encoding_of(path) if raw.seekable() else encoding_of_pipe(path, file)
+        if isinstance(decided, encodings.Binary):
+            why = f"is {decided.what}" if decided.what else "holds bytes that no text has"
             raise UserError(f"{display_path(path)}: is no text; it {why}.")
-        if isinstance(found, encodings.Unsure):
-            raise UserError(undecided(path, found))
-        file.read(found.skip)
-        text = io.BufferedReader(encodings.AsUtf8(file, found), HEAD)
+        if isinstance(decided, encodings.Unsure):
+            raise UserError(undecided(path, decided))
+        file.read(decided.skip)
+        text = io.BufferedReader(encodings.AsUtf8(file, decided), HEAD)
         yield text, raw.tell if raw.seekable() else lambda: 0  # a pipe has no position
 
 
-Found = encodings.Encoding | encodings.Unsure | encodings.Binary
+EncodingResult = encodings.Encoding | encodings.Unsure | encodings.Binary
 NO_TEXTS = (".parquet", ".arrow", ".feather", ".xlsx", ".xlsm", ".xlsb", ".xls", ".ods")
 # file -> ENCODING for it, what identifies its content, and what it is in. Reading a file twice, as tables and streams do, must
 # not mean looking for its encoding twice, which takes a pass over all of it where it is ASCII
-_settled: dict[str, tuple[str, tuple[int, int], Found]] = {}
+_settled: dict[str, tuple[str, tuple[int, int], EncodingResult]] = {}
 
 
 def settle(paths: Sequence[Path], wanted: str = "auto") -> dict[str, str]:
-    """Decide which encoding each file of text is read in. wanted: ENCODING of make_tokenize.sh.
+    """Decide which encoding each file of text is read in.
 
-    Returns the names of the files that are not UTF-8, as shown, with their encodings. UserError with all files whose encoding
-    cannot be told.
+    Args:
+        paths: The files.
+        wanted: ENCODING of make_tokenize.sh.
+
+    Returns:
+        The names of the files that are not UTF-8, as shown, with their encodings.
+
+    Raises:
+        UserError: names all files whose encoding is not clear.
     """
     others, refused = {}, []
     for path in paths:
@@ -145,17 +163,17 @@ def settle(paths: Sequence[Path], wanted: str = "auto") -> dict[str, str]:
             _settled[os.path.abspath(path)] = (wanted, (0, 0), encodings.Encoding())
             continue
         _settled.pop(os.path.abspath(path), None)
-        found = encoding_of(path, wanted)
-        if isinstance(found, encodings.Unsure):
-            refused.append(undecided(path, found))
-        elif isinstance(found, encodings.Encoding) and found.codec:
-            others[display_path(path)] = found.shown
+        decided = encoding_of(path, wanted)
+        if isinstance(decided, encodings.Unsure):
+            refused.append(undecided(path, decided))
+        elif isinstance(decided, encodings.Encoding) and decided.codec:
+            others[display_path(path)] = decided.shown
     if refused:
         raise UserError("\n".join(refused))
     return others
 
 
-def encoding_of(path: Path, wanted: str = "") -> Found:
+def encoding_of(path: Path, wanted: str = "") -> EncodingResult:
     """What a file is in; as `settle` has decided, if it has. wanted: a name that takes the place of looking."""
     facts = path.stat()
     name, stamp = os.path.abspath(path), (facts.st_size, facts.st_mtime_ns)
@@ -164,12 +182,12 @@ def encoding_of(path: Path, wanted: str = "") -> Found:
         return known[2]
     wanted = wanted or (known[0] if known else "auto")
     with opened(path) as (file, _):
-        found = encodings.decide(file) if wanted == "auto" else encodings.of_name(wanted, file.peek(4)[:4])
-    _settled[name] = (wanted, stamp, found)
-    return found
+        encoding = encodings.decide(file) if wanted == "auto" else encodings.of_name(wanted, file.peek(4)[:4])
+    _settled[name] = (wanted, stamp, encoding)
+    return encoding
 
 
-def encoding_of_pipe(path: Path, file: IO[bytes]) -> Found:
+def encoding_of_pipe(path: Path, file: IO[bytes]) -> EncodingResult:
     """What a pipe is in, from what has come of it so far; it cannot be read twice."""
     known = _settled.get(os.path.abspath(path))
     head = file.peek(HEAD)
@@ -178,13 +196,13 @@ def encoding_of_pipe(path: Path, file: IO[bytes]) -> Found:
     return encodings.decide(io.BytesIO(head), whole=False)
 
 
-def undecided(path: Path, found: encodings.Unsure) -> str:
-    """What to say of a file whose encoding cannot be told."""
-    width = max(len(codec) for codec, _ in (*found.candidates, ("utf-8", "")))
-    rows = "\n".join(f"  --encoding {codec:{width}}   {sample}" for codec, sample in found.candidates)
+def undecided(path: Path, unsure: encodings.Unsure) -> str:
+    """Return the message about a file whose encoding is not clear."""
+    width = max(len(codec) for codec, _ in (*unsure.candidates, ("utf-8", "")))
+    rows = "\n".join(f"  --encoding {codec:{width}}   {sample}" for codec, sample in unsure.candidates)
     return (
-        f"{display_path(path)}: is not UTF-8 ({plural(found.lines, 'line')} at least), and its encoding cannot be told for sure. "
-        "Add the option whose\ntext reads right, or set ENCODING in make_tokenize.sh:\n"
+        f"{display_path(path)}: is not UTF-8 ({plural(unsure.lines, 'line')} at least), and its encoding cannot be told for "
+        "sure. Add the option whose\ntext reads right, or set ENCODING in make_tokenize.sh:\n"
         f"{rows}\n  --encoding {'utf-8':{width}}   leaves out the rows that are not UTF-8\n"
         "Or save the file as UTF-8 (in an editor: Save as, encoding UTF-8)."
     )
@@ -198,6 +216,7 @@ def packing(begins: bytes) -> str:
 
 
 def too_long(law: str) -> RowError:
+    """Return the error about a row that is too long."""
     return RowError("too long", f"is longer than {LINE_LIMIT >> 20} MB. {law}; split this one into several rows")
 
 
@@ -219,6 +238,7 @@ def not_utf8(data: bytes) -> RowError:
 
 
 def is_utf8(text: str) -> bool:
+    """Return whether a text can be written as UTF-8."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -227,6 +247,7 @@ def is_utf8(text: str) -> bool:
 
 
 def text_row(data: bytes) -> Row | RowError:
+    """Return a line of a text file as a row."""
     try:
         return {"text": data.decode("utf-8")}
     except UnicodeDecodeError:
@@ -235,12 +256,12 @@ def text_row(data: bytes) -> Row | RowError:
 
 def grouped(path: Path, rows: Iterator[tuple[int, Row | RowError]], read: Callable[[], int]) -> Iterator[Block]:
     """Single rows in blocks: as many as a table's, or about a block's bytes of text."""
-    found, size = [], 0
+    batch, size = [], 0
     for number, row in rows:
-        found.append((number, row))
+        batch.append((number, row))
         size += sum(len(v) for v in row.values() if v) if isinstance(row, dict) else 0
-        if len(found) >= ROWS or size >= BLOCK:
-            yield Block(display_path(path), found[0][0], found, read())
-            found, size = [], 0
-    if found:
-        yield Block(display_path(path), found[0][0], found, read())
+        if len(batch) >= ROWS or size >= BLOCK:
+            yield Block(display_path(path), batch[0][0], batch, read())
+            batch, size = [], 0
+    if batch:
+        yield Block(display_path(path), batch[0][0], batch, read())

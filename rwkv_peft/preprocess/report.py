@@ -35,7 +35,7 @@ ROWS = {
 }
 WORDS = FAULTS | CELLS | ROWS
 UNSAFE = set('"$`\\!\n')  # characters that double quotes do not protect from bash
-BATCHES = (4, 8)  # micro-batch sizes for which the filling of DATALOAD=pad is told
+BATCHES = (4, 8)  # micro-batch sizes for which the padding of DATALOAD=pad is reported
 SAMPLE = 20_000  # rows that are looked at for the shares of filling
 BINS = 40
 NOTES = 3  # ways to write headings that are named
@@ -106,7 +106,7 @@ def make(
         ),
         "places": {
             "rejected": [[r.file, r.line, r.message] for r in tally.rejects],
-            **{what: [list(place) for place in found] for what, found in tally.places.items()},
+            **{what: [list(place) for place in kept] for what, kept in tally.places.items()},
         },
         "unused": tally.unused_keys(),
     }
@@ -135,19 +135,20 @@ def filling(sizes: np.ndarray, seed: int) -> dict[str, float]:
     random = np.random.default_rng([seed, 2])
     some = sizes if len(sizes) <= SAMPLE else sizes[random.integers(len(sizes), size=SAMPLE)]
     some = np.maximum(some.astype(np.int64) - 1, 1)  # inputs
-    found: dict[str, float] = {"pack": 0.0, "only": 0.0, "get": 0.0}  # these fill up nothing
+    shares: dict[str, float] = {"pack": 0.0, "only": 0.0, "get": 0.0}  # these fill up nothing
     for batch in BATCHES:
         if len(some) >= batch:
             rows = random.permutation(some)[: len(some) // batch * batch].reshape(-1, batch)
-            found[f"pad (MICRO_BSZ={batch})"] = 1 - rows.sum() / (rows.max(axis=1).sum() * batch)
+            shares[f"pad (MICRO_BSZ={batch})"] = 1 - rows.sum() / (rows.max(axis=1).sum() * batch)
     edges = np.array(buckets.best_edges(some))
-    found["bucket"] = 1 - some.sum() / edges[np.searchsorted(edges, some)].sum()
-    return {name: round(float(share), 4) for name, share in found.items()}
+    shares["bucket"] = 1 - some.sum() / edges[np.searchsorted(edges, some)].sum()
+    return {name: round(float(share), 4) for name, share in shares.items()}
 
 
 def advice(
     sizes: np.ndarray, rows: int, held_out: bool, end_of_doc: bool, tally: CorpusStats, converting: bool
 ) -> dict[str, Any]:
+    """Return the values of the lines for training.sh."""
     # (a text whose line breaks are letters may well be a dialogue)
     foreign = tally.counts["found: headings"] + tally.counts["found: escaped"]
     answers = tally.counts["with an answer"] > 0 or "overlooked" in tally.places or foreign > 0
@@ -168,12 +169,13 @@ def advice(
 
 
 def foreign_lines(
-    found: Mapping[str, int], places: Mapping[str, Sequence], converting: bool, left: Mapping[str, int]
+    counts: Mapping[str, int], places: Mapping[str, Sequence], converting: bool, left: Mapping[str, int]
 ) -> Iterator[str]:
-    """A warning for each thing that another tool left in the rows: how many, the first, and what to do. left: why headings were
-    left -> rows.
+    """Yield a warning for each thing that another tool left in the rows: how many, the first, and what to do.
+
+    left: why headings were left -> rows.
     """
-    for kind, rows in found.items():
+    for kind, rows in counts.items():
         what, effect, instead, rewritten = KINDS[kind]
         file, number, _ = places[kind][0]
         notes = list(dict.fromkeys(note for *_, note in places[kind]))
@@ -205,8 +207,13 @@ def overlooked_words(rows: int, where: str) -> str:
 
 
 def say(content: Mapping[str, Any], prefix: Path, template: str = "", made: bool = True) -> None:
-    """The report in words; its last lines are those that training.sh wants. template: what PROMPT_TYPE=auto became. made: now,
-    not by an earlier call.
+    """Print the report in words; its last lines are those for training.sh.
+
+    Args:
+        content: The report.
+        prefix: Of the files.
+        template: What PROMPT_TYPE=auto became.
+        made: It was made now, not by an earlier call.
     """
     rows, places, tokens = content["rows"], content["places"], content["tokens"]
     several = len(content["read_files"]) > 1
@@ -237,7 +244,7 @@ def say(content: Mapping[str, Any], prefix: Path, template: str = "", made: bool
             "rejected",
             f"{plural(rejected, 'row')} ({reasons(rows['rejected'])}), all of them in {shown}.rejects.jsonl:",
         )
-        for words in told_once(places["rejected"]):
+        for words in distinct_rejects(places["rejected"]):
             line("", words)
         if rejected > len(places["rejected"]):
             line("", f"... and {rejected - len(places['rejected']):,} more")
@@ -291,9 +298,9 @@ def say(content: Mapping[str, Any], prefix: Path, template: str = "", made: bool
                  f"{share(tokens['learnt_with_qa'], tokens['once'])} of the tokens are answers")  # fmt: skip
     turns = f"{facts['turns'] / max(rows['with_answer'], 1):.1f} answers a dialogue; " if facts.get("turns") else ""
     others = {"system": "with a system text", "tools": "with tools", "thoughts": "thoughts", "duplicates": "duplicates"}
-    found = [f"{facts[name]:,} {words}" for name, words in others.items() if facts.get(name)]
+    others_present = [f"{facts[name]:,} {words}" for name, words in others.items() if facts.get(name)]
     scripts = [f"{name} {part:.0%}" for name, part in content["scripts"].items() if part >= 0.005]
-    line("", f"{turns}{'; '.join(found) or 'no duplicates'}; {', '.join(scripts[:4])}")
+    line("", f"{turns}{'; '.join(others_present) or 'no duplicates'}; {', '.join(scripts[:4])}")
     filled = [f"{part:.0%} with {name}" for name, part in content["filling"].items() if part]
     none = [name for name, part in content["filling"].items() if not part]
     words = ", ".join([*filled, f"none with {', '.join(none[:-1])} and {none[-1]}"])
@@ -335,7 +342,7 @@ def notes_together(notes: Sequence[Sequence]) -> Iterator[tuple[str, str]]:
         yield level, f"{names[0]}: {words}{others}"
 
 
-def told_once(rejected: Sequence[Sequence]) -> Iterator[str]:
+def distinct_rejects(rejected: Sequence[Sequence]) -> Iterator[str]:
     """(file, line, message) of rows that cannot be used, in words; those of a file with one message together."""
     alike: dict[tuple[str, str], list[str]] = {}
     for file, number, message in rejected:
@@ -344,22 +351,25 @@ def told_once(rejected: Sequence[Sequence]) -> Iterator[str]:
         yield f"{file}:{numbers[0]}: {message}" + (f" (and lines {', '.join(numbers[1:])})" if numbers[1:] else "")
 
 
-def reasons(found: Mapping[str, int]) -> str:
-    return ", ".join(f"{n:,} {reason}" for reason, n in found.items())
+def reasons(counts: Mapping[str, int]) -> str:
+    """Return reasons and their counts in words."""
+    return ", ".join(f"{n:,} {reason}" for reason, n in counts.items())
 
 
 def share(part: int, whole: int) -> str:
+    """Return a share as a percentage."""
     return f"{part / whole:.0%}" if whole else "0%"
 
 
 def more(total: int) -> str:
+    """Return how many more there are than are shown."""
     return f" and {total - SHOW:,} more" if total > SHOW else ""
 
 
-def at_places(found: Sequence[Place], several: bool) -> str:
+def at_places(kept: Sequence[Place], several: bool) -> str:
     """Line 5 (its note), line 9 (its note); with the file where there are several."""
     return ", ".join(
-        (f"{p.file}:{p.line}" if several else f"line {p.line}") + (f" ({p.note})" if p.note else "") for p in found
+        (f"{p.file}:{p.line}" if several else f"line {p.line}") + (f" ({p.note})" if p.note else "") for p in kept
     )
 
 

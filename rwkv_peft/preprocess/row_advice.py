@@ -1,5 +1,6 @@
-"""What to say of a row whose columns or roles are not known: the MAP_KEYS or ROLE_MAP line that makes it usable, or which columns
-are in question where nothing tells.
+"""What to say of a row whose columns or roles are not known.
+
+That is the MAP_KEYS or ROLE_MAP line that makes it usable, or which columns are in question where none is clear.
 """
 
 from __future__ import annotations
@@ -71,12 +72,12 @@ def advice(row: Mapping[str, Any], parts: Parts) -> str:
             "or them and the choices into messages"
         )
     usable = [n for n in row if n and squashed(n) not in HARMLESS_NAMES and not WORSE & set(words_of(n))]
-    found = (
+    tip = (
         of_preferences(row, parts, usable)
         or of_objects(row, parts, usable)
         or of_texts(row, parts, [n for n in texts if n in usable])
     )
-    line = f"Say which is which, for example {found}" if found.startswith("--") else found
+    line = f"Say which is which, for example {tip}" if tip.startswith("--") else tip
     if line and isinstance(row, TableRow) and not any(parts) and all(map(is_unknown, row)):
         line += f". But if that is data of the first line: {HEADER}"
     return line
@@ -185,11 +186,12 @@ def one_of(names: Sequence[str], part: str, what: str, none: str) -> str:
 
 
 def question_columns(row: Mapping[str, Any], parts: Parts) -> list[str]:
+    """Return the columns that may be asked."""
     return [name for name in parts.prompts if row[name] and isinstance(row[name], str | list)]
 
 
 def said_columns(row: Mapping[str, Any], parts: Parts, names: Sequence[str]) -> list[str]:
-    """The columns of text that may be asked or answered, as far as their names tell."""
+    """Return the columns of text that may be asked or answered, as far as their names show."""
     known = {*parts.system, *parts.think, *parts.tools, *parts.calls, *parts.flags, *parts.history, *parts.media}
     return [
         n for n in names
@@ -201,8 +203,8 @@ def alternatives(names: Sequence[str]) -> list[str]:
     """Columns that differ in their last letter or number: response_a, response_b."""
     stems: dict[str, list[str]] = {}
     for name in names:
-        if (found := NUMBERED.match(name.lower())) and found[1]:
-            stems.setdefault(found[1], []).append(name)
+        if (numbered := NUMBERED.match(name.lower())) and numbered[1]:
+            stems.setdefault(numbered[1], []).append(name)
     return next((some for some in stems.values() if len(some) > 1), [])
 
 
@@ -213,10 +215,12 @@ def is_of(one: Any, role: Role) -> bool:
 
 
 def named(names: Sequence[str]) -> str:
+    """Return column names for a message."""
     return " or ".join(f'"{name}"' for name in names[:6])
 
 
 def words_of(name: str) -> list[str]:
+    """Return the words of a name."""
     return re.findall(r"[a-z]+", name.lower())
 
 
@@ -227,7 +231,7 @@ def is_talk(one: Mapping[str, Any]) -> bool:
 
 
 def proposed_message_keys(messages: Sequence[Mapping[str, Any]]) -> str:
-    """The MAP_KEYS line for messages that no known key says the speaker of, or the words; "" where none can be told."""
+    """Return the MAP_KEYS line for messages in which no known key has the speaker, or the text; "" if none is clear."""
     texts = {name: [one.get(name) for one in messages] for name in messages[0]} if messages else {}
     texts = {name: values for name, values in texts.items() if all(isinstance(value, str) for value in values)}
     said = [name for name in parts_of(tuple(texts)).said] or sorted(texts, key=lambda name: -sum(map(len, texts[name])))
@@ -239,7 +243,7 @@ def proposed_message_keys(messages: Sequence[Mapping[str, Any]]) -> str:
 
 
 def proposed_roles(names: Iterable[str]) -> str:
-    """The ROLE_MAP line for the roles among these that are not known, as far as their names tell who they are."""
+    """Return the ROLE_MAP line for the roles among these that are not known, as far as their names show who they are."""
     words = {name: name.strip().lower() for name in names}
     unknown = [name for name, word in words.items() if word not in ROLE_NAMES and word not in CALLS]
     there = {ROLE_NAMES[word].name.lower() for word in words.values() if word in ROLE_NAMES}
@@ -279,9 +283,11 @@ def unknown_role(i: int, name: Any, rows: Sequence[Any]) -> RowError:
 
 
 def known_roles() -> str:
+    """Return the names of roles, for a message."""
     return ", ".join(name for name in ROLE_NAMES if name.isascii())
 
 
 def quoted(value: Mapping[str, str]) -> str:
+    """Return a mapping as JSON between single quotes, for bash."""
     text = json.dumps(value, ensure_ascii=False)
     return "'" + text.replace("'", "'\\''") + "'"

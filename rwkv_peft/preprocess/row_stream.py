@@ -1,5 +1,6 @@
-"""Rows of files as tokens, encoded on the way, in a shuffled order that needs no more than a buffer. Endless for files, which
-are read again and again; a pipe is read once.
+"""Rows of files as tokens, encoded while they are read, shuffled within a buffer.
+
+Endless for files, which are read again and again; a pipe is read once.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from .reader import Block, Note
 from .schemas import Row, RowError
 
 TOGETHER = 256  # rows that are encoded at once
-TOLD = 10  # rejected rows that are told; a run may go through millions
+REPORTED = 10  # rejected rows that are reported; a run may go through millions
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class RowStream:
 
     def documents(self) -> Iterator[Tokens]:
         """Every row that can be used, pass after pass. UserError if a whole pass has none."""
-        cook, told, unused, warned = RowEncoder(self.recipe), 0, Counter(), set()
+        encoder, reported, unused, warned = RowEncoder(self.recipe), 0, Counter(), set()
         for file, encoding in reader.settle(self.paths, self.encoding).items():
             self.say(f"note: {file} is {encoding}; it was read as such")
         for number in itertools.count():
@@ -51,10 +52,10 @@ class RowStream:
             rows = shuffled(self.rows(), np.random.default_rng([self.seed, number]), self.buffer)
             while some := list(itertools.islice(rows, TOGETHER)):
                 # a row's place in this list stands for its file and line, which the list knows
-                made = cook.block(Block("", 0, [(i, item) for i, (_, _, item) in enumerate(some)], 0))
+                made = encoder.block(Block("", 0, [(i, item) for i, (_, _, item) in enumerate(some)], 0))
                 for reject in made.rejects:
-                    told += 1
-                    if number == 0 and told <= TOLD:
+                    reported += 1
+                    if number == 0 and reported <= REPORTED:
                         file, line, _ = some[reject.line]
                         self.say(f"left out  {file}:{line}: {reject.message}")
                 for what in [kind for kind in KINDS if kind in made.places and kind not in warned]:
@@ -75,14 +76,15 @@ class RowStream:
             if not used:
                 why = f": {reject.message}" if reject else ""
                 raise UserError(f"{display_path(self.paths[0])}: holds no row that can be used{why}.")
-            for (level, key), rows_of_it in unused.most_common(TOLD) if number == 0 else ():
+            for (level, key), rows_of_it in unused.most_common(REPORTED) if number == 0 else ():
                 self.say(f'warning   {level} "{key}" is not used ({plural(rows_of_it, "row")})')
-            if number == 0 and told > TOLD:
-                self.say(f"left out  {told:,} rows of the first pass; the first {TOLD} are told above")
+            if number == 0 and reported > REPORTED:
+                self.say(f"left out  {reported:,} rows of the first pass; the first {REPORTED} are told above")
             if not all(path.is_file() for path in self.paths):  # a pipe is empty now
                 return
 
     def say_once(self, note: Note) -> None:
+        """Print a note that was not printed yet."""
         if note not in self.said:
             self.said.add(note)
             self.say(f"{note.level:<9} {note.file}: {note.words}")

@@ -119,13 +119,13 @@ class Reader(Talks):
                     f'has something in "{name}": {NOT_TEXT}. (To train the text alone: --map-keys \'{{"images": ""}}\')',
                 )
         if form == "text":
-            found: Dialogue | str = self.text(row[names[0]], names[0])
-            check_text_only(found, f'its "{names[0]}"')
+            content: Dialogue | str = self.text(row[names[0]], names[0])
+            check_text_only(content, f'its "{names[0]}"')
             schema, used = "text", names
         elif form == "pair":
-            schema, found, used = self.pair(row, parts, *names)
+            schema, content, used = self.pair(row, parts, *names)
         else:
-            schema, found, used = self.conversation(row, parts, names[0])
+            schema, content, used = self.conversation(row, parts, names[0])
         if short_ones := [name for name in used if name in cut]:
             raise RowError(
                 "cut off", f'its "{short_ones[0]}" was cut off by the viewer that saved it: download the data'
@@ -133,11 +133,12 @@ class Reader(Talks):
         for key in left_over(keys, used):
             if not is_nothing(row[key]):
                 self.unused["column", key] = 1
-        return schema, found
+        return schema, content
 
     def plain_pair(self, row: Row, keys: tuple[str, ...], parts: Parts) -> tuple[str, Dialogue] | None:
-        """A row of nothing but a question, perhaps its second text, and an answer, which most pairs are: what the long way
-        would give, sooner. Or None.
+        """Return the dialogue of a row of only a question, perhaps its second text, and an answer, as most pairs are; else None.
+
+        It is what the full path would give, faster.
         """
         pair = self.pairs.get(keys)
         if pair is None:
@@ -183,20 +184,22 @@ class Reader(Talks):
         return prompts[0], parts.materials[0] if parts.materials else "", parts.responses[0]
 
     def name_of_pair(self, prompt: str, response: str) -> str:
+        """Return the name of a pair's schema, for the report."""
         return "alpaca" if (prompt, response) == ("instruction", "output") else f"{prompt}/{response}"
 
     def layout(self, keys: tuple[str, ...]) -> Parts:
         """The parts that the columns of a row play, MAP_KEYS considered."""
-        found = self.layouts.get(keys)
-        if found is None:
+        known = self.layouts.get(keys)
+        if known is None:
             if len(self.layouts) > 4096:  # rows with keys of their own each
                 self.layouts.clear()
-            found = self.layouts[keys] = chosen(parts_of(keys), self.columns.given, keys)
-        return found
+            known = self.layouts[keys] = chosen(parts_of(keys), self.columns.given, keys)
+        return known
 
     def recognise(self, row: Row, parts: Parts) -> tuple[str, tuple[str, ...]]:
-        """messages, pair or text, and the columns that tell it. Exports of several kinds have all the columns, and null in
-        those that are not used.
+        """Return messages, pair or text, and the columns that show it.
+
+        Exports of several kinds have all the columns, and null in those that are not used.
         """
         wanted, given = HANDLERS[self.handler], self.columns.given
         certain = {given["messages"]} if "messages" in given else set()
@@ -204,7 +207,7 @@ class Reader(Talks):
         if wanted in ("auto", "messages"):
             for name in parts.messages:
                 sure = name in certain or squashed(name) in CERTAIN_MESSAGES
-                if row[name] is not None and (sure or message_order.looks_like_turns(row[name])):
+                if row[name] is not None and (sure or message_order.is_conversation_column(row[name])):
                     return "messages", (name,)
                 if sure:
                     empty = empty or ("messages", (name,))
@@ -229,7 +232,7 @@ class Reader(Talks):
             return empty
         if wanted in ("auto", "messages") and not left_over(tuple(row), parts.history):
             for name in parts.history:
-                if message_order.looks_like_turns(row[name]):
+                if message_order.is_conversation_column(row[name]):
                     return "messages", (name,)
         if self.columns.of_messages or any(isinstance(row[key], str) for key in parts.said):
             self.refuse_single_message(row, parts)
@@ -297,8 +300,8 @@ class Reader(Talks):
         system_names = tuple(name for name in parts.system if name not in (prompt, query, response))
         think_names = tuple(name for name in thoughts_in(row, parts.think) if name not in (prompt, query, response))
         flag_names = flags_in(row, parts)
-        found_names = (*system_names, *think_names, *parts.tools, *flag_names, *parts.history)
-        used = (prompt, query, response, *found_names)
+        names_used = (*system_names, *think_names, *parts.tools, *flag_names, *parts.history)
+        used = (prompt, query, response, *names_used)
         schema = self.name_of_pair(prompt, response)
         row = {**row, response: one_answer(row[response], response, self.unused)}
         if message_order.have_roles(row[prompt]) or message_order.have_roles(
@@ -311,10 +314,10 @@ class Reader(Talks):
             dialogue = self.messages([*asked, *said], row, parts._replace(beside_messages=()))
             return schema, dialogue, tuple(name for name in used if name not in (query, *think_names, *parts.history))
         system, listed = tool_texts.tools_of_text(self.agreed(row, system_names))
-        found = [Message(Role.SYSTEM, system)] if system else []
+        messages = [Message(Role.SYSTEM, system)] if system else []
         for name in parts.history:
             if not is_nothing(row[name]):
-                found += self.history(row[name], name)
+                messages += self.history(row[name], name)
         question, material = self.asked(row, prompt), self.asked(row, query, structured=True)
         if material in NO_INPUT and not self.infill:
             self.verdicts.add("fault: noinput")
@@ -325,7 +328,7 @@ class Reader(Talks):
             question, material = material, ""
         for text, name in ((question, prompt), (material, query), (system, "system")):
             check_text_only(text, f'its "{name}"')
-        found.append(Message(Role.USER, question, material=material))
+        messages.append(Message(Role.USER, question, material=material))
         think, words, call = "", "", ""
         answer = row[response]
         if response in parts.calls or parts.tools and message_order.is_call(answer):
@@ -356,10 +359,10 @@ class Reader(Talks):
             if learn is None:
                 raise RowError("wrong type", f'its "{list_name}" has {short(flags[-1])}; it must be 0 or 1')
             learn = learn != (squashed(list_name) == "masked")
-        found.append(Message(Role.ASSISTANT, words, think=think, learn=learn is not False, call=call))
+        messages.append(Message(Role.ASSISTANT, words, think=think, learn=learn is not False, call=call))
         return (
             schema,
-            Dialogue(tuple(found), agreed_tools(tools, self.padded, self.unused)),
+            Dialogue(tuple(messages), agreed_tools(tools, self.padded, self.unused)),
             used,
         )
 
@@ -376,20 +379,21 @@ class Reader(Talks):
         if not isinstance(rows, list):
             raise RowError("wrong type", f'its "{name}" must be a list of [question, answer] pairs')
         if message_order.is_messages(rows) or message_order.are_role_pairs(rows, self.columns.roles):
-            found = message_order.normal(rows, self.columns.roles)
-            return [m for i, one in enumerate(found, 1) if (m := self.message(i, one, found))]
-        found = []
+            past = message_order.normal(rows, self.columns.roles)
+            return [m for i, one in enumerate(past, 1) if (m := self.message(i, one, past))]
+        past = []
         for i, turn in enumerate(rows, 1):
             if not isinstance(turn, list) or len(turn) != 2:
                 raise RowError("wrong type", f'turn {i} of its "{name}" must be a [question, answer] pair')
-            found.append(Message(Role.USER, self.text(turn[0], f"{name}, question {i}")))
+            past.append(Message(Role.USER, self.text(turn[0], f"{name}, question {i}")))
             think, words = split_reasoning(self.text(turn[1], f"{name}, answer {i}", structured=True))
-            found.append(Message(Role.ASSISTANT, words, think))
-        return found
+            past.append(Message(Role.ASSISTANT, words, think))
+        return past
 
     # ---- conversations ----
 
     def conversation(self, row: Row, parts: Parts, name: str) -> tuple[str, Dialogue, tuple[str, ...]]:
+        """Return the schema, the dialogue and the used columns of a row with messages."""
         value = message_order.parsed(row[name]) if isinstance(row[name], str) else row[name]
         if isinstance(value, dict) and message_order.has_branches(value if "replies" in value else value.get("prompt")):
             self.unused["part of the tree", "replies that are not the best"] = 1
@@ -424,7 +428,7 @@ class Reader(Talks):
             answers = [i for i, m in enumerate(dialogue.messages) if m.role is Role.ASSISTANT]
             if (
                 len(answers) == 1
-            ):  # of several answers, nothing tells which one it belongs to: it is reported as not used
+            ):  # of several answers, nothing shows which one it belongs to: it is reported as not used
                 used += thoughts
                 last = dialogue.messages[answers[0]]
                 think = self.one_thought(last.think, bare_thought(self.agreed(row, thoughts)), "its answer")

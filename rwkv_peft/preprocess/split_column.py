@@ -15,7 +15,7 @@ from .json_keys import key_ends
 from .pipeline import items, parse
 from .reader import Block, Note
 from .schemas import Row, RowError
-from .splits import OF_NAME, is_wanted, split_of
+from .splits import HELD_OUT, OF_NAME, is_wanted, split_of
 from .values import TableRow
 
 NAMES = ("split", "Split", "SPLIT")
@@ -27,16 +27,20 @@ EXACT = tuple(
 )
 LAST = frozenset(name[-2:].encode() for name in (*NAMES, *EXACT))  # letters
 LONGEST = 40  # characters of a value; a longer one is a text of its own
-TRAIN, HELD, OTHER = "train", "held", "other"
+TRAIN, OTHER = "train", "other"
 
 
 def by_column(blocks: Iterable[Block], again: Callable[[], Iterable[Block]] | None, wanted: str) -> Iterator[Block]:
-    """The blocks without the rows that are not for training, which are named at the end; those of the split `wanted` are held
-    out. Where no row is for training, all but the wanted ones are.
+    """Yield the blocks without the rows that are not for training, which are named at the end.
 
-    again: reads the file once more, from its beginning; None where that cannot be done.
+    Rows of the split `wanted` are held out. Where no row is for training, all but the wanted ones are.
+
+    Args:
+        blocks: Of the file.
+        again: Reads the file once more, from its beginning; None where that cannot be done.
+        wanted: VALID_SPLIT.
     """
-    seen: dict[str, Counter[str]] = {HELD: Counter(), OTHER: Counter()}
+    seen: dict[str, Counter[str]] = {HELD_OUT: Counter(), OTHER: Counter()}
     name, read = "", 0
     others_are = ""  # what becomes of rows that are not for training; decided at the first one
     for block in blocks:
@@ -44,7 +48,7 @@ def by_column(blocks: Iterable[Block], again: Callable[[], Iterable[Block]] | No
         if block.held_out or not has_column(block):
             yield block
             continue
-        parts: dict[str, list[tuple[int, bytes | Row | RowError]]] = {TRAIN: [], HELD: [], OTHER: []}
+        parts: dict[str, list[tuple[int, bytes | Row | RowError]]] = {TRAIN: [], HELD_OUT: [], OTHER: []}
         for number, item in items(block):
             value = value_of(item)
             use = use_of(value, wanted)
@@ -53,28 +57,28 @@ def by_column(blocks: Iterable[Block], again: Callable[[], Iterable[Block]] | No
             parts[use].append((number, item))
         if parts[OTHER] and not others_are:
             others_are = OTHER if parts[TRAIN] or again is None or any_for_training(again(), wanted) else TRAIN
-        if others_are == TRAIN and not parts[HELD] or not (parts[HELD] or parts[OTHER]):
+        if others_are == TRAIN and not parts[HELD_OUT] or not (parts[HELD_OUT] or parts[OTHER]):
             yield block
             continue
         if others_are == TRAIN:
             parts[TRAIN] = sorted(parts[TRAIN] + parts[OTHER], key=lambda row: row[0])
         notes = block.notes
-        for use in (TRAIN, HELD):
+        for use in (TRAIN, HELD_OUT):
             if parts[use]:
                 yield dataclasses.replace(
-                    block, first=parts[use][0][0], data=parts[use], held_out=use == HELD, notes=notes
+                    block, first=parts[use][0][0], data=parts[use], held_out=use == HELD_OUT, notes=notes
                 )
                 notes = ()
         if notes:
             yield dataclasses.replace(block, data=[], notes=notes)
-    if found := seen[OTHER]:
-        many = ", ".join(f"{value} ({plural(rows, 'row')})" for value, rows in found.most_common())
+    if others := seen[OTHER]:
+        many = ", ".join(f"{value} ({plural(rows, 'row')})" for value, rows in others.most_common())
         if others_are == TRAIN:
             words = f"read as training data, because no row is for training by the split that a column names: {many}"
         else:
             words = (
-                f"{plural(found.total(), 'row')} not used, because a column names their split: {many}. "
-                f"VALID_SPLIT={next(iter(found))} makes held-out data of such rows"
+                f"{plural(others.total(), 'row')} not used, because a column names their split: {many}. "
+                f"VALID_SPLIT={next(iter(others))} makes held-out data of such rows"
             )
         yield Block(name, 1, [], read, notes=(Note("warning", name, words),))
 
@@ -126,12 +130,14 @@ def value_of(item: bytes | Row | RowError) -> str:
 
 
 def use_of(value: str, wanted: str) -> str:
+    """Return what becomes of the rows of a split."""
     if value and is_wanted(value, wanted):
-        return HELD
+        return HELD_OUT
     return OTHER if split_of(value) in ("valid", "test") else TRAIN
 
 
 def any_for_training(blocks: Iterable[Block], wanted: str) -> bool:
+    """Return whether a row of a file is for training."""
     return any(
         not block.held_out and not isinstance(item, RowError) and use_of(value_of(item), wanted) == TRAIN
         for block in blocks

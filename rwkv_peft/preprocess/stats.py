@@ -20,8 +20,12 @@ KEYS = (
 
 
 class CorpusStats:
-    """Sums over all blocks. sizes: tokens of every row that is written, in order; hashes: of their content; documents: of
-    all that was made of the same row.
+    """Sums over all blocks.
+
+    Attributes:
+        sizes: Tokens of every row that is written, in order.
+        hashes: Of their content.
+        documents: Hashes of all that was made of the same row.
     """
 
     def __init__(self, keep_documents: bool = False):
@@ -38,6 +42,7 @@ class CorpusStats:
         self.notes: list[Note] = []
 
     def add(self, one: EncodedBlock) -> None:
+        """Add a block."""
         self.counts += one.counts
         self.scripts += one.scripts
         self.sizes.frombytes(one.sizes.astype(np.int32).tobytes())
@@ -46,9 +51,9 @@ class CorpusStats:
             self.documents.frombytes(one.documents.astype(np.uint64).tobytes())
         self.learnt += int(np.count_nonzero(one.roles == Role.ASSISTANT))
         self.rejects += one.rejects[: SHOW - len(self.rejects)]
-        for what, found in one.places.items():
+        for what, examples in one.places.items():
             kept = self.places.setdefault(what, [])
-            kept += found[: SHOW - len(kept)]
+            kept += examples[: SHOW - len(kept)]
         self.seen |= one.seen
         if one.unused:
             keys = self.unused.setdefault(one.file, Counter())
@@ -66,11 +71,11 @@ class CorpusStats:
 
     def group(self, prefix: str) -> dict[str, int]:
         """The counts whose names begin so, the largest first: "rejected: not JSON" -> {"not JSON": ...}."""
-        found = {name[len(prefix) :]: n for name, n in self.counts.items() if name.startswith(prefix) and n}
-        return dict(sorted(found.items(), key=lambda item: (-item[1], item[0])))
+        numbers = {name[len(prefix) :]: n for name, n in self.counts.items() if name.startswith(prefix) and n}
+        return dict(sorted(numbers.items(), key=lambda item: (-item[1], item[0])))
 
 
-# what the first byte of a character in UTF-8 tells about its script; E3 is told apart by the byte behind it
+# the script by the first byte of a character in UTF-8; for E3 the next byte decides
 SCRIPTS = {
     "Latin": [*range(0x41, 0x5B), *range(0x61, 0x7B), *range(0xC3, 0xCA)],
     "Chinese characters": range(0xE4, 0xEA),
@@ -87,7 +92,7 @@ SCRIPTS = {
 
 def script_shares(scripts: np.ndarray) -> dict[str, float]:
     """Share of each script among the characters that belong to one (no spaces, no punctuation), largest first."""
-    found: dict[str, Any] = {name: int(scripts[list(which)].sum()) for name, which in SCRIPTS.items()}
-    found["Japanese kana"] = int(scripts[256])
-    total = sum(found.values()) or 1
-    return {name: round(n / total, 4) for name, n in sorted(found.items(), key=lambda item: -item[1]) if n}
+    by_script: dict[str, Any] = {name: int(scripts[list(which)].sum()) for name, which in SCRIPTS.items()}
+    by_script["Japanese kana"] = int(scripts[256])
+    total = sum(by_script.values()) or 1
+    return {name: round(n / total, 4) for name, n in sorted(by_script.items(), key=lambda item: -item[1]) if n}

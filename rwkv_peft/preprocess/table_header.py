@@ -22,7 +22,7 @@ KNOWN = HARMLESS_NAMES.union(*TABLES.values())
 LONGEST = 40  # characters that a name of a column in the middle of a table may have
 RULE = re.compile(r":?-{3,}:?")
 LOOKED_AT = 20  # rows in which a header may be
-TOLD = 8  # line numbers that a note lists
+REPORTED = 8  # line numbers that a note lists
 
 
 def trimmed(name: str) -> str:
@@ -34,8 +34,10 @@ def trimmed(name: str) -> str:
 
 
 def header_row(rows: Sequence[Sequence[str]]) -> int:
-    """Which row names the columns: the first that is not empty; or, where only titles of one cell are above it, the first of
-    several cells with a known name among them, within 20 rows.
+    """Return which row names the columns.
+
+    It is the first that is not empty; or, where only titles of one cell are above it, the first of several cells with a known
+    name among them, within 20 rows.
     """
     filled = [i for i, row in enumerate(rows[:LOOKED_AT]) if any(cell.strip(INVISIBLE) for cell in row)]
     for i in filled:
@@ -79,6 +81,7 @@ class Header:
         self.number_of_rows = 0
 
     def named(self) -> list[str]:
+        """Return the names that are not empty."""
         return [name for name in self.names if name]
 
     def row(self, cells: Sequence[str], number: int) -> dict[str, str | None] | None:
@@ -99,8 +102,9 @@ class Header:
         return {name: cell or None for name, cell in zip(self.names, cells, strict=False) if name}
 
     def is_other(self, cells: Sequence[str], number: int) -> bool:
-        """Whether a row is the header of another table, as joined files have it: from there on its names hold. All of its cells
-        are names that columns have, of a question and of an answer among them.
+        """Return whether a row is the header of another table, as joined files have it: from there on its names hold.
+
+        All of its cells are names that columns have, of a question and of an answer among them.
         """
         if not self.is_known or not cells or len(cells[-1]) > LONGEST or not is_name(cells[0] or cells[-1]):
             return False
@@ -136,24 +140,24 @@ class Header:
 
     def notes(self) -> list[tuple[str, str]]:
         """(level, words) of what was noticed in the rows."""
-        found = []
+        remarks = []
         if self.repeated:
-            lines = ", ".join(map(str, self.repeated[:TOLD]))
-            more = f" and {len(self.repeated) - TOLD:,} more" if len(self.repeated) > TOLD else ""
+            lines = ", ".join(map(str, self.repeated[:REPORTED]))
+            more = f" and {len(self.repeated) - REPORTED:,} more" if len(self.repeated) > REPORTED else ""
             many = plural(len(self.repeated), "line")
             words = f"{many} with the names of the columns again, as joined files have it, not used as rows: line {lines}{more}"
-            found.append(("warning", words))
-        for number, names in self.changed[:TOLD]:
+            remarks.append(("warning", words))
+        for number, names in self.changed[:REPORTED]:
             words = f"line {number} names other columns, as joined files have it; they hold from there on: {', '.join(names)}"
-            found.append(("warning", words))
-        if len(self.changed) > TOLD:
-            found.append(("warning", f"{len(self.changed) - TOLD:,} more lines name other columns"))
+            remarks.append(("warning", words))
+        if len(self.changed) > REPORTED:
+            remarks.append(("warning", f"{len(self.changed) - REPORTED:,} more lines name other columns"))
         empty = [i for i in self.unnamed if i not in self.without_name]
         if empty:
-            found.append(("note", f"{plural(len(empty), 'column')} without a name and without content ignored"))
+            remarks.append(("note", f"{plural(len(empty), 'column')} without a name and without content ignored"))
         for i, rows in sorted(self.without_name.items()):
-            found.append(("warning", f"column {i + 1} has no name and is not used ({plural(rows, 'row')})"))
-        return found
+            remarks.append(("warning", f"column {i + 1} has no name and is not used ({plural(rows, 'row')})"))
+        return remarks
 
 
 def cell_text(cell: Any) -> str:

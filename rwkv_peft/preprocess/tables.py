@@ -32,9 +32,12 @@ FIELDS_LIMIT = 1 << 27  # characters of a cell that Python's reader takes; RowLi
 
 @dataclass(frozen=True)
 class Dialect:
-    """How a table is written. quotes: standard ("" for a quote), backslash (\" for one), spaced (blanks around quoted cells),
-    or none (a quote is a letter).
-    all_escaped: a backslash itself is written as two.
+    r"""How a table is written.
+
+    Attributes:
+        quotes: standard ("" for a quote), backslash (\" for one), spaced (blanks around quoted cells), or none (a quote
+            is a letter).
+        all_escaped: A backslash itself is written as two.
     """
 
     quotes: str = "standard"
@@ -48,19 +51,21 @@ class Dialect:
             return line
         return BACKSLASHES.sub(self.without_backslash, line) if self.quotes == "backslash" and "\\" in line else line
 
-    def without_backslash(self, found: re.Match) -> str:
-        size = len(found[1])
-        if found[2]:
+    def without_backslash(self, match: re.Match) -> str:
+        """Return a match's text in standard quotes."""
+        size = len(match[1])
+        if match[2]:
             return "\\" * (size // 2) + ('""' if size % 2 else '"')
-        return "\\" * -(-size // 2) if self.all_escaped else found[0]
+        return "\\" * -(-size // 2) if self.all_escaped else match[0]
 
     def reader(self, lines: RowLines, mark: str):
+        """Return csv's reader of this dialect."""
         quoting = csv.QUOTE_NONE if self.quotes == "none" else csv.QUOTE_MINIMAL
         return csv.reader(lines, delimiter=mark, strict=self.quotes != "none", quoting=quoting)
 
 
 SPACED = re.compile(r'(^|[,;\t|])[ \u00a0]*("(?:[^"]|"")*")[ \u00a0]*(?=[,;\t|]|\r?\n?\Z)')
-# a quoted cell that goes on in the next line, and one that ends in this one
+# a quoted cell that continues in the next line, and one that ends in this one
 OPENS = re.compile(r'([,;\t|])[ \u00a0]+("(?:[^"]|"")*)\Z')
 CLOSES = re.compile(r'\A([^"]*(?:""[^"]*)*[^",;\t| ]")[ \u00a0]+(?=[,;\t|]|\r?\n?\Z)')
 IS_SPACED = re.compile(rb'(?:^|[,;\t|]) +"|" +(?:[,;\t|]|\r?$)', re.M)
@@ -76,8 +81,9 @@ QUOTED_SO = {
 
 
 def table(path: Path) -> Iterator[Block]:
-    """Rows of a .csv or .tsv file; the first line names the columns. Cells that hold lists are read where they are wanted as
-    lists.
+    """Yield the rows of a .csv or .tsv file; the first line names the columns.
+
+    Cells with lists are parsed where lists are wanted.
     """
     csv.field_size_limit(FIELDS_LIMIT)
     name, notes = display_path(path), []
@@ -103,8 +109,9 @@ def table(path: Path) -> Iterator[Block]:
 
 
 def best_dialect(path: Path, mark: str) -> Dialect:
-    """The dialect in which most of a table can be read; the file is read beforehand only where quotes are unusual. mark: what
-    stands between its cells, if that is known.
+    """Return the dialect in which most of a table can be read; the file is read beforehand only where quotes are unusual.
+
+    mark: the separator, if it is known.
     """
     if not path.is_file():  # a pipe can be read only once
         return Dialect()
@@ -154,6 +161,7 @@ def keeps_quotes(cell: str | None) -> bool:
 
 
 def is_enclosed(cell: str | None) -> bool:
+    """Return whether a cell is between quotes."""
     return cell is not None and len(cell) > 1 and cell[0] == cell[-1] == '"'
 
 
@@ -175,9 +183,9 @@ class Table:
             raise UserError(
                 f"{display_path(path)}: line {len(head) + 1} is longer than {limit}; it is no table."
             ) from None
-        told = re.fullmatch(r"sep=(.)\s*", head[0]) if head else None  # Excel's way to say what stands between cells
-        skip = 1 if told else 0
-        marks = told[1] if told else MARKS
+        separator = re.fullmatch(r"sep=(.)\s*", head[0]) if head else None  # Excel's way to name the separator
+        skip = 1 if separator else 0
+        marks = separator[1] if separator else MARKS
         cells = [split_plainly(line, best_mark(line, marks)) for line in head[skip:]]
         place = skip + header_row(cells) if cells else skip
         first = head[place] if place < len(head) else ""
@@ -197,17 +205,20 @@ class Table:
             self.warnings = self.header.skipped_above(cells[: place - skip])
 
     def rows(self) -> Iterator[tuple[int, Row | RowError]]:
+        """Yield the rows with their line numbers."""
         return table_rows(self.lines, self.header, self.dialect, self.mark, self.number)
 
     def notes(self) -> list[Note]:
+        """Return notes about the table."""
         name = display_path(self.path)
-        found = [("warning", words) for words in self.warnings] + self.header.notes()
+        remarks = [("warning", words) for words in self.warnings] + self.header.notes()
         if ".tsv" in self.path.suffixes and self.mark != "\t" and self.header.size > 1:
-            found.append(("note", f"{self.mark!r} stands between its cells, not tabs"))
-        return [Note(level, name, words) for level, words in found]
+            remarks.append(("note", f"{self.mark!r} stands between its cells, not tabs"))
+        return [Note(level, name, words) for level, words in remarks]
 
 
 def split_plainly(line: str, mark: str) -> list[str]:
+    """Split a line at a mark, with csv's quotes if they are sound."""
     try:
         return next(csv.reader([line], delimiter=mark), [])
     except csv.Error:
@@ -215,7 +226,7 @@ def split_plainly(line: str, mark: str) -> list[str]:
 
 
 def best_mark(line: str, marks: str) -> str:
-    """What stands between the cells of a header: what gives the most known names, else what is there most often."""
+    """Return the separator of a header's cells: what gives the most known names, else what is there most often."""
     bare = re.sub(r'"[^"]*"', "", line)
 
     def known(mark: str) -> int:
@@ -296,6 +307,7 @@ def table_rows(
 
 
 def without_empty_end(cells: list[str]) -> list[str]:
+    """Drop empty cells at the end."""
     filled = [i for i, cell in enumerate(cells, 1) if cell]
     return cells[: filled[-1]] if filled else []
 
@@ -357,7 +369,7 @@ def columnar(path: Path) -> Iterator[Block]:
     except MemoryError as error:
         size = re.search(r"of size (\d+)", str(error))
         if size and int(size[1]) < TIMES * path.stat().st_size and limit(resource.RLIMIT_AS) is not None:
-            raise  # of which the limit is told
+            raise  # its message names the limit
         raise UserError(
             f"{display_path(path)}: cannot be read as {path.suffix[1:]}: it asks for more memory than "
             f"there is. It is damaged, or has "

@@ -42,7 +42,7 @@ from .length_plot import draw_lengths
 from .pipeline import EncodeConfig, EncodedBlock
 from .reader import Block, Note
 from .stats import CorpusStats
-from .worker_pool import cooked, number_of_workers
+from .worker_pool import encoded_blocks, number_of_workers
 
 FORMS = """A line of .jsonl must be one whole JSON object, with no comma behind it and no [ ] around the file, like one of these:
   {"text": "User: Hi\\n\\nAssistant: Hello!"}
@@ -51,7 +51,7 @@ FORMS = """A line of .jsonl must be one whole JSON object, with no comma behind 
 Other columns are named with MAP_KEYS; ./make_tokenize.sh --help tells the rest."""
 COLUMNS = """Columns are known by their names: text; instruction and output; prompt and completion; question and answer; messages.
 Other names are told like this:  --map-keys '{"prompt": "ask", "response": "reply"}'      (MAP_KEYS in the script)"""
-CURE = "Nothing was written, earlier files are untouched. Run it again when nothing writes to the file any more."
+UNCHANGED = "Nothing was written, earlier files are untouched. Run it again when nothing writes to the file any more."
 # what is written at the end, and is looked at before the rows are read
 WRITTEN = (".report.json", ".rejects.jsonl", ".lengths.png", *(f"{e}.{kind}" for e in ("", ".roles", ".valid", ".valid.roles")
            for kind in ("bin", "idx")))  # fmt: skip
@@ -65,18 +65,19 @@ def tokenize(source: Path, config: TokenizeConfig, epochs: int, end_of_doc: bool
 
     UserError if nothing can be used, or STRICT=1 and anything cannot.
     """
-    in_use = FileWatch("it was read first", CURE)
+    in_use = FileWatch("it was read first", UNCHANGED)
     with bus_error.handled(in_use.leave_if_cut_off), in_use.explaining():
         return tokenized(source, config, epochs, end_of_doc, in_use)
 
 
 def tokenized(source: Path, config: TokenizeConfig, epochs: int, end_of_doc: bool, in_use: FileWatch) -> dict:
+    """Write the tokens of a file or folder, and return the report's content."""
     prefix = files.stem_of(source) if source.is_file() else source.resolve()
     in_use.add(every := files.find(source)[0])
     config, template = settled(config)
     chosen = files.chosen(source, config.valid_split)
-    found, other = [*chosen.train, *chosen.held_out], chosen.left_out
-    in_use.release({*every} - {*found})
+    inputs, other = [*chosen.train, *chosen.held_out], chosen.left_out
+    in_use.release({*every} - {*inputs})
     made_from = recipe(config, end_of_doc)
     settings = {
         "EPOCHS": epochs, "EOF": end_of_doc, "EOT": config.eot, "HANDLER": config.handler, "MAP_KEYS": config.map_keys,
@@ -87,7 +88,7 @@ def tokenized(source: Path, config: TokenizeConfig, epochs: int, end_of_doc: boo
         "VALID_SPLIT": config.valid_split, "SEED": config.seed, "PROMPT_TYPE": config.prompt_type,
         "BOS": int(made_from.bos), "CONVERT_HEADINGS": config.convert_headings,
     }  # fmt: skip
-    key = cache.key({path: in_use.content(path) for path in found}, settings, repr(made_from.template))
+    key = cache.key({path: in_use.content(path) for path in inputs}, settings, repr(made_from.template))
     report_file = Path(f"{prefix}.report.json")
     known = None if config.overwrite_cache else cache.fresh(report_file, key)
     in_use.must_be_unchanged()
@@ -100,7 +101,7 @@ def tokenized(source: Path, config: TokenizeConfig, epochs: int, end_of_doc: boo
     replaced = made_from_other(report_file, paths.display_path(source))
     for ending in WRITTEN:
         must_not_be_folder(Path(f"{prefix}{ending}"))
-    others = reading.settle(found, config.encoding)
+    others = reading.settle(inputs, config.encoding)
     tally = CorpusStats(keep_documents=config.valid_percent > 0)
     rejects = Path(f"{prefix}.rejects.jsonl")
     with contextlib.ExitStack() as open_files, named(f"{prefix}.bin"):
@@ -121,12 +122,12 @@ def tokenized(source: Path, config: TokenizeConfig, epochs: int, end_of_doc: boo
 
         def last_look() -> None:
             in_use.must_be_unchanged()
-            must_be_all(source, config.valid_split, found)
+            must_be_all(source, config.valid_split, inputs)
 
         names = write(prefix, stored, tally, epochs, held_out, config.seed, last_look)
         rejected.keep()
     # drawn before the report, whose presence says that all is there
-    content = report.make(tally, source, found, other, settings, stored.held_out, chosen.notes) | {"encodings": others}
+    content = report.make(tally, source, inputs, other, settings, stored.held_out, chosen.notes) | {"encodings": others}
     advice = content["advice"]
     sizes, median = np.frombuffer(tally.sizes, np.int32), content["lengths"]["median"]
     picture = draw_lengths(prefix, sizes, median, advice["CTX_LEN"], advice["TRAIN_LENGTHS"])
@@ -147,11 +148,11 @@ def tokenized(source: Path, config: TokenizeConfig, epochs: int, end_of_doc: boo
     return content
 
 
-def must_be_all(source: Path, valid_split: str, found: list[Path]) -> None:
+def must_be_all(source: Path, valid_split: str, inputs: list[Path]) -> None:
     """FileChanged where a folder holds other files than those that were read."""
     now = files.chosen(source, valid_split)
-    if other := sorted({*now.train, *now.held_out} ^ {*found}):
-        raise FileChanged(f"{paths.display_path(other[0])}: came into the folder since it was read first. {CURE}")
+    if other := sorted({*now.train, *now.held_out} ^ {*inputs}):
+        raise FileChanged(f"{paths.display_path(other[0])}: came into the folder since it was read first. {UNCHANGED}")
 
 
 def made_from_other(report_file: Path, source: str) -> str:
@@ -163,25 +164,25 @@ def made_from_other(report_file: Path, source: str) -> str:
 
 
 def progress(chosen: files.Source, made_from: EncodeConfig, config: TokenizeConfig) -> Iterator[EncodedBlock]:
-    """Every cooked block, with a bar that shows how far reading is."""
-    found = [*chosen.train, *chosen.held_out]
-    total = sum(path.stat().st_size for path in found)
+    """Yield every encoded block, with a bar that shows how far reading is."""
+    inputs = [*chosen.train, *chosen.held_out]
+    total = sum(path.stat().st_size for path in inputs)
     workers = number_of_workers(config.workers, total)
 
     held_out = set(chosen.held_out)
 
     def blocks() -> Iterator[Block]:
-        for path in found:
+        for path in inputs:
             # (a folder has its parts in files; what a file holds is then all of one part)
             wanted = "" if chosen.held_out else config.valid_split
             yield from files.blocks(path, config.txt_mode, wanted, path in held_out, made_from.columns)
 
     before, at, name = 0, 0, ""
-    sizes = {paths.display_path(path): path.stat().st_size for path in found}
+    sizes = {paths.display_path(path): path.stat().st_size for path in inputs}
     tqdm.monitor_interval = 0  # a thread of its own, which processes that are forked must not meet
-    label = found[0].name if len(found) == 1 else f"{len(found)} files"
+    label = inputs[0].name if len(inputs) == 1 else f"{len(inputs)} files"
     with tqdm(total=total, unit="B", unit_scale=True, desc=label, disable=not sys.stderr.isatty()) as bar:
-        for one in cooked(blocks(), made_from, workers):
+        for one in encoded_blocks(blocks(), made_from, workers):
             if one.file != name:
                 before, name, at = before + sizes.get(name, 0), one.file, 0
             at = max(at, one.read)
@@ -190,6 +191,7 @@ def progress(chosen: files.Source, made_from: EncodeConfig, config: TokenizeConf
 
 
 def stop(one: EncodedBlock, source: Path) -> None:
+    """Raise the error of the first row that cannot be used (STRICT=1)."""
     first = one.rejects[0]
     raise UserError(
         f"{first.file}:{first.line}: {first.message}\nSTRICT=1 stops at the first row that cannot be used; nothing was "
@@ -211,11 +213,11 @@ def check(tally: CorpusStats, made_from: EncodeConfig, source: Path) -> None:
     if not tally.rejects:
         why = join_names(tally.group("dropped: "))
         raise UserError(f"{shown}: every row was dropped ({why}); nothing was written, earlier files are untouched.")
-    told = list(report.told_once([(r.file, r.line, r.message) for r in tally.rejects]))
+    lines = list(report.distinct_rejects([(r.file, r.line, r.message) for r in tally.rejects]))
     more = sum(tally.group("rejected: ").values()) - len(tally.rejects)
     more = f"\n... and {more:,} more" if more else ""
     forms = FORMS if any(r.file.endswith((".jsonl", ".json", ".gz", ".zst")) for r in tally.rejects) else COLUMNS
-    first = "\n".join(told)
+    first = "\n".join(lines)
     raise UserError(f"{first}{more}\n{absent or f'{shown} has no row that can be used'}; nothing was written.\n{forms}")
 
 
@@ -230,12 +232,14 @@ class Rejects:
         return self
 
     def add(self, one: EncodedBlock) -> None:
+        """Write the rejects of a block."""
         if one.rejects and not self.file:
             self.file = create(temp_path(self.path), "w", encoding="utf-8")  # closed on leaving
         for reject in one.rejects:
             self.file.write(json.dumps(reject._asdict(), ensure_ascii=False).encode("utf-8", "replace").decode() + "\n")
 
     def keep(self) -> None:
+        """Put the file in place, or remove an old one if there are no rejects."""
         if self.file:
             self.file.close()
             os.replace(temp_path(self.path), self.path)
@@ -256,6 +260,7 @@ class Stored:
         self.ids, self.roles, self.held_out = ids, roles, np.zeros(0, bool)
 
     def add(self, one: EncodedBlock) -> None:
+        """Write the tokens of a block."""
         self.ids.write(one.ids.astype("<u2", copy=False).tobytes())
         self.roles.write(one.roles.tobytes())
 
@@ -272,8 +277,10 @@ class Stored:
 
 
 def held_out_rows(tally: CorpusStats, config: TokenizeConfig, source: Path) -> np.ndarray:
-    """Which rows become NAME.valid, bool [rows]: those of VALID_SPLIT, or VALID_PERCENT of all. UserError if VALID_SPLIT names
-    nothing that is there, or everything.
+    """Return which rows become NAME.valid, bool [rows]: those of VALID_SPLIT, or VALID_PERCENT of all.
+
+    Raises:
+        UserError: VALID_SPLIT names nothing that is there, or everything.
     """
     if not config.valid_split:
         documents = np.frombuffer(tally.documents, np.uint64)
@@ -302,8 +309,9 @@ def write(
     seed: int,
     last_look: Callable[[], None] = lambda: None,
 ) -> list[Path]:
-    """NAME.bin/.idx with roles, every row `epochs` times in a new order each; NAME.valid with what is held out, once. last_look:
-    raises where the files must not get their names.
+    """Write NAME.bin/.idx with roles, every row `epochs` times in a new order each; and NAME.valid with held-out rows, once.
+
+    last_look: raises where the files must not get their names.
     """
     sizes = np.frombuffer(tally.sizes, np.int32)
     starts = np.zeros(len(sizes) + 1, np.int64)
@@ -311,12 +319,12 @@ def write(
     stored.held_out = held_out
     check_disk_space(prefix.parent, epochs * (3 * int(starts[-1]) + 2 * 20 * len(sizes)))
     streams = {"": np.dtype(np.uint16), ".roles": np.dtype(np.uint8)}
-    held = {".valid": np.dtype(np.uint16), ".valid.roles": np.dtype(np.uint8)} if held_out.any() else {}
+    held_out_files = {".valid": np.dtype(np.uint16), ".valid.roles": np.dtype(np.uint8)} if held_out.any() else {}
     ids, roles = stored.readers()
     random = np.random.default_rng(seed)
     repeats = tqdm(range(epochs), desc="repeats", disable=epochs == 1 or not sys.stderr.isatty())
     train = np.flatnonzero(~held_out).astype(np.int32)  # there may be many millions of rows
-    with Writer(prefix, streams | held) as writer:
+    with Writer(prefix, streams | held_out_files) as writer:
 
         def copy(which: np.ndarray, ending: str) -> None:
             for begin in range(0, len(which), ROWS):
@@ -328,10 +336,10 @@ def write(
 
         for _ in repeats:
             copy(random.permutation(train), "")
-        if held:
+        if held_out_files:
             copy(np.flatnonzero(held_out), ".valid")
         every = [writer.final(e, kind) for e in (".valid", ".valid.roles") for kind in ("bin", "idx")]
-        writer.commit(remove=[] if held else every, last_look=last_look)
+        writer.commit(remove=[] if held_out_files else every, last_look=last_look)
         return [writer.final(e, kind) for e in writer.streams for kind in ("bin", "idx")]
 
 
@@ -344,10 +352,12 @@ def gathered(reader, begins: np.ndarray, ends: np.ndarray) -> bytes:
 
 
 def valid_rows(hashes: np.ndarray, rows: int, percent: float, seed: int) -> np.ndarray:
-    """Which rows are held out, bool [rows]: that share of the different contents, at least one; equal rows go together, and
-    all that was made of one row.
+    """Return which rows are held out, bool [rows]: that share of the different contents, at least one.
 
-    UserError if nothing would be left to train.
+    Equal rows go together, and so does all that was made of one row.
+
+    Raises:
+        UserError: nothing would be left to train.
     """
     if not percent:
         return np.zeros(rows, dtype=bool)

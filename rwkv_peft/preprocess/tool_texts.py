@@ -1,9 +1,10 @@
-"""Calls, results and tools that stand in texts between tags (Hermes, Qwen), or among the parts of a content (Anthropic, Gemini)
--> keys and messages of their own, so that a template writes them once, in its own form.
+r"""Calls, results and tools in texts -> keys and messages of their own, so that a template writes them once, in its own form.
 
-{"role": "assistant", "content": "I look.\\n<tool_call>\\n{...}\\n</tool_call>"}  a call
-{"role": "tool" or "user", "content": "<tool_response>\\n42\\n</tool_response>"}  a result
-{"role": "system", "content": "... <tools>\\n{...}\\n</tools> ..."}               tools
+They are between tags (Hermes, Qwen), or among the parts of a content (Anthropic, Gemini):
+
+{"role": "assistant", "content": "I look.\n<tool_call>\n{...}\n</tool_call>"}  a call
+{"role": "tool" or "user", "content": "<tool_response>\n42\n</tool_response>"}  a result
+{"role": "system", "content": "... <tools>\n{...}\n</tools> ..."}               tools
 {"role": "user", "content": [{"type": "tool_result", "content": "42"}]}          a result; {"type": "tool_use", ...}: a call
 {"role": "model", "parts": [{"functionCall": {"name": "f", "args": {}}}]}        a call; {"functionResponse": ...}: a result
 """
@@ -69,8 +70,8 @@ def apart(one: Mapping[str, Any], role: Role | None) -> list[Mapping[str, Any]]:
 def calls_of_text(text: str) -> tuple[str, list[Any]]:
     """The words of an answer, and the calls behind them; none where they are quoted, or cannot be read."""
     if "<functioncall>" in text:
-        found = glaive.message("assistant", text)
-        return found["content"], found.get("tool_calls", [])
+        message = glaive.message("assistant", text)
+        return message["content"], message.get("tool_calls", [])
     begin = text.find("<tool_call>", max(text.rfind("</think>"), 0))  # (a thought may speak of one)
     if begin < 0 or in_code(code_of(text), begin):
         return text, []
@@ -89,16 +90,17 @@ def calls_of_text(text: str) -> tuple[str, list[Any]]:
 
 def results_of_text(text: str) -> list[str]:
     """The results that a text consists of; none if there is more in it."""
-    found, at = [], 0
+    texts, at = [], 0
     while block := RESULT.match(text, at):
-        found.append(block[1])
+        texts.append(block[1])
         at = block.end()
-    return found if at == len(text) else []
+    return texts if at == len(text) else []
 
 
 def stay_text(words: str, role: Role) -> bool:
-    """Whether calls, results or tools between tags are left in the words of a message: they could not be read, or there is text
-    behind them.
+    """Return whether calls, results or tools between tags stay in the text of a message.
+
+    They do where they could not be read, or where text follows them.
     """
     if role is Role.ASSISTANT:
         tag = CALL_TAG.search(words)
@@ -121,16 +123,16 @@ def tools_of_text(text: str) -> tuple[str, list[Any]]:
 
 
 def objects(text: str) -> list[Any]:
-    """The objects of a list, or behind one another; [] where something else stands there."""
-    found, decoder = [], json.JSONDecoder()
+    """Return the objects of a list, or one after another; [] where there is something else."""
+    values, decoder = [], json.JSONDecoder()
     while text:
         try:
             value, end = decoder.raw_decode(text)
         except (ValueError, RecursionError):
             return []
-        found += value if isinstance(value, list) else [value]
+        values += value if isinstance(value, list) else [value]
         text = text[end:].lstrip(" \t\r\n,")
-    return found if all(isinstance(one, dict) for one in found) else []
+    return values if all(isinstance(one, dict) for one in values) else []
 
 
 def free(one: Mapping[str, Any], names: Sequence[str]) -> str:
@@ -139,6 +141,7 @@ def free(one: Mapping[str, Any], names: Sequence[str]) -> str:
 
 
 def is_of_tools(part: Mapping[str, Any]) -> bool:
+    """Return whether a part of a content is a call or a result."""
     return part.get("type") in ("tool_use", "tool_result") or any(name in part for name in (*OF_CALL, *OF_RESULT))
 
 
@@ -148,6 +151,7 @@ OF_CALL, OF_RESULT = ("functionCall", "function_call"), ("functionResponse", "fu
 def apart_in_parts(
     one: Mapping[str, Any], key: str, parts: Sequence[Any], role: Role | None
 ) -> list[Mapping[str, Any]]:
+    """Return a message's text, calls and results as messages of their own."""
     rest: list[Any] = []
     calls: list[Any] = []
     results: list[Any] = []
@@ -167,12 +171,12 @@ def apart_in_parts(
     if calls and role is not Role.ASSISTANT:  # (what is not as it should be is refused as a part)
         return [one]
     speaker = next((k for k in parts_of(tuple(one)).speaker if isinstance(one[k], str)), "role")
-    found: list[Mapping[str, Any]] = [{speaker: "tool", key: result} for result in results]
+    messages: list[Mapping[str, Any]] = [{speaker: "tool", key: result} for result in results]
     if calls:
-        found.append({**one, key: rest or "", free(one, TOOL_CALLS): calls})
+        messages.append({**one, key: rest or "", free(one, TOOL_CALLS): calls})
     elif rest or not results:
-        found.append({**one, key: rest})
-    return found
+        messages.append({**one, key: rest})
+    return messages
 
 
 def result_text(value: Any) -> Any:

@@ -20,11 +20,13 @@ NO_TOOLS = ("none", "no", "n/a", "na", "nan", "null", "no tools", "no functions"
 Unused = dict[tuple[str, str], int]
 
 
-def agreed_tools(found: Sequence[tuple[str, Any]], padded: bool, unused: Unused) -> str:
-    """The list of tools as one line of JSON; functions without the wrapper that OpenAI puts around them. RowError where
-    two lists disagree.
+def agreed_tools(candidates: Sequence[tuple[str, Any]], padded: bool, unused: Unused) -> str:
+    """Return the list of tools as one line of JSON; functions without the wrapper that OpenAI puts around them.
+
+    Raises:
+        RowError: two lists disagree.
     """
-    texts = [(name, text) for name, value in found if (text := tools_text(value, padded, unused))]
+    texts = [(name, text) for name, value in candidates if (text := tools_text(value, padded, unused))]
     for name, text in texts[1:]:
         if not same(text, texts[0][1]):
             says = f"{short(texts[0][1])} and {short(text)}"
@@ -41,6 +43,7 @@ def same(one: str, other: str) -> bool:
 
 
 def tools_text(tools: Any, padded: bool, unused: Unused) -> str:
+    """Return one list of tools as a line of JSON, "" for none."""
     if isinstance(tools, str):
         try:
             tools = orjson.loads(tools)
@@ -71,6 +74,7 @@ def tools_text(tools: Any, padded: bool, unused: Unused) -> str:
 
 
 def declared(tool: Any) -> list[Any]:
+    """Return the functions of a tool in Gemini's form, or the tool itself."""
     for name in ("functionDeclarations", "function_declarations"):
         if isinstance(tool, dict) and isinstance(tool.get(name), list):
             return tool[name]
@@ -78,6 +82,7 @@ def declared(tool: Any) -> list[Any]:
 
 
 def count_keys(one: Mapping[str, Any], used: tuple[str, ...], level: str, unused: Unused) -> None:
+    """Count the keys that are not used."""
     for key in left_over(tuple(one), used):
         if not is_nothing(one[key]):
             unused[level, key] = 1
@@ -96,8 +101,9 @@ def agreed_call(where: str, calls: Sequence[tuple[str, Any]], padded: bool, unus
 
 
 def call_text(where: str, calls: Any, padded: bool, unused: Unused) -> str:
-    """Tool calls as JSON text: {"name": ..., "arguments": {...}}, or a list of such where there are several. No arguments
-    at all (null, "", {}) are {}.
+    """Return tool calls as JSON text: {"name": ..., "arguments": {...}}, or a list of such where there are several.
+
+    No arguments at all (null, "", {}) are {}.
     """
     if isinstance(calls, str):
         try:
@@ -122,6 +128,7 @@ def call_text(where: str, calls: Any, padded: bool, unused: Unused) -> str:
 
 
 def arguments(where: str, name: str, value: Any, padded: bool) -> Any:
+    """Return the arguments of a call. Raises RowError if they are no JSON."""
     if is_nothing(value):
         return {}
     if isinstance(value, str):

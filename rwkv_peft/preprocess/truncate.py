@@ -1,12 +1,13 @@
 """Rows that are too long: what OVERLONG does with them, in tokens.
 
-A cut adds nothing that is learnt: every pair of neighbouring tokens that a cut row trains stands in the whole row as well. So a
+A cut adds nothing that is learnt: every pair of neighbouring tokens that a cut row trains is in the whole row as well. So a
 row whose end is cut off just stops, without a terminator: a model that is trained on an invented one learns to stop in
 mid-sentence.
 
-MAX_TOKENS limits the row, and TARGET_LENGTH with OVERLONG=truncate ends it inside the first answer that is too long: the row's
+MAX_TOKENS limits the row, and TARGET_LENGTH with OVERLONG=truncate ends it inside the first answer that is too long:
+the row's
 tokens are cut where a character ends (any run of tokens is what its own text encodes to, because the vocabulary is matched
-greedily from the left). Else, SOURCE_LENGTH and TARGET_LENGTH cut the turn's words, and the row is rendered again.
+greedily from the left). Else, SOURCE_LENGTH and TARGET_LENGTH cut the turn's text, and the row is rendered again.
 """
 
 from __future__ import annotations
@@ -33,8 +34,12 @@ ANSWERS = (Role.ASSISTANT, Role.UNTRAINED)
 
 @dataclass(frozen=True)
 class Limits:
-    """0 is no limit. max_tokens: of a row, its terminator included. target: of an answer, its terminator included.
-    source: of any other turn.
+    """Lengths in tokens; 0 is no limit.
+
+    Attributes:
+        max_tokens: Of a row, its terminator included.
+        target: Of an answer, its terminator included.
+        source: Of any other turn.
     """
 
     max_tokens: int = 0
@@ -43,9 +48,11 @@ class Limits:
     policy: str = "drop"
 
     def of_turn(self, role: Role) -> int:
+        """Return the limit of a turn."""
         return self.target if role in ANSWERS else self.source
 
     def name(self, role: Role) -> str:
+        """Return the variable of a turn's limit."""
         return "TARGET_LENGTH" if role in ANSWERS else "SOURCE_LENGTH"
 
 
@@ -109,16 +116,16 @@ def cut_turns(template: Template, dialogue: Dialogue, ending: Ending, limits: Li
 def runs_of_pieces(tokens: Tokens, pieces: Pieces) -> list[tuple[int, int]]:
     """The tokens that hold bytes of each piece: the first, and behind the last."""
     ends = np.cumsum(tokenizer.token_lengths()[tokens.ids])
-    borders = np.cumsum([0, *(len(text.encode("utf-8")) for text in pieces.texts)])
-    first = np.searchsorted(ends, borders[:-1], side="right")
-    behind = np.searchsorted(ends, borders[1:], side="left") + 1
+    bounds = np.cumsum([0, *(len(text.encode("utf-8")) for text in pieces.texts)])
+    first = np.searchsorted(ends, bounds[:-1], side="right")
+    behind = np.searchsorted(ends, bounds[1:], side="left") + 1
     return list(zip(first.tolist(), behind.tolist(), strict=True))
 
 
 def cut_answer(tokens: Tokens, pieces: Pieces, place: int, limits: Limits) -> Tokens:
     """The row up to as much of the answer in this piece as its limit allows. TooLong if that says nothing."""
     begin, _ = runs_of_pieces(tokens, pieces)[place]
-    end = border(tokens.ids, begin + limits.target, -1)
+    end = character_bound(tokens.ids, begin + limits.target, -1)
     words = text_of(tokens.ids[begin : max(begin, end)].tolist()).strip()
     if not words.strip("<>/") or f"{THINK}\n{END_OF_THINK}".startswith(words):
         raise TooLong(limits.name(Role.ASSISTANT))
@@ -126,9 +133,11 @@ def cut_answer(tokens: Tokens, pieces: Pieces, place: int, limits: Limits) -> To
 
 
 def unlearn_what_is_new(tokens: Tokens, pieces: Pieces, before: Tokens, whole: Pieces) -> None:
-    """Answers that lost their beginning are not learnt where what is left of them begins: no answer begins so. The role of the
-    first word that is left (of its first token, if the tokens are the same as before the cut) becomes UNTRAINED; what follows it,
-    the end of the turn as well, is learnt.
+    """Untrain the first word of an answer that lost its beginning: no answer begins so.
+
+    The role of the first word that is left (of its first token, if the tokens are the same as before the cut) becomes
+    UNTRAINED;
+    what follows it, the end of the turn as well, is learnt.
     """
     pairs = zip(runs_of_pieces(tokens, pieces), runs_of_pieces(before, whole), pieces.roles, strict=True)
     for (a, b), (c, d), role in pairs:
@@ -151,9 +160,9 @@ def tokens_of_pieces(pieces: Pieces) -> list[int]:
 
 
 def shortened(message: Message, excess: int, policy: str) -> Message | None:
-    """The message without `excess` tokens of the part that is cut first, or without that part. None if that is all it says.
+    """Return the message without `excess` tokens of the part that is cut first, or without that part; None if that is all it has.
 
-    A thought stands before the words, and a second text behind them.
+    A thought is before the text, and a second text after it.
     """
     order = ("think", "content", "material") if policy == "truncate-left" else ("material", "content", "think")
     said = [part for part in order if getattr(message, part).strip()]
@@ -165,16 +174,18 @@ def shortened(message: Message, excess: int, policy: str) -> Message | None:
 
 
 def shortened_text(text: str, excess: int, policy: str) -> str:
+    """Return a text without `excess` tokens."""
     ids = encoded(text)
     if policy == "truncate-left":
-        at = len(text_of(ids[: border(ids, excess, +1)]))
+        at = len(text_of(ids[: character_bound(ids, excess, +1)]))
         return text[word_begin(text, at, len(ids) - excess) :].lstrip()
-    return text_of(ids[: border(ids, len(ids) - excess, -1)]).rstrip()
+    return text_of(ids[: character_bound(ids, len(ids) - excess, -1)]).rstrip()
 
 
 def word_begin(text: str, at: int, most: int) -> int:
-    """Where a text begins that is cut at a character and must keep to so many tokens: with the word that the cut goes through,
-    if it fits, else with the next one, else at the cut.
+    """Return where a text begins that is cut at a character and may have so many tokens.
+
+    It begins with the word that the cut goes through, if that fits, else with the next one, else at the cut.
     """
     begin = end = at
     while inside_word(text, begin):
@@ -197,7 +208,7 @@ def continues() -> np.ndarray:
     return np.array([len(b) > 0 and 0x80 <= b[0] < 0xC0 for b in tokenizer.token_bytes()])
 
 
-def border(ids: Sequence[int], at: int, step: int) -> int:
+def character_bound(ids: Sequence[int], at: int, step: int) -> int:
     """The nearest place from `at` on, going by `step`, where no character is cut. 0..len(ids)."""
     at = min(max(at, 0), len(ids))
     while 0 < at < len(ids) and continues()[ids[at]]:
@@ -206,6 +217,7 @@ def border(ids: Sequence[int], at: int, step: int) -> int:
 
 
 def text_of(ids: Sequence[int]) -> str:
+    """Decode ids."""
     return tokenizer.decode_bytes(ids).decode("utf-8")
 
 
@@ -218,13 +230,13 @@ def cut_row(tokens: Tokens, limits: Limits) -> list[Cut]:
     if limits.policy == "drop":
         raise TooLong("MAX_TOKENS")
     if limits.policy == "truncate-left":
-        begin = border(ids, len(ids) - most, +1)
+        begin = character_bound(ids, len(ids) - most, +1)
         return [Cut(Tokens(ids[begin:], roles[begin:]))]
-    found, begin = [], 0
+    rows, begin = [], 0
     while begin < len(ids):
-        end = border(ids, begin + most, -1) if begin + most < len(ids) else len(ids)
+        end = character_bound(ids, begin + most, -1) if begin + most < len(ids) else len(ids)
         if end <= begin:
             raise TooLong("MAX_TOKENS")  # not even one character fits
-        found.append(Cut(Tokens(ids[begin:end], roles[begin:end]), end < len(ids)))
+        rows.append(Cut(Tokens(ids[begin:end], roles[begin:end]), end < len(ids)))
         begin = end
-    return found[:1] if limits.policy == "truncate" else found
+    return rows[:1] if limits.policy == "truncate" else rows

@@ -36,8 +36,11 @@ def is_nothing(value: Any) -> bool:
 
 
 def as_text(value: Any) -> str:
-    """A value as text: a string is itself; a number, true, false, an object or a list is what JSON writes for it (a date: its
-    ISO form; bytes: their UTF-8 text).
+    """Return a value as text.
+
+    A string is itself; a number, true, false, an object or a list is what JSON writes for it (a date: its ISO form;
+    bytes: their
+    UTF-8 text).
     """
     if isinstance(value, str):
         return value
@@ -57,6 +60,7 @@ def without_padding(value: Any) -> Any:
 
 
 def kind(value: Any) -> str:
+    """Return what a value is, for messages."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null",
              bytes: "bytes that are no UTF-8 text"}  # fmt: skip
     return names.get(type(value), "a number")
@@ -122,12 +126,12 @@ def split_reasoning(answer: str) -> tuple[str, str]:
         closed = [lone]
     if not starts:
         # words that other markup has too count where one closes that was never opened
-        names = {(found[1] or "").lower() for found in opened}
-        closed = [found for found in closed if not (found[1] and found[1].lower() in names)]
-        opened = [found for found in opened if not found[1]]
+        names = {(match[1] or "").lower() for match in opened}
+        closed = [match for match in closed if not (match[1] and match[1].lower() in names)]
+        opened = [match for match in opened if not match[1]]
     elif starts[1]:
-        closed = [found for found in closed if (found[1] or "").lower() == starts[1].lower()]
-        opened = [found for found in opened if (found[1] or "").lower() == starts[1].lower()]
+        closed = [match for match in closed if (match[1] or "").lower() == starts[1].lower()]
+        opened = [match for match in opened if (match[1] or "").lower() == starts[1].lower()]
     else:
         opened, closed = [f for f in opened if not f[1]], [f for f in closed if not f[1]]
     many = bool(starts) + len(opened)
@@ -152,6 +156,7 @@ def split_reasoning(answer: str) -> tuple[str, str]:
 
 
 def alone_on_its_line(text: str, tag: re.Match) -> bool:
+    """Return whether a tag is alone on its line."""
     before, behind = text[: tag.start()].rpartition("\n")[2], text[tag.end() :].partition("\n")[0]
     return not before.strip() and not behind.strip()
 
@@ -160,8 +165,12 @@ FENCE = re.compile(r"(?:`{3,}|^[ \t>]*~{3,})(?P<word>[ ]?\w)?", re.M)
 
 
 def fence_stays_open(text: str, begin: int, tag: re.Match, starts: bool) -> bool:
-    """Whether the fence of code that a closing tag stands behind was never closed: none follows, or one that opens another.
-    starts: a thought was opened, so the tag ends it where some fence is open at the end. RowError where nothing tells.
+    """Return whether the code fence before a closing tag was never closed: none follows, or one that opens another.
+
+    starts: a thought was opened, so the tag ends it where some fence is open at the end.
+
+    Raises:
+        RowError: neither is clear.
     """
     behind = FENCE.search(text, tag.end())
     if not behind or behind["word"]:
@@ -177,10 +186,12 @@ def fence_stays_open(text: str, begin: int, tag: re.Match, starts: bool) -> bool
 
 
 def code_of(text: str, begin: int = 0) -> list[tuple[int, int]]:
-    """Where a text quotes code, from `begin` on: between two equal runs of backticks in one line, and inside fences: of three
-    backticks or more (to the end where nothing closes them), or of three tildes or more that are closed.
+    """Return where a text quotes code, from `begin` on.
+
+    That is between two equal runs of backticks in one line, and inside fences: of three backticks or more (to the end where
+    nothing closes them), or of three tildes or more that are closed.
     """
-    found: list[tuple[int, int]] = []
+    spans: list[tuple[int, int]] = []
     fences: list[str] = []  # that are open: one with a word behind it opens another
     start, past, never_closed = 0, begin, MOST_MARKS + 1
     for run in (MARKS if "~~~" in text else TICKS).finditer(text, begin):
@@ -192,7 +203,7 @@ def code_of(text: str, begin: int = 0) -> list[tuple[int, int]]:
             if mark.startswith(fences[-1]):
                 fences.append(mark) if INFO.match(text, run.end()) else fences.pop()
                 if not fences:
-                    found.append((start, run.end()))
+                    spans.append((start, run.end()))
             continue
         start = run.end()
         if mark[0] == "~":
@@ -202,10 +213,10 @@ def code_of(text: str, begin: int = 0) -> list[tuple[int, int]]:
                 never_closed = min(size, never_closed)
         elif (closing := CLOSING_MARKS[size].search(text, start))[0]:
             past = closing.end()
-            found.append((start, past))
+            spans.append((start, past))
         elif size > 2:
             fences.append(mark)
-    return [*found, (start, len(text))] if fences else found
+    return [*spans, (start, len(text))] if fences else spans
 
 
 def in_code(code: Sequence[tuple[int, int]], at: int) -> bool:
@@ -245,7 +256,7 @@ def unwrapped(words: str) -> str:
 
 
 def bare_thought(thought: str) -> str:
-    """A thought that stands in a key of its own, without the tags that may be around it."""
+    """Return a thought from a key of its own, without the tags that may be around it."""
     if not wants_a_look(thought):
         return thought
     text = thought.strip()
@@ -258,7 +269,7 @@ def bare_thought(thought: str) -> str:
     return text.strip()
 
 
-# a picture, sound or film stands here in data for models that can see or hear
+# a picture, sound or film belongs here in data for models that can see or hear
 PLACEHOLDER = re.compile(
     r"<(image|video|audio|img|speech)>(?!.*</\1>)|<\|(?:image|video|audio|vision|img)\w*\|>|<(?:image|img|video|audio)[ _]?\d+>"
     r"|<image>\./</image>"
@@ -285,8 +296,10 @@ MEDIUM = re.compile(
 
 
 def is_medium(value: Any, named: bool = False) -> bool:
-    """Whether a column of pictures, sounds or films has one: a list, an object, bytes, a path, an address; no word about it.
-    named: the column is called a path or a file, whatever it holds.
+    """Return whether a column of pictures, sounds or films has one.
+
+    That is a list, an object, bytes, a path, an address; not a word about it. named: the column is called a path or a file,
+    whatever it has.
     """
     if isinstance(value, str):
         empty = is_nothing(value) or value.strip().lower() in ("n/a", "[]", "nan", "none", "null", "no", "false")
@@ -305,6 +318,6 @@ def wants_a_look(text: str) -> bool:
 def check_text_only(text: str, where: str) -> None:
     """RowError if a text has a placeholder for something that is no text, outside quoted code."""
     if wants_a_look(text) and (
-        found := PLACEHOLDER.search(QUOTED.sub("", text) if "`" in text or "~~~" in text else text)
+        hit := PLACEHOLDER.search(QUOTED.sub("", text) if "`" in text or "~~~" in text else text)
     ):
-        raise RowError("not text", f"{where} has the placeholder {found[0][:20]}: {NOT_TEXT}")
+        raise RowError("not text", f"{where} has the placeholder {hit[0][:20]}: {NOT_TEXT}")

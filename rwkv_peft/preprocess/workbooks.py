@@ -25,7 +25,7 @@ from .file_kinds import ROW_KEYS
 from .json_files import no_such_split
 from .reader import Block, Note
 from .schemas import Row, RowError
-from .splits import is_wanted, split_of
+from .splits import HELD_OUT, is_wanted, split_of
 from .table_header import Header, cell_text, header_row, trimmed
 from .values import TableRow
 
@@ -43,8 +43,11 @@ SMALL = 256 << 20  # bytes that a workbook may unpack to, to be read without a t
 
 
 def workbook(path: Path, valid_split: str = "") -> Iterator[Block]:
-    """Rows of all sheets with the same columns; other sheets are named, and so are those whose names say that they are for
-    testing. valid_split: the name of the sheet whose rows are held out.
+    """Yield the rows of all sheets with the same columns.
+
+    Other sheets are named, and so are those whose names say that they are for testing. valid_split: the name of the
+    sheet whose
+    rows are held out.
     """
     try:
         import python_calamine as calamine
@@ -87,8 +90,10 @@ for title in book.sheet_names:
 
 
 def must_fit_memory(path: Path, name: str) -> None:
-    """UserError for a workbook that unpacks to more than memory holds, or whose last cell is so far out that the rectangle up
-    to it is more. The library ends the process that asks for so much, so another process tries it.
+    """Check that a workbook fits memory. The library ends the process that asks for too much, so another process tries it.
+
+    Raises:
+        UserError: it unpacks to more, or its last cell is so far out that the rectangle up to it is more.
     """
     tried = subprocess.run([sys.executable, "-c", PROBE, path], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     if tried.returncode < 0 or b"MemoryError" in tried.stderr:
@@ -102,15 +107,15 @@ def must_fit_memory(path: Path, name: str) -> None:
 
 def sheets(book, name: str, size: int, valid_split: str = "") -> Iterator[Block]:
     """The sheet that is read is the first whose columns have a known name, else the first with anything in it."""
-    found: list[tuple[str, list[list[str]], int, list[str]]] = []
-    for told in book.sheets_metadata:
-        title = told.name
+    tables: list[tuple[str, list[list[str]], int, list[str]]] = []
+    for metadata in book.sheets_metadata:
+        title = metadata.name
         try:
             sheet = book.get_sheet_by_name(title)
         except Exception as error:
             if type(error).__name__ not in ("WorksheetNotFound", "CalamineError"):
                 raise
-            if str(told.typ).endswith("WorkSheet"):
+            if str(metadata.typ).endswith("WorkSheet"):
                 words = f"{name}: is damaged: its sheet {title} cannot be read ({first_line(error)})."
                 raise UserError(words) from None
             continue  # it holds nothing but a chart
@@ -121,24 +126,24 @@ def sheets(book, name: str, size: int, valid_split: str = "") -> Iterator[Block]
         cells = [[cell_text(cell) for cell in row] for row in sheet.to_python(skip_empty_area=False)]
         if any(any(row) for row in cells):
             place = header_row(cells)
-            found.append((title, cells, place, [trimmed(cell) for cell in cells[place] if trimmed(cell)]))
-    if not found:
+            tables.append((title, cells, place, [trimmed(cell) for cell in cells[place] if trimmed(cell)]))
+    if not tables:
         return
-    known = [columns for _, _, _, columns in found if any(column.lower() in ROW_KEYS for column in columns)]
-    wanted = known[0] if known else found[0][3]
-    same = [title for title, _, _, columns in found if sorted(columns) == sorted(wanted)]
-    others = [title for title, _, _, _ in found if title not in same]
+    known = [columns for _, _, _, columns in tables if any(column.lower() in ROW_KEYS for column in columns)]
+    wanted = known[0] if known else tables[0][3]
+    same = [title for title, _, _, columns in tables if sorted(columns) == sorted(wanted)]
+    others = [title for title, _, _, _ in tables if title not in same]
     uses = uses_of(same, name, valid_split)
     rows: Counter[str] = Counter()
-    for title, cells, place, _ in found:
+    for title, cells, place, _ in tables:
         if title not in same:
             continue
         if not uses[title]:
             rows[title] = sum(any(row) for row in cells[place + 1 :])
             continue
-        where = f"{name}:{title}" if len(found) > 1 else name
+        where = f"{name}:{title}" if len(tables) > 1 else name
         for block in sheet_blocks(cells, place, Header(cells[place], where), where, size):
-            yield dataclasses.replace(block, held_out=uses[title] == "held")
+            yield dataclasses.replace(block, held_out=uses[title] == HELD_OUT)
     notes = []
     read = [title for title in same if uses[title] == "train"]
     if len(read) > 1:
@@ -149,9 +154,9 @@ def sheets(book, name: str, size: int, valid_split: str = "") -> Iterator[Block]
                 f'its sheet "{title}" ({plural(rows[title], "row")}) is not used: by its name it is not for training'
             )
             notes.append(Note("warning", name, f"{words}. VALID_SPLIT={title} makes held-out data of it"))
-    if held := [title for title in read if split_of(title) in NOT_TRAINING]:
+    if passed_over := [title for title in read if split_of(title) in NOT_TRAINING]:
         words = "read as training data, because no sheet is for training by its name"
-        notes.append(Note("warning", name, f"{words}: {', '.join(held)}"))
+        notes.append(Note("warning", name, f"{words}: {', '.join(passed_over)}"))
     if others:
         words = f"not used, because their columns are others than those of {same[0]}: {', '.join(others)}"
         notes.append(Note("warning", name, f"{plural(len(others), 'sheet')} {words}"))
@@ -159,8 +164,10 @@ def sheets(book, name: str, size: int, valid_split: str = "") -> Iterator[Block]
 
 
 def is_small(path: Path, name: str) -> bool:
-    """Whether a workbook is of XML (.xlsx) and unpacks to little. UserError for one with a cell so far away that the library,
-    which makes room for the whole rectangle, would take all memory.
+    """Return whether a workbook is of XML (.xlsx) and unpacks to little.
+
+    Raises:
+        UserError: a cell is so far away that the library, which makes room for the whole rectangle, would take all memory.
     """
     if not zipfile.is_zipfile(path):
         return False
@@ -178,6 +185,7 @@ def is_small(path: Path, name: str) -> bool:
 
 
 def too_large(sheet: str, rows: int, columns: int) -> str:
+    """Return the message about a cell that is too far out."""
     return (
         f"{sheet} has a cell at row {rows:,} or column {columns:,}, and more empty cells than can be read. Delete what is "
         "outside the table."
@@ -198,9 +206,13 @@ def extent(file: IO[bytes]) -> tuple[int, int]:
 
 
 def uses_of(titles: list[str], name: str, wanted: str) -> dict[str, str]:
-    """What becomes of each sheet: train, held, or "" for one that is not used. UserError if `wanted` names none of several."""
-    uses = {title: "held" if is_wanted(title, wanted) else "train" for title in titles}
-    if wanted and "held" not in uses.values() and any(map(split_of, titles)):
+    """Return what becomes of each sheet: "train", HELD_OUT, or "" for one that is not used.
+
+    Raises:
+        UserError: `wanted` names none of several.
+    """
+    uses = {title: HELD_OUT if is_wanted(title, wanted) else "train" for title in titles}
+    if wanted and HELD_OUT not in uses.values() and any(map(split_of, titles)):
         raise UserError(no_such_split(name, wanted, titles))
     if any(use == "train" and split_of(title) not in NOT_TRAINING for title, use in uses.items()):
         uses |= {title: "" for title, use in uses.items() if use == "train" and split_of(title) in NOT_TRAINING}
@@ -210,13 +222,13 @@ def uses_of(titles: list[str], name: str, wanted: str) -> dict[str, str]:
 def sheet_blocks(cells: list[list[str]], place: int, header: Header, name: str, size: int) -> Iterator[Block]:
     """The rows of a sheet; their numbers are those that the program shows beside them."""
     notes = [Note("warning", name, words) for words in header.skipped_above(cells[:place])]
-    found: list[tuple[int, Row | RowError]] = []
+    batch: list[tuple[int, Row | RowError]] = []
     for number, row in enumerate(cells[place + 1 :], place + 2):
         made = header.row(row, number)
         if made is not None:
-            found.append((number, TableRow(made)))
-        if len(found) == reader.ROWS:
-            yield Block(name, found[0][0], found, 0)
-            found = []
+            batch.append((number, TableRow(made)))
+        if len(batch) == reader.ROWS:
+            yield Block(name, batch[0][0], batch, 0)
+            batch = []
     notes += [Note(level, name, words) for level, words in header.notes()]
-    yield Block(name, found[0][0] if found else 1, found, size, notes=tuple(notes))
+    yield Block(name, batch[0][0] if batch else 1, batch, size, notes=tuple(notes))

@@ -1,4 +1,4 @@
-"""Blocks of rows -> cooked blocks in the same order, on one core or on many; the bytes are the same."""
+"""Blocks of rows -> encoded blocks in the same order, on one core or on many; the bytes are the same."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .reader import Block
 
 SHARE = 16 << 20  # bytes that are worth a further process: starting one takes about a second
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
-AHEAD = 3  # blocks per worker that may wait, so that none stands idle and memory stays small
+AHEAD = 3  # blocks per worker that may wait, so that none is idle and memory stays small
 
 
 def number_of_workers(wanted: int | str, size: int) -> int:
@@ -31,25 +31,25 @@ def number_of_workers(wanted: int | str, size: int) -> int:
     return max(1, min(cores, size // SHARE))
 
 
-def cooked(blocks: Iterable[Block], recipe: EncodeConfig, workers: int) -> Iterator[EncodedBlock]:
-    """Every block cooked, in the order of the blocks."""
+def encoded_blocks(blocks: Iterable[Block], recipe: EncodeConfig, workers: int) -> Iterator[EncodedBlock]:
+    """Encode every block, in their order."""
     if workers == 1:
-        cook = RowEncoder(recipe)
+        encoder = RowEncoder(recipe)
         with no_garbage_hunts():
-            yield from map(cook.block, blocks)
+            yield from map(encoder.block, blocks)
         return
     # children of fork share what is loaded already, the vocabulary above all: 230 MB and a second for each otherwise. They are
-    # started before anything is read, when no library has started threads that a child would wait for in vain
-    global COOK
+    # started before anything is read, when no library has started threads that a child would wait for without end
+    global ENCODER
     if sys.platform == "linux":
-        COOK = load(recipe)
+        ENCODER = load(recipe)
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     pool = ProcessPoolExecutor(workers, context, prepare, (recipe,))
     waiting: deque = deque()
     try:
         pool.submit(int).result()
         for block in blocks:
-            waiting.append(pool.submit(cook_block, block))
+            waiting.append(pool.submit(encode_block, block))
             if len(waiting) >= AHEAD * workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -62,7 +62,7 @@ def cooked(blocks: Iterable[Block], recipe: EncodeConfig, workers: int) -> Itera
         impatient = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would find the pool half shut
         pool.shutdown(cancel_futures=True)
         signal.signal(signal.SIGINT, impatient)
-        COOK = None
+        ENCODER = None
 
 
 class no_garbage_hunts:  # noqa: N801 - reads as what it does
@@ -77,27 +77,28 @@ class no_garbage_hunts:  # noqa: N801 - reads as what it does
             gc.enable()
 
 
-COOK: RowEncoder | None = None  # of this worker
+ENCODER: RowEncoder | None = None  # of this worker
 
 
 def load(recipe: EncodeConfig) -> RowEncoder:
-    """A cook with all that it needs in memory."""
-    cook = RowEncoder(recipe)
-    cook.block(Block("", 0, [(0, {"text": "User: Hi\n\nAssistant: Hello"})], 0))
-    return cook
+    """A encoder with all that it needs in memory."""
+    encoder = RowEncoder(recipe)
+    encoder.block(Block("", 0, [(0, {"text": "User: Hi\n\nAssistant: Hello"})], 0))
+    return encoder
 
 
 def prepare(recipe: EncodeConfig) -> None:
     """A worker begins. Ctrl-C is for the parent, which ends the workers."""
-    global COOK
+    global ENCODER
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     if sys.platform == "linux":  # a worker does not outlive its parent, however that ends
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     gc.disable()
-    COOK = COOK if COOK and COOK.recipe == recipe else load(recipe)
+    ENCODER = ENCODER if ENCODER and ENCODER.recipe == recipe else load(recipe)
 
 
-def cook_block(block: Block) -> EncodedBlock:
-    return COOK.block(block)
+def encode_block(block: Block) -> EncodedBlock:
+    """Encode a block in a worker."""
+    return ENCODER.block(block)

@@ -68,7 +68,7 @@ def test_a_run_says_which_layers_it_left(ready, capsys, parts, kept):
 @pytest.mark.smoke(1)
 @pytest.mark.parametrize("kept", [[FIRST], [], None], ids=["kept", "compressed", "of an earlier version"])
 def test_a_merge_into_the_compressed_base_knows_what_was_left(ready, kept):
-    from rwkv_peft.merge.inputs import found
+    from rwkv_peft.merge.inputs import load_checkpoint
 
     run(ready, QUANT="nf4", QUANT_PARTS=ALL if kept == [] else "att,ffn")
     path = ready / "output/run/rwkv-0.pth"
@@ -76,7 +76,7 @@ def test_a_merge_into_the_compressed_base_knows_what_was_left(ready, kept):
     if kept is None:
         del facts["quant_kept"], facts["fields_sha256"]
         path.with_suffix(".json").write_text(json.dumps(facts))
-    one = found(path, "", None, None, True)
+    one = load_checkpoint(path, "", None, None, True)
     base, shape = pth.load(ready / "model/tiny.pth"), tiny.geometry()
     part = fold.opened(one.part, pth.read_header(ready / "model/tiny.pth"), shape)
     same = torch.equal(part.compressed(f"{FIRST}.weight", base[f"{FIRST}.weight"], shape), base[f"{FIRST}.weight"])

@@ -257,7 +257,7 @@ PLACES = ("state/step-000002/evil.pth", "state/step-000002/weights.safetensors",
 @pytest.mark.parametrize("where", few(PLACES, PLACES[:2]))
 def test_a_run_folder_of_somebody_else_executes_nothing(ready, tmp_path, where):
     """F21: pickles in every place that going on, merging and talking look at."""
-    from rwkv_peft.merge.inputs import found
+    from rwkv_peft.merge.inputs import load_checkpoint
 
     run(ready, KEEP_LAST="9", SAVE_STEPS="1")
     canary = tmp_path / "canary"
@@ -265,7 +265,7 @@ def test_a_run_folder_of_somebody_else_executes_nothing(ready, tmp_path, where):
     with contextlib.suppress(UserError, SettingErrors, SystemExit):
         run(ready, KEEP_LAST="9", SAVE_STEPS="1", EPOCH_COUNT="2")
     with contextlib.suppress(UserError, SettingErrors):
-        found(ready / "output/run/rwkv-0.pth", "", None, None, False)
+        load_checkpoint(ready / "output/run/rwkv-0.pth", "", None, None, False)
     assert not canary.exists()
 
 

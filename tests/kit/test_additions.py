@@ -57,7 +57,9 @@ ADDITIONS: dict[str, dict[str, str | list[Edit]]] = {
     },
     "schema": {"rwkv_peft/preprocess/keys.py": [(r'"trans_instruction", ', '"brain_teaser", ')]},
     "tracker": {
-        "rwkv_peft/common/trackers.py": [(r"# name of a tracker, and", TRACKER), (r'"wandb": open_wandb', '"lines": open_lines, ')],
+        "rwkv_peft/common/trackers.py": [
+            (r"# name of a tracker, and", TRACKER), (r'"wandb": open_wandb', '"lines": open_lines, '),
+        ],
         "rwkv_peft/config/train.py": [
             (r"    wandb: str = ", '    lines: str = setting("LINES", resume="free", tracker="lines")\n')
         ],

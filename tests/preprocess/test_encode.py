@@ -272,7 +272,7 @@ def test_no_token_holds_a_nul_beside_other_bytes():
 def test_the_short_way_of_plain_conversations_gives_what_the_long_way_gives(name, eot, turns):
     row = {"messages": [{"role": role, "content": content} for role, content in turns], "id": 3}
     template, ending = PRESETS[name], ENDINGS[eot]
-    quick = FastPath(template, ending, columns(""), "auto").conversation(row, doctor=False)
+    quick = FastPath(template, ending, columns(""), "auto").conversation(row, repair=False)
     if quick is not None:
         schema, found = Reader(repair=False).read(row)
         assert quick == (schema, Pieces(*template.render(found, ending)))
@@ -280,8 +280,8 @@ def test_the_short_way_of_plain_conversations_gives_what_the_long_way_gives(name
 
 def test_most_conversations_do_go_the_short_way():
     quick = FastPath(WORLD, ENDINGS["doc"], columns(""), "auto")
-    assert quick.conversation(SAME["messages"], doctor=True) is None  # letters outside ASCII want the doctor
-    assert quick.conversation(SAME["messages"], doctor=False) and quick.conversation(SAME["sharegpt"], doctor=False)
+    assert quick.conversation(SAME["messages"], repair=True) is None  # letters outside ASCII want the doctor
+    assert quick.conversation(SAME["messages"], repair=False) and quick.conversation(SAME["sharegpt"], repair=False)
 
 
 # ---- limits ----

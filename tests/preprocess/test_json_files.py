@@ -9,7 +9,7 @@ from helpers.row_files import rows_in
 from rwkv_peft.common.errors import UserError
 from rwkv_peft.preprocess import reader
 from rwkv_peft.preprocess.files import blocks
-from rwkv_peft.preprocess.json_repair import mended, parse_list
+from rwkv_peft.preprocess.json_repair import parse_list, repair_json
 from rwkv_peft.preprocess.pipeline import EncodeConfig, RowEncoder
 from rwkv_peft.preprocess.reader import Block
 from rwkv_peft.preprocess.schemas import RowError
@@ -156,7 +156,7 @@ def test_plain_text_stays_text(tmp_path):
     ],
 )
 def test_what_has_one_reading_is_read_and_its_fault_named(text, value, kind):
-    assert mended(text) == (value, kind)
+    assert repair_json(text) == (value, kind)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_what_has_one_reading_is_read_and_its_fault_named(text, value, kind):
 )
 def test_what_cannot_be_read_is_refused_by_the_name_of_its_fault(text, words):
     with pytest.raises(ValueError, match="is not valid JSON|is nested too deeply") as told:
-        mended(text)
+        repair_json(text)
     assert words.replace("\\\\", "\\") in str(told.value)
 
 
@@ -246,7 +246,7 @@ def test_many_escaped_quotes_take_no_time_that_grows_with_their_square(tmp_path,
 @pytest.mark.parametrize("text", ['{"a": 1} /* never closed', '{"a": "never closed', "{'a': 'never closed"])
 def test_what_never_closes_is_refused(text):
     with pytest.raises(ValueError, match="is not valid JSON"):
-        mended(text)
+        repair_json(text)
 
 
 @pytest.mark.parametrize(
@@ -333,7 +333,7 @@ def test_a_cell_that_is_packed_into_a_small_file_is_too_long_for_a_row():
 @pytest.mark.parametrize("text", ['{"text": "a\\ud800",}', '{"text": "a\\ud800 \x7f\n"}', "{'text': 'a\\ud800'}"])
 def test_half_a_character_is_named_in_rows_that_are_mended_too(text):
     with pytest.raises(ValueError, match="half of a surrogate pair"):
-        mended(text)
+        repair_json(text)
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.json"])

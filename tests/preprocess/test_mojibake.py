@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from rwkv_peft.preprocess.mojibake import CLEAN, LOSSY, REPAIRED, UNDEFINED, WHATWG, doctor, reread
+from rwkv_peft.preprocess.mojibake import CLEAN, LOSSY, REPAIRED, UNDEFINED, WHATWG, repair_text, reread
 
 
 def as_whatwg(data: bytes) -> str:
@@ -69,7 +69,7 @@ def test_clean_text_that_is_utf8_by_accident_is_not_touched(text):
     assert reread(text) is not None
     for around in ("{}", "He said: {} and left.", "{0} {0} {0} {0}", "{0}\n\n{0}"):
         whole = around.format(text)
-        assert doctor(whole) == (whole, CLEAN)
+        assert repair_text(whole) == (whole, CLEAN)
 
 
 def test_thousands_of_clean_lines_in_many_languages_are_neither_touched_nor_reported():
@@ -84,7 +84,7 @@ def test_thousands_of_clean_lines_in_many_languages_are_neither_touched_nor_repo
         start = pick.randrange(len(line))
         lines.append(line[start : start + pick.randint(1, 30)])
     assert len(lines) > 10_000
-    assert [(line, doctor(line)) for line in lines if doctor(line) != (line, CLEAN)] == []
+    assert [(line, repair_text(line)) for line in lines if repair_text(line) != (line, CLEAN)] == []
 
 
 WORD_LETTERS = {
@@ -129,7 +129,7 @@ def test_random_words_with_the_punctuation_of_their_language_are_clean(language,
     piece = st.tuples(st.sampled_from(BEGINS), word, st.sampled_from(ENDS)).map("".join)
     text = " ".join(data.draw(st.lists(piece, min_size=1, max_size=8)))
     assume(not re.search("[À-ÿ][Œœ]", text))  # no word has a ligature behind an accent, and "âœ…" is a broken tick
-    assert doctor(text) == (text, CLEAN)
+    assert repair_text(text) == (text, CLEAN)
 
 
 TEXTS = {
@@ -154,8 +154,8 @@ TEXTS = {
 @given(data=st.data())
 def test_what_was_damaged_reversibly_is_restored_byte_exactly(kind, reading, times, data):
     text = data.draw(TEXTS[kind])
-    assume(not text.isascii() and doctor(text) == (text, CLEAN))
-    found, verdict = doctor(damaged(text, reading, times))
+    assume(not text.isascii() and repair_text(text) == (text, CLEAN))
+    found, verdict = repair_text(damaged(text, reading, times))
     assert found.encode("utf-8") == text.encode("utf-8")
     assert verdict == REPAIRED
 
@@ -168,7 +168,7 @@ def test_what_was_damaged_reversibly_is_restored_byte_exactly(kind, reading, tim
     "¿Qué tal?", "FRANÇAIS", "ÜBER", "End.\xa0 Next",
 ])  # fmt: skip
 def test_short_texts_of_everyday_are_restored(text, reading):
-    assert doctor(damaged(text, reading)) == (text, REPAIRED)
+    assert repair_text(damaged(text, reading)) == (text, REPAIRED)
 
 
 LOST = {
@@ -186,7 +186,7 @@ def test_what_lost_bytes_is_reported_and_left_alone(how, kind, data):
     raw = (data.draw(TEXTS[kind].filter(lambda t: len(set(t)) >= 8)) + "丁").encode("utf-8")  # E4 B8 81
     assume(sum(b in UNDEFINED for b in raw) <= len(raw) // 12)
     broken = LOST[how](raw)
-    assert doctor(broken) == (broken, LOSSY)
+    assert repair_text(broken) == (broken, LOSSY)
 
 
 @pytest.mark.parametrize("how", LOST)
@@ -197,19 +197,19 @@ def test_what_lost_bytes_is_reported_and_left_alone(how, kind, data):
 def test_sentences_that_lost_bytes_are_reported(text, how):
     broken = LOST[how](text.encode("utf-8"))
     assert broken != as_whatwg(text.encode("utf-8"))
-    assert doctor(broken) == (broken, LOSSY)
+    assert repair_text(broken) == (broken, LOSSY)
 
 
 @pytest.mark.parametrize("good", ["海鸥飞过。", "Ещё одна строка", "été "])
 def test_text_that_is_only_partly_mojibake_is_never_repaired_in_part(good):
     mixed = good + as_whatwg("你好，世界，海鸥在天空中飞翔".encode())
-    found, verdict = doctor(mixed)
+    found, verdict = repair_text(mixed)
     assert found is mixed and verdict != REPAIRED
 
 
 def test_a_fourth_layer_is_reported_not_half_undone():
     four = damaged("你好，世界", as_latin_1, 4)
-    assert doctor(four) == (four, LOSSY)
+    assert repair_text(four) == (four, LOSSY)
 
 
 MIXTURE = st.text(st.characters(max_codepoint=0x2FFF) | st.sampled_from(WHATWG[0x80:]), max_size=40)
@@ -218,8 +218,8 @@ MIXTURE = st.text(st.characters(max_codepoint=0x2FFF) | st.sampled_from(WHATWG[0
 @settings(max_examples=1000, deadline=None)
 @given(text=MIXTURE | TEXTS["everything"].map(lambda t: damaged(t, as_whatwg)))
 def test_doctoring_twice_is_doctoring_once(text):
-    found, verdict = doctor(text)
-    again, second = doctor(found)
+    found, verdict = repair_text(text)
+    again, second = repair_text(found)
     assert again == found
     assert second == (CLEAN if verdict == REPAIRED else verdict)
     assert verdict == REPAIRED or found is text
@@ -228,7 +228,7 @@ def test_doctoring_twice_is_doctoring_once(text):
 @settings(max_examples=1000, deadline=None)
 @given(text=MIXTURE)
 def test_a_repair_is_always_the_exact_reverse_of_a_damage(text):
-    found, verdict = doctor(text)
+    found, verdict = repair_text(text)
     if verdict == REPAIRED:
         chains = {found}
         for _ in range(3):

@@ -110,8 +110,8 @@ def test_repeats_hold_every_row_once_each_and_encode_nothing_again(data, monkeyp
 
 def counted(monkeypatch) -> list:
     calls = []
-    original = door.cooked
-    monkeypatch.setattr(door, "cooked", lambda *a: calls.append(1) or original(*a))
+    original = door.encoded_blocks
+    monkeypatch.setattr(door, "encoded_blocks", lambda *a: calls.append(1) or original(*a))
     return calls
 
 
