@@ -1,0 +1,1 @@
+"""Settings: bash scripts read into typed dataclasses, and checked."""

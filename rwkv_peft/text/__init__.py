@@ -1,0 +1,1 @@
+"""Prompt templates, roles and the tokenizer: how a dialogue becomes text and tokens."""
