@@ -82,7 +82,7 @@ Settings = dict[str, str]  # variables of training.sh
 
 def words(variable: str) -> tuple[str, ...]:
     """The words that a setting may be."""
-    return typing.get_args(HINTS[FIELDS[variable].name])
+    return FIELDS[variable].metadata["choices"] or typing.get_args(HINTS[FIELDS[variable].name])
 
 
 # ------------------------------------------------------------------------------------------------ the axes

@@ -5,6 +5,7 @@ So nothing has to be typed twice. Floor 0.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ from typing import Any
 
 from rwkv_peft.adapters.specs import MOST_ALPHA, PARTS, QUANTS
 from rwkv_peft.common import json_reader
-from rwkv_peft.common.atomic_io import create, fsync_dir, glob_escape, reading, remove, sync, temp_path, write_json
+from rwkv_peft.common.atomic_io import create, fsync_dir, reading, remove, sync, temp_path, write_json
 from rwkv_peft.common.errors import UserError
 from rwkv_peft.common.formatting import join_names
 from rwkv_peft.common.hashing import sha256
@@ -138,7 +139,7 @@ def complete_pair(path: Path, content: dict[str, Any]) -> bool:
     Returns:
         Whether the checkpoint of this sidecar was found under its temporary name, and has its own now.
     """
-    for left in path.parent.glob(f"{glob_escape(path.name)}.tmp-*"):
+    for left in path.parent.glob(f"{glob.escape(path.name)}.tmp-*"):
         if left.is_file() and not left.is_symlink() and sha256(left) == content.get("checkpoint_sha256"):
             os.replace(left, path)
             fsync_dir(path.parent)

@@ -341,7 +341,7 @@ def talk(model, config: ChatConfig, asked: PromptFormat, name: str, in_use: File
             print(f"{word} ends a turn in PROMPT_TYPE={form.name}: ask without it.")
             continue
         in_use.must_be_unchanged()
-        messages.append(Message(Role.USER, form.asked(question)))
+        messages.append(Message(Role.USER, form.add_cue(question)))
         ids = asked.encode(form.prompt(messages, ending=asked.ending))
         try:
             logits, state = advance(model, ids[known:], state)

@@ -19,8 +19,8 @@ from rwkv_peft.text import tokenizer
 from rwkv_peft.text.roles import Role
 
 MOST = 600  # tokens of a row that are shown, from its beginning and its end
-COLOURS = {"begin": "\033[32m", "end": "\033[0m", "border": "\033[2m|\033[22m"}
-MARKS = {"begin": "[[", "end": "]]", "border": "|"}
+COLOURS = {"begin": "\033[32m", "end": "\033[0m", "separator": "\033[2m|\033[22m"}
+MARKS = {"begin": "[[", "end": "]]", "separator": "|"}
 
 
 def preview(source: Path, config: TokenizeConfig, end_of_doc: bool, most: int) -> None:

@@ -1,1 +1,1 @@
-"""What every package uses: errors, paths, atomic writes, hashing, formatting."""
+"""Helpers that every package uses: errors, paths, safe file access, formatting."""

@@ -1,6 +1,6 @@
-"""What the user can mend, and the one place where a door turns it into words and an exit code.
+"""Errors that the user can fix, and the place where a command turns them into a message and an exit code.
 
-Floor 0: every room may raise these; only the doors catch them.
+Every package may raise them; only the commands in cli/ catch them.
 """
 
 from __future__ import annotations
@@ -12,21 +12,22 @@ import re
 import resource
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NoReturn
 
 from . import formatting
 from .terminal import clean_output
 
-EXIT_USER = 2  # a setting, a file or a row that the user can mend
+EXIT_USER = 2  # a setting, a file or a row that the user can fix
 EXIT_DISK = 3  # no space left, or a folder that cannot be written
 EXIT_MEMORY = 4  # the device or the host ran out of memory
-EXIT_PROCESS = 5  # another process of a training has died, or stands still
+EXIT_PROCESS = 5  # another process of a training has died or is stalled
 EXIT_INTERRUPTED = 130  # Ctrl-C, as shells count it (128 + SIGINT)
 
 
 class UserError(Exception):
-    """Something the user can mend. The message says where, what is wrong and what to do."""
+    """Something that the user can fix. The message says where, what is wrong and what to do."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class SettingError:
 
 
 class SettingErrors(Exception):
-    """Everything wrong with the settings, found before anything heavy was done."""
+    """Everything wrong with the settings; raised before anything heavy is done."""
 
     def __init__(self, *problems: SettingError):
         self.problems = list(problems)
@@ -46,30 +47,32 @@ class SettingErrors(Exception):
 
 
 @contextlib.contextmanager
-def handle_errors(report_problems=None, lean: str = "") -> Iterator[None]:
-    """Run a command; turn what the user can mend into a message and an exit code, and let real bugs show their traceback. Nothing
-    that is printed on the way is obeyed by a terminal.
+def handle_errors(report_problems: Callable[[SettingErrors], str] = str, lean: str = "") -> Iterator[None]:
+    """Run a command: print what the user can fix as a message and exit with a code; let bugs show their traceback.
 
-    report_problems: function (Problems) -> str that knows the script's line numbers; without it names alone are shown.
-    lean: settings of this command with which it takes less memory.
+    What is printed meanwhile is cleaned of control characters for the terminal.
+
+    Args:
+        report_problems: writes the message for wrong settings, with the line numbers of the script; by default only
+            with their names.
+        lean: settings that make this command use less memory if they are lowered.
     """
-    with clean_output(), ended_in_words(report_problems, lean):
+    with clean_output(), _exit_on_error(report_problems, lean):
         yield
 
 
 @contextlib.contextmanager
-def ended_in_words(report_problems, lean: str) -> Iterator[None]:
-    """What ends a command, as a message and an exit code."""
+def _exit_on_error(report_problems: Callable[[SettingErrors], str], lean: str) -> Iterator[None]:
     try:
         yield
         if sys.stdout:  # (it may have been closed)
             sys.stdout.flush()
-    except SettingErrors as found:
-        exit_with(report_problems(found) if report_problems else str(found), EXIT_USER)
+    except SettingErrors as error:
+        exit_with(report_problems(error), EXIT_USER)
     except UserError as error:
         exit_with(str(error), EXIT_USER)
     except BrokenPipeError:
-        # the reader of our output has left (| head): no message can reach it, and Python's own flush must not complain
+        # the reader of our output has exited (| head): no message can reach it, and Python's own flush must not raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_USER)
     except ModuleNotFoundError as error:
@@ -81,32 +84,41 @@ def ended_in_words(report_problems, lean: str) -> Iterator[None]:
             EXIT_USER,
         )
     except (OSError, MemoryError, RuntimeError, ImportError) as error:
-        told = describe_error(error, lean)
-        if told is None:
+        described = describe_error(error, lean)
+        if described is None:
             raise
-        exit_with(*told)
+        exit_with(*described)
     except KeyboardInterrupt:
         exit_with("\nStopped by Ctrl-C. Nothing half-written was left behind.", EXIT_INTERRUPTED)
 
 
 def pip_command(packages: str) -> str:
-    """The command that installs packages where this Python finds them; another `pip` may belong to another one."""
+    """Return the command that installs packages for this Python; `pip` alone may belong to another one."""
     return f"{shlex.quote(sys.executable)} -m pip install {packages}"
 
 
-# what only a write can be refused for
-WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# what this process has used up: it says nothing of the file
-OURS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-WHOLE = "Earlier files are untouched"
-SHARED, FEW = "/dev/shm", 16  # where processes share memory; blocks: it is full
+WRITE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # only a write can fail with these
+OURS = (
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+)  # a resource of this process is used up: they say nothing about the file
+_UNTOUCHED = "Earlier files are untouched"
+_SHARED_MEMORY = "/dev/shm"  # where processes share memory ...
+_FULL = 16  # ... which is full if so few blocks are free
 
 
-def describe_error(error: Exception, lean: str = "") -> tuple[str, int] | None:
-    """The words and the exit code for what the system, or torch in its place, has refused. None for what is none of that: a bug.
-    lean: settings with which it takes less memory.
+def describe_error(error: BaseException, lean: str = "") -> tuple[str, int] | None:
+    """Describe what the system, or torch on its behalf, has refused.
+
+    Args:
+        error: any error.
+        lean: settings that make the command use less memory.
+
+    Returns:
+        The message and the exit code; None for any other error: a bug.
     """
-    error = cause(error) or hidden(error) or error
+    error = cause(error) or _earlier_system_error(error) or error
     # (each thread has a stack: where memory is limited, there is no room for another one)
     memory = [errno.ENOMEM, *([errno.EAGAIN] if limit(resource.RLIMIT_AS) is not None else [])]
     if isinstance(error, MemoryError) or isinstance(error, OSError) and error.errno in memory:
@@ -116,15 +128,14 @@ def describe_error(error: Exception, lean: str = "") -> tuple[str, int] | None:
     text = str(error)
     if type(error).__name__ == "OutOfMemoryError":
         return f"Out of GPU memory: {text.partition(chr(10))[0]}", EXIT_MEMORY
-    if dead := re.match(
-        r"DataLoader worker \(pid\(?s?\)? .*?\) (?:is killed by signal: (.*?)\.|exited unexpectedly)", text
-    ):
-        return describe_worker(dead[1] or ""), EXIT_PROCESS
+    worker = r"DataLoader worker \(pid\(?s?\)? .*?\) (?:is killed by signal: (.*?)\.|exited unexpectedly)"
+    if dead := re.match(worker, text):
+        return _describe_dead_worker(dead[1] or ""), EXIT_PROCESS
     return None
 
 
 def cause(error: BaseException) -> OSError | MemoryError | None:
-    """What the system has refused, where torch or Python tell it in words of their own; None where it is something else."""
+    """Return the system's error that torch or Python report as another one; None for any other error."""
     if isinstance(error, (OSError, MemoryError)):
         return error
     text = str(error)
@@ -139,41 +150,41 @@ def cause(error: BaseException) -> OSError | MemoryError | None:
     if "can't start new thread" in text:
         return OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
     # as in: unable to mmap 40 bytes from file </a/b>: Cannot allocate memory (12)
-    for words_, number in re.findall(r": ([^:\n]+) \((\d+)\)", text):
-        if words_ == os.strerror(int(number)):
+    for words, digits in re.findall(r": ([^:\n]+) \((\d+)\)", text):
+        if words == os.strerror(int(digits)):
             file = re.search(r"<([^<>]+)>", text)
-            return OSError(int(number), words_, *([file[1]] if file else []))
+            return OSError(int(digits), words, *([file[1]] if file else []))
     return None
 
 
-# what a process has come to the end of: it explains whatever else goes wrong while that is tidied up
-ENDS = (*WRITING, *OURS, errno.EAGAIN, errno.EIO)
+# a used-up resource: it explains whatever else fails during the clean-up
+_EXHAUSTED_ERRNOS = (*WRITE_ERRNOS, *OURS, errno.EAGAIN, errno.EIO)
 
 
-def hidden(error: BaseException) -> OSError | MemoryError | None:
-    """What the system had refused before this error came: Lightning, as it tidies up, raises one that says nothing of it."""
+def _earlier_system_error(error: BaseException) -> OSError | MemoryError | None:
+    """Return the system's error before this one: when Lightning cleans up, it raises one that does not mention it."""
     before = error.__context__
     while before:
         first, before = cause(before), before.__context__
-        if isinstance(first, MemoryError) or first and first.errno in ENDS:
+        if isinstance(first, MemoryError) or first and first.errno in _EXHAUSTED_ERRNOS:
             return first
     return None
 
 
 def in_words(error: Exception) -> str:
-    """The words for an error after which the command continues."""
-    told = None if isinstance(error, (UserError, SettingErrors)) else describe_error(error)
-    return told[0] if told else str(error)
+    """Return the message for an error after which the command continues."""
+    described = None if isinstance(error, (UserError, SettingErrors)) else describe_error(error)
+    return described[0] if described else str(error)
 
 
 def limit(kind: int) -> int | None:
-    """How much of something this process may have (a number of the module resource), if that is limited."""
+    """Return how much of a resource (a number of the module `resource`) this process may use; None if it has no limit."""
     most = resource.getrlimit(kind)[0]
     return None if most == resource.RLIM_INFINITY else most
 
 
 def describe_memory(lean: str = "") -> str:
-    """Why no memory was given, and what to do."""
+    """Return why no memory could be allocated, and what to do; `lean`: settings to lower."""
     for kind, option in ((resource.RLIMIT_AS, "-v"), (resource.RLIMIT_DATA, "-d")):
         if (most := limit(kind)) is not None:
             how = f"lower {lean}, or start it" if lean else "start it"
@@ -182,29 +193,38 @@ def describe_memory(lean: str = "") -> str:
     return f"Out of memory: the system has no more to give. Close other programs{f', or lower {lean}' if lean else ''}."
 
 
-def describe_worker(signal: str) -> str:
-    """signal: the words for what has ended a process that prepares batches; "" where that is not known."""
-    how, cure = f"was ended by a signal ({signal})" if signal else "has ended", "NUM_WORKERS=0 needs none"
+def _describe_dead_worker(signal: str) -> str:
+    """signal: the description of the one that ended a process that prepares batches; "" if unknown."""
+    how = f"was ended by a signal ({signal})" if signal else "has ended"
+    advice = "NUM_WORKERS=0 needs none"
     if signal == "Bus error":
-        how += f": {SHARED} is full ({room_in(SHARED)}), or a data file was cut off while it was read"
-        cure += f", and docker run --shm-size=8g makes {SHARED} larger"
+        how += (
+            f": {_SHARED_MEMORY} is full ({_free_space(_SHARED_MEMORY)}), or a data file was cut off while it was read"
+        )
+        advice += f", and docker run --shm-size=8g makes {_SHARED_MEMORY} larger"
     elif signal in ("", "Killed"):
         how += ", most likely by the system because memory ran out (dmesg tells)"
-    return f"A process that prepares batches {how}. {cure}."
+    return f"A process that prepares batches {how}. {advice}."
 
 
-def room_in(folder: str) -> str:
-    there = os.statvfs(folder)
-    free, of = (formatting.format_size(blocks * there.f_frsize) for blocks in (there.f_bavail, there.f_blocks))
-    return f"{free} of {of} are free now"
+def _free_space(folder: str) -> str:
+    disk = os.statvfs(folder)
+    free, total = (formatting.format_size(blocks * disk.f_frsize) for blocks in (disk.f_bavail, disk.f_blocks))
+    return f"{free} of {total} are free now"
 
 
 def describe_os_error(error: OSError) -> tuple[str, int]:
-    """The words and the exit code for what the operating system refused."""
+    """Return the message and the exit code for what the operating system refused."""
     number, file = error.errno, "" if error.filename in (None, b"") else str(error.filename)
     file = re.sub(r"(\.tmp-\d+)+$", "", file)  # while it is written
-    if number in WRITING:
-        return {errno.ENOSPC: no_room, errno.EDQUOT: no_quota, errno.EFBIG: too_large}[number](file), EXIT_DISK
+    if number == errno.ENOSPC:
+        return _describe_no_space(file), EXIT_DISK
+    if number == errno.EDQUOT:
+        where = f" while writing {file}" if file else ""
+        advice = "delete files of yours, or ask for more"
+        return f"Your quota on the disk is used up{where} (quota -s tells). {_UNTOUCHED}; {advice}.", EXIT_DISK
+    if number == errno.EFBIG:
+        return _describe_too_large(file), EXIT_DISK
     if number == errno.EROFS:
         return f"{file or 'The disk'}: {error.strerror}. Nothing can be written there; use another disk.", EXIT_DISK
     if number in (errno.EACCES, errno.EPERM):
@@ -214,19 +234,14 @@ def describe_os_error(error: OSError) -> tuple[str, int]:
     if number == errno.ENAMETOOLONG:
         return f"{file[:60]}...: this name is too long for the file system.", EXIT_USER
     if number == errno.EMFILE:
-        most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        return (
-            f"{file or 'A file'}: {most[0]} files may be open at once in this shell. {raised('-n', *most)}",
-            EXIT_USER,
-        )
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        how = _how_to_raise("-n", soft, hard)
+        return f"{file or 'A file'}: {soft} files may be open at once in this shell. {how}", EXIT_USER
     if number == errno.EAGAIN:
-        most = resource.getrlimit(resource.RLIMIT_NPROC)
+        most = limit(resource.RLIMIT_NPROC)
         how = "No further process or thread can be started. Close other programs, or raise their number"
-        return (
-            f"{how} (ulimit -u: it is {'unlimited' if most[0] == resource.RLIM_INFINITY else most[0]} here).",
-            EXIT_USER,
-        )
-    cures = {
+        return f"{how} (ulimit -u: it is {'unlimited' if most is None else most} here).", EXIT_USER
+    others = {
         errno.ENFILE: ("the whole system has as many files open as it can. Close other programs", EXIT_USER),
         errno.EIO: (
             "the disk or the share could not read or write it. Look at dmesg, and copy what is there",
@@ -241,64 +256,56 @@ def describe_os_error(error: OSError) -> tuple[str, int]:
         errno.EISDIR: ("is a folder, where a file is wanted", EXIT_USER),
         errno.ENOTDIR: ("a part of this path is a file, not a folder", EXIT_USER),
     }
-    told, code = cures.get(number or 0, (error.strerror or str(error), EXIT_USER))
-    return f"{file or 'The system'}: {told}.", code
+    message, code = others.get(number or 0, (error.strerror or str(error), EXIT_USER))
+    return f"{file or 'The system'}: {message}.", code
 
 
-def no_room(file: str) -> str:
+def _describe_no_space(file: str) -> str:
     where = f" while writing {file}" if file else ""
     with contextlib.suppress(OSError):
         # (torch's names for it have no folder; locks have no name)
-        if file.startswith("/torch_") or not file and os.statvfs(SHARED).f_bavail <= FEW:
-            why = f"in {SHARED}, where processes share memory ({room_in(SHARED)})"
+        if file.startswith("/torch_") or not file and os.statvfs(_SHARED_MEMORY).f_bavail <= _FULL:
+            why = f"in {_SHARED_MEMORY}, where processes share memory ({_free_space(_SHARED_MEMORY)})"
             return f"No space left {why}. NUM_WORKERS=0 needs none, and docker run --shm-size=8g makes it larger."
-        there = os.statvfs(os.path.dirname(file) or ".")
-        room = formatting.format_size(there.f_bavail * there.f_frsize)
-        if there.f_files and not there.f_favail and there.f_bavail:
+        disk = os.statvfs(os.path.dirname(file) or ".")
+        room = formatting.format_size(disk.f_bavail * disk.f_frsize)
+        if disk.f_files and not disk.f_favail and disk.f_bavail:
             why = f"its inodes are used up, though {room} are free (df -i tells)"
-            return f"The disk can hold no further file{where}: {why}. {WHOLE}; delete some files and run it again."
-    return f"No space left on the disk{where}. {WHOLE}; free some space and run it again."
+            return f"The disk can hold no further file{where}: {why}. {_UNTOUCHED}; delete some files and run it again."
+    return f"No space left on the disk{where}. {_UNTOUCHED}; free some space and run it again."
 
 
-def no_quota(file: str) -> str:
-    where = f" while writing {file}" if file else ""
-    return (
-        f"Your quota on the disk is used up{where} (quota -s tells). {WHOLE}; delete files of yours, or ask for more."
-    )
-
-
-def too_large(file: str) -> str:
+def _describe_too_large(file: str) -> str:
     most = limit(resource.RLIMIT_FSIZE)
     if most is None:
         why = "is larger than its file system takes (FAT takes 4 GB). Use another disk"
     else:
-        most_words = formatting.format_size(most)
-        why = f"is larger than this shell lets a file be: {most_words} (ulimit -f). Start it in a shell without that limit"
-    return f"{file or 'A file'}: {why}. {WHOLE}."
+        size = formatting.format_size(most)
+        why = f"is larger than this shell lets a file be: {size} (ulimit -f). Start it in a shell without that limit"
+    return f"{file or 'A file'}: {why}. {_UNTOUCHED}."
 
 
-def raised(option: str, soft: int, hard: int) -> str:
-    """How to raise a limit of the shell."""
+def _how_to_raise(option: str, soft: int, hard: int) -> str:
     if hard == resource.RLIM_INFINITY or hard > soft:
         more = max(4096, 2 * soft)
         return f"Raise that: ulimit {option} {more if hard == resource.RLIM_INFINITY else min(hard, more)}."
     return f"Start it in another shell: this one cannot raise that (ulimit {option})."
 
 
-def exit_with(message: str, code: int) -> None:
+def exit_with(message: str, code: int) -> NoReturn:
+    """Print a message to standard error and exit."""
     with ignore_closed_pipe():
         if sys.stdout:
-            sys.stdout.flush()  # what was said before comes before it, where both go into one file
+            sys.stdout.flush()  # keeps the order of both streams where they go into one file
         print(formatting.readable(message), file=sys.stderr, flush=True)
-    sys.unraisablehook = lambda _: (
-        None
-    )  # the cause is reported: errors of half-made objects as Python exits add nothing
+    # the cause is reported: errors of half-made objects while Python exits add nothing
+    sys.unraisablehook = lambda _: None
     sys.exit(code)
 
 
 @contextlib.contextmanager
 def ignore_closed_pipe() -> Iterator[None]:
-    """Say something even if nobody listens any more (a closed terminal, | head): work goes on, in silence from here."""
+    """Print without failing if the reader has exited (a closed terminal, | head); nothing is printed any more then."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What the machine can compute in, and what PRECISION=auto becomes on it."""
+"""The machine: its devices, and the precision that PRECISION=auto selects on it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 
 
 def device_kind() -> str:
+    """Return "cuda" if there is a CUDA device, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def device(rank: int) -> torch.device:
-    """Where a process of this local rank computes."""
+    """Return the device of the process of this local rank."""
     return torch.device("cuda", rank) if device_kind() == "cuda" else torch.device("cpu")
 
 
 def device_words() -> str:
+    """Describe the device for the run's report."""
     if device_kind() == "cuda":
         gpu = torch.cuda.get_device_properties(0)
         return f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GB"
@@ -31,14 +33,23 @@ def device_words() -> str:
 
 
 def peak_memory() -> int:
-    """Bytes that this process has held at most: of its GPU, as nvidia-smi counts them, or where there is none of the host."""
+    """Return the peak memory of this process in bytes: on its GPU, as nvidia-smi counts it, or without one on the host."""
     if device_kind() == "cuda":
         return torch.cuda.max_memory_reserved()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def embedding_on_host(wanted: str, possible: bool, size: int) -> bool:
-    """What EMB_ON_CPU becomes. possible: whether it can stay there; size: its bytes on the GPU. Raises Problems without a GPU."""
+    """Resolve EMB_ON_CPU: whether the embedding stays in host memory.
+
+    Args:
+        wanted: the setting: auto, 0 or 1.
+        possible: whether it can stay there.
+        size: bytes that it would take on the GPU. auto keeps it on the host from 1 % of the GPU's memory on.
+
+    Raises:
+        SettingErrors: wanted without a GPU.
+    """
     if device_kind() != "cuda":
         if wanted == "1":
             raise SettingErrors(SettingError("EMB_ON_CPU", "is for GPUs, and none was found; use auto"))
@@ -49,29 +60,34 @@ def embedding_on_host(wanted: str, possible: bool, size: int) -> bool:
 
 
 def cpu_has_bf16(cpuinfo: str | None = None) -> bool:
-    """Whether the processor multiplies bf16 itself. Where it does not, bf16 is about ten times slower than fp32."""
-    return (
-        re.search(r"^(flags|Features)\s*:.*\b(amx_bf16|avx512_bf16|bf16)\b", cpuinfo or cpu_words(), re.M) is not None
-    )
+    """Return whether the processor multiplies bf16 natively; without that bf16 is about ten times slower than fp32."""
+    flags = r"^(flags|Features)\s*:.*\b(amx_bf16|avx512_bf16|bf16)\b"
+    return re.search(flags, cpuinfo or _read_cpuinfo(), re.M) is not None
 
 
 def cpu_gains_by_bf16(cpuinfo: str | None = None) -> bool:
-    """Whether it is faster in bf16. Intel's AVX-512 multiplies no more bf16 than fp32 numbers in the same time, and what is
-    converted comes on top: a LoRA step of 0.1B took 2.37 s instead of 1.52 s there; AMX takes half of fp32's time. (AMD's AVX-512
-    and ARM multiply twice as many by their makers' tables; not measured here.)
+    """Return whether the processor is faster in bf16 than in fp32.
+
+    Intel's AVX-512 multiplies as many bf16 as fp32 numbers in the same time, and the conversions come on top: a LoRA step of
+    0.1B took 2.37 s instead of 1.52 s there; AMX takes half of fp32's time. (AMD's AVX-512 and ARM multiply twice as many
+    by their makers' tables; not measured here.)
     """
-    words = cpuinfo or cpu_words()
-    plain = "amx_bf16" not in words and re.search(r"^vendor_id\s*: GenuineIntel", words, re.M)
-    return cpu_has_bf16(words) and not plain
+    info = cpuinfo or _read_cpuinfo()
+    plain_intel = "amx_bf16" not in info and re.search(r"^vendor_id\s*: GenuineIntel", info, re.M)
+    return cpu_has_bf16(info) and not plain_intel
 
 
-def cpu_words() -> str:
+def _read_cpuinfo() -> str:
     path = Path("/proc/cpuinfo")
     return path.read_text() if path.is_file() else "unknown"
 
 
 def resolve_precision(wanted: str) -> str:
-    """Auto -> what this machine computes best. Raises Problems for what it cannot do."""
+    """Resolve PRECISION: auto becomes what this machine computes best.
+
+    Raises:
+        SettingErrors: the machine cannot compute in it.
+    """
     on_gpu = device_kind() == "cuda"
     if wanted == "auto":
         if on_gpu:

@@ -1,7 +1,8 @@
-"""The content of files as a number that two different ones do not share. Floor 0."""
+"""Hashes and stamps of files, and a task in the background to compute them."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import threading
@@ -20,83 +21,96 @@ except ImportError:
 
 T = TypeVar("T")
 
-PIECE = 1 << 20
-SAMPLES = 64
+_PIECE = 1 << 20
+_SAMPLES = 64
 SETTLED = 2.0  # seconds after which a file's clock has ticked, whatever the file system
 
 __all__ = ["BackgroundTask", "crc32", "file_stamp", "fingerprint", "sample", "sha256"]
 
 
 def file_stamp(path: str | os.PathLike) -> list[int] | None:
-    """What stays the same as long as nobody writes to a file: size, inode, and the times of its last changes in ns. None for
-    one that has only just been written: another write could fall into the same tick of the clock.
+    """Return what stays the same until a file is written to: size, inode, and the times of its last changes in ns.
+
+    None for a file that was written to within SETTLED seconds: another write could fall into the same tick of the clock.
     """
-    found = os.stat(path)
-    if time.time() - max(found.st_mtime, found.st_ctime) < SETTLED:
+    info = os.stat(path)
+    if time.time() - max(info.st_mtime, info.st_ctime) < SETTLED:
         return None
-    return [found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
+    return [info.st_size, info.st_ino, info.st_mtime_ns, info.st_ctime_ns]
 
 
 def sha256(path: str | os.PathLike, on_disk: bool = False) -> str:
-    """The content hash of a file (about 1 GB/s). on_disk: it was just written past the system's memory."""
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(PIECE))
+    """Return the SHA-256 of a file (about 1 GB/s).
+
+    Args:
+        path: the file.
+        on_disk: it was just written with direct I/O: read it that way, not through the system's cache.
+    """
+    digest = hashlib.sha256()
     if on_disk:
-        reader, room, at = DirectReader(path), aligned(ROOM), 0
-        try:
-            while piece := reader.read(room, ROOM, at):
+        with contextlib.closing(DirectReader(path)) as reader:
+            buffer, at = aligned(ROOM), 0
+            while piece := reader.read(buffer, ROOM, at):
                 digest.update(piece)
                 at += len(piece)
-        finally:
-            reader.close()
-        return digest.hexdigest()
-    with reading(path, buffering=0) as file:
-        while size := file.readinto(buffer):
-            digest.update(buffer[:size])
+    else:
+        buffer = memoryview(bytearray(_PIECE))
+        with reading(path, buffering=0) as file:
+            while size := os.readv(file.fileno(), [buffer]):
+                digest.update(buffer[:size])
     return digest.hexdigest()
 
 
 def sample(path: str | os.PathLike) -> str:
-    """The content hash of a file's size, its first and last MB and some of what lies between: for files that are too long to be
-    read twice. It tells most changes, not all.
+    """Return a hash of a file's size, its first and last MB and samples between: for files too long to be read twice.
+
+    It detects most changes, not all.
     """
     size = os.stat(path).st_size
     digest = hashlib.sha256(str(size).encode())
     with reading(path) as file:
-        for begin in [0, *(size * part // SAMPLES for part in range(1, SAMPLES)), max(0, size - PIECE)]:
+        for begin in [0, *(size * part // _SAMPLES for part in range(1, _SAMPLES)), max(0, size - _PIECE)]:
             file.seek(begin)
-            digest.update(file.read(PIECE if begin in (0, size - PIECE) else PIECE >> 8))
+            digest.update(file.read(_PIECE if begin in (0, size - _PIECE) else _PIECE >> 8))
     return digest.hexdigest()
 
 
 def fingerprint(path: str | os.PathLike, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """sha256 of a file, its mark, and its sample; None for the mark if the file has changed meanwhile. known: its content at an
-    earlier time: if nobody has written to it since, it is not read. (The sample tells of writes that leave the mark alone.)
+    """Return a file's SHA-256, its stamp ("mark") and its sample ("pieces").
+
+    Args:
+        path: the file.
+        known: an earlier fingerprint: while the file's stamp and sample are unchanged, its hash is not computed again.
+            (The sample detects writes that leave the stamp unchanged.)
+
+    Returns:
+        A dict; its "mark" is None if the file changed meanwhile, or has only just been written.
     """
     before, pieces = file_stamp(path), sample(path)
     if known and before and before == known.get("mark") and known.get("pieces") in (None, pieces):
         return {"sha256": known["sha256"], "mark": before, "pieces": pieces}
-    found = sha256(path)
-    return {"sha256": found, "mark": before if before == file_stamp(path) else None, "pieces": pieces}
+    content = sha256(path)
+    return {"sha256": content, "mark": before if before == file_stamp(path) else None, "pieces": pieces}
 
 
 class BackgroundTask(Generic[T]):
-    """What takes a while to read, read while the caller does something else."""
+    """A function that runs in a thread while the caller does something else."""
 
     def __init__(self, work: Callable[[], T]):
-        self.work = work
-        self.error: Exception | None = None
-        self.thread = threading.Thread(target=self.run, daemon=True)  # nobody waits for it if the rest fails
+        self._work = work
+        self._error: Exception | None = None
+        self.thread = threading.Thread(target=self._run, daemon=True)  # (does not keep a failed command alive)
         self.thread.start()
 
-    def run(self) -> None:
+    def _run(self) -> None:
         try:
-            self.found = self.work()
-        except Exception as error:  # raised where the result is asked for
-            self.error = error
+            self._result = self._work()
+        except Exception as error:  # raised by `result`
+            self._error = error
 
     def result(self) -> T:
-        """Waits for it. Raises what the work has raised, like OSError if a file could not be read."""
+        """Wait for the function's result, or raise its exception: OSError if a file could not be read."""
         self.thread.join()
-        if self.error:
-            raise self.error
-        return self.found
+        if self._error:
+            raise self._error
+        return self._result

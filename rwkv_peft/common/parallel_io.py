@@ -1,4 +1,4 @@
-"""Large files made in pieces: several at a time, each written where it belongs. Floor 0."""
+"""Run I/O and computation on several tensors in parallel threads."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-KEEP = 24 << 20  # bytes; of more than 32 MB glibc takes no notice
-THREADS = 8  # at most; more would wait for the disk
+_FREED_BLOCK = 24 << 20  # bytes; glibc ignores blocks above 32 MB
+_MAX_THREADS = 8  # more would wait for the disk
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 def parallel_map(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
-    """[work(item) for item in items], several items at a time and each on one core."""
+    """Return [work(item) for item in items], computed for several items at a time, each on one core."""
     threads, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
-    # (one more than there are cores: a file takes one write at a time, and who waits for it works for nobody)
-    # glibc keeps as much memory for the next block as it once saw given back; else it would ask the system every time
-    torch.empty(KEEP, dtype=torch.uint8)
-    with ThreadPoolExecutor(min(cores + 1, THREADS), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    # after this block is freed, glibc keeps as much memory for later blocks, instead of asking the system every time
+    torch.empty(_FREED_BLOCK, dtype=torch.uint8)
+    # one thread more than cores: a file takes one write at a time, and a thread that waits for it does not compute
+    with ThreadPoolExecutor(min(cores + 1, _MAX_THREADS), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         futures = [pool.submit(work, item) for item in items]
         try:
             return [future.result() for future in futures]
@@ -34,4 +34,5 @@ def parallel_map(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor."""
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data

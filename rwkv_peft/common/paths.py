@@ -1,4 +1,4 @@
-"""Where things lie: the project's folders, and the names that settings use for files in them."""
+"""The project's folders, and how settings name the files in them."""
 
 from __future__ import annotations
 
@@ -16,23 +16,31 @@ from .names import visible
 PACKAGE = Path(__file__).resolve().parents[1]  # the kit's code
 ROOT = PACKAGE.parent
 OUTPUT = ROOT / "output"
-MODELS = (".pth", ".safetensors")  # endings of the files that are read as models
+_MODEL_SUFFIXES = (".pth", ".safetensors")
 
 
 def resolve_path(name: str, folder: str) -> Path:
-    """A file that a setting names: in ROOT/folder, or a path from here, or from the project. May not exist."""
+    """Return the file that a setting names, which may not exist.
+
+    Args:
+        name: a name in ROOT/folder, or a path relative to the working directory or to the project.
+        folder: the folder of ROOT for such files.
+
+    Raises:
+        UserError: the name is not UTF-8.
+    """
     if not is_utf8(name):
         raise UserError(f"{name.encode(errors='replace').decode()}: this name is not UTF-8; rename the file.")
-    given = Path(name)
+    path = Path(name)
     with contextlib.suppress(RuntimeError):  # a user that does not exist
-        given = given.expanduser()
-    places = [ROOT / folder / given, Path.cwd() / given, ROOT / given]
-    there = [p for p in places if p.exists()] or [p for p in places if p.is_symlink()]  # (a link that leads nowhere)
-    return there[0] if there else places[0] if given.name == name else places[1]
+        path = path.expanduser()
+    places = [ROOT / folder / path, Path.cwd() / path, ROOT / path]
+    existing = [p for p in places if p.exists()] or [p for p in places if p.is_symlink()]  # (a dangling link)
+    return existing[0] if existing else places[0] if path.name == name else places[1]
 
 
 def missing(path: Path) -> str:
-    """What to say of a file that cannot be found, or is none."""
+    """Return what is wrong with a path that is no file: "there is no such file"."""
     if path.exists():
         return f"is {'a folder' if path.is_dir() else 'a FIFO, a socket or a device'}, and no file"
     if not path.is_symlink():
@@ -47,27 +55,26 @@ def missing(path: Path) -> str:
     return f"is a link to {visible(os.readlink(path))}, which is no file"
 
 
-DRIVE = re.compile(r"^/?([A-Za-z]):(?!\d)(.*)$", re.S)  # (a number behind the colon is a weight of DATA_PATH)
-SHARED = re.compile(r"^[\\/]{1,2}wsl(?:\$|\.localhost)[\\/]?([^\\/]*)[\\/](.*)$", re.I | re.S)
-BACKSLASH = chr(92)
-VISITED = 20_000  # names of folders that are compared while a path without separators is put together
+_DRIVE = re.compile(r"^/?([A-Za-z]):(?!\d)(.*)$", re.S)  # (a number after the colon is a weight of DATA_PATH)
+_WSL_SHARE = re.compile(r"^[\\/]{1,2}wsl(?:\$|\.localhost)[\\/]?([^\\/]*)[\\/](.*)$", re.I | re.S)
+_MAX_VISITED = 20_000  # names in folders that are compared to find a path without separators
 
 
 def foreign_path(name: str) -> str:
-    """What to say of a path of another system, or of a web address, that a setting or a command names; "" for others.
+    r"""Return what to do about a path of another system, or a web address, in a setting or a command; "" for others.
 
-    Under WSL, drive C: of Windows is /mnt/c. In bash a backslash takes the next letter as it is, so that C:\\Users\\me without
-    quotes arrives as C:Usersme.
+    Under WSL, drive C: of Windows is /mnt/c. In bash a backslash escapes the next letter, so that C:\Users\me without quotes
+    arrives as C:Usersme.
     """
     text = name.strip().strip("'\"").strip()
     if re.match(r"^(https?|ftp|s3|gs|hf|git)://", text, re.I):
         return f"{text} is a web address, not a file: download the file, and name its place on this machine."
     if text.lower().startswith("file:"):
         text = unquote(re.sub(r"^file:/*(?=/)", "", text, flags=re.I))
-        return f"{name} is an address of a file: {written(drive_path(text) or Path(text))}."
-    if shared := SHARED.match(text):
+        return f"{name} is an address of a file: {_describe(_drive_path(text) or Path(text))}."
+    if shared := _WSL_SHARE.match(text):
         inside = Path("/" + shared[2].replace("\\", "/"))
-        return f"{name} is how Windows names a file of WSL; here it is {written(inside)}."
+        return f"{name} is how Windows names a file of WSL; here it is {_describe(inside)}."
     if re.match(r"^\\{1,2}wsl", text, re.I):
         return (
             f"{name} looks like a path of Windows from which bash has taken the backslashes: put it in single quotes. A file of "
@@ -75,101 +82,96 @@ def foreign_path(name: str) -> str:
         )
     if re.match(r"^\\\\[^\\]", text):
         return f"{name} is a network path of Windows: copy the file to this machine, or to a drive such as C: (/mnt/c)."
-    drive = DRIVE.match(text)
-    if drive and drive[2] and not drive[2].startswith(("\\", "/")) and "\\" not in drive[2] and "/" not in drive[2]:
-        found = put_together(Path(f"/mnt/{drive[1].lower()}"), drive[2])
-        place = written(found) if found else f"written like /mnt/{drive[1].lower()}/Users/me/{tail_of(drive[2])}"
+    drive = _DRIVE.match(text)
+    if drive and drive[2] and "\\" not in drive[2] and "/" not in drive[2]:
+        root = Path(f"/mnt/{drive[1].lower()}")
+        file = _find_without_separators(root, drive[2])
+        place = _describe(file) if file else f"written like {root}/Users/me/NAME{Path(drive[2]).suffix}"
         return (
             f"{name} looks like a path of Windows from which bash has taken the backslashes. Under WSL that file is {place}. "
             "(A path with backslashes needs single quotes.)"
         )
-    if drive and drive[2]:
-        return f"{name} is a path of Windows; under WSL it is {written(drive_path(text))}."
+    if drive and drive[2] and (path := _drive_path(text)):
+        return f"{name} is a path of Windows; under WSL it is {_describe(path)}."
     if git_bash := re.match(r"^/([A-Za-z])/(Users/.*)$", text, re.S):
-        return f"{name} is a path of Git Bash; under WSL it is {written(Path(f'/mnt/{git_bash[1].lower()}') / git_bash[2])}."
+        return f"{name} is a path of Git Bash; under WSL it is {_describe(Path(f'/mnt/{git_bash[1].lower()}') / git_bash[2])}."
     if "\\" in text and not Path(text).exists():
-        return f"{name} has backslashes, as paths of Windows have; here it is {written(Path(text.replace(BACKSLASH, '/')))}."
+        path = Path(text.replace("\\", "/"))
+        return f"{name} has backslashes, as paths of Windows have; here it is {_describe(path)}."
     return ""
 
 
-def drive_path(text: str) -> Path | None:
-    """C:\\Users\\me or /C:/Users/me as the path that WSL gives it; None if it names no drive."""
-    drive = DRIVE.match(text)
+def _drive_path(text: str) -> Path | None:
+    r"""Return the path under WSL of C:\Users\me or /C:/Users/me; None if it names no drive."""
+    drive = _DRIVE.match(text)
     return Path(f"/mnt/{drive[1].lower()}") / drive[2].replace("\\", "/").lstrip("/") if drive else None
 
 
-def tail_of(name: str) -> str:
-    return f"NAME{Path(name).suffix}"
-
-
-def written(path: Path) -> str:
-    """A path as it is typed in bash, and whether it is there."""
-    endings = ("", ".idx", ".jsonl", ".pth")  # that settings may leave out
+def _describe(path: Path) -> str:
+    """Return a path as it is typed in bash, and whether it exists."""
+    suffixes = ("", ".idx", ".jsonl", ".pth")  # that settings may leave out
     try:
-        there = any(Path(f"{place / path}{ending}").exists() for place in (Path.cwd(), ROOT) for ending in endings)
+        exists = any(Path(f"{place / path}{suffix}").exists() for place in (Path.cwd(), ROOT) for suffix in suffixes)
     except (OSError, ValueError):
-        there = False
-    return f"{shlex.quote(str(path))} ({'it is there: use that' if there else 'nothing is there either'})"
+        exists = False
+    return f"{shlex.quote(str(path))} ({'it is there: use that' if exists else 'nothing is there either'})"
 
 
-def put_together(folder: Path, name: str) -> Path | None:
-    """The file whose path, written without separators, is `name`; None if there is none."""
-    waiting, seen = [(folder, name)], 0
-    while waiting and seen < VISITED:
+def _find_without_separators(folder: Path, name: str) -> Path | None:
+    """Return the file whose path below `folder`, written without separators, is `name`; None if there is none."""
+    waiting, visited = [(folder, name)], 0
+    while waiting and visited < _MAX_VISITED:
         place, rest = waiting.pop()
         try:
-            inside = [entry.name for entry in os.scandir(place)]
+            names = os.listdir(place)
         except OSError:
             continue
-        seen += len(inside)
-        if rest in inside:
+        visited += len(names)
+        if rest in names:
             return place / rest
-        waiting += [(place / one, rest[len(one) :]) for one in inside if rest.startswith(one) and len(one) < len(rest)]
+        waiting += [(place / one, rest[len(one) :]) for one in names if rest.startswith(one) and len(one) < len(rest)]
     return None
 
 
-def is_utf8(name: str) -> bool:
-    """Whether a name can be written into files and shown: names of other encodings arrive as half characters."""
+def is_utf8(text: str) -> bool:
+    """Return whether text can be stored and shown: file names in other encodings arrive as lone surrogates."""
     try:
-        name.encode("utf-8")
+        text.encode("utf-8")
     except UnicodeEncodeError:
         return False
     return True
 
 
 def model_file(name: str) -> Path:
-    """MODEL_PATH -> the file; the ending .pth or .safetensors may be left out."""
+    """Return the file of MODEL_PATH, where the suffix .pth or .safetensors may be left out."""
     path = resolve_path(name, "model")
-    with_endings = [
-        resolve_path(name + ending, "model") for ending in MODELS if not path.exists() and not name.endswith(ending)
-    ]
-    return next((place for place in with_endings if place.exists()), path)
+    if path.exists():
+        return path
+    with_suffix = [resolve_path(name + suffix, "model") for suffix in _MODEL_SUFFIXES if not name.endswith(suffix)]
+    return next((place for place in with_suffix if place.exists()), path)
 
 
 def models_in(folder: Path) -> list[str]:
-    """The names of the files in a folder that may be models or adapters."""
-    return [p.name for p in folder.iterdir() if p.suffix in MODELS] if folder.is_dir() else []
+    """Return the names of the files in a folder that may be models or adapters."""
+    return [p.name for p in folder.iterdir() if p.suffix in _MODEL_SUFFIXES] if folder.is_dir() else []
 
 
 def data_prefix(name: str) -> Path:
-    """DATA_PATH -> path without ending: sample, sample.bin, sample.jsonl and data/sample all mean data/sample."""
+    """Return the path of DATA_PATH without suffix: sample, sample.bin, sample.jsonl and data/sample are all data/sample."""
     name = name.rstrip("/")
-    if not any(
-        resolve_path(name + ending, "data").exists() for ending in (".idx", ".bin")
-    ):  # a name may end in .bin itself
-        name = re.sub(r"\.(bin|idx|jsonl)$", "", name)
-    found = resolve_path(name + ".idx", "data")
-    if not found.exists() and resolve_path(name + ".bin", "data").exists():
-        found = resolve_path(name + ".bin", "data")
-    return Path(str(found)[: -len(".idx")])
+    if not any(resolve_path(name + suffix, "data").exists() for suffix in (".idx", ".bin")):
+        name = re.sub(r"\.(bin|idx|jsonl)$", "", name)  # (a stem may end in .bin itself)
+    index, tokens = (resolve_path(name + suffix, "data") for suffix in (".idx", ".bin"))
+    path = tokens if tokens.exists() and not index.exists() else index
+    return Path(str(path)[: -len(".idx")])
 
 
 def data_names() -> list[str]:
-    """What DATA_PATH may say for the tokenized files in data/."""
+    """Return the names for DATA_PATH of the tokenized files in data/."""
     return [p.stem for p in (ROOT / "data").glob("*.idx") if not p.stem.endswith(".roles")]
 
 
 def display_path(path: str | os.PathLike) -> str:
-    """A path as the user would write it: from the project if it lies there."""
+    """Return a path as the user would write it: relative to the project if it is inside."""
     absolute = Path(os.path.abspath(path))
     return str(absolute.relative_to(ROOT)) if absolute.is_relative_to(ROOT) else str(path)

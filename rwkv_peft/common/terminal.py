@@ -1,5 +1,6 @@
-"""What reaches the terminal: no name in a file and no word of a model moves its cursor, changes its title or hides a line.
-Floor 0.
+"""Clean what is printed: no name in a file and no output of a model can control the terminal.
+
+It could otherwise move the cursor, change the title or hide a line.
 """
 
 from __future__ import annotations
@@ -8,25 +9,26 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-# control characters but for tab and line feed, marks that turn the direction of writing, halves of surrogate pairs; and a
+# control characters except tab and line feed, marks that change the direction of writing, lone surrogates; and a
 # carriage return in the middle of a line, which writes over its beginning
-UNSAFE = re.compile(
+_UNSAFE = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u061c\u202a-\u202e\u2066-\u2069\ud800-\udfff]|(?<!^)\r(?![\n\r]|$)"
 )
-UP = re.compile(r"(?:\x1b\[A)*")  # how tqdm goes back to the line of a bar
-COLOURED = ("click", "wandb", "swanlab", "trackio", "rich")  # libraries that colour lines of their own
+_CURSOR_UP = re.compile(r"(?:\x1b\[A)*")  # tqdm moves to the line of a bar with it
+_COLOURING_LIBRARIES = ("click", "wandb", "swanlab", "trackio", "rich")
 
 
 def cleaned(text: str) -> str:
-    """A text with what a terminal would obey written out: ESC becomes \\x1b."""
-    return UNSAFE.sub(lambda found: ascii(found[0])[1:-1], text) if UNSAFE.search(text) else text
+    r"""Write out the characters that a terminal would obey: ESC becomes \x1b."""
+    return _UNSAFE.sub(lambda match: ascii(match[0])[1:-1], text) if _UNSAFE.search(text) else text
 
 
-def open_what_is_closed() -> None:
-    """A stream that whoever started us has closed (>&-) leads nowhere from here on. Else the next file that is opened would get
-    its number, and hold what is written there.
+def _open_closed_streams() -> None:
+    """Open standard streams that the parent process has closed (>&-) on /dev/null.
+
+    Otherwise the next file that is opened would get the stream's number, and receive what is printed.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
@@ -37,31 +39,28 @@ def open_what_is_closed() -> None:
 
 @contextlib.contextmanager
 def clean_output() -> Iterator[None]:
-    """Clean all that is printed, to standard output and error alike, until the block ends."""
-    open_what_is_closed()
+    """Clean all that is printed to standard output and standard error until the block ends."""
+    _open_closed_streams()
     changed = []
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):  # there is none, or it is no real stream
+        with contextlib.suppress(AttributeError):  # there is no stream, or no real one
             if "write" not in vars(stream):
-                vars(stream)["write"] = writer(stream.write)
+                vars(stream)["write"] = _cleaning_write(stream.write)
                 changed.append(stream)
     try:
         yield
     finally:
         for stream in changed:
-            del stream.write
+            del vars(stream)["write"]
 
 
-def writer(write):
+def _cleaning_write(write: Callable[[str], int]) -> Callable[[str], int]:
     def clean(text: str) -> int:
-        if UNSAFE.search(text) and not UP.fullmatch(text) and not is_coloured():
-            write(cleaned(text))
-            return len(text)
+        if _UNSAFE.search(text) and not _CURSOR_UP.fullmatch(text):
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            if caller.partition(".")[0] not in _COLOURING_LIBRARIES:
+                write(cleaned(text))
+                return len(text)
         return write(text)
 
     return clean
-
-
-def is_coloured() -> bool:
-    """Whether a library writes that colours its lines."""
-    return sys._getframe(2).f_globals.get("__name__", "").partition(".")[0] in COLOURED

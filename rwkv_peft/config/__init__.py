@@ -1,1 +1,1 @@
-"""Settings: read from the scripts, checked, typed."""
+"""Settings: bash scripts read into typed dataclasses, and checked."""

@@ -1,4 +1,4 @@
-"""The words of STRATEGY: how several processes share one training. Facts only, without torch."""
+"""The words of STRATEGY: how several processes share one training. Only facts, without torch."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ from typing import NamedTuple
 
 
 class Strategy(NamedTuple):
-    """spread: what of the training lies in pieces over the processes, each process with its own: "" for nothing, "memory" for
-    the optimizer's (and gradients, from stage 2 on), "weights" for these as well. stage: of DeepSpeed's ZeRO, 0 for none of it.
-    offload: what is in pieces lies in the host's memory, and the optimizer computes there.
+    """What a strategy does.
+
+    Attributes:
+        spread: what is sharded over the ranks: "" for nothing, "memory" for the optimizer state (and gradients, from
+            stage 2 on), "weights" for these and the weights.
+        stage: of DeepSpeed's ZeRO, 0 for none of it.
+        offload: the shards are in the host's memory, and the optimizer computes there.
     """
 
     spread: str = ""
@@ -28,8 +32,8 @@ STRATEGIES = {
 }
 
 
-def chosen(word: str, processes: int) -> str:
-    """What STRATEGY=auto becomes, else the word itself."""
+def resolve_strategy(word: str, processes: int) -> str:
+    """Return what STRATEGY=auto selects, or the word itself."""
     if word != "auto":
         return word
     return "ddp" if processes > 1 else "single"

@@ -244,8 +244,6 @@ def chosen(source: Path, valid_split: str = "") -> Source:
             Note("warning", name, f"read as training data, though their names do not say so: {names(unnamed)}")
         )
     elif unnamed:
-        words = (
-            "read as training data, because there is nothing else, though their names say that they are held out"
-        )
+        words = "read as training data, because there is nothing else, though their names say that they are held out"
         notes.append(Note("warning", name, f"{words}: {names(unnamed)}"))
     return Source(train, held_out, [*unknown, *others, *metadata], notes)

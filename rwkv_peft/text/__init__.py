@@ -1,1 +1,1 @@
-"""Tokenizer, roles, prompt templates."""
+"""Prompt templates, roles and the tokenizer: how a dialogue becomes text and tokens."""

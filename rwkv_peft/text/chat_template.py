@@ -1,11 +1,12 @@
-"""A template -> Jinja, which the clients of a .gguf file make prompts with: the very text of `Template.prompt`.
+"""Convert a template to a Jinja chat template, which renders exactly the text of `Template.prompt`.
 
-What stands between two turns depends on who speaks in them and on nothing else, so the patterns are read off prompts that the
-template itself makes of short dialogues (`probe`). The cleaning of turns is read off the cleaners in the same way.
+Clients of a .gguf file make prompts with it. The text between two turns depends only on their roles, so it is taken from prompts
+that the template itself renders for short dialogues (`_probe_layout`). The cleaning of turns is derived from the cleaners in the
+same way.
 
-Jinja of llama.cpp (common/jinja) has no regular expressions, and strips blanks of ASCII only: U+3000 at the ends of a turn
-stays there, which Python takes away. Jinja cannot parse JSON: results of tools and arguments that come as JSON text keep their
-blanks where the template would write them anew (json_style). The second text of a question ({{input}}) cannot be expressed there.
+The Jinja of llama.cpp (common/jinja) has no regular expressions, and strips ASCII white space only: U+3000 at the ends of a turn
+stays, which Python strips. Jinja cannot parse JSON: results of tools and arguments that are JSON text keep their white
+space where the template would reformat them (json_style). The second text of a question ({{input}}) cannot be expressed.
 """
 
 from __future__ import annotations
@@ -16,34 +17,40 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from .roles import Role
-from .template import CUES, ENDINGS, TOOL_PLACES, Dialogue, Ending, Message, Template, tidy_answer
+from .template import CUES, ENDINGS, Dialogue, Ending, Message, Template, tidy_answer
 
-MARK = "\ue000"  # stands for the words of a turn: no template holds it, and no cleaner touches it
-OTHER = "\ue001"
-LETTERS = {"s": Role.SYSTEM, "u": Role.USER, "a": Role.ASSISTANT, "t": Role.TOOL}
-TOOL_ROLES = "['tool', 'function', 'observation']"
-ESCAPES = {"\\": "\\\\", "'": "\\'", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
+_MARK = "\ue000"  # stands for the words of a turn: no template contains it, and no cleaner changes it
+_THOUGHT_MARK = "\ue001"
+_LETTERS = {"s": Role.SYSTEM, "u": Role.USER, "a": Role.ASSISTANT, "t": Role.TOOL}
+_TOOL_ROLES = "['tool', 'function', 'observation']"
+_TOOL_PLACEHOLDER = re.compile(r"\{\{(name|description|parameters)\}\}")
+_ESCAPES = {"\\": "\\\\", "'": "\\'", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
-# older clients of llama.cpp have no Jinja: they look for this word, and write a layout of their own
-WORLD_MARK = "{# rwkv-world #}"
+# older clients of llama.cpp have no Jinja: they search for this word, and use a built-in layout
+_WORLD_MARK = "{# rwkv-world #}"
 WORLD_LAYOUT = "System: Be brief.\n\nUser: Hi\n\nAssistant: Ho\n\nUser: ?\n\nAssistant:"
-WORLD_TURNS = ((Role.SYSTEM, "Be brief."), (Role.USER, "Hi"), (Role.ASSISTANT, "Ho"), (Role.USER, "?"))
+_WORLD_TURNS = ((Role.SYSTEM, "Be brief."), (Role.USER, "Hi"), (Role.ASSISTANT, "Ho"), (Role.USER, "?"))
 
 
 def literal(text: str) -> str:
-    """A string in Jinja. Other control characters stand as they are: llama.cpp has no escape for them."""
-    return "'" + "".join(ESCAPES.get(c, c) for c in text) + "'"
+    """Return a string literal of Jinja. Other control characters are not escaped: llama.cpp has no escape for them."""
+    return "'" + "".join(_ESCAPES.get(c, c) for c in text) + "'"
 
 
-def table(strings: Mapping[str, str]) -> str:
+def _dict_literal(strings: Mapping[str, str]) -> str:
     return "{" + ", ".join(f"{literal(key)}: {literal(value)}" for key, value in strings.items()) + "}"
 
 
 @dataclass(frozen=True)
 class Cleaning:
-    """What a cleaner does. ends: line ends become \\n. left: "all" blanks before the words go; "indent": blank lines and a
-    single space, but no other indentation; or "none". right: blanks behind them go. inside: blank lines between lines of words
-    go.
+    r"""What a cleaner does.
+
+    Attributes:
+        ends: line ends become \n.
+        left: what is stripped before the words. "all" white space; "indent": blank lines and a single space, but no other
+            indentation; or "none".
+        right: white space after the words is stripped.
+        inside: blank lines between the lines are removed.
     """
 
     ends: bool
@@ -52,7 +59,7 @@ class Cleaning:
     inside: bool
 
     def apply(self, text: str) -> str:
-        """The same in Python: what the Jinja of `macro` does."""
+        """Clean text in Python as the Jinja of `macro` does."""
         if self.ends:
             text = text.replace("\r\n", "\n").replace("\r", "\n")
         if self.right:
@@ -71,6 +78,7 @@ class Cleaning:
         return text
 
     def macro(self, name: str) -> str:
+        """Return a Jinja macro that cleans a text."""
         expression = "text"
         if self.ends:
             expression += " | replace('\\r\\n', '\\n') | replace('\\r', '\\n')"
@@ -82,7 +90,7 @@ class Cleaning:
             expression = f"({expression}).rstrip()"
         body = f"{{{{- {expression} -}}}}"
         if self.inside or self.left == "indent":
-            # with `inside` all blank lines go; without it those before the first line of words
+            # with `inside` all blank lines are removed; without it those before the first line with words
             line = "(line[1:] if not seen.words and line.startswith(' ') and line[1:2] | trim else line)"
             line = line if self.left == "indent" else "line"
             body = (
@@ -105,24 +113,33 @@ PROBES = (
 
 
 def cleaning_of(cleaner: Callable[[str], str]) -> Cleaning:
-    """What a cleaner of a template does. ValueError for one that does something else."""
-    found = Cleaning(
+    """Describe what a cleaner of a template does.
+
+    Raises:
+        ValueError: Cleaning cannot express it.
+    """
+    cleaning = Cleaning(
         ends=cleaner("a\r\nb") == "a\nb",
         left="all" if cleaner("  a") == "a" else "indent" if cleaner("\n\n  a") == "  a" else "none",
         right=cleaner("a \n") == "a",
         inside=cleaner("a\n\nb") == "a\nb",
     )
     for text in PROBES:
-        if found.apply(text) != cleaner(text):
+        if cleaning.apply(text) != cleaner(text):
             raise ValueError(f"{cleaner!r} makes {cleaner(text)!r} of {text!r}, which has no Jinja yet")
-    return found
+    return cleaning
 
 
 @dataclass(frozen=True)
-class Layout:
-    """The text around the words of turns. first: before those of the first turn. between: "ua" -> between a user's words and
-    the assistant's answer to them. asked: behind the last turn, up to where an answer begins; closed: where none is asked for.
-    empty: the prompt without any turn.
+class _Layout:
+    """The text around the words of turns.
+
+    Attributes:
+        first: role -> text before the words of the first turn.
+        between: two roles -> text between the words of their turns: "ua" is from a user's words to the answer's.
+        asked: role of the last turn -> text after it, up to where the answer begins.
+        closed: the same, if no answer is asked for.
+        empty: the prompt without any turn.
     """
 
     first: dict[str, str]
@@ -132,69 +149,66 @@ class Layout:
     empty: str
 
 
-def probe(form: Template, ending: Ending) -> Layout:
-    """Read the layout of a template off its own prompts."""
-    plain = bare(form)
+def _probe_layout(form: Template, ending: Ending) -> _Layout:
+    """Take the layout of a template from its own prompts."""
+    # without what depends on more than the roles: that is written where the turns are collected
+    style = "line" if form.json_style == "line" else "compact"  # "indent" would change the marks
+    plain = dataclasses.replace(form, default_system="", default_system_input="", user_cue="", json_style=style)
+    head, tail = _around_answer(plain, "")  # counted as the words of an answer here
 
     def parts(letters: str, asked: bool = True) -> list[str]:
-        turns = tuple(Message(LETTERS[letter], MARK) for letter in letters)
-        text = "".join(plain.render(Dialogue(turns), ending, open_answer=asked)[0])
-        return text.split(MARK)
+        turns = tuple(Message(_LETTERS[letter], _MARK) for letter in letters)
+        return "".join(plain.render(Dialogue(turns), ending, open_answer=asked)[0]).split(_MARK)
 
-    alone = {letter: parts(letter) for letter in LETTERS}
-    around = assistant(plain, "")  # is part of the words of an answer here
-    trimmed = lambda text, letter, where: cut(text, around, letter, where)  # noqa: E731
-    return Layout(
-        first={letter: trimmed(alone[letter][0], letter, 0) for letter in LETTERS},
-        between={a + b: trimmed(trimmed(parts(a + b)[1], a, 1), b, 0) for a in LETTERS for b in LETTERS},
-        asked={letter: trimmed(alone[letter][1], letter, 1) for letter in LETTERS},
-        closed={letter: trimmed(parts(letter, False)[1], letter, 1) for letter in LETTERS},
+    def before(text: str, letter: str) -> str:
+        return text.removesuffix(head) if letter == "a" else text
+
+    def after(text: str, letter: str) -> str:
+        return text.removeprefix(tail) if letter == "a" else text
+
+    return _Layout(
+        first={letter: before(parts(letter)[0], letter) for letter in _LETTERS},
+        between={a + b: before(after(parts(a + b)[1], a), b) for a in _LETTERS for b in _LETTERS},
+        asked={letter: after(parts(letter)[1], letter) for letter in _LETTERS},
+        closed={letter: after(parts(letter, False)[1], letter) for letter in _LETTERS},
         empty="".join(plain.render(Dialogue(()), ending, open_answer=True)[0]),
     )
 
 
-def bare(form: Template) -> Template:
-    """The template without what depends on more than who speaks: that is written where the turns are gathered."""
-    style = "line" if form.json_style == "line" else "compact"  # "indent" would change the marks
-    return dataclasses.replace(form, default_system="", default_system_input="", user_cue="", json_style=style)
+def _around_answer(form: Template, think: str) -> list[str]:
+    """Return what `Template.answer` writes before and after the words of an answer with this thought."""
+    return form.answer(Message(Role.ASSISTANT, _MARK, think=think)).split(_MARK)
 
 
-def assistant(form: Template, think: str) -> list[str]:
-    """What `Template.answer` puts around the words of an answer, with the thought marked OTHER."""
-    return form.answer(Message(Role.ASSISTANT, MARK, think=think)).split(MARK)
-
-
-def cut(text: str, around: list[str], letter: str, where: int) -> str:
-    """Take what belongs to an answer's words from the text before (where=0) or behind (1) them."""
-    if letter != "a":
-        return text
-    return text.removesuffix(around[0]) if where == 0 else text.removeprefix(around[1])
-
-
-def thoughtful(form: Template) -> tuple[str, str]:
-    """Jinja expressions of the text before the words of an answer, and behind them. `thought`: what it thought."""
-    without, with_thought = assistant(form, ""), assistant(form, OTHER)
+def _answer_expressions(form: Template) -> tuple[str, str]:
+    """Return Jinja expressions of the text before and after the words of an answer, with `thought` in it."""
+    without, with_thought = _around_answer(form, ""), _around_answer(form, _THOUGHT_MARK)
 
     def expression(i: int) -> str:
         if without[i] == with_thought[i]:
             return literal(without[i])
-        before, _, after = with_thought[i].partition(OTHER)
+        before, _, after = with_thought[i].partition(_THOUGHT_MARK)
         return f"({literal(before)} ~ thought ~ {literal(after)} if thought else {literal(without[i])})"
 
     return expression(0), expression(1)
 
 
-def calls(form: Template) -> str:
-    """Jinja that sets `ns.call` from message['tool_calls']. Arguments may come as an object, or as JSON text."""
-    arguments = f"(fn['arguments'] if fn['arguments'] is string else (fn['arguments'] or {{}}) | {tojson(form)})"
+def _concatenate(pattern: str, placeholder: re.Pattern[str], values: Mapping[str, str]) -> str:
+    """Return a Jinja expression for a pattern; values: name of a placeholder -> its expression."""
+    parts = placeholder.split(pattern)
+    return " ~ ".join(values[part] if i % 2 else literal(part) for i, part in enumerate(parts) if i % 2 or part)
+
+
+def _set_call(form: Template) -> str:
+    """Return Jinja that sets `ns.call` from message['tool_calls']; arguments may be an object, or JSON text."""
+    arguments = f"(fn['arguments'] if fn['arguments'] is string else (fn['arguments'] or {{}}) | {_tojson(form)})"
     if "{{name}}" in form.format_function:
         values = {"name": "fn['name']", "arguments": arguments}
-        parts = re.split(r"\{\{(name|arguments)\}\}", form.format_function)
-        one = " ~ ".join(values[p] if i % 2 else literal(p) for i, p in enumerate(parts) if i % 2 or p)
+        one = _concatenate(form.format_function, re.compile(r"\{\{(name|arguments)\}\}"), values)
         between, before, after = "'\\n'", "''", "''"
     elif form.json_style != "line":  # every call has the pattern to itself
         head, _, tail = form.format_function.partition("{{content}}")
-        whole = f"{{'name': fn['name'], 'arguments': fn['arguments'] or {{}}}} | {tojson(form)}"
+        whole = f"{{'name': fn['name'], 'arguments': fn['arguments'] or {{}}}} | {_tojson(form)}"
         colon = '":' if form.json_style == "compact" else '": '
         comma = "," if form.json_style == "compact" else ", "
         text = f"""'{{"name{colon}' ~ fn['name'] | tojson ~ '{comma}"arguments{colon}' ~ fn['arguments'] ~ '}}'"""
@@ -218,59 +232,55 @@ def calls(form: Template) -> str:
     )
 
 
-def tojson(form: Template) -> str:
-    """The filter that writes a value as the template's json_style has it."""
+def _tojson(form: Template) -> str:
+    """Return the filter that formats a value by the template's json_style."""
     return {"line": "tojson", "compact": "tojson(separators=[',', ':'])", "indent": "tojson(indent=2)"}[form.json_style]
 
 
-def tools(form: Template) -> str:
-    """Jinja that sets `ns.tools`, the list of tools as it stands in the system's turn."""
+def _set_tools(form: Template) -> str:
+    """Return Jinja that sets `ns.tools`, the list of tools for the system's turn."""
     before, _, after = form.format_tools.partition("{{content}}")
     if form.format_tool:
-        one, between, around = tool(form), "'\\n'", ("", "")
+        one, between, around = _tool_expression(form), "'\\n'", ("", "")
     elif form.json_style == "indent":  # the whole list at once
         one, between, around = "", "", ("", "")
     else:
         compact = form.json_style == "compact"
-        one, between = f"fn | {tojson(form)}", "',\\n'" if compact else "', '"
+        one, between = f"fn | {_tojson(form)}", "',\\n'" if compact else "', '"
         around = ("[\n", "\n]") if compact else ("[", "]")
     if one:
-        gather = f"{{%- set ns.tools = ns.tools ~ ('' if loop.first else {between}) ~ {one} -%}}"
+        append = f"{{%- set ns.tools = ns.tools ~ ('' if loop.first else {between}) ~ {one} -%}}"
         end = f"{{%- set ns.tools = {literal(before + around[0])} ~ ns.tools ~ {literal(around[1] + after)} -%}}"
     else:
-        gather = "{%- set ns.bare = ns.bare + [fn] -%}"
-        end = f"{{%- set ns.tools = {literal(before)} ~ ns.bare | {tojson(form)} ~ {literal(after)} -%}}"
+        append = "{%- set ns.bare = ns.bare + [fn] -%}"
+        end = f"{{%- set ns.tools = {literal(before)} ~ ns.bare | {_tojson(form)} ~ {literal(after)} -%}}"
     return (
         "{%- if tools is defined and tools -%}"
         "{%- for one in tools -%}"
         "{%- set fn = one['function'] if one['function'] else one -%}"
-        f"{gather}"
+        f"{append}"
         "{%- endfor -%}"
         f"{end}"
         "{%- endif -%}"
     )
 
 
-def tool(form: Template) -> str:
-    """A Jinja expression: one tool by format_tool. The line of a description goes where there is none."""
+def _tool_expression(form: Template) -> str:
+    """Return a Jinja expression of one tool by format_tool, without the description's line if it has none."""
     values = {
-        "name": "(fn['name'] or '') | trim",
-        "description": "(fn['description'] or '') | trim",
-        "parameters": f"(fn['parameters'] or {{}}) | {tojson(form)}",
+        "name": "((fn['name'] or '') | trim)",
+        "description": "((fn['description'] or '') | trim)",
+        "parameters": f"((fn['parameters'] or {{}}) | {_tojson(form)})",
     }
-    rows = form.format_tool.split("\n")
-    found = []
-    for number, row in enumerate(rows):
-        text = row + "\n" * (number < len(rows) - 1)
-        one = " ~ ".join(
-            f"({values[p]})" if i % 2 else literal(p) for i, p in enumerate(TOOL_PLACES.split(text)) if i % 2 or p
-        )
-        found.append(f"(({one}) if fn['description'] else '')" if "{{description}}" in row else one or "''")
-    return " ~ ".join(found)
+    expressions = []
+    for line in re.findall(r"[^\n]*\n|[^\n]+", form.format_tool):
+        one = _concatenate(line, _TOOL_PLACEHOLDER, values)
+        expressions.append(f"(({one}) if fn['description'] else '')" if "{{description}}" in line else one)
+    return " ~ ".join(expressions)
 
 
-def cue(form: Template) -> str:
-    """Jinja that puts the cue behind a question which a thought answers, or which is still to be answered."""
+def _add_cue(form: Template) -> str:
+    """Return Jinja that adds the cue to a question whose answer has a thought or is still to come."""
     if not form.user_cue:
         return ""
     written = " or ".join(f"text.endswith({literal(word)})" for word in CUES)
@@ -284,18 +294,24 @@ def cue(form: Template) -> str:
 
 
 def jinja(form: Template, ending: Ending = ENDINGS["doc"], bos: bool = False) -> str:
-    """The chat template. ending: how turns of the training data end. bos: the prompt begins with the token bos_token."""
-    layout = probe(form, ending)
-    cleaners = {letter: cleaning_of(form.cleaners[role]) for letter, role in LETTERS.items()}
+    """Return the chat template.
+
+    Args:
+        form: the template.
+        ending: how turns of the training data end.
+        bos: the prompt begins with the token bos_token.
+    """
+    layout = _probe_layout(form, ending)
+    cleaners = {letter: cleaning_of(form.cleaners[role]) for letter, role in _LETTERS.items()}
     cleaners["words"] = cleaning_of(tidy_answer)  # of split_thought
     names: dict[Cleaning, str] = {}
     for cleaning in cleaners.values():
         names.setdefault(cleaning, f"clean{len(names)}")
-    before, behind = thoughtful(form)
+    before, after = _answer_expressions(form)
     clean = {letter: names[cleaning] for letter, cleaning in cleaners.items()}
     default, joined = form.default_system, "true" if form.json_style == "line" else "false"
     result = f"{{{{- {clean['t']}(ns.results ~ text) -}}}}"
-    if form.json_style == "indent":  # JSON text as it is; other text as a text of JSON
+    if form.json_style == "indent":  # JSON text is unchanged; other text becomes a JSON string
         result = (
             f"{{%- set given = {clean['t']}(text) -%}}"
             "{%- if message['content'] is mapping -%}{{- message['content'] | tojson(indent=2) -}}"
@@ -303,18 +319,18 @@ def jinja(form: Template, ending: Ending = ENDINGS["doc"], bos: bool = False) ->
             "{%- else -%}{{- given | tojson -}}{%- endif -%}"
         )
     parts = [
-        WORLD_MARK if is_world(form, ending) else "",
+        _WORLD_MARK if _is_world(form, ending) else "",
         "{{- bos_token -}}" if bos else "",
         *(cleaning.macro(name) for cleaning, name in names.items()),
-        TEXT_OF,
-        f"{{%- set first = {table(layout.first)} -%}}",
-        f"{{%- set between = {table(layout.between)} -%}}",
-        f"{{%- set asked = {table(layout.asked)} -%}}",
-        f"{{%- set closed = {table(layout.closed)} -%}}",
-        THOUGHT_OF,
+        _TEXT_OF,
+        f"{{%- set first = {_dict_literal(layout.first)} -%}}",
+        f"{{%- set between = {_dict_literal(layout.between)} -%}}",
+        f"{{%- set asked = {_dict_literal(layout.asked)} -%}}",
+        f"{{%- set closed = {_dict_literal(layout.closed)} -%}}",
+        _THOUGHT_OF,
         "{%- set ns = namespace(last='', call='', words='', tools='', bare=[], own='', results='', begun=false) -%}",
-        tools(form),
-        # the system's text that no message brings: the template's own, and the tools
+        _set_tools(form),
+        # the system's text that no message has: the template's own, and the tools
         f"{{%- set ns.own = {literal(default)} -%}}"
         "{%- for message in messages -%}"
         "{%- if not ns.begun and (message['role'] not in ['system', 'developer'] or text_of(message['content']) | trim) -%}"
@@ -334,31 +350,31 @@ def jinja(form: Template, ending: Ending = ENDINGS["doc"], bos: bool = False) ->
         "{%- if role in ['system', 'developer'] -%}{%- set who = 's' -%}"
         "{%- elif role == 'user' -%}{%- set who = 'u' -%}"
         "{%- elif role == 'assistant' -%}{%- set who = 'a' -%}"
-        f"{{%- elif role in {TOOL_ROLES} -%}}{{%- set who = 't' -%}}"
+        f"{{%- elif role in {_TOOL_ROLES} -%}}{{%- set who = 't' -%}}"
         "{%- else -%}{{- raise_exception('this chat template has no role ' ~ role) -}}"
         "{%- endif -%}"
-        # a system message that says nothing is none; that of the beginning stands there already
+        # an empty system message is ignored; the first one is written already
         "{%- if who == 's' and not text | trim -%}"
         "{%- elif who == 's' and not ns.begun -%}{%- set ns.begun = true -%}"
-        # what several tools gave back is one turn
-        f"{{%- elif who == 't' and {joined} and not loop.last and loop.nextitem['role'] in {TOOL_ROLES} -%}}"
+        # the results of several tools are one turn
+        f"{{%- elif who == 't' and {joined} and not loop.last and loop.nextitem['role'] in {_TOOL_ROLES} -%}}"
         "{%- set ns.results = ns.results ~ text ~ '\\n' -%}"
         "{%- else -%}"
         "{{- between[ns.last ~ who] if ns.last else first[who] -}}"
         "{%- set ns.last = who -%}"
         f"{{%- if who == 's' -%}}{{{{- {clean['s']}(text) -}}}}"
-        f"{{%- elif who == 'u' -%}}{cue(form)}{{{{- {clean['u']}(text) -}}}}"
+        f"{{%- elif who == 'u' -%}}{_add_cue(form)}{{{{- {clean['u']}(text) -}}}}"
         f"{{%- elif who == 't' -%}}{result}{{%- set ns.results = '' -%}}"
         "{%- else -%}"
         "{%- set ns.call = '' -%}{%- set ns.words = text -%}"
         "{%- if (text | trim).startswith('<think>') and '</think>' in text -%}"
         f"{{%- set ns.words = {clean['words']}(text.split('<think>', 1)[1].split('</think>', 1)[1]) -%}}"
         "{%- endif -%}",
-        calls(form),
+        _set_call(form),
         f"{{%- set ns.words = {clean['a']}(ns.words) -%}}"
         "{%- if ns.call -%}{%- set ns.words = ns.words ~ ('\\n' if ns.words else '') ~ ns.call -%}{%- endif -%}"
         f"{{%- set thought = {clean['a']}(thought_of(message)){' | trim' if form.strip else ''} -%}}"
-        f"{{{{- {before} ~ ns.words ~ {behind} -}}}}"
+        f"{{{{- {before} ~ ns.words ~ {after} -}}}}"
         "{%- endif -%}"
         "{%- endif -%}"
         "{%- endfor -%}",
@@ -371,8 +387,8 @@ def jinja(form: Template, ending: Ending = ENDINGS["doc"], bos: bool = False) ->
     return "".join(parts)
 
 
-# the text of a content that may be a list of parts, or nothing
-TEXT_OF = (
+# the text of a content, which may be a list of parts, or empty
+_TEXT_OF = (
     "{%- macro text_of(content) -%}"
     "{%- if content is string -%}{{- content -}}"
     "{%- elif content is iterable -%}"
@@ -384,8 +400,8 @@ TEXT_OF = (
 )
 
 
-# what an assistant's message holds of a thought, in its words or beside them
-THOUGHT_OF = (
+# the thought of an assistant's message, in its content or in a key of its own
+_THOUGHT_OF = (
     "{%- macro thought_of(message) -%}"
     "{%- set text = text_of(message['content']) -%}"
     "{%- set found = namespace(think='') -%}"
@@ -400,6 +416,6 @@ THOUGHT_OF = (
 )
 
 
-def is_world(form: Template, ending: Ending) -> bool:
-    """Whether llama.cpp's built-in layout of the World models is that of this template."""
-    return form.prompt([Message(role, words) for role, words in WORLD_TURNS], ending=ending) == WORLD_LAYOUT
+def _is_world(form: Template, ending: Ending) -> bool:
+    """Return whether llama.cpp's built-in layout of the World models is that of this template."""
+    return form.prompt([Message(role, words) for role, words in _WORLD_TURNS], ending=ending) == WORLD_LAYOUT

@@ -1,4 +1,4 @@
-"""PROMPT_TYPE -> a template: the name of one of ours, or a JSON file of the user's."""
+"""Resolve PROMPT_TYPE: the name of a preset template, or a JSON file of the user."""
 
 from __future__ import annotations
 
@@ -16,7 +16,15 @@ from .template import Template
 
 
 def template(name: str) -> Template:
-    """name: a preset, or file.json, or file.json:name where a file holds several. Problems if there is none."""
+    """Return a template.
+
+    Args:
+        name: a preset, or file.json, or file.json:name if the file holds several.
+
+    Raises:
+        SettingErrors: there is none of this name.
+        UserError: the file cannot be used.
+    """
     if name in PRESETS:
         return PRESETS[name]
     if wrong := fault(name):
@@ -34,16 +42,24 @@ def template(name: str) -> Template:
 
 
 def recorded_name(record: Mapping[str, Any], key: str = "prompt_type") -> str:
-    """What a recorded template is called now: older versions have meant another by the same name. "" where none is recorded."""
+    """Return today's name of a recorded template: in older versions some names meant another one. "" if none is recorded."""
     name = str(record.get(key) or "")
     return name if record.get("template") is not None else BEFORE.get(name, name)
 
 
 def recorded(record: Mapping[str, Any], where: str, key: str = "prompt_type") -> Template | None:
-    """The template that a sidecar or NAME.report.json tells of, None where it tells none. Its content ("template") counts, and
-    its name only where an older version of this kit has written no content.
+    """Return the template that a sidecar or NAME.report.json records, or None.
 
-    where: how to call the file in an error. key: what it calls the name. Problems or UserError for one that cannot be used.
+    Its content ("template") counts; its name only if the record has no content, as older versions of this kit wrote it.
+
+    Args:
+        record: the content of the file.
+        where: the file, for messages.
+        key: the key of the name.
+
+    Raises:
+        SettingErrors: there is no template of this name.
+        UserError: the template cannot be used.
     """
     content, name = record.get("template"), recorded_name(record, key)
     if content is not None:

@@ -1,4 +1,4 @@
-"""PROMPT_TYPE: the templates that the kit brings, by name. Sources and their dates stand beside each.
+"""The preset templates of PROMPT_TYPE, by name, each with its source and date.
 
 Official: RWKV-v7/RWKV7-G1x-templates.txt in BlinkDL/RWKV-LM, as of 2026-07-18. Organisation: the renderer of
 rwkv-rs/vllm-rwkv and transformers-rwkv (templates "bot", "assistant", "function_calling"), 2026-08 and later.
@@ -11,11 +11,11 @@ from typing import Any
 from .roles import Role
 from .template import Template
 
-SPEAKERS = frozenset({Role.SYSTEM, Role.USER, Role.ASSISTANT, Role.TOOL})
-LISTENERS = SPEAKERS - {Role.ASSISTANT}  # thoughts and code of the G1 models hold blank lines
+_ALL_ROLES = frozenset({Role.SYSTEM, Role.USER, Role.ASSISTANT, Role.TOOL})
+_ALL_BUT_ANSWERS = _ALL_ROLES - {Role.ASSISTANT}  # thoughts and code of the G1 models contain blank lines
 
 # Ai00 stops at a blank line, and RWKV-Runner at "\n\nUser": so no blank line inside any turn
-WORLD: dict[str, Any] = {
+_WORLD: dict[str, Any] = {
     "format_system": "System: {{content}}",
     "format_user": "User: {{content}}",
     "format_assistant": "Assistant: {{content}}",
@@ -25,15 +25,15 @@ WORLD: dict[str, Any] = {
 }
 # official: "it's better to clean System: and User: inputs"
 # sampling of the official evaluation of G1 (BlinkDL/Albatross, MATH500, 2026): temperature 1, top_k 32, top_p 0.28
-G1: dict[str, Any] = WORLD | {"clean": LISTENERS, "temperature": 1.0, "top_p": 0.28, "top_k": 32}
+_G1: dict[str, Any] = _WORLD | {"clean": _ALL_BUT_ANSWERS, "temperature": 1.0, "top_p": 0.28, "top_k": 32}
 # the prompt ends with "<think": the model writes the rest of the thought itself
-THINK: dict[str, Any] = {"think": "always", "opening": "<think"}
-# official, and rwkv.cn Prompt-Format of 2026-03-27 ("must be"): the prompt ends with "<think></think", behind which the model
+_THINK: dict[str, Any] = {"think": "always", "opening": "<think"}
+# official, and rwkv.cn Prompt-Format of 2026-03-27 ("must be"): the prompt ends with "<think></think", after which the model
 # writes ">", a line break and the answer ("></" is one token, 5439)
-NO_THOUGHT: dict[str, Any] = {"format_no_thought": "<think></think>\n"}
-FAKETHINK: dict[str, Any] = {"think": "fake", "opening": "<think></think"} | NO_THOUGHT
+_NO_THOUGHT: dict[str, Any] = {"format_no_thought": "<think></think>\n"}
+_FAKETHINK: dict[str, Any] = {"think": "fake", "opening": "<think></think"} | _NO_THOUGHT
 # from G1h (2026-07): ✿, token 10060, ends every turn. "normal" of vllm-rwkv, lighteval-rwkv and SkyRL, whose stop is ✿
-BOT: dict[str, Any] = G1 | {
+_BOT: dict[str, Any] = _G1 | {
     "format_system": "System✿{{content}}✿",
     "format_user": "User✿{{content}}✿",
     "format_assistant": "Bot✿{{content}}✿",
@@ -44,7 +44,7 @@ BOT: dict[str, Any] = G1 | {
     "bos": True,  # the tokenizer of rwkv-rs/transformers-rwkv begins with token 0
 }
 # "function_calling" of vllm-rwkv, whose stop is "\n### User"
-FUNCTIONS: dict[str, Any] = {
+_FUNCTIONS: dict[str, Any] = {
     "format_system": "### System\n{{content}}",
     "format_user": "### User\n{{content}}",
     "format_assistant": "### Assistant\n{{content}}",
@@ -57,24 +57,24 @@ FUNCTIONS: dict[str, Any] = {
     "format_separator": "\n",
     "json_style": "indent",
     "stop_words": ("\n### User",),
-    "clean": LISTENERS,
-    "bos": True,  # as in BOT
+    "clean": _ALL_BUT_ANSWERS,
+    "bos": True,  # as in _BOT
     "temperature": 1.0,
     "top_p": 0.28,
     "top_k": 32,
 }
 
-# each with what --help says of it
-ALL: tuple[tuple[str, Template], ...] = (
+# (description for --help, template)
+_ALL: tuple[tuple[str, Template], ...] = (
     # model card of BlinkDL/rwkv-7-world, "Recommended fine-tuning format"
-    ("User: Q, blank line, Assistant: A", Template("rwkv-world", **WORLD, clean=SPEAKERS)),
+    ("User: Q, blank line, Assistant: A", Template("rwkv-world", **_WORLD, clean=_ALL_ROLES)),
     # "Question: xxx\n\nAnswer:" of the same cards
     (
         "Question: and Answer:",
         Template(
             "rwkv-qa",
-            **WORLD | {"format_user": "Question: {{content}}", "format_assistant": "Answer: {{content}}"},
-            clean=SPEAKERS,
+            **_WORLD | {"format_user": "Question: {{content}}", "format_assistant": "Answer: {{content}}"},
+            clean=_ALL_ROLES,
         ),
     ),
     # "Instruction: xxx\n\nInput: xxx\n\nResponse:" of the same cards
@@ -82,55 +82,55 @@ ALL: tuple[tuple[str, Template], ...] = (
         "Instruction:, Input: and Response:",
         Template(
             "rwkv-instruct",
-            **WORLD
+            **_WORLD
             | {
                 "format_user": "Instruction: {{content}}",
                 "format_user_input": "Instruction: {{content}}\n\nInput: {{input}}",
                 "format_assistant": "Response: {{content}}",
             },
-            clean=SPEAKERS,
+            clean=_ALL_ROLES,
         ),
     ),
     # official, "Basic templates"
-    ("rwkv-world for G1 models: answers keep blank lines and thoughts", Template("rwkv-g1", **G1)),
+    ("rwkv-world for G1 models: answers keep blank lines and thoughts", Template("rwkv-g1", **_G1)),
     # official, "Think mode"
-    ("every answer begins with a thought; the prompt ends with <think", Template("rwkv-g1-think", **G1, **THINK)),
+    ("every answer begins with a thought; the prompt ends with <think", Template("rwkv-g1-think", **_G1, **_THINK)),
     # official, "Control think length" (from G1c): the cue ends the user's turn
     (
         "the same, and the cue (think) ends the user's turn",
-        Template("rwkv-g1-think-cue", **G1, **THINK, **NO_THOUGHT, user_cue=" (think)"),
+        Template("rwkv-g1-think-cue", **_G1, **_THINK, **_NO_THOUGHT, user_cue=" (think)"),
     ),
     (
         "the cue is (think a bit)",
-        Template("rwkv-g1-think-bit", **G1, **THINK, **NO_THOUGHT, user_cue=" (think a bit)"),
+        Template("rwkv-g1-think-bit", **_G1, **_THINK, **_NO_THOUGHT, user_cue=" (think a bit)"),
     ),
     (
         "the cue is (think a lot)",
-        Template("rwkv-g1-think-lot", **G1, **THINK, **NO_THOUGHT, user_cue=" (think a lot)"),
+        Template("rwkv-g1-think-lot", **_G1, **_THINK, **_NO_THOUGHT, user_cue=" (think a lot)"),
     ),
-    ("every thought is empty; the prompt ends with <think></think", Template("rwkv-g1-fakethink", **G1, **FAKETHINK)),
+    ("every thought is empty; the prompt ends with <think></think", Template("rwkv-g1-fakethink", **_G1, **_FAKETHINK)),
     # official, "fake thinking": the older of the two forms, which was rwkv-g1-fakethink here until 2026-11
     (
         "the older empty thought, with a line break inside",
-        Template("rwkv-g1-emptythink-2025", **G1, think="fake", opening="<think>\n</think"),
+        Template("rwkv-g1-emptythink-2025", **_G1, think="fake", opening="<think>\n</think"),
     ),
-    ("from G1h: User✿Q✿, line break, Bot✿A✿", Template("rwkv-g1-bot", **BOT)),
-    ("the same; the prompt ends with Bot✿<think", Template("rwkv-g1-bot-think", **BOT, **THINK, **NO_THOUGHT)),
+    ("from G1h: User✿Q✿, line break, Bot✿A✿", Template("rwkv-g1-bot", **_BOT)),
+    ("the same; the prompt ends with Bot✿<think", Template("rwkv-g1-bot-think", **_BOT, **_THINK, **_NO_THOUGHT)),
     (
         "the same; the prompt ends with Bot✿<think></think",
-        Template("rwkv-g1-bot-fakethink", **BOT, **FAKETHINK),
+        Template("rwkv-g1-bot-fakethink", **_BOT, **_FAKETHINK),
     ),
     # official, "Function call": the client sends "Assistant: ```json" and gets a call
     (
         "function calls in ```json blocks; the prompt ends with ```json",
-        Template("rwkv-g1-tools", **G1, opening="```json"),
+        Template("rwkv-g1-tools", **_G1, opening="```json"),
     ),
     # what g1k writes by itself: RWKV-Agent of No-22-Github, docs/design/corpus-g1k-wire-format.md, 2026-09-24
     (
         "function calls in <tool_call>, results in <tool_response>",
         Template(
             "rwkv-g1-toolcall",
-            **G1
+            **_G1
             | {
                 "format_observation": "User: <tool_response>{{content}}</tool_response>",
                 "format_function": "<tool_call>{{content}}</tool_call>",
@@ -140,21 +140,21 @@ ALL: tuple[tuple[str, Template], ...] = (
         ),
     ),
     # organisation, "function_calling"
-    ("function calls under ### System, ### User, ### Assistant", Template("rwkv-g1-function-calling", **FUNCTIONS)),
+    ("function calls under ### System, ### User, ### Assistant", Template("rwkv-g1-function-calling", **_FUNCTIONS)),
     (
         "the same; the prompt ends with <think",
-        Template("rwkv-g1-function-calling-think", **FUNCTIONS, **THINK, **NO_THOUGHT),
+        Template("rwkv-g1-function-calling-think", **_FUNCTIONS, **_THINK, **_NO_THOUGHT),
     ),
     (
         "the same; the prompt ends with <think></think",
-        Template("rwkv-g1-function-calling-fakethink", **FUNCTIONS, **FAKETHINK),
+        Template("rwkv-g1-function-calling-fakethink", **_FUNCTIONS, **_FAKETHINK),
     ),
     # rwkv.cn, Prompt-Format: the material first, then the question
     (
         "the material first, then the question",
         Template(
             "rwkv-g1-rag",
-            **G1 | {"format_system": "{{content}}", "format_user_input": "{{input}}\n\nUser: {{content}}"},
+            **_G1 | {"format_system": "{{content}}", "format_user_input": "{{input}}\n\nUser: {{content}}"},
         ),
     ),
     # "Fill-in-the-middle", from G1c: rwkv_lightning's /FIM/v1/batch-FIM, Albatross; 2026-03 and later
@@ -232,8 +232,8 @@ ALL: tuple[tuple[str, Template], ...] = (
         Template("empty", format_user="{{content}}", format_assistant="{{content}}", format_separator="", strip=False),
     ),
 )
-PRESETS: dict[str, Template] = {template.name: template for _, template in ALL}
-ABOUT: dict[str, str] = {template.name: about for about, template in ALL}
+PRESETS: dict[str, Template] = {template.name: template for _, template in _ALL}
+ABOUT: dict[str, str] = {template.name: about for about, template in _ALL}
 
-# what a name meant in the files of versions that did not write a template's content beside it
+# what a name meant in files of older versions, which record a template's name without its content
 BEFORE = {"rwkv-g1-fakethink": "rwkv-g1-emptythink-2025"}

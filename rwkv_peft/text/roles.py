@@ -1,4 +1,4 @@
-"""Who said what: the roles of a conversation, and spans of bytes that carry one. Floor 0: a fact that rooms share."""
+"""The roles of a conversation, and spans of bytes that have one."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from dataclasses import dataclass
 
 
 class Role(enum.IntEnum):
-    """Who said a token; the byte that NAME.roles.bin holds for it."""
+    """The role of a token; its value is the byte that NAME.roles.bin holds for the token."""
 
-    TEXT = 0  # plain text, nobody in particular
+    TEXT = 0  # plain text without a speaker
     HEADING = 1  # "User:", "Assistant:": the layout itself
     SYSTEM = 2
     USER = 3
     ASSISTANT = 4
-    TOOL = 5  # what a tool gave back
-    UNTRAINED = 6  # said by the assistant, but not to be learnt: weight 0, or the history under MASK_HISTORY
+    TOOL = 5  # the result of a tool
+    UNTRAINED = 6  # an answer of the assistant that is not trained: weight 0, or the history under MASK_HISTORY
 
 
 @dataclass(frozen=True)
 class Span:
-    """Bytes start..end (end not included) of a text, and who said them."""
+    """Bytes start..end (end not included) of a text, and their role."""
 
     start: int
     end: int

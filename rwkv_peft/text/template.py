@@ -1,13 +1,12 @@
-"""A dialogue -> the text that a model is trained on, in pieces that say who said what.
+r"""Prompt templates: render a dialogue as text, in pieces with roles.
 
-A template is a handful of text patterns with the field names of LLaMA-Factory, all plain text. The whole dialogue is
-rendered first and encoded once, because the World tokenizer joins "。" with a newline that follows: encoding turn by turn
-would give other ids.
+A template is a set of plain-text patterns with the field names of LLaMA-Factory. The whole dialogue is rendered first and
+encoded once, because the World tokenizer joins "。" with a newline that follows: encoding turn by turn would give other ids.
 
-    System: ...\\n\\nUser: ...\\n\\nAssistant: ...\\n\\nUser: ...\\n\\nAssistant: ...
+    System: ...\n\nUser: ...\n\nAssistant: ...\n\nUser: ...\n\nAssistant: ...
 
-A prompt ends exactly at the heading of the answer ("Assistant:", no space: a space would be the wrong first token). What
-the model says begins right behind it, at the blank, and includes the separator that ends the turn.
+A prompt ends exactly with the heading of the answer ("Assistant:", no space: a space would be the wrong first token). The
+answer begins right after it, with the space, and includes the separator that ends the turn.
 Source: the model card of BlinkDL/rwkv-7-world and RWKV7-G1x-templates.txt in BlinkDL/RWKV-LM.
 """
 
@@ -24,17 +23,26 @@ from typing import Any, NamedTuple
 from .roles import Role, Span
 from .turns import WORLD, is_mark
 
-BLANK_LINES = re.compile(r"\n\s*\n")
-LINE_ENDS = re.compile("[\n\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")  # of str.splitlines
-TOOL_PLACES = re.compile(r"\{\{(name|description|parameters)\}\}")
+_BLANK_LINES = re.compile(r"\n\s*\n")
+_LINE_ENDS = re.compile("[\n\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")  # of str.splitlines
+_PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
 THINK, END_OF_THINK = "<think>", "</think>"
 CUES = ("(think)", "(think a bit)", "(think a lot)")  # RWKV7-G1x-templates.txt in BlinkDL/RWKV-LM, 2026-07-18
-SPEAKERS = (Role.SYSTEM, Role.USER, Role.ASSISTANT)
+_SPEAKERS = (Role.SYSTEM, Role.USER, Role.ASSISTANT)
+
+Cleaner = Callable[[str], str]
 
 
 class Message(NamedTuple):
-    """One turn. think: what the assistant thought before it spoke. material: a second text of a user's turn (the input
-    of an instruction). learn: whether an answer is to be learnt. call: the content of a tool call, as JSON.
+    """One turn.
+
+    Attributes:
+        role: who speaks.
+        content: the words.
+        think: the assistant's thought before its words.
+        material: a second text of a user's turn (the input of an instruction).
+        learn: whether an answer is trained.
+        call: the content of a tool call, as JSON.
     """
 
     role: Role
@@ -55,8 +63,12 @@ class Dialogue:
 
 @dataclass(frozen=True)
 class Ending:
-    """How turns end. answer: behind every answer, inside the turn. last: behind the last turn. token: whether the row
-    ends with token 0.
+    """How turns end.
+
+    Attributes:
+        answer: follows every answer, inside the turn.
+        last: follows the last turn.
+        token: whether the row ends with token 0.
     """
 
     answer: str = ""
@@ -73,60 +85,73 @@ ENDINGS = {
 }
 
 
-def lines(content: str) -> str:
-    """Line ends are \\n."""
+def normalize_line_ends(content: str) -> str:
+    r"""Make all line ends \n."""
     return content.replace("\r\n", "\n").replace("\r", "\n") if "\r" in content else content
 
 
 def tidy(content: str) -> str:
-    """Line ends are \\n, and no blanks at the ends."""
-    return lines(content).strip()
+    r"""Make all line ends \n, and strip white space from the ends."""
+    return normalize_line_ends(content).strip()
 
 
 def clean(content: str) -> str:
-    """tidy, and no blank line inside: in most templates a blank line is what ends a turn."""
-    return without_blank_lines(tidy(content))
+    """Clean a turn: `tidy`, and no blank line inside, because in most templates a blank line ends a turn."""
+    return _remove_blank_lines(tidy(content))
 
 
 def tidy_answer(content: str) -> str:
-    """Tidy for what is learnt: the indentation of the first line stays, as in code or a Chinese paragraph. Blank lines before it
-    go, and so does a single space (prompt/completion data of OpenAI begin with one).
+    """Tidy an answer: like `tidy`, but the indentation of the first line stays, as in code or a Chinese paragraph.
+
+    Blank lines before it are removed, and so is a single space (prompt/completion data of OpenAI begin with one).
     """
-    content = lines(content).rstrip()
+    content = normalize_line_ends(content).rstrip()
     if not content[:1].isspace():
         return content
     words = content.lstrip()
     before = content[: len(content) - len(words)]
-    indentation = before[before.rindex(found[-1]) + 1 :] if (found := LINE_ENDS.findall(before)) else before
+    ends = _LINE_ENDS.findall(before)
+    indentation = before[before.rindex(ends[-1]) + 1 :] if ends else before
     return words if indentation == " " else indentation + words
 
 
 def clean_answer(content: str) -> str:
-    """tidy_answer, and no blank line inside."""
-    return without_blank_lines(tidy_answer(content))
+    """Clean an answer: `tidy_answer`, and no blank line inside."""
+    return _remove_blank_lines(tidy_answer(content))
 
 
-def without_blank_lines(content: str) -> str:
-    return BLANK_LINES.sub("\n", content) if "\n" in content else content
+def _remove_blank_lines(content: str) -> str:
+    return _BLANK_LINES.sub("\n", content) if "\n" in content else content
 
 
 def split_thought(content: str) -> tuple[str, str]:
-    """<think>...</think> at the start of an answer, apart from the rest."""
+    """Split <think>...</think> at the start of an answer from the rest. Returns the thought and the answer."""
     if not content.lstrip().startswith(THINK) or END_OF_THINK not in content:
         return "", content
     think, _, words = content.partition(THINK)[2].partition(END_OF_THINK)
     return think.strip(), tidy_answer(words)
 
 
+def _fill(pattern: str, values: Mapping[str, str]) -> str:
+    """Replace the placeholders of these names: {{name}}."""
+    return _PLACEHOLDER.sub(lambda match: values.get(match[1], match[0]), pattern)
+
+
 class Pattern(NamedTuple):
-    """A pattern taken apart. heading: before the content, without its last blanks (those belong to who speaks)."""
+    """A parsed pattern.
+
+    Attributes:
+        heading: the text before the content, without trailing white space.
+        lead: that white space; it belongs to the turn.
+        tail: the text after the content.
+    """
 
     heading: str
     lead: str
     tail: str
 
 
-def pattern(text: str) -> Pattern:
+def _parse_pattern(text: str) -> Pattern:
     before, _, after = text.partition("{{content}}")
     heading = before.rstrip()
     return Pattern(heading, before[len(heading) :], after)
@@ -134,25 +159,40 @@ def pattern(text: str) -> Pattern:
 
 @dataclass(frozen=True)
 class Template:
-    """Patterns of text; {{content}} is what is said. Field names as in LLaMA-Factory, and a few of our own.
+    """Text patterns; {{content}} is the content of a turn. Field names as in LLaMA-Factory, and a few of this kit.
 
-    format_user_input: a user's turn that has a second text, {{input}} (""): content and input with a newline between.
-    format_observation: what a tool gave back. format_function: how an answer writes a tool call ({{content}}: its JSON;
-    or {{name}} and {{arguments}}). format_tools: the list of tools, which stands in the system's turn.
-    default_system(_input): the system's text where a row has none (and its first turn has a second text).
-    clean: roles whose turns lose their blank lines. strip: whether turns lose blanks at their ends.
-    think: keep | always (an empty thought where there is none) | fake (an empty thought instead of any).
-    format_thought, format_no_thought: how a thought and an empty one are written.
-    opening: how an answer begins when it is asked for; that much is given, not learnt.
-    user_cue: stands at the end of a user's turn whose answer has a thought, and of the one that is to be answered.
-    json_style: how calls and lists of tools are written: line (as they are), compact (no blanks; a tool a line), indent (two
-    blanks; results of tools too, as text of JSON where they are none). Of the last two, every call has its own format_function.
-    format_tool: each tool by itself, with {{name}}, {{description}} (its line is left out where there is none), {{parameters}};
-    "" is the list.
-    reserved: texts that mean a border here; a dialogue that holds one cannot be written.
-    infill: whether this is for rows of prefix, suffix and middle. The prefix is {{content}}, the suffix {{input}}.
-    bos: whether BOS=auto puts token 0 before the first turn: true where the clients of the format do (docs/data.md).
-    temperature, top_p, top_k: sampling that chat.sh takes for `auto`. top_k 0: no limit.
+    Attributes:
+        name: of the template.
+        format_user: a user's turn.
+        format_assistant: an answer.
+        format_system: the system's turn.
+        format_separator: between turns.
+        format_prefix: before the first turn.
+        format_user_input: a user's turn with a second text, {{input}}; "": content and input with a newline between.
+        format_observation: the result of a tool.
+        format_function: a tool call in an answer ({{content}}: its JSON; or {{name}} and {{arguments}}).
+        format_tools: the list of tools, which is part of the system's turn.
+        default_system: the system's text where a row has none.
+        default_system_input: the same, where the first turn has a second text.
+        stop_words: texts that end an answer.
+        clean: roles whose turns lose their blank lines.
+        strip: whether white space is stripped from the ends of turns.
+        think: keep; always (an empty thought where there is none); fake (an empty thought in place of any).
+        opening: the beginning of an answer that is part of the prompt; it is not trained.
+        format_thought: a thought.
+        format_no_thought: an empty thought.
+        user_cue: the end of a user's turn whose answer has a thought, and of the one that a prompt ends with.
+        json_style: how calls and lists of tools are written: line (unchanged), compact (no spaces; one tool per line),
+            indent (by two spaces; results of tools too, as JSON text if they are not JSON). With the last two, every call
+            has its own format_function.
+        format_tool: one tool, with {{name}}, {{description}} (its line is left out if there is none), {{parameters}}; "":
+            tools are written as a list.
+        reserved: texts that mark the bounds of turns; a dialogue that contains one cannot be written.
+        infill: whether this is for rows of prefix, suffix and middle. The prefix is {{content}}, the suffix {{input}}.
+        bos: whether BOS=auto puts token 0 before the first turn: true if the clients of the format do (docs/data.md).
+        temperature: of sampling, where chat.sh has `auto`.
+        top_p: the same.
+        top_k: the same; 0 is no limit.
     """
 
     name: str
@@ -185,24 +225,30 @@ class Template:
     top_k: int = 0
 
     def begins_with_zero(self, bos: str) -> bool:
-        """Whether texts begin with token 0. bos: the setting BOS, of which auto leaves it to the template."""
+        """Return whether texts begin with token 0, by the setting BOS; for auto, by the template."""
         return self.bos if bos == "auto" else bos == "1"
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field, as JSON can hold it: what a run keeps, so that it is served in the form that it was trained in, whatever
-        the name means in a later version.
+        """Return every field as a JSON value.
+
+        A run records them, so that its model is served with the template of its training, whatever the name means in a
+        later version.
         """
-        found = {}
+        content = {}
         for one in dataclasses.fields(self):
             value = getattr(self, one.name)
             if isinstance(value, frozenset):
                 value = sorted(role.name.lower() for role in value)
-            found[one.name] = list(value) if isinstance(value, tuple) else value
-        return found
+            content[one.name] = list(value) if isinstance(value, tuple) else value
+        return content
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Template:
-        """The template that `to_dict` has described. ValueError if it is none, or one of a newer version of this kit."""
+        """Return the template that `to_dict` has described.
+
+        Raises:
+            ValueError: it describes none, or one of a newer version of this kit.
+        """
         fields = {one.name: one for one in dataclasses.fields(cls)}
         missing = [n for n, one in fields.items() if one.default is dataclasses.MISSING and n not in content]
         if missing:
@@ -236,60 +282,65 @@ class Template:
 
     @functools.cached_property
     def patterns(self) -> dict[Role, Pattern]:
-        found = {
-            Role.SYSTEM: pattern(self.format_system),
-            Role.USER: pattern(self.format_user),
-            Role.ASSISTANT: pattern(self.format_assistant),
-            Role.TOOL: pattern(self.format_observation or self.format_user),
+        """The parsed pattern of each role's turns."""
+        patterns = {
+            Role.SYSTEM: _parse_pattern(self.format_system),
+            Role.USER: _parse_pattern(self.format_user),
+            Role.ASSISTANT: _parse_pattern(self.format_assistant),
+            Role.TOOL: _parse_pattern(self.format_observation or self.format_user),
         }
-        if self.answer_in_user:  # LLaMA-Factory's way: what opens the answer stands at the end of the user's pattern
+        if self.answer_in_user:
+            opener, tail = patterns[Role.USER].tail, patterns[Role.ASSISTANT].tail
             for role in (Role.USER, Role.TOOL):
-                found[role] = found[role]._replace(tail="")
-            opener = pattern(self.format_user).tail
+                patterns[role] = patterns[role]._replace(tail="")
             heading = opener.rstrip()
-            found[Role.ASSISTANT] = Pattern(heading, opener[len(heading) :], pattern(self.format_assistant).tail)
-        return found | {Role.UNTRAINED: found[Role.ASSISTANT]}
+            patterns[Role.ASSISTANT] = Pattern(heading, opener[len(heading) :], tail)
+        return patterns | {Role.UNTRAINED: patterns[Role.ASSISTANT]}
 
     @functools.cached_property
     def answer_in_user(self) -> bool:
-        return not pattern(self.format_assistant).heading and bool(pattern(self.format_user).tail.strip())
+        """Whether the user's pattern ends with the heading of the answer, as LLaMA-Factory's do."""
+        return not _parse_pattern(self.format_assistant).heading and bool(_parse_pattern(self.format_user).tail.strip())
 
     @functools.cached_property
-    def cleaners(self) -> dict[Role, Callable[[str], str]]:
-        if not self.strip:
-            return {role: clean if role in self.clean else lines for role in Role}
-        found = {role: clean if role in self.clean else tidy for role in Role}
-        return found | {Role.ASSISTANT: clean_answer if Role.ASSISTANT in self.clean else tidy_answer}
+    def cleaners(self) -> dict[Role, Cleaner]:
+        """The function that cleans each role's turns."""
+        default = tidy if self.strip else normalize_line_ends
+        cleaners: dict[Role, Cleaner] = {role: clean if role in self.clean else default for role in Role}
+        if self.strip:
+            cleaners[Role.ASSISTANT] = clean_answer if Role.ASSISTANT in self.clean else tidy_answer
+        return cleaners
 
     @functools.cached_property
     def headings(self) -> dict[str, Role]:
-        """What begins a turn in texts that are ready (spans_of_text): words before a colon behind a blank line, and headings like
-        Bot✿ and ### User at the start of a line.
+        """What begins a turn in formatted texts, for `spans_of_text`.
+
+        These are words before a colon after a blank line, and headings like Bot✿ and ### User at the start of a line.
         """
-        own = {self.patterns[r].heading.split("\n")[0].strip(): r for r in (Role.TOOL, *SPEAKERS)}
+        own = {self.patterns[r].heading.split("\n")[0].strip(): r for r in (Role.TOOL, *_SPEAKERS)}
         blank = self.format_separator == "\n\n"
         words = {h[:-1]: role for h, role in own.items() if blank and re.fullmatch(r"\w[\w ]*:", h)}
         return WORLD | words | {h: role for h, role in own.items() if is_mark(h)}
 
     def stops(self) -> tuple[str, ...]:
-        """Texts that end an answer when the model goes on with the next turn by itself."""
-        headings = {self.patterns[role].heading for role in SPEAKERS}
+        """Return the texts that end an answer if the model continues with the next turn by itself."""
+        headings = {self.patterns[role].heading for role in _SPEAKERS}
         tool = self.patterns[Role.TOOL].heading
         if not tool.startswith(self.patterns[Role.USER].heading):
             headings.add(tool.split("\n")[0])
-        border = "" if self.answer_in_user else self.format_separator
-        found = (*self.stop_words, ENDINGS["x17"].answer, *sorted(border + h for h in headings if h.strip()))
-        return tuple(dict.fromkeys(found))
+        before = "" if self.answer_in_user else self.format_separator
+        texts = (*self.stop_words, ENDINGS["x17"].answer, *sorted(before + h for h in headings if h.strip()))
+        return tuple(dict.fromkeys(texts))
 
     def holds_reserved(self, dialogue: Dialogue) -> str:
-        """A reserved text that a dialogue holds, or ""."""
+        """Return a reserved text that a dialogue contains, or ""."""
         if not self.reserved:
             return ""
-        says = "\n".join(part for m in dialogue.messages for part in (m.content, m.think, m.material, m.call))
-        return next((word for word in self.reserved if word in says or word in dialogue.tools), "")
+        text = "\n".join(part for m in dialogue.messages for part in (m.content, m.think, m.material, m.call))
+        return next((word for word in self.reserved if word in text or word in dialogue.tools), "")
 
-    def asked(self, question: str) -> str:
-        """A question with the cue behind it, unless it ends with one already."""
+    def add_cue(self, question: str) -> str:
+        """Return a question with the cue at its end, unless it ends with one already."""
         if not self.user_cue or question.rstrip().endswith(CUES):
             return question
         return question.rstrip() + self.user_cue
@@ -297,16 +348,22 @@ class Template:
     def render(
         self, dialogue: Dialogue, ending: Ending = ENDINGS["doc"], open_answer: bool = False
     ) -> tuple[list[str], list[Role]]:
-        """The text in pieces, and who says each; they make the whole without gaps. Empty pieces do not occur.
+        """Render a dialogue.
 
-        open_answer: end with the heading of an answer that is still to come; the text never ends with a blank then.
+        Args:
+            dialogue: the turns.
+            ending: how turns end.
+            open_answer: end with the heading of the answer to come; the text does not end with white space then.
+
+        Returns:
+            The text in consecutive pieces, none of them empty, and the role of each piece.
         """
         texts: list[str] = []
         roles: list[Role] = []
 
         messages = self.with_system(dialogue)
         if self.user_cue:
-            messages = self.with_cues(messages, open_answer)
+            messages = self._add_cues(messages, open_answer)
         if self.format_prefix:
             texts.append(self.format_prefix)
             roles.append(Role.HEADING)
@@ -327,23 +384,25 @@ class Template:
                 if not learn:
                     role = Role.UNTRAINED
             elif not material:
-                body = lead + (self.result(content) if role is Role.TOOL else cleaners[role](content))
+                body = lead + (self._result(content) if role is Role.TOOL else cleaners[role](content))
             elif role is Role.USER and self.format_user_input:
-                heading, parts = self.with_input
-                says = {"content": content, "input": material}
-                body, tail = "".join(cleaners[role](says[p]) if i % 2 else p for i, p in enumerate(parts)), ""
+                heading = self.format_user_input.partition("{{")[0].rstrip()
+                values = {"content": cleaners[role](content), "input": cleaners[role](material)}
+                body, tail = _fill(self.format_user_input[len(heading) :], values), ""
             else:
                 body = lead + cleaners[role](f"{content}\n{material}")
             if i == last and not open_answer:
-                behind = ending.last
+                after = ending.last
             elif separator is not None:
-                behind = separator
-            else:
-                behind = self.border(message.role, Role.ASSISTANT if i == last else messages[i + 1].role)
+                after = separator
+            elif i < last and message.role is not Role.SYSTEM and messages[i + 1].role in (Role.USER, Role.TOOL):
+                after = self.format_separator
+            else:  # the user's pattern opens the answer
+                after = ""
             if heading:
                 texts.append(heading)
                 roles.append(Role.HEADING)
-            if body := body + tail + behind:
+            if body := body + tail + after:
                 texts.append(body)
                 roles.append(role)
         heading, lead, _ = patterns[Role.ASSISTANT]
@@ -352,22 +411,11 @@ class Template:
             roles.append(Role.HEADING)
         return texts, roles
 
-    @functools.cached_property
-    def with_input(self) -> tuple[str, list[str]]:
-        """format_user_input: its heading, and the rest with the names of what is put in at odd places."""
-        heading = self.format_user_input.partition("{{")[0].rstrip()
-        return heading, re.split(r"\{\{(content|input)\}\}", self.format_user_input[len(heading) :])
-
-    def border(self, role: Role, next_role: Role) -> str:
-        """What stands between two turns where the user's pattern opens the answer."""
-        asked = next_role in (Role.USER, Role.TOOL)
-        return self.format_separator if asked and role is not Role.SYSTEM else ""
-
     def with_system(self, dialogue: Dialogue) -> Sequence[Message]:
-        """The messages, with the template's own system text where there is none, and with the tools in it."""
+        """Return the messages with the template's own system text where there is none, and with the tools in it."""
         messages = dialogue.messages
         if self.json_style == "line" and any(message.role is Role.TOOL for message in messages):
-            messages = joined_results(messages)
+            messages = _join_results(messages)
         if not (dialogue.tools or self.default_system):
             return messages
         has = bool(messages) and messages[0].role is Role.SYSTEM
@@ -375,68 +423,71 @@ class Template:
         if not has and self.default_system_input and messages and messages[0].material:
             words = self.default_system_input
         if dialogue.tools:
-            tools = self.format_tools.replace("{{content}}", self.tools_text(dialogue.tools))
+            tools = self.format_tools.replace("{{content}}", self._format_tools(dialogue.tools))
             words = f"{words}\n{tools}" if words else tools
         return (Message(Role.SYSTEM, words), *messages[has:])
 
-    def with_cues(self, messages: Sequence[Message], open_answer: bool) -> Sequence[Message]:
-        """The messages, with the cue behind every user's turn that a thought answers, or that is still to be answered."""
-        found = list(messages)
+    def _add_cues(self, messages: Sequence[Message], open_answer: bool) -> Sequence[Message]:
+        """Add the cue to every user's turn whose answer has a thought or is still to come."""
+        result = list(messages)
         content_last = self.format_user_input.rfind("{{content}}") > self.format_user_input.rfind("{{input}}")
-        for i, message in enumerate(found):
-            answered = found[i + 1].role is Role.ASSISTANT and found[i + 1].think if i + 1 < len(found) else open_answer
-            if message.role is Role.USER and answered:
-                part = "material" if message.material and not content_last else "content"
-                found[i] = message._replace(**{part: self.asked(getattr(message, part))})
-        return found
+        for i, message in enumerate(messages):
+            following = messages[i + 1] if i + 1 < len(messages) else None
+            has_cue = following.role is Role.ASSISTANT and following.think if following else open_answer
+            if message.role is not Role.USER or not has_cue:
+                continue
+            if message.material and not content_last:
+                result[i] = message._replace(material=self.add_cue(message.material))
+            else:
+                result[i] = message._replace(content=self.add_cue(message.content))
+        return result
 
-    def tools_text(self, tools: str) -> str:
-        """The list of tools (JSON text) as this template writes it; a description in words as it is."""
+    def _format_tools(self, tools: str) -> str:
+        """Format the list of tools (JSON text); a description that is not JSON stays as it is."""
         if self.json_style == "line" and not self.format_tool:
             return tools
         try:
-            found = json.loads(tools)
+            content = json.loads(tools)
         except (ValueError, RecursionError):
             return tools
-        found = found if isinstance(found, list) else [found]
-        if not self.format_tool or not all(isinstance(one, dict) for one in found):
+        content = content if isinstance(content, list) else [content]
+        if not self.format_tool or not all(isinstance(one, dict) for one in content):
             if self.json_style == "compact":
-                return "[\n" + ",\n".join(map(self.json_text, found)) + "\n]"
-            return self.json_text(found)
-        return "\n".join(map(self.tool_text, found))
+                return "[\n" + ",\n".join(map(self._to_json, content)) + "\n]"
+            return self._to_json(content)
+        return "\n".join(map(self._format_one_tool, content))
 
-    def tool_text(self, tool: Mapping[str, Any]) -> str:
-        """One tool by format_tool."""
-        says = {name: tool.get(name) for name in ("name", "description")}
-        says = {name: tidy(value) if isinstance(value, str) else "" for name, value in says.items()}
-        says["parameters"] = self.json_text(tool.get("parameters") or {})
+    def _format_one_tool(self, tool: Mapping[str, Any]) -> str:
+        words = [tool.get(key) for key in ("name", "description")]
+        name, description = (tidy(value) if isinstance(value, str) else "" for value in words)
         text = self.format_tool
-        if not says["description"]:
+        if not description:
             text = "\n".join(line for line in text.split("\n") if "{{description}}" not in line)
-        return "".join(says[p] if i % 2 else p for i, p in enumerate(TOOL_PLACES.split(text)))
+        parameters = self._to_json(tool.get("parameters") or {})
+        return _fill(text, {"name": name, "description": description, "parameters": parameters})
 
-    def json_text(self, value: Any) -> str:
+    def _to_json(self, value: Any) -> str:
         if self.json_style == "indent":
             return json.dumps(value, ensure_ascii=False, indent=2)
         return json.dumps(value, ensure_ascii=False, separators=(",", ":") if self.json_style == "compact" else None)
 
-    def result(self, content: str) -> str:
-        """What a tool gave back, cleaned, and written as JSON where the template wants that."""
+    def _result(self, content: str) -> str:
+        """Return the result of a tool, cleaned, and written as JSON if the template requires that."""
         content = self.cleaners[Role.TOOL](content)
         if self.json_style != "indent":
             return content
         try:
-            found = json.loads(content, object_pairs_hook=without_doubles)
-            return json.dumps(found, ensure_ascii=False, indent=2, allow_nan=False)
+            value = json.loads(content, object_pairs_hook=_dict_of_unique)
+            return json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False)
         except (ValueError, RecursionError):  # no JSON, or JSON that this would change
-            return self.json_text(content)
+            return self._to_json(content)
 
     def answer(self, message: Message) -> str:
-        """What the assistant says in a turn: thought, words and tool call, cleaned."""
+        """Return the content of an assistant's turn, cleaned: thought, words and tool call."""
         cleaner = self.cleaners[Role.ASSISTANT]
         words = cleaner(message.content)
         if message.call:
-            call = self.call_text(message.call)
+            call = self._format_call(message.call)
             words = f"{words}\n{call}" if words else call
         if self.think == "keep" and not message.think:
             return words
@@ -444,48 +495,47 @@ class Template:
         thought = tidy(thought) if self.strip else thought
         return (self.format_thought.replace("{{content}}", thought) if thought else self.format_no_thought) + words
 
-    def call_text(self, call: str) -> str:
-        """Tool calls (JSON text) as this template writes them."""
+    def _format_call(self, call: str) -> str:
+        """Format tool calls (JSON text)."""
         if "{{name}}" not in self.format_function and self.json_style == "line":
             return self.format_function.replace("{{content}}", call)
-        found = json.loads(call)
-        written = []
-        for one in found if isinstance(found, list) else [found]:
+        content = json.loads(call)
+        calls = []
+        for one in content if isinstance(content, list) else [content]:
             if "{{name}}" not in self.format_function:
-                written.append(self.format_function.replace("{{content}}", self.json_text(one)))
+                calls.append(self.format_function.replace("{{content}}", self._to_json(one)))
                 continue
             arguments = one["arguments"]
-            arguments = arguments if isinstance(arguments, str) else self.json_text(arguments)
-            says = {"name": one["name"], "arguments": arguments}
-            parts = re.split(r"\{\{(name|arguments)\}\}", self.format_function)
-            written.append("".join(says[p] if i % 2 else p for i, p in enumerate(parts)))
-        return "\n".join(written)
+            arguments = arguments if isinstance(arguments, str) else self._to_json(arguments)
+            calls.append(_fill(self.format_function, {"name": one["name"], "arguments": arguments}))
+        return "\n".join(calls)
 
     def prompt(self, messages: Sequence[Message], tools: str = "", ending: Ending = ENDINGS["doc"]) -> str:
-        """What a client sends for an answer to these messages."""
+        """Return the prompt that a client sends for an answer to these messages."""
         return "".join(self.render(Dialogue(tuple(messages), tools), ending, open_answer=True)[0])
 
 
-def without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. ValueError if it says a key twice, of which one would be lost."""
-    if len({key for key, _ in pairs}) < len(pairs):
+def _dict_of_unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object. ValueError if it has a key twice: one of the values would be lost."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
         raise ValueError("a key twice")
-    return dict(pairs)
+    return content
 
 
-def joined_results(messages: Sequence[Message]) -> tuple[Message, ...]:
-    """The messages, with results of tools that follow one another in one turn."""
-    found: list[Message] = []
+def _join_results(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """Join consecutive results of tools in one turn."""
+    joined: list[Message] = []
     for message in messages:
-        if message.role is Role.TOOL and found and found[-1].role is Role.TOOL:
-            found[-1] = Message(Role.TOOL, f"{found[-1].content}\n{message.content}")
+        if message.role is Role.TOOL and joined and joined[-1].role is Role.TOOL:
+            joined[-1] = Message(Role.TOOL, f"{joined[-1].content}\n{message.content}")
         else:
-            found.append(message)
-    return tuple(found)
+            joined.append(message)
+    return tuple(joined)
 
 
 def spans_of(texts: Sequence[str], roles: Sequence[Role]) -> list[Span]:
-    """Consecutive byte spans of rendered pieces."""
+    """Return consecutive byte spans of rendered pieces."""
     spans, at = [], 0
     for text, role in zip(texts, roles, strict=True):
         size = len(text.encode("utf-8"))

@@ -1,4 +1,4 @@
-"""Texts that are ready: who says what is found by the headings that stand in them."""
+"""Find the turns of a text that is already formatted, by its headings."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ WORLD = {"System": Role.SYSTEM, "User": Role.USER, "Assistant": Role.ASSISTANT}
 
 
 def is_mark(heading: str) -> bool:
-    """Whether a heading needs no colon: Bot✿, which stands at the start of a line, or ### User, which is one."""
+    """Return whether a heading needs no colon: Bot✿, which begins a line, or ### User, which is a whole line."""
     return bool(re.fullmatch(r"\w+✿|### \w[\w ]*", heading))
 
 
 @functools.cache
-def patterns(words: tuple[str, ...]) -> tuple[re.Pattern[bytes], re.Pattern[bytes]]:
-    """What is a heading: at the start of the text or after a blank line, with a half- or full-width colon. And what looks
-    like one to a reader: the word at the start of a line, in any case.
+def _patterns(words: tuple[str, ...]) -> tuple[re.Pattern[bytes], re.Pattern[bytes]]:
+    """Return the pattern of headings, and that of lines that look like one.
+
+    A heading is at the start of the text or after a blank line, with a half- or full-width colon. A line looks like one to
+    a reader if it begins with the word, in any case.
     """
     any_word = "|".join(re.escape(word) for word in words if not is_mark(word))
     marks = "".join(f"|^{re.escape(word)}" + "$" * word.startswith("#") for word in words if is_mark(word))
@@ -30,13 +32,15 @@ def patterns(words: tuple[str, ...]) -> tuple[re.Pattern[bytes], re.Pattern[byte
 
 
 def spans_of_text(data: bytes, words: Mapping[str, Role] = WORLD) -> list[Span]:
-    """The turns that a ready text (UTF-8) holds, found by their headings; one TEXT span where it has none.
+    """Return the turns of a formatted text, found by their headings; one TEXT span if it has none.
 
-    words: what stands before the colon (or is a mark by itself) -> who speaks.
+    Args:
+        data: the text in UTF-8.
+        words: the word before the colon (or a mark without one) -> the role of the turn.
     """
     spans: list[Span] = []
     role, start = Role.TEXT, 0
-    for heading in patterns(tuple(words))[0].finditer(data) if words else ():
+    for heading in _patterns(tuple(words))[0].finditer(data) if words else ():
         if heading.start() > start:
             spans.append(Span(start, heading.start(), role))
         spans.append(Span(*heading.span(), Role.HEADING))
@@ -48,10 +52,11 @@ def spans_of_text(data: bytes, words: Mapping[str, Role] = WORLD) -> list[Span]:
 
 
 def overlooked_heading(data: bytes, spans: Sequence[Span], words: Mapping[str, Role] = WORLD) -> str:
-    """The first line of a ready text that looks like a heading but is not what the models know as one: no blank line
-    before it, another case, a full-width colon (which does count as a turn here, for who says what). Or "".
+    """Return the first line of a formatted text that looks like a heading but is none to the models; "" if there is none.
+
+    It has no blank line before it, another case, or a full-width colon (which does begin a turn in `spans_of_text`).
     """
     known = {span.start for span in spans if span.role is Role.HEADING and data[span.end - 1 : span.end] == b":"}
-    alike = patterns(tuple(words))[1].finditer(data) if words else ()
-    found = next((m for m in alike if m.start() not in known), None)
-    return found[0].decode("utf-8").strip() if found else ""
+    alike = _patterns(tuple(words))[1].finditer(data) if words else ()
+    overlooked = next((m for m in alike if m.start() not in known), None)
+    return overlooked[0].decode("utf-8").strip() if overlooked else ""

@@ -22,7 +22,7 @@ WAYS = ["straight", "refused", "broken"]
 def way(request, monkeypatch):
     """How the file system takes it: as it can; it knows no such way; it says that it does, and cannot."""
     if request.param == "refused":
-        monkeypatch.setattr(direct_io, "opened", lambda *_: None)
+        monkeypatch.setattr(direct_io, "_open_direct", lambda *_: None)
     if request.param == "broken":
         for name in ("pwrite", "preadv"):
             plain = getattr(os, name)
@@ -69,7 +69,7 @@ def test_what_several_threads_write_side_by_side_is_what_is_read(way, tmp_path):
 
 
 def test_what_fills_blocks_goes_straight_to_the_disk(tmp_path, monkeypatch):
-    file = direct_io.opened(tmp_path, os.O_TMPFILE | os.O_WRONLY)
+    file = direct_io._open_direct(tmp_path, os.O_TMPFILE | os.O_WRONLY)
     if file is None:
         pytest.skip("this file system has no such way")
     os.close(file)

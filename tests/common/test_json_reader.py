@@ -63,8 +63,7 @@ def test_sound_text_is_read_as_it_is(text, value):
     assert found == value or value is None
 
 
-def test_a_file_that_is_too_large_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(json_reader, "MOST_BYTES", 1 << 20)
+def test_a_file_that_is_too_large_is_not_read(tmp_path):
     path = tmp_path / "x.json"
     with open(path, "wb") as file:
         file.truncate(1 << 40)

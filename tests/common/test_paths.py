@@ -53,8 +53,8 @@ def test_a_path_that_lost_its_separators_is_put_together_again(tmp_path):
     (tmp_path / "Users" / "me").mkdir(parents=True)
     (tmp_path / "Users" / "my.jsonl").write_text("x")
     (tmp_path / "Users" / "me" / "my.jsonl").write_text("x")
-    assert paths.put_together(tmp_path, "Usersmemy.jsonl") == tmp_path / "Users" / "me" / "my.jsonl"
-    assert paths.put_together(tmp_path, "Usersnobody.jsonl") is None
+    assert paths._find_without_separators(tmp_path, "Usersmemy.jsonl") == tmp_path / "Users" / "me" / "my.jsonl"
+    assert paths._find_without_separators(tmp_path, "Usersnobody.jsonl") is None
 
 
 def test_data_and_tokenized_data_are_answered_alike(project_folder):

@@ -12,7 +12,7 @@ from rwkv_peft.common import hardware
 from rwkv_peft.config.shell import Script
 from rwkv_peft.config.train import TrainConfig
 
-REFUSED = [(f.metadata["var"], value) for f in dataclasses.fields(TrainConfig) for value in f.metadata.get("later", {})]
+REFUSED = [(f.metadata["var"], value) for f in dataclasses.fields(TrainConfig) for value in f.metadata["refused"]]
 
 
 @pytest.mark.parametrize(("name", "value"), REFUSED)

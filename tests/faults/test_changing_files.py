@@ -823,7 +823,7 @@ def test_the_next_look_comes_soon_however_long_the_last_one_took(tmp_path, monke
     replace_by_the_same(path)
     assert watch.look() is None and len(hours) == 1
     assert watch.pause() == pytest.approx(file_watch.LOOK, abs=0.6), "the content that was compared was charged"
-    watch.looking = 3600.0
+    watch.seconds = 3600.0
     assert watch.pause() == file_watch.LONGEST <= 5
     overwrite(path)
     assert "rows.jsonl: " in str(watch.look(every=False))

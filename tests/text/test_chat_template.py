@@ -11,7 +11,7 @@ from rwkv_peft.preprocess.schemas import Reader
 from rwkv_peft.text import template_file
 from rwkv_peft.text.chat_template import PROBES, cleaning_of, jinja, literal
 from rwkv_peft.text.presets import PRESETS
-from rwkv_peft.text.template import ENDINGS, Template, clean, clean_answer, lines, tidy, tidy_answer
+from rwkv_peft.text.template import ENDINGS, Template, clean, clean_answer, normalize_line_ends, tidy, tidy_answer
 
 jinja2 = pytest.importorskip("jinja2")
 
@@ -105,7 +105,7 @@ def test_without_a_question_the_conversation_ends_as_a_row_does_and_token_zero_c
         assert rendered(form, eot, messages, ask=False, bos=True) == f"<s>{whole}"
 
 
-@pytest.mark.parametrize("cleaner", [tidy, clean, tidy_answer, clean_answer, lines, str])
+@pytest.mark.parametrize("cleaner", [tidy, clean, tidy_answer, clean_answer, normalize_line_ends, str])
 def test_what_a_cleaner_does_is_found_out(cleaner):
     found = cleaning_of(cleaner)
     made = environment().from_string(found.macro("f") + "{{- f(text) -}}")

@@ -100,7 +100,7 @@ def test_a_cue_stands_behind_a_question_that_a_thought_answers(name, cue):
         "User: e (think)\n\nAssistant: <think>\nt\n</think>\nf"  # a question that has a cue keeps its own
     )
     assert PRESETS[name].prompt([Message(U, "q")]) == f"User: q{cue}\n\nAssistant: <think"
-    assert PRESETS[name].asked("q") == f"q{cue}" and PRESETS[name].asked(f"q{cue}") == f"q{cue}"
+    assert PRESETS[name].add_cue("q") == f"q{cue}" and PRESETS[name].add_cue(f"q{cue}") == f"q{cue}"
 
 
 def test_a_cue_stands_behind_the_input_of_a_question():

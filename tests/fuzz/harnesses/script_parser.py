@@ -56,7 +56,7 @@ class It(Harness):
         words = [f"--{re.sub('_', '-', name.lower())}={value}" for name, value in values.items()]
         found, rest = take_options(list(words), kind)
         sound(len(found) + len(rest) <= len(words), "words out of nothing", found, rest)
-        script.in_vain(kind)
+        script.ignored_shell_vars(kind)
         try:
             settings = script.read(kind, RETIRED)
         except SettingErrors as problems:
