@@ -1,0 +1,1 @@
+"""Callbacks of a training: what happens between its optimizer steps."""
