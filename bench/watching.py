@@ -42,7 +42,7 @@ MOST = 1.03  # what watching may cost
 def child(point: dict) -> None:
     """A run in this process; prints how many seconds it took."""
     from rwkv_peft.train import report
-    from rwkv_peft.train.callbacks import core
+    from rwkv_peft.train.callbacks import checkpoint, loggers
 
     paths.ROOT, paths.OUTPUT = Path(point["folder"]), Path(point["folder"]) / "output"
     settings = {
@@ -56,8 +56,8 @@ def child(point: dict) -> None:
         settings |= {"VAL_DATA": "held", "WANDB": "bench", "TENSORBOARD": str(int(has_board))}
     spent = []
     with mock.patch.object(report, "finish", lambda *arguments: spent.append(arguments[-1])):
-        nothing = mock.patch.multiple(core, draw_loss=lambda folder: None)
-        silent = mock.patch.object(core.LossFile, "__call__", lambda self, record: None)
+        nothing = mock.patch.multiple(checkpoint, draw_loss=lambda folder: None)
+        silent = mock.patch.object(loggers.LossFile, "__call__", lambda self, record: None)
         if not point["watched"]:
             nothing.start()
             silent.start()

@@ -67,7 +67,7 @@ from rwkv_peft.ops import dispatch
 from rwkv_peft.quantize import QuantEmbedding, QuantLinear, quantise
 from rwkv_peft.text.roles import Role
 from rwkv_peft.train import model_setup, module
-from rwkv_peft.train.callbacks import core
+from rwkv_peft.train.callbacks import checkpoint
 from rwkv_peft.train.optim import make_optimizer, parameter_groups
 from rwkv_peft.train.run_record import options_of
 
@@ -276,7 +276,9 @@ def world(root: Path) -> Iterator[Path]:
         stack.enter_context(mock.patch.object(paths, "ROOT", root))
         stack.enter_context(mock.patch.object(paths, "OUTPUT", root / "output"))
         stack.enter_context(mock.patch("os.fsync", lambda file: None))  # what a power cut leaves is asked elsewhere
-        stack.enter_context(mock.patch.object(core, "draw_loss", lambda folder: None))  # takes longer than the run
+        stack.enter_context(
+            mock.patch.object(checkpoint, "draw_loss", lambda folder: None)
+        )  # takes longer than the run
         yield root
 
 

@@ -33,100 +33,115 @@ from rwkv_peft.common.formatting import did_you_mean
 from rwkv_peft.config.shell import run_cli
 from rwkv_peft.config.train import RETIRED, TrainConfig
 from rwkv_peft.distributed.launch import ProcessInfo, detect_launcher, plugins, set_master_address
-from rwkv_peft.train.run_record import script_values
-from rwkv_peft.train.setup import header, prepare_run
 
 SAMPLES = 2  # that a dry run shows
 OPTIONS = ("--dry-run", "--new", ACCEPT, "--find-lr", "--find-batch", "--selftest")
 
 
 def main(arguments: list[str]) -> None:
+    """Run the command line of ./training.sh."""
     try:
         run_cli(arguments, __doc__, TrainConfig, command, RETIRED, lean="CTX_LEN and MICRO_BSZ")
     except SystemExit as left:
         connect = sys.modules.get("rwkv_peft.distributed.connect")
         if connect and any(thread.is_alive() for thread in connect.stuck):
-            os._exit(left.code)  # torch aborts where its call returns while Python ends (all was said and flushed)
+            # torch aborts where its call returns while Python ends (all was printed and flushed)
+            os._exit(left.code if isinstance(left.code, int) else int(left.code is not None))
         raise
 
 
-def command(config: TrainConfig, typed: list[str]) -> None:
-    unknown = [word for word in typed if word not in OPTIONS]
+def command(config: TrainConfig, options: list[str]) -> None:
+    """Do what the options say.
+
+    Args:
+        config: settings of the script.
+        options: arguments of the command line.
+    """
+    unknown = [word for word in options if word not in OPTIONS]
     if unknown:
         meant = did_you_mean(unknown[0], OPTIONS)
         raise UserError(
             f"{unknown[0]}: is not an option{meant or '.'} There are {', '.join(OPTIONS)}; the settings are in the script "
             "itself. See ./training.sh --help"
         )
-    if "--selftest" in typed:
+    # heavy imports come after the settings are checked: a typo is reported in a fraction of a second
+    if "--selftest" in options:
         from rwkv_peft.train.selftest import selftest
 
         return selftest()
     from rwkv_peft.train.resume import StateChanged
 
-    place = detect_launcher(config, os.environ)
-    set_master_address(config, place, os.environ)
-    if {"--find-lr", "--find-batch"} & set(typed):
+    process = detect_launcher(config, os.environ)
+    set_master_address(config, process, os.environ)
+    if {"--find-lr", "--find-batch"} & set(options):
         from rwkv_peft.train.lr_finder import find_batch, find_lr
 
-        return (find_lr if "--find-lr" in typed else find_batch)(config, place)
+        return (find_lr if "--find-lr" in options else find_batch)(config, process)
     while True:
         try:
             with contextlib.ExitStack() as cleanup:
-                return run(config, place, "--dry-run" in typed, "--new" in typed, cleanup, ACCEPT in typed)
-        except StateChanged:  # the run has gone on in the meantime, elsewhere
+                return run(config, process, "--dry-run" in options, "--new" in options, cleanup, ACCEPT in options)
+        except StateChanged:  # another process has trained the run in the meantime
             continue
 
 
 def run(
     config: TrainConfig,
-    place: ProcessInfo,
+    process: ProcessInfo,
     dry_run: bool,
-    anew: bool,
+    force_new: bool,
     cleanup: contextlib.ExitStack,
     accept_edited: bool = False,
 ) -> None:
-    """anew: begin a new run, even if one could go on. cleanup: what to do whether training ends well or not. accept_edited: take
-    a checkpoint whose sidecar was edited.
+    """Print the plan of a run and train.
+
+    Args:
+        config: settings of the script.
+        process: which process of the training this one is.
+        dry_run: check, print the plan and samples, and stop.
+        force_new: start a new run, even if one could be resumed.
+        cleanup: gets what to do at the end of the training, also after an error.
+        accept_edited: accept a checkpoint whose sidecar was edited.
     """
-    # heavy imports come after the settings are known to be sound: a typo answers in a fraction of a second
+    # heavy imports, as in `command`
     from rwkv_peft.checkpoint import base_model
     from rwkv_peft.distributed.rendezvous import open_rendezvous
-    from rwkv_peft.train import report
+    from rwkv_peft.train import report, setup
     from rwkv_peft.train.run import train
+    from rwkv_peft.train.run_record import script_values
 
-    say = print if place.first else lambda *_a, **_k: None
-    with contextlib.ExitStack() as others:
-        met = None
-        if place.meets():
-            where = address(place, config.processes, os.environ)
+    log = print if process.first else lambda *_a, **_k: None
+    with contextlib.ExitStack() as stack:
+        rendezvous = None
+        if process.meets():
+            address = _rendezvous_address(process, config.processes, os.environ)
             if not dry_run:
-                speak = say if place.starter else print  # each node has a terminal of its own
-                met = others.enter_context(open_rendezvous(place, config.processes, *where, speak))
-        prepared = prepare_run(config, place, dry_run, anew, cleanup, say, met, accept_edited)
-    if place.node and place.local == 0:
+                log_waiting = log if process.starter else print  # each node has a terminal of its own
+                rendezvous = stack.enter_context(open_rendezvous(process, config.processes, *address, log_waiting))
+        prepared = setup.prepare_run(config, process, dry_run, force_new, cleanup, log, rendezvous, accept_edited)
+    if process.node and process.local == 0:
         print(
-            f"node {place.node} of {place.nodes} trains with node 0, which tells how it goes and writes the results",
+            f"node {process.node} of {process.nodes} trains with node 0, which tells how it goes and writes the results",
             flush=True,
         )
     if dry_run:
-        base_model.check_model(prepared.base, prepared.geometry)
-    lines = header(prepared)
+        base_model.check_model(prepared.base.path, prepared.base.geometry)
+    lines = setup.header(prepared)
     if dry_run:
-        lines = report.setting_lines(prepared.settings, script_values(config)) + lines
-    say("\n".join(lines))
+        lines = report.setting_lines(dict(prepared.settings.values), script_values(config)) + lines
+    log("\n".join(lines))
     if dry_run:
-        report.print_samples(prepared.data.sequences(), SAMPLES)
-        prepared.in_use.must_be_unchanged()
-        say("\nThis was a dry run: nothing was trained, nothing was written.")
+        report.print_samples(prepared.data.train.sequences(), SAMPLES)
+        prepared.watch.must_be_unchanged()
+        log("\nThis was a dry run: nothing was trained, nothing was written.")
     else:
-        train(prepared, cleanup, say)
+        train(prepared, cleanup, log)
 
 
-def address(place: ProcessInfo, processes: int, environment: Mapping[str, str]) -> tuple[str, int]:
-    """Where all processes meet."""
-    [where] = plugins(place, processes)
-    if not place.starter and "MASTER_ADDR" not in environment:
-        words = f"is empty; with NNODES={place.nodes} it is the address of node 0 (hostname -I tells it there)"
+def _rendezvous_address(process: ProcessInfo, processes: int, environment: Mapping[str, str]) -> tuple[str, int]:
+    """Host and port where all processes meet."""
+    [lightning] = plugins(process, processes)
+    if not process.starter and "MASTER_ADDR" not in environment:
+        words = f"is empty; with NNODES={process.nodes} it is the address of node 0 (hostname -I tells it there)"
         raise SettingErrors(SettingError("MASTER_ADDR", words))
-    return where.main_address, where.main_port
+    return lightning.main_address, lightning.main_port

@@ -1,5 +1,7 @@
-"""Programs that show a run elsewhere: wandb, tensorboard, swanlab, trackio. One that does not start, or fails, says so once and
-is left out: it never stops a training. Nothing is sent anywhere unless a setting asks for it.
+"""Experiment trackers: wandb, tensorboard, swanlab, trackio.
+
+A tracker that does not start, or fails, is reported once and left out: it never stops a training. Nothing is sent anywhere
+unless a setting asks for it.
 """
 
 from __future__ import annotations
@@ -7,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,33 +17,50 @@ from typing import Any, NamedTuple
 from rwkv_peft.common.errors import pip_command
 from rwkv_peft.common.formatting import first_line
 
+from .metrics import StepMetrics
 
-class Opened(NamedTuple):
-    """A run at a tracker. log: takes numbers by name, and the optimizer step. id: what it calls the run, to go on with it."""
+
+class TrackerRun(NamedTuple):
+    """An open run of a tracker.
+
+    Attributes:
+        log: takes numbers by name, and the optimizer step.
+        close: ends the run.
+        id: name that the tracker gives the run, to resume it.
+    """
 
     log: Callable[[dict[str, float], int], Any]
     close: Callable[[], Any]
     id: str | None = None
 
 
-def open_wandb(project: str, folder: Path, settings: Mapping, earlier: str | None, step: int) -> Opened:
+def _resume_options(earlier: str | None) -> dict[str, Any]:
+    return {"id": earlier, "resume": "allow"} if earlier else {}
+
+
+# (trackers are optional packages: each is imported where it is opened)
+
+
+def open_wandb(project: str, folder: Path, settings: Mapping, earlier: str | None, step: int) -> TrackerRun:
+    """Open a run in wandb."""
     import wandb
 
-    more = {"id": earlier, "resume": "allow"} if earlier else {}
-    run = wandb.init(project=project, name=folder.name, dir=str(folder), config=dict(settings), **more)
-    return Opened(lambda numbers, at: run.log(numbers, step=at), run.finish, run.id)
+    config, more = dict(settings), _resume_options(earlier)
+    run = wandb.init(project=project, name=folder.name, dir=str(folder), config=config, **more)
+    return TrackerRun(lambda numbers, at: run.log(numbers, step=at), run.finish, run.id)
 
 
-def open_tensorboard(_project: str, folder: Path, settings: Mapping, earlier: str | None, step: int) -> Opened:
+def open_tensorboard(_project: str, folder: Path, settings: Mapping, earlier: str | None, step: int) -> TrackerRun:
+    """Open a folder tensorboard/ in the run's folder."""
     from torch.utils.tensorboard import SummaryWriter
 
     # through the open folder: tensorboard opens its file by name for each write, and the name may then be another folder's
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    place = (
-        f"/proc/self/fd/{handle}/tensorboard" if os.path.isdir(f"/proc/self/fd/{handle}") else folder / "tensorboard"
+    place = Path(f"/proc/self/fd/{handle}")
+    # purge_step: what an earlier start of this run has written after the resumed step does not count
+    writer = SummaryWriter(
+        str((place if place.is_dir() else folder) / "tensorboard"), purge_step=step + 1 if step else None
     )
-    # purge_step: records after the step that this run resumes from do not count
-    writer = SummaryWriter(str(place), purge_step=step + 1 if step else None)
     writer.add_text("settings", "\n".join(f"    {name}={value}" for name, value in settings.items()))
 
     def log(numbers: dict[str, float], at: int) -> None:
@@ -53,25 +72,26 @@ def open_tensorboard(_project: str, folder: Path, settings: Mapping, earlier: st
         writer.close()
         os.close(handle)
 
-    return Opened(log, close)
+    return TrackerRun(log, close)
 
 
-def open_swanlab(project: str, folder: Path, settings: Mapping, earlier: str | None, step: int) -> Opened:
+def open_swanlab(project: str, folder: Path, settings: Mapping, earlier: str | None, step: int) -> TrackerRun:
+    """Open a run in swanlab."""
     import swanlab
 
-    more = {"id": earlier, "resume": "allow"} if earlier else {}
-    there = str(folder / "swanlab")
-    run = swanlab.init(project=project, name=folder.name, log_dir=there, config=dict(settings), **more)
-    return Opened(lambda numbers, at: swanlab.log(numbers, step=at), swanlab.finish, run.id)
+    config, more = dict(settings), _resume_options(earlier)
+    run = swanlab.init(project=project, name=folder.name, log_dir=str(folder / "swanlab"), config=config, **more)
+    return TrackerRun(lambda numbers, at: swanlab.log(numbers, step=at), swanlab.finish, run.id)
 
 
-def open_trackio(project: str, folder: Path, settings: Mapping, earlier: str | None, step: int) -> Opened:
+def open_trackio(project: str, folder: Path, settings: Mapping, earlier: str | None, step: int) -> TrackerRun:
+    """Open a run in trackio."""
     import trackio
 
-    # (its figures of processor and memory are not asked for)
+    # (its metrics of processor and memory are not wanted)
     quiet = {"auto_log_gpu": False, "auto_log_cpu": False, "embed": False}
     trackio.init(project=project, name=folder.name, config=dict(settings), resume="allow", **quiet)
-    return Opened(lambda numbers, at: trackio.log(numbers, step=at), trackio.finish, folder.name)
+    return TrackerRun(lambda numbers, at: trackio.log(numbers, step=at), trackio.finish, folder.name)
 
 
 # name of a tracker, and of the folder that it may make in a run's -> what opens a run there
@@ -79,10 +99,17 @@ TRACKERS = {"wandb": open_wandb, "tensorboard": open_tensorboard, "swanlab": ope
 
 
 class Tracker:
-    """Hands the numbers of steps and looks to a tracker until it fails; then says so once and is quiet.
+    """A run at a tracker: gets the metrics of steps and validations until it fails, which it reports once.
 
-    name: a key of TRACKERS. project: where to put the run. earlier: its id there, if the run goes on, after `step` steps. ours:
-    whether the run's folder, which some write to, is still its own.
+    Args:
+        name: a key of TRACKERS.
+        project: where to put the run.
+        folder: of the run.
+        settings: of the run, by their names in the script.
+        warn: prints a message.
+        earlier: its id there, if the run is resumed.
+        step: the step after which it is resumed.
+        owns_run_dir: whether the run's folder, which some trackers write to, is still its own.
     """
 
     def __init__(
@@ -94,47 +121,51 @@ class Tracker:
         warn: Callable[[str], None],
         earlier: str | None = None,
         step: int = 0,
-        ours: Callable[[], bool] = lambda: True,
+        owns_run_dir: Callable[[], bool] = lambda: True,
     ):
-        self.name, self.warn, self.ours, self.opened = name, warn, ours, None
+        self.name, self.warn, self.owns_run_dir = name, warn, owns_run_dir
+        self.run: TrackerRun | None = None
         try:
-            with nobody_to_ask():
-                self.opened = TRACKERS[name](project, folder, settings, earlier, step)
+            with no_stdin():
+                self.run = TRACKERS[name](project, folder, settings, earlier, step)
         except (Exception, SystemExit) as error:  # whatever a tracker does, it must not stop training
-            cure = f" ({pip_command(name)})" if isinstance(error, ImportError) else ""
-            self.warn(f"{name} did not start ({first_line(error)}){cure}; training goes on.")
+            fix = f" ({pip_command(name)})" if isinstance(error, ImportError) else ""
+            self.warn(f"{name} did not start ({first_line(error)}){fix}; training goes on.")
 
     @property
     def id(self) -> str | None:
-        return self.opened.id if self.opened else None
+        """Name that the tracker gives the run."""
+        return self.run.id if self.run else None
 
-    def __call__(self, record) -> None:
-        """record: callbacks.Record."""
-        self.send({k: v for k, v in asdict(record).items() if v is not None and k != "step"}, record.step)
+    def __call__(self, record: StepMetrics) -> None:
+        """Log a step."""
+        self._log({k: v for k, v in asdict(record).items() if v is not None and k != "step"}, record.step)
 
-    def validation(self, record: dict) -> None:
+    def log_validation(self, record: dict) -> None:
+        """Log a validation."""
         if record["loss"] is not None:
-            self.send({"validation_loss": record["loss"]}, max(1, record["step"]))
+            self._log({"validation_loss": record["loss"]}, max(1, record["step"]))
 
-    def send(self, numbers: dict, step: int) -> None:
-        if self.ours():
-            self.guarded(lambda: self.opened.log(numbers, step))
+    def _log(self, numbers: dict[str, float], step: int) -> None:
+        if self.run and self.owns_run_dir():
+            self._try(self.run.log, numbers, step)
 
     def close(self) -> None:
-        self.guarded(lambda: self.opened.close())
+        """End the run."""
+        if self.run:
+            self._try(self.run.close)
 
-    def guarded(self, action: Callable[[], Any]) -> None:
-        if self.opened is not None:
-            try:
-                action()
-            except (Exception, SystemExit) as error:
-                self.opened = None
-                self.warn(f"{self.name} failed ({first_line(error)}); training goes on without it.")
+    def _try(self, action: Callable[..., object], *arguments: object) -> None:
+        try:
+            action(*arguments)
+        except (Exception, SystemExit) as error:
+            self.run = None
+            self.warn(f"{self.name} failed ({first_line(error)}); training goes on without it.")
 
 
 @contextlib.contextmanager
-def nobody_to_ask():
-    """A tracker that wants a password or a choice gets no answer, and gives up: nobody sits before a training at night."""
+def no_stdin() -> Iterator[None]:
+    """Let a tracker that asks for a password or a choice get no answer and give up: a training may run at night."""
     before = sys.stdin
     with open(os.devnull) as sys.stdin:
         try:

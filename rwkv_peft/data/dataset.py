@@ -68,7 +68,7 @@ class TokenDataset:
         mask: none, pad, qa, last; for se the roles say ASSISTANT for what is between the markers, and the mask is qa.
         ctx_len: most targets of a row, None for auto.
         overlong: OVERLONG.
-        seed: of the order.
+        seed: of the order; several numbers where a stream has one data set after another.
         shuffle: draw a new order every pass.
         choose_buckets: from the lengths of all rows to Buckets; only used by bucket.
         limit: the setting that limits the length of a row, for messages.
@@ -85,7 +85,7 @@ class TokenDataset:
         mask: str,
         ctx_len: int | None,
         overlong: str,
-        seed: int,
+        seed: int | tuple[int, ...],
         shuffle: bool,
         choose_buckets: Callable[[np.ndarray], Buckets] | None = None,
         limit: str = "CTX_LEN",
@@ -96,15 +96,16 @@ class TokenDataset:
         if mask == "last":
             for source in sources:
                 source.find_last_answers()
+        key = seed if isinstance(seed, tuple) else (seed,)
         self.parts = [
             item_data(source, mask, self.ctx_len, overlong)
             if mode in ITEM_MODES
-            else window_data(source, mode, mask, self.ctx_len, (seed, k), shuffle)
+            else window_data(source, mode, mask, self.ctx_len, (*key, k), shuffle)
             for k, source in enumerate(sources)
         ]
         self.check_not_empty(limit)
         self.buckets = choose_buckets(np.concatenate([p.items.length for p in self.parts])) if choose_buckets else None
-        self.streams = [part.windows or self.make_rows(part, (seed, k), shuffle) for k, part in enumerate(self.parts)]
+        self.streams = [part.windows or self.make_rows(part, (*key, k), shuffle) for k, part in enumerate(self.parts)]
         self.rows = sum(stream.rows for stream in self.streams)
         self.turns = MixtureSchedule(integer_ratio([source.weight for source in sources]))
         self.step_targets = functools.lru_cache(maxsize=4)(self.count_step)

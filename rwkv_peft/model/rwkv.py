@@ -6,7 +6,7 @@ Takes the operators (ops.dispatch.Ops) as an argument and knows nothing of backe
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -97,7 +97,8 @@ class RWKV(nn.Module):
         self.blocks = nn.ModuleList(Block(geometry, i, ops) for i in range(geometry.n_layer))
         self.ln_out = LayerNorm(geometry.n_embd)
         self.head = Linear(geometry.n_embd, geometry.vocab_size)
-        self.replay = None  # takes the place of `through` for whole texts: see train/cuda_graphs.py
+        # takes the place of `through` for whole texts: see train/cuda_graphs.py
+        self.replay: Callable[[Tensor, SeqBounds], Tensor] | None = None
         self.one_token = None  # takes the place of the blocks where a single token goes through: see for_generating
         for module in self.modules():
             if isinstance(module, Linear):

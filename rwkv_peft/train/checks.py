@@ -1,203 +1,249 @@
-"""The files of a run, opened and checked before anything is loaded: the base, the data, and what it goes on from."""
+"""The files of a run, opened and checked before anything is loaded: base model, data, initial checkpoint, questions."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
+from rwkv_peft.adapters import inject
+from rwkv_peft.adapters.registry import ADAPTERS
 from rwkv_peft.adapters.specs import METHODS
-from rwkv_peft.checkpoint import run_dir, sidecars
+from rwkv_peft.checkpoint import base_model, pth, run_dir, sidecars
 from rwkv_peft.common import hashing, paths
 from rwkv_peft.common.atomic_io import reading
 from rwkv_peft.common.errors import SettingError, SettingErrors, UserError, in_words
 from rwkv_peft.common.file_watch import FileWatch
 from rwkv_peft.common.names import fault
 from rwkv_peft.config.train import TrainConfig
+from rwkv_peft.data.tokenized_files import data_files
+from rwkv_peft.model.arch import NUMBERS, Geometry, linear_layers, misfits, shapes
 
 from .data_setup import stream_source
-from .run_record import options_of, script_values
+from .run_record import format_setting, options_of, script_values
 
 MOST_TEXT = 1 << 20  # characters of a file of questions
 
 
-def open_files(config: TrainConfig, base: Path, new: bool):
-    """What the base holds, its geometry, the data (prefixes and weights, or what is streamed), and the checkpoint that a new
-    run begins with. Problems with all that is wrong with the files. new: the run has no state of its own to go on from.
-    """
-    from rwkv_peft.checkpoint import base_model
-    from rwkv_peft.data.tokenized_files import data_files
-    from rwkv_peft.model.arch import NUMBERS
-
-    found, stored, geometry = [], {}, None
-    try:
-        stored, geometry = base_model.read_geometry(base)
-    except UserError as error:
-        foreign = "" if base.exists() else paths.foreign_path(config.model_path)
-        found.append(SettingError("MODEL_PATH", foreign or str(error)))
-    if geometry:
-        sizes = {"MODEL_VERSION": NUMBERS[geometry.version], "N_LAYER": geometry.n_layer, "EMBD_SIZE": geometry.n_embd}
-        sizes["VOCAB_SIZE"] = geometry.vocab_size
-        given = script_values(config)
-        found += [
-            SettingError(name, f"but {paths.display_path(base)} has {size}; use auto")
-            for name, size in sizes.items()
-            if given[name] not in ("auto", size)
-        ]
-        found += layer_problems(config, geometry)
-    files, wrong = (stream_source if config.streaming else data_files)(config.data_path)
-    found += [SettingError("DATA_PATH", message) for message in wrong]
-    for name in [files.name] if config.streaming else [prefix.name for prefix, _ in files]:
-        if odd := fault(name):  # the run, and more, is called after it
-            found.append(SettingError("DATA_PATH", f"this name {odd}; rename the files"))
-    earlier = None
-    try:
-        earlier = init_from(config) if new else None
-    except SettingErrors as problems:
-        found += problems.problems
-    if found:
-        raise SettingErrors(*found)
-    return stored, geometry, files, earlier
-
-
-def questions_of(text: str) -> list[str]:
-    """SAMPLE_PROMPTS -> questions. Problems for a file that is not there or holds none."""
-    found = text.split("|")
-    if text.endswith(".txt"):
-        path = paths.resolve_path(text, "data")
-        try:
-            with reading(path, "r", encoding="utf-8-sig") as file:
-                found = file.read(MOST_TEXT).splitlines()
-        except (OSError, ValueError) as error:
-            raise SettingErrors(
-                SettingError("SAMPLE_PROMPTS", f"{paths.display_path(path)} cannot be read: {in_words(error)}")
-            ) from None
-    questions = [question.strip() for question in found if question.strip()]
-    if text.strip() and not questions:
-        raise SettingErrors(SettingError("SAMPLE_PROMPTS", "holds no question"))
-    return questions
-
-
-def layer_problems(config: TrainConfig, geometry) -> list[SettingError]:
-    """What the method's settings ask of layers that this base has not got."""
-    from rwkv_peft.adapters.registry import ADAPTERS
-    from rwkv_peft.model.arch import linear_layers, shapes
-
-    if config.method == "lisa" and config.lisa_r > geometry.n_layer:
-        return [SettingError("lisa_r", f"must be {geometry.n_layer} or less, the number of the base's layers")]
-    if not METHODS[config.method].wraps:
-        return []
-    sizes = shapes(geometry)
-    wanted = {sizes[f"{layer}.weight"]: layer for layer in linear_layers(geometry, config.parts)}
-    try:
-        options = options_of(config)
-        for (outputs, inputs), layer in wanted.items():
-            if refused := ADAPTERS[config.method].refusal(outputs, inputs, **options):
-                variable = next(iter(METHODS[config.method].options.values()))
-                return [SettingError(variable, f"{refused} ({layer} is {outputs} x {inputs})")]
-    except UserError as error:  # a PEFT_CONFIG that is none
-        return [SettingError("PEFT_CONFIG", str(error))]
-    return []
-
-
 @dataclass(frozen=True)
 class InitFrom:
-    """The checkpoint that a run goes on from, and what its adapters began with (PiSSA alone has that, and can begin a new
-    run with it).
+    """What a new run is initialised with.
+
+    Attributes:
+        path: checkpoint, None for none.
+        start: initial tensors of its adapters, None for none. Only PiSSA has them, and can start a new run with them alone.
     """
 
     path: Path | None
     start: Path | None
 
 
-def init_from(config: TrainConfig) -> InitFrom | None:
-    """What a *_load variable names. Problems if it is not there, or is no checkpoint."""
-    from rwkv_peft.checkpoint import pth
+@dataclass(frozen=True)
+class OpenedFiles:
+    """The files of a run, opened and valid.
 
+    Attributes:
+        tensors: of the base model, not loaded.
+        geometry: of the base model.
+        tokenized: prefixes and weights of the tokenized files; none with STREAMING=1.
+        stream: file or folder of rows; None without STREAMING=1.
+        init: what a new run is initialised with, None for nothing.
+    """
+
+    tensors: Mapping[str, pth.TensorInfo]
+    geometry: Geometry
+    tokenized: list[tuple[Path, Fraction]]
+    stream: Path | None
+    init: InitFrom | None
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the data, for the name of the run."""
+        return [self.stream.name.partition(".")[0]] if self.stream else [prefix.name for prefix, _ in self.tokenized]
+
+
+def open_files(config: TrainConfig, base: Path, is_new: bool) -> OpenedFiles:
+    """Open the files of a run.
+
+    Args:
+        config: settings of the script.
+        base: file of the base model.
+        is_new: the run is not resumed.
+
+    Raises:
+        SettingErrors: all that is wrong with the files.
+    """
+    errors: list[SettingError] = []
+    opened = None
+    try:
+        opened = base_model.read_geometry(base)
+    except UserError as error:
+        foreign = "" if base.exists() else paths.foreign_path(config.model_path)
+        errors.append(SettingError("MODEL_PATH", foreign or str(error)))
+    if opened:
+        geometry = opened[1]
+        sizes = {"MODEL_VERSION": NUMBERS[geometry.version], "N_LAYER": geometry.n_layer, "EMBD_SIZE": geometry.n_embd}
+        sizes["VOCAB_SIZE"] = geometry.vocab_size
+        values = script_values(config)
+        errors += [
+            SettingError(name, f"but {paths.display_path(base)} has {size}; use auto")
+            for name, size in sizes.items()
+            if values[name] not in ("auto", size)
+        ]
+        errors += _layer_errors(config, geometry)
+    stream, tokenized = None, list[tuple[Path, Fraction]]()
+    if config.streaming:
+        stream, wrong = stream_source(config.data_path)
+    else:
+        tokenized, wrong = data_files(config.data_path)
+    errors += [SettingError("DATA_PATH", message) for message in wrong]
+    for name in [stream.name] if stream else [prefix.name for prefix, _ in tokenized]:
+        if odd := fault(name):  # the run, and more, gets this name
+            errors.append(SettingError("DATA_PATH", f"this name {odd}; rename the files"))
+    init = None
+    try:
+        init = _find_init(config) if is_new else None
+    except SettingErrors as problems:
+        errors += problems.problems
+    if errors or not opened:
+        raise SettingErrors(*errors)
+    return OpenedFiles(*opened, tokenized, stream, init)
+
+
+def read_questions(text: str) -> list[str]:
+    """Return the questions of SAMPLE_PROMPTS.
+
+    Raises:
+        SettingErrors: the file cannot be read, or there is no question.
+    """
+    lines = text.split("|")
+    if text.endswith(".txt"):
+        path = paths.resolve_path(text, "data")
+        try:
+            with reading(path, "r", encoding="utf-8-sig") as file:
+                lines = file.read(MOST_TEXT).splitlines()
+        except (OSError, ValueError) as error:
+            words = f"{paths.display_path(path)} cannot be read: {in_words(error)}"
+            raise SettingErrors(SettingError("SAMPLE_PROMPTS", words)) from None
+    questions = [line.strip() for line in lines if line.strip()]
+    if text.strip() and not questions:
+        raise SettingErrors(SettingError("SAMPLE_PROMPTS", "holds no question"))
+    return questions
+
+
+def _layer_errors(config: TrainConfig, geometry: Geometry) -> list[SettingError]:
+    """What the method's settings need of layers and this base does not have."""
+    if config.method == "lisa" and config.lisa_r > geometry.n_layer:
+        return [SettingError("lisa_r", f"must be {geometry.n_layer} or less, the number of the base's layers")]
+    if not METHODS[config.method].wraps:
+        return []
+    sizes = shapes(geometry)
+    by_shape = {sizes[f"{layer}.weight"]: layer for layer in linear_layers(geometry, config.parts)}
+    try:
+        options = options_of(config)
+        for (outputs, inputs), layer in by_shape.items():
+            if refusal := ADAPTERS[config.method].refusal(outputs, inputs, **options):
+                variable = next(iter(METHODS[config.method].options.values()))
+                return [SettingError(variable, f"{refusal} ({layer} is {outputs} x {inputs})")]
+    except UserError as error:  # a PEFT_CONFIG that is none
+        return [SettingError("PEFT_CONFIG", str(error))]
+    return []
+
+
+def _find_init(config: TrainConfig) -> InitFrom | None:
+    """What a *_load variable names; SettingErrors if it does not exist, or is not a checkpoint."""
     load = METHODS[config.method].load
     name = script_values(config)[load] if load else ""
     if not name:
-        return InitFrom(None, start_file(config, None)) if config.pissa_init else None
+        return InitFrom(None, _find_start(config, None)) if config.pissa_init else None
     try:
         path = run_dir.find_checkpoint(name)
         pth.read_header(path)
     except UserError as error:
         raise SettingErrors(SettingError(load, str(error))) from None
-    return InitFrom(path, start_file(config, path))
+    return InitFrom(path, _find_start(config, path))
+
+
+def _find_start(config: TrainConfig, checkpoint: Path | None) -> Path | None:
+    """The file of an adapter's initial tensors: pissa_init, or the one beside the checkpoint."""
+    if config.pissa_init or not checkpoint:
+        start = paths.resolve_path(config.pissa_init, "output")
+    else:
+        start = run_dir.init_file(checkpoint.parent, config.method)
+    if start.is_file():
+        return start
+    if config.method != "pissa":  # few others have one
+        return None
+    name, advice = ("pissa_init", "") if config.pissa_init else ("pissa_load", "; name it with pissa_init")
+    raise SettingErrors(SettingError(name, f"{paths.display_path(start)}: {paths.missing(start)}{advice}"))
 
 
 def check_init(
     config: TrainConfig,
-    geometry,
-    setup,
+    geometry: Geometry,
+    adapter: inject.AdapterConfig,
     base: Path,
-    earlier: InitFrom,
-    say,
+    path: Path,
+    start: Path | None,
+    log: Callable[[str], None],
     accept_edited: bool = False,
-    in_use: FileWatch | None = None,
-) -> dict:
-    """Whether a checkpoint is of this method with these options, was trained on this base, and has the tensors that this run
-    trains; Problems with all that does not fit. setup: what becomes of the model. in_use: watches it. Returns
-    the base's hashing.content.
-    """
-    from rwkv_peft.adapters import inject
-    from rwkv_peft.checkpoint import base_model, pth
-    from rwkv_peft.model.arch import misfits
+    watch: FileWatch | None = None,
+) -> dict[str, Any]:
+    """Check that a new run can be initialised with a checkpoint.
 
-    method, content, path = METHODS[config.method], hashing.fingerprint(base), earlier.path
-    name, wrong = script_values(config)[method.load], []
+    It must be of the same method with the same options, trained on this base, and have the tensors that the run trains.
+
+    Args:
+        config: settings of the run.
+        geometry: of the base model.
+        adapter: what the run trains.
+        base: file of the base model.
+        path: the checkpoint.
+        start: initial tensors of its adapters, None for none.
+        log: prints a message.
+        accept_edited: accept a sidecar that was edited.
+        watch: watches the checkpoint.
+
+    Returns:
+        The fingerprint of the base.
+
+    Raises:
+        SettingErrors: all that does not fit.
+    """
+    method, fingerprint = METHODS[config.method], hashing.fingerprint(base)
+    name = script_values(config)[method.load]
     if sidecars.sidecar_path(path).is_file():
         sidecar = sidecars.read_sidecar(path, ("method", "base", "base_sha256"))
         try:
             # (a link like output/latest is about to point to this run)
-            base_model.check_sidecar(path.resolve(), sidecar, accept_edited, in_use)
-            base_model.load_adapter_init(path, sidecar, config.method, earlier.start)
+            base_model.check_sidecar(path.resolve(), sidecar, accept_edited, watch)
+            base_model.load_adapter_init(path, sidecar, config.method, start)
         except UserError as error:
             raise SettingErrors(SettingError("pissa_init" if config.pissa_init else method.load, str(error))) from None
         if sidecar["method"] != config.method:
-            theirs = METHODS[sidecar["method"]].words if sidecar["method"] in METHODS else sidecar["method"]
-            raise SettingErrors(SettingError(method.load, f"holds a run of {theirs}, not of {method.words}"))
-        wrong = [
-            SettingError(variable, f"must be {as_written(sidecar[option])}, as {name} was trained")
+            other = METHODS[sidecar["method"]].words if sidecar["method"] in METHODS else sidecar["method"]
+            raise SettingErrors(SettingError(method.load, f"holds a run of {other}, not of {method.words}"))
+        errors = [
+            SettingError(variable, f"must be {format_setting(sidecar[option])}, as {name} was trained")
             for option, variable in method.options.items()
-            if option in sidecar and sidecar[option] != setup.options[option]
+            if option in sidecar and sidecar[option] != adapter.options[option]
         ]
-        if sidecar["base_sha256"] != content["sha256"]:
-            wrong.append(SettingError("MODEL_PATH", f"{name} was trained on {sidecar['base']}, not on {base.name}"))
+        if sidecar["base_sha256"] != fingerprint["sha256"]:
+            errors.append(SettingError("MODEL_PATH", f"{name} was trained on {sidecar['base']}, not on {base.name}"))
+        if errors:
+            raise SettingErrors(*errors)
     else:
-        say(f"{name} has no sidecar: its settings and its base are taken on trust.")
+        log(f"{name} has no sidecar: its settings and its base are taken on trust.")
+    tensors = {tensor: stored.shape for tensor, stored in pth.read_header(path).items()}
+    trained = inject.trained_shapes(geometry, adapter)
+    wrong = misfits(tensors, trained)
+    wrong += [f"{tensor} belongs to other settings" for tensor in tensors if tensor not in trained]
     if wrong:
-        raise SettingErrors(*wrong)
-    found = {tensor: stored.shape for tensor, stored in pth.read_header(path).items()}
-    wanted = inject.trained_shapes(geometry, setup)
-    strange = misfits(found, wanted) + [
-        f"{tensor} belongs to other settings" for tensor in found if tensor not in wanted
-    ]
-    if strange:
-        foreign = any(tensor.startswith("model.") or tensor.endswith(".bone") for tensor in found)
-        advice = (
-            "; a file of RWKV-PEFT goes through ./merge.sh"
-            if foreign
-            else " (lora_parts and ranks must be those of its run)"
-        )
-        raise SettingErrors(SettingError(method.load, f"does not fit: {'; '.join(strange[:2])}{advice}"))
-    return content
-
-
-def start_file(config: TrainConfig, path: Path | None) -> Path | None:
-    """The file of what adapters began with: pissa_init, or what lies beside their checkpoint."""
-    given = config.pissa_init
-    start = paths.resolve_path(given, "output") if given else run_dir.init_file(path.parent, config.method)
-    if not start.is_file():
-        if config.method != "pissa":  # few others have one
-            return None
-        name = "pissa_init" if given else "pissa_load"
-        advice = "" if given else "; name it with pissa_init"
-        raise SettingErrors(SettingError(name, f"{paths.display_path(start)}: {paths.missing(start)}{advice}"))
-    return start
-
-
-def as_written(value) -> str:
-    """A setting's value as the script would say it."""
-    if isinstance(value, bool):
-        return str(int(value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+        if any(tensor.startswith("model.") or tensor.endswith(".bone") for tensor in tensors):
+            advice = "; a file of RWKV-PEFT goes through ./merge.sh"
+        else:
+            advice = " (lora_parts and ranks must be those of its run)"
+        raise SettingErrors(SettingError(method.load, f"does not fit: {'; '.join(wrong[:2])}{advice}"))
+    return fingerprint

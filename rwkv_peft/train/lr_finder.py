@@ -63,7 +63,7 @@ class Trial:
             total += float(loss.detach())
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         torch._foreach_mul_([p.grad for p in parameters], 1 / scale)
-        self.run.spread.clip(parameters, self.module.grad_clip)
+        self.run.compute.sharding.clip(parameters, self.module.grad_clip)
         for group, factor in zip(self.optimizer.param_groups, self.factors, strict=True):
             group["lr"] = factor * rate
         self.optimizer.step()
@@ -89,7 +89,7 @@ def trial(config: TrainConfig, place: ProcessInfo, cleanup: contextlib.ExitStack
     groups = learner.groups()
     factors = [group["lr"] for group in groups]
     optimizer = optimizer_of(
-        run.spread, config.optim, groups, module.betas, module.adam_eps, module.model.dtype != torch.float16
+        run.compute.sharding, config.optim, groups, module.betas, module.adam_eps, module.model.dtype != torch.float16
     )
     return Trial(run, module, optimizer, factors)
 
@@ -148,7 +148,7 @@ def find_lr(config: TrainConfig, place: ProcessInfo) -> None:
     with contextlib.ExitStack() as cleanup:
         one = trial(config, place, cleanup)
         state = one.run.config.method == "state"
-        usual = usual_state_rate(sum(map(math.prod, arch.shapes(one.run.geometry).values()))) if state else None
+        usual = usual_state_rate(sum(map(math.prod, arch.shapes(one.run.base.geometry).values()))) if state else None
         every, batches = rates(*(STATE if state else (LOWEST, HIGHEST))), steps_of(one.run)
         losses: list[float] = []
         began = time.monotonic()
@@ -156,7 +156,7 @@ def find_lr(config: TrainConfig, place: ProcessInfo) -> None:
             losses.append(one.step(next(batches), rate))
             if burst(losses):
                 break
-        one.run.in_use.must_be_unchanged()
+        one.run.watch.must_be_unchanged()
     sound = [loss for loss in losses if math.isfinite(loss)]
     if not sound:
         raise UserError(
@@ -194,7 +194,7 @@ def find_lr(config: TrainConfig, place: ProcessInfo) -> None:
 
 def steps_of(run: RunSetup) -> Iterator[list[Batch]]:
     """The micro-batches of one optimizer step after another, for ever."""
-    data, accumulate = run.data.batches(0, 0), run.plan.accumulate
+    data, accumulate = run.data.train.batches(0, 0), run.plan.accumulate
     if run.config.streaming:
         source = iter(data)
         while True:
@@ -257,7 +257,7 @@ def find_batch(config: TrainConfig, place: ProcessInfo) -> None:
         )
     with contextlib.ExitStack() as cleanup:
         one = trial(replace(config, micro_bsz=1), place, cleanup)
-        tokens = one.run.data.ctx_len
+        tokens = one.run.data.train.ctx_len
 
         def fits(rows: int) -> bool:
             try:
@@ -271,7 +271,7 @@ def find_batch(config: TrainConfig, place: ProcessInfo) -> None:
             return True
 
         found = largest(fits, MOST_ROWS)
-        one.run.in_use.must_be_unchanged()
+        one.run.watch.must_be_unchanged()
     if not found:
         raise UserError(
             f"Not one row of {plural(tokens, 'token')} fits. Lower CTX_LEN, or take GRAD_CP=1, QUANT=nf4, TRAIN_TYPE=infctx."

@@ -1,4 +1,4 @@
-"""The model of a run, as it is when its first step begins."""
+"""The model of a run as it is before its first step, and the module that Lightning trains."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import functools
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,84 +24,104 @@ from .module import TrainingModule
 from .optim import parameter_groups
 from .setup import RunSetup
 
-# GRAD_CP -> what the model computes again
+# GRAD_CP -> what the model recomputes
 RECOMPUTE = {"0": "nothing", "1": "blocks", "selective": "cheap"}
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainModel:
-    """begun: what the adapters began with, where it cannot be computed anew. held: the base, held open, where checkpoints are
-    changed copies of it: it stays what it is even if another file takes its name. later: what of the model is not made yet, where
-    its weights will lie in pieces: a process never holds all of them.
+    """The model and what belongs to it.
+
+    Attributes:
+        model: with adapters, and the state of a resumed run.
+        initial_tensors: of the adapters, where they cannot be computed again.
+        lisa: the blocks that LISA trains, None for other methods.
+        base_file: the base, kept open where checkpoints are changed copies of it: it stays what it is even if another file
+            takes its name.
+        groups: returns the optimizer's parameter groups.
+        deferred: parts of the model that are made when its weights are sharded: a process never has all of them.
     """
 
     model: RWKV
-    begun: Mapping[str, Tensor]
+    initial_tensors: Mapping[str, Tensor]
     lisa: Lisa | None
-    held: Any
+    base_file: pth.PthReader | None
     groups: Callable[[], list[dict]]
-    later: Later
+    deferred: Later
 
     def trained(self) -> Mapping[str, nn.Parameter]:
-        """The parameters that checkpoints hold, by their names there."""
+        """Return the parameters that checkpoints hold, by their names there."""
         return self.lisa.saved() if self.lisa else inject.trainable_params(self.model)
 
 
-def make_train_model(run: RunSetup, cleanup: contextlib.ExitStack, say: Callable[[str], None]) -> TrainModel:
-    config, setup, dtype = run.config, run.setup, hardware.DTYPES[run.precision]
-    base_model.check_model(run.base, run.geometry)
-    if run.begins_with:
-        base_model.check_finite(run.begins_with, pth.read_header(run.begins_with))
+def make_train_model(run: RunSetup, cleanup: contextlib.ExitStack, log: Callable[[str], None]) -> TrainModel:
+    """Load the base model, inject the adapters, and load what the run continues.
+
+    Args:
+        run: what is trained.
+        cleanup: closes files at the end of the run.
+        log: prints a message.
+
+    Raises:
+        UserError: a file does not fit the run.
+    """
+    config, base, state, dtype = run.config, run.base, run.state, hardware.DTYPES[run.compute.precision]
+    base_model.check_model(base.path, base.geometry)
+    if run.init_path:
+        base_model.check_finite(run.init_path, pth.read_header(run.init_path))
     torch.manual_seed(config.seed)
-    held = cleanup.enter_context(pth.PthReader(run.base)) if run.method.saves_model else None
-    model = build(run.geometry, pth.load(run.base), run.ops, dtype, RECOMPUTE[config.grad_cp])
-    start_file = run_dir.init_file(run.folder, config.method) if run.found else run.earlier and run.earlier.start
+    base_file = cleanup.enter_context(pth.PthReader(base.path)) if run.method.saves_model else None
+    model = build(base.geometry, pth.load(base.path), run.compute.ops, dtype, RECOMPUTE[config.grad_cp])
+    start_file = run.resume.init.start if run.resume.init else None
+    if state:
+        start_file = run_dir.init_file(run.run_dir, config.method)
     start = pth.load(start_file) if start_file and start_file.is_file() else None
-    later: Later | None = {} if run.spread.weights_in_pieces else None
-    begun = inject.inject_adapters(model, setup, dtype, start, hardware.device(run.place.local), later)
+    deferred: Later | None = {} if run.compute.sharding.weights_in_pieces else None
+    device = hardware.device(run.process.local)
+    initial_tensors = inject.inject_adapters(model, base.adapter, dtype, start, device, deferred)
     lisa = None
     if config.method == "lisa":
         lisa = Lisa(model, config.parts, config.lisa_r, config.lisa_k, config.seed, dtype)
         lisa.follow(0)
-    if run.begins_with:
-        shown = paths.display_path(run.begins_with)
-        inject.load_trained(model, pth.load(run.begins_with), shown, later)
-        say(f"starts from {shown} (what it has learnt; the optimizer starts anew)")
-        folder = run.begins_with.resolve().parent
+    if run.init_path:
+        shown = paths.display_path(run.init_path)
+        inject.load_trained(model, pth.load(run.init_path), shown, deferred)
+        log(f"starts from {shown} (what it has learnt; the optimizer starts anew)")
+        folder = run.init_path.resolve().parent
         if folder.parent == paths.OUTPUT and train_state.states_newest_first(folder):
             more = f"RUN_NAME={shlex.quote(folder.name)} and a larger EPOCH_COUNT"
-            say(f"          {more} would go on with that run itself, optimizer, data and all, as if it had never ended")
+            log(f"          {more} would go on with that run itself, optimizer, data and all, as if it had never ended")
 
     def groups() -> list[dict]:
-        rate = functools.partial(arch.lr_scale, run.geometry)
+        lr_scale = functools.partial(arch.lr_scale, base.geometry)
         named = inject.trainable_params(model).items()
-        return parameter_groups(named, config.weight_decay, arch.decays, rate, config.loraplus_lr_ratio)
+        return parameter_groups(named, config.weight_decay, arch.decays, lr_scale, config.loraplus_lr_ratio)
 
-    begun = {name: tensor.cpu() for name, tensor in begun.items()}
-    model.emb.on_host = run.settings["EMB_ON_CPU"] == "1"
-    if config.cuda_graphs and run.ops.name == "cuda":
-        model.replay = Graphs(model, say)
+    model.emb.on_host = run.settings.emb_on_host
+    if config.cuda_graphs and run.compute.ops.name == "cuda":
+        model.replay = Graphs(model, log)
     elif config.cuda_graphs:
-        say(f"CUDA graphs are not used: they are for OP=cuda, and this run computes with {run.ops.name}")
-    learner = TrainModel(model, begun, lisa, held, groups, later or {})
-    if run.found:
-        with train_state.explain_mismatch(run.found):
-            weights = run.found.tensors("weights")
+        log(f"CUDA graphs are not used: they are for OP=cuda, and this run computes with {run.compute.ops.name}")
+    on_cpu = {name: tensor.cpu() for name, tensor in initial_tensors.items()}
+    train_model = TrainModel(model, on_cpu, lisa, base_file, groups, deferred or {})
+    if state:
+        with train_state.explain_mismatch(state):
+            weights = state.tensors("weights")
             if lisa:
-                lisa.go_on(run.found.facts["blocks"], weights)
-            inject.load_into(learner.trained(), weights, paths.display_path(run.found.folder), later)
-    torch.manual_seed(config.seed + run.place.rank)  # dropout differs between ranks, the weights do not
-    return learner
+                lisa.resume(state.facts["blocks"], weights)
+            inject.load_into(train_model.trained(), weights, paths.display_path(state.folder), deferred)
+    torch.manual_seed(config.seed + run.process.rank)  # dropout differs between ranks, the weights do not
+    return train_model
 
 
-def make_module(run: RunSetup, learner: TrainModel) -> TrainingModule:
-    """What Lightning trains."""
+def make_module(run: RunSetup, model: TrainModel) -> TrainingModule:
+    """Return the module that Lightning trains."""
     config = run.config
     module = TrainingModule(
-        learner.model,
-        learner.groups,
-        run.steps,
-        run.spread,
+        model.model,
+        model.groups,
+        run.data.steps,
+        run.compute.sharding,
         config.lr_schedule,
         config.lr_init,
         config.lr_final,
@@ -114,10 +133,10 @@ def make_module(run: RunSetup, learner: TrainModel) -> TrainingModule:
         config.infctx_grad,
         config.optim,
     )
-    module.settle = functools.partial(materialize, learner.model, learner.later)
-    module.given = inject.given(learner.model, run.setup)
-    # what DistributedDataParallel is not to send around at the start
-    module._ddp_params_and_buffers_to_ignore = [
-        f"model.{name}" for name, _ in learner.model.named_parameters() if module.given(name)
-    ]
+    module.settle = functools.partial(materialize, model.model, model.deferred)
+    module.given = inject.given(model.model, run.base.adapter)
+    # DistributedDataParallel does not broadcast these at the start: every rank has read them from the base's file
+    ignored = [f"model.{name}" for name, _ in model.model.named_parameters() if module.given(name)]
+    # (torch's stub allows tensors and modules only)
+    module._ddp_params_and_buffers_to_ignore = ignored  # type: ignore[assignment]
     return module

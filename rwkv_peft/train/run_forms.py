@@ -1,25 +1,32 @@
-"""Warnings of the plan: the templates of the base, the data and the held-out rows do not fit one another."""
+"""Warnings about templates that differ between the base model, the training data and the held-out data."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rwkv_peft.checkpoint.base_template import describe_mismatch
 from rwkv_peft.data.tokenized_files import Form, read_form
 
 
-def warnings(base: Path, forms: tuple[Form, ...], held: list[Path]) -> list[str]:
-    """base: its file. forms: of the trained data. held: prefixes of the held-out data."""
-    found = []
+def warnings(base: Path, forms: Sequence[Form], val_prefixes: Sequence[Path]) -> list[str]:
+    """Return a warning for each template that does not fit.
+
+    Args:
+        base: file of the base model.
+        forms: of the training data.
+        val_prefixes: of the held-out data.
+    """
+    messages = []
     for form in forms:
         if form.template and (words := describe_mismatch(base, form.template)):
-            found.append(f"the data were made with PROMPT_TYPE={form.prompt_type}, but {words}")
-    for prefix in held:
-        form = read_form(prefix) or read_form(prefix.with_name(prefix.name.removesuffix(".valid")))
-        if form and forms and form not in forms:
-            theirs = " and ".join(f"PROMPT_TYPE={one.prompt_type} with EOT={one.eot}" for one in forms)
-            found.append(
-                f"the held-out rows of {prefix.name} were made with PROMPT_TYPE={form.prompt_type} with EOT={form.eot}, the "
-                f"trained ones with {theirs}: their loss tells little"
+            messages.append(f"the data were made with PROMPT_TYPE={form.prompt_type}, but {words}")
+    for prefix in val_prefixes:
+        val_form = read_form(prefix) or read_form(prefix.with_name(prefix.name.removesuffix(".valid")))
+        if val_form and forms and val_form not in forms:
+            trained = " and ".join(f"PROMPT_TYPE={form.prompt_type} with EOT={form.eot}" for form in forms)
+            messages.append(
+                f"the held-out rows of {prefix.name} were made with PROMPT_TYPE={val_form.prompt_type} with "
+                f"EOT={val_form.eot}, the trained ones with {trained}: their loss tells little"
             )
-    return found
+    return messages

@@ -1,72 +1,130 @@
-"""What a run writes down about itself: its settings as they were resolved, and a sidecar beside every checkpoint."""
+"""The settings of a run as they were resolved, and the sidecar of its checkpoints."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import platform
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from rwkv_peft.adapters.specs import METHODS
+from rwkv_peft import __version__
+from rwkv_peft.adapters.specs import METHODS, Method
 from rwkv_peft.common import paths
 from rwkv_peft.config.train import TrainConfig
-from rwkv_peft.model.arch import NUMBERS
+from rwkv_peft.model.arch import NUMBERS, Geometry
 
-from .data_setup import TrainData
+if TYPE_CHECKING:
+    from rwkv_peft.data.buckets import Buckets
+
+    from .setup import BaseSetup
 
 
-def resolved(config: TrainConfig, op, precision, on_host, data: TrainData, plan, geometry, run_name, workers) -> dict:
-    """run.json: every setting of the script by its name, with auto replaced by what it became."""
-    became = {
-        "RUN_NAME": run_name, "MODEL_VERSION": NUMBERS[geometry.version], "N_LAYER": geometry.n_layer,
-        "EMBD_SIZE": geometry.n_embd, "VOCAB_SIZE": geometry.vocab_size, "CTX_LEN": data.ctx_len,
-        "EPOCH_STEPS": plan.micro_batches, "MICRO_BSZ": plan.micro_bsz, "OP": op, "PRECISION": precision,
-        "STRATEGY": config.strategy_name, "NUM_WORKERS": workers, "EMB_ON_CPU": str(int(on_host)),
-    }  # fmt: skip
-    if data.buckets:
-        edges, sizes = data.buckets.edges, data.buckets.sizes
-        became |= {
-            "TRAIN_LENGTHS": " ".join(map(str, edges)), "TRAIN_BATCH_SIZES": " ".join(map(str, sizes)),
-            "CTX_LEN": min(data.ctx_len, edges[-1]), "MICRO_BSZ": "auto",
+@dataclass(frozen=True)
+class RunSettings:
+    """The settings of a run, with `auto` replaced by what it was resolved to.
+
+    Attributes:
+        config: the settings as the script has them.
+        run_name: name of the run's folder. Empty until the folder of a run without a name is chosen.
+        geometry: sizes of the base model.
+        ctx_len: most loss tokens of a row.
+        epoch_steps: micro-batches of an epoch.
+        micro_bsz: rows of a micro-batch.
+        buckets: edges and batch sizes of DATALOAD=bucket.
+        op: name of the kernels' backend.
+        precision: PRECISION, never auto.
+        num_workers: processes that load data.
+        emb_on_host: the embedding stays in the host's memory.
+    """
+
+    config: TrainConfig
+    run_name: str
+    geometry: Geometry
+    ctx_len: int
+    epoch_steps: int
+    micro_bsz: int
+    buckets: Buckets | None
+    op: str
+    precision: str
+    num_workers: int
+    emb_on_host: bool
+
+    @property
+    def method(self) -> Method:
+        """What is known of the run's method."""
+        return METHODS[self.config.method]
+
+    @functools.cached_property
+    def values(self) -> Mapping[str, Any]:
+        """Every setting by its name in the script, as run.json has them."""
+        resolved: dict[str, Any] = {
+            "RUN_NAME": self.run_name, "MODEL_VERSION": NUMBERS[self.geometry.version], "N_LAYER": self.geometry.n_layer,
+            "EMBD_SIZE": self.geometry.n_embd, "VOCAB_SIZE": self.geometry.vocab_size, "CTX_LEN": self.ctx_len,
+            "EPOCH_STEPS": self.epoch_steps, "MICRO_BSZ": self.micro_bsz, "OP": self.op, "PRECISION": self.precision,
+            "STRATEGY": self.config.strategy_name, "NUM_WORKERS": self.num_workers, "EMB_ON_CPU": str(int(self.emb_on_host)),
         }  # fmt: skip
-    return script_values(config) | became
+        if self.buckets:
+            edges, sizes = self.buckets.edges, self.buckets.sizes
+            resolved |= {
+                "TRAIN_LENGTHS": " ".join(map(str, edges)), "TRAIN_BATCH_SIZES": " ".join(map(str, sizes)),
+                "CTX_LEN": min(self.ctx_len, edges[-1]), "MICRO_BSZ": "auto",
+            }  # fmt: skip
+        return script_values(self.config) | resolved
 
 
-def script_values(config: TrainConfig) -> dict:
-    """The settings by their names in the script."""
+def script_values(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings by their names in the script."""
     return {f.metadata["var"]: getattr(config, f.name) for f in dataclasses.fields(config)}
 
 
-def options_of(config: TrainConfig) -> dict:
-    """The settings of the run's method, under the names that its adapters and its sidecars have for them."""
-    given = script_values(config)
-    options = {option: given[variable] for option, variable in METHODS[config.method].options.items()}
+def options_of(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings of the run's method, under the names that its adapters and sidecars have for them."""
+    values = script_values(config)
+    options = {option: values[variable] for option, variable in METHODS[config.method].options.items()}
     if config.method == "peft":
-        from rwkv_peft.adapters.hf_peft import read_config
+        from rwkv_peft.adapters.hf_peft import read_config  # heavy: settings are checked without torch
 
         options["config"] = read_config(paths.resolve_path(config.peft_config, "."))
     return options
 
 
 def describe_run(
-    config, geometry, options, base: Path, content: dict, precision, epoch: int, step: int, finished: bool
-) -> dict:
-    """The sidecar of a checkpoint. options: those of the method. content: of the base, by hashing.content."""
+    config: TrainConfig,
+    base: BaseSetup,
+    fingerprint: Mapping[str, Any],
+    precision: str,
+    epoch: int,
+    step: int,
+    finished: bool,
+) -> dict[str, Any]:
+    """Return the sidecar of a checkpoint.
+
+    Args:
+        config: settings of the run.
+        base: the base model and its adapters.
+        fingerprint: of the base's file.
+        precision: PRECISION, never auto.
+        epoch: number of the epoch, from 0.
+        step: optimizer steps so far.
+        finished: the epoch is finished.
+    """
+    # heavy imports: settings are checked without them, to answer in a fraction of a second
     import pytorch_lightning
     import torch
-
-    from rwkv_peft import __version__
 
     method = METHODS[config.method]
     return {
         "method": config.method,
-        **options,
+        **base.adapter.options,
         **({"dropout": script_values(config)[method.dropout]} if method.dropout else {}),
         **({"parts": list(config.parts)} if method.parts else {}),
-        "base": base.name,
-        "base_path": str(base.resolve()),
-        "base_sha256": content["sha256"],
-        "base_mark": content["mark"],
-        "geometry": geometry.as_dict(),
+        "base": base.path.name,
+        "base_path": str(base.path.resolve()),
+        "base_sha256": fingerprint["sha256"],
+        "base_mark": fingerprint["mark"],
+        "geometry": base.geometry.as_dict(),
         "quant": config.quantised,
         "quant_parts": list(config.quantised_parts),
         "precision": precision,
@@ -80,3 +138,10 @@ def describe_run(
             "python": platform.python_version(),
         },
     }
+
+
+def format_setting(value: object) -> str:
+    """Return a setting's value as the script has it."""
+    if isinstance(value, bool):
+        return str(int(value))
+    return f"{value:g}" if isinstance(value, float) else str(value)

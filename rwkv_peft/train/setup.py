@@ -1,143 +1,281 @@
-"""A run as it is before anything is loaded: what was found, what `auto` became, where it will be written."""
+"""The setup of a run before anything is loaded: files, resolved settings, the state to resume from, the output folder."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rwkv_peft.adapters.specs import METHODS, Method
+from rwkv_peft.adapters import inject
+from rwkv_peft.adapters.specs import Method
 from rwkv_peft.checkpoint import run_dir
-from rwkv_peft.common import bus_error, hashing, paths
+from rwkv_peft.checkpoint.pth import TensorInfo
+from rwkv_peft.checkpoint.train_state import TrainState
+from rwkv_peft.common import bus_error, hardware, hashing, paths
 from rwkv_peft.common.errors import SettingErrors
 from rwkv_peft.common.file_watch import FileWatch
 from rwkv_peft.common.formatting import plural
 from rwkv_peft.config.train import TrainConfig
+from rwkv_peft.data.sampling import Plan
+from rwkv_peft.distributed import strategy
 from rwkv_peft.distributed.launch import ProcessInfo, plugins
+from rwkv_peft.distributed.rendezvous import Rendezvous, facts_of
+from rwkv_peft.distributed.sharding import Sharding
+from rwkv_peft.model.arch import Geometry
+from rwkv_peft.ops import dispatch
 
-from . import run_forms
-from .checks import check_init, open_files, questions_of
-from .data_setup import TrainData, ValData, held_out, plan_run, plan_stream
-from .run_record import options_of, resolved, script_values
-
-if TYPE_CHECKING:
-    from rwkv_peft.distributed.rendezvous import Rendezvous
+from . import optim, report, resume, run_forms
+from .checks import InitFrom, OpenedFiles, check_init, open_files, read_questions
+from .data_setup import TrainData, ValData, plan_run, plan_stream, plan_validation
+from .run_record import RunSettings, options_of, script_values
 
 # what to do where a file of a run, or its folder, has changed
-CURE = (
+RESUME_ADVICE = (
     "Nothing was saved after that. Put it back as it was, and run the script again: it goes on from the last saved "
     "state, if there is one."
 )
-AGAIN = "Run it again when nothing writes to the file any more."  # where nothing is saved in any case
+RESTART_ADVICE = "Run it again when nothing writes to the file any more."  # where nothing is saved in any case
 MOST_NAME = 80  # characters of a mixture's names in the name of a run
 
-
-def as_json(value):
-    """What comes back when it is written as JSON and read again: for comparing."""
-    return json.loads(json.dumps(value))
+Log = Callable[[str], None]
 
 
-@dataclass
-class RunSetup:
-    """config: the settings; settings: the same by their names in the script, with auto replaced by what it became. place: which
-    process this is.
+@dataclass(frozen=True)
+class BaseSetup:
+    """The base model and what is done to it.
 
-    base, stored, geometry: the model's file, what it holds, its numbers. setup: what becomes of it. ops, precision: what
-    computes. trainer: arguments of Lightning's trainer. spread: what lies in pieces over the processes.
-    data, steps: what is trained, in how many optimizer steps; held: what is not. questions: that it answers while it learns.
-    found: the state of an earlier run that goes on; earlier: the checkpoint that a new one begins with. missing: a checkpoint
-    that the run has lost, or that is due only now. content: of the base, where it had to be looked at already. folder: of the
-    run. plan_facts: what a run that goes on must find as it was. in_use: the files that it reads.
+    Attributes:
+        path: file of the base model.
+        tensors: its tensors, not loaded.
+        geometry: its sizes.
+        adapter: what is wrapped, compressed and trained.
+        fingerprint: SHA-256 and stamp of the file; None where it was not read yet.
     """
 
-    config: TrainConfig
-    place: ProcessInfo
-    settings: dict
-    base: Path
-    stored: Any
-    geometry: Any
-    setup: Any
-    ops: Any
-    precision: str
-    trainer: dict
-    spread: Any
-    data: TrainData
-    held: ValData | None
-    questions: list[str]
-    steps: int
-    workers: int
-    found: Any
-    earlier: Any
-    missing: Path | None
-    content: dict | None
-    folder: Path
-    plan_facts: dict
-    in_use: FileWatch
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+    geometry: Geometry
+    adapter: inject.AdapterConfig
+    fingerprint: dict[str, Any] | None
 
     @property
-    def plan(self):
-        return self.data.plan
+    def options(self) -> dict[str, Any]:
+        """The method's options as they are in JSON, to be compared."""
+        return json.loads(json.dumps(dict(self.adapter.options)))
+
+
+@dataclass(frozen=True)
+class DataSetup:
+    """What is trained and what is not.
+
+    Attributes:
+        train: training data.
+        val: held-out data, None for none.
+        questions: that the model answers during the training.
+        steps: optimizer steps of the run.
+        plan_facts: what must be the same where a run is resumed.
+    """
+
+    train: TrainData
+    val: ValData | None
+    questions: Sequence[str]
+    steps: int
+    plan_facts: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class ComputeSetup:
+    """What computes.
+
+    Attributes:
+        process: which process of the training this one is.
+        ops: implementation of the kernels.
+        precision: PRECISION, never auto.
+        trainer: arguments of Lightning's Trainer that concern the machine.
+        sharding: how weights and optimizer state are sharded.
+    """
+
+    process: ProcessInfo
+    ops: dispatch.Ops
+    precision: str
+    trainer: dict[str, Any]
+    sharding: Sharding
+
+
+@dataclass(frozen=True)
+class ResumeSetup:
+    """What the run continues.
+
+    Attributes:
+        state: training state that the run is resumed from; None for a new run.
+        init: checkpoint that a new run is initialised with, None for none.
+        missing: checkpoint of the last finished epoch, if a resumed run should have it and has not.
+    """
+
+    state: TrainState | None
+    init: InitFrom | None
+    missing: Path | None
+
+
+@dataclass(frozen=True)
+class RunSetup:
+    """All that is known of a run before its model is loaded.
+
+    Attributes:
+        settings: with `auto` resolved.
+        base: base model and adapters.
+        data: training and held-out data.
+        compute: kernels, precision, processes.
+        resume: what the run continues.
+        run_dir: folder of the run.
+        watch: watches the files that the run reads.
+    """
+
+    settings: RunSettings
+    base: BaseSetup
+    data: DataSetup
+    compute: ComputeSetup
+    resume: ResumeSetup
+    run_dir: Path
+    watch: FileWatch
+
+    @property
+    def config(self) -> TrainConfig:
+        """The settings as the script has them."""
+        return self.settings.config
 
     @property
     def method(self) -> Method:
-        return METHODS[self.config.method]
+        """What is known of the run's method."""
+        return self.settings.method
 
     @property
-    def begins_with(self) -> Path | None:
-        """The file of the checkpoint that a new run begins with."""
-        return self.earlier.path if self.earlier else None
+    def plan(self) -> Plan:
+        """How rows become optimizer steps."""
+        return self.data.train.plan
 
     @property
-    def options(self) -> dict:
-        return as_json(dict(self.setup.options))
+    def process(self) -> ProcessInfo:
+        """Which process of the training this one is."""
+        return self.compute.process
+
+    @property
+    def state(self) -> TrainState | None:
+        """Training state that the run is resumed from."""
+        return self.resume.state
+
+    @property
+    def is_trained(self) -> bool:
+        """The run has done all its steps, and only a checkpoint is missing."""
+        return self.state is not None and self.state.step == self.data.steps
+
+    @property
+    def init_path(self) -> Path | None:
+        """File of the checkpoint that a new run is initialised with."""
+        return self.resume.init.path if self.resume.init else None
 
 
 def prepare_run(
     config: TrainConfig,
-    place: ProcessInfo,
+    process: ProcessInfo,
     dry_run: bool,
-    anew: bool,
+    force_new: bool,
     cleanup: contextlib.ExitStack,
-    say: Callable[[str], None],
-    met: Rendezvous | None = None,
+    log: Log,
+    rendezvous: Rendezvous | None = None,
     accept_edited: bool = False,
 ) -> RunSetup:
-    """Open and check everything, and claim the run's folder. Problems and UserErrors for all that is wrong.
+    """Open and check everything, and lock the run's folder.
 
-    anew: begin a new run, even if one could go on. cleanup: what to do whether training ends well or not. met: the other
-    processes, where somebody else has started them. accept_edited: take a checkpoint whose sidecar was edited.
+    Args:
+        config: settings of the script.
+        process: which process of the training this one is.
+        dry_run: write nothing.
+        force_new: start a new run, even if one could be resumed.
+        cleanup: gets what to do at the end of the training, also after an error.
+        log: prints a message.
+        rendezvous: the other processes, where an external launcher has started them.
+        accept_edited: accept a checkpoint whose sidecar was edited.
+
+    Raises:
+        SettingErrors: all that is wrong with the settings.
+        UserError: a file or the machine does not allow the run.
     """
-    from rwkv_peft.adapters import inject
-    from rwkv_peft.common import hardware
-    from rwkv_peft.distributed import strategy
-    from rwkv_peft.ops import dispatch
-
-    from . import optim, resume
-
-    questions, base = questions_of(config.sample_prompts), paths.model_file(config.model_path)
-    in_use = FileWatch("this run began", AGAIN if dry_run else CURE)
-    cleanup.enter_context(bus_error.handled(in_use.leave_if_cut_off))
-    in_use.silent = place.of_ours
-    in_use.add([base])
-    if met and not place.first:
-        resume.receive(met)
-    found = resume.find_resume_state(config, anew, place.first, say)
-    if found:
-        in_use.add(found.stamps, found.stamps)
-    stored, geometry, files, earlier = open_files(config, base, found is None)
+    questions, base_path = read_questions(config.sample_prompts), paths.model_file(config.model_path)
+    watch = FileWatch("this run began", RESTART_ADVICE if dry_run else RESUME_ADVICE)
+    cleanup.enter_context(bus_error.handled(watch.leave_if_cut_off))
+    watch.silent = process.of_ours
+    watch.add([base_path])
+    if rendezvous and not process.first:
+        resume.receive_state(rendezvous)
+    state = resume.find_resume_state(config, force_new, process.first, log)
+    if state:
+        watch.add(state.stamps, state.stamps)
+    files = open_files(config, base_path, state is None)
     optim.check_package(config.optim)
+    compute = _prepare_compute(config, process, files.geometry)
+    adapter = _adapter_config(config, state)
+    fingerprint = None
+    if files.init:
+        if files.init.path and process.first:
+            what = config, files.geometry, adapter, base_path, files.init.path, files.init.start
+            fingerprint = check_init(*what, log, accept_edited, watch)
+        watch.add(path.resolve() for path in (files.init.path, files.init.start) if path)
+    data = _prepare_data(config, files, questions, log, watch)
+    base = BaseSetup(base_path, files.tensors, files.geometry, adapter, fingerprint)
+    settings = resolve(config, base, data, compute, state.run.name if state else config.run_name)
+    missing = _missing_checkpoint(config, state, data) if state else None
+    if state and process.first:
+        try:
+            fingerprint = _check_resume(settings, base, data, state, missing)
+        except SettingErrors as errors:
+            if config.run_name:
+                raise
+            log(f"new run   {resume.describe(state)} was stopped, and cannot go on: {errors.problems[0].message}")
+            return prepare_run(config, process, dry_run, True, cleanup, log, rendezvous, accept_edited)
+    if rendezvous:
+        if process.first:
+            resume.send_state(rendezvous, state)
+        fingerprint = fingerprint or hashing.fingerprint(base_path)
+        watch.know(base_path, fingerprint["sha256"])
+        identity = resume.data_identity(data.train.content(None))
+        state_files = state.facts["files"] if state else None
+        rendezvous.compare(facts_of(settings.values, fingerprint["sha256"], identity, state_files))
+    stem = f"{'+'.join(files.names)[:MOST_NAME]}-{config.finetune_mode}"
+    if process.first and not dry_run:
+        folder = _lock_run_dir(settings, stem, state, watch, cleanup)
+    else:
+        folder = run_dir.new_run_dir(settings.run_name, stem)
+    return RunSetup(
+        dataclasses.replace(settings, run_name=folder.name),
+        dataclasses.replace(base, fingerprint=fingerprint),
+        data,
+        compute,
+        ResumeSetup(state, files.init, missing),
+        folder,
+        watch,
+    )
+
+
+def _prepare_compute(config: TrainConfig, process: ProcessInfo, geometry: Geometry) -> ComputeSetup:
     ops = dispatch.choose(config.op, geometry.version, hardware.device_kind(), geometry.head_size)
     precision = hardware.resolve_precision(config.precision)
-    word = config.strategy_name
-    trainer, spread = strategy.trainer_arguments(precision, config.gpu_count, config.nnodes, word, config.grad_clip)
-    trainer.setdefault("plugins", []).extend(plugins(place, config.processes))
-    # (a run of an earlier version goes on as it began)
-    kept = tuple(found.facts.get("quant_kept", ())) if found else config.quant_kept
-    setup = inject.AdapterConfig(
+    trainer, sharding = strategy.trainer_arguments(
+        precision, config.gpu_count, config.nnodes, config.strategy_name, config.grad_clip
+    )
+    trainer.setdefault("plugins", []).extend(plugins(process, config.processes))
+    return ComputeSetup(process, ops, precision, trainer, sharding)
+
+
+def _adapter_config(config: TrainConfig, state: TrainState | None) -> inject.AdapterConfig:
+    # (a run of an earlier version has no such fact: it compressed all layers, and is resumed so)
+    kept = tuple(state.facts.get("quant_kept", ())) if state else config.quant_kept
+    return inject.AdapterConfig(
         config.method,
         options_of(config),
         config.parts,
@@ -146,124 +284,112 @@ def prepare_run(
         config.quantised_parts,
         kept,
     )
-    begins = earlier is not None and earlier.path is not None
-    content = None
-    if begins and place.first:
-        content = check_init(config, geometry, setup, base, earlier, say, accept_edited, in_use)
-    if earlier:
-        in_use.add(path.resolve() for path in (earlier.path, earlier.start) if path)
-    data = (plan_stream if config.streaming else plan_run)(config, files, geometry.vocab_size, say, in_use)
-    held = held_out(config, files, data.ctx_len, geometry.vocab_size, say, in_use)
-    steps = data.plan.optimizer_steps * config.epoch_count
-    names = [files.name.partition(".")[0]] if config.streaming else [prefix.name for prefix, _ in files]
-    stem = f"{'+'.join(names)[:MOST_NAME]}-{config.finetune_mode}"
-    workers = config.num_workers if config.num_workers != "auto" else int(hardware.device_kind() == "cuda")
-    name = found.run.name if found else config.run_name
-    on_host = hardware.embedding_on_host(
+
+
+def _prepare_data(
+    config: TrainConfig, files: OpenedFiles, questions: Sequence[str], log: Log, watch: FileWatch
+) -> DataSetup:
+    vocab_size = files.geometry.vocab_size
+    if files.stream:
+        train = plan_stream(config, files.stream, vocab_size, log, watch)
+    else:
+        train = plan_run(config, files.tokenized, vocab_size, log, watch)
+    val = plan_validation(config, files.tokenized, train.ctx_len, vocab_size, log, watch)
+    steps = train.plan.optimizer_steps * config.epoch_count
+    return DataSetup(train, val, questions, steps, resume.plan_facts(train.plan, config.streaming))
+
+
+def resolve(config: TrainConfig, base: BaseSetup, data: DataSetup, compute: ComputeSetup, run_name: str) -> RunSettings:
+    """Return the settings with `auto` replaced.
+
+    Args:
+        config: settings of the script.
+        base: base model.
+        data: training data.
+        compute: kernels, precision, processes.
+        run_name: name of the run's folder, empty where it is not chosen yet.
+    """
+    geometry, adapter, plan = base.geometry, base.adapter, data.train.plan
+    trained = {*adapter.whole(geometry), *adapter.compressed(geometry)}
+    is_on_host = hardware.embedding_on_host(
         config.emb_on_cpu,
-        not {"emb", "emb.weight"} & {*setup.whole(geometry), *setup.compressed(geometry)}
-        and not spread.memory_in_pieces,
-        geometry.vocab_size * geometry.n_embd * hardware.DTYPES[precision].itemsize,
+        not {"emb", "emb.weight"} & trained and not compute.sharding.memory_in_pieces,
+        geometry.vocab_size * geometry.n_embd * hardware.DTYPES[compute.precision].itemsize,
     )
-    settings = resolved(config, ops.name, precision, on_host, data, data.plan, geometry, name, workers)
-    run = RunSetup(
-        config=config, place=place, settings=settings, base=base, stored=stored, geometry=geometry, setup=setup, ops=ops,
-        precision=precision, trainer=trainer, spread=spread, data=data, held=held, questions=questions, steps=steps,
-        workers=workers, found=found, earlier=earlier, missing=None, content=content, folder=Path(),
-        plan_facts=resume.plan_facts(data.plan, config.streaming), in_use=in_use,
-    )  # fmt: skip
-    if found:
-        run.missing = missing_checkpoint(run)
-    if found and place.first:
-        try:
-            run.content = must_be_the_same(run)
-        except SettingErrors as problems:
-            if config.run_name:
-                raise
-            say(f"new run   {resume.place(found)} was stopped, and cannot go on: {problems.problems[0].message}")
-            return prepare_run(config, place, dry_run, True, cleanup, say, met, accept_edited)
-    if met:
-        if place.first:
-            resume.publish(met, found)
-        compare(run, met)
-    run.folder = claim(run, name, stem, cleanup) if place.first and not dry_run else run_dir.new_run_dir(name, stem)
-    settings["RUN_NAME"] = run.folder.name
-    return run
+    is_gpu, workers = hardware.device_kind() == "cuda", config.num_workers
+    return RunSettings(
+        config,
+        run_name,
+        geometry,
+        data.train.ctx_len,
+        plan.micro_batches,
+        plan.micro_bsz,
+        data.train.buckets,
+        compute.ops.name,
+        compute.precision,
+        workers if isinstance(workers, int) else int(is_gpu),
+        is_on_host,
+    )
 
 
-def compare(run: RunSetup, met: Rendezvous) -> None:
-    """Problems if not all processes have the same."""
-    from rwkv_peft.distributed.rendezvous import facts_of
-
-    from . import resume
-
-    content, found = run.content or hashing.fingerprint(run.base), run.found
-    run.in_use.know(run.base, content["sha256"])
-    data = resume.described(run.data.content(None))
-    met.compare(facts_of(run.settings, content["sha256"], data, found.facts["files"] if found else None))
-    run.content = content
-
-
-def missing_checkpoint(run: RunSetup) -> Path | None:
-    """The checkpoint of the last epoch that a run which goes on has finished, if it should be there and is not."""
-    epoch, within = divmod(run.found.step, run.plan.optimizer_steps)
-    last = run.found.run / f"rwkv-{epoch - 1}.pth"
-    due = run.found.step == run.steps or epoch % run.config.epoch_save == 0
+def _missing_checkpoint(config: TrainConfig, state: TrainState, data: DataSetup) -> Path | None:
+    epoch, within = divmod(state.step, data.train.plan.optimizer_steps)
+    last = state.run / f"rwkv-{epoch - 1}.pth"
+    due = state.step == data.steps or epoch % config.epoch_save == 0
     return last if not within and due and not last.is_file() else None
 
 
-def must_be_the_same(run: RunSetup) -> dict:
-    """What the base holds, if everything that a run goes on with is as it was. Problems for what has changed."""
-    from . import resume
+def _check_resume(
+    settings: RunSettings, base: BaseSetup, data: DataSetup, state: TrainState, missing: Path | None
+) -> dict[str, Any]:
+    """Return the fingerprint of the base; SettingErrors where anything is not what it was when the state was saved."""
+    config = settings.config
+    fingerprint = hashing.fingerprint(base.path, state.facts["base"])
+    init_file = run_dir.init_file(state.run, config.method)
+    # the files first: other differences follow from another content
+    resume.check_files(state, base.options, fingerprint, data.train.content(state.facts["data"]), init_file)
+    resume.check_not_finished(state, data.steps, config, missing)
+    resume.check_settings(state, script_values(config), settings.values, data.plan_facts)
+    return fingerprint
 
-    found = run.found
-    content = hashing.fingerprint(run.base, found.facts["base"])
-    start_file = run_dir.init_file(found.run, run.config.method)
-    # first: what else may be different follows from another content
-    resume.must_have_its_files(found, run.options, content, run.data.content(found.facts["data"]), start_file)
-    resume.must_not_be_finished(found, run.steps, run.config, run.missing)
-    resume.must_be_the_same(found, script_values(run.config), run.settings, run.plan_facts)
-    return content
 
-
-def claim(run: RunSetup, name: str, stem: str, cleanup: contextlib.ExitStack) -> Path:
-    """The run's folder, ours until the end."""
-    from . import resume
-
-    folder = run_dir.lock_run_dir(name, stem, cleanup, run.found is not None)
-    run.in_use.add_folder(folder)
-    if run.found:
-        resume.must_be_unchanged(run.found)
+def _lock_run_dir(
+    settings: RunSettings, stem: str, state: TrainState | None, watch: FileWatch, cleanup: contextlib.ExitStack
+) -> Path:
+    """Lock the run's folder until the end of the training."""
+    folder = run_dir.lock_run_dir(settings.run_name, stem, cleanup, state is not None)
+    watch.add_folder(folder)
+    if state:
+        resume.check_unchanged(state)
     else:
-        cleanup.callback(run_dir.remove_empty_run, folder, functools.partial(run.in_use.is_there, folder))
-        # of a run that was ended before it saved anything
-        run_dir.init_file(folder, run.config.method).unlink(missing_ok=True)
-    resume.hand_over(run.found)
+        cleanup.callback(run_dir.remove_empty_run, folder, functools.partial(watch.is_there, folder))
+        # of a run that was stopped before it saved anything
+        run_dir.init_file(folder, settings.config.method).unlink(missing_ok=True)
+    resume.export_state(state)
     return folder
 
 
 def header(run: RunSetup) -> list[str]:
-    """What is printed before anything is loaded: what was read, what auto became, how long it will be, what it needs."""
-    from rwkv_peft.adapters import inject
-    from rwkv_peft.common import hardware
+    """Return what is printed before anything is loaded.
 
-    from . import report, resume
-
-    largest = run.data.most_tokens, run.data.most_sequences
+    It is what was read, what `auto` was resolved to, how long the run will be, what it needs.
+    """
+    train, val, base = run.data.train, run.data.val, run.base
     lines = report.plan_lines(
-        run.settings, run.setup, run.base, run.geometry, run.data.lines(run.settings), *largest, run.plan, run.steps,
-        inject.count_trained(run.geometry, run.setup), run.stored, hardware.DTYPES[run.precision], run.ops.why,
+        run.settings.values, base.adapter, base.path, base.geometry, train.lines(run.settings.values), train.most_tokens,
+        train.most_sequences, run.plan, run.data.steps, inject.count_trained(base.geometry, base.adapter), base.tensors,
+        hardware.DTYPES[run.compute.precision], run.compute.ops.why,
     )  # fmt: skip
-    held = list(run.held.prefixes) if run.held else []
-    lines[-1:-1] = [f"{'warning':<10}{words}" for words in run_forms.warnings(run.base, run.data.forms, held)]
-    if run.held:
+    val_prefixes = list(val.prefixes) if val else []
+    lines[-1:-1] = [f"{'warning':<10}{words}" for words in run_forms.warnings(base.path, train.forms, val_prefixes)]
+    if val:
         every = f"every {run.config.val_steps} steps" if run.config.val_steps else "after every epoch"
-        what = f"{', '.join(run.held.names)}: {run.held.targets:,} trained tokens in {plural(run.held.rows, 'pack')}"
-        what += f", {plural(run.held.untrained, 'row')} with nothing to train left out" if run.held.untrained else ""
-        what += f" (none of {', '.join(run.held.missing)})" if run.held.missing else ""
+        what = f"{', '.join(val.names)}: {val.targets:,} trained tokens in {plural(val.rows, 'pack')}"
+        what += f", {plural(val.untrained, 'row')} with nothing to train left out" if val.untrained else ""
+        what += f" (none of {', '.join(val.missing)})" if val.missing else ""
         lines.insert(-1, f"{'valid':<10}{what}; before training and {every}")
-    if run.found:
-        before = run.found.facts["steps"]
-        how = f"; it has {run.steps:,} now, and the learning rate follows that" if run.steps != before else ""
-        lines.append(f"goes on   {resume.place(run.found)}{how or ', as if it had never stopped'}")
+    if run.state:
+        steps, before = run.data.steps, run.state.facts["steps"]
+        how = f"; it has {steps:,} now, and the learning rate follows that" if steps != before else ""
+        lines.append(f"goes on   {resume.describe(run.state)}{how or ', as if it had never stopped'}")
     return lines

@@ -105,7 +105,7 @@ def test_a_run_goes_on_with_what_it_left(ready, monkeypatch, fact):
             lambda folder: (lambda found: (found.facts.pop("quant_kept"), found)[1])(described(folder)),
         )
     seen, header = [], setup.header
-    monkeypatch.setattr(train, "header", lambda made: (seen.append(made.setup), header(made))[1])
+    monkeypatch.setattr(setup, "header", lambda made: (seen.append(made.base.adapter), header(made))[1])
     more = {"QUANT": "nf4", "KEEP_LAST": "1", "EPOCH_COUNT": "2", "QUANT_PARTS": ALL if fact == [] else "att,ffn"}
     train.command(config(RUN_NAME="run", **more), [])
     assert seen[-1].quant_kept == tuple(fact or ())

@@ -178,7 +178,7 @@ def test_looks_behind_a_damaged_line_stay(tmp_path, what):
         damaged = b'{"step": 2, "loss": "x"}\n'
     (tmp_path / validation.FILE).write_bytes(damaged + look.encode() + b"\n")
     assert validation.read(tmp_path) == [json.loads(look)]
-    validation.cut(tmp_path, 2)
+    validation.truncate(tmp_path, 2)
     assert (tmp_path / validation.FILE).read_text() == look + "\n"
 
 
@@ -186,8 +186,8 @@ def test_looks_behind_a_damaged_line_stay(tmp_path, what):
 def test_samples_of_any_bytes_are_cut(tmp_path, damage):
     path = tmp_path / samples.FILE
     path.write_bytes(b"## step 2\n" + damage + b"\n## step 4\nlater\n")
-    assert samples.last_of(path) == 4
-    samples.cut(tmp_path, 2)
+    assert samples.last_step(path) == 4
+    samples.truncate(tmp_path, 2)
     assert path.read_bytes() == b"## step 2\n" + damage + b"\n"
 
 

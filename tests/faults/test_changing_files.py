@@ -36,7 +36,7 @@ from rwkv_peft.export import EXPORTS
 from rwkv_peft.merge import fold
 from rwkv_peft.merge import write as deliver
 from rwkv_peft.preprocess import tokenize as tokenizing
-from rwkv_peft.train.callbacks import core
+from rwkv_peft.train.callbacks import loggers, metrics
 
 LONG = {
     "lora_parts": "att,ffn",
@@ -929,8 +929,8 @@ def test_a_log_that_an_editor_replaces_loses_no_record_and_lets_no_second_run_in
 
 def test_a_log_that_held_bytes_that_are_no_text_is_followed_as_well(tmp_path):
     path, told = tmp_path / "loss.jsonl", []
-    record = core.StepMetrics(1, 0, 2.0, 1e-3, 1.0, 5, 5, 9.0, 9.0, 1.0)
-    log = core.LossFile(path, told.append)
+    record = metrics.StepMetrics(1, 0, 2.0, 1e-3, 1.0, 5, 5, 9.0, 9.0, 1.0)
+    log = loggers.LossFile(path, told.append)
     log(record)
     with open(path, "ab") as file:
         file.write(b"\xff\xfe\n")

@@ -21,7 +21,7 @@ from helpers.merging import merge
 from helpers.training import config, tokenize
 
 # (imported here, once, and not in every child)
-import rwkv_peft.train.callbacks.periodic_setup  # noqa: F401
+import rwkv_peft.train.callbacks.build  # noqa: F401
 import rwkv_peft.train.report  # noqa: F401
 from rwkv_peft.checkpoint import run_dir
 from rwkv_peft.cli import train
@@ -29,7 +29,7 @@ from rwkv_peft.common import paths as project
 from rwkv_peft.common.errors import handle_errors
 from rwkv_peft.merge import write as deliver  # noqa: F401
 from rwkv_peft.train import trainer  # noqa: F401
-from rwkv_peft.train.callbacks import core
+from rwkv_peft.train.callbacks import loggers
 
 LIMIT = 200  # seconds, after which a command is taken to hang
 SETTINGS = {
@@ -45,13 +45,13 @@ def trained(name: str, **changes: str) -> None:
 
 def stopped(name: str) -> None:
     """A run that is told to stop behind its first step."""
-    write = core.LossFile.__call__
+    write = loggers.LossFile.__call__
 
     def write_and_stop(self, record):
         write(self, record)
         os.kill(os.getpid(), signal.SIGINT)
 
-    core.LossFile.__call__ = write_and_stop
+    loggers.LossFile.__call__ = write_and_stop
     trained(name)
 
 

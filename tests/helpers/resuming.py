@@ -14,7 +14,7 @@ from helpers.training import run
 from rwkv_peft.checkpoint import pth, train_state
 from rwkv_peft.checkpoint.lazy_tensors import LazyTensors
 from rwkv_peft.distributed.sharding import lazy_tensor
-from rwkv_peft.train.callbacks import core
+from rwkv_peft.train.callbacks import loggers
 
 TIMES = ("tokens_per_s", "targets_per_s", "seconds")
 
@@ -25,7 +25,7 @@ class Killed(BaseException):
 
 def interrupted(monkeypatch, root, at: int, how: str, name: str = "again", **settings) -> None:
     """A run that gets as far as step `at`: then it is killed, or told to stop."""
-    write = core.LossFile.__call__
+    write = loggers.LossFile.__call__
 
     def write_and_end(self, record):
         write(self, record)
@@ -35,7 +35,7 @@ def interrupted(monkeypatch, root, at: int, how: str, name: str = "again", **set
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patched:
-        patched.setattr(core.LossFile, "__call__", write_and_end)
+        patched.setattr(loggers.LossFile, "__call__", write_and_end)
         with pytest.raises(Killed if how == "killed" else SystemExit):
             run(root, name, **settings)
 

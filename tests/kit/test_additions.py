@@ -20,11 +20,11 @@ from rwkv_peft.checkpoint import pth
 HERE = Path(__file__).parent / "additions"
 
 TRACKER = '''
-def open_lines(project: str, folder: Path, settings: Mapping, earlier: str | None, step: int) -> Opened:
+def open_lines(project: str, folder: Path, settings: Mapping, earlier: str | None, step: int) -> TrackerRun:
     """Append a line for each step to lines/PROJECT.txt."""
     (folder / "lines").mkdir(exist_ok=True)
     file = open(folder / "lines" / f"{project}.txt", "a", encoding="utf-8")
-    return Opened(lambda numbers, at: print(at, *numbers, file=file, flush=True), file.close)
+    return TrackerRun(lambda numbers, at: print(at, *numbers, file=file, flush=True), file.close)
 
 
 '''

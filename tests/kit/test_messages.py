@@ -259,9 +259,9 @@ def test_a_sound_table_is_not_called_unreadable_where_memory_or_files_ran_out(tm
 
 
 def test_a_pipe_in_place_of_questions_is_named_and_not_waited_for(tmp_path):
-    from rwkv_peft.train.checks import questions_of
+    from rwkv_peft.train.checks import read_questions
 
     os.mkfifo(tmp_path / "q.txt")
     with pytest.raises(SettingErrors) as told:
-        questions_of(str(tmp_path / "q.txt"))
+        read_questions(str(tmp_path / "q.txt"))
     assert "SAMPLE_PROMPTS" in str(told.value) and "is a FIFO" in str(told.value)

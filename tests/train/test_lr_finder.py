@@ -16,7 +16,7 @@ from rwkv_peft.common.errors import SettingErrors, UserError
 from rwkv_peft.data.dataset import largest_batch
 from rwkv_peft.distributed import launch
 from rwkv_peft.train import lr_finder
-from rwkv_peft.train.callbacks import oom_check as first
+from rwkv_peft.train.callbacks import oom_check
 
 
 def curve(at: float, depth: float = 0.5):
@@ -142,7 +142,7 @@ def test_the_heaviest_batch_goes_through_behind_the_first_step_and_changes_nothi
         return summed(self, batch)
 
     monkeypatch.setattr(train_module(), "summed_loss", watched)
-    monkeypatch.setattr(first, "WHERE", ("cpu",))
+    monkeypatch.setattr(oom_check, "DEVICES", ("cpu",))
     same, again = run(ready, "same", **settings)
     assert all(torch.equal(plain[name], same[name]) for name in plain)
     assert [r["loss"] for r in records] == [r["loss"] for r in again]

@@ -5,7 +5,9 @@ import json
 import os
 import signal
 import sys
+import time
 import types
+from pathlib import Path
 
 import pytest
 from helpers import tiny
@@ -17,7 +19,7 @@ from rwkv_peft.cli import train
 from rwkv_peft.common import paths, trackers
 from rwkv_peft.common.errors import SettingErrors
 from rwkv_peft.train import report
-from rwkv_peft.train.callbacks.core import GracefulStop
+from rwkv_peft.train.callbacks.signals import GracefulStop
 
 
 def test_a_run_that_never_took_a_step_leaves_no_folder(ready):
@@ -29,7 +31,8 @@ def test_a_run_that_never_took_a_step_leaves_no_folder(ready):
 
 
 def test_the_progress_line_shows_the_plain_mean_of_the_last_steps(capsys):
-    from rwkv_peft.train.callbacks.core import Progress, StepMetrics
+    from rwkv_peft.train.callbacks.loggers import Progress
+    from rwkv_peft.train.callbacks.metrics import StepMetrics
 
     progress = Progress(steps=8, epochs=1)
     for step in range(1, 9):
@@ -40,7 +43,8 @@ def test_the_progress_line_shows_the_plain_mean_of_the_last_steps(capsys):
 
 @pytest.mark.parametrize("steps", [8, 34, 400])
 def test_without_a_terminal_there_are_some_twenty_lines_of_progress(capsys, steps):
-    from rwkv_peft.train.callbacks.core import Progress, StepMetrics
+    from rwkv_peft.train.callbacks.loggers import Progress
+    from rwkv_peft.train.callbacks.metrics import StepMetrics
 
     progress = Progress(steps=steps, epochs=1)
     for step in range(1, steps + 1):
@@ -50,7 +54,8 @@ def test_without_a_terminal_there_are_some_twenty_lines_of_progress(capsys, step
 
 
 def test_a_slow_first_step_does_not_spoil_the_time_left(capsys):
-    from rwkv_peft.train.callbacks.core import Progress, StepMetrics
+    from rwkv_peft.train.callbacks.loggers import Progress
+    from rwkv_peft.train.callbacks.metrics import StepMetrics
 
     for before, late in (((), 0.0), (({"step": 4, "seconds": 40.0, "loss": 1.0},), 40.0)):
         progress = Progress(steps=8, epochs=1, before=before, memory=lambda: 3 << 30, done=4 if before else 0)
@@ -65,11 +70,12 @@ def test_the_speed_is_that_of_the_last_steps_and_never_of_the_first(monkeypatch)
 
     import torch
 
-    from rwkv_peft.train.callbacks import core
+    from rwkv_peft.train.callbacks import metrics
+    from rwkv_peft.train.context import RunContext
 
     clock, found = [0.0], []
-    monkeypatch.setattr(core.time, "monotonic", lambda: clock[0])
-    recorder = core.MetricsCallback([found.append], 9, print)
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    recorder = metrics.MetricsCallback(RunContext(Path(), print, GracefulStop()), [found.append], 9)
     trainer = types.SimpleNamespace(global_step=0, world_size=1, is_global_zero=True, current_epoch=0)
     module = types.SimpleNamespace(shares=[], skipped=False, rate_of=lambda step: 1e-4, grad_norm=torch.tensor(1.0))
     recorder.on_train_start(trainer, module)
@@ -112,7 +118,7 @@ def test_only_a_second_ctrl_c_leaves_at_once_and_nothing_half_written(project_fo
     import signal
 
     from rwkv_peft.checkpoint import run_dir
-    from rwkv_peft.train.callbacks.core import GracefulStop
+    from rwkv_peft.train.callbacks.signals import GracefulStop
 
     class Left(BaseException):
         pass
@@ -139,7 +145,7 @@ def test_a_picture_that_cannot_be_drawn_stops_nothing(ready, monkeypatch, capsys
     def broken(folder):
         raise ValueError("no ink")
 
-    monkeypatch.setattr("rwkv_peft.train.callbacks.core.draw_loss", broken)
+    monkeypatch.setattr("rwkv_peft.train.callbacks.checkpoint.draw_loss", broken)
     run(ready, EPOCH_COUNT="2")
     assert "loss.png could not be drawn (ValueError: no ink); training goes on" in capsys.readouterr().out
 
@@ -234,7 +240,7 @@ def test_a_tracker_that_is_missing_or_fails_says_so_once_and_stops_nothing(ready
     def broken(*_):
         raise SystemExit("the disk is full")
 
-    monkeypatch.setitem(trackers.TRACKERS, name, lambda *_: trackers.Opened(broken, broken, "x"))
+    monkeypatch.setitem(trackers.TRACKERS, name, lambda *_: trackers.TrackerRun(broken, broken, "x"))
     _, records = run(ready, "broken", **variable)
     assert (
         records
@@ -324,7 +330,7 @@ def test_a_signal_that_comes_while_processes_agree_is_not_lost():
             stop.receive(signal.SIGTERM, None)
         return told
 
-    stop = GracefulStop(lambda: None, speaks=False)
+    stop = GracefulStop(is_main=False)
     strategy = types.SimpleNamespace(reduce=reduce, root_device="cpu")
     trainer = types.SimpleNamespace(world_size=2, strategy=strategy)
     assert [stop.agree(trainer), stop.agree(trainer)] == [False, True]
@@ -334,7 +340,7 @@ def test_a_signal_to_another_process_stops_this_one():
     strategy = types.SimpleNamespace(
         reduce=lambda told, reduce_op: told + told.new_tensor([signal.SIGINT, 0]), root_device="cpu"
     )
-    stop = GracefulStop(lambda: None, speaks=False)
+    stop = GracefulStop(is_main=False)
     assert stop.agree(types.SimpleNamespace(world_size=2, strategy=strategy)) and stop.received == signal.SIGINT
 
 
@@ -343,7 +349,7 @@ def test_who_leaves_at_once_is_told_whether_anything_is_saved(monkeypatch):
     monkeypatch.setattr(os, "_exit", lambda code: None)
     monkeypatch.setattr(os, "write", lambda _file, message: told.append(message.decode()))
     for saved in (True, False):
-        stop = GracefulStop(lambda: None, saved=lambda saved=saved: saved)
+        stop = GracefulStop(has_saved=lambda saved=saved: saved)
         stop.received = signal.SIGINT
         stop.receive(signal.SIGINT, None)
     assert "Checkpoints that were saved before are whole" in told[0] and "Nothing had been saved yet" in told[1]

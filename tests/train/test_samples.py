@@ -8,7 +8,7 @@ from helpers.resuming import BASE, interrupted
 from helpers.training import run, tokenize
 
 from rwkv_peft.common.errors import SettingErrors
-from rwkv_peft.train.callbacks import periodic_setup, samples
+from rwkv_peft.train.callbacks import build, samples
 
 COMMON = {"EPOCH_COUNT": "2", "EPOCH_STEPS": "4", "MINI_BSZ": "1", "lora_dropout": "0.2", "SAMPLE_TOKENS": "8"}
 ASKED = {"SAMPLE_PROMPTS": "Sea? | 夜？"}
@@ -64,7 +64,7 @@ def test_an_answer_that_fails_is_told_and_training_goes_on(ready, monkeypatch, c
     def fails(*_args, **_more):
         raise RuntimeError("no words")
 
-    monkeypatch.setattr(periodic_setup, "likeliest_answer", fails)
+    monkeypatch.setattr(build, "likeliest_answer", fails)
     _, records = run(ready, **COMMON, **ASKED)
     assert len(records) == 8 and "samples.md could not be written (RuntimeError: no words)" in capsys.readouterr().out
 

@@ -418,7 +418,7 @@ def test_the_last_answer_of_a_window_is_the_last_of_its_whole_document(ready):
 
 def test_a_full_run_whose_base_is_replaced_saves_nothing(ready, monkeypatch):
     """A checkpoint of it is a changed copy of the base, and its sidecar names the base."""
-    from rwkv_peft.train.callbacks.core import MetricsCallback
+    from rwkv_peft.train.callbacks.metrics import MetricsCallback
 
     original = MetricsCallback.on_train_start
 

@@ -4,6 +4,7 @@ what it has seen."""
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from rwkv_peft.common.errors import SettingErrors, UserError
 from rwkv_peft.data.binidx import Reader
 from rwkv_peft.text.roles import Role
 from rwkv_peft.train.callbacks import validation
+from rwkv_peft.train.callbacks.signals import GracefulStop
+from rwkv_peft.train.context import RunContext
 from rwkv_peft.train.module import TrainingModule
 
 HELD = [
@@ -236,9 +239,8 @@ def test_the_best_is_called_kept_when_it_is_saved(monkeypatch):
         raise OSError(28, "No space left on device")
 
     def look(keep):
-        one = validation.Validate(
-            lambda: [], "x", 1, 1, 0, [], lambda words: (said.append(words), order.append("said")), [], keep
-        )
+        context = RunContext(Path(), lambda words: (said.append(words), order.append("said")), GracefulStop())
+        one = validation.Validate(context, lambda: [], "x", 1, 1, save_best=keep)
         one.round(SimpleNamespace(world_size=1, global_step=3, is_global_zero=True), None)
 
     look(lambda *_: order.append("saved"))

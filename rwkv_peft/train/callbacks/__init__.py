@@ -1,1 +1,1 @@
-"""Callbacks of the training loop."""
+"""Callbacks of a training: what happens between its optimizer steps."""

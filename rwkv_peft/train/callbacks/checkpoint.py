@@ -1,93 +1,139 @@
-"""What a run writes: checkpoints with their sidecars, and the states that it can go on from. On the first process only."""
+"""Checkpoints of a run with their sidecars, and what a training state holds."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import pytorch_lightning as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rwkv_peft import __version__
+from rwkv_peft.adapters import inject
 from rwkv_peft.adapters.specs import OPTIMS
 from rwkv_peft.checkpoint import pth, pth_rewrite, run_dir, sidecars, train_state
 from rwkv_peft.checkpoint.lazy_tensors import LazyTensors
 from rwkv_peft.common import hashing, paths
 from rwkv_peft.common.atomic_io import check_disk_space, remove, remove_stale_temps, temp_path
-from rwkv_peft.common.errors import UserError
+from rwkv_peft.common.errors import UserError, in_words
+from rwkv_peft.common.file_watch import FileChanged
 from rwkv_peft.data.tokenized_files import common_form
+from rwkv_peft.distributed.sharding import gather_to_main
+from rwkv_peft.train.context import RunContext
+from rwkv_peft.train.loss_plot import draw_loss
 from rwkv_peft.train.model_setup import TrainModel
+from rwkv_peft.train.module import TrainingModule
 from rwkv_peft.train.run_record import describe_run, script_values
 from rwkv_peft.train.setup import RunSetup
 
-from .core import TOO_HIGH
+from .metrics import TOO_HIGH
+from .train_state import TrainStateCallback
+
+MOST_PLOT_TIME = 0.01  # share of the time that goes into loss.png
+
+WriteCheckpoint = Callable[[LazyTensors, int, bool, int, str], Path]
 
 
-def check_room(run: RunSetup, trained_values: int) -> None:
-    """UserError if the disk has no room for a checkpoint and the states beside it."""
-    config = run.config
+def check_free_space(run: RunSetup) -> None:
+    """Check that the disk has room for the checkpoints and training states that are kept at a time.
+
+    Raises:
+        UserError: it has not.
+    """
+    config, trained_values = run.config, inject.count_trained(run.base.geometry, run.base.adapter)
     moments = (4 + OPTIMS[config.optim].moments) * trained_values if config.keep_last else 0
-    size = run.base.stat().st_size if run.method.saves_model else 4 * trained_values
+    size = run.base.path.stat().st_size if run.method.saves_model else 4 * trained_values
     steps = config.keep_last + 1 if config.keep_last and config.save_steps else 0
-    check_disk_space(run.folder, size * (1 + steps) + int(moments) * (config.keep_last + 1))
+    check_disk_space(run.run_dir, size * (1 + steps) + int(moments) * (config.keep_last + 1))
 
 
 class CheckpointWriter:
-    """running: what only the running training can tell of itself, for a state's facts."""
+    """Write checkpoints and training states. On rank 0 only.
 
-    def __init__(self, run: RunSetup, learner: TrainModel, running: Callable[[], dict]):
-        self.run, self.learner, self.running = run, learner, running
-        self.content = run.content or hashing.fingerprint(run.base)
-        run.in_use.know(run.base, self.content["sha256"])
-        known = run.found.facts["data"] if run.found else None
-        self.identity = hashing.BackgroundTask(lambda: run.data.content(known))  # read while training goes on
+    Args:
+        run: what is trained.
+        model: the model.
+        running_facts: returns facts of the running training for a state.
+    """
 
-    def kept_start(self) -> Path:
-        """The file of what the adapters began with: a run is nothing without it."""
-        path = run_dir.init_file(self.run.folder, self.run.config.method)
-        if not path.exists():
-            pth.save(path, self.learner.begun)
-        return path
+    def __init__(self, run: RunSetup, model: TrainModel, running_facts: Callable[[], dict]):
+        self.run, self.model, self.running_facts = run, model, running_facts
+        self.fingerprint = run.base.fingerprint or hashing.fingerprint(run.base.path)
+        run.watch.know(run.base.path, self.fingerprint["sha256"])
+        known = run.state.facts["data"] if run.state else None
+        self.data_identity = hashing.BackgroundTask(lambda: run.data.train.content(known))  # read while training runs
 
     @functools.cached_property
-    def start_sha256(self) -> str | None:
-        return hashing.sha256(self.kept_start()) if self.learner.begun else None
+    def init_sha256(self) -> str | None:
+        """SHA-256 of the file of the adapters' initial tensors, which is written if it is not there; None without any.
 
-    def keep_state(self, parts: Mapping[str, LazyTensors], facts: dict) -> None:
-        """Write a state: tensors by file and name, and facts about them."""
-        run, lisa = self.run, self.learner.lisa
+        A run cannot be resumed or merged without that file.
+        """
+        if not self.model.initial_tensors:
+            return None
+        path = run_dir.init_file(self.run.run_dir, self.run.config.method)
+        if not path.exists():
+            pth.save(path, self.model.initial_tensors)
+        return hashing.sha256(path)
+
+    def write_state(self, parts: Mapping[str, LazyTensors], facts: dict) -> None:
+        """Write a training state.
+
+        Args:
+            parts: tensors by file and name.
+            facts: about them.
+        """
+        run, lisa = self.run, self.model.lisa
         more = {
-            "steps": run.steps, "finished": facts["step"] == run.steps, "settings": script_values(run.config),
-            "became": run.settings, "plan": run.plan_facts, "options": run.options, "start_sha256": self.start_sha256,
-            "world": run.plan.world, "base": {"name": run.base.name, **self.content}, "data": self.identity.result(),
-            "quant_kept": list(run.setup.quant_kept), "blocks": lisa.active if lisa else None, "kit": __version__,
+            "steps": run.data.steps, "finished": facts["step"] == run.data.steps, "settings": script_values(run.config),
+            "became": run.settings.values, "plan": run.data.plan_facts, "options": run.base.options,
+            "start_sha256": self.init_sha256, "world": run.plan.world,
+            "base": {"name": run.base.path.name, **self.fingerprint}, "data": self.data_identity.result(),
+            "quant_kept": list(run.base.adapter.quant_kept), "blocks": lisa.active if lisa else None, "kit": __version__,
         }  # fmt: skip
-        facts = {**facts, **more, **self.running()}
-        with self.in_own_folder():
-            train_state.save_state(run.folder, parts, facts, run.config.keep_last, run.in_use.must_be_unchanged)
+        facts = {**facts, **more, **self.running_facts()}
+        with self._in_own_folder():
+            train_state.save_state(run.run_dir, parts, facts, run.config.keep_last, run.watch.must_be_unchanged)
 
     @contextlib.contextmanager
-    def in_own_folder(self) -> Iterator[None]:
-        """Where the run's folder is renamed in here, a save makes it anew: take that away, so that it can be put back."""
+    def _in_own_folder(self) -> Iterator[None]:
+        """Where the run's folder is renamed meanwhile, a save makes it again: remove it, so that it can be put back."""
         try:
             yield
         finally:
-            if not self.run.in_use.is_there(self.run.folder):
-                for made in (train_state.state_folder(self.run.folder), self.run.folder):
+            if not self.run.watch.is_there(self.run.run_dir):
+                for made in (train_state.state_folder(self.run.run_dir), self.run.run_dir):
                     with contextlib.suppress(OSError):  # it is not there, or not empty
                         made.rmdir()
 
     def write(self, trained: LazyTensors, epoch: int, finished: bool, step: int, name: str = "") -> Path:
-        """Write a checkpoint of what is trained, and its sidecar; returns its path. name: instead of the epoch's number.
-        UserError if it would hold NaN.
-        """
-        run, learner = self.run, self.learner
-        path = run.folder / f"rwkv-{name or epoch}.pth"
-        remove_stale_temps(path)
+        """Write a checkpoint and its sidecar.
 
-        def sound(name: str) -> Tensor:
+        Args:
+            trained: tensors of the checkpoint.
+            epoch: number of the epoch, from 0.
+            finished: the epoch is finished.
+            step: optimizer steps so far.
+            name: replaces the epoch's number in the name of the file.
+
+        Returns:
+            The path as it is displayed.
+
+        Raises:
+            UserError: a tensor holds NaN or infinity.
+        """
+        run, source = self.run, self.model.base_file
+        path = run.run_dir / f"rwkv-{name or epoch}.pth"
+        sidecar_path = sidecars.sidecar_path(path)
+        for file in (path, sidecar_path):
+            remove_stale_temps(file)
+
+        def read_finite(name: str) -> Tensor:
             tensor = trained[name]
             if not torch.isfinite(tensor).all():
                 raise UserError(
@@ -95,34 +141,167 @@ class CheckpointWriter:
                 )
             return tensor
 
-        about = run.config, run.geometry, run.setup.options, run.base, self.content, run.precision
-        sidecar = describe_run(*about, epoch, step, finished)
-        form = common_form(run.data.forms)
-        sidecar["prompt_type"], sidecar["eot"] = (form.prompt_type, form.eot) if form else (None, None)
-        sidecar["template"] = form.template.to_dict() if form and form.template else None
-        sidecar["quant_kept"] = list(run.setup.quant_kept)
-        sidecar["bos"] = run.data.bos[0] if len(run.data.bos) == 1 else None
-        sidecar["blank_lines"] = run.data.blank_lines
-        if not run.config.streaming:
-            sidecar["data"] = [[file["name"], file["sha256"]] for file in self.identity.result()["files"]]
-        if learner.begun:
-            sidecar["start_sha256"] = self.start_sha256
-        # both get their names when both are whole: until then the disk may be full, and what was there before stays
-        note = sidecars.sidecar_path(path)
-        remove_stale_temps(note)
-        fresh, fresh_note = temp_path(path), temp_path(note)
-        with self.in_own_folder():
+        def change(name: str) -> Callable[[Any], Tensor] | None:
+            return (lambda _: read_finite(name)) if name in trained else None
+
+        sidecar = self._describe(epoch, step, finished)
+        # both are renamed when both are complete: until then the disk may be full, and the earlier pair stays
+        fresh, fresh_sidecar = temp_path(path), temp_path(sidecar_path)
+        with self._in_own_folder():
             try:
-                if learner.held:
-                    change = lambda name: (lambda _: sound(name)) if name in trained else None  # noqa: E731
-                    pth_rewrite.rewrite(learner.held, fresh, change)
+                if source:
+                    pth_rewrite.rewrite(source, fresh, change)
                 else:
-                    pth.save(fresh, {name: sound(name) for name in trained})
+                    pth.save(fresh, {name: read_finite(name) for name in trained})
                 sidecar["checkpoint_sha256"] = hashing.sha256(fresh, on_disk=True)
-                sidecars.write_sidecar(fresh_note, sidecar)
-                run.in_use.must_be_unchanged()
-                sidecars.replace_pair(fresh, fresh_note, path)
+                sidecars.write_sidecar(fresh_sidecar, sidecar)
+                run.watch.must_be_unchanged()
+                sidecars.replace_pair(fresh, fresh_sidecar, path)
             finally:
                 remove(fresh)
-                remove(fresh_note)
+                remove(fresh_sidecar)
         return Path(paths.display_path(path))
+
+    def _describe(self, epoch: int, step: int, finished: bool) -> dict:
+        """Return the sidecar of a checkpoint."""
+        run, data = self.run, self.run.data.train
+        sidecar = describe_run(run.config, run.base, self.fingerprint, run.compute.precision, epoch, step, finished)
+        form = common_form(data.forms)
+        sidecar["prompt_type"], sidecar["eot"] = (form.prompt_type, form.eot) if form else (None, None)
+        sidecar["template"] = form.template.to_dict() if form and form.template else None
+        sidecar["quant_kept"] = list(run.base.adapter.quant_kept)
+        sidecar["bos"] = data.bos[0] if len(data.bos) == 1 else None
+        sidecar["blank_lines"] = data.blank_lines
+        if not run.config.streaming:
+            sidecar["data"] = [[file["name"], file["sha256"]] for file in self.data_identity.result()["files"]]
+        if self.model.initial_tensors:
+            sidecar["start_sha256"] = self.init_sha256
+        return sidecar
+
+
+class CheckpointSaver:
+    """Save checkpoints. All ranks must call its methods: they gather sharded weights.
+
+    Args:
+        context: of the run.
+        write: CheckpointWriter.write; is called on rank 0 only.
+        trained: returns the trained parameters, under their names in files.
+        every: epochs between two checkpoints.
+        epochs: epochs of the run.
+        epoch_steps: optimizer steps of an epoch.
+        most_steps: checkpoints of steps that are kept.
+        newest: path of the last checkpoint of an epoch.
+    """
+
+    def __init__(
+        self,
+        context: RunContext,
+        write: WriteCheckpoint,
+        trained: Callable[[], Mapping[str, nn.Parameter]],
+        every: int,
+        epochs: int,
+        epoch_steps: int,
+        most_steps: int,
+        newest: Path | None = None,
+    ):
+        self.context, self.write, self.trained = context, write, trained
+        self.every, self.epochs, self.epoch_steps, self.most_steps = every, epochs, epoch_steps, most_steps
+        self.newest = newest
+        self.next_plot = 0.0  # time from which loss.png may be drawn again
+
+    def is_due(self, epoch: int) -> bool:
+        """Return whether the end of an epoch has a checkpoint."""
+        return (epoch + 1) % self.every == 0 or epoch + 1 == self.epochs
+
+    def save(
+        self, trainer: pl.Trainer, module: TrainingModule, epoch: int, finished: bool, name: str = ""
+    ) -> Path | None:
+        """Write a checkpoint. Arguments: see CheckpointWriter.write.
+
+        Returns:
+            The path on rank 0, None on other ranks.
+        """
+        sharding, device, path = module.spread, trainer.strategy.root_device, None
+        self.context.stop.check_files(trainer)
+        sharding.settle(module.model)
+        trained = {"weights": sharding.weights(self.trained())}
+        with gather_to_main(trained, sharding.weights_in_pieces, trainer.is_global_zero, device) as gathered:
+            if gathered:
+                with contextlib.suppress(FileChanged):  # at the last moment: check_files raises it on all ranks
+                    path = self.write(gathered["weights"], epoch, finished, trainer.global_step, name)
+        self.context.stop.check_files(trainer)
+        return path
+
+    def save_epoch(self, trainer: pl.Trainer, module: TrainingModule, finished: bool) -> None:
+        """Write rwkv-N.pth."""
+        epoch = trainer.current_epoch
+        if path := self.save(trainer, module, epoch, finished):
+            self.newest = path
+            self.plot(epoch + 1 == self.epochs or trainer.should_stop)
+            words = "" if finished else ", not finished"
+            self.context.log(f"saved {path} (epoch {epoch + 1} of {self.epochs}{words})")
+
+    def save_best(self, trainer: pl.Trainer, module: TrainingModule) -> None:
+        """Write rwkv-best.pth."""
+        self.save(trainer, module, trainer.current_epoch, True, "best")
+
+    def save_step(self, trainer: pl.Trainer, module: TrainingModule) -> None:
+        """Write rwkv-step-N.pth, unless an epoch ends here that has a checkpoint."""
+        step = trainer.global_step
+        epoch, finished = (step - 1) // self.epoch_steps, step % self.epoch_steps == 0
+        if finished and self.is_due(epoch):
+            return
+        try:
+            if path := self.save(trainer, module, epoch, finished, f"step-{step}"):
+                self.context.log(f"saved {path}")
+                run_dir.remove_old_steps(self.context.run_dir, step, self.most_steps)
+                self.plot(False)
+        except FileChanged:
+            raise
+        except (OSError, UserError) as error:
+            self.context.log(f"warning   rwkv-step-{step}.pth could not be saved; training goes on. {in_words(error)}")
+
+    def remove_unfinished(self, epoch: int) -> None:
+        """Remove the checkpoint of a stop in the middle of an epoch that is finished now."""
+        if path := run_dir.remove_unfinished(self.context.run_dir, epoch):
+            self.context.log(f"removed {paths.display_path(path)}: of the middle of an epoch that is finished now")
+
+    def plot(self, is_end: bool) -> None:
+        """Draw loss.png, if that does not take more than MOST_PLOT_TIME of the time, or at the end of the run."""
+        began = time.monotonic()
+        if (not is_end and began < self.next_plot) or not self.context.owns_run_dir():
+            return
+        try:
+            draw_loss(self.context.run_dir)
+        except Exception as error:  # a plot is no reason to end a training
+            self.context.log(f"loss.png could not be drawn ({type(error).__name__}: {error}); training goes on.")
+        now = time.monotonic()
+        self.next_plot = now + (now - began) / MOST_PLOT_TIME
+
+
+class CheckpointCallback(pl.Callback):
+    """Save a checkpoint and a training state at the end of epochs that are due, and when the run is stopped.
+
+    Args:
+        saver: of checkpoints.
+        state: of training states.
+    """
+
+    def __init__(self, saver: CheckpointSaver, state: TrainStateCallback):
+        self.saver, self.state = saver, state
+
+    def on_train_epoch_end(self, trainer, module) -> None:
+        """Save a checkpoint and a training state, if they are due."""
+        saver, context = self.saver, self.saver.context
+        epoch, step = trainer.current_epoch, trainer.global_step
+        # (a stream may end early; a run that is stopped in the last step of an epoch has finished it)
+        finished = not trainer.should_stop or step >= (epoch + 1) * saver.epoch_steps
+        due = saver.is_due(epoch) or not finished or trainer.should_stop
+        if due and step:
+            saver.save_epoch(trainer, module, finished)
+        elif not due and trainer.is_global_zero and context.owns_run_dir():
+            saver.remove_unfinished(epoch)
+        if trainer.world_size > 1:
+            trainer.strategy.barrier()
+        if due and step:
+            self.state.save(trainer)

@@ -1,5 +1,7 @@
-"""The heaviest micro-batch of a run goes through once, right behind the first step: a GPU that is too small for it says so in the
-first minute, not in the tenth hour. (On a host that is full, no error comes: programs are ended.)
+"""Out-of-memory check: the largest micro-batch of a run is computed once, right after the first step.
+
+A GPU that is too small for it fails in the first minute, not in the tenth hour. (On a host that is full, no error is raised:
+the system kills programs.)
 """
 
 from __future__ import annotations
@@ -9,29 +11,31 @@ import pytorch_lightning as pl
 from rwkv_peft.checkpoint import train_state
 from rwkv_peft.data.dataset import Batch
 
-WHERE = ("cuda",)  # kinds of devices
+DEVICES = ("cuda",)  # types of devices that are checked
 
 
 class OomCheck(pl.Callback):
-    """batch: of as many inputs as the largest has, all of them trained. Behind the first step, when the optimizer has its
-    memory. Nothing of the training changes by it.
+    """Compute the largest micro-batch after the first step, when the optimizer has its memory. The training stays the same.
+
+    Args:
+        batch: with as many inputs as the largest one has, all of them with a loss.
     """
 
     def __init__(self, batch: Batch):
         self.batch = batch
 
     def on_train_start(self, trainer, module) -> None:
-        # (DeepSpeed counts every backward pass as the training's)
-        self.due, self.step = (
-            trainer.strategy.root_device.type in WHERE and not module.spread.strategy.stage,
-            trainer.global_step,
-        )
+        """Decide whether to check."""
+        # (DeepSpeed counts every backward pass as one of the training)
+        self.is_due = trainer.strategy.root_device.type in DEVICES and not module.spread.strategy.stage
+        self.step = trainer.global_step
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-        if not self.due or trainer.global_step == self.step:
+        """Check after the first optimizer step."""
+        if not self.is_due or trainer.global_step == self.step:
             return
-        self.due, device = False, trainer.strategy.root_device
-        dice = train_state.get_rng_state(device)
+        self.is_due, device = False, trainer.strategy.root_device
+        rng_state = train_state.get_rng_state(device)
         module.summed_loss(module.transfer_batch_to_device(self.batch, device, 0)).backward()
         trainer.optimizers[0].zero_grad(set_to_none=True)
-        train_state.set_rng_state(dice, device)
+        train_state.set_rng_state(rng_state, device)

@@ -1,4 +1,4 @@
-"""samples.md: what the model answers to the same questions while it learns, before the first step and every so often."""
+"""samples.md: the model's answers to the same questions, before the first step and every so often."""
 
 from __future__ import annotations
 
@@ -6,76 +6,79 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from torch import nn
-
 from rwkv_peft.common.atomic_io import appending, atomic_write, reading
+from rwkv_peft.model.rwkv import RWKV
+from rwkv_peft.train.context import RunContext
 
 from .periodic import PeriodicCallback
 
 FILE = "samples.md"  # in the run's folder
-HEADING = re.compile(r"^## step ([0-9]{1,15})\n", re.M)
+HEADING = re.compile(r"^## step ([0-9]{1,15})\n", re.MULTILINE)
 
 
-def last_of(path: Path) -> int:
-    """The step of the last round in a file, -1 for none."""
-    steps = HEADING.findall(content(path))
+def last_step(path: Path) -> int:
+    """Return the step of the last answers in a file, -1 for none."""
+    steps = HEADING.findall(_read(path))
     return int(steps[-1]) if steps else -1
 
 
-def content(path: Path) -> str:
-    """What the file holds, "" where there is none; bytes that are no UTF-8 go through as they are."""
+def _read(path: Path) -> str:
+    """Return the content of the file, "" where there is none. Bytes that are not UTF-8 are kept as they are."""
     if not path.exists():
         return ""
     with reading(path, "r", encoding="utf-8", errors="surrogateescape") as file:
         return file.read()
 
 
-def cut(folder: Path, last: int) -> None:
-    """Take from the file what came after an optimizer step."""
+def truncate(folder: Path, last: int) -> None:
+    """Remove the answers after an optimizer step from the file."""
     path = folder / FILE
     if path.exists():
-        text = content(path)
-        later = next((m.start() for m in HEADING.finditer(text) if int(m[1]) > last), len(text))
+        text = _read(path)
+        end = next((m.start() for m in HEADING.finditer(text) if int(m[1]) > last), len(text))
         with atomic_write(path) as file:
-            file.write(text[:later].encode(errors="surrogateescape"))
+            file.write(text[:end].encode(errors="surrogateescape"))
 
 
 class Samples(PeriodicCallback):
-    """questions: answered one by one, each by a model that has heard nothing before; answer: from a model and a question to what
-    it says. say: is told what goes wrong, which never stops the training. ours: whether the file's folder is still the
-    run's own.
+    """Write the model's answers to questions. What fails is logged and never stops the training.
+
+    Args:
+        context: of the run.
+        questions: each is answered by itself.
+        answer: from a model and a question to its answer.
+        every: optimizer steps between two rounds, 0 for the ends of epochs.
+        epoch_steps: optimizer steps of an epoch.
     """
 
     def __init__(
         self,
-        path: Path,
+        context: RunContext,
         questions: Sequence[str],
-        answer: Callable[[nn.Module, str], str],
+        answer: Callable[[RWKV, str], str],
         every: int,
         epoch_steps: int,
-        say: Callable[[str], None],
     ):
-        super().__init__(every, epoch_steps, last_of(path))
-        self.path, self.questions, self.answer, self.say = path, questions, answer, say
-        self.ours: Callable[[], bool] = lambda: True
+        self.path = context.run_dir / FILE
+        super().__init__(context, every, epoch_steps, last_step(self.path))
+        self.questions, self.answer = questions, answer
 
     def round(self, trainer, module) -> bool:
-        if not (trainer.is_global_zero or module.spread.weights_in_pieces):
-            return True  # (where they are, no process can answer alone: all do, and say the same)
+        """Answer all questions once."""
+        is_sharded, stop = module.spread.weights_in_pieces, self.context.stop
+        if not (trainer.is_global_zero or is_sharded):
+            return True  # (with sharded weights, no rank can answer alone: all do, and give the same answer)
         lines = [f"## step {trainer.global_step}\n"]
         try:
             for question in self.questions:
-                if self.agree(trainer) if module.spread.weights_in_pieces else self.interrupted():
+                if stop.agree(trainer) if is_sharded else stop.received:
                     return False
                 answer = self.answer(module.model, question).strip()
-                lines += [
-                    f"**{question}**\n",
-                    "\n".join(f"> {line}" for line in answer.splitlines()) or "> (nothing)",
-                    "",
-                ]
-            if trainer.is_global_zero and self.ours():
+                quoted = "\n".join(f"> {line}" for line in answer.splitlines()) or "> (nothing)"
+                lines += [f"**{question}**\n", quoted, ""]
+            if trainer.is_global_zero and self.context.owns_run_dir():
                 with appending(self.path, encoding="utf-8") as file:
                     file.write("\n".join(lines) + "\n")
         except Exception as error:  # an answer is no reason to end a training
-            self.say(f"{FILE} could not be written ({type(error).__name__}: {error}); training goes on.")
+            self.context.log(f"{FILE} could not be written ({type(error).__name__}: {error}); training goes on.")
         return True

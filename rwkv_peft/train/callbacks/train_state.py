@@ -20,8 +20,11 @@ from rwkv_peft.checkpoint.train_state import TrainState
 from rwkv_peft.common.errors import UserError, in_words
 from rwkv_peft.common.file_watch import FileChanged
 from rwkv_peft.distributed.sharding import gather_to_main, lazy_tensor
+from rwkv_peft.train.context import RunContext
+from rwkv_peft.train.module import TrainingModule
 
 Names = Callable[[], Mapping[str, nn.Parameter]]
+WriteState = Callable[[Mapping[str, LazyTensors], dict], None]
 
 
 class ResumeCallback(pl.Callback):
@@ -88,32 +91,30 @@ class ResumeCallback(pl.Callback):
 class TrainStateCallback(pl.Callback):
     """Saves a snapshot every so many optimizer steps, and when `save` is called. To be the last callback.
 
-    write: from parts and facts to a snapshot on the disk; None for a run that saves none. names: see GoOn. every: 0 for never by
-    itself. epoch_steps: optimizer steps of an epoch. say: is told where one cannot be written, on a full disk: training goes on
-    without it. saved: the step of the one that it goes on from. beside: is called by all processes after one of `every`,
-    and again where a run goes on from it: it may have been killed between the two. paused: is told how many seconds both took.
-    unchanged: called by all before and after one is written; raises where a file of the run has changed.
+    context: of the run; logs where a state cannot be written, on a full disk: training continues without it.
+    write: from parts and facts to a snapshot on the disk; None for a run that saves none. names: see ResumeCallback. every: 0
+    for never by itself. epoch_steps: optimizer steps of an epoch. after_save: is called by all processes after one of `every`,
+    and again where a run is resumed from it: it may have been killed between the two. saved: the step of the one that it is
+    resumed from.
     """
 
     def __init__(
         self,
-        write: Callable[[Mapping[str, LazyTensors], dict], None] | None,
+        context: RunContext,
+        write: WriteState | None,
         names: Names,
         every: int,
         epoch_steps: int,
-        say: Callable[[str], None],
+        after_save: Callable[[pl.Trainer, TrainingModule], None],
         saved: int = -1,
     ):
-        self.write, self.names, self.every, self.epoch_steps, self.say = write, names, every, epoch_steps, say
-        self.step, self.saved = 0, saved
-        self.beside: Callable[[pl.Trainer, pl.LightningModule], None] = lambda trainer, module: None
-        self.paused: Callable[[float], None] = lambda seconds: None
-        self.unchanged: Callable[[pl.Trainer], None] = lambda trainer: None
+        self.context, self.write, self.names, self.every, self.epoch_steps = context, write, names, every, epoch_steps
+        self.after_save, self.step, self.saved = after_save, 0, saved
 
     def on_train_start(self, trainer, module) -> None:
         self.look(trainer)
         if self.write is not None and self.every and self.step and self.step % self.every == 0:
-            self.beside(trainer, module)
+            self.after_save(trainer, module)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         if trainer.global_step == self.step:
@@ -131,8 +132,8 @@ class TrainStateCallback(pl.Callback):
         if self.write is not None:
             began = time.monotonic()
             self.save(trainer)
-            self.beside(trainer, module)
-            self.paused(time.monotonic() - began)
+            self.after_save(trainer, module)
+            self.context.clock.exclude(time.monotonic() - began)
 
     def look(self, trainer) -> None:
         """Note what changes between here and the next step."""
@@ -143,7 +144,7 @@ class TrainStateCallback(pl.Callback):
         """Of the last optimizer step that is done. To be called by all processes."""
         if self.write is None or (self.exact and trainer.world_size == 1):
             return
-        self.unchanged(trainer)
+        self.context.stop.check_files(trainer)
         random = {f"{trainer.global_rank}/{name}": state for name, state in self.random.items()}
         if trainer.world_size > 1:
             everyone: list[dict] = [{} for _ in range(trainer.world_size)]
@@ -170,10 +171,10 @@ class TrainStateCallback(pl.Callback):
             except FileChanged:  # in the last moment: told with all the others
                 pass
             except (OSError, UserError) as error:
-                self.say(
+                self.context.log(
                     f"warning   the state of step {self.step} could not be saved; training goes on. {in_words(error)}"
                 )
-        self.unchanged(trainer)
+        self.context.stop.check_files(trainer)
         if trainer.world_size > 1:
             trainer.strategy.barrier()
 

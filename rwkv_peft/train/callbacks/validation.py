@@ -1,11 +1,11 @@
-"""The loss on held-out data while training: before the first step, then every so often. It changes nothing of the training."""
+"""Validation: the loss on held-out data before the first step and every so often. It changes nothing of the training."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -14,26 +14,32 @@ import torch
 from rwkv_peft.checkpoint import run_dir, step_log
 from rwkv_peft.common.atomic_io import appending, atomic_write
 from rwkv_peft.data.dataset import Batch
+from rwkv_peft.train.context import RunContext
+from rwkv_peft.train.module import TrainingModule
 
 from .periodic import PeriodicCallback
 
-FILE = "valid.jsonl"  # in the run's folder: an object for every look
+FILE = "valid.jsonl"  # in the run's folder: one object per validation
 
 
 def read(folder: Path, last: int | None = None) -> list[dict]:
-    """What a run has found so far, up to an optimizer step."""
-    found = [record for _, record in step_log.read_lines(folder / FILE, is_look)]
-    return [record for record in found if record and (last is None or record["step"] <= last)]
+    """Return the validations of a run so far.
+
+    Args:
+        folder: of the run.
+        last: the last optimizer step, None for all.
+    """
+    records = [line.record for line in step_log.read_lines(folder / FILE, _is_record)]
+    return [record for record in records if record and (last is None or record["step"] <= last)]
 
 
-def is_look(record: dict) -> bool:
-    """Whether an object is what a look at held-out data has found."""
+def _is_record(record: dict) -> bool:
     loss = record.get("loss", "none")
     return step_log.is_count(record.get("step")) and (loss is None or step_log.is_number(loss))
 
 
-def cut(folder: Path, last: int) -> None:
-    """Take from the file what came after an optimizer step."""
+def truncate(folder: Path, last: int) -> None:
+    """Remove the validations after an optimizer step from the file."""
     if (folder / FILE).exists():
         content = "".join(json.dumps(record) + "\n" for record in read(folder, last))
         with atomic_write(folder / FILE) as file:
@@ -41,97 +47,121 @@ def cut(folder: Path, last: int) -> None:
 
 
 def of_one_set(records: list[dict], data: str) -> list[dict]:
-    """The looks at these data that came to a number."""
+    """Return the validations on one held-out set whose loss is a number.
+
+    Args:
+        records: of all validations.
+        data: identifies the held-out set.
+    """
     return [record for record in records if record.get("data") == data and record["loss"] is not None]
 
 
 def rounds_without_a_better(records: list[dict]) -> int:
-    """How many looks there have been since the best one."""
+    """Return the number of validations since the best one."""
     return len(records) - 1 - min(range(len(records)), key=lambda i: records[i]["loss"]) if records else 0
 
 
 class Validate(PeriodicCallback):
-    """batches: of this process; together those of all are the data, once. data: tells these data from others. patience: so many
-    rounds without a better one end the training, 0 for never. sinks: get every record, on rank 0. before: records of a run that
-    goes on. keep: saves what was trained, called by all processes where a round is the best so far; None for nothing. stopped:
-    whether it has ended the training.
+    """Compute the loss on held-out data.
+
+    Args:
+        context: of the run.
+        batches: micro-batches of this rank; those of all ranks are the held-out set, once.
+        data: identifies the held-out set.
+        every: optimizer steps between two validations, 0 for the ends of epochs.
+        epoch_steps: optimizer steps of an epoch.
+        patience: so many validations without a better one end the training, 0 for never.
+        sinks: get every record, on rank 0.
+        before: records of a run that is resumed.
+        save_best: is called by all ranks where a validation is the best so far; None for nothing.
     """
 
     def __init__(
         self,
+        context: RunContext,
         batches: Callable[[], Iterable[Batch]],
         data: str,
         every: int,
         epoch_steps: int,
-        patience: int,
-        sinks: list[Callable[[dict], None]],
-        say: Callable[[str], None],
-        before: list[dict],
-        keep: Callable[[pl.Trainer, pl.LightningModule], None] | None = None,
+        patience: int = 0,
+        sinks: Sequence[Callable[[dict], None]] = (),
+        before: Sequence[dict] = (),
+        save_best: Callable[[pl.Trainer, TrainingModule], None] | None = None,
     ):
-        mine = [record for record in before if record.get("data") == data]
-        super().__init__(every, epoch_steps, mine[-1]["step"] if mine else -1)
-        self.batches, self.data, self.patience, self.sinks, self.say = batches, data, patience, sinks, say
-        self.records, self.others, self.stopped = of_one_set(before, data), bool(before) and not mine, False
-        self.keep = keep
+        earlier = [record for record in before if record.get("data") == data]
+        super().__init__(context, every, epoch_steps, earlier[-1]["step"] if earlier else -1)
+        self.batches, self.data, self.patience, self.sinks = batches, data, patience, sinks
+        self.records, self.has_other_data = of_one_set(list(before), data), bool(before) and not earlier
+        self.save_best = save_best
 
     def on_train_start(self, trainer, module) -> None:
+        """Validate before the first step, and again where the held-out set is another one."""
         if trainer.world_size > 1:
-            self.records, self.others = trainer.strategy.broadcast((self.records, self.others))
+            self.records, self.has_other_data = trainer.strategy.broadcast((self.records, self.has_other_data))
         super().on_train_start(trainer, module)
-        if self.others:
-            self.say("warning   VAL_DATA is not what it was: what is the best so far is counted anew")
-            self.begin(trainer, module)
+        if self.has_other_data:
+            self.context.log("warning   VAL_DATA is not what it was: what is the best so far is counted anew")
+            self._begin(trainer, module)
 
     @torch.no_grad()
     def round(self, trainer, module) -> bool:
+        """Validate once."""
         total, targets = 0.0, 0
         for batch in self.batches():
-            if self.agree(trainer):
+            if self.context.stop.agree(trainer):
                 return False
             moved = module.transfer_batch_to_device(batch, trainer.strategy.root_device, 0)
             total += float(trainer.strategy.validation_step(moved))
             targets += len(batch.targets)
         if trainer.world_size > 1:
             sums = torch.tensor([total, float(targets)], dtype=torch.float64).to(trainer.strategy.root_device)
-            total, targets = (float(x) for x in trainer.strategy.reduce(sums, reduce_op="sum"))
+            sums = trainer.strategy.reduce(sums, reduce_op="sum")
+            total, targets = float(sums[0]), int(sums[1])
         loss = total / max(targets, 1)
-        sound = math.isfinite(loss)
+        is_finite = math.isfinite(loss)
         step = trainer.global_step
         record = {
-            "step": step, "epoch": max(0, step - 1) // self.epoch_steps, "loss": loss if sound else None,
-            "targets": int(targets), "data": self.data,
+            "step": step, "epoch": max(0, step - 1) // self.epoch_steps, "loss": loss if is_finite else None,
+            "targets": targets, "data": self.data,
         }  # fmt: skip
-        self.records += [record] if sound else []
+        self.records += [record] if is_finite else []
         for sink in self.sinks if trainer.is_global_zero else ():
             sink(record)
-        waited, best = rounds_without_a_better(self.records), self.best
-        known = f"the best was {best['loss']:.4f} at step {best['step']}" if waited else "the best so far"
-        words = f"step {step}{sound and f', {known}' or ''}" if step else "before training"
+        waited = rounds_without_a_better(self.records)
+        words = f"step {step}" if step else "before training"
+        if is_finite and step and waited:
+            best = min(self.records, key=lambda record: record["loss"])
+            words += f", the best was {best['loss']:.4f} at step {best['step']}"
+        elif is_finite and step:
+            words += ", the best so far"
         try:
-            if self.keep and sound and step and not waited:
-                self.keep(trainer, module)
+            if self.save_best and is_finite and step and not waited:
+                self.save_best(trainer, module)
                 words += f", kept as {run_dir.BEST}"
-        finally:  # where the disk is full, the loss is told all the same
-            self.say(f"validation loss {loss:.4f} ({words})")
-        if sound and self.patience and waited >= self.patience:
-            self.stopped = trainer.should_stop = True
-            self.say(f"VAL_PATIENCE={self.patience}: no better validation for so many rounds; training ends here.")
+        finally:  # where the disk is full, the loss is logged all the same
+            self.context.log(f"validation loss {loss:.4f} ({words})")
+        if is_finite and self.patience and waited >= self.patience:
+            self.context.progress.ended_early = trainer.should_stop = True
+            self.context.log(
+                f"VAL_PATIENCE={self.patience}: no better validation for so many rounds; training ends here."
+            )
         return True
-
-    @property
-    def best(self) -> dict | None:
-        return min(self.records, key=lambda record: record["loss"], default=None)
 
 
 class ValidFile:
-    """valid.jsonl, on the disk before the state that follows. ours: whether its folder is still the run's own."""
+    """valid.jsonl, on the disk before the training state that follows.
 
-    def __init__(self, path: Path, ours: Callable[[], bool] = lambda: True):
-        self.path, self.ours = path, ours
+    Args:
+        path: of the file.
+        owns_run_dir: whether its folder is still the run's own.
+    """
+
+    def __init__(self, path: Path, owns_run_dir: Callable[[], bool] = lambda: True):
+        self.path, self.owns_run_dir = path, owns_run_dir
 
     def __call__(self, record: dict) -> None:
-        if not self.ours():
+        """Append a validation."""
+        if not self.owns_run_dir():
             return
         with appending(self.path, encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")

@@ -82,15 +82,15 @@ class It(Harness):
         facts = found.facts
         sound(found.step == 5 and isinstance(facts["finished"], bool), "another step", facts)
         sound(isinstance(facts["tokens"], int) and facts["tokens"] >= 0, "tokens that are no number", facts["tokens"])
-        outcomes = [resume.place(found), resume.longer(found), str(resume.ended_early(found))]
+        outcomes = [resume.describe(found), resume.length_setting(found), str(resume.ended_early(found))]
         resume.changed_settings(found, self.config, set())
         content, data = {"sha256": "x"}, {"files": [{"name": "a", "sha256": "b"}], "weights": []}
         given = resume.script_values(self.config)
         plan = {"accumulate": 1, "world": 1, "rows": 2, "micro_batches": 2, "epoch_steps": 2}
         for check in (
-            lambda: resume.must_not_be_finished(found, 5, self.config, None),
-            lambda: resume.must_have_its_files(found, {}, content, data, run / "init_lora.pth"),
-            lambda: resume.must_be_the_same(found, given, given, plan),
+            lambda: resume.check_not_finished(found, 5, self.config, None),
+            lambda: resume.check_files(found, {}, content, data, run / "init_lora.pth"),
+            lambda: resume.check_settings(found, given, given, plan),
         ):
             try:
                 check()
