@@ -31,7 +31,7 @@ from bench.step import AS_RUN_SH, GEOMETRIES
 from rwkv_peft.checkpoint import pth
 from rwkv_peft.cli import train
 from rwkv_peft.common import paths
-from rwkv_peft.common.plotting import figure
+from rwkv_peft.common.plotting import open_figure
 from rwkv_peft.config.shell import Script, parse_assignments
 from rwkv_peft.config.train import TrainConfig
 from rwkv_peft.model.init_weights import initial_tensors
@@ -94,7 +94,7 @@ def killed_run(point: dict, kills: int, rng: random.Random) -> list[tuple[int, i
 
 
 def draw(path: Path, whole: list[dict], again: list[dict], kills: list[tuple[int, int]]) -> None:
-    with figure(9, 5.6, (3, 1)) as (drawing, (axes, below)):
+    with open_figure(9, 5.6, (3, 1)) as (drawing, (axes, below)):
         drawing.set_layout_engine("constrained")
         axes.plot(
             [r["step"] for r in whole], [r["loss"] for r in whole], color="#9ec5e8", linewidth=5, label="went through"

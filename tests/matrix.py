@@ -325,7 +325,7 @@ class Run:
     @functools.cached_property
     def base(self) -> Mapping[str, Tensor]:
         """The base's tensors; float32, as the run computes, whatever the file has."""
-        stored = pth.load(paths.model_file(self.config.model_path))
+        stored = pth.load(paths.resolve_model(self.config.model_path))
         return {name: tensor.float() for name, tensor in stored.items()}
 
     @functools.cached_property
@@ -464,7 +464,7 @@ def attached(run: Run) -> RWKV:
     saved = pth.load(run.checkpoint)
     if METHODS[run.config.method].saves_model:
         return model_of(saved)
-    model = model_of(pth.load(paths.model_file(run.config.model_path)))
+    model = model_of(pth.load(paths.resolve_model(run.config.model_path)))
     sidecar = sidecars.read_sidecar(run.checkpoint, ("method",))
     setup = inject.setup_of(sidecar, "the matrix")
     inject.attach_checkpoint(model, saved, setup, "the matrix", None, run.start or None)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from rwkv_peft.common import json_reader
 from rwkv_peft.common.errors import UserError, pip_command
 from rwkv_peft.common.formatting import did_you_mean, join_names
-from rwkv_peft.common.paths import display_path, missing
+from rwkv_peft.common.paths import describe_missing, display_path
 from rwkv_peft.model.layers import Linear
 
 from .base import Adapter, compute_dtype, device_of
@@ -119,8 +119,8 @@ def read_config(path: str | Path) -> dict:
     """Read the settings in the file of PEFT_CONFIG: peft_type, in capitals, and the method's own."""
     where = display_path(path)
     if not Path(path).is_file():
-        raise UserError(f"{where}: {missing(Path(path))}.")
-    config = json_reader.read(path)
+        raise UserError(f"{where}: {describe_missing(Path(path))}.")
+    config = json_reader.read_json(path)
     example = 'It holds one object, like {"peft_type": "LOHA", "r": 8, "alpha": 16}.'
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise UserError(f"{where}: does not say which method of peft to use. {example}")

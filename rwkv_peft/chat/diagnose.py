@@ -228,7 +228,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[dict], list[dict]]:
     Raises:
         UserError: it has no settings.
     """
-    settings = json_reader.read(folder / "run.json", "record of a run's settings", WANTED, tuple(WANTED))
+    settings = json_reader.read_json(folder / "run.json", "record of a run's settings", WANTED, tuple(WANTED))
     validations = validation.read(folder)
     newest: Any = validations[-1].get("data") if validations else ""
     return settings, step_log.read_log(folder), validation.of_one_set(validations, newest)

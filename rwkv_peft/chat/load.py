@@ -154,7 +154,7 @@ def check_not_foreign(name: str) -> None:
 def locate_model(name: str) -> Path:
     """Return the path of a model, in model/ or merge/ or anywhere. It may not exist."""
     check_not_foreign(name)
-    path = paths.model_file(name)
+    path = paths.resolve_model(name)
     merged = paths.resolve_path(name if name.endswith(".pth") else f"{name}.pth", "merge")
     return merged if merged.exists() and not path.exists() else path
 
@@ -168,11 +168,11 @@ def find_model(name: str) -> Path:
     path = locate_model(name)
     if path.exists():
         return path
-    if foreign := paths.foreign_path(name):
+    if foreign := paths.explain_foreign_path(name):
         raise UserError(f"--model, or MODEL_PATH in chat.sh: {foreign}")
     if path.is_symlink():
-        raise UserError(f"{name} (--model, or MODEL_PATH in chat.sh): {paths.missing(path)}.")
-    there = [name for folder in ("model", "merge") for name in paths.models_in(paths.ROOT / folder)]
+        raise UserError(f"{name} (--model, or MODEL_PATH in chat.sh): {paths.describe_missing(path)}.")
+    there = [name for folder in ("model", "merge") for name in paths.list_models(paths.ROOT / folder)]
     raise UserError(
         f"{name} (--model, or MODEL_PATH in chat.sh): there is no such model{did_you_mean(name, there) or '.'} "
         f"In model/ and merge/ there is: {join_names(there)}."

@@ -103,7 +103,7 @@ def find_base_model(
     Raises:
         UserError: no candidate is that file; raised here or by the deferred check.
     """
-    places = [paths.model_file(given)] if given else [paths.ROOT / "model" / sidecar["base"]]
+    places = [paths.resolve_model(given)] if given else [paths.ROOT / "model" / sidecar["base"]]
     if not given and sidecar.get("base_path"):
         places.append(Path(sidecar["base_path"]))
     there = [place for place in places if place.is_file()]

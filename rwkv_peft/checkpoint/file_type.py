@@ -183,7 +183,7 @@ def read_safetensors_header(path: Path) -> tuple[dict, int]:
         if length > MOST_HEADER:
             raise ValueError(f"is a .safetensors file with a header of {length:,} bytes, which no model has. {AGAIN}.")
         try:
-            header = json_reader.parse(file.read(length), MOST_HEADER)
+            header = json_reader.parse_json(file.read(length), MOST_HEADER)
         except ValueError as error:
             raise ValueError(f"is a .safetensors file whose header is damaged: it {error}. {AGAIN}.") from None
     if not isinstance(header, dict):

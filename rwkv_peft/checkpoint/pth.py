@@ -29,12 +29,12 @@ from torch import Tensor
 
 from rwkv_peft.common.atomic_io import atomic_write, check_disk_space
 from rwkv_peft.common.direct_io import DirectReader
-from rwkv_peft.common.direct_io import aligned as room_for
-from rwkv_peft.common.errors import UserError, cause
+from rwkv_peft.common.direct_io import allocate_aligned as room_for
+from rwkv_peft.common.errors import UserError, find_system_error
 from rwkv_peft.common.formatting import first_line, join_names
 from rwkv_peft.common.hashing import crc32
 from rwkv_peft.common.parallel_io import parallel_map
-from rwkv_peft.common.paths import display_path, missing, models_in
+from rwkv_peft.common.paths import describe_missing, display_path, list_models
 
 from . import file_type, official_names, safetensors_io, zip_records
 
@@ -172,7 +172,7 @@ def read_header(path: str | os.PathLike) -> dict[str, TensorInfo]:
     if path.is_dir():
         raise UserError(f"{display_path(path)}: is a folder, not a .pth or .safetensors file.{folder_hint(path)}")
     if not path.is_file():
-        raise UserError(f"{display_path(path)}: {missing(path)}.{nearby_files_hint(path)}")
+        raise UserError(f"{display_path(path)}: {describe_missing(path)}.{nearby_files_hint(path)}")
     with open(path, "rb") as file:
         head = file.read(file_type.HEAD)
     if file_type.is_safetensors(head, path.stat().st_size):
@@ -417,13 +417,13 @@ def expected_size(path: Path) -> int | None:
 
 def nearby_files_hint(path: Path) -> str:
     """Return a sentence about the model files in the same folder."""
-    there = models_in(path.parent)
+    there = list_models(path.parent)
     return f" In {display_path(path.parent)}/ there is: {join_names(there)}." if there else ""
 
 
 def folder_hint(folder: Path) -> str:
     """Return a sentence about which file of a folder to name."""
-    there = models_in(folder)
+    there = list_models(folder)
     shards = [name for name in there if re.search(r"-\d{5}-of-\d{5}\.safetensors$", name)]
     if len(shards) > 1:
         return (
@@ -447,13 +447,13 @@ def load(path: str | os.PathLike) -> dict[str, Tensor]:
             # Any: the stub says it returns a base class
             whole: Any = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
         except RuntimeError as error:
-            raise cause(error) or error from None
+            raise find_system_error(error) or error from None
         return {name: map_tensor(whole, stored) for name, stored in described.items()}
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return {name: tensors[s.name or name].detach().reshape(s.shape) for name, s in described.items()}
     except (*UNREADABLE, OSError) as error:
-        refused = cause(error)
+        refused = find_system_error(error)
         if refused and not (
             isinstance(refused, OSError) and refused.errno == errno.EINVAL
         ):  # (a place outside the file)

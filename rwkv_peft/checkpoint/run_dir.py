@@ -83,14 +83,17 @@ def lock_run_dir(name: str, stem: str, cleanup: contextlib.ExitStack, goes_on: b
             continue
         check_run_paths(folder)
         taken = not locked or (has_saved(folder) and not goes_on)
-        file = None if taken else cleanup.enter_context(atomic_io.appending(folder / step_log.FILE, own=own))
+        file = None if taken else cleanup.enter_context(atomic_io.open_append(folder / step_log.FILE, own=own))
         if file is None or any(others):
             message = f"{paths.display_path(folder)} has just been taken by another run; choose another name"
             if goes_on:
                 message = f"{paths.display_path(folder)} is being trained at this moment, by another process"
             raise SettingErrors(SettingError("RUN_NAME", message))
         if not goes_on and os.fstat(file.fileno()).st_size:  # of a run that ended before it saved anything
-            with atomic_io.reading(folder / step_log.FILE) as log, atomic_io.appending(folder / BEFORE, "ab") as before:
+            with (
+                atomic_io.open_regular(folder / step_log.FILE) as log,
+                atomic_io.open_append(folder / BEFORE, "ab") as before,
+            ):
                 shutil.copyfileobj(log, before)
             file.truncate(0)
         return folder
@@ -123,13 +126,13 @@ def check_run_paths(folder: Path) -> None:
     """
     for path in sorted(folder.iterdir()):
         if path.name in LINES:
-            atomic_io.must_be_lines(path)
+            atomic_io.check_line_file(path)
         elif path.name in FOLDERS:
-            atomic_io.must_be_own_folder(path)
+            atomic_io.check_own_folder(path)
             if path.name in TRACKERS:
                 check_tracker_links(path)
         elif WHOLE.fullmatch(path.name):
-            atomic_io.must_not_be_folder(path)
+            atomic_io.check_not_folder(path)
 
 
 def check_tracker_links(folder: Path) -> None:
@@ -144,7 +147,7 @@ def check_tracker_links(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
         if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
             raise UserError(
-                f"{paths.display_path(path)}: is {atomic_io.what_it_is(path)}, out of the tracker's folder. Remove the link."
+                f"{paths.display_path(path)}: is {atomic_io.describe_kind(path)}, out of the tracker's folder. Remove the link."
             )
 
 
@@ -155,7 +158,7 @@ def is_running(folder: Path) -> bool:
         opened.callback(os.close, handle)
         if not lock_file(handle, fcntl.LOCK_SH):
             return True
-        return not lock_file(opened.enter_context(atomic_io.reading(folder / step_log.FILE)), fcntl.LOCK_SH)
+        return not lock_file(opened.enter_context(atomic_io.open_regular(folder / step_log.FILE)), fcntl.LOCK_SH)
     return False
 
 
@@ -172,7 +175,7 @@ def point_latest(folder: Path) -> None:
     link, fresh = folder.parent / "latest", folder.parent / f".latest-{os.getpid()}"
     for left in folder.parent.glob(".latest-*"):
         number = left.name.removeprefix(".latest-")
-        if left.is_symlink() and number.isdecimal() and (left == fresh or not atomic_io.alive(int(number))):
+        if left.is_symlink() and number.isdecimal() and (left == fresh or not atomic_io.is_alive(int(number))):
             left.unlink(missing_ok=True)
     try:
         fresh.symlink_to(folder.name)
@@ -217,7 +220,7 @@ def remove_partial_files(folder: Path, ours: Callable[[], bool] = lambda: True) 
         if target.suffix == ".pth" and note.is_file() and note.stat().st_mtime_ns >= half.lstat().st_mtime_ns:
             half.replace(target)
         else:
-            atomic_io.remove(half)
+            atomic_io.remove_path(half)
     for sidecar in folder.glob("rwkv-*.json"):
         if not sidecar.with_suffix(".pth").exists():
             sidecar.unlink()
@@ -380,7 +383,7 @@ def checkpoint_steps(folder: Path) -> list[tuple[Path, int]]:
     files = []
     for path in sorted(folder.glob("rwkv-*.pth"), key=lambda path: path.name == BEST):
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-            files.append((path, int(json_reader.load(path.with_suffix(".json"))["step"])))
+            files.append((path, int(json_reader.load_json(path.with_suffix(".json"))["step"])))
     return files
 
 
@@ -425,7 +428,7 @@ def remove_unfinished(folder: Path, epoch: int) -> Path | None:
     """
     file = folder / f"rwkv-{epoch}.pth"
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        if json_reader.load(file.with_suffix(".json")).get("epoch_finished") is False:
+        if json_reader.load_json(file.with_suffix(".json")).get("epoch_finished") is False:
             file.unlink(missing_ok=True)
             file.with_suffix(".json").unlink()
             return file

@@ -16,11 +16,19 @@ from typing import Any
 
 from rwkv_peft.adapters.specs import MOST_ALPHA, PARTS, QUANTS
 from rwkv_peft.common import json_reader
-from rwkv_peft.common.atomic_io import create, fsync_dir, reading, remove, sync, temp_path, write_json
+from rwkv_peft.common.atomic_io import (
+    create_file,
+    fsync_dir,
+    fsync_file,
+    open_regular,
+    remove_path,
+    temp_path,
+    write_json,
+)
 from rwkv_peft.common.errors import UserError
 from rwkv_peft.common.formatting import join_names
 from rwkv_peft.common.hashing import sha256
-from rwkv_peft.common.paths import display_path, missing
+from rwkv_peft.common.paths import describe_missing, display_path
 
 SEAL = "fields_sha256"  # key of the checksums of all other fields
 ACCEPT = "--accept-edited"  # option of training.sh, merge.sh and chat.sh that accepts an edited sidecar
@@ -44,12 +52,12 @@ def read_sidecar(path: str | os.PathLike, wanted: tuple[str, ...]) -> dict[str, 
             f"{display_path(sidecar)}: {missing_reason(sidecar)}. It is written with every checkpoint and says "
             f"how {display_path(path)} was made."
         )
-    return json_reader.read(sidecar, WHAT, SIDECAR, wanted)
+    return json_reader.read_json(sidecar, WHAT, SIDECAR, wanted)
 
 
 def missing_reason(sidecar: Path) -> str:
     """Return the message for a sidecar that is not a file."""
-    return missing(sidecar) if os.path.lexists(sidecar) else "is missing"
+    return describe_missing(sidecar) if os.path.lexists(sidecar) else "is missing"
 
 
 def write_sidecar(path: Path, content: Mapping[str, Any]) -> None:
@@ -112,9 +120,9 @@ def replace_pair(fresh: Path, fresh_note: Path, path: Path) -> None:
     kept = temp_path(note.with_name(f"{note.name}.earlier"))
     try:
         if there := note.is_file():  # before anything changes: a copy needs disk space
-            with reading(note) as old, create(kept) as file:
+            with open_regular(note) as old, create_file(kept) as file:
                 file.write(old.read())
-                sync(file)
+                fsync_file(file)
         os.replace(fresh_note, note)
         try:
             os.replace(fresh, path)
@@ -125,7 +133,7 @@ def replace_pair(fresh: Path, fresh_note: Path, path: Path) -> None:
                 note.unlink()
             raise
     finally:
-        remove(kept)
+        remove_path(kept)
     fsync_dir(path.parent)
 
 

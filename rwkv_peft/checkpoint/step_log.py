@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rwkv_peft.common import json_reader
-from rwkv_peft.common.atomic_io import appending, atomic_write, reading, sync
+from rwkv_peft.common.atomic_io import atomic_write, fsync_file, open_append, open_regular
 
 FILE = "loss.jsonl"  # in the folder of a run: an object for every optimizer step
 DAMAGED = "loss-damaged.jsonl"  # the original log, where lines of it were not records
@@ -44,10 +44,10 @@ def read_lines(path: Path, is_record: Callable[[dict], bool]) -> Iterator[Line]:
     """
     if not path.exists():
         return
-    with reading(path) as file:
+    with open_regular(path) as file:
         is_utf16 = file.read(4) in ("\ufeff{".encode(utf16) for utf16 in ("utf-16-le", "utf-16-be"))
     encoding = "utf-16" if is_utf16 else "utf-8-sig"
-    with reading(path, "r", encoding=encoding, errors="surrogateescape", newline="\n") as file:
+    with open_regular(path, "r", encoding=encoding, errors="surrogateescape", newline="\n") as file:
         while text := file.readline(MOST_LINE):
             if not text.endswith("\n") and len(text) == MOST_LINE:
                 while (rest := file.readline(MOST_LINE)) and not rest.endswith("\n"):
@@ -60,7 +60,7 @@ def read_lines(path: Path, is_record: Callable[[dict], bool]) -> Iterator[Line]:
 def parse_line(text: str, is_record: Callable[[dict], bool]) -> dict[str, Any] | None:
     """Return the record that a line holds, None if it is not one."""
     try:
-        record = json_reader.parse(text)
+        record = json_reader.parse_json(text)
     except ValueError:
         return None
     return record if isinstance(record, dict) and is_record(record) else None
@@ -114,18 +114,18 @@ def truncate_log(folder: Path, last: int) -> tuple[list[dict[str, Any]], bool]:
             DAMAGED.
     """
     path = folder / FILE
-    with appending(path, "a+b") as file:
+    with open_append(path, "a+b") as file:
         records = read_records(path, last)
         content = "".join(text for _, text in records).encode()
         file.seek(0)
         is_beginning = file.read(len(content)) == content
         if not is_beginning:
-            with reading(path) as old, atomic_write(folder / DAMAGED) as copy:
+            with open_regular(path) as old, atomic_write(folder / DAMAGED) as copy:
                 shutil.copyfileobj(old, copy)
             file.truncate(0)
             file.write(content)
         file.truncate(len(content))
-        sync(file)
+        fsync_file(file)
     return [record for record, _ in records], not is_beginning
 
 
@@ -134,7 +134,7 @@ def missing_lines(path: Path, written: str) -> str:
     there = {record["step"] for record in read_log(path.parent)}
     parsed = [(parse_line(line, is_step), line) for line in written.split("\n")]
     more = "".join(line + "\n" for record, line in parsed if record and record["step"] not in there)
-    with reading(path) as file:
+    with open_regular(path) as file:
         end = file.read()[-1:]
     return ("" if end in (b"", b"\n") else "\n") + more
 

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from rwkv_peft.checkpoint.lazy_tensors import LazyTensors
 from rwkv_peft.common import hashing, json_reader
-from rwkv_peft.common.atomic_io import check_disk_space, fsync_dir, own_folder, write_json
-from rwkv_peft.common.atomic_io import remove as take_away
-from rwkv_peft.common.errors import OURS, UserError, in_words
-from rwkv_peft.common.file_watch import Stamp, stamp_of
+from rwkv_peft.common.atomic_io import check_disk_space, fsync_dir, make_own_folder, write_json
+from rwkv_peft.common.atomic_io import remove_path as take_away
+from rwkv_peft.common.errors import EXHAUSTED_ERRNOS, UserError, describe_nonfatal
+from rwkv_peft.common.file_watch import Stamp, read_stamp
 from rwkv_peft.common.paths import display_path
 
 from . import safetensors_io
@@ -174,7 +174,7 @@ def save_state(
         OSError: likewise.
     """
     there = state_folder(run)
-    own_folder(there)
+    make_own_folder(there)
     remove_leftovers(run)
     check_disk_space(there, sum(lazy.nbytes for tensors in parts.values() for lazy in tensors.wholes.values()))
     name = f"step-{facts['step']:06}"
@@ -202,7 +202,7 @@ def save_state(
         remove_leftovers(run)
     for old in [n for n in state_names(run) if state_step(n) <= facts["step"]][:-keep]:
         remove_state(there / old)
-    return TrainState(target, json_reader.load(target / MANIFEST))
+    return TrainState(target, json_reader.load_json(target / MANIFEST))
 
 
 def read_one(read: Callable[[str], Tensor], name: str) -> list[Tensor]:
@@ -299,14 +299,14 @@ def read_manifest(folder: Path) -> TrainState:
     """
     manifest = folder / MANIFEST
     try:
-        facts = json_reader.load(manifest)
+        facts = json_reader.load_json(manifest)
     except OSError as error:
-        if error.errno in OURS:
+        if error.errno in EXHAUSTED_ERRNOS:
             raise
         raise UserError(f"{display_path(manifest)}: cannot be read ({error.strerror or error}).") from None
     except ValueError as error:
         raise UserError(f"{display_path(manifest)}: is not readable as JSON: it {error}.") from None
-    if wrong := json_reader.why_not(facts, {}, "manifest"):
+    if wrong := json_reader.describe_mismatch(facts, {}, "manifest"):
         raise UserError(f"{display_path(manifest)}: {wrong}")
     recorded = facts.pop("sha256", None)
     if recorded != manifest_checksum(facts) or facts.get("step") != state_step(folder.name):
@@ -314,7 +314,7 @@ def read_manifest(folder: Path) -> TrainState:
     missing = [key for key in WANTED if key not in facts]
     if facts.get("format") != FORMAT or missing:
         raise UserError(f"{display_path(manifest)}: was written by another version of the kit.")
-    if wrong := json_reader.why_not(facts, SCHEMA, "manifest"):
+    if wrong := json_reader.describe_mismatch(facts, SCHEMA, "manifest"):
         raise UserError(f"{display_path(manifest)}: {wrong}")
     return TrainState(
         folder,
@@ -329,7 +329,7 @@ def file_stamps(folder: Path, names: Iterable[str]) -> dict[str, Stamp]:
     stamps = {}
     for name in names:
         with contextlib.suppress(OSError):
-            stamps[str(folder / name)] = stamp_of(folder / name)
+            stamps[str(folder / name)] = read_stamp(folder / name)
     return stamps
 
 
@@ -364,9 +364,9 @@ def check_files(state: TrainState) -> None:
             if hashing.sha256(path) != recorded["sha256"]:
                 raise UserError(f"{display_path(path)}: is damaged (its content is not what the manifest says).")
         except OSError as error:
-            if error.errno in OURS:
+            if error.errno in EXHAUSTED_ERRNOS:
                 raise
-            raise UserError(f"{display_path(path)}: cannot be read ({in_words(error)})") from None
+            raise UserError(f"{display_path(path)}: cannot be read ({describe_nonfatal(error)})") from None
 
 
 def latest_valid(

@@ -100,7 +100,7 @@ def command(config: ChatConfig, typed: list[str]) -> None:
     elif config.prompt_type != AUTO:
         template(config.prompt_type)  # a name that is none is told before a model is loaded
     in_use = FileWatch("it was opened", "Start ./chat.sh again when nothing writes to the file any more.")
-    with bus_error.handled(in_use.leave_if_cut_off), in_use.explaining():
+    with bus_error.handle_bus_error(in_use.exit_if_truncated), in_use.explaining():
         talk_with_model(config, prompt, raw, base_was_named, was_typed, accept_edited, in_use)
 
 

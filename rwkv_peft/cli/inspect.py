@@ -70,14 +70,14 @@ def command_line(arguments: list[str]) -> tuple[Path, int, bool]:
 
 
 def find_pair(name: str) -> Path:
-    prefix = paths.data_prefix(name)
+    prefix = paths.resolve_data(name)
     base = Path(str(prefix).removesuffix(".roles"))
     if base != prefix and Path(f"{base}.idx").is_file():  # the roles are told with their tokens
         prefix = base
     index = Path(f"{prefix}.idx")
     if index.is_file():
         return prefix
-    there = paths.data_names()
+    there = paths.list_data()
     is_alone = Path(f"{prefix}.bin").is_file()
     alone = f" {prefix.name}.bin is there, but nothing can be read without its .idx." if is_alone else ""
     raise UserError(

@@ -79,8 +79,8 @@ CURE = "Nothing was written after that. Run it again when nothing writes to the 
 
 def command(config: MergeConfig, typed: list[str]) -> None:
     in_use = FileWatch("it was opened", CURE)
-    in_use.before_leaving.append(remove_what_is_half_written)
-    with bus_error.handled(in_use.leave_if_cut_off), in_use.explaining():
+    in_use.before_exit.append(remove_what_is_half_written)
+    with bus_error.handle_bus_error(in_use.exit_if_truncated), in_use.explaining():
         merge_or_export(config, typed, in_use)
 
 

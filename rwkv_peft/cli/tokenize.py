@@ -42,7 +42,7 @@ from typing import TYPE_CHECKING
 from rwkv_peft.common import paths
 from rwkv_peft.common.errors import UserError, exit_with, handle_errors
 from rwkv_peft.common.formatting import did_you_mean
-from rwkv_peft.common.names import fault, visible
+from rwkv_peft.common.names import describe_fault, escape_invisible
 from rwkv_peft.config.shell import run_cli, whole_number
 
 if TYPE_CHECKING:
@@ -139,8 +139,8 @@ def find(name: str) -> Path:
                 f"{paths.display_path(source)}: would write over what belongs to {stem.removesuffix(part)}; take a name without "
                 f"{part}."
             )
-    if wrong := fault(stem) or fault(str(source), edges=False):
-        raise UserError(f"{visible(paths.display_path(source))}: this name {wrong}; rename it.")
+    if wrong := describe_fault(stem) or describe_fault(str(source), edges=False):
+        raise UserError(f"{escape_invisible(paths.display_path(source))}: this name {wrong}; rename it.")
     if not (source.is_file() or source.is_dir()):
         raise UserError(f"{paths.display_path(source)}: is not a file. A pipe can be trained from with STREAMING=1.")
     return source

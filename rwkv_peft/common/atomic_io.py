@@ -53,7 +53,7 @@ def _describe_mode(mode: int) -> str:
     return next(kind for is_kind, kind in _KINDS if is_kind(mode))
 
 
-def what_it_is(path: StrPath) -> str:
+def describe_kind(path: StrPath) -> str:
     """Describe what has this name, with the target of a link: "a folder"."""
     mode = os.lstat(path).st_mode
     return _describe_mode(mode) + (f" to {os.readlink(path)}" if stat.S_ISLNK(mode) else "")
@@ -64,7 +64,7 @@ def temp_path(path: StrPath) -> Path:
     return Path(f"{path}.tmp-{os.getpid()}")
 
 
-def sync(file: IO[Any]) -> None:
+def fsync_file(file: IO[Any]) -> None:
     """Flush a file to the disk."""
     file.flush()
     os.fsync(file.fileno())
@@ -91,11 +91,11 @@ def make_folder(folder: Path) -> None:
         first = next(path for path in (*reversed(folder.parents), folder) if _lstat_mode(path) and not path.is_dir())
         dangling = ", which is not there (is its disk mounted?)" if first.is_symlink() and not first.exists() else ""
         raise UserError(
-            f"{display_path(first)}: is {what_it_is(first)}{dangling}, and a folder is needed there."
+            f"{display_path(first)}: is {describe_kind(first)}{dangling}, and a folder is needed there."
         ) from None
 
 
-def own_folder(path: Path) -> None:
+def make_own_folder(path: Path) -> None:
     """Make a folder inside a trusted one, or take the one that exists.
 
     Raises:
@@ -103,10 +103,10 @@ def own_folder(path: Path) -> None:
     """
     with contextlib.suppress(FileExistsError):
         os.mkdir(path)
-    must_be_own_folder(path)
+    check_own_folder(path)
 
 
-def must_be_own_folder(path: Path) -> None:
+def check_own_folder(path: Path) -> None:
     """Check that a name is free or that of a real folder: the target of a link may belong to another run.
 
     Raises:
@@ -114,12 +114,12 @@ def must_be_own_folder(path: Path) -> None:
     """
     if (mode := _lstat_mode(path)) and not stat.S_ISDIR(mode):
         raise UserError(
-            f"{display_path(path)}: is {what_it_is(path)}, and a folder of this name is written to and tidied up. Move it "
+            f"{display_path(path)}: is {describe_kind(path)}, and a folder of this name is written to and tidied up. Move it "
             "away, or put the folder itself in its place. (The folder of a run may be a link as a whole.)"
         )
 
 
-def must_not_be_folder(path: Path) -> None:
+def check_not_folder(path: Path) -> None:
     """Check that no folder has the name of a file that is to be written.
 
     Raises:
@@ -131,7 +131,7 @@ def must_not_be_folder(path: Path) -> None:
         )
 
 
-def must_be_lines(path: Path) -> None:
+def check_line_file(path: Path) -> None:
     """Check that a name is free or that of a regular file: lines are appended to it in place.
 
     Raises:
@@ -139,7 +139,7 @@ def must_be_lines(path: Path) -> None:
     """
     if (mode := _lstat_mode(path)) and not stat.S_ISREG(mode):
         raise UserError(
-            f"{display_path(path)}: is {what_it_is(path)}, and lines are added only to a file that lies here itself. Remove "
+            f"{display_path(path)}: is {describe_kind(path)}, and lines are added only to a file that lies here itself. Remove "
             "it, or put the file in its place."
         )
 
@@ -158,13 +158,13 @@ def _open_regular(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
-def create(path: StrPath, mode: str = "wb", **kwargs: Any) -> IO[Any]:
+def create_file(path: StrPath, mode: str = "wb", **kwargs: Any) -> IO[Any]:
     """Open a new file; what a killed process, or somebody else, has left under that name is removed."""
-    remove(path)
+    remove_path(path)
     return open(path, mode, opener=_open_new, **kwargs)
 
 
-def appending(path: Path, mode: str = "a", own: Callable[[IO[Any]], None] | None = None, **kwargs: Any) -> IO[Any]:
+def open_append(path: Path, mode: str = "a", own: Callable[[IO[Any]], None] | None = None, **kwargs: Any) -> IO[Any]:
     """Open a file of lines to append to it or to truncate it.
 
     Args:
@@ -176,28 +176,28 @@ def appending(path: Path, mode: str = "a", own: Callable[[IO[Any]], None] | None
     Raises:
         UserError: the name is a link or no regular file.
     """
-    must_be_lines(path)
+    check_line_file(path)
     file = open(path, mode, opener=_open_no_link, **kwargs)  # noqa: SIM115 (returned)
     with contextlib.ExitStack() as failed:
         failed.callback(file.close)
         if own:
             own(file)
         if os.fstat(file.fileno()).st_nlink > 1:
-            first, file = file, create(temp_path(path), mode, **kwargs)
+            first, file = file, create_file(temp_path(path), mode, **kwargs)
             failed.callback(file.close)
-            failed.callback(remove, temp_path(path))
+            failed.callback(remove_path, temp_path(path))
             if own:
                 own(file)
-            with reading(path) as old, open(file.fileno(), "wb", closefd=False) as copy:
+            with open_regular(path) as old, open(file.fileno(), "wb", closefd=False) as copy:
                 shutil.copyfileobj(old, copy)
-                sync(copy)
+                fsync_file(copy)
             os.replace(temp_path(path), path)
             first.close()
         failed.pop_all()
     return file
 
 
-def reading(path: StrPath, mode: str = "rb", **kwargs: Any) -> IO[Any]:
+def open_regular(path: StrPath, mode: str = "rb", **kwargs: Any) -> IO[Any]:
     """Open a regular file to read it.
 
     Raises:
@@ -206,7 +206,7 @@ def reading(path: StrPath, mode: str = "rb", **kwargs: Any) -> IO[Any]:
     return open(path, mode, opener=_open_regular, **kwargs)
 
 
-def remove(path: StrPath) -> None:
+def remove_path(path: StrPath) -> None:
     """Remove a file, a link (not its target) or a whole folder, if it exists."""
     try:
         os.unlink(path)
@@ -219,7 +219,7 @@ def remove(path: StrPath) -> None:
 
 
 @contextlib.contextmanager
-def named(path: StrPath) -> Iterator[None]:
+def name_refused_write(path: StrPath) -> Iterator[None]:
     """Add the file's name to the error of a refused write, which has none."""
     try:
         yield
@@ -240,18 +240,18 @@ def atomic_write(path: StrPath, mode: str = "wb", **kwargs: Any) -> Iterator[Any
     """
     path = Path(path)
     make_folder(path.parent)
-    must_not_be_folder(path)
+    check_not_folder(path)
     remove_stale_temps(path)
     temporary = temp_path(path)
     try:
-        with named(path):
-            with create(temporary, mode, **kwargs) as file:
+        with name_refused_write(path):
+            with create_file(temporary, mode, **kwargs) as file:
                 yield file
-                sync(file)
+                fsync_file(file)
             os.replace(temporary, path)
             fsync_dir(path.parent)
     finally:
-        remove(temporary)
+        remove_path(temporary)
 
 
 def write_json(path: StrPath, content: Mapping[str, Any]) -> None:
@@ -280,11 +280,11 @@ def remove_stale_temps(path: Path) -> None:
     """Remove temporary files of `path` whose process has ended (it was killed while it wrote)."""
     for left in path.parent.glob(f"{glob.escape(path.name)}.tmp-*"):
         pid = re.fullmatch(r".*\.tmp-([0-9]+)(\.old)?", left.name, re.DOTALL)
-        if pid and not alive(int(pid[1])):
-            remove(left)
+        if pid and not is_alive(int(pid[1])):
+            remove_path(left)
 
 
-def alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     """Return whether a process of this id exists."""
     try:
         os.kill(pid, 0)

@@ -20,7 +20,7 @@ _HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
 
 
 @contextlib.contextmanager
-def handled(leave: Callable[[], object]) -> Iterator[None]:
+def handle_bus_error(leave: Callable[[], object]) -> Iterator[None]:
     """Handle SIGBUS until the block ends.
 
     Args:

@@ -16,11 +16,11 @@ from collections.abc import Iterable
 from typing import BinaryIO
 
 BLOCK = 4096  # offsets, sizes and memory must be multiples of the disk's blocks; no disk has larger ones
-ROOM = 8 << 20  # bytes that are written or read at once
+BUFFER_BYTES = 8 << 20  # bytes that are written or read at once
 _MIN_DIRECT = 1 << 17  # bytes from which on direct I/O is faster
 
 
-def aligned(size: int) -> memoryview:
+def allocate_aligned(size: int) -> memoryview:
     """Allocate page-aligned memory for `size` bytes that begin anywhere in a block."""
     return memoryview(mmap.mmap(-1, size + 2 * BLOCK))
 
@@ -65,7 +65,7 @@ class DirectWriter:
     def pieces(self, pieces: Iterable[bytes | memoryview], at: int) -> int:
         """Write consecutive pieces from an offset on. Returns the offset of their end."""
         if not hasattr(self._local, "buffer"):
-            self._local.buffer = aligned(ROOM)
+            self._local.buffer = allocate_aligned(BUFFER_BYTES)
         buffer, filled = self._local.buffer, 0
         for piece in pieces:
             left = memoryview(piece)
@@ -74,11 +74,11 @@ class DirectWriter:
                 self.write(head, at)
                 at += len(head)
             while left:
-                some = left[: ROOM - filled]
+                some = left[: BUFFER_BYTES - filled]
                 buffer[filled : filled + len(some)] = some
                 filled, left = filled + len(some), left[len(some) :]
-                if filled == ROOM:
-                    at, filled = self._flush(buffer[:ROOM], at), 0
+                if filled == BUFFER_BYTES:
+                    at, filled = self._flush(buffer[:BUFFER_BYTES], at), 0
         return self._flush(buffer[:filled], at)
 
     def _flush(self, data: memoryview, at: int) -> int:

@@ -98,7 +98,7 @@ def pip_command(packages: str) -> str:
 
 
 WRITE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # only a write can fail with these
-OURS = (
+EXHAUSTED_ERRNOS = (
     errno.EMFILE,
     errno.ENFILE,
     errno.ENOMEM,
@@ -118,11 +118,11 @@ def describe_error(error: BaseException, lean: str = "") -> tuple[str, int] | No
     Returns:
         The message and the exit code; None for any other error: a bug.
     """
-    error = cause(error) or _earlier_system_error(error) or error
+    error = find_system_error(error) or _earlier_system_error(error) or error
     # (each thread has a stack: where memory is limited, there is no room for another one)
-    memory = [errno.ENOMEM, *([errno.EAGAIN] if limit(resource.RLIMIT_AS) is not None else [])]
+    memory = [errno.ENOMEM, *([errno.EAGAIN] if resource_limit(resource.RLIMIT_AS) is not None else [])]
     if isinstance(error, MemoryError) or isinstance(error, OSError) and error.errno in memory:
-        return describe_memory(lean), EXIT_MEMORY
+        return describe_out_of_memory(lean), EXIT_MEMORY
     if isinstance(error, OSError):
         return describe_os_error(error)
     text = str(error)
@@ -134,7 +134,7 @@ def describe_error(error: BaseException, lean: str = "") -> tuple[str, int] | No
     return None
 
 
-def cause(error: BaseException) -> OSError | MemoryError | None:
+def find_system_error(error: BaseException) -> OSError | MemoryError | None:
     """Return the system's error that torch or Python report as another one; None for any other error."""
     if isinstance(error, (OSError, MemoryError)):
         return error
@@ -158,35 +158,35 @@ def cause(error: BaseException) -> OSError | MemoryError | None:
 
 
 # a used-up resource: it explains whatever else fails during the clean-up
-_EXHAUSTED_ERRNOS = (*WRITE_ERRNOS, *OURS, errno.EAGAIN, errno.EIO)
+_EXHAUSTED_ERRNOS = (*WRITE_ERRNOS, *EXHAUSTED_ERRNOS, errno.EAGAIN, errno.EIO)
 
 
 def _earlier_system_error(error: BaseException) -> OSError | MemoryError | None:
     """Return the system's error before this one: when Lightning cleans up, it raises one that does not mention it."""
     before = error.__context__
     while before:
-        first, before = cause(before), before.__context__
+        first, before = find_system_error(before), before.__context__
         if isinstance(first, MemoryError) or first and first.errno in _EXHAUSTED_ERRNOS:
             return first
     return None
 
 
-def in_words(error: Exception) -> str:
+def describe_nonfatal(error: Exception) -> str:
     """Return the message for an error after which the command continues."""
     described = None if isinstance(error, (UserError, SettingErrors)) else describe_error(error)
     return described[0] if described else str(error)
 
 
-def limit(kind: int) -> int | None:
+def resource_limit(kind: int) -> int | None:
     """Return how much of a resource (a number of the module `resource`) this process may use; None if it has no limit."""
     most = resource.getrlimit(kind)[0]
     return None if most == resource.RLIM_INFINITY else most
 
 
-def describe_memory(lean: str = "") -> str:
+def describe_out_of_memory(lean: str = "") -> str:
     """Return why no memory could be allocated, and what to do; `lean`: settings to lower."""
     for kind, option in ((resource.RLIMIT_AS, "-v"), (resource.RLIMIT_DATA, "-d")):
-        if (most := limit(kind)) is not None:
+        if (most := resource_limit(kind)) is not None:
             how = f"lower {lean}, or start it" if lean else "start it"
             why = f"this shell lets a program have {formatting.format_size(most)} (ulimit {option})"
             return f"Out of memory: {why}. To mend it, {how} in a shell without that limit."
@@ -238,7 +238,7 @@ def describe_os_error(error: OSError) -> tuple[str, int]:
         how = _how_to_raise("-n", soft, hard)
         return f"{file or 'A file'}: {soft} files may be open at once in this shell. {how}", EXIT_USER
     if number == errno.EAGAIN:
-        most = limit(resource.RLIMIT_NPROC)
+        most = resource_limit(resource.RLIMIT_NPROC)
         how = "No further process or thread can be started. Close other programs, or raise their number"
         return f"{how} (ulimit -u: it is {'unlimited' if most is None else most} here).", EXIT_USER
     others = {
@@ -276,7 +276,7 @@ def _describe_no_space(file: str) -> str:
 
 
 def _describe_too_large(file: str) -> str:
-    most = limit(resource.RLIMIT_FSIZE)
+    most = resource_limit(resource.RLIMIT_FSIZE)
     if most is None:
         why = "is larger than its file system takes (FAT takes 4 GB). Use another disk"
     else:
@@ -297,7 +297,7 @@ def exit_with(message: str, code: int) -> NoReturn:
     with ignore_closed_pipe():
         if sys.stdout:
             sys.stdout.flush()  # keeps the order of both streams where they go into one file
-        print(formatting.readable(message), file=sys.stderr, flush=True)
+        print(formatting.printable(message), file=sys.stderr, flush=True)
     # the cause is reported: errors of half-made objects while Python exits add nothing
     sys.unraisablehook = lambda _: None
     sys.exit(code)

@@ -30,15 +30,15 @@ from .formatting import plural
 from .hashing import crc32, sha256
 from .paths import display_path
 
-LOOK = 1.0  # seconds between two checks of all files ...
-LONGEST = 5.0  # ... and up to this many where there are many files ...
+CHECK_SECONDS = 1.0  # seconds between two checks of all files ...
+MAX_CHECK_SECONDS = 5.0  # ... and up to this many where there are many files ...
 _LOAD = 0.002  # ... so that checks take about this part of the time
 _SAMPLE_BYTES = 4096
 _SAMPLES = 16  # of a file ...
 _ALL_SAMPLES = 2048  # ... and of all files
-SMALL = 64 << 20  # bytes of a file that is hashed when it is added, if nobody else hashes it ...
+HASHED_BYTES = 64 << 20  # bytes of a file that is hashed when it is added, if nobody else hashes it ...
 _ALL_SMALL = 256 << 20  # ... and of all such files
-PATIENCE = 2.0  # seconds for a file that is missing, or cannot be read, to come back: somebody may be replacing it
+RETRY_SECONDS = 2.0  # seconds for a file that is missing, or cannot be read, to come back: somebody may be replacing it
 _TRIES = 4  # to read a file that is being written to
 
 
@@ -57,7 +57,7 @@ class Stamp(NamedTuple):
     ctime_ns: int
 
 
-def stamp_of(path: str | os.PathLike[str]) -> Stamp:
+def read_stamp(path: str | os.PathLike[str]) -> Stamp:
     """Return the stamp of a file or a folder."""
     info = os.stat(path)
     return Stamp(stat.S_IFMT(info.st_mode), info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
@@ -117,13 +117,13 @@ class FileWatch:
         advice: a sentence about what to do after a change.
 
     Attributes:
-        before_leaving: what to clean up if the process must exit at once.
+        before_exit: what to clean up if the process must exit at once.
         silent: another process reports why this one exits.
     """
 
     def __init__(self, begun: str, advice: str):
         self.begun, self.advice = begun, advice
-        self.before_leaving: list[Callable[[], object]] = []
+        self.before_exit: list[Callable[[], object]] = []
         self.files: dict[str, WatchedFile] = {}
         self.changed: FileChanged | None = None
         self.silent = False
@@ -144,26 +144,26 @@ class FileWatch:
         count = max(1, min(_SAMPLES, _ALL_SAMPLES // max(1, len(new) + len(self.files))))
         for path in new:
             with contextlib.suppress(OSError):  # whoever wants to read a missing file reports it
-                one = WatchedFile(Path(path), (stamps or {}).get(path) or stamp_of(path))
+                one = WatchedFile(Path(path), (stamps or {}).get(path) or read_stamp(path))
                 if one.stamp.kind != stat.S_IFREG:
                     continue
                 one.take_samples(count)
-                if one.stamp.size <= min(SMALL, _ALL_SMALL - self._hashed_bytes):
+                if one.stamp.size <= min(HASHED_BYTES, _ALL_SMALL - self._hashed_bytes):
                     self._hashed_bytes += one.stamp.size
                     content = sha256(path)
-                    one.sha256 = content if stamp_of(path) == one.stamp else None
+                    one.sha256 = content if read_stamp(path) == one.stamp else None
                 with self._lock:
                     self.files[path] = one
 
-    def add_folder(self, path: Path) -> None:
+    def watch_folder(self, path: Path) -> None:
         """Watch a folder that is written to by its name: it must be neither renamed nor replaced."""
         with self._lock:
-            self.files[str(path)] = WatchedFile(path, stamp_of(path))
+            self.files[str(path)] = WatchedFile(path, read_stamp(path))
 
     def is_there(self, path: Path) -> bool:
         """Return whether a watched file or folder still has its name, whatever its content is."""
         try:
-            return stamp_of(path)[:3] == self.files[str(path)].stamp[:3]
+            return read_stamp(path)[:3] == self.files[str(path)].stamp[:3]
         except (OSError, KeyError):
             return False
 
@@ -178,7 +178,7 @@ class FileWatch:
         one = self.files.get(str(path))
         with contextlib.suppress(OSError):
             # (if the file was written to meanwhile, it is unknown which content was read)
-            if one and content and not one.sha256 and stamp_of(path) == one.stamp:
+            if one and content and not one.sha256 and read_stamp(path) == one.stamp:
                 one.sha256 = content
 
     def content(self, path: str | os.PathLike[str]) -> str:
@@ -217,13 +217,13 @@ class FileWatch:
         if changed := self.look():
             raise changed
 
-    def glance(self) -> None:
+    def check_now_and_then(self) -> None:
         """Check one sample of each file if the last check is more than a second old; for loops that call it often.
 
         Raises:
             FileChanged: one has changed.
         """
-        if time.monotonic() - self._last_check > LOOK and (changed := self.look(every=False)):
+        if time.monotonic() - self._last_check > CHECK_SECONDS and (changed := self.look(every=False)):
             raise changed
 
     @contextlib.contextmanager
@@ -261,21 +261,21 @@ class FileWatch:
 
     def pause(self) -> float:
         """Return the seconds until the next check. Hashes of whole files do not count: they are computed once."""
-        return min(LONGEST, max(LOOK, self.seconds / _LOAD))
+        return min(MAX_CHECK_SECONDS, max(CHECK_SECONDS, self.seconds / _LOAD))
 
     def _describe_change(self, one: WatchedFile, every: bool) -> str:
         """Return how a file has changed; "" if it has not."""
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + RETRY_SECONDS
         while True:
             try:
                 return self._compare(one, every)
             except OSError as error:
                 if time.monotonic() > deadline:
                     return _describe_unreadable(error)
-                time.sleep(PATIENCE / 10)
+                time.sleep(RETRY_SECONDS / 10)
 
     def _compare(self, one: WatchedFile, every: bool) -> str:
-        now = stamp_of(one.path)
+        now = read_stamp(one.path)
         if one.is_folder:
             same = now[:3] == one.stamp[:3]
             return "" if same else f"is not the folder that it was when {self.begun}: it was renamed or replaced"
@@ -295,7 +295,7 @@ class FileWatch:
                 return f"was written to, or touched, since {self.begun}"
             if one.sha256 and self._timed_sha256(one.path) != one.sha256:
                 return f"has other content than when {self.begun}"
-            before, now = now, stamp_of(one.path)
+            before, now = now, read_stamp(one.path)
             if now == before:
                 one.stamp = now
                 if replaced:
@@ -322,7 +322,7 @@ class FileWatch:
         changes = []
         for one in [one for one in list(self.files.values()) if not one.is_folder]:
             try:
-                now = stamp_of(one.path)
+                now = read_stamp(one.path)
                 if now.size != one.stamp.size:
                     changes.append((now.size > one.stamp.size, self._describe_resized(one.stamp.size, now.size), one))
                 elif now != one.stamp:
@@ -334,11 +334,11 @@ class FileWatch:
         _, how, one = min(changes, key=lambda change: change[0])
         return f"{display_path(one.path)}: {how}. {self.advice}"
 
-    def leave_if_cut_off(self) -> None:
+    def exit_if_truncated(self) -> None:
         """Exit with a message if a mapped file has lost its content, so that nothing can be computed any more."""
         if not (words := self.cut_off()):
             return
-        for clean_up in self.before_leaving:
+        for clean_up in self.before_exit:
             with contextlib.suppress(Exception):
                 clean_up()
         if not self.silent:

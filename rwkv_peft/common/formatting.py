@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable
 from pathlib import PurePath
 
-from .names import visible
-from .terminal import cleaned
+from .names import escape_invisible
+from .terminal import clean_text
 
 _LONGEST_LINE = 2000  # characters of a line that is shown; names in damaged files may have any length
 _LISTED = 8  # names that a message lists; the rest are counted
@@ -35,7 +35,7 @@ def join_names(names: Iterable[str], most: int = _LISTED) -> str:
 
     ordered = sorted(names, key=order)
     more = f" and {len(ordered) - most:,} more" if len(ordered) > most else ""
-    return ", ".join(map(visible, ordered[:most])) + more or "nothing"
+    return ", ".join(map(escape_invisible, ordered[:most])) + more or "nothing"
 
 
 def did_you_mean(word: str, known: Iterable[object]) -> str:
@@ -43,7 +43,7 @@ def did_you_mean(word: str, known: Iterable[object]) -> str:
     # (of names that differ only in their suffix, the shortest)
     by_stem = {PurePath(k).stem.upper(): k for k in sorted(map(str, known), key=len, reverse=True)}
     near = difflib.get_close_matches(PurePath(word).stem.upper(), by_stem, n=1, cutoff=0.6)
-    return f"; did you mean {visible(by_stem[near[0]])}?" if near else ""
+    return f"; did you mean {escape_invisible(by_stem[near[0]])}?" if near else ""
 
 
 def format_size(number: float) -> str:
@@ -54,9 +54,9 @@ def format_size(number: float) -> str:
     return plural(int(number), "byte")
 
 
-def readable(words: str) -> str:
+def printable(words: str) -> str:
     r"""Make text that quotes foreign files fit to print: control characters become \x1b, long lines are truncated."""
-    lines = cleaned(words).split("\n")
+    lines = clean_text(words).split("\n")
     return "\n".join(
         line
         if len(line) <= _LONGEST_LINE

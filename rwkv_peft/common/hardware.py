@@ -19,12 +19,12 @@ def device_kind() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def device(rank: int) -> torch.device:
+def local_device(rank: int) -> torch.device:
     """Return the device of the process of this local rank."""
     return torch.device("cuda", rank) if device_kind() == "cuda" else torch.device("cpu")
 
 
-def device_words() -> str:
+def describe_device() -> str:
     """Describe the device for the run's report."""
     if device_kind() == "cuda":
         gpu = torch.cuda.get_device_properties(0)
@@ -39,7 +39,7 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def embedding_on_host(wanted: str, possible: bool, size: int) -> bool:
+def resolve_emb_on_cpu(wanted: str, possible: bool, size: int) -> bool:
     """Resolve EMB_ON_CPU: whether the embedding stays in host memory.
 
     Args:

@@ -11,8 +11,8 @@ import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
-from .atomic_io import reading
-from .direct_io import ROOM, DirectReader, aligned
+from .atomic_io import open_regular
+from .direct_io import BUFFER_BYTES, DirectReader, allocate_aligned
 
 try:  # 5 to 10 times as fast, with the processor's carry-less products
     from zlib_ng.zlib_ng import crc32
@@ -25,7 +25,7 @@ _PIECE = 1 << 20
 _SAMPLES = 64
 SETTLED = 2.0  # seconds after which a file's clock has ticked, whatever the file system
 
-__all__ = ["BackgroundTask", "crc32", "file_stamp", "fingerprint", "sample", "sha256"]
+__all__ = ["BackgroundTask", "crc32", "file_stamp", "fingerprint", "sample_hash", "sha256"]
 
 
 def file_stamp(path: str | os.PathLike) -> list[int] | None:
@@ -49,26 +49,26 @@ def sha256(path: str | os.PathLike, on_disk: bool = False) -> str:
     digest = hashlib.sha256()
     if on_disk:
         with contextlib.closing(DirectReader(path)) as reader:
-            buffer, at = aligned(ROOM), 0
-            while piece := reader.read(buffer, ROOM, at):
+            buffer, at = allocate_aligned(BUFFER_BYTES), 0
+            while piece := reader.read(buffer, BUFFER_BYTES, at):
                 digest.update(piece)
                 at += len(piece)
     else:
         buffer = memoryview(bytearray(_PIECE))
-        with reading(path, buffering=0) as file:
+        with open_regular(path, buffering=0) as file:
             while size := os.readv(file.fileno(), [buffer]):
                 digest.update(buffer[:size])
     return digest.hexdigest()
 
 
-def sample(path: str | os.PathLike) -> str:
+def sample_hash(path: str | os.PathLike) -> str:
     """Return a hash of a file's size, its first and last MB and samples between: for files too long to be read twice.
 
     It detects most changes, not all.
     """
     size = os.stat(path).st_size
     digest = hashlib.sha256(str(size).encode())
-    with reading(path) as file:
+    with open_regular(path) as file:
         for begin in [0, *(size * part // _SAMPLES for part in range(1, _SAMPLES)), max(0, size - _PIECE)]:
             file.seek(begin)
             digest.update(file.read(_PIECE if begin in (0, size - _PIECE) else _PIECE >> 8))
@@ -86,7 +86,7 @@ def fingerprint(path: str | os.PathLike, known: Mapping[str, Any] | None = None)
     Returns:
         A dict; its "mark" is None if the file changed meanwhile, or has only just been written.
     """
-    before, pieces = file_stamp(path), sample(path)
+    before, pieces = file_stamp(path), sample_hash(path)
     if known and before and before == known.get("mark") and known.get("pieces") in (None, pieces):
         return {"sha256": known["sha256"], "mark": before, "pieces": pieces}
     content = sha256(path)

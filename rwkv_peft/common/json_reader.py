@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .atomic_io import reading
+from .atomic_io import open_regular
 from .errors import UserError
 from .paths import display_path, is_utf8
 
@@ -27,7 +27,7 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 Schema = Mapping[str, Callable[[Any], bool]]  # key -> whether a value is one that it may have
 
 
-def parse(text: bytes | str, most: int = _MAX_BYTES) -> Any:
+def parse_json(text: bytes | str, most: int = _MAX_BYTES) -> Any:
     """Return the value of a JSON text.
 
     Args:
@@ -65,18 +65,18 @@ def parse(text: bytes | str, most: int = _MAX_BYTES) -> Any:
     return value
 
 
-def load(path: str | os.PathLike[str], most: int = _MAX_BYTES) -> Any:
+def load_json(path: str | os.PathLike[str], most: int = _MAX_BYTES) -> Any:
     """Return the value of a JSON file, of at most `most` bytes.
 
     Raises:
         ValueError: as `parse`; the message does not name the file.
         OSError: it cannot be read.
     """
-    with reading(path) as file:
-        return parse(file.read(most + 1), most)
+    with open_regular(path) as file:
+        return parse_json(file.read(most + 1), most)
 
 
-def read(
+def read_json(
     path: str | os.PathLike[str], what: str = "", schema: Schema | None = None, wanted: tuple[str, ...] = ()
 ) -> Any:
     """Return the value of a JSON file, and check it.
@@ -91,27 +91,29 @@ def read(
         UserError: it cannot be read, or something in it is wrong.
     """
     try:
-        value = load(path)
+        value = load_json(path)
     except OSError as error:
         raise UserError(f"{display_path(path)}: cannot be read ({error.strerror or error}).") from None
     except ValueError as error:
         raise UserError(f"{display_path(path)}: is not readable as JSON: it {error}.") from None
     if what:
-        check(path, value, what, schema or {}, wanted)
+        check_schema(path, value, what, schema or {}, wanted)
     return value
 
 
-def check(path: str | os.PathLike[str], value: Any, what: str, schema: Schema, wanted: tuple[str, ...] = ()) -> None:
+def check_schema(
+    path: str | os.PathLike[str], value: Any, what: str, schema: Schema, wanted: tuple[str, ...] = ()
+) -> None:
     """Check that the value of a file is an object of a schema; the arguments are those of `read`.
 
     Raises:
         UserError: it is not.
     """
-    if wrong := why_not(value, schema, what, wanted):
+    if wrong := describe_mismatch(value, schema, what, wanted):
         raise UserError(f"{display_path(path)}: {wrong}")
 
 
-def why_not(value: Any, schema: Schema, what: str, wanted: tuple[str, ...] = ()) -> str:
+def describe_mismatch(value: Any, schema: Schema, what: str, wanted: tuple[str, ...] = ()) -> str:
     """Return a sentence about why a value is no object of this schema; "" if it is one."""
     if not isinstance(value, dict):
         return f"holds no JSON object; it is not a {what}."

@@ -10,7 +10,7 @@ _JOINERS = "\u200c\u200d"  # between letters (Persian) and emoji they are a part
 _INVISIBLE = ("Cc", "Cf", "Zl", "Zp", "Cs")
 
 
-def fault(name: str, edges: bool = True) -> str:
+def describe_fault(name: str, edges: bool = True) -> str:
     """Return why a name is not fit for a file that others read, list and type: "holds a line break"; "" if it is.
 
     Args:
@@ -26,7 +26,7 @@ def fault(name: str, edges: bool = True) -> str:
         if kind == "Cs":
             return "is not UTF-8"
         if kind == "Cc":
-            return f"holds a control character ({visible(character)})"
+            return f"holds a control character ({escape_invisible(character)})"
         if kind in _INVISIBLE:
             return f"holds {unicodedata.name(character, 'a character')} (U+{ord(character):04X}), which is not seen"
     if edges and name != name.strip():
@@ -36,7 +36,7 @@ def fault(name: str, edges: bool = True) -> str:
     return ""
 
 
-def visible(text: str, keep: str = "") -> str:
+def escape_invisible(text: str, keep: str = "") -> str:
     r"""Write characters that a terminal would obey, or not show, as \x1b or \u202e.
 
     Args:

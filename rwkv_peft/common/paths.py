@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from .errors import UserError
-from .names import visible
+from .names import escape_invisible
 
 PACKAGE = Path(__file__).resolve().parents[1]  # the kit's code
 ROOT = PACKAGE.parent
@@ -39,7 +39,7 @@ def resolve_path(name: str, folder: str) -> Path:
     return existing[0] if existing else places[0] if path.name == name else places[1]
 
 
-def missing(path: Path) -> str:
+def describe_missing(path: Path) -> str:
     """Return what is wrong with a path that is no file: "there is no such file"."""
     if path.exists():
         return f"is {'a folder' if path.is_dir() else 'a FIFO, a socket or a device'}, and no file"
@@ -48,11 +48,11 @@ def missing(path: Path) -> str:
     try:
         path.stat()
     except FileNotFoundError:
-        return f"is a link to {visible(os.readlink(path))}, which is not there"
+        return f"is a link to {escape_invisible(os.readlink(path))}, which is not there"
     except OSError as error:
         if error.errno == errno.ELOOP:
             return "is a link that leads to itself"
-    return f"is a link to {visible(os.readlink(path))}, which is no file"
+    return f"is a link to {escape_invisible(os.readlink(path))}, which is no file"
 
 
 _DRIVE = re.compile(r"^/?([A-Za-z]):(?!\d)(.*)$", re.S)  # (a number after the colon is a weight of DATA_PATH)
@@ -60,7 +60,7 @@ _WSL_SHARE = re.compile(r"^[\\/]{1,2}wsl(?:\$|\.localhost)[\\/]?([^\\/]*)[\\/](.
 _MAX_VISITED = 20_000  # names in folders that are compared to find a path without separators
 
 
-def foreign_path(name: str) -> str:
+def explain_foreign_path(name: str) -> str:
     r"""Return what to do about a path of another system, or a web address, in a setting or a command; "" for others.
 
     Under WSL, drive C: of Windows is /mnt/c. In bash a backslash escapes the next letter, so that C:\Users\me without quotes
@@ -142,7 +142,7 @@ def is_utf8(text: str) -> bool:
     return True
 
 
-def model_file(name: str) -> Path:
+def resolve_model(name: str) -> Path:
     """Return the file of MODEL_PATH, where the suffix .pth or .safetensors may be left out."""
     path = resolve_path(name, "model")
     if path.exists():
@@ -151,12 +151,12 @@ def model_file(name: str) -> Path:
     return next((place for place in with_suffix if place.exists()), path)
 
 
-def models_in(folder: Path) -> list[str]:
+def list_models(folder: Path) -> list[str]:
     """Return the names of the files in a folder that may be models or adapters."""
     return [p.name for p in folder.iterdir() if p.suffix in _MODEL_SUFFIXES] if folder.is_dir() else []
 
 
-def data_prefix(name: str) -> Path:
+def resolve_data(name: str) -> Path:
     """Return the path of DATA_PATH without suffix: sample, sample.bin, sample.jsonl and data/sample are all data/sample."""
     name = name.rstrip("/")
     if not any(resolve_path(name + suffix, "data").exists() for suffix in (".idx", ".bin")):
@@ -166,7 +166,7 @@ def data_prefix(name: str) -> Path:
     return Path(str(path)[: -len(".idx")])
 
 
-def data_names() -> list[str]:
+def list_data() -> list[str]:
     """Return the names for DATA_PATH of the tokenized files in data/."""
     return [p.stem for p in (ROOT / "data").glob("*.idx") if not p.stem.endswith(".roles")]
 

@@ -34,7 +34,7 @@ def _installed_fonts() -> list[str]:
 
 
 @contextlib.contextmanager
-def figure(width: float, height: float, parts: Sequence[float] = (1,)) -> Iterator[tuple[Figure, Any]]:
+def open_figure(width: float, height: float, parts: Sequence[float] = (1,)) -> Iterator[tuple[Figure, Any]]:
     """Make a matplotlib figure; draw and save it inside the block.
 
     Args:

@@ -20,7 +20,7 @@ _CURSOR_UP = re.compile(r"(?:\x1b\[A)*")  # tqdm moves to the line of a bar with
 _COLOURING_LIBRARIES = ("click", "wandb", "swanlab", "trackio", "rich")
 
 
-def cleaned(text: str) -> str:
+def clean_text(text: str) -> str:
     r"""Write out the characters that a terminal would obey: ESC becomes \x1b."""
     return _UNSAFE.sub(lambda match: ascii(match[0])[1:-1], text) if _UNSAFE.search(text) else text
 
@@ -59,7 +59,7 @@ def _cleaning_write(write: Callable[[str], int]) -> Callable[[str], int]:
         if _UNSAFE.search(text) and not _CURSOR_UP.fullmatch(text):
             caller = sys._getframe(1).f_globals.get("__name__", "")
             if caller.partition(".")[0] not in _COLOURING_LIBRARIES:
-                write(cleaned(text))
+                write(clean_text(text))
                 return len(text)
         return write(text)
 

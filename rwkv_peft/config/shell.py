@@ -22,9 +22,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from rwkv_peft.common.errors import SettingError, SettingErrors, UserError, handle_errors, limit
+from rwkv_peft.common.errors import SettingError, SettingErrors, UserError, handle_errors, resource_limit
 from rwkv_peft.common.formatting import did_you_mean, format_size, join_names, plural
-from rwkv_peft.common.names import visible
+from rwkv_peft.common.names import escape_invisible
 from rwkv_peft.common.trackers import TRACKERS
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ class Script:
     def _assignment(self, name: str) -> str:
         if name not in self.environment:
             return name
-        value = visible(self.environment[name])
+        value = escape_invisible(self.environment[name])
         return f"{name}={value if len(value) <= 60 else value[:57] + '...'}"
 
 
@@ -283,7 +283,7 @@ def run_cli(
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without Chinese shows "?" instead of ending the run
     with handle_errors(lambda errors: script.report(errors) if script else str(errors), lean):
-        if (most := limit(resource.RLIMIT_AS)) is not None and most < _ENOUGH_MEMORY:
+        if (most := resource_limit(resource.RLIMIT_AS)) is not None and most < _ENOUGH_MEMORY:
             # (libraries that get no memory may end the process without a message)
             print(
                 f"warning   this shell lets a program have {format_size(most)} of memory (ulimit -v)", file=sys.stderr

@@ -15,7 +15,7 @@ from typing import Any
 
 from rwkv_peft.adapters.specs import METHODS, PARTS, load_variables, method_of
 from rwkv_peft.common.errors import SettingError
-from rwkv_peft.common.names import fault
+from rwkv_peft.common.names import describe_fault
 from rwkv_peft.common.paths import is_utf8
 
 from .shell import parse_numbers, split_words
@@ -42,7 +42,7 @@ def find_problems(given: SimpleNamespace, projects: Mapping[str, Any]) -> list[S
 
 def _check_projects(projects: Mapping[str, Any]) -> _Rules:
     for name, value in projects.items():
-        wrong = fault(value) if isinstance(value, str) else ""
+        wrong = describe_fault(value) if isinstance(value, str) else ""
         yield wrong, name, f"{wrong}; choose another name"
 
 
@@ -58,10 +58,10 @@ def _check_names(given: SimpleNamespace) -> _Rules:
         yield empty, name, "is empty; give a name in model/ or data/, or a path"
     no_folder = given.run_name in (".", "..", "latest") or "/" in (given.run_name or "")
     yield no_folder, "RUN_NAME", 'must be a plain folder name (no "/", not latest)'
-    wrong = fault(given.run_name or "")
+    wrong = describe_fault(given.run_name or "")
     yield wrong, "RUN_NAME", f"{wrong}; choose another name"
     for name, value in (("MASTER_ADDR", given.master_addr), ("MODEL_PATH", given.model_path)):
-        wrong = fault(value or "", edges=False)
+        wrong = describe_fault(value or "", edges=False)
         yield wrong, name, wrong
     eps = ctypes.c_float(given.adam_eps or 1).value
     computes = "in float32, in which optimizers compute"

@@ -22,10 +22,18 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from rwkv_peft.common import atomic_io
-from rwkv_peft.common.atomic_io import create, fsync_dir, must_not_be_folder, named, remove_stale_temps, sync, temp_path
+from rwkv_peft.common.atomic_io import (
+    check_not_folder,
+    create_file,
+    fsync_dir,
+    fsync_file,
+    name_refused_write,
+    remove_stale_temps,
+    temp_path,
+)
 from rwkv_peft.common.errors import UserError
 from rwkv_peft.common.formatting import plural
-from rwkv_peft.common.paths import display_path, missing
+from rwkv_peft.common.paths import describe_missing, display_path
 
 MAGIC = b"MMIDIDX\0\0"
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float64, 8: np.uint16}
@@ -111,7 +119,7 @@ class Reader:
         for path in (idx_path, bin_path):
             if not path.is_file():
                 raise UserError(
-                    f"{display_path(path)}: {missing(path)}. Make it with ./make_tokenize.sh, or correct DATA_PATH."
+                    f"{display_path(path)}: {describe_missing(path)}. Make it with ./make_tokenize.sh, or correct DATA_PATH."
                 )
         index = idx_path.read_bytes()
         if len(index) < HEADER or index[: len(MAGIC)] != MAGIC:
@@ -178,9 +186,9 @@ class Writer:
     def __enter__(self) -> Writer:
         for ending in self.streams:
             for kind in ("bin", "idx"):
-                must_not_be_folder(self.final(ending, kind))
+                check_not_folder(self.final(ending, kind))
                 remove_stale_temps(self.final(ending, kind))
-            self.files[ending] = create(temp_path(self.final(ending, "bin")))  # closed by commit or by discard
+            self.files[ending] = create_file(temp_path(self.final(ending, "bin")))  # closed by commit or by discard
         return self
 
     def __exit__(self, *_exception) -> None:
@@ -205,7 +213,7 @@ class Writer:
             content: the bytes for the file.
             sizes: values of each row.
         """
-        with named(self.final(ending, "bin")):
+        with name_refused_write(self.final(ending, "bin")):
             self.files[ending].write(content)
         self.sizes[ending].extend(sizes)
 
@@ -217,12 +225,15 @@ class Writer:
             last_look: called before the renames; raises if the files must not get their names.
         """
         for ending, file in self.files.items():
-            with named(self.final(ending, "bin")):
-                sync(file)
+            with name_refused_write(self.final(ending, "bin")):
+                fsync_file(file)
                 file.close()
-            with named(self.final(ending, "idx")), create(temp_path(self.final(ending, "idx"))) as index:
+            with (
+                name_refused_write(self.final(ending, "idx")),
+                create_file(temp_path(self.final(ending, "idx"))) as index,
+            ):
                 index.writelines(index_chunks(np.frombuffer(self.sizes[ending], np.int32), self.streams[ending]))
-                sync(index)
+                fsync_file(index)
         names = [self.final(e, kind) for e in sorted(self.streams, reverse=True) for kind in ("bin", "idx")]
         last_look()
         put_in_place(names, remove)  # ends with the .idx of ""
@@ -233,7 +244,7 @@ class Writer:
             with contextlib.suppress(OSError):  # a full disk refuses the rest of the data, which is discarded anyway
                 file.close()
             for kind in ("bin", "idx"):
-                atomic_io.remove(temp_path(self.final(ending, kind)))
+                atomic_io.remove_path(temp_path(self.final(ending, kind)))
 
 
 def put_in_place(names: list[Path], remove: Sequence[Path] = ()) -> None:
@@ -247,7 +258,7 @@ def put_in_place(names: list[Path], remove: Sequence[Path] = ()) -> None:
     try:
         for name in (*reversed(names), *remove):
             if os.path.lexists(name):
-                atomic_io.remove(old := Path(f"{temp_path(name)}.old"))
+                atomic_io.remove_path(old := Path(f"{temp_path(name)}.old"))
                 os.replace(name, old)
                 kept[name] = old
         for name in names:
@@ -260,5 +271,5 @@ def put_in_place(names: list[Path], remove: Sequence[Path] = ()) -> None:
             os.replace(old, name)
         raise
     for old in kept.values():
-        atomic_io.remove(old)
+        atomic_io.remove_path(old)
     fsync_dir(names[-1].parent)

@@ -35,6 +35,6 @@ def read(prefix: Path) -> dict[str, Any]:
     path = path_of(prefix)
     if not path.exists():
         return {}
-    report = json_reader.read(path, "report of tokenized data", SCHEMA)
-    json_reader.check(path, report.get("settings", {}), "report of tokenized data", SETTINGS)
+    report = json_reader.read_json(path, "report of tokenized data", SCHEMA)
+    json_reader.check_schema(path, report.get("settings", {}), "report of tokenized data", SETTINGS)
     return report

@@ -34,15 +34,15 @@ def data_files(text: str, other_than: Sequence[str] = ()) -> tuple[list[tuple[Pa
         text: DATA_PATH.
         other_than: names that cannot be meant, such as the training data where held-out data are wanted.
     """
-    if not missing_data(paths.data_prefix(text)):  # a file whose name looks like a mixture
-        return [(paths.data_prefix(text), Fraction(1))], []
+    if not missing_data(paths.resolve_data(text)):  # a file whose name looks like a mixture
+        return [(paths.resolve_data(text), Fraction(1))], []
     try:
         names = mixture.parse_mixture(text)
     except ValueError as error:
         return [], [str(error)]
-    files = [(paths.data_prefix(name), weight) for name, weight in names]
+    files = [(paths.resolve_data(name), weight) for name, weight in names]
     wrong = [
-        paths.foreign_path(name) or missing
+        paths.explain_foreign_path(name) or missing
         for (name, _), (prefix, _) in zip(names, files, strict=True)
         if (missing := missing_data(prefix, other_than))
     ]
@@ -66,9 +66,9 @@ def missing_data(prefix: Path, other_than: Sequence[str] = ()) -> str:
         return ""
     for link in (Path(f"{prefix}{ending}") for ending in missing):
         if link.is_symlink():
-            return f"{paths.display_path(link)} {paths.missing(link)}"
+            return f"{paths.display_path(link)} {paths.describe_missing(link)}"
     source = Path(f"{prefix}.jsonl")
-    there = [name for name in paths.data_names() if name not in other_than]
+    there = [name for name in paths.list_data() if name not in other_than]
     hint = f"{did_you_mean(prefix.name, there) or '.'} Tokenized data in data/: {join_names(there)}"
     if source.is_file():
         hint = f"; make it: ./make_tokenize.sh {shlex.quote(source.name)}"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rwkv_peft.checkpoint import safetensors_io
-from rwkv_peft.common.atomic_io import make_folder, own_folder, write_json
+from rwkv_peft.common.atomic_io import make_folder, make_own_folder, write_json
 
 
 def write(target: Path, config: dict, tensors: Mapping[str, Tensor]) -> None:
@@ -21,7 +21,7 @@ def write(target: Path, config: dict, tensors: Mapping[str, Tensor]) -> None:
         tensors: By peft's names; written in float32.
     """
     make_folder(target.parent)
-    own_folder(target)
+    make_own_folder(target)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     weights = target / "adapter_model.safetensors"
     safetensors_io.write_safetensors(weights, shapes, torch.float32, lambda name: [tensors[name].float()])

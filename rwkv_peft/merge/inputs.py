@@ -15,7 +15,7 @@ from rwkv_peft.adapters import inject
 from rwkv_peft.adapters.specs import ALIASES, METHODS
 from rwkv_peft.checkpoint import base_model, pth, run_dir, sidecars, step_log
 from rwkv_peft.common import hashing, paths
-from rwkv_peft.common.atomic_io import reading
+from rwkv_peft.common.atomic_io import open_regular
 from rwkv_peft.common.errors import SettingError, SettingErrors, UserError
 from rwkv_peft.common.file_watch import FileWatch
 
@@ -298,7 +298,7 @@ def base_of(
     if not model_path:
         message = f"must name the base: {paths.display_path(checkpoints[0].path)} has no sidecar that says it"
         raise SettingErrors(SettingError("MODEL_PATH", message))
-    return paths.model_file(model_path)
+    return paths.resolve_model(model_path)
 
 
 def sources(checkpoints: Sequence[LoadedCheckpoint]) -> list[dict]:
@@ -320,6 +320,6 @@ def began(path: Path) -> str | None:
 
     It is a hash of its first step's record, which has the time that the step took.
     """
-    with contextlib.suppress(OSError), reading(path.parent / step_log.FILE) as log:
+    with contextlib.suppress(OSError), open_regular(path.parent / step_log.FILE) as log:
         return hashlib.sha256(first).hexdigest() if (first := log.readline(step_log.MOST_LINE)) else None
     return None

@@ -18,11 +18,11 @@ from rwkv_peft import __version__
 from rwkv_peft.adapters.specs import METHODS
 from rwkv_peft.checkpoint import base_model, prompt_format, pth, pth_rewrite, sidecars
 from rwkv_peft.common import hashing, paths
-from rwkv_peft.common.atomic_io import fsync_dir, must_not_be_folder, remove, remove_stale_temps, temp_path
+from rwkv_peft.common.atomic_io import check_not_folder, fsync_dir, remove_path, remove_stale_temps, temp_path
 from rwkv_peft.common.errors import SettingErrors, UserError
 from rwkv_peft.common.file_watch import FileWatch
 from rwkv_peft.common.formatting import join_names
-from rwkv_peft.common.names import fault, visible
+from rwkv_peft.common.names import describe_fault, escape_invisible
 from rwkv_peft.common.parallel_io import parallel_map
 from rwkv_peft.export import EXPORTS
 from rwkv_peft.model.arch import STATE_NAME, Geometry
@@ -87,7 +87,7 @@ def folded(
     target = place_for(name_of(checkpoints, weights, base), about)
     note = sidecars.sidecar_path(target)
     for path in target, note:
-        must_not_be_folder(path)
+        check_not_folder(path)
         remove_stale_temps(path)
     fresh, fresh_note = temp_path(target), temp_path(note)  # they get their names when the result is known to be right
     try:
@@ -99,8 +99,8 @@ def folded(
         sidecars.write_sidecar(fresh_note, about)
         sidecars.replace_pair(fresh, fresh_note, target)
     finally:
-        remove(fresh)
-        remove(fresh_note)
+        remove_path(fresh)
+        remove_path(fresh_note)
     if any(one.sidecar for one in checkpoints):
         print("checked   the base is the file that it was trained on (same content)")
     for line in checks:
@@ -226,8 +226,10 @@ def versions(name: str) -> Iterator[str]:
 
 def merged_place(stem: str, ending: str) -> Path:
     """Return the path of a result of this name. Raises UserError for a name that a file should not have."""
-    if wrong := fault(stem):
-        raise UserError(f"merge/{visible(stem)}{ending}: this name {wrong}; rename the base or the folder of the run.")
+    if wrong := describe_fault(stem):
+        raise UserError(
+            f"merge/{escape_invisible(stem)}{ending}: this name {wrong}; rename the base or the folder of the run."
+        )
     return paths.ROOT / "merge" / f"{stem}{ending}"
 
 
@@ -279,7 +281,7 @@ def writing_export(name: str, ending: str, in_use: FileWatch, own: bool = False)
     first = merged_place(name, ending)
     remove_stale_temps(first)
     fresh, placed = temp_path(first), []
-    remove(fresh)
+    remove_path(fresh)
     try:
         yield fresh, placed
         in_use.must_be_unchanged()
@@ -292,7 +294,7 @@ def writing_export(name: str, ending: str, in_use: FileWatch, own: bool = False)
             words = "which is the same" if same else "an earlier export of this model"
             print(f"replaces  {paths.display_path(target)}, {words}")
         if is_folder(target) or is_folder(fresh):  # (they have the same content, or a link leads nowhere)
-            remove(target)
+            remove_path(target)
         elif stem != name:
             print(
                 f"note: {paths.display_path(first)} holds something else and stays; this export is called {target.name}"
@@ -301,7 +303,7 @@ def writing_export(name: str, ending: str, in_use: FileWatch, own: bool = False)
         fsync_dir(target.parent)
         placed.append(target)
     finally:
-        remove(fresh)
+        remove_path(fresh)
 
 
 def is_folder(path: Path) -> bool:

@@ -217,7 +217,7 @@ def remembered(
     key = f"{what} {gpu.name} {torch.version.cuda} {torch.__version__} {driver()} {digest}"
     file = kernel_cache.folder() / "proofs.json"
     try:
-        known = json_reader.load(file)
+        known = json_reader.load_json(file)
     except (OSError, ValueError):
         known = {}
     if isinstance(known, dict) and key in known:

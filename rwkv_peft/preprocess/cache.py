@@ -65,7 +65,7 @@ def facts(path: Path) -> dict[str, int]:
 def fresh(report: Path, wanted: str) -> dict[str, Any] | None:
     """The report, if it belongs to this key and every file that it names is there and unchanged; else None."""
     try:
-        content = json_reader.load(report)
+        content = json_reader.load_json(report)
         if content["key"] != wanted:
             return None
         if any(facts(report.parent / name) != known for name, known in content["files"].items()):

@@ -118,7 +118,7 @@ def base_of_training() -> Path | None:
     """The base that training.sh names, read without bash; None where there is none."""
     with contextlib.suppress(OSError, ValueError, UserError):
         name = parse_assignments(paths.ROOT / "training.sh").get("MODEL_PATH", "").strip()
-        return paths.model_file(name) if name else None
+        return paths.resolve_model(name) if name else None
     return None
 
 

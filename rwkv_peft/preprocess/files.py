@@ -133,10 +133,10 @@ def named(name: str) -> Path:
     """What the user calls a file, pipe or folder of rows: a name in data/, or a path. UserError if it cannot be read."""
     source = project.resolve_path(name, "data")
     where, endings = display_path(source), ", ".join(READERS)
-    if not source.exists() and (foreign := project.foreign_path(name)):
+    if not source.exists() and (foreign := project.explain_foreign_path(name)):
         raise UserError(foreign)
     if source.is_symlink() and not source.exists():
-        raise UserError(f"{where}: {project.missing(source)}.")
+        raise UserError(f"{where}: {project.describe_missing(source)}.")
     if not source.exists():
         there = [p.name for p in (project.ROOT / "data").glob("*") if format_of(p) and not p.name.endswith(OURS)]
         raise UserError(

@@ -287,7 +287,7 @@ def texts_of(variable: str, value: str, example: str) -> dict[str, str]:
     if not value.strip():
         return {}
     try:
-        given = json_reader.parse(value)
+        given = json_reader.parse_json(value)
     except ValueError as error:
         raise SettingErrors(
             SettingError(variable, f"is not readable as JSON: it {error}; write it like {example}")

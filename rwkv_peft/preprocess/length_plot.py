@@ -9,7 +9,7 @@ import numpy as np
 
 from rwkv_peft.common.atomic_io import atomic_write
 from rwkv_peft.common.formatting import plural
-from rwkv_peft.common.plotting import figure
+from rwkv_peft.common.plotting import open_figure
 
 BARS = 60
 FAR = 1.5  # lines further out than this many times the longest bar are left out
@@ -26,7 +26,7 @@ def draw_lengths(prefix: Path, sizes: np.ndarray, median: int, ctx_len: int, buc
     right = longest if longest < 1.5 * right else right
     left = shortest if (shortest := int(sizes.min())) > right / 2 else 0
     edges = np.unique(np.linspace(0, right + 1, min(BARS, right + 1) + 1).round())
-    with figure(9, 4.2) as (drawing, axes):
+    with open_figure(9, 4.2) as (drawing, axes):
         rows, _ = np.histogram(np.minimum(sizes, right), bins=edges)
         axes.stairs(
             rows, edges - 0.5, fill=True, color="#4878a8", edgecolor="white", linewidth=0.7

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from rwkv_peft.common.errors import UserError, limit, pip_command
+from rwkv_peft.common.errors import UserError, pip_command, resource_limit
 from rwkv_peft.common.formatting import first_line, plural
 from rwkv_peft.common.paths import display_path
 
@@ -368,7 +368,7 @@ def columnar(path: Path) -> Iterator[Block]:
                 number += len(rows)
     except MemoryError as error:
         size = re.search(r"of size (\d+)", str(error))
-        if size and int(size[1]) < TIMES * path.stat().st_size and limit(resource.RLIMIT_AS) is not None:
+        if size and int(size[1]) < TIMES * path.stat().st_size and resource_limit(resource.RLIMIT_AS) is not None:
             raise  # its message names the limit
         raise UserError(
             f"{display_path(path)}: cannot be read as {path.suffix[1:]}: it asks for more memory than "

@@ -21,10 +21,10 @@ from tqdm import tqdm
 from rwkv_peft.common import bus_error, json_reader, paths
 from rwkv_peft.common.atomic_io import (
     check_disk_space,
-    create,
-    must_not_be_folder,
-    named,
-    remove,
+    check_not_folder,
+    create_file,
+    name_refused_write,
+    remove_path,
     remove_stale_temps,
     temp_path,
     write_json,
@@ -66,7 +66,7 @@ def tokenize(source: Path, config: TokenizeConfig, epochs: int, end_of_doc: bool
     UserError if nothing can be used, or STRICT=1 and anything cannot.
     """
     in_use = FileWatch("it was read first", UNCHANGED)
-    with bus_error.handled(in_use.leave_if_cut_off), in_use.explaining():
+    with bus_error.handle_bus_error(in_use.exit_if_truncated), in_use.explaining():
         return tokenized(source, config, epochs, end_of_doc, in_use)
 
 
@@ -100,15 +100,15 @@ def tokenized(source: Path, config: TokenizeConfig, epochs: int, end_of_doc: boo
         return known
     replaced = made_from_other(report_file, paths.display_path(source))
     for ending in WRITTEN:
-        must_not_be_folder(Path(f"{prefix}{ending}"))
+        check_not_folder(Path(f"{prefix}{ending}"))
     others = reading.settle(inputs, config.encoding)
     tally = CorpusStats(keep_documents=config.valid_percent > 0)
     rejects = Path(f"{prefix}.rejects.jsonl")
-    with contextlib.ExitStack() as open_files, named(f"{prefix}.bin"):
+    with contextlib.ExitStack() as open_files, name_refused_write(f"{prefix}.bin"):
         stored = Stored(*(open_files.enter_context(tempfile.TemporaryFile(dir=prefix.parent)) for _ in range(2)))
         rejected = open_files.enter_context(Rejects(rejects))
         for one in progress(chosen, made_from, config):
-            in_use.glance()
+            in_use.check_now_and_then()
             if one.rejects and config.strict:
                 stop(one, source)
             stored.add(one)
@@ -158,7 +158,7 @@ def must_be_all(source: Path, valid_split: str, inputs: list[Path]) -> None:
 def made_from_other(report_file: Path, source: str) -> str:
     """The file that earlier tokens of this name were made from, if it was another one."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        earlier = json_reader.load(report_file)["source"]
+        earlier = json_reader.load_json(report_file)["source"]
         return earlier if earlier != source else ""
     return ""
 
@@ -234,7 +234,7 @@ class Rejects:
     def add(self, one: EncodedBlock) -> None:
         """Write the rejects of a block."""
         if one.rejects and not self.file:
-            self.file = create(temp_path(self.path), "w", encoding="utf-8")  # closed on leaving
+            self.file = create_file(temp_path(self.path), "w", encoding="utf-8")  # closed on leaving
         for reject in one.rejects:
             self.file.write(json.dumps(reject._asdict(), ensure_ascii=False).encode("utf-8", "replace").decode() + "\n")
 
@@ -250,7 +250,7 @@ class Rejects:
         if self.file:
             with contextlib.suppress(OSError):  # a full disk refuses what is still to be flushed: it is to go anyway
                 self.file.close()
-            remove(temp_path(self.path))
+            remove_path(temp_path(self.path))
 
 
 class Stored:

@@ -7,8 +7,8 @@ from typing import Any
 
 from rwkv_peft.common.errors import SettingError, SettingErrors, UserError
 from rwkv_peft.common.formatting import did_you_mean
-from rwkv_peft.common.names import fault
-from rwkv_peft.common.paths import display_path, missing, resolve_path
+from rwkv_peft.common.names import describe_fault
+from rwkv_peft.common.paths import describe_missing, display_path, resolve_path
 
 from . import template_file
 from .presets import BEFORE, PRESETS
@@ -27,7 +27,7 @@ def template(name: str) -> Template:
     """
     if name in PRESETS:
         return PRESETS[name]
-    if wrong := fault(name):
+    if wrong := describe_fault(name):
         raise SettingErrors(SettingError("PROMPT_TYPE", f"{wrong}; take another name"))
     file, _, inner = name.rpartition(":") if ".json:" in name else (name, "", "")
     if not file.endswith(".json"):
@@ -37,7 +37,7 @@ def template(name: str) -> Template:
         )
     path = resolve_path(file, "data")
     if not path.is_file():
-        raise SettingErrors(SettingError("PROMPT_TYPE", f"{display_path(path)}: {missing(path)}"))
+        raise SettingErrors(SettingError("PROMPT_TYPE", f"{display_path(path)}: {describe_missing(path)}"))
     return template_file.load(path, inner)
 
 

@@ -59,7 +59,7 @@ def load(path: Path, name: str = "") -> Template:
         UserError: it cannot be used; the message has every problem.
     """
     where = display_path(path)
-    content = json_reader.read(path)
+    content = json_reader.read_json(path)
     if isinstance(content, list) and all(isinstance(one, dict) and isinstance(one.get("name"), str) for one in content):
         content = {one["name"]: one for one in content}
     if not isinstance(content, dict):

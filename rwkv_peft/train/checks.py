@@ -13,10 +13,10 @@ from rwkv_peft.adapters.registry import ADAPTERS
 from rwkv_peft.adapters.specs import METHODS
 from rwkv_peft.checkpoint import base_model, pth, run_dir, sidecars
 from rwkv_peft.common import hashing, paths
-from rwkv_peft.common.atomic_io import reading
-from rwkv_peft.common.errors import SettingError, SettingErrors, UserError, in_words
+from rwkv_peft.common.atomic_io import open_regular
+from rwkv_peft.common.errors import SettingError, SettingErrors, UserError, describe_nonfatal
 from rwkv_peft.common.file_watch import FileWatch
-from rwkv_peft.common.names import fault
+from rwkv_peft.common.names import describe_fault
 from rwkv_peft.config.train import TrainConfig
 from rwkv_peft.data.tokenized_files import data_files
 from rwkv_peft.model.arch import NUMBERS, Geometry, linear_layers, misfits, shapes
@@ -80,7 +80,7 @@ def open_files(config: TrainConfig, base: Path, is_new: bool) -> OpenedFiles:
     try:
         opened = base_model.read_geometry(base)
     except UserError as error:
-        foreign = "" if base.exists() else paths.foreign_path(config.model_path)
+        foreign = "" if base.exists() else paths.explain_foreign_path(config.model_path)
         errors.append(SettingError("MODEL_PATH", foreign or str(error)))
     if opened:
         geometry = opened[1]
@@ -100,7 +100,7 @@ def open_files(config: TrainConfig, base: Path, is_new: bool) -> OpenedFiles:
         tokenized, wrong = data_files(config.data_path)
     errors += [SettingError("DATA_PATH", message) for message in wrong]
     for name in [stream.name] if stream else [prefix.name for prefix, _ in tokenized]:
-        if odd := fault(name):  # the run, and more, gets this name
+        if odd := describe_fault(name):  # the run, and more, gets this name
             errors.append(SettingError("DATA_PATH", f"this name {odd}; rename the files"))
     init = None
     try:
@@ -122,10 +122,10 @@ def read_questions(text: str) -> list[str]:
     if text.endswith(".txt"):
         path = paths.resolve_path(text, "data")
         try:
-            with reading(path, "r", encoding="utf-8-sig") as file:
+            with open_regular(path, "r", encoding="utf-8-sig") as file:
                 lines = file.read(MOST_TEXT).splitlines()
         except (OSError, ValueError) as error:
-            words = f"{paths.display_path(path)} cannot be read: {in_words(error)}"
+            words = f"{paths.display_path(path)} cannot be read: {describe_nonfatal(error)}"
             raise SettingErrors(SettingError("SAMPLE_PROMPTS", words)) from None
     questions = [line.strip() for line in lines if line.strip()]
     if text.strip() and not questions:
@@ -177,7 +177,7 @@ def _find_start(config: TrainConfig, checkpoint: Path | None) -> Path | None:
     if config.method != "pissa":  # few others have one
         return None
     name, advice = ("pissa_init", "") if config.pissa_init else ("pissa_load", "; name it with pissa_init")
-    raise SettingErrors(SettingError(name, f"{paths.display_path(start)}: {paths.missing(start)}{advice}"))
+    raise SettingErrors(SettingError(name, f"{paths.display_path(start)}: {paths.describe_missing(start)}{advice}"))
 
 
 def check_init(

@@ -299,7 +299,7 @@ def plan_stream(config: TrainConfig, source: Path, vocab_size: int, log: Log, wa
         tokenizing = script.read(TokenizeConfig)
     except SettingErrors as errors:  # of another script than the one that runs
         raise UserError(script.report(errors)) from None
-    tokenizing = settled(tokenizing, paths.model_file(config.model_path))[0]
+    tokenizing = settled(tokenizing, paths.resolve_model(config.model_path))[0]
     if not isinstance(config.ctx_len, int):
         raise AssertionError("the settings refuse CTX_LEN=auto with STREAMING=1")
     ctx_len = config.ctx_len
@@ -344,7 +344,9 @@ def plan_stream(config: TrainConfig, source: Path, vocab_size: int, log: Log, wa
         (Form(tokenizing.prompt_type, tokenizing.eot, encoding.template),),
         lambda _before: {
             # (a stream may be too long to be read twice)
-            "files": [{"name": p.name, "sample": hashing.sample(p) if p.is_file() else None} for p in chosen.train],
+            "files": [
+                {"name": p.name, "sample": hashing.sample_hash(p) if p.is_file() else None} for p in chosen.train
+            ],
             "tokenizing": dataclasses.asdict(tokenizing),
         },
         (int(encoding.bos),),

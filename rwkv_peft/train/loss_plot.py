@@ -10,7 +10,7 @@ import numpy as np
 
 from rwkv_peft.checkpoint import step_log
 from rwkv_peft.common.atomic_io import atomic_write
-from rwkv_peft.common.plotting import figure
+from rwkv_peft.common.plotting import open_figure
 from rwkv_peft.train.callbacks.validation import of_one_set, read
 
 SMOOTHED_SHARE = 0.05  # of the run that the smoothed line looks back on ...
@@ -38,7 +38,7 @@ def draw_loss(folder: Path) -> Path:
     sums, behind = np.cumsum([0.0, *losses]), np.arange(1, len(losses) + 1)
     first = np.maximum(behind - looks_back(len(losses)), 0)
     smooth = (sums[behind] - sums[first]) / (behind - first)
-    with figure(9, 6.4, (4, 1)) as (drawing, (axes, below)):
+    with open_figure(9, 6.4, (4, 1)) as (drawing, (axes, below)):
         drawing.set_layout_engine("constrained")
         axes.plot(broken(steps), broken(losses), color="#9ec5e8", linewidth=1, label="each step")
         axes.plot(broken(steps), broken(smooth), color="#1f5f99", linewidth=2, label="smoothed")

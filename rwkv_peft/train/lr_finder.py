@@ -20,7 +20,7 @@ from rwkv_peft.common import hardware, paths
 from rwkv_peft.common.atomic_io import atomic_write
 from rwkv_peft.common.errors import SettingError, SettingErrors, UserError
 from rwkv_peft.common.formatting import plural
-from rwkv_peft.common.plotting import figure
+from rwkv_peft.common.plotting import open_figure
 from rwkv_peft.config.train import TrainConfig
 from rwkv_peft.data.dataset import Batch, largest_batch
 from rwkv_peft.distributed.launch import ProcessInfo
@@ -84,7 +84,7 @@ def trial(config: TrainConfig, place: ProcessInfo, cleanup: contextlib.ExitStack
     learner = make_train_model(run, cleanup, print)
     module = make_module(run, learner)
     module.settle("")  # nothing lies in pieces here, whatever STRATEGY says
-    learner.model.to(hardware.device(0))
+    learner.model.to(hardware.local_device(0))
     module.train()
     groups = learner.groups()
     factors = [group["lr"] for group in groups]
@@ -206,7 +206,7 @@ def steps_of(run: RunSetup) -> Iterator[list[Batch]]:
 
 
 def draw(tried: Sequence[float], losses: Sequence[float], path: Path, usual: float | None = None) -> Path:
-    with figure(8, 4.5) as (drawing, axes):
+    with open_figure(8, 4.5) as (drawing, axes):
         drawing.set_layout_engine("constrained")
         axes.plot(tried, losses, color="#9ec5e8", linewidth=1, label="each step")
         axes.plot(tried, smoothed(losses), color="#1f5f99", linewidth=2, label="smoothed")

@@ -77,7 +77,7 @@ def make_train_model(run: RunSetup, cleanup: contextlib.ExitStack, log: Callable
         start_file = run_dir.init_file(run.run_dir, config.method)
     start = pth.load(start_file) if start_file and start_file.is_file() else None
     deferred: Later | None = {} if run.compute.sharding.weights_in_pieces else None
-    device = hardware.device(run.process.local)
+    device = hardware.local_device(run.process.local)
     initial_tensors = inject.inject_adapters(model, base.adapter, dtype, start, device, deferred)
     lisa = None
     if config.method == "lisa":

@@ -13,9 +13,9 @@ from pathlib import Path
 from rwkv_peft.adapters.specs import METHODS, OPTIMS, Method, method_of
 from rwkv_peft.checkpoint import run_dir
 from rwkv_peft.common import paths
-from rwkv_peft.common.errors import describe_memory, exit_with
+from rwkv_peft.common.errors import describe_out_of_memory, exit_with
 from rwkv_peft.common.formatting import first_line, format_duration, is_or_are, plural
-from rwkv_peft.common.hardware import cpu_gains_by_bf16, cpu_has_bf16, device_kind, device_words
+from rwkv_peft.common.hardware import cpu_gains_by_bf16, cpu_has_bf16, describe_device, device_kind
 from rwkv_peft.config.strategies import STRATEGIES
 from rwkv_peft.data.sampling import AUTO_CTX_LIMIT
 from rwkv_peft.model import arch
@@ -112,7 +112,7 @@ def plan_lines(
         )
     rows += rate_rows(setup, {"LR_INIT": settings["LR_INIT"], "LR_FINAL": last}, total)
     rows += [
-        ("machine", f"{device_words()}; PRECISION={settings['PRECISION']}, OP={settings['OP']}{op_words and f' ({op_words})'}, "
+        ("machine", f"{describe_device()}; PRECISION={settings['PRECISION']}, OP={settings['OP']}{op_words and f' ({op_words})'}, "
                     f"STRATEGY={settings['STRATEGY']}; about {memory / 2**30:.{digits}f} GB {kind} ({guess})"),
         ("output", f"output/{settings['RUN_NAME']}/ (loss.jsonl has the loss of each step; what is shown here is smoothed)"),
     ]  # fmt: skip
@@ -384,7 +384,7 @@ def out_of_memory(settings: dict, error: Exception) -> str:
     listed = "\n".join(f"  {i}. {a}" for i, a in enumerate(advice, 1))
     reason = first_line(error)
     if type(error).__name__ != "OutOfMemoryError":  # of the host
-        reason = f"{describe_memory().removeprefix('Out of memory: ')} {reason}".strip()
+        reason = f"{describe_out_of_memory().removeprefix('Out of memory: ')} {reason}".strip()
     return f"Out of memory: {reason}\nWhat to change, in this order:\n{listed}"
 
 

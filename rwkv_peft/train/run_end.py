@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytorch_lightning as pl
 import torch
 
-from rwkv_peft.common.errors import EXIT_MEMORY, EXIT_PROCESS, UserError, cause, exit_with
+from rwkv_peft.common.errors import EXIT_MEMORY, EXIT_PROCESS, UserError, exit_with, find_system_error
 
 from . import report
 from .callbacks.build import RunCallbacks
@@ -28,7 +28,7 @@ def handle_failures(run: RunSetup, callbacks: RunCallbacks) -> Iterator[None]:
             callbacks.saver.plot(True)  # it shows more than words
         raise
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or isinstance(cause(error), MemoryError):
+        if isinstance(error, torch.OutOfMemoryError) or isinstance(find_system_error(error), MemoryError):
             exit_with(report.out_of_memory(dict(run.settings.values), error), EXIT_MEMORY)
         callbacks.watchdog.caused(error)
         if isinstance(error, torch.distributed.DistError):

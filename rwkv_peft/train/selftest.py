@@ -20,8 +20,8 @@ MISSING = cpu_build.KernelUnavailable, cuda_build.KernelUnavailable, fla.KernelU
 def selftest() -> None:
     """Print a line for every version, backend and number format. UserError if one computes something else."""
     kind, failed = hardware.device_kind(), []
-    device = hardware.device(0)
-    print(f"{hardware.device_words()}; torch {torch.__version__}")
+    device = hardware.local_device(0)
+    print(f"{hardware.describe_device()}; torch {torch.__version__}")
     print(
         f"{kernel_check.HEADS} heads of {kernel_check.SIZE}, sequences of {kernel_check.LENGTHS} tokens, "
         f"{len(kernel_check.KINDS)} kinds of inputs; forward,"

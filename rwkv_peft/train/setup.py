@@ -206,9 +206,9 @@ def prepare_run(
         SettingErrors: all that is wrong with the settings.
         UserError: a file or the machine does not allow the run.
     """
-    questions, base_path = read_questions(config.sample_prompts), paths.model_file(config.model_path)
+    questions, base_path = read_questions(config.sample_prompts), paths.resolve_model(config.model_path)
     watch = FileWatch("this run began", RESTART_ADVICE if dry_run else RESUME_ADVICE)
-    cleanup.enter_context(bus_error.handled(watch.leave_if_cut_off))
+    cleanup.enter_context(bus_error.handle_bus_error(watch.exit_if_truncated))
     watch.silent = process.of_ours
     watch.add([base_path])
     if rendezvous and not process.first:
@@ -311,7 +311,7 @@ def resolve(config: TrainConfig, base: BaseSetup, data: DataSetup, compute: Comp
     """
     geometry, adapter, plan = base.geometry, base.adapter, data.train.plan
     trained = {*adapter.whole(geometry), *adapter.compressed(geometry)}
-    is_on_host = hardware.embedding_on_host(
+    is_on_host = hardware.resolve_emb_on_cpu(
         config.emb_on_cpu,
         not {"emb", "emb.weight"} & trained and not compute.sharding.memory_in_pieces,
         geometry.vocab_size * geometry.n_embd * hardware.DTYPES[compute.precision].itemsize,
@@ -358,7 +358,7 @@ def _lock_run_dir(
 ) -> Path:
     """Lock the run's folder until the end of the training."""
     folder = run_dir.lock_run_dir(settings.run_name, stem, cleanup, state is not None)
-    watch.add_folder(folder)
+    watch.watch_folder(folder)
     if state:
         resume.check_unchanged(state)
     else:

@@ -37,7 +37,7 @@ def start_watchers(run: RunSetup, loggers: RunLoggers, cleanup: contextlib.ExitS
         remove_partial_files()
 
     cleanup.callback(watchdog.leave)
-    watch.before_leaving += [watchdog.leave, remove_partial_files]
+    watch.before_exit += [watchdog.leave, remove_partial_files]
     watches_files = process.local == 0  # one process of each node
     if watches_files:
         cleanup.enter_context(watch.watching(loggers.log))

@@ -167,7 +167,7 @@ def test_the_picture_of_find_lr_advises_no_more_than_its_text(tmp_path, monkeypa
 
     @contextlib.contextmanager
     def watched(*size):
-        with plotting.figure(*size) as (drawing, axes):
+        with plotting.open_figure(*size) as (drawing, axes):
             yield drawing, axes
             titles.append(axes.get_title())
             lines.extend((line.get_color(), line.get_xdata()[0], line.get_label()) for line in axes.get_lines())

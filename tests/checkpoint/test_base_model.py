@@ -246,9 +246,9 @@ def test_a_model_in_safetensors_talks(ready):
 
 def test_a_name_without_ending_finds_both_kinds(project_folder):
     (project_folder / "model" / "a.safetensors").touch()
-    assert paths.model_file("a").name == "a.safetensors"
+    assert paths.resolve_model("a").name == "a.safetensors"
     (project_folder / "model" / "a.pth").touch()
-    assert paths.model_file("a").name == "a.pth"
+    assert paths.resolve_model("a").name == "a.pth"
     with pytest.raises(UserError, match=r"there is: a\.pth, a\.safetensors"):
         pth.read_header(project_folder / "model" / "b.pth")
 

@@ -13,7 +13,7 @@ import pytest
 from helpers.kit import ROOT
 
 from rwkv_peft.common import direct_io, hashing
-from rwkv_peft.common.direct_io import DirectReader, DirectWriter, aligned
+from rwkv_peft.common.direct_io import DirectReader, DirectWriter, allocate_aligned
 
 WAYS = ["straight", "refused", "broken"]
 
@@ -63,7 +63,7 @@ def test_what_several_threads_write_side_by_side_is_what_is_read(way, tmp_path):
         (9, len(whole) + 9),
         (4097, 1),
     ]:
-        assert bytes(reader.read(aligned(size), size, at)) == whole[at : at + size], (size, at)
+        assert bytes(reader.read(allocate_aligned(size), size, at)) == whole[at : at + size], (size, at)
     reader.close()
     assert hashing.sha256(tmp_path / "x", on_disk=True) == hashlib.sha256(whole).hexdigest()
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rwkv_peft.common.formatting import did_you_mean, first_line, format_duration, join_names, plural, readable
+from rwkv_peft.common.formatting import did_you_mean, first_line, format_duration, join_names, plural, printable
 
 
 @pytest.mark.parametrize(("n", "words"), [(0, "0 rows"), (1, "1 row"), (2, "2 rows"), (1234, "1,234 rows")])
@@ -38,7 +38,7 @@ def test_times_are_minutes_and_hours():
     ],
 )
 def test_words_that_quote_foreign_names_cannot_steer_a_terminal_or_flood_it(words, shown):
-    assert readable(words) == shown
+    assert printable(words) == shown
 
 
 @pytest.mark.parametrize(

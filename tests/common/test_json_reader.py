@@ -44,7 +44,7 @@ hostile = pytest.mark.parametrize("text, words", HOSTILE.values(), ids=HOSTILE)
 @hostile
 def test_text_that_is_no_plain_value_is_refused(text, words):
     with pytest.raises(ValueError, match=words):
-        json_reader.parse(text)
+        json_reader.parse_json(text)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_text_that_is_no_plain_value_is_refused(text, words):
     ],
 )
 def test_sound_text_is_read_as_it_is(text, value):
-    found = json_reader.parse(text)
+    found = json_reader.parse_json(text)
     assert found == value or value is None
 
 
@@ -68,15 +68,15 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path):
     with open(path, "wb") as file:
         file.truncate(1 << 40)
     with pytest.raises(ValueError, match="is longer than 1 MB"):
-        json_reader.load(path, 1 << 20)
+        json_reader.load_json(path, 1 << 20)
 
 
 def test_a_pipe_and_a_folder_are_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.json")
     with pytest.raises(UserError, match="is a FIFO"):
-        json_reader.read(tmp_path / "pipe.json")
+        json_reader.read_json(tmp_path / "pipe.json")
     with pytest.raises(UserError, match="cannot be read"):
-        json_reader.read(tmp_path)
+        json_reader.read_json(tmp_path)
 
 
 def sidecar(path, tmp_path):

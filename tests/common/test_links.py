@@ -33,7 +33,7 @@ def kinds(path, theirs):
     ):  # fmt: skip
         make()
         yield
-        atomic_io.remove(path)
+        atomic_io.remove_path(path)
 
 
 def test_a_new_file_takes_the_place_of_anything_but_a_folder(tmp_path, theirs):
@@ -62,9 +62,9 @@ def test_lines_are_added_to_a_file_of_one_name_only(tmp_path, theirs):
     for _ in kinds(path, theirs):
         if path.is_symlink() or not path.is_file():
             with pytest.raises(UserError, match="x.jsonl: is a .*lines are added only to a file that lies here itself"):
-                atomic_io.appending(path)
+                atomic_io.open_append(path)
         else:
-            with atomic_io.appending(path) as file:
+            with atomic_io.open_append(path) as file:
                 file.write("more\n")
             assert path.read_text() in ("dear diary\nmore\n", "oldmore\n")
     assert theirs.read_text() == "dear diary\n"
@@ -74,17 +74,17 @@ def test_nothing_but_a_file_is_read_and_nothing_waited_for(tmp_path, theirs):
     path = tmp_path / "x"
     for _ in kinds(path, theirs):
         if path.is_file():
-            with atomic_io.reading(path) as file:
+            with atomic_io.open_regular(path) as file:
                 file.read()
         else:
             with pytest.raises(OSError):
-                atomic_io.reading(path)
+                atomic_io.open_regular(path)
             with pytest.raises(OSError):
                 hashing.sha256(path)
             with pytest.raises(OSError):
-                hashing.sample(path)
+                hashing.sample_hash(path)
     with pytest.raises(OSError, match="is a device, and a file is needed"):
-        atomic_io.reading("/dev/zero")
+        atomic_io.open_regular("/dev/zero")
 
 
 def test_a_link_is_removed_and_what_it_leads_to_stays(tmp_path, theirs):
@@ -96,7 +96,7 @@ def test_a_link_is_removed_and_what_it_leads_to_stays(tmp_path, theirs):
     for name in ("link", "tree", "missing"):
         if name == "link":
             (tmp_path / name).symlink_to(folder)
-        atomic_io.remove(tmp_path / name)
+        atomic_io.remove_path(tmp_path / name)
         assert not os.path.lexists(tmp_path / name)
     assert (folder / "kept").exists()
 

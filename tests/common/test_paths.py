@@ -4,7 +4,7 @@ import pytest
 
 from rwkv_peft.common import paths
 from rwkv_peft.common.errors import UserError
-from rwkv_peft.common.paths import foreign_path
+from rwkv_peft.common.paths import explain_foreign_path
 from rwkv_peft.data.tokenized_files import data_files, missing_data
 from rwkv_peft.preprocess import files
 
@@ -32,21 +32,21 @@ from rwkv_peft.preprocess import files
     ],
 )
 def test_a_path_of_another_system_is_answered_with_the_one_here(name, words):
-    assert words in foreign_path(name)
+    assert words in explain_foreign_path(name)
 
 
 @pytest.mark.parametrize(
     "name", ["my.jsonl", "sub/my.jsonl", "~/my.jsonl", "chat:0.7 code:0.3", "a:1", "x:0.5", "中文.jsonl", "a b"]
 )
 def test_other_names_are_left_alone(name):
-    assert foreign_path(name) == ""
+    assert explain_foreign_path(name) == ""
 
 
 def test_whether_the_file_is_there_is_said(tmp_path, monkeypatch):
     (tmp_path / "my.jsonl").write_text("x")
     here = str(tmp_path / "my.jsonl").replace("/", "\\")
-    assert "it is there: use that" in foreign_path(f"\\\\wsl$\\Ubuntu{here}")
-    assert "nothing is there either" in foreign_path("\\\\wsl$\\Ubuntu\\no\\my.jsonl")
+    assert "it is there: use that" in explain_foreign_path(f"\\\\wsl$\\Ubuntu{here}")
+    assert "nothing is there either" in explain_foreign_path("\\\\wsl$\\Ubuntu\\no\\my.jsonl")
 
 
 def test_a_path_that_lost_its_separators_is_put_together_again(tmp_path):
@@ -73,7 +73,7 @@ def test_the_base_of_a_training_is_answered_so_too(project_folder):
 
     set_to = config(MODEL_PATH="C:\\models\\rwkv.pth", DATA_PATH="D:\\data\\chat")
     with pytest.raises(SettingErrors) as told:
-        open_files(set_to, paths.model_file(set_to.model_path), True)
+        open_files(set_to, paths.resolve_model(set_to.model_path), True)
     said = {problem.name: problem.message for problem in told.value.problems}
     assert "/mnt/c/models/rwkv.pth" in said["MODEL_PATH"] and "/mnt/d/data/chat" in said["DATA_PATH"]
 

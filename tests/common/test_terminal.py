@@ -8,7 +8,7 @@ import pytest
 from helpers.kit import ROOT
 
 from rwkv_peft.common.errors import UserError, handle_errors
-from rwkv_peft.common.terminal import clean_output, cleaned
+from rwkv_peft.common.terminal import clean_output, clean_text
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ from rwkv_peft.common.terminal import clean_output, cleaned
     ],
 )
 def test_what_a_terminal_would_obey_is_written_out(text, shown):
-    assert cleaned(text) == shown
+    assert clean_text(text) == shown
 
 
 def test_all_that_is_printed_is_cleaned_and_only_inside(capsys):

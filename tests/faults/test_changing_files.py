@@ -283,9 +283,9 @@ def test_a_write_that_leaves_the_times_alone_is_seen_in_the_content(run, name):
 
         def write() -> None:
             with open(real, "r+b") as file, mmap.mmap(file.fileno(), 0) as content:
-                before = file_watch.stamp_of(real)
+                before = file_watch.read_stamp(real)
                 content[:] = other(content[:])
-                assert file_watch.stamp_of(real) == before
+                assert file_watch.read_stamp(real) == before
 
         run.stops(name, write)
 
@@ -376,7 +376,7 @@ def test_nor_at_the_end_of_an_epoch(ready, monkeypatch, changes):
         return real(self, batch, number)
 
     monkeypatch.setattr(TrainingModule, "training_step", step)
-    monkeypatch.setattr(file_watch, "LOOK", 1e9)  # only saves look
+    monkeypatch.setattr(file_watch, "CHECK_SECONDS", 1e9)  # only saves look
     shutil.copytree(ready / "data", ready / "kept")
     settings = LONG | {"SAVE_STEPS": "0", "RUN_NAME": "run"} | changes
     if "VAL_DATA" in changes:
@@ -770,7 +770,7 @@ def test_nor_the_only_answer(ready, monkeypatch):
 def watched(tmp_path, monkeypatch, request) -> tuple[file_watch.FileWatch, Path]:
     """not known: as of a streamed file above SMALL."""
     if not request.param:
-        monkeypatch.setattr(file_watch, "SMALL", 0)
+        monkeypatch.setattr(file_watch, "HASHED_BYTES", 0)
     path = rows_of(tmp_path / "rows.jsonl")
     watch = file_watch.FileWatch("it was opened", "Run it again.")
     watch.add([path])
@@ -789,9 +789,9 @@ def test_what_was_written_to_is_changed_whatever_it_holds(watched, harm):
 @pytest.mark.parametrize("how", [how for how in SAME if how != "replaced"])
 def test_other_rights_and_names_are_no_change(watched, how):
     watch, path = watched
-    before = file_watch.stamp_of(path)
+    before = file_watch.read_stamp(path)
     SAME[how](path)
-    assert file_watch.stamp_of(path) != before
+    assert file_watch.read_stamp(path) != before
     assert watch.look() is None and watch.look() is None
 
 
@@ -822,9 +822,11 @@ def test_the_next_look_comes_soon_however_long_the_last_one_took(tmp_path, monke
     monkeypatch.setattr(file_watch, "sha256", lambda path: hours.append(path) or real(path))
     replace_by_the_same(path)
     assert watch.look() is None and len(hours) == 1
-    assert watch.pause() == pytest.approx(file_watch.LOOK, abs=0.6), "the content that was compared was charged"
+    assert watch.pause() == pytest.approx(file_watch.CHECK_SECONDS, abs=0.6), (
+        "the content that was compared was charged"
+    )
     watch.seconds = 3600.0
-    assert watch.pause() == file_watch.LONGEST <= 5
+    assert watch.pause() == file_watch.MAX_CHECK_SECONDS <= 5
     overwrite(path)
     assert "rows.jsonl: " in str(watch.look(every=False))
 
@@ -867,12 +869,12 @@ def test_a_share_that_is_gone_is_named(tmp_path, monkeypatch, number):
     path = rows_of(tmp_path / "rows.jsonl")
     watch = file_watch.FileWatch("it was opened", "Run it again.")
     watch.add([path])
-    monkeypatch.setattr(file_watch, "PATIENCE", 0.1)
+    monkeypatch.setattr(file_watch, "RETRY_SECONDS", 0.1)
 
     def gone(*_):
         raise OSError(number, os.strerror(number), str(path))
 
-    monkeypatch.setattr(file_watch, "stamp_of", gone)
+    monkeypatch.setattr(file_watch, "read_stamp", gone)
     words = rf"rows\.jsonl: cannot be read any more \({re.escape(os.strerror(number))}\)"
     assert re.search(words, watch.cut_off())
     with pytest.raises(file_watch.FileChanged, match=words):
@@ -891,7 +893,7 @@ def test_whatever_else_goes_wrong_is_explained_by_a_file_that_has_changed(tmp_pa
 
 
 def test_a_content_that_was_read_while_the_file_was_written_to_is_not_known(tmp_path, monkeypatch):
-    monkeypatch.setattr(file_watch, "SMALL", 0)
+    monkeypatch.setattr(file_watch, "HASHED_BYTES", 0)
     path = rows_of(tmp_path / "rows.jsonl")
     watch = file_watch.FileWatch("it was opened", "Run it again.")
     watch.add([path])

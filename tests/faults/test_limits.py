@@ -172,7 +172,7 @@ def test_each_refusal_of_the_system_has_words_of_its_own(name, code, words):
     ],
 )
 def test_what_torch_tells_of_a_refusal_is_understood(says, number, file):
-    found = errors.cause(RuntimeError(says))
+    found = errors.find_system_error(RuntimeError(says))
     assert (found.errno, found.filename) == (number, file)
 
 
@@ -180,7 +180,7 @@ def test_what_torch_tells_of_a_refusal_is_understood(says, number, file):
     "says", ["shape '[2]' is invalid for input of size 3", "CUDA error: can't allocate memory", "a: b (12)", ""]
 )
 def test_a_bug_is_none_of_that(says):
-    assert errors.cause(RuntimeError(says)) is None and describe_error(RuntimeError(says)) is None
+    assert errors.find_system_error(RuntimeError(says)) is None and describe_error(RuntimeError(says)) is None
 
 
 @pytest.mark.parametrize(
@@ -255,4 +255,4 @@ def test_what_the_system_refused_is_told_where_another_error_hides_it():
     assert describe_error(raised(full, RuntimeError("Please call iter first")))[1] == 3
     assert describe_error(raised(MemoryError(), RuntimeError("x")))[1] == 4
     assert describe_error(raised(FileNotFoundError(errno.ENOENT, "no", "/a"), RuntimeError("a bug"))) is None
-    assert errors.in_words(raised(full, errors.UserError("It is so."))) == "It is so."
+    assert errors.describe_nonfatal(raised(full, errors.UserError("It is so."))) == "It is so."

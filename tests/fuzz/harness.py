@@ -24,7 +24,7 @@ from typing import Any
 
 from fuzz import mutate
 from rwkv_peft.common.errors import SettingErrors, UserError
-from rwkv_peft.common.formatting import readable
+from rwkv_peft.common.formatting import printable
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -211,7 +211,7 @@ class Judge:
         return outcome
 
     def refused(self, error: UserError | SettingErrors, size: int) -> str:
-        words, places = readable(str(error)), self.harness.places
+        words, places = printable(str(error)), self.harness.places
         sound(words.strip(), "a message without words", error)
         sound(len(words) < WORDS + 20 * size, "a message without end", f"{len(words):,} characters", words[:300])
         sound(not places or any(where in words for where in places), f"a message without a place {place(error)}", words)

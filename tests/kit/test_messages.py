@@ -78,7 +78,7 @@ def test_a_name_that_others_cannot_list_or_type_is_refused(setting, name, why):
 
 @pytest.mark.parametrize("name", GOOD)
 def test_an_unusual_name_is_a_name(name):
-    assert not names.fault(name) and formatting.visible(name) == name
+    assert not names.describe_fault(name) and formatting.visible(name) == name
     assert config(RUN_NAME=name, WANDB=name).run_name == name
 
 
@@ -141,7 +141,7 @@ def test_a_link_that_leads_nowhere_is_called_that(links):
             files.named(name)
     for name, told in (("self.pth", loop), ("gone.pth", "is a link to elsewhere.pth, which is not there")):
         with pytest.raises(UserError, match=f"model/{name}: {told}"):
-            pth.read_header(paths.model_file(name))
+            pth.read_header(paths.resolve_model(name))
     with pytest.raises(SettingErrors, match=f"my.json: {loop}"):
         preset_names.template("my.json")
     with pytest.raises(SettingErrors) as found:

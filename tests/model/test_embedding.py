@@ -63,13 +63,13 @@ def test_auto_leaves_it_there_where_it_would_take_a_hundredth_of_the_gpu(
     about = types.SimpleNamespace(total_memory=gigabytes * 10**9)
     monkeypatch.setattr(hardware, "device_kind", lambda: "cuda")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _index: about)
-    assert hardware.embedding_on_host(wanted, possible, 268 * 10**6) is becomes
+    assert hardware.resolve_emb_on_cpu(wanted, possible, 268 * 10**6) is becomes
 
 
 def test_without_a_gpu_there_is_one_memory():
-    assert not hardware.embedding_on_host("auto", True, 10**12)
+    assert not hardware.resolve_emb_on_cpu("auto", True, 10**12)
     with pytest.raises(SettingErrors, match="is for GPUs, and none was found; use auto"):
-        hardware.embedding_on_host("1", True, 10**12)
+        hardware.resolve_emb_on_cpu("1", True, 10**12)
 
 
 @pytest.mark.smoke(1)
@@ -77,7 +77,7 @@ def test_without_a_gpu_there_is_one_memory():
 def test_a_run_learns_the_same(ready, monkeypatch, capsys, settings):
     _, plain = run(ready, "plain", **settings)
     without = capsys.readouterr().out
-    monkeypatch.setattr(hardware, "embedding_on_host", lambda *_given: True)
+    monkeypatch.setattr(hardware, "resolve_emb_on_cpu", lambda *_given: True)
     _, records = run(ready, "host", **settings)
     found = capsys.readouterr().out
     assert [r["loss"] for r in records] == [r["loss"] for r in plain]

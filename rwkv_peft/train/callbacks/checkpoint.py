@@ -19,8 +19,8 @@ from rwkv_peft.adapters.specs import OPTIMS
 from rwkv_peft.checkpoint import pth, pth_rewrite, run_dir, sidecars, train_state
 from rwkv_peft.checkpoint.lazy_tensors import LazyTensors
 from rwkv_peft.common import hashing, paths
-from rwkv_peft.common.atomic_io import check_disk_space, remove, remove_stale_temps, temp_path
-from rwkv_peft.common.errors import UserError, in_words
+from rwkv_peft.common.atomic_io import check_disk_space, remove_path, remove_stale_temps, temp_path
+from rwkv_peft.common.errors import UserError, describe_nonfatal
 from rwkv_peft.common.file_watch import FileChanged
 from rwkv_peft.data.tokenized_files import common_form
 from rwkv_peft.distributed.sharding import gather_to_main
@@ -158,8 +158,8 @@ class CheckpointWriter:
                 run.watch.must_be_unchanged()
                 sidecars.replace_pair(fresh, fresh_sidecar, path)
             finally:
-                remove(fresh)
-                remove(fresh_sidecar)
+                remove_path(fresh)
+                remove_path(fresh_sidecar)
         return Path(paths.display_path(path))
 
     def _describe(self, epoch: int, step: int, finished: bool) -> dict:
@@ -259,7 +259,9 @@ class CheckpointSaver:
         except FileChanged:
             raise
         except (OSError, UserError) as error:
-            self.context.log(f"warning   rwkv-step-{step}.pth could not be saved; training goes on. {in_words(error)}")
+            self.context.log(
+                f"warning   rwkv-step-{step}.pth could not be saved; training goes on. {describe_nonfatal(error)}"
+            )
 
     def remove_unfinished(self, epoch: int) -> None:
         """Remove the checkpoint of a stop in the middle of an epoch that is finished now."""

@@ -17,15 +17,15 @@ from tqdm import tqdm
 
 from rwkv_peft.checkpoint import run_dir, step_log
 from rwkv_peft.common import hardware, paths
-from rwkv_peft.common.atomic_io import appending, write_json
-from rwkv_peft.common.errors import UserError, ignore_closed_pipe, in_words
+from rwkv_peft.common.atomic_io import open_append, write_json
+from rwkv_peft.common.errors import UserError, describe_nonfatal, ignore_closed_pipe
 from rwkv_peft.common.formatting import format_duration
-from rwkv_peft.common.trackers import Tracker
 from rwkv_peft.train.loss_plot import looks_back
 from rwkv_peft.train.setup import RunSetup
 
 from . import samples, validation
 from .metrics import StepMetrics
+from .trackers import Tracker
 
 
 class Progress:
@@ -119,7 +119,7 @@ class LossFile:
 
     def _open(self, prepare: Callable[[IO[Any]], None] | None = None) -> IO[Any]:
         # (other programs may have written bytes into it that are no text)
-        return appending(self.path, "a+", prepare, encoding="utf-8", errors="surrogateescape")
+        return open_append(self.path, "a+", prepare, encoding="utf-8", errors="surrogateescape")
 
     def _follow(self) -> None:
         """Open the file that has the name now."""
@@ -138,7 +138,7 @@ class LossFile:
             self.file = fresh
             self._warn("was replaced or removed; it goes on, with the records that it lacked")
         except (OSError, UserError) as error:
-            self._warn(f"cannot be gone on with, and training goes on. {in_words(error)}")
+            self._warn(f"cannot be gone on with, and training goes on. {describe_nonfatal(error)}")
 
     def _warn(self, words: str) -> None:
         if words not in self.warnings:

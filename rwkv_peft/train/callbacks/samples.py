@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rwkv_peft.common.atomic_io import appending, atomic_write, reading
+from rwkv_peft.common.atomic_io import atomic_write, open_append, open_regular
 from rwkv_peft.model.rwkv import RWKV
 from rwkv_peft.train.context import RunContext
 
@@ -26,7 +26,7 @@ def _read(path: Path) -> str:
     """Return the content of the file, "" where there is none. Bytes that are not UTF-8 are kept as they are."""
     if not path.exists():
         return ""
-    with reading(path, "r", encoding="utf-8", errors="surrogateescape") as file:
+    with open_regular(path, "r", encoding="utf-8", errors="surrogateescape") as file:
         return file.read()
 
 
@@ -77,7 +77,7 @@ class Samples(PeriodicCallback):
                 quoted = "\n".join(f"> {line}" for line in answer.splitlines()) or "> (nothing)"
                 lines += [f"**{question}**\n", quoted, ""]
             if trainer.is_global_zero and self.context.owns_run_dir():
-                with appending(self.path, encoding="utf-8") as file:
+                with open_append(self.path, encoding="utf-8") as file:
                     file.write("\n".join(lines) + "\n")
         except Exception as error:  # an answer is no reason to end a training
             self.context.log(f"{FILE} could not be written ({type(error).__name__}: {error}); training goes on.")

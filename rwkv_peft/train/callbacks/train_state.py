@@ -17,7 +17,7 @@ from torch import nn
 from rwkv_peft.checkpoint import train_state
 from rwkv_peft.checkpoint.lazy_tensors import LazyTensors
 from rwkv_peft.checkpoint.train_state import TrainState
-from rwkv_peft.common.errors import UserError, in_words
+from rwkv_peft.common.errors import UserError, describe_nonfatal
 from rwkv_peft.common.file_watch import FileChanged
 from rwkv_peft.distributed.sharding import gather_to_main, lazy_tensor
 from rwkv_peft.train.context import RunContext
@@ -172,7 +172,7 @@ class TrainStateCallback(pl.Callback):
                 pass
             except (OSError, UserError) as error:
                 self.context.log(
-                    f"warning   the state of step {self.step} could not be saved; training goes on. {in_words(error)}"
+                    f"warning   the state of step {self.step} could not be saved; training goes on. {describe_nonfatal(error)}"
                 )
         self.context.stop.check_files(trainer)
         if trainer.world_size > 1:

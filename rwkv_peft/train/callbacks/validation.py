@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 import torch
 
 from rwkv_peft.checkpoint import run_dir, step_log
-from rwkv_peft.common.atomic_io import appending, atomic_write
+from rwkv_peft.common.atomic_io import atomic_write, open_append
 from rwkv_peft.data.dataset import Batch
 from rwkv_peft.train.context import RunContext
 from rwkv_peft.train.module import TrainingModule
@@ -163,7 +163,7 @@ class ValidFile:
         """Append a validation."""
         if not self.owns_run_dir():
             return
-        with appending(self.path, encoding="utf-8") as file:
+        with open_append(self.path, encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
             file.flush()
             os.fsync(file.fileno())
