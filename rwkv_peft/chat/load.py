@@ -110,7 +110,7 @@ def choose_checkpoint(adapter: Path, base: str, accept_edited: bool = False) -> 
 
 def find_base(adapter: Path, sidecar: dict, given: str) -> Path:
     """Find the base of a checkpoint."""
-    return base_model.find_base_model(sidecar, adapter, given, cure="./chat.sh --model FILE --adapter FILE")
+    return base_model.find_base_model(sidecar, adapter, given, option="./chat.sh --model FILE --adapter FILE")
 
 
 def build_model(path: Path, precision: str) -> RWKV:

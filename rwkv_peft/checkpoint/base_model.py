@@ -85,7 +85,7 @@ def find_base_model(
     adapter: Path,
     given: str = "",
     doubts: list[Callable[[], None]] | None = None,
-    cure: str = "MODEL_PATH in merge.sh",
+    option: str = "MODEL_PATH in merge.sh",
     in_use: FileWatch | None = None,
 ) -> Path:
     """Find the file that a checkpoint was trained on, by its content.
@@ -97,7 +97,7 @@ def find_base_model(
         doubts: list for deferred checks, for callers that can start before the base is verified. If there is only one
             candidate, it is returned at once, its content is read in the background, and a function is appended that
             must be called before anything final is done.
-        cure: the setting by which the user can name the file, for messages.
+        option: the setting by which the user can name the file, for messages.
         in_use: file watch that gets the candidates before they are read.
 
     Raises:
@@ -120,11 +120,11 @@ def find_base_model(
         except UserError as error:
             raise UserError(
                 f"{error} {paths.display_path(adapter)} was trained on {sidecar['base']}: put it into "
-                f"model/, or name it with {cure}."
+                f"model/, or name it with {option}."
             ) from None
     wrong = UserError(
         f"{paths.display_path(there[0])}: is not the file that {paths.display_path(adapter)} was trained on (its content "
-        f"differs from {sidecar['base']} then). Put the right one into model/, or name it with {cure}."
+        f"differs from {sidecar['base']} then). Put the right one into model/, or name it with {option}."
     )
     if doubts is not None and len(there) == 1:
         meanwhile = hashing.BackgroundTask(lambda: hashing.sha256(there[0]))

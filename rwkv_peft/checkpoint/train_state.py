@@ -278,8 +278,8 @@ def state_step(name: str) -> int:
 def state_names(run: Path) -> list[str]:
     """Return the names of the saved states of a run, oldest first."""
     there = state_folder(run)
-    found_names = [p.name for p in there.iterdir() if NAME.fullmatch(p.name)] if there.is_dir() else []
-    return sorted(found_names, key=state_step)
+    names = [p.name for p in there.iterdir() if NAME.fullmatch(p.name)] if there.is_dir() else []
+    return sorted(names, key=state_step)
 
 
 def states_newest_first(run: Path) -> list[Path]:

@@ -72,8 +72,15 @@ class ChatConfig:
 
 
 class Asked(NamedTuple):
-    """config: with the words of the command line. prompt, raw: --prompt, --raw. base_was_named: --model was typed. run: what is
-    to be diagnosed, None for nothing. accept_edited: --accept-edited.
+    """The command line.
+
+    Attributes:
+        config: Settings, with those of the command line.
+        prompt: --prompt.
+        raw: --raw.
+        base_was_named: --model was given.
+        run: The run to be diagnosed, None for none.
+        accept_edited: --accept-edited.
     """
 
     config: ChatConfig
@@ -85,10 +92,12 @@ class Asked(NamedTuple):
 
 
 def main(arguments: list[str]) -> None:
+    """Run the command."""
     run_cli(arguments, __doc__, ChatConfig, command)
 
 
 def command(config: ChatConfig, typed: list[str]) -> None:
+    """Talk, answer once, or diagnose a run."""
     config, prompt, raw, base_was_named, run, accept_edited = command_line(typed, config)
     if run is not None:
         from rwkv_peft.chat.diagnose import diagnose
@@ -98,7 +107,7 @@ def command(config: ChatConfig, typed: list[str]) -> None:
     if was_typed:
         check_template(config.prompt_type, f"--prompt-type {config.prompt_type}")
     elif config.prompt_type != AUTO:
-        template(config.prompt_type)  # a name that is none is told before a model is loaded
+        template(config.prompt_type)  # an unknown name is reported before a model is loaded
     in_use = FileWatch("it was opened", "Start ./chat.sh again when nothing writes to the file any more.")
     with bus_error.handle_bus_error(in_use.exit_if_truncated), in_use.explaining():
         talk_with_model(config, prompt, raw, base_was_named, was_typed, accept_edited, in_use)
@@ -113,12 +122,13 @@ def talk_with_model(
     accept_edited: bool,
     in_use: FileWatch,
 ) -> None:
+    """Load the model, and talk or answer once."""
     from rwkv_peft.chat.load import load_chat_model, locate_model
 
-    model, name, told = load_chat_model(config, base_was_named, accept_edited, in_use)
-    base = Path(told["base_path"]) if told.get("base_path") else locate_model(config.model_path)
-    form = PRESETS["empty"] if raw else form_to_talk_in(config.prompt_type, was_typed, told, name, base)
-    asked = prompting(config, form, told, name)
+    model, name, sidecar = load_chat_model(config, base_was_named, accept_edited, in_use)
+    base = Path(sidecar["base_path"]) if sidecar.get("base_path") else locate_model(config.model_path)
+    form = PRESETS["empty"] if raw else form_to_talk_in(config.prompt_type, was_typed, sidecar, name, base)
+    asked = prompting(config, form, sidecar, name)
     config = with_sampling(config, form)
     if prompt is not None:
         if sys.stdout.isatty():
@@ -128,14 +138,16 @@ def talk_with_model(
         talk(model, config, asked, name, in_use)
 
 
-def prompting(config: ChatConfig, form: Template, told: Mapping[str, Any], name: str) -> PromptFormat:
-    """How to talk in a template: with the end of turns and the token 0 in front that were trained. told: the sidecar."""
-    eot = told.get("eot") if told.get("eot") in ENDINGS else "doc"
-    trained = bool(told.get("bos")) if told.get("prompt_type") or "bos" in told else None  # older runs had none
+def prompting(config: ChatConfig, form: Template, sidecar: Mapping[str, Any], name: str) -> PromptFormat:
+    """Return how to talk in a template: with the end of turns and the token 0 in front that were trained."""
+    eot = sidecar.get("eot") if sidecar.get("eot") in ENDINGS else "doc"
+    trained = (
+        bool(sidecar.get("bos")) if sidecar.get("prompt_type") or "bos" in sidecar else None
+    )  # older runs had none
     bos = form.begins_with_zero(config.bos) if config.bos != "auto" or trained is None else trained
     if trained is not None and bos != trained:
         say(f"warning: BOS={config.bos}, but {name} was trained with BOS={int(trained)}.")
-    return PromptFormat(form, eot, bos, blank_lines=bool(told.get("blank_lines")))
+    return PromptFormat(form, eot, bos, blank_lines=bool(sidecar.get("blank_lines")))
 
 
 def with_sampling(config: ChatConfig, form: Template) -> ChatConfig:
@@ -144,20 +156,28 @@ def with_sampling(config: ChatConfig, form: Template) -> ChatConfig:
     return dataclasses.replace(config, **{name: getattr(form, name) for name in names})
 
 
-def form_to_talk_in(asked: str, was_typed: bool, told: Mapping[str, Any], name: str, base: Path) -> Template:
-    """The template that was typed, else the one that the model was trained with, else that of the script, where auto is what
-    the base knows. It is said where these are not the same.
+def form_to_talk_in(asked: str, was_typed: bool, sidecar: Mapping[str, Any], name: str, base: Path) -> Template:
+    """Return the template to talk in; print a note where the candidates differ.
 
-    asked: PROMPT_TYPE. told: the sidecar. name: what the model is called. base: its file, or that of the base below it.
+    It is the one of the command line, else the one that the model was trained with, else that of the script, where auto
+    is the one
+    that the base suggests.
+
+    Args:
+        asked: PROMPT_TYPE.
+        was_typed: It was given on the command line.
+        sidecar: Of the model.
+        name: Of the model, for messages.
+        base: Its file, or that of the base below it.
     """
     try:
-        trained = recorded(told, f"{name} (its .json)")
-    except SettingErrors as found:
+        trained = recorded(sidecar, f"{name} (its .json)")
+    except SettingErrors as errors:
         if was_typed:
             return template(asked)
-        which = f"{name} was trained with PROMPT_TYPE={told['prompt_type']}, which"
-        raise UserError(f"{which} {found.problems[0].message}.") from None
-    trained_with = trained and (recorded_name(told) or trained.name)
+        which = f"{name} was trained with PROMPT_TYPE={sidecar['prompt_type']}, which"
+        raise UserError(f"{which} {errors.problems[0].message}.") from None
+    trained_with = trained and (recorded_name(sidecar) or trained.name)
     form = template(asked) if asked != AUTO else trained or find_base_template(base).template
     if trained and was_typed and trained != form:
         say(
@@ -183,12 +203,15 @@ def check_template(name: str, who: str) -> None:
     """UserError if there is no such template. who: what asks for it, where it is not the script."""
     try:
         template(name)
-    except SettingErrors as found:
-        raise UserError(f"{who} {found.problems[0].message}.") from None
+    except SettingErrors as errors:
+        raise UserError(f"{who} {errors.problems[0].message}.") from None
 
 
 class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors end as those of all commands."""
+
     def error(self, message: str):
+        """Raise the error for the user."""
         alone = message.startswith("unrecognized arguments:") and "-" not in message
         hint = " (a question goes behind --prompt)" if alone else ""
         word = message.removeprefix("unrecognized arguments: ")
@@ -237,8 +260,8 @@ def command_line(arguments: list[str], config: ChatConfig) -> Asked:
     if given.MODEL_PATH and not given.ADAPTER:
         changed["adapter"] = ""  # another model was asked for: the script's adapter belongs to the script's model
         if config.adapter and given.ADAPTER is None and given.diagnose is None:
-            told = f"ADAPTER={config.adapter} of the script is left out, because --model asks for another model."
-            print(f"{told} To have both: --model FILE --adapter FILE", file=sys.stderr)
+            notice = f"ADAPTER={config.adapter} of the script is left out, because --model asks for another model."
+            print(f"{notice} To have both: --model FILE --adapter FILE", file=sys.stderr)
     return Asked(
         dataclasses.replace(config, **changed),
         given.prompt,
@@ -273,14 +296,23 @@ def once(model, config: ChatConfig, asked: PromptFormat, prompt: str, raw: bool,
     strip, lead = not raw and not form.opening, form.patterns[Role.ASSISTANT].lead
     in_use.must_be_unchanged()
     if form.opening and not raw:
-        print(form.opening, end="")  # the answer goes on from it
+        print(form.opening, end="")  # the answer continues it
     answer(model, config, *advance(model, asked.encode(text)), stops, strip, lead=lead)
     print()
 
 
 def answer(model, config: ChatConfig, logits, state, stops, strip: bool, talking: bool = False, lead: str = " ") -> str:
-    """Print an answer while it is made; returns it. strip: without what stands before its words; their indentation stays. lead:
-    what the template writes behind the heading. stops: texts and tokens. talking: Ctrl-C ends the answer, not the program.
+    """Print an answer while it is generated, and return it.
+
+    Args:
+        model: For generation.
+        config: Settings.
+        logits: After the prompt.
+        state: After the prompt.
+        stops: Texts and tokens.
+        strip: Without blanks before its text; its indentation stays.
+        talking: Ctrl-C ends the answer, not the program.
+        lead: What the template writes after the heading.
     """
     from rwkv_peft.model.generate import generate
 
@@ -302,8 +334,11 @@ def answer(model, config: ChatConfig, logits, state, stops, strip: bool, talking
 
 
 def talk(model, config: ChatConfig, asked: PromptFormat, name: str, in_use: FileWatch) -> None:
-    """A conversation. The whole of it is encoded again each turn, and the model continues from the end of the last prompt: that
-    is a border which later text cannot move, while the end of an answer is not. in_use: the model's files.
+    """Have a conversation.
+
+    The whole of it is encoded again each turn, and the model continues from the end of the last prompt: later text
+    cannot change
+    the tokens up to there, while it can change those at the end of an answer. in_use: watches the model's files.
     """
     with contextlib.suppress(ImportError):  # gives input() its line editing and the arrow keys
         import readline  # noqa: F401

@@ -15,6 +15,7 @@ from rwkv_peft.model.arch import ARCHS, NUMBERS
 
 
 def main(arguments: list[str]) -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(
         prog="python -m rwkv_peft.cli.init_model",
         description=__doc__.split("\n")[0],
@@ -58,6 +59,7 @@ def main(arguments: list[str]) -> None:
 
 
 def positive(text: str) -> int:
+    """Return a whole number of 1 or more."""
     number = int(text)
     if not 1 <= number < 2**31:
         raise argparse.ArgumentTypeError("must be 1 or more, and less than 2147483648")

@@ -4,7 +4,7 @@ usage: python -m json2binidx.inspect NAME [--rows N] [--own-vocabulary]
 
   NAME        as in DATA_PATH: a name in data/, or any path, with or without .bin or .idx. Files of json2binidx_tool,
               RWKV-LM and Megatron are understood as well (all of them are MMIDIDX)
-  --rows N    show the first N rows as text (2). What LOSS_MASK=qa trains stands [[like this]], <end> is the end of a document
+  --rows N    show the first N rows as text (2). What LOSS_MASK=qa trains is [[like this]], <end> is the end of a document
   --own-vocabulary    the ids are those of another vocabulary than World's (VOCABULARY=own in training.sh): no text is looked for
   --help      this text
 
@@ -40,6 +40,7 @@ OWN = "--own-vocabulary"
 
 
 def main(arguments: list[str]) -> None:
+    """Run the command."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # not a real stream (tests)
             stream.reconfigure(errors="replace")
@@ -70,9 +71,10 @@ def command_line(arguments: list[str]) -> tuple[Path, int, bool]:
 
 
 def find_pair(name: str) -> Path:
+    """Return the path of a pair without its endings."""
     prefix = paths.resolve_data(name)
     base = Path(str(prefix).removesuffix(".roles"))
-    if base != prefix and Path(f"{base}.idx").is_file():  # the roles are told with their tokens
+    if base != prefix and Path(f"{base}.idx").is_file():  # the roles are shown with their tokens
         prefix = base
     index = Path(f"{prefix}.idx")
     if index.is_file():
@@ -87,6 +89,7 @@ def find_pair(name: str) -> Path:
 
 
 def inspect(prefix: Path, rows: int, own: bool = False) -> None:
+    """Print what a pair has, and its faults."""
     faults, warnings = Faults(), Faults()
     pair = read_pair(prefix, faults)
     if pair:
@@ -121,15 +124,16 @@ def inspect(prefix: Path, rows: int, own: bool = False) -> None:
     if faults:
         sys.stdout.flush()
         many = plural(sum(faults.counts.values()), "fault")
-        told = "\n".join(f"  {line}" for line in faults.lines())
+        lines = "\n".join(f"  {line}" for line in faults.lines())
         raise UserError(
-            f"{paths.display_path(prefix)} has {many}:\n{told}\nMake it again with ./make_tokenize.sh, or copy it again from "
+            f"{paths.display_path(prefix)} has {many}:\n{lines}\nMake it again with ./make_tokenize.sh, or copy it again from "
             "where it came from."
         )
     print(f"sound     {paths.display_path(prefix)}: nothing is wrong with it")
 
 
 def show_header(pair: IndexedPair) -> None:
+    """Print what the header says."""
     header = pair.header
     kind = pair.dtype.name if pair.dtype else "unknown"
     print(
@@ -140,6 +144,7 @@ def show_header(pair: IndexedPair) -> None:
 
 
 def show_lengths(pair: IndexedPair, facts: TokenFacts) -> None:
+    """Print the lengths of documents."""
     histogram: Counter[int] = Counter()  # few keys: n different lengths need n * n / 2 tokens
     for _, sizes in pair.sizes():
         histogram.update(dict(zip(*(a.tolist() for a in np.unique(sizes, return_counts=True)), strict=True)))
@@ -172,12 +177,14 @@ def show_lengths(pair: IndexedPair, facts: TokenFacts) -> None:
 
 
 def show_roles(tallies: np.ndarray) -> None:
+    """Print how many tokens each role has."""
     whole = max(int(tallies.sum()), 1)
     shares = [f"{role.name.lower()} {100 * tallies[role] / whole:.1f} %" for role in Role if tallies[role]]
     print(f"roles     {', '.join(shares) or 'none'}")
 
 
 def show_rows(pair: IndexedPair, roles: IndexedPair | None, number: int) -> None:
+    """Print the first rows."""
     for row in range(min(number, pair.header.rows)):
         size = int(np.fromfile(pair.idx, "<i4", 1, offset=HEADER + 4 * row)[0])
         at = int(np.fromfile(pair.idx, "<i8", 1, offset=pair.header.offsets_at + 8 * row)[0])

@@ -1,4 +1,4 @@
-"""./merge.sh: fold what a run learnt into its base -> merge/<base>-<run>-<epoch>.pth, and write files for other programs
+"""./merge.sh: fold what a run learnt into its base -> merge/<base>-<run>-<epoch>.pth, and write files for other programs.
 
 usage: ./merge.sh [RUN] [EPOCH] [--export KIND ...] [--accept-edited]
        ./merge.sh FILE [--export KIND ...]
@@ -71,25 +71,29 @@ class MergeConfig:
 
 
 def main(arguments: list[str]) -> None:
+    """Run the command."""
     run_cli(arguments, USAGE, MergeConfig, command)
 
 
-CURE = "Nothing was written after that. Run it again when nothing writes to the file any more."
+UNCHANGED = "Nothing was written after that. Run it again when nothing writes to the file any more."
 
 
 def command(config: MergeConfig, typed: list[str]) -> None:
-    in_use = FileWatch("it was opened", CURE)
+    """Merge or export, and tidy up after an error."""
+    in_use = FileWatch("it was opened", UNCHANGED)
     in_use.before_exit.append(remove_what_is_half_written)
     with bus_error.handle_bus_error(in_use.exit_if_truncated), in_use.explaining():
         merge_or_export(config, typed, in_use)
 
 
 def remove_what_is_half_written() -> None:
+    """Remove unfinished files in merge/."""
     for half in (paths.ROOT / "merge").glob(f"*.tmp-{os.getpid()}"):
         shutil.rmtree(half) if half.is_dir() else half.unlink()
 
 
 def merge_or_export(config: MergeConfig, typed: list[str], in_use: FileWatch) -> None:
+    """Merge or export what the command line names."""
     accept_edited = ACCEPT in typed
     words, run, how, kinds = command_line([word for word in typed if word != ACCEPT])
     averaged = how == "--average"
@@ -110,8 +114,10 @@ def merge_or_export(config: MergeConfig, typed: list[str], in_use: FileWatch) ->
     in_use.add([*files, *beside, *([init] if init else [])])
     models = [path for path in files if is_whole_model(path, legacy.is_model)]
     if models and not kinds and not averaged:
-        told = f"{paths.display_path(models[0])}: is a whole model, no checkpoint of a run: there is nothing to fold."
-        raise UserError(f"{told} --average takes models, and --export writes one for other programs.")
+        message = (
+            f"{paths.display_path(models[0])}: is a whole model, no checkpoint of a run: there is nothing to fold."
+        )
+        raise UserError(f"{message} --average takes models, and --export writes one for other programs.")
     if kinds and len(files) == 1 and models:
         if "peft" in alone:
             raise UserError(
@@ -130,40 +136,40 @@ def merge_or_export(config: MergeConfig, typed: list[str], in_use: FileWatch) ->
     # METHOD and LORA_ALPHA are of those that need them, if there are any; else they may contradict what a sidecar says
     strangers = {path for path in files if not inputs.has_sidecar(path) and legacy.has(path, legacy.ADAPTER)}
     unsaid = {path for path in strangers if legacy.has(path, legacy.LORA)}
-    told = [
+    message = [
         (config.method if path in (strangers or files) else "", alpha if path in (unsaid or files) else None)
         for path in files
     ]
     quantised = config.merge_base == "quantised"
-    found = [
+    checkpoints = [
         inputs.load_checkpoint(path, *said, init, quantised, accept_edited, in_use)
-        for path, said in zip(files, told, strict=True)
+        for path, said in zip(files, message, strict=True)
     ]
     if config.merge_base == "quantised":
-        inputs.must_be_one_compressed_run(found)
-    if not any(one.part.setup.method == "pissa" for one in found):
+        inputs.must_be_one_compressed_run(checkpoints)
+    if not any(one.part.setup.method == "pissa" for one in checkpoints):
         must_be_unset(config, ("pissa_init",), "no PiSSA is among the checkpoints")
-    if not any(one.part.setup.method in ("lora", "dora") for one in found):
+    if not any(one.part.setup.method in ("lora", "dora") for one in checkpoints):
         must_be_unset(config, ("lora_alpha",), "no LoRA is among the checkpoints")
-    if any(kind.startswith("gguf") for kind in kinds) and any(one.part.setup.method == "state" for one in found):
+    if any(kind.startswith("gguf") for kind in kinds) and any(one.part.setup.method == "state" for one in checkpoints):
         raise UserError(
             "llama.cpp has no place for a tuned state: a .gguf would be the bare base. See ./merge.sh --help"
         )
-    for one in found:
+    for one in checkpoints:
         print(f"run       {one.words}")
-    doubts = []  # only a merge goes on before the base's content is known
-    base = inputs.base_of(found, config.model_path, None if alone else doubts, in_use)
+    doubts = []  # only a merge continues before the base's content is known
+    base = inputs.base_of(checkpoints, config.model_path, None if alone else doubts, in_use)
     doubts.append(in_use.must_be_unchanged)
     in_use.add([base])
-    in_use.know(base, next((one.sidecar["base_sha256"] for one in found if one.sidecar), None))
+    in_use.know(base, next((one.sidecar["base_sha256"] for one in checkpoints if one.sidecar), None))
     jobs = [
-        functools.partial(export_adapter, found, base, in_use)
+        functools.partial(export_adapter, checkpoints, base, in_use)
         if kind == "peft"
-        else functools.partial(export_state, kind, found, base, in_use)
+        else functools.partial(export_state, kind, checkpoints, base, in_use)
         for kind in alone
     ]
     if of_model or not alone:
-        target, geometry = merge(found, weights, base, doubts)
+        target, geometry = merge(checkpoints, weights, base, doubts)
         jobs += [functools.partial(export, kind, target, target.stem, geometry, in_use) for kind in of_model]
     all_that_can_be(jobs)
 

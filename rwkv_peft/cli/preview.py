@@ -25,24 +25,24 @@ MARKS = {"begin": "[[", "end": "]]", "separator": "|"}
 
 def preview(source: Path, config: TokenizeConfig, end_of_doc: bool, most: int) -> None:
     """Print the first `most` rows, and what cannot be used on the way to them."""
-    config, told = settled(config)
-    if told:
-        print(f"template  {told}")
+    config, template = settled(config)
+    if template:
+        print(f"template  {template}")
     chosen = files.chosen(source, config.valid_split)
     paths = [*chosen.train, *chosen.held_out]
-    cook = RowEncoder(recipe(config, end_of_doc))
+    encoder = RowEncoder(recipe(config, end_of_doc))
     for name, encoding in reader.settle(paths, config.encoding).items():
         print(f"note: {name} is {encoding}; it was read as such")
     marks = COLOURS if sys.stdout.isatty() else MARKS
     how = "green" if marks is COLOURS else "in [[double brackets]]"
     print(
-        f"PROMPT_TYPE={config.prompt_type}, EOT={config.eot}, BOS={int(cook.recipe.bos)}. Tokens with | between; LOSS_MASK=qa "
+        f"PROMPT_TYPE={config.prompt_type}, EOT={config.eot}, BOS={int(encoder.recipe.bos)}. Tokens with | between; LOSS_MASK=qa "
         f"trains what is {how}."
     )
     shown, tally = 0, CorpusStats()
 
     def warn() -> None:
-        for name in cook.recipe.columns.named:
+        for name in encoder.recipe.columns.named:
             if name not in tally.seen:
                 print(
                     f"\nwarning   MAP_KEYS names the column {name!r}, but none of the rows that were read here has it"
@@ -52,8 +52,8 @@ def preview(source: Path, config: TokenizeConfig, end_of_doc: bool, most: int) -
             print(f"\nwarning   {fault_words(fault, number, where)}")
         if overlooked := tally.places.get("overlooked"):
             print(f"\nwarning   {overlooked_words(len(overlooked), at_places(overlooked, len(paths) > 1))}")
-        found = tally.group("found: ")
-        for words in foreign_lines(found, tally.places, config.convert_headings, tally.group("left: ")):
+        kinds = tally.group("found: ")
+        for words in foreign_lines(kinds, tally.places, config.convert_headings, tally.group("left: ")):
             print(f"\nwarning   {words}")
         for file, keys in tally.unused_keys().items():
             for words in unused_words(keys):
@@ -63,10 +63,10 @@ def preview(source: Path, config: TokenizeConfig, end_of_doc: bool, most: int) -
         print(f"{note.level:<9} {note.file}: {note.words}")
     for path in paths:
         wanted = "" if chosen.held_out else config.valid_split
-        for block in files.blocks(path, config.txt_mode, wanted, columns=cook.recipe.columns):
+        for block in files.blocks(path, config.txt_mode, wanted, columns=encoder.recipe.columns):
             for note in block.notes:
                 print(f"{note.level:<9} {note.file}: {note.words}")
-            made = cook.block(block)
+            made = encoder.block(block)
             tally.add(made)
             for reject in made.rejects[: most - shown]:
                 print(f"\n--- {reject.file}:{reject.line}: cannot be used: {reject.message}")
@@ -87,6 +87,7 @@ def preview(source: Path, config: TokenizeConfig, end_of_doc: bool, most: int) -
 
 
 def show(file: str, line: int, ids: np.ndarray, roles: np.ndarray, marks: dict[str, str]) -> None:
+    """Print a row, its trained tokens marked."""
     learnt = roles == Role.ASSISTANT
     print(f"\n--- {file}:{line}: {plural(len(ids), 'token')}, {int(learnt.sum())} of them learnt")
     parts = [slice(None)] if len(ids) <= MOST else [slice(MOST // 2), slice(-MOST // 2, None)]

@@ -1,4 +1,4 @@
-"""./make_tokenize.sh: text of any format -> data/NAME.bin/.idx and NAME.roles.bin/.idx (who said each token).
+r"""./make_tokenize.sh: text of any format -> data/NAME.bin/.idx and NAME.roles.bin/.idx (who said each token).
 
 usage: ./make_tokenize.sh FILE [EPOCHS] [MAX_TOKENS] [--no-eof] [--preview N] [--SETTING VALUE ...]
 
@@ -10,13 +10,13 @@ usage: ./make_tokenize.sh FILE [EPOCHS] [MAX_TOKENS] [--no-eof] [--preview N] [-
   MAX_TOKENS   the longest row, its terminator included (0: no limit); OVERLONG says what happens to longer ones
   --no-eof     do not end rows with token 0. Without it the model does not learn to stop
   --preview N  show the first N rows token by token, what is learnt marked; write nothing
-  --convert-headings  rewrite what was made for another tool (headings like Q:/A: or 用户：/助手：, ChatML tags, \\n written as
+  --convert-headings  rewrite what was made for another tool (headings like Q:/A: or 用户：/助手：, ChatML tags, \n written as
                letters, <|endoftext|>) where it can be read in one way only; the report counts such rows in any case
   --SETTING    any variable of the script for this one call: --prompt-type rwkv-g1, --strict 1, --eot both, ...
   --help       this text
 
 Rows, found by their columns (MAP_KEYS gives other names, HANDLER forces one kind):
-  {"text": "User: Hi\\n\\nAssistant: Hello!"}                                             as it is
+  {"text": "User: Hi\n\nAssistant: Hello!"}                                             as it is
   {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
         also "conversations"; "from" and "value"; tools, tool_calls, reasoning_content, "weight": 0 or "loss": false (not to be
         learnt)
@@ -52,10 +52,11 @@ OWN = ("--no-eof", "--preview")
 
 
 def main(arguments: list[str], environment: dict[str, str] | None = None) -> None:
+    """Run the command."""
     for number in (signal.SIGTERM, signal.SIGHUP):  # a closed terminal or a scheduler: leave, but tidily
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, lambda received, _frame: sys.exit(128 + received))
-    with handle_errors():  # a package that is missing is told in words as well
+    with handle_errors():  # a missing package is reported as an error as well
         from rwkv_peft.preprocess.config import TokenizeConfig
 
         run_cli(arguments, usage(), TokenizeConfig, command, environment=environment, options=True, lean="WORKERS")
@@ -77,6 +78,7 @@ def usage() -> str:
 
 
 def command(config: TokenizeConfig, typed: list[str]) -> None:
+    """Tokenize, or show a preview."""
     options = [f"--{f.metadata['var'].lower().replace('_', '-')}" for f in dataclasses.fields(config)]
     words, end_of_doc, most = command_line(typed, options)
     source = find(words[0])
@@ -120,9 +122,9 @@ def command_line(typed: list[str], settings: list[str]) -> tuple[list[str], bool
     others = [word for word in words[1:] if not re.match(r"[+-]?\d", word)]
     if len(words) > 3 or others:
         many = f"{len(words)} words where at most 3 belong (FILE EPOCHS MAX_TOKENS)"
-        told = many if len(words) > 3 else f"{others[0]}: is no number, where EPOCHS and MAX_TOKENS belong"
+        message = many if len(words) > 3 else f"{others[0]}: is no number, where EPOCHS and MAX_TOKENS belong"
         raise UserError(
-            f'{told}. Put quotes around a name with spaces, like "my chats.jsonl". See ./make_tokenize.sh --help'
+            f'{message}. Put quotes around a name with spaces, like "my chats.jsonl". See ./make_tokenize.sh --help'
         )
     return words, end_of_doc, most
 

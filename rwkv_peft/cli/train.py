@@ -5,7 +5,7 @@ usage: ./training.sh [--dry-run] [--new] [--accept-edited] | --find-lr | --find-
   --dry-run   check everything, print the plan and two samples with what is trained marked, and stop
   --new       begin a new run, also where the newest one was stopped and could go on
   --accept-edited  begin with a checkpoint (lora_load and its like) whose .json was edited since its run wrote it
-  --find-lr   try rising learning rates for some steps, and tell which ones the settings bear
+  --find-lr   try rising learning rates for some steps, and show which ones the settings bear
   --find-batch  the largest MICRO_BSZ that fits the GPU
   --selftest  compare all that could compute on this machine (OP) with the definition, and stop
   --help      this text
@@ -16,7 +16,7 @@ The settings are the variables in the script itself, each with its explanation. 
   loss.jsonl, loss.png       every optimizer step; run.json: the settings as they were resolved
   state/                     where the run is, so that it can go on
 
-A run that was stopped or killed goes on when ./training.sh is run again: the one that RUN_NAME names, or if that is empty the
+A run that was stopped or killed resumes when ./training.sh is run again: the one that RUN_NAME names, or if that is empty the
 newest one, if its settings are those of the script. Steps, data and results are those of a run that was never stopped.
 """
 
@@ -110,13 +110,13 @@ def run(
     from rwkv_peft.train.run import train
     from rwkv_peft.train.run_record import script_values
 
-    log = print if process.first else lambda *_a, **_k: None
+    log = print if process.is_main else lambda *_a, **_k: None
     with contextlib.ExitStack() as stack:
         rendezvous = None
-        if process.meets():
+        if process.needs_rendezvous():
             address = _rendezvous_address(process, config.processes, os.environ)
             if not dry_run:
-                log_waiting = log if process.starter else print  # each node has a terminal of its own
+                log_waiting = log if process.launcher else print  # each node has a terminal of its own
                 rendezvous = stack.enter_context(open_rendezvous(process, config.processes, *address, log_waiting))
         prepared = setup.prepare_run(config, process, dry_run, force_new, cleanup, log, rendezvous, accept_edited)
     if process.node and process.local == 0:
@@ -141,7 +141,7 @@ def run(
 def _rendezvous_address(process: ProcessInfo, processes: int, environment: Mapping[str, str]) -> tuple[str, int]:
     """Host and port where all processes meet."""
     [lightning] = plugins(process, processes)
-    if not process.starter and "MASTER_ADDR" not in environment:
+    if not process.launcher and "MASTER_ADDR" not in environment:
         words = f"is empty; with NNODES={process.nodes} it is the address of node 0 (hostname -I tells it there)"
         raise SettingErrors(SettingError("MASTER_ADDR", words))
     return lightning.main_address, lightning.main_port

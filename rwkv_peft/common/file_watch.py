@@ -1,13 +1,16 @@
 """Check that the files a command reads are still those it started with.
 
-Files are mapped for hours, or read more than once, while somebody may overwrite, replace, truncate or remove them. A check of a
-file compares what the file system reports about it (device, inode, size, times), and samples of its content: there are
+Files are mapped for hours, or read more than once, while other programs may overwrite, replace, truncate or remove
+them. A check
+of a file compares what the file system reports about it (device, inode, size, times), and samples of its content: there are
 writes that leave the times unchanged (through a shared mapping on tmpfs), and file systems whose clock is coarse.
 
-A file whose modification time changes while it is in use counts as changed, whatever it holds now: it may have held other bytes
-between two checks. If only its permissions or names change (chmod, a backup's hard link), it is unchanged, unless samples of
+A file whose modification time changes while it is in use counts as changed, whatever it has now: other bytes may have been in
+it between two checks. If only its permissions or names change (chmod, a backup's hard link), it is unchanged, unless
+samples of
 the content differ, or all of it where its hash is known (a time can be set back). If another file takes its name, what is
-mapped stays as it was; the same content, where its hash is known, is no change. A detected change is final: something may have
+mapped stays as it was; the same content, where its hash is known, is no change. A detected change is final: something
+may have
 been computed with it.
 """
 
@@ -36,7 +39,7 @@ _LOAD = 0.002  # ... so that checks take about this part of the time
 _SAMPLE_BYTES = 4096
 _SAMPLES = 16  # of a file ...
 _ALL_SAMPLES = 2048  # ... and of all files
-HASHED_BYTES = 64 << 20  # bytes of a file that is hashed when it is added, if nobody else hashes it ...
+HASHED_BYTES = 64 << 20  # bytes of a file that is hashed when it is added, if nothing else hashes it ...
 _ALL_SMALL = 256 << 20  # ... and of all such files
 RETRY_SECONDS = 2.0  # seconds for a file that is missing, or cannot be read, to come back: somebody may be replacing it
 _TRIES = 4  # to read a file that is being written to

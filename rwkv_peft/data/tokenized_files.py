@@ -229,4 +229,4 @@ def roles_in_text(ids: np.ndarray, find_spans: Callable[[bytes], Sequence[Span]]
 def unescape_marker(text: str) -> bytes:
     """Return the bytes that MASK_START and MASK_END mean."""
     marks = {"\\n": "\n", "\\t": "\t", "\\\\": "\\"}
-    return re.sub(r"\\[nt\\]", lambda found: marks[found[0]], text).encode()
+    return re.sub(r"\\[nt\\]", lambda match: marks[match[0]], text).encode()

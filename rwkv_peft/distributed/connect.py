@@ -24,15 +24,23 @@ from rwkv_peft.common.hashing import BackgroundTask
 
 T = TypeVar("T")
 LOOPBACK = "127.0.0.1"
-TOKEN = "rwkv-peft/token"  # the key of what tells one first party's store from another's
+TOKEN = "rwkv-peft/token"  # the key of a value that identifies the store of rank 0
 LATER = 1.05  # of torch's own limit, which it keeps in most cases
 HEARD = 3.0  # seconds to hear what a stranger says
 stuck: list[Thread] = []  # threads that had no answer in time
 
 
 def in_time(work: Callable[[], T], seconds: float, soon: float = 0.0, say: Callable[[], None] | None = None) -> T:
-    """What `work` returns, or raises. TimeoutError where that takes longer than so many seconds; the thread that waits for it
-    then ends with this process. say: is called after `soon` seconds, if it has not ended by then.
+    """Return what `work` returns, or raise what it raises.
+
+    Args:
+        work: Runs in a thread, which ends with this process if it takes too long.
+        seconds: The time limit.
+        soon: Seconds after which `say` is called, if it has not ended by then.
+        say: Is called once.
+
+    Raises:
+        TimeoutError: it takes longer.
     """
     waiting = BackgroundTask(work)
     if say:
@@ -61,6 +69,7 @@ def silence() -> Iterator[None]:
 
 
 def connect(address: str, port: int, limit: float, first: bool = False) -> Store:
+    """Connect to a store; first: serve it."""
     return TCPStore(address, port, None, first, timedelta(seconds=limit), wait_for_workers=False)
 
 
@@ -76,14 +85,16 @@ def open_store(address: str, port: int, limit: float) -> Store:
             "EACCES": "may not be used with your rights, as numbers below 1024. Take a larger one, on all nodes",
         }
         reason = str(error).partition("\n")[0] or "no answer"
-        told = words.get(name[1] if name else "", f"cannot be used here ({reason}). Take another number, on all nodes")
-        raise SettingErrors(SettingError("MASTER_PORT", told)) from None
+        words_of_error = words.get(
+            name[1] if name else "", f"cannot be used here ({reason}). Take another number, on all nodes"
+        )
+        raise SettingErrors(SettingError("MASTER_PORT", words_of_error)) from None
     token = secrets.token_hex(8)
     store.set(TOKEN, token)
 
     def leads_here() -> bool:
-        found = connect(address, port, limit)
-        return found.check([TOKEN]) and found.get(TOKEN).decode() == token
+        other = connect(address, port, limit)
+        return other.check([TOKEN]) and other.get(TOKEN).decode() == token
 
     try:
         with silence():
@@ -93,8 +104,8 @@ def open_store(address: str, port: int, limit: float) -> Store:
     except (RuntimeError, TimeoutError):
         there = who_is_there(address, port)[1]
     words = f"does not lead to this machine, but NODE_RANK=0 is the machine of that address: {there}"
-    cure = "hostname -I tells the addresses of this machine; NODE_RANK counts the others from 1"
-    raise SettingErrors(SettingError("MASTER_ADDR", f"{words}. {cure}"))
+    advice = "hostname -I tells the addresses of this machine; NODE_RANK counts the others from 1"
+    raise SettingErrors(SettingError("MASTER_ADDR", f"{words}. {advice}"))
 
 
 def find_store(address: str, port: int, limit: float, say: Callable[[], None]) -> Store:
@@ -105,8 +116,8 @@ def find_store(address: str, port: int, limit: float, say: Callable[[], None]) -
     except (RuntimeError, TimeoutError):
         listens, there = who_is_there(address, port)
     if listens:
-        cure = "End it, or take another number, on all nodes; if that machine is not node 0, MASTER_ADDR is wrong"
-        raise SettingErrors(SettingError("MASTER_PORT", f"{there}. {cure}"))
+        advice = "End it, or take another number, on all nodes; if that machine is not node 0, MASTER_ADDR is wrong"
+        raise SettingErrors(SettingError("MASTER_PORT", f"{there}. {advice}"))
     words = (
         f"nobody answers at {address}, port {port} ({there}). Is ./training.sh running on node 0, is this that machine's "
         "address (hostname -I tells it there), and does a firewall let the port through?"

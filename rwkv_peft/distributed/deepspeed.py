@@ -1,6 +1,6 @@
-"""STRATEGY=deepspeed_stage_1 to 3: DeepSpeed's ZeRO through Lightning, on GPUs and, as everything here, also without one.
+"""STRATEGY=deepspeed_stage_1 to 3: DeepSpeed's ZeRO through Lightning, with or without a GPU.
 
-What is trained is float32 and the model casts by itself, so DeepSpeed computes in float32 as it is told nothing else.
+Trained parameters are float32 and the model casts by itself, so DeepSpeed is configured for float32.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ BUCKET = 50_000_000  # values that are sent at once
 
 
 def config_of(strategy: Strategy, grad_clip: float) -> dict[str, Any]:
-    """What DeepSpeed is told. grad_clip: only where it has to do that itself."""
+    """Return DeepSpeed's configuration. grad_clip: only where DeepSpeed has to clip."""
     # (threshold: of values, below which weights would stay whole; a block's come and go at once, whatever their size)
     zero = {
         "stage": strategy.stage, "stage3_param_persistence_threshold": 0, "contiguous_gradients": True,
@@ -57,6 +57,7 @@ class KeepDtypes(DeepSpeedPrecision):
     """Lightning's would make every weight float32, those too that are frozen in bf16."""
 
     def convert_module(self, module: nn.Module) -> nn.Module:
+        """Leave the dtypes of the module as they are."""
         return module
 
 
@@ -76,6 +77,7 @@ class DeepSpeedZero(DeepSpeedStrategy):
         super(DeepSpeedStrategy, self).setup_environment()
 
     def setup_distributed(self) -> None:
+        """Connect the processes."""
         self.set_world_ranks()
         self._init_deepspeed_distributed()
 
@@ -112,8 +114,9 @@ class DeepSpeedZero(DeepSpeedStrategy):
         return engine, wrapped
 
     def cut(self, module) -> None:
-        """Cut weights into pieces, block after block: no process holds more than one of them whole. (DeepSpeed itself would begin
-        when all are there.)
+        """Shard weights, block after block: no process has more than one of them whole.
+
+        DeepSpeed itself would begin when all are there.
         """
         model = module.model
         parts = {f"blocks.{number}.": block for number, block in enumerate(model.blocks)} | {"": model}
@@ -131,12 +134,16 @@ class DeepSpeedZero(DeepSpeedStrategy):
                 convert = fresh[0].convert_to_zero_parameters
 
     def backward(self, closure_loss: Tensor, optimizer, *given, **more) -> Tensor:
-        """Lightning has divided by the number of accumulated micro-batches, and DeepSpeed would once more: gradients would be so
-        much smaller, which Adam hides, and clipping does not.
+        """Run the backward pass without DeepSpeed's division by the number of accumulated micro-batches.
+
+        Lightning has divided already, and DeepSpeed would once more: gradients would be too small, which Adam hides,
+        and clipping does
+        not.
         """
         return super().backward(closure_loss, optimizer, *given, **more, scale_wrt_gas=False)
 
     def optimizer_step(self, optimizer, closure, model=None, **more) -> Any:
+        """Run an optimizer step."""
         last = self.deepspeed_engine.is_gradient_accumulation_boundary()  # micro-batch of the step
         result = super().optimizer_step(optimizer, closure, model, **more)
         if last:
@@ -147,15 +154,16 @@ class DeepSpeedZero(DeepSpeedStrategy):
 
 
 def clip_as_others_do(optimizer, limit: float) -> None:
-    """Let DeepSpeed's optimizer measure and clip gradients as the other strategies do, to the last bit: its own sums are of
-    float32 and end in other factors. A norm that is no number makes it leave the step out, as they do.
+    """Make DeepSpeed's optimizer measure and clip gradients as the other strategies do, to the last bit.
+
+    Its own sums are float32 and give other factors. A norm that is NaN or infinite makes it skip the step, as they do.
     """
     third = hasattr(optimizer, "fp16_groups")
 
     def norm(*_) -> Tensor:
         mine = [g for gradients in optimizer.averaged_gradients.values() for g in gradients]
-        found = grad_norm(mine, True)
-        return found if torch.isfinite(found) else torch.tensor(float("inf"), device=found.device)
+        norm_of_all = grad_norm(mine, True)
+        return norm_of_all if torch.isfinite(norm_of_all) else torch.tensor(float("inf"), device=norm_of_all.device)
 
     if third:
         optimizer._get_norm_groups = lambda: [norm()]
@@ -170,6 +178,7 @@ class ZeroSharding(Sharding):
     """The optimizer's memory, and from stage 3 on the weights, are DeepSpeed's to give and take."""
 
     def own_optimizer(self, groups: list[dict], betas: tuple[float, float], eps: float) -> Optimizer | None:
+        """Return DeepSpeed's optimizer, where it needs its own."""
         if not self.strategy.offload:
             return None
         return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, lr=1.0, betas=betas, eps=eps, adamw_mode=True)
@@ -178,6 +187,7 @@ class ZeroSharding(Sharding):
         """DeepSpeed does it within its step."""
 
     def weights(self, parameters: Parameters) -> dict[str, LazyTensor]:
+        """Return the trained weights, to be gathered when they are read."""
         if not self.weights_in_pieces:
             return super().weights(parameters)
         return {
@@ -186,6 +196,7 @@ class ZeroSharding(Sharding):
         }
 
     def memory(self, optimizer, parameters: Parameters) -> tuple[dict[str, LazyTensor], dict[str, dict]]:
+        """Return the optimizer's moments and its other state."""
         flat = flat_parameters(optimizer)[0]
         if flat not in optimizer.optimizer.state:
             return {}, {}
@@ -200,14 +211,16 @@ class ZeroSharding(Sharding):
         return tensors, {}
 
     def link(self, optimizer) -> None:
-        """Tell parameters where their moments are. DeepSpeed does so after its first step, of the first group of parameters, when
-        those of the others are not yet there.
+        """Give parameters the places of their moments.
+
+        DeepSpeed does so after its first step, of the first group of parameters, when those of the others are not there yet.
         """
         if not self.weights_in_pieces:
             optimizer._hp_optimizer_states_linked = False
             optimizer._lazy_init_hp_params_optimizer_state()
 
     def remember(self, optimizer, parameters: Parameters, tensors, others) -> None:
+        """Load the optimizer's moments and its other state."""
         if not tensors:
             return
         count = next(tensor for name, tensor in tensors.items() if name.endswith("/step"))
@@ -234,16 +247,19 @@ def flat_parameters(optimizer) -> list[Tensor]:
 
 
 def full_weight(parameter: nn.Parameter) -> Tensor:
+    """Return a whole weight, gathered."""
     return safe_get_full_fp32_param(parameter)
 
 
 def full_moment(parameter: nn.Parameter, key: str) -> Tensor:
+    """Return a whole moment, gathered."""
     return safe_get_full_optimizer_state(parameter, key)
 
 
 def part_of(parameter: nn.Parameter, value: Tensor) -> Tensor:
-    """This process's share of a whole tensor, as stage 3 cuts: equal parts, the last one filled up. (DeepSpeed's own way to set
-    a whole one fails where there is something to fill up.)
+    """Return this rank's share of a whole tensor, as stage 3 shards it: equal parts, the last one padded.
+
+    DeepSpeed's own way to set a whole one fails where there is padding.
     """
     size = parameter.ds_tensor.ds_numel
     mine = value.flatten()[dist.get_rank() * size :][:size]

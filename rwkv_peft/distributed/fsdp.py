@@ -1,5 +1,6 @@
-"""STRATEGY=fsdp: weights, gradients and the optimizer's memory in pieces, by torch's fully_shard (FSDP2). Lightning's own FSDP
-strategy wants a GPU.
+"""STRATEGY=fsdp: sharded weights, gradients and optimizer state by torch's fully_shard (FSDP2).
+
+Lightning's own FSDP strategy needs a GPU.
 """
 
 from __future__ import annotations
@@ -22,11 +23,15 @@ class FullyShard(DDPStrategy):
         """Block after block, when it is cut: a device holds no more than one of them whole."""
 
     def configure_ddp(self) -> None:
+        """Shard the model, block by block."""
         model = self.lightning_module.model
         mesh = init_device_mesh(self.root_device.type, (self.world_size,))
 
         def along(parameter: nn.Parameter) -> Shard:
-            """Vectors are [1, 1, C] in some versions. (Along other than the first, torch cuts only into equal parts.)"""
+            """Return the axis to shard along: vectors are [1, 1, C] in some versions.
+
+            Along other axes than the first, torch shards only into equal parts.
+            """
             longest = max(range(parameter.dim()), key=lambda dim: parameter.shape[dim])
             return Shard(longest if parameter.shape[longest] % self.world_size == 0 else 0)
 

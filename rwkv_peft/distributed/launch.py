@@ -12,25 +12,32 @@ from rwkv_peft.config.train import TrainConfig
 
 @dataclass(frozen=True)
 class ProcessInfo:
-    """rank: among all processes; local: among those of this machine, which is node `node` of `nodes`. starter: "" if we start
-    the other processes of this machine ourselves, else who has. of_ours: one of ours has started this one.
+    """Which process of a training this is.
+
+    Attributes:
+        rank: Among all processes.
+        local: Among the processes of this machine.
+        node: The machine's number.
+        nodes: How many machines there are.
+        launcher: What has started the processes of this machine; "" if ./training.sh does.
+        launched_by_us: A process of this training has started this one.
     """
 
     rank: int
     local: int
     node: int
     nodes: int
-    starter: str = ""
-    of_ours: bool = False
+    launcher: str = ""
+    launched_by_us: bool = False
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """The process that speaks, and writes."""
         return self.rank == 0
 
-    def meets(self) -> bool:
-        """Whether there are others that nobody of ours has started: those have to be asked what they have."""
-        return bool(self.starter) or (self.nodes > 1 and not self.of_ours)
+    def needs_rendezvous(self) -> bool:
+        """Return whether there are processes that this training has not started: their settings have to be compared."""
+        return bool(self.launcher) or (self.nodes > 1 and not self.launched_by_us)
 
 
 def number(environment: Mapping[str, str], *names: str) -> int:
@@ -46,7 +53,7 @@ def detect_launcher(config: TrainConfig, environment: Mapping[str, str]) -> Proc
         place = ProcessInfo(
             number(environment, "RANK"), number(environment, "LOCAL_RANK"), number(environment, "GROUP_RANK"), nodes, "torchrun"
         )  # fmt: skip
-    elif number(environment, "SLURM_STEP_NUM_TASKS") > 1:  # (of srun's; what sbatch tells is only what may be used)
+    elif number(environment, "SLURM_STEP_NUM_TASKS") > 1:  # (srun's variables; sbatch's name only what may be used)
         nodes = max(1, number(environment, "SLURM_STEP_NUM_NODES"))
         there = number(environment, "SLURM_STEP_NUM_TASKS") // nodes
         ranks = (number(environment, name) for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"))
@@ -56,12 +63,12 @@ def detect_launcher(config: TrainConfig, environment: Mapping[str, str]) -> Proc
         rank = config.node_rank * config.gpu_count + local
         return ProcessInfo(rank, local, config.node_rank, config.nnodes, "", "LOCAL_RANK" in environment)
     wrong = [
-        SettingError(name, f"is {given}, but {place.starter} has started {found}; set it to that")
-        for name, given, found in (
+        SettingError(name, f"is {given}, but {place.launcher} has started {started}; set it to that")
+        for name, given, started in (
             ("GPU_COUNT", config.gpu_count, there),
             ("NNODES", config.nnodes, nodes),
         )
-        if given != found
+        if given != started
     ]
     if wrong:
         raise SettingErrors(*wrong)
@@ -72,23 +79,23 @@ PORT = 29500  # torch's own
 
 
 def set_master_address(config: TrainConfig, place: ProcessInfo, environment: MutableMapping[str, str]) -> None:
-    """Let MASTER_ADDR and MASTER_PORT say to torch what the script means by them. (Empty names of devices mean none to it.)"""
-    if place.of_ours:  # ours has done so
+    """Set MASTER_ADDR and MASTER_PORT for torch to what the script means by them. It does not take empty names."""
+    if place.launched_by_us:  # ours has done so
         return
-    alone = place.nodes == 1 and not place.starter  # any free port: two trainings must not want the same
+    alone = place.nodes == 1 and not place.launcher  # any free port: two trainings must not want the same
     for name, said in (("MASTER_ADDR", config.master_addr), ("MASTER_PORT", config.master_port)):
         if alone or said in ("", "auto"):
             environment.pop(name, None)
-    if place.nodes > 1 and not place.starter:
+    if place.nodes > 1 and not place.launcher:
         environment.setdefault("MASTER_PORT", str(PORT))
 
 
 def plugins(place: ProcessInfo, processes: int) -> list[Any]:
-    """What tells Lightning the same."""
+    """Return what gives Lightning the same facts."""
     from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
     class Srun(SLURMEnvironment):
-        """Lightning's, but for what it asks of how tasks were ordered: that is told already."""
+        """Lightning's environment of Slurm, without its check of how tasks were ordered: detect_launcher has done that."""
 
         def __init__(self):
             self.auto_requeue, self.requeue_signal = False, None
@@ -99,6 +106,6 @@ def plugins(place: ProcessInfo, processes: int) -> list[Any]:
         def world_size(self) -> int:
             return processes
 
-    if place.starter == "srun":
+    if place.launcher == "srun":
         return [Srun()]
-    return [TorchElasticEnvironment() if place.starter else LightningEnvironment()]
+    return [TorchElasticEnvironment() if place.launcher else LightningEnvironment()]

@@ -29,7 +29,14 @@ PER_NODE = names_where(TrainConfig, per_node=True)
 
 
 class Rendezvous:
-    """me: the number of this party of `count`; 0 is the first. called: what to call another; how: to start one."""
+    """The store in which processes compare what they have before the training begins.
+
+    Attributes:
+        me: The number of this party of `count`; 0 has the store.
+        called: What to call another party, for messages.
+        how: How to start one, for messages.
+        lost: The store does not answer any more.
+    """
 
     def __init__(self, store: Store, me: int, count: int, called: str, say: Callable[[str], None], how: str = ""):
         self.store, self.me, self.count, self.called, self.say, self.how = store, me, count, called, say, how
@@ -48,12 +55,13 @@ class Rendezvous:
         self.lost = True
         raise UserError(words)
 
-    def tell(self, key: str, value: Any) -> None:
+    def publish(self, key: str, value: Any) -> None:
+        """Set a value for the others."""
         self.ask("set", key, json.dumps(value))
 
-    def hear(self, key: str, of: int = 0) -> Any:
-        """What another has told, or will. UserError if it cannot any more."""
-        began, told = time.monotonic(), False
+    def wait_for(self, key: str, of: int = 0) -> Any:
+        """Return a value that another party has published, or will. Raises UserError if it cannot any more."""
+        began, reported = time.monotonic(), False
         while not self.ask("check", [key]):
             if self.ask("check", ["failed"]):
                 raise UserError(f"Another process could not begin: {json.loads(self.ask('get', 'failed'))}")
@@ -62,16 +70,16 @@ class Rendezvous:
                 raise UserError(
                     f"{self.called} {of} has not come within {PATIENCE / 60:.0f} minutes. Is it running there?"
                 )
-            if waited > REACH / 20 and not told:
+            if waited > REACH / 20 and not reported:
                 self.say(f"waiting for {self.called} {of}{self.how.format(of)}")
-                told = True
+                reported = True
             time.sleep(LOOK)
         return json.loads(self.ask("get", key))
 
     def enter(self, patience: float, where: str) -> None:
         """Take part. Problems if this is not the meeting of this one's training. patience: seconds for the first to say so."""
         if self.me == 0:
-            self.tell("count", self.count)
+            self.publish("count", self.count)
         began = time.monotonic()
         while not self.ask("check", ["count"]):
             if time.monotonic() - began > patience:
@@ -93,20 +101,20 @@ class Rendezvous:
             )
 
     def compare(self, mine: Mapping[str, Any]) -> None:
-        """Problems with all that differs from what the first process has. To be called by all."""
-        self.tell(f"facts/{self.me}", mine)
+        """Raise SettingErrors with all that differs from rank 0. Called by all parties."""
+        self.publish(f"facts/{self.me}", mine)
         if self.me == 0:
-            found = []
+            differences = []
             for other in range(1, self.count):
-                theirs = self.hear(f"facts/{other}", other)
+                theirs = self.wait_for(f"facts/{other}", other)
                 for name in (name for name in mine if differ(name, theirs.get(name), mine[name])):
                     values = f"{shown(theirs.get(name))} on {self.called} {other}, and {shown(mine[name])} on {self.called} 0"
-                    found.append([name, f"is {values}; all need the same"])
-            self.tell("differences", found)
-        if differences := self.hear("differences"):
+                    differences.append([name, f"is {values}; all need the same"])
+            self.publish("differences", differences)
+        if differences := self.wait_for("differences"):
             raise SettingErrors(*(SettingError(name, message) for name, message in differences))
 
-    def part(self) -> None:
+    def leave(self) -> None:
         """Leave; the first one when all others have, since the store is its."""
         self.ask("add", "gone", 1)
         deadline = time.monotonic() + REACH
@@ -119,12 +127,21 @@ class Rendezvous:
 def open_rendezvous(
     place: ProcessInfo, processes: int, address: str, port: int, say: Callable[[str], None]
 ) -> Iterator[Rendezvous]:
-    """With the other parties of a training: all of its processes if somebody else has started them, else one of each node.
-    processes: of the whole training. UserError if they cannot be reached.
+    """Connect to the other parties of a training: all of its processes if a launcher has started them, else one of each node.
+
+    Args:
+        place: This process.
+        processes: Of the whole training.
+        address: Of the store.
+        port: Of the store.
+        say: Prints a message.
+
+    Raises:
+        UserError: they cannot be reached.
     """
-    me, count = (place.rank, processes) if place.starter else (place.node, place.nodes)
-    called = "process" if place.starter else "node"
-    hosts = me == 0 and place.starter != "torchrun"  # which has a store of its own
+    me, count = (place.rank, processes) if place.launcher else (place.node, place.nodes)
+    called = "process" if place.launcher else "node"
+    hosts = me == 0 and place.launcher != "torchrun"  # which has a store of its own
     where = f"{address}, port {port}"
     if hosts:
         store = open_store(address, port, REACH)
@@ -132,32 +149,40 @@ def open_rendezvous(
         store = find_store(address, port, REACH, lambda: say(f"waiting for {called} 0 at {where}"))
     how = f" at {where}: NODE_RANK={{}} ./training.sh there" if called == "node" else ""
     met = Rendezvous(PrefixStore("rwkv-peft", store), me, count, called, say, how)
-    # (a store of torchrun's is there before the first process is)
-    met.enter(PATIENCE if place.starter == "torchrun" else REACH / 4, where)
+    # (torchrun's store is there before rank 0 is)
+    met.enter(PATIENCE if place.launcher == "torchrun" else REACH / 4, where)
     try:
         yield met
     except (SettingErrors, UserError, OSError, MemoryError, ImportError, KeyboardInterrupt) as error:
         with contextlib.suppress(UserError):
             if not met.lost:
-                met.tell("failed", "it was stopped by Ctrl-C" if isinstance(error, KeyboardInterrupt) else str(error))
+                met.publish(
+                    "failed", "it was stopped by Ctrl-C" if isinstance(error, KeyboardInterrupt) else str(error)
+                )
                 time.sleep(5 * LOOK)  # so that they hear it before the store is gone
         raise
-    met.part()
+    met.leave()
 
 
 def differ(name: str, theirs: Any, mine: Any) -> bool:
-    """Whether two processes cannot train together. (A run without a name is called as the first process says.)"""
+    """Return whether two processes cannot train together. A run without a name gets the name that rank 0 gives it."""
     return theirs != mine and not (name == "RUN_NAME" and "" in (theirs, mine))
 
 
 def shown(value: Any) -> str:
+    """Return a value for a message."""
     text = str(value)
     return (text if len(text) < 60 else f"{text[:20]}...{hashlib.sha256(text.encode()).hexdigest()[:8]}") or '""'
 
 
 def facts_of(settings: Mapping[str, Any], base: str, data: Any, state: Any) -> dict[str, Any]:
-    """What all processes must have alike, by the variable to look at, or another name. base: the sha256 of its file. data: what
-    identifies the data. state: the same of the saved state that the run goes on from.
+    """Return what all processes must have alike, by the variable to look at, or another name.
+
+    Args:
+        settings: By name.
+        base: The SHA-256 of its file.
+        data: What identifies the data.
+        state: What identifies the saved state that the run resumes from.
     """
     import pytorch_lightning
     import torch

@@ -1,6 +1,6 @@
-"""What lies in pieces over the processes of a training, and how it comes together: for checkpoints, states and norms.
+"""What is sharded over the processes of a training, and how it is gathered for checkpoints, states and norms.
 
-Files hold whole tensors under their names, so nothing in them tells how a run was spread.
+Files have whole tensors under their names, so they do not depend on how a run was sharded.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Parameters = Mapping[str, nn.Parameter]  # by their names in files
 # whether a parameter, by its name in the model, is what the base's file has: all processes have the same file
 Given = Callable[[str], bool]
 
-ENOUGH = -1  # the first process wants no more tensors
+ENOUGH = -1  # rank 0 needs no more tensors
 
 
 def lazy_tensor(tensor: Tensor) -> LazyTensor:
@@ -45,22 +45,27 @@ def like(tensor: Tensor, example: Tensor) -> Tensor:
 def gather_to_main(
     files: Mapping[str, Mapping[str, LazyTensor]], in_pieces: bool, first: bool, device: torch.device
 ) -> Iterator[Mapping[str, LazyTensors] | None]:
-    """What is to be written, for the first process, to be asked for in any order and by any of its threads, of one file after
-    another; the others help it meanwhile and get None. To be entered by all processes, with the same names in the same order.
+    """Let rank 0 read whole tensors while the other ranks help to gather them.
 
-    files: what they hold, by name. in_pieces: whether any of it is. first: this is the first process. device: where the
-    processes talk.
+    To be entered by all processes, with the same names in the same order. On rank 0 it yields the tensors of one file after
+    another, which any of its threads may read in any order; on the others None.
+
+    Args:
+        files: What the files have, by name.
+        in_pieces: Whether anything is sharded.
+        first: This is rank 0.
+        device: Of the collective operations.
     """
-    wholes = [found for file in files.values() for found in file.values()]
-    number = {id(found): i for i, found in enumerate(wholes)}
+    wholes = [tensor for file in files.values() for tensor in file.values()]
+    number = {id(tensor): i for i, tensor in enumerate(wholes)}
 
-    def announce(found: int) -> None:
-        dist.broadcast(torch.tensor(found, device=device), 0)
+    def announce(tensor: int) -> None:
+        dist.broadcast(torch.tensor(tensor, device=device), 0)
 
     if first:
-        tell = (lambda found: announce(number[id(found)])) if in_pieces else (lambda _: None)
+        announce_tensor = (lambda tensor: announce(number[id(tensor)])) if in_pieces else (lambda _: None)
         try:
-            yield {name: LazyTensors(file, tell) for name, file in files.items()}
+            yield {name: LazyTensors(file, announce_tensor) for name, file in files.items()}
         finally:
             if in_pieces:
                 announce(ENOUGH)
@@ -76,8 +81,11 @@ def gather_to_main(
 
 @torch.no_grad()
 def broadcast_params(parameters: Iterable[tuple[str, nn.Parameter]], given: Given, device: torch.device) -> None:
-    """Give all processes the parameters of the first one, on their device: what was drawn, decomposed or compressed may differ by
-    a rounding between machines, and pieces of different things do not fit together.
+    """Give all processes the parameters of rank 0, on their device.
+
+    What was drawn, decomposed or compressed may differ by a rounding between machines, and shards of different tensors
+    do not fit
+    together.
     """
     for name, parameter in parameters:
         if given(name):
@@ -89,8 +97,9 @@ def broadcast_params(parameters: Iterable[tuple[str, nn.Parameter]], given: Give
 
 
 def grad_norm(gradients: Iterable[Tensor], in_pieces: bool) -> Tensor:
-    """The length of all gradients, float32 []. Summed in float64, so that it does not depend on how they are cut. in_pieces:
-    each process has parts of its own of all gradients.
+    """Return the gradient norm, float32 []. Summed in float64, so that it does not depend on the sharding.
+
+    in_pieces: each process has parts of its own of all gradients.
     """
     local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
     squares = torch.stack(torch._foreach_norm(local, 2, dtype=torch.float64)).square().sum()
@@ -107,8 +116,13 @@ def clip_grads(gradients: Iterable[Tensor], norm: Tensor, limit: float) -> None:
 
 
 class Sharding:
-    """How a training is spread, where torch knows: on one process, on several with all that is trained on each (DDP), or in
-    pieces as DTensors (FSDP2). several: processes.
+    """How a training is distributed, where torch does it.
+
+    On one process, on several with all that is trained on each (DDP), or sharded as DTensors (FSDP2).
+
+    Args:
+        strategy: Of STRATEGIES.
+        several: There are several processes.
     """
 
     def __init__(self, strategy: Strategy, several: bool):
@@ -134,6 +148,7 @@ class Sharding:
         return norm
 
     def weights(self, parameters: Parameters) -> dict[str, LazyTensor]:
+        """Return the trained weights, to be gathered when they are read."""
         return {name: lazy_tensor(p) for name, p in parameters.items()}
 
     def memory(self, optimizer: Optimizer, parameters: Parameters) -> tuple[dict[str, LazyTensor], dict[str, dict]]:

@@ -26,14 +26,24 @@ class ScaledHalf(MixedPrecision):
     """fp16 with Lightning's gradient scaling, but without autocast: the model casts by itself, and WKV stays float32."""
 
     def forward_context(self):
+        """Return a context that leaves dtypes as they are."""
         return contextlib.nullcontext()
 
 
 def trainer_arguments(precision: str, gpu_count: int, nodes: int, word: str, grad_clip: float) -> tuple[dict, Sharding]:
-    """The arguments of Lightning's Trainer that concern the machine, and how the training is spread. word: of STRATEGIES.
-    Problems for what this machine has not got.
+    """Return the arguments of Lightning's Trainer that concern the machine, and how the training is distributed.
 
     The model casts by itself, so Lightning computes as it is; only fp16 needs more: its gradients would underflow.
+
+    Args:
+        precision: PRECISION.
+        gpu_count: Processes of this machine.
+        nodes: Machines.
+        word: Of STRATEGIES.
+        grad_clip: GRAD_CLIP.
+
+    Raises:
+        SettingErrors: this machine does not have what is asked for.
     """
     kind, strategy = device_kind(), STRATEGIES[word]
     wrong = []

@@ -37,9 +37,14 @@ class Broken(Exception):
 
 
 class Recorded(NamedTuple):
-    """x, out: what `forward` reads and writes, [T, C]. slope: what `backward` reads, the gradient of out; grads: what it writes,
-    of each of the tensors that were asked for, None where out does not depend on it. held: what else lies at addresses that are
-    read.
+    """A recorded pair of graphs.
+
+    Attributes:
+        x: What `forward` reads, [T, C].
+        out: What it writes, [T, C].
+        slope: What `backward` reads, the gradient of out.
+        grads: What it writes, of each of the tensors that were asked for; None where out does not depend on it.
+        keep_alive: What else is at addresses that are read.
     """
 
     x: Tensor
@@ -48,7 +53,7 @@ class Recorded(NamedTuple):
     grads: Sequence[Tensor | None]
     forward: Callable[[], None]
     backward: Callable[[], None]
-    held: Sequence[object] = ()
+    keep_alive: Sequence[object] = ()
 
 
 def record(body: Body, x: Tensor, wanted: Sequence[Tensor]) -> Recorded:
@@ -63,7 +68,7 @@ def record(body: Body, x: Tensor, wanted: Sequence[Tensor]) -> Recorded:
     def gradients(out: Tensor, slope: Tensor) -> Sequence[Tensor | None]:
         return torch.autograd.grad(out, inputs, slope, allow_unused=True)
 
-    with keeping() as held:
+    with keeping() as kept_tensors:
         begin, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(begin)
         with torch.cuda.stream(side):  # whatever is made at first use is not part of the recording
@@ -79,9 +84,11 @@ def record(body: Body, x: Tensor, wanted: Sequence[Tensor]) -> Recorded:
             slope = torch.zeros_like(out)
             with torch.cuda.graph(back, pool=there.pool(), stream=side):
                 grads = gradients(out, slope)
-        except Exception as error:  # what was begun cannot be taken back: stream, allocator and dice are in it
+        except (
+            Exception
+        ) as error:  # what was begun cannot be taken back: stream, allocator and RNG state are part of it
             raise Broken(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}") from error
-    return Recorded(x, out.detach(), slope, grads, there.replay, back.replay, (body, *held))
+    return Recorded(x, out.detach(), slope, grads, there.replay, back.replay, (body, *kept_tensors))
 
 
 class Replay(torch.autograd.Function):
@@ -117,14 +124,14 @@ class Graphs:
         self.recorded: dict[tuple, Recorded] = {}
         self.off = False
 
-    def __call__(self, x: Tensor, borders: SeqBounds) -> Tensor:
+    def __call__(self, x: Tensor, bounds: SeqBounds) -> Tensor:
         """x: [T, C], of the embedding. What comes out of the last norm, [T, C]."""
-        key = borders.cu_seqlens, x.requires_grad, self.model.training
+        key = bounds.cu_seqlens, x.requires_grad, self.model.training
         if key not in self.recorded and self.due(key):
-            self.try_to_record(key, x, borders)
+            self.try_to_record(key, x, bounds)
         if key in self.recorded:
             return Replay.apply(self.recorded[key], x, *self.parameters())
-        return self.model.through(x, None, borders, False)[0]
+        return self.model.through(x, None, bounds, False)[0]
 
     def due(self, key: tuple) -> bool:
         """Whether a shape has come often enough."""
@@ -136,18 +143,20 @@ class Graphs:
         return self.seen[key] >= OFTEN
 
     def parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that learn."""
         inside = [*self.model.blocks.parameters(), *self.model.ln_out.parameters()]
         return [parameter for parameter in inside if parameter.requires_grad]
 
-    def try_to_record(self, key: tuple, x: Tensor, borders: SeqBounds) -> None:
+    def try_to_record(self, key: tuple, x: Tensor, bounds: SeqBounds) -> None:
+        """Record the graphs of a shape; note the reason if that fails."""
         wanted = self.parameters()
         if not wanted and not x.requires_grad:
             return
-        dice = torch.random.get_rng_state(), torch.cuda.get_rng_state() if x.is_cuda else None
+        rng_state = torch.random.get_rng_state(), torch.cuda.get_rng_state() if x.is_cuda else None
         dropping = {m: m.dropout for m in self.model.modules() if getattr(m, "dropout", None)}
 
         def body(x: Tensor) -> Tensor:
-            return self.model.through(x, None, borders, False)[0]
+            return self.model.through(x, None, bounds, False)[0]
 
         try:
             for module in dropping:  # what is random cannot be compared
@@ -159,7 +168,7 @@ class Graphs:
             if not error <= LIMITS[x.dtype]:
                 raise ValueError(f"replayed, the blocks compute something else (by {error:.1e})")
             self.recorded[key] = record(body, x, wanted) if dropping else recorded
-            self.say(f"CUDA graph recorded: {len(x)} tokens, {len(borders)} sequences")
+            self.say(f"CUDA graph recorded: {len(x)} tokens, {len(bounds)} sequences")
         except Broken as failed:
             raise UserError(f"CUDA graphs cannot be recorded here ({failed}). Set CUDA_GRAPHS=0") from failed
         except Exception as failed:  # whatever a driver has against it: the kernels can be started one by one
@@ -169,9 +178,9 @@ class Graphs:
         finally:
             for module, share in dropping.items():
                 module.dropout = share
-            torch.random.set_rng_state(dice[0])
-            if dice[1] is not None:
-                torch.cuda.set_rng_state(dice[1])
+            torch.random.set_rng_state(rng_state[0])
+            if rng_state[1] is not None:
+                torch.cuda.set_rng_state(rng_state[1])
 
 
 def difference(recorded: Recorded, body: Body, x: Tensor, wanted: Sequence[Tensor]) -> float:

@@ -1,11 +1,11 @@
-"""Any context in the memory of one chunk: the tokens of a micro-batch go through in chunks, with the state carried on.
+"""infctx: any context in the memory of one chunk. The tokens of a micro-batch go through in chunks, with the state carried over.
 
-    detach   a chunk begins with the state that the one before it left, and gradients end at its border
-    full     gradients go on through the border: the loss and gradients of the whole, whatever the chunk
+    detach   a chunk begins with the state after the one before it, and gradients end at its bound
+    full     gradients pass through the bound: the loss and gradients of the whole, whatever the chunk
 
 Each chunk's gradients are made as soon as its loss is known, so its activations live no longer than that. `full` goes
-through the chunks twice: forward for the states at their borders, and backward from the last chunk to the first, each
-from its kept state. What it keeps per border is one state (and of the random numbers: dropout falls alike both times).
+through the chunks twice: forward for the states at their bounds, and backward from the last chunk to the first, each
+from its kept state. It keeps one state per bound (and the RNG state: dropout has the same masks both times).
 """
 
 from __future__ import annotations
@@ -26,19 +26,27 @@ HALF_SCALE = 2.0**12  # gradients of float16 activations are made this much larg
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens begin to end of the batch. borders: where sequences lie among them, from 0. goes_on: its first sequence
-    began in the chunk before.
+    """Tokens begin to end of the batch.
+
+    Attributes:
+        begin: The first token.
+        end: The token after the last.
+        bounds: Of the sequences among them, from 0.
+        continues: Its first sequence began in the chunk before.
     """
 
     begin: int
     end: int
-    borders: tuple[int, ...]
-    goes_on: bool
+    bounds: tuple[int, ...]
+    continues: bool
 
 
 def cut(cu_seqlens: Sequence[int], size: int) -> list[Chunk]:
-    """The tokens of sequences behind one another, in chunks of at most `size`. A sequence is cut at multiples of `size` from
-    its own beginning, whatever lies beside it: so the result does not depend on how rows are batched.
+    """Return the tokens of sequences one after another in chunks of at most `size`.
+
+    A sequence is cut at multiples of `size` from its own beginning, whatever is beside it: so the result does not
+    depend on how
+    rows are batched.
     """
     places, begin = [0], 0
     for first, end in zip(cu_seqlens, cu_seqlens[1:], strict=False):
@@ -75,12 +83,12 @@ def chunked_loss(
 
     def one(chunk: Chunk, carried: list[BlockState] | None) -> tuple[Tensor, list[BlockState]]:
         """A chunk's loss, and the state after its last sequence."""
-        state = model.first_state(len(chunk.borders) - 1)
+        state = model.first_state(len(chunk.bounds) - 1)
         if carried is not None:
             state = [
                 BlockState(*map(replace_first, s.tensors(), c.tensors())) for s, c in zip(state, carried, strict=True)
             ]
-        x, after = model.features(ids[:, chunk.begin : chunk.end], state, chunk.borders)
+        x, after = model.features(ids[:, chunk.begin : chunk.end], state, chunk.bounds)
         mine = (positions >= chunk.begin) & (positions < chunk.end)
         rows = x[0].index_select(0, positions[mine] - chunk.begin)
         loss = model.ops.cross_entropy(rows, model.head_weight(), targets[mine])
@@ -95,8 +103,9 @@ def replace_first(states: Tensor, first: Tensor) -> Tensor:
 
 
 class KnownGradients(torch.autograd.Function):
-    """A loss whose gradients are computed on the way forward (by `run`, in pieces); parameters are named so that whoever
-    waits for their gradients (accumulation, other processes) sees them come.
+    """A loss whose gradients were computed in the forward pass (by `run`, in pieces).
+
+    Parameters are its inputs so that gradient hooks (accumulation, other processes) see their gradients.
     """
 
     @staticmethod
@@ -123,49 +132,63 @@ class Sums:
         self.loss: Tensor | float = 0.0
 
     def add(self, loss: Tensor, ends: list[tuple[Tensor, Tensor]], leaves: list[Tensor]) -> list[Tensor]:
-        """Gradients of a chunk. ends: states it hands on, with the gradients (already scaled) that come back for them.
-        leaves: states it began from. Returns the scaled gradients of those.
+        """Add the gradients of a chunk.
+
+        Args:
+            loss: Of the chunk.
+            ends: States after it, with the gradients (already scaled) that come back for them.
+            leaves: States it began from.
+
+        Returns:
+            The scaled gradients of the leaves.
         """
         self.loss = self.loss + loss.detach()
         outputs = [(loss * self.scale, None)] + [(s, g) for s, g in ends if s.requires_grad]
         outputs = [(o, g) for o, g in outputs if o.requires_grad]
         if not outputs:  # nothing trained has a part in this chunk
             return [torch.zeros_like(leaf) for leaf in leaves]
-        found = torch.autograd.grad(
+        gradients = torch.autograd.grad(
             [o for o, _ in outputs], [*self.parameters, *leaves], [g for _, g in outputs], materialize_grads=True
         )
-        for total, g in zip(self.grads, found, strict=False):
+        for total, g in zip(self.grads, gradients, strict=False):
             total.add_(g, alpha=1 / self.scale)
-        return list(found[len(self.parameters) :])
+        return list(gradients[len(self.parameters) :])
 
 
 def detached(states: list[BlockState]) -> list[BlockState]:
+    """Return states without their history."""
     return [BlockState(*(t.detach() for t in s.tensors())) for s in states]
 
 
 def pass_detach(one: Callable, chunks: list[Chunk], parameters: list, dtype) -> tuple[Tensor, list[Tensor]]:
+    """Run the chunks with gradients that end at their bounds."""
     sums, carried = Sums(parameters, dtype), None
     for chunk in chunks:
-        loss, after = one(chunk, carried if chunk.goes_on else None)
+        loss, after = one(chunk, carried if chunk.continues else None)
         sums.add(loss, [], [])
         carried = detached(after)
     return sums.loss, sums.grads
 
 
 def pass_full(one: Callable, chunks: list[Chunk], parameters: list, dtype) -> tuple[Tensor, list[Tensor]]:
-    states, dice, carried = Kept(len(chunks) - 1), Kept(len(chunks)), None  # states[i]: what chunk i leaves behind
+    """Run the chunks with gradients that pass through their bounds."""
+    states, rng_states, carried = (
+        Kept(len(chunks) - 1),
+        Kept(len(chunks)),
+        None,
+    )  # states[i]: what chunk i leaves behind
     with torch.no_grad():
         for i, chunk in enumerate(chunks):
-            dice.keep(i, random_state(parameters))
+            rng_states.keep(i, random_state(parameters))
             if i < len(chunks) - 1:
-                carried = one(chunk, carried if chunk.goes_on else None)[1]
+                carried = one(chunk, carried if chunk.continues else None)[1]
                 states.keep(i, [t for s in carried for t in s.tensors()])
     sums, coming = Sums(parameters, dtype), None
     last = None
     for i, chunk in reversed(list(enumerate(chunks))):
-        leaves = [t.clone().requires_grad_() for t in states[i - 1]] if chunk.goes_on else []
+        leaves = [t.clone().requires_grad_() for t in states[i - 1]] if chunk.continues else []
         start = [BlockState(*leaves[k : k + 3]) for k in range(0, len(leaves), 3)] or None
-        set_random_state(dice[i], parameters)
+        set_random_state(rng_states[i], parameters)
         loss, after = one(chunk, start)
         last = last or random_state(parameters)
         ends = [t for s in after for t in s.tensors()]
@@ -175,15 +198,18 @@ def pass_full(one: Callable, chunks: list[Chunk], parameters: list, dtype) -> tu
 
 
 class Kept:
-    """Tensors of the same shapes for each of `count` chunks, in room that is taken once. Kept one by one, they would lie in
-    the gaps between what chunks take and give back, which malloc could then not use again: even 5 kB for each of 128
-    chunks made it hold 650 MB where tensors are 40 (bench/infctx.py).
+    """Tensors of the same shapes for each of `count` chunks, in memory that is allocated once.
+
+    Kept one by one, they would be in the gaps between what chunks allocate and free, which malloc could then not use
+    again: even
+    5 kB for each of 128 chunks made it take 650 MB where tensors are 40 (bench/infctx.py).
     """
 
     def __init__(self, count: int):
         self.count, self.room = count, []
 
     def keep(self, i: int, tensors: list[Tensor]) -> None:
+        """Copy the tensors of chunk i."""
         self.room = self.room or [t.new_empty(self.count, *t.shape) for t in tensors]
         for room, tensor in zip(self.room, tensors, strict=True):
             room[i].copy_(tensor)
@@ -196,11 +222,13 @@ PASSES = {"detach": pass_detach, "full": pass_full}
 
 
 def random_state(parameters: list[nn.Parameter]) -> list[Tensor]:
+    """Return the RNG states of the parameters' devices."""
     device = parameters[0].device
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
 def set_random_state(state: list[Tensor], parameters: list[nn.Parameter]) -> None:
+    """Set the RNG states of the parameters' devices."""
     torch.set_rng_state(state[0].clone())  # torch crashes on a row of a larger tensor
     if len(state) > 1:
         torch.cuda.set_rng_state(state[1].clone(), parameters[0].device)

@@ -17,7 +17,7 @@ SMOOTHED_SHARE = 0.05  # of the run that the smoothed line looks back on ...
 SMOOTHED_LEAST = 5  # ... but at least so many steps
 
 
-def looks_back(steps: int) -> int:
+def smoothing_steps(steps: int) -> int:
     """How many steps the smoothed loss is the mean of."""
     return max(SMOOTHED_LEAST, round(SMOOTHED_SHARE * steps))
 
@@ -36,7 +36,7 @@ def draw_loss(folder: Path) -> Path:
         return np.insert(np.asarray(values, float), breaks, np.nan)
 
     sums, behind = np.cumsum([0.0, *losses]), np.arange(1, len(losses) + 1)
-    first = np.maximum(behind - looks_back(len(losses)), 0)
+    first = np.maximum(behind - smoothing_steps(len(losses)), 0)
     smooth = (sums[behind] - sums[first]) / (behind - first)
     with open_figure(9, 6.4, (4, 1)) as (drawing, (axes, below)):
         drawing.set_layout_engine("constrained")
@@ -46,17 +46,19 @@ def draw_loss(folder: Path) -> Path:
             places = [(first - 0.5, last - first + 1) for first, last in gaps]
             whole_height = {"yrange": (0, 1), "transform": axes.get_xaxis_transform()}
             axes.broken_barh(places, **whole_height, color="#dddddd", zorder=0, label="no record")
-        looks = read(folder)
-        looks = of_one_set(looks, looks[-1].get("data")) if looks else []
-        if looks:
-            places, found = [r["step"] for r in looks], [r["loss"] for r in looks]
-            axes.plot(places, found, color="#2e8b57", linewidth=1.5, marker="o", markersize=4, label="validation")
+        validations = read(folder)
+        validations = of_one_set(validations, validations[-1].get("data")) if validations else []
+        if validations:
+            places, losses_there = [r["step"] for r in validations], [r["loss"] for r in validations]
+            axes.plot(
+                places, losses_there, color="#2e8b57", linewidth=1.5, marker="o", markersize=4, label="validation"
+            )
         pairs = enumerate(itertools.pairwise(records), 1)
-        known = {*range(len(records))} - {*breaks.tolist()}  # in a gap, nobody knows where an epoch ended
-        borders = [a["step"] + 0.5 for i, (a, b) in pairs if a["epoch"] != b["epoch"] and i in known]
-        for step in borders:  # fainter the more there are: they are a scale, not the picture
+        known = {*range(len(records))} - {*breaks.tolist()}  # in a gap, the end of an epoch is not known
+        epoch_ends = [a["step"] + 0.5 for i, (a, b) in pairs if a["epoch"] != b["epoch"] and i in known]
+        for step in epoch_ends:  # fainter the more there are: they are a scale, not the picture
             for panel in (axes, below):
-                panel.axvline(step, color="#bbbbbb", linewidth=0.8, alpha=min(1.0, 12 / len(borders)), zorder=0)
+                panel.axvline(step, color="#bbbbbb", linewidth=0.8, alpha=min(1.0, 12 / len(epoch_ends)), zorder=0)
         axes.set_title(folder.name, parse_math=False)  # a name with dollar signs is no formula
         axes.set(ylabel="loss per trained token")
         axes.grid(alpha=0.25)

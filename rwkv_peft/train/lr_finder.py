@@ -83,7 +83,7 @@ def trial(config: TrainConfig, place: ProcessInfo, cleanup: contextlib.ExitStack
     run = prepare_run(config, place, True, True, cleanup, print)
     learner = make_train_model(run, cleanup, print)
     module = make_module(run, learner)
-    module.settle("")  # nothing lies in pieces here, whatever STRATEGY says
+    module.settle("")  # nothing is sharded here, whatever STRATEGY says
     learner.model.to(hardware.local_device(0))
     module.train()
     groups = learner.groups()
@@ -95,16 +95,17 @@ def trial(config: TrainConfig, place: ProcessInfo, cleanup: contextlib.ExitStack
 
 
 def rates(lowest: float, highest: float) -> list[float]:
+    """Return the rates to try, rising by equal factors."""
     return [lowest * (highest / lowest) ** (i / (STEPS - 1)) for i in range(STEPS)]
 
 
 def smoothed(losses: Sequence[float]) -> list[float]:
     """Means over what came before, the nearer the heavier; without a leaning to where it began."""
-    found, mean = [], 0.0
+    means, mean = [], 0.0
     for i, loss in enumerate(losses, 1):
         mean = SMOOTHED * mean + (1 - SMOOTHED) * loss
-        found.append(mean / (1 - SMOOTHED**i))
-    return found
+        means.append(mean / (1 - SMOOTHED**i))
+    return means
 
 
 def burst(losses: Sequence[float]) -> bool:
@@ -117,13 +118,17 @@ def burst(losses: Sequence[float]) -> bool:
 
 @dataclass(frozen=True)
 class Advice:
-    """lowest: the rate at which the smoothed loss is lowest; take: what to begin with, None where nothing was learnt at any rate;
-    held: it had not burst in the end.
+    """What the rates tried show.
+
+    Attributes:
+        lowest: The rate at which the smoothed loss is lowest.
+        take: The rate to start with, None where nothing was learnt at any rate.
+        stable: The loss had not burst in the end.
     """
 
     lowest: float
     take: float | None
-    held: bool
+    stable: bool
 
 
 def advise(tried: Sequence[float], losses: Sequence[float]) -> Advice:
@@ -136,11 +141,12 @@ def advise(tried: Sequence[float], losses: Sequence[float]) -> Advice:
     return Advice(tried[low], take, low == len(means) - 1)
 
 
-def to_begin_with(found: Advice, usual: float | None) -> float:
-    """The rate that is advised. found: with a rate to take. usual: for a state, the rate that is usual for its model, because
-    what the first steps bear is no measure there.
+def to_begin_with(advice: Advice, usual: float | None) -> float:
+    """Return the rate to start with.
+
+    usual: for a state, the usual rate for its model, because the first steps are no measure there.
     """
-    return found.take if usual is None or found.take <= MOST_STATE_RATE else usual
+    return advice.take if usual is None or advice.take <= MOST_STATE_RATE else usual
 
 
 def find_lr(config: TrainConfig, place: ProcessInfo) -> None:
@@ -168,18 +174,18 @@ def find_lr(config: TrainConfig, place: ProcessInfo) -> None:
     spent = f"{len(losses)} of {STEPS} steps in {time.monotonic() - began:.0f} s"
     why = ": there the loss burst" if len(losses) < STEPS else ""
     print(f"{spent}{why}; rates from {every[0]:.0e} to {tried[-1]:.0e}: {paths.display_path(picture)}")
-    found = advise(tried, sound)
-    if found.take is None:
+    advice = advise(tried, sound)
+    if advice.take is None:
         print(
             "The loss did not fall at any rate: are these rows what the base knows already, or is nothing trained of them?"
         )
         return
-    high = "" if found.held else ", and rises behind it"
-    print(f"The loss is lowest at {found.lowest:.0e}{high}.")
-    take = to_begin_with(found, usual)
-    if take < found.take:
+    high = "" if advice.stable else ", and rises behind it"
+    print(f"The loss is lowest at {advice.lowest:.0e}{high}.")
+    take = to_begin_with(advice, usual)
+    if take < advice.take:
         print(
-            f"warning: a tenth of that is {found.take:.0e}. What the first steps bear is no measure for a state: a rate of 1 "
+            f"warning: a tenth of that is {advice.take:.0e}. What the first steps bear is no measure for a state: a rate of 1 "
             f"has destroyed models over a whole run. Begin with LR_INIT={take:g} and LR_FINAL={take / 10:g}: usual are "
             f"{USUAL_STATE}, and {MOST_STATE_RATE:g} at most."
         )
@@ -206,15 +212,16 @@ def steps_of(run: RunSetup) -> Iterator[list[Batch]]:
 
 
 def draw(tried: Sequence[float], losses: Sequence[float], path: Path, usual: float | None = None) -> Path:
+    """Draw the losses over the rates."""
     with open_figure(8, 4.5) as (drawing, axes):
         drawing.set_layout_engine("constrained")
         axes.plot(tried, losses, color="#9ec5e8", linewidth=1, label="each step")
         axes.plot(tried, smoothed(losses), color="#1f5f99", linewidth=2, label="smoothed")
-        found = advise(tried, losses)
-        if found.take is not None:
-            axes.axvline(found.lowest, color="#999999", linewidth=1, label=f"the lowest: {found.lowest:.0e}")
-            take = to_begin_with(found, usual)
-            why = "usual for a state of this model" if take < found.take else "a tenth of the lowest"
+        advice = advise(tried, losses)
+        if advice.take is not None:
+            axes.axvline(advice.lowest, color="#999999", linewidth=1, label=f"the lowest: {advice.lowest:.0e}")
+            take = to_begin_with(advice, usual)
+            why = "usual for a state of this model" if take < advice.take else "a tenth of the lowest"
             axes.axvline(take, color="#2e8b57", linewidth=1.5, label=f"{why}: {take:.0e}")
         bears = f"a state {MOST_STATE_RATE:g} at most" if usual else "about a tenth of the last good one"
         axes.set_title(f"each step has a higher rate; a whole run bears {bears}")
@@ -270,10 +277,10 @@ def find_batch(config: TrainConfig, place: ProcessInfo) -> None:
             print(f"MICRO_BSZ={rows} of {plural(tokens, 'token')} fits", flush=True)
             return True
 
-        found = largest(fits, MOST_ROWS)
+        rows = largest(fits, MOST_ROWS)
         one.run.watch.must_be_unchanged()
-    if not found:
+    if not rows:
         raise UserError(
             f"Not one row of {plural(tokens, 'token')} fits. Lower CTX_LEN, or take GRAD_CP=1, QUANT=nf4, TRAIN_TYPE=infctx."
         )
-    print(f"The largest that fits is MICRO_BSZ={found}. Nothing was changed: set it, or a little less, in the script.")
+    print(f"The largest that fits is MICRO_BSZ={rows}. Nothing was changed: set it, or a little less, in the script.")

@@ -8,22 +8,27 @@ WSD_DECAY = 0.1  # share of the run in which wsd goes down (MiniCPM, https://arx
 
 
 def cos(p: float, first: float, last: float) -> float:
+    """Cosine from first to last."""
     return last + (first - last) * 0.5 * (1 + math.cos(math.pi * p))
 
 
 def linear(p: float, first: float, last: float) -> float:
+    """Straight line from first to last."""
     return first + (last - first) * p
 
 
 def exp(p: float, first: float, last: float) -> float:
+    """Equal factors from first to last."""
     return first * (last / first) ** p
 
 
 def wsd(p: float, first: float, last: float) -> float:
+    """Constant, then a straight line to last in the end (warm-up, stable, decay)."""
     return linear(max(0.0, (p - (1 - WSD_DECAY)) / WSD_DECAY), first, last)
 
 
 def constant(p: float, first: float, last: float) -> float:
+    """First, all the time."""
     return first
 
 

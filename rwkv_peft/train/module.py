@@ -19,11 +19,16 @@ from .optim import optimizer_of
 
 
 class TrainingModule(pl.LightningModule):
-    """model: an RWKV. groups: () -> the optimizer's parameter groups. steps: optimizer steps of the whole run. spread: over the
-    processes.
+    """The model as Lightning trains it.
 
-    chunk_ctx: tokens that go through at once (infctx), None for all of a micro-batch. infctx_grad: see training/infctx.
-    optim: a key of methods.OPTIMS.
+    Args:
+        model: An RWKV.
+        groups: Returns the optimizer's parameter groups.
+        steps: Optimizer steps of the whole run.
+        spread: How the training is distributed.
+        chunk_ctx: Tokens that go through at once (infctx), None for all of a micro-batch.
+        infctx_grad: See infctx.py.
+        optim: A key of specs.OPTIMS.
     """
 
     def __init__(
@@ -56,12 +61,14 @@ class TrainingModule(pl.LightningModule):
         self.skipped = False  # the step changes nothing: its gradient is no number
 
     def training_step(self, batch: Batch, _index: int) -> Tensor:
+        """Return the loss of a micro-batch, scaled for accumulation over processes."""
         loss = self.summed_loss(batch) / max(batch.step_targets, 1)
         self.shares.append(loss.detach())
         # Lightning divides by the number of accumulated batches and averages over ranks; the division is already done
         return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
     def validation_step(self, batch: Batch) -> Tensor:
+        """Return the summed loss of a micro-batch."""
         return self.summed_loss(batch)
 
     def summed_loss(self, batch: Batch) -> Tensor:
@@ -74,6 +81,7 @@ class TrainingModule(pl.LightningModule):
         return self.model.ops.cross_entropy(rows, self.model.head_weight(), batch.targets)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        """Clip the gradients and keep their norm; drop them if it is no finite number."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = self.spread.clip(parameters, self.grad_clip)
         if norm is None:  # the strategy clips, and leaves steps out, by itself
@@ -86,6 +94,7 @@ class TrainingModule(pl.LightningModule):
                 parameter.grad = None
 
     def configure_optimizers(self):
+        """Make the optimizer and the schedule."""
         fused = self.model.dtype != torch.float16
         optimizer = optimizer_of(self.spread, self.optim, self.groups(), self.betas, self.adam_eps, fused)
         return {
@@ -99,6 +108,8 @@ class TrainingModule(pl.LightningModule):
         return learning_rate(step, self.steps, name, first, last, warmup)
 
     def transfer_batch_to_device(self, batch: Batch, device, _index: int) -> Batch:
+        """Copy a micro-batch, without waiting where the device allows it."""
+
         def move(x: Tensor) -> Tensor:
             pinned = x.pin_memory() if torch.device(device).type == "cuda" else x  # else the host waits for it
             return pinned.to(device, non_blocking=True)

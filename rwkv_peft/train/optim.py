@@ -65,6 +65,7 @@ def check_package(name: str) -> None:
 
 
 def bitsandbytes():
+    """Return the package. Raises UserError if it is not installed."""
     try:
         import bitsandbytes
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""What a run tells its user: the plan before it, samples of what is trained, and the last words."""
+"""What a run prints: the plan before it, samples of what is trained, and the end."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rwkv_peft.text import tokenizer
 from . import cuda_graphs
 from .memory_estimate import memory_bytes
 
-MANY = 100_000  # from here on, numbers are told in millions
+MANY = 100_000  # from here on, numbers are given in millions
 # Rates of state tuning. Runs on RWKV-7 that were evaluated used 3e-4 to 2e-2 (rwkv-metal on 0.1B, RWKV-Agent on 7.2B, the
 # tutorial of rwkv.cn; 2026). The 1 -> 0.01 of the RWKV-5 and -6 instructions destroys an RWKV-7.
 LEAST_STATE_RATE, MOST_STATE_RATE = 3e-4, 3e-2
@@ -112,8 +112,9 @@ def plan_lines(
         )
     rows += rate_rows(setup, {"LR_INIT": settings["LR_INIT"], "LR_FINAL": last}, total)
     rows += [
-        ("machine", f"{describe_device()}; PRECISION={settings['PRECISION']}, OP={settings['OP']}{op_words and f' ({op_words})'}, "
-                    f"STRATEGY={settings['STRATEGY']}; about {memory / 2**30:.{digits}f} GB {kind} ({guess})"),
+        ("machine", f"{describe_device()}; PRECISION={settings['PRECISION']}, "
+                    f"OP={settings['OP']}{op_words and f' ({op_words})'}, STRATEGY={settings['STRATEGY']}; "
+                    f"about {memory / 2**30:.{digits}f} GB {kind} ({guess})"),
         ("output", f"output/{settings['RUN_NAME']}/ (loss.jsonl has the loss of each step; what is shown here is smoothed)"),
     ]  # fmt: skip
     return [f"{label:<10}{text}" for label, text in rows]
@@ -134,8 +135,9 @@ def rate_rows(setup, rates: dict[str, float], values: int) -> list[tuple[str, st
 
 
 def usual_state_rate(values: int) -> float:
-    """The rate that is usual for a state of a model of so many values: between those of 0.1B and of 7B on a straight line of
-    logarithms.
+    """Return the usual learning rate for a state of a model of so many values.
+
+    It is between those of 0.1B and of 7B on a straight line of logarithms.
     """
     share = math.log(min(max(values, 1e8), 7e9) / 1e8) / math.log(70)
     return float(f"{1e-3 * 10**share:.0e}")
@@ -155,15 +157,16 @@ def recorded_shapes(settings) -> int:
 
 
 def values(number: int) -> str:
+    """Return a number of values in words."""
     return f"{number:,}" if number < MANY else f"{number / 1e6:,.2f} M"
 
 
 def method_words(setup) -> str:
     """The method with its settings, and what it is on."""
     method = METHODS[setup.method]
-    told = {k: v for k, v in setup.options.items() if k in ("rank", "alpha", "layers", "every")}
-    told |= {"type": setup.options["config"]["peft_type"]} if "config" in setup.options else {}
-    words = [method.words, *(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in told.items())]
+    shown = {k: v for k, v in setup.options.items() if k in ("rank", "alpha", "layers", "every")}
+    shown |= {"type": setup.options["config"]["peft_type"]} if "config" in setup.options else {}
+    words = [method.words, *(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in shown.items())]
     words += ["rsLoRA"] if setup.options.get("rslora") else []
     words += ["with token shifts"] if setup.options.get("shifts") else []
     words += ["on " + ",".join(setup.parts)] if setup.parts else []
@@ -204,17 +207,17 @@ def form_lines(forms) -> list[tuple[str, str]]:
 
 def bos_lines(begun, mode: str) -> list[tuple[str, str]]:
     """Words about rows that begin with token 0. begun: prefix of a tokenized file -> its BOS and a warning. mode: of Data."""
-    found = [("", f"warning: {words}") for _, words in begun.values() if words]
+    lines = [("", f"warning: {words}") for _, words in begun.values() if words]
     names = {bos: ", ".join(p.name for p, (own, _) in begun.items() if own == bos) for bos in (0, 1)}
     if names[0] and names[1]:
         words = f"the rows of {names[1]} begin with token 0 (BOS=1), those of {names[0]} do not (BOS=0)"
-        found.append(("", f"warning: {words}: no client does both. Tokenize them again with one BOS"))
+        lines.append(("", f"warning: {words}: no client does both. Tokenize them again with one BOS"))
     elif names[1]:
-        found.append(("", "rows begin with token 0 (BOS=1); chat, samples and exports of this run do so as well"))
+        lines.append(("", "rows begin with token 0 (BOS=1); chat, samples and exports of this run do so as well"))
     if names[1] and mode in ("get", "magic"):
         words = "DATALOAD=get reads the file as one text, in which rows that begin and end with token 0 have two between them"
-        found.append(("", f"warning: {words}. Use PACK=concat, or tokenize with BOS=0"))
-    return found
+        lines.append(("", f"warning: {words}. Use PACK=concat, or tokenize with BOS=0"))
+    return lines
 
 
 def more_steps(settings, plan) -> str:
@@ -239,6 +242,7 @@ def data_lines(data, plan, settings) -> list[tuple[str, str]]:
 
 
 def at_once(plan, settings) -> str:
+    """Return the factors of an optimizer step's rows in words."""
     nodes = f" x NNODES={settings['NNODES']}" if settings["NNODES"] > 1 else ""
     return f"MICRO_BSZ={settings['MICRO_BSZ']} x MINI_BSZ={plan.accumulate} x GPU_COUNT={settings['GPU_COUNT']}{nodes}"
 
@@ -308,7 +312,7 @@ def batch_rows(data, plan) -> list[tuple[str, str]]:
 
 
 def setting_lines(settings: dict, given: dict) -> list[str]:
-    """All settings as run.json will hold them. given: those of the script, to tell what auto has become."""
+    """Return all settings as run.json will have them. given: those of the script, to show what auto has become."""
     words = [
         f"{name}={shown(value)}" + ("(auto)" if given[name] == "auto" != value else "")
         for name, value in settings.items()
@@ -345,6 +349,7 @@ def print_samples(sequences: Iterator, most: int) -> None:
 
 
 def out_of_memory(settings: dict, error: Exception) -> str:
+    """Return the message about memory, with what to change."""
     advice = []
     if settings.get("CUDA_GRAPHS"):
         advice.append("CUDA_GRAPHS=0 (each shape that is recorded keeps a pass's activations)")
@@ -388,11 +393,15 @@ def out_of_memory(settings: dict, error: Exception) -> str:
     return f"Out of memory: {reason}\nWhat to change, in this order:\n{listed}"
 
 
-def best_look(looks: Sequence[dict], folder: Path, newest: Path) -> Path:
-    """Tell where the validation was best. looks: of the run at held-out rows; newest: its last checkpoint. Returns the checkpoint
-    to go on with: that of the best look that there is one of.
+def best_look(validations: Sequence[dict], folder: Path, newest: Path) -> Path:
+    """Print where the validation was best, and return the checkpoint to continue with: that of the best validation that has one.
+
+    Args:
+        validations: Records of the run.
+        folder: Of the run.
+        newest: Its last checkpoint.
     """
-    best, losses = min(looks, key=lambda look: look["loss"]), {look["step"]: look["loss"] for look in looks}
+    best, losses = min(validations, key=lambda look: look["loss"]), {look["step"]: look["loss"] for look in validations}
     saved = {step: path for path, step in run_dir.checkpoint_steps(folder) if step in losses}
     where = f"at step {best['step']}, in epoch {best['epoch'] + 1}"
     if not best["step"]:
@@ -410,11 +419,20 @@ def best_look(looks: Sequence[dict], folder: Path, newest: Path) -> Path:
 
 
 def finish(
-    method: Method, folder: Path, newest: Path | None, looks: Sequence[dict], exact: bool, complete: bool, received: int,
+    method: Method, folder: Path, newest: Path | None, validations: Sequence[dict], exact: bool, complete: bool, received: int,
     seconds: float,
 ) -> None:  # fmt: skip
-    """The last words: where the result is and what to do with it. looks: at held-out rows. exact: the state was
-    saved as well. complete: no step is left.
+    """Print the end of a run: where the result is and what to do with it.
+
+    Args:
+        method: Of the run.
+        folder: Of the run.
+        newest: Its last checkpoint.
+        validations: Records of the run.
+        exact: The state was saved as well.
+        complete: No step is left.
+        received: The signal that stopped it, or 0.
+        seconds: That it took.
     """
     there = paths.display_path(folder)
     if received:
@@ -436,8 +454,8 @@ def finish(
         )
     more = [name for name in ("loss.png", "samples.md", "tensorboard") if (folder / name).exists()]
     print(f"done in {format_duration(seconds)}: {newest}" + "".join(f", {there}/{name}" for name in more))
-    if looks:
-        newest = best_look(looks, folder, newest)
+    if validations:
+        newest = best_look(validations, folder, newest)
     number = newest.stem.removeprefix("rwkv-")
     name, path = run_dir.merge_arguments(folder), shlex.quote(str(newest))
     print(f"next: ./merge.sh {name} {number}      or try it: ./chat.sh --adapter {path}")

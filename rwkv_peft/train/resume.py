@@ -136,7 +136,7 @@ def _find_named_state(folder: Path, config: TrainConfig, log: Callable[[str], No
 
 def send_state(rendezvous: Rendezvous, state: TrainState | None) -> None:
     """Send the decision of rank 0 to the processes that an external launcher has started."""
-    rendezvous.tell("found", [state.run.name, state.folder.name] if state else None)
+    rendezvous.publish("found", [state.run.name, state.folder.name] if state else None)
 
 
 def receive_state(rendezvous: Rendezvous) -> None:
@@ -145,7 +145,7 @@ def receive_state(rendezvous: Rendezvous) -> None:
     Raises:
         UserError: the state is not on this node.
     """
-    names = rendezvous.hear("found")
+    names = rendezvous.wait_for("found")
     if names is None:
         os.environ[STATE_VARIABLE] = ""
         return

@@ -30,7 +30,7 @@ def train(run: RunSetup, cleanup: contextlib.ExitStack, log: Callable[[str], Non
         UserError: a file, the data or the machine does not allow the training to continue.
         SystemExit: the run was stopped, or has ended on another rank than 0.
     """
-    if run.process.first:
+    if run.process.is_main:
         check_free_space(run)
     with run.watch.explaining():
         model = make_train_model(run, cleanup, log)

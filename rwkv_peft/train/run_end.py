@@ -24,7 +24,7 @@ def handle_failures(run: RunSetup, callbacks: RunCallbacks) -> Iterator[None]:
     try:
         yield
     except UserError:
-        if run.process.first:
+        if run.process.is_main:
             callbacks.saver.plot(True)  # it shows more than words
         raise
     except (RuntimeError, MemoryError) as error:
@@ -55,7 +55,7 @@ def report_end(
     """
     process, validation, context = run.process, callbacks.validation, callbacks.context
     received, steps, skipped = context.stop.received, trainer.global_step, context.progress.skipped_in_a_row
-    if not process.first:
+    if not process.is_main:
         if process.node and process.local == 0:
             how = "stopped" if received else "done"
             print(f"node {process.node}: {how}; node 0 has the results", flush=True)

@@ -35,13 +35,13 @@ def selftest() -> None:
                     cpu_build.library()
                 elif (package := name.split()[0]) in dispatch.FOR_GPU:
                     dispatch.FOR_GPU[package].digest()
-                found = prove(device, dtype)
+                check = prove(device, dtype)
             except MISSING as missing:
                 print(f"{words} missing: {missing}")
                 break
-            good = "passed" if found.passed else "FAILED"
-            print(f"{words} {good}  {found.error:.1e} of {found.limit:.1e} allowed ({found.what})")
-            failed += [] if found.passed else [f"OP={name} for {what} in {dtype}"]
+            good = "passed" if check.passed else "FAILED"
+            print(f"{words} {good}  {check.error:.1e} of {check.limit:.1e} allowed ({check.what})")
+            failed += [] if check.passed else [f"OP={name} for {what} in {dtype}"]
     if failed:
         raise UserError(
             f"{', '.join(failed)}: computes something else than the definition; please report the lines above."

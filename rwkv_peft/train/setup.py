@@ -209,11 +209,11 @@ def prepare_run(
     questions, base_path = read_questions(config.sample_prompts), paths.resolve_model(config.model_path)
     watch = FileWatch("this run began", RESTART_ADVICE if dry_run else RESUME_ADVICE)
     cleanup.enter_context(bus_error.handle_bus_error(watch.exit_if_truncated))
-    watch.silent = process.of_ours
+    watch.silent = process.launched_by_us
     watch.add([base_path])
-    if rendezvous and not process.first:
+    if rendezvous and not process.is_main:
         resume.receive_state(rendezvous)
-    state = resume.find_resume_state(config, force_new, process.first, log)
+    state = resume.find_resume_state(config, force_new, process.is_main, log)
     if state:
         watch.add(state.stamps, state.stamps)
     files = open_files(config, base_path, state is None)
@@ -222,7 +222,7 @@ def prepare_run(
     adapter = _adapter_config(config, state)
     fingerprint = None
     if files.init:
-        if files.init.path and process.first:
+        if files.init.path and process.is_main:
             what = config, files.geometry, adapter, base_path, files.init.path, files.init.start
             fingerprint = check_init(*what, log, accept_edited, watch)
         watch.add(path.resolve() for path in (files.init.path, files.init.start) if path)
@@ -230,7 +230,7 @@ def prepare_run(
     base = BaseSetup(base_path, files.tensors, files.geometry, adapter, fingerprint)
     settings = resolve(config, base, data, compute, state.run.name if state else config.run_name)
     missing = _missing_checkpoint(config, state, data) if state else None
-    if state and process.first:
+    if state and process.is_main:
         try:
             fingerprint = _check_resume(settings, base, data, state, missing)
         except SettingErrors as errors:
@@ -239,7 +239,7 @@ def prepare_run(
             log(f"new run   {resume.describe(state)} was stopped, and cannot go on: {errors.problems[0].message}")
             return prepare_run(config, process, dry_run, True, cleanup, log, rendezvous, accept_edited)
     if rendezvous:
-        if process.first:
+        if process.is_main:
             resume.send_state(rendezvous, state)
         fingerprint = fingerprint or hashing.fingerprint(base_path)
         watch.know(base_path, fingerprint["sha256"])
@@ -247,7 +247,7 @@ def prepare_run(
         state_files = state.facts["files"] if state else None
         rendezvous.compare(facts_of(settings.values, fingerprint["sha256"], identity, state_files))
     stem = f"{'+'.join(files.names)[:MOST_NAME]}-{config.finetune_mode}"
-    if process.first and not dry_run:
+    if process.is_main and not dry_run:
         folder = _lock_run_dir(settings, stem, state, watch, cleanup)
     else:
         folder = run_dir.new_run_dir(settings.run_name, stem)

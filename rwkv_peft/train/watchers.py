@@ -24,10 +24,10 @@ def start_watchers(run: RunSetup, loggers: RunLoggers, cleanup: contextlib.ExitS
     owns_run_dir = functools.partial(watch.is_there, folder)
 
     def remove_partial_files() -> None:
-        if process.first:
+        if process.is_main:
             run_dir.remove_partial_files(folder, owns_run_dir)
 
-    parent = os.getppid() if process.of_ours else None
+    parent = os.getppid() if process.launched_by_us else None
     watchdog = Watchdog(
         process.rank, config.processes, config.gpu_count, parent, remove_partial_files, _print_error, watch.look
     )
@@ -42,7 +42,7 @@ def start_watchers(run: RunSetup, loggers: RunLoggers, cleanup: contextlib.ExitS
     if watches_files:
         cleanup.enter_context(watch.watching(loggers.log))
     files = RunFiles(watch, process.node if watches_files else None, watchdog.over.set)
-    stop = GracefulStop(leave, process.first, lambda: run_dir.has_saved(folder), files)
+    stop = GracefulStop(leave, process.is_main, lambda: run_dir.has_saved(folder), files)
     facts = run.state.facts if run.state else {}
     return watchdog, RunContext(
         folder,

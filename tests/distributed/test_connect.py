@@ -153,7 +153,7 @@ def test_nodes_meet_over_ipv6(monkeypatch):
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
     except OSError:
         pytest.skip("no IPv6 on loopback")
-    does = [lambda met: met.tell("x", 7), lambda met: met.hear("x")]
+    does = [lambda met: met.publish("x", 7), lambda met: met.wait_for("x")]
     assert parties(*does, address="::1") == [None, 7]
 
 
@@ -171,20 +171,20 @@ def test_strangers_at_the_door_of_node_0_do_not_disturb_the_meeting():
 
     def first(met):
         knock(ports[0])
-        met.tell("x", 7)
-        return met.hear("y", 1)
+        met.publish("x", 7)
+        return met.wait_for("y", 1)
 
     def second(met):
         assert come.wait(30)
-        met.tell("y", met.hear("x"))
+        met.publish("y", met.wait_for("x"))
 
     assert parties(first, second, ports=ports) == [7, None]
 
 
 def test_a_node_of_a_training_with_more_nodes_is_told_and_the_others_begin():
     def waits(met):
-        met.tell("x", 1)
-        return met.hear("x")
+        met.publish("x", 1)
+        return met.wait_for("x")
 
     def late(where, port):
         time.sleep(1)
@@ -206,7 +206,7 @@ def test_a_node_that_is_stopped_by_hand_tells_the_others():
     def stopped(_met):
         raise KeyboardInterrupt
 
-    said = parties(lambda met: met.hear("x", 1), stopped, also=KeyboardInterrupt)
+    said = parties(lambda met: met.wait_for("x", 1), stopped, also=KeyboardInterrupt)
     assert said[0] == "Another process could not begin: it was stopped by Ctrl-C"
 
 

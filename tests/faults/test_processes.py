@@ -15,7 +15,7 @@ from rwkv_peft.checkpoint import train_state
 from rwkv_peft.common.errors import EXIT_PROCESS
 from rwkv_peft.distributed import watchdog
 
-STILL = 6  # instead of watch.STILL
+STILL = 6  # instead of watchdog.STALLED
 
 
 @pytest.fixture
@@ -23,8 +23,8 @@ def ready(kit):
     """A kit whose runs take hours, with states every few steps; its processes lose patience soon."""
     file = kit.root / "rwkv_peft/distributed/watchdog.py"
     text = file.read_text()
-    assert f"STILL = {watchdog.STILL} " in text
-    file.write_text(text.replace(f"STILL = {watchdog.STILL} ", f"STILL = {STILL} "))
+    assert f"STALLED = {watchdog.STALLED} " in text
+    file.write_text(text.replace(f"STALLED = {watchdog.STALLED} ", f"STALLED = {STILL} "))
     tiny.save_model(kit.root / "model" / "tiny.pth")
     kit.data("chat.jsonl", *tiny.CHATS)
     kit.run("make_tokenize.sh", "chat.jsonl")

@@ -34,7 +34,7 @@ def curve(at: float, depth: float = 0.5):
 def test_a_tenth_of_the_rate_with_the_lowest_loss_is_advised(at):
     tried, losses = curve(at)
     found = lr_finder.advise(tried, losses)
-    assert at / 3 < found.lowest < at * 3 and found.take == float(f"{found.lowest / 10:.0e}") and not found.held
+    assert at / 3 < found.lowest < at * 3 and found.take == float(f"{found.lowest / 10:.0e}") and not found.stable
     assert len(tried) < lr_finder.STEPS  # and no time is lost behind it
 
 

@@ -63,7 +63,7 @@ def make_callbacks(
     write_checkpoint: WriteCheckpoint = _refuse
     write_state: WriteState = _refuse
     newest = None
-    if run.process.first:
+    if run.process.is_main:
         writer = CheckpointWriter(run, model, functools.partial(_running_facts, context, loggers))
         write_checkpoint, write_state = writer.write, writer.write_state
         newest = _restore_missing(run, model, writer, context.log)

@@ -20,7 +20,7 @@ from rwkv_peft.common import hardware, paths
 from rwkv_peft.common.atomic_io import open_append, write_json
 from rwkv_peft.common.errors import UserError, describe_nonfatal, ignore_closed_pipe
 from rwkv_peft.common.formatting import format_duration
-from rwkv_peft.train.loss_plot import looks_back
+from rwkv_peft.train.loss_plot import smoothing_steps
 from rwkv_peft.train.setup import RunSetup
 
 from . import samples, validation
@@ -47,7 +47,7 @@ class Progress:
         self.steps, self.epochs, self.memory = steps, epochs, memory
         # losses; their plain mean is the smooth line of loss.png
         losses = (record["loss"] for record in before if record["loss"] is not None)
-        self.recent: deque[float] = deque(losses, maxlen=looks_back(steps))
+        self.recent: deque[float] = deque(losses, maxlen=smoothing_steps(steps))
         # step and second from which the time left is estimated
         self.done, self.spent = done, before[-1]["seconds"] if before else 0.0
         self.first = self.done + 1
@@ -194,7 +194,7 @@ def open_loggers(run: RunSetup, cleanup: contextlib.ExitStack, log: Callable[[st
     state, folder = run.state, run.run_dir
     done = state.step if state else 0
     val_records = validation.read(folder, done) if state else []
-    if not run.process.first:
+    if not run.process.is_main:
         return RunLoggers(log, val_records)
     step_records, repaired = step_log.truncate_log(folder, done) if state else ([], False)
     gaps = step_log.find_gaps([record["step"] for record in step_records], done)

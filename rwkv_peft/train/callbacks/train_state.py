@@ -1,8 +1,8 @@
-"""Exact resume, for Lightning: what a running trainer keeps in a snapshot, and how a new one goes on from there as if it had
-never stopped.
+"""Exact resume for Lightning: what a running trainer saves, and how a new one resumes from it as if it had never stopped.
 
-A snapshot is always of a moment between two optimizer steps: a run that is stopped between the micro-batches of a step does that
-step again. Where it lies in the data follows from the number of the step.
+A saved state is always of a moment between two optimizer steps: a run that is stopped between the micro-batches of a
+step does
+that step again. The number of the step determines its place in the data.
 """
 
 from __future__ import annotations
@@ -28,11 +28,15 @@ WriteState = Callable[[Mapping[str, LazyTensors], dict], None]
 
 
 class ResumeCallback(pl.Callback):
-    """Puts a trainer where a snapshot was taken. To be the first callback: others look where it stands.
+    """Puts a trainer where a state was saved. Must be the first callback: others read the trainer's step.
 
-    names: () -> the trained parameters, under their names in files. epoch_steps, accumulate: optimizer steps of an epoch, and
-    micro-batches of a step. micro_batches: of an epoch, None for a stream. loaded: is called when nothing
-    more is read of the snapshot.
+    Args:
+        begin: The saved state.
+        names: Returns the trained parameters under their names in files.
+        epoch_steps: Optimizer steps of an epoch.
+        accumulate: Micro-batches of a step.
+        micro_batches: Of an epoch, None for a stream.
+        loaded: Is called when nothing more is read of the state.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class ResumeCallback(pl.Callback):
         self.first = step * accumulate  # micro-batch of the epoch
 
     def on_train_start(self, trainer, module) -> None:
+        """Load the state."""
         step = self.begin.step
         if trainer.strategy.broadcast(step) != step:
             raise UserError(f"process {trainer.global_rank} found another saved state than the first process did.")
@@ -76,11 +81,12 @@ class ResumeCallback(pl.Callback):
             for name, tensor in self.begin.tensors("random").items()
             if name.startswith(f"{trainer.global_rank}/")
         }
-        if of_rank:  # (else there were fewer processes: it draws anew)
+        if of_rank:  # (else there were fewer processes: it draws again)
             train_state.set_rng_state(of_rank, trainer.strategy.root_device)
         self.loaded()
 
     def on_train_epoch_start(self, trainer, module) -> None:
+        """Set the number of batches of the epoch: Lightning counts from 0, wherever the loader begins."""
         if (
             self.micro_batches is not None
         ):  # Lightning counts the batches of an epoch from 0, wherever the loader begins
@@ -112,23 +118,27 @@ class TrainStateCallback(pl.Callback):
         self.after_save, self.step, self.saved = after_save, 0, saved
 
     def on_train_start(self, trainer, module) -> None:
+        """Write the checkpoint that belongs to the resumed state: the run may have been killed between the two."""
         self.look(trainer)
         if self.write is not None and self.every and self.step and self.step % self.every == 0:
             self.after_save(trainer, module)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        """Save if it is time."""
         if trainer.global_step == self.step:
             return
         self.look(trainer)
-        # (not where an epoch ends: its checkpoint comes first, or a run that goes on from here would never write it)
+        # (not where an epoch ends: its checkpoint comes first, or a run that resumes from here would never write it)
         if self.every and self.step % self.every == 0 and self.step % self.epoch_steps:
             self.save_step(trainer, module)
 
     def on_train_epoch_end(self, trainer, module) -> None:
+        """Save if it is time, after the epoch's checkpoint."""
         if self.every and self.step and self.step % self.every == 0:
             self.save_step(trainer, module)
 
     def save_step(self, trainer, module) -> None:
+        """Save the state and its checkpoint."""
         if self.write is not None:
             began = time.monotonic()
             self.save(trainer)
@@ -168,7 +178,7 @@ class TrainStateCallback(pl.Callback):
                 if ready:
                     self.write(ready, facts)
                     self.saved = self.step
-            except FileChanged:  # in the last moment: told with all the others
+            except FileChanged:  # in the last moment: reported with all the others
                 pass
             except (OSError, UserError) as error:
                 self.context.log(
