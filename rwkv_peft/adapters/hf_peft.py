@@ -179,9 +179,8 @@ class PeftLayer(Adapter):
     `tensors` and `start` of the class are all that any method may have; those of an instance are what it has.
 
     peft's layer is kept out of the module tree; its tensors are here, under the names they have in files. For each call
-    it gets
-    them in the dtype of the sum, and `Stand` in place of its base layer. So the model may be moved, and the layer below be
-    quantised later, as with any other adapter.
+    it gets them in the dtype of the sum, and `Stand` in place of its base layer. So the model may be moved, and the
+    layer below be quantised later, as with any other adapter.
     """
 
     tensors = tuple(dict.fromkeys(n for method in METHODS.values() for n in method.trained))

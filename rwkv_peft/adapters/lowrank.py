@@ -1,8 +1,7 @@
 """linear(x) + scale * (dropout(x) A^T) B^T as one autograd node.
 
 No gradient is computed for the frozen weight. It keeps only the input, which recomputation may make again, and
-dropout's mask,
-one byte per value.
+dropout's mask, one byte per value.
 """
 
 from __future__ import annotations

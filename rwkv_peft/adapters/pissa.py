@@ -100,12 +100,10 @@ def principal(weight: Tensor, rank: int, niter: int) -> tuple[Tensor, Tensor]:
         weight: [out, in].
         rank: r.
         niter: Rounds of subspace iteration (https://arxiv.org/abs/0909.4061); 0 is the exact SVD. In the iteration the
-            space is
-            half as wide again as the rank, which costs less than more rounds would. On one core, for 8192 x 2048 and
-            rank 64 where
-            the singular values fall like 1/sqrt(i): exact 6.4 s; 4 rounds 0.5 s, 3e-4 of the energy missed; 8 rounds
-            1.0 s, 3e-6
-            missed. Where they hardly fall, as in random matrices, which directions are taken matters as little.
+            space is half as wide again as the rank, which costs less than more rounds would. On one core, for 8192 x
+            2048 and rank 64 where the singular values fall like 1/sqrt(i): exact 6.4 s; 4 rounds 0.5 s, 3e-4 of the
+            energy missed; 8 rounds 1.0 s, 3e-6 missed. Where they hardly fall, as in random matrices, which directions
+            are taken matters as little.
     """
     most = min(weight.shape)
     weight = weight.float()

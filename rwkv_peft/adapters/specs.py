@@ -96,8 +96,7 @@ class Optim(NamedTuple):
         moments: Bytes that it keeps for a trained value.
         package: What must be installed for it, or "".
         copies: Bytes for each value of the largest trained tensor while that one is updated on a CPU (bench/memory.py
-            --optim):
-            bitsandbytes computes there in float32.
+            --optim): bitsandbytes computes there in float32.
     """
 
     moments: float

@@ -33,10 +33,10 @@ import contextlib
 import dataclasses
 import sys
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from rwkv_peft.checkpoint.base_template import AUTO, describe_mismatch, find_base_template
 from rwkv_peft.checkpoint.prompt_format import PromptFormat
@@ -50,6 +50,11 @@ from rwkv_peft.text.preset_names import recorded, recorded_name, template
 from rwkv_peft.text.presets import PRESETS
 from rwkv_peft.text.template import ENDINGS, Dialogue, Message, Template, split_thought, tidy_answer
 from rwkv_peft.text.tokenizer import END_OF_DOC
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rwkv_peft.model.rwkv import RWKV
 
 COMMANDS = "/reset forgets the talk, /quit or an empty line ends it, Ctrl-C ends an answer"
 
@@ -140,7 +145,7 @@ def talk_with_model(
 
 def prompting(config: ChatConfig, form: Template, sidecar: Mapping[str, Any], name: str) -> PromptFormat:
     """Return how to talk in a template: with the end of turns and the token 0 in front that were trained."""
-    eot = sidecar.get("eot") if sidecar.get("eot") in ENDINGS else "doc"
+    eot = sidecar["eot"] if sidecar.get("eot") in ENDINGS else "doc"
     trained = (
         bool(sidecar.get("bos")) if sidecar.get("prompt_type") or "bos" in sidecar else None
     )  # older runs had none
@@ -160,8 +165,7 @@ def form_to_talk_in(asked: str, was_typed: bool, sidecar: Mapping[str, Any], nam
     """Return the template to talk in; print a note where the candidates differ.
 
     It is the one of the command line, else the one that the model was trained with, else that of the script, where auto
-    is the one
-    that the base suggests.
+    is the one that the base suggests.
 
     Args:
         asked: PROMPT_TYPE.
@@ -292,16 +296,29 @@ def once(model, config: ChatConfig, asked: PromptFormat, prompt: str, raw: bool,
                 f"--prompt or SYSTEM holds {word}, which ends a turn in PROMPT_TYPE={form.name}: ask without it."
             )
         text = form.prompt(messages, ending=asked.ending)
-    stops = ((), (END_OF_DOC,)) if raw else (form.stops(), asked.stop_tokens)
+    stops: Stops = ((), (END_OF_DOC,)) if raw else (form.stops(), asked.stop_tokens)
     strip, lead = not raw and not form.opening, form.patterns[Role.ASSISTANT].lead
     in_use.must_be_unchanged()
     if form.opening and not raw:
         print(form.opening, end="")  # the answer continues it
-    answer(model, config, *advance(model, asked.encode(text)), stops, strip, lead=lead)
+    logits, state = advance(model, asked.encode(text))
+    answer(model, config, logits, state, stops, strip, lead=lead)
     print()
 
 
-def answer(model, config: ChatConfig, logits, state, stops, strip: bool, talking: bool = False, lead: str = " ") -> str:
+Stops = tuple[Sequence[str], Collection[int]]  # texts and tokens
+
+
+def answer(
+    model: RWKV,
+    config: ChatConfig,
+    logits: Tensor,
+    state: Any,
+    stops: Stops,
+    strip: bool,
+    talking: bool = False,
+    lead: str = " ",
+) -> str:
     """Print an answer while it is generated, and return it.
 
     Args:
@@ -319,8 +336,9 @@ def answer(model, config: ChatConfig, logits, state, stops, strip: bool, talking
     text = before = ""
     try:
         for piece in generate(
-            model, logits, state, config.max_tokens, config.temperature, config.top_p, config.seed, *stops, config.top_k
-        ):
+            model, logits, state, config.max_tokens, float(config.temperature), float(config.top_p), config.seed,
+            stops[0], stops[1], int(config.top_k),
+        ):  # fmt: skip
             if strip and not text:
                 before += piece
                 piece = tidy_answer(before.removeprefix(lead) + ".")[:-1] if before.strip() else ""
@@ -337,8 +355,8 @@ def talk(model, config: ChatConfig, asked: PromptFormat, name: str, in_use: File
     """Have a conversation.
 
     The whole of it is encoded again each turn, and the model continues from the end of the last prompt: later text
-    cannot change
-    the tokens up to there, while it can change those at the end of an answer. in_use: watches the model's files.
+    cannot change the tokens up to there, while it can change those at the end of an answer. in_use: watches the model's
+    files.
     """
     with contextlib.suppress(ImportError):  # gives input() its line editing and the arrow keys
         import readline  # noqa: F401

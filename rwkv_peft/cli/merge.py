@@ -136,14 +136,14 @@ def merge_or_export(config: MergeConfig, typed: list[str], in_use: FileWatch) ->
     # METHOD and LORA_ALPHA are of those that need them, if there are any; else they may contradict what a sidecar says
     strangers = {path for path in files if not inputs.has_sidecar(path) and legacy.has(path, legacy.ADAPTER)}
     unsaid = {path for path in strangers if legacy.has(path, legacy.LORA)}
-    message = [
+    foreign = [
         (config.method if path in (strangers or files) else "", alpha if path in (unsaid or files) else None)
         for path in files
     ]
     quantised = config.merge_base == "quantised"
     checkpoints = [
-        inputs.load_checkpoint(path, *said, init, quantised, accept_edited, in_use)
-        for path, said in zip(files, message, strict=True)
+        inputs.load_checkpoint(path, method, path_alpha, init, quantised, accept_edited, in_use)
+        for path, (method, path_alpha) in zip(files, foreign, strict=True)
     ]
     if config.merge_base == "quantised":
         inputs.must_be_one_compressed_run(checkpoints)
@@ -157,7 +157,7 @@ def merge_or_export(config: MergeConfig, typed: list[str], in_use: FileWatch) ->
         )
     for one in checkpoints:
         print(f"run       {one.words}")
-    doubts = []  # only a merge continues before the base's content is known
+    doubts: list[Callable[[], None]] = []  # only a merge continues before the base's content is known
     base = inputs.base_of(checkpoints, config.model_path, None if alone else doubts, in_use)
     doubts.append(in_use.must_be_unchanged)
     in_use.add([base])

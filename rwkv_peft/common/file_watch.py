@@ -1,17 +1,15 @@
 """Check that the files a command reads are still those it started with.
 
 Files are mapped for hours, or read more than once, while other programs may overwrite, replace, truncate or remove
-them. A check
-of a file compares what the file system reports about it (device, inode, size, times), and samples of its content: there are
-writes that leave the times unchanged (through a shared mapping on tmpfs), and file systems whose clock is coarse.
+them. A check of a file compares what the file system reports about it (device, inode, size, times), and samples of its
+content: there are writes that leave the times unchanged (through a shared mapping on tmpfs), and file systems whose
+clock is coarse.
 
-A file whose modification time changes while it is in use counts as changed, whatever it has now: other bytes may have been in
-it between two checks. If only its permissions or names change (chmod, a backup's hard link), it is unchanged, unless
-samples of
-the content differ, or all of it where its hash is known (a time can be set back). If another file takes its name, what is
-mapped stays as it was; the same content, where its hash is known, is no change. A detected change is final: something
-may have
-been computed with it.
+A file whose modification time changes while it is in use counts as changed, whatever it has now: other bytes may have
+been in it between two checks. If only its permissions or names change (chmod, a backup's hard link), it is unchanged,
+unless samples of the content differ, or all of it where its hash is known (a time can be set back). If another file
+takes its name, what is mapped stays as it was; the same content, where its hash is known, is no change. A detected
+change is final: something may have been computed with it.
 """
 
 from __future__ import annotations

@@ -137,8 +137,7 @@ class DeepSpeedZero(DeepSpeedStrategy):
         """Run the backward pass without DeepSpeed's division by the number of accumulated micro-batches.
 
         Lightning has divided already, and DeepSpeed would once more: gradients would be too small, which Adam hides,
-        and clipping does
-        not.
+        and clipping does not.
         """
         return super().backward(closure_loss, optimizer, *given, **more, scale_wrt_gas=False)
 

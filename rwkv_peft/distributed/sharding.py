@@ -84,8 +84,7 @@ def broadcast_params(parameters: Iterable[tuple[str, nn.Parameter]], given: Give
     """Give all processes the parameters of rank 0, on their device.
 
     What was drawn, decomposed or compressed may differ by a rounding between machines, and shards of different tensors
-    do not fit
-    together.
+    do not fit together.
     """
     for name, parameter in parameters:
         if given(name):

@@ -1,8 +1,7 @@
 """A run as an adapter folder of Hugging Face's peft: adapter_config.json and adapter_model.safetensors.
 
 Layers keep the names they have in a .pth file (blocks.0.att.key); it fits a model whose modules have these names. An
-adapter's
-class knows peft's settings and tensors for it (`Adapter.to_peft`).
+adapter's class knows peft's settings and tensors for it (`Adapter.to_peft`).
 """
 
 from __future__ import annotations

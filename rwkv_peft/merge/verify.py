@@ -101,8 +101,7 @@ def identical(old: PthReader, new: PthReader, name: str) -> bool:
     """Return whether a tensor is the base's.
 
     Records are compared by their checksums, which are checked by reading them; where the result's is the base's, what
-    was read
-    from the base to make it was right as well.
+    was read from the base to make it was right as well.
     """
     if not (old.described[name].whole and new.described[name].whole):
         return torch.equal(old.tensor(name), new.tensor(name))

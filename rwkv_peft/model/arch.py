@@ -22,8 +22,7 @@ class Geometry:
     """The sizes of a model.
 
     Ranks are the inner widths of its low-rank parts, 0 where the version has none: w (decays of RWKV-7 and -6), a, v, g
-    (RWKV-7),
-    mix (token-shift mixes of RWKV-6).
+    (RWKV-7), mix (token-shift mixes of RWKV-6).
     """
 
     version: str
@@ -401,9 +400,8 @@ def lr_scale(geometry: Geometry, name: str) -> float:
 def decays(name: str, shape) -> bool:
     """Return whether weight decay applies to a parameter.
 
-    It applies to large matrices only, never to norms, vectors, states and the low-rank parts of the decay, as in the official
-    trainer (tensors called .weight). An adapter's matrices count as large; they are recognised by their names, which go
-    one level
-    deeper (blocks.0.att.key.lora_A).
+    It applies to large matrices only, never to norms, vectors, states and the low-rank parts of the decay, as in the
+    official trainer (tensors called .weight). An adapter's matrices count as large; they are recognised by their names,
+    which go one level deeper (blocks.0.att.key.lora_A).
     """
     return len(shape) >= 2 and (name.endswith(".weight") or name.count(".") == 4)

@@ -26,8 +26,7 @@ class Embedding(nn.Module):
 
     Attributes:
         on_host: It stays in the host's memory, wherever the model goes; only the rows that are asked for are copied. It
-            cannot be
-            trained then.
+            cannot be trained then.
     """
 
     def __init__(self, vocabulary: int, channels: int):
@@ -86,8 +85,8 @@ class RWKV(nn.Module):
         ops: What it computes with.
         dtype: Of activations; weights keep theirs.
         recompute: What the backward pass recomputes instead of keeping it: "nothing"; "cheap": what costs next to no
-            time (norms,
-            token shifts, the squared ReLU); "blocks": all but each block's input (least memory, a third more work).
+            time (norms, token shifts, the squared ReLU); "blocks": all but each block's input (least memory, a third
+            more work).
     """
 
     def __init__(self, geometry: Geometry, ops, dtype: torch.dtype = torch.float32, recompute: str = "nothing"):
@@ -208,8 +207,7 @@ def for_generating(model: RWKV) -> RWKV:
     """Prepare a model for generation: nothing is left to convert at each token.
 
     Large matrices stay as narrow as in their file where the product reads them so: the time goes into reading them, and
-    the sums
-    are the same.
+    the sums are the same.
     """
     for module in model.modules():
         for leaf, weight in list(module.named_parameters(recurse=False)):

@@ -123,8 +123,7 @@ def cross_entropy_grad(logits: Tensor, targets: Tensor, wanted: bool) -> tuple[T
 
     Returns:
         The sum over rows of -log softmax(logits)[target], at least float32, and its gradient in the dtype of logits,
-        which may
-        overwrite them; None if it is not asked for.
+        which may overwrite them; None if it is not asked for.
     """
     dtype, target = logits.dtype, targets[:, None]
     logits = logits.to(torch.promote_types(dtype, torch.float32))

@@ -19,8 +19,7 @@ def one_answer(value: Any, name: str, unused: dict[tuple[str, str], int]) -> Any
     """Return the one answer of a value.
 
     Of a message or a content in parts, its text; of a list of texts, the only one; of a column "answers", which has
-    several right
-    ones, the best (SQuAD: its first text; Nectar: that of rank 1).
+    several right ones, the best (SQuAD: its first text; Nectar: that of rank 1).
     """
     if isinstance(value, dict) and message_order.have_roles([value]):
         return [value]
@@ -111,8 +110,7 @@ def answer_to_text(row: Row, text: str, sure: bool) -> str:
     """Return the column of an answer to a text that is no question (MBPP: code; AdGen: a summary); or "".
 
     An answer that is a part of the text does not count, and one word of no letters is a label. sure: the text's column
-    has the
-    name of a text.
+    has the name of a text.
     """
     if not isinstance(row[text], str):
         return ""

@@ -114,7 +114,8 @@ def of_chatgpt(message: Mapping[str, Any]) -> list[dict[str, Any]]:
 def messages_of_open_webui(chat: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the messages of an Open WebUI export, along the path to its current message."""
     history = chat.get("history")
-    nodes = history.get("messages") if isinstance(history, dict) else None
+    history = history if isinstance(history, dict) else {}
+    nodes = history.get("messages")
     if isinstance(nodes, dict) and history.get("currentId") in nodes:
         messages = path_to(nodes, history["currentId"], "parentId")
     else:

@@ -52,9 +52,9 @@ def choices_of(row: Mapping[str, Any]) -> list[str]:
             value = words.split("\n") if "\n" in words or len(LETTER.findall(words)) > 1 else []
         options += value if isinstance(value, list) else [value]
     choices = [as_text(one).strip() for one in options if not is_nothing(one)]
-    led = [LED.match(one) for one in choices]
-    if all(one and one[1] == letter for one, letter in zip(led, LETTERS, strict=False)):
-        return [one[2] for one in led[: len(LETTERS)]] + choices[len(LETTERS) :]
+    led = [match for one in choices[: len(LETTERS)] if (match := LED.match(one))]
+    if [match[1] for match in led] == list(LETTERS[: len(choices)]):
+        return [match[2] for match in led] + choices[len(LETTERS) :]
     return choices
 
 

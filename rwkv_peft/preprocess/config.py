@@ -30,7 +30,7 @@ class TokenizeConfig:
     prompt_type: str = setting("PROMPT_TYPE")
     eot: Literal["doc", "blank", "both", "x17"] = setting("EOT")
     bos: Literal["auto", "0", "1"] = setting("BOS")
-    handler: Literal[tuple(HANDLERS)] = setting("HANDLER")
+    handler: str = setting("HANDLER", choices=tuple(HANDLERS))
     map_keys: str = setting("MAP_KEYS")
     role_map: str = setting("ROLE_MAP")
     txt_mode: Literal["file", "line", "paragraph"] = setting("TXT_MODE")

@@ -42,7 +42,7 @@ def joined_parts(i: int, parts: Iterable[Any], unused: dict[tuple[str, str], int
         )
         if medium and is_thought:
             thoughts.append(said(part[medium]))
-            used = ("type", "signature", "thought", medium)
+            used: tuple[str, ...] = ("type", "signature", "thought", medium)
         elif medium == "text":
             texts.append(said(part["text"]))
             used = ("text", "type")

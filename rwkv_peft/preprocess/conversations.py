@@ -307,7 +307,8 @@ class Talks:
         for key in parts.media:
             if is_medium(one[key], names_a_file(key)):
                 raise RowError("not text", f'message {i} ({name}) has something in "{key}": {NOT_TEXT}')
-        think, call, think_names = "", "", ()
+        think, call = "", ""
+        think_names: tuple[str, ...] = ()
         structured = (
             role in (Role.ASSISTANT, Role.TOOL) and isinstance(content, list) and not message_order.are_parts(content)
         )

@@ -109,8 +109,7 @@ def scripts(text: np.ndarray, said: np.ndarray) -> np.ndarray:
     """Return what shows the scripts of a text: counts of its bytes by value, int64 [256], and how many begin Japanese kana.
 
     The first byte of a character shows its script, and every character has one, so some of the bytes of a long text are
-    a fair
-    sample.
+    a fair sample.
 
     Args:
         text: UTF-8, uint8.
@@ -188,14 +187,14 @@ def encode_rows(rows: Sequence[Pieces], end_of_doc: bool, bos: bool = False) -> 
     """
     # a NUL behind every row is a piece of its own and belongs to the last speaker; it becomes the end of the document
     texts: list[str] = []
-    said: list[Role] = []
+    spoken_by: list[Role] = []
     nuls: list[int] = []  # which pieces these are
-    for some, roles in rows:
+    for some, roles_of_row in rows:
         texts += some
-        said += roles
+        spoken_by += roles_of_row
         nuls.append(len(texts))
         texts.append(NUL)
-        said.append(roles[-1])
+        spoken_by.append(roles_of_row[-1])
     joined = "".join(texts)
     if joined.count(NUL) > len(rows):
         raise RowError("not text", HAS_NUL)
@@ -207,7 +206,7 @@ def encode_rows(rows: Sequence[Pieces], end_of_doc: bool, bos: bool = False) -> 
     if len(data) != len(joined):  # from characters to bytes
         begins = np.flatnonzero(np.frombuffer(data, np.int8) >= CONTINUATION_END)
         piece_ends = np.append(begins, len(data))[piece_ends]
-    speakers = np.frombuffer(bytes(said), np.uint8)
+    speakers = np.frombuffer(bytes(spoken_by), np.uint8)
     lengths = lengths_of_tokens().take(ids)
     starts = np.cumsum(lengths, dtype=np.int32) - lengths
     if not is_the_text(ids, starts, lengths, data):

@@ -16,7 +16,6 @@ import re
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import IO
 
 from rwkv_peft.common.formatting import did_you_mean
 
@@ -128,13 +127,13 @@ def of_name(name: str, head: bytes) -> Encoding:
         return Encoding("", 3 if head.startswith(codecs.BOM_UTF8) else 0)
     if codec in ("utf_16", "utf_32"):
         wide = len(codec) - 2
-        mark = next((m for m in MARKS if head.startswith(m[0]) and m[1].startswith(codec)), None)
-        return Encoding(mark[1], len(mark[0])) if mark else Encoding(f"{codec[: wide + 2]}_le", 0)
+        marked = next((m for m in MARKS if head.startswith(m[0]) and m[1].startswith(codec)), None)
+        return Encoding(marked[1], len(marked[0])) if marked else Encoding(f"{codec[: wide + 2]}_le", 0)
     mark = next((m[0] for m in MARKS if m[1] == codec and head.startswith(m[0])), b"")
     return Encoding(codec, len(mark))
 
 
-def decide(file: IO[bytes], whole: bool = True) -> Encoding | Unsure | Binary:
+def decide(file: io.BufferedIOBase, whole: bool = True) -> Encoding | Unsure | Binary:
     """The encoding of a file. file: at its beginning; it is read as far as that takes, the longest for ASCII alone.
 
     whole: False where only the beginning is given.
@@ -645,13 +644,17 @@ UTF8_INSIDE = "UTF-8 in "
 class AsUtf8(io.RawIOBase):
     r"""A file as UTF-8, with \n as its only line end."""
 
-    def __init__(self, file: IO[bytes], encoding: Encoding):
+    def __init__(self, file: io.BufferedIOBase, encoding: Encoding):
         self.file, self.codec = file, encoding.codec
         self.left, self.pending, self.ended = b"", b"", False
         if self.codec:
             name = f"rwkv_peft.{self.codec}"
             mark = marked(self.codec)
-            codecs.register_error(name, lambda error: (mark, error.end))
+
+            def replace(error: UnicodeError) -> tuple[str, int]:
+                return mark, error.end if isinstance(error, UnicodeDecodeError) else 0
+
+            codecs.register_error(name, replace)
             self.decoder = codecs.getincrementaldecoder(self.codec)(name)
         # in these the end of a line is known before it is decoded
         self.by_line = self.codec in DOUBLE + SINGLE + RIVALS

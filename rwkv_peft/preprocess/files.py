@@ -45,7 +45,8 @@ def documents(file: IO[bytes], mode: str) -> Iterator[tuple[int, Row | RowError]
         elif data.strip():
             yield 1, text_row(data)
         return
-    number, begun, pending, size = 0, 1, [], 0
+    number, begun, size = 0, 1, 0
+    pending: list[bytes] = []
     while line := file.readline(reader.LINE_LIMIT + 1):
         number += 1
         if len(line) > reader.LINE_LIMIT or size > reader.LINE_LIMIT:

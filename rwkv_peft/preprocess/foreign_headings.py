@@ -1,8 +1,8 @@
 """Texts with marks of another tool: its headings of turns, its end tokens, line breaks that were escaped twice.
 
 `look_at_text` and `look_at_turn` find them, `convert_text` and `convert_dialogue` (CONVERT_HEADINGS=1) rewrite them
-where they
-can be read in one way only. `Suspects` finds from the tokens which rows are worth a closer look, at next to no cost.
+where they can be read in one way only. `Suspects` finds from the tokens which rows are worth a closer look, at next to
+no cost.
 
 A heading counts where a line begins with it, and where a text has one of each side: a text that mentions "Q:" once has none.
 Sources of the formats: the chat templates of Qwen (ChatML), Llama 2 and 3, Gemma, DeepSeek, Zephyr, Vicuna, OpenChat;
@@ -292,7 +292,8 @@ def tag_of(m: re.Match[str]) -> tuple[str, str, str]:
     """kind, side and word of a tag."""
     if m["inst"] or m["endinst"]:
         return "inst", USER if m["inst"] else ANSWER, m[0].strip()
-    kind = m.lastgroup if m.lastgroup != "channel" else "harmony"
+    group = m.lastgroup or ""
+    kind = group if group != "channel" else "harmony"
     if m["channel"]:
         return kind, OTHER, m[0].strip()
     return kind, ROLE_WORDS.get(m[kind].casefold(), OTHER), m[0].strip()
@@ -458,8 +459,10 @@ def where_escaped(text: str) -> int:
                 return outside.index("\\n")
             if sentence := SENTENCE_BREAK.search(outside):
                 return sentence.start()
-        elif len(lines := BREAK_AT_LINE_END.findall(outside)) >= 2 and 2 * len(lines) >= text.strip().count("\n"):
-            return BREAK_AT_LINE_END.search(outside).start() + 1
+        elif len(lines := list(BREAK_AT_LINE_END.finditer(outside))) >= 2 and 2 * len(lines) >= text.strip().count(
+            "\n"
+        ):
+            return lines[0].start() + 1
     points = CODE_POINTS.search(outside)
     return points.start() if points else -1
 
@@ -648,8 +651,7 @@ def tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
     Returns:
         What it may be the first part of, and the second, uint8 [65536] each (ALONE: it is all of it); and whether it
-        may be the
-        first part of anything, bool [65536].
+        may be the first part of anything, bool [65536].
     """
     first, second = np.zeros(65536, np.uint8), np.zeros(65536, np.uint8)
     table = tokenizer.token_bytes()
@@ -657,7 +659,9 @@ def tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     sides = [word for word in ALL_WORDS if word not in SYSTEMS]
     forms = {form for word in sides for form in (word, word.upper(), word.capitalize())}
     words = {form.encode() for form in forms | {word.lower() for word in ANY_CASE if word not in SYSTEMS}}
-    ends, nexts, starts = set(), set(), set()
+    ends: set[bytes] = set()
+    nexts: set[bytes] = set()
+    starts: set[bytes] = set()
     for needle in NEEDLES:
         ids = tokenizer.encode(needle)
         if len(ids) == 1:
@@ -665,7 +669,7 @@ def tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             continue
         ends.add(table[ids[0]])
         (starts if len(ids) == 2 else nexts).add(table[ids[1]])
-    ends, starts = tuple(ends), tuple(starts)
+    endings, beginnings = tuple(ends), tuple(starts)
     for i, token in enumerate(table):
         # (a word may end a longer token, behind a blank or an ornament, but not be the end of a longer word)
         if token.lstrip(b" \t\n*#[(<") in words:
@@ -677,9 +681,9 @@ def tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             and token.rstrip(b":").removesuffix(b"\xef\xbc\x9a").strip() in words
         ):
             first[i] |= ALONE
-        if token.endswith(ends):
+        if token.endswith(endings):
             first[i] |= TAGS
-        if token in nexts or token.startswith(starts):
+        if token in nexts or token.startswith(beginnings):
             second[i] |= TAGS
         if token.endswith(b"\\"):
             first[i] |= LETTERS
@@ -691,8 +695,8 @@ def tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             second[i] |= NUMBER
         if token.rstrip(b" ").endswith(b"##"):
             first[i] |= HASH
-    for word in words:
-        first[tokenizer.encode(word.decode())[-1]] |= PAIR
+    for encoded_word in words:
+        first[tokenizer.encode(encoded_word.decode())[-1]] |= PAIR
     for word in BARE:
         for form in (word, f" {word}", word.lower(), f" {word.lower()}"):
             second[tokenizer.encode(form)[0]] |= HASH

@@ -35,7 +35,8 @@ def is_glaive(row: Mapping[str, Any]) -> bool:
 def row_of(row: Mapping[str, Any]) -> dict[str, Any]:
     """The row with messages and tools in place of its two texts. RowError if a call cannot be read."""
     rest = {key: value for key, value in row.items() if key not in ("chat", "system")}
-    system, tools = row.get("system"), []
+    system = row.get("system")
+    tools: list[Any] = []
     if isinstance(system, str):
         system, tools = functions_of(system.strip().removeprefix("SYSTEM:").strip())
     chat = row["chat"].strip()

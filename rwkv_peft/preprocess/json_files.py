@@ -123,8 +123,10 @@ def cut(file: IO[bytes], shape: Shape, name: str, python: bool) -> Iterator[tupl
     parts = PYTHON_PARTS if python else JSON_PARTS
     level, holder = shape.level, shape.holder
     between = b" \t\r\n," + MARK + (b"[]" if level == 1 and holder == b"[" else b"")
-    text, at, stack, key = b"", 0, [], ""
-    gap, start = 0, None  # where the text between two objects began, and the object at hand
+    text, at, key = b"", 0, ""
+    stack: list[bytes] = []
+    gap: int = 0
+    start: int | None = None  # where the text between two objects began, and the object at hand
     line, counted = 1, 0  # line breaks before text[counted] are in line
 
     def line_at(place: int) -> int:
@@ -138,8 +140,8 @@ def cut(file: IO[bytes], shape: Shape, name: str, python: bool) -> Iterator[tupl
         words = text[gap:end].strip(between)
         if not words or level == 2 or shape.named or holder == b"{":
             return None
-        words = f"must be a JSON object, not {words[:40].decode('utf-8', 'replace')}"
-        return key, line_at(end), RowError("wrong type", words)
+        start_of_words = words[:40].decode("utf-8", "replace")
+        return key, line_at(end), RowError("wrong type", f"must be a JSON object, not {start_of_words}")
 
     last = False
     while not last:
@@ -335,7 +337,8 @@ def head_goes_on(head: bytes) -> bool:
 
 def wrapped_shape(head: bytes) -> Shape:
     """The shape of an object that is longer than what was read of it: {"data": [{...}, ..."""
-    depth, last, key, holders = 0, b"", "", []
+    depth, last, key = 0, b"", ""
+    holders: list[bytes] = []
     parts = PYTHON_PARTS if PYTHON.match(head) else JSON_PARTS
     for part in parts.finditer(head):
         token = part[0]

@@ -20,8 +20,7 @@ def key_ends(data: bytes, wide: bool = False) -> tuple[np.ndarray, np.ndarray]:
 
     Returns:
         The places of quotes before a colon, ascending int64 [keys]; and bool [keys]: of others it is not known whether
-        they are
-        quotes.
+        they are quotes.
     """
     text = np.frombuffer(data, np.uint8)
     at = np.flatnonzero(text[1:] == COLON)  # the places before colons

@@ -93,9 +93,11 @@ def lenient(text: str, kind: str) -> tuple[Any, str]:
 
     def number(text: str) -> float | None:
         value = float(text)
-        return value if math.isfinite(value) else faults.add(text)
+        if math.isfinite(value):
+            return value
+        faults.add(text)
+        return None  # NaN becomes null
 
-    # (`add` returns None: NaN becomes null)
     value = json.loads(whole, strict=False, parse_constant=faults.add, parse_float=number)
     if faults:
         return value, "nan"

@@ -44,8 +44,7 @@ def flags_in(row: Mapping[str, Any], parts: Parts) -> tuple[str, ...]:
     """Return the columns of a row that are flags.
 
     A column of this name with another number (the loss of an earlier model, the weight of a sample) is none, and is
-    reported as
-    not used. A label is one beside a completion (TRL), or where it is true or false.
+    reported as not used. A label is one beside a completion (TRL), or where it is true or false.
     """
     names = [name for name in parts.flags if list_of_flags(row[name], name) or flag_word(row[name]) is not None]
     for name in liked(tuple(row)):

@@ -93,7 +93,7 @@ def are_parts(content: list[Any]) -> bool:
     )
 
 
-def is_struct_of_lists(value: dict[str, Any]) -> bool:
+def is_struct_of_lists(value: Mapping[str, Any]) -> bool:
     """Return whether an object has lists of speakers and of texts."""
     lists = [key for key, one in value.items() if isinstance(one, list)]
     parts = parts_of(tuple(lists))
@@ -200,9 +200,9 @@ def of_object(rows: dict[str, Any]) -> list[Any]:
         return of_tree(rows["prompt"])
     if parts_of(tuple(rows)).speaker:
         return [rows]
-    if rows and all(NUMBERED.match(str(key)) and isinstance(value, dict) for key, value in rows.items()):
-        ordered = sorted(rows, key=lambda key: int(NUMBERED.match(str(key))[1]))
-        return [rows[key] for key in ordered]
+    numbers = {key: int(match[1]) for key in rows if (match := NUMBERED.match(str(key)))}
+    if rows and len(numbers) == len(rows) and all(isinstance(value, dict) for value in rows.values()):
+        return [rows[key] for key in sorted(rows, key=numbers.__getitem__)]
     if len(messages := of_turn(rows)) > 1:
         return messages
     raise RowError(
@@ -224,8 +224,8 @@ def replies_of(node: dict[str, Any]) -> list[dict[str, Any]]:
 def rank_of(one: dict[str, Any]) -> float:
     """The rank of a reply, also where it is written as text; infinite where it has none."""
     try:
-        rank = float(one.get("rank"))
-    except (TypeError, ValueError):
+        rank = float(one["rank"])
+    except (KeyError, TypeError, ValueError):
         return math.inf
     return math.inf if math.isnan(rank) else rank
 
@@ -283,7 +283,7 @@ def of_turn(one: dict[str, Any]) -> list[dict[str, Any]]:
     return result
 
 
-def speaker_elsewhere(one: dict[str, Any]) -> str:
+def speaker_elsewhere(one: Mapping[str, Any]) -> str:
     """The key that says who speaks where a message has none of the usual ones: LangChain's type, a name; or ""."""
     for key in ("type", "name"):
         if isinstance(one.get(key), str) and one[key].strip().lower() in ROLE_NAMES:

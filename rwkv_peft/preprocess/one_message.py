@@ -154,7 +154,8 @@ def groups(messages: list[tuple[int, dict[str, Any]]], key: str) -> Iterator[tup
         if turn and all(is_number(message.get(turn)) for _, message in group):
             group.sort(key=lambda pair: float(pair[1][turn]))
         for _, message in group:
-            message.pop(turn, None)
+            if turn:
+                message.pop(turn, None)
         yield whole(group)
 
 
@@ -175,8 +176,8 @@ def trees(
     yield from twice
     children: dict[str, list[str]] = {}
     for name, (_, message) in alive.items():
-        above = str(message.get(parent))
-        children.setdefault(above if above in alive and above != name else "", []).append(name)
+        parent_name = str(message.get(parent))
+        children.setdefault(parent_name if parent_name in alive and parent_name != name else "", []).append(name)
     for some in children.values():
         some.sort(key=lambda name: rank_of(alive[name][1]))
     waiting = [(root, 0) for root in reversed(children.get("", []))]  # the next one last, and how many are above each
@@ -246,6 +247,6 @@ def without_ids(number: int, message: dict[str, Any], ids: tuple[str, str], used
 
 def is_answer(message: dict[str, Any], columns: Columns) -> bool:
     """Return whether a message is an assistant's."""
-    message = usual(message, columns)
-    role = next((message[key] for key in parts_of(tuple(message)).speaker if isinstance(message[key], str)), "")
-    return (ROLE_NAMES | columns.roles).get(role.strip().lower()) is Role.ASSISTANT
+    one = usual(message, columns)
+    role = next((one[key] for key in parts_of(tuple(one)).speaker if isinstance(one[key], str)), "")
+    return {**ROLE_NAMES, **columns.roles}.get(role.strip().lower()) is Role.ASSISTANT

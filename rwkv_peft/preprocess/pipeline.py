@@ -145,7 +145,7 @@ class PendingRow(NamedTuple):
     row: int
     line: int
     pieces: Pieces
-    source: Dialogue | bytes | Row | None
+    source: Dialogue | bytes | Row | RowError | None
 
 
 def items(block: Block) -> Iterator[tuple[int, bytes | Row | RowError]]:
@@ -236,7 +236,7 @@ def one_value_each(item: bytes) -> None:
     kept: list[Row] = []  # all objects, so that no identity is given again
 
     def pairs(pairs_of_row: list[tuple[str, Any]]) -> Row:
-        values: Row = {}
+        values: dict[str, Any] = {}
         kept.append(values)
         for key, value in pairs_of_row:
             if key in values and values[key] != value and squashed(key) not in HARMLESS_NAMES:
@@ -347,8 +347,7 @@ class RowEncoder:
         """Make cells empty in which pandas wrote that they are.
 
         Texts in a column that a row needs stay (an answer may be None). Returns what to add to an error of a row that
-        needs such a
-        cell.
+        needs such a cell.
         """
         hint = ""
         for name, cell in row.items():
@@ -525,10 +524,10 @@ class RowEncoder:
             np.concatenate(places), np.concatenate(kept), encoded_rows.scripts,
         )  # fmt: skip
         # with EXPAND every answer of a row may go its own way: a row counts once, as kept if anything of it was
-        kept = set(made.rows.tolist())
-        counts["kept"] += len(kept)
+        written = set(made.rows.tolist())
+        counts["kept"] += len(written)
         counts["with an answer"] += len(np.unique(np.concatenate(learnt)))
-        left = set(lost) & kept
+        left = set(lost) & written
         counts["rows that lost some of their answers"] += len(left)
         for row in sorted(set(lost) - left):
             line, reason, words = lost[row]
@@ -573,15 +572,22 @@ class RowEncoder:
             and not within_turns(d.pieces, counts[end - len(d.pieces.texts) : end].tolist(), self.ending.token, limits)
         }
 
+    def dialogue_of(self, draft: PendingRow) -> Dialogue:
+        """Return the dialogue that a row was rendered from; parse the row again if it was not kept."""
+        if isinstance(draft.source, Dialogue):
+            return draft.source
+        assert draft.source is not None, "a ready text has no turns"
+        dialogue = self.reader.read(parse(draft.source))[1]
+        assert isinstance(dialogue, Dialogue)
+        return dialogue
+
     def within_limits(self, draft: PendingRow, tokens: Tokens, long_turn: bool, counts, lost, note) -> list[Tokens]:
         """A row that breaks a limit, or has nothing to learn, as the policy wants it; none if it is to be left out."""
         limits = self.recipe.limits
         try:
             first = Cut(tokens)
             if long_turn:
-                source = draft.source
-                dialogue = source if isinstance(source, Dialogue) else self.reader.read(parse(source))[1]
-                first = cut_turns(self.template, dialogue, self.ending, limits)
+                first = cut_turns(self.template, self.dialogue_of(draft), self.ending, limits)
                 first = first._replace(tokens=with_bos(first.tokens)) if self.recipe.bos else first
             cuts = self.cut_row(first.tokens) if limits.max_tokens else [first]
             cuts[-1] = cuts[-1]._replace(end=cuts[-1].end or first.end)
@@ -641,7 +647,7 @@ def documents_of(hashes: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 def hashes_of(ids: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """A 64-bit hash of every row's tokens, uint64 [rows]: equal rows have equal ones, in every process."""
-    data, hashes, at = memoryview(ids.astype("<u2", copy=False)).cast("B"), [], 0
+    data, hashes, at = ids.astype("<u2", copy=False).tobytes(), [], 0
     for size in sizes.tolist():
         hashes.append(hashlib.blake2b(data[2 * at : 2 * (at + size)], digest_size=8).digest())
         at += size

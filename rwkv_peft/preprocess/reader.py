@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from rwkv_peft.common.errors import UserError, pip_command
 from rwkv_peft.common.formatting import plural
@@ -60,7 +60,8 @@ class Frames(io.RawIOBase):
 
     def __init__(self, raw: IO[bytes], begin: Callable):
         """begin: makes an object that unpacks one frame."""
-        self.raw, self.begin, self.frame = raw, begin, None
+        self.raw, self.begin = raw, begin
+        self.frame: Any = None  # zstandard's ZstdDecompressionObj
         self.packed = self.left = memoryview(b"")
 
     def readable(self) -> bool:
@@ -86,12 +87,15 @@ class Frames(io.RawIOBase):
         return size
 
 
+Unpacked = io.BufferedReader[Any] | gzip.GzipFile
+
+
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+def opened(path: Path) -> Iterator[tuple[Unpacked, io.BufferedReader[Any]]]:
     """The bytes of a file, unpacked, and the file itself."""
     with contextlib.ExitStack() as open_files:
-        raw = open_files.enter_context(open(path, "rb", HEAD))
-        file = raw
+        raw = io.BufferedReader(open_files.enter_context(open(path, "rb", 0)), HEAD)
+        file: Unpacked = raw
         packed = path.suffix.lower() if path.suffix.lower() in (".gz", ".zst") else packing(raw.peek(4))
         if packed == ".gz":
             file = open_files.enter_context(gzip.GzipFile(fileobj=raw))
@@ -117,7 +121,7 @@ def opened(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
 
 
 @contextlib.contextmanager
-def unpacked(path: Path) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
+def unpacked(path: Path) -> Iterator[tuple[io.BufferedReader[Any], Callable[[], int]]]:
     r"""Open a file's text, unpacked, as UTF-8 with \n as line end.
 
     Yields the stream and a function that returns how many bytes of the file itself have been read.
@@ -187,7 +191,7 @@ def encoding_of(path: Path, wanted: str = "") -> EncodingResult:
     return encoding
 
 
-def encoding_of_pipe(path: Path, file: IO[bytes]) -> EncodingResult:
+def encoding_of_pipe(path: Path, file: Unpacked) -> EncodingResult:
     """What a pipe is in, from what has come of it so far; it cannot be read twice."""
     known = _settled.get(os.path.abspath(path))
     head = file.peek(HEAD)
@@ -256,7 +260,8 @@ def text_row(data: bytes) -> Row | RowError:
 
 def grouped(path: Path, rows: Iterator[tuple[int, Row | RowError]], read: Callable[[], int]) -> Iterator[Block]:
     """Single rows in blocks: as many as a table's, or about a block's bytes of text."""
-    batch, size = [], 0
+    batch: list[tuple[int, bytes | Row | RowError]] = []
+    size = 0
     for number, row in rows:
         batch.append((number, row))
         size += sum(len(v) for v in row.values() if v) if isinstance(row, dict) else 0

@@ -232,8 +232,11 @@ def is_talk(one: Mapping[str, Any]) -> bool:
 
 def proposed_message_keys(messages: Sequence[Mapping[str, Any]]) -> str:
     """Return the MAP_KEYS line for messages in which no known key has the speaker, or the text; "" if none is clear."""
-    texts = {name: [one.get(name) for one in messages] for name in messages[0]} if messages else {}
-    texts = {name: values for name, values in texts.items() if all(isinstance(value, str) for value in values)}
+    texts = {}
+    for name in messages[0] if messages else ():
+        values = [value for one in messages if isinstance(value := one.get(name), str)]
+        if len(values) == len(messages):
+            texts[name] = values
     said = [name for name in parts_of(tuple(texts)).said] or sorted(texts, key=lambda name: -sum(map(len, texts[name])))
     who = [name for name in texts if said and name != said[0] and len(set(texts[name])) < max(len(messages), 3)]
     if not who or squashed(who[0]) in HARMLESS_IN_MESSAGES:

@@ -44,7 +44,9 @@ class RowStream:
 
     def documents(self) -> Iterator[Tokens]:
         """Every row that can be used, pass after pass. UserError if a whole pass has none."""
-        encoder, reported, unused, warned = RowEncoder(self.recipe), 0, Counter(), set()
+        encoder, reported = RowEncoder(self.recipe), 0
+        unused: Counter[tuple[str, str]] = Counter()
+        warned: set[str] = set()
         for file, encoding in reader.settle(self.paths, self.encoding).items():
             self.say(f"note: {file} is {encoding}; it was read as such")
         for number in itertools.count():

@@ -119,8 +119,9 @@ class Reader(Talks):
                     f'has something in "{name}": {NOT_TEXT}. (To train the text alone: --map-keys \'{{"images": ""}}\')',
                 )
         if form == "text":
-            content: Dialogue | str = self.text(row[names[0]], names[0])
-            check_text_only(content, f'its "{names[0]}"')
+            text = self.text(row[names[0]], names[0])
+            check_text_only(text, f'its "{names[0]}"')
+            content: Dialogue | str = text
             schema, used = "text", names
         elif form == "pair":
             schema, content, used = self.pair(row, parts, *names)
@@ -410,7 +411,7 @@ class Reader(Talks):
             answer = []
         same: list[str] = []
         if parts.beside_messages:
-            asked = next((one for one in rows if self.role_of(one) is Role.USER), {})
+            asked: Row = next((one for one in rows if self.role_of(one) is Role.USER), {})
             words = [value.strip() for value in asked.values() if isinstance(value, str)]
             same = [key for key in parts.beside_messages if str(row[key]).strip() in words]  # the first question again
             parts = parts._replace(beside_messages=tuple(key for key in parts.beside_messages if key not in same))

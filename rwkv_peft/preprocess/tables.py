@@ -60,8 +60,9 @@ class Dialect:
 
     def reader(self, lines: RowLines, mark: str):
         """Return csv's reader of this dialect."""
-        quoting = csv.QUOTE_NONE if self.quotes == "none" else csv.QUOTE_MINIMAL
-        return csv.reader(lines, delimiter=mark, strict=self.quotes != "none", quoting=quoting)
+        if self.quotes == "none":
+            return csv.reader(lines, delimiter=mark, quoting=csv.QUOTE_NONE)
+        return csv.reader(lines, delimiter=mark, strict=True)
 
 
 SPACED = re.compile(r'(^|[,;\t|])[ \u00a0]*("(?:[^"]|"")*")[ \u00a0]*(?=[,;\t|]|\r?\n?\Z)')
@@ -194,7 +195,7 @@ class Table:
         self.lines.begin()
         self.lines.again.extend(again)
         try:
-            names = next(dialect.reader(self.lines, self.mark), [])
+            names: list[str] = next(dialect.reader(self.lines, self.mark), [])
         except csv.Error as error:
             raise UserError(
                 f"{display_path(path)}: its first line, which names the columns, is not valid CSV: {error}."
@@ -239,7 +240,8 @@ class RowLines:
     """The lines of a table, one by one, with those of the row at hand kept: they can be given back."""
 
     def __init__(self, lines: Iterator[str], change: Callable[[str], str]):
-        self.lines, self.change, self.again = lines, change, deque()
+        self.lines, self.change = lines, change
+        self.again: deque[str] = deque()
         self.begin()
 
     def begin(self) -> None:
@@ -367,8 +369,8 @@ def columnar(path: Path) -> Iterator[Block]:
                 yield Block(display_path(path), number, list(enumerate(rows, number)), 0)
                 number += len(rows)
     except MemoryError as error:
-        size = re.search(r"of size (\d+)", str(error))
-        if size and int(size[1]) < TIMES * path.stat().st_size and resource_limit(resource.RLIMIT_AS) is not None:
+        asked = re.search(r"of size (\d+)", str(error))
+        if asked and int(asked[1]) < TIMES * path.stat().st_size and resource_limit(resource.RLIMIT_AS) is not None:
             raise  # its message names the limit
         raise UserError(
             f"{display_path(path)}: cannot be read as {path.suffix[1:]}: it asks for more memory than "

@@ -214,8 +214,8 @@ def check(tally: CorpusStats, made_from: EncodeConfig, source: Path) -> None:
         why = join_names(tally.group("dropped: "))
         raise UserError(f"{shown}: every row was dropped ({why}); nothing was written, earlier files are untouched.")
     lines = list(report.distinct_rejects([(r.file, r.line, r.message) for r in tally.rejects]))
-    more = sum(tally.group("rejected: ").values()) - len(tally.rejects)
-    more = f"\n... and {more:,} more" if more else ""
+    others = sum(tally.group("rejected: ").values()) - len(tally.rejects)
+    more = f"\n... and {others:,} more" if others else ""
     forms = FORMS if any(r.file.endswith((".jsonl", ".json", ".gz", ".zst")) for r in tally.rejects) else COLUMNS
     first = "\n".join(lines)
     raise UserError(f"{first}{more}\n{absent or f'{shown} has no row that can be used'}; nothing was written.\n{forms}")
@@ -225,7 +225,8 @@ class Rejects:
     """NAME.rejects.jsonl, written as rows are rejected; it gets its name with `keep`, and there is none without rejects."""
 
     def __init__(self, path: Path):
-        self.path, self.file = path, None
+        self.path = path
+        self.file: IO[str] | None = None
 
     def __enter__(self) -> Rejects:
         remove_stale_temps(self.path)
@@ -236,6 +237,7 @@ class Rejects:
         if one.rejects and not self.file:
             self.file = create_file(temp_path(self.path), "w", encoding="utf-8")  # closed on leaving
         for reject in one.rejects:
+            assert self.file
             self.file.write(json.dumps(reject._asdict(), ensure_ascii=False).encode("utf-8", "replace").decode() + "\n")
 
     def keep(self) -> None:
@@ -318,8 +320,10 @@ def write(
     np.cumsum(sizes, out=starts[1:])
     stored.held_out = held_out
     check_disk_space(prefix.parent, epochs * (3 * int(starts[-1]) + 2 * 20 * len(sizes)))
-    streams = {"": np.dtype(np.uint16), ".roles": np.dtype(np.uint8)}
-    held_out_files = {".valid": np.dtype(np.uint16), ".valid.roles": np.dtype(np.uint8)} if held_out.any() else {}
+    streams: dict[str, np.dtype] = {"": np.dtype(np.uint16), ".roles": np.dtype(np.uint8)}
+    held_out_files: dict[str, np.dtype] = {}
+    if held_out.any():
+        held_out_files = {".valid": np.dtype(np.uint16), ".valid.roles": np.dtype(np.uint8)}
     ids, roles = stored.readers()
     random = np.random.default_rng(seed)
     repeats = tqdm(range(epochs), desc="repeats", disable=epochs == 1 or not sys.stderr.isatty())

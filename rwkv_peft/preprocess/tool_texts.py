@@ -112,7 +112,7 @@ def tools_of_text(text: str) -> tuple[str, list[Any]]:
     """A system text without its list of tools and what it says of the form of calls, and the list; [] where there is none."""
     block = LIST.search(text)
     tools = objects(block[1]) if block else []
-    if not tools:
+    if not block or not tools:
         return text, []
     before, behind = text[: block.start()], text[block.end() :]
     if begins := BEGINS.search(before):

@@ -5,9 +5,9 @@ row whose end is cut off just stops, without a terminator: a model that is train
 mid-sentence.
 
 MAX_TOKENS limits the row, and TARGET_LENGTH with OVERLONG=truncate ends it inside the first answer that is too long:
-the row's
-tokens are cut where a character ends (any run of tokens is what its own text encodes to, because the vocabulary is matched
-greedily from the left). Else, SOURCE_LENGTH and TARGET_LENGTH cut the turn's text, and the row is rendered again.
+the row's tokens are cut where a character ends (any run of tokens is what its own text encodes to, because the
+vocabulary is matched greedily from the left). Else, SOURCE_LENGTH and TARGET_LENGTH cut the turn's text, and the row is
+rendered again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -136,8 +136,7 @@ def unlearn_what_is_new(tokens: Tokens, pieces: Pieces, before: Tokens, whole: P
     """Untrain the first word of an answer that lost its beginning: no answer begins so.
 
     The role of the first word that is left (of its first token, if the tokens are the same as before the cut) becomes
-    UNTRAINED;
-    what follows it, the end of the turn as well, is learnt.
+    UNTRAINED; what follows it, the end of the turn as well, is learnt.
     """
     pairs = zip(runs_of_pieces(tokens, pieces), runs_of_pieces(before, whole), pieces.roles, strict=True)
     for (a, b), (c, d), role in pairs:
@@ -170,7 +169,10 @@ def shortened(message: Message, excess: int, policy: str) -> Message | None:
         return None  # a tool call
     words = getattr(message, said[0])
     left = shortened_text(words, excess, policy) if excess < len(encoded(words)) else ""
-    return message._replace(**{said[0]: left}) if left or said[1:] else None
+    if not left and not said[1:]:
+        return None
+    parts: dict[str, Any] = {said[0]: left}
+    return message._replace(**parts)
 
 
 def shortened_text(text: str, excess: int, policy: str) -> str:
@@ -208,7 +210,7 @@ def continues() -> np.ndarray:
     return np.array([len(b) > 0 and 0x80 <= b[0] < 0xC0 for b in tokenizer.token_bytes()])
 
 
-def character_bound(ids: Sequence[int], at: int, step: int) -> int:
+def character_bound(ids: Sequence[int] | np.ndarray, at: int, step: int) -> int:
     """The nearest place from `at` on, going by `step`, where no character is cut. 0..len(ids)."""
     at = min(max(at, 0), len(ids))
     while 0 < at < len(ids) and continues()[ids[at]]:

@@ -211,7 +211,7 @@ def code_of(text: str, begin: int = 0) -> list[tuple[int, int]]:
                 fences.append(mark)
             else:
                 never_closed = min(size, never_closed)
-        elif (closing := CLOSING_MARKS[size].search(text, start))[0]:
+        elif (closing := CLOSING_MARKS[size].search(text, start)) and closing[0]:
             past = closing.end()
             spans.append((start, past))
         elif size > 2:

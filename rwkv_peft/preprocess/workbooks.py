@@ -46,8 +46,7 @@ def workbook(path: Path, valid_split: str = "") -> Iterator[Block]:
     """Yield the rows of all sheets with the same columns.
 
     Other sheets are named, and so are those whose names say that they are for testing. valid_split: the name of the
-    sheet whose
-    rows are held out.
+    sheet whose rows are held out.
     """
     try:
         import python_calamine as calamine
@@ -222,7 +221,7 @@ def uses_of(titles: list[str], name: str, wanted: str) -> dict[str, str]:
 def sheet_blocks(cells: list[list[str]], place: int, header: Header, name: str, size: int) -> Iterator[Block]:
     """The rows of a sheet; their numbers are those that the program shows beside them."""
     notes = [Note("warning", name, words) for words in header.skipped_above(cells[:place])]
-    batch: list[tuple[int, Row | RowError]] = []
+    batch: list[tuple[int, bytes | Row | RowError]] = []
     for number, row in enumerate(cells[place + 1 :], place + 2):
         made = header.row(row, number)
         if made is not None:

@@ -25,7 +25,7 @@ AHEAD = 3  # blocks per worker that may wait, so that none is idle and memory st
 
 def number_of_workers(wanted: int | str, size: int) -> int:
     """WORKERS, with auto resolved: every core, as far as there is work for it. size: bytes to read."""
-    if wanted != "auto":
+    if isinstance(wanted, int):
         return wanted
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores, size // SHARE))
@@ -101,4 +101,5 @@ def prepare(recipe: EncodeConfig) -> None:
 
 def encode_block(block: Block) -> EncodedBlock:
     """Encode a block in a worker."""
+    assert ENCODER, "prepare has run in this worker"
     return ENCODER.block(block)

@@ -45,8 +45,7 @@ def cut(cu_seqlens: Sequence[int], size: int) -> list[Chunk]:
     """Return the tokens of sequences one after another in chunks of at most `size`.
 
     A sequence is cut at multiples of `size` from its own beginning, whatever is beside it: so the result does not
-    depend on how
-    rows are batched.
+    depend on how rows are batched.
     """
     places, begin = [0], 0
     for first, end in zip(cu_seqlens, cu_seqlens[1:], strict=False):

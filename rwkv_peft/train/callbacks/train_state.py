@@ -1,8 +1,7 @@
 """Exact resume for Lightning: what a running trainer saves, and how a new one resumes from it as if it had never stopped.
 
 A saved state is always of a moment between two optimizer steps: a run that is stopped between the micro-batches of a
-step does
-that step again. The number of the step determines its place in the data.
+step does that step again. The number of the step determines its place in the data.
 """
 
 from __future__ import annotations
