@@ -4,8 +4,8 @@ Files are mapped for hours, or read more than once, while somebody may overwrite
 file compares what the file system reports about it (device, inode, size, times), and samples of its content: there are
 writes that leave the times unchanged (through a shared mapping on tmpfs), and file systems whose clock is coarse.
 
-A file whose modification time changes while it is in use counts as changed, whatever it holds now: it may have held other bytes
-between two checks. If only its permissions or names change (chmod, a backup's hard link), it is unchanged, unless samples of
+A file whose modification time changes while it is in use counts as changed, whatever its content is now: it may have had other
+bytes between two checks. If only its permissions or names change (chmod, a backup's hard link), it is unchanged, unless samples of
 the content differ, or all of it where its hash is known (a time can be set back). If another file takes its name, what is
 mapped stays as it was; the same content, where its hash is known, is no change. A detected change is final: something may have
 been computed with it.
@@ -36,7 +36,7 @@ _LOAD = 0.002  # ... so that checks take about this part of the time
 _SAMPLE_BYTES = 4096
 _SAMPLES = 16  # of a file ...
 _ALL_SAMPLES = 2048  # ... and of all files
-SMALL = 64 << 20  # bytes of a file that is hashed when it is added, if nobody else hashes it ...
+SMALL = 64 << 20  # bytes of a file that is hashed when it is added, if no other code hashes it ...
 _ALL_SMALL = 256 << 20  # ... and of all such files
 PATIENCE = 2.0  # seconds for a file that is missing, or cannot be read, to come back: somebody may be replacing it
 _TRIES = 4  # to read a file that is being written to
