@@ -5,10 +5,10 @@ file compares what the file system reports about it (device, inode, size, times)
 writes that leave the times unchanged (through a shared mapping on tmpfs), and file systems whose clock is coarse.
 
 A file whose modification time changes while it is in use counts as changed, whatever its content is now: it may have had other
-bytes between two checks. If only its permissions or names change (chmod, a backup's hard link), it is unchanged, unless samples of
-the content differ, or all of it where its hash is known (a time can be set back). If another file takes its name, what is
-mapped stays as it was; the same content, where its hash is known, is no change. A detected change is final: something may have
-been computed with it.
+bytes between two checks. If only its permissions or names change (chmod, a backup's hard link), it is unchanged, unless
+samples of the content differ, or all of it where its hash is known (a time can be set back). If another file takes its name,
+what is mapped stays as it was; the same content, where its hash is known, is no change. A detected change is final: something
+may have been computed with it.
 """
 
 from __future__ import annotations

@@ -41,6 +41,16 @@ def _dict_literal(strings: Mapping[str, str]) -> str:
     return "{" + ", ".join(f"{literal(key)}: {literal(value)}" for key, value in strings.items()) + "}"
 
 
+# cleaner -> Jinja that strips the ends, whether the indentation of the first line is kept, whether blank lines are removed
+_CLEANERS: dict[Cleaner, tuple[str, bool, bool]] = {
+    template.normalize_line_ends: ("{}", False, False),
+    template.tidy: ("{} | trim", False, False),
+    template.clean: ("{} | trim", False, True),
+    template.tidy_answer: ("({}).rstrip()", True, False),
+    template.clean_answer: ("({}).rstrip()", True, True),
+}
+
+
 def cleaning_macro(name: str, cleaner: Cleaner) -> str:
     """Return a Jinja macro that cleans a text as one of the cleaners of template.py does.
 
@@ -51,23 +61,10 @@ def cleaning_macro(name: str, cleaner: Cleaner) -> str:
     Raises:
         ValueError: there is no Jinja for it.
     """
-    if cleaner not in (
-        template.normalize_line_ends,
-        template.tidy,
-        template.clean,
-        template.tidy_answer,
-        template.clean_answer,
-    ):
+    if cleaner not in _CLEANERS:
         raise ValueError(f"{cleaner!r} has no Jinja yet")
-    expression = "text | replace('\\r\\n', '\\n') | replace('\\r', '\\n')"
-    no_blank_lines, keeps_indent = (
-        cleaner in (template.clean, template.clean_answer),
-        cleaner in (template.tidy_answer, template.clean_answer),
-    )
-    if keeps_indent:
-        expression = f"({expression}).rstrip()"
-    elif cleaner is not template.normalize_line_ends:
-        expression += " | trim"
+    strip, keeps_indent, no_blank_lines = _CLEANERS[cleaner]
+    expression = strip.format("text | replace('\\r\\n', '\\n') | replace('\\r', '\\n')")
     body = f"{{{{- {expression} -}}}}"
     if no_blank_lines or keeps_indent:  # at least the blank lines before the first line with words are removed
         line = "(line[1:] if not seen.words and line.startswith(' ') and line[1:2] | trim else line)"
