@@ -213,6 +213,17 @@ def _free_space(folder: str) -> str:
     return f"{free} of {total} are free now"
 
 
+_OTHER_ERRORS = {
+    errno.ENFILE: "the whole system has as many files open as it can. Close other programs",
+    errno.EIO: "the disk or the share could not read or write it. Look at dmesg, and copy what is there",
+    errno.ESTALE: "the share that it is on has gone, or has another file there now. Mount the share again",
+    errno.ELOOP: "is a link that leads to itself. Delete the link, and name the file",
+    errno.EMLINK: "its folder cannot hold more. Use another folder",
+    errno.EISDIR: "is a folder, where a file is wanted",
+    errno.ENOTDIR: "a part of this path is a file, not a folder",
+}
+
+
 def describe_os_error(error: OSError) -> tuple[str, int]:
     """Return the message and the exit code for what the operating system refused."""
     number, file = error.errno, "" if error.filename in (None, b"") else str(error.filename)
@@ -241,22 +252,8 @@ def describe_os_error(error: OSError) -> tuple[str, int]:
         most = resource_limit(resource.RLIMIT_NPROC)
         how = "No further process or thread can be started. Close other programs, or raise their number"
         return f"{how} (ulimit -u: it is {'unlimited' if most is None else most} here).", EXIT_USER
-    others = {
-        errno.ENFILE: ("the whole system has as many files open as it can. Close other programs", EXIT_USER),
-        errno.EIO: (
-            "the disk or the share could not read or write it. Look at dmesg, and copy what is there",
-            EXIT_DISK,
-        ),
-        errno.ESTALE: (
-            "the share that it is on has gone, or has another file there now. Mount the share again",
-            EXIT_DISK,
-        ),
-        errno.ELOOP: ("is a link that leads to itself. Delete the link, and name the file", EXIT_USER),
-        errno.EMLINK: ("its folder cannot hold more. Use another folder", EXIT_DISK),
-        errno.EISDIR: ("is a folder, where a file is wanted", EXIT_USER),
-        errno.ENOTDIR: ("a part of this path is a file, not a folder", EXIT_USER),
-    }
-    message, code = others.get(number or 0, (error.strerror or str(error), EXIT_USER))
+    message = _OTHER_ERRORS.get(number or 0, error.strerror or str(error))
+    code = EXIT_DISK if number in (errno.EIO, errno.ESTALE, errno.EMLINK) else EXIT_USER
     return f"{file or 'The system'}: {message}.", code
 
 

@@ -33,8 +33,8 @@ _Rules = Iterator[tuple[object, str, str]]
 def find_problems(given: SimpleNamespace, projects: Mapping[str, Any]) -> list[SettingError]:
     """Return the broken rules of all checks. projects: the values of the trackers' variables."""
     checks = (
-        _check_names, _check_data, _check_streaming, _check_method, _check_quant, _check_emb_on_cpu, _check_cuda_graphs,
-        _check_exp_schedule, _check_strategy,
+        _check_names, _check_adam_eps, _check_data, _check_streaming, _check_method, _check_quant, _check_emb_on_cpu,
+        _check_cuda_graphs, _check_exp_schedule, _check_strategy,
     )  # fmt: skip
     rules = itertools.chain(_check_projects(projects), *(check(given) for check in checks))
     return [SettingError(name, message) for broken, name, message in rules if broken]
@@ -46,23 +46,26 @@ def _check_projects(projects: Mapping[str, Any]) -> _Rules:
         yield wrong, name, f"{wrong}; choose another name"
 
 
+def _values(given: SimpleNamespace, *names: str) -> list[tuple[str, Any]]:
+    return [(name, getattr(given, name.lower())) for name in names]
+
+
 def _check_names(given: SimpleNamespace) -> _Rules:
-    for name, value in (("VAL_PATIENCE", given.val_patience), ("KEEP_BEST", given.keep_best)):
+    for name, value in _values(given, "VAL_PATIENCE", "KEEP_BEST"):
         yield given.val_data == "none" and value, name, "needs held-out data; VAL_DATA is none"
-    for name, value in (
-        ("MODEL_PATH", given.model_path),
-        ("DATA_PATH", given.data_path),
-        ("VAL_DATA", given.val_data),
-    ):
+    for name, value in _values(given, "MODEL_PATH", "DATA_PATH", "VAL_DATA"):
         empty = value is not None and not value.strip()
         yield empty, name, "is empty; give a name in model/ or data/, or a path"
     no_folder = given.run_name in (".", "..", "latest") or "/" in (given.run_name or "")
     yield no_folder, "RUN_NAME", 'must be a plain folder name (no "/", not latest)'
     wrong = describe_fault(given.run_name or "")
     yield wrong, "RUN_NAME", f"{wrong}; choose another name"
-    for name, value in (("MASTER_ADDR", given.master_addr), ("MODEL_PATH", given.model_path)):
+    for name, value in _values(given, "MASTER_ADDR", "MODEL_PATH"):
         wrong = describe_fault(value or "", edges=False)
         yield wrong, name, wrong
+
+
+def _check_adam_eps(given: SimpleNamespace) -> _Rules:
     eps = ctypes.c_float(given.adam_eps or 1).value
     computes = "in float32, in which optimizers compute"
     yield not eps, "ADAM_EPS", f"is 0 {computes}; must be 1e-45 or more"
@@ -71,7 +74,7 @@ def _check_names(given: SimpleNamespace) -> _Rules:
 
 def _check_exp_schedule(given: SimpleNamespace) -> _Rules:
     if given.lr_schedule == "exp" and given.lr_init is not None and given.lr_final is not None:
-        for name, value in (("LR_INIT", given.lr_init), ("LR_FINAL", given.lr_final)):
+        for name, value in _values(given, "LR_INIT", "LR_FINAL"):
             yield not value, name, "must be more than 0 with LR_SCHEDULE=exp"
 
 
@@ -120,7 +123,7 @@ def _check_method(given: SimpleNamespace) -> _Rules:
         yield is_foreign, variable, f"belongs to FINETUNE_MODE={owner}; must be {neutral} with {chosen}"
     no_file = name == "peft" and given.peft_config == ""
     yield no_file, "PEFT_CONFIG", "is empty; FINETUNE_MODE=peft needs a file, like lokr.json"
-    for variable, value in (("GPU_COUNT", given.gpu_count), ("NNODES", given.nnodes)):
+    for variable, value in _values(given, "GPU_COUNT", "NNODES"):
         yield (
             name == "lisa" and value not in (None, 1),
             variable,
@@ -131,7 +134,7 @@ def _check_method(given: SimpleNamespace) -> _Rules:
 
 def _check_strategy(given: SimpleNamespace) -> _Rules:
     word = given.strategy
-    for name, value in (("GPU_COUNT", given.gpu_count), ("NNODES", given.nnodes)):
+    for name, value in _values(given, "GPU_COUNT", "NNODES"):
         yield word == "single" and value not in (None, 1), "STRATEGY", f"must be auto or ddp with {name}={value}"
     nodes, number = given.nnodes, given.node_rank
     beyond = nodes is not None and number is not None and number >= nodes
@@ -234,7 +237,7 @@ def _check_streaming(given: SimpleNamespace) -> _Rules:
 def _check_data(given: SimpleNamespace) -> _Rules:
     mode = given.dataload
     lists: dict[str, tuple[int, ...]] = {"TRAIN_LENGTHS": (), "TRAIN_BATCH_SIZES": ()}
-    for name, text in (("TRAIN_LENGTHS", given.train_lengths), ("TRAIN_BATCH_SIZES", given.train_batch_sizes)):
+    for name, text in _values(given, *lists):
         try:
             lists[name] = parse_numbers(text or "")
         except ValueError as error:
@@ -255,7 +258,7 @@ def _check_data(given: SimpleNamespace) -> _Rules:
     windows = "get" if mode == "get" else "pack and PACK=concat" if (mode, given.pack) == ("pack", "concat") else ""
     ignored = windows and given.overlong not in (None, "truncate")
     yield ignored, "OVERLONG", f"must be truncate with DATALOAD={windows}, which cuts nothing off anyway"
-    for name, text in (("MASK_START", given.mask_start), ("MASK_END", given.mask_end)):
+    for name, text in _values(given, "MASK_START", "MASK_END"):
         ignored = text and given.loss_mask not in (None, "se")
         yield ignored, name, 'belongs to LOSS_MASK=se; must be "" with others'
         yield text == "" and given.loss_mask == "se", name, "is empty; LOSS_MASK=se needs it"

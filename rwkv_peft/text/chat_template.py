@@ -1,8 +1,7 @@
 """Convert a template to a Jinja chat template, which renders exactly the text of `Template.prompt`.
 
 Clients of a .gguf file make prompts with it. The text between two turns depends only on their roles, so it is taken from prompts
-that the template itself renders for short dialogues (`_probe_layout`). The cleaning of turns is derived from the cleaners in the
-same way.
+that the template itself renders for short dialogues (`_probe_layout`).
 
 The Jinja of llama.cpp (common/jinja) has no regular expressions, and strips ASCII white space only: U+3000 at the ends of a turn
 stays, which Python strips. Jinja cannot parse JSON: results of tools and arguments that are JSON text keep their white
@@ -13,11 +12,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from . import template
 from .roles import Role
-from .template import CUES, ENDINGS, Dialogue, Ending, Message, Template, tidy_answer
+from .template import CUES, ENDINGS, Cleaner, Dialogue, Ending, Message, Template
 
 _MARK = "\ue000"  # stands for the words of a turn: no template contains it, and no cleaner changes it
 _THOUGHT_MARK = "\ue001"
@@ -41,93 +41,45 @@ def _dict_literal(strings: Mapping[str, str]) -> str:
     return "{" + ", ".join(f"{literal(key)}: {literal(value)}" for key, value in strings.items()) + "}"
 
 
-@dataclass(frozen=True)
-class Cleaning:
-    r"""What a cleaner does.
-
-    Attributes:
-        ends: line ends become \n.
-        left: what is stripped before the words. "all" white space; "indent": blank lines and a single space, but no other
-            indentation; or "none".
-        right: white space after the words is stripped.
-        inside: blank lines between the lines are removed.
-    """
-
-    ends: bool
-    left: str
-    right: bool
-    inside: bool
-
-    def apply(self, text: str) -> str:
-        """Clean text in Python as the Jinja of `macro` does."""
-        if self.ends:
-            text = text.replace("\r\n", "\n").replace("\r", "\n")
-        if self.right:
-            text = text.rstrip()
-        if self.left == "indent" and text.strip():
-            lines = text.split("\n")
-            while not lines[0].strip():
-                del lines[0]
-            if lines[0].startswith(" ") and lines[0][1:2].strip():
-                lines[0] = lines[0][1:]
-            text = "\n".join(lines)
-        if self.left == "all":
-            text = text.lstrip()
-        if self.inside and "\n" in text:
-            text = "\n".join(line for line in text.split("\n") if line.strip())
-        return text
-
-    def macro(self, name: str) -> str:
-        """Return a Jinja macro that cleans a text."""
-        expression = "text"
-        if self.ends:
-            expression += " | replace('\\r\\n', '\\n') | replace('\\r', '\\n')"
-        if self.left == "all" and self.right:
-            expression += " | trim"
-        elif self.left == "all":
-            expression = f"({expression}).lstrip()"
-        elif self.right:
-            expression = f"({expression}).rstrip()"
-        body = f"{{{{- {expression} -}}}}"
-        if self.inside or self.left == "indent":
-            # with `inside` all blank lines are removed; without it those before the first line with words
-            line = "(line[1:] if not seen.words and line.startswith(' ') and line[1:2] | trim else line)"
-            line = line if self.left == "indent" else "line"
-            body = (
-                f"{{%- set lines = {expression} -%}}"
-                "{%- set seen = namespace(words=false) -%}"
-                "{%- for line in lines.split('\\n') -%}"
-                "{%- if line | trim -%}"
-                f"{{{{- ('\\n' if seen.words else '') ~ {line} -}}}}{{%- set seen.words = true -%}}"
-                + ("" if self.inside else "{%- elif seen.words -%}{{- '\\n' ~ line -}}")
-                + "{%- endif -%}"
-                "{%- endfor -%}"
-            )
-        return f"{{%- macro {name}(text) -%}}{body}{{%- endmacro -%}}"
+# cleaner -> Jinja that strips the ends, whether the indentation of the first line is kept, whether blank lines are removed
+_CLEANERS: dict[Cleaner, tuple[str, bool, bool]] = {
+    template.normalize_line_ends: ("{}", False, False),
+    template.tidy: ("{} | trim", False, False),
+    template.clean: ("{} | trim", False, True),
+    template.tidy_answer: ("({}).rstrip()", True, False),
+    template.clean_answer: ("({}).rstrip()", True, True),
+}
 
 
-PROBES = (
-    "", "a", " a ", "\n a", " \n  a\n b ", "a\n\nb", "a\n \n\n b\n", "a\r\nb\rc", "\r\n  a\r\n\r\n  b\r\n", "a\n", "\n\na\n\n",
-    "\ta\t\n\tb", "a  \n\n\n  b  \n c", " ", "\n", "a\n\t\nb", "  a", "\n a", " \ta", "\n\n   a\n\n  b",
-)  # fmt: skip
+def cleaning_macro(name: str, cleaner: Cleaner) -> str:
+    """Return a Jinja macro that cleans a text as one of the cleaners of template.py does.
 
-
-def cleaning_of(cleaner: Callable[[str], str]) -> Cleaning:
-    """Describe what a cleaner of a template does.
+    Args:
+        name: of the macro.
+        cleaner: the function.
 
     Raises:
-        ValueError: Cleaning cannot express it.
+        ValueError: there is no Jinja for it.
     """
-    cleaning = Cleaning(
-        ends=cleaner("a\r\nb") == "a\nb",
-        left="all" if cleaner("  a") == "a" else "indent" if cleaner("\n\n  a") == "  a" else "none",
-        right=cleaner("a \n") == "a",
-        inside=cleaner("a\n\nb") == "a\nb",
-    )
-    for text in PROBES:
-        if cleaning.apply(text) != cleaner(text):
-            raise ValueError(f"{cleaner!r} makes {cleaner(text)!r} of {text!r}, which has no Jinja yet")
-    return cleaning
+    if cleaner not in _CLEANERS:
+        raise ValueError(f"{cleaner!r} has no Jinja yet")
+    strip, keeps_indent, no_blank_lines = _CLEANERS[cleaner]
+    expression = strip.format("text | replace('\\r\\n', '\\n') | replace('\\r', '\\n')")
+    body = f"{{{{- {expression} -}}}}"
+    if no_blank_lines or keeps_indent:  # at least the blank lines before the first line with words are removed
+        line = "(line[1:] if not seen.words and line.startswith(' ') and line[1:2] | trim else line)"
+        line = line if keeps_indent else "line"
+        body = (
+            f"{{%- set lines = {expression} -%}}"
+            "{%- set seen = namespace(words=false) -%}"
+            "{%- for line in lines.split('\\n') -%}"
+            "{%- if line | trim -%}"
+            f"{{{{- ('\\n' if seen.words else '') ~ {line} -}}}}{{%- set seen.words = true -%}}"
+            + ("" if no_blank_lines else "{%- elif seen.words -%}{{- '\\n' ~ line -}}")
+            + "{%- endif -%}"
+            "{%- endfor -%}"
+        )
+    return f"{{%- macro {name}(text) -%}}{body}{{%- endmacro -%}}"
 
 
 @dataclass(frozen=True)
@@ -302,18 +254,18 @@ def jinja(form: Template, ending: Ending = ENDINGS["doc"], bos: bool = False) ->
         bos: the prompt begins with the token bos_token.
     """
     layout = _probe_layout(form, ending)
-    cleaners = {letter: cleaning_of(form.cleaners[role]) for letter, role in _LETTERS.items()}
-    cleaners["words"] = cleaning_of(tidy_answer)  # of split_thought
-    names: dict[Cleaning, str] = {}
-    for cleaning in cleaners.values():
-        names.setdefault(cleaning, f"clean{len(names)}")
+    cleaners = {letter: form.cleaners[role] for letter, role in _LETTERS.items()}
+    cleaners["words"] = template.tidy_answer  # of split_thought
+    names: dict[Cleaner, str] = {}
+    for cleaner in cleaners.values():
+        names.setdefault(cleaner, f"clean{len(names)}")
     before, after = _answer_expressions(form)
-    clean = {letter: names[cleaning] for letter, cleaning in cleaners.items()}
+    macros = {letter: names[cleaner] for letter, cleaner in cleaners.items()}
     default, joined = form.default_system, "true" if form.json_style == "line" else "false"
-    result = f"{{{{- {clean['t']}(ns.results ~ text) -}}}}"
+    result = f"{{{{- {macros['t']}(ns.results ~ text) -}}}}"
     if form.json_style == "indent":  # JSON text is unchanged; other text becomes a JSON string
         result = (
-            f"{{%- set given = {clean['t']}(text) -%}}"
+            f"{{%- set given = {macros['t']}(text) -%}}"
             "{%- if message['content'] is mapping -%}{{- message['content'] | tojson(indent=2) -}}"
             "{%- elif given[:1] in ['{', '['] -%}{{- given -}}"
             "{%- else -%}{{- given | tojson -}}{%- endif -%}"
@@ -321,7 +273,7 @@ def jinja(form: Template, ending: Ending = ENDINGS["doc"], bos: bool = False) ->
     parts = [
         _WORLD_MARK if _is_world(form, ending) else "",
         "{{- bos_token -}}" if bos else "",
-        *(cleaning.macro(name) for cleaning, name in names.items()),
+        *(cleaning_macro(name, cleaner) for cleaner, name in names.items()),
         _TEXT_OF,
         f"{{%- set first = {_dict_literal(layout.first)} -%}}",
         f"{{%- set between = {_dict_literal(layout.between)} -%}}",
@@ -341,7 +293,7 @@ def jinja(form: Template, ending: Ending = ENDINGS["doc"], bos: bool = False) ->
         "{%- endfor -%}"
         f"{{%- if ns.tools -%}}{{%- set ns.own = ns.own ~ ('\\n' if ns.own else '') ~ ns.tools -%}}{{%- endif -%}}"
         "{%- if ns.own -%}"
-        f"{{{{- first['s'] ~ {clean['s']}(ns.own) -}}}}{{%- set ns.last = 's' -%}}"
+        f"{{{{- first['s'] ~ {macros['s']}(ns.own) -}}}}{{%- set ns.last = 's' -%}}"
         "{%- endif -%}"
         "{%- set ns.begun = ns.words != 'given' -%}",
         "{%- for message in messages -%}"
@@ -362,18 +314,18 @@ def jinja(form: Template, ending: Ending = ENDINGS["doc"], bos: bool = False) ->
         "{%- else -%}"
         "{{- between[ns.last ~ who] if ns.last else first[who] -}}"
         "{%- set ns.last = who -%}"
-        f"{{%- if who == 's' -%}}{{{{- {clean['s']}(text) -}}}}"
-        f"{{%- elif who == 'u' -%}}{_add_cue(form)}{{{{- {clean['u']}(text) -}}}}"
+        f"{{%- if who == 's' -%}}{{{{- {macros['s']}(text) -}}}}"
+        f"{{%- elif who == 'u' -%}}{_add_cue(form)}{{{{- {macros['u']}(text) -}}}}"
         f"{{%- elif who == 't' -%}}{result}{{%- set ns.results = '' -%}}"
         "{%- else -%}"
         "{%- set ns.call = '' -%}{%- set ns.words = text -%}"
         "{%- if (text | trim).startswith('<think>') and '</think>' in text -%}"
-        f"{{%- set ns.words = {clean['words']}(text.split('<think>', 1)[1].split('</think>', 1)[1]) -%}}"
+        f"{{%- set ns.words = {macros['words']}(text.split('<think>', 1)[1].split('</think>', 1)[1]) -%}}"
         "{%- endif -%}",
         _set_call(form),
-        f"{{%- set ns.words = {clean['a']}(ns.words) -%}}"
+        f"{{%- set ns.words = {macros['a']}(ns.words) -%}}"
         "{%- if ns.call -%}{%- set ns.words = ns.words ~ ('\\n' if ns.words else '') ~ ns.call -%}{%- endif -%}"
-        f"{{%- set thought = {clean['a']}(thought_of(message)){' | trim' if form.strip else ''} -%}}"
+        f"{{%- set thought = {macros['a']}(thought_of(message)){' | trim' if form.strip else ''} -%}}"
         f"{{{{- {before} ~ ns.words ~ {after} -}}}}"
         "{%- endif -%}"
         "{%- endif -%}"

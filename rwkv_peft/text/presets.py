@@ -6,6 +6,8 @@ rwkv-rs/vllm-rwkv and transformers-rwkv (templates "bot", "assistant", "function
 
 from __future__ import annotations
 
+from collections import ChainMap
+from collections.abc import Mapping
 from typing import Any
 
 from .roles import Role
@@ -64,176 +66,130 @@ _FUNCTIONS: dict[str, Any] = {
     "top_k": 32,
 }
 
-# (description for --help, template)
-_ALL: tuple[tuple[str, Template], ...] = (
-    # model card of BlinkDL/rwkv-7-world, "Recommended fine-tuning format"
-    ("User: Q, blank line, Assistant: A", Template("rwkv-world", **_WORLD, clean=_ALL_ROLES)),
-    # "Question: xxx\n\nAnswer:" of the same cards
-    (
-        "Question: and Answer:",
-        Template(
-            "rwkv-qa",
-            **_WORLD | {"format_user": "Question: {{content}}", "format_assistant": "Answer: {{content}}"},
-            clean=_ALL_ROLES,
-        ),
-    ),
-    # "Instruction: xxx\n\nInput: xxx\n\nResponse:" of the same cards
-    (
-        "Instruction:, Input: and Response:",
-        Template(
-            "rwkv-instruct",
-            **_WORLD
-            | {
-                "format_user": "Instruction: {{content}}",
-                "format_user_input": "Instruction: {{content}}\n\nInput: {{input}}",
-                "format_assistant": "Response: {{content}}",
-            },
-            clean=_ALL_ROLES,
-        ),
-    ),
-    # official, "Basic templates"
-    ("rwkv-world for G1 models: answers keep blank lines and thoughts", Template("rwkv-g1", **_G1)),
-    # official, "Think mode"
-    ("every answer begins with a thought; the prompt ends with <think", Template("rwkv-g1-think", **_G1, **_THINK)),
-    # official, "Control think length" (from G1c): the cue ends the user's turn
-    (
-        "the same, and the cue (think) ends the user's turn",
-        Template("rwkv-g1-think-cue", **_G1, **_THINK, **_NO_THOUGHT, user_cue=" (think)"),
-    ),
-    (
-        "the cue is (think a bit)",
-        Template("rwkv-g1-think-bit", **_G1, **_THINK, **_NO_THOUGHT, user_cue=" (think a bit)"),
-    ),
-    (
-        "the cue is (think a lot)",
-        Template("rwkv-g1-think-lot", **_G1, **_THINK, **_NO_THOUGHT, user_cue=" (think a lot)"),
-    ),
-    ("every thought is empty; the prompt ends with <think></think", Template("rwkv-g1-fakethink", **_G1, **_FAKETHINK)),
-    # official, "fake thinking": the older of the two forms, which was rwkv-g1-fakethink here until 2026-11
-    (
-        "the older empty thought, with a line break inside",
-        Template("rwkv-g1-emptythink-2025", **_G1, think="fake", opening="<think>\n</think"),
-    ),
-    ("from G1h: User✿Q✿, line break, Bot✿A✿", Template("rwkv-g1-bot", **_BOT)),
-    ("the same; the prompt ends with Bot✿<think", Template("rwkv-g1-bot-think", **_BOT, **_THINK, **_NO_THOUGHT)),
-    (
-        "the same; the prompt ends with Bot✿<think></think",
-        Template("rwkv-g1-bot-fakethink", **_BOT, **_FAKETHINK),
-    ),
-    # official, "Function call": the client sends "Assistant: ```json" and gets a call
-    (
-        "function calls in ```json blocks; the prompt ends with ```json",
-        Template("rwkv-g1-tools", **_G1, opening="```json"),
-    ),
-    # what g1k writes by itself: RWKV-Agent of No-22-Github, docs/design/corpus-g1k-wire-format.md, 2026-09-24
-    (
-        "function calls in <tool_call>, results in <tool_response>",
-        Template(
-            "rwkv-g1-toolcall",
-            **_G1
-            | {
-                "format_observation": "User: <tool_response>{{content}}</tool_response>",
-                "format_function": "<tool_call>{{content}}</tool_call>",
-                "format_tools": "<tools>{{content}}</tools>",
-                "json_style": "compact",
-            },
-        ),
-    ),
-    # organisation, "function_calling"
-    ("function calls under ### System, ### User, ### Assistant", Template("rwkv-g1-function-calling", **_FUNCTIONS)),
-    (
-        "the same; the prompt ends with <think",
-        Template("rwkv-g1-function-calling-think", **_FUNCTIONS, **_THINK, **_NO_THOUGHT),
-    ),
-    (
-        "the same; the prompt ends with <think></think",
-        Template("rwkv-g1-function-calling-fakethink", **_FUNCTIONS, **_FAKETHINK),
-    ),
-    # rwkv.cn, Prompt-Format: the material first, then the question
-    (
-        "the material first, then the question",
-        Template(
-            "rwkv-g1-rag",
-            **_G1 | {"format_system": "{{content}}", "format_user_input": "{{input}}\n\nUser: {{content}}"},
-        ),
-    ),
-    # "Fill-in-the-middle", from G1c: rwkv_lightning's /FIM/v1/batch-FIM, Albatross; 2026-03 and later
-    (
-        "fills the middle between columns prefix and suffix",
-        Template(
-            "rwkv-g1-fim",
-            format_user="✿prefix✿✿suffix✿✿middle✿{{content}}",
-            format_user_input="✿prefix✿✿suffix✿{{input}}✿middle✿{{content}}",
-            format_assistant="{{content}}",
-            format_separator="",
-            stop_words=("✿",),
-            reserved=("✿",),
-            strip=False,
-            infill=True,
-        ),
-    ),
-    # stanford_alpaca: two introductions, with and without an input
-    (
-        "### Instruction:, ### Input:, ### Response:",
-        Template(
-            "alpaca",
-            format_system="{{content}}",
-            format_user="### Instruction:\n{{content}}",
-            format_user_input="### Instruction:\n{{content}}\n\n### Input:\n{{input}}",
-            format_assistant="### Response:\n{{content}}",
-            format_observation="### Input:\n{{content}}",
-            default_system="Below is an instruction that describes a task. Write a response that appropriately completes "
-            "the request.",
-            default_system_input="Below is an instruction that describes a task, paired with an input that provides further "
-            "context. Write a response that appropriately completes the request.",
-            stop_words=("\n\n### ",),
-        ),
-    ),
-    # OpenAI's markup, with the tool tags of Qwen
-    (
-        "<|im_start|> and <|im_end|>",
-        Template(
-            "chatml",
-            format_system="<|im_start|>system\n{{content}}<|im_end|>",
-            format_user="<|im_start|>user\n{{content}}<|im_end|>",
-            format_assistant="<|im_start|>assistant\n{{content}}<|im_end|>",
-            format_observation="<|im_start|>user\n<tool_response>\n{{content}}\n</tool_response><|im_end|>",
-            format_function="<tool_call>\n{{content}}\n</tool_call>",
-            format_tools="# Tools\n<tools>\n{{content}}\n</tools>",
-            format_separator="\n",
-            stop_words=("<|im_end|>",),
-        ),
-    ),
-    # "default" of LLaMA-Factory and MindSpeed-RL
-    (
-        "Human: and Assistant:, a line break between",
-        Template(
-            "default",
-            format_system="System: {{content}}",
-            format_user="Human: {{content}}",
-            format_assistant="Assistant: {{content}}",
-            format_observation="Observation: {{content}}",
-            format_separator="\n",
-        ),
-    ),
-    # RWKV_LM_EXT (without the empty line that it leaves for an empty input)
-    (
-        "🐱: and 🤖:",
-        Template(
-            "ext-cat",
-            format_system="{{content}}",
-            format_user="🐱:{{content}}",
-            format_assistant="🤖:{{content}}",
-            format_separator="\n",
-        ),
-    ),
-    (
-        "the contents and nothing else",
-        Template("empty", format_user="{{content}}", format_assistant="{{content}}", format_separator="", strip=False),
-    ),
-)
-PRESETS: dict[str, Template] = {template.name: template for _, template in _ALL}
-ABOUT: dict[str, str] = {template.name: about for about, template in _ALL}
+PRESETS: dict[str, Template] = {}
+ABOUT: dict[str, str] = {}  # name -> description for --help
+
+
+def _add(name: str, about: str, *parts: Mapping[str, Any], **fields: Any) -> None:
+    """Add a template with the fields of `parts`, the later ones first, except for `fields`."""
+    PRESETS[name] = Template(name, **ChainMap(fields, *map(dict, reversed(parts))))
+    ABOUT[name] = about
+
+
+# model card of BlinkDL/rwkv-7-world, "Recommended fine-tuning format"
+_add("rwkv-world", "User: Q, blank line, Assistant: A", _WORLD, clean=_ALL_ROLES)
+# "Question: xxx\n\nAnswer:" of the same cards
+_add(
+    "rwkv-qa", "Question: and Answer:", _WORLD, clean=_ALL_ROLES,
+    format_user="Question: {{content}}",
+    format_assistant="Answer: {{content}}",
+)  # fmt: skip
+# "Instruction: xxx\n\nInput: xxx\n\nResponse:" of the same cards
+_add(
+    "rwkv-instruct", "Instruction:, Input: and Response:", _WORLD, clean=_ALL_ROLES,
+    format_user="Instruction: {{content}}",
+    format_user_input="Instruction: {{content}}\n\nInput: {{input}}",
+    format_assistant="Response: {{content}}",
+)  # fmt: skip
+# official, "Basic templates"
+_add("rwkv-g1", "rwkv-world for G1 models: answers keep blank lines and thoughts", _G1)
+# official, "Think mode"
+_add("rwkv-g1-think", "every answer begins with a thought; the prompt ends with <think", _G1, _THINK)
+# official, "Control think length" (from G1c): the cue ends the user's turn
+_THINK_CUE = _G1 | _THINK | _NO_THOUGHT
+_add("rwkv-g1-think-cue", "the same, and the cue (think) ends the user's turn", _THINK_CUE, user_cue=" (think)")
+_add("rwkv-g1-think-bit", "the cue is (think a bit)", _THINK_CUE, user_cue=" (think a bit)")
+_add("rwkv-g1-think-lot", "the cue is (think a lot)", _THINK_CUE, user_cue=" (think a lot)")
+_add("rwkv-g1-fakethink", "every thought is empty; the prompt ends with <think></think", _G1, _FAKETHINK)
+# official, "fake thinking": the older of the two forms, which was rwkv-g1-fakethink here until 2026-11
+_OLD_FAKETHINK = {"think": "fake", "opening": "<think>\n</think"}
+_add("rwkv-g1-emptythink-2025", "the older empty thought, with a line break inside", _G1, _OLD_FAKETHINK)
+_add("rwkv-g1-bot", "from G1h: User✿Q✿, line break, Bot✿A✿", _BOT)
+_add("rwkv-g1-bot-think", "the same; the prompt ends with Bot✿<think", _BOT, _THINK, _NO_THOUGHT)
+_add("rwkv-g1-bot-fakethink", "the same; the prompt ends with Bot✿<think></think", _BOT, _FAKETHINK)
+# official, "Function call": the client sends "Assistant: ```json" and gets a call
+_add("rwkv-g1-tools", "function calls in ```json blocks; the prompt ends with ```json", _G1, opening="```json")
+# what g1k writes by itself: RWKV-Agent of No-22-Github, docs/design/corpus-g1k-wire-format.md, 2026-09-24
+_add(
+    "rwkv-g1-toolcall", "function calls in <tool_call>, results in <tool_response>", _G1,
+    format_observation="User: <tool_response>{{content}}</tool_response>",
+    format_function="<tool_call>{{content}}</tool_call>",
+    format_tools="<tools>{{content}}</tools>",
+    json_style="compact",
+)  # fmt: skip
+# organisation, "function_calling"
+_FUNCTIONS_NAME = "rwkv-g1-function-calling"
+_add(_FUNCTIONS_NAME, "function calls under ### System, ### User, ### Assistant", _FUNCTIONS)
+_add(f"{_FUNCTIONS_NAME}-think", "the same; the prompt ends with <think", _FUNCTIONS, _THINK, _NO_THOUGHT)
+_add(f"{_FUNCTIONS_NAME}-fakethink", "the same; the prompt ends with <think></think", _FUNCTIONS, _FAKETHINK)
+# rwkv.cn, Prompt-Format: the material first, then the question
+_add(
+    "rwkv-g1-rag", "the material first, then the question", _G1,
+    format_system="{{content}}",
+    format_user_input="{{input}}\n\nUser: {{content}}",
+)  # fmt: skip
+# "Fill-in-the-middle", from G1c: rwkv_lightning's /FIM/v1/batch-FIM, Albatross; 2026-03 and later
+_add(
+    "rwkv-g1-fim", "fills the middle between columns prefix and suffix",
+    format_user="✿prefix✿✿suffix✿✿middle✿{{content}}",
+    format_user_input="✿prefix✿✿suffix✿{{input}}✿middle✿{{content}}",
+    format_assistant="{{content}}",
+    format_separator="",
+    stop_words=("✿",),
+    reserved=("✿",),
+    strip=False,
+    infill=True,
+)  # fmt: skip
+# stanford_alpaca: two introductions, with and without an input
+_add(
+    "alpaca", "### Instruction:, ### Input:, ### Response:",
+    format_system="{{content}}",
+    format_user="### Instruction:\n{{content}}",
+    format_user_input="### Instruction:\n{{content}}\n\n### Input:\n{{input}}",
+    format_assistant="### Response:\n{{content}}",
+    format_observation="### Input:\n{{content}}",
+    default_system="Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.",
+    default_system_input="Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.",
+    stop_words=("\n\n### ",),
+)  # fmt: skip
+# OpenAI's markup, with the tool tags of Qwen
+_add(
+    "chatml", "<|im_start|> and <|im_end|>",
+    format_system="<|im_start|>system\n{{content}}<|im_end|>",
+    format_user="<|im_start|>user\n{{content}}<|im_end|>",
+    format_assistant="<|im_start|>assistant\n{{content}}<|im_end|>",
+    format_observation="<|im_start|>user\n<tool_response>\n{{content}}\n</tool_response><|im_end|>",
+    format_function="<tool_call>\n{{content}}\n</tool_call>",
+    format_tools="# Tools\n<tools>\n{{content}}\n</tools>",
+    format_separator="\n",
+    stop_words=("<|im_end|>",),
+)  # fmt: skip
+# "default" of LLaMA-Factory and MindSpeed-RL
+_add(
+    "default", "Human: and Assistant:, a line break between",
+    format_system="System: {{content}}",
+    format_user="Human: {{content}}",
+    format_assistant="Assistant: {{content}}",
+    format_observation="Observation: {{content}}",
+    format_separator="\n",
+)  # fmt: skip
+# RWKV_LM_EXT (without the empty line that it leaves for an empty input)
+_add(
+    "ext-cat", "🐱: and 🤖:",
+    format_system="{{content}}",
+    format_user="🐱:{{content}}",
+    format_assistant="🤖:{{content}}",
+    format_separator="\n",
+)  # fmt: skip
+_add(
+    "empty", "the contents and nothing else",
+    format_user="{{content}}",
+    format_assistant="{{content}}",
+    format_separator="",
+    strip=False,
+)  # fmt: skip
 
 # what a name meant in files of older versions, which record a template's name without its content
 BEFORE = {"rwkv-g1-fakethink": "rwkv-g1-emptythink-2025"}

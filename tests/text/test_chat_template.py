@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rwkv_peft.preprocess.schemas import Reader
 from rwkv_peft.text import template_file
-from rwkv_peft.text.chat_template import PROBES, cleaning_of, jinja, literal
+from rwkv_peft.text.chat_template import cleaning_macro, jinja, literal
 from rwkv_peft.text.presets import PRESETS
 from rwkv_peft.text.template import ENDINGS, Template, clean, clean_answer, normalize_line_ends, tidy, tidy_answer
 
@@ -105,17 +105,22 @@ def test_without_a_question_the_conversation_ends_as_a_row_does_and_token_zero_c
         assert rendered(form, eot, messages, ask=False, bos=True) == f"<s>{whole}"
 
 
-@pytest.mark.parametrize("cleaner", [tidy, clean, tidy_answer, clean_answer, normalize_line_ends, str])
-def test_what_a_cleaner_does_is_found_out(cleaner):
-    found = cleaning_of(cleaner)
-    made = environment().from_string(found.macro("f") + "{{- f(text) -}}")
+PROBES = (
+    "", "a", " a ", "\n a", " \n  a\n b ", "a\n\nb", "a\n \n\n b\n", "a\r\nb\rc", "\r\n  a\r\n\r\n  b\r\n", "a\n", "\n\na\n\n",
+    "\ta\t\n\tb", "a  \n\n\n  b  \n c", " ", "\n", "a\n\t\nb", "  a", "\n a", " \ta", "\n\n   a\n\n  b",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("cleaner", [tidy, clean, tidy_answer, clean_answer, normalize_line_ends])
+def test_a_cleaning_macro_cleans_as_the_cleaner_does(cleaner):
+    made = environment().from_string(cleaning_macro("f", cleaner) + "{{- f(text) -}}")
     for text in PROBES:
         assert made.render(text=text) == cleaner(text)
 
 
 def test_a_cleaner_that_has_no_jinja_is_refused():
     with pytest.raises(ValueError, match="has no Jinja yet"):
-        cleaning_of(str.upper)
+        cleaning_macro("f", str.upper)
 
 
 def test_a_role_that_the_template_does_not_know_is_an_error():
