@@ -8,13 +8,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import pytorch_lightning
+import torch
+
 from rwkv_peft import __version__
+from rwkv_peft.adapters.hf_peft import read_config
 from rwkv_peft.adapters.specs import METHODS
 from rwkv_peft.common import paths
 from rwkv_peft.config.train import TrainConfig
+from rwkv_peft.data.tokenized_files import common_form
 
 if TYPE_CHECKING:
-    from .setup import BaseSetup
+    from .setup import RunSetup
 
 
 @dataclass(frozen=True)
@@ -44,37 +49,24 @@ def options_of(config: TrainConfig) -> dict[str, Any]:
     values = script_values(config)
     options = {option: values[variable] for option, variable in METHODS[config.method].options.items()}
     if config.method == "peft":
-        from rwkv_peft.adapters.hf_peft import read_config  # heavy: settings are checked without torch
-
         options["config"] = read_config(paths.resolve_path(config.peft_config, "."))
     return options
 
 
-def describe_run(
-    config: TrainConfig,
-    base: BaseSetup,
-    fingerprint: Mapping[str, Any],
-    precision: str,
-    epoch: int,
-    step: int,
-    finished: bool,
+def describe_checkpoint(
+    run: RunSetup, fingerprint: Mapping[str, Any], epoch: int, step: int, finished: bool
 ) -> dict[str, Any]:
-    """Return the sidecar of a checkpoint.
+    """Return the sidecar of a checkpoint, without what identifies files of the run.
 
     Args:
-        config: settings of the run.
-        base: the base model and its adapters.
+        run: what is trained.
         fingerprint: of the base's file.
-        precision: PRECISION, never auto.
         epoch: number of the epoch, from 0.
         step: optimizer steps so far.
         finished: the epoch is finished.
     """
-    # heavy imports: settings are checked without them, to answer in a fraction of a second
-    import pytorch_lightning
-    import torch
-
-    method = METHODS[config.method]
+    config, base, train, method = run.config, run.base, run.data.train, run.method
+    form = common_form(train.forms)
     return {
         "method": config.method,
         **base.adapter.options,
@@ -87,7 +79,7 @@ def describe_run(
         "geometry": base.geometry.as_dict(),
         "quant": config.quantised,
         "quant_parts": list(config.quantised_parts),
-        "precision": precision,
+        "precision": run.compute.precision,
         "epoch": epoch,
         "epoch_finished": finished,
         "step": step,
@@ -97,6 +89,12 @@ def describe_run(
             "lightning": pytorch_lightning.__version__,
             "python": platform.python_version(),
         },
+        "prompt_type": form.prompt_type if form else None,
+        "eot": form.eot if form else None,
+        "template": form.template.to_dict() if form and form.template else None,
+        "quant_kept": list(base.adapter.quant_kept),
+        "bos": train.bos[0] if len(train.bos) == 1 else None,
+        "blank_lines": train.blank_lines,
     }
 
 

@@ -169,6 +169,10 @@ class RunSetup:
         """Training state that the run is resumed from."""
         return self.resume.state
 
+    def owns_run_dir(self) -> bool:
+        """Return whether the folder of the run's name is still its own: it may have been renamed or replaced."""
+        return self.watch.is_there(self.run_dir)
+
     @property
     def is_trained(self) -> bool:
         """The run has done all its steps, and only a checkpoint is missing."""
