@@ -131,9 +131,9 @@ def make_module(run: RunSetup, model: TrainModel) -> TrainingModule:
         config.chunk_ctx if config.train_type == "infctx" else None,
         config.infctx_grad,
         config.optim,
+        functools.partial(materialize, model.model, model.deferred),
+        inject.given(model.model, run.base.adapter),
     )
-    module.settle = functools.partial(materialize, model.model, model.deferred)
-    module.given = inject.given(model.model, run.base.adapter)
     # DistributedDataParallel does not broadcast these at the start: every rank has read them from the base's file
     ignored = [f"model.{name}" for name, _ in model.model.named_parameters() if module.given(name)]
     # (torch's stub allows tensors and modules only)
