@@ -5,7 +5,7 @@ usage: ./training.sh [--dry-run] [--new] [--accept-edited] | --find-lr | --find-
   --dry-run   check everything, print the plan and two samples with what is trained marked, and stop
   --new       begin a new run, also where the newest one was stopped and could go on
   --accept-edited  begin with a checkpoint (lora_load and its like) whose .json was edited since its run wrote it
-  --find-lr   try rising learning rates for some steps, and tell which ones the settings bear
+  --find-lr   try rising learning rates for some steps, and report which ones the settings bear
   --find-batch  the largest MICRO_BSZ that fits the GPU
   --selftest  compare all that could compute on this machine (OP) with the definition, and stop
   --help      this text
@@ -16,7 +16,7 @@ The settings are the variables in the script itself, each with its explanation. 
   loss.jsonl, loss.png       every optimizer step; run.json: the settings as they were resolved
   state/                     where the run is, so that it can go on
 
-A run that was stopped or killed goes on when ./training.sh is run again: the one that RUN_NAME names, or if that is empty the
+A run that was stopped or killed resumes when ./training.sh is run again: the one that RUN_NAME names, or if that is empty the
 newest one, if its settings are those of the script. Steps, data and results are those of a run that was never stopped.
 """
 

@@ -71,7 +71,7 @@ class CheckpointWriter:
     def init_sha256(self) -> str | None:
         """SHA-256 of the file of the adapters' initial tensors, which is written if it is not there; None without any.
 
-        A run cannot be resumed or merged without that file.
+        A run is of no use without that file.
         """
         if not self.model.initial_tensors:
             return None
