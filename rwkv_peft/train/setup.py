@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from rwkv_peft.ops import dispatch
 
 from . import optim, report, resume, run_forms
 from .checks import InitFrom, OpenedFiles, check_init, open_files, read_questions
-from .data_setup import TrainData, ValData, plan_run, plan_stream, plan_validation
+from .data_setup import Log, TrainData, ValData, plan_run, plan_stream, plan_validation
 from .run_record import RunSettings, options_of, script_values
 
 # what to do where a file of a run, or its folder, has changed
@@ -41,8 +41,6 @@ RESUME_ADVICE = (
 )
 RESTART_ADVICE = "Run it again when nothing writes to the file any more."  # where nothing is saved in any case
 MOST_NAME = 80  # characters of a mixture's names in the name of a run
-
-Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
