@@ -56,7 +56,7 @@ from rwkv_peft.model.arch import Geometry, linear_layers, shapes
 from rwkv_peft.preprocess.config import TokenizeConfig
 from rwkv_peft.preprocess.tokenize import tokenize
 from rwkv_peft.text import tokenizer
-from rwkv_peft.text.preset_names import template
+from rwkv_peft.text.preset_names import find_template
 from rwkv_peft.text.template import Message, Role
 from rwkv_peft.train.callbacks.lisa import Lisa  # noqa: F401 (as above)
 from rwkv_peft.train.module import TrainingModule  # noqa: F401
@@ -237,7 +237,7 @@ def ask(root: Path, adapter: str) -> dict:
     torch.set_num_threads(1)
     settings = chat.ChatConfig("base.pth", adapter, "rwkv-world", "", LONGEST, 0.0, 1.0, 1, "bf16")
     model = load.load_chat_model(settings, False)[0]
-    form = template("rwkv-world")
+    form = find_template("rwkv-world")
     facts, _, unseen = material()
 
     def prompt(question: str) -> str:

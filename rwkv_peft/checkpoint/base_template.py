@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rwkv_peft.common.errors import SettingErrors, UserError
-from rwkv_peft.text.preset_names import recorded, recorded_name
+from rwkv_peft.text.preset_names import recorded_name, recorded_template
 from rwkv_peft.text.presets import PRESETS
 from rwkv_peft.text.template import Template
 
@@ -40,7 +40,7 @@ def find_base_template(base: Path) -> BaseTemplate:
     """Return the template of a base model. The file `base` need not exist."""
     sidecar = read_base_sidecar(base)
     try:
-        template = recorded(sidecar, str(base))
+        template = recorded_template(sidecar, str(base))
     except (SettingErrors, UserError):  # reported where the sidecar itself is read
         template = None
     if template:

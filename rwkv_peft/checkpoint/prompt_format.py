@@ -13,7 +13,7 @@ from typing import Any
 from rwkv_peft.common.atomic_io import write_json
 from rwkv_peft.common.errors import SettingErrors, UserError
 from rwkv_peft.text import tokenizer
-from rwkv_peft.text.preset_names import recorded, recorded_name
+from rwkv_peft.text.preset_names import recorded_name, recorded_template
 from rwkv_peft.text.roles import Role
 from rwkv_peft.text.template import ENDINGS, Ending, Message, Template
 
@@ -136,7 +136,7 @@ def read_prompt_format(sidecar: Mapping[str, Any], where: str, base: Path) -> Pr
         UserError: the template cannot be used.
     """
     try:
-        form = recorded(sidecar, where)
+        form = recorded_template(sidecar, where)
     except SettingErrors as problems:
         words = "; ".join(problem.message for problem in problems.problems)
         raise UserError(f"{where}: its prompt_type {recorded_name(sidecar)!r}: {words}") from None

@@ -46,7 +46,7 @@ from rwkv_peft.common import bus_error
 from rwkv_peft.common.errors import SettingErrors, UserError
 from rwkv_peft.common.file_watch import FileWatch
 from rwkv_peft.config.shell import parse_value, run_cli, setting
-from rwkv_peft.text.preset_names import recorded, recorded_name, template
+from rwkv_peft.text.preset_names import find_template, recorded_name, recorded_template
 from rwkv_peft.text.presets import PRESETS
 from rwkv_peft.text.template import ENDINGS, Dialogue, Message, Template, split_thought, tidy_answer
 from rwkv_peft.text.tokenizer import END_OF_DOC
@@ -112,7 +112,7 @@ def command(config: ChatConfig, typed: list[str]) -> None:
     if was_typed:
         check_template(config.prompt_type, f"--prompt-type {config.prompt_type}")
     elif config.prompt_type != AUTO:
-        template(config.prompt_type)  # an unknown name is reported before a model is loaded
+        find_template(config.prompt_type)  # an unknown name is reported before a model is loaded
     in_use = FileWatch("it was opened", "Start ./chat.sh again when nothing writes to the file any more.")
     with bus_error.handle_bus_error(in_use.exit_if_truncated), in_use.explaining():
         talk_with_model(config, prompt, raw, base_was_named, was_typed, accept_edited, in_use)
@@ -175,14 +175,14 @@ def form_to_talk_in(asked: str, was_typed: bool, sidecar: Mapping[str, Any], nam
         base: Its file, or that of the base below it.
     """
     try:
-        trained = recorded(sidecar, f"{name} (its .json)")
+        trained = recorded_template(sidecar, f"{name} (its .json)")
     except SettingErrors as errors:
         if was_typed:
-            return template(asked)
+            return find_template(asked)
         which = f"{name} was trained with PROMPT_TYPE={sidecar['prompt_type']}, which"
         raise UserError(f"{which} {errors.problems[0].message}.") from None
     trained_with = trained and (recorded_name(sidecar) or trained.name)
-    form = template(asked) if asked != AUTO else trained or find_base_template(base).template
+    form = find_template(asked) if asked != AUTO else trained or find_base_template(base).template
     if trained and was_typed and trained != form:
         say(
             f"warning: --prompt-type {asked}, but {name} was trained with PROMPT_TYPE={trained_with}: it may not end its answers."
@@ -206,7 +206,7 @@ def say(words: str) -> None:
 def check_template(name: str, who: str) -> None:
     """UserError if there is no such template. who: what asks for it, where it is not the script."""
     try:
-        template(name)
+        find_template(name)
     except SettingErrors as errors:
         raise UserError(f"{who} {errors.problems[0].message}.") from None
 
@@ -291,7 +291,7 @@ def once(model, config: ChatConfig, asked: PromptFormat, prompt: str, raw: bool,
     if not raw:
         system = [Message(Role.SYSTEM, config.system)] if config.system.strip() else []
         messages = [*system, Message(Role.USER, text)]
-        if word := form.holds_reserved(Dialogue(tuple(messages))):
+        if word := form.find_reserved(Dialogue(tuple(messages))):
             raise UserError(
                 f"--prompt or SYSTEM holds {word}, which ends a turn in PROMPT_TYPE={form.name}: ask without it."
             )
@@ -370,7 +370,7 @@ def talk(model, config: ChatConfig, asked: PromptFormat, name: str, in_use: File
         [Message(Role.SYSTEM, config.system)] if config.system.strip() else [],
         form.patterns[Role.ASSISTANT].lead,
     )
-    if word := form.holds_reserved(Dialogue(tuple(start))):
+    if word := form.find_reserved(Dialogue(tuple(start))):
         raise UserError(f"SYSTEM holds {word}, which ends a turn in PROMPT_TYPE={form.name}: write it without.")
     messages, known, state = list(start), 0, None
     while True:
@@ -390,7 +390,7 @@ def talk(model, config: ChatConfig, asked: PromptFormat, name: str, in_use: File
         if word in ("/help", "/?"):
             print(COMMANDS)
             continue
-        if word := form.holds_reserved(Dialogue((Message(Role.USER, question),))):
+        if word := form.find_reserved(Dialogue((Message(Role.USER, question),))):
             print(f"{word} ends a turn in PROMPT_TYPE={form.name}: ask without it.")
             continue
         in_use.must_be_unchanged()

@@ -195,7 +195,7 @@ def show_rows(pair: IndexedPair, roles: IndexedPair | None, number: int) -> None
         said = np.fromfile(roles.bin, np.uint8, shown, offset=place) if roles else roles_in_text(ids, spans_of_text)
         print(f"\nrow {row:,}: {plural(size, 'token')}{f', the first {shown:,}' if shown < size else ''}")
         trained = np.concatenate([[False], target_weights(said, "qa") > 0]) if len(ids) else said
-        text = tokenizer.marked(ids.tolist(), trained.tolist())
+        text = tokenizer.mark_trained(ids.tolist(), trained.tolist())
         if len(text) > SHOWN_CHARACTERS:
             text = f"{text[:SHOWN_CHARACTERS]} ... ({plural(len(text) - SHOWN_CHARACTERS, 'character')} more)"
         print("\n".join(f"  {line}" for line in text.split("\n")))

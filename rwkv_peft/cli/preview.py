@@ -91,5 +91,5 @@ def show(file: str, line: int, ids: np.ndarray, roles: np.ndarray, marks: dict[s
     learnt = roles == Role.ASSISTANT
     print(f"\n--- {file}:{line}: {plural(len(ids), 'token')}, {int(learnt.sum())} of them learnt")
     parts = [slice(None)] if len(ids) <= MOST else [slice(MOST // 2), slice(-MOST // 2, None)]
-    texts = [tokenizer.marked(ids[part].tolist(), learnt[part].tolist(), **marks) for part in parts]
+    texts = [tokenizer.mark_trained(ids[part].tolist(), learnt[part].tolist(), **marks) for part in parts]
     print(f"\n... {plural(len(ids) - MOST, 'token')} ...\n".join(texts))

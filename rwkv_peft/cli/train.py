@@ -5,7 +5,7 @@ usage: ./training.sh [--dry-run] [--new] [--accept-edited] | --find-lr | --find-
   --dry-run   check everything, print the plan and two samples with what is trained marked, and stop
   --new       begin a new run, also where the newest one was stopped and could go on
   --accept-edited  begin with a checkpoint (lora_load and its like) whose .json was edited since its run wrote it
-  --find-lr   try rising learning rates for some steps, and show which ones the settings bear
+  --find-lr   try rising learning rates for some steps, and report which ones the settings bear
   --find-batch  the largest MICRO_BSZ that fits the GPU
   --selftest  compare all that could compute on this machine (OP) with the definition, and stop
   --help      this text

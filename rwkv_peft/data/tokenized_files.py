@@ -105,7 +105,7 @@ def read_form(prefix: Path) -> Form | None:
     recorded = {"template": report.get("template"), "prompt_type": name}
     name = preset_names.recorded_name(recorded)
     try:
-        return Form(name, eot, preset_names.recorded(recorded, paths.display_path(path)))
+        return Form(name, eot, preset_names.recorded_template(recorded, paths.display_path(path)))
     except (SettingErrors, UserError):
         if recorded["template"] is not None:
             raise

@@ -39,7 +39,7 @@ from rwkv_peft.common.paths import display_path
 from rwkv_peft.model import arch
 from rwkv_peft.model.arch import Geometry
 from rwkv_peft.text import tokenizer
-from rwkv_peft.text.chat_template import jinja
+from rwkv_peft.text.chat_template import to_jinja
 
 from .cast import fitted, numbers
 from .inputs import must_be_model
@@ -289,7 +289,7 @@ def add_prompting(writer, prompting: PromptFormat) -> None:
     writer.add_eot_token_id(others[0] if others else eos)
     if len(others) > 1:
         writer.add_eom_token_id(others[1])
-    writer.add_chat_template(jinja(prompting.template, prompting.ending, prompting.bos))
+    writer.add_chat_template(to_jinja(prompting.template, prompting.ending, prompting.bos))
     writer.add_string("rwkv_peft.prompt", json.dumps(prompting.describe(), ensure_ascii=False))
 
 

@@ -26,7 +26,7 @@ from rwkv_peft.common.names import describe_fault, escape_invisible
 from rwkv_peft.common.parallel_io import parallel_map
 from rwkv_peft.export import EXPORTS
 from rwkv_peft.model.arch import STATE_NAME, Geometry
-from rwkv_peft.text.preset_names import recorded, recorded_name
+from rwkv_peft.text.preset_names import recorded_name, recorded_template
 
 from . import fold, inputs, legacy
 from .by_rows import by_rows
@@ -165,7 +165,7 @@ def alike(one: dict, other: dict, keys: Sequence[str]) -> bool:
     # (what an older version did not write was no)
     with contextlib.suppress(UserError):  # (a template that cannot be read is not like another)
         if "template" in keys and one.get("template") and other.get("template"):
-            return recorded(one, "one") == recorded(other, "the other")
+            return recorded_template(one, "one") == recorded_template(other, "the other")
     return all((one.get(key) or 0) == (other.get(key) or 0) for key in keys)
 
 
@@ -360,7 +360,7 @@ def sidecar_or_empty(path: Path) -> dict:
         sidecar = sidecar | {"prompt_type": name, "eot": sidecar.get("eot") or "doc"}
         with contextlib.suppress(SettingErrors):  # (a file of the user's that is gone)
             if sidecar.get("template") is None and (
-                form := recorded(sidecar, paths.display_path(sidecars.sidecar_path(path)))
+                form := recorded_template(sidecar, paths.display_path(sidecars.sidecar_path(path)))
             ):
                 sidecar["template"] = form.to_dict()
     return sidecar

@@ -14,7 +14,7 @@ from rwkv_peft.checkpoint.base_template import AUTO, find_base_template, is_g1_n
 from rwkv_peft.common import paths
 from rwkv_peft.common.errors import SettingError, SettingErrors, UserError
 from rwkv_peft.config.shell import MOST, parse_assignments, setting
-from rwkv_peft.text.preset_names import template
+from rwkv_peft.text.preset_names import find_template
 
 from . import encodings
 from .keys import columns
@@ -58,9 +58,9 @@ class TokenizeConfig:
         """Return the errors that concern several variables. given: the values that are sound, None where one is not."""
         errors = []
         roles = functools.partial(columns, "")
-        for check, value in ((template, given.prompt_type), (columns, given.map_keys), (roles, given.role_map)):
+        for check, value in ((find_template, given.prompt_type), (columns, given.map_keys), (roles, given.role_map)):
             try:
-                if value is not None and not (check is template and value == AUTO):
+                if value is not None and not (check is find_template and value == AUTO):
                     check(value)
             except SettingErrors as problems:
                 errors += problems.problems
@@ -105,7 +105,7 @@ def settled(config: TokenizeConfig, base: Path | None = None) -> tuple[TokenizeC
         if known.trained:
             why += f", which was trained with {name}"
             try:
-                fits = template(name) == known.template
+                fits = find_template(name) == known.template
             except (SettingErrors, UserError):
                 fits = False
             if not fits:
@@ -125,7 +125,7 @@ def base_of_training() -> Path | None:
 def recipe(config: TokenizeConfig, end_of_doc: bool) -> EncodeConfig:
     """How rows become tokens under these settings."""
     limits = Limits(config.max_tokens, config.source_length, config.target_length, config.overlong)
-    form = template(config.prompt_type)
+    form = find_template(config.prompt_type)
     return EncodeConfig(
         form, config.eot, end_of_doc, config.handler, columns(config.map_keys, config.role_map), config.repair,
         config.expand, config.mask_history, limits, config.convert_headings, form.begins_with_zero(config.bos),

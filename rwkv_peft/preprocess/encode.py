@@ -16,7 +16,7 @@ import numpy as np
 from rwkv_peft.data.masking import roles_of_tokens
 from rwkv_peft.text import tokenizer
 from rwkv_peft.text.roles import Role
-from rwkv_peft.text.template import spans_of
+from rwkv_peft.text.template import to_spans
 
 from .foreign_headings import suspects
 from .schemas import RowError
@@ -59,7 +59,7 @@ def encode_row(pieces: Pieces, end_of_doc: bool, bos: bool = False) -> Tokens:
     if end_of_doc:
         tokens = [*tokens, tokenizer.END_OF_DOC]
     ids = np.array(tokens, dtype=np.uint16)
-    row = Tokens(ids, roles_of_tokens(tokenizer.token_lengths()[ids], spans_of(*pieces), end_of_doc))
+    row = Tokens(ids, roles_of_tokens(tokenizer.token_lengths()[ids], to_spans(*pieces), end_of_doc))
     return with_bos(row) if bos else row
 
 

@@ -414,7 +414,7 @@ class RowEncoder:
     def check_writable(self, schema: str, dialogue: Dialogue) -> None:
         """RowError for a dialogue that this template cannot write."""
         template = self.template
-        if word := template.holds_reserved(dialogue):
+        if word := template.find_reserved(dialogue):
             raise RowError(
                 f"holds {word}",
                 f"holds {word}, which is a border in PROMPT_TYPE={template.name}: write another sign, or take another template",

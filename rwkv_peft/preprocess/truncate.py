@@ -81,7 +81,7 @@ class Cut(NamedTuple):
 def cut_turns(template: Template, dialogue: Dialogue, ending: Ending, limits: Limits) -> Cut:
     """The dialogue with every turn within its limit. TooLong if the policy is to drop, or nothing would be left."""
     end_of_doc = ending.token
-    messages = list(template.with_system(dialogue))
+    messages = list(template.add_system(dialogue))
     whole = Pieces(*template.render(Dialogue(tuple(messages)), ending))
     while True:
         pieces = Pieces(*template.render(Dialogue(tuple(messages)), ending))

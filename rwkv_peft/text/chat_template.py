@@ -245,7 +245,7 @@ def _add_cue(form: Template) -> str:
     )
 
 
-def jinja(form: Template, ending: Ending = ENDINGS["doc"], bos: bool = False) -> str:
+def to_jinja(form: Template, ending: Ending = ENDINGS["doc"], bos: bool = False) -> str:
     """Return the chat template.
 
     Args:

@@ -15,7 +15,7 @@ from .presets import BEFORE, PRESETS
 from .template import Template
 
 
-def template(name: str) -> Template:
+def find_template(name: str) -> Template:
     """Return a template.
 
     Args:
@@ -47,7 +47,7 @@ def recorded_name(record: Mapping[str, Any], key: str = "prompt_type") -> str:
     return name if record.get("template") is not None else BEFORE.get(name, name)
 
 
-def recorded(record: Mapping[str, Any], where: str, key: str = "prompt_type") -> Template | None:
+def recorded_template(record: Mapping[str, Any], where: str, key: str = "prompt_type") -> Template | None:
     """Return the template that a sidecar or NAME.report.json records, or None.
 
     Its content ("template") counts; its name only if the record has no content, as older versions of this kit wrote it.
@@ -69,4 +69,4 @@ def recorded(record: Mapping[str, Any], where: str, key: str = "prompt_type") ->
             raise UserError(
                 f"{where}: its template {error}. Was the file edited, or made by a newer version?"
             ) from None
-    return template(name) if name else None
+    return find_template(name) if name else None

@@ -332,7 +332,7 @@ class Template:
         texts = (*self.stop_words, ENDINGS["x17"].answer, *sorted(before + h for h in headings if h.strip()))
         return tuple(dict.fromkeys(texts))
 
-    def holds_reserved(self, dialogue: Dialogue) -> str:
+    def find_reserved(self, dialogue: Dialogue) -> str:
         """Return a reserved text that a dialogue contains, or ""."""
         if not self.reserved:
             return ""
@@ -361,7 +361,7 @@ class Template:
         texts: list[str] = []
         roles: list[Role] = []
 
-        messages = self.with_system(dialogue)
+        messages = self.add_system(dialogue)
         if self.user_cue:
             messages = self._add_cues(messages, open_answer)
         if self.format_prefix:
@@ -411,7 +411,7 @@ class Template:
             roles.append(Role.HEADING)
         return texts, roles
 
-    def with_system(self, dialogue: Dialogue) -> Sequence[Message]:
+    def add_system(self, dialogue: Dialogue) -> Sequence[Message]:
         """Return the messages with the template's own system text where there is none, and with the tools in it."""
         messages = dialogue.messages
         if self.json_style == "line" and any(message.role is Role.TOOL for message in messages):
@@ -534,7 +534,7 @@ def _join_results(messages: Sequence[Message]) -> tuple[Message, ...]:
     return tuple(joined)
 
 
-def spans_of(texts: Sequence[str], roles: Sequence[Role]) -> list[Span]:
+def to_spans(texts: Sequence[str], roles: Sequence[Role]) -> list[Span]:
     """Return consecutive byte spans of rendered pieces."""
     spans, at = [], 0
     for text, role in zip(texts, roles, strict=True):

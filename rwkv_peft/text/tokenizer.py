@@ -77,7 +77,9 @@ def decode_bytes(ids: Iterable[int]) -> bytes:
     return b"".join(table[i] for i in ids)
 
 
-def marked(ids: Sequence[int], trained: Sequence[bool], begin: str = "[[", end: str = "]]", separator: str = "") -> str:
+def mark_trained(
+    ids: Sequence[int], trained: Sequence[bool], begin: str = "[[", end: str = "]]", separator: str = ""
+) -> str:
     r"""Decode ids for display, with marks around every run of trained ones. The text cannot control a terminal.
 
     Args:

@@ -36,8 +36,8 @@ class InitFrom:
         start: initial tensors of its adapters, None for none. Only PiSSA has them, and can start a new run with them alone.
     """
 
-    path: Path | None
-    start: Path | None
+    path: Path | None = None
+    start: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,14 @@ class OpenedFiles:
         geometry: of the base model.
         tokenized: prefixes and weights of the tokenized files; none with STREAMING=1.
         stream: file or folder of rows; None without STREAMING=1.
-        init: what a new run is initialised with, None for nothing.
+        init: what a new run is initialised with.
     """
 
     tensors: Mapping[str, pth.TensorInfo]
     geometry: Geometry
     tokenized: list[tuple[Path, Fraction]]
     stream: Path | None
-    init: InitFrom | None
+    init: InitFrom
 
     @property
     def names(self) -> list[str]:
@@ -102,9 +102,9 @@ def open_files(config: TrainConfig, base: Path, is_new: bool) -> OpenedFiles:
     for name in [stream.name] if stream else [prefix.name for prefix, _ in tokenized]:
         if odd := describe_fault(name):  # the run, and more, gets this name
             errors.append(SettingError("DATA_PATH", f"this name {odd}; rename the files"))
-    init = None
+    init = InitFrom()
     try:
-        init = _find_init(config) if is_new else None
+        init = _find_init(config) if is_new else init
     except SettingErrors as problems:
         errors += problems.problems
     if errors or not opened:
@@ -152,12 +152,12 @@ def _layer_errors(config: TrainConfig, geometry: Geometry) -> list[SettingError]
     return []
 
 
-def _find_init(config: TrainConfig) -> InitFrom | None:
+def _find_init(config: TrainConfig) -> InitFrom:
     """What a *_load variable names; SettingErrors if it does not exist, or is not a checkpoint."""
     load = METHODS[config.method].load
     name = script_values(config)[load] if load else ""
     if not name:
-        return InitFrom(None, _find_start(config, None)) if config.pissa_init else None
+        return InitFrom(start=_find_start(config, None) if config.pissa_init else None)
     try:
         path = run_dir.find_checkpoint(name)
         pth.read_header(path)

@@ -21,25 +21,14 @@ from rwkv_peft.common.file_watch import FileWatch
 from rwkv_peft.config.shell import MOST, Script, parse_assignments
 from rwkv_peft.config.strategies import STRATEGIES
 from rwkv_peft.config.train import TrainConfig
-from rwkv_peft.data import vocabulary_check
+from rwkv_peft.data import tokenized_files, vocabulary_check
 from rwkv_peft.data.buckets import Buckets, make_buckets
 from rwkv_peft.data.dataset import ITEM_MODES, Batch, Batches, TokenDataset
 from rwkv_peft.data.masking import Markers
 from rwkv_peft.data.sampling import AUTO_CTX_LIMIT, Plan
 from rwkv_peft.data.streaming import Stream
 from rwkv_peft.data.token_source import TokenSource
-from rwkv_peft.data.tokenized_files import (
-    Form,
-    data_files,
-    detect_bos,
-    effective_mask,
-    has_blank_lines,
-    missing_data,
-    open_sources,
-    read_form,
-    roles_in_text,
-    unescape_marker,
-)
+from rwkv_peft.data.tokenized_files import Form, data_files, effective_mask, read_form
 from rwkv_peft.preprocess import files as row_files
 from rwkv_peft.preprocess import reader
 from rwkv_peft.preprocess.config import TokenizeConfig, recipe, settled
@@ -137,7 +126,7 @@ def plan_run(
     epoch_steps = config.epoch_steps if isinstance(config.epoch_steps, int) else None
     plan = data.make_plan(epoch_steps, micro_bsz, config.mini_bsz, config.processes)
     forms = tuple(dict.fromkeys(form for prefix, _ in files if (form := read_form(prefix))))
-    bos_by_file = {prefix: detect_bos(prefix) for prefix, _ in files}
+    bos_by_file = {prefix: tokenized_files.detect_bos(prefix) for prefix, _ in files}
     facts = data.facts()
     most_tokens = min(plan.most_tokens(data.ctx_len), facts.tokens)
     in_pack = most_tokens * facts.documents // max(facts.tokens, 1)
@@ -157,7 +146,7 @@ def plan_run(
         forms,
         functools.partial(_content_of_files, files, watch=watch),
         tuple(sorted({bos for bos, _ in bos_by_file.values()})),
-        any(has_blank_lines(prefix) for prefix, _ in files),
+        any(tokenized_files.has_blank_lines(prefix) for prefix, _ in files),
     )
 
 
@@ -217,7 +206,7 @@ def plan_validation(
         return None
     if config.val_data == "auto":
         for prefix in [Path(f"{prefix}.valid") for prefix, _ in trained]:
-            if missing_data(prefix):
+            if tokenized_files.missing_data(prefix):
                 missing.append(prefix.stem)
                 continue
             file = (prefix, Fraction(1))
@@ -306,7 +295,9 @@ def plan_stream(config: TrainConfig, source: Path, vocab_size: int, log: Log, wa
     micro_bsz = config.micro_bsz if isinstance(config.micro_bsz, int) else max(1, AUTO_BATCH_TOKENS // ctx_len)
     rows = config.max_steps * micro_bsz * config.mini_bsz * config.processes
     plan = Plan(rows, None, micro_bsz, config.mini_bsz, config.processes)
-    markers = Markers(unescape_marker(config.mask_start), unescape_marker(config.mask_end))
+    markers = Markers(
+        tokenized_files.unescape_marker(config.mask_start), tokenized_files.unescape_marker(config.mask_end)
+    )
     chosen = row_files.chosen(source, tokenizing.valid_split)
     watch.add(chosen.train)
     for note in chosen.notes:
@@ -329,7 +320,11 @@ def plan_stream(config: TrainConfig, source: Path, vocab_size: int, log: Log, wa
         )
 
     def batches(rank: int, first: int) -> Stream:
-        find = functools.partial(roles_in_text, find_spans=markers.spans) if config.loss_mask == "se" else None
+        find = (
+            functools.partial(tokenized_files.roles_in_text, find_spans=markers.spans)
+            if config.loss_mask == "se"
+            else None
+        )
         return Stream(source, stream.documents, make_data, find, vocab_size, ctx_len, plan, rank, first)
 
     return TrainData(
@@ -370,4 +365,4 @@ def _open_sources(config: TrainConfig, files: Tokenized, vocab_size: int, log: L
         wrong = [words for prefix, _ in files if (words := vocabulary_check.describe_vocabulary_problem(Path(prefix)))]
         if wrong:
             raise SettingErrors(*(SettingError("DATA_PATH", f"{words}; {advice}") for words in wrong))
-    return open_sources(files, config.loss_mask, config.mask_start, config.mask_end, vocab_size, log)
+    return tokenized_files.open_sources(files, config.loss_mask, config.mask_start, config.mask_end, vocab_size, log)

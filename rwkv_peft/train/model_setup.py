@@ -67,14 +67,13 @@ def make_train_model(run: RunSetup, cleanup: contextlib.ExitStack, log: Callable
     """
     config, base, state, dtype = run.config, run.base, run.state, hardware.DTYPES[run.compute.precision]
     base_model.check_model(base.path, base.geometry)
-    if run.init_path:
-        base_model.check_finite(run.init_path, pth.read_header(run.init_path))
+    init = run.resume.init
+    if init.path:
+        base_model.check_finite(init.path, pth.read_header(init.path))
     torch.manual_seed(config.seed)
     base_file = cleanup.enter_context(pth.PthReader(base.path)) if run.method.saves_model else None
     model = build(base.geometry, pth.load(base.path), run.compute.ops, dtype, RECOMPUTE[config.grad_cp])
-    start_file = run.resume.init.start if run.resume.init else None
-    if state:
-        start_file = run_dir.init_file(run.run_dir, config.method)
+    start_file = run_dir.init_file(run.run_dir, config.method) if state else init.start
     start = pth.load(start_file) if start_file and start_file.is_file() else None
     deferred: Later | None = {} if run.compute.sharding.weights_in_pieces else None
     device = hardware.local_device(run.process.local)
@@ -83,11 +82,11 @@ def make_train_model(run: RunSetup, cleanup: contextlib.ExitStack, log: Callable
     if config.method == "lisa":
         lisa = Lisa(model, config.parts, config.lisa_r, config.lisa_k, config.seed, dtype)
         lisa.follow(0)
-    if run.init_path:
-        shown = paths.display_path(run.init_path)
-        inject.load_trained(model, pth.load(run.init_path), shown, deferred)
+    if init.path:
+        shown = paths.display_path(init.path)
+        inject.load_trained(model, pth.load(init.path), shown, deferred)
         log(f"starts from {shown} (what it has learnt; the optimizer starts anew)")
-        folder = run.init_path.resolve().parent
+        folder = init.path.resolve().parent
         if folder.parent == paths.OUTPUT and train_state.states_newest_first(folder):
             more = f"RUN_NAME={shlex.quote(folder.name)} and a larger EPOCH_COUNT"
             log(f"          {more} would go on with that run itself, optimizer, data and all, as if it had never ended")
@@ -132,9 +131,9 @@ def make_module(run: RunSetup, model: TrainModel) -> TrainingModule:
         config.chunk_ctx if config.train_type == "infctx" else None,
         config.infctx_grad,
         config.optim,
+        functools.partial(materialize, model.model, model.deferred),
+        inject.given(model.model, run.base.adapter),
     )
-    module.settle = functools.partial(materialize, model.model, model.deferred)
-    module.given = inject.given(model.model, run.base.adapter)
     # DistributedDataParallel does not broadcast these at the start: every rank has read them from the base's file
     ignored = [f"model.{name}" for name, _ in model.model.named_parameters() if module.given(name)]
     # (torch's stub allows tensors and modules only)

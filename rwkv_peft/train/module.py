@@ -29,6 +29,8 @@ class TrainingModule(pl.LightningModule):
         chunk_ctx: Tokens that go through at once (infctx), None for all of a micro-batch.
         infctx_grad: See infctx.py.
         optim: A key of specs.OPTIMS.
+        settle: Makes the parameters whose names begin with its argument, where that was deferred until they are sharded.
+        given: Returns whether a parameter, by its name in the model, is what the base's file has.
     """
 
     def __init__(
@@ -47,6 +49,8 @@ class TrainingModule(pl.LightningModule):
         chunk_ctx: int | None = None,
         infctx_grad: str = "detach",
         optim: str = "adamw",
+        settle: Callable[[str], None] = lambda prefix: None,
+        given: Given = lambda name: False,
     ):
         super().__init__()
         self.model, self.groups, self.steps, self.spread = model, groups, steps, spread
@@ -55,9 +59,7 @@ class TrainingModule(pl.LightningModule):
         self.chunk_ctx, self.infctx_grad, self.optim = chunk_ctx, infctx_grad, optim
         self.shares: list[Tensor] = []  # of the step's loss so far, one of each micro-batch of this process
         self.grad_norm: Tensor | None = None
-        # makes the parameters whose names begin so, where that was left until they are cut into pieces
-        self.settle: Callable[[str], None] = lambda prefix: None
-        self.given: Given = lambda name: False  # (nothing was said of the model's file)
+        self.settle, self.given = settle, given
         self.skipped = False  # the step changes nothing: its gradient is no number
 
     def training_step(self, batch: Batch, _index: int) -> Tensor:

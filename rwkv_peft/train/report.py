@@ -343,7 +343,7 @@ def print_samples(sequences: Iterator, most: int) -> None:
         number = len(seen) + 1
         seen.add(tokens.tobytes())
         print(f"\n--- sample {number}: {plural(len(tokens), 'token')}, {int(weights.sum())} trained")
-        print(tokenizer.marked(tokens.tolist(), [False, *(weights > 0).tolist()], begin, end))
+        print(tokenizer.mark_trained(tokens.tolist(), [False, *(weights > 0).tolist()], begin, end))
         if len(seen) == most:
             break
 

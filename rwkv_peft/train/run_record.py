@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import pytorch_lightning
+import torch
+
 from rwkv_peft import __version__
-from rwkv_peft.adapters.specs import METHODS, Method
+from rwkv_peft.adapters.hf_peft import read_config
+from rwkv_peft.adapters.specs import METHODS
 from rwkv_peft.common import paths
 from rwkv_peft.config.train import TrainConfig
-from rwkv_peft.model.arch import NUMBERS, Geometry
+from rwkv_peft.data.tokenized_files import common_form
 
 if TYPE_CHECKING:
-    from rwkv_peft.data.buckets import Buckets
-
-    from .setup import BaseSetup
+    from .setup import RunSetup
 
 
 @dataclass(frozen=True)
@@ -27,51 +28,15 @@ class RunSettings:
 
     Attributes:
         config: the settings as the script has them.
-        run_name: name of the run's folder. Empty until the folder of a run without a name is chosen.
-        geometry: sizes of the base model.
-        ctx_len: most loss tokens of a row.
-        epoch_steps: micro-batches of an epoch.
-        micro_bsz: rows of a micro-batch.
-        buckets: edges and batch sizes of DATALOAD=bucket.
-        op: name of the kernels' backend.
-        precision: PRECISION, never auto.
+        values: every setting by its name in the script, resolved, as run.json has them.
         num_workers: processes that load data.
         emb_on_host: the embedding stays in the host's memory.
     """
 
     config: TrainConfig
-    run_name: str
-    geometry: Geometry
-    ctx_len: int
-    epoch_steps: int
-    micro_bsz: int
-    buckets: Buckets | None
-    op: str
-    precision: str
+    values: Mapping[str, Any]
     num_workers: int
     emb_on_host: bool
-
-    @property
-    def method(self) -> Method:
-        """What is known of the run's method."""
-        return METHODS[self.config.method]
-
-    @functools.cached_property
-    def values(self) -> Mapping[str, Any]:
-        """Every setting by its name in the script, as run.json has them."""
-        resolved: dict[str, Any] = {
-            "RUN_NAME": self.run_name, "MODEL_VERSION": NUMBERS[self.geometry.version], "N_LAYER": self.geometry.n_layer,
-            "EMBD_SIZE": self.geometry.n_embd, "VOCAB_SIZE": self.geometry.vocab_size, "CTX_LEN": self.ctx_len,
-            "EPOCH_STEPS": self.epoch_steps, "MICRO_BSZ": self.micro_bsz, "OP": self.op, "PRECISION": self.precision,
-            "STRATEGY": self.config.strategy_name, "NUM_WORKERS": self.num_workers, "EMB_ON_CPU": str(int(self.emb_on_host)),
-        }  # fmt: skip
-        if self.buckets:
-            edges, sizes = self.buckets.edges, self.buckets.sizes
-            resolved |= {
-                "TRAIN_LENGTHS": " ".join(map(str, edges)), "TRAIN_BATCH_SIZES": " ".join(map(str, sizes)),
-                "CTX_LEN": min(self.ctx_len, edges[-1]), "MICRO_BSZ": "auto",
-            }  # fmt: skip
-        return script_values(self.config) | resolved
 
 
 def script_values(config: TrainConfig) -> dict[str, Any]:
@@ -84,37 +49,24 @@ def options_of(config: TrainConfig) -> dict[str, Any]:
     values = script_values(config)
     options = {option: values[variable] for option, variable in METHODS[config.method].options.items()}
     if config.method == "peft":
-        from rwkv_peft.adapters.hf_peft import read_config  # heavy: settings are checked without torch
-
         options["config"] = read_config(paths.resolve_path(config.peft_config, "."))
     return options
 
 
-def describe_run(
-    config: TrainConfig,
-    base: BaseSetup,
-    fingerprint: Mapping[str, Any],
-    precision: str,
-    epoch: int,
-    step: int,
-    finished: bool,
+def describe_checkpoint(
+    run: RunSetup, fingerprint: Mapping[str, Any], epoch: int, step: int, finished: bool
 ) -> dict[str, Any]:
-    """Return the sidecar of a checkpoint.
+    """Return the sidecar of a checkpoint, without what identifies files of the run.
 
     Args:
-        config: settings of the run.
-        base: the base model and its adapters.
+        run: what is trained.
         fingerprint: of the base's file.
-        precision: PRECISION, never auto.
         epoch: number of the epoch, from 0.
         step: optimizer steps so far.
         finished: the epoch is finished.
     """
-    # heavy imports: settings are checked without them, to answer in a fraction of a second
-    import pytorch_lightning
-    import torch
-
-    method = METHODS[config.method]
+    config, base, train, method = run.config, run.base, run.data.train, run.method
+    form = common_form(train.forms)
     return {
         "method": config.method,
         **base.adapter.options,
@@ -127,7 +79,7 @@ def describe_run(
         "geometry": base.geometry.as_dict(),
         "quant": config.quantised,
         "quant_parts": list(config.quantised_parts),
-        "precision": precision,
+        "precision": run.compute.precision,
         "epoch": epoch,
         "epoch_finished": finished,
         "step": step,
@@ -137,6 +89,12 @@ def describe_run(
             "lightning": pytorch_lightning.__version__,
             "python": platform.python_version(),
         },
+        "prompt_type": form.prompt_type if form else None,
+        "eot": form.eot if form else None,
+        "template": form.template.to_dict() if form and form.template else None,
+        "quant_kept": list(base.adapter.quant_kept),
+        "bos": train.bos[0] if len(train.bos) == 1 else None,
+        "blank_lines": train.blank_lines,
     }
 
 

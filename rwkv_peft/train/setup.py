@@ -6,13 +6,13 @@ import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rwkv_peft.adapters import inject
-from rwkv_peft.adapters.specs import Method
+from rwkv_peft.adapters.specs import METHODS, Method
 from rwkv_peft.checkpoint import run_dir
 from rwkv_peft.checkpoint.pth import TensorInfo
 from rwkv_peft.checkpoint.train_state import TrainState
@@ -26,12 +26,12 @@ from rwkv_peft.distributed import strategy
 from rwkv_peft.distributed.launch import ProcessInfo, plugins
 from rwkv_peft.distributed.rendezvous import Rendezvous, facts_of
 from rwkv_peft.distributed.sharding import Sharding
-from rwkv_peft.model.arch import Geometry
+from rwkv_peft.model.arch import NUMBERS, Geometry
 from rwkv_peft.ops import dispatch
 
 from . import optim, report, resume, run_forms
 from .checks import InitFrom, OpenedFiles, check_init, open_files, read_questions
-from .data_setup import TrainData, ValData, plan_run, plan_stream, plan_validation
+from .data_setup import Log, TrainData, ValData, plan_run, plan_stream, plan_validation
 from .run_record import RunSettings, options_of, script_values
 
 # what to do where a file of a run, or its folder, has changed
@@ -41,8 +41,6 @@ RESUME_ADVICE = (
 )
 RESTART_ADVICE = "Run it again when nothing writes to the file any more."  # where nothing is saved in any case
 MOST_NAME = 80  # characters of a mixture's names in the name of a run
-
-Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -113,12 +111,12 @@ class ResumeSetup:
 
     Attributes:
         state: training state that the run is resumed from; None for a new run.
-        init: checkpoint that a new run is initialised with, None for none.
+        init: what a new run is initialised with.
         missing: checkpoint of the last finished epoch, if a resumed run should have it and has not.
     """
 
     state: TrainState | None
-    init: InitFrom | None
+    init: InitFrom
     missing: Path | None
 
 
@@ -152,7 +150,7 @@ class RunSetup:
     @property
     def method(self) -> Method:
         """What is known of the run's method."""
-        return self.settings.method
+        return METHODS[self.config.method]
 
     @property
     def plan(self) -> Plan:
@@ -169,15 +167,14 @@ class RunSetup:
         """Training state that the run is resumed from."""
         return self.resume.state
 
+    def owns_run_dir(self) -> bool:
+        """Return whether the folder of the run's name is still its own: it may have been renamed or replaced."""
+        return self.watch.is_there(self.run_dir)
+
     @property
     def is_trained(self) -> bool:
         """The run has done all its steps, and only a checkpoint is missing."""
         return self.state is not None and self.state.step == self.data.steps
-
-    @property
-    def init_path(self) -> Path | None:
-        """File of the checkpoint that a new run is initialised with."""
-        return self.resume.init.path if self.resume.init else None
 
 
 def prepare_run(
@@ -221,14 +218,15 @@ def prepare_run(
     compute = _prepare_compute(config, process, files.geometry)
     adapter = _adapter_config(config, state)
     fingerprint = None
-    if files.init:
-        if files.init.path and process.is_main:
-            what = config, files.geometry, adapter, base_path, files.init.path, files.init.start
-            fingerprint = check_init(*what, log, accept_edited, watch)
-        watch.add(path.resolve() for path in (files.init.path, files.init.start) if path)
+    init = files.init
+    if init.path and process.is_main:
+        what = config, files.geometry, adapter, base_path, init.path, init.start
+        fingerprint = check_init(*what, log, accept_edited, watch)
+    watch.add(path.resolve() for path in (init.path, init.start) if path)
     data = _prepare_data(config, files, questions, log, watch)
     base = BaseSetup(base_path, files.tensors, files.geometry, adapter, fingerprint)
-    settings = resolve(config, base, data, compute, state.run.name if state else config.run_name)
+    name = state.run.name if state else config.run_name
+    settings = resolve(config, base, data, compute, name)
     missing = _missing_checkpoint(config, state, data) if state else None
     if state and process.is_main:
         try:
@@ -248,15 +246,15 @@ def prepare_run(
         rendezvous.compare(facts_of(settings.values, fingerprint["sha256"], identity, state_files))
     stem = f"{'+'.join(files.names)[:MOST_NAME]}-{config.finetune_mode}"
     if process.is_main and not dry_run:
-        folder = _lock_run_dir(settings, stem, state, watch, cleanup)
+        folder = _lock_run_dir(name, stem, config.method, state, watch, cleanup)
     else:
-        folder = run_dir.new_run_dir(settings.run_name, stem)
+        folder = run_dir.new_run_dir(name, stem)
     return RunSetup(
-        dataclasses.replace(settings, run_name=folder.name),
+        dataclasses.replace(settings, values={**settings.values, "RUN_NAME": folder.name}),
         dataclasses.replace(base, fingerprint=fingerprint),
         data,
         compute,
-        ResumeSetup(state, files.init, missing),
+        ResumeSetup(state, init, missing),
         folder,
         watch,
     )
@@ -316,20 +314,20 @@ def resolve(config: TrainConfig, base: BaseSetup, data: DataSetup, compute: Comp
         not {"emb", "emb.weight"} & trained and not compute.sharding.memory_in_pieces,
         geometry.vocab_size * geometry.n_embd * hardware.DTYPES[compute.precision].itemsize,
     )
-    is_gpu, workers = hardware.device_kind() == "cuda", config.num_workers
-    return RunSettings(
-        config,
-        run_name,
-        geometry,
-        data.train.ctx_len,
-        plan.micro_batches,
-        plan.micro_bsz,
-        data.train.buckets,
-        compute.ops.name,
-        compute.precision,
-        workers if isinstance(workers, int) else int(is_gpu),
-        is_on_host,
-    )
+    workers = config.num_workers if isinstance(config.num_workers, int) else int(hardware.device_kind() == "cuda")
+    resolved: dict[str, Any] = {
+        "RUN_NAME": run_name, "MODEL_VERSION": NUMBERS[geometry.version], "N_LAYER": geometry.n_layer,
+        "EMBD_SIZE": geometry.n_embd, "VOCAB_SIZE": geometry.vocab_size, "CTX_LEN": data.train.ctx_len,
+        "EPOCH_STEPS": plan.micro_batches, "MICRO_BSZ": plan.micro_bsz, "OP": compute.ops.name,
+        "PRECISION": compute.precision, "STRATEGY": config.strategy_name, "NUM_WORKERS": workers,
+        "EMB_ON_CPU": str(int(is_on_host)),
+    }  # fmt: skip
+    if buckets := data.train.buckets:
+        resolved |= {
+            "TRAIN_LENGTHS": " ".join(map(str, buckets.edges)), "TRAIN_BATCH_SIZES": " ".join(map(str, buckets.sizes)),
+            "CTX_LEN": min(data.train.ctx_len, buckets.edges[-1]), "MICRO_BSZ": "auto",
+        }  # fmt: skip
+    return RunSettings(config, script_values(config) | resolved, workers, is_on_host)
 
 
 def _missing_checkpoint(config: TrainConfig, state: TrainState, data: DataSetup) -> Path | None:
@@ -354,17 +352,17 @@ def _check_resume(
 
 
 def _lock_run_dir(
-    settings: RunSettings, stem: str, state: TrainState | None, watch: FileWatch, cleanup: contextlib.ExitStack
+    name: str, stem: str, method: str, state: TrainState | None, watch: FileWatch, cleanup: contextlib.ExitStack
 ) -> Path:
     """Lock the run's folder until the end of the training."""
-    folder = run_dir.lock_run_dir(settings.run_name, stem, cleanup, state is not None)
+    folder = run_dir.lock_run_dir(name, stem, cleanup, state is not None)
     watch.watch_folder(folder)
     if state:
         resume.check_unchanged(state)
     else:
         cleanup.callback(run_dir.remove_empty_run, folder, functools.partial(watch.is_there, folder))
         # of a run that was stopped before it saved anything
-        run_dir.init_file(folder, settings.config.method).unlink(missing_ok=True)
+        run_dir.init_file(folder, method).unlink(missing_ok=True)
     resume.export_state(state)
     return folder
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import sys
 
@@ -21,11 +20,10 @@ from .setup import RunSetup
 def start_watchers(run: RunSetup, loggers: RunLoggers, cleanup: contextlib.ExitStack) -> tuple[Watchdog, RunContext]:
     """Start the watchdog and the watch of the run's files, and make the context of the callbacks."""
     config, process, folder, watch = run.config, run.process, run.run_dir, run.watch
-    owns_run_dir = functools.partial(watch.is_there, folder)
 
     def remove_partial_files() -> None:
         if process.is_main:
-            run_dir.remove_partial_files(folder, owns_run_dir)
+            run_dir.remove_partial_files(folder, run.owns_run_dir)
 
     parent = os.getppid() if process.launched_by_us else None
     watchdog = Watchdog(
@@ -48,7 +46,7 @@ def start_watchers(run: RunSetup, loggers: RunLoggers, cleanup: contextlib.ExitS
         folder,
         loggers.log,
         stop,
-        owns_run_dir,
+        run.owns_run_dir,
         StepClock(loggers.step_records[-1]["seconds"] if loggers.step_records else 0.0),
         RunProgress(facts.get("tokens", 0), facts.get("in_a_row", 0)),
     )

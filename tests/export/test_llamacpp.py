@@ -23,7 +23,7 @@ from rwkv_peft.cli import merge
 from rwkv_peft.model.generate import advance, generate
 from rwkv_peft.model.rwkv import build
 from rwkv_peft.text import tokenizer
-from rwkv_peft.text.chat_template import WORLD_LAYOUT, jinja
+from rwkv_peft.text.chat_template import WORLD_LAYOUT, to_jinja
 from rwkv_peft.text.presets import PRESETS
 from rwkv_peft.text.roles import Role
 from rwkv_peft.text.template import Message
@@ -93,7 +93,7 @@ def test_llama_cpp_makes_the_ids_of_our_tokenizer(tmp_path):
 
 def test_older_clients_of_llama_cpp_find_their_built_in_template_by_ours():
     """Those have no Jinja: they look for a mark in the template and take a layout of their own."""
-    made = json.loads(llama("", "template", jinja(PRESETS["rwkv-world"])).split("RESULT")[1])
+    made = json.loads(llama("", "template", to_jinja(PRESETS["rwkv-world"])).split("RESULT")[1])
     assert made == WORLD_LAYOUT
 
 

@@ -112,7 +112,7 @@ def test_no_result_of_a_merge_gets_such_a_name(name):
 @pytest.mark.parametrize("name", ["a\nb.json", "my.json ", "my.json:x\u202e", "-my.json"])
 def test_no_template_has_such_a_name(name):
     with pytest.raises(SettingErrors, match="PROMPT_TYPE: (holds|begins)"):
-        preset_names.template(name)
+        preset_names.find_template(name)
 
 
 def test_a_message_never_tells_the_terminal_what_to_do(capsys):
@@ -143,7 +143,7 @@ def test_a_link_that_leads_nowhere_is_called_that(links):
         with pytest.raises(UserError, match=f"model/{name}: {told}"):
             pth.read_header(paths.resolve_model(name))
     with pytest.raises(SettingErrors, match=f"my.json: {loop}"):
-        preset_names.template("my.json")
+        preset_names.find_template("my.json")
     with pytest.raises(SettingErrors) as found:
         train.command(config(MODEL_PATH="self.pth", DATA_PATH="one"), ["--dry-run"])
     assert all(loop in problem.message and "did you mean" not in problem.message for problem in found.value.problems)

@@ -163,5 +163,5 @@ def test_concat_puts_one_zero_between_rows_that_begin_and_end_with_it():
 
 def test_a_preview_tells_the_zero_in_front_from_the_end():
     ids = [0, *tokenizer.encode("Hi"), 0]
-    assert tokenizer.marked(ids, [False] * len(ids)) == "<bos>Hi<end>"
-    assert tokenizer.marked([0], [False]) == "<end>"
+    assert tokenizer.mark_trained(ids, [False] * len(ids)) == "<bos>Hi<end>"
+    assert tokenizer.mark_trained([0], [False]) == "<end>"

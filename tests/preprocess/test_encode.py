@@ -21,7 +21,7 @@ from rwkv_peft.preprocess.values import RowError
 from rwkv_peft.text import tokenizer
 from rwkv_peft.text.presets import PRESETS
 from rwkv_peft.text.roles import Role
-from rwkv_peft.text.template import ENDINGS, spans_of
+from rwkv_peft.text.template import ENDINGS, to_spans
 
 
 def learnt(cooked) -> list[str]:
@@ -231,7 +231,7 @@ def test_ids_are_the_encoding_of_the_whole_text_and_a_token_is_learnt_if_its_byt
     ids, roles = encode_row(pieces, end_of_doc=True)
     whole = "".join(pieces.texts)
     assert ids.tolist() == [*tokenizer.encode(whole), 0]
-    spans, at = spans_of(*pieces), 0
+    spans, at = to_spans(*pieces), 0
     for token, role in zip(ids[:-1].tolist(), roles[:-1].tolist(), strict=True):
         end = at + len(tokenizer.token_bytes()[token])
         touched = any(s.start < end and at < s.end for s in spans if s.role is A)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rwkv_peft.preprocess.schemas import Reader
 from rwkv_peft.text import template_file
-from rwkv_peft.text.chat_template import cleaning_macro, jinja, literal
+from rwkv_peft.text.chat_template import cleaning_macro, literal, to_jinja
 from rwkv_peft.text.presets import PRESETS
 from rwkv_peft.text.template import ENDINGS, Template, clean, clean_answer, normalize_line_ends, tidy, tidy_answer
 
@@ -41,7 +41,7 @@ def environment():
 
 @functools.cache
 def compiled(form, eot, bos):
-    return environment().from_string(jinja(form, ENDINGS[eot], bos))
+    return environment().from_string(to_jinja(form, ENDINGS[eot], bos))
 
 
 def rendered(form, eot, messages, tools=None, bos=False, ask=True):

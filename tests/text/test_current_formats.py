@@ -14,7 +14,7 @@ from rwkv_peft.preprocess.truncate import Limits
 from rwkv_peft.text import template_file, tokenizer
 from rwkv_peft.text.presets import PRESETS
 from rwkv_peft.text.roles import Role
-from rwkv_peft.text.template import Dialogue, Message, clean_answer, spans_of, split_thought, tidy_answer
+from rwkv_peft.text.template import Dialogue, Message, clean_answer, split_thought, tidy_answer, to_spans
 from rwkv_peft.text.turns import spans_of_text
 
 S, U, A, T = Role.SYSTEM, Role.USER, Role.ASSISTANT, Role.TOOL
@@ -62,7 +62,7 @@ def test_a_ready_text_of_the_bot_format_has_the_turns_of_a_rendered_one(name):
     texts, roles = PRESETS["rwkv-g1-bot"].render(
         Dialogue((Message(S, "s"), Message(U, "User: a"), Message(A, "b。\n\nc"), Message(U, "d"), Message(A, "e")))
     )
-    assert spans_of_text("".join(texts).encode(), form.headings) == spans_of(texts, roles)
+    assert spans_of_text("".join(texts).encode(), form.headings) == to_spans(texts, roles)
 
 
 def test_the_turns_of_ready_texts_under_hashes_are_found():
@@ -279,7 +279,7 @@ def test_a_template_of_ones_own_may_have_all_of_this(tmp_path):
     path.write_text(json.dumps(content), encoding="utf-8")
     form = template_file.load(path)
     assert "".join(form.render(Dialogue((Message(U, "q"), Message(A, "a", think="t"))))[0]) == "U✿q (think)✿\nA✿[t]a✿"
-    assert form.holds_reserved(Dialogue((Message(U, "✿"),))) == "✿"
+    assert form.find_reserved(Dialogue((Message(U, "✿"),))) == "✿"
     for wrong, words in (
         ({"json_style": "x"}, "json_style: must be one of line, compact, indent"),
         ({"reserved": "✿"}, "reserved: must be a list of texts"),

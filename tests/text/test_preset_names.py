@@ -8,7 +8,7 @@ import pytest
 from rwkv_peft.common.errors import SettingErrors, UserError
 from rwkv_peft.data.tokenized_files import Form, common_form, read_form
 from rwkv_peft.text import presets
-from rwkv_peft.text.preset_names import recorded
+from rwkv_peft.text.preset_names import recorded_template
 from rwkv_peft.text.presets import PRESETS
 from rwkv_peft.text.template import Template
 
@@ -32,30 +32,30 @@ def test_a_template_comes_back_from_json_as_it_was(name):
 )
 def test_a_recorded_template_that_cannot_be_read_is_named(change, words):
     with pytest.raises(UserError) as error:
-        recorded({"template": PRESETS["rwkv-g1"].to_dict() | change}, "rwkv-0.json")
+        recorded_template({"template": PRESETS["rwkv-g1"].to_dict() | change}, "rwkv-0.json")
     assert words in str(error.value) and "rwkv-0.json" in str(error.value)
 
 
 @pytest.mark.parametrize("content", [{}, {"name": "x"}, [], 7])
 def test_what_is_no_template_is_refused_in_words(content):
     with pytest.raises(UserError, match="its template"):
-        recorded({"template": content}, "rwkv-0.json")
+        recorded_template({"template": content}, "rwkv-0.json")
 
 
 def test_the_content_counts_more_than_the_name():
     written = dataclasses.replace(PRESETS["rwkv-g1"], format_user="Q: {{content}}")
-    assert recorded({"template": written.to_dict(), "prompt_type": "rwkv-world"}, "x") == written
-    assert recorded({"prompt_type": "rwkv-world"}, "x") == PRESETS["rwkv-world"]
-    assert recorded({"prompt_type": None}, "x") is None
+    assert recorded_template({"template": written.to_dict(), "prompt_type": "rwkv-world"}, "x") == written
+    assert recorded_template({"prompt_type": "rwkv-world"}, "x") == PRESETS["rwkv-world"]
+    assert recorded_template({"prompt_type": None}, "x") is None
     with pytest.raises(SettingErrors):
-        recorded({"prompt_type": "gone.json"}, "x")
+        recorded_template({"prompt_type": "gone.json"}, "x")
 
 
 def test_a_name_in_a_file_of_an_older_version_means_what_it_meant_then(monkeypatch):
     monkeypatch.setitem(presets.BEFORE, "rwkv-g1", "rwkv-qa")
-    assert recorded({"prompt_type": "rwkv-g1"}, "x") == PRESETS["rwkv-qa"]
+    assert recorded_template({"prompt_type": "rwkv-g1"}, "x") == PRESETS["rwkv-qa"]
     told = {"prompt_type": "rwkv-g1", "template": PRESETS["rwkv-g1"].to_dict()}
-    assert recorded(told, "x") == PRESETS["rwkv-g1"]
+    assert recorded_template(told, "x") == PRESETS["rwkv-g1"]
 
 
 def test_the_report_of_tokenized_data_holds_their_template(tmp_path):

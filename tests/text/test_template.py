@@ -10,7 +10,7 @@ from rwkv_peft.common.errors import UserError
 from rwkv_peft.text import template_file, tokenizer
 from rwkv_peft.text.presets import PRESETS
 from rwkv_peft.text.roles import Role
-from rwkv_peft.text.template import ENDINGS, Dialogue, Message, clean, spans_of
+from rwkv_peft.text.template import ENDINGS, Dialogue, Message, clean, to_spans
 from rwkv_peft.text.turns import overlooked_heading, spans_of_text
 
 WORLD = PRESETS["rwkv-world"]
@@ -191,7 +191,7 @@ def test_reading_a_world_text_back_finds_the_same_turns(turns):
     texts, roles = WORLD.render(Dialogue(tuple(Message(role, content) for role, content in turns)))
     data = "".join(texts).encode("utf-8", "ignore")
     if data == "".join(texts).encode("utf-8", "surrogatepass"):
-        assert spans_of_text(data) == spans_of(texts, roles)
+        assert spans_of_text(data) == to_spans(texts, roles)
 
 
 @settings(max_examples=200, deadline=None)

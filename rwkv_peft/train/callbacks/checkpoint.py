@@ -22,13 +22,12 @@ from rwkv_peft.common import hashing, paths
 from rwkv_peft.common.atomic_io import check_disk_space, remove_path, remove_stale_temps, temp_path
 from rwkv_peft.common.errors import UserError, describe_nonfatal
 from rwkv_peft.common.file_watch import FileChanged
-from rwkv_peft.data.tokenized_files import common_form
 from rwkv_peft.distributed.sharding import gather_to_main
 from rwkv_peft.train.context import RunContext
 from rwkv_peft.train.loss_plot import draw_loss
 from rwkv_peft.train.model_setup import TrainModel
 from rwkv_peft.train.module import TrainingModule
-from rwkv_peft.train.run_record import describe_run, script_values
+from rwkv_peft.train.run_record import describe_checkpoint, script_values
 from rwkv_peft.train.setup import RunSetup
 
 from .metrics import TOO_HIGH
@@ -72,7 +71,7 @@ class CheckpointWriter:
     def init_sha256(self) -> str | None:
         """SHA-256 of the file of the adapters' initial tensors, which is written if it is not there; None without any.
 
-        A run cannot be resumed or merged without that file.
+        A run is of no use without that file.
         """
         if not self.model.initial_tensors:
             return None
@@ -106,7 +105,7 @@ class CheckpointWriter:
         try:
             yield
         finally:
-            if not self.run.watch.is_there(self.run.run_dir):
+            if not self.run.owns_run_dir():
                 for made in (train_state.state_folder(self.run.run_dir), self.run.run_dir):
                     with contextlib.suppress(OSError):  # it is not there, or not empty
                         made.rmdir()
@@ -144,7 +143,11 @@ class CheckpointWriter:
         def change(name: str) -> Callable[[Any], Tensor] | None:
             return (lambda _: read_finite(name)) if name in trained else None
 
-        sidecar = self._describe(epoch, step, finished)
+        sidecar = describe_checkpoint(run, self.fingerprint, epoch, step, finished)
+        if not run.config.streaming:
+            sidecar["data"] = [[file["name"], file["sha256"]] for file in self.data_identity.result()["files"]]
+        if self.model.initial_tensors:
+            sidecar["start_sha256"] = self.init_sha256
         # both are renamed when both are complete: until then the disk may be full, and the earlier pair stays
         fresh, fresh_sidecar = temp_path(path), temp_path(sidecar_path)
         with self._in_own_folder():
@@ -161,22 +164,6 @@ class CheckpointWriter:
                 remove_path(fresh)
                 remove_path(fresh_sidecar)
         return Path(paths.display_path(path))
-
-    def _describe(self, epoch: int, step: int, finished: bool) -> dict:
-        """Return the sidecar of a checkpoint."""
-        run, data = self.run, self.run.data.train
-        sidecar = describe_run(run.config, run.base, self.fingerprint, run.compute.precision, epoch, step, finished)
-        form = common_form(data.forms)
-        sidecar["prompt_type"], sidecar["eot"] = (form.prompt_type, form.eot) if form else (None, None)
-        sidecar["template"] = form.template.to_dict() if form and form.template else None
-        sidecar["quant_kept"] = list(run.base.adapter.quant_kept)
-        sidecar["bos"] = data.bos[0] if len(data.bos) == 1 else None
-        sidecar["blank_lines"] = data.blank_lines
-        if not run.config.streaming:
-            sidecar["data"] = [[file["name"], file["sha256"]] for file in self.data_identity.result()["files"]]
-        if self.model.initial_tensors:
-            sidecar["start_sha256"] = self.init_sha256
-        return sidecar
 
 
 class CheckpointSaver:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import sys
@@ -212,15 +211,14 @@ def open_loggers(run: RunSetup, cleanup: contextlib.ExitStack, log: Callable[[st
     if missing := step_log.find_new_gaps(gaps, state.facts.get("gaps")) if state else []:
         log(f"warning   loss.jsonl has no record of {step_log.describe_gaps(missing)}; loss.png shows the gap")
     progress = Progress(run.data.steps, run.config.epoch_count, step_records, hardware.peak_memory, done)
-    owns_run_dir = functools.partial(run.watch.is_there, folder)
-    loss_file = LossFile(folder / step_log.FILE, progress.log, owns_run_dir)
+    loss_file = LossFile(folder / step_log.FILE, progress.log, run.owns_run_dir)
     for logger in (loss_file, progress):
         cleanup.callback(logger.close)
     ids = {"wandb": state.facts["wandb"], **state.facts.get("trackers", {})} if state else {}
     trackers = []
     for name, project in run.config.trackers.items():
         values = run.settings.values
-        tracker = Tracker(name, project, folder, values, progress.log, ids.get(name), done, owns_run_dir)
+        tracker = Tracker(name, project, folder, values, progress.log, ids.get(name), done, run.owns_run_dir)
         trackers.append(tracker)
         cleanup.callback(tracker.close)
 
@@ -229,7 +227,7 @@ def open_loggers(run: RunSetup, cleanup: contextlib.ExitStack, log: Callable[[st
         now = {tracker.name: tracker.id for tracker in trackers}
         return {"wandb": now.get("wandb"), "trackers": now, "gaps": gaps}
 
-    val_file = validation.ValidFile(folder / validation.FILE, owns_run_dir)
+    val_file = validation.ValidFile(folder / validation.FILE, run.owns_run_dir)
     return RunLoggers(
         progress.log,
         val_records,

@@ -14,7 +14,7 @@ from fuzz import mutate
 from fuzz.harness import Harness, sound
 from rwkv_peft.checkpoint.prompt_format import PromptFormat, quote_for_bash
 from rwkv_peft.text import template_file
-from rwkv_peft.text.chat_template import jinja
+from rwkv_peft.text.chat_template import to_jinja
 from rwkv_peft.text.roles import Role
 from rwkv_peft.text.template import ENDINGS, Dialogue, Message, Template
 from rwkv_peft.text.turns import overlooked_heading, spans_of_text
@@ -74,7 +74,7 @@ class It(Harness):
             sound(
                 all(told["stop"]) and all(0 <= i < 65536 for i in told["stop_token_ids"]), "stops that are none", told
             )
-        source = jinja(form, ENDINGS["doc"], False)
+        source = to_jinja(form, ENDINGS["doc"], False)
         try:
             made = self.environment.from_string(source).render(
                 messages=[{"role": "user", "content": "Hi"}], add_generation_prompt=True, bos_token="", tools=None
