@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from rwkv_peft.common.formatting import did_you_mean, join_names
 from rwkv_peft.common.paths import describe_missing, display_path
 from rwkv_peft.model.layers import Linear
 
-from .base import Adapter, compute_dtype, device_of
+from .base import Adapter, AnyLinear, compute_dtype, device_of
 
 INSTALL = pip_command('"peft==0.21.*"')
 NAME = "default"  # peft's name for an unnamed adapter; it is part of its tensors' names
@@ -137,7 +137,7 @@ def read_config(path: str | Path) -> dict:
                 f"{where}: take {setting} out of this file. Which layers are adapted is said in training.sh, and all of "
                 "them in the same way."
             )
-    known = config_class(name).__dataclass_fields__
+    known = {field.name for field in fields(config_class(name))}
     for setting in config:
         if setting not in known:
             meant = did_you_mean(setting, known)
@@ -186,6 +186,8 @@ class PeftLayer(Adapter):
     tensors = tuple(dict.fromkeys(n for method in METHODS.values() for n in method.trained))
     start = tuple(dict.fromkeys(n for method in METHODS.values() for n in method.start))
     row_axes = None
+    inner: Any  # peft's layer
+    stand: Stand
 
     def __init__(self, linear: Linear, config: dict, start: dict[str, Tensor] | None = None):
         super().__init__(linear)
@@ -202,13 +204,14 @@ class PeftLayer(Adapter):
         self.lent = {leaf(n): n for n in inside}
         self.plain = tuple(plain)
         for name, tensor in inside.items():
-            if is_trained(tensor):
+            if isinstance(tensor, nn.Parameter) and is_trained(tensor):
                 self.register_parameter(leaf(name), tensor)
             else:
                 self.register_buffer(leaf(name), tensor.detach(), persistent=False)
         for name, tensor in plain.items():
             self.register_buffer(name, tensor, persistent=False)
         for name in self.start if start is not None else ():
+            assert start is not None
             own = getattr(self, name)
             if name not in start or start[name].shape != own.shape:
                 raise UserError(f"What this {kind} run began with does not fit: {name} is missing or of another shape.")
@@ -249,9 +252,9 @@ class PeftLayer(Adapter):
         return {leaf(name): tuple(t.shape) for name, t in tensors_of(inner).items() if is_trained(t)}
 
     @classmethod
-    def starts(cls, config: dict) -> tuple[str, ...]:
+    def starts(cls, **options: Any) -> tuple[str, ...]:
         """Return the names of the start tensors."""
-        return METHODS[config["peft_type"]].start
+        return METHODS[options["config"]["peft_type"]].start
 
     @staticmethod
     def refusal(outputs: int, inputs: int, config: dict) -> str:
@@ -318,18 +321,22 @@ def must_keep_its_law(outputs: int, inputs: int, config: dict) -> None:
 class Stand(nn.Linear):
     """What peft takes for its base layer: asks the real one, in the dtype of the input that the adapter was given."""
 
+    linear: AnyLinear
+    inputs: torch.dtype
+    sums: torch.dtype
+
     def __init__(self, linear: Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.register_parameter("bias", None)
         self.lend(linear, torch.float32, torch.float32)
 
-    def lend(self, linear: Linear, inputs: torch.dtype, sums: torch.dtype) -> None:
+    def lend(self, linear: AnyLinear, inputs: torch.dtype, sums: torch.dtype) -> None:
         """Give the layer and dtypes of the next call."""
         self.__dict__.update(linear=linear, inputs=inputs, sums=sums)
 
-    @property
-    def weight(self) -> Tensor:
+    @property  # peft reads its base layer's weight, and nothing sets it
+    def weight(self) -> Tensor:  # type: ignore[override]
         """The layer's weight, in the dtype of the sums."""
         return self.linear.dense(self.sums).detach()
 
@@ -348,18 +355,19 @@ def peft_config(config: dict):
         raise UserError(f"peft does not take these settings: {error}") from None
 
 
-def config_class(name: str) -> type:
+def config_class(name: str) -> Any:
     """Return peft's configuration class of a method. Raises UserError if peft does not have it."""
     try:
+        from peft import PeftType
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
     except ModuleNotFoundError as error:
         raise UserError(f"FINETUNE_MODE=peft needs the package peft: {INSTALL}") from error
     if name not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise UserError(f"This version of peft has no {name}: {INSTALL}")
-    return PEFT_TYPE_TO_CONFIG_MAPPING[name]
+    return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(name)]
 
 
-def injected(linear: Linear, config: dict, device: torch.device) -> nn.Module:
+def injected(linear: nn.Linear | Linear, config: dict, device: torch.device) -> Any:
     """Peft's layer around this linear one, on this device."""
     settings = peft_config(config)
     from peft import inject_adapter_in_model
@@ -404,7 +412,7 @@ def as_kind(tensor: Tensor, kind: torch.dtype) -> Tensor:
     return tensor.to(kind) if tensor.is_floating_point() else tensor
 
 
-def probes(linear: Linear) -> Tensor:
+def probes(linear: AnyLinear) -> Tensor:
     """Return fixed random inputs of a layer, [PROBES, in]."""
     x = torch.randn(PROBES, linear.in_features, generator=torch.Generator().manual_seed(0))
     return x.to(device_of(linear))

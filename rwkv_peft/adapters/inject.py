@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from rwkv_peft.common.errors import UserError
 from rwkv_peft.model.arch import STATE_NAME, Geometry, linear_layers, shapes, state_shapes, whole_tensors
+from rwkv_peft.model.layers import Linear
 from rwkv_peft.model.rwkv import RWKV, fresh_state, set_state
 from rwkv_peft.quantize import QuantEmbedding, QuantLinear
 
-from .base import Adapter
+from .base import Adapter, AnyLinear
 from .deferred import Later
 from .registry import ADAPTERS
 from .specs import METHODS, PARTS
@@ -129,7 +130,8 @@ def change_layers(
     for name in (*linear_layers(model.geometry, PARTS), "head", "emb"):
         if name not in wrapped and name not in compressed:
             continue
-        module, mode = model.get_submodule(name), setup.quant if name in compressed else None
+        module: Any = model.get_submodule(name)
+        mode = setup.quant if name in compressed else None
         file = module.weight.detach()
         # a wider copy of what the file has can be made from what the adapter holds, as of any other weight
         copied = later is not None and mode is None and not takes_part(setup) and widens(file, keep)
@@ -176,26 +178,27 @@ def takes_part(setup: AdapterConfig) -> bool:
     return METHODS[setup.method].wraps and ADAPTERS[setup.method].changes_base
 
 
-def whole_layer(setup: AdapterConfig | None, linear: nn.Module, name: str, mode, keep, device, start) -> nn.Module:
+def whole_layer(setup: AdapterConfig | None, linear: AnyLinear, name: str, mode, keep, device, start) -> Any:
     """A layer with its adapter, if there is a setup, and its weight as it is kept. start: see `make`."""
     if setup is None:
         return frozen(linear, name, mode, keep, device)
     if not takes_part(setup):
         return make(setup, frozen(linear, name, mode, keep, device), start)
+    assert isinstance(linear, Linear), "it is compressed after the adapter has taken its part"
     linear.weight = nn.Parameter(linear.weight.detach().to(device), requires_grad=False)
     adapter = make(setup, linear, start)
     adapter.linear = frozen(adapter.linear, name, mode, keep, device)  # what is left of it
     return adapter
 
 
-def frozen_part(setup: AdapterConfig, linear: nn.Module, name: str, mode, keep, device, start) -> nn.Module:
+def frozen_part(setup: AdapterConfig, linear: AnyLinear, name: str, mode, keep, device, start) -> Any:
     """The frozen layer inside of `whole_layer`, once more. start: what its adapter began with."""
     if start and takes_part(setup):
         return whole_layer(setup, linear, name, mode, keep, device, start).linear
     return frozen(linear, name, mode, keep, device)
 
 
-def make(setup: AdapterConfig, linear: nn.Module, start: Mapping[str, Tensor] | None = None) -> Adapter:
+def make(setup: AdapterConfig, linear: AnyLinear, start: Mapping[str, Tensor] | None = None) -> Adapter:
     """Return an adapter of the setup's method on a layer. start: for a resumed run, what it began with, by leaf."""
     more: dict[str, Any] = {"dropout": setup.dropout} if METHODS[setup.method].dropout else {}
     more |= {"start": start} if start else {}
@@ -205,10 +208,11 @@ def make(setup: AdapterConfig, linear: nn.Module, start: Mapping[str, Tensor] | 
 def initial_tensors(setup: AdapterConfig, layer: str, start: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """What the adapter of a layer began with, by leaf."""
     leaves = ADAPTERS[setup.method].start
-    return {leaf: start[f"{layer}.{leaf}"] for leaf in leaves if f"{layer}.{leaf}" in (start or {})}
+    known = start or {}
+    return {leaf: known[f"{layer}.{leaf}"] for leaf in leaves if f"{layer}.{leaf}" in known}
 
 
-def frozen(module: nn.Module, name: str, mode: str | None, keep: torch.dtype | None, device) -> nn.Module:
+def frozen(module: Any, name: str, mode: str | None, keep: torch.dtype | None, device) -> Any:
     """The layer with its weight compressed, or converted to the dtype it is kept in. mode: of quantize, or None."""
     weight = module.weight.detach()
     if mode is None:
@@ -307,7 +311,8 @@ def sorted_by_place(names: Iterable[str], geometry: Geometry) -> tuple[dict[str,
     """A checkpoint's names: those of adapters by their layer (the leaves), the base's tensors, and states."""
     linears = set(linear_layers(geometry, PARTS))
     layers: dict[str, list[str]] = {}
-    whole, states = [], []
+    whole: list[str] = []
+    states: list[str] = []
     for name in names:
         layer, _, leaf = name.rpartition(".")
         if layer in linears and leaf != "weight":

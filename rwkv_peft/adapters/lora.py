@@ -63,10 +63,10 @@ def scale(rank: int, alpha: float, rslora: bool) -> float:
 
 def fresh_factors(linear: AnyLinear, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
     """A as torch draws linear layers (by the global generator), B zero."""
-    where = {"dtype": torch.float32, "device": device_of(linear)}
-    A = nn.Parameter(torch.empty(rank, linear.in_features, **where))
+    device = device_of(linear)
+    A = nn.Parameter(torch.empty(rank, linear.in_features, dtype=torch.float32, device=device))
     nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-    return A, nn.Parameter(torch.zeros(linear.out_features, rank, **where))
+    return A, nn.Parameter(torch.zeros(linear.out_features, rank, dtype=torch.float32, device=device))
 
 
 def scale_of(sidecar: Mapping[str, Any]) -> float:

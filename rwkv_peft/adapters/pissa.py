@@ -33,13 +33,14 @@ class Pissa(Adapter):
         """start: the factors of an earlier run, to go on from; without it, principal(W, rank, niter)."""
         super().__init__(linear)
         weight = linear.weight.detach()
-        if refused := self.refusal(*weight.shape, rank):
+        outputs, inputs = weight.shape
+        if refused := self.refusal(outputs, inputs, rank):
             raise UserError(f"The rank of PiSSA, {rank}, {refused}.")
         if start is None:
             A, B = principal(weight, rank, niter)
         else:
             A, B = (start[leaf].to(weight.device, torch.float32).clone() for leaf in self.start)
-        if {"lora_A": A.shape, "lora_B": B.shape} != self.shapes(*weight.shape, rank):
+        if {"lora_A": A.shape, "lora_B": B.shape} != self.shapes(outputs, inputs, rank):
             raise UserError(
                 f"What this PiSSA run began with ({list(A.shape)} and {list(B.shape)}) does not fit a layer of "
                 f"{linear.out_features} x {linear.in_features} and rank {rank}: it is of another base or rank."

@@ -289,8 +289,8 @@ def find_checkpoint(word: str, run: str = "", places: Sequence[str] = ("output",
         if not run and (paths.OUTPUT / word).is_dir():
             print(f"note: {word} is taken for an epoch; the run of that name is output/{word}", file=sys.stderr)
         return epoch_file(folder, word)
-    if folder := find_run_folder(word):
-        return checkpoint_file(folder)
+    if named := find_run_folder(word):
+        return checkpoint_file(named)
     for place in places:
         if (path := paths.resolve_path(word, place)).is_file():
             return path

@@ -80,12 +80,12 @@ def open_store(address: str, port: int, limit: float) -> Store:
             store = in_time(lambda: connect(LOOPBACK, port, limit, True), LATER * limit)
     except (RuntimeError, TimeoutError) as error:
         name = re.search(r"name: (E\w+)", str(error))
-        words = {
+        known = {
             "EADDRINUSE": "is in use on this machine, by another training or another program. Take another number, on all nodes",
             "EACCES": "may not be used with your rights, as numbers below 1024. Take a larger one, on all nodes",
         }
         reason = str(error).partition("\n")[0] or "no answer"
-        words_of_error = words.get(
+        words_of_error = known.get(
             name[1] if name else "", f"cannot be used here ({reason}). Take another number, on all nodes"
         )
         raise SettingErrors(SettingError("MASTER_PORT", words_of_error)) from None

@@ -6,6 +6,7 @@ Trained parameters are float32 and the model casts by itself, so DeepSpeed is co
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -40,7 +41,7 @@ BUCKET = 50_000_000  # values that are sent at once
 def config_of(strategy: Strategy, grad_clip: float) -> dict[str, Any]:
     """Return DeepSpeed's configuration. grad_clip: only where DeepSpeed has to clip."""
     # (threshold: of values, below which weights would stay whole; a block's come and go at once, whatever their size)
-    zero = {
+    zero: dict[str, Any] = {
         "stage": strategy.stage, "stage3_param_persistence_threshold": 0, "contiguous_gradients": True,
         "overlap_comm": torch.cuda.is_available(), "allgather_bucket_size": BUCKET, "reduce_bucket_size": BUCKET,
     }  # fmt: skip
@@ -120,13 +121,13 @@ class DeepSpeedZero(DeepSpeedStrategy):
         """
         model = module.model
         parts = {f"blocks.{number}.": block for number, block in enumerate(model.blocks)} | {"": model}
-        convert = None
+        convert: Callable[[list[nn.Parameter]], None] | None = None
         for prefix, part in parts.items():
             module.settle(prefix)
             codes_as_parameters(part)
-            fresh = [(n, p) for n, p in part.named_parameters(prefix[:-1]) if not is_zero_param(p)]
-            broadcast_params(fresh, module.given, self.root_device)
-            fresh = [parameter for _, parameter in fresh]
+            named = [(n, p) for n, p in part.named_parameters(prefix[:-1]) if not is_zero_param(p)]
+            broadcast_params(named, module.given, self.root_device)
+            fresh: list[Any] = [parameter for _, parameter in named]
             if convert:
                 convert(fresh)
             else:
@@ -147,8 +148,9 @@ class DeepSpeedZero(DeepSpeedStrategy):
         result = super().optimizer_step(optimizer, closure, model, **more)
         if last:
             done = self.deepspeed_engine.optimizer
-            self.lightning_module.grad_norm = torch.as_tensor(done._global_grad_norm).float().cpu()
-            self.lightning_module.skipped = done.overflow
+            module: Any = self.lightning_module
+            module.grad_norm = torch.as_tensor(done._global_grad_norm).float().cpu()
+            module.skipped = done.overflow
         return result
 
 
@@ -185,7 +187,7 @@ class ZeroSharding(Sharding):
     def clip(self, parameters: list[nn.Parameter], limit: float) -> None:
         """DeepSpeed does it within its step."""
 
-    def weights(self, parameters: Parameters) -> dict[str, LazyTensor]:
+    def weights(self, parameters: Mapping[str, Any]) -> dict[str, LazyTensor]:
         """Return the trained weights, to be gathered when they are read."""
         if not self.weights_in_pieces:
             return super().weights(parameters)
@@ -194,7 +196,7 @@ class ZeroSharding(Sharding):
             for name, p in parameters.items()
         }
 
-    def memory(self, optimizer, parameters: Parameters) -> tuple[dict[str, LazyTensor], dict[str, dict]]:
+    def memory(self, optimizer, parameters: Mapping[str, Any]) -> tuple[dict[str, LazyTensor], dict[str, dict]]:
         """Return the optimizer's moments and its other state."""
         flat = flat_parameters(optimizer)[0]
         if flat not in optimizer.optimizer.state:
@@ -255,7 +257,7 @@ def full_moment(parameter: nn.Parameter, key: str) -> Tensor:
     return safe_get_full_optimizer_state(parameter, key)
 
 
-def part_of(parameter: nn.Parameter, value: Tensor) -> Tensor:
+def part_of(parameter: Any, value: Tensor) -> Tensor:
     """Return this rank's share of a whole tensor, as stage 3 shards it: equal parts, the last one padded.
 
     DeepSpeed's own way to set a whole one fails where there is padding.

@@ -5,6 +5,8 @@ Lightning's own FSDP strategy needs a GPU.
 
 from __future__ import annotations
 
+from typing import Any
+
 from pytorch_lightning.strategies import DDPStrategy
 from torch import nn
 from torch.distributed import init_device_mesh
@@ -24,7 +26,8 @@ class FullyShard(DDPStrategy):
 
     def configure_ddp(self) -> None:
         """Shard the model, block by block."""
-        model = self.lightning_module.model
+        module: Any = self.lightning_module  # a TrainingModule, which is on a higher floor
+        model = module.model
         mesh = init_device_mesh(self.root_device.type, (self.world_size,))
 
         def along(parameter: nn.Parameter) -> Shard:
@@ -36,15 +39,15 @@ class FullyShard(DDPStrategy):
             return Shard(longest if parameter.shape[longest] % self.world_size == 0 else 0)
 
         for number, block in enumerate(model.blocks):
-            self.lightning_module.settle(f"blocks.{number}.")
+            module.settle(f"blocks.{number}.")
             codes_as_parameters(block)
             named = block.named_parameters(f"blocks.{number}")
-            broadcast_params(named, self.lightning_module.given, self.root_device)
+            broadcast_params(named, module.given, self.root_device)
             fully_shard(block, mesh=mesh, shard_placement_fn=along)
-        self.lightning_module.settle("")
+        module.settle("")
         codes_as_parameters(model)
         for name in ("emb", "ln_out", "head"):
             named = model.get_submodule(name).named_parameters(name)
-            broadcast_params(named, self.lightning_module.given, self.root_device)
+            broadcast_params(named, module.given, self.root_device)
         fully_shard(model, mesh=mesh, shard_placement_fn=along)
         register_fsdp_forward_method(model, "features")

@@ -56,8 +56,8 @@ def detect_launcher(config: TrainConfig, environment: Mapping[str, str]) -> Proc
     elif number(environment, "SLURM_STEP_NUM_TASKS") > 1:  # (srun's variables; sbatch's name only what may be used)
         nodes = max(1, number(environment, "SLURM_STEP_NUM_NODES"))
         there = number(environment, "SLURM_STEP_NUM_TASKS") // nodes
-        ranks = (number(environment, name) for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"))
-        place = ProcessInfo(*ranks, nodes, "srun")
+        rank, local, node = (number(environment, name) for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"))
+        place = ProcessInfo(rank, local, node, nodes, "srun")
     else:
         local = number(environment, "LOCAL_RANK")
         rank = config.node_rank * config.gpu_count + local

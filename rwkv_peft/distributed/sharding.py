@@ -29,7 +29,8 @@ ENOUGH = -1  # rank 0 needs no more tensors
 
 def lazy_tensor(tensor: Tensor) -> LazyTensor:
     """A tensor of one process, or one that torch has cut (DTensor)."""
-    get = tensor.detach().full_tensor if isinstance(tensor, DTensor) else tensor.detach
+    own = tensor.detach()
+    get = own.full_tensor if isinstance(own, DTensor) else tensor.detach
     return LazyTensor(tuple(tensor.shape), tensor.dtype, get)
 
 
@@ -153,7 +154,8 @@ class Sharding:
     def memory(self, optimizer: Optimizer, parameters: Parameters) -> tuple[dict[str, LazyTensor], dict[str, dict]]:
         """An optimizer's memory: tensors as PARAMETER/KEY, and by parameter what is no tensor."""
         name_of = {id(parameter): name for name, parameter in parameters.items()}
-        tensors, others = {}, {}
+        tensors: dict[str, LazyTensor] = {}
+        others: dict[str, dict] = {}
         for parameter, memory in optimizer.state.items():
             name = name_of[id(parameter)]
             for key, value in memory.items():

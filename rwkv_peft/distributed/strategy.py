@@ -6,6 +6,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from pytorch_lightning.plugins.precision import MixedPrecision
@@ -56,7 +57,9 @@ def trainer_arguments(precision: str, gpu_count: int, nodes: int, word: str, gra
             )
         )
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    made, plugins, spread = "auto", [], Sharding(strategy, gpu_count * nodes > 1)
+    made: Any = "auto"
+    plugins: list[Any] = []
+    spread = Sharding(strategy, gpu_count * nodes > 1)
     for words in NOISE:
         warnings.filterwarnings("ignore", words)
     if word == "ddp":

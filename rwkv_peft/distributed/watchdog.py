@@ -99,7 +99,7 @@ class Watchdog(pl.Callback):
         self.missed = dict.fromkeys(range(self.world), 0)
         self.beats = dict.fromkeys(range(self.world), 0)
         # (a connection of its own: the training waits on the other one)
-        self.store: Store = PrefixStore("watch", _get_default_store().clone())
+        self.store: Store = PrefixStore("watch", _get_default_store().clone())  # type: ignore[attr-defined]  # torch's stub lacks Store.clone
         self.start(self.beat)
         self.start(self.check)
 

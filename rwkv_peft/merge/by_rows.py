@@ -32,7 +32,9 @@ def by_rows(
 
         def rows(tensor: Tensor, block: slice) -> Tensor:
             some = [cut(part, name, block) for part in parts]
-            return (fold.average(some, weights, geometry) if weights else fold.in_turn(some, geometry))(name)(tensor)
+            update = (fold.average(some, weights, geometry) if weights else fold.in_turn(some, geometry))(name)
+            assert update is not None
+            return update(tensor)
 
         return RowwiseUpdate(rows, math.lcm(*(rows_together(part) for part in mine)))
 

@@ -7,8 +7,10 @@ weighted mean of their changes. Sums are float32 whatever the base is kept in; r
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,10 +73,10 @@ class MergeInput:
         taken = torch.zeros(())
         layer = self.layer(name)
         if layer and ADAPTERS[self.setup.method].changes_base:
-            linear = Linear(weight.shape[1], weight.shape[0])
+            linear: Any = Linear(weight.shape[1], weight.shape[0])
             linear.weight = nn.Parameter(weight, requires_grad=False)
             start = {leaf: layer[leaf] for leaf in ADAPTERS[self.setup.method].start}
-            rest = inject.make(self.setup, linear, start).linear.weight.detach()
+            rest = inject.make(self.setup, linear, start).linear.dense(torch.float32).detach()
             taken, weight = weight - rest, rest
         return (quantise(weight, self.setup.quant).dense(torch.float32) + taken).to(kind)
 
@@ -198,4 +200,4 @@ def added(parts: Sequence[MergeInput], weights: Sequence[float] | None) -> dict[
     names = parts[having[0]].states
     if any(set(parts[i].states) != set(names) for i in having):
         raise UserError(f"{parts[having[0]].where}: learns other states than the others do (state_shifts).")
-    return {n: sum(parts[i].tensors[n].float() * shares[i] for i in having) for n in names}
+    return {n: functools.reduce(torch.add, [parts[i].tensors[n].float() * shares[i] for i in having]) for n in names}

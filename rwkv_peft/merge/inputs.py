@@ -68,8 +68,8 @@ def checkpoint_files(words: Sequence[str], run: str, several: str = "") -> list[
     [word] = words
     if run:
         print(f"note: RUN={run} is not used, because {word} says which checkpoint is meant", file=sys.stderr)
-    folder = None if run_dir.is_epoch(word) else run_dir.find_run_folder(word)
-    return [last_of(folder) if folder else run_dir.find_checkpoint(word, places=PLACES)]
+    named = None if run_dir.is_epoch(word) else run_dir.find_run_folder(word)
+    return [last_of(named) if named else run_dir.find_checkpoint(word, places=PLACES)]
 
 
 def several_files(words: Sequence[str], run: str, option: str) -> list[Path]:

@@ -65,6 +65,7 @@ class OutputCheck:
         alone = self.low_rank(name)
 
         def rows(before: Tensor, block: slice) -> Tensor:
+            assert isinstance(make, RowwiseUpdate)
             if alone is not None and before.dtype.itemsize == 2:
                 return self.folded(name, alone, before, block)
             first = before.to(kind_of(before.dtype))
@@ -92,7 +93,9 @@ class OutputCheck:
     def folded(self, name: str, number: int, before: Tensor, block: slice) -> Tensor:
         """Merge and check rows of a weight with one kernel."""
         x, part = questions(before.shape[1], torch.float32), cut(self.parts[number], name, block)
-        made, exact, rounded, squares = self.ops.fold(before, *product_of(part, name), x)
+        factors = product_of(part, name)
+        assert factors is not None
+        made, exact, rounded, squares = self.ops.fold(before, factors[0], factors[1], x)
         theirs = answer(part, name, before, x, self.ops.linear)
         # (what the adapter changes is the difference of two sums in one order: in another, roundings would look like a change)
         self.off[name][number].add(theirs, self.ops.linear(x, before), exact, squares)
@@ -106,10 +109,13 @@ class OutputCheck:
         before, first: these rows as they are stored, and as sums are computed.
         """
         x = questions(first.shape[1], first.dtype)
-        stages = averaged if self.weights else in_turn
-        for number, weight, theirs, ours in stages(
-            name, first, made.to(first.dtype), parts, self.weights, self.geometry
-        ):
+        made_here = made.to(first.dtype)
+        stages = (
+            averaged(name, first, made_here, parts, self.weights, self.geometry)
+            if self.weights
+            else in_turn(name, first, made_here, parts, self.weights, self.geometry)
+        )
+        for number, weight, theirs, ours in stages:
             if theirs is not None:
                 squares = torch.stack([torch.linalg.vector_norm(w, dim=1).square() for w in (weight, ours)])
                 self.off[name][number].add(theirs, F.linear(x, weight), F.linear(x, ours), squares)

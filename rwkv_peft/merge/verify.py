@@ -67,6 +67,7 @@ def verify(base: Path, target: Path, answers: OutputCheck, added: Mapping[str, T
             except pth.CorruptCheckpoint:
                 return Checked(False)
 
+        assert new.zip is not None, "what was written is a zip file"
         for info in new.zip.infolist():  # torch needs more than tensors: versions, the list of them
             if not info.filename.startswith(f"{new.folder}data/"):
                 for _ in new.read(info, []):

@@ -13,6 +13,7 @@ import os
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from rwkv_peft import __version__
 from rwkv_peft.adapters.specs import METHODS
@@ -148,7 +149,7 @@ def describe(
     own |= {
         k: forms[0][k] for keys in FORM if all(alike(s, forms[0], keys) for s in forms) for k in keys if k in forms[0]
     }
-    how = {"weights": list(weights)} if weights else {}
+    how: dict[str, Any] = {"weights": list(weights)} if weights else {}
     if checkpoints[0].part.quantised:
         how["merge_base"] = "quantised"
     if len(checkpoints) == 1:
@@ -280,7 +281,8 @@ def writing_export(name: str, ending: str, in_use: FileWatch, own: bool = False)
     """
     first = merged_place(name, ending)
     remove_stale_temps(first)
-    fresh, placed = temp_path(first), []
+    fresh = temp_path(first)
+    placed: list[Path] = []
     remove_path(fresh)
     try:
         yield fresh, placed
@@ -327,6 +329,7 @@ def export(kind: str, source: Path, stem: str, geometry: Geometry, in_use: FileW
     for name in (kind, *EXPORTS[kind].also):
         one = EXPORTS[name]
         with writing_export(stem, one.ending, in_use, merged) as (fresh, placed):
+            assert one.write is not None, "a folder for peft is not made of a file"
             said = list(one.write(source, fresh, geometry, asked))
         [target] = placed
         asked.write(target)

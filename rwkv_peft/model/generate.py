@@ -22,7 +22,7 @@ def advance(model, ids: Sequence[int], state=None):
     rows, device = model.geometry.vocab_size, model.ln_out.weight.device
     if max(ids) >= rows:
         raise UserError(f"The model's vocabulary ends at {rows - 1}, but the text needs token {max(ids)}.")
-    x = None
+    x = torch.empty(0)
     for begin in range(0, len(ids), PREFILL):
         piece = torch.tensor([ids[begin : begin + PREFILL]], device=device)
         x, state = model.features(piece, state)
@@ -119,7 +119,8 @@ def likeliest_answer(
         bos: Begin with token 0.
     """
     ids = [END_OF_DOC] * bos + encode(form.prompt([Message(Role.USER, question)]))
-    said = generate(model, *advance(model, ids), most, 0.0, 1.0, 0, form.stops(), stop_tokens)
+    logits, state = advance(model, ids)
+    said = generate(model, logits, state, most, 0.0, 1.0, 0, form.stops(), stop_tokens)
     return form.opening + "".join(said)
 
 

@@ -116,6 +116,7 @@ class RWKV(nn.Module):
         zero, states = BlockState.zeros(sequences, self.geometry.n_head, self.geometry.head_size, like), []
         for block in self.blocks:
             state = BlockState(*zero.tensors())
+            assert isinstance(block, Block)
             for field, learnt in block.learnt_state().items():
                 like = getattr(state, field)
                 setattr(state, field, learnt.to(like.dtype).expand_as(like))

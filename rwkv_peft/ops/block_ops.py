@@ -101,7 +101,9 @@ def wkv7_block(
     in_heads = lambda z: z.view(T, heads, C // heads)  # noqa: E731
     # the logarithm of the decay, in the state's precision: near 1 a bfloat16 decay has only a few values
     w = LOG_DECAY_SCALE * torch.sigmoid(x.w.to(s0.dtype))
-    v = x.v if x.mix is None else x.v + (x.v_first - x.v) * torch.sigmoid(x.mix)
+    v = x.v
+    if x.mix is not None and x.v_first is not None:
+        v = v + (x.v_first - v) * torch.sigmoid(x.mix)
     a = torch.sigmoid(x.a)  # how much of the old value is replaced
     kk = F.normalize(in_heads(x.k * own.k_k), dim=-1, eps=1e-12)
     k = x.k * (1 + (a - 1) * own.k_a)

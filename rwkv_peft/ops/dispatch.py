@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from .lowrank_merge import Folded
 from .recompute import recomputable, recomputing
 
 # version -> backend -> function; the signatures are those of the definition in reference.py
-BACKENDS: dict[str, dict[str, Callable]] = {
+BACKENDS: dict[str, dict[str, Callable[..., Any]]] = {
     "x070": {
         "torch": torch_wkv7.wkv7,
         "cpu": cpu.wkv7,
@@ -48,7 +48,9 @@ BACKENDS: dict[str, dict[str, Callable]] = {
 for version in BACKENDS:
     if version not in reference.DEFINITIONS:
         raise TypeError(f"rwkv_peft/ops/reference.py: DEFINITIONS has no row for {version}")
-WKV = {version: {"reference": reference.DEFINITIONS[version], **row} for version, row in BACKENDS.items()}
+WKV: dict[str, dict[str, Callable[..., Any]]] = {
+    version: {"reference": reference.DEFINITIONS[version], **row} for version, row in BACKENDS.items()
+}
 
 # what runs on a kind of device and nowhere else
 OF_DEVICE = {"cpu": "cpu", "cuda": "cuda", "fla": "cuda"}
@@ -237,7 +239,10 @@ def what_is_right(ops: Ops, version: str, size: int) -> Ops:
     if ops.around is not block_ops:
         wkv = by_tokens(ops.name, "x070")
         _, wrong = check_kernel(
-            ops.name, "around", size, lambda *place: kernel_check.prove_around(ops.around, wkv, *place, size)
+            ops.name,
+            "around",
+            size,
+            lambda device, dtype: kernel_check.prove_around(ops.around, wkv, device, dtype, size),
         )
         if wrong:
             ops = replace(ops, around=block_ops, why=f"{ops.why}; the rest of a block on torch: {wrong}")
@@ -273,8 +278,9 @@ def check_kernel(name: str, what: str, size: int, prove: Callable) -> tuple[kern
         words = (str(error).splitlines() or [""])[0][:200]
         must_still_compute(name, words)
         return None, f"they do not run on this GPU ({type(error).__name__}: {words})"
-    good = check is None or check.passed
-    return check, "" if good else f"they are wrong on this GPU ({check.what}: {check.error:.1e})"
+    if check is None or check.passed:
+        return check, ""
+    return check, f"they are wrong on this GPU ({check.what}: {check.error:.1e})"
 
 
 def must_still_compute(name: str, words: str) -> None:

@@ -72,8 +72,9 @@ def inputs(version: str, kind: str, size: int = SIZE) -> list[Tensor]:
         return [r, w, k, v, normal(HEADS, size)]
     direction = torch.nn.functional.normalize(k[:, :1].expand(shape) if kind == "repeated" else k, dim=-1)
     replaced = torch.full(shape, 0.999, dtype=torch.float64) if kind == "repeated" else torch.sigmoid(normal(*shape))
-    w = {"random": -0.6065 * torch.sigmoid(normal(*shape)), "repeated": torch.full(shape, -1e-3, dtype=torch.float64)}
-    return [r, w.get(kind, torch.full(shape, -0.6065, dtype=torch.float64)), k, v, -direction, direction * replaced]
+    random = -0.6065 * torch.sigmoid(normal(*shape))
+    w = random if kind == "random" else torch.full(shape, -1e-3 if kind == "repeated" else -0.6065, dtype=torch.float64)
+    return [r, w, k, v, -direction, direction * replaced]
 
 
 def check_against_reference(
@@ -155,10 +156,12 @@ def prove_around(
     targets = torch.randint(V, (T,), generator=rng)
 
     def block(module, wkv, place, gates, own, s0):
-        return module.wkv7_block(wkv, Wkv7Inputs(*gates), Wkv7Params(*own), s0, where[place], AROUND_HEADS)
+        return module.wkv7_block(wkv, Wkv7Inputs._make(gates), Wkv7Params(*own), s0, where[place], AROUND_HEADS)
 
     def first_block(module, wkv, place, gates, own, s0):
-        return module.wkv7_block(wkv, Wkv7Inputs(*gates, None, None), Wkv7Params(*own), s0, where[place], AROUND_HEADS)
+        return module.wkv7_block(
+            wkv, Wkv7Inputs._make([*gates, None, None]), Wkv7Params(*own), s0, where[place], AROUND_HEADS
+        )
 
     def token_shift_mix(module, _wkv, place, x, before, shares):
         return module.token_shift_mix(x, before, list(shares), where[place])

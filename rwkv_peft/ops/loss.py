@@ -55,9 +55,9 @@ class LinearCrossEntropy(torch.autograd.Function):
             torch.mm(rows, head.T, out=logits[: len(rows)])
             more, slope = slopes(logits[: len(rows)], targets[begin : begin + size], need_x or need_weight)
             loss += more
-            if need_x:
+            if dx is not None:
                 torch.mm(slope, head, out=dx[begin : begin + size])
-            if need_weight:
+            if dweight is not None:
                 dweight += slope.T @ rows
         ctx.save_for_backward(*(t for t in (dx, dweight) if t is not None))
         ctx.need_x, ctx.need_weight, ctx.weight_dtype = need_x, need_weight, weight.dtype

@@ -43,4 +43,4 @@ def fold(weight: Tensor, B: Tensor, A: Tensor, x: Tensor) -> Folded:
     exact = torch.addmm(before, B, A)
     made = exact.to(weight.dtype)
     squares = torch.stack([before.square().sum(1), exact.square().sum(1)])
-    return Folded(made, *(F.linear(x, w) for w in (exact, made.to(x.dtype))), squares)
+    return Folded(made, F.linear(x, exact), F.linear(x, made.to(x.dtype)), squares)

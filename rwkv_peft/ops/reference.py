@@ -8,6 +8,7 @@ Sources: RWKV-LM/RWKV-v7/rwkv_v7_numpy.py, https://arxiv.org/abs/2503.14456 (wkv
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,4 +109,4 @@ def sequences(batch: int, tokens: int, cu_seqlens: Sequence[int] | None) -> list
 
 
 # version -> its definition
-DEFINITIONS = {"x070": wkv7, "x060": wkv6, "x052": wkv5}
+DEFINITIONS: dict[str, Callable[..., Any]] = {"x070": wkv7, "x060": wkv6, "x052": wkv5}

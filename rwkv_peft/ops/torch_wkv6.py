@@ -22,6 +22,7 @@ Letters: M chunks of all sequences, L tokens per chunk, H heads, N head size, X 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -148,7 +149,7 @@ class ChunkedWKV6(torch.autograd.Function):
         chunks, dtype = ctx.chunks, ctx.dtype
         rc, wc, kc, vc, dY = (laid_out(x, chunks, dtype) for x in (r, w, k, v, dy))
         bonus = bonus_of_chunks(u, chunks, dtype)
-        levels = []
+        levels: list[Any] = []
         tree = Tree(rc, wc, kc, bonus, levels)
         dYQ = by_head(dY.mT @ tree.q, r)
         whole = by_head(tree.whole, r)

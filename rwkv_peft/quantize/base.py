@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import abc
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ class Quantised(nn.Module, abc.ABC):
     shape: (out, in). width: in, plus what fills up the last block of a row where a format has blocks.
     """
 
-    def __init__(self, shape: tuple[int, int], width: int):
+    def __init__(self, shape: Sequence[int], width: int):
         super().__init__()
         self.shape, self.width = torch.Size(shape), width
 

@@ -22,6 +22,9 @@ TINY = torch.finfo(torch.float32).tiny  # the scale of a row of zeros: 0 / TINY 
 class Int8(Quantised):
     """codes [out, in] int8, scale [out, 1] float32."""
 
+    codes: Tensor
+    scale: Tensor
+
     def __init__(self, weight: Tensor):
         super().__init__(weight.shape, weight.shape[1])
         scale, codes = row_scale(weight, 127), torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
@@ -36,6 +39,9 @@ class Int8(Quantised):
 
 class Fp8(Quantised):
     """codes [out, in]: the bytes of float8_e4m3fn as uint8, which every operation and every backend takes; scale as above."""
+
+    codes: Tensor
+    scale: Tensor
 
     def __init__(self, weight: Tensor):
         super().__init__(weight.shape, weight.shape[1])

@@ -42,6 +42,11 @@ NAMES = {NF4: "nf4", FP4: "fp4"}  # for bitsandbytes
 class FourBit(Quantised):
     """codes [out, width / 2] uint8, scale_codes [out, width / 64] uint8, scale_max [groups] and scale_mean [1] float32."""
 
+    codes: Tensor
+    scale_codes: Tensor
+    scale_max: Tensor
+    scale_mean: Tensor
+
     def __init__(self, weight: Tensor, levels: tuple[float, ...]):
         outputs, inputs = weight.shape
         blocks = -(-inputs // BLOCK)
@@ -115,11 +120,11 @@ def dynamic(device: torch.device) -> Tensor:
 
     A level is the middle of its step. 0 and 1 are levels too, -1 is not: it would be the 257th.
     """
-    positive = []
+    steps = []
     for bits in range(7):
         edges = torch.linspace(0.1, 1, 2**bits + 1)
-        positive.append((edges[:-1] + edges[1:]) / 2 * 10.0 ** (bits - 6))
-    positive = torch.cat(positive)
+        steps.append((edges[:-1] + edges[1:]) / 2 * 10.0 ** (bits - 6))
+    positive = torch.cat(steps)
     return torch.cat([-positive, torch.tensor([0.0, 1.0]), positive]).sort().values.to(device)
 
 

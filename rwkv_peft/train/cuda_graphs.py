@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -153,7 +153,7 @@ class Graphs:
         if not wanted and not x.requires_grad:
             return
         rng_state = torch.random.get_rng_state(), torch.cuda.get_rng_state() if x.is_cuda else None
-        dropping = {m: m.dropout for m in self.model.modules() if getattr(m, "dropout", None)}
+        dropping: dict[Any, Any] = {m: m.dropout for m in self.model.modules() if getattr(m, "dropout", None)}
 
         def body(x: Tensor) -> Tensor:
             return self.model.through(x, None, bounds, False)[0]
@@ -199,7 +199,7 @@ def difference(recorded: Recorded, body: Body, x: Tensor, wanted: Sequence[Tenso
     for one, other in zip(all_of(lambda x: Replay.apply(recorded, x, *wanted)), all_of(body), strict=True):
         if (one is None) != (other is None):
             return float("inf")
-        if one is not None:
+        if one is not None and other is not None:
             error = float((one - other).float().norm() / other.float().norm().clamp_min(1e-30))
             worst = error if not error <= worst else worst  # (NaN stays)
     return worst

@@ -128,7 +128,7 @@ class Sums:
     def __init__(self, parameters: list[nn.Parameter], dtype: torch.dtype):
         self.parameters, self.scale = parameters, HALF_SCALE if dtype == torch.float16 else 1.0
         self.grads = [torch.zeros_like(p) for p in parameters]
-        self.loss: Tensor | float = 0.0
+        self.loss = torch.zeros(())
 
     def add(self, loss: Tensor, ends: list[tuple[Tensor, Tensor]], leaves: list[Tensor]) -> list[Tensor]:
         """Add the gradients of a chunk.
@@ -142,7 +142,7 @@ class Sums:
             The scaled gradients of the leaves.
         """
         self.loss = self.loss + loss.detach()
-        outputs = [(loss * self.scale, None)] + [(s, g) for s, g in ends if s.requires_grad]
+        outputs: list[tuple[Tensor, Tensor | None]] = [(loss * self.scale, None), *ends]
         outputs = [(o, g) for o, g in outputs if o.requires_grad]
         if not outputs:  # nothing trained has a part in this chunk
             return [torch.zeros_like(leaf) for leaf in leaves]
@@ -171,11 +171,8 @@ def pass_detach(one: Callable, chunks: list[Chunk], parameters: list, dtype) -> 
 
 def pass_full(one: Callable, chunks: list[Chunk], parameters: list, dtype) -> tuple[Tensor, list[Tensor]]:
     """Run the chunks with gradients that pass through their bounds."""
-    states, rng_states, carried = (
-        Kept(len(chunks) - 1),
-        Kept(len(chunks)),
-        None,
-    )  # states[i]: what chunk i leaves behind
+    states, rng_states = Kept(len(chunks) - 1), Kept(len(chunks))  # states[i]: the state after chunk i
+    carried = None
     with torch.no_grad():
         for i, chunk in enumerate(chunks):
             rng_states.keep(i, random_state(parameters))
@@ -183,7 +180,7 @@ def pass_full(one: Callable, chunks: list[Chunk], parameters: list, dtype) -> tu
                 carried = one(chunk, carried if chunk.continues else None)[1]
                 states.keep(i, [t for s in carried for t in s.tensors()])
     sums, coming = Sums(parameters, dtype), None
-    last = None
+    last: list[Tensor] = []
     for i, chunk in reversed(list(enumerate(chunks))):
         leaves = [t.clone().requires_grad_() for t in states[i - 1]] if chunk.continues else []
         start = [BlockState(*leaves[k : k + 3]) for k in range(0, len(leaves), 3)] or None
@@ -205,7 +202,8 @@ class Kept:
     """
 
     def __init__(self, count: int):
-        self.count, self.room = count, []
+        self.count = count
+        self.room: list[Tensor] = []
 
     def keep(self, i: int, tensors: list[Tensor]) -> None:
         """Copy the tensors of chunk i."""

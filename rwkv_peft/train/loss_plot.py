@@ -32,7 +32,7 @@ def draw_loss(folder: Path) -> Path:
     # (a step without a loss is no gap: it has its place among those that are written)
     breaks = np.flatnonzero(np.diff(steps) != np.diff(np.searchsorted(written, steps))) + 1
 
-    def broken(values: Sequence[float]) -> np.ndarray:
+    def broken(values: Sequence[float] | np.ndarray) -> np.ndarray:
         return np.insert(np.asarray(values, float), breaks, np.nan)
 
     sums, behind = np.cumsum([0.0, *losses]), np.arange(1, len(losses) + 1)

@@ -146,6 +146,7 @@ def to_begin_with(advice: Advice, usual: float | None) -> float:
 
     usual: for a state, the usual rate for its model, because the first steps are no measure there.
     """
+    assert advice.take is not None
     return advice.take if usual is None or advice.take <= MOST_STATE_RATE else usual
 
 

@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from rwkv_peft.data.dataset import Batch
 from rwkv_peft.distributed.sharding import Given, Sharding
+from rwkv_peft.model.rwkv import RWKV
 
 from .infctx import chunked_loss
 from .lr_schedule import learning_rate
@@ -35,7 +36,7 @@ class TrainingModule(pl.LightningModule):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: RWKV,
         groups: Callable[[], list[dict]],
         steps: int,
         spread: Sharding,
@@ -53,7 +54,8 @@ class TrainingModule(pl.LightningModule):
         given: Given = lambda name: False,
     ):
         super().__init__()
-        self.model, self.groups, self.steps, self.spread = model, groups, steps, spread
+        self.model: RWKV = model
+        self.groups, self.steps, self.spread = groups, steps, spread
         self.rate = (lr_schedule, lr_init, lr_final, warmup_steps)
         self.betas, self.adam_eps, self.grad_clip = betas, adam_eps, grad_clip
         self.chunk_ctx, self.infctx_grad, self.optim = chunk_ctx, infctx_grad, optim

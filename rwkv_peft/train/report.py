@@ -454,6 +454,7 @@ def finish(
         )
     more = [name for name in ("loss.png", "samples.md", "tensorboard") if (folder / name).exists()]
     print(f"done in {format_duration(seconds)}: {newest}" + "".join(f", {there}/{name}" for name in more))
+    assert newest is not None, "a run that is done has written its last checkpoint"
     if validations:
         newest = best_look(validations, folder, newest)
     number = newest.stem.removeprefix("rwkv-")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +23,7 @@ class DecodeStep7:
     the model.
     """
 
-    def __init__(self, blocks: nn.ModuleList, heads: int, size: int, dtype: torch.dtype):
+    def __init__(self, blocks: Sequence[Any], heads: int, size: int, dtype: torch.dtype):
         self.table = [tensors_of(block, dtype) for block in blocks]
         self.pointers = torch.tensor([[pointer(t) for t in row] for row in self.table])
         att = blocks[-1].att  # the first block has no v1
@@ -40,7 +43,7 @@ class DecodeStep7:
             [[*map(pointer, old), *map(pointer, new)] for old, new in zip(before, after, strict=True)]
         )
         self.run(*map(pointer, (self.pointers, places, x, self.sizes)), torch.get_num_threads())
-        return x, after
+        return x, [tuple(tensors) for tensors in after]
 
 
 def decode_step(model) -> DecodeStep7 | None:

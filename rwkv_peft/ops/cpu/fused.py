@@ -77,8 +77,8 @@ class Mixes(torch.autograd.Function):
         """Return the gradients of the inputs."""
         x, before, shares = ctx.saved_tensors
         threads = torch.get_num_threads()
-        dout = [torch.zeros_like(x) if d is None else d.contiguous() for d in dout]
-        slots = [*dout, *[None] * (MOST_MIXES - len(dout))]
+        slopes = [torch.zeros_like(x) if d is None else d.contiguous() for d in dout]
+        slots = [*slopes, *[None] * (MOST_MIXES - len(dout))]
         dx, dbefore = torch.empty_like(x), torch.empty_like(before)
         dshares = shares.new_zeros(threads, *shares.shape) if ctx.needs_input_grad[2] else None
         kernel("mix_backward", x, 13, 3)(
@@ -157,7 +157,7 @@ class Wkv7Block(torch.autograd.Function):
         T, C = r.shape
         inputs = prepared(gates, own, heads)
         y, end, kept = forward7(inputs, s0.float().contiguous(), spans, any(ctx.needs_input_grad))
-        out, g = torch.empty_like(gates[0]), g.contiguous()
+        out, g = torch.empty(r.shape, dtype=r.dtype), g.contiguous()
         kernel("behind7", out, 9, 3)(
             *map(pointer, (y, inputs[0], inputs[2], inputs[3], *own[2:], g, out)),
             *(T, heads, C // heads, torch.get_num_threads()),
@@ -198,9 +198,11 @@ class Wkv7Block(torch.autograd.Function):
 
 def prepared(gates: Sequence[Tensor | None], own: Sequence[Tensor], heads: int) -> list[Tensor]:
     """R w k v a b of the recurrence, float32 [T, H, N]."""
-    T, C = gates[0].shape
+    r = gates[0]
+    assert r is not None
+    T, C = r.shape
     inputs = [torch.empty(T, heads, C // heads) for _ in range(6)]
-    kernel("before7", gates[0], 15, 3)(
+    kernel("before7", r, 15, 3)(
         *map(pointer, (*gates, *own[:2], *inputs)), T, heads, C // heads, torch.get_num_threads()
     )
     return inputs

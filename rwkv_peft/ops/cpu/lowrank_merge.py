@@ -31,4 +31,4 @@ def fold(weight: Tensor, B: Tensor, A: Tensor, x: Tensor) -> Folded:
     function("fold_bfloat16", 7, 3)(
         *map(pointer, (weight, B, A, x, made, answers, squares)), rows, rank, inputs, torch.get_num_threads()
     )
-    return Folded(made, *answers, squares)
+    return Folded(made, answers[0], answers[1], squares)

@@ -73,11 +73,11 @@ class Mixes(torch.autograd.Function):
         """Return the gradients of the inputs."""
         x, before, shares = ctx.saved_tensors
         (T, C), M = x.shape, len(shares)
-        dout = [torch.zeros_like(x) if d is None else d.contiguous() for d in dout]
+        slopes = [torch.zeros_like(x) if d is None else d.contiguous() for d in dout]
         dx, dbefore = torch.empty_like(x), torch.empty_like(before)
         dshares = shares.new_empty(parts(T, TOKENS), M, C) if ctx.needs_input_grad[2] else None
         span, _ = wkv.tables(ctx.spans, x.device)
-        args = (x, before, shares, *slots(dout), dx, dbefore, dshares, span, len(ctx.spans), T, C, M)
+        args = (x, before, shares, *slots(slopes), dx, dbefore, dshares, span, len(ctx.spans), T, C, M)
         start("mix_backward", x, (parts(C, THREADS), parts(T, TOKENS)), args)
         return dx, dbefore, None if dshares is None else dshares.sum(0), None
 
@@ -136,8 +136,8 @@ def wkv7_block(
     """As block_ops.wkv7_block."""
     alike = all(z is None or z.dtype == x.r.dtype for z in x)  # a kernel cannot see what it is given
     T, C = x.r.shape
-    one_of_ours = isinstance(recurrence, wkv.Recurrence7)
-    if x.r.dtype not in NAMES or not alike or not T or C // heads not in SIZES or not one_of_ours:
+    ours = isinstance(recurrence, wkv.Recurrence7)
+    if x.r.dtype not in NAMES or not alike or not T or C // heads not in SIZES or not ours:
         return block_ops.wkv7_block(recurrence, x, own, s0, where, heads)
     spans = tuple(sequences(1, T, where.cu_seqlens))
     wide = [z for z in own if z.shape != (C,)] + [z for z in x if z is not None and z.shape != (T, C)]
@@ -145,6 +145,7 @@ def wkv7_block(
         raise ValueError(
             f"shapes do not go with {T} tokens of {C} channels in {heads} heads and {len(spans)} sequences"
         )
+    assert isinstance(recurrence, wkv.Recurrence7)
     way = recurrence.way(x.r.view(T, heads, C // heads), spans)
     return Wkv7Block.apply(*unlearnt(*x, *(z.float() for z in own), s0), spans, heads, way)
 
@@ -159,7 +160,7 @@ class Wkv7Block(torch.autograd.Function):
         own, g = [z.contiguous() for z in (k_k, k_a, r_k, weight, bias)], g.contiguous()
         inputs = prepared(gates, own, heads)
         y, last, kept = way.forward(inputs, s0.float().contiguous(), spans, any(ctx.needs_input_grad))
-        (T, H, N), out = y.shape, torch.empty_like(gates[0])
+        (T, H, N), out = y.shape, torch.empty(r.shape, dtype=r.dtype, device=r.device)
         args = (y, inputs[0], inputs[2], inputs[3], *own[2:], g, out, T, H)
         start("around7_behind", out, (parts(T, WARPS), H), args, N)
         ctx.save_for_backward(*gates, *own, g, y, kept)
@@ -197,6 +198,7 @@ class Wkv7Block(torch.autograd.Function):
 def prepared(gates: Sequence[Tensor | None], own: Sequence[Tensor], heads: int) -> list[Tensor]:
     """R w k v a b of the recurrence, [T, H, N]; w in float32."""
     r = gates[0]
+    assert r is not None
     T, C = r.shape
     shape = T, heads, C // heads
     w = torch.empty(shape, dtype=torch.float32, device=r.device)

@@ -35,7 +35,9 @@ def tables(spans: Spans, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         [parts, 3]: first token, the token after the last, and the index of the kept state before the part, or -1.
         [sequences, 2] and [chunks, 2]: the first part and the part after the last; chunks are from one kept state to the next.
     """
-    parts, sequences, chunks = [], [], []
+    parts: list[tuple[int, ...]] = []
+    sequences: list[tuple[int, ...]] = []
+    chunks: list[tuple[int, ...]] = []
     for begin, end in spans:
         first = len(parts)
         for at in range(begin, end, EVERY):
@@ -44,7 +46,7 @@ def tables(spans: Spans, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
             if at + PART < end:
                 parts.append((at + PART, min(at + EVERY, end), -1))
         sequences.append((first, len(parts)))
-    return tuple(on_device(x, device) for x in (parts, sequences, chunks))
+    return on_device(parts, device), on_device(sequences, device), on_device(chunks, device)
 
 
 def possible(r: Tensor) -> bool:
@@ -102,7 +104,7 @@ def backward(
     dw = torch.empty_like(w)
     dr, dk, dv, da, db = (torch.empty_like(r) for _ in range(5))
     launch(f"chunk7_prepare_{name}", (H, len(part)), (*inputs, asks, adds, keys, end, part, H), THREADS, room.prepare)
-    args = (v, asks, adds, keys, end, kept, None, None, states, part, chunk, 1, H)
+    args: tuple[build.Argument, ...] = (v, asks, adds, keys, end, kept, None, None, states, part, chunk, 1, H)
     launch(f"chunk7_pass_{name}", (H * N // ROWS, len(chunk)), args, THREADS, room.carry)
     args = (r, w, k, dy, a, b, asks, dadds, keys, part, H)
     launch(f"chunk7_prepareback_{name}", (H, len(part)), args, THREADS, room.prepare)

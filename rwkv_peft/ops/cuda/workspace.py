@@ -53,7 +53,7 @@ def remembered(make: Callable) -> Callable:
     def asked(*how):
         made = cached(*how)
         for kept in keepers:
-            kept(made)
+            kept.append(made)
         return made
 
     return asked
@@ -62,7 +62,8 @@ def remembered(make: Callable) -> Callable:
 @remembered
 def tables(spans: Spans, device: torch.device) -> tuple[Tensor, Tensor]:
     """[sequences, 3]: first token, behind the last one, first chunk. [chunks, 3]: first token, behind the last one, sequence."""
-    rows, chunks = [], []
+    rows: list[tuple[int, ...]] = []
+    chunks: list[tuple[int, ...]] = []
     for number, (begin, end) in enumerate(spans):
         rows.append((begin, end, len(chunks)))
         chunks += [(at, min(at + EVERY, end), number) for at in range(begin, end, EVERY)]

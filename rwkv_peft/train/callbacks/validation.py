@@ -46,7 +46,7 @@ def truncate(folder: Path, last: int) -> None:
             file.write(content.encode())
 
 
-def of_one_set(records: list[dict], data: str) -> list[dict]:
+def of_one_set(records: list[dict], data: str | None) -> list[dict]:
     """Return the validations on one held-out set whose loss is a number.
 
     Args:
