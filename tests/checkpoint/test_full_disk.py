@@ -66,7 +66,7 @@ def test_a_full_disk_at_any_write_keeps_the_best_checkpoint(ready, monkeypatch, 
 
     def write(self, trained, epoch, finished, step, name=""):
         what = trained, epoch, finished, step, name
-        folder = self.run.folder
+        folder = self.run.run_dir
         before = content(folder)
         if name != "best" or not before:
             return original(self, *what)
