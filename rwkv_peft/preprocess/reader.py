@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeAlias
 
 from rwkv_peft.common.errors import UserError, pip_command
 from rwkv_peft.common.formatting import plural
@@ -87,7 +87,7 @@ class Frames(io.RawIOBase):
         return size
 
 
-Unpacked = io.BufferedReader[Any] | gzip.GzipFile
+Unpacked: TypeAlias = "io.BufferedReader[Any] | gzip.GzipFile"
 
 
 @contextlib.contextmanager
