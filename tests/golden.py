@@ -188,14 +188,14 @@ class Kit:
             codes.append(self.script("training.sh", settings | run.resume))
         if run.merge is not None:
             codes.append(self.script("merge.sh", {}, *run.merge))
-        found: dict[str, Any] = {"exit codes": codes}
+        result: dict[str, Any] = {"exit codes": codes}
         for folder in ("data", "output", "merge"):
             for path in sorted((self.root / folder).rglob("*")):
                 place = path.relative_to(self.root)
                 ours = folder != "data" or path.name.startswith(("chat.", "text."))
                 if ours and path.is_file() and "__pycache__" not in place.parts and path.suffix not in (".py", ".md"):
-                    found |= flat(content(path, str(self.root)), str(place))
-        return found
+                    result |= flat(content(path, str(self.root)), str(place))
+        return result
 
 
 def of_commit(commit: str, root: Path) -> None:
@@ -252,14 +252,14 @@ def main() -> int:
             old = Kit(Path(place) / "old kit", bases)
         before = json.loads(given.compare.read_text()) if given.compare else {}
         for name in given.only:
-            found = recorded[name] = json.loads(json.dumps(new.results(name, RUNS[name])))
+            result = recorded[name] = json.loads(json.dumps(new.results(name, RUNS[name])))
             if not (old or before):
-                print(f"{name:<16} {len(found):,} values", flush=True)
+                print(f"{name:<16} {len(result):,} values", flush=True)
                 continue
             known = json.loads(json.dumps(old.results(name, RUNS[name]))) if old else before[name]
-            wrong = differences(known, found)
+            wrong = differences(known, result)
             bad += bool(wrong)
-            print(f"{name:<16} {len(found):,} values, {len(wrong):,} differ", *wrong[:9], sep="\n  ", flush=True)
+            print(f"{name:<16} {len(result):,} values, {len(wrong):,} differ", *wrong[:9], sep="\n  ", flush=True)
     if given.record:
         given.record.write_text(json.dumps(recorded, indent=1, sort_keys=True))
     print(f"{len(given.only)} runs" + (f", {bad} differ" if old or before else ""))

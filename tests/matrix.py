@@ -159,10 +159,10 @@ def script_values(name: str) -> Mapping[str, str]:
 
 
 def settings_of(cell: Cell) -> Settings:
-    found = dict(PLAIN)
+    result = dict(PLAIN)
     for axis, value in zip(NAMES, cell, strict=True):
-        found |= AXES[axis][value]
-    return found | {"MODEL_PATH": file_name(*cell[:2])}
+        result |= AXES[axis][value]
+    return result | {"MODEL_PATH": file_name(*cell[:2])}
 
 
 def file_name(version: str, kind: str) -> str:
@@ -233,10 +233,10 @@ def covering(size: int, most: int = 10**9) -> list[Cell]:
     for cell in possible:
         for choice in groups_of(cell, size):
             by_choice.setdefault(choice, []).append(cell)
-    missing, chosen, dice = dict.fromkeys(by_choice), [], random.Random(0)
+    missing, chosen, rng = dict.fromkeys(by_choice), [], random.Random(0)
     while missing and len(chosen) < most:
         having = by_choice[next(iter(missing))]
-        tries = having if len(having) <= 200 else dice.sample(having, 200)
+        tries = having if len(having) <= 200 else rng.sample(having, 200)
         best = max(tries, key=lambda cell: sum(choice in missing for choice in groups_of(cell, size)))
         chosen.append(best)
         for choice in groups_of(best, size):
@@ -382,13 +382,13 @@ def frozen_weight(run: Run, layer: str, weight: Tensor) -> Tensor:
 
 def base_in_memory(run: Run) -> dict[str, Tensor]:
     """The base's tensors as the run had them before its first step, by definition."""
-    found, start = {}, run.start
+    result, start = {}, run.start
     for name, tensor in run.base.items():
         layer = name.removesuffix(".weight")
-        found[name] = frozen_weight(run, layer, tensor)
+        result[name] = frozen_weight(run, layer, tensor)
         if f"{layer}.init_lora_A" in start:
-            found[name] = found[name] + start[f"{layer}.init_lora_B"] @ start[f"{layer}.init_lora_A"]
-    return found
+            result[name] = result[name] + start[f"{layer}.init_lora_B"] @ start[f"{layer}.init_lora_A"]
+    return result
 
 
 def distance(ours: Tensor, theirs: Tensor, run: Run) -> float:
@@ -405,8 +405,8 @@ def first_step(run: Run) -> float:
     which goes through the base in one piece whatever the train type."""
     batch, base = run.seen.batches[0], model_of(base_in_memory(run))
     out, _ = base(batch.ids, cu_seqlens=batch.cu_seqlens)
-    found = F.cross_entropy(out[0, batch.positions], batch.targets, reduction="sum") / batch.step_targets
-    return abs(run.losses[0] - float(found)) / float(found)
+    result = F.cross_entropy(out[0, batch.positions], batch.targets, reduction="sum") / batch.step_targets
+    return abs(run.losses[0] - float(result)) / float(result)
 
 
 def learning(run: Run) -> float:
@@ -563,8 +563,8 @@ def asked(cell: Cell, laws: Sequence[str] = tuple(LAWS)) -> dict[str, float]:
     """Run a cell and ask it laws: what each measured. A law that has nothing to say about a cell is left out."""
     first = dataclasses.replace(run("cell", settings_of(cell)), cell=cell)
     try:
-        found = {law: LAWS[law][0](first) for law in laws}
-        return {law: value for law, value in found.items() if value is not None}
+        result = {law: LAWS[law][0](first) for law in laws}
+        return {law: value for law, value in result.items() if value is not None}
     finally:
         for folder in paths.OUTPUT.glob("cell*"):
             shutil.rmtree(folder)
@@ -576,9 +576,9 @@ def most(law: str, cell: Cell) -> float:
     return ROUNDING_OF.get(cell[NAMES.index("file")], limit) if limit == ROUNDING else limit
 
 
-def broken(cell: Cell, found: Mapping[str, float]) -> dict[str, float]:
+def broken(cell: Cell, result: Mapping[str, float]) -> dict[str, float]:
     """The laws that do not hold in it, with what they measured."""
-    return {law: value for law, value in found.items() if not value <= most(law, cell)}
+    return {law: value for law, value in result.items() if not value <= most(law, cell)}
 
 
 # ------------------------------------------------------------------------------------------------ docs/matrix.md
@@ -685,13 +685,13 @@ def try_cells(chosen: Sequence[Cell]) -> int:
                 gc.collect()
             began = time.process_time()
             try:
-                found = asked(cell)
-                wrong = broken(cell, found)
-                line = " ".join(f"{law}={value:.1e}" for law, value in found.items())
+                result = asked(cell)
+                wrong = broken(cell, result)
+                line = " ".join(f"{law}={value:.1e}" for law, value in result.items())
             except (Exception, SystemExit) as error:
-                wrong, found = {"ran": 1}, {}
+                wrong, result = {"ran": 1}, {}
                 line = f"{type(error).__name__}: {error}\n{''.join(traceback.format_tb(error.__traceback__)[-3:])}"
-            for law, value in found.items():
+            for law, value in result.items():
                 worst[law] = max(worst.get(law, (-1, ())), (value, cell))
             failed += bool(wrong)
             mark = "FAILED " + ",".join(wrong) if wrong else "ok"

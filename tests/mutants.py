@@ -121,13 +121,13 @@ def tests_at(commit: str, names: str) -> list[str]:
         ["git", "ls-tree", "-r", "--name-only", commit, "tests"], cwd=ROOT, capture_output=True, text=True
     )
     there = set(listed.stdout.split())
-    found = []
+    result = []
     for name in names.split():
         path = ROOT / "tests" / name
         files = [path] if path.is_file() else sorted(path.rglob("test_*.py"))
         here = [file.relative_to(ROOT).as_posix() for file in files]
-        found += [old for old in (earlier.get(file, file) for file in here) if old in there]
-    return found
+        result += [old for old in (earlier.get(file, file) for file in here) if old in there]
+    return result
 
 
 def killed(tree: Path, file: str, words: str, fault: str, tests: list[str]) -> tuple[bool | None, str]:

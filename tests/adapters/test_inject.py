@@ -78,7 +78,7 @@ def test_the_number_of_trained_values_is_known_from_the_shapes_alone(name, versi
 @pytest.mark.smoke
 @pytest.mark.parametrize("quant", ["none", *QUANTS])
 @pytest.mark.parametrize("name", ADAPTED)
-def test_a_run_that_goes_on_has_the_model_that_was_saved_to_the_last_bit(name, quant):
+def test_a_run_that_resumes_has_the_model_that_was_saved_to_the_last_bit(name, quant):
     """What *_load does: the same setup on the same base, then the saved tensors."""
     setup = AdapterConfig(name, OPTIONS[name], SETUPS[name].parts, quant=quant, quant_parts=("att", "ffn"))
     first, begun = adapted(setup, keep=torch.bfloat16)
@@ -193,10 +193,10 @@ def test_what_processes_need_not_send_one_another_is_what_the_file_has(name, qua
     inject.inject_adapters(model, setup, torch.float32)
     codes_as_parameters(model)
     given = inject.given(model, setup)
-    found = {inject.file_name(n) for n, _ in model.named_parameters() if given(n)}
+    result = {inject.file_name(n) for n, _ in model.named_parameters() if given(n)}
     made = {*inject.trainable_params(model), *(f"{n}.weight" for n in setup.compressed(shape))}
     made |= {f"{n}.weight" for n in setup.wrapped(shape)} if name == "pissa" else set()
-    assert found == set(tensors) - made
+    assert result == set(tensors) - made
     for n, parameter in model.named_parameters():
         if given(n):
             assert torch.equal(parameter, tensors[inject.file_name(n)].float()) and not parameter.requires_grad, n

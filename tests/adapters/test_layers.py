@@ -191,10 +191,10 @@ def test_an_adapter_over_a_quantised_layer_is_the_adapter_over_its_dense_weight(
     adapter = method(name)(linear, **settings(name))
     randomise(adapter)
     adapter.eval().linear = QuantLinear(adapter.linear.weight, mode)
-    found, quantised = adapter(x), adapter.linear
+    result, quantised = adapter(x), adapter.linear
     adapter.linear = layer(64, 48)
     adapter.linear.weight = nn.Parameter(quantised.dense(torch.float32), requires_grad=False)
-    torch.testing.assert_close(found, adapter(x), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(result, adapter(x), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -283,7 +283,7 @@ def test_pissa_begins_with_the_largest_singular_values_and_leaves_the_rest():
     torch.testing.assert_close(adapter.lora_A.norm(dim=1), adapter.lora_B.norm(dim=0))
 
 
-def test_pissa_goes_on_from_what_it_began_with():
+def test_pissa_resumes_from_what_it_began_with():
     first, W, x = layer(), None, torch.randn(5, INPUTS)
     W = first.weight.clone()
     begun = Pissa(first, RANK, 2).begun()
@@ -326,8 +326,8 @@ def test_more_rounds_of_the_fast_svd_miss_less_of_what_the_exact_one_finds(niter
     W = W if shape == (256, 128) else W.T
     (A0, B0), (A, B) = principal(W, 16, 0), principal(W, 16, niter)
     assert A.shape == (16, shape[1]) and B.shape == (shape[0], 16)
-    best, found = (W - B0 @ A0).norm(), (W - B @ A).norm()
-    assert best <= found * (1 + 1e-6) and found**2 - best**2 < missed * (B0 @ A0).norm() ** 2
+    best, result = (W - B0 @ A0).norm(), (W - B @ A).norm()
+    assert best <= result * (1 + 1e-6) and result**2 - best**2 < missed * (B0 @ A0).norm() ** 2
 
 
 def test_the_fast_svd_draws_from_no_outside_generator():
@@ -494,12 +494,12 @@ def test_outputs_gradients_and_merged_weights_are_those_of_peft(name):
     assert set(theirs(other)) == set(ours.tensors)
     for leaf, parameter in theirs(other).items():
         parameter.data.copy_(tensors[leaf])
-    x, dy, found = torch.randn(7, INPUTS, requires_grad=True), torch.randn(7, OUTPUTS), []
+    x, dy, result = torch.randn(7, INPUTS, requires_grad=True), torch.randn(7, OUTPUTS), []
     for made, parameters in ((ours, [getattr(ours, leaf) for leaf in theirs(other)]), (other, theirs(other).values())):
         torch.manual_seed(3)  # of dropout
         y = made.train()(x)
-        found.append([y, *torch.autograd.grad(y, [x, *parameters], dy)])
-    for mine, its in zip(*found, strict=True):
+        result.append([y, *torch.autograd.grad(y, [x, *parameters], dy)])
+    for mine, its in zip(*result, strict=True):
         torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-5)
     other.merge()
     merged = ours.merge(weight, tensors, settings)

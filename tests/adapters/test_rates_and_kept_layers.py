@@ -87,7 +87,7 @@ def test_a_merge_into_the_compressed_base_knows_what_was_left(ready, kept):
 
 @pytest.mark.smoke(1)
 @pytest.mark.parametrize("fact", [[FIRST], [], None], ids=["kept", "compressed", "of an earlier version"])
-def test_a_run_goes_on_with_what_it_left(ready, monkeypatch, fact):
+def test_a_run_resumes_with_what_it_left(ready, monkeypatch, fact):
     from rwkv_peft.train import setup
 
     run(ready, QUANT="nf4", KEEP_LAST="1", QUANT_PARTS=ALL if fact == [] else "att,ffn")
@@ -102,7 +102,7 @@ def test_a_run_goes_on_with_what_it_left(ready, monkeypatch, fact):
         monkeypatch.setattr(
             train_state,
             "read_manifest",
-            lambda folder: (lambda found: (found.facts.pop("quant_kept"), found)[1])(described(folder)),
+            lambda folder: (lambda result: (result.facts.pop("quant_kept"), result)[1])(described(folder)),
         )
     seen, header = [], setup.header
     monkeypatch.setattr(setup, "header", lambda made: (seen.append(made.base.adapter), header(made))[1])
@@ -151,10 +151,10 @@ def test_the_usual_rate_of_a_state_grows_with_the_model(values, rate):
 )
 def test_the_plan_has_a_line_of_its_own_for_the_highest_rate_of_a_state(ready, capsys, settings, line):
     train.command(config(FINETUNE_MODE="state_tuning", **{"LR_SCHEDULE": "cos", **settings}), ["--dry-run"])
-    found = [
+    result = [
         text for text in capsys.readouterr().out.splitlines() if "is far above" in text or "hardly move a state" in text
     ]
-    assert len(found) == bool(line) and all(text.startswith(line) for text in found)
+    assert len(result) == bool(line) and all(text.startswith(line) for text in result)
 
 
 @pytest.mark.pictures

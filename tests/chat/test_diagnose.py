@@ -25,9 +25,9 @@ OTHERS = [
 
 def rows(base: float, tuned: float, count: int = 40, spread: float = 0.1) -> RowLosses:
     """Rows of 10 tokens with about these losses per token."""
-    dice = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     targets = np.full(count, 10)
-    return RowLosses(targets, *(np.abs(loss * 10 + dice.normal(0, spread * 10, count)) for loss in (base, tuned)))
+    return RowLosses(targets, *(np.abs(loss * 10 + rng.normal(0, spread * 10, count)) for loss in (base, tuned)))
 
 
 def course(*points: float, steps: int = 400, noise: float = 0.05) -> np.ndarray:
@@ -38,16 +38,16 @@ def course(*points: float, steps: int = 400, noise: float = 0.05) -> np.ndarray:
 
 def made(
     trained=(2.0, 0.8),
-    held=(2.0, 0.9),
+    kept=(2.0, 0.9),
     losses=(2.0, 1.0, 0.9, 0.9, 0.9),
-    looks=(),
+    validations=(),
     skipped=0,
     noise=0.05,
     sources=(),
     **more,
 ):
-    pair = [rows(*numbers) if numbers else None for numbers in (trained, held)]
-    return RunFacts(*pair, sources, course(*losses, noise=noise), skipped, looks, 1e-4, **more)
+    pair = [rows(*numbers) if numbers else None for numbers in (trained, kept)]
+    return RunFacts(*pair, sources, course(*losses, noise=noise), skipped, validations, 1e-4, **more)
 
 
 @pytest.mark.parametrize(
@@ -83,23 +83,23 @@ def made(
     ],
 )  # fmt: skip
 def test_numbers_become_words(made_of, expected, words):
-    found = judge(made(**made_of))
-    assert [one.what for one in found] == expected and words in found[0].words
+    result = judge(made(**made_of))
+    assert [one.what for one in result] == expected and words in result[0].words
 
 
 def test_noise_is_hardly_ever_called_a_rate_that_is_too_high():
     called = 0
     for seed in range(200):
-        dice = np.random.default_rng(seed)
-        losses = 0.8 + 1.2 * np.exp(-np.arange(150) / 40) + dice.normal(0, 0.4, 150)
+        rng = np.random.default_rng(seed)
+        losses = 0.8 + 1.2 * np.exp(-np.arange(150) / 40) + rng.normal(0, 0.4, 150)
         called += judge(made()._replace(losses=losses))[0].what == "too high"
     assert called <= 4
 
 
 def test_the_file_that_was_learnt_by_heart_is_named():
     sources = [("good", rows(2.0, 1.0), rows(2.0, 1.1)), ("bad", rows(2.0, 0.1), rows(2.0, 2.0))]
-    [found] = judge(made(trained=(2.0, 0.5), held=(2.0, 1.6), sources=sources))
-    assert "Most of it in bad, whose own rows gained 1." in found.words
+    [result] = judge(made(trained=(2.0, 0.5), held=(2.0, 1.6), sources=sources))
+    assert "Most of it in bad, whose own rows gained 1." in result.words
 
 
 def test_a_gain_has_the_error_of_a_sample_of_such_rows():
@@ -130,7 +130,7 @@ def with_others(ready):
         ),
     ],
 )  # fmt: skip
-def test_runs_that_went_wrong_are_told_apart(with_others, capsys, settings, expected):
+def test_runs_that_went_wrong_are_reported_apart(with_others, capsys, settings, expected):
     run(with_others, "one", **{"VAL_DATA": "others", "MICRO_BSZ": "1", "DATALOAD": "only", **settings})
     capsys.readouterr()
     chat.command(ASKING, ["--diagnose", "one"])
@@ -151,8 +151,8 @@ def test_the_losses_are_those_of_the_training(ready, settings):
     adapter = load.find_adapter("one")
     chosen = load.choose_checkpoint(adapter, "")
     original = load.find_base(adapter, chosen.sidecar, "")
-    (found, _), _, _ = diagnose.load_rows(json.loads((ready / "output/one/run.json").read_text()), 65536)
-    [row] = found["data/one"]
+    (result, _), _, _ = diagnose.load_rows(json.loads((ready / "output/one/run.json").read_text()), 65536)
+    [row] = result["data/one"]
     if not settings.get("QUANT"):
         base = diagnose.row_loss(load.prepare_model(load.build_model(original, "fp32")), row)
         assert base / row.weights.sum() == pytest.approx(records[0]["loss"], rel=1e-5)
@@ -225,7 +225,7 @@ def test_what_has_no_place_beside_it_is_refused(words):
 
 
 @pytest.mark.slow
-def test_data_that_were_made_anew_since_the_run_are_told(ready, capsys):
+def test_data_that_were_made_again_since_the_run_are_reported(ready, capsys):
     run(ready, "one")
     capsys.readouterr()
     chat.command(ASKING, ["--diagnose", "one"])
@@ -253,15 +253,15 @@ def test_rows_that_stand_there_several_times_are_looked_at_once(ready, capsys):
     ("right", "words"), [(0, "none had the expected answer"), (3, "3 had the expected answer word for word")]
 )
 def test_a_verdict_says_what_became_of_the_questions(right, words):
-    [found] = judge(made(answers=(right, 3)))
-    assert found.what == "fits" and f"of 3 questions of trained rows, {words}" in found.words
+    [result] = judge(made(answers=(right, 3)))
+    assert result.what == "fits" and f"of 3 questions of trained rows, {words}" in result.words
 
 
 def test_a_rate_far_above_the_usual_is_named_where_a_high_loss_is_left():
-    [found] = judge(made(trained=(8.0, 6.9), held=None)._replace(rate=0.2, usual=0.01))
-    assert found.what == "too high" and "LR_INIT=0.2 is far above what is usual (0.01 at most)" in found.words
-    [found] = judge(made(trained=(8.0, 6.9), held=None)._replace(rate=0.01, usual=0.01))
-    assert found.what == "underfit"
+    [result] = judge(made(trained=(8.0, 6.9), held=None)._replace(rate=0.2, usual=0.01))
+    assert result.what == "too high" and "LR_INIT=0.2 is far above what is usual (0.01 at most)" in result.words
+    [result] = judge(made(trained=(8.0, 6.9), held=None)._replace(rate=0.01, usual=0.01))
+    assert result.what == "underfit"
 
 
 def test_an_answer_is_right_if_it_is_what_was_expected_as_far_as_it_may_go():
@@ -297,15 +297,15 @@ def test_a_run_whose_data_are_gone_says_so(ready, capsys):
         chat.command(ASKING, ["--diagnose", "one"])
 
 
-def test_a_run_that_its_patience_has_ended_is_not_told_to_go_on_for_longer():
-    [found] = judge(made(trained=(11.2, 7.8), held=(11.2, 8.1), patience=True))
-    assert "EPOCH_COUNT" not in found.words
+def test_a_run_that_its_patience_has_ended_is_not_reported_to_go_on_for_longer():
+    [result] = judge(made(trained=(11.2, 7.8), held=(11.2, 8.1), patience=True))
+    assert "EPOCH_COUNT" not in result.words
 
 
 def test_the_verdict_names_the_run_whose_best_checkpoint_it_advises(monkeypatch, capsys):
     """In one piece, wherever the line is broken."""
     for width in range(60, 130, 5):
         monkeypatch.setattr(diagnose, "WIDTH", width)
-        looks = [(100, 1.0), (200, 1.5), (300, 2.0)]
-        diagnose.print_findings(made(held=(2.0, 2.4), looks=looks, kept="./merge.sh 'a run' best"))
+        validations = [(100, 1.0), (200, 1.5), (300, 2.0)]
+        diagnose.print_findings(made(held=(2.0, 2.4), validations=validations, kept="./merge.sh 'a run' best"))
         assert "./merge.sh 'a run' best takes" in capsys.readouterr().out.replace("\n          takes", " takes")

@@ -64,7 +64,7 @@ def test_an_adapter_on_another_base_is_refused(project_folder):
         load(ADAPTER=str(base))
 
 
-def test_a_base_that_has_moved_is_asked_for_by_the_options_and_found_in_merge_too(project_folder):
+def test_a_base_that_has_moved_is_asked_for_by_the_options_and_detected_in_merge_too(project_folder):
     folder, base, model = make_run(project_folder)
     base.rename(project_folder / "merge" / "moved.pth")
     with pytest.raises(
@@ -88,7 +88,7 @@ def test_the_scripts_adapter_is_left_out_aloud_where_another_model_is_asked_for(
     ("ending", "program"),
     [(".st", "Ai00"), (".bf16.gguf", "llama.cpp"), (".state", "Ai00"), (".rwkvcpp.bin", "rwkv.cpp")],
 )
-def test_a_file_for_another_program_is_told_from_a_model(setting, ending, program):
+def test_a_file_for_another_program_is_reported_from_a_model(setting, ending, program):
     with pytest.raises(UserError, match=f"reads .pth, and this file is for {program}.* Use merge/x-run-1.pth"):
         load(**{setting: f"merge/x-run-1{ending}"})
 

@@ -1,4 +1,4 @@
-"""What people give as a base: what is read, and what is told of everything else."""
+"""What people give as a base: what is read, and what is reported of everything else."""
 
 import json
 import struct
@@ -119,14 +119,14 @@ NO_BASES = {
 
 
 @pytest.mark.parametrize("kind", NO_BASES)
-def test_what_is_no_base_is_told_by_what_it_is_and_what_to_do(tmp_path, kind):
+def test_what_is_no_base_is_reported_by_what_it_is_and_what_to_do(tmp_path, kind):
     write, words = NO_BASES[kind]
     write(tmp_path / "x.pth")
     with pytest.raises(UserError, match=words):
         base_model.read_geometry(tmp_path / "x.pth")
 
 
-def test_a_web_rwkv_model_is_told_by_its_transposed_matrices(tmp_path):
+def test_a_web_rwkv_model_is_reported_by_its_transposed_matrices(tmp_path):
     low = {"w1", "w2", "a1", "a2", "v1", "v2", "g1", "g2"}
     turned = {
         n: (t.T.contiguous() if n.split(".")[-1] in low else t)
@@ -149,7 +149,7 @@ def test_a_folder_names_its_model_or_the_command_that_joins_its_files(tmp_path):
         pth.read_header(tmp_path)
 
 
-def test_a_download_that_goes_on_is_told(tmp_path):
+def test_a_download_that_resumes_is_reported(tmp_path):
     (tmp_path / "x.pth").write_bytes(b"\x13\x01" * 999)
     (tmp_path / "x.pth.aria2").touch()
     with pytest.raises(UserError, match="has not finished"):
@@ -177,9 +177,9 @@ def test_other_forms_of_a_model_are_read_as_the_official_one(tmp_path, version, 
     shape = shape_of(version)
     tensors = tiny.tensors(0, shape)
     FORMS[name](tensors, tmp_path / name)
-    described, found = base_model.read_geometry(tmp_path / name)
+    described, result = base_model.read_geometry(tmp_path / name)
     loaded = pth.load(tmp_path / name)
-    assert found == shape and set(described) == set(loaded) == set(tensors)
+    assert result == shape and set(described) == set(loaded) == set(tensors)
     for name_, tensor in tensors.items():
         assert loaded[name_].shape == tensor.shape and torch.equal(loaded[name_], tensor)
         assert described[name_].shape == tuple(tensor.shape)
@@ -301,9 +301,9 @@ RUNS = [
 @pytest.mark.parametrize("more", RUNS, ids=str)
 def test_a_base_with_nan_is_refused_before_anything_is_written(ready, more):
     damaged(ready / "model" / "tiny.pth")
-    with pytest.raises(UserError, match="blocks.1.ffn.key.weight holds NaN") as found:
+    with pytest.raises(UserError, match="blocks.1.ffn.key.weight holds NaN") as result:
         train.command(config(MODEL_PATH="nan.pth", RUN_NAME="", **more), [])
-    assert "LR_INIT" not in str(found.value) and "damaged" in str(found.value)
+    assert "LR_INIT" not in str(result.value) and "damaged" in str(result.value)
     with pytest.raises(UserError, match="blocks.1.ffn.key.weight holds NaN"):
         train.command(config(MODEL_PATH="nan.pth", RUN_NAME="", **more), ["--dry-run"])
     assert not any((ready / "output").iterdir())
@@ -312,7 +312,7 @@ def test_a_base_with_nan_is_refused_before_anything_is_written(ready, more):
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("form", [torch.save, save_file], ids=["pth", "safetensors"])
-def test_one_number_that_is_none_is_found_in_every_format(tmp_path, dtype, value, form):
+def test_one_number_that_is_none_is_detected_in_every_format(tmp_path, dtype, value, form):
     shape = shape_of()
     tiny.save_model(tmp_path / "x.pth", shape=shape)
     base_model.check_model(tmp_path / "x.pth", shape)
@@ -337,7 +337,7 @@ def test_what_a_model_does_not_use_may_hold_nan(tmp_path):
     base_model.check_model(tmp_path / "x.pth", arch.detect({n: tuple(t.shape) for n, t in tensors.items()}, "x"))
 
 
-def test_chat_and_merge_tell_of_a_base_with_nan(ready):
+def test_chat_and_merge_report_of_a_base_with_nan(ready):
     from helpers.merging import merge
 
     run(ready)

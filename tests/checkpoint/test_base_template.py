@@ -44,9 +44,9 @@ def test_auto_is_what_ships_and_the_toy_base_is_a_world_model():
         == "auto"
     )
     shipped = Script(ROOT / "make_tokenize.sh", shell_values(ROOT / "make_tokenize.sh")).read(TokenizeConfig)
-    became, told = settled(shipped)
+    became, reported = settled(shipped)
     assert became.prompt_type == "rwkv-world"
-    assert told == "PROMPT_TYPE=auto became rwkv-world (MODEL_PATH in training.sh is rwkv7-tiny.pth)"
+    assert reported == "PROMPT_TYPE=auto became rwkv-world (MODEL_PATH in training.sh is rwkv7-tiny.pth)"
 
 
 @pytest.mark.parametrize(
@@ -102,12 +102,12 @@ def test_a_base_that_was_trained_with_a_template_wants_that(project_folder):
     sidecars.sidecar_path(base).write_text(json.dumps({"prompt_type": form.name, "template": form.to_dict()}))
     base_is(project_folder, "mine.pth")
     shipped = Script(ROOT / "make_tokenize.sh", shell_values(ROOT / "make_tokenize.sh")).read(TokenizeConfig)
-    became, told = settled(shipped)
-    assert became.prompt_type == "rwkv-g1-bot" and "mine.pth, which was trained with rwkv-g1-bot" in told
+    became, reported = settled(shipped)
+    assert became.prompt_type == "rwkv-g1-bot" and "mine.pth, which was trained with rwkv-g1-bot" in reported
     own = dataclasses.replace(form, name="own", format_user="Q {{content}}")  # of a file that is gone
     sidecars.sidecar_path(base).write_text(json.dumps({"prompt_type": "own.json", "template": own.to_dict()}))
-    became, told = settled(shipped)
-    assert became.prompt_type == "rwkv-world" and "own.json, a template that is not here any more" in told
+    became, reported = settled(shipped)
+    assert became.prompt_type == "rwkv-world" and "own.json, a template that is not here any more" in reported
     sidecars.sidecar_path(base).write_text("no JSON")
     assert settled(shipped)[0].prompt_type == "rwkv-world"
 
@@ -123,7 +123,7 @@ def test_a_base_that_was_trained_with_a_template_wants_that(project_folder):
         ("RWKV-x070-World-1.5B.pth", "alpaca", ""),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_a_base_is_told(base, name, words):
+def test_what_does_not_fit_a_base_is_reported(base, name, words):
     said = describe_mismatch(Path(base), PRESETS[name])
     assert words in said and bool(words) == bool(said)
 
@@ -154,9 +154,9 @@ def test_the_plan_warns_of_files_and_held_out_rows_of_other_templates(ready, cap
     tokenize(ready / "data" / "other.jsonl", PROMPT_TYPE="rwkv-qa", VALID_PERCENT="30")
     [line] = warned(plan(capsys, DATA_PATH="chat:1 other:1", VAL_DATA="none"))
     assert "different templates: rwkv-qa with EOT=doc, rwkv-world with EOT=doc" in line
-    for held in ("other", "other.valid"):
-        [line] = warned(plan(capsys, VAL_DATA=held))
-        assert f"held-out rows of {held} were made with PROMPT_TYPE=rwkv-qa with EOT=doc, the trained ones with" in line
+    for kept in ("other", "other.valid"):
+        [line] = warned(plan(capsys, VAL_DATA=kept))
+        assert f"held-out rows of {kept} were made with PROMPT_TYPE=rwkv-qa with EOT=doc, the trained ones with" in line
     assert not warned(plan(capsys, DATA_PATH="other", VAL_DATA="auto"))
 
 
@@ -171,17 +171,17 @@ def test_a_stream_is_written_as_its_base_wants(ready, capsys):
 def test_a_run_keeps_the_content_of_its_template_through_training_and_merging(ready, capsys):
     tokenize(ready / "data" / "chat.jsonl", PROMPT_TYPE="rwkv-g1-bot-fakethink")
     run(ready, "bot")
-    told = sidecars.read_sidecar(ready / "output" / "bot" / "rwkv-0.pth", ("prompt_type", "template"))
-    assert told["prompt_type"] == "rwkv-g1-bot-fakethink"
-    assert told["template"] == PRESETS["rwkv-g1-bot-fakethink"].to_dict()
+    reported = sidecars.read_sidecar(ready / "output" / "bot" / "rwkv-0.pth", ("prompt_type", "template"))
+    assert reported["prompt_type"] == "rwkv-g1-bot-fakethink"
+    assert reported["template"] == PRESETS["rwkv-g1-bot-fakethink"].to_dict()
 
 
 # ---- chat ----
 
 
-def form_of_chat(capsys, asked="auto", typed=False, told=None, base="rwkv7-tiny.pth"):
+def form_of_chat(capsys, asked="auto", typed=False, reported=None, base="rwkv7-tiny.pth"):
     capsys.readouterr()
-    form = chat.form_to_talk_in(asked, typed, told or {}, "it", Path(base))
+    form = chat.form_to_talk_in(asked, typed, reported or {}, "it", Path(base))
     return form.name, capsys.readouterr().err
 
 
@@ -211,8 +211,8 @@ BOT = {"prompt_type": "rwkv-g1-bot", "template": PRESETS["rwkv-g1-bot"].to_dict(
     ],
 )
 def test_chat_talks_as_it_was_trained_and_warns_of_what_differs(capsys, options, name, words):
-    found, said = form_of_chat(capsys, **options)
-    assert found == name and words in said and bool(words) == bool(said)
+    result, said = form_of_chat(capsys, **options)
+    assert result == name and words in said and bool(words) == bool(said)
 
 
 def test_a_run_whose_template_is_gone_is_refused_unless_another_is_typed(capsys):
@@ -223,7 +223,7 @@ def test_a_run_whose_template_is_gone_is_refused_unless_another_is_typed(capsys)
     assert form_of_chat(capsys, told={"prompt_type": "gone.json"}, asked="chatml", typed=True)[0] == "chatml"
 
 
-def test_chat_refuses_a_question_that_holds_a_border(capsys):
+def test_chat_refuses_a_question_that_holds_a_bound(capsys):
     settings = chat.ChatConfig("", "", "auto", "auto", "", 5, 0.0, 1.0, 0, 0, "fp32")
     with pytest.raises(UserError, match="holds ✿, which ends a turn in PROMPT_TYPE=rwkv-g1-bot"):
         chat.once(None, settings, PromptFormat(PRESETS["rwkv-g1-bot"]), "a✿b", False, FileWatch("it was opened", ""))
@@ -238,10 +238,10 @@ def test_several_runs_of_one_name_and_other_contents_leave_the_template_open(pro
 
 
 def test_chat_calls_the_old_empty_thought_by_its_name_of_now(capsys):
-    told, said = {"prompt_type": "rwkv-g1-fakethink"}, "was trained with PROMPT_TYPE=rwkv-g1-emptythink-2025"
-    assert said in form_of_chat(capsys, "rwkv-g1-fakethink", True, told)[1]
-    assert form_of_chat(capsys, "rwkv-g1-emptythink-2025", True, told) == ("rwkv-g1-emptythink-2025", "")
-    assert prompt_format.read_prompt_format(told, "it", Path("x.pth")).name == "rwkv-g1-emptythink-2025"
+    reported, said = {"prompt_type": "rwkv-g1-fakethink"}, "was trained with PROMPT_TYPE=rwkv-g1-emptythink-2025"
+    assert said in form_of_chat(capsys, "rwkv-g1-fakethink", True, reported)[1]
+    assert form_of_chat(capsys, "rwkv-g1-emptythink-2025", True, reported) == ("rwkv-g1-emptythink-2025", "")
+    assert prompt_format.read_prompt_format(reported, "it", Path("x.pth")).name == "rwkv-g1-emptythink-2025"
 
 
 def test_a_plain_base_is_known_by_its_name_alone(project_folder):

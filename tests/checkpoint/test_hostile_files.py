@@ -25,33 +25,37 @@ class Zip:
 
     def __init__(self, records, front=b"", behind=b"", zip64=None, **end):
         body, listed = front, b""
-        for name, data, *told in records:
-            told = {"flags": 0, "method": 0, "packed": data, "size": len(data), "at": len(body), "local": name} | (
-                told[0] if told else {}
+        for name, data, *reported in records:
+            reported = {"flags": 0, "method": 0, "packed": data, "size": len(data), "at": len(body), "local": name} | (
+                reported[0] if reported else {}
             )
-            head = (45, told["flags"], told["method"], 0, 1, 0, len(told["packed"]), told["size"])
-            body += struct.pack("<4s5H3L2H", b"PK\3\4", *head, len(told["local"]), 0) + told["local"] + told["packed"]
-            size = told.get("listed", len(told["packed"]))
+            head = (45, reported["flags"], reported["method"], 0, 1, 0, len(reported["packed"]), reported["size"])
+            body += (
+                struct.pack("<4s5H3L2H", b"PK\3\4", *head, len(reported["local"]), 0)
+                + reported["local"]
+                + reported["packed"]
+            )
+            size = reported.get("listed", len(reported["packed"]))
             listed += b"PK\1\2" + struct.pack(
                 "<6H3L5H2L",
                 45,
                 *head[:5],
                 0,
                 size,
-                told.get("listed", told["size"]),
+                reported.get("listed", reported["size"]),
                 len(name),
                 0,
                 0,
                 0,
                 0,
                 0,
-                told["at"],
+                reported["at"],
             )
             listed += name
-        told = {"count": len(records), "size": len(listed), "begin": len(body), "comment": b""} | end
+        reported = {"count": len(records), "size": len(listed), "begin": len(body), "comment": b""} | end
         body += listed
         if zip64:
-            told64 = told | zip64
+            hash64 = reported | zip64
             at = len(body)
             body += struct.pack(
                 "<4sQ2H2L4Q",
@@ -61,16 +65,24 @@ class Zip:
                 45,
                 0,
                 0,
-                told64["count"],
-                told64["count"],
-                told64["size"],
-                told64["begin"],
+                hash64["count"],
+                hash64["count"],
+                hash64["size"],
+                hash64["begin"],
             )
             body += struct.pack("<4sLQL", b"PK\6\7", 0, at, 1)
         body += struct.pack(
-            "<4s4H2LH", b"PK\5\6", 0, 0, told["count"], told["count"], told["size"], told["begin"], len(told["comment"])
+            "<4s4H2LH",
+            b"PK\5\6",
+            0,
+            0,
+            reported["count"],
+            reported["count"],
+            reported["size"],
+            reported["begin"],
+            len(reported["comment"]),
         )
-        self.bytes = body + told["comment"] + behind
+        self.bytes = body + reported["comment"] + behind
 
 
 def pth():
@@ -85,9 +97,9 @@ RECORDS = list(pth().items())
 NUMBERS = next(data for name, data in RECORDS if name == b"a/data/0")
 
 
-def changed(name, **told):
+def changed(name, **reported):
     """The records, one of them with something said of it."""
-    return Zip([(n, d, told) if n == name else (n, d) for n, d in RECORDS]).bytes
+    return Zip([(n, d, reported) if n == name else (n, d) for n, d in RECORDS]).bytes
 
 
 def replaced(name, data):
@@ -109,8 +121,8 @@ def pickled(text):
     return replaced(b"a/data.pkl", data.replace(old, new, 1))
 
 
-def with_record(name, data=b"x", **told):
-    return Zip([*RECORDS, (name, data, told)]).bytes
+def with_record(name, data=b"x", **reported):
+    return Zip([*RECORDS, (name, data, reported)]).bytes
 
 
 def safetensors(header, data=bytes(8), length=None):

@@ -79,7 +79,7 @@ def test_a_gguf_holds_the_template_and_the_stop_tokens_that_were_trained(tmp_pat
     jinja2 = pytest.importorskip("jinja2")
     shape, asked = small(layers=1, vocab=65536), PromptFormat(PRESETS[name], eot, bos)
     tiny.save_model(tmp_path / "m.pth", 0, shape)
-    told = write("gguf", tmp_path / "m.pth", tmp_path / "m.gguf", shape, asked)
+    reported = write("gguf", tmp_path / "m.pth", tmp_path / "m.gguf", shape, asked)
     said = fields(tmp_path / "m.gguf")
     inside = {said[f"ggml.{kind}_token_id"] for kind in ("eos", "eot", "eom") if f"ggml.{kind}_token_id" in said}
     assert inside == set(asked.stop_tokens) and said["ggml.bos_token_id"] == 0
@@ -88,8 +88,8 @@ def test_a_gguf_holds_the_template_and_the_stop_tokens_that_were_trained(tmp_pat
     text = jinja2.Template(said["chat_template"]).render(messages=turns, add_generation_prompt=True, bos_token="<s>")
     assert text == "<s>" * bos + PRESETS[name].prompt([Message(Role.USER, "Hi")], ending=ENDINGS[eot])
     assert json.loads(said["rwkv_peft.prompt"])["bos"] == bos
-    assert f"PROMPT_TYPE={name}, EOT={eot}, BOS={int(bos)}" in told
-    assert ("<|im_end|>" in told and "--reverse-prompt" in told) == (name == "chatml")
+    assert f"PROMPT_TYPE={name}, EOT={eot}, BOS={int(bos)}" in reported
+    assert ("<|im_end|>" in reported and "--reverse-prompt" in reported) == (name == "chatml")
 
 
 def test_safetensors_hold_it_in_their_metadata(tmp_path):
@@ -127,10 +127,10 @@ def test_what_a_run_was_trained_with_is_beside_every_export_of_it(project_folder
     script = merge.MergeConfig("", "", "original", "", "", "")
     merge.command(script, [str(path), "--export", "gguf", "--export", "safetensors", "--export", "peft"])
     said = capsys.readouterr().out
-    found = exported(project_folder)
-    assert len(found) == 2 and all(name.endswith((".gguf.prompt.json", ".st.prompt.json")) for name in found)
+    result = exported(project_folder)
+    assert len(result) == 2 and all(name.endswith((".gguf.prompt.json", ".st.prompt.json")) for name in result)
     [folder] = (project.ROOT / "merge").glob("*-peft")
-    for content in (*found.values(), json.loads((folder / "rwkv.prompt.json").read_text())):
+    for content in (*result.values(), json.loads((folder / "rwkv.prompt.json").read_text())):
         assert {key: content[key] for key in FACTS} == FACTS and 24 in content["stop_token_ids"]
         assert content["example_prompt"].endswith("<|im_start|>assistant") and content["example_tokens"][0] == 0
         assert "<|im_end|>" in content["stop"] and "assumed" not in content
@@ -154,9 +154,9 @@ def test_a_model_without_a_sidecar_is_a_guess_and_says_so(project_folder, capsys
 def test_states_carry_it_as_well(project_folder, trained, capsys):
     trained("s", "rwkv-g1-bot", FINETUNE_MODE="state")
     merge.command(merge.MergeConfig("s", "", "original", "", "", ""), ["0", "--export", "state", "--export", "rwkvcpp"])
-    found = exported(project_folder)
-    assert len(found) == 3 and all(
-        content["bos"] == 1 and content["stop_token_ids"] == [0, 10060] for content in found.values()
+    result = exported(project_folder)
+    assert len(result) == 3 and all(
+        content["bos"] == 1 and content["stop_token_ids"] == [0, 10060] for content in result.values()
     )
 
 
@@ -171,9 +171,9 @@ def test_runs_of_different_formats_that_go_together_are_warned_of(project_folder
 
 def make_old(path, **changes):
     """A sidecar as an older version wrote it, without the template's content."""
-    told = sidecars.read_sidecar(path, ())
-    del told["template"], told["bos"], told["blank_lines"], told["fields_sha256"]
-    sidecars.sidecar_path(path).write_text(json.dumps(told | changes))
+    reported = sidecars.read_sidecar(path, ())
+    del reported["template"], reported["bos"], reported["blank_lines"], reported["fields_sha256"]
+    sidecars.sidecar_path(path).write_text(json.dumps(reported | changes))
 
 
 def test_an_older_run_and_one_of_now_of_the_same_preset_go_together(project_folder, trained, capsys):
@@ -216,18 +216,18 @@ def test_an_older_run_with_the_old_empty_thought_is_called_by_its_name_of_now(pr
 # ---- talking ----
 
 
-@pytest.mark.parametrize(("setting", "told", "bos"), [
+@pytest.mark.parametrize(("setting", "reported", "bos"), [
     ("auto", {"prompt_type": "chatml", "bos": 1}, True),
     ("auto", {"prompt_type": "rwkv-g1-bot"}, False),  # an older run had none, whatever the template says now
     ("auto", {}, False),
     ("1", {}, True),
     ("0", {"prompt_type": "chatml", "bos": 1}, False),
 ])  # fmt: skip
-def test_chat_begins_as_the_run_was_trained(setting, told, bos, capsys):
+def test_chat_begins_as_the_run_was_trained(setting, reported, bos, capsys):
     config = chat.ChatConfig("m", "", "auto", setting, "", 5, "auto", "auto", "auto", 0, "fp32")
-    asked = chat.prompting(config, PRESETS["chatml"], told, "m")
+    asked = chat.prompting(config, PRESETS["chatml"], reported, "m")
     assert asked.bos == bos and asked.encode("Hi")[0] == (0 if bos else tokenizer.encode("Hi")[0])
-    assert ("warning: BOS=0" in capsys.readouterr().err) == (setting == "0" and bool(told))
+    assert ("warning: BOS=0" in capsys.readouterr().err) == (setting == "0" and bool(reported))
 
 
 def test_chat_takes_the_sampling_of_the_template_where_it_is_auto():

@@ -39,7 +39,7 @@ class Evil:
         return os.system, (self.command,)
 
 
-def test_describe_tells_names_shapes_and_formats_without_loading(tmp_path):
+def test_describe_reports_names_shapes_and_formats_without_loading(tmp_path):
     pth.save(tmp_path / "x.pth", TENSORS)
     described = pth.read_header(tmp_path / "x.pth")
     assert {n: (s.shape, s.dtype) for n, s in described.items()} == {
@@ -201,8 +201,8 @@ def test_a_source_that_torch_saved_without_checksums_is_sound_and_its_copy_has_t
     pth.check_checksums(tmp_path / "x.pth")
     pth_rewrite.rewrite(tmp_path / "x.pth", tmp_path / "y.pth", lambda name: (lambda t: t + 1) if name == "a" else None)
     assert zipfile.ZipFile(tmp_path / "y.pth").testzip() is None
-    found = pth.load(tmp_path / "y.pth")
-    assert torch.equal(found["a"], tensors["a"] + 1) and torch.equal(found["b"], tensors["b"])
+    result = pth.load(tmp_path / "y.pth")
+    assert torch.equal(result["a"], tensors["a"] + 1) and torch.equal(result["b"], tensors["b"])
 
 
 @pytest.mark.parametrize("where", ["a tensor that changes", "a tensor that stays"])
@@ -368,7 +368,7 @@ def test_a_base_may_be_used_before_its_content_is_known_and_the_doubt_is_settled
         assert not doubts
 
 
-def test_a_base_that_nobody_has_written_to_is_not_read_again_and_one_that_was_is(project_folder, monkeypatch):
+def test_a_base_that_no_one_has_written_to_is_not_read_again_and_one_that_was_is(project_folder, monkeypatch):
     base = project_folder / "model" / "base.pth"
     pth.save(base, TENSORS)
     assert hashing.file_stamp(base) is None  # written a moment ago

@@ -66,8 +66,8 @@ ONE_WORD = {
 def test_a_word_addresses_the_same_checkpoint_everywhere(two, word, file):
     path = two / "output" / f"{file}.pth"
     assert run_dir.find_checkpoint(word).resolve() == path
-    assert [found.resolve() for found in checkpoint_files([word], "")] == [path]
-    assert [found.resolve() for found in checkpoint_files([word, word], "", "--stack")] == [path, path]
+    assert [result.resolve() for result in checkpoint_files([word], "")] == [path]
+    assert [result.resolve() for result in checkpoint_files([word, word], "", "--stack")] == [path, path]
 
 
 def test_an_absolute_path_of_a_run_anywhere(two, tmp_path):
@@ -157,7 +157,7 @@ def test_options_that_contradict_each_other_are_refused(two, typed, words):
 
 
 @pytest.mark.parametrize("words", [["a run"], ["a run", "0"], ["a run/0"], ["--stack", "a run", "b/0"]])
-def test_a_run_that_is_set_and_not_used_is_told(two, capsys, words):
+def test_a_run_that_is_set_and_not_used_is_reported(two, capsys, words):
     words, _, how, _ = command_line(words)
     checkpoint_files(words, "b", how)
     assert "note: RUN=b is not used" in capsys.readouterr().err

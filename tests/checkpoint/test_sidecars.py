@@ -1,4 +1,4 @@
-"""Sidecars that were edited: told with their fields, refused, and usable where the user says so; fields of wrong types."""
+"""Sidecars that were edited: reported with their fields, refused, and usable where the user says so; fields of wrong types."""
 
 import contextlib
 import json
@@ -54,7 +54,7 @@ def load_accepting(**changes):
 def diagnose(*option):
     from helpers.chats import ASKING
 
-    # a run that was made by hand has no settings: what comes behind the sidecar is told by another sentence
+    # a run that was made by hand has no settings: what comes behind the sidecar is reported by another sentence
     with pytest.raises(UserError, match="run.json") if option else contextlib.nullcontext():
         chat.command(ASKING, ["--diagnose", "r", *option])
 
@@ -71,7 +71,7 @@ def test_an_edited_sidecar_is_refused_with_its_fields_unless_it_is_accepted(seal
 
 
 @pytest.mark.parametrize(
-    "fields, told",
+    "fields, reported",
     [
         ({"alpha": 16.0}, "alpha is"),
         ({"rank": 5}, "rank is"),
@@ -86,9 +86,9 @@ def test_an_edited_sidecar_is_refused_with_its_fields_unless_it_is_accepted(seal
         ({sidecars.SEAL: {}}, "alpha, base, base_sha256, eot, epoch, geometry, method, quant and 6 more are"),
     ],
 )
-def test_every_change_is_noticed(sealed, fields, told):
+def test_every_change_is_noticed(sealed, fields, reported):
     change(sealed, **fields)
-    with pytest.raises(UserError, match=f"rwkv-3.json: .*{told}"):
+    with pytest.raises(UserError, match=f"rwkv-3.json: .*{reported}"):
         merge("r", "3")
 
 
@@ -101,7 +101,7 @@ def test_a_sidecar_as_it_was_written_and_one_of_an_earlier_version_are_used(seal
     assert said.err.count("rwkv-3.json: has no checksums of its fields") == 1
 
 
-def test_written_anew_in_another_order_it_is_the_same(sealed):
+def test_written_again_in_another_order_it_is_the_same(sealed):
     content = json.loads(sealed.read_text())
     sealed.write_text(json.dumps(dict(reversed(content.items())), indent=None, ensure_ascii=True))
     merge("r", "3")
@@ -166,7 +166,7 @@ def test_a_field_of_a_wrong_type_is_refused_by_its_name(tmp_path, fields):
 
 @pytest.mark.parametrize("fields", [{"geometry": {}}, {"parts": 5}])
 @pytest.mark.parametrize("door", ["merge", "peft", "chat", "diagnose"])
-def test_every_door_looks_at_types(sealed, door, fields):
+def test_every_door_validations_at_types(sealed, door, fields):
     change(sealed, **fields)
     with pytest.raises(UserError, match=f"rwkv-3.json: {[*fields][0]} cannot be "):
         DOORS[door]()
@@ -203,7 +203,7 @@ def test_a_merged_model_has_checksums_of_its_own(sealed, capsys):
     merge(result(), "--export", "safetensors", "--accept-edited")
 
 
-def test_the_option_is_told_by_every_command():
+def test_the_option_is_reported_by_every_command():
     import rwkv_peft.cli.merge as door
 
     assert all(sidecars.ACCEPT in words for words in (door.USAGE, chat.__doc__, train.__doc__))

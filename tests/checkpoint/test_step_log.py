@@ -58,9 +58,9 @@ def test_what_is_behind_a_line_that_is_no_record_stays(tmp_path, what):
     log(tmp_path, *FIVE[:2], DAMAGED[what], *FIVE[3:])
     assert [r["step"] for r in step_log.read_log(tmp_path)] == [1, 2, 4, 5]
     for _ in range(2):
-        records, mended = step_log.truncate_log(tmp_path, 5)
+        records, repaired = step_log.truncate_log(tmp_path, 5)
         assert [r["step"] for r in records] == [1, 2, 4, 5]
-    assert not mended
+    assert not repaired
     assert (tmp_path / step_log.FILE).read_text() == "".join([*FIVE[:2], *FIVE[3:]])
     assert (tmp_path / step_log.DAMAGED).stat().st_size
 
@@ -88,13 +88,13 @@ def test_records_are_kept_once_and_in_order(tmp_path, lines):
 def test_what_came_after_a_step_is_cut_off_and_nothing_else_is_written(tmp_path, end):
     path = log(tmp_path, *FIVE[:3], end)
     inode = path.stat().st_ino
-    records, mended = step_log.truncate_log(tmp_path, 3)
-    assert len(records) == 3 and not mended
+    records, repaired = step_log.truncate_log(tmp_path, 3)
+    assert len(records) == 3 and not repaired
     assert path.read_text() == "".join(FIVE[:3]) and path.stat().st_ino == inode
     assert [p.name for p in tmp_path.iterdir()] == [step_log.FILE]
 
 
-def test_the_lock_stays_with_a_log_that_is_mended(tmp_path):
+def test_the_lock_stays_with_a_log_that_is_repaired(tmp_path):
     path = log(tmp_path, "x\n", *FIVE)
     inode = path.stat().st_ino
     assert step_log.truncate_log(tmp_path, 5)[1] and path.stat().st_ino == inode
@@ -106,7 +106,7 @@ def test_an_empty_log_or_none_has_no_records(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("steps", "last", "found", "words"),
+    ("steps", "last", "result", "words"),
     [
         ([1, 2, 3], 3, [], ""),
         ([1, 2, 3, 14], 14, [[4, 13]], "steps 4 to 13"),
@@ -114,9 +114,9 @@ def test_an_empty_log_or_none_has_no_records(tmp_path):
         ([2, 4, 6], 8, [[1, 1], [3, 3], [5, 5], [7, 8]], "step 1, step 3, step 5 and 1 more gaps"),
     ],
 )
-def test_gaps_are_found_and_named(steps, last, found, words):
-    assert step_log.find_gaps(steps, last) == found
-    assert step_log.describe_gaps(found) == words
+def test_gaps_are_detected_and_named(steps, last, result, words):
+    assert step_log.find_gaps(steps, last) == result
+    assert step_log.describe_gaps(result) == words
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_gaps_are_found_and_named(steps, last, found, words):
         ([["a", "b"]], [[4, 13]]), ([[0, 10**400]], [[4, 13]]), ({"4": 13}, [[4, 13]]),
     ],
 )  # fmt: skip
-def test_a_gap_that_was_told_of_is_not_new_whatever_a_manifest_says(known, new):
+def test_a_gap_that_was_reported_of_is_not_new_whatever_a_manifest_says(known, new):
     assert step_log.find_new_gaps([[4, 13]], known) == new
 
 
@@ -171,7 +171,7 @@ def test_a_log_of_gaps_only_takes_linear_time(tmp_path):
 
 
 @pytest.mark.parametrize("what", DAMAGED)
-def test_looks_behind_a_damaged_line_stay(tmp_path, what):
+def test_validations_behind_a_damaged_line_stay(tmp_path, what):
     look = json.dumps({"step": 2, "loss": 1.0, "data": "d"})
     damaged = DAMAGED[what] if isinstance(DAMAGED[what], bytes) else DAMAGED[what].encode()
     if what == "no number":

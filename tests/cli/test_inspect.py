@@ -1,4 +1,4 @@
-"""python -m json2binidx.inspect: sound pairs are shown, every fault is told with its exact place, nothing ends in a traceback."""
+"""python -m json2binidx.inspect: sound pairs are shown, every fault is reported with its place, nothing ends in a traceback."""
 
 import struct
 import subprocess
@@ -33,8 +33,8 @@ def by_description(prefix, rows, code=8, documents=None) -> None:
     for row in rows:
         index += struct.pack("<q", at)
         at += item * len(row)
-    for border in documents:
-        index += struct.pack("<q", border)
+    for bound in documents:
+        index += struct.pack("<q", bound)
     Path(f"{prefix}.idx").write_bytes(index)
     Path(f"{prefix}.bin").write_bytes(b"".join(struct.pack("<" + DTYPE[code], token) for row in rows for token in row))
 
@@ -90,7 +90,7 @@ def test_any_rows_in_any_dtype_are_sound(tmp_path_factory, rows, code):
     inspect.inspect(prefix, 2, own=True)  # raises where something is wrong (ids at random are no text)
 
 
-def test_small_blocks_tell_what_large_ones_do(pair, capsys, monkeypatch):
+def test_small_blocks_report_what_large_ones_do(pair, capsys, monkeypatch):
     with_roles(pair)
     patch(
         Path(f"{pair}.bin"), 2 * SIZES[0], struct.pack("<H", tokenizer.token_bytes().index(b"\xe6"))
@@ -143,7 +143,7 @@ def test_reserved_ids_are_a_warning(tmp_path, capsys):
     assert code == 0 and "byte 2: row 0, token 1 is 65530, a reserved id" in out and "<65530>" in out
 
 
-def test_ids_of_another_vocabulary_are_told_and_not_shown_as_text(tmp_path, capsys):
+def test_ids_of_another_vocabulary_are_reported_and_not_shown_as_text(tmp_path, capsys):
     by_description(tmp_path / "x", [[5, 6], [7, 151643, 8], [-1]], code=4)
     code, out, err = look(capsys, tmp_path / "x")
     assert code == 2 and "do not belong to the World vocabulary" in out and "row 0: " not in out
@@ -244,7 +244,7 @@ def grow(path: Path, more: bytes) -> None:
 
 @pytest.mark.parametrize("kind", DAMAGE)
 @pytest.mark.parametrize("block", [1, 2, 1 << 16])
-def test_a_torn_file_is_told_with_its_exact_place(pair, capsys, monkeypatch, kind, block):
+def test_a_torn_file_is_reported_with_its_exact_place(pair, capsys, monkeypatch, kind, block):
     monkeypatch.setattr(check_index, "BLOCK", block)
     damage, sentences = DAMAGE[kind]
     damage(pair)
@@ -254,7 +254,7 @@ def test_a_torn_file_is_told_with_its_exact_place(pair, capsys, monkeypatch, kin
         assert sentence in err
 
 
-def test_ten_faults_of_a_kind_are_told_and_the_rest_counted(tmp_path, capsys):
+def test_ten_faults_of_a_kind_are_reported_and_the_rest_counted(tmp_path, capsys):
     by_description(tmp_path / "x", [[70000] * 30, [1] * 5], code=4)
     patch(tmp_path / "x.idx", 34 + 8 + 16, struct.pack("<q", 4))
     code, _, err = look(capsys, tmp_path / "x")

@@ -36,16 +36,16 @@ def way(request, monkeypatch):
     return request.param
 
 
-def parts_of(dice, size: int) -> list[bytes]:
+def parts_of(rng, size: int) -> list[bytes]:
     """Bytes in pieces of all sizes, the empty one too."""
-    data, cuts = dice.bytes(size), sorted(dice.integers(0, size + 1, 12))
+    data, cuts = rng.bytes(size), sorted(rng.integers(0, size + 1, 12))
     return [data[a:b] for a, b in zip([0, *cuts], [*cuts, size], strict=True)]
 
 
 def test_what_several_threads_write_side_by_side_is_what_is_read(way, tmp_path):
-    dice = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     sizes = [5, 70_000, 3 << 20, 64, 20 << 20, 4096, (8 << 20) + 1, 0, 2 << 20]
-    records = [parts_of(dice, size) for size in sizes]
+    records = [parts_of(rng, size) for size in sizes]
     begins = np.cumsum([77, *sizes])  # (nothing begins where a block does)
     with open(tmp_path / "x", "wb") as file, DirectWriter(file) as out, ThreadPoolExecutor(3) as pool:
         out.write(b"h" * 77, 0)
@@ -116,7 +116,7 @@ except OSError as error:
 
 @pytest.mark.slow
 def test_a_full_disk_ends_a_change_of_several_tensors_at_once(tmp_path):
-    """And leaves nobody waiting for a tensor's turn."""
+    """And leaves no one waiting for a tensor's turn."""
     command = [sys.executable, "-c", FAILING, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
     assert done.stdout == "28\n", done.stderr

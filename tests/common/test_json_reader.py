@@ -59,8 +59,8 @@ def test_text_that_is_no_plain_value_is_refused(text, words):
     ],
 )
 def test_sound_text_is_read_as_it_is(text, value):
-    found = json_reader.parse_json(text)
-    assert found == value or value is None
+    result = json_reader.parse_json(text)
+    assert result == value or value is None
 
 
 def test_a_file_that_is_too_large_is_not_read(tmp_path):

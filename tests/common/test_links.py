@@ -1,4 +1,4 @@
-"""What stands in the folders of the kit: a link is replaced or refused and never followed, a FIFO is never waited for, and the
+"""What is in the folders of the kit: a link is replaced or refused and never followed, a FIFO is never waited for, and the
 links of a user's own (whole folders on another disk) work as before."""
 
 import contextlib
@@ -49,7 +49,7 @@ def test_a_new_file_takes_the_place_of_anything_but_a_folder(tmp_path, theirs):
     assert theirs.read_text() == "dear diary\n"
 
 
-def test_what_stands_at_a_temporary_name_goes(tmp_path, theirs):
+def test_what_is_at_a_temporary_name_goes(tmp_path, theirs):
     path = tmp_path / "x.json"
     for _ in kinds(atomic_io.temp_path(path), theirs):
         atomic_io.write_json(path, {})
@@ -154,13 +154,13 @@ def test_a_log_of_several_names_is_locked_before_its_copy_is_to_be_seen(project_
     assert theirs.read_text() == "dear diary\n" and (folder / run_dir.BEFORE).read_text() == "dear diary\n"
 
 
-def test_a_log_that_is_a_fifo_says_that_nobody_trains(project_folder):
+def test_a_log_that_is_a_fifo_says_that_no_one_trains(project_folder):
     (paths.OUTPUT / "run").mkdir()
     os.mkfifo(paths.OUTPUT / "run/loss.jsonl")
     assert not run_dir.is_running(paths.OUTPUT / "run")
 
 
-def test_latest_is_a_link_or_told_of_and_leaves_nothing(project_folder, capsys):
+def test_latest_is_a_link_or_reported_of_and_leaves_nothing(project_folder, capsys):
     for left in (f".latest-{os.getpid()}", ".latest-4194303"):
         (paths.OUTPUT / left).symlink_to("x")
     (paths.OUTPUT / ".latest-x").symlink_to("x")
@@ -175,15 +175,15 @@ def test_latest_is_a_link_or_told_of_and_leaves_nothing(project_folder, capsys):
 
 
 @pytest.mark.parametrize(
-    ("target", "found"),
+    ("target", "result"),
     [("run", "run"), ("../output/run", "run"), ("{output}/run", "run"), ("nothing", None), ("..", None), ("../elsewhere", None),
      (".", None), ("latest", None), ("run/state", None), ("/", None)],
 )  # fmt: skip
-def test_latest_leads_to_a_run_in_output_only(project_folder, target, found):
+def test_latest_leads_to_a_run_in_output_only(project_folder, target, result):
     (paths.OUTPUT / "run/state").mkdir(parents=True)
     (project_folder / "elsewhere").mkdir()
     (paths.OUTPUT / "latest").symlink_to(target.format(output=paths.OUTPUT))
-    assert run_dir.latest_run() == (paths.OUTPUT / found if found else None)
+    assert run_dir.latest_run() == (paths.OUTPUT / result if result else None)
 
 
 @pytest.mark.slow
@@ -235,17 +235,17 @@ def test_a_link_among_states_is_taken_away_and_not_followed(tmp_path, theirs, na
 
 
 @pytest.mark.parametrize("file", ["manifest.json", "weights.safetensors"])
-def test_a_fifo_in_a_state_is_told_as_damage(tmp_path, file):
+def test_a_fifo_in_a_state_is_reported_as_damage(tmp_path, file):
     for step in (1, 2):
         saved(tmp_path, step, keep=2)
     (tmp_path / "state/step-000002" / file).unlink()
     os.mkfifo(tmp_path / "state/step-000002" / file)
-    told = []
-    assert train_state.latest_valid(tmp_path, told.append).step == 1
-    assert f"{file}: cannot be read (" in told[0]
+    reported = []
+    assert train_state.latest_valid(tmp_path, reported.append).step == 1
+    assert f"{file}: cannot be read (" in reported[0]
 
 
-def test_a_fifo_as_a_sidecar_is_told(tmp_path):
+def test_a_fifo_as_a_sidecar_is_reported(tmp_path):
     (tmp_path / "rwkv-0.pth").touch()
     os.mkfifo(tmp_path / "rwkv-0.json")
     with pytest.raises(UserError, match="rwkv-0.json: is a FIFO"):
@@ -322,7 +322,7 @@ def test_an_export_of_a_folder_takes_the_place_of_a_link_and_not_of_its_target(p
 @pytest.mark.parametrize(
     "name", ["chat.bin", "chat.roles.idx", "chat.report.json", "chat.lengths.png", "chat.rejects.jsonl"]
 )
-def test_a_folder_where_tokens_belong_is_told_before_a_row_is_read(ready, name):
+def test_a_folder_where_tokens_belong_is_reported_before_a_row_is_read(ready, name):
     (ready / f"data/{name}").unlink(missing_ok=True)
     (ready / f"data/{name}").mkdir()
     with pytest.raises(UserError, match=f"data/{name}: is a folder, and a file of this name"):
@@ -337,7 +337,7 @@ def test_what_belongs_to_tokens_and_is_a_fifo_is_not_taken_for_missing(ready, na
         train.command(config(), ["--dry-run"])
 
 
-def test_a_report_that_is_a_fifo_is_made_anew(ready):
+def test_a_report_that_is_a_fifo_is_made_again(ready):
     (ready / "data/chat.report.json").unlink()
     os.mkfifo(ready / "data/chat.report.json")
     tokenize(ready / "data/chat.jsonl")

@@ -72,9 +72,9 @@ def test_the_base_of_a_training_is_answered_so_too(project_folder):
     from rwkv_peft.train.checks import open_files
 
     set_to = config(MODEL_PATH="C:\\models\\rwkv.pth", DATA_PATH="D:\\data\\chat")
-    with pytest.raises(SettingErrors) as told:
+    with pytest.raises(SettingErrors) as reported:
         open_files(set_to, paths.resolve_model(set_to.model_path), True)
-    said = {problem.name: problem.message for problem in told.value.problems}
+    said = {problem.name: problem.message for problem in reported.value.problems}
     assert "/mnt/c/models/rwkv.pth" in said["MODEL_PATH"] and "/mnt/d/data/chat" in said["DATA_PATH"]
 
 

@@ -37,9 +37,9 @@ def read(tmp_path, text, **environment):
 
 def test_every_problem_is_reported_at_once_in_the_order_of_the_script(tmp_path):
     script = read(tmp_path, SCRIPT, QUANT="nf8", MICRO_BSZ="0", LR_FINAL="2e5x", CTX_LEM="608")
-    with pytest.raises(SettingErrors) as found:
+    with pytest.raises(SettingErrors) as result:
         script.read(Settings)
-    assert script.report(found.value).splitlines() == [
+    assert script.report(result.value).splitlines() == [
         "training.sh has 5 problems:",
         "            CTX_LEN        is not set in training.sh",
         "  line   3  QUANT=nf8      must be one of none, nf4, int8; did you mean nf4?",
@@ -67,9 +67,9 @@ def test_sound_values_arrive_with_their_types(tmp_path):
 )
 def test_a_number_or_a_word_names_both(tmp_path, text, words):
     script = read(tmp_path, ALL, QUANT="none", MICRO_BSZ="1", LR_FINAL="1", CTX_LEN=text)
-    with pytest.raises(SettingErrors) as found:
+    with pytest.raises(SettingErrors) as result:
         script.read(Settings)
-    assert found.value.problems == [SettingError("CTX_LEN", words)]
+    assert result.value.problems == [SettingError("CTX_LEN", words)]
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999", "0x10"])
@@ -82,14 +82,14 @@ def test_numbers_that_are_none_are_refused(tmp_path, text):
 def test_a_setting_that_is_made_twice_is_named_with_both_lines(tmp_path):
     values = {"QUANT": "none", "MICRO_BSZ": "1", "LR_FINAL": "1", "CTX_LEN": "auto"}
     script = read(tmp_path, ALL + "MICRO_BSZ=4\n", **values)
-    with pytest.raises(SettingErrors) as found:
+    with pytest.raises(SettingErrors) as result:
         script.read(Settings)
-    assert found.value.problems == [SettingError("MICRO_BSZ", "is set in line 2 as well; keep one of the two")]
-    assert "  line   5  MICRO_BSZ=1" in script.report(found.value)
+    assert result.value.problems == [SettingError("MICRO_BSZ", "is set in line 2 as well; keep one of the two")]
+    assert "  line   5  MICRO_BSZ=1" in script.report(result.value)
     read(tmp_path, ALL + "if true; then\n  MICRO_BSZ=4\nfi\n", **values).read(Settings)  # a shell's own choice is fine
 
 
-def test_windows_line_ends_are_named_with_the_cure(tmp_path):
+def test_windows_line_ends_are_named_with_the_fix(tmp_path):
     path = tmp_path / "training.sh"
     path.write_bytes(b"QUANT=none\r\n")
     with pytest.raises(SettingErrors, match="Windows line ends; run: sed"):
@@ -108,12 +108,12 @@ def test_a_line_with_two_settings_is_refused_with_its_number(tmp_path, line):
     values = {"QUANT": "none", "MICRO_BSZ": "1", "LR_FINAL": "1", "CTX_LEN": "8"}
     for lines in (f"MICRO_BSZ=\nLR_FINAL=\nCTX_LEN=4\n{line}\n", f"MICRO_BSZ=\nLR_FINAL=\n\n{line}\n"):
         script = read(tmp_path, lines, **values)
-        with pytest.raises(SettingErrors) as found:
+        with pytest.raises(SettingErrors) as result:
             script.read(Settings)
-        assert found.value.problems == [
+        assert result.value.problems == [
             SettingError("QUANT", "shares its line with CTX_LEN; give each setting a line of its own")
         ]
-        assert "  line   4  QUANT=none" in script.report(found.value)
+        assert "  line   4  QUANT=none" in script.report(result.value)
 
 
 def test_an_equals_sign_in_a_value_or_a_comment_is_no_second_setting(tmp_path):

@@ -16,20 +16,20 @@ REFUSED = [(f.metadata["var"], value) for f in dataclasses.fields(TrainConfig) f
 
 
 @pytest.mark.parametrize(("name", "value"), REFUSED)
-def test_a_value_that_is_to_come_or_called_otherwise_is_refused_and_told_what_there_is(name, value):
+def test_a_value_that_is_to_come_or_called_otherwise_is_refused_and_reported_what_there_is(name, value):
     assert re.search(
         "is not part of this version yet; it has|is FINETUNE_MODE=|is QUANT=", problems(**{name: value})[name]
     )
 
 
 @pytest.mark.parametrize("variable", load_variables())
-def test_what_a_run_goes_on_from_must_be_of_its_own_method(variable):
+def test_what_a_run_resumes_from_must_be_of_its_own_method(variable):
     for mode in MODES:
         config = {"FINETUNE_MODE": mode, variable: "x.pth", "lora_parts": "ln" if mode == "none" else "att,ffn"}
         config |= {"PEFT_CONFIG": "x.json"} if mode == "peft" else {}
-        found = problems(**config).get(variable, "")
-        assert bool(found) == (mode not in load_variables()[variable])
-        assert not found or f"with FINETUNE_MODE={mode}, which has" in found
+        result = problems(**config).get(variable, "")
+        assert bool(result) == (mode not in load_variables()[variable])
+        assert not result or f"with FINETUNE_MODE={mode}, which has" in result
 
 
 @pytest.mark.parametrize("mode", [m for m in MODES if METHODS[method_of(m, False)].saves_model])
@@ -152,8 +152,8 @@ def test_settings_that_do_not_go_together_are_refused(changes, name, words, monk
 
 
 def test_a_broken_value_does_not_hide_what_is_wrong_with_others():
-    found = problems(FINETUNE_MODE="full", EMB_FINETUNE="1", LR_INIT="x", CTX_LEN="0")
-    assert set(found) == {"EMB_FINETUNE", "LR_INIT", "CTX_LEN"}
+    result = problems(FINETUNE_MODE="full", EMB_FINETUNE="1", LR_INIT="x", CTX_LEN="0")
+    assert set(result) == {"EMB_FINETUNE", "LR_INIT", "CTX_LEN"}
 
 
 @pytest.mark.parametrize(

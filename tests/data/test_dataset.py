@@ -70,15 +70,15 @@ def test_a_document_that_is_cut_has_no_end():
         (4, [1, 2, 3, 4, 5], [0, 1, 1, 0]),
         (3, [1, 2, 3, 4], [0, 1, 1]),
     ):
-        [(found, trained)] = data([source(ids, roles)], "pad", "qa", ctx_len).row(0)
-        assert (found.tolist(), trained.tolist()) == (tokens, weights)
+        [(result, trained)] = data([source(ids, roles)], "pad", "qa", ctx_len).row(0)
+        assert (result.tolist(), trained.tolist()) == (tokens, weights)
 
 
 def one_by_one(made, rows, fill_to):
     """The definition of a batch: sequence by sequence, place by place."""
     sequences = [sequence for n in rows for sequence in made.row(n)]
     width = -(-(max(len(tokens) for tokens, _ in sequences) - 1) // (fill_to or 1)) * (fill_to or 1)
-    ids, positions, targets, borders, real = [], [], [], [0], 0
+    ids, positions, targets, bounds, real = [], [], [], [0], 0
     for tokens, weights in sequences:
         for place, weight in enumerate(weights):
             if weight:
@@ -86,9 +86,9 @@ def one_by_one(made, rows, fill_to):
                 targets.append(int(tokens[place + 1]))
         inputs = tokens[:-1].tolist()
         ids += inputs + [0] * (width - len(inputs) if fill_to else 0)
-        borders.append(len(ids))
+        bounds.append(len(ids))
         real += len(inputs)
-    return ids, tuple(borders), positions, targets, real
+    return ids, tuple(bounds), positions, targets, real
 
 
 @settings(max_examples=60, deadline=None)
@@ -103,12 +103,18 @@ def test_a_batch_is_its_rows_behind_one_another(sizes, mode, mask, micro):
     batches = Batches(made, plan, 0)
     for i in range(len(batches)):
         rows = plan.rows_of_micro_batch(0, i, 0)
-        found, fill_to = batches[i], {"pad": 1, "bucket": 16}.get(mode)
+        result, fill_to = batches[i], {"pad": 1, "bucket": 16}.get(mode)
         wanted = one_by_one(made, rows, fill_to)
-        lists = found.ids[0].tolist(), found.cu_seqlens, found.positions.tolist(), found.targets.tolist(), found.tokens
+        lists = (
+            result.ids[0].tolist(),
+            result.cu_seqlens,
+            result.positions.tolist(),
+            result.targets.tolist(),
+            result.tokens,
+        )
         assert lists == wanted
-        assert found.step_targets == len(wanted[3])
-        assert found.ids.dtype == found.positions.dtype == found.targets.dtype == torch.long
+        assert result.step_targets == len(wanted[3])
+        assert result.ids.dtype == result.positions.dtype == result.targets.dtype == torch.long
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -180,7 +186,7 @@ def test_mini_epochs_together_cover_everything_exactly_once(mode, epoch_steps):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("mask", ["qa", "last"])
-def test_roles_found_in_the_text_are_those_that_are_written_down_and_are_asked_for_once(mode, mask):
+def test_roles_detected_in_the_text_are_those_that_are_written_down_and_are_asked_for_once(mode, mask):
     ids, roles = documents([8, 30, 17, 5, 44] * 3)
     asked = []
 
@@ -188,10 +194,10 @@ def test_roles_found_in_the_text_are_those_that_are_written_down_and_are_asked_f
         asked.append(len(tokens))
         return roles[len(asked) - 1]
 
-    found, written = source(ids, find=find), source(ids, roles)
+    result, written = source(ids, find=find), source(ids, roles)
     assert asked == [len(tokens) for tokens in ids]
-    assert not found.roles.flags.writeable and np.array_equal(found.roles, written.roles)
-    theirs, ours = data([found], mode, mask), data([written], mode, mask)
+    assert not result.roles.flags.writeable and np.array_equal(result.roles, written.roles)
+    theirs, ours = data([result], mode, mask), data([written], mode, mask)
     plan = ours.make_plan(None, 2, 1, 1)
     assert all(same(Batches(theirs, plan, 0)[i], Batches(ours, plan, 0)[i]) for i in range(len(Batches(ours, plan, 0))))
     assert len(asked) == len(ids)
@@ -215,7 +221,7 @@ def test_a_token_outside_the_vocabulary_is_named_with_its_row(tmp_path, monkeypa
         TokenSource(Reader(prefix), None, 512)
 
 
-def test_what_stands_between_the_markers_is_trained_and_the_end_marker_too():
+def test_what_is_between_the_markers_is_trained_and_the_end_marker_too():
     markers = Markers(b"A:", b"\n\n")
 
     def trained(data: bytes):
@@ -263,13 +269,13 @@ def test_a_worker_makes_the_same_batches(mode):
     made = data([source(ids, roles)], mode, "qa", 20, budget=48)
     batches = Batches(made, made.make_plan(None, 2, 1, 1), 0)
     loader = make_loader(batches, 1)
-    found = list(loader)
+    result = list(loader)
     end_workers(loader)
-    assert len(found) == len(batches) and all(same(batches[i], batch) for i, batch in enumerate(found))
+    assert len(result) == len(batches) and all(same(batches[i], batch) for i, batch in enumerate(result))
 
 
 def processes(session: int) -> list[str]:
-    found = []
+    result = []
     for stat in (f"/proc/{pid}/stat" for pid in os.listdir("/proc") if pid.isdigit()):
         try:
             with open(stat) as file:
@@ -277,8 +283,8 @@ def processes(session: int) -> list[str]:
         except OSError:
             continue
         if int(fields[3]) == session and fields[0] != "Z":
-            found.append(stat)
-    return found
+            result.append(stat)
+    return result
 
 
 @pytest.mark.slow

@@ -49,7 +49,7 @@ def test_documents_of_a_window_keep_their_own_last_answer():
     first[[0, 4, 7]] = True
     assert target_weights(roles, "last", first).tolist() == [0, 0, 1, 0, 1, 1, 0, 1]
     assert target_weights(roles, "qa", first).tolist() == [1, 0, 1, 0, 1, 1, 0, 1]
-    # pad: a document's first token is nobody's target; none: everything is
+    # pad: a document's first token is no one's target; none: everything is
     assert target_weights(roles, "pad", first).tolist() == [1, 1, 1, 0, 1, 1, 0, 1]
     assert target_weights(roles, "none", first).all()
 

@@ -26,10 +26,10 @@ def one_by_one(lengths, capacity: int) -> list[list[int]]:
 
 
 def contents(lengths, pack) -> Counter:
-    order, found = sorted(lengths, reverse=True), {}
+    order, result = sorted(lengths, reverse=True), {}
     for length, number in zip(order, pack.tolist(), strict=True):
-        found.setdefault(number, []).append(length)
-    return Counter(tuple(sorted(lengths)) for lengths in found.values())
+        result.setdefault(number, []).append(length)
+    return Counter(tuple(sorted(lengths)) for lengths in result.values())
 
 
 @settings(max_examples=200, deadline=None)
@@ -69,7 +69,7 @@ def test_repeats_of_a_row_land_in_different_packs(seed):
     assert together > 100 and twice < together / 5
 
 
-def test_who_of_equal_lengths_goes_where_is_drawn_anew_every_pass():
+def test_who_of_equal_lengths_goes_where_is_drawn_again_every_pass():
     ids, _ = documents([9] * 60)
     given = data([source(ids)], "pack", ctx_len=32)
 

@@ -83,15 +83,15 @@ def test_concat_ends_every_document_with_one_token_0_and_loses_nothing_between_r
     assert all(len(row) == 1 for row in rows)
     text = [int(rows[0][0][0][0]), *(int(t) for [(tokens, _)] in rows for t in tokens[1:])]
     assert all(len(row[0][0]) == ctx_len + 1 for row in rows[:-1])
-    found, at = [], 0
+    result, at = [], 0
     for place, token in enumerate(text):
         if token == 0:
-            found.append(tuple(text[at:place]))
+            result.append(tuple(text[at:place]))
             at = place + 1
     assert at == len(text)
     wanted = [tuple(t for t in document.tolist() if t) for document in ids]
-    assert sorted(found) == sorted(wanted)
-    assert shuffle or found == wanted
+    assert sorted(result) == sorted(wanted)
+    assert shuffle or result == wanted
 
 
 @settings(max_examples=60, deadline=None)
@@ -150,8 +150,8 @@ def test_the_magic_prime_is_below_the_number_of_windows(windows, p):
 def test_groups_are_taken_whole(sizes, random):
     first = np.concatenate([[0], np.cumsum(sizes)])
     which = np.array(random.sample(range(len(sizes)), len(sizes)))
-    values, borders = reorder_groups(np.arange(first[-1]), first, which)
-    groups = [values[a:b].tolist() for a, b in zip(borders[:-1], borders[1:], strict=True)]
+    values, bounds = reorder_groups(np.arange(first[-1]), first, which)
+    groups = [values[a:b].tolist() for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
     assert groups == [list(range(first[i], first[i + 1])) for i in which]
 
 

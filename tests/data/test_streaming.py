@@ -62,8 +62,8 @@ def test_no_row_comes_earlier_than_the_buffer_allows():
 
 def test_files_of_a_folder_and_of_every_format_are_streamed_one_after_another(tmp_path):
     paths = [write(tmp_path, kind) for kind in (".csv", ".jsonl.gz", ".parquet")]
-    found = texts(row_stream(*paths, buffer=1), 12)
-    assert found[:3] == found[3:6] == found[6:9] == found[9:12]
+    result = texts(row_stream(*paths, buffer=1), 12)
+    assert result[:3] == result[3:6] == result[6:9] == result[9:12]
 
 
 def same(a, b) -> bool:
@@ -99,9 +99,9 @@ def test_a_step_that_the_stream_ends_in_is_short_and_the_idle_rank_counts_nothin
     os.mkfifo(path)
     feed = threading.Thread(target=lambda: path.write_text("".join(json.dumps(r) + "\n" for r in many(3))))
     feed.start()
-    found = list(batches(row_stream(path), "only", micro=2, world=2, rank=1, steps=50))
+    result = list(batches(row_stream(path), "only", micro=2, world=2, rank=1, steps=50))
     feed.join()
-    assert len(found) == 1 and found[0].tokens > 0  # rows 3 and 4 of the step: one of them is there
+    assert len(result) == 1 and result[0].tokens > 0  # rows 3 and 4 of the step: one of them is there
     feed = threading.Thread(target=lambda: path.write_text("".join(json.dumps(r) + "\n" for r in many(2))))
     feed.start()
     [idle] = batches(row_stream(path), "only", micro=2, world=2, rank=1, steps=50)
@@ -109,7 +109,7 @@ def test_a_step_that_the_stream_ends_in_is_short_and_the_idle_rank_counts_nothin
     assert idle.tokens == 0 and not len(idle.targets) and idle.ids.numel() and idle.step_targets > 0
 
 
-def test_rows_that_cannot_be_used_are_told_once_and_a_file_of_nothing_else_is_refused(tmp_path):
+def test_rows_that_cannot_be_used_are_reported_once_and_a_file_of_nothing_else_is_refused(tmp_path):
     said = []
     path = tiny.write_jsonl(tmp_path / "x.jsonl", [*many(3), *[{"oops": 1}] * 30])
     texts(row_stream(path, say=said.append), 9)
@@ -196,15 +196,15 @@ def test_a_dry_run_shows_the_plan_and_samples(rows, capsys):
     ],
 )
 def test_what_does_not_go_with_streaming_is_refused_by_name(changes, name, words):
-    with pytest.raises(SettingErrors) as found:
+    with pytest.raises(SettingErrors) as result:
         config(**STREAMED | changes)
-    assert [p.name for p in found.value.problems if words in p.message] == [name]
+    assert [p.name for p in result.value.problems if words in p.message] == [name]
 
 
 @pytest.mark.parametrize(
     ("path", "words"), [("rws.jsonl", "did you mean rows.jsonl?"), ("chat.bin", "must end in one of .jsonl")]
 )
 def test_a_source_that_cannot_be_streamed_is_named(rows, path, words):
-    with pytest.raises(SettingErrors) as found:
+    with pytest.raises(SettingErrors) as result:
         train.command(config(**STREAMED | {"DATA_PATH": path}), [])
-    assert words in str(found.value)
+    assert words in str(result.value)

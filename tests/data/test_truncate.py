@@ -25,7 +25,7 @@ WORDS = ["The lamp", " is lit", " at sunset.", "灯塔", "。", "\n", "日落时
 CONTENT = st.lists(st.sampled_from(WORDS), min_size=1, max_size=12).map("".join).filter(lambda s: s.strip())
 
 
-def cook(row, template="rwkv-world", eot="doc", limits=None, **options):
+def encode_block_of(row, template="rwkv-world", eot="doc", limits=None, **options):
     recipe = EncodeConfig(PRESETS[template], eot, limits=limits or Limits(), **options)
     line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
     return RowEncoder(recipe).block(Block("x.jsonl", 1, line, 0))
@@ -38,13 +38,13 @@ def rows_of(made):
 
 def trained_pairs(made, mask: str) -> set[tuple[int, int]]:
     """(token, next) of everything that is trained."""
-    found = set()
+    result = set()
     for ids, roles in rows_of(made):
         if mask == "se":
             roles = roles_in_text(ids, Markers(b"Assistant:", b"\n\n").spans)
         weights = target_weights(roles, "qa" if mask == "se" else mask)
-        found |= {(int(ids[i]), int(ids[i + 1])) for i in np.flatnonzero(weights)}
-    return found
+        result |= {(int(ids[i]), int(ids[i + 1])) for i in np.flatnonzero(weights)}
+    return result
 
 
 def dialogue(contents):
@@ -61,7 +61,7 @@ DIALOGUES = st.lists(CONTENT, min_size=2, max_size=6).map(lambda c: dialogue(c[:
     eot=st.sampled_from(sorted(ENDINGS)), template=st.sampled_from(TEMPLATES), mask=st.sampled_from(MASKS),
 )  # fmt: skip
 def test_a_row_cut_by_max_tokens_trains_nothing_that_the_whole_row_does_not(row, most, policy, eot, template, mask):
-    whole, cut = cook(row, template, eot), cook(row, template, eot, Limits(most, policy=policy))
+    whole, cut = encode_block_of(row, template, eot), encode_block_of(row, template, eot, Limits(most, policy=policy))
     # the last answer of what is left need not be the last one of all; the text of a marker may begin to count elsewhere
     of_whole = {"last": "qa", "se": "none"}.get(mask, mask)
     assert trained_pairs(cut, mask) <= trained_pairs(whole, of_whole)
@@ -77,13 +77,13 @@ def test_an_answer_cut_by_target_length_trains_nothing_that_the_whole_one_does_n
     row, target, source_length, eot, policy, template, mask, expand
 ):
     limits = Limits(0, source_length, target, policy)
-    whole, cut = cook(row, template, eot), cook(row, template, eot, limits, expand=expand)
+    whole, cut = encode_block_of(row, template, eot), encode_block_of(row, template, eot, limits, expand=expand)
     pairs = trained_pairs(whole, "qa") | (
-        trained_pairs(cook(row, template, eot, expand=True), "qa") if expand else set()
+        trained_pairs(encode_block_of(row, template, eot, expand=True), "qa") if expand else set()
     )
     # the first word of what is left has lost the blank in front of it, and may be other tokens
-    told = {(tokenizer.decode([a])[-1:], b) for a, b in pairs} if policy == "truncate-left" else set()
-    assert all((tokenizer.decode([a])[-1:], b) in told for a, b in trained_pairs(cut, mask) - pairs)
+    reported = {(tokenizer.decode([a])[-1:], b) for a, b in pairs} if policy == "truncate-left" else set()
+    assert all((tokenizer.decode([a])[-1:], b) in reported for a, b in trained_pairs(cut, mask) - pairs)
 
 
 @settings(max_examples=100, deadline=None)
@@ -92,8 +92,8 @@ def test_an_answer_cut_by_target_length_trains_nothing_that_the_whole_one_does_n
     template=st.sampled_from(TEMPLATES), mask=st.sampled_from(MASKS),
 )  # fmt: skip
 def test_under_every_mask_a_row_ends_in_the_answer_that_target_length_cuts(row, target, eot, template, mask):
-    whole = cook(row, template, eot)
-    cut = cook(row, template, eot, Limits(target=target, policy="truncate"))
+    whole = encode_block_of(row, template, eot)
+    cut = encode_block_of(row, template, eot, Limits(target=target, policy="truncate"))
     assert cut.ids.tolist() == whole.ids.tolist()[: len(cut.ids)]
     of_whole = {"last": "qa", "se": "none"}.get(mask, mask)
     assert trained_pairs(cut, mask) <= trained_pairs(whole, of_whole)
@@ -109,21 +109,21 @@ LONG = [
 
 @pytest.mark.parametrize("eot", ENDINGS)
 def test_turns_behind_a_cut_answer_are_counted(eot):
-    made = cook({"messages": LONG}, eot=eot, limits=Limits(target=4, policy="truncate"))
+    made = encode_block_of({"messages": LONG}, eot=eot, limits=Limits(target=4, policy="truncate"))
     assert tokenizer.decode(made.ids) == "User: Count.\n\nAssistant: one two three four"
     assert (made.counts["cut rows"], made.counts["cut off"], made.counts["turns cut off"]) == (1, 1, 2)
     assert made.places["cut off"][0].line == 1
 
 
-def test_an_answer_in_the_history_that_is_not_to_be_learnt_is_cut_and_the_dialogue_goes_on():
+def test_an_answer_in_the_history_that_is_not_to_be_learnt_is_cut_and_the_dialogue_resumes():
     limits = Limits(target=4, policy="truncate")
-    made = cook({"messages": LONG}, limits=limits, mask_history=True)
+    made = encode_block_of({"messages": LONG}, limits=limits, mask_history=True)
     assert tokenizer.decode(made.ids[:-1]).endswith("three\n\nUser: More.\n\nAssistant: nine ten")
     assert tokenizer.decode(made.ids[made.roles == Role.ASSISTANT][:-1]) == " nine ten"
 
 
 def test_the_first_token_of_an_answer_that_lost_its_beginning_is_not_learnt():
-    made = cook({"messages": LONG}, limits=Limits(target=4, policy="truncate-left"))
+    made = encode_block_of({"messages": LONG}, limits=Limits(target=4, policy="truncate-left"))
     assert tokenizer.decode(made.ids[made.roles == Role.ASSISTANT][:-1]) == " seven eight\n\n nine ten" or (
         " six" not in tokenizer.decode(made.ids[made.roles == Role.ASSISTANT][:-1])
     )
@@ -135,7 +135,10 @@ def test_the_first_token_of_an_answer_that_lost_its_beginning_is_not_learnt():
 def test_the_end_of_a_turn_that_lost_its_beginning_is_learnt(template, target):
     """And what is left of it is learnt from its second token on."""
     limits = Limits(target=target, policy="truncate-left")
-    made, whole = cook({"messages": LONG[:2]}, template, limits=limits), cook({"messages": LONG[:2]}, template)
+    made, whole = (
+        encode_block_of({"messages": LONG[:2]}, template, limits=limits),
+        encode_block_of({"messages": LONG[:2]}, template),
+    )
     if not len(made.ids):
         return  # the end of a turn alone is longer
     roles = made.roles.tolist()
@@ -152,9 +155,9 @@ def test_the_end_of_a_turn_that_lost_its_beginning_is_learnt(template, target):
 def test_no_word_is_cut_inside_where_whole_ones_are_left(template, policy):
     said = "Photosynthesis characteristically disestablishes incomprehensible electroencephalographic flowcharts daily"
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]
-    found = set()
+    result = set()
     for target in range(2, 40):
-        made = cook({"messages": turns}, template, limits=Limits(target=target, policy=policy))
+        made = encode_block_of({"messages": turns}, template, limits=Limits(target=target, policy=policy))
         if len(made.ids):
             left = (
                 tokenizer.decode(made.ids[:-1])
@@ -162,19 +165,19 @@ def test_no_word_is_cut_inside_where_whole_ones_are_left(template, policy):
                 .strip("✿ \n")
             )
             assert f" {said}".endswith(f" {left}"), left
-            found.add(left)
-    assert {"daily", "flowcharts daily", said} <= found
+            result.add(left)
+    assert {"daily", "flowcharts daily", said} <= result
 
 
 def test_half_a_tool_call_is_not_kept():
     call = {"role": "assistant", "tool_calls": [{"name": "add", "arguments": {"a": 1, "b": 2}}]}
-    made = cook({"messages": [LONG[0], call]}, limits=Limits(target=5, policy="truncate"))
+    made = encode_block_of({"messages": [LONG[0], call]}, limits=Limits(target=5, policy="truncate"))
     assert made.counts["dropped: longer than TARGET_LENGTH"] == 1
 
 
 @pytest.mark.parametrize("eot", ENDINGS)
 def test_a_plain_text_that_is_cut_has_no_end(eot):
-    made = cook({"text": "The lamp is lit at sunset. " * 9}, eot=eot, limits=Limits(12, policy="truncate"))
+    made = encode_block_of({"text": "The lamp is lit at sunset. " * 9}, eot=eot, limits=Limits(12, policy="truncate"))
     assert made.ids[-1] and not tokenizer.decode(made.ids).endswith(("\n", "\x17")) and len(made.ids) == 12
     assert made.counts["cut off"] == 1
 
@@ -197,19 +200,19 @@ def test_a_row_cut_by_ctx_len_trains_nothing_that_the_whole_row_does_not(sizes, 
         wanted |= {(int(tokens[i]), int(tokens[i + 1])) for i in np.flatnonzero(weights)}
     if mask == "none" and mode == "concat":  # all text, across rows
         wanted |= {(int(end), int(tokens[0])) for tokens in ids for end in {0, *(d[-1] for d in ids)}}
-    found = {
+    result = {
         (int(tokens[i]), int(tokens[i + 1]))
         for row in range(made.rows)
         for tokens, weights in made.row(row)
         for i in np.flatnonzero(weights)
     }
-    assert found <= wanted
+    assert result <= wanted
 
 
 def test_a_thought_that_ctx_len_cuts_is_not_followed_by_an_end():
     steps = " ".join(f"Step {i}: {i} and {i} make {2 * i}." for i in range(40))
     row = dialogue(["Q0?", f"<think>\n{steps}\n</think>\nThe answer is 0."])
-    made = cook(row, "rwkv-g1")
+    made = encode_block_of(row, "rwkv-g1")
     cut = data([source([made.ids], [made.roles])], "pack", "qa", 96)
     [(tokens, weights)] = cut.row(0)
     assert tokens.tolist() == made.ids[:97].tolist() and weights[-1] == 1

@@ -125,8 +125,8 @@ def test_a_file_of_the_world_vocabulary_is_taken(tmp_path, kind, how):
 @pytest.mark.parametrize("ids", [IDS_20B, IDS_GPT2, IDS_LLAMA, IDS_BERT], ids=["20B", "GPT-2", "Llama 2", "BERT"])
 @pytest.mark.parametrize("rows", [1, 5, 400])
 def test_a_file_of_another_vocabulary_is_refused(tmp_path, ids, rows):
-    told = describe_vocabulary_problem(write(tmp_path / "x", [ids * 4] * rows))
-    assert "x.bin holds no text of the World vocabulary" in told and "another vocabulary" in told
+    reported = describe_vocabulary_problem(write(tmp_path / "x", [ids * 4] * rows))
+    assert "x.bin holds no text of the World vocabulary" in reported and "another vocabulary" in reported
 
 
 def test_a_few_damaged_places_are_no_other_vocabulary(tmp_path):
@@ -154,9 +154,9 @@ def test_a_sample_is_small_and_comes_from_all_over_a_file():
 
 def test_training_and_the_inspector_give_one_verdict(ready, capsys):
     write(ready / "data" / "foreign", [IDS_20B * 4] * 12)
-    with pytest.raises(SettingErrors) as found:
+    with pytest.raises(SettingErrors) as result:
         train.command(config(DATA_PATH="foreign", LOSS_MASK="pad"), ["--dry-run"])
-    [problem] = found.value.problems
+    [problem] = result.value.problems
     verdict = describe_vocabulary_problem(ready / "data" / "foreign")
     assert problem.name == "DATA_PATH" and problem.message.startswith(verdict) and "VOCABULARY=own" in problem.message
     with pytest.raises(SystemExit) as left:
@@ -190,7 +190,7 @@ def test_a_report_that_names_another_vocabulary_is_believed(ready):
     assert "was made with the vocabulary 20B, not World's" in describe_vocabulary_problem(ready / "data" / "chat")
 
 
-def test_a_replaced_bin_is_found_beside_a_report_of_ours(ready):
+def test_a_replaced_bin_is_detected_beside_a_report_of_ours(ready):
     write(ready / "data" / "chat", [IDS_20B * 4] * 12)
     assert "no text of the World vocabulary" in describe_vocabulary_problem(ready / "data" / "chat")
 

@@ -1,4 +1,4 @@
-"""Who else may answer where the nodes of a training meet: each is named within the time limit, and nobody waits for ever."""
+"""Who else may answer where the nodes of a training meet: each is named within the time limit, and no one waits for ever."""
 
 import contextlib
 import os
@@ -77,10 +77,10 @@ def join(port: int, address: str = "127.0.0.1", who: launch.ProcessInfo = SECOND
 
 @pytest.mark.parametrize(("does", "words"), STRANGERS.values(), ids=STRANGERS)
 def test_a_stranger_where_node_0_should_be_is_named(soon, does, words):
-    with stranger(does) as port, pytest.raises(SettingErrors, match="MASTER_PORT: another program than") as found:
+    with stranger(does) as port, pytest.raises(SettingErrors, match="MASTER_PORT: another program than") as result:
         join(port)
-    assert f"127.0.0.1, port {port}: {words}".replace("\\\\", "\\") in str(found.value)
-    assert "take another number, on all nodes" in str(found.value)
+    assert f"127.0.0.1, port {port}: {words}".replace("\\\\", "\\") in str(result.value)
+    assert "take another number, on all nodes" in str(result.value)
 
 
 def test_a_first_node_that_stops_behind_the_greeting_is_named(soon):
@@ -119,13 +119,13 @@ def test_the_store_of_another_torch_program_is_not_taken_for_node_0(soon):
     del store
 
 
-def test_a_node_0_whose_address_is_another_machines_is_told(soon):
+def test_a_node_0_whose_address_is_another_machines_is_reported(soon):
     port = free_port()
     with pytest.raises(SettingErrors, match="MASTER_ADDR: does not lead to this machine"):
         join(port, "no.such.machine.invalid", launch.ProcessInfo(0, 0, 0, 2))
 
 
-def test_a_node_0_whose_address_leads_to_another_node_0_is_told(soon, monkeypatch):
+def test_a_node_0_whose_address_leads_to_another_node_0_is_reported(soon, monkeypatch):
     """Another address of loopback stands for the other machine: only there does the other store listen."""
     other = reach.connect("127.0.0.1", there := free_port(), 5, True)
     other.set(reach.TOKEN, "another")
@@ -139,7 +139,7 @@ def test_a_node_0_whose_address_leads_to_another_node_0_is_told(soon, monkeypatc
         join(free_port(), who=launch.ProcessInfo(0, 0, 0, 2))
 
 
-def test_a_port_that_another_program_has_is_told_on_node_0(soon):
+def test_a_port_that_another_program_has_is_reported_on_node_0(soon):
     with (
         stranger(lambda line: None, "0.0.0.0") as port,
         pytest.raises(SettingErrors, match="MASTER_PORT: is in use on this"),
@@ -181,7 +181,7 @@ def test_strangers_at_the_door_of_node_0_do_not_disturb_the_meeting():
     assert parties(first, second, ports=ports) == [7, None]
 
 
-def test_a_node_of_a_training_with_more_nodes_is_told_and_the_others_begin():
+def test_a_node_of_a_training_with_more_nodes_is_reported_and_the_others_begin():
     def waits(met):
         met.publish("x", 1)
         return met.wait_for("x")
@@ -196,13 +196,13 @@ def test_a_node_of_a_training_with_more_nodes_is_told_and_the_others_begin():
     assert said == [1, 1]
 
 
-def test_nodes_of_runs_with_other_names_are_told_and_one_without_a_name_is_not():
+def test_nodes_of_runs_with_other_names_are_reported_and_one_without_a_name_is_not():
     facts = [{"RUN_NAME": name} for name in ("a", "", "b")]
     said = parties(*[lambda met, mine=mine: met.compare(mine) for mine in facts])
     assert all("RUN_NAME: is b on node 2, and a on node 0" in one and "node 1" not in one for one in said)
 
 
-def test_a_node_that_is_stopped_by_hand_tells_the_others():
+def test_a_node_that_is_stopped_by_hand_reports_the_others():
     def stopped(_met):
         raise KeyboardInterrupt
 
@@ -211,7 +211,7 @@ def test_a_node_that_is_stopped_by_hand_tells_the_others():
 
 
 @pytest.mark.slow
-def test_a_training_whose_node_0_is_a_silent_stranger_ends_in_words_and_leaves_nobody():
+def test_a_training_whose_node_0_is_a_silent_stranger_ends_in_words_and_leaves_no_one():
     """The whole command, in a process of its own, which ends although a thread of torch's still waits."""
     code = (
         "import sys\nsys.path[:0] = [sys.argv[1], sys.argv[1] + '/tests']\nfrom helpers.training import config\n"

@@ -25,7 +25,7 @@ SRUN |= {"SLURM_NODEID": "2", "SLURM_NTASKS": "6"}
 
 
 @pytest.mark.parametrize(
-    ("environment", "settings", "found"),
+    ("environment", "settings", "result"),
     [
         ({}, {}, launch.ProcessInfo(0, 0, 0, 1)),
         ({"LOCAL_RANK": "3"}, {"GPU_COUNT": "4"}, launch.ProcessInfo(3, 3, 0, 1, "", True)),
@@ -40,8 +40,8 @@ SRUN |= {"SLURM_NODEID": "2", "SLURM_NTASKS": "6"}
         ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, {}, launch.ProcessInfo(0, 0, 0, 1)),  # sbatch alone starts one
     ],
 )
-def test_a_process_knows_its_place(environment, settings, found):
-    assert launch.detect_launcher(config(**settings), environment) == found
+def test_a_process_knows_its_place(environment, settings, result):
+    assert launch.detect_launcher(config(**settings), environment) == result
 
 
 @pytest.mark.parametrize(("environment", "starter"), [(TORCHRUN, "torchrun"), (SRUN, "srun")])
@@ -80,7 +80,7 @@ def test_nodes_that_have_the_same_begin_and_hear_what_the_first_has_decided():
     assert parties(decide, hear, hear) == ["begun", ["run", "step-000003"], ["run", "step-000003"]]
 
 
-def test_what_differs_is_told_on_all_nodes():
+def test_what_differs_is_reported_on_all_nodes():
     mine, other = {"LR_INIT": 1e-4, "DATA_PATH": "a", "SEED": 1}, {"LR_INIT": 2e-4, "DATA_PATH": "b", "SEED": 1}
     words = "DATA_PATH: is b on node 1, and a on node 0; all need the same"
     said = parties(lambda met: met.compare(mine), lambda met: met.compare(other), lambda met: met.compare(mine))
@@ -88,7 +88,7 @@ def test_what_differs_is_told_on_all_nodes():
     assert not any("SEED" in one for one in said)
 
 
-def test_a_node_that_cannot_begin_tells_the_others():
+def test_a_node_that_cannot_begin_reports_the_others():
     def fails(_met):
         raise UserError("There is no such file.")
 
@@ -96,7 +96,7 @@ def test_a_node_that_cannot_begin_tells_the_others():
     assert said == ["Another process could not begin: There is no such file.", "There is no such file."]
 
 
-def test_a_first_node_that_cannot_be_reached_and_a_number_given_twice_are_told(monkeypatch):
+def test_a_first_node_that_cannot_be_reached_and_a_number_given_twice_are_reported(monkeypatch):
     monkeypatch.setattr(rendezvous, "REACH", 1.0)
     with (
         pytest.raises(

@@ -19,7 +19,7 @@ from rwkv_peft.config.strategies import STRATEGIES
 from rwkv_peft.distributed import strategy
 
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
-SPREAD = [word for word, found in STRATEGIES.items() if found.spread]
+SPREAD = [word for word, row in STRATEGIES.items() if row.spread]
 
 
 def asked(words):
@@ -29,7 +29,7 @@ def asked(words):
 
 
 EVERY_STATE = {"SAVE_STEPS": "1", "KEEP_LAST": "9"}
-LOOKS = {
+CHECKS = {
     "VAL_DATA": "chat",
     "VAL_STEPS": "2",
     "SAMPLE_PROMPTS": "hi there|what",
@@ -37,7 +37,7 @@ LOOKS = {
     "SAMPLE_TOKENS": "8",
 }
 METHODS = {
-    "lora": {"lora_dropout": "0.1", "GRAD_CP": "1"} | LOOKS,
+    "lora": {"lora_dropout": "0.1", "GRAD_CP": "1"} | CHECKS,
     "full": {"FINETUNE_MODE": "full", "LR_INIT": "1e-3", "GRAD_CP": "selective"},
     "pissa": {"FINETUNE_MODE": "pissa", "pissa_r": "4", "lora_parts": "att,ffn,time,ln", "MODEL_PATH": "six.pth"}
     | {"EMB_FINETUNE": "1"},
@@ -98,13 +98,13 @@ def near(kit, one: str, other: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "strategy"), CASES)
 def test_every_strategy_takes_the_same_steps(kit, method, strategy):
-    """To the last bit, where nothing is summed in another order: with offloading another optimizer computes, and what lies in
+    """To the last bit, where nothing is summed in another order: with offloading another optimizer computes, and what is in
     pieces adds up the micro-batches of a step piece by piece."""
-    found = STRATEGIES[strategy]
+    result = STRATEGIES[strategy]
     ddp, name = by_ddp(kit, method), f"{method}-{strategy}"
     said = train(kit, name, strategy, **METHODS[method])
     assert "Warning" not in said.stderr and f"STRATEGY={strategy}" in said.stdout
-    if found.offload or (method == "several" and strategy != "deepspeed_stage_1"):
+    if result.offload or (method == "several" and strategy != "deepspeed_stage_1"):
         near(kit, ddp, name)
         return
     same(kit.root, ddp, name, (records(kit.root, ddp), records(kit.root, name)))
@@ -115,8 +115,8 @@ def test_every_strategy_takes_the_same_steps(kit, method, strategy):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", asked(SPREAD if EVERYTHING else ("deepspeed_stage_3",)))
-def test_a_run_goes_on_with_any_strategy(kit, strategy):
-    """Its states do not tell how it was spread: what ddp has saved goes on, and is then what it would have become."""
+def test_a_run_resumes_with_any_strategy(kit, strategy):
+    """Its states do not report how it was spread: what ddp has saved continues, and is then what it would have become."""
     ddp, name = by_ddp(kit, "full"), f"on-{strategy}"
     output = kit.root / "output"
     shutil.copytree(output / ddp, output / name)
@@ -130,7 +130,7 @@ def test_a_run_goes_on_with_any_strategy(kit, strategy):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_another_number_of_processes(kit):
+def test_a_run_resumes_with_another_number_of_processes(kit):
     """Of the same rows a step: two processes, then one, then two again; a number that makes other steps is refused."""
     ddp, name = by_ddp(kit, "full"), "numbers"
     output = kit.root / "output"
@@ -190,14 +190,14 @@ def test_what_cannot_be_spread_is_refused(settings, variable, words):
     assert words in problems(**settings)[variable]
 
 
-@pytest.mark.parametrize("word", asked(word for word, found in STRATEGIES.items() if found.stage))
+@pytest.mark.parametrize("word", asked(word for word, row in STRATEGIES.items() if row.stage))
 def test_frozen_weights_stay_what_they_are_under_deepspeed(word):
     """Lightning's own plugin makes them float32: twice the memory of a base in bf16."""
     [plugin] = strategy.trainer_arguments("bf16", 1, 1, word, 1.0)[0]["plugins"]
     assert plugin.convert_module(torch.nn.Linear(2, 2).bfloat16()).weight.dtype == torch.bfloat16
 
 
-def test_a_missing_deepspeed_is_told_before_anything_is_loaded(monkeypatch):
+def test_a_missing_deepspeed_is_reported_before_anything_is_loaded(monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     monkeypatch.delitem(sys.modules, "rwkv_peft.distributed.deepspeed", raising=False)
     with pytest.raises(SettingErrors, match="STRATEGY: needs a package that is missing .*requirements.txt"):

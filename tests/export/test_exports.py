@@ -70,8 +70,8 @@ def test_a_st_file_is_the_naive_conversion_bit_for_bit(model, tmp_path):
         assert ours[name].dtype == torch.float16 and torch.equal(ours[name], tensor), name
 
 
-# what web-rwkv's loader looks for to tell versions, and the shapes that it takes sizes from
-TELLS = {
+# what web-rwkv's loader looks for to report versions, and the shapes that it takes sizes from
+REPORTS = {
     "x070": [
         *(f"att.x_{x}" for x in "rwkvag"),
         *(f"att.{x}{n}" for x in "wa" for n in "012"),
@@ -89,17 +89,17 @@ TELLS = {
 def test_web_rwkv_finds_version_heads_and_ranks_in_a_st_file(model, tmp_path):
     path, shape = model
     write("safetensors", path, tmp_path / "m.st", shape)
-    found = load_file(tmp_path / "m.st")
-    told = [v for v, names in TELLS.items() if all(f"blocks.0.{name}" in found for name in names)]
-    assert told[0] == shape.version
+    result = load_file(tmp_path / "m.st")
+    reported = [v for v, names in REPORTS.items() if all(f"blocks.0.{name}" in result for name in names)]
+    assert reported[0] == shape.version
     heads = "r_k" if shape.version == "x070" else "time_first"
-    assert found[f"blocks.0.att.{heads}"].shape[0] == shape.n_head
+    assert result[f"blocks.0.att.{heads}"].shape[0] == shape.n_head
     if shape.version == "x070":
-        ranks = [found[f"blocks.{i}.att.{x}1"].shape[0] for i, x in ((0, "w"), (0, "a"), (0, "g"), (1, "v"))]
+        ranks = [result[f"blocks.{i}.att.{x}1"].shape[0] for i, x in ((0, "w"), (0, "a"), (0, "g"), (1, "v"))]
         assert ranks == [shape.rank_w, shape.rank_a, shape.rank_g, shape.rank_v]
     if shape.version == "x060":
-        assert found["blocks.0.att.time_mix_w1"].shape[0] == 5 * shape.rank_mix
-        assert found["blocks.0.att.time_decay_w1"].shape[0] == shape.rank_w
+        assert result["blocks.0.att.time_mix_w1"].shape[0] == 5 * shape.rank_mix
+        assert result["blocks.0.att.time_decay_w1"].shape[0] == shape.rank_w
 
 
 @pytest.mark.parametrize("digest", [None, hashlib.sha256()])
@@ -112,8 +112,8 @@ def test_the_bytes_of_a_st_file_begin_at_a_multiple_of_eight_whatever_the_names(
     if digest:
         assert digest.hexdigest() == hashing.sha256(tmp_path / "f.st")
     assert int.from_bytes((tmp_path / "f.st").read_bytes()[:8], "little") % 8 == 0
-    found = load_file(tmp_path / "f.st")
-    assert all(torch.equal(found[name], data[name]) for name in shapes)
+    result = load_file(tmp_path / "f.st")
+    assert all(torch.equal(result[name], data[name]) for name in shapes)
 
 
 def test_tensors_that_share_a_record_are_written_each_with_its_own_numbers(tmp_path):
@@ -122,9 +122,9 @@ def test_tensors_that_share_a_record_are_written_each_with_its_own_numbers(tmp_p
     both = torch.stack([tensors["emb.weight"], tensors["head.weight"]])
     torch.save(tensors | {"emb.weight": both[0], "head.weight": both[1]}, tmp_path / "tied.pth")
     write("safetensors", tmp_path / "tied.pth", tmp_path / "m.st", shape)
-    found = load_file(tmp_path / "m.st")
+    result = load_file(tmp_path / "m.st")
     for name in ("emb.weight", "head.weight"):
-        assert torch.equal(found[name], tensors[name].half()), name
+        assert torch.equal(result[name], tensors[name].half()), name
 
 
 def test_a_large_tensor_goes_through_memory_in_small_pieces(tmp_path):
@@ -198,7 +198,7 @@ def expected(source, shape, halved):
 
 @pytest.mark.parametrize("kind", DTYPES)
 @pytest.mark.parametrize("version", V7_V6)
-def test_a_gguf_file_holds_every_tensor_where_llama_cpp_looks_for_it(ggufs, version, kind):
+def test_a_gguf_file_holds_every_tensor_where_llama_cpp_validations_for_it(ggufs, version, kind):
     source, shape, reader = ggufs(version, kind)
     wanted = expected(source, shape, halved=kind == "gguf" and version == "x060")
     assert {t.name for t in reader.tensors} == wanted.keys()
@@ -299,18 +299,18 @@ def test_a_state_file_holds_one_float32_matrix_per_layer_and_nothing_else(tmp_pa
     shape = small(version, 11)
     source = save_states(tmp_path / "rwkv-3.pth", shape)
     write("state", source, tmp_path / "s.pth", shape)
-    found, before = torch.load(tmp_path / "s.pth", weights_only=True), states_of(shape)
-    assert list(found) == [f"blocks.{i}.att.time_state" for i in range(11)]
-    assert all(t.dtype == torch.float32 and torch.equal(t, before[n]) for n, t in found.items())
+    result, before = torch.load(tmp_path / "s.pth", weights_only=True), states_of(shape)
+    assert list(result) == [f"blocks.{i}.att.time_state" for i in range(11)]
+    assert all(t.dtype == torch.float32 and torch.equal(t, before[n]) for n, t in result.items())
 
 
 def test_the_state_of_ai00_is_float16_with_keys_before_values(tmp_path):
     shape = small()
     source = save_states(tmp_path / "rwkv-3.pth", shape)
     write("state-ai00", source, tmp_path / "s.state", shape)
-    found, before = load_file(tmp_path / "s.state"), states_of(shape)
-    assert found.keys() == before.keys()
-    for name, matrix in found.items():
+    result, before = load_file(tmp_path / "s.state"), states_of(shape)
+    assert result.keys() == before.keys()
+    for name, matrix in result.items():
         assert matrix.dtype == torch.float16
         assert matrix[1, 2, 3] == before[name][1, 3, 2]
         assert torch.equal(matrix.transpose(1, 2).float(), before[name])
@@ -524,8 +524,8 @@ def test_an_untransposed_low_rank_matrix_would_be_noticed(tmp_path, monkeypatch)
     shape = small()
     tiny.save_model(tmp_path / "m.pth", 0, shape)
     write("safetensors", tmp_path / "m.pth", tmp_path / "m.st", shape)
-    found, wanted = load_file(tmp_path / "m.st"), naive_st(tmp_path / "m.pth")
-    assert not all(found[n].shape == t.shape and torch.equal(found[n], t) for n, t in wanted.items())
+    result, wanted = load_file(tmp_path / "m.st"), naive_st(tmp_path / "m.pth")
+    assert not all(result[n].shape == t.shape and torch.equal(result[n], t) for n, t in wanted.items())
 
 
 @pytest.mark.parametrize(

@@ -161,13 +161,13 @@ def test_the_exported_model_stops_where_ours_stops(ready, name, eot, capsys):
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.split("RESULT")[1])
 
-    told = list(asked.stop_strings_beside_tokens)
-    alone, helped = theirs(), theirs(*told)
+    reported = list(asked.stop_strings_beside_tokens)
+    alone, helped = theirs(), theirs(*reported)
     with capsys.disabled():
         print(f"\n{name}, EOT={eot}: stop tokens {asked.stop_tokens}")
         for question in ASKED:
             print(
-                f"  {question} ours {ours[question]!r}, llama.cpp alone {alone[question]}, with {told} {helped[question]}"
+                f"  {question} ours {ours[question]!r}, llama.cpp alone {alone[question]}, with {reported} {helped[question]}"
             )
     # the answers were learnt, and end where the row's turn ended: the model would go on with the next question
     wanted = {q: a.replace("\n\n", "\n") if Role.ASSISTANT in asked.template.clean else a for q, a in ASKED.items()}

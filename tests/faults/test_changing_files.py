@@ -127,7 +127,7 @@ class Command:
             file = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(file, 1), os.dup2(file, 2)
             sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115
-            with handle_errors(lambda found: str(found)):
+            with handle_errors(lambda result: str(result)):
                 work()
             code = 0
         except SystemExit as left:
@@ -321,7 +321,7 @@ SAME = {
 @pytest.mark.smoke(1)
 @pytest.mark.parametrize("harm", few(WRITTEN, (os.utime, overwrite_and_put_the_content_back)))
 @pytest.mark.parametrize("name", ["model/tiny.pth", "data/chat.bin"])
-def test_a_file_that_was_written_to_stops_a_run_and_the_last_state_goes_on(run, name, harm):
+def test_a_file_that_was_written_to_stops_a_run_and_the_last_state_resumes(run, name, harm):
     said = run.stops(name, lambda: harm(run.root / name))
     assert f"{name}: " in said.splitlines()[-1]
     step = max(int(p.name[5:]) for p in run.folder.glob("state/step-*"))
@@ -385,12 +385,12 @@ def test_nor_at_the_end_of_an_epoch(ready, monkeypatch, changes):
         settings["VAL_DATA"] = "held"
     with pytest.raises(file_watch.FileChanged, match="data/chat.bin: has other content"):
         train.command(config(**settings), [])
-    found = {p.name for p in (ready / "output/run").glob("*") if p.name.startswith(("rwkv", "state"))}
-    assert not found & {"rwkv-2.pth", "rwkv-2.json"} and len(steps_done) == 12
+    result = {p.name for p in (ready / "output/run").glob("*") if p.name.startswith(("rwkv", "state"))}
+    assert not result & {"rwkv-2.pth", "rwkv-2.json"} and len(steps_done) == 12
 
 
 @pytest.mark.slow
-def test_the_last_good_state_goes_on_once_the_file_is_back(run):
+def test_the_last_good_state_resumes_once_the_file_is_back(run):
     """With the bits of a run that was never disturbed; while the file is not back, it is refused."""
     path = run.root / "data/chat.bin"
     kept = path.read_bytes()
@@ -430,10 +430,10 @@ def test_a_state_that_changes_while_it_is_read_is_not_gone_on_from(run, monkeypa
     real = train_state.TrainState.tensors
 
     def tensors(self, name):
-        found = real(self, name)
+        result = real(self, name)
         if name == part:
             harm(self.folder / f"{name}.safetensors")
-        return found
+        return result
 
     monkeypatch.setattr(train_state.TrainState, "tensors", tensors)
     process = run.start(EPOCH_COUNT="9")
@@ -563,7 +563,7 @@ def test_of_a_folder_every_file_counts_and_so_does_a_new_one(project_folder, mon
 
 
 @pytest.mark.parametrize("how", SAME)
-def test_tokenizing_what_has_the_same_content_goes_on(project_folder, monkeypatch, how):
+def test_tokenizing_what_has_the_same_content_resumes(project_folder, monkeypatch, how):
     source = rows_of(project_folder / "data/rows.jsonl", 20)
     real = tokenizing.write
     monkeypatch.setattr(tokenizing, "write", lambda *given: SAME[how](source) and None or real(*given))
@@ -603,10 +603,10 @@ def between(monkeypatch, owner, name: str, harm: Callable[[], object], after: bo
     def called(*arguments, **named):
         if not after and not done:
             done.append(harm())
-        found = real(*arguments, **named)
+        result = real(*arguments, **named)
         if after and not done:
             done.append(harm())
-        return found
+        return result
 
     monkeypatch.setattr(owner, name, called)
 
@@ -722,8 +722,8 @@ def test_content_that_was_known_is_taken_again_where_a_write_has_left_the_times_
         assert hashing.fingerprint(path, known) == known
         with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as content:
             content[:] = other(content[:])
-        found = hashing.fingerprint(path, known)
-        assert found["mark"] == known["mark"] and found["sha256"] == hashing.sha256(path) != known["sha256"]
+        result = hashing.fingerprint(path, known)
+        assert result["mark"] == known["mark"] and result["sha256"] == hashing.sha256(path) != known["sha256"]
 
 
 def test_a_model_that_is_cut_while_it_talks_is_named(ready, monkeypatch):
@@ -799,8 +799,8 @@ def test_another_file_of_that_name_is_no_change_only_where_the_content_is_known(
     watch, path = watched
     replace_by_the_same(path)
     known = watch.files[str(path)].sha256
-    found = watch.look()
-    assert found is None if known else "rows.jsonl: was replaced by another file since" in str(found)
+    result = watch.look()
+    assert result is None if known else "rows.jsonl: was replaced by another file since" in str(result)
 
 
 def test_a_time_that_was_put_back_hides_nothing_where_the_content_is_known(tmp_path):
@@ -929,17 +929,17 @@ def test_a_log_that_an_editor_replaces_loses_no_record_and_lets_no_second_run_in
     assert not run_dir.is_running(run.folder)
 
 
-def test_a_log_that_held_bytes_that_are_no_text_is_followed_as_well(tmp_path):
-    path, told = tmp_path / "loss.jsonl", []
+def test_a_log_that_kept_bytes_that_are_no_text_is_followed_as_well(tmp_path):
+    path, reported = tmp_path / "loss.jsonl", []
     record = metrics.StepMetrics(1, 0, 2.0, 1e-3, 1.0, 5, 5, 9.0, 9.0, 1.0)
-    log = loggers.LossFile(path, told.append)
+    log = loggers.LossFile(path, reported.append)
     log(record)
     with open(path, "ab") as file:
         file.write(b"\xff\xfe\n")
     path.unlink()
     log(dataclasses.replace(record, step=2))
     log.close()
-    assert [record["step"] for record in step_log.read_log(tmp_path)] == [1, 2] and "it goes on" in told[0]
+    assert [record["step"] for record in step_log.read_log(tmp_path)] == [1, 2] and "it goes on" in reported[0]
 
 
 def test_no_tracker_writes_into_a_folder_that_has_taken_the_runs_place(run):
@@ -965,16 +965,16 @@ def test_a_run_whose_folder_is_renamed_stops_and_writes_nothing_into_another(run
     process = run.start(VAL_DATA="held", VAL_STEPS="1", SAMPLE_PROMPTS="asked.txt", SAMPLE_STEPS="1", SAMPLE_TOKENS="2")
     process.until(lambda: len(run.saved()) > 2)
     folder.rename(moved)
-    held = {"loss.jsonl": "", "rwkv-step-5.json": "{}", "run.json": "{}"}
+    kept = {"loss.jsonl": "", "rwkv-step-5.json": "{}", "run.json": "{}"}
     if another:
         folder.mkdir()
-        for name, content in held.items():
+        for name, content in kept.items():
             (folder / name).write_text(content)
     assert process.code() == EXIT_USER, process.said
     last = process.said.splitlines()[-1]
     assert last.startswith("output/run: is not ") and "Nothing was saved after that" in last, process.said
     assert "Traceback" not in process.said and [*folder.parent.glob("run")] == [folder] * another, [*folder.rglob("*")]
     if another:
-        assert {path.name: path.read_text() for path in folder.iterdir()} == held
+        assert {path.name: path.read_text() for path in folder.iterdir()} == kept
     moved.rename(folder) if not another else None
     assert step_log.read_log(folder if not another else moved)[-1]["step"] > 5

@@ -1,7 +1,7 @@
-"""Folders from other people: nothing is written, cut or deleted through what stands at a name that the kit writes.
+"""Folders from other people: nothing is written, cut or deleted through what is at a name that the kit writes.
 
 NAMES are all of them, which test_the_list_has_every_name_that_is_written holds to be so. At each, a link to somebody else's file
-stands there first, or another obstacle: a command of the kit ends, well or with a sentence, and what is somebody else's is as it
+is there first, or another obstacle: a command of the kit ends, well or with a sentence, and what is somebody else's is as it
 was."""
 
 import os
@@ -44,7 +44,7 @@ def trained(name: str, **changes: str) -> None:
 
 
 def stopped(name: str) -> None:
-    """A run that is told to stop behind its first step."""
+    """A run that is reported to stop behind its first step."""
     write = loggers.LossFile.__call__
 
     def write_and_stop(self, record):
@@ -191,17 +191,17 @@ def copy(original, tmp_path) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("what", few(COMMANDS, ["tokenize", "a run that goes on"]))
 def test_the_list_has_every_name_that_is_written(copy, what):
-    found, names = copy.parent / "names.txt", set()
+    result, names = copy.parent / "names.txt", set()
 
     def work(root):
         try:
             COMMANDS[what](root)
         finally:
-            found.write_text("\n".join(sorted(names)))
+            result.write_text("\n".join(sorted(names)))
 
     code, said = in_a_child(copy, work, lambda: names_written.collect(copy, names))
     assert code == GOOD.get(what, 0), said
-    assert set(found.read_text().splitlines()) - OURS <= NAMES[what]
+    assert set(result.read_text().splitlines()) - OURS <= NAMES[what]
 
 
 class Somebody:
@@ -260,7 +260,7 @@ def is_refused(name: str) -> bool:
 
 
 def is_in_use(what: str, path: Path) -> bool:
-    """Whether a command would be another one with an obstacle there: a run that is there goes on, or is not begun anew."""
+    """Whether a command would be another one with an obstacle there: a run that is there continues, or is not begun again."""
     if what == "a run that goes on":
         return os.path.lexists(path)
     return path.is_dir() or path.name.startswith("step-") or (path.name.startswith("rwkv-") and path.suffix == ".pth")
@@ -275,7 +275,7 @@ FEW = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("what", "kind"), few(TOGETHER, FEW))
-def test_what_stands_at_the_names_is_replaced_and_not_followed(copy, tmp_path, what, kind):
+def test_what_is_at_the_names_is_replaced_and_not_followed(copy, tmp_path, what, kind):
     one = Somebody(tmp_path)
 
     def plant():

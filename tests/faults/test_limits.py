@@ -1,4 +1,4 @@
-"""What the shell and the system limit, really, in processes of their own: the words tell the cause, and what was there stays."""
+"""What the shell and the system limit, in processes of their own: the words report the cause, and what was there stays."""
 
 import errno
 import os
@@ -56,13 +56,13 @@ def test_a_file_larger_than_the_shell_allows_is_named_with_the_limit(tmp_path, b
     assert (tmp_path / "x").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_too_many_open_files_are_told_with_the_limit():
+def test_too_many_open_files_are_reported_with_the_limit():
     done = limited("limit('NOFILE', 20)\nkept = [open('/dev/null') for _ in range(30)]")
     assert done.returncode == 2
     assert "/dev/null: 20 files may be open at once in this shell. Start it in another shell" in done.stderr
 
 
-def test_memory_that_the_shell_does_not_give_is_told_with_the_limit_and_what_takes_less():
+def test_memory_that_the_shell_does_not_give_is_reported_with_the_limit_and_what_takes_less():
     done = limited("limit('AS', 400 << 20)\nx = bytearray(1 << 30)")
     assert done.returncode == 4
     assert done.stderr == (
@@ -99,7 +99,7 @@ def test_a_sound_file_that_cannot_be_mapped_is_not_called_damaged(tmp_path, endi
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["training.sh", "make_tokenize.sh", "merge.sh", "chat.sh"])
-def test_a_library_that_gets_no_memory_to_load_is_told_in_words(kit, script):
+def test_a_library_that_gets_no_memory_to_load_is_reported_in_words(kit, script):
     """Every command under ulimit -v; whatever a library does that gets none, the limit was named before."""
     kit.data("x.jsonl", tiny.CHATS[0])
     tiny.save_model(kit.root / "model" / "tiny.pth", shape=tiny.geometry(vocab=512))
@@ -151,11 +151,11 @@ NUMBERS = {
 }
 
 
-@pytest.mark.parametrize(("name", "code", "words"), [(n, *told) for n, told in NUMBERS.items()])
+@pytest.mark.parametrize(("name", "code", "words"), [(n, *reported) for n, reported in NUMBERS.items()])
 def test_each_refusal_of_the_system_has_words_of_its_own(name, code, words):
     number = getattr(errno, name)
-    told, left = describe_error(OSError(number, os.strerror(number), "/a/b"))
-    assert left == code and told.startswith(words) and told.endswith("."), told
+    reported, left = describe_error(OSError(number, os.strerror(number), "/a/b"))
+    assert left == code and reported.startswith(words) and reported.endswith("."), reported
 
 
 @pytest.mark.parametrize(
@@ -171,9 +171,9 @@ def test_each_refusal_of_the_system_has_words_of_its_own(name, code, words):
         ("can't start new thread", errno.EAGAIN, None),
     ],
 )
-def test_what_torch_tells_of_a_refusal_is_understood(says, number, file):
-    found = errors.find_system_error(RuntimeError(says))
-    assert (found.errno, found.filename) == (number, file)
+def test_what_torch_reports_of_a_refusal_is_understood(says, number, file):
+    result = errors.find_system_error(RuntimeError(says))
+    assert (result.errno, result.filename) == (number, file)
 
 
 @pytest.mark.parametrize(
@@ -198,9 +198,9 @@ def test_a_bug_is_none_of_that(says):
         ),
     ],
 )
-def test_a_process_that_prepares_batches_and_dies_is_told(says, words):
-    told, code = describe_error(RuntimeError(says))
-    assert code == 5 and words in told and "NUM_WORKERS=0" in told
+def test_a_process_that_prepares_batches_and_dies_is_reported(says, words):
+    reported, code = describe_error(RuntimeError(says))
+    assert code == 5 and words in reported and "NUM_WORKERS=0" in reported
 
 
 def test_a_disk_without_inodes_is_not_called_full(tmp_path):
@@ -214,8 +214,8 @@ def test_a_disk_without_inodes_is_not_called_full(tmp_path):
         with pytest.raises(OSError) as refused:
             for number in range(9):
                 (tmp_path / f"{number}").write_text("x")
-        told, code = describe_os_error(refused.value)
-        assert code == 3 and "its inodes are used up, though" in told and "df -i" in told
+        reported, code = describe_os_error(refused.value)
+        assert code == 3 and "its inodes are used up, though" in reported and "df -i" in reported
     finally:
         subprocess.run(["umount", tmp_path], check=True)
 
@@ -239,8 +239,8 @@ def test_what_is_free_and_what_is_needed_are_different_numbers(tmp_path, monkeyp
         atomic_io.check_disk_space(tmp_path, needed)
 
 
-def test_what_the_system_refused_is_told_where_another_error_hides_it():
-    """As Lightning's does, while it tidies up; an error that was mended and says nothing of resources hides nothing."""
+def test_what_the_system_refused_is_reported_where_another_error_hides_it():
+    """As Lightning's does, while it tidies up; an error that was fixed and says nothing of resources hides nothing."""
 
     def raised(first: Exception, then: Exception) -> Exception:
         try:

@@ -26,8 +26,8 @@ PIECES = (
 
 
 def names(count: int, seed: int = 0):
-    dice = random.Random(seed)
-    return ["".join(dice.choice(PIECES) for _ in range(dice.randint(1, 4))) for _ in range(count)]
+    rng = random.Random(seed)
+    return ["".join(rng.choice(PIECES) for _ in range(rng.randint(1, 4))) for _ in range(count)]
 
 
 def everything(root):

@@ -48,15 +48,15 @@ def broken(monkeypatch, what: str, at: int, bad: float) -> None:
 @pytest.mark.parametrize("seed", few(range(30 if EVERYTHING else 6), [0, 1]))
 @pytest.mark.parametrize("what", ["loss", "gradient", "weight"])
 def test_what_was_learnt_stays_sound(ready, monkeypatch, capsys, what, seed):
-    dice = random.Random(seed)
-    at, bad = dice.randrange(2, STEPS - 3), dice.choice([float("nan"), float("inf"), -float("inf")])
-    mode = {"FINETUNE_MODE": dice.choice(["lora", "full", "state_tuning"])}
+    rng = random.Random(seed)
+    at, bad = rng.randrange(2, STEPS - 3), rng.choice([float("nan"), float("inf"), -float("inf")])
+    mode = {"FINETUNE_MODE": rng.choice(["lora", "full", "state_tuning"])}
     broken(monkeypatch, what, at, bad)
     if what == "weight":
         # (an infinite decay gives finite losses: then the checkpoint is what is refused)
         with pytest.raises(
             UserError, match="NAN_LIMIT=3 steps in a row were left out|has become NaN or infinite"
-        ) as told:
+        ) as reported:
             run(ready, **COMMON, **mode)
     else:
         run(ready, **COMMON, **mode)
@@ -64,11 +64,11 @@ def test_what_was_learnt_stays_sound(ready, monkeypatch, capsys, what, seed):
     left_out = [r["step"] for r in records if r["skipped"]]
     if what != "weight":
         assert left_out == [at]
-    elif "NAN_LIMIT" in str(told.value):
+    elif "NAN_LIMIT" in str(reported.value):
         assert left_out == [at + 1, at + 2, at + 3]
     # the only state that is kept is of before
-    found = train_state.latest_valid(ready / "output/run", print)
-    assert found.step == (at - 1 if what == "weight" else STEPS)
-    assert all(torch.isfinite(t).all() for t in found.tensors("weights").values())
+    result = train_state.latest_valid(ready / "output/run", print)
+    assert result.step == (at - 1 if what == "weight" else STEPS)
+    assert all(torch.isfinite(t).all() for t in result.tensors("weights").values())
     for file in (ready / "output/run").glob("*.pth"):
         assert all(torch.isfinite(t).all() for t in pth.load(file).values())

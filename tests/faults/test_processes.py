@@ -1,4 +1,4 @@
-"""F15: a process that has died or stands still ends the training, within its time, with its name; nobody is left behind."""
+"""F15: a process that has died or is still ends the training, within its time, with its name; no one is left behind."""
 
 import os
 import signal
@@ -79,9 +79,7 @@ def alive(pid: int) -> bool:
         (0, signal.SIGSTOP, -signal.SIGKILL, f"process 0 (GPU 0) has not answered for {STILL} seconds"),
     ],
 )
-def test_a_process_that_is_gone_or_stands_still_ends_the_training_with_its_name(
-    ready, which, how, code, words, strategy
-):
+def test_a_process_that_is_gone_or_is_still_ends_the_training_with_its_name(ready, which, how, code, words, strategy):
     ready.set(STRATEGY=strategy)
     first, second = started(ready)
     os.kill((first.pid, second)[which], how)

@@ -65,7 +65,7 @@ def state(folder: Path, step: int, keep: int = 2) -> None:
 @some(20, 200)
 def test_killed_at_any_instant_of_a_save_the_newest_whole_state_is_there(tmp_path, count):
     """F1: SIGKILL while states and checkpoints are written one after another."""
-    dice, before = random.Random(count), 0
+    rng, before = random.Random(count), 0
     state(tmp_path, 1)
     for _ in range(count):
 
@@ -76,13 +76,13 @@ def test_killed_at_any_instant_of_a_save_the_newest_whole_state_is_there(tmp_pat
                 step += 1
 
         pid = in_a_child(save_for_ever, wait=False)
-        time.sleep(dice.random() * 0.08)
+        time.sleep(rng.random() * 0.08)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        found = train_state.latest_valid(tmp_path, lambda words: pytest.fail(words))
-        assert found.step >= before
-        assert all(bool((found.tensors(part)["a"] == found.step).all()) for part in train_state.PARTS)
-        before = found.step
+        result = train_state.latest_valid(tmp_path, lambda words: pytest.fail(words))
+        assert result.step >= before
+        assert all(bool((result.tensors(part)["a"] == result.step).all()) for part in train_state.PARTS)
+        before = result.step
         if (tmp_path / "rwkv-0.pth").exists():
             saved = pth.load(tmp_path / "rwkv-0.pth")["a"]
             pth.check_checksums(tmp_path / "rwkv-0.pth")
@@ -146,7 +146,7 @@ def test_a_disk_that_is_full_at_any_place_leaves_what_was_there(tmp_path, what, 
 
 @pytest.mark.smoke(1)
 @pytest.mark.parametrize("what", ["a new run", "a run that goes on", "a merge", "tokens"])
-def test_a_folder_that_cannot_be_written_is_told_and_nothing_is_written(ready, monkeypatch, what):
+def test_a_folder_that_cannot_be_written_is_reported_and_nothing_is_written(ready, monkeypatch, what):
     """F12, as somebody who may not."""
     more = {"SAVE_STEPS": "1", "KEEP_LAST": "2", "EPOCH_STEPS": "4", "EPOCH_COUNT": "2"}
     if what in ("a run that goes on", "a merge"):
@@ -171,15 +171,15 @@ def test_a_folder_that_cannot_be_written_is_told_and_nothing_is_written(ready, m
         "utf_16_be",
         "utf_32_le",
         "utf_32_be",
-    ):  # of Python's own files, which nobody may not read here
+    ):  # of Python's own files, which no one may not read here
         codecs.lookup(codec)
 
-    def as_nobody():
+    def as_other_user():
         os.setuid(65534)
         work[what]()
 
     try:
-        assert in_a_child(as_nobody) == SAID
+        assert in_a_child(as_other_user) == SAID
     finally:
         for folder in ready, *(p for p in ready.rglob("*") if p.is_dir()):
             folder.chmod(0o755)
@@ -274,13 +274,13 @@ def test_a_manifest_finds_every_flipped_bit(tmp_path, count):
     """F9, of states: the newest is passed over, the one before it taken."""
     state(tmp_path, 1)
     state(tmp_path, 2)
-    newest, dice = tmp_path / "state/step-000002", random.Random(count)
+    newest, rng = tmp_path / "state/step-000002", random.Random(count)
     files = sorted(newest.iterdir())
     for _ in range(count):
-        file = dice.choice(files)
+        file = rng.choice(files)
         data = bytearray(file.read_bytes())
-        place = dice.randrange(len(data))
-        old, data[place] = data[place], data[place] ^ (1 << dice.randrange(8))
+        place = rng.randrange(len(data))
+        old, data[place] = data[place], data[place] ^ (1 << rng.randrange(8))
         file.write_bytes(data)
         said: list[str] = []
         assert train_state.latest_valid(tmp_path, said.append).step == 1 and said
@@ -333,8 +333,8 @@ def test_after_a_power_cut_there_is_the_old_state_or_the_new_one(tmp_path, monke
             synced = [data for name, data in disk.items() if Path(name).name.split(".tmp-")[0] == path.name]
             path.write_bytes(synced[-1] if synced else b"")
         monkeypatch.undo()
-        found = train_state.latest_valid(tmp_path, print)
-        assert found.step == 2 if finished else found.step in (1, 2)
+        result = train_state.latest_valid(tmp_path, print)
+        assert result.step == 2 if finished else result.step in (1, 2)
         if finished:
             break
         shutil.rmtree(tmp_path / "state")

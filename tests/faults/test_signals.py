@@ -1,4 +1,4 @@
-"""F6: a signal to the training or to all that belongs to it ends it with its work saved, in time, and nobody is left."""
+"""F6: a signal to the training or to all that belongs to it ends it with its work saved, in time, and no one is left."""
 
 import os
 import signal
@@ -25,7 +25,7 @@ def members(group: int) -> list[str]:
 @pytest.mark.parametrize("workers", ["0", "2"] if EVERYTHING else ["2"])
 @pytest.mark.parametrize("whom", ["leader", "group"])
 @pytest.mark.parametrize("number", SIGNALS if EVERYTHING else [signal.SIGTERM])
-def test_a_signal_saves_and_leaves_nobody_behind(kit, number, whom, workers):
+def test_a_signal_saves_and_leaves_no_one_behind(kit, number, whom, workers):
     tiny.save_model(kit.root / "model" / "tiny.pth")
     kit.data("chat.jsonl", *tiny.CHATS)
     kit.run("make_tokenize.sh", "chat.jsonl")

@@ -14,7 +14,7 @@ usage: python tests/fuzz MINUTES [--only NAME ...] [--seconds N] [--runs N] [--s
 
 With atheris (requirements-fuzz.txt) inputs that reach new lines of the kit are kept and changed further; without it inputs are
 changed at random. The rules are in harness.py, and what a sound result is in harnesses/. Answers 1 when an input broke a rule,
-and names its file. Put that file into tests/fuzz/corpus/NAME/ when the fault is mended: every test run reads those.
+and names its file. Put that file into tests/fuzz/corpus/NAME/ when the fault is fixed: every test run reads those.
 """
 
 from __future__ import annotations
@@ -163,15 +163,15 @@ def processor_time(pid: int) -> float:
 
 def reached(log: str) -> str:
     """What was reached, and by how much more than by the first inputs: from the lines that libFuzzer writes."""
-    found = re.findall(r"^#\d+\s+(\w+)\s+cov: (\d+) ft: (\d+)", log, re.M)
-    if not found:
+    result = re.findall(r"^#\d+\s+(\w+)\s+cov: (\d+) ft: (\d+)", log, re.M)
+    if not result:
         return ""
-    begun = next((f for f in found if f[0] == "INITED"), found[0])
+    begun = next((f for f in result if f[0] == "INITED"), result[0])
     kept = re.findall(r"corp: (\d+)/", log)[-1]
-    if found[-1][1] == "0":
-        return f"{found[-1][2]} outcomes, {kept} kept"
-    more = int(found[-1][2]) - int(begun[2])
-    return f"{int(found[-1][1]):,} edges (+{int(found[-1][1]) - int(begun[1]):,}), {more:,} new paths, {kept} kept"
+    if result[-1][1] == "0":
+        return f"{result[-1][2]} outcomes, {kept} kept"
+    more = int(result[-1][2]) - int(begun[2])
+    return f"{int(result[-1][1]):,} edges (+{int(result[-1][1]) - int(begun[1]):,}), {more:,} new paths, {kept} kept"
 
 
 def replay(name: str, path: Path) -> int:
@@ -221,14 +221,14 @@ def main(arguments: list[str]) -> int:
     for name in given.only:
         total.append(fuzz(name, each, given.runs, given.seed, results))
         print(total[-1].line(), flush=True)
-    found = [(one.name, path) for one in total for path in one.findings]
-    print(f"{sum(one.judged for one in total):,} inputs, {len(found)} findings")
-    for name, path in found:
+    result = [(one.name, path) for one in total for path in one.findings]
+    print(f"{sum(one.judged for one in total):,} inputs, {len(result)} findings")
+    for name, path in result:
         words = path.with_name(f"{path.name}.txt").read_text(errors="replace").strip().splitlines()
         print(
             f"\n{name}: {words[0][:300] if words else ''}\n  the input: {path}\n  again: python tests/fuzz --replay {name} {path}"
         )
-    return 1 if found else 0
+    return 1 if result else 0
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ class Harness:
         return mutate.of_bytes(data, random, other, self.words)
 
     def grown(self, data: bytes, random: random.Random, size: int) -> bytes:
-        """An input of about `size` bytes in which a part of this one stands many times. The same random numbers: the
+        """An input of about `size` bytes in which a part of this one is many times. The same random numbers: the
         same part."""
         return mutate.grown(data, random, size)
 
@@ -151,7 +151,7 @@ def memory_now() -> int:
 
 
 def most_memory() -> int:
-    """The most bytes that it has held."""
+    """The most bytes that it has kept."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
@@ -166,7 +166,7 @@ class Judge:
 
     def __init__(self, harness: Harness, folder: Path):
         self.harness, self.folder, self.watch = harness, folder, WATCH
-        self.judged = self.held = self.most = 0
+        self.judged = self.resident = self.most = 0
         tempfile.tempdir = str(folder)
         with quiet():
             harness.warm_up()
@@ -178,7 +178,7 @@ class Judge:
         this process holds now and then.
         """
         if self.judged % 100 == 0:
-            self.held, self.most = memory_now(), most_memory()
+            self.resident, self.most = memory_now(), most_memory()
         self.judged += 1
         begun, limit = time.perf_counter(), SECONDS + PER_BYTE * len(data)
         outcome = self.watched(data)
@@ -188,7 +188,7 @@ class Judge:
             seconds = time.process_time() - begun
             sound(seconds < limit, "time", f"{seconds:.1f} s for {len(data):,} bytes")
         most = most_memory()
-        taken, self.most = most - self.held if most > self.most else 0, most
+        taken, self.most = most - self.resident if most > self.most else 0, most
         sound(taken < MEMORY, "memory", f"{taken:,} bytes for {len(data):,}")
         return outcome
 
@@ -219,12 +219,12 @@ class Judge:
 
     def seconds(self, data: bytes) -> float:
         """Processor time of an input; of two tries the shorter one."""
-        found = []
+        result = []
         for _ in range(2):
             begun = time.process_time()
             self.judge(data)
-            found.append(time.process_time() - begun)
-        return min(found)
+            result.append(time.process_time() - begun)
+        return min(result)
 
     def grow(self, data: bytes, seed: int, size: int, much: float = 0.5) -> str:
         """Whether time grows with the size: a part of an input many times, and twice as many. Finding if it grows
@@ -245,9 +245,9 @@ class Judge:
             self.harness.of_all_sizes = b""
         if whole > 3 * half and double > 3 * whole and double > much:
             facts = f"{half:.2f} s, {whole:.2f} s, {double:.2f} s for {size // 2:,}, {size:,}, {2 * size:,} bytes"
-            found = Finding("time grows faster than the size", facts)
-            found.data = large
-            raise found
+            result = Finding("time grows faster than the size", facts)
+            result.data = large
+            raise result
         return "linear"
 
 

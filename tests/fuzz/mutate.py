@@ -108,15 +108,15 @@ def of_lines(data: bytes, random: randoms.Random, other: bytes = b"", words: Seq
 
 def nodes_of(value: Any) -> list[tuple[Any, Any]]:
     """Every place in a JSON value: its container and key."""
-    found, waiting = [], [value]
-    while waiting and len(found) < MOST_NODES:
+    result, waiting = [], [value]
+    while waiting and len(result) < MOST_NODES:
         one = waiting.pop()
         inside = one.items() if isinstance(one, dict) else enumerate(one) if isinstance(one, list) else ()
         for key, child in inside:
-            found.append((one, key))
+            result.append((one, key))
             if isinstance(child, (dict, list)):
                 waiting.append(child)
-    return found
+    return result
 
 
 def of_value(value: Any, random: randoms.Random, other: Any = None, names: Sequence[str] = ()) -> Any:
@@ -222,10 +222,10 @@ def members(data: bytes, most: int = 1 << 20) -> list[tuple[str, bytes, int]] | 
         return None
 
 
-def zipped(found: list[tuple[str, bytes, int]]) -> bytes:
+def zipped(result: list[tuple[str, bytes, int]]) -> bytes:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
-        for name, content, method in found:
+        for name, content, method in result:
             info = zipfile.ZipInfo(name)
             info.compress_type = method
             archive.writestr(info, content)
@@ -235,33 +235,33 @@ def zipped(found: list[tuple[str, bytes, int]]) -> bytes:
 def of_zip(data: bytes, random: randoms.Random, other: bytes, inner: Inner) -> bytes:
     """A zip file with members changed by `inner`, renamed, taken away, put in twice or packed; or numbers of its
     directory."""
-    found = members(data)
-    if not found or random.random() < 0.1:
+    result = members(data)
+    if not result or random.random() < 0.1:
         return of_bytes(data, random, other)
-    what, at = random.randrange(12), random.randrange(len(found))
-    name, content, method = found[at]
+    what, at = random.randrange(12), random.randrange(len(result))
+    name, content, method = result[at]
     if what < 6:
-        found[at] = name, inner(name, content, random), method
+        result[at] = name, inner(name, content, random), method
     elif what == 6:
-        del found[at]
+        del result[at]
     elif what == 7:
-        found.append((name, inner(name, content, random), method))
+        result.append((name, inner(name, content, random), method))
     elif what == 8:
-        found[at] = (
-            random.choice((found[random.randrange(len(found))][0], name + random.choice(TEXTS), "../" + name)),
+        result[at] = (
+            random.choice((result[random.randrange(len(result))][0], name + random.choice(TEXTS), "../" + name)),
             content,
             method,
         )
     elif what == 9:
-        found[at] = (
+        result[at] = (
             name,
             content,
             random.choice((zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)),
         )
     elif what == 10 and (extra := members(other)):
-        found[at] = name, random.choice(extra)[1], method
+        result[at] = name, random.choice(extra)[1], method
     try:
-        made = bytearray(zipped(found))
+        made = bytearray(zipped(result))
     except (ValueError, UnicodeError, struct.error):
         return data
     if what == 11:  # a number in the directory, in the head of a member, or at the end
@@ -279,7 +279,7 @@ def grown(data: bytes, random: randoms.Random, size: int) -> bytes:
     if not data:
         return b""
     begin = random.randrange(len(data))
-    if random.random() < 0.5:  # from a border of words on
+    if random.random() < 0.5:  # from a bound of words on
         begin = max(data.rfind(mark, 0, begin) for mark in (b"\n", b" ", b",", b'"', b"{")) + 1
     part = data[begin : begin + random.choice((1, 2, 5, 20, 80, 300))] or b"a"
     return data[:begin] + part * max(1, (size - len(data)) // len(part)) + data[begin:]

@@ -41,7 +41,7 @@ def recipes() -> list[EncodeConfig]:
     """Settings that differ in every way."""
     plain = EncodeConfig(PRESETS["rwkv-world"])
     change = dataclasses.replace
-    found = [
+    result = [
         plain,
         plain,
         plain,
@@ -49,22 +49,22 @@ def recipes() -> list[EncodeConfig]:
         change(plain, mask_history=True),
         change(plain, convert=True, bos=True),
     ]
-    found += [change(plain, template=form, bos=i % 2 == 0) for i, form in enumerate(PRESETS.values())]
-    found += [change(plain, eot=eot) for eot in ("blank", "both", "x17")]
-    found += [
+    result += [change(plain, template=form, bos=i % 2 == 0) for i, form in enumerate(PRESETS.values())]
+    result += [change(plain, eot=eot) for eot in ("blank", "both", "x17")]
+    result += [
         change(plain, limits=Limits(40, 0, 0, policy)) for policy in ("drop", "truncate", "truncate-left", "split")
     ]
-    found += [
+    result += [
         change(plain, limits=Limits(60, 12, 15, policy), bos=True) for policy in ("drop", "truncate", "truncate-left")
     ]
-    found += [
+    result += [
         change(plain, convert=True, expand=True, limits=Limits(30, 0, 9, "truncate")),
         change(plain, repair=False, end_of_doc=False),
     ]
     mapped = columns(
         '{"prompt": "input", "response": "text"}', '{"customer": "user", "agent": "assistant", "note": ""}'
     )
-    return [*found, change(plain, columns=mapped), change(plain, handler="sharegpt"), change(plain, handler="alpaca")]
+    return [*result, change(plain, columns=mapped), change(plain, handler="sharegpt"), change(plain, handler="alpaca")]
 
 
 class Watched(RowEncoder):
@@ -105,16 +105,16 @@ class Rows(Harness):
             ("", "", "", "test")[chosen >> 12 & 3],
         )
         reader.settle([path])
-        cook, outcomes = Watched(recipe), set()
+        encoder, outcomes = Watched(recipe), set()
         for block in files.blocks(path, mode, split):
-            outcomes |= check_block(cook, block, bool(chosen >> 16 & 1))
+            outcomes |= check_block(encoder, block, bool(chosen >> 16 & 1))
         return " ".join(sorted(outcomes)) or "no rows"
 
 
-def check_block(cook: Watched, block, both_ways: bool) -> set[str]:
-    """Cook a block and look at all of it."""
-    cook.rendered = []
-    made, counts = (cooked := cook.block(block)), cooked.counts
+def check_block(encoder: Watched, block, both_ways: bool) -> set[str]:
+    """Encode a block and look at all of it."""
+    encoder.rendered = []
+    made, counts = (encoded := encoder.block(block)), encoded.counts
     ids, roles, sizes = made.ids, made.roles, made.sizes
     sound(len(ids) == len(roles) == sizes.sum(), "lengths that differ", len(ids), len(roles), sizes)
     sound(
@@ -129,23 +129,23 @@ def check_block(cook: Watched, block, both_ways: bool) -> set[str]:
     sound(counts["read"] == counts["kept"] + left, "rows that are lost", counts)
     for one in made.rejects:
         sound(one.message.strip() and one.reason and one.line >= 1, "a reject without a place or a reason", one)
-    limits = cook.recipe.limits
+    limits = encoder.recipe.limits
     sound(not limits.max_tokens or not len(sizes) or sizes.max() <= limits.max_tokens, "a row above its limit", sizes)
     ends = np.cumsum(sizes)
     rows = [(ids[e - n : e], roles[e - n : e]) for e, n in zip(ends.tolist(), sizes.tolist(), strict=True)]
     if not (limits.max_tokens or limits.source or limits.target):
         bad = {(one.line, one.reason) for one in made.rejects if one.reason in ("not text", "tokenizer", "surrogate")}
-        drafts = [d for d in cook.rendered if (d.source is None or Role.ASSISTANT in d.pieces.roles)]
+        drafts = [d for d in encoder.rendered if (d.source is None or Role.ASSISTANT in d.pieces.roles)]
         if not bad:
             sound(len(drafts) == len(rows), "rows that are lost on the way", len(drafts), len(rows))
             for draft, (its_ids, its_roles) in zip(drafts, rows, strict=True):
-                check_row(draft.pieces, its_ids, its_roles, cook.ending.token, cook.recipe.bos)
+                check_row(draft.pieces, its_ids, its_roles, encoder.ending.token, encoder.recipe.bos)
     else:
         for its_ids, _ in rows:
             sound("\ufffd" not in tokenizer.decode(its_ids) or b"\xef\xbf\xbd" in tokenizer.decode_bytes(its_ids),
                   "a row that is cut inside a character", its_ids)  # fmt: skip
-    if both_ways and cook.quick.columns:
-        slow = Watched(cook.recipe)
+    if both_ways and encoder.quick.columns:
+        slow = Watched(encoder.recipe)
         slow.quick.columns = ()
         other = slow.block(block)
         same = (

@@ -111,7 +111,7 @@ def test_what_keeps_the_rules_is_none(planted, data):
 
 
 def test_too_much_memory_is_a_finding(planted, monkeypatch):
-    most = iter([60 << 20, 1200 << 20])  # (what a process once held it may hold again unseen)
+    most = iter([60 << 20, 1200 << 20])  # (what a process once kept it may hold again unseen)
     monkeypatch.setattr(rules, "memory_now", lambda: 50 << 20)
     monkeypatch.setattr(rules, "most_memory", lambda: next(most))
     with pytest.raises(Finding, match="memory"):
@@ -131,10 +131,10 @@ def test_time_that_grows_faster_than_the_size_is_a_finding(planted, monkeypatch,
     monkeypatch.setattr(rules, "SECONDS", 1000.0)
     monkeypatch.setattr(planted.harness, "grown", lambda data, random, size: (data * (size // len(data) + 1))[:size])
     try:
-        found = planted.grow(word, 0, 1 << 14, much=0.05)
+        result = planted.grow(word, 0, 1 << 14, much=0.05)
     except Finding as finding:
-        found = finding.kind
-    assert found == ("time grows faster than the size" if grows else "linear")
+        result = finding.kind
+    assert result == ("time grows faster than the size" if grows else "linear")
 
 
 def test_a_finding_is_written_down_once_with_its_smallest_input(tmp_path):
@@ -142,7 +142,7 @@ def test_a_finding_is_written_down_once_with_its_smallest_input(tmp_path):
     shared = tmp_path / "shared"
     shared.write_bytes(bytes(HEAD.size + ROOM))
     worker = Worker.__new__(Worker)
-    worker.harness, worker.results, worker.told = Planted(), tmp_path, set()
+    worker.harness, worker.results, worker.reported = Planted(), tmp_path, set()
     worker.harness.name = "planted"
     for data in (b"long input", b"short", b"a longer input"):
         worker.write(Finding("a kind", "its words"), data)
@@ -157,7 +157,7 @@ def test_findings_are_named_and_make_the_command_fail(tmp_path, monkeypatch, cap
     path.with_name("abc.txt").write_text("KeyError somewhere: ...")
     monkeypatch.setattr(command, "fuzz", lambda name, *rest: command.Result(name, 5, findings=[path]))
     assert command.main(["--seconds", "1", "--only", "map_keys", "--results", str(tmp_path)]) == 1
-    assert str(path) in (told := capsys.readouterr().out) and "KeyError somewhere" in told
+    assert str(path) in (reported := capsys.readouterr().out) and "KeyError somewhere" in reported
 
 
 def test_without_atheris_inputs_are_changed_at_random_and_that_is_said(tmp_path):

@@ -32,13 +32,13 @@ json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats
 @pytest.fixture(scope="module")
 def ready():
     """Harnesses by their names, ready to read."""
-    found = {}
+    result = {}
 
     def get(name):
-        if name not in found:
-            found[name] = load(name)
-            found[name].warm_up()
-        return found[name]
+        if name not in result:
+            result[name] = load(name)
+            result[name].warm_up()
+        return result[name]
 
     return get
 
@@ -51,7 +51,7 @@ def test_any_text_survives_the_tokens(ready, text):
 
 @few
 @given(turns=st.lists(st.tuples(words, words), min_size=1, max_size=4), other=json_values)
-def test_any_conversation_is_read_whatever_stands_beside_it(ready, tmp_path, turns, other):
+def test_any_conversation_is_read_whatever_is_beside_it(ready, tmp_path, turns, other):
     messages = [
         {"role": r, "content": c} for q, a in turns for r, c in (("user", f"{q}?"), ("assistant", f"So it is {a}."))
     ]
@@ -86,8 +86,8 @@ def test_any_rows_of_tokens_are_sound(ready, tmp_path, sizes):
     roles=st.dictionaries(texts, st.sampled_from(sorted(ROLE_NAMES))),
 )
 def test_any_known_parts_and_roles_are_taken(keys, roles):
-    found = columns(json.dumps(keys), json.dumps(roles))
-    assert found.given == keys and len(found.roles) <= len(roles)
+    result = columns(json.dumps(keys), json.dumps(roles))
+    assert result.given == keys and len(result.roles) <= len(roles)
 
 
 @few

@@ -27,7 +27,7 @@ LIMIT_EVERY = 10_000  # inputs: what the fuzzer itself keeps grows, and is none 
 
 
 def instrument():
-    """A context in which imported modules of the kit are made to tell which of their lines ran; None without
+    """A context in which imported modules of the kit are made to report which of their lines ran; None without
     atheris."""
     if os.environ.get("FUZZ_WITHOUT_ATHERIS") or importlib.util.find_spec("atheris") is None:
         return None
@@ -50,7 +50,7 @@ class Worker:
         with open(shared, "r+b") as file:
             self.memory = mmap.mmap(file.fileno(), HEAD.size + ROOM)
         self.judged = self.grew = 0
-        self.told: set[str] = set()
+        self.reported: set[str] = set()
         self.judge = Judge(harness, folder)
         self.inputs = [path.read_bytes() for path in harness.seeds()] or [b""]
         self.spent, self.begun = 0.0, time.monotonic()
@@ -62,7 +62,7 @@ class Worker:
         self.memory[HEAD.size : HEAD.size + len(data)] = data
 
     def one(self, data: bytes) -> str:
-        """Judge an input; a finding is written down, and the work goes on."""
+        """Judge an input; a finding is written down, and the work continues."""
         if len(data) > ROOM:
             return "too large"
         self.note(data)
@@ -78,8 +78,8 @@ class Worker:
     def write(self, finding: Finding, data: bytes) -> str:
         key = key_of(finding)
         path = self.results / "findings" / self.harness.name / key
-        if key not in self.told or len(data) < path.stat().st_size:
-            self.told.add(key)
+        if key not in self.reported or len(data) < path.stat().st_size:
+            self.reported.add(key)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
             path.with_name(f"{key}.txt").write_text(str(finding), encoding="utf-8", errors="backslashreplace")

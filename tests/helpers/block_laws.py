@@ -1,4 +1,4 @@
-"""What must hold of whatever stands around the recurrence, of whatever backend: it equals ops/block_ops.py.
+"""What must hold of whatever is around the recurrence, of whatever backend: it equals ops/block_ops.py.
 
 module: has the functions of neighbours. wkv: the recurrence that goes with it.
 """
@@ -20,17 +20,17 @@ PACKS = [(0, 1), (0, 33), (0, 1, 2, 40), (0, 17, 64)]
 # largest error, relative to the definition in float64
 NOISE = {torch.float32: 3e-6, torch.bfloat16: 2e-2}
 
-packs = pytest.mark.parametrize("borders", PACKS)
+packs = pytest.mark.parametrize("bounds", PACKS)
 dtypes = pytest.mark.parametrize("dtype", NOISE)
 
 
-def where(borders):
-    host = torch.tensor(borders)
-    return types.SimpleNamespace(cu_seqlens=tuple(borders), host=host, first=host[:-1])
+def where(bounds):
+    host = torch.tensor(bounds)
+    return types.SimpleNamespace(cu_seqlens=tuple(bounds), host=host, first=host[:-1])
 
 
 def compare(dtype, ours, definition, inputs):
-    """Outputs and all gradients of ours in dtype beside the definition's in float64."""
+    """Outputs and all gradients of the kit in dtype beside the definition's in float64."""
 
     def run(function, dtype):
         given = [None if x is None else x.to(dtype).detach().requires_grad_() for x in inputs]
@@ -50,16 +50,16 @@ def compare(dtype, ours, definition, inputs):
     assert max(laws.errors(run(ours, dtype), exact)) < NOISE[dtype]
 
 
-def token_shift_mix(module, dtype, borders, count):
+def token_shift_mix(module, dtype, bounds, count):
     torch.manual_seed(0)
-    inputs = torch.randn(borders[-1], C), torch.randn(len(borders) - 1, C), *torch.rand(count, C)
-    call = lambda module: lambda x, before, *shares: module.token_shift_mix(x, before, shares, where(borders))  # noqa: E731
+    inputs = torch.randn(bounds[-1], C), torch.randn(len(bounds) - 1, C), *torch.rand(count, C)
+    call = lambda module: lambda x, before, *shares: module.token_shift_mix(x, before, shares, where(bounds))  # noqa: E731
     compare(dtype, call(module), call(block_ops), inputs)
 
 
-def wkv7_block(module, wkv, dtype, borders, first_layer):
+def wkv7_block(module, wkv, dtype, bounds, first_layer):
     torch.manual_seed(0)
-    T, S = borders[-1], len(borders) - 1
+    T, S = bounds[-1], len(bounds) - 1
     gates = [torch.randn(T, C) for _ in Wkv7Inputs._fields]
     if first_layer:
         gates[6:] = [None, None]
@@ -67,7 +67,7 @@ def wkv7_block(module, wkv, dtype, borders, first_layer):
 
     def call(module, wkv):
         def around(*x):
-            return module.wkv7_block(wkv, Wkv7Inputs(*x[:8]), Wkv7Params(*x[8:13]), x[13], where(borders), H)
+            return module.wkv7_block(wkv, Wkv7Inputs(*x[:8]), Wkv7Params(*x[8:13]), x[13], where(bounds), H)
 
         return around
 
@@ -83,19 +83,19 @@ def only_the_gradients_that_are_asked_for(module, wkv):
 
 
 def a_key_of_zero_length_is_no_nan(module, wkv):
-    """kk is divided by a length that is held above zero, whose slope is nothing there."""
+    """kk is divided by a length that is kept above zero, whose slope is nothing there."""
     gates, own = (
         [torch.randn(5, C).requires_grad_() for _ in range(8)],
         [torch.randn(C).requires_grad_() for _ in range(5)],
     )
     gates[2] = torch.zeros(5, C, requires_grad=True)
-    found = []
+    result = []
     for module_of, wkv_of in ((module, wkv), (block_ops, torch_wkv7.wkv7)):
         y, _ = module_of.wkv7_block(
             wkv_of, Wkv7Inputs(*gates), Wkv7Params(*own), torch.zeros(1, H, N, N), where((0, 5)), H
         )
-        found.append(torch.autograd.grad(y.sum(), [*gates, *own]))
-    for ours, theirs in zip(*found, strict=True):
+        result.append(torch.autograd.grad(y.sum(), [*gates, *own]))
+    for ours, theirs in zip(*result, strict=True):
         assert ours.isfinite().all()
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
@@ -109,9 +109,9 @@ def losses_and_slopes(module, dtype, columns, scale):
     """Whatever the number of columns is, and however far apart the logits are."""
     logits, targets = (torch.randn(9, columns) * scale).to(dtype), torch.randint(columns, (9,))
     loss, slopes = block_ops.cross_entropy_grad(logits.double(), targets, True)
-    ours, found = module.cross_entropy_grad(logits.clone(), targets, True)
+    ours, result = module.cross_entropy_grad(logits.clone(), targets, True)
     assert abs(float(ours - loss)) <= 1e-5 * max(1.0, abs(float(loss)))
-    assert (found.double() - slopes).abs().max() <= (2**-8 if dtype == torch.bfloat16 else 1e-5)
+    assert (result.double() - slopes).abs().max() <= (2**-8 if dtype == torch.bfloat16 else 1e-5)
     kept = logits.clone()
     assert float(module.cross_entropy_grad(kept, targets, False)[0]) == float(ours) and torch.equal(kept, logits)
 

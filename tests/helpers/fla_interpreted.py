@@ -31,9 +31,9 @@ class Index(int):
         return self
 
 
-def indices(*borders):
+def indices(*bounds):
     return map(
-        Index, range(*(int(getattr(b, "handle", b).data[0]) if hasattr(b, "handle") else int(b) for b in borders))
+        Index, range(*(int(getattr(b, "handle", b).data[0]) if hasattr(b, "handle") else int(b) for b in bounds))
     )
 
 
@@ -50,10 +50,10 @@ def main(version: str, dtype: str, safe: bool) -> None:
     function = fla.function
 
     def shimmed(module, name):
-        found = function(module, name)
+        result = function(module, name)
         for loaded in [m for n, m in list(sys.modules.items()) if n.startswith("fla.ops") and m]:
             loaded.range = indices
-        return (lambda *x, **more: found(*x, **{**more, "safe_gate": True})) if safe else found
+        return (lambda *x, **more: result(*x, **{**more, "safe_gate": True})) if safe else result
 
     recurrence = {"x070": fla.wkv7, "x060": fla.wkv6, "x052": fla.wkv5}[version]
     with (
@@ -61,8 +61,8 @@ def main(version: str, dtype: str, safe: bool) -> None:
         mock.patch.object(fla, "fits", lambda r: True),
         mock.patch.object(fla, "function", shimmed),
     ):
-        found = kernel_check.check_against_reference(version, recurrence, "cpu", getattr(torch, dtype))
-    print(json.dumps(found._asdict()))
+        result = kernel_check.check_against_reference(version, recurrence, "cpu", getattr(torch, dtype))
+    print(json.dumps(result._asdict()))
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@ from rwkv_peft.model.rwkv import build
 from rwkv_peft.ops import dispatch
 from rwkv_peft.train.cuda_graphs import Graphs
 
-BORDERS = (0, 8, 16, 24)
+BOUNDS = (0, 8, 16, 24)
 
 
 def learner(method="lora", version="x070", recompute="nothing", dropout=0.0, said=None, op="torch", **more):
-    """A model that trains, with graphs if there is somebody to tell."""
+    """A model that trains, with graphs if there is somebody to report."""
     torch.manual_seed(0)
     shape = tiny.geometry(version=version)
     model = build(shape, tiny.tensors(0, shape), dispatch.made(op, version), torch.float32, recompute)
@@ -29,11 +29,11 @@ def learner(method="lora", version="x070", recompute="nothing", dropout=0.0, sai
     return model
 
 
-def batch(seed, borders=BORDERS, device="cpu"):
-    ids = torch.randint(1, 200, (1, borders[-1]), generator=torch.Generator().manual_seed(seed))
-    positions = torch.arange(seed % 3, borders[-1])  # (another number of rows that count each time)
+def batch(seed, bounds=BOUNDS, device="cpu"):
+    ids = torch.randint(1, 200, (1, bounds[-1]), generator=torch.Generator().manual_seed(seed))
+    positions = torch.arange(seed % 3, bounds[-1])  # (another number of rows that count each time)
     targets = ids[0, positions].to(device)
-    return Batch(ids.to(device), borders, positions.to(device), targets, len(positions), borders[-1])
+    return Batch(ids.to(device), bounds, positions.to(device), targets, len(positions), bounds[-1])
 
 
 def loss_of(model, given):
@@ -41,11 +41,11 @@ def loss_of(model, given):
     return model.ops.cross_entropy(x[0].index_select(0, given.positions), model.head_weight(), given.targets)
 
 
-def steps(model, count=5, micro=2, borders=(BORDERS,), batches=None):
+def steps(model, count=5, micro=2, bounds=(BOUNDS,), batches=None):
     """What a model learns in some steps of some micro-batches each: its parameters."""
     learnt = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(learnt, lr=1e-2)
-    given = itertools.cycle(batches or [batch(seed, borders[seed % len(borders)]) for seed in range(count * micro)])
+    given = itertools.cycle(batches or [batch(seed, bounds[seed % len(bounds)]) for seed in range(count * micro)])
     for _ in range(count):
         for _ in range(micro):
             loss_of(model, next(given)).backward()

@@ -27,17 +27,17 @@ CALL = {"name": "tide", "arguments": {"place": "Bay"}}
 
 def read(row, **options):
     reader = Reader(**options)
-    _, found = reader.read(row)
-    return found, reader
+    _, result = reader.read(row)
+    return result, reader
 
 
 def said(row, **options):
     """Role and words of every message; thoughts as (thought, words); answers that are not learnt begin with -."""
-    found, _ = read(row, **options)
-    assert isinstance(found, Dialogue)
+    result, _ = read(row, **options)
+    assert isinstance(result, Dialogue)
     return [
         (m.role, ("" if m.learn else "-") + (m.content if not m.think else f"({m.think}) {m.content}") + m.call)
-        for m in found.messages
+        for m in result.messages
     ]
 
 

@@ -10,9 +10,9 @@ from rwkv_peft.distributed import launch, rendezvous
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    with socket.socket() as result:
+        result.bind(("127.0.0.1", 0))
+        return result.getsockname()[1]
 
 
 def parties(*does, address="127.0.0.1", ports=None, also=UserError):

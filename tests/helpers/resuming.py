@@ -24,7 +24,7 @@ class Killed(BaseException):
 
 
 def interrupted(monkeypatch, root, at: int, how: str, name: str = "again", **settings) -> None:
-    """A run that gets as far as step `at`: then it is killed, or told to stop."""
+    """A run that gets as far as step `at`: then it is killed, or reported to stop."""
     write = loggers.LossFile.__call__
 
     def write_and_end(self, record):

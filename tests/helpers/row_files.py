@@ -82,14 +82,14 @@ KINDS = [
 
 def rows_in(path, mode="file"):
     """(number, row or RowError) of everything in a file."""
-    found = []
+    result = []
     for block in blocks(path, mode):
         for number, item in items(block):
             try:
-                found.append((number, parse(item)))
+                result.append((number, parse(item)))
             except RowError as error:
-                found.append((number, error))
-    return found
+                result.append((number, error))
+    return result
 
 
 def many(n: int) -> list[dict]:

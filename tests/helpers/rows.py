@@ -48,15 +48,15 @@ SAME = {
 }
 
 
-def cook(*rows, template=WORLD, limits=None, **options):
+def encode_block_of(*rows, template=WORLD, limits=None, **options):
     recipe = EncodeConfig(template, limits=limits or Limits(), **options)
     data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "surrogatepass")
     return RowEncoder(recipe).block(Block("x.jsonl", 1, data, 0))
 
 
-def rows_of(cooked):
-    ends = np.cumsum(cooked.sizes)
-    return [(cooked.ids[e - n : e], cooked.roles[e - n : e]) for e, n in zip(ends, cooked.sizes, strict=True)]
+def rows_of(encoded):
+    ends = np.cumsum(encoded.sizes)
+    return [(encoded.ids[e - n : e], encoded.roles[e - n : e]) for e, n in zip(ends, encoded.sizes, strict=True)]
 
 
 TEXT = st.text(

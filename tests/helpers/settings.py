@@ -14,6 +14,6 @@ SHIPPED = shell_values(ROOT / "training.sh")
 def problems(**changes) -> dict[str, str]:
     try:
         Script(ROOT / "training.sh", SHIPPED | changes).read(TrainConfig, RETIRED)
-    except SettingErrors as found:
-        return {p.name: p.message for p in found.problems}
+    except SettingErrors as result:
+        return {p.name: p.message for p in result.problems}
     return {}

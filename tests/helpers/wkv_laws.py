@@ -27,8 +27,8 @@ def run(wkv, inputs, s0):
     return [x.detach().double() for x in (y, end, *grads)]
 
 
-def errors(found, exact):
-    return [((a - b).norm() / b.norm().clamp_min(1e-30)).item() for a, b in zip(found, exact, strict=True)]
+def errors(result, exact):
+    return [((a - b).norm() / b.norm().clamp_min(1e-30)).item() for a, b in zip(result, exact, strict=True)]
 
 
 def part(inputs, begin, end):
@@ -37,10 +37,10 @@ def part(inputs, begin, end):
 
 def equals_the_reference(wkv, reference, names, inputs, s0):
     exact = run(reference, inputs, s0)
-    found = errors(run(wkv, inputs, s0), exact)
+    result = errors(run(wkv, inputs, s0), exact)
     limit = errors(run(functools.partial(reference, dtype=torch.float32), inputs, s0), exact)
     names = ("y", "sT", *(f"d{name}" for name in names), "ds0")
-    for name, error, yardstick in zip(names, found, limit, strict=True):
+    for name, error, yardstick in zip(names, result, limit, strict=True):
         # twice the error of the plain loop; where that is next to nothing, a few roundings
         assert error <= max(2 * yardstick, NOISE), f"{name}: {error:.1e}, the plain float32 loop has {yardstick:.1e}"
 
@@ -59,15 +59,15 @@ def halves_equal_the_whole(wkv, inputs, s0, cut):
     assert max(errors(run(halves, inputs, s0), run(wkv, inputs, s0))) < NOISE
 
 
-def packed_equals_alone(wkv, inputs, s0, borders):
+def packed_equals_alone(wkv, inputs, s0, bounds):
     def alone(*given):
         parts = [
             wkv(*part(given[:-1], begin, end), given[-1][i : i + 1])
-            for i, (begin, end) in enumerate(zip(borders, borders[1:], strict=False))
+            for i, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False))
         ]
         return torch.cat([y for y, _ in parts], 1), torch.cat([s for _, s in parts])
 
-    packed = run(functools.partial(wkv, cu_seqlens=borders), inputs, s0)
+    packed = run(functools.partial(wkv, cu_seqlens=bounds), inputs, s0)
     assert max(errors(packed, run(alone, inputs, s0))) < NOISE
 
 
@@ -77,9 +77,9 @@ def no_state_is_a_zero_state(wkv, inputs, zero):
     assert torch.equal(y, y0) and torch.equal(end, end0) and end.dtype == torch.float32
 
 
-def refuses_borders(wkv, inputs, borders):
+def refuses_bounds(wkv, inputs, bounds):
     with pytest.raises(ValueError, match="cu_seqlens must rise"):
-        wkv(*inputs, None, borders)
+        wkv(*inputs, None, bounds)
 
 
 def leaves_its_inputs_as_they_are(wkv, inputs, s0):

@@ -94,9 +94,9 @@ def add(root: Path, kind: str, only: str = "") -> None:
             continue
         for pattern, text in edits:
             code = (root / name).read_text(encoding="utf-8")
-            found = list(re.finditer(pattern, code))
-            assert len(found) == 1, f"{name} has {len(found)} places like {pattern}"
-            (root / name).write_text(code[: found[0].start()] + text + code[found[0].start() :], encoding="utf-8")
+            result = list(re.finditer(pattern, code))
+            assert len(result) == 1, f"{name} has {len(result)} places like {pattern}"
+            (root / name).write_text(code[: result[0].start()] + text + code[result[0].start() :], encoding="utf-8")
 
 
 def python(kit: Kit, *arguments: str) -> subprocess.CompletedProcess:

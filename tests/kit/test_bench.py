@@ -18,8 +18,8 @@ TRIED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TRIED)
 def test_a_benchmark_runs(name, tmp_path):
-    found = tmp_path / "found.json"
-    words = [sys.executable, str(ROOT / "bench" / name), *TRIED[name].split(), "--json", str(found)]
+    result = tmp_path / "found.json"
+    words = [sys.executable, str(ROOT / "bench" / name), *TRIED[name].split(), "--json", str(result)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (
@@ -28,4 +28,4 @@ def test_a_benchmark_runs(name, tmp_path):
         or "largest difference" in done.stdout
         or "share" in done.stdout
     )
-    assert found.stat().st_size
+    assert result.stat().st_size

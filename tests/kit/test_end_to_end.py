@@ -166,7 +166,7 @@ def test_a_stop_signal_saves_and_says_how_to_go_on(kit, number, code):
     kit.set(to="on.sh", lora_load=f"output/r/{saved.name}", RUN_NAME="on", EPOCH_COUNT="1")
     assert f"starts from output/r/{saved.name}" in kit.run("on.sh").stdout
     assert ("(stopped early)" in kit.run("merge.sh", RUN="r").stdout) is not whole
-    steps = sidecar["step"] + 6  # and it goes on
+    steps = sidecar["step"] + 6  # and it continues
     kit.set(EPOCH_COUNT=steps, EPOCH_STEPS="1", RUN_NAME="r")
     refused = kit.run("training.sh", ok=False).stderr
     assert "EPOCH_STEPS" in refused and "was begun with 2, which would be 1 now: set it back" in refused

@@ -83,7 +83,7 @@ def test_a_bad_row_is_named_with_its_line_and_earlier_files_stay(kit, content, w
     assert len(list(data.iterdir())) == 5
 
 
-def test_bad_rows_are_left_out_counted_and_told_with_their_lines(kit):
+def test_bad_rows_are_left_out_counted_and_reported_with_their_lines(kit):
     (kit.root / "data/many.jsonl").write_bytes(b"\n".join([GOOD, b"{", GOOD, b"[]", b"7"]))
     said = kit.run("make_tokenize.sh", "many.jsonl").stdout
     assert "read      data/many.jsonl: 5 rows (2 text), 2 kept" in said
@@ -91,14 +91,14 @@ def test_bad_rows_are_left_out_counted_and_told_with_their_lines(kit):
     assert [word for word in said.split() if word.startswith("data/many.jsonl:")][1:] == [
         f"data/many.jsonl:{n}:" for n in (2, 4, 5)
     ]
-    found = [json.loads(line) for line in (kit.root / "data/many.rejects.jsonl").read_text().splitlines()]
-    assert [(r["file"], r["line"], r["reason"], r["row"]) for r in found] == [
+    result = [json.loads(line) for line in (kit.root / "data/many.rejects.jsonl").read_text().splitlines()]
+    assert [(r["file"], r["line"], r["reason"], r["row"]) for r in result] == [
         ("data/many.jsonl", 2, "not JSON", "{"), ("data/many.jsonl", 4, "wrong type", "[]"),
         ("data/many.jsonl", 5, "wrong type", "7"),
     ]  # fmt: skip
 
 
-def test_a_file_without_a_good_row_tells_what_is_wrong_once_and_writes_nothing(kit):
+def test_a_file_without_a_good_row_reports_what_is_wrong_once_and_writes_nothing(kit):
     (kit.root / "data/all.jsonl").write_bytes(b"\n".join([b"{", b"[]", *[b"{"] * 10]))
     said = kit.run("make_tokenize.sh", "all.jsonl", ok=False).stderr.splitlines()
     assert [line.partition(": ")[0] for line in said[:2]] == ["data/all.jsonl:1", "data/all.jsonl:2"]
@@ -111,14 +111,14 @@ def test_a_file_without_a_good_row_tells_what_is_wrong_once_and_writes_nothing(k
 
 
 @pytest.mark.slow
-def test_a_forgotten_empty_line_before_a_turn_is_told_with_its_line(kit):
+def test_a_forgotten_empty_line_before_a_turn_is_reported_with_its_line(kit):
     kit.data("joined.jsonl", tiny.CHATS[0], {"text": "User: Hi\nAssistant: Hello"})
     said = kit.run("make_tokenize.sh", "joined.jsonl").stdout
     assert "1 row with what looks like a turn but is not written as the models know it: line 2 (Assistant:)" in said
     kit.data("joined.jsonl", {"text": "User: Hi\nAssistant: Hello"})
     assert (
         "LOSS_MASK=qa" in kit.run("make_tokenize.sh", "joined.jsonl").stdout
-    )  # the data are to be mended, not the mask
+    )  # the data are to be fixed, not the mask
 
 
 @pytest.mark.slow
@@ -201,7 +201,7 @@ def training(shared_kit, name="wrong.sh", **settings):
     return shared_kit.run(shared_kit.set(to=name, **settings), ok=False).stderr
 
 
-def test_typos_and_wrong_values_are_told_together_with_their_lines(shared_kit):
+def test_typos_and_wrong_values_are_reported_together_with_their_lines(shared_kit):
     script = shared_kit.root / shared_kit.set(to="typo.sh", MICRO_BSZ="0", LR_FINAL="2e5x", QUANT="nf8")
     script.write_text(script.read_text().replace("\nSEED=", "\nSEDE=1\nSEED="))
     said = shared_kit.run("typo.sh", ok=False).stderr.splitlines()
@@ -224,7 +224,7 @@ def test_a_retired_name_says_what_became_of_it(shared_kit):
 
 
 @pytest.mark.slow
-def test_what_only_the_files_can_tell_comes_in_the_same_form(shared_kit):
+def test_what_only_the_files_can_report_comes_in_the_same_form(shared_kit):
     said = training(shared_kit, N_LAYER="24", EMBD_SIZE="2048", DATA_PATH="nothing", lora_load="x.pth")
     assert "N_LAYER=24" in said and "but model/tiny.pth has 2; use auto" in said
     assert "but model/tiny.pth has 32; use auto" in said
@@ -261,9 +261,9 @@ def models(folder):
 def test_a_base_that_is_none_is_refused(ready, tmp_path, monkeypatch, name):
     monkeypatch.setenv("CANARY", str(tmp_path / "canary"))
     words = models(ready / "model")[name]
-    with pytest.raises(SettingErrors) as found:
+    with pytest.raises(SettingErrors) as result:
         train.command(config(MODEL_PATH=name), [])
-    [problem] = found.value.problems
+    [problem] = result.value.problems
     assert problem.name == "MODEL_PATH" and words in problem.message
 
 
@@ -326,9 +326,9 @@ def test_a_token_outside_the_vocabulary_is_named(shared_kit):
     ],
 )
 def test_odd_paths_are_answered(ready, settings, words):
-    with pytest.raises(SettingErrors) as found:
+    with pytest.raises(SettingErrors) as result:
         train.command(config(**settings), [])
-    [problem] = found.value.problems
+    [problem] = result.value.problems
     assert problem.name in settings and words in problem.message
 
 
@@ -357,7 +357,7 @@ def is_running(pid: str) -> bool:
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_whatever_stops_tokenizing_leaves_nothing_and_nobody(tmp_path, number, code, workers):
+def test_whatever_stops_tokenizing_leaves_nothing_and_no_one(tmp_path, number, code, workers):
     """The signal comes while rows are read, and some have been rejected."""
     from helpers.kit import ROOT
 
@@ -385,7 +385,7 @@ def test_whatever_stops_tokenizing_leaves_nothing_and_nobody(tmp_path, number, c
     assert not any(is_running(pid) for pid in children)
 
 
-def test_a_missing_package_is_named_with_the_cure():
+def test_a_missing_package_is_named_with_the_fix():
     from helpers.kit import ROOT
 
     code = (

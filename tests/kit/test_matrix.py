@@ -56,23 +56,23 @@ def test_cells_by_turns_are_every_accepted_one_but_for_its_file_and_have_each_fi
 
 
 def test_reading_the_script_finds_the_same_as_the_matrix():
-    dice = random.Random(0)
-    for cell in [*dice.sample(list(cells()), 60), *dice.sample(accepted(), 20)]:
+    rng = random.Random(0)
+    for cell in [*rng.sample(list(cells()), 60), *rng.sample(accepted(), 20)]:
         try:
             read(settings_of(cell))
-            found = []
+            result = []
         except SettingErrors as problems:
-            found = problems.problems
-        assert found == refusals(cell)
+            result = problems.problems
+        assert result == refusals(cell)
 
 
 @pytest.mark.parametrize("other", ALIASES)
 def test_another_name_of_a_method_is_accepted_and_refused_like_it(other):
     mine = [cell for cell in cells() if cell[NAMES.index("method")] == ALIASES[other] and cell[:2] == PLAIN[:2]]
-    found = [[p.name for p in refusals(cell)] for cell in mine]
+    result = [[p.name for p in refusals(cell)] for cell in mine]
     with mock.patch.dict(matrix.AXES["method"][ALIASES[other]], FINETUNE_MODE=other):
-        assert [[p.name for p in refusals(cell)] for cell in mine] == found
-    assert [] in found
+        assert [[p.name for p in refusals(cell)] for cell in mine] == result
+    assert [] in result
 
 
 def test_a_cell_whose_pairs_are_all_accepted_is_accepted():
@@ -98,22 +98,22 @@ def test_docs_matrix_md_is_up_to_date():
 @pytest.mark.smoke(3)
 @pytest.mark.parametrize("shard", range(VALUE_SHARDS))
 def test_the_laws_hold_of_every_value(world, shard):
-    found = {cell: wrong for cell in covering(1)[shard::VALUE_SHARDS] if (wrong := broken(cell, asked(cell)))}
-    assert found == {}
+    result = {cell: wrong for cell in covering(1)[shard::VALUE_SHARDS] if (wrong := broken(cell, asked(cell)))}
+    assert result == {}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", range(PAIR_SHARDS))
 def test_the_laws_hold_where_two_values_meet(world, shard):
-    found = {cell: wrong for cell in covering(2)[shard::PAIR_SHARDS] if (wrong := broken(cell, asked(cell)))}
-    assert found == {}
+    result = {cell: wrong for cell in covering(2)[shard::PAIR_SHARDS] if (wrong := broken(cell, asked(cell)))}
+    assert result == {}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", range(0, SHARDS, 1 if EVERYTHING else 6))
 def test_the_laws_hold_where_three_values_meet(world, shard):
-    found = {cell: wrong for cell in covering(3)[shard::SHARDS] if (wrong := broken(cell, asked(cell)))}
-    assert found == {}
+    result = {cell: wrong for cell in covering(3)[shard::SHARDS] if (wrong := broken(cell, asked(cell)))}
+    assert result == {}
 
 
 def drawn(linear, rank):

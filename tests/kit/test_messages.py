@@ -1,4 +1,4 @@
-"""Messages tell the cause: of names, links, settings that are nothing in float32, and steps that come to no number."""
+"""Messages report the cause: of names, links, settings that are nothing in float32, and steps that come to no number."""
 
 import errno
 import math
@@ -104,9 +104,9 @@ def test_tokens_of_such_a_name_are_refused(ready):
 
 @pytest.mark.parametrize("name", ["a\nb", "tiny-run-0 ", "-x"])
 def test_no_result_of_a_merge_gets_such_a_name(name):
-    with pytest.raises(UserError, match="this name .*; rename the base or the folder of the run") as told:
+    with pytest.raises(UserError, match="this name .*; rename the base or the folder of the run") as reported:
         merged_place(name, ".gguf")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(reported.value)
 
 
 @pytest.mark.parametrize("name", ["a\nb.json", "my.json ", "my.json:x\u202e", "-my.json"])
@@ -115,7 +115,7 @@ def test_no_template_has_such_a_name(name):
         preset_names.find_template(name)
 
 
-def test_a_message_never_tells_the_terminal_what_to_do(capsys):
+def test_a_message_never_reports_the_terminal_what_to_do(capsys):
     with pytest.raises(SystemExit):
         exit_with("x\x1b]0;title\x07: one\nline \u202e", 2)
     assert capsys.readouterr().err == "x\\x1b]0;title\\x07: one\nline \\u202e\n"
@@ -136,21 +136,21 @@ def links(project_folder):
 
 def test_a_link_that_leads_nowhere_is_called_that(links):
     loop = "is a link that leads to itself"
-    for name, told in (("self.jsonl", loop), ("gone.jsonl", "is a link to nothing.jsonl, which is not there")):
-        with pytest.raises(UserError, match=f"data/{name}: {told}.$"):
+    for name, reported in (("self.jsonl", loop), ("gone.jsonl", "is a link to nothing.jsonl, which is not there")):
+        with pytest.raises(UserError, match=f"data/{name}: {reported}.$"):
             files.named(name)
-    for name, told in (("self.pth", loop), ("gone.pth", "is a link to elsewhere.pth, which is not there")):
-        with pytest.raises(UserError, match=f"model/{name}: {told}"):
+    for name, reported in (("self.pth", loop), ("gone.pth", "is a link to elsewhere.pth, which is not there")):
+        with pytest.raises(UserError, match=f"model/{name}: {reported}"):
             pth.read_header(paths.resolve_model(name))
     with pytest.raises(SettingErrors, match=f"my.json: {loop}"):
         preset_names.find_template("my.json")
-    with pytest.raises(SettingErrors) as found:
+    with pytest.raises(SettingErrors) as result:
         train.command(config(MODEL_PATH="self.pth", DATA_PATH="one"), ["--dry-run"])
-    assert all(loop in problem.message and "did you mean" not in problem.message for problem in found.value.problems)
+    assert all(loop in problem.message and "did you mean" not in problem.message for problem in result.value.problems)
 
 
 @pytest.mark.parametrize(
-    ("setting", "value", "told"),
+    ("setting", "value", "reported"),
     [
         ("SEED", "-999999999999999999", "must be 0 or more"),
         ("SEED", "-" + "9" * 400, "must be 0 or more"),
@@ -161,8 +161,8 @@ def test_a_link_that_leads_nowhere_is_called_that(links):
         ("ADAM_EPS", "1e39", "is infinite in float32"),
     ],
 )
-def test_a_number_out_of_bounds_is_told_by_the_bound_that_it_breaks(setting, value, told):
-    assert problems(**{setting: value})[setting].startswith(told)
+def test_a_number_out_of_bounds_is_reported_by_the_bound_that_it_breaks(setting, value, reported):
+    assert problems(**{setting: value})[setting].startswith(reported)
 
 
 def test_the_smallest_number_of_float32_is_one():
@@ -192,9 +192,9 @@ def too_large(root, where: str) -> None:
 @pytest.mark.parametrize("limit", ["2", "99"])
 def test_a_base_that_gives_no_number_is_not_blamed_on_the_learning_rate(ready, limit):
     too_large(ready, "head.weight")
-    with pytest.raises(UserError, match="LR_INIT is not the cause: the model gives no number") as told:
+    with pytest.raises(UserError, match="LR_INIT is not the cause: the model gives no number") as reported:
         run(ready, MODEL_PATH="large.pth", NAN_LIMIT=limit)
-    assert "too high" not in str(told.value)
+    assert "too high" not in str(reported.value)
 
 
 @pytest.mark.parametrize("part", ["weights", "optimizer"])
@@ -204,7 +204,7 @@ def test_nan_in_a_state_is_not_blamed_on_the_learning_rate(tmp_path, part):
         train_state.TrainState(tmp_path, {}).tensors(part)
 
 
-def test_numbers_that_fp16_does_not_hold_are_told_as_that(ready):
+def test_numbers_that_fp16_does_not_hold_are_reported_as_that(ready):
     tensors = tiny.tensors()
     tensors["blocks.0.ffn.key.weight"][0, 0] = 1e5
     pth.save(ready / "model" / "large.pth", tensors)
@@ -262,6 +262,6 @@ def test_a_pipe_in_place_of_questions_is_named_and_not_waited_for(tmp_path):
     from rwkv_peft.train.checks import read_questions
 
     os.mkfifo(tmp_path / "q.txt")
-    with pytest.raises(SettingErrors) as told:
+    with pytest.raises(SettingErrors) as reported:
         read_questions(str(tmp_path / "q.txt"))
-    assert "SAMPLE_PROMPTS" in str(told.value) and "is a FIFO" in str(told.value)
+    assert "SAMPLE_PROMPTS" in str(reported.value) and "is a FIFO" in str(reported.value)

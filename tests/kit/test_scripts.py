@@ -59,9 +59,9 @@ def test_no_retired_name_is_a_setting():
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_script_that_is_read_without_bash_says_the_same(name):
-    told = {n: v for n, v in parse_assignments(ROOT / name).items() if not n.startswith("_")}
-    assert told and told.items() <= shell_values(ROOT / name).items()
-    assert {f.metadata["var"] for f in dataclasses.fields(CONFIGS[name])} <= told.keys()
+    reported = {n: v for n, v in parse_assignments(ROOT / name).items() if not n.startswith("_")}
+    assert reported and reported.items() <= shell_values(ROOT / name).items()
+    assert {f.metadata["var"] for f in dataclasses.fields(CONFIGS[name])} <= reported.keys()
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -89,14 +89,14 @@ def test_help_may_be_cut_off():
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_setting_of_the_shell_counts_for_nothing_and_is_told(name):
+def test_a_setting_of_the_shell_counts_for_nothing_and_is_reported(name):
     given = {**os.environ, "RUN": "no such run", "SEED": "7", "MODEL_PATH": "no such model"}
     done = subprocess.run([str(ROOT / name), "--no-such-option"], capture_output=True, text=True, env=given)
-    told = re.findall(
+    reported = re.findall(
         r"warning   (\w+) was set in the shell, which counts for nothing: .* of " + re.escape(name), done.stderr
     )
     fields = {f.metadata["var"] for f in dataclasses.fields(CONFIGS[name])}
-    assert done.returncode == 2 and set(told) == {"SEED", "MODEL_PATH"} & fields, done.stderr
+    assert done.returncode == 2 and set(reported) == {"SEED", "MODEL_PATH"} & fields, done.stderr
     others = subprocess.run([str(ROOT / name), "--no-such-option"], capture_output=True, text=True)
     assert "counts for nothing" not in others.stderr
 
@@ -116,13 +116,13 @@ def test_sh_instead_of_bash_is_answered_with_what_to_do(tmp_path, name, ends):
 @pytest.mark.parametrize("lines", ["all", "one"])
 @pytest.mark.parametrize("how", [[], ["bash"]], ids=["by its name", "by bash"])
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_windows_line_ends_are_answered_with_a_cure_that_cures(tmp_path, name, how, lines):
+def test_windows_line_ends_are_answered_with_a_fix_that_cures(tmp_path, name, how, lines):
     copy, right = tmp_path / "it's my copy.sh", (ROOT / name).read_bytes()
     copy.write_bytes(right.replace(b"\n", b"\r\n") if lines == "all" else right + b"# mine\r\n")
     copy.chmod(0o755)
     done = subprocess.run([*how, copy], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
-    told, _, cure = done.stderr.partition(". Run: ")
-    assert told == f"{copy} has Windows line ends"
-    subprocess.run(cure, shell=True, check=True)
+    reported, _, fix = done.stderr.partition(". Run: ")
+    assert reported == f"{copy} has Windows line ends"
+    subprocess.run(fix, shell=True, check=True)
     assert copy.read_bytes().replace(b"# mine\n", b"") == right

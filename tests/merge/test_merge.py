@@ -215,7 +215,7 @@ def test_every_kind_of_export_that_is_asked_for_is_written_once(run, plain_expor
     )
 
 
-def test_what_can_be_exported_is_and_all_refusals_are_told(run, plain_exports, capsys):
+def test_what_can_be_exported_is_and_all_refusals_are_reported(run, plain_exports, capsys):
     with pytest.raises(UserError, match=r"(?s)has trained .* whole.*\n.*holds a run of LoRA, and no state"):
         merge("--export", "peft", "--export", "state", "--export", "gguf")
     assert {p.name for p in result().parent.iterdir() if not p.name.endswith(".prompt.json")} == {
@@ -248,7 +248,7 @@ def log_of(folder, seconds: float):
     (folder / "loss.jsonl").write_text(json.dumps(record) + "\n")
 
 
-def test_the_same_run_merged_again_replaces_its_own_file_and_tells_of_old_exports(
+def test_the_same_run_merged_again_replaces_its_own_file_and_reports_of_old_exports(
     project_folder, plain_exports, capsys
 ):
     folder, _, _ = make_run(project_folder)
@@ -312,7 +312,7 @@ def test_a_name_that_is_too_long_for_a_file_is_shortened(project_folder):
     assert model.name.startswith("base-运运") and len(model.name.encode()) < 220
 
 
-def test_a_run_that_trained_whole_tensors_is_told_how_to_become_a_peft_adapter(run):
+def test_a_run_that_trained_whole_tensors_is_reported_how_to_become_a_peft_adapter(run):
     with pytest.raises(UserError, match='has trained blocks.* whole, .*lora_parts="att,ffn" and EMB_FINETUNE=0'):
         merge("--export", "peft")
 
@@ -538,8 +538,8 @@ def test_a_right_merge_passes_its_check_at_real_widths(tmp_path, dtype, undone):
     )
     pth_rewrite.rewrite(base, made, answers)
     with pth.PthReader(base) as old, pth.PthReader(made) as new:
-        found = check_changed(name, old, new, answers, threading.Lock())
-    assert found.sound and found.changed and found.difference < ROUNDINGS / 2 * torch.finfo(dtype).eps
+        result = check_changed(name, old, new, answers, threading.Lock())
+    assert result.sound and result.changed and result.difference < ROUNDINGS / 2 * torch.finfo(dtype).eps
 
 
 def too_much(right, w, tensors, options):
@@ -588,11 +588,11 @@ def test_a_wrong_product_is_seen_though_rounding_to_bf16_is_larger(project_folde
         B = B.clone()
         B *= {"too much": 1.01, "left out": 0}.get(fault, 1)
         B[-1] *= fault != "one row off"
-        found = right(self, weight, B, A, x)
+        result = right(self, weight, B, A, x)
         if fault != "rounded otherwise":
-            return found
-        made = (found.made.float() * 1.1).bfloat16()
-        return found._replace(made=made, rounded=x @ made.float().T)
+            return result
+        made = (result.made.float() * 1.1).bfloat16()
+        return result._replace(made=made, rounded=x @ made.float().T)
 
     monkeypatch.setattr(dispatch.Ops, "fold", wrong)
     with pytest.raises(UserError, match="do not answer as base|not as written"):
@@ -630,7 +630,7 @@ def test_a_product_is_what_merging_adds(method):
         torch.testing.assert_close(weight + product[0] @ product[1], ADAPTERS[method].merge(weight, layer, options))
 
 
-def test_a_base_is_found_where_it_lay_even_if_model_holds_another_of_its_name(run, tmp_path):
+def test_a_base_is_detected_where_it_lay_even_if_model_holds_another_of_its_name(run, tmp_path):
     folder, base, _ = run
     elsewhere = tmp_path / "base.pth"
     shutil.copy(base, elsewhere)
@@ -666,7 +666,7 @@ def test_merging_reads_only_the_tensors_that_change_and_each_once(run, monkeypat
 
 
 def foreign_file(folder, method, prefix="", **renamed):
-    """A run of ours as RWKV-PEFT would have saved it: other names, no sidecar."""
+    """A run of the kit as RWKV-PEFT would have saved it: other names, no sidecar."""
     tensors = {}
     for name, tensor in pth.load(folder / "rwkv-3.pth").items():
         layer, _, leaf = name.rpartition(".")
@@ -745,7 +745,7 @@ def test_a_run_of_ours_and_a_foreign_one_are_folded_in_turn(project_folder, monk
         merge("--average", "a", "other.pth", LORA_ALPHA="16")
 
 
-def test_a_lora_that_may_be_a_pissa_is_told(run, monkeypatch, capsys):
+def test_a_lora_that_may_be_a_pissa_is_reported(run, monkeypatch, capsys):
     monkeypatch.setitem(OPTIONS, "lora", {"rank": 4, "alpha": 8.0})
     path = foreign_file(run[0], "lora")
     given = {"MODEL_PATH": "base.pth", "METHOD": "lora", "LORA_ALPHA": "8"}
@@ -873,7 +873,7 @@ def foreign_refusals():
 
 
 @pytest.mark.parametrize(("ask", "words"), foreign_refusals().items(), ids=lambda x: getattr(x, "__name__", ""))
-def test_what_nobody_can_know_is_asked_for_and_what_contradicts_is_refused(run, monkeypatch, ask, words):
+def test_what_no_one_can_know_is_asked_for_and_what_contradicts_is_refused(run, monkeypatch, ask, words):
     monkeypatch.setitem(OPTIONS, "lora", {"rank": 4, "alpha": 8.0})
     path = foreign_file(run[0], "lora")
     typed, given = ask(path)

@@ -1,4 +1,4 @@
-"""The file tells its own shape: sizes of every released model, and words for every file that is none of ours."""
+"""The file shows its own shape: sizes of every released model, and words for every file that is none of the kit."""
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ def test_a_new_model_has_every_tensor_of_its_version_and_finite_values(version):
     assert not made["blocks.1.ffn.value.weight"].any() and made["blocks.1.att.key.weight"].std() > 0
 
 
-def found(version="x070", **changes):
+def result(version="x070", **changes):
     shapes = dict(arch.shapes(tiny.geometry(version=version)))
     for name, shape in changes.items():
         name = name.replace("__", ".")
@@ -81,15 +81,15 @@ def found(version="x070", **changes):
         ({"blocks.0.att.time_mix_g": (1, 1, 32), "blocks.0.att.time_decay": (2,)}, r"is RWKV-5.1; this kit works with"),
         ({"blocks.0.att.time_mix_k": (1, 1, 32)}, r"is RWKV-4; this kit works with RWKV-5 \(x052\), RWKV-6"),
         (
-            found(version="x060", blocks__0__att__gate__weight=None),
+            result(version="x060", blocks__0__att__gate__weight=None),
             "damaged RWKV-6 .x060. file: blocks.0.att.gate.weight",
         ),
-        (found() | {"blocks.1.att.time_state": (2, 8, 16)}, r"time_state is \[2, 8, 16\] instead of \[2, 16, 16\]"),
-        (found(blocks__1__att__key__weight=None), "blocks.1.att.key.weight is missing"),
-        (found(blocks__0__ffn__key__weight=(128, 31)), r"blocks.0.ffn.value.weight|blocks.0.ffn.key.weight is"),
-        (found(head__weight=(9, 32)), r"head.weight is \[9, 32\] instead of \[65536, 32\]"),
-        (found(emb__weight=None), "a tensor that gives its size is missing"),
-        (found() | {"blocks.0.ffn.s_emb.weight": (1,)}, "DeepEmbed"),
+        (result() | {"blocks.1.att.time_state": (2, 8, 16)}, r"time_state is \[2, 8, 16\] instead of \[2, 16, 16\]"),
+        (result(blocks__1__att__key__weight=None), "blocks.1.att.key.weight is missing"),
+        (result(blocks__0__ffn__key__weight=(128, 31)), r"blocks.0.ffn.value.weight|blocks.0.ffn.key.weight is"),
+        (result(head__weight=(9, 32)), r"head.weight is \[9, 32\] instead of \[65536, 32\]"),
+        (result(emb__weight=None), "a tensor that gives its size is missing"),
+        (result() | {"blocks.0.ffn.s_emb.weight": (1,)}, "DeepEmbed"),
     ],
 )
 def test_a_file_that_is_no_whole_model_says_what_it_is(shapes, words):
@@ -104,7 +104,7 @@ def test_unknown_tensors_and_layer_0_values_are_let_through():
 
 @pytest.mark.parametrize("version", tiny.VERSIONS)
 def test_parts_mean_what_they_say(version):
-    """Together they are the whole model: no tensor belongs to nobody, none to two."""
+    """Together they are the whole model: no tensor belongs to no one, none to two."""
     shape = tiny.geometry(version=version)
     parts = {part: set(arch.whole_tensors(shape, [part])) for part in ("time", "ln", "emb", "head")}
     parts |= {part: {f"{n}.weight" for n in arch.linear_layers(shape, [part])} for part in ("att", "ffn")}

@@ -1,4 +1,4 @@
-"""EMB_ON_CPU: an embedding that stays in the host's memory, and what goes where then. (The meta device stands in for a GPU.)"""
+"""EMB_ON_CPU: an embedding that stays in the host's memory, and what goes where then. (The meta device is in for a GPU.)"""
 
 import types
 
@@ -79,6 +79,6 @@ def test_a_run_learns_the_same(ready, monkeypatch, capsys, settings):
     without = capsys.readouterr().out
     monkeypatch.setattr(hardware, "resolve_emb_on_cpu", lambda *_given: True)
     _, records = run(ready, "host", **settings)
-    found = capsys.readouterr().out
+    result = capsys.readouterr().out
     assert [r["loss"] for r in records] == [r["loss"] for r in plain]
-    assert "the embedding stays in the host's memory" in found and "embedding stays" not in without
+    assert "the embedding stays in the host's memory" in result and "embedding stays" not in without

@@ -76,7 +76,7 @@ def test_a_prompt_in_pieces_is_the_prompt_at_once(monkeypatch):
     torch.testing.assert_close(advance(model, ids)[0], whole, rtol=1e-4, atol=1e-4)
 
 
-def test_a_talk_goes_on_from_exactly_what_the_whole_conversation_would_give(monkeypatch, capsys):
+def test_a_talk_resumes_from_exactly_what_the_whole_conversation_would_give(monkeypatch, capsys):
     """Each turn continues the state of the last prompt; the ids are those of the conversation encoded as one."""
     model, fed = tiny.model(), []
     questions = iter(["你好。", "And?", "/reset", "Again", ""])
@@ -98,7 +98,7 @@ def test_a_talk_goes_on_from_exactly_what_the_whole_conversation_would_give(monk
     assert "The talk is forgotten" in capsys.readouterr().out
 
 
-def test_ctrl_c_while_a_question_is_read_forgets_it_and_the_talk_goes_on(monkeypatch, capsys):
+def test_ctrl_c_while_a_question_is_read_forgets_it_and_the_talk_resumes(monkeypatch, capsys):
     model, fed, original = tiny.model(), [], advance
     questions = iter(["Hi", "A very long one", "/help", "And?", "/quit"])
     monkeypatch.setattr(builtins, "input", lambda _="": next(questions))

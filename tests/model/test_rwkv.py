@@ -17,7 +17,7 @@ from rwkv_peft.ops import dispatch
 
 CASES = [(version, layers, False) for version in tiny.VERSIONS for layers in (1, 3)]
 CASES.remove(("x052", 1, False))  # the package itself fails on a v5 of one layer
-CASES += [("x070", layers, True) for layers in (1, 3)]  # files with v0, v1, v2 in layer 0, where nobody uses them
+CASES += [("x070", layers, True) for layers in (1, 3)]  # files with v0, v1, v2 in layer 0, where no one uses them
 
 
 @pytest.mark.smoke(1)
@@ -29,10 +29,10 @@ def test_logits_equal_those_of_the_rwkv_package(tmp_path, version, layers, layer
         tensors |= {f"blocks.0.att.v{i}": torch.randn(s) for i, s in ((0, (1, 1, 128)), (1, (128, 32)), (2, (32, 128)))}
     pth.save(tmp_path / "tiny.pth", tensors)
     whole, steps = judged(tmp_path / "tiny.pth", version=version)
-    found = arch.detect({n: s.shape for n, s in pth.read_header(tmp_path / "tiny.pth").items()}, "tiny.pth")
+    result = arch.detect({n: s.shape for n, s in pth.read_header(tmp_path / "tiny.pth").items()}, "tiny.pth")
     for backend in dispatch.available(version, "cpu"):
         with torch.inference_mode():
-            ours, _ = build(found, pth.load(tmp_path / "tiny.pth"), dispatch.choose(backend, version))(
+            ours, _ = build(result, pth.load(tmp_path / "tiny.pth"), dispatch.choose(backend, version))(
                 torch.tensor([IDS])
             )
         for theirs in (whole, steps):
@@ -75,20 +75,20 @@ def test_padding_behind_a_sequence_changes_nothing_in_it(model):
     torch.testing.assert_close(model(padded)[0][:, :20], model(x)[0])
 
 
-BORDERS = (0, 1, 18, 50, 64)
+BOUNDS = (0, 1, 18, 50, 64)
 
 
 def test_packed_sequences_have_the_logits_they_have_alone(model):
     x = ids(1, 64)
-    packed, _ = model(x, cu_seqlens=BORDERS)
-    alone = [model(x[:, a:b])[0] for a, b in zip(BORDERS, BORDERS[1:], strict=False)]
+    packed, _ = model(x, cu_seqlens=BOUNDS)
+    alone = [model(x[:, a:b])[0] for a, b in zip(BOUNDS, BOUNDS[1:], strict=False)]
     torch.testing.assert_close(packed, torch.cat(alone, 1))
 
 
-def test_without_borders_a_pack_would_leak(model):
-    """That the law above could fail: the second sequence does see the first when nobody resets."""
+def test_without_bounds_a_pack_would_leak(model):
+    """That the law above could fail: the second sequence does see the first when no one resets."""
     x = ids(1, 64)
-    assert (model(x)[0] - model(x, cu_seqlens=BORDERS)[0]).abs().max() > 1e-3
+    assert (model(x)[0] - model(x, cu_seqlens=BOUNDS)[0]).abs().max() > 1e-3
 
 
 def test_the_gradient_of_a_pack_is_the_sum_of_the_gradients_alone(model):
@@ -99,8 +99,8 @@ def test_the_gradient_of_a_pack_is_the_sum_of_the_gradients_alone(model):
         # (the decays of RWKV-6 and -5 have no part in a sequence of one token)
         return torch.autograd.grad(logits.square().sum(), parameters, allow_unused=True, materialize_grads=True)
 
-    packed = gradients(lambda: model(x, cu_seqlens=BORDERS)[0])
-    alone = [gradients(lambda a=a, b=b: model(x[:, a:b])[0]) for a, b in zip(BORDERS, BORDERS[1:], strict=False)]
+    packed = gradients(lambda: model(x, cu_seqlens=BOUNDS)[0])
+    alone = [gradients(lambda a=a, b=b: model(x[:, a:b])[0]) for a, b in zip(BOUNDS, BOUNDS[1:], strict=False)]
     for together, *parts in zip(packed, *alone, strict=True):
         torch.testing.assert_close(together, sum(parts))
 
@@ -130,8 +130,8 @@ def live_bytes() -> int:
     """What malloc has given out, glibc's own count."""
     count = ctypes.CDLL(None).mallinfo2
     count.restype = Mallinfo
-    found = count()
-    return found.uordblks + found.hblkhd
+    result = count()
+    return result.uordblks + result.hblkhd
 
 
 @every_version
@@ -220,6 +220,6 @@ def test_a_learnt_state_is_what_every_sequence_begins_with(op, version):
         ]
         return plain(tokens, blocks)[0]
 
-    alone = [from_state(x[:, a:b]) for a, b in zip(BORDERS, BORDERS[1:], strict=False)]
-    torch.testing.assert_close(begun(x, cu_seqlens=BORDERS)[0], torch.cat(alone, 1), rtol=1e-6, atol=1e-6)
+    alone = [from_state(x[:, a:b]) for a, b in zip(BOUNDS, BOUNDS[1:], strict=False)]
+    torch.testing.assert_close(begun(x, cu_seqlens=BOUNDS)[0], torch.cat(alone, 1), rtol=1e-6, atol=1e-6)
     assert (begun(x)[0] - plain(x)[0]).abs().max() > 1e-3

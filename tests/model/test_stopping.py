@@ -45,5 +45,5 @@ def test_a_model_that_knows_its_rows_stops_behind_each_answer(ready, eot, banned
     assert records[-1]["loss"] < 0.1
     model = build(tiny.geometry(), tensors, tiny.ops(tiny.geometry()), torch.float32).eval()
     with torch.no_grad():
-        found = {question: answer(model, question, banned).strip() for question in ASKED}
-    assert found == ASKED, json.dumps(found, ensure_ascii=False)
+        result = {question: answer(model, question, banned).strip() for question in ASKED}
+    assert result == ASKED, json.dumps(result, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""The C++ kernels: what stands around the recurrence equals its definition, and how a library comes about, or does not."""
+"""The C++ kernels: what is around the recurrence equals its definition, and how a library comes about, or does not."""
 
 import ctypes
 import os
@@ -29,15 +29,15 @@ from rwkv_peft.ops.lowrank_merge import QUESTIONS
 @of_neighbours.dtypes
 @of_neighbours.packs
 @pytest.mark.parametrize("count", [1, 2, 6])
-def test_mixes_equal_their_definition(dtype, borders, count):
-    of_neighbours.token_shift_mix(fused, dtype, borders, count)
+def test_mixes_equal_their_definition(dtype, bounds, count):
+    of_neighbours.token_shift_mix(fused, dtype, bounds, count)
 
 
 @of_neighbours.dtypes
 @of_neighbours.packs
 @pytest.mark.parametrize("first_layer", [True, False])
-def test_what_stands_around_wkv7_equals_its_definition(dtype, borders, first_layer):
-    of_neighbours.wkv7_block(fused, cpu.wkv7, dtype, borders, first_layer)
+def test_what_is_around_wkv7_equals_its_definition(dtype, bounds, first_layer):
+    of_neighbours.wkv7_block(fused, cpu.wkv7, dtype, bounds, first_layer)
 
 
 def test_only_the_gradients_that_are_asked_for_are_made():
@@ -71,11 +71,11 @@ def test_gates_of_different_formats_are_not_taken_for_one():
     gates = [torch.randn(9, C, dtype=torch.bfloat16) for _ in range(8)]
     gates[1] = gates[1].float()
     own, s0 = [torch.randn(C).bfloat16() for _ in range(5)], torch.zeros(1, H, N, N)
-    found = [
+    result = [
         m.wkv7_block(torch_wkv7.wkv7, Wkv7Inputs(*gates), Wkv7Params(*own), s0, where((0, 9)), H)[0]
         for m in (fused, block_ops)
     ]
-    assert torch.equal(*found)
+    assert torch.equal(*result)
 
 
 @pytest.mark.parametrize("weight", NOISE)
@@ -85,8 +85,8 @@ def test_a_product_of_a_few_rows_reads_the_weight_as_it_is_stored(dtype, weight,
     x, w = torch.randn(rows, 48).to(dtype), torch.randn(50, 48).to(weight)
     exact = x.double() @ w.double().T
     with torch.no_grad():
-        found = fused.linear(x, w)
-    assert found.dtype == dtype and laws.errors([found.double()], [exact])[0] < NOISE[dtype]
+        result = fused.linear(x, w)
+    assert result.dtype == dtype and laws.errors([result.double()], [exact])[0] < NOISE[dtype]
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -110,16 +110,16 @@ def test_folding_a_product_of_low_rank_is_its_definition(rows, inputs, rank, thr
 def test_what_is_no_number_stays_none_when_it_is_folded(bad):
     weight = torch.randn(9, 128).bfloat16()
     weight[4, 70] = bad
-    found = fused.fold(weight, torch.randn(9, 2), torch.randn(2, 128), torch.randn(QUESTIONS, 128))
-    assert [not bool(torch.isfinite(row).all()) for row in found.rounded.T] == [i == 4 for i in range(9)]
-    assert found.made[4, 70].float().isfinite().logical_not()
+    result = fused.fold(weight, torch.randn(9, 2), torch.randn(2, 128), torch.randn(QUESTIONS, 128))
+    assert [not bool(torch.isfinite(row).all()) for row in result.rounded.T] == [i == 4 for i in range(9)]
+    assert result.made[4, 70].float().isfinite().logical_not()
 
 
 def test_a_product_that_is_learnt_from_has_its_gradients():
     x, w = torch.randn(1, 48, requires_grad=True), torch.randn(50, 48, requires_grad=True)
-    found = torch.autograd.grad(fused.linear(x, w).square().sum(), [x, w])
+    result = torch.autograd.grad(fused.linear(x, w).square().sum(), [x, w])
     exact = torch.autograd.grad(block_ops.linear(x, w).square().sum(), [x, w])
-    assert all(torch.equal(a, b) for a, b in zip(found, exact, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(result, exact, strict=True))
 
 
 def test_a_logit_that_is_nan_makes_the_loss_nan():
@@ -130,15 +130,15 @@ def test_a_logit_that_is_nan_makes_the_loss_nan():
 def test_the_number_of_threads_does_not_matter(threads):
     inputs, s0 = wkv_inputs(1, 70, 2, 64), laws.start(3, 2, 64)
     before = torch.get_num_threads()
-    found = []
+    result = []
     try:
         for number in (1, threads):
             torch.set_num_threads(number)
             y, end = cpu.wkv7(*inputs, s0, (0, 5, 40, 70))
-            found.append([y, end, *torch.autograd.grad([y, end], [*inputs, s0], [y.detach(), end.detach()])])
+            result.append([y, end, *torch.autograd.grad([y, end], [*inputs, s0], [y.detach(), end.detach()])])
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(*result, strict=True))
 
 
 # How a library comes about
@@ -291,7 +291,7 @@ def test_shapes_without_a_kernel_go_through_the_definition():
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_heads_without_a_kernel_are_said_to_go_through_torch(device):
-    found = dispatch.choose("auto", "x070", device, head_size=48)
-    assert found.name == "torch" and "these have 48" in found.why
+    result = dispatch.choose("auto", "x070", device, head_size=48)
+    assert result.name == "torch" and "these have 48" in result.why
     with pytest.raises(SettingErrors, match="these have 48"):
         dispatch.choose(device, "x070", device, head_size=48)

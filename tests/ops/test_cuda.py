@@ -135,10 +135,10 @@ def test_two_halves_with_the_carried_state_equal_the_whole(version, cut):
 
 
 @pytest.mark.parametrize("version", KERNELS)
-@pytest.mark.parametrize("borders", [(0, 1, 2, 60), (0, 64, 128, 130)])
-def test_packed_sequences_do_what_they_do_alone(version, borders):
-    inputs, s0 = inputs_of(version, 1, borders[-1], 2, 16), laws.start(len(borders) - 1, 2, 16)
-    laws.packed_equals_alone(KERNELS[version], inputs, s0, borders)
+@pytest.mark.parametrize("bounds", [(0, 1, 2, 60), (0, 64, 128, 130)])
+def test_packed_sequences_do_what_they_do_alone(version, bounds):
+    inputs, s0 = inputs_of(version, 1, bounds[-1], 2, 16), laws.start(len(bounds) - 1, 2, 16)
+    laws.packed_equals_alone(KERNELS[version], inputs, s0, bounds)
 
 
 @pytest.mark.parametrize("version", KERNELS)
@@ -166,15 +166,15 @@ ON_ROUNDED = [(way, torch.bfloat16) for way in ON_TENSOR_CORES]
 @pytest.mark.rounded
 @pytest.mark.parametrize(("version", "dtype"), few([*itertools.product(VERSIONS, DTYPES), *ON_ROUNDED], ON_ROUNDED))
 def test_the_proof_that_a_gpu_must_give_is_passed(version, dtype):
-    found = kernel_check.check_against_reference(version[:4], KERNELS[version], "cpu", dtype)
-    assert found.passed, found
+    result = kernel_check.check_against_reference(version[:4], KERNELS[version], "cpu", dtype)
+    assert result.passed, result
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_proof_of_what_stands_around_is_passed(dtype):
-    found = kernel_check.prove_around(fused, wkv.wkv7, "cpu", dtype)
-    assert found.passed, found
+def test_the_proof_of_what_is_around_is_passed(dtype):
+    result = kernel_check.prove_around(fused, wkv.wkv7, "cpu", dtype)
+    assert result.passed, result
 
 
 @pytest.mark.smoke(1)
@@ -182,14 +182,14 @@ def test_the_proof_of_what_stands_around_is_passed(dtype):
 def test_a_model_on_the_kernels_learns_what_one_on_torch_learns(version):
     """Logits, the states behind packed sequences, and the gradient of every parameter."""
     shape, ids = tiny.geometry(version=version), torch.randint(1, 60000, (1, 75))
-    found = []
+    result = []
     for op in ("torch", "cuda"):
         model = build_model(shape, tiny.tensors(0, shape), dispatch.made(op, version), torch.float32)
         logits, after = model(ids, cu_seqlens=(0, 4, 70, 75))
         loss = logits.logsumexp(-1).square().mean() + sum(s.wkv.square().mean() for s in after)
         loss.backward()
-        found.append([logits.detach(), *(s.wkv.detach() for s in after), *(p.grad for p in model.parameters())])
-    for one, other in zip(*found, strict=True):
+        result.append([logits.detach(), *(s.wkv.detach() for s in after), *(p.grad for p in model.parameters())])
+    for one, other in zip(*result, strict=True):
         assert (one - other).norm() <= 1e-4 * one.norm()
 
 
@@ -218,8 +218,8 @@ def test_the_kernels_compile_for_every_gpu_and_nothing_spills(tmp_path, source, 
 @of_neighbours.packs
 @pytest.mark.parametrize("count", [1, 2, 6])
 @pytest.mark.parametrize("order", [0, 1])
-def test_mixes_equal_their_definition(dtype, borders, count, order):
-    of_neighbours.token_shift_mix(fused, dtype, borders, count)
+def test_mixes_equal_their_definition(dtype, bounds, count, order):
+    of_neighbours.token_shift_mix(fused, dtype, bounds, count)
 
 
 @pytest.mark.smoke
@@ -227,12 +227,12 @@ def test_mixes_equal_their_definition(dtype, borders, count, order):
 @of_neighbours.packs
 @pytest.mark.parametrize("first_layer", [True, False])
 @pytest.mark.parametrize("order", [0, 1])
-def test_what_stands_around_wkv7_equals_its_definition(dtype, borders, first_layer, order):
-    of_neighbours.wkv7_block(fused, wkv.wkv7, dtype, borders, first_layer)
+def test_what_is_around_wkv7_equals_its_definition(dtype, bounds, first_layer, order):
+    of_neighbours.wkv7_block(fused, wkv.wkv7, dtype, bounds, first_layer)
 
 
 @pytest.mark.parametrize("way", ON_TENSOR_CORES)
-def test_what_stands_around_wkv7_goes_with_every_way_of_the_recurrence(way):
+def test_what_is_around_wkv7_goes_with_every_way_of_the_recurrence(way):
     of_neighbours.wkv7_block(fused, KERNELS[way], torch.float32, (0, 17, 64), False)
 
 

@@ -20,18 +20,18 @@ needs_fla = pytest.mark.skipif(
 
 
 def stand_in(module, name):
-    """The package's functions, with its layout of states, made of ours."""
+    """The package's functions, with its layout of states, made of the kit."""
 
     def kernel(*x, scale, initial_state, output_final_state, cu_seqlens, cu_seqlens_cpu, **more):
         assert scale == 1.0 and output_final_state and initial_state.dtype == torch.float32
         assert more == ({"safe_gate": False, "lower_bound": None, "chunk_size": 16} if name == "chunk_rwkv7" else {})
-        s0, borders = initial_state.transpose(-1, -2), None if cu_seqlens is None else cu_seqlens.tolist()
+        s0, bounds = initial_state.transpose(-1, -2), None if cu_seqlens is None else cu_seqlens.tolist()
         assert cu_seqlens is None or torch.equal(cu_seqlens.cpu(), cu_seqlens_cpu)
         if name == "chunk_rwkv7":
-            y, end = torch_wkv7.wkv7(*x, s0, borders)
+            y, end = torch_wkv7.wkv7(*x, s0, bounds)
         else:
             r, k, v, w, u = x
-            y, end = torch_wkv6.wkv6(r, w, k, v, u, s0, borders)
+            y, end = torch_wkv6.wkv6(r, w, k, v, u, s0, bounds)
         return y, end.transpose(-1, -2)
 
     assert (module, name) in (("rwkv7", "chunk_rwkv7"), ("rwkv6", "chunk_rwkv6"))
@@ -41,7 +41,7 @@ def stand_in(module, name):
 @pytest.mark.smoke(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("version", OURS)
-def test_inputs_states_and_borders_get_there_as_the_package_wants_them(monkeypatch, version, dtype):
+def test_inputs_states_and_bounds_get_there_as_the_package_wants_them(monkeypatch, version, dtype):
     monkeypatch.setattr(fla, "fits", lambda r: True)
     monkeypatch.setattr(fla, "function", stand_in)
     assert kernel_check.check_against_reference(version, OURS[version], "cpu", dtype).passed
@@ -75,13 +75,13 @@ def interpreted(*words):
 @pytest.mark.parametrize("dtype", ["float32", "float16"] if EVERYTHING else ["float32"])
 @pytest.mark.parametrize("version", OURS)
 def test_the_package_computes_what_the_definition_says(version, dtype):
-    found = interpreted(version, dtype)
-    assert found.passed, found
+    result = interpreted(version, dtype)
+    assert result.passed, result
 
 
 @needs_fla
 @pytest.mark.slow
 def test_its_quick_path_would_be_wrong_where_keys_are_repeated():
-    """Why fla.run7 names safe_gate. If this fails, the package was mended, and chunks of 64 may be worth a try."""
-    found = interpreted("x070", "float32", "safe")
-    assert not found.passed and "repeated" in found.what
+    """Why fla.run7 names safe_gate. If this fails, the package was fixed, and chunks of 64 may be worth a try."""
+    result = interpreted("x070", "float32", "safe")
+    assert not result.passed and "repeated" in result.what

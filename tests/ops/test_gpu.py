@@ -21,8 +21,8 @@ CASES = [(version, name) for version in dispatch.WKV for name in dispatch.every_
 def test_a_backend_computes_what_the_definition_says(version, dtype, backend):
     if backend == "fla" and not importlib.util.find_spec("fla"):
         pytest.skip("needs fla-core: pip install -r requirements-fla.txt")
-    found = kernel_check.check_against_reference(version, dispatch.every_way(version, "cuda")[backend], "cuda", dtype)
-    assert found.passed, found
+    result = kernel_check.check_against_reference(version, dispatch.every_way(version, "cuda")[backend], "cuda", dtype)
+    assert result.passed, result
 
 
 @pytest.mark.parametrize("version", dispatch.WKV)
@@ -51,12 +51,12 @@ def test_cuda_graphs_are_recorded_and_learn_the_same(ready, capsys, settings):
 
 def test_a_recording_has_all_that_it_reads():
     """What it does not hold has been given away, and overwritten."""
-    told = []
+    reported = []
     model = graphs.learner(op="cuda").cuda()
-    model.replay = Graphs(model, told.append)
+    model.replay = Graphs(model, reported.append)
     given = [graphs.batch(seed, device="cuda") for seed in range(6)]
     graphs.steps(model, 3, 1, batches=given)
-    assert told and "recorded" in told[0]
+    assert reported and "recorded" in reported[0]
     torch.cuda.empty_cache()
     junk = [torch.full((2**20,), float("nan"), device="cuda") for _ in range(200)]
     del junk

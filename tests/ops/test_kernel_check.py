@@ -20,7 +20,7 @@ def test_what_is_right_passes(version, dtype):
     assert kernel_check.check_against_reference(version, TORCH[version], "cpu", dtype).passed
 
 
-def test_the_definition_of_what_stands_around_passes():
+def test_the_definition_of_what_is_around_passes():
     """(In bfloat16 it rounds after every operation, which what is fused does not.)"""
     assert kernel_check.prove_around(block_ops, torch_wkv7.wkv7, "cpu", torch.float32).passed
 
@@ -28,8 +28,8 @@ def test_the_definition_of_what_stands_around_passes():
 def wrong(version, how):
     def wkv(*given):
         if how == "forgets where a sequence ends":
-            *x, s0, borders = given
-            y, s = TORCH[version](*x, s0[:1], (0, borders[-1]))
+            *x, s0, bounds = given
+            y, s = TORCH[version](*x, s0[:1], (0, bounds[-1]))
             return y, s.expand(len(s0), *s.shape[1:])
         y, s = TORCH[version](*given)
         if how == "a wrong gradient":
@@ -95,12 +95,12 @@ def test_kernels_that_pass_are_taken_and_are_asked_once(gpu, monkeypatch):
     for what in ("digest", "compiler"):
         with monkeypatch.context() as changed:
             changed.setattr(build, what, lambda: "another")
-            assert dispatch.choose("auto", "x070", "cuda").name == "torch"  # asked again, and there is nobody to ask
+            assert dispatch.choose("auto", "x070", "cuda").name == "torch"  # asked again, and there is no one to ask
 
 
 @pytest.mark.smoke(1)
 @pytest.mark.parametrize("how", ["wrong", "missing", "refused", "other bindings"])
-def test_kernels_that_fail_are_not_taken_and_the_reason_is_told(gpu, how):
+def test_kernels_that_fail_are_not_taken_and_the_reason_is_reported(gpu, how):
     def fails(*_given):
         if how == "other bindings":
             raise AttributeError("cuLaunchKernel")
@@ -112,17 +112,17 @@ def test_kernels_that_fail_are_not_taken_and_the_reason_is_told(gpu, how):
 
     gpu(wrong("x070", "a wrong state") if how == "wrong" else fails)
     for _ in range(2):  # a failure is not remembered
-        found = dispatch.choose("auto", "x070", "cuda")
-        assert found.name == "torch" and "which are not used. OP=cuda: " in found.why
+        result = dispatch.choose("auto", "x070", "cuda")
+        assert result.name == "torch" and "which are not used. OP=cuda: " in result.why
     words = {"wrong": "wrong on this GPU", "missing": "cannot be compiled", "refused": "no kernel image"}.get(
         how, "AttributeError: cuLaunchKernel"
     )
-    assert words in found.why
+    assert words in result.why
     with pytest.raises(SettingErrors, match=words):
         dispatch.choose("cuda", "x070", "cuda")
 
 
-def test_a_kernel_that_leaves_the_gpu_unusable_is_told_as_that(gpu, monkeypatch):
+def test_a_kernel_that_leaves_the_gpu_unusable_is_reported_as_that(gpu, monkeypatch):
     """Nothing could be computed on it any more: torch, which would be taken instead, would fail with other words."""
 
     def fails(*_given):
@@ -147,10 +147,10 @@ def test_kernels_that_are_wrong_in_one_way_go_on_in_the_others(gpu, bad):
         torch_wkv7.wkv7, ways=[(way, wrong("x070", "a wrong state") if way in bad else torch_wkv7.wkv7) for way in ways]
     )
     for op in ("auto", "cuda"):
-        found = dispatch.choose(op, "x070", "cuda")
-        assert found.name == "cuda" and found.wkv == (tuple(way for way in ways if way not in bad) or torch_wkv7.wkv7)
+        result = dispatch.choose(op, "x070", "cuda")
+        assert result.name == "cuda" and result.wkv == (tuple(way for way in ways if way not in bad) or torch_wkv7.wkv7)
         for way in ways:
-            assert (f"not {way}: they are wrong on this GPU" in found.why) == (way in bad)
+            assert (f"not {way}: they are wrong on this GPU" in result.why) == (way in bad)
 
 
 def test_token_by_token_is_proved_by_itself_where_a_backend_would_go_another_way(gpu, monkeypatch):
@@ -160,11 +160,11 @@ def test_token_by_token_is_proved_by_itself_where_a_backend_would_go_another_way
     monkeypatch.setattr(kernel_check, "prove_around", lambda _around, wkv, *_more: asked.add(wkv) or passed)
     ways = [("in a single pass", torch_wkv7.wkv7)]
     gpu(torch_wkv7.wkv7, ways=ways, tokens=wrong("x070", "a wrong state"))
-    found = dispatch.choose("auto", "x070", "cuda")
-    assert found.name == "torch" and "OP=cuda: they are wrong on this GPU" in found.why
+    result = dispatch.choose("auto", "x070", "cuda")
+    assert result.name == "torch" and "OP=cuda: they are wrong on this GPU" in result.why
     gpu(wrong("x070", "a wrong state"), ways=[("in a single pass", wrong("x070", "NaN"))], tokens=torch_wkv7.wkv7)
-    found = dispatch.choose("auto", "x070", "cuda")
-    assert found.name == "cuda" and found.wkv is torch_wkv7.wkv7 and "not in a single pass" in found.why
+    result = dispatch.choose("auto", "x070", "cuda")
+    assert result.name == "cuda" and result.wkv is torch_wkv7.wkv7 and "not in a single pass" in result.why
     assert asked == {torch_wkv7.wkv7}  # the rest of a block is proved with what is right
 
 
@@ -172,15 +172,15 @@ def test_token_by_token_is_proved_by_itself_where_a_backend_would_go_another_way
 @pytest.mark.parametrize("name", ["token_shift_mix", "square_relu", "cross_entropy_grad", "wkv7_block"])
 def test_what_is_wrong_around_the_recurrence_is_left_to_torch(gpu, name):
     def wrong_one(*given):
-        found = getattr(block_ops, name)(*given)
+        result = getattr(block_ops, name)(*given)
         if name == "square_relu":
-            return found * 1.001
-        return [found[0] * 1.001, *found[1:]]
+            return result * 1.001
+        return [result[0] * 1.001, *result[1:]]
 
     gpu(torch_wkv7.wkv7, **{name: wrong_one})
-    found = dispatch.choose("auto", "x070", "cuda")
-    assert found.name == "cuda" and found.around is block_ops
-    assert "the rest of a block on torch: they are wrong on this GPU" in found.why
+    result = dispatch.choose("auto", "x070", "cuda")
+    assert result.name == "cuda" and result.around is block_ops
+    assert "the rest of a block on torch: they are wrong on this GPU" in result.why
 
 
 @pytest.mark.slow
@@ -189,8 +189,8 @@ def test_where_our_own_kernels_fail_flash_linear_attention_is_taken_if_it_is_the
     gpu(torch_wkv7.wkv7, "fla")
     assert dispatch.choose("auto", "x070", "cuda").name == dispatch.choose("fla", "x070", "cuda").name == "fla"
     gpu(wrong("x070", "a wrong state"), "fla")
-    found = dispatch.choose("auto", "x070", "cuda")
-    assert found.name == "torch" and "OP=cuda: " in found.why and "OP=fla: they are wrong on this GPU" in found.why
+    result = dispatch.choose("auto", "x070", "cuda")
+    assert result.name == "torch" and "OP=cuda: " in result.why and "OP=fla: they are wrong on this GPU" in result.why
 
 
 def test_what_is_for_another_device_is_refused():
@@ -201,7 +201,7 @@ def test_what_is_for_another_device_is_refused():
 
 
 @pytest.mark.slow
-def test_the_selftest_prints_what_it_found_and_fails_with_it(ready, capsys, monkeypatch):
+def test_the_selftest_prints_what_it_detected_and_fails_with_it(ready, capsys, monkeypatch):
     from helpers.training import config
 
     train.command(config(), ["--selftest"])

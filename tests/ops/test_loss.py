@@ -20,10 +20,10 @@ def setting(dtype=torch.float64):
 def test_value_and_gradients_equal_the_definition(chunk):
     x, weight, targets = setting()
     exact = torch.nn.functional.cross_entropy(x @ weight.T, targets, reduction="sum")
-    found = linear_cross_entropy(x, weight, targets, chunk_values=chunk)
-    torch.testing.assert_close(found, exact)
+    result = linear_cross_entropy(x, weight, targets, chunk_values=chunk)
+    torch.testing.assert_close(result, exact)
     for a, b in zip(
-        torch.autograd.grad(found * 3, [x, weight]), torch.autograd.grad(exact * 3, [x, weight]), strict=True
+        torch.autograd.grad(result * 3, [x, weight]), torch.autograd.grad(exact * 3, [x, weight]), strict=True
     ):
         torch.testing.assert_close(a, b)
 

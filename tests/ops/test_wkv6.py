@@ -49,10 +49,10 @@ def test_two_halves_with_the_carried_state_equal_the_whole(version, backend, cut
 
 
 @pytest.mark.parametrize("version, backend", OPS)
-@pytest.mark.parametrize("borders", [(0, 1, 2, 60), (0, 32, 64, 96), (0, 7, 40, 41, 90)])
-def test_packed_sequences_do_what_they_do_alone(version, backend, borders):
-    inputs, s0 = inputs_of(version, 1, borders[-1], 2, 16), laws.start(len(borders) - 1, 2, 16)
-    laws.packed_equals_alone(dispatch.WKV[version][backend], inputs, s0, borders)
+@pytest.mark.parametrize("bounds", [(0, 1, 2, 60), (0, 32, 64, 96), (0, 7, 40, 41, 90)])
+def test_packed_sequences_do_what_they_do_alone(version, backend, bounds):
+    inputs, s0 = inputs_of(version, 1, bounds[-1], 2, 16), laws.start(len(bounds) - 1, 2, 16)
+    laws.packed_equals_alone(dispatch.WKV[version][backend], inputs, s0, bounds)
 
 
 @pytest.mark.parametrize("version, backend", OPS)
@@ -62,9 +62,9 @@ def test_no_initial_state_is_a_zero_state(version, backend):
 
 
 @pytest.mark.parametrize("version, backend", OPS)
-@pytest.mark.parametrize("borders", [(0, 3), (1, 10), (0, 5, 5, 10), (0, 6, 4, 10)])
-def test_borders_that_do_not_rise_from_zero_to_the_end_are_refused(version, backend, borders):
-    laws.refuses_borders(dispatch.WKV[version][backend], inputs_of(version, 1, 10, 1, 4), borders)
+@pytest.mark.parametrize("bounds", [(0, 3), (1, 10), (0, 5, 5, 10), (0, 6, 4, 10)])
+def test_bounds_that_do_not_rise_from_zero_to_the_end_are_refused(version, backend, bounds):
+    laws.refuses_bounds(dispatch.WKV[version][backend], inputs_of(version, 1, 10, 1, 4), bounds)
 
 
 @pytest.mark.parametrize("version, backend", OPS)
@@ -80,14 +80,14 @@ def test_a_decay_of_zero_forgets_everything_and_learns_nothing(version, backend)
     inputs, s0 = inputs_of(version, 1, 70, 2, 16), laws.start(1, 2, 16)
     with torch.no_grad():
         inputs[1].fill_(-torch.inf)
-    y, end, _, dw, *_ = found = laws.run(dispatch.WKV[version][backend], inputs, s0)
+    y, end, _, dw, *_ = result = laws.run(dispatch.WKV[version][backend], inputs, s0)
     r, _, k, v, u = (x.detach().double() for x in inputs)
     wanted = (r * u * k).sum(-1, keepdim=True) * v
     wanted[:, 1:] += (r[:, 1:] * k[:, :-1]).sum(-1, keepdim=True) * v[:, :-1]
     wanted[:, 0] += torch.einsum("bhvk,bhk->bhv", s0.detach().double(), r[:, 0])
     assert laws.errors([y], [wanted])[0] < laws.NOISE
     assert laws.errors([end], [torch.einsum("bhv,bhk->bhvk", v[:, -1], k[:, -1])])[0] < laws.NOISE
-    assert not dw.any() and all(x.isfinite().all() for x in found)
+    assert not dw.any() and all(x.isfinite().all() for x in result)
 
 
 @pytest.mark.parametrize("version, backend", BACKENDS)

@@ -43,10 +43,10 @@ def test_two_halves_with_the_carried_state_equal_the_whole(backend, cut):
 
 
 @pytest.mark.parametrize("backend", WKV7)
-@pytest.mark.parametrize("borders", [(0, 1, 2, 60), (0, 32, 64, 96), (0, 7, 40, 41, 90)])
-def test_packed_sequences_do_what_they_do_alone(backend, borders):
-    inputs, s0 = wkv_inputs(1, borders[-1], 2, 16), laws.start(len(borders) - 1, 2, 16)
-    laws.packed_equals_alone(WKV7[backend], inputs, s0, borders)
+@pytest.mark.parametrize("bounds", [(0, 1, 2, 60), (0, 32, 64, 96), (0, 7, 40, 41, 90)])
+def test_packed_sequences_do_what_they_do_alone(backend, bounds):
+    inputs, s0 = wkv_inputs(1, bounds[-1], 2, 16), laws.start(len(bounds) - 1, 2, 16)
+    laws.packed_equals_alone(WKV7[backend], inputs, s0, bounds)
 
 
 @pytest.mark.parametrize("backend", WKV7)
@@ -55,9 +55,9 @@ def test_no_initial_state_is_a_zero_state(backend):
 
 
 @pytest.mark.parametrize("backend", WKV7)
-@pytest.mark.parametrize("borders", [(0, 3), (1, 10), (0, 5, 5, 10), (0, 6, 4, 10)])
-def test_borders_that_do_not_rise_from_zero_to_the_end_are_refused(backend, borders):
-    laws.refuses_borders(WKV7[backend], wkv_inputs(1, 10, 1, 4), borders)
+@pytest.mark.parametrize("bounds", [(0, 3), (1, 10), (0, 5, 5, 10), (0, 6, 4, 10)])
+def test_bounds_that_do_not_rise_from_zero_to_the_end_are_refused(backend, bounds):
+    laws.refuses_bounds(WKV7[backend], wkv_inputs(1, 10, 1, 4), bounds)
 
 
 @pytest.mark.parametrize("backend", WKV7)

@@ -71,7 +71,7 @@ def test_names_of_columns_that_are_there_twice_are_named(tmp_path):
         rows_of(tmp_path / "x.csv")
 
 
-def test_a_key_that_is_there_twice_among_many_is_still_found():
+def test_a_key_that_is_there_twice_among_many_is_still_detected():
     keys = "".join(f', "c{i}": 1' for i in range(600))
     row = f'{{"prompt": "a", "response": "b"{keys}, "response": "c"}}'.encode()
     with pytest.raises(RowError, match='"response" twice'):

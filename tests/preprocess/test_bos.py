@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from helpers import tiny
-from helpers.rows import DIALOGUES, LONG, SAME, cook, dialogue, rows_of
+from helpers.rows import DIALOGUES, LONG, SAME, dialogue, encode_block_of, rows_of
 from helpers.training import tokenize
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,7 +26,9 @@ KINDS = {**SAME, "plain text": {"text": "天地玄黄。"}, "answer alone": {"te
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("eot", ENDINGS)
 def test_bos_puts_one_zero_before_a_row_and_changes_nothing_else(kind, eot):
-    [(ids, roles)], [(plain, others)] = (rows_of(cook(KINDS[kind], eot=eot, bos=bos)) for bos in (True, False))
+    [(ids, roles)], [(plain, others)] = (
+        rows_of(encode_block_of(KINDS[kind], eot=eot, bos=bos)) for bos in (True, False)
+    )
     assert ids.tolist() == [0, *plain.tolist()] and plain[0] != 0
     assert roles.tolist() == [Role.HEADING, *others.tolist()]
 
@@ -37,20 +39,24 @@ def test_many_rows_at_once_begin_as_each_row_alone_does(many, name, end_of_doc):
     pieces = [p for p in (Pieces(*PRESETS[name].render(dialogue(turns))) for turns in many) if p.texts]
     if not pieces:
         return
-    found = encode_rows(pieces, end_of_doc, bos=True)
+    result = encode_rows(pieces, end_of_doc, bos=True)
     for i, piece in enumerate(pieces):
         ids, roles = encode_row(piece, end_of_doc, bos=True)
-        row = slice(found.first[i], found.first[i + 1])
-        assert found.ids[row].tolist() == ids.tolist() and found.roles[row].tolist() == roles.tolist()
-        assert ids[0] == 0 and roles[0] == Role.HEADING and found.answered[i] == (roles == Role.ASSISTANT).any()
+        row = slice(result.first[i], result.first[i + 1])
+        assert result.ids[row].tolist() == ids.tolist() and result.roles[row].tolist() == roles.tolist()
+        assert ids[0] == 0 and roles[0] == Role.HEADING and result.answered[i] == (roles == Role.ASSISTANT).any()
 
 
 @pytest.mark.parametrize("policy", ["truncate", "truncate-left", "split"])
 @pytest.mark.parametrize("eot", ENDINGS)
 @pytest.mark.parametrize("most", [1, 2, 3, 30, 61, 90])
 def test_cutting_keeps_the_zero_in_front_and_within_max_tokens(policy, eot, most):
-    made = cook({"messages": LONG}, eot=eot, bos=True, limits=Limits(max_tokens=most, policy=policy))
-    plain = cook({"messages": LONG}, eot=eot, limits=Limits(max_tokens=most - 1, policy=policy)) if most > 1 else None
+    made = encode_block_of({"messages": LONG}, eot=eot, bos=True, limits=Limits(max_tokens=most, policy=policy))
+    plain = (
+        encode_block_of({"messages": LONG}, eot=eot, limits=Limits(max_tokens=most - 1, policy=policy))
+        if most > 1
+        else None
+    )
     assert [row[0].tolist()[1:] for row in rows_of(made)] == ([r[0].tolist() for r in rows_of(plain)] if plain else [])
     for ids, roles in rows_of(made):
         assert len(ids) <= most and ids[0] == 0 and roles[0] == Role.HEADING
@@ -59,8 +65,8 @@ def test_cutting_keeps_the_zero_in_front_and_within_max_tokens(policy, eot, most
 @pytest.mark.parametrize("limits", [{"source": 9}, {"target": 9}])
 @pytest.mark.parametrize("policy", ["truncate", "truncate-left"])
 def test_cutting_turns_keeps_the_zero_in_front(limits, policy):
-    made = cook({"messages": LONG}, bos=True, limits=Limits(**limits, policy=policy))
-    plain = cook({"messages": LONG}, limits=Limits(**limits, policy=policy))
+    made = encode_block_of({"messages": LONG}, bos=True, limits=Limits(**limits, policy=policy))
+    plain = encode_block_of({"messages": LONG}, limits=Limits(**limits, policy=policy))
     assert made.ids.tolist() == [0, *plain.ids.tolist()]
 
 
@@ -72,7 +78,7 @@ def first_tokens(prefix) -> list[int]:
 @pytest.mark.parametrize(("setting", "template", "zeros"), [
     ("0", "rwkv-world", False), ("1", "rwkv-world", True), ("auto", "rwkv-world", False), ("1", "chatml", True),
 ])  # fmt: skip
-def test_the_setting_decides_and_the_report_and_the_rows_tell_it(project_folder, setting, template, zeros):
+def test_the_setting_decides_and_the_report_and_the_rows_report_it(project_folder, setting, template, zeros):
     path = tiny.write_jsonl(project_folder / "data" / "a.jsonl", tiny.CHATS)
     report = tokenize(path, BOS=setting, PROMPT_TYPE=template)
     assert report["settings"]["BOS"] == zeros
@@ -143,12 +149,14 @@ def test_no_window_trains_the_zero_that_the_next_row_begins_with(mode, ctx_len):
     data = TokenDataset([source(rows, [[1] * len(row) for row in rows])], mode, "none", ctx_len, "truncate", 1, True)
     text = [token for row in rows for token in row]
     stretches = [data.row(number) for number in range(data.rows)]
-    found = [(int(a), int(b)) for row in stretches for t, w in row for a, b, on in zip(t, t[1:], w, strict=False) if on]
-    assert {(7, 0), (12, 0)} <= set(found) and not {(9, 0), (24, 0), (0, 0), (14, 0)} & set(found)
-    assert len(found) == data.facts().targets == sum(map(data.count_row, range(data.rows)))
+    result = [
+        (int(a), int(b)) for row in stretches for t, w in row for a, b, on in zip(t, t[1:], w, strict=False) if on
+    ]
+    assert {(7, 0), (12, 0)} <= set(result) and not {(9, 0), (24, 0), (0, 0), (14, 0)} & set(result)
+    assert len(result) == data.facts().targets == sum(map(data.count_row, range(data.rows)))
     if mode == "get":
         begins = {sum(map(len, rows[:n])) for n, row in enumerate(rows) if row[0] == 0}
-        assert len(found) == len(text) - 1 - len(begins - {0})
+        assert len(result) == len(text) - 1 - len(begins - {0})
 
 
 def test_concat_puts_one_zero_between_rows_that_begin_and_end_with_it():
@@ -161,7 +169,7 @@ def test_concat_puts_one_zero_between_rows_that_begin_and_end_with_it():
     assert same.tolist() == tokens.tolist()
 
 
-def test_a_preview_tells_the_zero_in_front_from_the_end():
+def test_a_preview_reports_the_zero_in_front_from_the_end():
     ids = [0, *tokenizer.encode("Hi"), 0]
     assert tokenizer.mark_trained(ids, [False] * len(ids)) == "<bos>Hi<end>"
     assert tokenizer.mark_trained([0], [False]) == "<end>"

@@ -38,7 +38,7 @@ DATA = {
     "m04-tool-result-empty.jsonl": ({}, [" Done.<end>"], []),
     "m06-columns-dolly.jsonl": ({}, [" At sunset.<end>"], []),
     "m06-columns-orca.jsonl": ({}, [" At sunset, as ever.<end>"], ["1 with a system text"]),
-    # told and refused
+    # reported and refused
     "k05-images-column-and-placeholder.jsonl": ({}, None, ["only text can be trained"]),
     "m01-roles-of-ones-own.jsonl": ({}, None, ["""--role-map '{"customer": "user", "agent": "assistant"}'"""]),
     # encodings and line ends
@@ -99,20 +99,20 @@ def test_a_reported_input_becomes_what_its_author_meant_or_is_named(name, tmp_pa
     for word in words:
         assert word in said, said
     if learnt is not None:
-        assert len(found := learnt_of(path)) == len(learnt), found
+        assert len(result := learnt_of(path)) == len(learnt), result
         for expected in learnt:
-            assert any(expected in text for text in found), (expected, found)
+            assert any(expected in text for text in result), (expected, result)
 
 
 def learnt_of(path: Path) -> list[str]:
     """What is learnt of every row: the text of its answers, <end> where token 0 is."""
     prefix = stem_of(path)
     rows, roles = Reader(prefix), Reader(f"{prefix}.roles")
-    found = []
+    result = []
     for i in range(len(rows)):
         ids = rows.row(i)[roles.row(i) == A]
-        found.append(tokenizer.decode(ids) + ("<end>" if len(ids) and ids[-1] == 0 else ""))
-    return found
+        result.append(tokenizer.decode(ids) + ("<end>" if len(ids) and ids[-1] == 0 else ""))
+    return result
 
 
 def test_a_cut_thought_is_not_followed_by_an_end(tmp_path):

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from helpers.rows import CHAT, DIALOGUES, LONG, SAME, TEXT, WORLD, A, U, cook, dialogue, rows_of
+from helpers.rows import CHAT, DIALOGUES, LONG, SAME, TEXT, WORLD, A, U, dialogue, encode_block_of, rows_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,36 +24,38 @@ from rwkv_peft.text.roles import Role
 from rwkv_peft.text.template import ENDINGS, to_spans
 
 
-def learnt(cooked) -> list[str]:
+def learnt(encoded) -> list[str]:
     return [tokenizer.decode(ids[roles == A]) + ("<end>" if roles[-1] == A and ids[-1] == 0 else "")
-            for ids, roles in rows_of(cooked)]  # fmt: skip
+            for ids, roles in rows_of(encoded)]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", SAME)
 def test_the_same_dialogue_gives_the_same_bytes_in_every_schema(kind):
-    expected, found = cook(SAME["messages"]), cook(SAME[kind])
-    assert not found.rejects
-    assert found.ids.tobytes() == expected.ids.tobytes() and found.roles.tobytes() == expected.roles.tobytes()
+    expected, result = encode_block_of(SAME["messages"]), encode_block_of(SAME[kind])
+    assert not result.rejects
+    assert result.ids.tobytes() == expected.ids.tobytes() and result.roles.tobytes() == expected.roles.tobytes()
 
 
 def test_schemas_are_named():
-    names = {kind: next(n for n in cook(row).counts if n.startswith("schema: ")) for kind, row in SAME.items()}
+    names = {
+        kind: next(n for n in encode_block_of(row).counts if n.startswith("schema: ")) for kind, row in SAME.items()
+    }
     assert set(names.values()) == {
         "schema: messages", "schema: conversations", "schema: sharegpt", "schema: alpaca", "schema: prompt/completion",
         "schema: text",
     }  # fmt: skip
 
 
-def test_renamed_columns_are_found_with_map_keys_and_parts_can_be_left_out():
+def test_renamed_columns_are_detected_with_map_keys_and_parts_can_be_left_out():
     row = {"frage": "Q", "zusatz": "X", "antwort": "A", "rolle": "Be.", "gedanke": "Hm"}
     keys = '{"prompt": "frage", "query": "", "response": "antwort", "system": "rolle", "think": "gedanke"}'
-    made = cook(row, columns=columns(keys))
+    made = encode_block_of(row, columns=columns(keys))
     assert tokenizer.decode(made.ids[:-1]) == "System: Be.\n\nUser: Q\n\nAssistant: <think>\nHm\n</think>\nA"
-    assert cook({"content": "text"}, columns=columns('{"text": "content"}')).ids.tolist()[:-1] == tokenizer.encode(
-        "text"
-    )
-    chat = cook({"dialog": CHAT}, columns=columns('{"messages": "dialog"}'))
-    assert chat.ids.tobytes() == cook(SAME["messages"]).ids.tobytes() and chat.seen == {"dialog"}
+    assert encode_block_of({"content": "text"}, columns=columns('{"text": "content"}')).ids.tolist()[
+        :-1
+    ] == tokenizer.encode("text")
+    chat = encode_block_of({"dialog": CHAT}, columns=columns('{"messages": "dialog"}'))
+    assert chat.ids.tobytes() == encode_block_of(SAME["messages"]).ids.tobytes() and chat.seen == {"dialog"}
 
 
 @pytest.mark.parametrize(
@@ -75,7 +77,7 @@ def test_map_keys_that_cannot_be_used_say_why(keys, words):
 def test_a_handler_reads_its_own_kind_and_refuses_the_others(handler):
     kinds = {"text": "text", "pair": "alpaca", "messages": "messages"}
     for kind, row in kinds.items():
-        made = cook(SAME[row], handler=handler)
+        made = encode_block_of(SAME[row], handler=handler)
         fits = HANDLERS[handler] in ("auto", kind)
         assert (made.counts["kept"] == 1) == fits
         assert fits or "has none of the keys" in made.rejects[0].message
@@ -117,7 +119,7 @@ def test_a_handler_reads_its_own_kind_and_refuses_the_others(handler):
     ],
 )
 def test_a_row_that_cannot_be_used_says_why_and_is_counted(row, reason, words):
-    made = cook(SAME["text"], row, SAME["messages"])
+    made = encode_block_of(SAME["text"], row, SAME["messages"])
     [reject] = made.rejects
     assert (reject.file, reject.line, reject.reason) == ("x.jsonl", 2, reason)
     assert words in reject.message
@@ -146,49 +148,49 @@ def test_tools_calls_and_results_of_openai_and_of_sharegpt_give_the_same_bytes()
             {"from": "gpt", "value": "Two."},
         ],
     }
-    a, b = (cook(row, template=PRESETS["rwkv-g1-tools"]) for row in (openai, sharegpt))
+    a, b = (encode_block_of(row, template=PRESETS["rwkv-g1-tools"]) for row in (openai, sharegpt))
     assert a.ids.tobytes() == b.ids.tobytes() and not a.rejects and (a.roles == Role.TOOL).any()
     assert a.counts["tools"] == 1
     assert learnt(a) == ['\n{"name": "add", "arguments": {"a": 1}}\n```\n\n Two.<end>']
 
 
-def test_thoughts_are_found_in_their_columns_and_in_the_answer_itself():
+def test_thoughts_are_detected_in_their_columns_and_in_the_answer_itself():
     rows = [
         {"messages": [CHAT[0], {"role": "assistant", "content": "A", "reasoning_content": "Hm"}]},
         {"messages": [CHAT[0], {"role": "assistant", "content": "<think>\nHm\n</think>\n\nA"}]},
         {"messages": [CHAT[0], {"role": "assistant", "content": "A", "think": "Hm"}]},
         {"prompt": CHAT[0]["content"], "response": "A", "think": "Hm"},
     ]
-    made = [cook(row, template=PRESETS["rwkv-g1"]) for row in rows]
+    made = [encode_block_of(row, template=PRESETS["rwkv-g1"]) for row in rows]
     assert len({m.ids.tobytes() for m in made}) == 1 and learnt(made[0]) == [" <think>\nHm\n</think>\nA<end>"]
-    fake = [cook(row, template=PRESETS["rwkv-g1-fakethink"]) for row in rows]
+    fake = [encode_block_of(row, template=PRESETS["rwkv-g1-fakethink"]) for row in rows]
     assert {tuple(learnt(m)) for m in fake} == {(">\nA<end>",)}
 
 
 def test_an_answer_of_weight_0_is_not_learnt_and_a_row_of_nothing_else_is_dropped():
     light = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in CHAT]
-    made = cook({"messages": [CHAT[0], light[1], *CHAT[2:]]}, {"messages": light})
+    made = encode_block_of({"messages": [CHAT[0], light[1], *CHAT[2:]]}, {"messages": light})
     assert learnt(made) == [" 再见。\nBye!<end>"]
     assert made.counts[f"dropped: {NOTHING_TO_LEARN}"] == 1 and made.counts["kept"] == 1
 
 
 def test_mask_history_learns_the_last_answer_only_and_expand_every_answer_in_a_row_of_its_own():
-    assert learnt(cook(SAME["messages"])) == [" 在的。\n\n 再见。\nBye!<end>"]
-    assert learnt(cook(SAME["alpaca"], mask_history=True)) == [" 再见。\nBye!<end>"]
-    made = cook(SAME["messages"], expand=True)
+    assert learnt(encode_block_of(SAME["messages"])) == [" 在的。\n\n 再见。\nBye!<end>"]
+    assert learnt(encode_block_of(SAME["alpaca"], mask_history=True)) == [" 再见。\nBye!<end>"]
+    made = encode_block_of(SAME["messages"], expand=True)
     assert learnt(made) == [" 在的。<end>", " 再见。\nBye!<end>"]
     assert made.counts["kept"] == made.counts["read"] == 1 and made.lines.tolist() == [1, 1]
 
 
 def test_ready_texts_are_masked_and_expanded_like_the_same_dialogue():
     for options in ({"mask_history": True}, {"expand": True}):
-        ready, made = cook(SAME["text"], **options), cook(SAME["messages"], **options)
+        ready, made = encode_block_of(SAME["text"], **options), encode_block_of(SAME["messages"], **options)
         assert ready.ids.tolist() == made.ids.tolist() and ready.roles.tolist() == made.roles.tolist()
 
 
 def test_a_column_that_is_mapped_to_one_part_does_not_play_its_usual_one_as_well():
     for keys in ('{"prompt": "input", "response": "target"}', '{"prompt": "input", "response": "output"}'):
-        made = cook({"input": "Q", "target": "A", "output": "A"}, columns=columns(keys))
+        made = encode_block_of({"input": "Q", "target": "A", "output": "A"}, columns=columns(keys))
         assert tokenizer.decode(made.ids[:-1]) == "User: Q\n\nAssistant: A"
 
 
@@ -198,14 +200,14 @@ def test_a_limit_of_a_turn_keeps_what_fits_and_never_leaves_an_empty_turn():
     for most in range(1, 24):
         for name, template in (("rwkv-g1", PRESETS["rwkv-g1"]), ("empty", PRESETS["empty"])):
             for policy in ("truncate", "truncate-left"):
-                made = cook(row, template=template, limits=Limits(target=most, policy=policy))
+                made = encode_block_of(row, template=template, limits=Limits(target=most, policy=policy))
                 dropped = sum(n for reason, n in made.counts.items() if reason.startswith("dropped: "))
                 assert made.counts["kept"] + dropped == 1 and not made.rejects, name
                 if made.counts["kept"]:
                     assert (made.roles == A).sum() <= most
                     said = tokenizer.decode(made.ids[(made.roles == A) | (made.roles == Role.UNTRAINED)])
                     assert said.replace("<think>", "").replace("</think>", "").strip("\0 \n")
-    made = cook(
+    made = encode_block_of(
         {"instruction": "hello world", "input": "x", "output": "ok"}, limits=Limits(source=1, policy="truncate")
     )
     assert made.counts["dropped: longer than SOURCE_LENGTH"] == 1
@@ -214,9 +216,9 @@ def test_a_limit_of_a_turn_keeps_what_fits_and_never_leaves_an_empty_turn():
 @pytest.mark.parametrize(("eot", "end"), [("doc", [0]), ("blank", [261]), ("both", [261, 0]), ("x17", [24])])
 @pytest.mark.parametrize("row", [{"text": "Hi"}, {"messages": [CHAT[0], {"role": "assistant", "content": "Hi"}]}])
 def test_a_row_ends_with_its_terminator_once(eot, end, row):
-    ids = cook(row, eot=eot).ids.tolist()
+    ids = encode_block_of(row, eot=eot).ids.tolist()
     assert ids[-len(end) :] == end and ids.count(0) == end.count(0) and ids.count(24) == end.count(24)
-    assert 0 not in cook(row, eot=eot, end_of_doc=False).ids
+    assert 0 not in encode_block_of(row, eot=eot, end_of_doc=False).ids
 
 
 # ---- one pass, and who said what ----
@@ -247,13 +249,13 @@ def test_many_rows_at_once_are_each_row_alone(many, name, end_of_doc):
     pieces = [p for p in pieces if p.texts]
     if not pieces:
         return
-    found = encode_rows(pieces, end_of_doc)
+    result = encode_rows(pieces, end_of_doc)
     for i, piece in enumerate(pieces):
         ids, roles = encode_row(piece, end_of_doc)
-        row = slice(found.first[i], found.first[i + 1])
-        assert found.ids[row].tolist() == ids.tolist() and found.roles[row].tolist() == roles.tolist()
-        assert found.answered[i] == (roles == A).any()
-    assert found.pieces.sum() + end_of_doc * len(pieces) == len(found.ids)
+        row = slice(result.first[i], result.first[i + 1])
+        assert result.ids[row].tolist() == ids.tolist() and result.roles[row].tolist() == roles.tolist()
+        assert result.answered[i] == (roles == A).any()
+    assert result.pieces.sum() + end_of_doc * len(pieces) == len(result.ids)
 
 
 def test_no_token_holds_a_nul_beside_other_bytes():
@@ -274,19 +276,19 @@ def test_the_short_way_of_plain_conversations_gives_what_the_long_way_gives(name
     template, ending = PRESETS[name], ENDINGS[eot]
     quick = FastPath(template, ending, columns(""), "auto").conversation(row, repair=False)
     if quick is not None:
-        schema, found = Reader(repair=False).read(row)
-        assert quick == (schema, Pieces(*template.render(found, ending)))
+        schema, result = Reader(repair=False).read(row)
+        assert quick == (schema, Pieces(*template.render(result, ending)))
 
 
 def test_most_conversations_do_go_the_short_way():
     quick = FastPath(WORLD, ENDINGS["doc"], columns(""), "auto")
-    assert quick.conversation(SAME["messages"], repair=True) is None  # letters outside ASCII want the doctor
+    assert quick.conversation(SAME["messages"], repair=True) is None  # letters outside ASCII want the repair
     assert quick.conversation(SAME["messages"], repair=False) and quick.conversation(SAME["sharegpt"], repair=False)
 
 
 # ---- limits ----
 
-WHOLE = cook({"messages": LONG})
+WHOLE = encode_block_of({"messages": LONG})
 N = len(WHOLE.ids)
 
 
@@ -301,8 +303,8 @@ def ends_well(made, eot: str) -> bool:
 @pytest.mark.parametrize("eot", ENDINGS)
 @pytest.mark.parametrize("extra", [-1, 0, 1])
 def test_a_row_of_exactly_max_tokens_stays_and_a_longer_one_goes_the_way_of_overlong(policy, eot, extra):
-    size = len(cook({"messages": LONG}, eot=eot).ids)
-    made = cook({"messages": LONG}, eot=eot, limits=Limits(max_tokens=size + extra, policy=policy))
+    size = len(encode_block_of({"messages": LONG}, eot=eot).ids)
+    made = encode_block_of({"messages": LONG}, eot=eot, limits=Limits(max_tokens=size + extra, policy=policy))
     assert made.counts["read"] == made.counts["kept"] + sum(
         n for k, n in made.counts.items() if k.startswith("dropped")
     )
@@ -318,7 +320,7 @@ def test_a_row_of_exactly_max_tokens_stays_and_a_longer_one_goes_the_way_of_over
 @settings(max_examples=60, deadline=None)
 @given(st.integers(2, N + 2), st.sampled_from(["truncate", "truncate-left", "split"]), st.sampled_from(sorted(ENDINGS)))
 def test_no_row_is_above_max_tokens_or_without_an_answer_and_no_character_is_cut(most, policy, eot):
-    made = cook({"messages": LONG}, eot=eot, limits=Limits(max_tokens=most, policy=policy))
+    made = encode_block_of({"messages": LONG}, eot=eot, limits=Limits(max_tokens=most, policy=policy))
     for ids, roles in rows_of(made):
         assert len(ids) <= most and (roles == A).any()
         text = tokenizer.decode_bytes(ids.tolist()).decode("utf-8")  # raises where a character is cut
@@ -329,7 +331,7 @@ def test_no_row_is_above_max_tokens_or_without_an_answer_and_no_character_is_cut
 @pytest.mark.parametrize("most", [5, 17, 40])
 def test_split_uses_every_token_of_a_text_once(most):
     row = {"text": "日月盈昃，辰宿列张。🐱 And so on. " * 7}
-    whole, made = cook(row), cook(row, limits=Limits(max_tokens=most, policy="split"))
+    whole, made = encode_block_of(row), encode_block_of(row, limits=Limits(max_tokens=most, policy="split"))
     assert made.ids.tolist() == whole.ids.tolist() and max(made.sizes) <= most and len(made.sizes) > 3
 
 
@@ -338,11 +340,11 @@ def test_split_uses_every_token_of_a_text_once(most):
 @pytest.mark.parametrize("eot", ENDINGS)
 def test_a_turn_of_exactly_its_limit_stays_and_a_longer_one_goes_the_way_of_overlong(name, role, policy, eot):
     row = {"messages": LONG[1:]}
-    whole = cook(row, eot=eot)
+    whole = encode_block_of(row, eot=eot)
     size = int((whole.roles == role).sum())
-    same = cook(row, eot=eot, limits=Limits(**{name: size}, policy=policy))
+    same = encode_block_of(row, eot=eot, limits=Limits(**{name: size}, policy=policy))
     assert same.ids.tolist() == whole.ids.tolist()
-    made = cook(row, eot=eot, limits=Limits(**{name: size - 1}, policy=policy))
+    made = encode_block_of(row, eot=eot, limits=Limits(**{name: size - 1}, policy=policy))
     if policy == "drop":
         assert made.counts[f"dropped: longer than {name.upper()}_LENGTH"] == 1 and not len(made.ids)
         return
@@ -354,8 +356,8 @@ def test_a_turn_of_exactly_its_limit_stays_and_a_longer_one_goes_the_way_of_over
 
 def test_rows_with_trouble_do_not_disturb_their_neighbours():
     rows = [SAME["messages"], {"messages": LONG}, SAME["text"], {"txt": 1}, SAME["messages"]]
-    made = cook(*rows, limits=Limits(max_tokens=60, policy="drop"))
-    short = cook(SAME["messages"])
+    made = encode_block_of(*rows, limits=Limits(max_tokens=60, policy="drop"))
+    short = encode_block_of(SAME["messages"])
     assert made.lines.tolist() == [1, 3, 5]
     assert made.ids.tolist() == short.ids.tolist() * 3 and made.hashes.tolist() == short.hashes.tolist() * 3
     assert made.places["dropped"][0].line == 2 and made.rejects[0].line == 4
@@ -373,9 +375,9 @@ def test_half_a_surrogate_rejects_its_own_row_only():
 
 def test_mojibake_is_repaired_before_it_is_encoded_and_counted():
     bad = [{**m, "content": m["content"].encode().decode("latin-1")} for m in CHAT]
-    made = cook({"messages": bad})
-    assert made.ids.tolist() == cook(SAME["messages"]).ids.tolist() and made.counts["repaired"] == 1
-    assert cook({"messages": bad}, repair=False).ids.tolist() != made.ids.tolist()
+    made = encode_block_of({"messages": bad})
+    assert made.ids.tolist() == encode_block_of(SAME["messages"]).ids.tolist() and made.counts["repaired"] == 1
+    assert encode_block_of({"messages": bad}, repair=False).ids.tolist() != made.ids.tolist()
 
 
 def test_expanding_learns_the_same_as_learning_all_answers_of_a_row_but_for_their_ends():
@@ -398,7 +400,7 @@ def test_expanding_learns_the_same_as_learning_all_answers_of_a_row_but_for_thei
             total += float(losses[torch.from_numpy(words)].double().sum())
         return total
 
-    whole, expanded = cook(row), cook(row, expand=True)
+    whole, expanded = encode_block_of(row), encode_block_of(row, expand=True)
     assert len(expanded.sizes) == 2
     assert loss(whole) == pytest.approx(loss(expanded), rel=1e-5)
 

@@ -37,10 +37,10 @@ def forget():
     reader._settled.clear()
 
 
-def read(data: bytes, found: Encoding) -> bytes:
+def read(data: bytes, result: Encoding) -> bytes:
     file = io.BufferedReader(io.BytesIO(data))
-    file.read(found.skip)
-    return AsUtf8(file, found).read()
+    file.read(result.skip)
+    return AsUtf8(file, result).read()
 
 
 PAIRS = [(language, codec) for language, (known, _) in bench.LANGUAGES.items() for codec in known]
@@ -90,17 +90,17 @@ def test_every_format_of_text_is_decoded_packed_ones_too(tmp_path, name, codec, 
 def test_a_table_of_chinese_excel_loads_whole_when_its_first_rows_are_ascii(tmp_path):
     rows = [f"question {i},answer {i}" for i in range(30_000)] + [f"问题{i}怎么样,这是第{i}个回答" for i in range(9)]
     (tmp_path / "x.csv").write_bytes("\r\n".join(["question,answer", *rows, ""]).encode("gbk"))
-    found = rows_in(tmp_path / "x.csv")
-    assert len(found) == len(rows) and found[-1][1] == {"question": "问题8怎么样", "answer": "这是第8个回答"}
+    result = rows_in(tmp_path / "x.csv")
+    assert len(result) == len(rows) and result[-1][1] == {"question": "问题8怎么样", "answer": "这是第8个回答"}
 
 
 @pytest.mark.parametrize("language", ["chinese", "german", "russian", "korean"])
 def test_damaged_utf_8_stays_utf_8_and_only_broken_rows_are_rejected(tmp_path, language):
     data = bench.damaged(bench.file_text(language, 40, "jsonl", random.Random(2)), random.Random(3))
     (tmp_path / "x.jsonl").write_bytes(data)
-    found = rows_in(tmp_path / "x.jsonl")
+    result = rows_in(tmp_path / "x.jsonl")
     broken = [i for i, line in enumerate(data.splitlines(), 1) if "\ufffd" in line.decode("utf-8", "replace")]
-    assert broken and [n for n, row in found if isinstance(row, RowError)] == broken and len(found) == 40
+    assert broken and [n for n, row in result if isinstance(row, RowError)] == broken and len(result) == 40
 
 
 def test_lines_of_another_encoding_in_a_utf_8_file_are_rejected_with_their_numbers(tmp_path):
@@ -113,10 +113,10 @@ def test_lines_of_another_encoding_in_a_utf_8_file_are_rejected_with_their_numbe
 def test_lines_in_utf_8_of_a_file_in_another_encoding_are_rejected_and_never_made_garbage(tmp_path):
     line = f'{{"text": "{CHINESE}"}}\n'
     (tmp_path / "x.jsonl").write_bytes(line.encode("gbk") * 20 + line.encode() + line.encode("gbk"))
-    found = rows_in(tmp_path / "x.jsonl")
-    assert [n for n, row in found if isinstance(row, RowError)] == [21]
-    assert "is UTF-8, but the file was read as GB18030" in found[20][1].message
-    assert all(row == {"text": CHINESE} for n, row in found if n != 21)
+    result = rows_in(tmp_path / "x.jsonl")
+    assert [n for n, row in result if isinstance(row, RowError)] == [21]
+    assert "is UTF-8, but the file was read as GB18030" in result[20][1].message
+    assert all(row == {"text": CHINESE} for n, row in result if n != 21)
 
 
 def test_two_encodings_of_one_byte_a_character_in_one_file_are_refused():
@@ -127,9 +127,9 @@ def test_two_encodings_of_one_byte_a_character_in_one_file_are_refused():
 def test_what_does_not_decode_later_is_a_rejected_row(tmp_path):
     line = f'{{"text": "{CHINESE}"}}\n'.encode("gbk")
     (tmp_path / "x.jsonl").write_bytes(line * 30 + line[:12] + b"\xff" + line[12:] + line)
-    found = rows_in(tmp_path / "x.jsonl")
-    [(number, error)] = [(n, row) for n, row in found if isinstance(row, RowError)]
-    assert number == 31 and error.message.startswith("holds bytes that are not GB18030") and len(found) == 32
+    result = rows_in(tmp_path / "x.jsonl")
+    [(number, error)] = [(n, row) for n, row in result if isinstance(row, RowError)]
+    assert number == 31 and error.message.startswith("holds bytes that are not GB18030") and len(result) == 32
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64])
@@ -141,10 +141,10 @@ def test_where_reads_end_changes_nothing(codec, size):
 
     text = {"cp1252": GERMAN, "iso2022_jp": "これは日本語です。"}.get(codec, CHINESE)
     data = f"{text}\r\n{text}\r\r\n\n{text}\r".encode(codec)
-    found = encodings.of_name(codec, data[:4])
+    result = encodings.of_name(codec, data[:4])
     file = Slow(data)
-    file.seek(found.skip)
-    assert io.BufferedReader(AsUtf8(file, found)).read().decode() == f"{text}\n{text}\n\n{text}\n"
+    file.seek(result.skip)
+    assert io.BufferedReader(AsUtf8(file, result)).read().decode() == f"{text}\n{text}\n\n{text}\n"
 
 
 @pytest.mark.parametrize(

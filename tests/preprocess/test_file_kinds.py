@@ -87,7 +87,7 @@ def test_rows_are_read_whatever_the_name_says(tmp_path, name, content):
     assert [row for _, row in rows_in(tmp_path / name)] == ROWS
 
 
-def test_a_name_that_says_something_else_is_told(tmp_path):
+def test_a_name_that_says_something_else_is_reported(tmp_path):
     (tmp_path / "x.txt").write_bytes(LINES)
     [note] = [note for block in blocks(tmp_path / "x.txt") for note in block.notes]
     assert note.level == "note" and "is JSON lines by its content" in note.words

@@ -1,4 +1,4 @@
-"""Files of every format are read as a stream, whatever is in them; what is no row is told with its file and line."""
+"""Files of every format are read as a stream, whatever is in them; what is no row is reported with its file and line."""
 
 import json
 import random
@@ -21,8 +21,8 @@ from rwkv_peft.text.presets import PRESETS
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_format_gives_the_same_rows(tmp_path, kind):
-    found = [{k: v or "" for k, v in row.items()} for _, row in rows_in(write(tmp_path, kind))]
-    assert found == ROWS
+    result = [{k: v or "" for k, v in row.items()} for _, row in rows_in(write(tmp_path, kind))]
+    assert result == ROWS
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -66,13 +66,13 @@ def test_a_text_file_is_one_document_or_one_for_every_line_or_paragraph(tmp_path
         ("x.tsv", b'text\tother\n"a"\tb\n"c\td\n', 3),
     ],
 )
-def test_one_bad_row_is_told_with_its_line_and_spoils_only_itself(tmp_path, name, content, place):
+def test_one_bad_row_is_reported_with_its_line_and_spoils_only_itself(tmp_path, name, content, place):
     path = tmp_path / name
     path.write_bytes(content)
-    found = rows_in(path)
-    [(line, error)] = [(n, row) for n, row in found if isinstance(row, RowError)]
+    result = rows_in(path)
+    [(line, error)] = [(n, row) for n, row in result if isinstance(row, RowError)]
     assert line == place and error.reason in ("not JSON", "not CSV", "not UTF-8", "wrong type")
-    assert any(isinstance(row, dict) for _, row in found)
+    assert any(isinstance(row, dict) for _, row in result)
 
 
 @pytest.mark.parametrize("quote", ['"bad,foo', '"bad', 'x,"y'])
@@ -80,15 +80,15 @@ def test_a_quote_that_is_never_closed_spoils_one_line_of_a_table(tmp_path, quote
     good = [f'"row {i}, with a comma","answer {i}"' for i in range(300)]
     path = tmp_path / "x.csv"
     path.write_text("\n".join(["question,answer", *good[:100], quote, *good[100:]]) + "\n")
-    found = rows_in(path)
-    wrong = [(n, row) for n, row in found if isinstance(row, RowError)]
-    rows = [row for _, row in found if isinstance(row, dict)]
+    result = rows_in(path)
+    wrong = [(n, row) for n, row in result if isinstance(row, RowError)]
+    rows = [row for _, row in result if isinstance(row, dict)]
     assert [n for n, _ in wrong] == [102] and wrong[0][1].reason == "not CSV"
     assert rows == [{"question": f"row {i}, with a comma", "answer": f"answer {i}"} for i in range(300)]
-    assert [n for n, row in found if isinstance(row, dict)] == [*range(2, 102), *range(103, 303)]
+    assert [n for n, row in result if isinstance(row, dict)] == [*range(2, 102), *range(103, 303)]
 
 
-def test_an_object_that_never_ends_stops_a_json_file_because_nothing_behind_it_can_be_told_apart(tmp_path):
+def test_an_object_that_never_ends_stops_a_json_file_because_nothing_behind_it_can_be_reported_apart(tmp_path):
     for content in (b'[{"text": "a"},\n{"text": "b},\n{"text": "c"}]', b'[{"text": "a"},\n{"text": "b"'):
         (tmp_path / "x.json").write_bytes(content)
         with pytest.raises(UserError, match="x.json:2: the object that begins here never ends"):
@@ -138,25 +138,25 @@ def test_a_line_above_the_limit_is_rejected_and_the_next_one_is_read(tmp_path, m
     monkeypatch.setattr(reader, "BLOCK", 1000)
     path = tmp_path / "x.jsonl"
     path.write_text('{"text": "a"}\n' + "b" * 20000 + '\n{"text": "c"}\n')
-    found = rows_in(path)
-    assert [n for n, _ in found] == [1, 2, 3] and found[1][1].reason == "too long" and found[2][1] == {"text": "c"}
+    result = rows_in(path)
+    assert [n for n, _ in result] == [1, 2, 3] and result[1][1].reason == "too long" and result[2][1] == {"text": "c"}
     with pytest.raises(UserError, match=r"x.json:2: what begins here is longer"):
         (tmp_path / "x.json").write_text('[{"text": "a"},\n{"text": "' + "b" * 20000 + '"}]')
         rows_in(tmp_path / "x.json")
     (tmp_path / "x.txt").write_text("short\n\n" + "long " * 3000 + "\n\nend")
     for mode, numbers in (("file", [1]), ("line", [1, 3, 5]), ("paragraph", [1, 3, 5])):
-        found = rows_in(tmp_path / "x.txt", mode)
-        assert [n for n, _ in found] == numbers and sum(isinstance(r, RowError) for _, r in found) == 1
+        result = rows_in(tmp_path / "x.txt", mode)
+        assert [n for n, _ in result] == numbers and sum(isinstance(r, RowError) for _, r in result) == 1
 
 
-def test_a_folder_is_read_sorted_and_mixed_and_what_cannot_be_read_is_told(tmp_path):
+def test_a_folder_is_read_sorted_and_mixed_and_what_cannot_be_read_is_reported(tmp_path):
     folder = tmp_path / "f"
     (folder / "sub").mkdir(parents=True)
     for name in ("b.jsonl", "a.CSV", "sub/c.json.gz", ".hidden.jsonl", "x.rejects.jsonl", "x.report.json", "note.md"):
         (folder / name).write_bytes(b"")
-    found, other = files.find(folder)
-    assert [p.name for p in found] == ["a.CSV", "b.jsonl", "c.json.gz"] and [p.name for p in other] == ["note.md"]
-    assert [files.format_of(p) for p in found] == [".csv", ".jsonl", ".json"]
+    result, other = files.find(folder)
+    assert [p.name for p in result] == ["a.CSV", "b.jsonl", "c.json.gz"] and [p.name for p in other] == ["note.md"]
+    assert [files.format_of(p) for p in result] == [".csv", ".jsonl", ".json"]
     assert files.stem_of(folder / "my.data.jsonl.gz").name == "my.data"
 
 
@@ -211,11 +211,11 @@ def test_ten_thousand_mutated_rows_end_in_no_traceback_and_every_rejection_names
         (Limits(max_tokens=20, policy="truncate"), {"expand": True}),
         (Limits(20, 9, 9, "truncate-left"), {"mask_history": True}),
     ):
-        cook = RowEncoder(EncodeConfig(PRESETS["rwkv-g1"], limits=limits, **options))
+        encoder = RowEncoder(EncodeConfig(PRESETS["rwkv-g1"], limits=limits, **options))
         some = rows if not options else rows[::4]
         for begin in range(0, len(some), 500):
             part = some[begin : begin + 500]
-            made = cook.block(reader.Block("x.jsonl", begin + 1, b"\n".join(part), 0))
+            made = encoder.block(reader.Block("x.jsonl", begin + 1, b"\n".join(part), 0))
             assert all(r.file == "x.jsonl" and begin < r.line <= begin + 500 and r.message for r in made.rejects)
             counts = made.counts
             gone = sum(n for what, n in counts.items() if what.startswith(("rejected", "dropped")))

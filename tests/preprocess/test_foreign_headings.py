@@ -1,4 +1,4 @@
-"""What another tool has left in the rows is found and named, and rewritten where it can be read in one way only."""
+"""What another tool has left in the rows is result and named, and rewritten where it can be read in one way only."""
 
 import json
 
@@ -66,7 +66,7 @@ HEADINGS = {
 }  # fmt: skip
 
 
-def cook(*rows, template="rwkv-world", **options):
+def encode_block_of(*rows, template="rwkv-world", **options):
     data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     return RowEncoder(EncodeConfig(PRESETS[template], **options)).block(Block("x.jsonl", 1, data, 0))
 
@@ -82,22 +82,22 @@ def chat(*contents):
     return {"messages": [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]}
 
 
-def found(made) -> set[str]:
+def result(made) -> set[str]:
     return {name.removeprefix("found: ") for name, n in made.counts.items() if name.startswith("found: ") and n}
 
 
 @pytest.mark.parametrize("kind", HEADINGS)
-def test_headings_of_another_format_are_found(kind):
-    made = cook({"text": "A plain text."}, {"text": HEADINGS[kind][0]})
-    assert found(made) == {"headings"} and made.counts["found: headings"] == 1
+def test_headings_of_another_format_are_detected(kind):
+    made = encode_block_of({"text": "A plain text."}, {"text": HEADINGS[kind][0]})
+    assert result(made) == {"headings"} and made.counts["found: headings"] == 1
     assert made.places["headings"][0].line == 2
 
 
 @pytest.mark.parametrize("kind", HEADINGS)
 def test_headings_of_another_format_become_turns(kind):
     text, wanted = HEADINGS[kind]
-    made = cook({"text": text}, convert=True)
-    assert texts(made) == [wanted] and not found(made)
+    made = encode_block_of({"text": text}, convert=True)
+    assert texts(made) == [wanted] and not result(made)
     assert made.counts["converted: headings"] == 1 and made.counts["with an answer"] == 1
     assert tokenizer.decode(made.ids[made.roles == Role.ASSISTANT]).rstrip("\0").endswith(("Yo", "Ok"))
 
@@ -107,8 +107,8 @@ def test_headings_of_another_format_become_turns(kind):
     ["user: Hi\nassistant: Yo", "USER: Hi\nASSISTANT: Yo", "User：Hi\n\nAssistant：Yo", "User: Hi\nAssistant: Yo"],
 )
 def test_our_own_headings_spelled_otherwise_become_turns(text):
-    assert cook({"text": text}).places["overlooked"]
-    made = cook({"text": text}, convert=True)
+    assert encode_block_of({"text": text}).places["overlooked"]
+    made = encode_block_of({"text": text}, convert=True)
     assert texts(made) == [TWO_TURNS] and not made.places
 
 
@@ -146,12 +146,12 @@ def test_our_own_headings_spelled_otherwise_become_turns(text):
 )  # fmt: skip
 @pytest.mark.parametrize("convert", [False, True])
 def test_texts_that_only_mention_such_things_are_left_alone(text, convert):
-    made = cook(
+    made = encode_block_of(
         {"text": text},
         chat("Hm?", text) if not text.startswith(("User", "System")) else {"text": text},
         convert=convert,
     )
-    assert not found(made) and not any(n for name, n in made.counts.items() if name.startswith("converted"))
+    assert not result(made) and not any(n for name, n in made.counts.items() if name.startswith("converted"))
     assert texts(made)[0] == text
 
 
@@ -166,8 +166,8 @@ def test_texts_that_only_mention_such_things_are_left_alone(text, convert):
     ],
 )
 def test_what_may_be_read_in_several_ways_is_left_and_counted(text):
-    made = cook({"text": text}, convert=True)
-    assert texts(made) == [text] and found(made) == {"headings"} and not made.counts["converted: headings"]
+    made = encode_block_of({"text": text}, convert=True)
+    assert texts(made) == [text] and result(made) == {"headings"} and not made.counts["converted: headings"]
 
 
 ESCAPED = {
@@ -182,16 +182,16 @@ ESCAPED = {
 
 
 @pytest.mark.parametrize("text", ESCAPED)
-def test_line_breaks_that_were_escaped_twice_are_found_and_undone(text):
-    assert "escaped" in found(cook({"text": text}))
-    made = cook({"text": text}, convert=True)
-    assert texts(made) == [ESCAPED[text]] and not found(made) and made.counts["converted: escaped"] == 1
+def test_line_breaks_that_were_escaped_twice_are_detected_and_undone(text):
+    assert "escaped" in result(encode_block_of({"text": text}))
+    made = encode_block_of({"text": text}, convert=True)
+    assert texts(made) == [ESCAPED[text]] and not result(made) and made.counts["converted: escaped"] == 1
 
 
-def test_escapes_among_real_line_breaks_are_found_and_left():
+def test_escapes_among_real_line_breaks_are_detected_and_left():
     text = "Person 1: message\\n\nPerson 2: message\\n\nPerson 3: hi\\n"
-    made = cook({"text": text}, convert=True)
-    assert found(made) == {"escaped"} and texts(made) == [text]
+    made = encode_block_of({"text": text}, convert=True)
+    assert result(made) == {"escaped"} and texts(made) == [text]
 
 
 @pytest.mark.parametrize(
@@ -208,10 +208,10 @@ def test_escapes_among_real_line_breaks_are_found_and_left():
          [TWO_TURNS, "User: More\n\nAssistant: Ok"]),
     ],
 )  # fmt: skip
-def test_end_tokens_of_other_models_are_found_and_end_documents(text, wanted):
-    assert "markers" in found(cook({"text": text}))
-    made = cook({"text": text}, convert=True)
-    assert texts(made) == wanted and not found(made) and made.counts["kept"] == 1
+def test_end_tokens_of_other_models_are_detected_and_end_documents(text, wanted):
+    assert "markers" in result(encode_block_of({"text": text}))
+    made = encode_block_of({"text": text}, convert=True)
+    assert texts(made) == wanted and not result(made) and made.counts["kept"] == 1
 
 
 INSIDE = {
@@ -229,25 +229,25 @@ INSIDE = {
 
 @pytest.mark.parametrize("kind", INSIDE)
 @pytest.mark.parametrize("schema", ["messages", "alpaca"])
-def test_turns_inside_a_question_are_found_and_become_turns(kind, schema):
+def test_turns_inside_a_question_are_detected_and_become_turns(kind, schema):
     (question, answer), wanted = INSIDE[kind]
     row = chat(question, answer) if schema == "messages" else {"instruction": question, "input": "", "output": answer}
-    assert "inside" in found(cook(row))
-    made = cook(row, convert=True)
-    assert texts(made) == [wanted] and not found(made) and made.counts["converted: inside"] == 1
+    assert "inside" in result(encode_block_of(row))
+    made = encode_block_of(row, convert=True)
+    assert texts(made) == [wanted] and not result(made) and made.counts["converted: inside"] == 1
 
 
 @pytest.mark.parametrize("template", ["rwkv-world", "rwkv-g1"])
 @pytest.mark.parametrize("answer", ["Here:\n\nUser: salut\n\nAssistant: yo", "Yo\n\nHuman: x\n\nAssistant: y"])
-def test_turns_inside_an_answer_are_found_and_left(template, answer):
+def test_turns_inside_an_answer_are_detected_and_left(template, answer):
     row = chat("Write a chat in French.", answer)
-    made = cook(row, template=template, convert=True)
-    assert found(made) == {"inside"} and texts(made) == texts(cook(row, template=template))
+    made = encode_block_of(row, template=template, convert=True)
+    assert result(made) == {"inside"} and texts(made) == texts(encode_block_of(row, template=template))
 
 
-def test_a_heading_that_ends_an_answer_for_those_who_chat_is_found_alone():
+def test_a_heading_that_ends_an_answer_for_those_who_chat_is_detected_alone():
     row = chat("Write.", "Here:\n\nUser: salut")
-    assert found(cook(row, template="rwkv-g1")) == {"inside"} and not found(cook(row))
+    assert result(encode_block_of(row, template="rwkv-g1")) == {"inside"} and not result(encode_block_of(row))
 
 
 @pytest.mark.parametrize("contents", [
@@ -255,13 +255,15 @@ def test_a_heading_that_ends_an_answer_for_those_who_chat_is_found_alone():
     ["A title?", "AI: a short history"], ["The config?", "User: admin\nPassword: x"], ["Q: what is Q: for?", "questions"],
 ])  # fmt: skip
 def test_answers_that_look_alike_are_left_alone(contents):
-    assert not found(cook(chat(*contents))) and not found(cook(chat(*contents), template="rwkv-g1"))
+    assert not result(encode_block_of(chat(*contents))) and not result(
+        encode_block_of(chat(*contents), template="rwkv-g1")
+    )
 
 
-def test_end_tokens_and_escapes_in_messages_are_found_and_undone():
+def test_end_tokens_and_escapes_in_messages_are_detected_and_undone():
     row = chat("Hi\\n\\nthere.", "Yo.</s>")
-    assert found(cook(row)) == {"escaped", "markers"}
-    assert texts(cook(row, template="rwkv-g1", convert=True)) == ["User: Hi\nthere.\n\nAssistant: Yo."]
+    assert result(encode_block_of(row)) == {"escaped", "markers"}
+    assert texts(encode_block_of(row, template="rwkv-g1", convert=True)) == ["User: Hi\nthere.\n\nAssistant: Yo."]
 
 
 def test_each_row_is_counted_once_per_kind_and_the_first_has_its_line():
@@ -272,7 +274,7 @@ def test_each_row_is_counted_once_per_kind_and_the_first_has_its_line():
         chat("c", "d"),
         chat("c", "User: e\nAssistant: f"),
     ]
-    made = cook(*rows, expand=True)
+    made = encode_block_of(*rows, expand=True)
     assert made.counts["found: headings"] == 1 and made.counts["found: inside"] == 2
     assert made.places["headings"][0].line == 2 and [p.line for p in made.places["inside"]] == [3, 5]
 
@@ -280,23 +282,23 @@ def test_each_row_is_counted_once_per_kind_and_the_first_has_its_line():
 def test_the_templates_own_marks_are_not_taken_for_another_tools():
     for name in PRESETS:
         if name != "empty":
-            assert not found(cook(chat("Hi", "Yo", "More", "Ok"), template=name)), name
+            assert not result(encode_block_of(chat("Hi", "Yo", "More", "Ok"), template=name)), name
 
 
 def test_headings_of_the_template_are_no_foreign_ones():
-    assert not found(cook({"text": "Question: a\n\nAnswer: b"}, template="rwkv-qa"))
+    assert not result(encode_block_of({"text": "Question: a\n\nAnswer: b"}, template="rwkv-qa"))
 
 
 def test_chatml_texts_become_dialogues_of_chatml():
     text = HEADINGS["chatml"][0]
-    made = cook({"text": text}, template="chatml", convert=True)
+    made = encode_block_of({"text": text}, template="chatml", convert=True)
     assert texts(made)[0] == text.strip() and made.counts["with an answer"] == 1
 
 
 def test_converted_texts_keep_limits_and_masks():
     text = "Q: Hi\nA: one two three four\nQ: More\nA: Ok"
-    assert len(cook({"text": text}, convert=True, expand=True).sizes) == 2
-    cut = cook({"text": text}, convert=True, limits=Limits(target=3, policy="truncate"))
+    assert len(encode_block_of({"text": text}, convert=True, expand=True).sizes) == 2
+    cut = encode_block_of({"text": text}, convert=True, limits=Limits(target=3, policy="truncate"))
     assert texts(cut) == ["User: Hi\n\nAssistant: one two three"]
 
 
@@ -312,7 +314,7 @@ def test_converted_texts_keep_limits_and_masks():
 @pytest.mark.parametrize("convert", [False, True])
 def test_tags_that_are_escaped_as_in_html_are_counted_and_what_to_do_is_said(words, tag, convert):
     for row in (chat("Hi", words), {"text": words}, chat(words, "Yo")):
-        made = cook(row, convert=convert)
+        made = encode_block_of(row, convert=convert)
         assert [place.note for place in made.places.get("html", [])] == [tag] * (tag is not None)
     if tag:
         [said] = foreign_lines({"html": 3}, made.places, convert, {})
@@ -325,9 +327,9 @@ def test_tags_that_are_escaped_as_in_html_are_counted_and_what_to_do_is_said(wor
 )
 def test_messages_that_are_json_inside_a_text_are_counted(words):
     for row in (chat("Hi", words), chat(words, "Yo"), {"messages": [words, words]}):
-        assert found(cook(row)) == {"json"}
+        assert result(encode_block_of(row)) == {"json"}
     for other in (f"Write {words}", f"{words} is right", '{"role": "actor", "of": "Hamlet"}'):
-        assert not found(cook(chat("Hi", other)))
+        assert not result(encode_block_of(chat("Hi", other)))
 
 
 def test_a_line_of_a_txt_file_is_the_line_of_the_finding():
@@ -337,12 +339,12 @@ def test_a_line_of_a_txt_file_is_the_line_of_the_finding():
 
 
 @pytest.mark.parametrize("context", ["{}", "x\n{}", "x。\n\n{}", "x.\n  {}"])
-def test_tokens_tell_the_rows_that_are_worth_a_look(context):
+def test_tokens_report_the_rows_that_are_worth_a_look(context):
     """The tables of tokens must not miss what the patterns find."""
     for kind, (text, _) in HEADINGS.items():
         text = context.format(text)
         if any(one.kind == "headings" for one in foreign_headings.look_at_text(text)):
-            assert found(cook({"text": text})) >= {"headings"}, (kind, text)
+            assert result(encode_block_of({"text": text})) >= {"headings"}, (kind, text)
 
 
 def test_a_stream_says_it_once(tmp_path):
@@ -399,29 +401,29 @@ def test_rows_that_are_cut_are_counted_in_the_report(project_folder, capsys):
 
 
 @pytest.mark.parametrize("text", ["line1\\nline2\\nline3", "step 1\\nthen 2\\nnext 3", "1\\na\\nb"])
-def test_line_breaks_between_a_digit_and_a_letter_are_found_and_undone(text):
-    assert found(cook({"text": text})) == {"escaped"}
-    made = cook({"text": text}, convert=True)
-    assert not found(made) and text.replace("\\n", "\n") in texts(made)[0]
+def test_line_breaks_between_a_digit_and_a_letter_are_detected_and_undone(text):
+    assert result(encode_block_of({"text": text})) == {"escaped"}
+    made = encode_block_of({"text": text}, convert=True)
+    assert not result(made) and text.replace("\\n", "\n") in texts(made)[0]
 
 
 @pytest.mark.parametrize("word", ["答：", "回答：", "助手：", "答: ", "Assistant: "])
-def test_an_answer_that_begins_with_its_own_heading_is_found_and_loses_it(word):
+def test_an_answer_that_begins_with_its_own_heading_is_detected_and_loses_it(word):
     row = {"instruction": "q", "output": f"{word}a"}
-    assert found(cook(row)) == {"inside"}
-    made = cook(row, convert=True)
-    assert not found(made) and texts(made) == ["User: q\n\nAssistant: a"]
+    assert result(encode_block_of(row)) == {"inside"}
+    made = encode_block_of(row, convert=True)
+    assert not result(made) and texts(made) == ["User: q\n\nAssistant: a"]
 
 
 @pytest.mark.parametrize("word", ["A:", "Answer:", "答案："])
-def test_an_answer_that_may_be_meant_so_is_found_and_left(word):
+def test_an_answer_that_may_be_meant_so_is_detected_and_left(word):
     row = {"instruction": "q", "output": f"{word} a"}
-    assert found(cook(row)) == {"inside"} == found(cook(row, convert=True))
+    assert result(encode_block_of(row)) == {"inside"} == result(encode_block_of(row, convert=True))
 
 
 @pytest.mark.parametrize("question", ["Which? A. one B. two", "Which?\nA) one\nB) two", "(A) one or (B) two?"])
 def test_an_answer_that_names_a_choice_is_left_alone(question):
-    assert not found(cook({"instruction": question, "output": "A: one"}))
+    assert not result(encode_block_of({"instruction": question, "output": "A: one"}))
 
 
 @pytest.mark.parametrize(

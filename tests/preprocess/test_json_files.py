@@ -31,7 +31,7 @@ def notes_of(path, **options) -> list[tuple[str, str]]:
     return [(n.level, n.words) for block in blocks(path, **options) for n in block.notes]
 
 
-def cook(path):
+def encode_block_of(path):
     return [RowEncoder(EncodeConfig(PRESETS["rwkv-world"])).block(block) for block in blocks(path)]
 
 
@@ -76,7 +76,7 @@ LINES = f"{J(A)}\n{J(B)}\n"
         ("x.json", J({"data": {"0": A, "1": B}})),
     ],
 )
-def test_rows_are_found_in_every_shape_and_under_every_name(tmp_path, name, text):
+def test_rows_are_detected_in_every_shape_and_under_every_name(tmp_path, name, text):
     assert read(tmp_path, name, text) == [A, B]
 
 
@@ -181,9 +181,9 @@ def test_what_has_one_reading_is_read_and_its_fault_named(text, value, kind):
     ],
 )
 def test_what_cannot_be_read_is_refused_by_the_name_of_its_fault(text, words):
-    with pytest.raises(ValueError, match="is not valid JSON|is nested too deeply") as told:
+    with pytest.raises(ValueError, match="is not valid JSON|is nested too deeply") as reported:
         repair_json(text)
-    assert words.replace("\\\\", "\\") in str(told.value)
+    assert words.replace("\\\\", "\\") in str(reported.value)
 
 
 def test_lists_in_cells_are_json_or_python():
@@ -195,7 +195,7 @@ def test_lists_in_cells_are_json_or_python():
 def test_python_dicts_are_used_and_counted(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text(f"{A}\n{J(B)}\n")
-    [made] = cook(path)
+    [made] = encode_block_of(path)
     assert made.counts["kept"] == 2 and made.counts["fault: python"] == 1
     assert [place.line for place in made.places["fault: python"]] == [1]
 
@@ -203,7 +203,7 @@ def test_python_dicts_are_used_and_counted(tmp_path):
 def test_nan_is_empty_where_a_column_may_be_empty_and_named_where_not(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"instruction": "a", "input": NaN, "output": "b"}\n{"instruction": "a", "output": NaN}\n')
-    [made] = cook(path)
+    [made] = encode_block_of(path)
     assert made.counts["kept"] == 1 and made.counts["fault: nan"] == 2
     assert made.rejects[0].line == 2 and "NaN" in made.rejects[0].message
 
@@ -211,12 +211,12 @@ def test_nan_is_empty_where_a_column_may_be_empty_and_named_where_not(tmp_path):
 def test_a_comment_line_costs_no_row_and_is_no_rejection(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text(f"# mine\n{J(A)}\n// and\n{J(B)}\n")
-    [made] = cook(path)
+    [made] = encode_block_of(path)
     assert made.counts["kept"] == 2 and made.counts["dropped: comment"] == 2 and not made.rejects
     assert made.counts["read"] == 4
 
 
-def test_comments_between_rows_are_told(tmp_path):
+def test_comments_between_rows_are_reported(tmp_path):
     path = tmp_path / "x.json"
     path.write_text(f"// a\n[{J(A)}, # b\n{J(B)}]")
     assert notes_of(path) == [("note", "2 comments between rows skipped")]
@@ -224,8 +224,8 @@ def test_comments_between_rows_are_told(tmp_path):
 
 
 def test_a_broken_line_of_lines_costs_no_other(tmp_path):
-    found = read(tmp_path, "x.jsonl", f'{{"text": \n{J(A)}\n{J(B)}\n')
-    assert isinstance(found[0], RowError) and found[1:] == [A, B]
+    result = read(tmp_path, "x.jsonl", f'{{"text": \n{J(A)}\n{J(B)}\n')
+    assert isinstance(result[0], RowError) and result[1:] == [A, B]
 
 
 @pytest.mark.parametrize("unit", [r"it\'s ", r"\'", r'\'a "b" ', r"\'[ ", "/* ", r"it\'s\n", r"5\" "])
@@ -235,12 +235,12 @@ def test_many_escaped_quotes_take_no_time_that_grows_with_their_square(tmp_path,
     """With patterns that try every quote as a beginning, 200 KB take minutes."""
     text = "{'prompt': 'q', 'response': '" + unit * (200_000 // len(unit)) + end
     try:
-        found = read(tmp_path, name, text)
+        result = read(tmp_path, name, text)
     except UserError as error:
         assert not end and "never ends" in str(error)
         return
-    assert len(found) == 1
-    assert isinstance(found[0], RowError) if not end else len(found[0]["response"]) > 60_000
+    assert len(result) == 1
+    assert isinstance(result[0], RowError) if not end else len(result[0]["response"]) > 60_000
 
 
 @pytest.mark.parametrize("text", ['{"a": 1} /* never closed', '{"a": "never closed', "{'a': 'never closed"])
@@ -265,7 +265,7 @@ def test_what_never_closes_is_refused(text):
 @pytest.mark.parametrize("name", ["x.jsonl", "x.json"])
 def test_a_key_with_two_values_is_refused_with_its_name(tmp_path, row, key, name):
     (tmp_path / name).write_text(f"{J(A)}\n{row}\n")
-    [reject] = [reject for made in cook(tmp_path / name) for reject in made.rejects]
+    [reject] = [reject for made in encode_block_of(tmp_path / name) for reject in made.rejects]
     assert reject.reason == "two values" and f'has "{key}" twice' in reject.message and reject.line == 2
 
 
@@ -281,7 +281,7 @@ def test_a_key_with_two_values_is_refused_with_its_name(tmp_path, row, key, name
 )
 def test_a_key_that_is_there_again_elsewhere_or_with_the_same_value_is_none(tmp_path, row):
     (tmp_path / "x.jsonl").write_text(row)
-    assert not any(made.rejects for made in cook(tmp_path / "x.jsonl"))
+    assert not any(made.rejects for made in encode_block_of(tmp_path / "x.jsonl"))
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_a_key_that_is_there_again_elsewhere_or_with_the_same_value_is_none(tmp_
         (J([A, B], indent=1), "is JSON over several lines, not an object on each; it is read as .json"),
     ],
 )
-def test_a_file_of_json_lines_that_is_none_is_told_as_what_it_is(tmp_path, text, words):
+def test_a_file_of_json_lines_that_is_none_is_reported_as_what_it_is(tmp_path, text, words):
     path = tmp_path / "x.jsonl"
     path.write_text(text)
     assert ("note", words) in notes_of(path)
@@ -331,7 +331,7 @@ def test_a_cell_that_is_packed_into_a_small_file_is_too_long_for_a_row():
 
 
 @pytest.mark.parametrize("text", ['{"text": "a\\ud800",}', '{"text": "a\\ud800 \x7f\n"}', "{'text': 'a\\ud800'}"])
-def test_half_a_character_is_named_in_rows_that_are_mended_too(text):
+def test_half_a_character_is_named_in_rows_that_are_repaired_too(text):
     with pytest.raises(ValueError, match="half of a surrogate pair"):
         repair_json(text)
 
@@ -353,5 +353,5 @@ def test_lists_of_messages_of_one_row_are_no_rows_of_their_own(name, many, row, 
 
 
 def test_lists_of_messages_under_names_are_conversations(tmp_path):
-    found = read(tmp_path, "x.json", J({"first": HI, "second": BYE}))
-    assert [one["messages"] if isinstance(one, dict) else one for one in found] == [HI, BYE]
+    result = read(tmp_path, "x.json", J({"first": HI, "second": BYE}))
+    assert [one["messages"] if isinstance(one, dict) else one for one in result] == [HI, BYE]

@@ -12,17 +12,17 @@ from rwkv_peft.preprocess.reader import Block
 TEXTS = ("a", '"', '":', '\\":', "\\", "\\\\", "：", '"：', " :", "：:", "}", "b: c", '{"k": 1}', "")
 
 
-def row(dice: random.Random) -> bytes:
-    words = ["".join(dice.choices(TEXTS, k=dice.randint(0, 4))) for _ in range(8)]
+def row(rng: random.Random) -> bytes:
+    words = ["".join(rng.choices(TEXTS, k=rng.randint(0, 4))) for _ in range(8)]
     value = {"messages": [{"role": words[0], words[1]: words[2]}, {"role": 1}], "x": words[3], words[4]: [words[5]]}
     return json.dumps(
-        value, ensure_ascii=dice.random() < 0.3, separators=dice.choice([(",", ":"), (", ", " : ")])
+        value, ensure_ascii=rng.random() < 0.3, separators=rng.choice([(",", ":"), (", ", " : ")])
     ).encode()
 
 
 def test_a_key_that_is_there_twice_is_never_overlooked():
-    dice = random.Random(5)
-    rows = [row(dice) for _ in range(2000)]
+    rng = random.Random(5)
+    rows = [row(rng) for _ in range(2000)]
     twice = [line.replace(b'{"messages"', b'{"messages" :1, "messages"', 1) for line in rows]
     for line, once, again in zip(rows, json_keys.counts(rows), json_keys.counts(twice), strict=True):
         read = keys_of(json.loads(line))
@@ -38,7 +38,7 @@ def test_most_rows_need_no_second_look():
 
 @pytest.mark.parametrize("between", [b":", b" :", b"\t\r :", b" " * 100 + b":", "：".encode()])
 @pytest.mark.parametrize("name", [b'"split"', b"'Subset'", b'"data_split"', b'"PARTITION"'])
-def test_a_column_of_splits_is_found_however_it_is_written(name, between):
+def test_a_column_of_splits_is_detected_however_it_is_written(name, between):
     line = b'{"text": "a: b", ' + name + between + b' "test"}'
     assert split_column.has_column(Block("f", 1, line, 0)) and split_column.has_column(Block("f", 1, [(1, line)], 0))
 

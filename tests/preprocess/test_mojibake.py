@@ -155,8 +155,8 @@ TEXTS = {
 def test_what_was_damaged_reversibly_is_restored_byte_exactly(kind, reading, times, data):
     text = data.draw(TEXTS[kind])
     assume(not text.isascii() and repair_text(text) == (text, CLEAN))
-    found, verdict = repair_text(damaged(text, reading, times))
-    assert found.encode("utf-8") == text.encode("utf-8")
+    result, verdict = repair_text(damaged(text, reading, times))
+    assert result.encode("utf-8") == text.encode("utf-8")
     assert verdict == REPAIRED
 
 
@@ -203,8 +203,8 @@ def test_sentences_that_lost_bytes_are_reported(text, how):
 @pytest.mark.parametrize("good", ["海鸥飞过。", "Ещё одна строка", "été "])
 def test_text_that_is_only_partly_mojibake_is_never_repaired_in_part(good):
     mixed = good + as_whatwg("你好，世界，海鸥在天空中飞翔".encode())
-    found, verdict = repair_text(mixed)
-    assert found is mixed and verdict != REPAIRED
+    result, verdict = repair_text(mixed)
+    assert result is mixed and verdict != REPAIRED
 
 
 def test_a_fourth_layer_is_reported_not_half_undone():
@@ -218,19 +218,19 @@ MIXTURE = st.text(st.characters(max_codepoint=0x2FFF) | st.sampled_from(WHATWG[0
 @settings(max_examples=1000, deadline=None)
 @given(text=MIXTURE | TEXTS["everything"].map(lambda t: damaged(t, as_whatwg)))
 def test_doctoring_twice_is_doctoring_once(text):
-    found, verdict = repair_text(text)
-    again, second = repair_text(found)
-    assert again == found
+    result, verdict = repair_text(text)
+    again, second = repair_text(result)
+    assert again == result
     assert second == (CLEAN if verdict == REPAIRED else verdict)
-    assert verdict == REPAIRED or found is text
+    assert verdict == REPAIRED or result is text
 
 
 @settings(max_examples=1000, deadline=None)
 @given(text=MIXTURE)
 def test_a_repair_is_always_the_exact_reverse_of_a_damage(text):
-    found, verdict = repair_text(text)
+    result, verdict = repair_text(text)
     if verdict == REPAIRED:
-        chains = {found}
+        chains = {result}
         for _ in range(3):
             chains |= {damaged(t, reading) for t in chains for reading in READINGS}
         assert text in chains

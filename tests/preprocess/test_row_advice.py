@@ -39,8 +39,8 @@ def test_the_proposed_line_is_right_and_works(name):
         read(row)
     line = re.search(r"--map-keys ('[^']*')", str(error.value))[1]
     assert json.loads(shlex.split(line)[0]) == wanted
-    found = said(row, columns=columns(json.dumps(wanted)))
-    assert [one for one in found if one[0] is not Role.SYSTEM] == [(U, "7 times 8?"), (A, "56")]
+    result = said(row, columns=columns(json.dumps(wanted)))
+    assert [one for one in result if one[0] is not Role.SYSTEM] == [(U, "7 times 8?"), (A, "56")]
 
 
 def test_a_talk_as_one_text_is_proposed_as_a_text_with_headings():
@@ -67,7 +67,7 @@ def test_a_talk_as_one_text_is_proposed_as_a_text_with_headings():
         ({"How long does it take?": "a", "Three days.": "b"}, "first line seems to be data"),
     ],
 )  # fmt: skip
-def test_where_nothing_tells_the_columns_no_line_is_proposed(row, words):
+def test_where_nothing_reports_the_columns_no_line_is_proposed(row, words):
     refused(row, "unknown columns", words)
     with pytest.raises(RowError) as error:
         read(row)
@@ -94,8 +94,8 @@ def test_the_better_answer_beside_a_conversation_is_proposed_and_read():
         "rejected": {"from": "gpt", "value": "54"},
     }
     refused(row, "no answer", """--map-keys '{"response": "chosen"}'""")
-    found = Reader(columns=columns('{"response": "chosen"}')).read(row)[1]
-    assert [m.content for m in found.messages] == ["7 times 8?", "56"]
+    result = Reader(columns=columns('{"response": "chosen"}')).read(row)[1]
+    assert [m.content for m in result.messages] == ["7 times 8?", "56"]
 
 
 def test_map_keys_may_name_a_column_for_one_part_only():

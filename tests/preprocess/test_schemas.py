@@ -61,9 +61,9 @@ def test_tools_are_read_in_the_row_and_in_a_system_message_with_and_without_a_te
         "null system": {"conversations": [{"role": "system", "content": None, name: tools}, Q, ANSWER]},
         "pair": {"prompt": "7 times 8?", "response": "56", name: tools},
     }[place]
-    found, reader = read(row)
-    assert json.loads(found.tools) == [TOOL] and not reader.unused
-    assert [m.role for m in found.messages] == ([S, U, A] if place == "system" else [U, A])
+    result, reader = read(row)
+    assert json.loads(result.tools) == [TOOL] and not reader.unused
+    assert [m.role for m in result.messages] == ([S, U, A] if place == "system" else [U, A])
 
 
 @pytest.mark.parametrize("name", ["tool_calls", "tool_call", "function_call"])
@@ -238,12 +238,12 @@ JSON = st.recursive(
 @given(st.dictionaries(st.sampled_from(KNOWN), JSON, min_size=1, max_size=4), st.booleans())
 def test_whatever_a_row_holds_it_is_read_or_refused_with_a_sentence(row, padded):
     try:
-        _, found = Reader(padded=padded).read(row)
+        _, result = Reader(padded=padded).read(row)
     except RowError as error:
         assert str(error)
     else:
-        assert isinstance(found, str) or all(
-            isinstance(m.content, str) and isinstance(m.think, str) for m in found.messages
+        assert isinstance(result, str) or all(
+            isinstance(m.content, str) and isinstance(m.think, str) for m in result.messages
         )
 
 
@@ -317,8 +317,8 @@ def test_a_column_of_pictures_that_holds_none_is_no_reason_to_refuse(name, value
 
 def test_empty_columns_of_pictures_are_harmless_and_map_keys_leaves_full_ones_out():
     assert said({"messages": [Q, ANSWER], "images": [], "audio": None, "video": ""})
-    found, reader = read({"messages": [Q, ANSWER], "images": ["a.png"]}, columns=columns('{"images": ""}'))
-    assert found and ("column", "images") in reader.unused
+    result, reader = read({"messages": [Q, ANSWER], "images": ["a.png"]}, columns=columns('{"images": ""}'))
+    assert result and ("column", "images") in reader.unused
 
 
 # ---- Arrow's padding ----
@@ -328,9 +328,9 @@ def test_empty_columns_of_pictures_are_harmless_and_map_keys_leaves_full_ones_ou
 def test_nulls_that_arrow_filled_in_are_removed_and_nulls_of_json_stay(padded, arguments):
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": {"place": None, "a": 2}}}]}
     tools = [{"name": "add", "parameters": {"properties": {"place": None, "a": {"type": "number", "enum": None}}}}]
-    found, _ = read({"messages": [Q, call], "tools": tools}, padded=padded)
-    assert json.loads(found.messages[-1].call)["arguments"] == arguments
-    assert ("null" in found.tools) != padded
+    result, _ = read({"messages": [Q, call], "tools": tools}, padded=padded)
+    assert json.loads(result.messages[-1].call)["arguments"] == arguments
+    assert ("null" in result.tools) != padded
 
 
 # ---- reasoning ----
@@ -437,7 +437,7 @@ def test_tags_around_a_thought_in_a_key_of_its_own_are_taken_off(thought):
 )
 def test_a_part_that_is_a_thought_is_no_part_of_the_answer(part):
     row = {"messages": [Q, {"role": "assistant", "content": [part, {"type": "text", "text": "56"}]}]}
-    found, reader = read(row)
+    result, reader = read(row)
     assert said(row)[-1] == (A, "(hm) 56") and not reader.unused
 
 
@@ -571,8 +571,8 @@ def test_gemini_system_instruction_is_the_system_text():
     ],
 )
 def test_columns_of_instruction_input_and_output_are_known(row):
-    found, reader = read(row)
-    assert [(m.content, m.material) for m in found.messages] == [("q", "m"), ("r", "")] and not reader.unused
+    result, reader = read(row)
+    assert [(m.content, m.material) for m in result.messages] == [("q", "m"), ("r", "")] and not reader.unused
 
 
 @pytest.mark.parametrize(
@@ -595,8 +595,8 @@ def test_columns_of_system_question_and_answer_are_known(row):
 
 
 def test_a_context_that_is_no_text_is_what_json_writes():
-    found, _ = read({"context": {"title": ["x"]}, "question": "q", "answer": "a"})
-    assert found.messages[0].material == '{"title": ["x"]}'
+    result, _ = read({"context": {"title": ["x"]}, "question": "q", "answer": "a"})
+    assert result.messages[0].material == '{"title": ["x"]}'
 
 
 @pytest.mark.parametrize(
@@ -623,7 +623,7 @@ def test_answers_that_are_calls_are_calls_where_there_are_tools():
 
 def test_of_several_right_answers_the_first_is_learnt_and_the_rest_is_reported():
     squad = {"context": "m", "question": "q", "answers": {"text": ["r", "s"], "answer_start": [0, 3]}, "id": "7"}
-    found, reader = read(squad)
+    result, reader = read(squad)
     assert said(squad)[-1] == (A, "r") and set(reader.unused) == {("further text of the column", "answers")}
 
 
@@ -690,8 +690,8 @@ GLAIVE = {
 
 
 def test_glaives_talks_are_read_with_their_tools_calls_and_results():
-    found, reader = read(GLAIVE)
-    assert json.loads(found.tools) == [{"name": "tide"}, {"name": "wind"}] and not reader.unused
+    result, reader = read(GLAIVE)
+    assert json.loads(result.tools) == [{"name": "tide"}, {"name": "wind"}] and not reader.unused
     assert said(GLAIVE) == [
         (S, "You can call functions. Use them if required -"), (U, "When is low tide?"),
         (A, json.dumps({"name": "tide", "arguments": {"place": "St. Peter's Bay"}})), (T, '{"at": 4}'), (A, "At four."),
@@ -726,15 +726,15 @@ def test_an_answer_that_names_a_choice_which_the_question_does_not_show_rejects_
 def test_map_keys_reaches_into_an_object_and_names_the_keys_of_messages():
     inside = {"body": {"messages": [Q, ANSWER], "temperature": 1}}
     refused(inside, "unknown columns", """--map-keys '{"messages": "body.messages"}'""")
-    found, reader = read(inside, columns=columns('{"messages": "body.messages"}'))
-    assert len(found.messages) == 2 and reader.unused == {("column", "temperature"): 1}
+    result, reader = read(inside, columns=columns('{"messages": "body.messages"}'))
+    assert len(result.messages) == 2 and reader.unused == {("column", "temperature"): 1}
     assert reader.seen == {"body.messages"}
     row = {"messages": [{"who": "user", "said": "7 times 8?"}, {"who": "bob", "said": "56"}]}
     refused(
         row, "unknown role", """--map-keys '{"role": "who", "content": "said"}' --role-map '{"bob": "assistant"}'"""
     )
-    found = said(row, columns=columns('{"role": "who", "content": "said"}', '{"bob": "assistant"}'))
-    assert found == [(U, "7 times 8?"), (A, "56")]
+    result = said(row, columns=columns('{"role": "who", "content": "said"}', '{"bob": "assistant"}'))
+    assert result == [(U, "7 times 8?"), (A, "56")]
 
 
 def test_role_map_names_roles_and_leaves_out_what_it_maps_to_nothing():
@@ -823,10 +823,10 @@ def test_rows_of_one_message_may_have_their_columns_from_map_keys(id_name, given
     if "." in given["content"]:
         rows = [{"body": {"says": row.pop("says")}, **row} for row in rows]
     mapped = columns(json.dumps(given))
-    found = together(*rows, columns=mapped)
-    assert [said(row, columns=mapped) for row in found] == [[(U, "a"), (A, "b")], [(U, "x"), (A, "y")]]
-    assert not read(found[0], columns=mapped)[1].unused
-    assert read(found[0], columns=mapped)[1].seen == set(mapped.named)
+    result = together(*rows, columns=mapped)
+    assert [said(row, columns=mapped) for row in result] == [[(U, "a"), (A, "b")], [(U, "x"), (A, "y")]]
+    assert not read(result[0], columns=mapped)[1].unused
+    assert read(result[0], columns=mapped)[1].seen == set(mapped.named)
 
 
 def test_a_conversation_id_of_map_keys_that_is_not_there_is_an_error_and_a_missing_one_is_proposed():
@@ -870,8 +870,8 @@ def test_a_tree_of_messages_gives_its_paths_and_every_answer_is_learnt_once():
         {"message_id": "6", "parent_id": "4", "text": "e", "role": "assistant"},
         {"message_id": "7", "parent_id": "6", "text": "gone", "role": "prompter", "deleted": True},
     ]
-    found = [said(row) for row in together(*rows)]
-    assert found == [
+    result = [said(row) for row in together(*rows)]
+    assert result == [
         [(U, "a"), (A, "b"), (U, "c"), (A, "d")],
         [(U, "a"), (A, "-b"), (U, "c"), (A, "e")],
         [(U, "a"), (A, "worse")],
@@ -894,8 +894,8 @@ def test_ranks_may_be_text_and_keys_may_be_missing():
         {"message_id": "4", "parent_id": "1", "role": "assistant", "text": "none", "rank": ""},
         {"message_id": "5", "parent_id": "1", "role": "assistant", "text": "first", "rank": 1},
     ]
-    found = [said(row)[-1][1] for row in together(*rows) if len(row["messages"]) > 1]
-    assert found == ["first", "second", "tenth", "none"]
+    result = [said(row)[-1][1] for row in together(*rows) if len(row["messages"]) > 1]
+    assert result == ["first", "second", "tenth", "none"]
 
 
 def test_a_call_among_single_messages_needs_no_text():
@@ -905,21 +905,21 @@ def test_a_call_among_single_messages_needs_no_text():
 
 
 def test_an_answer_whose_question_is_not_in_the_file_is_refused():
-    [found] = together({"message_id": "2", "parent_id": "1", "text": "b", "role": "assistant"})
-    assert isinstance(found, RowError) and "'1', which is not in the file" in str(found)
+    [result] = together({"message_id": "2", "parent_id": "1", "text": "b", "role": "assistant"})
+    assert isinstance(result, RowError) and "'1', which is not in the file" in str(result)
 
 
 def test_messages_whose_parents_lead_in_a_circle_are_refused():
-    found = together(
+    result = together(
         {"message_id": "1", "parent_id": "2", "text": "a", "role": "prompter"},
         {"message_id": "2", "parent_id": "1", "text": "b", "role": "assistant"},
         {"message_id": "3", "parent_id": None, "text": "c", "role": "prompter"},
         {"message_id": "4", "parent_id": "3", "text": "d", "role": "assistant"},
     )
-    assert [str(one) for one in found[:2]] == [
+    assert [str(one) for one in result[:2]] == [
         'its "parent_id" leads back to itself, or to a conversation that is too long'
     ] * 2
-    assert said(found[2]) == [(U, "c"), (A, "d")]
+    assert said(result[2]) == [(U, "c"), (A, "d")]
 
 
 def test_a_message_with_the_id_of_another_one_is_refused_with_its_line():
@@ -941,7 +941,7 @@ def test_a_conversation_of_thousands_of_messages_is_one(monkeypatch):
     assert "is message 2,998 of its conversation, and not the last" in str(cut) and len(below) == 2
 
 
-def test_a_question_that_nobody_answers_and_what_is_below_an_orphan_are_refused():
+def test_a_question_that_no_one_answers_and_what_is_below_an_orphan_are_refused():
     question, orphan, below = together(
         {"message_id": "1", "parent_id": None, "text": "a", "role": "prompter"},
         {"message_id": "2", "parent_id": "9", "text": "b", "role": "assistant"},

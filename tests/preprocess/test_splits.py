@@ -107,12 +107,12 @@ def test_valid_split_and_valid_percent_exclude_each_other(project_folder):
         tokenize(path, VALID_SPLIT="test", VALID_PERCENT="5")
 
 
-def test_held_out_rows_that_are_trained_too_are_told(project_folder):
+def test_held_out_rows_that_are_trained_too_are_reported(project_folder):
     path = write(project_folder / "data" / "x.json", {"train": rows("a", "b"), "test": rows("b", "c")})
     assert "1 held-out row" in warnings(tokenize(path, VALID_SPLIT="test"))
 
 
-def test_a_lone_list_is_read_whatever_its_name_and_told(project_folder):
+def test_a_lone_list_is_read_whatever_its_name_and_reported(project_folder):
     path = write(project_folder / "data" / "x.json", {"validation": rows("a")})
     assert 'its only list is called "validation"' in warnings(tokenize(path))
 
@@ -137,9 +137,9 @@ def test_several_lists_without_a_known_name_are_read_and_named(project_folder):
     ],
 )  # fmt: skip
 def test_files_of_a_folder_for_testing_are_left_out_where_there_are_others(tmp_path, names, train, others):
-    found = sorted(write(tmp_path / name, rows("a")) for name in names)
-    used, held, left, _ = chosen(found, tmp_path, "")
-    assert [str(p.relative_to(tmp_path)) for p in used] == train and not held
+    result = sorted(write(tmp_path / name, rows("a")) for name in names)
+    used, kept, left, _ = chosen(result, tmp_path, "")
+    assert [str(p.relative_to(tmp_path)) for p in used] == train and not kept
     assert [str(p.relative_to(tmp_path)) for p in left] == others
 
 
@@ -183,19 +183,19 @@ def test_every_worker_count_holds_out_the_same(project_folder):
 
 def by_column(path: Path, splits, suffix: str) -> Path:
     """A file with a column called split; the word of each row is its split and its number."""
-    found = [{"instruction": f"{s or 'none'}{i}", "output": "x", "split": s} for i, s in enumerate(splits)]
+    result = [{"instruction": f"{s or 'none'}{i}", "output": "x", "split": s} for i, s in enumerate(splits)]
     path = path.with_suffix(suffix)
     if suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(found), path)
+        pq.write_table(pa.Table.from_pylist(result), path)
     elif suffix == ".csv":
-        path.write_text("\n".join(["instruction,output,split", *(",".join(map(str, r.values())) for r in found)]))
+        path.write_text("\n".join(["instruction,output,split", *(",".join(map(str, r.values())) for r in result)]))
     elif suffix == ".json":
-        path.write_text(json.dumps(found))
+        path.write_text(json.dumps(result))
     elif suffix == ".xlsx":
-        cells = [list(found[0])] + [[*row.values()] for row in found]
+        cells = [list(result[0])] + [[*row.values()] for row in result]
         workbook(path, Sheet1=cells)
     else:
-        path.write_text("".join(json.dumps(row) + "\n" for row in found))
+        path.write_text("".join(json.dumps(row) + "\n" for row in result))
     return path
 
 
@@ -247,12 +247,12 @@ def test_a_column_with_other_words_or_texts_holds_no_split(project_folder):
 
 def test_messages_that_are_rows_of_their_own_have_their_split(project_folder):
     path = project_folder / "data" / "x.jsonl"
-    found = [
+    result = [
         {"conversation_id": c, "role": role, "content": f"{s}", "split": s}
         for c, s in ((1, "train"), (2, "test"))
         for role in ("user", "assistant")
     ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    path.write_text("".join(json.dumps(row) + "\n" for row in result))
     report = tokenize(path)
     assert texts(path.with_suffix("")) == ["train"] and "test (1 row)" in warnings(report)
 
@@ -299,8 +299,8 @@ def test_sheets_with_the_same_columns_in_another_order_are_read_by_their_names(p
 def test_other_columns_name_splits_where_they_hold_nothing_but_such_a_name(project_folder, name):
     path = project_folder / "data" / "x.jsonl"
     values = ["train", "test", "test_of_strength", "Test "]
-    found = [{"instruction": f"q{i}", "output": "x", name: value} for i, value in enumerate(values)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    result = [{"instruction": f"q{i}", "output": "x", name: value} for i, value in enumerate(values)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in result))
     report = tokenize(path)
     assert report["rows"]["read"] == 2
     assert "2 rows not used, because a column names their split: test" in warnings(report)

@@ -36,7 +36,7 @@ def notes_of(path) -> list[tuple[str, str]]:
     return [(n.level, n.words) for block in blocks(path) for n in block.notes]
 
 
-def cook(path, **options):
+def encode_block_of(path, **options):
     made = [RowEncoder(EncodeConfig(PRESETS["rwkv-world"], **options)).block(block) for block in blocks(path)]
     return next(one for one in made if one.counts["read"])
 
@@ -72,12 +72,12 @@ def test_decimal_commas_do_not_part_cells(tmp_path):
     assert read(path) == [{"question": "Half, or more?", "answer": "0,5"}]
 
 
-def test_a_tsv_with_commas_is_read_and_told(tmp_path):
+def test_a_tsv_with_commas_is_read_and_reported(tmp_path):
     path = table(tmp_path, "question,answer\na,b\nc,d\n", "x.tsv")
     assert read(path) == QA and "not tabs" in notes_of(path)[0][1]
 
 
-def test_headers_that_come_again_are_told_with_their_lines(tmp_path):
+def test_headers_that_come_again_are_reported_with_their_lines(tmp_path):
     path = table(tmp_path, "question,answer\na,b\nquestion,answer\nc,d\n question ,answer\n")
     [(level, words)] = notes_of(path)
     assert level == "warning" and "2 lines" in words and words.endswith("line 3, 5")
@@ -92,7 +92,7 @@ def test_columns_without_a_name_are_ignored_if_empty_and_named_if_not(tmp_path):
     ]
 
 
-def test_lines_above_the_header_are_told(tmp_path):
+def test_lines_above_the_header_are_reported(tmp_path):
     path = table(tmp_path, "My questions,,\nof 2026,,\nquestion,answer,\na,b,\n")
     assert ("warning", "2 lines above the names of the columns not used ('My questions')") in notes_of(path)
     assert [n for n, _ in rows_in(path)] == [4]
@@ -137,8 +137,8 @@ def test_a_tsv_with_stray_quotes_takes_them_as_letters(tmp_path):
 
 def test_words_of_pandas_for_an_empty_cell_are_empty_and_counted(tmp_path):
     path = table(tmp_path, "instruction,input,output\na,nan,b\na,NaN,b\na,None,b\na,NULL,b\na,<NA>,b\na,nano,b\n")
-    made = cook(path)
-    plain = cook(table(tmp_path, "instruction,input,output\na,,b\n", "y.csv"))
+    made = encode_block_of(path)
+    plain = encode_block_of(table(tmp_path, "instruction,input,output\na,,b\n", "y.csv"))
     assert made.counts["kept"] == 6 and made.counts["fault: empty"] == 5
     assert made.sizes[:5].tolist() == plain.sizes.tolist() * 5 and made.sizes[5] > made.sizes[0]
     assert made.places["fault: empty"][0].note == "input: nan"
@@ -148,19 +148,19 @@ def test_words_of_pandas_for_an_empty_cell_are_empty_and_counted(tmp_path):
     ("word", "kept"), [("None", True), ("null", True), ("nan", False), ("NaN", False), ("<NA>", False)]
 )
 def test_an_answer_may_be_none_but_not_nan(tmp_path, word, kept):
-    made = cook(table(tmp_path, f"question,answer\na,{word}\nb,c\n"))
+    made = encode_block_of(table(tmp_path, f"question,answer\na,{word}\nb,c\n"))
     assert made.counts["kept"] == 1 + kept and made.counts["fault: None" if kept else "fault: empty"] == 1
     assert kept or word in made.rejects[0].message
 
 
-def test_map_keys_tells_which_columns_a_row_needs(tmp_path):
+def test_map_keys_reports_which_columns_a_row_needs(tmp_path):
     path = table(tmp_path, "ask,context,reply\na,None,None\n")
-    made = cook(path, columns=columns('{"prompt": "ask", "query": "context", "response": "reply"}'))
+    made = encode_block_of(path, columns=columns('{"prompt": "ask", "query": "context", "response": "reply"}'))
     assert made.counts["kept"] == made.counts["fault: None"] == made.counts["fault: empty"] == 1
 
 
 def test_words_in_json_stay(tmp_path):
-    made = cook(table(tmp_path, '{"question": "a", "answer": "nan"}\n', "x.jsonl"))
+    made = encode_block_of(table(tmp_path, '{"question": "a", "answer": "nan"}\n', "x.jsonl"))
     assert made.counts["kept"] == 1
 
 
@@ -170,7 +170,7 @@ def test_a_cell_may_hold_a_list_as_python_or_numpy_prints_it(tmp_path, separator
     cell = "[" + separator.join(map(str, chat)) + "]"
     path = table(tmp_path, 'messages\n"' + cell.replace('"', '""') + '"\n')
     same = table(tmp_path, json.dumps({"messages": chat}), "y.jsonl")
-    assert cook(path).ids.tolist() == cook(same).ids.tolist()
+    assert encode_block_of(path).ids.tolist() == encode_block_of(same).ids.tolist()
 
 
 def parquet(tmp_path, **given):
@@ -196,11 +196,11 @@ def test_bytes_inside_lists_and_structs_are_text_too(tmp_path):
 
 
 def test_bytes_that_are_no_text_are_refused_by_their_name(tmp_path):
-    made = cook(parquet(tmp_path, text=pa.array([b"\xff\xfe\xfd", b"ok"])))
+    made = encode_block_of(parquet(tmp_path, text=pa.array([b"\xff\xfe\xfd", b"ok"])))
     assert made.counts["kept"] == 1 and "bytes that are no UTF-8 text" in made.rejects[0].message
 
 
-def test_nan_in_an_arrow_column_is_null_and_told(tmp_path):
+def test_nan_in_an_arrow_column_is_null_and_reported(tmp_path):
     path = parquet(tmp_path, instruction=["a"], input=[float("nan")], output=["b"])
     assert read(path) == [{"instruction": "a", "input": None, "output": "b"}]
     assert notes_of(path) == [("warning", "1 value NaN in the column 'input' taken as null (empty)")]
@@ -244,7 +244,7 @@ def test_names_are_trimmed_of_what_cannot_be_seen():
     assert trimmed('\ufeff "question" \u200b') == "question" and trimmed("'") == "'" and trimmed(" a b ") == "a b"
 
 
-def test_block_borders_change_no_table(tmp_path, monkeypatch):
+def test_block_bounds_change_no_table(tmp_path, monkeypatch):
     path = table(tmp_path, 'question,answer\n"He \\"said\\"",b\n' * 5)
     whole = rows_in(path)
     monkeypatch.setattr(reader, "BLOCK", 3)
@@ -266,8 +266,8 @@ def test_block_borders_change_no_table(tmp_path, monkeypatch):
 )
 def test_a_header_of_other_names_holds_from_there_on_and_is_named(tmp_path, text):
     path = table(tmp_path, text)
-    found = [parts_of(tuple(row)) for row in read(path)]
-    cells = [(row[of.prompts[0]], row[of.responses[0]]) for row, of in zip(read(path), found, strict=True)]
+    result = [parts_of(tuple(row)) for row in read(path)]
+    cells = [(row[of.prompts[0]], row[of.responses[0]]) for row, of in zip(read(path), result, strict=True)]
     assert cells == [("a", "b"), ("c", "d")]
     [(level, words)] = notes_of(path)
     assert level == "warning" and words.startswith("line 3 names other columns")
@@ -357,7 +357,7 @@ def test_a_first_line_that_may_be_data_is_not_lost_in_silence(tmp_path, ending, 
         path = table(
             tmp_path, "".join(("," if ending == ".csv" else "\t").join(row) + "\n" for row in rows), f"x{ending}"
         )
-    message = cook(path).rejects[0].message
+    message = encode_block_of(path).rejects[0].message
     assert hint in message and ("if that is data" in message) == hint.startswith("But")
     given = columns(json.dumps({"prompt": header[0], "response": header[1]}))
     said = [note.words for block in blocks(path, columns=given) for note in block.notes if note.level == "warning"]

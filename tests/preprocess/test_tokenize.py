@@ -239,7 +239,7 @@ def test_a_prefix_of_many_rows_is_copied_from_the_disk_as_from_memory(data, monk
 
 
 @pytest.mark.pictures
-def test_the_report_tells_duplicates_turns_scripts_lengths_and_filling(data):
+def test_the_report_reports_duplicates_turns_scripts_lengths_and_filling(data):
     rows = [*many(20), *many(5), SAME["messages"], {"text": "System: s\n\nUser: u\n\nAssistant: a"}]
     made = tokenize(tiny.write_jsonl(data / "x.jsonl", rows))
     assert made["content"] == {"turns": 28, "system": 1, "duplicates": 5}
@@ -252,7 +252,7 @@ def test_the_report_tells_duplicates_turns_scripts_lengths_and_filling(data):
     assert (data / "x.lengths.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_mojibake_is_told_with_its_lines(data, capsys):
+def test_mojibake_is_reported_with_its_lines(data, capsys):
     good = "Ça coûte 25 € à l'hôtel, déjà payé."
     bad, lossy = good.encode().decode("latin-1"), good.encode().decode("cp1252", "ignore") + "Ã©tÃ© dÃ©jÃ\ufffd"
     made = tokenize(tiny.write_jsonl(data / "x.jsonl", [{"text": t} for t in (good, bad, lossy)]))
@@ -326,6 +326,6 @@ def test_held_out_rows_of_an_earlier_call_do_not_vanish_in_silence(data, capsys,
         ("こんにちは", "Japanese kana"),
     ],
 )
-def test_data_of_any_size_are_told_in_their_script_without_the_layout(data, rows, words, script):
+def test_data_of_any_size_are_reported_in_their_script_without_the_layout(data, rows, words, script):
     made = tokenize(tiny.write_jsonl(data / "x.jsonl", [{"prompt": words, "response": words}] * rows))
     assert made["scripts"] == {script: 1.0}

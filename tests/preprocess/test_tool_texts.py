@@ -33,8 +33,8 @@ def assistant(content, **more):
 def test_calls_results_and_tools_in_texts_become_keys_and_messages(system, left, tools, speaker):
     asked = [{"role": "system", "content": system}, Q, assistant(f"I look.\n{TAGGED}")]
     row = {"messages": [*asked, {"role": speaker, "content": RESULT}, assistant("At four.")], **tools}
-    found, reader = read(row)
-    assert json.loads(found.tools) == [TOOL] and not reader.unused
+    result, reader = read(row)
+    assert json.loads(result.tools) == [TOOL] and not reader.unused
     call = (A, "I look." + json.dumps(CALL))
     assert said(row) == [(S, left), (U, "When is low tide?"), call, (T, "42"), (A, "At four.")]
 
@@ -82,8 +82,8 @@ def test_lists_of_tools_that_differ_in_the_order_of_keys_agree():
 )
 def test_tags_of_calls_that_are_quoted_or_hold_no_call_are_text(answer, verdicts):
     for row in ({"prompt": "a", "response": answer}, {"messages": [Q, assistant(answer)]}):
-        found, reader = read(row)
-        assert found.messages[-1].content == answer and reader.verdicts == verdicts
+        result, reader = read(row)
+        assert result.messages[-1].content == answer and reader.verdicts == verdicts
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ EXPORTS = {
 
 @pytest.mark.parametrize("program", EXPORTS)
 def test_the_path_that_a_chat_program_shows_is_the_conversation(program):
-    found, reader = read(EXPORTS[program])
+    result, reader = read(EXPORTS[program])
     assert said(EXPORTS[program]) == [(U, "7 times 8?"), (A, "(7*8) 56")] and not reader.unused
 
 

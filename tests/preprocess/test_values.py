@@ -34,8 +34,8 @@ SAID_Q, SAID_A = (U, "7 times 8?"), (A, "56")
 def test_whether_an_answer_is_liked_is_asked_of_every_row_whatever_the_first_one_says(name, value, first):
     reader = Reader()
     reader.read({"prompt": "a", "completion": "b", name: first})
-    _, found = reader.read({"prompt": "7 times 8?", "completion": "54", name: value})
-    assert [m.learn for m in found.messages] == [True, False]
+    _, result = reader.read({"prompt": "7 times 8?", "completion": "54", name: value})
+    assert [m.learn for m in result.messages] == [True, False]
 
 
 @pytest.mark.parametrize("row", [{"prompt": "7 times 8?", "response": "56"}, {"messages": [Q, ANSWER]}])
@@ -44,8 +44,8 @@ def test_a_label_without_a_completion_counts_where_it_is_true_or_false(row):
     assert read({**row, "label": False})[1].unused == {("answer that is false by the column", "label"): 1}
     assert said({**row, "label": True}) == [SAID_Q, SAID_A]
     for other in (0, "False", "spam"):
-        found, reader = read({**row, "label": other})
-        assert found.messages[-1].learn and reader.unused == {("column", "label"): 1}
+        result, reader = read({**row, "label": other})
+        assert result.messages[-1].learn and reader.unused == {("column", "label"): 1}
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_choices_beside_messages_must_stand_in_the_messages():
     assert said(row)[-1] == (A, "B")
 
 
-def test_a_choice_is_shown_where_it_stands_as_a_word_and_may_stand_in_the_second_text():
+def test_a_choice_is_shown_where_it_is_as_a_word_and_may_stand_in_the_second_text():
     refused({"question": "A cat is an animal", "choices": ["a", "i"], "answer": "A"}, "choices")
     refused({"question": "Take 15 or 16", "choices": ["5", "6"], "answer": "A"}, "choices")
     assert said({"question": "a or i?", "choices": ["a", "i"], "answer": "A"})[-1] == (A, "A")
@@ -119,8 +119,8 @@ def test_a_choice_is_shown_where_it_stands_as_a_word_and_may_stand_in_the_second
     ],
 )
 def test_columns_of_choices_that_hold_none_are_no_choices(none):
-    found, reader = read({"question": "a", "answer": "B", **none})
-    assert found.messages[-1].content == "B"
+    result, reader = read({"question": "a", "answer": "B", **none})
+    assert result.messages[-1].content == "B"
     assert list(reader.unused) == [("column", name) for name, value in none.items() if not is_nothing(value)]
 
 
@@ -241,7 +241,7 @@ def test_a_closing_tag_among_fences_of_which_one_is_open_rejects_the_row():
         ({"text": "a", "code": "def b():\n    pass", "task_id": 1}, "def b():\n    pass"),
     ],
 )
-def test_the_answer_of_a_row_is_found(row, answer):
+def test_the_answer_of_a_row_is_detected(row, answer):
     assert said(row) == [(U, "a"), (A, answer)]
 
 
@@ -267,8 +267,8 @@ def test_a_question_without_an_answer_is_empty(answers):
     ],
 )
 def test_a_text_with_a_column_that_says_something_of_it_is_a_text(row):
-    found, reader = read(row)
-    assert found == (row.get("text") or row.get("content")) and reader.unused
+    result, reader = read(row)
+    assert result == (row.get("text") or row.get("content")) and reader.unused
 
 
 def test_a_cell_that_the_viewer_cut_off_rejects_its_row():
@@ -303,8 +303,8 @@ def test_a_cell_that_the_viewer_cut_off_rejects_its_row():
     ],
 )
 def test_the_keys_of_messages_that_map_keys_names_win(mapped, message, left):
-    found, reader = read({"messages": [message, ANSWER]}, columns=columns(mapped))
-    assert found.messages[0].content == "7 times 8?" and reader.unused == {("message key", left): 1}
+    result, reader = read({"messages": [message, ANSWER]}, columns=columns(mapped))
+    assert result.messages[0].content == "7 times 8?" and reader.unused == {("message key", left): 1}
 
 
 def test_map_keys_names_the_lists_of_a_struct():
@@ -327,8 +327,8 @@ def test_what_is_lifted_out_of_an_object_must_agree_with_what_is_beside_it():
 
 def test_several_names_may_reach_into_one_object():
     row = {"data": {"in": {"q": "7 times 8?"}, "a": "56", "z": 5}}
-    found, reader = read(row, columns=columns('{"prompt": "data.in.q", "response": "data.a"}'))
-    assert [m.content for m in found.messages] == ["7 times 8?", "56"] and reader.unused == {("column", "z"): 1}
+    result, reader = read(row, columns=columns('{"prompt": "data.in.q", "response": "data.a"}'))
+    assert [m.content for m in result.messages] == ["7 times 8?", "56"] and reader.unused == {("column", "z"): 1}
 
 
 # ---- shapes ----
@@ -379,9 +379,9 @@ def test_the_name_of_the_bot_is_no_answer():
 
 @pytest.mark.parametrize("role", ["prompter", "assistant"])
 def test_messages_below_one_that_is_not_in_the_file_are_refused_whoever_speaks(role):
-    found = together({"message_id": "q", "parent_id": "gone", "role": role, "text": "and in winter?"},
+    result = together({"message_id": "q", "parent_id": "gone", "role": role, "text": "and in winter?"},
                      {"message_id": "a", "parent_id": "q", "role": "assistant", "text": "b"})  # fmt: skip
-    assert [one.reason for one in found] == ["orphan", "orphan"]
+    assert [one.reason for one in result] == ["orphan", "orphan"]
 
 
 @pytest.mark.parametrize("parent", ["", None, "0", "-1", "root", "t"])
@@ -391,17 +391,17 @@ def test_a_message_may_say_in_many_ways_that_it_begins_its_conversation(parent):
     assert said(row) == [(U, "a"), (A, "b")]
 
 
-@pytest.mark.parametrize("border", ["\n\n\n", "\n\n", "\n"])
-def test_headings_inside_a_turn_of_glaive_are_its_words(border):
-    asked = "Explain this:\nUSER: root\nASSISTANT: none" if len(border) > 1 else "Explain this"
-    row = {"system": "SYSTEM: s", "chat": f"USER: {asked}{border}ASSISTANT: ok <|endoftext|>"}
+@pytest.mark.parametrize("bound", ["\n\n\n", "\n\n", "\n"])
+def test_headings_inside_a_turn_of_glaive_are_its_words(bound):
+    asked = "Explain this:\nUSER: root\nASSISTANT: none" if len(bound) > 1 else "Explain this"
+    row = {"system": "SYSTEM: s", "chat": f"USER: {asked}{bound}ASSISTANT: ok <|endoftext|>"}
     assert said(row) == [(S, "s"), (U, asked), (A, "ok")]
 
 
 @pytest.mark.parametrize("tools", ["none", "None", "[]", "null", "无", ["none"], []])
 def test_words_for_no_tools_are_no_tools(tools):
-    found, _ = read({"messages": [Q, ANSWER], "tools": tools})
-    assert not found.tools
+    result, _ = read({"messages": [Q, ANSWER], "tools": tools})
+    assert not result.tools
 
 
 # ---- ready texts ----
@@ -412,14 +412,14 @@ def shipped(**changes) -> TokenizeConfig:
 
 
 @pytest.mark.parametrize("text", ["user: q\n\nassistant: a", "USER: q\n\nASSISTANT: a", "User: q\n\nASSISTANT: a"])
-def test_a_preview_tells_of_headings_in_another_case(text, tmp_path, capsys):
+def test_a_preview_reports_of_headings_in_another_case(text, tmp_path, capsys):
     path = tmp_path / "x.jsonl"
     path.write_text(json.dumps({"text": text}))
     preview(path, shipped(PROMPT_TYPE="rwkv-world"), True, 1)
     assert "what looks like a turn" in capsys.readouterr().out
 
 
-def test_a_preview_tells_of_a_key_of_map_keys_that_no_row_has(tmp_path, capsys):
+def test_a_preview_reports_of_a_key_of_map_keys_that_no_row_has(tmp_path, capsys):
     path = tmp_path / "x.jsonl"
     path.write_text(json.dumps({"messages": [Q, ANSWER]}))
     preview(path, shipped(PROMPT_TYPE="rwkv-world", MAP_KEYS='{"content": "nosuch"}'), True, 1)
@@ -494,7 +494,7 @@ def test_a_content_in_parts_may_be_json_in_a_text(content, words):
         ),
     ],
 )
-def test_a_preview_tells_of_faults_with_their_lines(row, words, tmp_path, capsys):
+def test_a_preview_reports_of_faults_with_their_lines(row, words, tmp_path, capsys):
     path = tmp_path / "x.jsonl"
     path.write_text(json.dumps(row))
     preview(path, shipped(PROMPT_TYPE="rwkv-world"), True, 1)
@@ -504,8 +504,8 @@ def test_a_preview_tells_of_faults_with_their_lines(row, words, tmp_path, capsys
 
 @pytest.mark.parametrize(("words", "material"), [("<noinput>", ""), ("N/A", ""), ("None of them", "None of them")])
 def test_a_second_text_that_says_there_is_none_is_empty_and_counted(words, material):
-    found, reader = read({"instruction": "q", "input": words, "output": "a"})
-    assert found.messages[0].material == material
+    result, reader = read({"instruction": "q", "input": words, "output": "a"})
+    assert result.messages[0].material == material
     assert reader.verdicts == (set() if material else {"fault: noinput"})
 
 

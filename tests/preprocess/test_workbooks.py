@@ -59,7 +59,7 @@ def test_error_cells_are_empty(tmp_path):
     assert [row for _, row in rows_in(path)] == [{"question": "a", "answer": None}, {"question": "b", "answer": "c"}]
 
 
-def test_a_workbook_under_another_name_is_read_and_told(tmp_path):
+def test_a_workbook_under_another_name_is_read_and_reported(tmp_path):
     path = workbook(tmp_path / "x.csv", A=[HEADER, ["a", "b"]])
     assert [row for _, row in rows_in(path)] == [{"question": "a", "answer": "b"}]
     assert "is an Excel workbook by its content" in notes_of(path)[0][1]
@@ -90,7 +90,7 @@ def test_a_workbook_that_lacks_one_of_its_sheets_is_called_damaged(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["XFD1048576", "GQ1000000", "AAAA9"])
-def test_a_stray_cell_is_found_before_room_is_made_for_it(tmp_path, place):
+def test_a_stray_cell_is_detected_before_room_is_made_for_it(tmp_path, place):
     path = workbook(tmp_path / "x.xlsx", A=[HEADER, ["a", "b"]])
     with zipfile.ZipFile(path) as archive:
         parts = {name: archive.read(name) for name in archive.namelist()}

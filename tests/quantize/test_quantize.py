@@ -30,8 +30,8 @@ def with_outlier():
     return weight
 
 
-def error(found, exact):
-    return ((found.double() - exact.double()).norm() / exact.double().norm()).item()
+def error(result, exact):
+    return ((result.double() - exact.double()).norm() / exact.double().norm()).item()
 
 
 # ---- the definition, slow and plain: lists of Python floats
@@ -110,9 +110,9 @@ def test_the_dense_weight_is_what_the_definition_says(mode, shape):
 @pytest.mark.parametrize("mode", MODES)
 def test_the_error_stays_below_the_bound_of_its_mode(mode, make):
     weight = make()
-    found = quantise(weight, mode).dense(torch.float32)
-    assert error(found, weight) < BOUND[mode]
-    assert error(found[4:], weight[4:]) < BOUND[mode]  # the rows beside the outlier's do not pay for it
+    result = quantise(weight, mode).dense(torch.float32)
+    assert error(result, weight) < BOUND[mode]
+    assert error(result[4:], weight[4:]) < BOUND[mode]  # the rows beside the outlier's do not pay for it
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -127,9 +127,9 @@ def test_the_error_does_not_depend_on_the_scale_of_the_weight(mode):
 def test_a_huge_outlier_is_kept_and_costs_the_other_rows_little(mode):
     weight = normal()
     weight[3, 5] = 1000 * 0.02
-    found = quantise(weight, mode).dense(torch.float32)
-    assert found[3, 5].item() == pytest.approx(20.0, rel=0.01)
-    assert error(found[4:], weight[4:]) < 1.2 * BOUND[mode]
+    result = quantise(weight, mode).dense(torch.float32)
+    assert result[3, 5].item() == pytest.approx(20.0, rel=0.01)
+    assert error(result[4:], weight[4:]) < 1.2 * BOUND[mode]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -143,9 +143,9 @@ def test_a_weight_takes_the_bits_that_its_mode_promises(mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_the_dtype_of_the_weight_changes_nothing_but_its_own_rounding(mode, dtype):
     weight = normal(20, 96).to(dtype)
-    found, same = quantise(weight, mode), quantise(weight.float(), mode)
-    assert all(torch.equal(a, b) for a, b in zip(found.buffers(), same.buffers(), strict=True))
-    assert torch.equal(found.dense(dtype), same.dense(torch.float32).to(dtype))
+    result, same = quantise(weight, mode), quantise(weight.float(), mode)
+    assert all(torch.equal(a, b) for a, b in zip(result.buffers(), same.buffers(), strict=True))
+    assert torch.equal(result.dense(dtype), same.dense(torch.float32).to(dtype))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -167,8 +167,8 @@ def test_how_it_is_cut_into_pieces_and_how_it_lies_in_memory_change_nothing(mode
 def test_zeros_stay_zeros(mode):
     weight = normal(12, 192)
     weight[2], weight[:, 64:128] = 0, 0
-    found = quantise(weight, mode).dense(torch.float32)
-    assert not found[weight == 0].any() and found[0, :64].any()
+    result = quantise(weight, mode).dense(torch.float32)
+    assert not result[weight == 0].any() and result[0, :64].any()
     assert not quantise(torch.zeros(3, 64), mode).dense(torch.bfloat16).any()
 
 
@@ -186,9 +186,9 @@ def test_a_weight_that_holds_nan_or_infinity_is_refused(mode, bad):
 def test_the_smallest_and_the_largest_numbers_stay_finite(mode):
     for size in (1e-44, 1e-38, 3e38):
         weight = torch.full((2, 64), size)
-        found = quantise(weight, mode).dense(torch.float32)
-        assert torch.isfinite(found).all()
-        torch.testing.assert_close(found, weight, rtol=1e-2, atol=1e-37)
+        result = quantise(weight, mode).dense(torch.float32)
+        assert torch.isfinite(result).all()
+        torch.testing.assert_close(result, weight, rtol=1e-2, atol=1e-37)
 
 
 @pytest.mark.parametrize("shape", [(0, 64), (4, 0), (0, 0)])
@@ -269,8 +269,8 @@ def test_an_embedding_gives_the_rows_that_are_asked_for_and_makes_no_others(mode
         torch.tensor([3], dtype=torch.int32),
         torch.tensor([], dtype=int),
     ):
-        found = layer(ids, torch.bfloat16)
-        assert found.dtype == torch.bfloat16 and torch.equal(found, expected[ids.long()])
+        result = layer(ids, torch.bfloat16)
+        assert result.dtype == torch.bfloat16 and torch.equal(result, expected[ids.long()])
     for wrong in (-1, 50):
         with pytest.raises(IndexError):
             layer(torch.tensor([wrong]), torch.float32)
@@ -339,7 +339,7 @@ def test_double_quantisation_is_that_of_bitsandbytes(mode):
     torch.testing.assert_close(ours.scale_mean[0], state.offset, rtol=1e-6, atol=0)
     torch.testing.assert_close(ours.scale_max, state.state2.absmax, rtol=1e-5, atol=0)
     apart = (ours.scale_codes.flatten().int() - state.absmax.int()).abs()
-    # a scale that lies half-way between two levels may go to either
+    # a scale that is half-way between two levels may go to either
     assert apart.max() <= 1 and apart.sum() <= 0.002 * len(apart)
     same = (apart == 0).view(len(weight), -1, 1).expand(-1, -1, 64).reshape(weight.shape)
     torch.testing.assert_close(ours.dense(torch.float32)[same], dense[same], rtol=1e-5, atol=0)
@@ -352,8 +352,8 @@ def test_double_quantisation_is_that_of_bitsandbytes(mode):
 def test_bitsandbytes_dequantises_our_bytes_to_our_values(mode, inputs, dtype):
     pytest.importorskip("bitsandbytes")
     ours = quantise(normal(48, inputs), mode)
-    found = by_bitsandbytes(ours.codes, ours.scale(slice(0, 48)), ours.levels, dtype)[:, :inputs]
-    assert torch.equal(found, ours.dense(dtype))
+    result = by_bitsandbytes(ours.codes, ours.scale(slice(0, 48)), ours.levels, dtype)[:, :inputs]
+    assert torch.equal(result, ours.dense(dtype))
 
 
 @pytest.mark.gpu

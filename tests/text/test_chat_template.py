@@ -21,7 +21,7 @@ OWN = {
         "prefix", "<u>{{content}}</u>", "<a>{{content}}</a>", format_prefix="<go>\n", format_separator="", think="always",
         opening="<think", default_system="A\n\nB",
     ),
-    # LLaMA-Factory's way: what opens the answer stands at the end of the user's pattern
+    # LLaMA-Factory's way: what opens the answer is at the end of the user's pattern
     "llama": Template("llama", "[INST] {{content}} [/INST] ", "{{content}}</s>", format_separator="\n"),
     "calls": Template("calls", "{{content}}\r", "{{content}}", format_function="{{name}}({{arguments}})", strip=False),
 }  # fmt: skip
@@ -52,8 +52,8 @@ def prompt(form, eot, messages, tools=None):
     """What the kit itself makes of the same conversation, read as a row of training data is."""
     ends = messages[-1]["role"] != "assistant"  # a row has an answer; one that ends with a question is asked for it
     row = {"messages": [*messages, {"role": "assistant", "content": "x"}] if ends else messages, "tools": tools}
-    found = Reader(repair=False).read(row)[1]
-    return form.prompt(found.messages[:-1] if ends else found.messages, found.tools, ENDINGS[eot])
+    result = Reader(repair=False).read(row)[1]
+    return form.prompt(result.messages[:-1] if ends else result.messages, result.tools, ENDINGS[eot])
 
 
 WORDS = st.text(st.sampled_from("ab \n\r\t。你✿<>'\"\\{}%#User: "), max_size=14).filter(str.strip)
@@ -78,7 +78,7 @@ TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"a": "<
 @given(st.lists(TURN, min_size=1, max_size=5), st.sampled_from(sorted(ENDINGS)), st.sampled_from([None, TOOLS]))
 def test_the_chat_template_writes_the_prompt_of_the_kit(name, messages, eot, tools):
     json_text = any(one["role"] == "tool" and one["content"].strip()[:1] in ("{", '"') for one in messages)
-    assume(FORMS[name].json_style != "indent" or not json_text)  # Jinja cannot tell whether that is JSON
+    assume(FORMS[name].json_style != "indent" or not json_text)  # Jinja cannot report whether that is JSON
     assert rendered(FORMS[name], eot, messages, tools) == prompt(FORMS[name], eot, messages, tools)
 
 
@@ -98,9 +98,9 @@ def test_a_prompt_without_a_system_message_has_that_of_the_template(name):
 def test_without_a_question_the_conversation_ends_as_a_row_does_and_token_zero_comes_first(name):
     form = FORMS[name]
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
-    found = Reader(repair=False).read({"messages": messages})[1]
+    result = Reader(repair=False).read({"messages": messages})[1]
     for eot in ENDINGS:
-        whole = "".join(form.render(found, ENDINGS[eot])[0])
+        whole = "".join(form.render(result, ENDINGS[eot])[0])
         assert rendered(form, eot, messages, ask=False) == whole
         assert rendered(form, eot, messages, ask=False, bos=True) == f"<s>{whole}"
 

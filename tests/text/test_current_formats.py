@@ -1,10 +1,10 @@
-"""What today's formats ask beside their words: borders that no content may hold, cues, tools one by one, texts that are ready,
+"""What today's formats ask beside their words: bounds that no content may hold, cues, tools one by one, texts that are ready,
 rows for infilling, and first lines that are indented."""
 
 import json
 
 import pytest
-from helpers.rows import cook
+from helpers.rows import encode_block_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,15 +26,15 @@ def text_of(name: str, *messages: Message, tools: str = "") -> str:
 
 
 def made_of(row: dict, name: str, **changes) -> str:
-    made = cook(row, template=PRESETS[name], **changes)
+    made = encode_block_of(row, template=PRESETS[name], **changes)
     return tokenizer.decode(made.ids[:-1]) if len(made.ids) else ", ".join(reject.message for reject in made.rejects)
 
 
-# ---- borders ----
+# ---- bounds ----
 
 
 @pytest.mark.parametrize("name", [*BOT, "rwkv-g1-fim"])
-@pytest.mark.parametrize("doctor", [True, False])
+@pytest.mark.parametrize("repair", [True, False])
 @pytest.mark.parametrize(
     "row",
     [
@@ -44,8 +44,8 @@ def made_of(row: dict, name: str, **changes) -> str:
         {"prefix": "a", "suffix": "b✿", "middle": "c"},
     ],
 )
-def test_a_border_inside_a_content_is_rejected_with_the_sign(name, doctor, row):
-    assert "holds ✿" in made_of(row, name, repair=doctor)
+def test_a_bound_inside_a_content_is_rejected_with_the_sign(name, repair, row):
+    assert "holds ✿" in made_of(row, name, repair=repair)
 
 
 @pytest.mark.parametrize("name", [n for n in PRESETS if not PRESETS[n].reserved])
@@ -65,18 +65,18 @@ def test_a_ready_text_of_the_bot_format_has_the_turns_of_a_rendered_one(name):
     assert spans_of_text("".join(texts).encode(), form.headings) == to_spans(texts, roles)
 
 
-def test_the_turns_of_ready_texts_under_hashes_are_found():
+def test_the_turns_of_ready_texts_under_hashes_are_detected():
     data = b"### System\nx\n### `read`\n### User\na\n### Assistant\nb ### User\n### Users\n### User\nc"
-    found = spans_of_text(data, PRESETS["rwkv-g1-function-calling"].headings)
-    assert [(data[s.start : s.end].decode(), s.role) for s in found] == [
+    result = spans_of_text(data, PRESETS["rwkv-g1-function-calling"].headings)
+    assert [(data[s.start : s.end].decode(), s.role) for s in result] == [
         ("### System", Role.HEADING), ("\nx\n### `read`\n", S), ("### User", Role.HEADING), ("\na\n", U),
         ("### Assistant", Role.HEADING), ("\nb ### User\n### Users\n", A), ("### User", Role.HEADING), ("\nc", U),
     ]  # fmt: skip
 
 
-def test_each_answer_of_a_ready_text_ends_with_its_border_where_rows_are_expanded():
+def test_each_answer_of_a_ready_text_ends_with_its_bound_where_rows_are_expanded():
     row = {"text": "User✿a✿\nBot✿b✿\nUser✿c✿\nBot✿d✿"}
-    made = cook(row, template=PRESETS["rwkv-g1-bot"], expand=True)
+    made = encode_block_of(row, template=PRESETS["rwkv-g1-bot"], expand=True)
     ends = made.sizes.cumsum().tolist()
     assert [tokenizer.decode(made.ids[e - n : e].tolist()) for e, n in zip(ends, made.sizes.tolist(), strict=True)] == [
         "User✿a✿\nBot✿b✿", "User✿a✿\nBot✿b✿\nUser✿c✿\nBot✿d✿",
@@ -84,7 +84,7 @@ def test_each_answer_of_a_ready_text_ends_with_its_border_where_rows_are_expande
 
 
 @pytest.mark.parametrize("name", BOT)
-def test_a_client_stops_at_the_border(name):
+def test_a_client_stops_at_the_bound(name):
     assert PRESETS[name].stops()[0] == "✿"
 
 
@@ -92,7 +92,7 @@ def test_a_client_stops_at_the_border(name):
 
 
 @pytest.mark.parametrize(("name", "cue"), [("cue", " (think)"), ("bit", " (think a bit)"), ("lot", " (think a lot)")])
-def test_a_cue_stands_behind_a_question_that_a_thought_answers(name, cue):
+def test_a_cue_is_behind_a_question_that_a_thought_answers(name, cue):
     name = f"rwkv-g1-think-{name}"
     turns = (Message(U, "a\n"), Message(A, "b", think="t"), Message(U, "c"), Message(A, "d"), Message(U, "e (think)"))
     assert text_of(name, *turns, Message(A, "f", think="t")) == (
@@ -103,12 +103,12 @@ def test_a_cue_stands_behind_a_question_that_a_thought_answers(name, cue):
     assert PRESETS[name].add_cue("q") == f"q{cue}" and PRESETS[name].add_cue(f"q{cue}") == f"q{cue}"
 
 
-def test_a_cue_stands_behind_the_input_of_a_question():
+def test_a_cue_is_behind_the_input_of_a_question():
     turns = (Message(U, "q", material="m"), Message(A, "a", think="t"))
     assert text_of("rwkv-g1-think-cue", *turns).startswith("User: q\nm (think)\n\n")
 
 
-def test_no_cue_stands_behind_the_result_of_a_tool():
+def test_no_cue_is_behind_the_result_of_a_tool():
     turns = (Message(U, "q"), Message(A, "", call='{"name": "f", "arguments": {}}', think="t"), Message(T, "1"))
     said = text_of("rwkv-g1-think-cue", *turns, Message(A, "a", think="t"))
     assert "q (think)\n\n" in said and "Function output:\n1\n\n" in said
@@ -181,7 +181,7 @@ def test_columns_of_other_names_are_filled_in_as_well():
 
 
 def test_only_the_middle_is_learnt():
-    made = cook({"prefix": "f(x):", "suffix": "b", "middle": " return"}, template=PRESETS["rwkv-g1-fim"])
+    made = encode_block_of({"prefix": "f(x):", "suffix": "b", "middle": " return"}, template=PRESETS["rwkv-g1-fim"])
     learnt = [i for i, role in zip(made.ids.tolist(), made.roles.tolist(), strict=True) if role == A]
     assert tokenizer.decode(learnt[:-1]) == " return" and learnt[-1] == 0
 
@@ -190,7 +190,7 @@ def test_only_the_middle_is_learnt():
 @pytest.mark.parametrize("most", [{"max_tokens": 30}, {"source": 20}, {"target": 20}])
 def test_a_row_for_infilling_is_never_cut(policy, most):
     row = {"prefix": "a " * 30, "suffix": "b " * 30, "middle": " c" * 30}
-    made = cook(row, template=PRESETS["rwkv-g1-fim"], limits=Limits(policy=policy, **most))
+    made = encode_block_of(row, template=PRESETS["rwkv-g1-fim"], limits=Limits(policy=policy, **most))
     assert not len(made.ids) and sum(n for what, n in made.counts.items() if what.startswith("dropped: longer")) == 1
 
 
@@ -234,12 +234,12 @@ def test_an_answer_keeps_its_indentation_and_nothing_else_before_it(said, stays)
         {"instruction": "q", "output": "    x", "history": [["h", "    x"]]},
     ],
 )
-@pytest.mark.parametrize("doctor", [True, False])
+@pytest.mark.parametrize("repair", [True, False])
 @pytest.mark.parametrize("name", ["rwkv-world", "rwkv-g1", "rwkv-g1-bot", "chatml", "alpaca"])
-def test_every_way_in_keeps_the_indentation(row, doctor, name):
+def test_every_way_in_keeps_the_indentation(row, repair, name):
     form = PRESETS[name]
     lead = form.patterns[A].heading + form.patterns[A].lead
-    said = made_of(row, name, repair=doctor)
+    said = made_of(row, name, repair=repair)
     assert said.count(f"{lead}    x") == said.count("x") - said.count("context")
 
 

@@ -54,8 +54,8 @@ def test_the_content_counts_more_than_the_name():
 def test_a_name_in_a_file_of_an_older_version_means_what_it_meant_then(monkeypatch):
     monkeypatch.setitem(presets.BEFORE, "rwkv-g1", "rwkv-qa")
     assert recorded_template({"prompt_type": "rwkv-g1"}, "x") == PRESETS["rwkv-qa"]
-    told = {"prompt_type": "rwkv-g1", "template": PRESETS["rwkv-g1"].to_dict()}
-    assert recorded_template(told, "x") == PRESETS["rwkv-g1"]
+    reported = {"prompt_type": "rwkv-g1", "template": PRESETS["rwkv-g1"].to_dict()}
+    assert recorded_template(reported, "x") == PRESETS["rwkv-g1"]
 
 
 def test_the_report_of_tokenized_data_holds_their_template(tmp_path):

@@ -17,7 +17,7 @@ from rwkv_peft.text.roles import Role
 from rwkv_peft.text.template import Dialogue, Message
 
 S, U, A, T = Role.SYSTEM, Role.USER, Role.ASSISTANT, Role.TOOL
-FLOWER, BORDER = 10060, "✿"
+FLOWER, BOUND = 10060, "✿"
 
 CHAT = Dialogue(
     (
@@ -189,12 +189,12 @@ def numbers(text: str) -> list[int]:
 
 def learnt(text: str) -> list[bool]:
     """Which of the ids stand in brackets."""
-    found, inside = [], False
+    result, inside = [], False
     for word in text.split():
         inside |= word.startswith("[")
-        found.append(inside)
+        result.append(inside)
         inside &= not word.endswith("]")
-    return found
+    return result
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -234,12 +234,12 @@ BOT = [name for name in PRESETS if "-bot" in name]
 @settings(max_examples=150, deadline=None)
 @given(
     st.lists(
-        st.text(min_size=1, max_size=12).filter(lambda t: BORDER not in t and "\0" not in t and t.strip()),
+        st.text(min_size=1, max_size=12).filter(lambda t: BOUND not in t and "\0" not in t and t.strip()),
         min_size=2,
         max_size=4,
     )
 )
-def test_every_turn_of_the_bot_format_ends_with_its_token_whatever_stands_before_it(name, contents):
+def test_every_turn_of_the_bot_format_ends_with_its_token_whatever_is_before_it(name, contents):
     messages = tuple(Message(role, c) for role, c in zip(itertools.cycle((U, A)), contents, strict=False))
     texts, roles = PRESETS[name].render(Dialogue(messages))
     made = encode_row(Pieces(texts, roles), True)
@@ -249,9 +249,9 @@ def test_every_turn_of_the_bot_format_ends_with_its_token_whatever_stands_before
         assert made.roles[-2:].tolist() == [Role.ASSISTANT, Role.ASSISTANT]  # the model learns to end its turn
 
 
-def test_no_token_holds_the_border_beside_other_bytes_or_ends_inside_it():
-    """What the test above rests on: greedy matching can take the border as one token only."""
-    flower = BORDER.encode()
+def test_no_token_holds_the_bound_beside_other_bytes_or_ends_inside_it():
+    """What the test above rests on: greedy matching can take the bound as one token only."""
+    flower = BOUND.encode()
     tokens = tokenizer.token_bytes()
     assert [i for i, token in enumerate(tokens) if flower in token] == [FLOWER]
     parts = (flower[:1], flower[:2])

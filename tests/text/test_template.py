@@ -215,14 +215,14 @@ def test_headings_stand_at_the_start_or_after_a_blank_line(text, roles):
     assert [span.role for span in spans_of_text(text.encode())] == roles
 
 
-def test_the_headings_of_a_preset_are_found_in_ready_texts():
+def test_the_headings_of_a_preset_are_detected_in_ready_texts():
     words = PRESETS["rwkv-qa"].headings
     assert [s.role for s in spans_of_text(b"Question: a\n\nAnswer: b", words)] == [Role.HEADING, U, Role.HEADING, A]
     assert [s.role for s in spans_of_text(b"Question: a\n\nAnswer: b")] == [Role.TEXT]
 
 
 @pytest.mark.parametrize(
-    ("text", "found"),
+    ("text", "result"),
     [
         ("User: a\nAssistant: b", "Assistant:"),
         ("User: a\n\nassistant: b", "assistant:"),
@@ -233,8 +233,8 @@ def test_the_headings_of_a_preset_are_found_in_ready_texts():
         ("plain text", ""),
     ],
 )
-def test_what_only_looks_like_a_turn_is_noticed(text, found):
-    assert overlooked_heading(text.encode(), spans_of_text(text.encode())) == found
+def test_what_only_validations_like_a_turn_is_noticed(text, result):
+    assert overlooked_heading(text.encode(), spans_of_text(text.encode())) == result
 
 
 def load(tmp_path, content, name=""):

@@ -1,12 +1,12 @@
 """CUDA_GRAPHS: blocks that are replayed train as those that are not, and what is wrong or fails is not used.
 
-Nothing here is a GPU: a stand-in computes again from what lies at the recorded addresses, into buffers that stay.
+Nothing here is a GPU: a stand-in computes again from what is at the recorded addresses, into buffers that stay.
 """
 
 import pytest
 import torch
 from helpers import tiny
-from helpers.graphs import BORDERS, batch, learner, steps
+from helpers.graphs import BOUNDS, batch, learner, steps
 from helpers.kit import few
 from helpers.training import run
 
@@ -75,7 +75,7 @@ def test_some_shapes_are_recorded_at_their_third_time_and_all_others_go_one_by_o
 
 @pytest.mark.smoke(1)
 @pytest.mark.parametrize("wrong", ["an output", "a gradient", "nan", "a gradient is missing", "there are none"])
-def test_what_replays_something_else_is_not_used_and_that_is_told(said, monkeypatch, wrong):
+def test_what_replays_something_else_is_not_used_and_that_is_reported(said, monkeypatch, wrong):
     changes = {
         "a gradient": lambda grads: [None if g is None else g * 1.01 for g in grads],
         "nan": lambda grads: [None if g is None else g * torch.nan for g in grads],
@@ -94,7 +94,7 @@ def test_what_replays_something_else_is_not_used_and_that_is_told(said, monkeypa
     assert len(said) == 1 and "CUDA graphs are not used: ValueError: replayed, the blocks compute something" in said[0]
 
 
-def test_what_cannot_be_recorded_is_told_once_and_changes_nothing(said, monkeypatch):
+def test_what_cannot_be_recorded_is_reported_once_and_changes_nothing(said, monkeypatch):
     def fails(body, x, wanted):
         torch.rand(1)
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
@@ -111,7 +111,7 @@ def test_what_cannot_be_recorded_is_told_once_and_changes_nothing(said, monkeypa
 
 
 def test_a_recording_that_breaks_off_ends_the_run(said, monkeypatch):
-    """What CUDA has begun cannot be taken back: going on would be wrong in ways that nobody sees."""
+    """What CUDA has begun cannot be taken back: going on would be wrong in ways that no one sees."""
 
     def breaks(body, x, wanted):
         raise cuda_graphs.Broken("RuntimeError: operation not permitted")
@@ -131,13 +131,13 @@ def test_dropout_is_out_of_the_comparison_and_in_what_is_replayed(said, monkeypa
     monkeypatch.setattr(cuda_graphs, "record", record)
     model = learner(dropout=0.2, said=said)
     steps(model, 1)
-    dice = torch.random.get_rng_state()
+    rng = torch.random.get_rng_state()
     model.replay.try_to_record(("key",), model.emb(batch(0).ids[0], torch.float32, "cpu"), Plain())
-    assert recorded == [{0.0}, {0.2}] and torch.equal(torch.random.get_rng_state(), dice)
+    assert recorded == [{0.0}, {0.2}] and torch.equal(torch.random.get_rng_state(), rng)
 
 
 class Plain:
-    """Borders of one sequence of 24 tokens."""
+    """Bounds of one sequence of 24 tokens."""
 
     cu_seqlens, host, first, last = (0, 24), torch.tensor([0, 24]), torch.tensor([0]), torch.tensor([23])
 
@@ -150,19 +150,19 @@ def test_what_hands_on_states_or_wants_no_gradient_is_never_replayed(said):
     for seed in range(6):
         ids = batch(seed).ids
         with torch.no_grad():
-            model.features(ids, cu_seqlens=BORDERS, carry=False)
-        _, state = model.features(ids, cu_seqlens=BORDERS)
-        model.features(ids, state, BORDERS, carry=False)
+            model.features(ids, cu_seqlens=BOUNDS, carry=False)
+        _, state = model.features(ids, cu_seqlens=BOUNDS)
+        model.features(ids, state, BOUNDS, carry=False)
     assert said == [] and not model.replay.seen
 
 
 def test_a_recording_keeps_the_tables_whose_addresses_it_has():
     spans = ((0, 3), (3, 70))
-    with workspace.keeping() as held:
+    with workspace.keeping() as kept:
         first, second = workspace.tables(spans, torch.device("cpu")), wkv7_chunked.tables(spans, torch.device("cpu"))
         assert workspace.tables(spans, torch.device("cpu")) is first
     workspace.tables(spans, torch.device("cpu"))
-    assert [id(x) for x in held] == [id(first), id(second), id(first)]
+    assert [id(x) for x in kept] == [id(first), id(second), id(first)]
 
 
 @pytest.mark.parametrize("lengths, shapes", [(None, 1), ("8 16", 2), ("2 4 8 16 32 64", cuda_graphs.MOST)])
@@ -186,7 +186,7 @@ def test_without_a_gpu_they_are_refused(ready):
         run(ready, CUDA_GRAPHS="1", GRAD_CP="0")
 
 
-def test_kernels_that_they_are_not_for_are_told(ready, monkeypatch, capsys):
+def test_kernels_that_they_are_not_for_are_reported(ready, monkeypatch, capsys):
     monkeypatch.setattr(train, "graph_problems", lambda given: [])
     run(ready, CUDA_GRAPHS="1", GRAD_CP="0")
     assert "CUDA graphs are not used: they are for OP=cuda, and this run computes with" in capsys.readouterr().out

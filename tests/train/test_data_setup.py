@@ -62,14 +62,14 @@ def test_a_dry_run_says_what_becomes_of_the_data_and_shows_samples(mixed, capsys
         ("chat:0 my no:1", ["gives chat the weight 0; it must be more than 0"]),
     ],
 )
-def test_everything_wrong_with_a_mixture_is_told_at_once(mixed, text, words):
-    with pytest.raises(SettingErrors) as found:
+def test_everything_wrong_with_a_mixture_is_reported_at_once(mixed, text, words):
+    with pytest.raises(SettingErrors) as result:
         train.command(config(DATA_PATH=text), [])
-    messages = [p.message for p in found.value.problems if p.name == "DATA_PATH"]
+    messages = [p.message for p in result.value.problems if p.name == "DATA_PATH"]
     assert len(messages) == len(words) and all(w in m for w, m in zip(words, messages, strict=True))
 
 
-def test_a_file_whose_very_name_looks_like_a_mixture_is_that_file(mixed, capsys):
+def test_a_file_whose_very_name_validations_like_a_mixture_is_that_file(mixed, capsys):
     for ending in ("bin", "idx"):
         (mixed / "data" / f"chat:1.{ending}").write_bytes((mixed / "data" / f"my no.{ending}").read_bytes())
     train.command(config(DATA_PATH="chat:1"), ["--dry-run"])
@@ -115,7 +115,7 @@ def test_a_run_remembers_the_template_of_its_data_and_chat_talks_in_it(ready, ca
     assert asked == ["rwkv-qa", "chatml", "empty"]
 
 
-def test_data_of_different_templates_are_told(ready, capsys):
+def test_data_of_different_templates_are_reported(ready, capsys):
     from helpers.training import tokenize
 
     (ready / "data" / "other.jsonl").write_bytes((ready / "data" / "chat.jsonl").read_bytes())

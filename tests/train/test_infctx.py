@@ -8,7 +8,7 @@ from rwkv_peft.adapters import inject
 from rwkv_peft.ops.loss import linear_cross_entropy
 from rwkv_peft.train.infctx import MODES, chunked_loss, cut
 
-BORDERS = (0, 5, 41, 42, 90)
+BOUNDS = (0, 5, 41, 42, 90)
 
 
 def shape_of(version: str):
@@ -36,8 +36,8 @@ def batch(tokens: int = 90):
     return ids, positions, torch.randint(0, 64, positions.shape)
 
 
-def whole(model, ids, positions, targets, borders=BORDERS):
-    x, _ = model.features(ids, cu_seqlens=borders)
+def whole(model, ids, positions, targets, bounds=BOUNDS):
+    x, _ = model.features(ids, cu_seqlens=bounds)
     return linear_cross_entropy(x[0, positions], model.head_weight(), targets)
 
 
@@ -51,23 +51,23 @@ def test_with_full_the_loss_and_every_gradient_are_those_of_the_plain_run(versio
     setup = LORA if size % 2 else STATE
     model, (ids, positions, targets) = adapted(version, setup), batch()
     plain = whole(model, ids, positions, targets)
-    ours = chunked_loss(model, ids, BORDERS, positions, targets, size, "full")
+    ours = chunked_loss(model, ids, BOUNDS, positions, targets, size, "full")
     torch.testing.assert_close(ours, plain)
     for a, b in zip(gradients(model, 3 * ours), gradients(model, 3 * plain), strict=True):
         torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("version", tiny.VERSIONS)
-def test_with_detach_the_loss_is_that_of_the_plain_run_and_gradients_end_at_borders(version):
+def test_with_detach_the_loss_is_that_of_the_plain_run_and_gradients_end_at_bounds(version):
     model, (ids, positions, targets) = adapted(version, LORA), batch()
     plain, ours = whole(model, ids, positions, targets), None
-    ours = chunked_loss(model, ids, BORDERS, positions, targets, 16, "detach")
+    ours = chunked_loss(model, ids, BOUNDS, positions, targets, 16, "detach")
     torch.testing.assert_close(ours, plain)
-    theirs, found = gradients(model, plain), gradients(model, ours)
-    assert not all(torch.allclose(a, b) for a, b in zip(found, theirs, strict=True))
-    # what ends at a border is what autograd gives when every chunk is a run of its own from a constant state
-    total, state = [torch.zeros_like(g) for g in found], None
-    for chunk in cut(BORDERS, 16):
+    theirs, result = gradients(model, plain), gradients(model, ours)
+    assert not all(torch.allclose(a, b) for a, b in zip(result, theirs, strict=True))
+    # what ends at a bound is what autograd gives when every chunk is a run of its own from a constant state
+    total, state = [torch.zeros_like(g) for g in result], None
+    for chunk in cut(BOUNDS, 16):
         first = model.first_state(len(chunk.bounds) - 1)
         if chunk.continues:
             for s, carried in zip(first, state, strict=True):
@@ -78,7 +78,7 @@ def test_with_detach_the_loss_is_that_of_the_plain_run_and_gradients_end_at_bord
         here = [i for i, p in enumerate(positions.tolist()) if chunk.begin <= p < chunk.end]
         loss = linear_cross_entropy(x[0, positions[here] - chunk.begin], model.head_weight(), targets[here])
         total = [t + g for t, g in zip(total, gradients(model, loss), strict=True)]
-    for a, b in zip(found, total, strict=True):
+    for a, b in zip(result, total, strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -86,9 +86,9 @@ def test_with_detach_the_loss_is_that_of_the_plain_run_and_gradients_end_at_bord
 def test_chunks_without_a_target_are_no_nan(mode):
     model, (ids, _, _) = adapted("x070", LORA), batch()
     positions, targets = torch.tensor([88]), torch.tensor([7])
-    loss = chunked_loss(model, ids, BORDERS, positions, targets, 10, mode)
+    loss = chunked_loss(model, ids, BOUNDS, positions, targets, 10, mode)
     assert all(torch.isfinite(g).all() for g in gradients(model, loss))
-    nothing = chunked_loss(model, ids, BORDERS, positions[:0], targets[:0], 10, mode)
+    nothing = chunked_loss(model, ids, BOUNDS, positions[:0], targets[:0], 10, mode)
     assert float(nothing) == 0 and not any(g.any() for g in gradients(model, nothing))
 
 
@@ -98,7 +98,7 @@ def test_dropout_falls_alike_in_both_passes_of_full_and_as_in_one_pass():
     losses = []
     for mode in MODES:
         torch.manual_seed(5)
-        losses.append(chunked_loss(model, ids, BORDERS, positions, targets, 16, mode))
+        losses.append(chunked_loss(model, ids, BOUNDS, positions, targets, 16, mode))
         after = torch.rand(1)
         losses.append(after)
     # the same masks fell ("full" sums the chunks from the last to the first)
@@ -113,14 +113,14 @@ def test_gradient_checkpointing_inside_chunks_changes_nothing(recompute):
     plain = adapted("x060", setup)
     model = adapted("x060", setup, recompute=recompute)
     for a, b in zip(
-        gradients(model, chunked_loss(model, ids, BORDERS, positions, targets, 32, "full")),
+        gradients(model, chunked_loss(model, ids, BOUNDS, positions, targets, 32, "full")),
         gradients(plain, whole(plain, ids, positions, targets)),
         strict=True,
     ):
         torch.testing.assert_close(a, b)
 
 
-def test_chunks_tile_the_tokens_and_know_their_borders():
+def test_chunks_tile_the_tokens_and_know_their_bounds():
     chunks = cut((0, 5, 41, 42, 90), 21)
     assert [(c.begin, c.end) for c in chunks] == [(0, 5), (5, 26), (26, 42), (42, 63), (63, 84), (84, 90)]
     assert [c.bounds for c in chunks] == [(0, 5), (0, 21), (0, 15, 16), (0, 21), (0, 21), (0, 6)]
@@ -131,6 +131,6 @@ def test_chunks_tile_the_tokens_and_know_their_borders():
 def test_where_a_sequence_is_cut_does_not_depend_on_what_lies_before_it():
     """Or the gradients of detach would change with the batch size and the number of GPUs."""
     for before in (0, 1, 5, 8, 30):
-        borders = (0, before, before + 50) if before else (0, 50)
-        inside = [c.begin - before for c in cut(borders, 8) if c.continues and c.begin > before]
+        bounds = (0, before, before + 50) if before else (0, 50)
+        inside = [c.begin - before for c in cut(bounds, 8) if c.continues and c.begin > before]
         assert inside == [8, 16, 24, 32, 40, 48]

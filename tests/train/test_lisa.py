@@ -19,7 +19,7 @@ def lisa(parts=("att", "ffn"), layers=1, every=3, seed=0, keep=torch.float32):
     return Lisa(model, parts, layers, every, seed, keep)
 
 
-def test_blocks_are_drawn_anew_every_so_many_steps_and_the_same_for_the_same_seed():
+def test_blocks_are_drawn_again_every_so_many_steps_and_the_same_for_the_same_seed():
     made = lisa(every=3, layers=2)
     drawn = [made.drawn(step) for step in range(90)]
     assert all(drawn[3 * i] == drawn[3 * i + 1] == drawn[3 * i + 2] for i in range(30))
@@ -65,7 +65,7 @@ class FakeTrainer:
 
 
 def test_the_optimizer_moves_exactly_the_drawn_blocks_and_forgets_the_others():
-    """What RWKV-PEFT's LISA did not: its optimizer held the first draw for ever."""
+    """What RWKV-PEFT's LISA did not: its optimizer kept the first draw for ever."""
     made = lisa()
     made.follow(0)
     groups = lambda: [{"params": list(inject.trainable_params(made.model).values()), "lr": 1e-2, "weight_decay": 0.0}]  # noqa: E731

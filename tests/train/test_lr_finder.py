@@ -33,8 +33,8 @@ def curve(at: float, depth: float = 0.5):
 @pytest.mark.parametrize("at", [1e-4, 1e-3, 1e-2])
 def test_a_tenth_of_the_rate_with_the_lowest_loss_is_advised(at):
     tried, losses = curve(at)
-    found = lr_finder.advise(tried, losses)
-    assert at / 3 < found.lowest < at * 3 and found.take == float(f"{found.lowest / 10:.0e}") and not found.stable
+    result = lr_finder.advise(tried, losses)
+    assert at / 3 < result.lowest < at * 3 and result.take == float(f"{result.lowest / 10:.0e}") and not result.stable
     assert len(tried) < lr_finder.STEPS  # and no time is lost behind it
 
 
@@ -90,7 +90,7 @@ def test_several_processes_are_refused(ready):
 
 
 @given(largest=st.integers(0, 300), most=st.integers(1, 256))
-def test_the_largest_that_fits_is_found(largest, most):
+def test_the_largest_that_fits_is_detected(largest, most):
     asked = []
 
     def fits(size: int) -> bool:

@@ -15,14 +15,14 @@ SIZE = 128  # bitsandbytes keeps 32 bits for tensors of less than 4,096 values
 def minimised(name: str):
     """A least-squares problem, the distances on the way, and the optimizer."""
     torch.manual_seed(0)
-    wanted, found = torch.randn(SIZE, SIZE), torch.nn.Parameter(torch.randn(SIZE, SIZE))
-    groups = parameter_groups([("x", found)], 0.0, lambda *_: False, lambda _: 1.0)
+    wanted, result = torch.randn(SIZE, SIZE), torch.nn.Parameter(torch.randn(SIZE, SIZE))
+    groups = parameter_groups([("x", result)], 0.0, lambda *_: False, lambda _: 1.0)
     optimizer = make_optimizer(name, groups, 0.9, 0.99, 1e-8)
     distances = []
     for _ in range(60):
         for group in optimizer.param_groups:
             group["lr"] = 0.05
-        loss = (found - wanted).square().mean()
+        loss = (result - wanted).square().mean()
         distances.append(float(loss.detach()))
         optimizer.zero_grad()
         loss.backward()
@@ -45,7 +45,7 @@ def test_an_optimizer_keeps_the_bytes_that_the_estimate_counts(name):
 
 
 @pytest.mark.parametrize("name", [name for name, optim in OPTIMS.items() if optim.package])
-def test_a_missing_package_is_told_before_anything_is_loaded(monkeypatch, name):
+def test_a_missing_package_is_reported_before_anything_is_loaded(monkeypatch, name):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(SettingErrors, match="OPTIM: needs a package that is missing .* pip install bitsandbytes"):
         check_package(name)

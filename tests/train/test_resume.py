@@ -1,4 +1,4 @@
-"""Law 6: a run that was stopped at any step, or killed, and goes on is one that was never stopped, to the last bit."""
+"""Law 6: a run that was stopped at any step, or killed, and continues is one that was never stopped, to the last bit."""
 
 import contextlib
 import json
@@ -92,7 +92,7 @@ def test_it_may_be_stopped_several_times_and_where_an_epoch_ends(ready, monkeypa
     same(ready, "whole", "again", (whole, parts))
 
 
-def test_without_a_name_the_newest_run_goes_on_if_its_settings_are_the_same(ready, monkeypatch, capsys):
+def test_without_a_name_the_newest_run_resumes_if_its_settings_are_the_same(ready, monkeypatch, capsys):
     def folders():
         return sorted(p.name for p in (ready / "output").iterdir() if p.is_dir() and not p.is_symlink())
 
@@ -136,7 +136,7 @@ def test_what_may_not_change_is_refused_with_what_it_was(ready, monkeypatch):
 
 
 @pytest.mark.slow
-def test_another_split_of_the_same_steps_goes_on(ready, monkeypatch):
+def test_another_split_of_the_same_steps_resumes(ready, monkeypatch):
     """4 x 1 is 2 x 2 is 1 x 4; what makes other steps is refused."""
     settings = BASE | {"lora_dropout": "0", "SAVE_STEPS": "1", "MICRO_BSZ": "2", "MINI_BSZ": "1", "EPOCH_STEPS": "auto"}
     _, whole = run(ready, "whole", **settings)
@@ -187,8 +187,8 @@ def test_a_finished_run_says_so_and_a_larger_epoch_count_trains_it_further(ready
 @pytest.mark.slow
 def test_two_processes_go_on_as_if_they_had_never_stopped(kit):
     """From the middle of an epoch: of a whole run that has kept every state, the later ones are taken away."""
-    looks = {"VAL_DATA": "chat", "VAL_STEPS": "2", "VAL_PATIENCE": "99"}
-    prepare(kit, SAVE_STEPS="3", KEEP_LAST="99", GPU_COUNT="2", MICRO_BSZ="1", RUN_NAME="whole", **looks)
+    validations = {"VAL_DATA": "chat", "VAL_STEPS": "2", "VAL_PATIENCE": "99"}
+    prepare(kit, SAVE_STEPS="3", KEEP_LAST="99", GPU_COUNT="2", MICRO_BSZ="1", RUN_NAME="whole", **validations)
     kit.run("training.sh")
     output = kit.root / "output"
     shutil.copytree(output / "whole", output / "again")
@@ -196,7 +196,7 @@ def test_two_processes_go_on_as_if_they_had_never_stopped(kit):
         shutil.rmtree(output / "again" / "state" / name)
     (output / "latest").unlink()
     (output / "latest").symlink_to("again")
-    kit.set(RUN_NAME="")  # the first process finds it, and tells the other
+    kit.set(RUN_NAME="")  # the rank 0 finds it, and shows the other
     assert "goes on   output/again at step 4 of 12" in kit.run("training.sh").stdout
     same(kit.root, "whole", "again", [records(kit.root, name) for name in ("whole", "again")])
     valid = output / "again" / "valid.jsonl"
@@ -229,7 +229,7 @@ def test_killed_again_and_again_it_ends_as_if_nothing_had_happened(kit, name, se
     prepare(kit, SAVE_STEPS="1", EPOCH_COUNT="30", EPOCH_SAVE="10", LR_INIT="1e-3", SEED=str(seed), **settings)
     kit.run("training.sh", timeout=500)
     kit.set(RUN_NAME="again")
-    dice, log = random.Random(seed), kit.root / "output/again/loss.jsonl"
+    rng, log = random.Random(seed), kit.root / "output/again/loss.jsonl"
     for _ in range(25 if EVERYTHING else 5):
         process = subprocess.Popen(
             [str(kit.root / "training.sh")], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
@@ -241,7 +241,7 @@ def test_killed_again_and_again_it_ends_as_if_nothing_had_happened(kit, name, se
             if log.exists() and log.read_bytes() != before:
                 break
             time.sleep(0.01)
-        time.sleep(dice.random() * 0.5)
+        time.sleep(rng.random() * 0.5)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         assert "Traceback" not in process.communicate()[1]
@@ -262,7 +262,7 @@ def prepare(kit, **settings) -> None:
 
 
 @pytest.mark.slow
-def test_a_damaged_state_is_told_and_the_one_before_it_taken(ready, monkeypatch, capsys):
+def test_a_damaged_state_is_reported_and_the_one_before_it_taken(ready, monkeypatch, capsys):
     settings = BASE | {"SAVE_STEPS": "2"}
     _, whole = run(ready, "whole", **settings)
     interrupted(monkeypatch, ready, 7, "killed", **settings)
@@ -291,7 +291,7 @@ def test_a_state_that_cannot_be_written_stops_nothing(ready, monkeypatch, capsys
     assert "not the state of the optimizer. To go on, set lora_load=" in capsys.readouterr().err
 
 
-def test_with_keep_last_0_nothing_is_kept_and_the_way_to_go_on_is_told(ready, monkeypatch, capsys):
+def test_with_keep_last_0_nothing_is_kept_and_the_way_to_go_on_is_reported(ready, monkeypatch, capsys):
     interrupted(monkeypatch, ready, 5, "stopped", **BASE | {"KEEP_LAST": "0"})
     assert not (ready / "output/again/state").exists()
     assert "set lora_load=" in capsys.readouterr().err
@@ -315,8 +315,8 @@ def test_only_the_last_states_are_kept_and_half_written_ones_vanish(tmp_path):
         (tmp_path / "state" / f"{train_state.UNFINISHED}step-000001").mkdir()
         saved(tmp_path, step, keep=2)
     assert sorted(p.name for p in (tmp_path / "state").iterdir()) == ["step-000012", "step-000020"]
-    found = train_state.latest_valid(tmp_path, print)
-    assert found.step == 20 and torch.equal(found.tensors("weights")["a"], torch.arange(64.0))
+    result = train_state.latest_valid(tmp_path, print)
+    assert result.step == 20 and torch.equal(result.tensors("weights")["a"], torch.arange(64.0))
 
 
 def test_a_state_that_is_saved_behind_a_damaged_later_one_stays(tmp_path):
@@ -329,7 +329,7 @@ def test_a_state_that_is_saved_behind_a_damaged_later_one_stays(tmp_path):
     assert train_state.state_names(tmp_path) == ["step-000007"]
 
 
-def test_a_state_that_was_about_to_be_replaced_is_found_and_looking_changes_nothing(tmp_path):
+def test_a_state_that_was_about_to_be_replaced_is_detected_and_looking_changes_nothing(tmp_path):
     folder = saved(tmp_path, 4).folder
     folder.rename(folder.with_name(f"{train_state.REPLACED}{folder.name}"))
     (tmp_path / "state" / f"{train_state.UNFINISHED}step-000005").mkdir()
@@ -353,12 +353,12 @@ def test_no_damage_goes_unseen(tmp_path, harm):
         content[99] ^= 1
         file.write_bytes(content)
     else:
-        told = json.loads(manifest.read_text())
+        reported = json.loads(manifest.read_text())
         if harm == "another step":
-            told["step"] = 4
+            reported["step"] = 4
         else:
-            del told["files"]["optimizer.safetensors"]
-        manifest.write_text(json.dumps(told))
+            del reported["files"]["optimizer.safetensors"]
+        manifest.write_text(json.dumps(reported))
     said = []
     with pytest.raises(Exception, match="none of its states is whole"):
         train_state.latest_valid(tmp_path, said.append)
@@ -367,7 +367,7 @@ def test_no_damage_goes_unseen(tmp_path, harm):
 
 @pytest.mark.slow
 def test_the_checkpoint_of_an_epoch_is_not_lost_where_the_run_ended_while_it_was_saved(ready, monkeypatch):
-    """A state of that step must not be there before the checkpoint is; and what is missing is written when the run goes on."""
+    """A state of that step must not be there before the checkpoint is; and what is missing is written when the run continues."""
     settings = BASE | {"SAVE_STEPS": "4"}
     _, whole = run(ready, "whole", **settings)
     replace = os.replace
@@ -463,11 +463,11 @@ def test_a_state_that_another_process_has_overtaken_is_looked_for_again(ready, m
     find, before = resume.find_resume_state, []
 
     def find_and_lose(*given):
-        found = find(*given)
+        result = find(*given)
         if not before:
-            before.append(found)
-            shutil.rmtree(found.folder)  # as if another process had gone on, saved later states and pruned this one
-        return found
+            before.append(result)
+            shutil.rmtree(result.folder)  # as if another process had gone on, saved later states and pruned this one
+        return result
 
     monkeypatch.setattr(resume, "find_resume_state", find_and_lose)
     run(ready, "again", **settings)
@@ -476,7 +476,7 @@ def test_a_state_that_another_process_has_overtaken_is_looked_for_again(ready, m
 
 @pytest.mark.smoke(1)
 @pytest.mark.parametrize("log", ["missing", "torn", "without its losses"])
-def test_a_log_with_gaps_is_told_and_stops_nothing(ready, monkeypatch, capsys, log):
+def test_a_log_with_gaps_is_reported_and_stops_nothing(ready, monkeypatch, capsys, log):
     interrupted(monkeypatch, ready, 5, "stopped", **BASE)
     file = ready / "output/again/loss.jsonl"
     lines = file.read_text().splitlines()
@@ -491,17 +491,17 @@ def test_a_log_with_gaps_is_told_and_stops_nothing(ready, monkeypatch, capsys, l
 
 
 @pytest.mark.slow
-def test_records_behind_a_gap_stay_at_every_resume_and_the_gap_is_told_once(ready, monkeypatch, capsys):
+def test_records_behind_a_gap_stay_at_every_resume_and_the_gap_is_reported_once(ready, monkeypatch, capsys):
     interrupted(monkeypatch, ready, 5, "stopped", **BASE)
     file = ready / "output/again/loss.jsonl"
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:2]) + lines[2][:30])
-    told = []
+    reported = []
     for at in (7, 9):
         interrupted(monkeypatch, ready, at, "stopped", **BASE)
-        told.append("no record of steps 3 to 5" in capsys.readouterr().out)
+        reported.append("no record of steps 3 to 5" in capsys.readouterr().out)
         assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, *range(6, at + 1)]
-    assert told == [True, False]
+    assert reported == [True, False]
 
 
 @pytest.mark.slow
@@ -517,8 +517,8 @@ def test_every_save_steps_there_is_a_checkpoint_that_merges(ready, capsys):
     )  # (the epochs' checkpoints are those of steps 8 and 12)
     for step in (3, 6, 9):
         state = train_state.read_manifest(folder / f"state/step-{step:06}").tensors("weights")
-        found = pth.load(folder / f"rwkv-step-{step}.pth")
-        assert found.keys() == state.keys() and all(torch.equal(found[n], state[n]) for n in found)
+        result = pth.load(folder / f"rwkv-step-{step}.pth")
+        assert result.keys() == state.keys() and all(torch.equal(result[n], state[n]) for n in result)
     said = capsys.readouterr().out
     assert all(f"saved output/whole/rwkv-step-{step}.pth\n" in said for step in (3, 6, 9))
     merge("step-6", RUN="whole")

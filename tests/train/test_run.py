@@ -73,9 +73,9 @@ def test_the_speed_is_that_of_the_last_steps_and_never_of_the_first(monkeypatch)
     from rwkv_peft.train.callbacks import metrics
     from rwkv_peft.train.context import RunContext
 
-    clock, found = [0.0], []
+    clock, result = [0.0], []
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    recorder = metrics.MetricsCallback(RunContext(Path(), print, GracefulStop()), [found.append], 9)
+    recorder = metrics.MetricsCallback(RunContext(Path(), print, GracefulStop()), [result.append], 9)
     trainer = types.SimpleNamespace(global_step=0, world_size=1, is_global_zero=True, current_epoch=0)
     module = types.SimpleNamespace(shares=[], skipped=False, rate_of=lambda step: 1e-4, grad_norm=torch.tensor(1.0))
     recorder.on_train_start(trainer, module)
@@ -84,7 +84,7 @@ def test_the_speed_is_that_of_the_last_steps_and_never_of_the_first(monkeypatch)
         trainer.global_step, module.shares = step, [1.0]
         batch = types.SimpleNamespace(tokens=100, beginning=(), step_targets=50)
         recorder.on_train_batch_end(trainer, module, None, batch, step - 1)
-    assert [(r.tokens_per_s, r.targets_per_s) for r in found] == [(100 / 90, 50 / 90), (100.0, 50.0), (50.0, 25.0)]
+    assert [(r.tokens_per_s, r.targets_per_s) for r in result] == [(100 / 90, 50 / 90), (100.0, 50.0), (50.0, 25.0)]
 
 
 @pytest.mark.smoke(5)
@@ -206,7 +206,7 @@ def test_wandb_offline_gets_the_records_and_a_broken_one_stops_nothing(ready, mo
     assert records
 
 
-def test_tensorboard_has_every_step_once_also_where_a_run_goes_on(ready, monkeypatch, capsys):
+def test_tensorboard_has_every_step_once_also_where_a_run_resumes(ready, monkeypatch, capsys):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -220,11 +220,11 @@ def test_tensorboard_has_every_step_once_also_where_a_run_goes_on(ready, monkeyp
     }
     interrupted(monkeypatch, ready, 3, "killed", "again", **settings)
     _, records = run(ready, "again", **settings)
-    found = EventAccumulator(str(ready / "output/again/tensorboard"))
-    found.Reload()
-    losses = [(one.step, one.value) for one in found.Scalars("loss")]
+    result = EventAccumulator(str(ready / "output/again/tensorboard"))
+    result.Reload()
+    losses = [(one.step, one.value) for one in result.Scalars("loss")]
     assert losses == [(r["step"], pytest.approx(r["loss"])) for r in records] and len(losses) == 4
-    assert {one.step for one in found.Scalars("validation_loss")} == {1, 2, 3, 4}
+    assert {one.step for one in result.Scalars("validation_loss")} == {1, 2, 3, 4}
 
 
 @pytest.mark.smoke(1)
@@ -277,7 +277,7 @@ def checkpoint_of(folder, name, step):
 
 
 @pytest.mark.parametrize(
-    ("saved", "looks", "chosen", "words"),
+    ("saved", "validations", "chosen", "words"),
     [
         ({"0": 4, "1": 8, "best": 4}, {0: 9.0, 4: 1.0, 8: 2.0}, "best", "at step 4, in epoch 1; {}/rwkv-best.pth holds it"),
         # kept when the run was another
@@ -289,14 +289,14 @@ def checkpoint_of(folder, name, step):
     ],
 )  # fmt: skip
 def test_the_checkpoint_to_go_on_with_is_that_of_the_best_look_that_there_is_one_of(
-    tmp_path, capsys, saved, looks, chosen, words
+    tmp_path, capsys, saved, validations, chosen, words
 ):
     for name, step in saved.items():
         checkpoint_of(tmp_path, name, step)
-    records = [{"step": step, "loss": loss, "epoch": max(0, step - 1) // 4} for step, loss in looks.items()]
+    records = [{"step": step, "loss": loss, "epoch": max(0, step - 1) // 4} for step, loss in validations.items()]
     newest = max((name for name in saved if name != "best"), key=int)
-    found = report.best_look(records, tmp_path, tmp_path / f"rwkv-{newest}.pth")
-    assert found.name == f"rwkv-{chosen}.pth" and words.format(tmp_path) in capsys.readouterr().out
+    result = report.best_look(records, tmp_path, tmp_path / f"rwkv-{newest}.pth")
+    assert result.name == f"rwkv-{chosen}.pth" and words.format(tmp_path) in capsys.readouterr().out
 
 
 def test_no_log_of_a_run_that_saved_nothing_is_lost(tmp_path, monkeypatch):
@@ -308,7 +308,7 @@ def test_no_log_of_a_run_that_saved_nothing_is_lost(tmp_path, monkeypatch):
     assert (folder / run_dir.BEFORE).read_text() == "first\nsecond\n"
 
 
-def test_it_is_told_that_the_newest_run_has_saved_nothing(tmp_path, monkeypatch, capsys):
+def test_it_is_reported_that_the_newest_run_has_saved_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(paths, "OUTPUT", tmp_path)
     for name in ("old", "new"):
         (tmp_path / name).mkdir()
@@ -324,11 +324,11 @@ def test_it_is_told_that_the_newest_run_has_saved_nothing(tmp_path, monkeypatch,
 def test_a_signal_that_comes_while_processes_agree_is_not_lost():
     exchanges = []
 
-    def reduce(told, reduce_op):
-        exchanges.append(told.clone())
+    def reduce(reported, reduce_op):
+        exchanges.append(reported.clone())
         if len(exchanges) == 1:  # it comes when what this process knew is on its way
             stop.receive(signal.SIGTERM, None)
-        return told
+        return reported
 
     stop = GracefulStop(is_main=False)
     strategy = types.SimpleNamespace(reduce=reduce, root_device="cpu")
@@ -338,18 +338,18 @@ def test_a_signal_that_comes_while_processes_agree_is_not_lost():
 
 def test_a_signal_to_another_process_stops_this_one():
     strategy = types.SimpleNamespace(
-        reduce=lambda told, reduce_op: told + told.new_tensor([signal.SIGINT, 0]), root_device="cpu"
+        reduce=lambda reported, reduce_op: reported + reported.new_tensor([signal.SIGINT, 0]), root_device="cpu"
     )
     stop = GracefulStop(is_main=False)
     assert stop.agree(types.SimpleNamespace(world_size=2, strategy=strategy)) and stop.received == signal.SIGINT
 
 
-def test_who_leaves_at_once_is_told_whether_anything_is_saved(monkeypatch):
-    told = []
+def test_who_leaves_at_once_is_reported_whether_anything_is_saved(monkeypatch):
+    reported = []
     monkeypatch.setattr(os, "_exit", lambda code: None)
-    monkeypatch.setattr(os, "write", lambda _file, message: told.append(message.decode()))
+    monkeypatch.setattr(os, "write", lambda _file, message: reported.append(message.decode()))
     for saved in (True, False):
         stop = GracefulStop(has_saved=lambda saved=saved: saved)
         stop.received = signal.SIGINT
         stop.receive(signal.SIGINT, None)
-    assert "Checkpoints that were saved before are whole" in told[0] and "Nothing had been saved yet" in told[1]
+    assert "Checkpoints that were saved before are whole" in reported[0] and "Nothing had been saved yet" in reported[1]

@@ -52,7 +52,7 @@ def test_a_model_that_has_learnt_says_it(ready):
 
 
 @pytest.mark.parametrize("at", few([3, 5], [5]))
-def test_a_run_that_goes_on_has_said_everything_once(ready, monkeypatch, at):
+def test_a_run_that_resumes_has_said_everything_once(ready, monkeypatch, at):
     settings = {**BASE, **ASKED, "SAMPLE_STEPS": "2", "SAVE_STEPS": "2", "SAMPLE_TOKENS": "4"}
     run(ready, "whole", **settings)
     interrupted(monkeypatch, ready, at, "killed", **settings)
@@ -60,7 +60,7 @@ def test_a_run_that_goes_on_has_said_everything_once(ready, monkeypatch, at):
     assert steps(ready, "again") == steps(ready, "whole")
 
 
-def test_an_answer_that_fails_is_told_and_training_goes_on(ready, monkeypatch, capsys):
+def test_an_answer_that_fails_is_reported_and_training_resumes(ready, monkeypatch, capsys):
     def fails(*_args, **_more):
         raise RuntimeError("no words")
 
@@ -77,6 +77,6 @@ def test_questions_come_from_a_file_with_one_a_line(ready):
 
 @pytest.mark.parametrize("text, words", [("none.txt", "cannot be read"), (" | ", "holds no question")])
 def test_questions_that_are_not_there_are_named(ready, text, words):
-    with pytest.raises(SettingErrors) as found:
+    with pytest.raises(SettingErrors) as result:
         run(ready, **COMMON, SAMPLE_PROMPTS=text)
-    assert [(p.name, words in p.message) for p in found.value.problems] == [("SAMPLE_PROMPTS", True)]
+    assert [(p.name, words in p.message) for p in result.value.problems] == [("SAMPLE_PROMPTS", True)]

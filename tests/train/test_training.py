@@ -142,9 +142,9 @@ def test_going_on_from_a_checkpoint_starts_with_its_weights(ready):
 def test_a_checkpoint_of_other_settings_is_refused(ready, changes, name, words):
     run(ready, "first")
     tiny.save_model(ready / "model" / "other.pth", seed=1)
-    with pytest.raises(SettingErrors) as found:
+    with pytest.raises(SettingErrors) as result:
         run(ready, "again", **({"lora_load": "output/first/rwkv-0.pth"} | changes))
-    assert {p.name: p.message for p in found.value.problems}[name].count(words)
+    assert {p.name: p.message for p in result.value.problems}[name].count(words)
 
 
 WAYS = {
@@ -298,9 +298,9 @@ def test_other_settings_work(ready, settings):
 )
 def test_data_without_anything_to_train_are_refused(ready, settings, rows, name, words):
     tokenize(tiny.write_jsonl(ready / "data" / "plain.jsonl", rows))
-    with pytest.raises(SettingErrors) as found:
+    with pytest.raises(SettingErrors) as result:
         run(ready, DATA_PATH="plain", **settings)
-    assert words in {p.name: p.message for p in found.value.problems}[name]
+    assert words in {p.name: p.message for p in result.value.problems}[name]
 
 
 @pytest.mark.smoke(1)
@@ -463,15 +463,15 @@ def test_the_precision_follows_the_processor():
         ({"MODEL_VERSION": "v6"}, "MODEL_VERSION", "but model/tiny.pth has v7; use auto"),
     ],
 )
-def test_what_does_not_go_with_the_base_is_told_before_anything_is_loaded(ready, settings, name, words):
-    with pytest.raises(SettingErrors) as found:
+def test_what_does_not_go_with_the_base_is_reported_before_anything_is_loaded(ready, settings, name, words):
+    with pytest.raises(SettingErrors) as result:
         run(ready, "never", **settings)
-    assert words in {p.name: p.message for p in found.value.problems}[name]
+    assert words in {p.name: p.message for p in result.value.problems}[name]
     assert not (ready / "output" / "never").exists()
 
 
 @pytest.mark.slow
-def test_a_pissa_run_goes_on_only_with_what_it_began_with(ready):
+def test_a_pissa_run_resumes_only_with_what_it_began_with(ready):
     settings = {"FINETUNE_MODE": "pissa", "pissa_r": "4"}
     run(ready, "first", **settings)
     (ready / "output/first/init_pissa.pth").rename(ready / "output/moved.pth")

@@ -25,11 +25,11 @@ FILES = ("data.idx", "data.bin", "data.roles.idx", "data.roles.bin")
 
 def parts_of(data: bytes) -> list[bytes]:
     sizes = HEAD.unpack(data[: HEAD.size].ljust(HEAD.size, b"\0"))
-    found, at = [], HEAD.size
+    result, at = [], HEAD.size
     for size in sizes:
-        found.append(data[at : at + size])
+        result.append(data[at : at + size])
         at += size
-    return [*found, data[at:]]
+    return [*result, data[at:]]
 
 
 def joined(parts: list[bytes]) -> bytes:

@@ -44,34 +44,34 @@ class It(Harness):
         path = folder / "rows.txt"
         path.write_bytes(data)
         reader.settle([path])
-        found = encodings.decide(io.BytesIO(data))
+        result = encodings.decide(io.BytesIO(data))
         try:
             with reader.unpacked(path) as (file, _):
                 text = file.read()
         except UserError:
             sound(
-                is_packed(data) or not isinstance(found, encodings.Encoding),
+                is_packed(data) or not isinstance(result, encodings.Encoding),
                 "refused though its encoding is known",
-                found,
+                result,
             )
             raise
         sound(b"\r" not in text, "line ends of Windows", text)
         if is_packed(data):
             return "packed"
-        sound(isinstance(found, encodings.Encoding), "read though its encoding is not known", found)
+        sound(isinstance(result, encodings.Encoding), "read though its encoding is not known", result)
         for size in (7,) if len(data) > 300 else (1, 64):
-            sound(in_pieces(data, found, size) == text, f"other text in pieces of {size}", found, text)
-        if not found.codec:
-            plain = data[found.skip :].replace(b"\r\r\n", b"\n").replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+            sound(in_pieces(data, result, size) == text, f"other text in pieces of {size}", result, text)
+        if not result.codec:
+            plain = data[result.skip :].replace(b"\r\r\n", b"\n").replace(b"\r\n", b"\n").replace(b"\r", b"\n")
             sound(text == plain, "UTF-8 that is changed", text, plain)
         else:
             encodings.MARK.sub(b"", text).decode("utf-8")
-        return found.shown
+        return result.shown
 
 
-def in_pieces(data: bytes, found: encodings.Encoding, size: int) -> bytes:
-    source = io.BufferedReader(io.BytesIO(data[found.skip :]), size)
-    stream, out = encodings.AsUtf8(source, found), b""
+def in_pieces(data: bytes, result: encodings.Encoding, size: int) -> bytes:
+    source = io.BufferedReader(io.BytesIO(data[result.skip :]), size)
+    stream, out = encodings.AsUtf8(source, result), b""
     while piece := stream.read(max(size, 4)):
         out += piece
     return out

@@ -32,17 +32,17 @@ class It(Harness):
     def read(self, data: bytes, folder: Path) -> str:
         keys, _, roles = data.decode("utf-8", "surrogateescape").partition("\n")
         try:
-            found = columns(keys, roles)
+            result = columns(keys, roles)
         except SettingErrors as problems:
             sound({p.name for p in problems.problems} <= {*self.places}, "names another setting", problems)
             raise
-        sound({*found.given} <= {*MAPPABLE}, "an unknown part", found)
-        sound(all(role is None or isinstance(role, Role) for role in found.roles.values()), "an unknown role", found)
-        hash(found)
+        sound({*result.given} <= {*MAPPABLE}, "an unknown part", result)
+        sound(all(role is None or isinstance(role, Role) for role in result.roles.values()), "an unknown role", result)
+        hash(result)
         outcomes = []
         for row in ROWS:
             try:
-                schema, made = Reader(found, "auto", True).read(dict(row))
+                schema, made = Reader(result, "auto", True).read(dict(row))
                 sound(isinstance(made, (str, Dialogue)), "neither text nor dialogue", made)
                 outcomes.append(schema.split("/")[0][:10])
             except RowError as error:

@@ -1,4 +1,4 @@
-"""The reader of .pth checkpoints. Sound: every tensor that is described lies in a record of the file; mapped reading,
+"""The reader of .pth checkpoints. Sound: every tensor that is described is in a record of the file; mapped reading,
 reading record by record and a copy of the file all give the same bytes."""
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ class It(Harness):
         return mutate.of_zip(data, random, other, inner)
 
     def grown(self, data: bytes, random: random.Random, size: int) -> bytes:
-        found = mutate.members(data)
-        at = next((i for i, one in enumerate(found or ()) if one[0].endswith("data.pkl")), None)
+        result = mutate.members(data)
+        at = next((i for i, one in enumerate(result or ()) if one[0].endswith("data.pkl")), None)
         if at is None:
             return super().grown(data, random, size)
-        found[at] = found[at][0], mutate.grown(found[at][1], random, size), found[at][2]
-        return mutate.zipped(found)
+        result[at] = result[at][0], mutate.grown(result[at][1], random, size), result[at][2]
+        return mutate.zipped(result)
 
     def read(self, data: bytes, folder: Path) -> str:
         path = folder / "model.pth"

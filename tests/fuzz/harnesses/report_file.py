@@ -1,4 +1,4 @@
-"""NAME.report.json beside tokenized data, which says how they were made. Input: its JSON. Sound: what it tells is of
+"""NAME.report.json beside tokenized data, which says how they were made. Input: its JSON. Sound: what it shows is of
 the right kind, or it counts as not there."""
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class It(Harness):
         sound(isinstance(tokenized_files.has_blank_lines(prefix), bool), "neither true nor false")
         wrong = vocabulary_check.describe_vocabulary_problem(prefix, Reader(prefix))
         sound(not wrong or "data.report.json" in wrong, "text that is none", wrong)
-        found = cache.fresh(report, "k")
-        sound(found is None or isinstance(found, dict), "a report that is none", found)
+        result = cache.fresh(report, "k")
+        sound(result is None or isinstance(result, dict), "a report that is none", result)
         try:
             form = tokenized_files.read_form(prefix)
         except UserError as error:

@@ -1,4 +1,4 @@
-"""Tables of pyarrow (.parquet, .arrow): bytes that are changed, and tables that are written anew with other rows and
+"""Tables of pyarrow (.parquet, .arrow): bytes that are changed, and tables that are written again with other rows and
 types."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pyarrow.parquet
 from fuzz import mutate
 from fuzz.rows import NAMES, Rows
 
-MOST = 200  # rows of a table that is written anew
+MOST = 200  # rows of a table that is written again
 
 
 def rows_of(data: bytes) -> list | None:

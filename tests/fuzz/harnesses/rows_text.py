@@ -1,4 +1,4 @@
-"""Ready texts (.txt, .md by another name): documents by file, line or paragraph; headings of ours and of others
+"""Ready texts (.txt, .md by another name): documents by file, line or paragraph; headings of the kit and of others
 inside."""
 
 from __future__ import annotations

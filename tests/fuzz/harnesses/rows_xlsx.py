@@ -27,9 +27,9 @@ class It(Rows):
         )
 
     def grown(self, data: bytes, random: random.Random, size: int) -> bytes:
-        found = mutate.members(data)
-        if not found:
+        result = mutate.members(data)
+        if not result:
             return super().grown(data, random, size)
-        at = random.randrange(len(found))
-        found[at] = found[at][0], mutate.grown(found[at][1], random, size), found[at][2]
-        return mutate.zipped(found)
+        at = random.randrange(len(result))
+        result[at] = result[at][0], mutate.grown(result[at][1], random, size), result[at][2]
+        return mutate.zipped(result)

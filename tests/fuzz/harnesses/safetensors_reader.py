@@ -1,4 +1,4 @@
-"""The reader of .safetensors files. Sound: every tensor lies in the file, behind the header; where the format's own
+"""The reader of .safetensors files. Sound: every tensor is in the file, behind the header; where the format's own
 library takes the file as well, it finds the same names, shapes and bytes."""
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Scripts of settings. Input: the text of a training.sh, make_tokenize.sh, merge.sh or chat.sh (the first byte
 chooses), whose values are what a bash would set. Sound: settings within their bounds; or a table of problems, each
-with a setting of the script or of the kit and the line where it stands."""
+with a setting of the script or of the kit and the line where it is."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ class It(Harness):
             values = {f.metadata["var"]: data[:40].decode("latin-1") for f in dataclasses.fields(kind)}
         script = Script(path, values)
         words = [f"--{re.sub('_', '-', name.lower())}={value}" for name, value in values.items()]
-        found, rest = take_options(list(words), kind)
-        sound(len(found) + len(rest) <= len(words), "words out of nothing", found, rest)
+        result, rest = take_options(list(words), kind)
+        sound(len(result) + len(rest) <= len(words), "words out of nothing", result, rest)
         script.ignored_shell_vars(kind)
         try:
             settings = script.read(kind, RETIRED)

@@ -69,12 +69,12 @@ class It(Harness):
         return " ".join(outcomes)
 
     def merge(self, path: Path, base: Path) -> str:
-        found = inputs.load_checkpoint(path, "", None, None, True)
-        sound(found.words and found.label, "no words", found)
-        sound(found.part.setup.method in METHODS, "an unknown method", found.part.setup)
+        result = inputs.load_checkpoint(path, "", None, None, True)
+        sound(result.words and result.label, "no words", result)
+        sound(result.part.setup.method in METHODS, "an unknown method", result.part.setup)
         run_dir.checkpoint_steps(path.parent)
-        if found.sidecar:
-            sound(base_model.find_base_model(found.sidecar, path, str(base)) == base, "another base", found.sidecar)
+        if result.sidecar:
+            sound(base_model.find_base_model(result.sidecar, path, str(base)) == base, "another base", result.sidecar)
         return "merge"
 
     def chat(self, path: Path, base: Path) -> str:
@@ -83,8 +83,8 @@ class It(Harness):
         return "chat"
 
     def prompt(self, path: Path, base: Path) -> str:
-        told = sidecars.read_sidecar(path, ())
-        asked = prompt_format.read_prompt_format(told, str(sidecars.sidecar_path(path)), base)
+        reported = sidecars.read_sidecar(path, ())
+        asked = prompt_format.read_prompt_format(reported, str(sidecars.sidecar_path(path)), base)
         again = json.loads(json.dumps(asked.describe()))
         sound(
             all(isinstance(i, int) and 0 <= i < 65536 for i in again["stop_token_ids"]),

@@ -61,9 +61,9 @@ class It(Harness):
             if isinstance(content, dict) and self.choice(data) % 8:  # as it was written, by its checksum
                 content.pop("sha256", None)
                 if isinstance(content.get("files"), dict):
-                    for told in content["files"].values():
-                        if isinstance(told, dict) and "sha256" in told:
-                            told["sha256"] = hashlib.sha256(b"0123456789").hexdigest()
+                    for reported in content["files"].values():
+                        if isinstance(reported, dict) and "sha256" in reported:
+                            reported["sha256"] = hashlib.sha256(b"0123456789").hexdigest()
                 manifest = json.dumps({**content, "sha256": train_state.manifest_checksum(content)}).encode()
         (there / train_state.MANIFEST).write_bytes(manifest)
         (folder / "run" / "loss.jsonl").write_bytes(log)
@@ -78,19 +78,19 @@ class It(Harness):
 
     def state(self, run: Path) -> str:
         said: list[str] = []
-        found = train_state.latest_valid(run, said.append)
-        facts = found.facts
-        sound(found.step == 5 and isinstance(facts["finished"], bool), "another step", facts)
+        result = train_state.latest_valid(run, said.append)
+        facts = result.facts
+        sound(result.step == 5 and isinstance(facts["finished"], bool), "another step", facts)
         sound(isinstance(facts["tokens"], int) and facts["tokens"] >= 0, "tokens that are no number", facts["tokens"])
-        outcomes = [resume.describe(found), resume.length_setting(found), str(resume.ended_early(found))]
-        resume.changed_settings(found, self.config, set())
+        outcomes = [resume.describe(result), resume.length_setting(result), str(resume.ended_early(result))]
+        resume.changed_settings(result, self.config, set())
         content, data = {"sha256": "x"}, {"files": [{"name": "a", "sha256": "b"}], "weights": []}
         given = resume.script_values(self.config)
         plan = {"accumulate": 1, "world": 1, "rows": 2, "micro_batches": 2, "epoch_steps": 2}
         for check in (
-            lambda: resume.check_not_finished(found, 5, self.config, None),
-            lambda: resume.check_files(found, {}, content, data, run / "init_lora.pth"),
-            lambda: resume.check_settings(found, given, given, plan),
+            lambda: resume.check_not_finished(result, 5, self.config, None),
+            lambda: resume.check_files(result, {}, content, data, run / "init_lora.pth"),
+            lambda: resume.check_settings(result, given, given, plan),
         ):
             try:
                 check()

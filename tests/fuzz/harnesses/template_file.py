@@ -68,11 +68,13 @@ class It(Harness):
             overlooked_heading(data, spans, form.headings)
         for eot in ENDINGS:
             asked = PromptFormat(form, eot, form.bos)
-            told = asked.describe()
-            json.dumps(told)
-            quote_for_bash(told["example_prompt"])
+            reported = asked.describe()
+            json.dumps(reported)
+            quote_for_bash(reported["example_prompt"])
             sound(
-                all(told["stop"]) and all(0 <= i < 65536 for i in told["stop_token_ids"]), "stops that are none", told
+                all(reported["stop"]) and all(0 <= i < 65536 for i in reported["stop_token_ids"]),
+                "stops that are none",
+                reported,
             )
         source = to_jinja(form, ENDINGS["doc"], False)
         try:

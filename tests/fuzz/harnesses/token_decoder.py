@@ -62,8 +62,8 @@ class It(Harness):
         stream = tokenizer.Utf8Stream()
         streamed = "".join(map(stream.push, ids.tolist()))
         sound(text.startswith(streamed), "a stream gives another text", text, streamed)
-        for border in ("", "|"):
-            shown = tokenizer.mark_trained(ids.tolist(), (ids % 3 == 0).tolist(), separator=border)
+        for bound in ("", "|"):
+            shown = tokenizer.mark_trained(ids.tolist(), (ids % 3 == 0).tolist(), separator=bound)
             sound(all(c.isprintable() or c == "\n" for c in shown), "steers a terminal", shown)
         roles = roles_in_text(ids, spans_of_text)
         sound(len(roles) == len(ids) and (not len(roles) or roles.max() <= max(Role)), "roles that are none", roles)
