@@ -1,5 +1,4 @@
-"""STRATEGY=fsdp: weights, gradients and the optimizer's memory in pieces, by torch's fully_shard (FSDP2). Lightning's own FSDP
-strategy wants a GPU."""
+"""STRATEGY=fsdp: torch's FSDP2. Weights, gradients and optimizer state are sharded over the processes."""
 
 from __future__ import annotations
 
@@ -11,34 +10,40 @@ from torch.distributed.tensor import Shard
 
 from rwkv_peft.quantize import codes_as_parameters
 
-from .sharding import broadcast_params
+from .sharding import as_shardable, broadcast_params
 
 
 class FullyShard(DDPStrategy):
-    """One block's weights are whole at a time, on their way through it; those of embedding and head all the time of a step."""
+    """Strategy that gathers the weights of one block at a time, and keeps those of embedding and head whole during a step."""
 
     def model_to_device(self) -> None:
-        """Block after block, when it is cut: a device holds no more than one of them whole."""
+        """Do nothing: blocks move one by one when they are sharded, so that a device holds no more than one of them whole."""
 
     def configure_ddp(self) -> None:
-        model = self.lightning_module.model
+        """Shard the model block by block."""
+        module = as_shardable(self.lightning_module)
+        model = module.model
         mesh = init_device_mesh(self.root_device.type, (self.world_size,))
 
-        def along(parameter: nn.Parameter) -> Shard:
-            """Vectors are [1, 1, C] in some versions. (Along other than the first, torch cuts only into equal parts.)"""
+        def placement(parameter: nn.Parameter) -> Shard:
+            """Choose the longest dimension: vectors are [1, 1, C] in some versions.
+
+            Along a dimension other than the first, torch only makes shards of equal size.
+            """
             longest = max(range(parameter.dim()), key=lambda dim: parameter.shape[dim])
             return Shard(longest if parameter.shape[longest] % self.world_size == 0 else 0)
 
+        def broadcast(name: str) -> None:
+            broadcast_params(model.get_submodule(name).named_parameters(name), module.given, self.root_device)
+
         for number, block in enumerate(model.blocks):
-            self.lightning_module.settle(f"blocks.{number}.")
+            module.settle(f"blocks.{number}.")
             codes_as_parameters(block)
-            named = block.named_parameters(f"blocks.{number}")
-            broadcast_params(named, self.lightning_module.given, self.root_device)
-            fully_shard(block, mesh=mesh, shard_placement_fn=along)
-        self.lightning_module.settle("")
+            broadcast(f"blocks.{number}")
+            fully_shard(block, mesh=mesh, shard_placement_fn=placement)
+        module.settle("")
         codes_as_parameters(model)
         for name in ("emb", "ln_out", "head"):
-            named = model.get_submodule(name).named_parameters(name)
-            broadcast_params(named, self.lightning_module.given, self.root_device)
-        fully_shard(model, mesh=mesh, shard_placement_fn=along)
+            broadcast(name)
+        fully_shard(model, mesh=mesh, shard_placement_fn=placement)
         register_fsdp_forward_method(model, "features")

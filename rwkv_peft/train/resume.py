@@ -126,12 +126,12 @@ def named(folder: Path, config: TrainConfig, say) -> TrainState:
 
 def publish(met: Rendezvous, found: TrainState | None) -> None:
     """Let the processes that somebody else has started know what was decided."""
-    met.tell("found", [found.run.name, found.folder.name] if found else None)
+    met.publish("found", [found.run.name, found.folder.name] if found else None)
 
 
 def receive(met: Rendezvous) -> None:
     """UserError if the state that the first process goes on from is not here."""
-    told = met.hear("found")
+    told = met.wait_for("found")
     if told is None:
         os.environ[HANDED] = ""
         return

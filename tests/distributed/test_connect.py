@@ -15,8 +15,7 @@ from helpers.nodes import free_port, parties
 from helpers.training import run
 
 from rwkv_peft.common.errors import SettingErrors, UserError
-from rwkv_peft.distributed import connect as reach
-from rwkv_peft.distributed import launch, rendezvous
+from rwkv_peft.distributed import connect, launch, rendezvous
 
 SECOND = launch.ProcessInfo(1, 0, 1, 2)
 HTTP = b"HTTP/1.0 400 Bad Request\r\n\r\n"
@@ -67,7 +66,7 @@ def stranger(does, address: str = "127.0.0.1"):
 @pytest.fixture
 def soon(monkeypatch):
     monkeypatch.setattr(rendezvous, "REACH", 2.0)
-    monkeypatch.setattr(reach, "HEARD", 1.0)
+    monkeypatch.setattr(connect, "HEARD", 1.0)
 
 
 def join(port: int, address: str = "127.0.0.1", who: launch.ProcessInfo = SECOND, say=lambda _: None) -> None:
@@ -111,7 +110,7 @@ def test_a_node_that_waits_says_so_once(soon):
 
 
 def test_the_store_of_another_torch_program_is_not_taken_for_node_0(soon):
-    store = reach.connect("127.0.0.1", port := free_port(), 5, True)
+    store = connect._connect("127.0.0.1", port := free_port(), 5, True)
     with pytest.raises(
         SettingErrors, match=r"MASTER_PORT: is used by another training at 127.0.0.1, port .*start them again"
     ):
@@ -127,14 +126,14 @@ def test_a_node_0_whose_address_is_another_machines_is_told(soon):
 
 def test_a_node_0_whose_address_leads_to_another_node_0_is_told(soon, monkeypatch):
     """Another address of loopback stands for the other machine: only there does the other store listen."""
-    other = reach.connect("127.0.0.1", there := free_port(), 5, True)
-    other.set(reach.TOKEN, "another")
-    connect = reach.connect
+    other = connect._connect("127.0.0.1", there := free_port(), 5, True)
+    other.set(connect.TOKEN, "another")
+    real_connect = connect._connect
 
     def routed(address, port, limit, first=False):
-        return connect(address, port if first else there, limit, first)
+        return real_connect(address, port if first else there, limit, first)
 
-    monkeypatch.setattr(reach, "connect", routed)
+    monkeypatch.setattr(connect, "_connect", routed)
     with pytest.raises(SettingErrors, match="MASTER_ADDR: .* node 0 of another training answers at 127.0.0.1"):
         join(free_port(), who=launch.ProcessInfo(0, 0, 0, 2))
 
@@ -153,7 +152,7 @@ def test_nodes_meet_over_ipv6(monkeypatch):
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
     except OSError:
         pytest.skip("no IPv6 on loopback")
-    does = [lambda met: met.tell("x", 7), lambda met: met.hear("x")]
+    does = [lambda met: met.publish("x", 7), lambda met: met.wait_for("x")]
     assert parties(*does, address="::1") == [None, 7]
 
 
@@ -171,20 +170,20 @@ def test_strangers_at_the_door_of_node_0_do_not_disturb_the_meeting():
 
     def first(met):
         knock(ports[0])
-        met.tell("x", 7)
-        return met.hear("y", 1)
+        met.publish("x", 7)
+        return met.wait_for("y", 1)
 
     def second(met):
         assert come.wait(30)
-        met.tell("y", met.hear("x"))
+        met.publish("y", met.wait_for("x"))
 
     assert parties(first, second, ports=ports) == [7, None]
 
 
 def test_a_node_of_a_training_with_more_nodes_is_told_and_the_others_begin():
     def waits(met):
-        met.tell("x", 1)
-        return met.hear("x")
+        met.publish("x", 1)
+        return met.wait_for("x")
 
     def late(where, port):
         time.sleep(1)
@@ -206,7 +205,7 @@ def test_a_node_that_is_stopped_by_hand_tells_the_others():
     def stopped(_met):
         raise KeyboardInterrupt
 
-    said = parties(lambda met: met.hear("x", 1), stopped, also=KeyboardInterrupt)
+    said = parties(lambda met: met.wait_for("x", 1), stopped, also=KeyboardInterrupt)
     assert said[0] == "Another process could not begin: it was stopped by Ctrl-C"
 
 

@@ -68,12 +68,12 @@ def test_a_machine_alone_takes_any_free_port_and_several_take_one_they_know():
 
 def test_nodes_that_have_the_same_begin_and_hear_what_the_first_has_decided():
     def decide(met):
-        met.tell("found", ["run", "step-000003"])
+        met.publish("found", ["run", "step-000003"])
         met.compare({"LR_INIT": 1e-4})
         return "begun"
 
     def hear(met):
-        heard = met.hear("found")
+        heard = met.wait_for("found")
         met.compare({"LR_INIT": 1e-4})
         return heard
 
@@ -92,7 +92,7 @@ def test_a_node_that_cannot_begin_tells_the_others():
     def fails(_met):
         raise UserError("There is no such file.")
 
-    said = parties(lambda met: met.hear("facts/1", 1), fails)
+    said = parties(lambda met: met.wait_for("facts/1", 1), fails)
     assert said == ["Another process could not begin: There is no such file.", "There is no such file."]
 
 

@@ -114,7 +114,7 @@ def test_a_recording_that_breaks_off_ends_the_run(said, monkeypatch):
     """What CUDA has begun cannot be taken back: going on would be wrong in ways that nobody sees."""
 
     def breaks(body, x, wanted):
-        raise cuda_graphs.Broken("RuntimeError: operation not permitted")
+        raise cuda_graphs.RecordingFailed("RuntimeError: operation not permitted")
 
     monkeypatch.setattr(cuda_graphs, "record", breaks)
     with pytest.raises(UserError, match="cannot be recorded here .*not permitted.*Set CUDA_GRAPHS=0"):
@@ -153,7 +153,7 @@ def test_what_hands_on_states_or_wants_no_gradient_is_never_replayed(said):
             model.features(ids, cu_seqlens=BORDERS, carry=False)
         _, state = model.features(ids, cu_seqlens=BORDERS)
         model.features(ids, state, BORDERS, carry=False)
-    assert said == [] and not model.replay.seen
+    assert said == [] and not model.replay.occurrences
 
 
 def test_a_recording_keeps_the_tables_whose_addresses_it_has():
