@@ -97,7 +97,7 @@ def run(
     say = print if place.first else lambda *_a, **_k: None
     with contextlib.ExitStack() as others:
         met = None
-        if place.meets():
+        if place.needs_rendezvous():
             where = address(place, config.processes, os.environ)
             if not dry_run:
                 speak = say if place.starter else print  # each node has a terminal of its own

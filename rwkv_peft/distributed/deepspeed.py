@@ -202,7 +202,7 @@ def remove_stale_lock(folder: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         announced = False
-        while lock.exists() and not is_held_open(lock):
+        while lock.exists() and not is_open(lock):
             left = STALE_LOCK - (time.time() - lock.stat().st_mtime)
             if left <= 0:
                 lock.unlink(missing_ok=True)
@@ -222,7 +222,7 @@ def remove_stale_lock(folder: Path) -> None:
         os.close(descriptor)
 
 
-def is_held_open(path: Path) -> bool:
+def is_open(path: Path) -> bool:
     """Return whether a process of this machine that this user may inspect has a file open."""
     target = path.stat()
     for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
@@ -257,7 +257,7 @@ class ZeroSharding(Sharding):
             for name, p in parameters.items()
         }
 
-    def memory(self, optimizer: Any, parameters: Parameters) -> tuple[dict[str, LazyTensor], dict[str, dict]]:
+    def optimizer_state(self, optimizer: Any, parameters: Parameters) -> tuple[dict[str, LazyTensor], dict[str, dict]]:
         """Return the optimizer state as the base class does. optimizer: DeepSpeed's."""
         flat = deepspeed_private.flat_parameters(optimizer)[0]
         if flat not in optimizer.optimizer.state:
@@ -273,7 +273,7 @@ class ZeroSharding(Sharding):
                 )
         return tensors, {}
 
-    def remember(
+    def load_optimizer_state(
         self, optimizer: Any, parameters: Parameters, tensors: Mapping[str, Tensor], others: Mapping[str, dict]
     ) -> None:
         """Load an optimizer state as the base class does. optimizer: DeepSpeed's."""

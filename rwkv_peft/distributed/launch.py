@@ -37,7 +37,7 @@ class ProcessInfo:
         """Whether this is rank 0, which prints and writes."""
         return self.rank == 0
 
-    def meets(self) -> bool:
+    def needs_rendezvous(self) -> bool:
         """Whether there are processes that the kit has not started, whose settings have to be compared."""
         return bool(self.starter) or (self.nodes > 1 and not self.of_ours)
 

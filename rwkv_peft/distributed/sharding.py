@@ -188,7 +188,9 @@ class Sharding:
         """Return whole weights, by the names of `parameters`."""
         return {name: lazy_tensor(p) for name, p in parameters.items()}
 
-    def memory(self, optimizer: Optimizer, parameters: Parameters) -> tuple[dict[str, LazyTensor], dict[str, dict]]:
+    def optimizer_state(
+        self, optimizer: Optimizer, parameters: Parameters
+    ) -> tuple[dict[str, LazyTensor], dict[str, dict]]:
         """Return an optimizer's state: whole tensors as PARAMETER/KEY, and the values that are no tensors, by parameter."""
         name_of = {id(parameter): name for name, parameter in parameters.items()}
         tensors: dict[str, LazyTensor] = {}
@@ -202,10 +204,10 @@ class Sharding:
                     others.setdefault(name, {})[key] = value
         return tensors, others
 
-    def remember(
+    def load_optimizer_state(
         self, optimizer: Optimizer, parameters: Parameters, tensors: Mapping[str, Tensor], others: Mapping[str, dict]
     ) -> None:
-        """Load the state that `memory` returned for an optimizer of the same kind.
+        """Load the state that `optimizer_state` returned for an optimizer of the same kind.
 
         Args:
             optimizer: over the trained parameters.

@@ -142,7 +142,7 @@ class Watchdog(pl.Callback):
                 self.end(f"{self.name(self.rank + number)} {REASONS.get(code, f'has ended with code {code}')}")
 
     def describe_stalled(self, reads: int) -> str:
-        """Describe the first process without a new beat in so many reads, "" if there is none."""
+        """Describe a process without a new beat in so many reads, "" if there is none."""
         late = [rank for rank, missed in self.missed.items() if missed >= reads and rank != self.rank]
         return f"{self.name(late[0])} has not answered for {int(reads * BEAT)} seconds" if late else ""
 

@@ -184,25 +184,26 @@ class Graphs:
         if not parameters and not x.requires_grad:
             return
         rng_state, cuda_rng_state = torch.random.get_rng_state(), torch.cuda.get_rng_state() if x.is_cuda else None
-        # typed as Any because dropout is an attribute of adapter layers, which nn.Module does not declare
-        dropouts: dict[Any, float] = {m: m.dropout for m in self.model.modules() if getattr(m, "dropout", None)}
+        # Any because nn.Module does not declare the dropout of adapter layers
+        dropping: list[Any] = [module for module in self.model.modules() if getattr(module, "dropout", None)]
+        dropouts = [module.dropout for module in dropping]
 
         def body(x: Tensor) -> Tensor:
             return self.model.through(x, None, bounds, False)[0]
 
         def restore_dropouts() -> None:
-            for module, dropout in dropouts.items():
+            for module, dropout in zip(dropping, dropouts, strict=True):
                 module.dropout = dropout
 
         try:
-            for module in dropouts:  # what is random cannot be compared
+            for module in dropping:  # what is random cannot be compared
                 module.dropout = 0.0
             recorded = record(body, x, parameters)
             error = difference(recorded, body, x, parameters)
             restore_dropouts()
             if not error <= LIMITS[x.dtype]:
                 raise ValueError(f"replayed, the blocks compute something else (by {error:.1e})")
-            self.recorded[key] = record(body, x, parameters) if dropouts else recorded
+            self.recorded[key] = record(body, x, parameters) if dropping else recorded
             self.say(f"CUDA graph recorded: {len(x)} tokens, {len(bounds)} sequences")
         except RecordingFailed as failed:
             raise UserError(f"CUDA graphs cannot be recorded here ({failed}). Set CUDA_GRAPHS=0") from failed

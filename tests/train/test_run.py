@@ -290,7 +290,7 @@ def test_the_checkpoint_to_go_on_with_is_that_of_the_best_look_that_there_is_one
         checkpoint_of(tmp_path, name, step)
     records = [{"step": step, "loss": loss, "epoch": max(0, step - 1) // 4} for step, loss in looks.items()]
     newest = max((name for name in saved if name != "best"), key=int)
-    found = report.best_look(records, tmp_path, tmp_path / f"rwkv-{newest}.pth")
+    found = report.report_best_validation(records, tmp_path, tmp_path / f"rwkv-{newest}.pth")
     assert found.name == f"rwkv-{chosen}.pth" and words.format(tmp_path) in capsys.readouterr().out
 
 

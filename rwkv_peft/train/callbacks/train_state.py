@@ -63,7 +63,7 @@ class ResumeCallback(pl.Callback):
         assert isinstance(scheduler, LambdaLR)
         with train_state.explain_mismatch(self.begin):
             state = self.begin.tensors("optimizer"), self.begin.facts["optimizer"]
-            module.spread.remember(optimizer, self.names(), *state)
+            module.spread.load_optimizer_state(optimizer, self.names(), *state)
             self.restore_rng_state(trainer)
         scheduler.last_epoch = step
         for group, factor in zip(optimizer.param_groups, scheduler.base_lrs, strict=True):
@@ -172,7 +172,7 @@ class TrainStateCallback(pl.Callback):
         assert isinstance(module, TrainingModule)
         spread, parameters = module.spread, self.names()
         spread.settle(module.model)
-        tensors, others = spread.memory(trainer.optimizers[0], parameters)
+        tensors, others = spread.optimizer_state(trainer.optimizers[0], parameters)
         parts = {
             "weights": spread.weights(parameters),
             "optimizer": tensors,
