@@ -253,7 +253,7 @@ class ZeroSharding(Sharding):
         if not self.weights_in_pieces:
             return super().weights(parameters)
         return {
-            name: LazyTensor(deepspeed_private.full_shape(p), torch.float32, partial(full_weight, p))
+            name: LazyTensor(deepspeed_private.full_shape(p), torch.float32, partial(safe_get_full_fp32_param, p))
             for name, p in parameters.items()
         }
 
@@ -269,7 +269,7 @@ class ZeroSharding(Sharding):
             tensors[f"{name}/step"] = lazy_tensor(count)
             for key in MOMENTS:
                 tensors[f"{name}/{key}"] = LazyTensor(
-                    deepspeed_private.full_shape(p), torch.float32, partial(full_moment, p, key)
+                    deepspeed_private.full_shape(p), torch.float32, partial(safe_get_full_optimizer_state, p, key)
                 )
         return tensors, {}
 
@@ -295,13 +295,3 @@ class ZeroSharding(Sharding):
                     safe_set_local_optimizer_state(p, deepspeed_private.local_shard(p, value), key)
                 else:
                     safe_set_full_optimizer_state(p, value, key)
-
-
-def full_weight(parameter: nn.Parameter) -> Tensor:
-    """Return the whole weight of a partitioned parameter. To be called by all processes."""
-    return safe_get_full_fp32_param(parameter)
-
-
-def full_moment(parameter: nn.Parameter, key: str) -> Tensor:
-    """Return a whole moment of a parameter. To be called by all processes."""
-    return safe_get_full_optimizer_state(parameter, key)

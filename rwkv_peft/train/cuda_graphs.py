@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from rwkv_peft.checkpoint.train_state import get_rng_state, set_rng_state
 from rwkv_peft.common.errors import UserError
 from rwkv_peft.model.rwkv import RWKV
 from rwkv_peft.model.state import SeqBounds
@@ -183,7 +184,7 @@ class Graphs:
         parameters = self.parameters()
         if not parameters and not x.requires_grad:
             return
-        rng_state, cuda_rng_state = torch.random.get_rng_state(), torch.cuda.get_rng_state() if x.is_cuda else None
+        rng_state = get_rng_state(x.device)
         # Any because nn.Module does not declare the dropout of adapter layers
         dropping: list[Any] = [module for module in self.model.modules() if getattr(module, "dropout", None)]
         dropouts = [module.dropout for module in dropping]
@@ -212,9 +213,7 @@ class Graphs:
             self.say(f"CUDA graphs are not used: {type(failed).__name__}: {_first_line(failed)}")
         finally:
             restore_dropouts()
-            torch.random.set_rng_state(rng_state)
-            if cuda_rng_state is not None:
-                torch.cuda.set_rng_state(cuda_rng_state)
+            set_rng_state(rng_state, x.device)
 
 
 def difference(recorded: Recorded, body: Body, x: Tensor, parameters: Sequence[Tensor]) -> float:

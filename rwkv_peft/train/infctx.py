@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from rwkv_peft.checkpoint.train_state import get_rng_state, set_rng_state
 from rwkv_peft.model.rwkv import RWKV
 from rwkv_peft.model.state import BlockState
 
@@ -180,22 +181,22 @@ def _run_full(
     states, rng_states = _TensorRows(len(chunks) - 1), _TensorRows(len(chunks))  # states[i]: after chunk i
     with torch.no_grad():
         for i, chunk in enumerate(chunks):
-            rng_states.save(i, _get_rng_state(device))
+            rng_states.save(i, list(get_rng_state(device).values()))
             if i < len(chunks) - 1:
                 carried = run_chunk(chunk, carried if chunk.continues else None)[1]
                 states.save(i, [t for s in carried for t in s.tensors()])
     sums = _Sums(parameters, dtype)
     grads: list[Tensor] = []  # of the states after the chunk
-    last: list[Tensor] = []  # the RNG state after the last chunk
+    last: dict[str, Tensor] = {}  # the RNG state after the last chunk
     for i, chunk in reversed(list(enumerate(chunks))):
         leaves = [t.clone().requires_grad_() for t in states[i - 1]] if chunk.continues else []
         start = [BlockState(*leaves[k : k + 3]) for k in range(0, len(leaves), 3)] or None
-        _set_rng_state(rng_states[i], device)
+        set_rng_state(dict(zip(get_rng_state(device), rng_states[i], strict=True)), device)
         loss, after = run_chunk(chunk, start)
-        last = last or _get_rng_state(device)
+        last = last or get_rng_state(device)
         ends = [t for s in after for t in s.tensors()]
         grads = sums.add(loss, list(zip(ends, grads, strict=True)) if grads else [], leaves)
-    _set_rng_state(last, device)  # as after one pass through everything
+    set_rng_state(last, device)  # as after one pass through everything
     return sums.loss, sums.grads
 
 
@@ -218,13 +219,3 @@ class _TensorRows:
 
     def __getitem__(self, i: int) -> list[Tensor]:
         return [stacked[i] for stacked in self.stacked]
-
-
-def _get_rng_state(device: torch.device) -> list[Tensor]:
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
-
-
-def _set_rng_state(state: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state[0].clone())  # torch crashes on a row of a larger tensor
-    if len(state) > 1:
-        torch.cuda.set_rng_state(state[1].clone(), device)

@@ -56,20 +56,9 @@ QUANT_BITS = {"int8": 8.1, "nf4": 4.2, "fp4": 4.2, "fp8": 8.1}
 
 
 def plan_lines(
-    settings: Settings,
-    setup: AdapterConfig,
-    base: Path,
-    geometry: arch.Geometry,
-    lines: list[Row],
-    tokens: int,
-    sequences: int,
-    plan: Plan,
-    steps: int,
-    trained_values: int,
-    stored: Mapping[str, TensorInfo],
-    dtype: torch.dtype,
-    op_words: str,
-) -> list[str]:
+    settings: Settings, setup: AdapterConfig, base: Path, geometry: arch.Geometry, lines: list[Row], tokens: int, sequences: int,
+    plan: Plan, steps: int, trained_values: int, stored: Mapping[str, TensorInfo], dtype: torch.dtype, op_words: str,
+) -> list[str]:  # fmt: skip
     """Return the plan of a run: what was read, what auto became, how long the run is, what it needs.
 
     Args:
@@ -320,40 +309,42 @@ def stream_lines(
     ]  # fmt: skip
 
 
-def _data_rows(data: TokenDataset, facts: DataStats, plan: Plan, settings: Settings) -> list[Row]:
+def _data_rows(data: TokenDataset, facts: DataStats, plan: Plan, settings: Settings) -> Iterator[Row]:
     # what was read, and what of it is not trained and why
     names = " + ".join(paths.display_path(source.path) for source in data.sources)
-    rows = [("data", f"{names}: {plural(facts.documents, 'row')}, {plural(facts.tokens, 'token')}; one pass trains "
-                     f"{facts.targets:,} of them (LOSS_MASK={settings['LOSS_MASK']})")]  # fmt: skip
+    size = f"{plural(facts.documents, 'row')}, {plural(facts.tokens, 'token')}"
+    yield "data", f"{names}: {size}; one pass trains {facts.targets:,} of them (LOSS_MASK={settings['LOSS_MASK']})"
     if len(data.sources) > 1:
         whole, passes = sum(source.weight for source in data.sources), data.passes(plan, settings["EPOCH_COUNT"])
-        rows += [
-            ("", f"{source.name}: {plural(len(source), 'row')}, {float(source.weight / whole):.1%} of what is drawn; the run "
-                 f"goes through it {rounds:.2f} times")
-            for source, rounds in zip(data.sources, passes, strict=True)
-        ]  # fmt: skip
+        for source, rounds in zip(data.sources, passes, strict=True):
+            share = f"{float(source.weight / whole):.1%} of what is drawn"
+            yield (
+                "",
+                f"{source.name}: {plural(len(source), 'row')}, {share}; the run goes through it {rounds:.2f} times",
+            )
     if facts.untrained:
-        rows.append(("", f"{plural(facts.untrained, 'row')} with nothing to train under this mask: left out"))
+        yield "", f"{plural(facts.untrained, 'row')} with nothing to train under this mask: left out"
     if facts.overlong:
-        advice = (
-            "set CTX_LEN to take more"
-            if data.ctx_len >= AUTO_CTX_LIMIT
-            else f"CTX_LEN=auto takes up to {AUTO_CTX_LIMIT}"
-        )
+        is_at_limit = data.ctx_len >= AUTO_CTX_LIMIT
+        advice = "set CTX_LEN to take more" if is_at_limit else f"CTX_LEN=auto takes up to {AUTO_CTX_LIMIT}"
         what = {
             "truncate": f"{plural(facts.lost, 'token')} at the end {is_or_are(facts.lost)} not trained ({advice})",
             "truncate-left": f"{plural(facts.lost, 'token')} at the beginning {is_or_are(facts.lost)} not used ({advice})",
             "drop": f"left out with their {plural(facts.lost, 'token')} (OVERLONG=drop; {advice})",
             "split": f"cut into {plural(facts.pieces, 'piece')} (OVERLONG=split)",
         }[data.overlong]
-        rows.append(("", f"{plural(facts.overlong, 'row')} longer than CTX_LEN={data.ctx_len}: {what}"))
+        yield "", f"{plural(facts.overlong, 'row')} longer than CTX_LEN={data.ctx_len}: {what}"
         if facts.unfinished:
-            rows.append(("warning", f"{facts.unfinished:,} of those end inside what is learnt: the model does not learn to stop "
-                                    f"from {'it' if facts.unfinished == 1 else 'them'}; {advice}, and OVERLONG=drop "
-                                    "leaves such rows out"))  # fmt: skip
+            them = "it" if facts.unfinished == 1 else "them"
+            yield (
+                "warning",
+                (
+                    f"{facts.unfinished:,} of those end inside what is learnt: the model does not learn to stop from {them}; "
+                    f"{advice}, and OVERLONG=drop leaves such rows out"
+                ),
+            )
         if facts.emptied and data.overlong != "drop":
-            rows.append(("", f"{plural(facts.emptied, 'row')} of those with nothing left to train: left out"))
-    return rows
+            yield "", f"{plural(facts.emptied, 'row')} of those with nothing left to train: left out"
 
 
 def _batch_rows(data: TokenDataset, plan: Plan) -> list[Row]:
