@@ -37,7 +37,7 @@ from rwkv_peft.checkpoint import pth
 from rwkv_peft.model.init_weights import initial_tensors
 from rwkv_peft.ops import dispatch, fla, kernel_check
 from rwkv_peft.ops.cuda import build as cuda_build
-from rwkv_peft.train.cuda_graphs import OFTEN, Graphs
+from rwkv_peft.train.cuda_graphs import MIN_OCCURRENCES, Graphs
 
 WKV = [(1, 1024, 12), (1, 4096, 32), (8, 1024, 32), (8, 4096, 64)]  # sequences, tokens of each, heads
 # geometry, method, compressed base, tokens of a row, rows: what the targets are about first, then all sizes
@@ -152,7 +152,7 @@ def step_row(
     ours = Ours(SimpleNamespace(**how, ctx=ctx, batch=batch), path, meter.device)
     if graphs:
         taken = ours.module.model.replay = Graphs(ours.module.model, print)
-        for _ in range(OFTEN):
+        for _ in range(MIN_OCCURRENCES):
             ours.step()
         if taken.off:
             raise RuntimeError("CUDA graphs are not used")

@@ -55,7 +55,7 @@ def child(point: dict) -> None:
         has_board = importlib.util.find_spec("tensorboard") is not None
         settings |= {"VAL_DATA": "held", "WANDB": "bench", "TENSORBOARD": str(int(has_board))}
     spent = []
-    with mock.patch.object(report, "finish", lambda *arguments: spent.append(arguments[-1])):
+    with mock.patch.object(report, "report_result", lambda *arguments: spent.append(arguments[-1])):
         nothing = mock.patch.multiple(checkpoint, draw_loss=lambda folder: None)
         silent = mock.patch.object(loggers.LossFile, "__call__", lambda self, record: None)
         if not point["watched"]:

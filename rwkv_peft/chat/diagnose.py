@@ -27,7 +27,7 @@ from rwkv_peft.model.rwkv import RWKV
 from rwkv_peft.text import tokenizer
 from rwkv_peft.text.roles import Role
 from rwkv_peft.train.callbacks import validation
-from rwkv_peft.train.report import MOST_RATE, MOST_STATE_RATE
+from rwkv_peft.train.report import MAX_RATE, MAX_STATE_RATE
 
 from . import load
 from .verdict import BLANK, RowLosses, RunFacts, judge
@@ -159,7 +159,7 @@ def diagnose(name: str, base: str, precision: str, accept_edited: bool = False) 
         all_seen,
         *remaining_steps(settings, records, validations, chosen.sidecar),
         (right, len(asked["trained"])),
-        MOST_STATE_RATE if chosen.setup.method == "state" else MOST_RATE,
+        MAX_STATE_RATE if chosen.setup.method == "state" else MAX_RATE,
     )
     print()
     print_findings(run)

@@ -32,7 +32,7 @@ from rwkv_peft.common.errors import SettingError, SettingErrors, UserError
 from rwkv_peft.common.formatting import did_you_mean
 from rwkv_peft.config.shell import run_cli
 from rwkv_peft.config.train import RETIRED, TrainConfig
-from rwkv_peft.distributed.launch import ProcessInfo, detect_launcher, plugins, set_master_address
+from rwkv_peft.distributed.launch import ProcessInfo, detect_launcher, environment_plugins, set_master_address
 
 SAMPLES = 2  # that a dry run shows
 OPTIONS = ("--dry-run", "--new", ACCEPT, "--find-lr", "--find-batch", "--selftest")
@@ -140,7 +140,7 @@ def run(
 
 def _rendezvous_address(process: ProcessInfo, processes: int, environment: Mapping[str, str]) -> tuple[str, int]:
     """Host and port where all processes meet."""
-    [lightning] = plugins(process, processes)
+    [lightning] = environment_plugins(process, processes)
     if not process.launcher and "MASTER_ADDR" not in environment:
         words = f"is empty; with NNODES={process.nodes} it is the address of node 0 (hostname -I tells it there)"
         raise SettingErrors(SettingError("MASTER_ADDR", words))

@@ -1,1 +1,1 @@
-"""Processes and devices: launch, rendezvous, watchdog, sharding, DeepSpeed, FSDP."""
+"""Launchers, rendezvous, strategies of several processes, and the uses of private parts of Lightning and DeepSpeed."""

@@ -1,20 +1,22 @@
-"""STRATEGY=deepspeed_stage_1 to 3: DeepSpeed's ZeRO through Lightning, with or without a GPU.
+"""STRATEGY=deepspeed_stage_1 to 3: DeepSpeed's ZeRO through Lightning, on GPUs and also without one.
 
-Trained parameters are float32 and the model casts by itself, so DeepSpeed is configured for float32.
+Trained weights are float32 and the model casts by itself, so DeepSpeed's configuration names no other dtype.
 """
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shlex
+import sys
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import deepspeed
 import torch
-import torch.distributed as dist
-from deepspeed.runtime.zero.partition_parameters import is_zero_param
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -22,7 +24,6 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 from pytorch_lightning.plugins.precision import DeepSpeedPrecision
-from pytorch_lightning.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import cpp_extension
@@ -32,18 +33,37 @@ from rwkv_peft.config.strategies import Strategy
 from rwkv_peft.model.rwkv import Block
 from rwkv_peft.quantize import codes_as_parameters
 
-from .sharding import Parameters, Sharding, broadcast_params, clip_grads, grad_norm, lazy_tensor
+from . import deepspeed_private
+from .lightning_private import DeepSpeedOnAnyDevice
+from .sharding import (
+    Parameters,
+    ShardableModule,
+    Sharding,
+    as_shardable,
+    broadcast_params,
+    clip_grads,
+    grad_norm,
+    lazy_tensor,
+)
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's optimizer state of a parameter
 BUCKET = 50_000_000  # values that are sent at once
+STALE_LOCK = 300.0  # seconds; the build that the lock is for takes half a minute
+LOCK_POLL = 0.5  # seconds
 
 
-def config_of(strategy: Strategy, grad_clip: float) -> dict[str, Any]:
-    """Return DeepSpeed's configuration. grad_clip: only where DeepSpeed has to clip."""
-    # (threshold: of values, below which weights would stay whole; a block's come and go at once, whatever their size)
+def make_config(strategy: Strategy, grad_clip: float) -> dict[str, Any]:
+    """Return DeepSpeed's configuration.
+
+    Args:
+        strategy: one of STRATEGIES with a stage.
+        grad_clip: largest gradient norm, 0 where DeepSpeed does not clip by its own rules.
+    """
     zero: dict[str, Any] = {
-        "stage": strategy.stage, "stage3_param_persistence_threshold": 0, "contiguous_gradients": True,
-        "overlap_comm": torch.cuda.is_available(), "allgather_bucket_size": BUCKET, "reduce_bucket_size": BUCKET,
+        # of values, below which weights stay whole; those of a block are gathered together, whatever their size
+        "stage3_param_persistence_threshold": 0,
+        "stage": strategy.stage, "contiguous_gradients": True, "overlap_comm": torch.cuda.is_available(),
+        "allgather_bucket_size": BUCKET, "reduce_bucket_size": BUCKET,
     }  # fmt: skip
     if strategy.offload:
         host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
@@ -55,213 +75,223 @@ def config_of(strategy: Strategy, grad_clip: float) -> dict[str, Any]:
 
 
 class KeepDtypes(DeepSpeedPrecision):
-    """Lightning's would make every weight float32, those too that are frozen in bf16."""
+    """Precision plugin that keeps dtypes. Lightning's makes every weight float32, also those that are frozen in bf16."""
 
     def convert_module(self, module: nn.Module) -> nn.Module:
-        """Leave the dtypes of the module as they are."""
+        """Return the module as it is."""
         return module
 
 
-class DeepSpeedZero(DeepSpeedStrategy):
-    """strategy: what of strategies.STRATEGIES it is."""
+class DeepSpeedZero(DeepSpeedOnAnyDevice):
+    """DeepSpeed's ZeRO as a strategy of Lightning's trainer.
+
+    Args:
+        strategy: one of STRATEGIES with a stage.
+        grad_clip: largest gradient norm, 0 for no limit.
+    """
 
     def __init__(self, strategy: Strategy, grad_clip: float):
-        super().__init__(config=config_of(strategy, grad_clip if strategy.offload else 0.0))
+        super().__init__(config=make_config(strategy, grad_clip if strategy.offload else 0.0))
         self.strategy, self.grad_clip = strategy, grad_clip
-        # its way for processes of one machine without GPUs to talk would have to be compiled; gloo is there
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        # torch names this folder to the compiler as it is; a kit may lie in one with a space
+        deepspeed_private.disable_shm_comm()
+        # torch passes this folder to the compiler without quotes; the kit may be in one with a space
         cpp_extension.TORCH_LIB_PATH = shlex.quote(cpp_extension.TORCH_LIB_PATH)
 
-    def setup_environment(self) -> None:
-        """Lightning's refuses whatever is no GPU."""
-        super(DeepSpeedStrategy, self).setup_environment()
-
-    def setup_distributed(self) -> None:
-        """Connect the processes."""
-        self.set_world_ranks()
-        self._init_deepspeed_distributed()
-
-    def _setup_model_and_optimizer(self, model, optimizer, lr_scheduler=None):
+    def make_engine(
+        self, model: nn.Module, optimizer: Optimizer | None, lr_scheduler: object
+    ) -> tuple[nn.Module, Optimizer]:
+        """Partition the weights (stage 3) and return DeepSpeed's engine with its optimizer."""
+        module = as_shardable(model)
         if self.strategy.stage == 3:
-            # what is in a block comes and goes together: its fused operations take weights of other modules than their own
-            deepspeed.utils.set_z3_leaf_modules(model, [Block])
-            self.cut(model)
+            # the weights of a block are gathered together: its fused operations take weights of other modules than their own
+            deepspeed.utils.set_z3_leaf_modules(module, [Block])
+            self.partition(module)
 
-        def broadcast(_engine) -> None:
-            """DeepSpeed would send the frozen weights as well."""
-            if self.strategy.stage != 3:
-                broadcast_params(model.model.named_parameters(), model.given, self.root_device)
+        def broadcast() -> None:
+            broadcast_params(module.model.named_parameters(), module.given, self.root_device)
 
-        with patch.object(deepspeed.DeepSpeedEngine, "_broadcast_model", broadcast):
-            engine, wrapped, *_ = deepspeed.initialize(
+        with deepspeed_private.broadcast_by(broadcast):
+            engine, zero_optimizer, *_ = deepspeed.initialize(
                 config=self.config,
-                model=model,
-                model_parameters=[p for p in model.parameters() if p.requires_grad],
+                model=module,
+                model_parameters=[p for p in module.parameters() if p.requires_grad],
                 optimizer=optimizer,
                 lr_scheduler=lr_scheduler,
                 dist_init_required=False,
             )
         if self.strategy.stage == 3:
             # the loss takes it past its module
-            for weight in model.model.head.parameters():
-                deepspeed.zero.register_external_parameter(model, weight)
-            # DeepSpeed takes a block's weights away when the gradient of what came in is there: something has to ask for one
-            model.model.emb.register_forward_hook(
+            for weight in module.model.head.parameters():
+                deepspeed.zero.register_external_parameter(module, weight)
+            # DeepSpeed releases a block's weights once the gradient of the block's input exists: something has to ask for one
+            module.model.emb.register_forward_hook(
                 lambda _m, _i, x: x.requires_grad_() if torch.is_grad_enabled() else x
             )
         if not self.strategy.offload:
-            clip_as_others_do(wrapped, self.grad_clip)
-        return engine, wrapped
+            clip_as_other_strategies(zero_optimizer, self.grad_clip)
+        return engine, zero_optimizer
 
-    def cut(self, module) -> None:
-        """Shard weights, block after block: no process has more than one of them whole.
+    def partition(self, module: ShardableModule) -> None:
+        """Partition the weights block by block, so that no process holds more than one block whole.
 
-        DeepSpeed itself would begin when all are there.
+        DeepSpeed itself would begin when all weights exist.
         """
         model = module.model
-        parts = {f"blocks.{number}.": block for number, block in enumerate(model.blocks)} | {"": model}
-        convert: Callable[[list[nn.Parameter]], None] | None = None
-        for prefix, part in parts.items():
+        parts: dict[str, nn.Module] = {f"blocks.{number}.": block for number, block in enumerate(model.blocks)}
+        partition: Callable[[list[nn.Parameter]], None] | None = None
+        for prefix, part in (parts | {"": model}).items():
             module.settle(prefix)
             codes_as_parameters(part)
-            named = [(n, p) for n, p in part.named_parameters(prefix[:-1]) if not is_zero_param(p)]
-            broadcast_params(named, module.given, self.root_device)
-            fresh: list[Any] = [parameter for _, parameter in named]
-            if convert:
-                convert(fresh)
+            whole = [
+                (name, parameter)
+                for name, parameter in part.named_parameters(prefix[:-1])
+                if not deepspeed_private.is_partitioned(parameter)
+            ]
+            broadcast_params(whole, module.given, self.root_device)
+            if partition:
+                partition([parameter for _, parameter in whole])
             else:
-                deepspeed.zero.Init(part, config_dict_or_path=self.config, dtype=torch.float32)
-                convert = fresh[0].convert_to_zero_parameters
+                partition = deepspeed_private.partition_module(part, self.config)
 
-    def backward(self, closure_loss: Tensor, optimizer, *given, **more) -> Tensor:
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """Run the backward pass without DeepSpeed's division by the number of accumulated micro-batches.
 
-        Lightning has divided already, and DeepSpeed would once more: gradients would be too small, which Adam hides,
-        and clipping does not.
+        Lightning has divided already. Gradients would be so much smaller, which Adam hides and clipping does not.
         """
-        return super().backward(closure_loss, optimizer, *given, **more, scale_wrt_gas=False)
+        return super().backward(closure_loss, optimizer, *args, **kwargs, scale_wrt_gas=False)
 
-    def optimizer_step(self, optimizer, closure, model=None, **more) -> Any:
-        """Run an optimizer step."""
-        last = self.deepspeed_engine.is_gradient_accumulation_boundary()  # micro-batch of the step
-        result = super().optimizer_step(optimizer, closure, model, **more)
-        if last:
-            done = self.deepspeed_engine.optimizer
-            module: Any = self.lightning_module
-            module.grad_norm = torch.as_tensor(done._global_grad_norm).float().cpu()
-            module.skipped = done.overflow
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        """Take a step; after the last micro-batch, give the module the gradient norm and whether the step was skipped."""
+        engine = self.deepspeed_engine
+        is_last = engine.is_gradient_accumulation_boundary()  # micro-batch of the step
+        result = super().optimizer_step(optimizer, closure, model, **kwargs)
+        if is_last:
+            module = as_shardable(self.lightning_module)
+            module.grad_norm = torch.as_tensor(engine.get_global_grad_norm()).float().cpu()
+            module.skipped = not engine.was_step_applied()
         return result
 
 
-def clip_as_others_do(optimizer, limit: float) -> None:
-    """Make DeepSpeed's optimizer measure and clip gradients as the other strategies do, to the last bit.
+def clip_as_other_strategies(optimizer: Optimizer, limit: float) -> None:
+    """Let DeepSpeed's optimizer measure and clip gradients as the other strategies do, to the last bit.
 
-    Its own sums are float32 and give other factors. A norm that is NaN or infinite makes it skip the step, as they do.
+    Its own sums are float32 and end in other factors. A norm that is not finite makes it skip the step, as they do.
     """
-    third = hasattr(optimizer, "fp16_groups")
 
-    def norm(*_) -> Tensor:
-        mine = [g for gradients in optimizer.averaged_gradients.values() for g in gradients]
-        norm_of_all = grad_norm(mine, True)
-        return norm_of_all if torch.isfinite(norm_of_all) else torch.tensor(float("inf"), device=norm_of_all.device)
+    def norm(gradients: list[Tensor]) -> Tensor:
+        total = grad_norm(gradients, True)
+        return total if torch.isfinite(total) else torch.tensor(float("inf"), device=total.device)
 
-    if third:
-        optimizer._get_norm_groups = lambda: [norm()]
-        flat = optimizer.fp32_partitioned_groups_flat
-        optimizer.unscale_and_clip_grads = lambda group, total: clip_grads([flat[group].grad], total, limit)
-    else:
-        optimizer.scaled_global_norm = norm
-        optimizer.unscale_and_clip_grads = lambda gradients, total: clip_grads(gradients, total, limit)
+    deepspeed_private.replace_clipping(optimizer, norm, lambda gradients, total: clip_grads(gradients, total, limit))
+
+
+def remove_stale_lock(folder: Path) -> None:
+    """Remove the lock of a build of torch's extensions whose process was killed: torch would wait for ever for its removal.
+
+    The process that builds holds the file open, so a lock that no process of this machine holds is stale, unless another machine
+    or container builds in the same folder. Such a lock is removed when it is STALE_LOCK seconds old; until then this waits. The
+    processes of a machine check one after another (`flock`), so that none removes the new lock of another.
+
+    Args:
+        folder: where torch builds the extension; it need not exist.
+    """
+    lock = folder / "lock"
+    if not lock.exists():
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        announced = False
+        while lock.exists() and not is_open(lock):
+            left = STALE_LOCK - (time.time() - lock.stat().st_mtime)
+            if left <= 0:
+                lock.unlink(missing_ok=True)
+                print(f"removed {lock}: a build that was killed had left it", file=sys.stderr, flush=True)
+            elif not announced:
+                print(
+                    f"{lock} was left by a build that was killed, or another machine builds there: waiting {left:.0f} s at most. "
+                    "If no other machine uses this folder, remove the file, and training goes on at once.",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                announced = True
+            time.sleep(min(LOCK_POLL, max(left, 0.0)))
+    except FileNotFoundError:  # the other machine has finished
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def is_open(path: Path) -> bool:
+    """Return whether a process of this machine that this user may inspect has a file open."""
+    target = path.stat()
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            status = descriptor.stat()
+        except OSError:  # of another user, or closed by now
+            continue
+        if (status.st_dev, status.st_ino) == (target.st_dev, target.st_ino):
+            return True
+    return False
 
 
 class ZeroSharding(Sharding):
-    """The optimizer's memory, and from stage 3 on the weights, are DeepSpeed's to give and take."""
+    """Sharding where DeepSpeed partitions the optimizer state, and from stage 3 on the weights."""
 
     def own_optimizer(self, groups: list[dict], betas: tuple[float, float], eps: float) -> Optimizer | None:
-        """Return DeepSpeed's optimizer, where it needs its own."""
+        """Return DeepSpeed's optimizer for the host where it is offloaded; building it can take half a minute, once."""
         if not self.strategy.offload:
             return None
+        remove_stale_lock(deepspeed_private.cpu_adam_build_directory())
         return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, lr=1.0, betas=betas, eps=eps, adamw_mode=True)
 
     def clip(self, parameters: list[nn.Parameter], limit: float) -> None:
-        """DeepSpeed does it within its step."""
+        """Do nothing: DeepSpeed clips within its step."""
 
-    def weights(self, parameters: Mapping[str, Any]) -> dict[str, LazyTensor]:
-        """Return the trained weights, to be gathered when they are read."""
-        if not self.weights_in_pieces:
+    def weights(self, parameters: Parameters) -> dict[str, LazyTensor]:
+        """Return whole weights, by the names of `parameters`."""
+        if not self.are_weights_sharded:
             return super().weights(parameters)
         return {
-            name: LazyTensor(tuple(p.ds_shape), torch.float32, partial(full_weight, p))
+            name: LazyTensor(deepspeed_private.full_shape(p), torch.float32, partial(safe_get_full_fp32_param, p))
             for name, p in parameters.items()
         }
 
-    def memory(self, optimizer, parameters: Mapping[str, Any]) -> tuple[dict[str, LazyTensor], dict[str, dict]]:
-        """Return the optimizer's moments and its other state."""
-        flat = flat_parameters(optimizer)[0]
+    def optimizer_state(self, optimizer: Any, parameters: Parameters) -> tuple[dict[str, LazyTensor], dict[str, dict]]:
+        """Return the optimizer state as the base class does. optimizer: DeepSpeed's."""
+        flat = deepspeed_private.flat_parameters(optimizer)[0]
         if flat not in optimizer.optimizer.state:
             return {}, {}
-        self.link(optimizer)
+        deepspeed_private.link_moments(optimizer)
         count = torch.tensor(float(optimizer.optimizer.state[flat]["step"]))
         tensors = {}
         for name, p in parameters.items():
             tensors[f"{name}/step"] = lazy_tensor(count)
-            shape = tuple(p.ds_shape) if self.weights_in_pieces else tuple(p.shape)
             for key in MOMENTS:
-                tensors[f"{name}/{key}"] = LazyTensor(shape, torch.float32, partial(full_moment, p, key))
+                tensors[f"{name}/{key}"] = LazyTensor(
+                    deepspeed_private.full_shape(p), torch.float32, partial(safe_get_full_optimizer_state, p, key)
+                )
         return tensors, {}
 
-    def link(self, optimizer) -> None:
-        """Give parameters the places of their moments.
-
-        DeepSpeed does so after its first step, of the first group of parameters, when those of the others are not there yet.
-        """
-        if not self.weights_in_pieces:
-            optimizer._hp_optimizer_states_linked = False
-            optimizer._lazy_init_hp_params_optimizer_state()
-
-    def remember(self, optimizer, parameters: Parameters, tensors, others) -> None:
-        """Load the optimizer's moments and its other state."""
+    def load_optimizer_state(
+        self, optimizer: Any, parameters: Parameters, tensors: Mapping[str, Tensor], others: Mapping[str, dict]
+    ) -> None:
+        """Load an optimizer state as the base class does. optimizer: DeepSpeed's."""
         if not tensors:
             return
         count = next(tensor for name, tensor in tensors.items() if name.endswith("/step"))
-        for flat in flat_parameters(optimizer):
+        flats = deepspeed_private.flat_parameters(optimizer)
+        for flat in flats:
             moments = {key: torch.zeros_like(flat) for key in MOMENTS}
             optimizer.optimizer.state[flat] = {
                 "step": int(count) if self.strategy.offload else count.clone(),
                 **moments,
             }
-        self.link(optimizer)
+        deepspeed_private.link_moments(optimizer)
         for name, p in parameters.items():
             for key in MOMENTS:
-                value = tensors[f"{name}/{key}"].to(flat.device)
-                if self.weights_in_pieces:
-                    safe_set_local_optimizer_state(p, part_of(p, value), key)
+                value = tensors[f"{name}/{key}"].to(flats[-1].device)
+                if self.are_weights_sharded:
+                    safe_set_local_optimizer_state(p, deepspeed_private.local_shard(p, value), key)
                 else:
                     safe_set_full_optimizer_state(p, value, key)
-
-
-def flat_parameters(optimizer) -> list[Tensor]:
-    """What DeepSpeed's optimizer has made of the parameters of this process."""
-    third = hasattr(optimizer, "fp32_partitioned_groups_flat")
-    return optimizer.fp32_partitioned_groups_flat if third else optimizer.single_partition_of_fp32_groups
-
-
-def full_weight(parameter: nn.Parameter) -> Tensor:
-    """Return a whole weight, gathered."""
-    return safe_get_full_fp32_param(parameter)
-
-
-def full_moment(parameter: nn.Parameter, key: str) -> Tensor:
-    """Return a whole moment, gathered."""
-    return safe_get_full_optimizer_state(parameter, key)
-
-
-def part_of(parameter: Any, value: Tensor) -> Tensor:
-    """Return this rank's share of a whole tensor, as stage 3 shards it: equal parts, the last one padded.
-
-    DeepSpeed's own way to set a whole one fails where there is padding.
-    """
-    size = parameter.ds_tensor.ds_numel
-    mine = value.flatten()[dist.get_rank() * size :][:size]
-    return torch.nn.functional.pad(mine, (0, size - mine.numel()))

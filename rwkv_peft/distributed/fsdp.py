@@ -1,11 +1,6 @@
-"""STRATEGY=fsdp: sharded weights, gradients and optimizer state by torch's fully_shard (FSDP2).
-
-Lightning's own FSDP strategy needs a GPU.
-"""
+"""STRATEGY=fsdp: torch's FSDP2. Weights, gradients and optimizer state are sharded over the processes."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from pytorch_lightning.strategies import DDPStrategy
 from torch import nn
@@ -15,39 +10,40 @@ from torch.distributed.tensor import Shard
 
 from rwkv_peft.quantize import codes_as_parameters
 
-from .sharding import broadcast_params
+from .sharding import as_shardable, broadcast_params
 
 
 class FullyShard(DDPStrategy):
-    """One block's weights are whole at a time, on their way through it; those of embedding and head all the time of a step."""
+    """Strategy that gathers the weights of one block at a time, and keeps those of embedding and head whole during a step."""
 
     def model_to_device(self) -> None:
-        """Block after block, when it is cut: a device holds no more than one of them whole."""
+        """Do nothing: blocks move one by one when they are sharded, so that a device holds no more than one of them whole."""
 
     def configure_ddp(self) -> None:
-        """Shard the model, block by block."""
-        module: Any = self.lightning_module  # a TrainingModule, which is on a higher floor
+        """Shard the model block by block."""
+        module = as_shardable(self.lightning_module)
         model = module.model
         mesh = init_device_mesh(self.root_device.type, (self.world_size,))
 
-        def along(parameter: nn.Parameter) -> Shard:
-            """Return the axis to shard along: vectors are [1, 1, C] in some versions.
+        def placement(parameter: nn.Parameter) -> Shard:
+            """Choose the longest dimension: vectors are [1, 1, C] in some versions.
 
-            Along other axes than the first, torch shards only into equal parts.
+            Along a dimension other than the first, torch only makes shards of equal size.
             """
             longest = max(range(parameter.dim()), key=lambda dim: parameter.shape[dim])
             return Shard(longest if parameter.shape[longest] % self.world_size == 0 else 0)
 
+        def broadcast(name: str) -> None:
+            broadcast_params(model.get_submodule(name).named_parameters(name), module.given, self.root_device)
+
         for number, block in enumerate(model.blocks):
             module.settle(f"blocks.{number}.")
             codes_as_parameters(block)
-            named = block.named_parameters(f"blocks.{number}")
-            broadcast_params(named, module.given, self.root_device)
-            fully_shard(block, mesh=mesh, shard_placement_fn=along)
+            broadcast(f"blocks.{number}")
+            fully_shard(block, mesh=mesh, shard_placement_fn=placement)
         module.settle("")
         codes_as_parameters(model)
         for name in ("emb", "ln_out", "head"):
-            named = model.get_submodule(name).named_parameters(name)
-            broadcast_params(named, module.given, self.root_device)
-        fully_shard(model, mesh=mesh, shard_placement_fn=along)
+            broadcast(name)
+        fully_shard(model, mesh=mesh, shard_placement_fn=placement)
         register_fsdp_forward_method(model, "features")

@@ -1,4 +1,4 @@
-"""Which of all processes of the training this one is, as whoever started it says: ./training.sh, torchrun, or Slurm's srun."""
+"""The rank of this process, by its launcher: ./training.sh, torchrun, or Slurm's srun."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from typing import Any
 from rwkv_peft.common.errors import SettingError, SettingErrors
 from rwkv_peft.config.train import TrainConfig
 
+TORCH_PORT = 29500  # torch's default
+
 
 @dataclass(frozen=True)
 class ProcessInfo:
-    """Which process of a training this is.
+    """The place of this process in the run.
 
     Attributes:
-        rank: Among all processes.
-        local: Among the processes of this machine.
-        node: The machine's number.
-        nodes: How many machines there are.
-        launcher: What has started the processes of this machine; "" if ./training.sh does.
-        launched_by_us: A process of this training has started this one.
+        rank: among all processes.
+        local: the local rank, among the processes of this machine.
+        node: number of this machine, from 0.
+        nodes: number of machines.
+        starter: the launcher: torchrun or srun, or "" if the kit starts the other processes of this machine itself.
+        spawned_by_us: whether a process of the kit has started this one.
     """
 
     rank: int
@@ -28,84 +30,76 @@ class ProcessInfo:
     node: int
     nodes: int
     launcher: str = ""
-    launched_by_us: bool = False
+    spawned_by_us: bool = False
 
     @property
     def is_main(self) -> bool:
-        """The process that speaks, and writes."""
+        """Whether this is rank 0, which prints and writes."""
         return self.rank == 0
 
     def needs_rendezvous(self) -> bool:
-        """Return whether there are processes that this training has not started: their settings have to be compared."""
-        return bool(self.launcher) or (self.nodes > 1 and not self.launched_by_us)
+        """Whether there are processes that the kit has not started, whose settings have to be compared."""
+        return bool(self.launcher) or (self.nodes > 1 and not self.spawned_by_us)
 
 
-def number(environment: Mapping[str, str], *names: str) -> int:
-    """The first of these variables that is there, 0 if none is."""
+def _read_number(environment: Mapping[str, str], *names: str) -> int:
+    # the first of these variables that is set, 0 if none is
     return next((int(environment[name]) for name in names if environment.get(name, "").isdigit()), 0)
 
 
 def detect_launcher(config: TrainConfig, environment: Mapping[str, str]) -> ProcessInfo:
-    """Problems where the script says something else than who has started this process."""
+    """Return the place of this process, from the environment variables of its launcher.
+
+    Raises:
+        SettingErrors: if GPU_COUNT or NNODES of the script differ from what the launcher started.
+    """
     if "TORCHELASTIC_RUN_ID" in environment:
-        there = number(environment, "LOCAL_WORLD_SIZE")
-        nodes = number(environment, "WORLD_SIZE") // max(1, there)
-        place = ProcessInfo(
-            number(environment, "RANK"), number(environment, "LOCAL_RANK"), number(environment, "GROUP_RANK"), nodes, "torchrun"
-        )  # fmt: skip
-    elif number(environment, "SLURM_STEP_NUM_TASKS") > 1:  # (srun's variables; sbatch's name only what may be used)
-        nodes = max(1, number(environment, "SLURM_STEP_NUM_NODES"))
-        there = number(environment, "SLURM_STEP_NUM_TASKS") // nodes
-        rank, local, node = (number(environment, name) for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"))
-        place = ProcessInfo(rank, local, node, nodes, "srun")
+        there = _read_number(environment, "LOCAL_WORLD_SIZE")
+        nodes = _read_number(environment, "WORLD_SIZE") // max(1, there)
+        names, launcher = ("RANK", "LOCAL_RANK", "GROUP_RANK"), "torchrun"
+    elif (
+        _read_number(environment, "SLURM_STEP_NUM_TASKS") > 1
+    ):  # set by srun; sbatch's variables are only what may be used
+        nodes = max(1, _read_number(environment, "SLURM_STEP_NUM_NODES"))
+        there = _read_number(environment, "SLURM_STEP_NUM_TASKS") // nodes
+        names, launcher = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"), "srun"
     else:
-        local = number(environment, "LOCAL_RANK")
+        local = _read_number(environment, "LOCAL_RANK")
         rank = config.node_rank * config.gpu_count + local
         return ProcessInfo(rank, local, config.node_rank, config.nnodes, "", "LOCAL_RANK" in environment)
     wrong = [
-        SettingError(name, f"is {given}, but {place.launcher} has started {started}; set it to that")
-        for name, given, started in (
-            ("GPU_COUNT", config.gpu_count, there),
-            ("NNODES", config.nnodes, nodes),
-        )
-        if given != started
+        SettingError(name, f"is {value}, but {launcher} has started {started}; set it to that")
+        for name, value, started in (("GPU_COUNT", config.gpu_count, there), ("NNODES", config.nnodes, nodes))
+        if value != started
     ]
     if wrong:
         raise SettingErrors(*wrong)
-    return place
-
-
-PORT = 29500  # torch's own
+    rank, local, node = (_read_number(environment, name) for name in names)
+    return ProcessInfo(rank, local, node, nodes, launcher)
 
 
 def set_master_address(config: TrainConfig, place: ProcessInfo, environment: MutableMapping[str, str]) -> None:
-    """Set MASTER_ADDR and MASTER_PORT for torch to what the script means by them. It does not take empty names."""
-    if place.launched_by_us:  # ours has done so
+    """Set MASTER_ADDR and MASTER_PORT in the environment as the script means them.
+
+    Those that the script leaves empty or at auto are removed. (To torch, an empty list of devices means no device.)
+    """
+    if place.spawned_by_us:  # the process that started this one has done so
         return
-    alone = place.nodes == 1 and not place.launcher  # any free port: two trainings must not want the same
-    for name, said in (("MASTER_ADDR", config.master_addr), ("MASTER_PORT", config.master_port)):
-        if alone or said in ("", "auto"):
+    alone = place.nodes == 1 and not place.launcher  # any free port: two runs must not use the same
+    for name, value in (("MASTER_ADDR", config.master_addr), ("MASTER_PORT", config.master_port)):
+        if alone or value in ("", "auto"):
             environment.pop(name, None)
     if place.nodes > 1 and not place.launcher:
-        environment.setdefault("MASTER_PORT", str(PORT))
+        environment.setdefault("MASTER_PORT", str(TORCH_PORT))
 
 
-def plugins(place: ProcessInfo, processes: int) -> list[Any]:
-    """Return what gives Lightning the same facts."""
-    from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
+def environment_plugins(place: ProcessInfo, processes: int) -> list[Any]:
+    """Return the plugin by which Lightning gets the same ranks. processes: of the whole run."""
+    # here: Lightning takes seconds to import, and the commands that do not train need none of it
+    from lightning_fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 
-    class Srun(SLURMEnvironment):
-        """Lightning's environment of Slurm, without its check of how tasks were ordered: detect_launcher has done that."""
-
-        def __init__(self):
-            self.auto_requeue, self.requeue_signal = False, None
-
-        def validate_settings(self, num_devices: int, num_nodes: int) -> None:
-            pass
-
-        def world_size(self) -> int:
-            return processes
+    from .lightning_private import SrunEnvironment
 
     if place.launcher == "srun":
-        return [Srun()]
+        return [SrunEnvironment(processes)]
     return [TorchElasticEnvironment() if place.launcher else LightningEnvironment()]

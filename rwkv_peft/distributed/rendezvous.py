@@ -1,6 +1,7 @@
-"""Before a training on several machines: do all its processes have the same? What the first one has decided, the others hear.
+"""Rendezvous before a run of several launchers: compares settings and files, and distributes what rank 0 has decided.
 
-They meet in a store of torch's at MASTER_ADDR, which is closed again before the training itself meets there (reach.py).
+It uses a store of torch's at MASTER_ADDR (connect.py), which is closed before the process group of the run opens its own there.
+A party is a process, or a node whose other processes the kit starts itself.
 """
 
 from __future__ import annotations
@@ -20,32 +21,38 @@ from rwkv_peft.common.paths import PACKAGE
 from rwkv_peft.config.shell import names_where
 from rwkv_peft.config.train import TrainConfig
 
-from .connect import find_store, in_time, open_store
+from .connect import connect_store, open_store, run_with_timeout
 from .launch import ProcessInfo
 
-REACH, PATIENCE = 120.0, 900.0  # seconds to find the first node; to wait for what another does before it begins
-LOOK = 0.2  # seconds between two looks
+REACH, PATIENCE = 120.0, 900.0  # seconds to connect to party 0; to wait for what another party does before it begins
+POLL = 0.2  # seconds
 PER_NODE = names_where(TrainConfig, per_node=True)
 
 
 class Rendezvous:
-    """The store in which processes compare what they have before the training begins.
+    """The parties of a run, by their common store.
 
-    Attributes:
-        me: The number of this party of `count`; 0 has the store.
-        called: What to call another party, for messages.
-        how: How to start one, for messages.
-        lost: The store does not answer any more.
+    Args:
+        store: hosted by party 0.
+        rank: number of this party, from 0.
+        count: number of parties.
+        called: what messages call a party: node or process.
+        say: logs what is waited for.
+        how: how to start a party, with {} for its number.
     """
 
-    def __init__(self, store: Store, me: int, count: int, called: str, say: Callable[[str], None], how: str = ""):
-        self.store, self.me, self.count, self.called, self.say, self.how = store, me, count, called, say, how
-        self.lost = False  # the first one does not answer any more
+    def __init__(self, store: Store, rank: int, count: int, called: str, say: Callable[[str], None], how: str = ""):
+        self.store, self.rank, self.count, self.called, self.say, self.how = store, rank, count, called, say, how
+        self.lost = False  # party 0 does not answer any more
 
-    def ask(self, does: str, *what: Any) -> Any:
-        """What the store of the first one answers. UserError if it does not."""
+    def request(self, method: str, *arguments: Any) -> Any:
+        """Call a method of the store.
+
+        Raises:
+            UserError: if party 0 does not answer.
+        """
         try:
-            return in_time(lambda: getattr(self.store, does)(*what), REACH)
+            return run_with_timeout(lambda: getattr(self.store, method)(*arguments), REACH)
         except TimeoutError:
             words = (
                 f"The first process has not answered for {REACH:.0f} seconds: it, or the network to it, stands still."
@@ -56,70 +63,96 @@ class Rendezvous:
         raise UserError(words)
 
     def publish(self, key: str, value: Any) -> None:
-        """Set a value for the others."""
-        self.ask("set", key, json.dumps(value))
+        """Publish a value that JSON can hold."""
+        self.request("set", key, json.dumps(value))
 
     def wait_for(self, key: str, of: int = 0) -> Any:
-        """Return a value that another party has published, or will. Raises UserError if it cannot any more."""
-        began, reported = time.monotonic(), False
-        while not self.ask("check", [key]):
-            if self.ask("check", ["failed"]):
-                raise UserError(f"Another process could not begin: {json.loads(self.ask('get', 'failed'))}")
+        """Return the value that a party publishes, once it has.
+
+        Args:
+            key: of the value.
+            of: the party, for messages.
+
+        Raises:
+            UserError: if a party could not begin, or does not publish it within PATIENCE.
+        """
+        began, announced = time.monotonic(), False
+        while not self.request("check", [key]):
+            if self.request("check", ["failed"]):
+                raise UserError(f"Another process could not begin: {json.loads(self.request('get', 'failed'))}")
             waited = time.monotonic() - began
             if waited > PATIENCE:
                 raise UserError(
                     f"{self.called} {of} has not come within {PATIENCE / 60:.0f} minutes. Is it running there?"
                 )
-            if waited > REACH / 20 and not reported:
+            if waited > REACH / 20 and not announced:
                 self.say(f"waiting for {self.called} {of}{self.how.format(of)}")
-                reported = True
-            time.sleep(LOOK)
-        return json.loads(self.ask("get", key))
+                announced = True
+            time.sleep(POLL)
+        return json.loads(self.request("get", key))
 
     def enter(self, patience: float, where: str) -> None:
-        """Take part. Problems if this is not the meeting of this one's training. patience: seconds for the first to say so."""
-        if self.me == 0:
+        """Take part.
+
+        Args:
+            patience: seconds in which party 0 has to open the rendezvous.
+            where: address and port, for messages.
+
+        Raises:
+            SettingErrors: if the store is another run's, or the numbers of parties differ.
+        """
+        if self.rank == 0:
             self.publish("count", self.count)
         began = time.monotonic()
-        while not self.ask("check", ["count"]):
+        while not self.request("check", ["count"]):
             if time.monotonic() - began > patience:
                 words = (
                     f"is used by another training at {where}, not by node 0 of this one before it begins. If that is node 0, "
                     "which trains already, stop all nodes and start them again; else take another number, on all nodes"
                 )
                 raise SettingErrors(SettingError("MASTER_PORT", words))
-            time.sleep(LOOK)
-        count = json.loads(self.ask("get", "count"))
-        if self.me >= count:
+            time.sleep(POLL)
+        count = json.loads(self.request("get", "count"))
+        if self.rank >= count:
             name = "NNODES" if self.called == "node" else "GPU_COUNT"
             words = f"makes {self.count} {self.called}s here, and {count} on {self.called} 0, which waits for no further one"
             raise SettingErrors(SettingError(name, f"{words}; all need the same"))
-        if self.ask("add", f"here/{self.me}", 1) > 1:
-            words = f"is {self.me} on two nodes; it counts them, from 0"
+        if self.request("add", f"here/{self.rank}", 1) > 1:
+            words = f"is {self.rank} on two nodes; it counts them, from 0"
             raise SettingErrors(
                 SettingError("NODE_RANK", f"{words}. (If this one has started again, start node 0 again, too.)")
             )
 
     def compare(self, mine: Mapping[str, Any]) -> None:
-        """Raise SettingErrors with all that differs from rank 0. Called by all parties."""
-        self.publish(f"facts/{self.me}", mine)
-        if self.me == 0:
-            differences = []
+        """Compare facts with those of party 0. To be called by all.
+
+        Args:
+            mine: of this party, by the setting to look at, or another name.
+
+        Raises:
+            SettingErrors: with all facts in which a party differs from party 0.
+        """
+        self.publish(f"facts/{self.rank}", mine)
+        if self.rank == 0:
+            differing = []
             for other in range(1, self.count):
                 theirs = self.wait_for(f"facts/{other}", other)
-                for name in (name for name in mine if differ(name, theirs.get(name), mine[name])):
-                    values = f"{shown(theirs.get(name))} on {self.called} {other}, and {shown(mine[name])} on {self.called} 0"
-                    differences.append([name, f"is {values}; all need the same"])
-            self.publish("differences", differences)
+                for name in (name for name in mine if _differs(name, theirs.get(name), mine[name])):
+                    values = (
+                        f"{_shorten(theirs.get(name))} on {self.called} {other}, "
+                        f"and {_shorten(mine[name])} on {self.called} 0"
+                    )
+                    differing.append([name, f"is {values}; all need the same"])
+            self.publish("differences", differing)
         if differences := self.wait_for("differences"):
             raise SettingErrors(*(SettingError(name, message) for name, message in differences))
 
     def leave(self) -> None:
-        """Leave; the first one when all others have, since the store is its."""
-        self.ask("add", "gone", 1)
+        """Leave the rendezvous. Party 0 waits for all others, since it hosts the store."""
+        self.request("add", "gone", 1)
         deadline = time.monotonic() + REACH
-        while self.me == 0 and self.ask("add", "gone", 0) < self.count and time.monotonic() < deadline:
-            time.sleep(LOOK / 10)
+        while self.rank == 0 and self.request("add", "gone", 0) < self.count and time.monotonic() < deadline:
+            time.sleep(POLL / 10)
         del self.store
 
 
@@ -127,29 +160,30 @@ class Rendezvous:
 def open_rendezvous(
     place: ProcessInfo, processes: int, address: str, port: int, say: Callable[[str], None]
 ) -> Iterator[Rendezvous]:
-    """Connect to the other parties of a training: all of its processes if a launcher has started them, else one of each node.
+    """Meet the other parties of a run: all its processes if torchrun or srun started them, else one process of each node.
 
     Args:
-        place: This process.
-        processes: Of the whole training.
-        address: Of the store.
-        port: Of the store.
-        say: Prints a message.
+        place: of this process.
+        processes: of the whole run.
+        address: of party 0.
+        port: of the store.
+        say: logs what is waited for.
 
     Raises:
-        UserError: they cannot be reached.
+        SettingErrors: if the address or the port is wrong.
+        UserError: if the parties cannot be reached.
     """
-    me, count = (place.rank, processes) if place.launcher else (place.node, place.nodes)
+    rank, count = (place.rank, processes) if place.launcher else (place.node, place.nodes)
     called = "process" if place.launcher else "node"
-    hosts = me == 0 and place.launcher != "torchrun"  # which has a store of its own
+    hosts = rank == 0 and place.launcher != "torchrun"  # torchrun hosts a store itself
     where = f"{address}, port {port}"
     if hosts:
         store = open_store(address, port, REACH)
     else:
-        store = find_store(address, port, REACH, lambda: say(f"waiting for {called} 0 at {where}"))
+        store = connect_store(address, port, REACH, lambda: say(f"waiting for {called} 0 at {where}"))
     how = f" at {where}: NODE_RANK={{}} ./training.sh there" if called == "node" else ""
-    met = Rendezvous(PrefixStore("rwkv-peft", store), me, count, called, say, how)
-    # (torchrun's store is there before rank 0 is)
+    met = Rendezvous(PrefixStore("rwkv-peft", store), rank, count, called, say, how)
+    # torchrun's store exists before party 0 does
     met.enter(PATIENCE if place.launcher == "torchrun" else REACH / 4, where)
     try:
         yield met
@@ -159,31 +193,31 @@ def open_rendezvous(
                 met.publish(
                     "failed", "it was stopped by Ctrl-C" if isinstance(error, KeyboardInterrupt) else str(error)
                 )
-                time.sleep(5 * LOOK)  # so that they hear it before the store is gone
+                time.sleep(5 * POLL)  # so that they read it before the store is gone
         raise
     met.leave()
 
 
-def differ(name: str, theirs: Any, mine: Any) -> bool:
-    """Return whether two processes cannot train together. A run without a name gets the name that rank 0 gives it."""
+def _differs(name: str, theirs: Any, mine: Any) -> bool:
+    # (a run without a name gets the one that rank 0 chooses)
     return theirs != mine and not (name == "RUN_NAME" and "" in (theirs, mine))
 
 
-def shown(value: Any) -> str:
-    """Return a value for a message."""
+def _shorten(value: Any) -> str:
     text = str(value)
     return (text if len(text) < 60 else f"{text[:20]}...{hashlib.sha256(text.encode()).hexdigest()[:8]}") or '""'
 
 
 def facts_of(settings: Mapping[str, Any], base: str, data: Any, state: Any) -> dict[str, Any]:
-    """Return what all processes must have alike, by the variable to look at, or another name.
+    """Return what must be the same in all processes, by the setting to look at, or another name.
 
     Args:
-        settings: By name.
-        base: The SHA-256 of its file.
-        data: What identifies the data.
-        state: What identifies the saved state that the run resumes from.
+        settings: all, by name.
+        base: the sha256 of the base model's file.
+        data: identifies the data; JSON can hold it.
+        state: identifies the train state that the run resumes from; JSON can hold it.
     """
+    # here: this module is imported before a run is known to need torch's and Lightning's seconds
     import pytorch_lightning
     import torch
 

@@ -1,6 +1,6 @@
-"""What is sharded over the processes of a training, and how it is gathered for checkpoints, states and norms.
+"""How weights and optimizer state are sharded, and how whole tensors are gathered: for checkpoints, states and gradient norms.
 
-Files have whole tensors under their names, so they do not depend on how a run was sharded.
+Files hold whole tensors under their names, so they do not depend on the strategy of the run that wrote them.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -18,24 +19,52 @@ from torch.optim import Optimizer
 
 from rwkv_peft.checkpoint.lazy_tensors import LazyTensor, LazyTensors
 from rwkv_peft.config.strategies import Strategy
+from rwkv_peft.model.rwkv import RWKV
 
 Parameters = Mapping[str, nn.Parameter]  # by their names in files
 
-# whether a parameter, by its name in the model, is what the base's file has: all processes have the same file
+# whether a parameter, by its name in the model, has the value of the base's file: all processes have the same file
 Given = Callable[[str], bool]
 
-ENOUGH = -1  # rank 0 needs no more tensors
+END = -1  # rank 0 needs no more tensors
+
+
+class ShardableModule(pl.LightningModule):
+    """What strategies need of the module that Lightning trains.
+
+    Attributes:
+        model: has all weights.
+        given: see Given.
+        settle: makes the parameters whose names begin with a prefix, where that was deferred until they are sharded.
+        grad_norm: of the last optimizer step, float32 [], before clipping.
+        skipped: the last optimizer step changed nothing, because its gradient was not finite.
+    """
+
+    model: RWKV
+    given: Given
+    settle: Callable[[str], None]
+    grad_norm: Tensor | None
+    skipped: bool
+
+
+def as_shardable(module: nn.Module | None) -> ShardableModule:
+    """Return the module, whose type Lightning's annotations do not know."""
+    assert isinstance(module, ShardableModule)
+    return module
 
 
 def lazy_tensor(tensor: Tensor) -> LazyTensor:
-    """A tensor of one process, or one that torch has cut (DTensor)."""
-    own = tensor.detach()
-    get = own.full_tensor if isinstance(own, DTensor) else tensor.detach
+    """Return a lazy tensor of one process's tensor, or of one that torch has sharded (DTensor)."""
+
+    def get() -> Tensor:
+        detached = tensor.detach()
+        return detached.full_tensor() if isinstance(detached, DTensor) else detached
+
     return LazyTensor(tuple(tensor.shape), tensor.dtype, get)
 
 
-def like(tensor: Tensor, example: Tensor) -> Tensor:
-    """A whole tensor cut as another one is: each process takes its own part of what it has."""
+def _shard_like(tensor: Tensor, example: Tensor) -> Tensor:
+    """Shard a whole tensor as `example` is: each process takes its own shard of the tensor that it has."""
     if not isinstance(example, DTensor):
         return tensor
     moved = tensor.to(example.to_local().device)
@@ -44,142 +73,165 @@ def like(tensor: Tensor, example: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def gather_to_main(
-    files: Mapping[str, Mapping[str, LazyTensor]], in_pieces: bool, first: bool, device: torch.device
+    files: Mapping[str, Mapping[str, LazyTensor]], is_sharded: bool, is_main: bool, device: torch.device
 ) -> Iterator[Mapping[str, LazyTensors] | None]:
-    """Let rank 0 read whole tensors while the other ranks help to gather them.
+    """Gather the tensors of files on rank 0; the other processes take part until it has all, and get None.
 
-    To be entered by all processes, with the same names in the same order. On rank 0 it yields the tensors of one file after
-    another, which any of its threads may read in any order; on the others None.
+    To be entered by all processes, with the same names in the same order. Rank 0 may ask for tensors in any order and in any
+    of its threads, of one file after another.
 
     Args:
-        files: What the files have, by name.
-        in_pieces: Whether anything is sharded.
-        first: This is rank 0.
-        device: Of the collective operations.
+        files: the tensors of each file, by name.
+        is_sharded: whether any of the tensors is.
+        is_main: whether this is rank 0.
+        device: where the processes communicate.
     """
-    wholes = [tensor for file in files.values() for tensor in file.values()]
-    number = {id(tensor): i for i, tensor in enumerate(wholes)}
+    tensors = [tensor for file in files.values() for tensor in file.values()]
+    index = {id(tensor): i for i, tensor in enumerate(tensors)}
 
-    def announce(tensor: int) -> None:
-        dist.broadcast(torch.tensor(tensor, device=device), 0)
+    def announce(number: int) -> None:
+        dist.broadcast(torch.tensor(number, device=device), 0)
 
-    if first:
-        announce_tensor = (lambda tensor: announce(number[id(tensor)])) if in_pieces else (lambda _: None)
+    if is_main:
+        before_get = (lambda tensor: announce(index[id(tensor)])) if is_sharded else (lambda _: None)
         try:
-            yield {name: LazyTensors(file, announce_tensor) for name, file in files.items()}
+            yield {name: LazyTensors(file, before_get) for name, file in files.items()}
         finally:
-            if in_pieces:
-                announce(ENOUGH)
+            if is_sharded:
+                announce(END)
         return
-    wanted = torch.tensor(ENOUGH, device=device)
-    while in_pieces:
+    wanted = torch.tensor(END, device=device)
+    while is_sharded:
         dist.broadcast(wanted, 0)
-        if int(wanted) == ENOUGH:
+        if int(wanted) == END:
             break
-        wholes[int(wanted)].get()
+        tensors[int(wanted)].get()
     yield None
 
 
 @torch.no_grad()
 def broadcast_params(parameters: Iterable[tuple[str, nn.Parameter]], given: Given, device: torch.device) -> None:
-    """Give all processes the parameters of rank 0, on their device.
+    """Move parameters to the device, and replace those that the base's file does not have by the ones of rank 0.
 
-    What was drawn, decomposed or compressed may differ by a rounding between machines, and shards of different tensors
-    do not fit together.
+    What was drawn, decomposed or quantized may differ by a rounding between machines, and shards of different tensors do not
+    fit together.
+
+    Args:
+        parameters: with their names in the model.
+        given: see Given.
+        device: of this process.
     """
     for name, parameter in parameters:
         if given(name):
             parameter.data = parameter.detach().to(device)
             continue
-        sent = parameter.detach().to(device, copy=True)  # what is mapped from a file stays as it is
+        sent = parameter.detach().to(device, copy=True)  # a tensor that is mapped from a file must not change
         dist.broadcast(sent, 0)
         parameter.data = sent
 
 
-def grad_norm(gradients: Iterable[Tensor], in_pieces: bool) -> Tensor:
-    """Return the gradient norm, float32 []. Summed in float64, so that it does not depend on the sharding.
+def _local_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
 
-    in_pieces: each process has parts of its own of all gradients.
+
+def grad_norm(gradients: Iterable[Tensor], is_sharded: bool) -> Tensor:
+    """Return the 2-norm of all gradients, float32 []. The sum is float64, so it does not depend on how they are sharded.
+
+    Args:
+        gradients: of this process.
+        is_sharded: whether each process has its own shards of all gradients.
     """
-    local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-    squares = torch.stack(torch._foreach_norm(local, 2, dtype=torch.float64)).square().sum()
-    if in_pieces:
+    squares = torch.stack(torch._foreach_norm(_local_tensors(gradients), 2, dtype=torch.float64)).square().sum()
+    if is_sharded:
         dist.all_reduce(squares)
     return squares.sqrt().float()
 
 
 def clip_grads(gradients: Iterable[Tensor], norm: Tensor, limit: float) -> None:
-    """Scale gradients down to a length; 0 for no limit. The factor is that of torch.nn.utils.clip_grads_with_norm_."""
-    local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    """Scale gradients down to a norm of `limit`, 0 for no limit. The factor is that of torch.nn.utils.clip_grads_with_norm_."""
+    local = _local_tensors(gradients)
     if limit:
         torch._foreach_mul_(local, torch.clamp(limit / (norm + 1e-6), max=1.0).to(local[0].device))
 
 
 class Sharding:
-    """How a training is distributed, where torch does it.
-
-    On one process, on several with all that is trained on each (DDP), or sharded as DTensors (FSDP2).
+    """How a run is sharded, by torch alone: not at all, replicated (DDP), or as DTensors (FSDP2).
 
     Args:
-        strategy: Of STRATEGIES.
-        several: There are several processes.
+        strategy: one of STRATEGIES.
+        is_distributed: whether the run has several processes.
     """
 
-    def __init__(self, strategy: Strategy, several: bool):
-        self.strategy, self.several = strategy, several
-        self.weights_in_pieces, self.memory_in_pieces = strategy.spread == "weights", bool(strategy.spread)
+    def __init__(self, strategy: Strategy, is_distributed: bool):
+        self.strategy, self.is_distributed = strategy, is_distributed
+        self.are_weights_sharded, self.is_state_sharded = strategy.spread == "weights", bool(strategy.spread)
 
     def settle(self, model: nn.Module) -> None:
-        """Let go of what is whole because the model was used last, before its parameters are asked for."""
+        """Reshard weights that are whole since the model was last used, before its parameters are asked for."""
         if isinstance(model, FSDPModule):
             model.reshard()
 
     def own_optimizer(self, groups: list[dict], betas: tuple[float, float], eps: float) -> Optimizer | None:
-        """The optimizer that the strategy brings in place of OPTIM; None: it brings none."""
+        """Return the optimizer with which the strategy replaces OPTIM, or None if it does not."""
         return None
 
     def clip(self, parameters: list[nn.Parameter], limit: float) -> Tensor | None:
-        """Scale the gradients down to a length (0: no limit); returns what it was, or None if it is not yet known."""
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        if not self.several:
+        """Scale gradients down to a norm of `limit`, 0 for no limit. Return the norm before, or None if it is not yet known."""
+        if not self.is_distributed:
             return nn.utils.clip_grad_norm_(parameters, limit or float("inf"))
-        norm = grad_norm(gradients, self.weights_in_pieces)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = grad_norm(gradients, self.are_weights_sharded)
         clip_grads(gradients, norm, limit)
         return norm
 
     def weights(self, parameters: Parameters) -> dict[str, LazyTensor]:
-        """Return the trained weights, to be gathered when they are read."""
+        """Return whole weights, by the names of `parameters`."""
         return {name: lazy_tensor(p) for name, p in parameters.items()}
 
-    def memory(self, optimizer: Optimizer, parameters: Parameters) -> tuple[dict[str, LazyTensor], dict[str, dict]]:
-        """An optimizer's memory: tensors as PARAMETER/KEY, and by parameter what is no tensor."""
+    def optimizer_state(
+        self, optimizer: Optimizer, parameters: Parameters
+    ) -> tuple[dict[str, LazyTensor], dict[str, dict]]:
+        """Return an optimizer's state: whole tensors as PARAMETER/KEY, and the values that are no tensors, by parameter."""
         name_of = {id(parameter): name for name, parameter in parameters.items()}
         tensors: dict[str, LazyTensor] = {}
         others: dict[str, dict] = {}
-        for parameter, memory in optimizer.state.items():
+        for parameter, state in optimizer.state.items():
             name = name_of[id(parameter)]
-            for key, value in memory.items():
+            for key, value in state.items():
                 if torch.is_tensor(value):
                     tensors[f"{name}/{key}"] = lazy_tensor(value)
                 else:
                     others.setdefault(name, {})[key] = value
         return tensors, others
 
-    def remember(
+    def load_optimizer_state(
         self, optimizer: Optimizer, parameters: Parameters, tensors: Mapping[str, Tensor], others: Mapping[str, dict]
     ) -> None:
-        """Give an optimizer the memory of another one of its kind. LookupError or ValueError for that of other parameters."""
-        memory: dict[str, dict[str, Any]] = {name: dict(values) for name, values in others.items()}
+        """Load the state that `optimizer_state` returned for an optimizer of the same kind.
+
+        Args:
+            optimizer: over the trained parameters.
+            parameters: the trained parameters, by their names in files.
+            tensors: whole, as PARAMETER/KEY.
+            others: the values that are no tensors, by parameter.
+
+        Raises:
+            LookupError: if the state is that of other parameters.
+            ValueError: if a tensor has another shape than its parameter, or is missing.
+        """
+        state_of: dict[str, dict[str, Any]] = {name: dict(values) for name, values in others.items()}
         for name, tensor in tensors.items():
             parameter, _, key = name.rpartition("/")
             if key.startswith("exp_avg") and tensor.shape != parameters[parameter].shape:
                 raise ValueError(f"{name} is {list(tensor.shape)} instead of {list(parameters[parameter].shape)}")
-            # (a count of steps is no part of a parameter, and is not cut like one)
-            cut = like(tensor, parameters[parameter]) if tensor.shape == parameters[parameter].shape else tensor
-            memory.setdefault(parameter, {})[key] = cut.clone()
-        if lacking := [name for name, values in memory.items() if "step" not in values]:
-            raise ValueError(f"{lacking[0]}/step is missing")
-        places = (p for group in optimizer.param_groups for p in group["params"])
-        number = {id(p): i for i, p in enumerate(places)}  # as torch counts them
-        state = {number[id(parameters[name])]: values for name, values in memory.items()}
+            # AdamW's scalar `step` is not sharded
+            shard = (
+                _shard_like(tensor, parameters[parameter]) if tensor.shape == parameters[parameter].shape else tensor
+            )
+            state_of.setdefault(parameter, {})[key] = shard.clone()
+        if incomplete := [name for name, values in state_of.items() if "step" not in values]:
+            raise ValueError(f"{incomplete[0]}/step is missing")
+        ordered = (p for group in optimizer.param_groups for p in group["params"])
+        index = {id(p): i for i, p in enumerate(ordered)}  # as torch counts them
+        state = {index[id(parameters[name])]: values for name, values in state_of.items()}
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

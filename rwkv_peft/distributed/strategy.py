@@ -1,4 +1,4 @@
-"""What GPU_COUNT, STRATEGY and PRECISION make of Lightning's Trainer."""
+"""The arguments of Lightning's Trainer that follow from GPU_COUNT, STRATEGY and PRECISION."""
 
 from __future__ import annotations
 
@@ -18,86 +18,85 @@ from rwkv_peft.config.strategies import STRATEGIES
 
 from .sharding import Sharding
 
-# what the libraries say of themselves
-NOISE = ("FSDP2-wrapped module", r"`torch\.distributed\.\w+` is deprecated")
+# warnings of the libraries that no user can act on
+IGNORED_WARNINGS = ("FSDP2-wrapped module", r"`torch\.distributed\.\w+` is deprecated")
 FP16_SCALE = 2.0**12  # the loss is a mean over tokens, so gradients are small; torch's own 2**16 overflows at first
 
 
 class ScaledHalf(MixedPrecision):
     """fp16 with Lightning's gradient scaling, but without autocast: the model casts by itself, and WKV stays float32."""
 
-    def forward_context(self):
-        """Return a context that leaves dtypes as they are."""
-        return contextlib.nullcontext()
+    @contextlib.contextmanager
+    def forward_context(self) -> Iterator[None]:
+        """Do nothing around the forward pass."""
+        yield
 
 
-def trainer_arguments(precision: str, gpu_count: int, nodes: int, word: str, grad_clip: float) -> tuple[dict, Sharding]:
-    """Return the arguments of Lightning's Trainer that concern the machine, and how the training is distributed.
+def make_trainer_arguments(
+    precision: str, gpu_count: int, nodes: int, name: str, grad_clip: float
+) -> tuple[dict, Sharding]:
+    """Return the arguments of Lightning's Trainer that concern the machine, and how the run is sharded.
 
-    The model casts by itself, so Lightning computes as it is; only fp16 needs more: its gradients would underflow.
+    The model casts by itself, so Lightning needs no precision plugin except for fp16, whose gradients would underflow.
 
     Args:
-        precision: PRECISION.
-        gpu_count: Processes of this machine.
-        nodes: Machines.
-        word: Of STRATEGIES.
-        grad_clip: GRAD_CLIP.
+        precision: fp32, tf32, bf16 or fp16.
+        gpu_count: processes of a machine.
+        nodes: machines.
+        name: of STRATEGIES.
+        grad_clip: largest gradient norm, 0 for no limit.
 
     Raises:
-        SettingErrors: this machine does not have what is asked for.
+        SettingErrors: for what this machine does not have, or the strategy cannot do.
     """
-    kind, strategy = device_kind(), STRATEGIES[word]
+    kind, strategy = device_kind(), STRATEGIES[name]
     wrong = []
     if kind == "cuda" and gpu_count > torch.cuda.device_count():
         wrong.append(SettingError("GPU_COUNT", f"is more than the {torch.cuda.device_count()} GPUs of this machine"))
     if precision == "fp16" and strategy.spread:
         wrong.append(
             SettingError(
-                "STRATEGY", f"must be ddp with PRECISION=fp16, whose scaling {word} cannot do; use ddp, or bf16"
+                "STRATEGY", f"must be ddp with PRECISION=fp16, whose scaling {name} cannot do; use ddp, or bf16"
             )
         )
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    made: Any = "auto"
-    plugins: list[Any] = []
-    spread = Sharding(strategy, gpu_count * nodes > 1)
-    for words in NOISE:
-        warnings.filterwarnings("ignore", words)
-    if word == "ddp":
-        # (buffers are codes of compressed weights: they never change; gradients lie in what is sent, once)
-        made = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
-    elif word == "fsdp":
-        from .fsdp import FullyShard
+    is_distributed = gpu_count * nodes > 1
+    sharding = Sharding(strategy, is_distributed)
+    arguments: dict[str, Any] = {
+        "accelerator": "gpu" if kind == "cuda" else "cpu", "devices": gpu_count, "num_nodes": nodes,
+        "strategy": "auto", "plugins": [],
+    }  # fmt: skip
+    for pattern in IGNORED_WARNINGS:
+        warnings.filterwarnings("ignore", pattern)
+    if name == "ddp":
+        # buffers are codes of quantized weights, which never change; a view saves a copy of the gradients
+        arguments["strategy"] = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+    elif name == "fsdp":
+        from .fsdp import FullyShard  # (here: FSDP is imported only where it is used, which keeps start-up fast)
 
-        made = FullyShard()
+        arguments["strategy"] = FullyShard()
     elif strategy.stage:
         try:
-            with quietly():
+            with _disable_warnings():  # DeepSpeed warns of a missing GPU as soon as it is imported
+                # here: DeepSpeed is an optional package
                 from .deepspeed import DeepSpeedZero, KeepDtypes, ZeroSharding
         except ImportError as error:
             words = f"needs a package that is missing ({error}): {pip_command('-r requirements.txt')}"
             wrong.append(SettingError("STRATEGY", words))
         else:
-            made, plugins = DeepSpeedZero(strategy, grad_clip), [KeepDtypes("32-true")]
-            spread = ZeroSharding(strategy, gpu_count * nodes > 1)
+            arguments["strategy"] = DeepSpeedZero(strategy, grad_clip)
+            arguments["plugins"] = [KeepDtypes("32-true")]
+            sharding = ZeroSharding(strategy, is_distributed)
     if wrong:
         raise SettingErrors(*wrong)
     if precision == "fp16":
         scaler = torch.amp.GradScaler(kind, init_scale=FP16_SCALE)
-        plugins = [ScaledHalf("16-mixed", kind, scaler)]
-    accelerator = "gpu" if kind == "cuda" else "cpu"
-    arguments = {
-        "accelerator": accelerator,
-        "devices": gpu_count,
-        "num_nodes": nodes,
-        "strategy": made,
-        "plugins": plugins,
-    }
-    return arguments, spread
+        arguments["plugins"] = [ScaledHalf("16-mixed", kind, scaler)]
+    return arguments, sharding
 
 
 @contextlib.contextmanager
-def quietly() -> Iterator[None]:
-    """DeepSpeed warns of a missing GPU as soon as it is imported."""
+def _disable_warnings() -> Iterator[None]:
     logging.disable(logging.WARNING)
     try:
         yield

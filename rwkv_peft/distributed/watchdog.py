@@ -1,8 +1,7 @@
-"""Watchdog: stop the run and report the rank when a process dies or stalls, instead of hanging in a collective operation.
+"""Watchdog: stops the run and reports the rank when a process dies or stalls, instead of hanging in a collective.
 
-Each process increments its own counter in torch's store from a thread, and reads the counters of the others. A process has
-stalled after a number of checks without a new count, not after a time: where all were stopped together (Ctrl-Z), all
-continue.
+Each process increments a counter of its own in the store of the process group, from a thread, and reads those of the others.
+Time is measured by the number of reads, not by a clock: where all processes were suspended together (Ctrl-Z), all resume.
 """
 
 from __future__ import annotations
@@ -14,38 +13,39 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytorch_lightning as pl
-from pytorch_lightning.strategies.launchers import subprocess_script
 from torch.distributed import PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store
 
 from rwkv_peft.common.errors import EXIT_PROCESS, EXIT_USER
 
+from .lightning_private import child_process_observer
+
 BEAT = 1.0  # seconds between two beats
-STALLED = 90  # checks without a new beat, after which a process has stalled
-GONE = 10  # ... where something else already shows that one has ended
-# what torch says where another process is not there any more
+STALLED = 90  # reads without a new beat, after which a process counts as stalled
+GONE = 10  # ... where an error has shown already that one is gone
+# errors of torch where another process is gone
 BROKEN = re.compile(r"gloo|NCCL|[Cc]onnection|[Ss]ocket|ProcessGroup|peer", re.S)
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-REASONS = {
+REASONS = {  # of an exit code, for messages
     -signal.SIGKILL: "was killed (by the system, if memory ran out: dmesg tells)",
     -signal.SIGTERM: "was told to end",
 }
 
 
 class Watchdog(pl.Callback):
-    """Ends the training where a process has died or stalled.
+    """Ends this process, and those that it has started, when another process of the run is gone.
 
     Args:
-        rank: Of this process.
-        world: Processes of the training.
-        per_node: Processes of a machine.
-        parent: The process of this training that has started this one; None for none.
-        tidy: What to do before exiting at once.
-        log: Prints why the training ends.
-        changed: Returns what has become of the run's files, in words.
+        rank: of this process.
+        world: number of processes.
+        per_node: processes of a machine.
+        parent: the process of the kit that has started this one, None if another launcher has.
+        tidy: cleans up before this process ends at once.
+        log: reports why the run ends.
+        changed: describes a change of the run's files, if there was one.
     """
 
     def __init__(
@@ -60,77 +60,69 @@ class Watchdog(pl.Callback):
     ):
         self.rank, self.world, self.per_node, self.parent = rank, world, per_node, parent
         self.tidy, self.log, self.changed = tidy, log, changed
-        self.children: list[subprocess.Popen] = []  # those that we have started ourselves, local rank 1 first
-        self.checks, self.done = 0, False
+        self.children: list[subprocess.Popen] = []  # started by this process, local rank 1 first
+        self.reads, self.done = 0, False
         self.over = threading.Event()
-        self.named = threading.Lock()  # who has it says it
+        self.reporting = threading.Lock()  # the thread that has it reports
 
-    @contextlib.contextmanager
-    def instead_of_lightnings(self) -> Iterator[None]:
-        """Replace Lightning's observer while this is entered.
-
-        Lightning's ends this process by SIGKILL some seconds after any of those that it has started has ended, whatever
-        it is writing.
-        """
-        theirs, subprocess_script._launch_process_observer = subprocess_script._launch_process_observer, self.observe
-        try:
-            yield
-        finally:
-            subprocess_script._launch_process_observer = theirs
+    def replacing_lightnings_observer(self) -> contextlib.AbstractContextManager[object]:
+        """Replace Lightning's observer of started processes, which ends this process even in the middle of a write."""
+        return child_process_observer(self.observe)
 
     def observe(self, child_processes: list[subprocess.Popen]) -> None:
-        """Look after processes from their start on."""
+        """Watch started processes from their start on."""
         self.children = child_processes
         self.start(self.check_children)
 
     def start(self, work: Callable[[], None]) -> None:
-        """Run `work` in a daemon thread."""
+        """Run `work` in a thread that ends with this process."""
         threading.Thread(target=work, name="watch", daemon=True).start()
 
     def check_children(self) -> None:
-        """Check the started processes until the training is over."""
+        """End this process when one that it has started has ended too early."""
         while not self.over.wait(BEAT):
             self.end_with_child()
 
-    def on_train_start(self, trainer, module) -> None:
-        """Begin to count."""
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Begin to watch the other processes."""
         if self.world == 1:
             return
         self.missed = dict.fromkeys(range(self.world), 0)
         self.beats = dict.fromkeys(range(self.world), 0)
-        # (a connection of its own: the training waits on the other one)
-        self.store: Store = PrefixStore("watch", _get_default_store().clone())  # type: ignore[attr-defined]  # torch's stub lacks Store.clone
+        # a connection of its own, because the run waits on the other one
+        connection = _get_default_store().clone()  # type: ignore[attr-defined]  # torch's stub lacks it
+        self.store: Store = PrefixStore("watch", connection)
         self.start(self.beat)
         self.start(self.check)
 
-    def on_train_end(self, trainer, module) -> None:
-        """Stop."""
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Stop watching."""
         self.done = True
         self.over.set()
 
     def beat(self) -> None:
-        """Count, until the training is over."""
+        """Exchange beats until the run ends."""
         while not self.over.wait(BEAT):
-            self.look()
-            self.checks += 1
+            self.exchange_beats()
+            self.reads += 1
 
     def check(self) -> None:
-        """Check the other processes until the training is over."""
+        """End this process when another one has stalled."""
         before = -1
         while not self.over.wait(BEAT):
-            if self.checks == before:  # rank 0 has the store, and does not answer
+            if self.reads == before:  # rank 0 hosts the store, and does not answer
                 self.missed[0] += 1
-            before = self.checks
-            words = self.still(STALLED)
+            before = self.reads
+            words = self.describe_stalled(STALLED)
             if words and not self.over.is_set():
                 self.end(words)
 
-    def look(self) -> None:
-        """Beat, and see who else has."""
+    def exchange_beats(self) -> None:
+        """Increment this process's counter, and read those of the others."""
         try:
             self.store.add(f"{self.rank}", 1)
             beats = {rank: self.store.add(f"{rank}", 0) for rank in self.beats}
-        except RuntimeError:  # rank 0 has the store
+        except RuntimeError:  # rank 0 hosts the store
             beats = {**self.beats, self.rank: self.beats[self.rank] + 1}
             self.missed[0] += GONE
         for rank, beat in beats.items():
@@ -138,47 +130,52 @@ class Watchdog(pl.Callback):
         self.beats = beats
 
     def end_with_child(self) -> None:
-        """End if a process that we have started has ended before its time."""
+        """End this process if one that it has started has ended too early."""
         for number, child in enumerate(self.children, 1):
             code = child.poll()
             if code and not self.over.is_set():
-                if code - 128 in STOPS:  # it got a signal to stop, before it could inform the others
+                if code - 128 in STOPS:  # it got a signal, and ended before the processes agreed on it
                     self.end("", code)
-                if code == EXIT_USER and (words := self.changed()):  # which ends a process that reads what is not there
+                # a changed file ends a process that reads what is not there
+                if code == EXIT_USER and (words := self.changed()):
                     self.end("", code, f"\n{words}")
                 self.end(f"{self.name(self.rank + number)} {REASONS.get(code, f'has ended with code {code}')}")
 
-    def still(self, checks: int) -> str:
-        """Return which process has stalled, in words; "" for none."""
-        late = [rank for rank, missed in self.missed.items() if missed >= checks and rank != self.rank]
-        return f"{self.name(late[0])} has not answered for {int(checks * BEAT)} seconds" if late else ""
+    def describe_stalled(self, reads: int) -> str:
+        """Describe a process without a new beat in so many reads, "" if there is none."""
+        late = [rank for rank, missed in self.missed.items() if missed >= reads and rank != self.rank]
+        return f"{self.name(late[0])} has not answered for {int(reads * BEAT)} seconds" if late else ""
 
     def name(self, rank: int) -> str:
-        """Return a process in words."""
+        """Return the name of a process for messages."""
         node = f"node {rank // self.per_node}, " if self.world > self.per_node else ""
         return f"process {rank} ({node}GPU {rank % self.per_node})"
 
     def caused(self, error: Exception) -> bool:
-        """Whether an error is because another process is not there; then ends the training with its name, if it can be found."""
+        """End this process with the name of the one that is gone, if an error of torch is because of that.
+
+        Returns:
+            False if the error has another cause, or the process cannot be identified.
+        """
         if not hasattr(self, "store") or not BROKEN.search(str(error)):
             return False
         for _ in range(GONE + 2):
-            self.look()
+            self.exchange_beats()
             self.end_with_child()
-            if words := self.still(GONE):
+            if words := self.describe_stalled(GONE):
                 self.end(words)
             time.sleep(BEAT)
         return False
 
     def end(self, words: str, code: int = EXIT_PROCESS, why: str = "") -> None:
-        """Exit at once, and end the processes that this one has started: they wait in the middle of something.
+        """End this process and those that it has started at once: they wait in a collective.
 
         Args:
-            words: About another process.
-            code: Exit code.
-            why: About something else.
+            words: what has become of another process, beginning with its name; "" if the cause is something else.
+            code: the exit code.
+            why: what to report of another cause.
         """
-        if not self.named.acquire(blocking=False):
+        if not self.reporting.acquire(blocking=False):
             time.sleep(60)
         self.leave()
         self.tidy()
@@ -194,9 +191,9 @@ class Watchdog(pl.Callback):
         os._exit(code)
 
     def leave(self) -> None:
-        """Wait for the processes that this one has started, or end them.
+        """End the processes that this one has started.
 
-        Where the training is done they end by themselves; else they may wait for it in the middle of something.
+        Where the run is done, they end by themselves within GONE seconds; else they may wait for this one in a collective.
         """
         self.over.set()
         for child in self.children:

@@ -138,7 +138,7 @@ def plan_run(
         most_tokens,
         max(1, sequences),
         lambda settings: (
-            report.data_lines(data, plan, settings) + report.form_lines(forms) + report.bos_lines(bos_by_file, mode)
+            report.data_lines(data, plan, settings) + report.template_lines(forms) + report.bos_lines(bos_by_file, mode)
         ),
         # (DeepSpeed counts micro-batches by itself)
         lambda rank, _first: Batches(data, plan, rank, STRATEGIES[config.strategy_name].stage > 0),

@@ -1,63 +1,70 @@
-"""infctx: any context in the memory of one chunk. The tokens of a micro-batch go through in chunks, with the state carried over.
+"""TRAIN_TYPE=infctx: any context in the memory of one chunk. The state is carried from chunk to chunk of a micro-batch.
 
-    detach   a chunk begins with the state after the one before it, and gradients end at its bound
-    full     gradients pass through the bound: the loss and gradients of the whole, whatever the chunk
+    detach   a chunk begins with the state that the one before it left, and gradients end where it begins
+    full     gradients continue into the chunk before: loss and gradients of the whole, whatever the size of chunks
 
-Each chunk's gradients are made as soon as its loss is known, so its activations live no longer than that. `full` goes
-through the chunks twice: forward for the states at their bounds, and backward from the last chunk to the first, each
-from its kept state. It keeps one state per bound (and the RNG state: dropout has the same masks both times).
+Each chunk's gradients are computed as soon as its loss is known, so its activations live no longer than that. `full` goes
+through the chunks twice: forward for the states between them, and backward from the last chunk to the first, each
+from its saved state. It saves one state per chunk, and one RNG state, so that both passes draw the same dropout masks.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from rwkv_peft.checkpoint.train_state import get_rng_state, set_rng_state
 from rwkv_peft.model.rwkv import RWKV
 from rwkv_peft.model.state import BlockState
 
 MODES = ("detach", "full")
-HALF_SCALE = 2.0**12  # gradients of float16 activations are made this much larger on their way
+HALF_SCALE = 2.0**12  # gradients of float16 activations are scaled by this during the backward pass
+
+# a chunk and the state that it begins with -> its loss, and the state after its last sequence
+RunChunk = Callable[["Chunk", list[BlockState] | None], tuple[Tensor, list[BlockState]]]
+LossAndGradients = tuple[Tensor, list[Tensor]]
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens begin to end of the batch.
+    """Tokens `begin` to `end` of a micro-batch.
 
     Attributes:
-        begin: The first token.
-        end: The token after the last.
-        bounds: Of the sequences among them, from 0.
-        continues: Its first sequence began in the chunk before.
+        begin: index of the first token.
+        end: index after the last token.
+        cu_seqlens: where sequences begin and end in the chunk, from 0.
+        continues: whether its first sequence began in the chunk before.
     """
 
     begin: int
     end: int
-    bounds: tuple[int, ...]
+    cu_seqlens: tuple[int, ...]
     continues: bool
 
 
-def cut(cu_seqlens: Sequence[int], size: int) -> list[Chunk]:
-    """Return the tokens of sequences one after another in chunks of at most `size`.
+def split_chunks(cu_seqlens: Sequence[int], size: int) -> list[Chunk]:
+    """Split concatenated sequences into chunks of at most `size` tokens.
 
-    A sequence is cut at multiples of `size` from its own beginning, whatever is beside it: so the result does not
-    depend on how rows are batched.
+    A sequence is split at multiples of `size` from its own beginning, whatever is beside it, so the result does not depend on
+    how rows are batched.
     """
-    places, begin = [0], 0
-    for first, end in zip(cu_seqlens, cu_seqlens[1:], strict=False):
-        if end - begin > size and first > begin:  # it does not fit into what was begun
-            places.append(first)
+    bounds, begin = [0], 0
+    for first, end in itertools.pairwise(cu_seqlens):
+        if end - begin > size and first > begin:  # it does not fit into the chunk that was begun
+            bounds.append(first)
             begin = first
         while end - begin > size:
             begin += size
-            places.append(begin)
-    places.append(cu_seqlens[-1])
+            bounds.append(begin)
+    bounds.append(cu_seqlens[-1])
     chunks = []
-    for begin, end in zip(places, places[1:], strict=False):
+    for begin, end in itertools.pairwise(bounds):
         inside = [c - begin for c in cu_seqlens if begin < c < end]
         chunks.append(Chunk(begin, end, (0, *inside, end - begin), begin not in cu_seqlens))
     return chunks
@@ -72,160 +79,143 @@ def chunked_loss(
     size: int,
     mode: str,
 ) -> Tensor:
-    """The sum of cross entropies of the targets, as a scalar whose backward pass fills in gradients that are known already.
+    """Return the sum of the cross entropies of the targets, [], whose gradients are computed by now.
 
-    ids: int64 [1, T]; cu_seqlens: [S + 1] integers; positions, targets: int64 [R], which inputs count and what should
-    follow them. size: tokens of a chunk. mode: detach or full.
+    Args:
+        model: the model.
+        ids: int64 [1, T].
+        cu_seqlens: [S + 1], where sequences begin and end.
+        positions: int64 [R], the inputs after which targets follow.
+        targets: int64 [R].
+        size: tokens of a chunk.
+        mode: detach or full.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    chunks = cut(cu_seqlens, size)
+    chunks = split_chunks(cu_seqlens, size)
 
-    def one(chunk: Chunk, carried: list[BlockState] | None) -> tuple[Tensor, list[BlockState]]:
-        """A chunk's loss, and the state after its last sequence."""
-        state = model.first_state(len(chunk.bounds) - 1)
+    def run_chunk(chunk: Chunk, carried: list[BlockState] | None) -> tuple[Tensor, list[BlockState]]:
+        state = model.first_state(len(chunk.cu_seqlens) - 1)
         if carried is not None:
             state = [
-                BlockState(*map(replace_first, s.tensors(), c.tensors())) for s, c in zip(state, carried, strict=True)
+                BlockState(*map(_replace_first, s.tensors(), c.tensors())) for s, c in zip(state, carried, strict=True)
             ]
-        x, after = model.features(ids[:, chunk.begin : chunk.end], state, chunk.bounds)
-        mine = (positions >= chunk.begin) & (positions < chunk.end)
-        rows = x[0].index_select(0, positions[mine] - chunk.begin)
-        loss = model.ops.cross_entropy(rows, model.head_weight(), targets[mine])
+        x, after = model.features(ids[:, chunk.begin : chunk.end], state, chunk.cu_seqlens)
+        inside = (positions >= chunk.begin) & (positions < chunk.end)
+        rows = x[0].index_select(0, positions[inside] - chunk.begin)
+        loss = model.ops.cross_entropy(rows, model.head_weight(), targets[inside])
         return loss, [BlockState(*(t[-1:] for t in s.tensors())) for s in after]
 
-    return KnownGradients.apply(lambda: PASSES[mode](one, chunks, parameters, model.dtype), *parameters)
+    run = _run_detach if mode == "detach" else _run_full
+    return _KnownGradients.apply(lambda: run(run_chunk, chunks, parameters, model.dtype), *parameters)
 
 
-def replace_first(states: Tensor, first: Tensor) -> Tensor:
-    """[S, ...] with another first row [1, ...]."""
+def _replace_first(states: Tensor, first: Tensor) -> Tensor:
+    # [S, ...] with another first row [1, ...]
     return torch.cat([first.to(states.dtype), states[1:]])
 
 
-class KnownGradients(torch.autograd.Function):
-    """A loss whose gradients were computed in the forward pass (by `run`, in pieces).
+class _KnownGradients(torch.autograd.Function):
+    """A loss whose gradients are computed in its forward pass, by `run`.
 
-    Parameters are its inputs so that gradient hooks (accumulation, other processes) see their gradients.
+    The parameters are inputs so that what waits for their gradients (accumulation, DDP) gets them in the backward pass.
     """
 
     @staticmethod
-    def forward(ctx, run: Callable, *parameters: nn.Parameter) -> Tensor:
-        """Compute the outputs and save what the backward pass needs."""
+    def forward(ctx: Any, run: Callable[[], LossAndGradients], *parameters: nn.Parameter) -> Tensor:
         with torch.enable_grad():
             loss, ctx.grads = run()
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dloss: Tensor):
-        """Return the gradients of the inputs."""
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         grads, ctx.grads = ctx.grads, None
         return None, *(g.mul_(dloss.to(g.dtype)) for g in grads)
 
 
-class Sums:
-    """The loss so far and the gradients so far."""
+class _Sums:
+    """The loss and the gradients so far."""
 
     def __init__(self, parameters: list[nn.Parameter], dtype: torch.dtype):
+        device = parameters[0].device
         self.parameters, self.scale = parameters, HALF_SCALE if dtype == torch.float16 else 1.0
         self.grads = [torch.zeros_like(p) for p in parameters]
-        self.loss = torch.zeros(())
+        self.loss = torch.zeros((), device=device)
 
     def add(self, loss: Tensor, ends: list[tuple[Tensor, Tensor]], leaves: list[Tensor]) -> list[Tensor]:
-        """Add the gradients of a chunk.
+        """Add a chunk's loss and gradients; return the scaled gradients of `leaves`.
 
         Args:
-            loss: Of the chunk.
-            ends: States after it, with the gradients (already scaled) that come back for them.
-            leaves: States it began from.
-
-        Returns:
-            The scaled gradients of the leaves.
+            loss: of the chunk.
+            ends: the states after the chunk, with their gradients, which are already scaled.
+            leaves: the states that the chunk began with.
         """
         self.loss = self.loss + loss.detach()
         outputs: list[tuple[Tensor, Tensor | None]] = [(loss * self.scale, None), *ends]
         outputs = [(o, g) for o, g in outputs if o.requires_grad]
-        if not outputs:  # nothing trained has a part in this chunk
+        if not outputs:  # no trained parameter takes part in this chunk
             return [torch.zeros_like(leaf) for leaf in leaves]
-        gradients = torch.autograd.grad(
+        grads = torch.autograd.grad(
             [o for o, _ in outputs], [*self.parameters, *leaves], [g for _, g in outputs], materialize_grads=True
         )
-        for total, g in zip(self.grads, gradients, strict=False):
+        for total, g in zip(self.grads, grads, strict=False):
             total.add_(g, alpha=1 / self.scale)
-        return list(gradients[len(self.parameters) :])
+        return list(grads[len(self.parameters) :])
 
 
-def detached(states: list[BlockState]) -> list[BlockState]:
-    """Return states without their history."""
-    return [BlockState(*(t.detach() for t in s.tensors())) for s in states]
-
-
-def pass_detach(one: Callable, chunks: list[Chunk], parameters: list, dtype) -> tuple[Tensor, list[Tensor]]:
-    """Run the chunks with gradients that end at their bounds."""
-    sums, carried = Sums(parameters, dtype), None
+def _run_detach(
+    run_chunk: RunChunk, chunks: list[Chunk], parameters: list[nn.Parameter], dtype: torch.dtype
+) -> LossAndGradients:
+    sums, carried = _Sums(parameters, dtype), None
     for chunk in chunks:
-        loss, after = one(chunk, carried if chunk.continues else None)
+        loss, after = run_chunk(chunk, carried if chunk.continues else None)
         sums.add(loss, [], [])
-        carried = detached(after)
+        carried = [BlockState(*(t.detach() for t in s.tensors())) for s in after]
     return sums.loss, sums.grads
 
 
-def pass_full(one: Callable, chunks: list[Chunk], parameters: list, dtype) -> tuple[Tensor, list[Tensor]]:
-    """Run the chunks with gradients that pass through their bounds."""
-    states, rng_states = Kept(len(chunks) - 1), Kept(len(chunks))  # states[i]: the state after chunk i
-    carried = None
+def _run_full(
+    run_chunk: RunChunk, chunks: list[Chunk], parameters: list[nn.Parameter], dtype: torch.dtype
+) -> LossAndGradients:
+    device, carried = parameters[0].device, None
+    states, rng_states = _TensorRows(len(chunks) - 1), _TensorRows(len(chunks))  # states[i]: after chunk i
     with torch.no_grad():
         for i, chunk in enumerate(chunks):
-            rng_states.keep(i, random_state(parameters))
+            rng_states.save(i, list(get_rng_state(device).values()))
             if i < len(chunks) - 1:
-                carried = one(chunk, carried if chunk.continues else None)[1]
-                states.keep(i, [t for s in carried for t in s.tensors()])
-    sums, coming = Sums(parameters, dtype), None
-    last: list[Tensor] = []
+                carried = run_chunk(chunk, carried if chunk.continues else None)[1]
+                states.save(i, [t for s in carried for t in s.tensors()])
+    sums = _Sums(parameters, dtype)
+    grads: list[Tensor] = []  # of the states after the chunk
+    last: dict[str, Tensor] = {}  # the RNG state after the last chunk
     for i, chunk in reversed(list(enumerate(chunks))):
         leaves = [t.clone().requires_grad_() for t in states[i - 1]] if chunk.continues else []
         start = [BlockState(*leaves[k : k + 3]) for k in range(0, len(leaves), 3)] or None
-        set_random_state(rng_states[i], parameters)
-        loss, after = one(chunk, start)
-        last = last or random_state(parameters)
+        set_rng_state(dict(zip(get_rng_state(device), rng_states[i], strict=True)), device)
+        loss, after = run_chunk(chunk, start)
+        last = last or get_rng_state(device)
         ends = [t for s in after for t in s.tensors()]
-        coming = sums.add(loss, list(zip(ends, coming, strict=True)) if coming else [], leaves)
-    set_random_state(last, parameters)  # as after one pass through everything
+        grads = sums.add(loss, list(zip(ends, grads, strict=True)) if grads else [], leaves)
+    set_rng_state(last, device)  # as after one pass through everything
     return sums.loss, sums.grads
 
 
-class Kept:
+class _TensorRows:
     """Tensors of the same shapes for each of `count` chunks, in memory that is allocated once.
 
-    Kept one by one, they would be in the gaps between what chunks allocate and free, which malloc could then not use
-    again: even
-    5 kB for each of 128 chunks made it take 650 MB where tensors are 40 (bench/infctx.py).
+    One by one, they would be in the gaps between what chunks allocate and free, which malloc could then not use again: even
+    5 kB for each of 128 chunks made it hold 650 MB where tensors are 40 (bench/infctx.py).
     """
 
     def __init__(self, count: int):
         self.count = count
-        self.room: list[Tensor] = []
+        self.stacked: list[Tensor] = []
 
-    def keep(self, i: int, tensors: list[Tensor]) -> None:
+    def save(self, i: int, tensors: list[Tensor]) -> None:
         """Copy the tensors of chunk i."""
-        self.room = self.room or [t.new_empty(self.count, *t.shape) for t in tensors]
-        for room, tensor in zip(self.room, tensors, strict=True):
-            room[i].copy_(tensor)
+        self.stacked = self.stacked or [t.new_empty(self.count, *t.shape) for t in tensors]
+        for stacked, tensor in zip(self.stacked, tensors, strict=True):
+            stacked[i].copy_(tensor)
 
     def __getitem__(self, i: int) -> list[Tensor]:
-        return [room[i] for room in self.room]
-
-
-PASSES = {"detach": pass_detach, "full": pass_full}
-
-
-def random_state(parameters: list[nn.Parameter]) -> list[Tensor]:
-    """Return the RNG states of the parameters' devices."""
-    device = parameters[0].device
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
-
-
-def set_random_state(state: list[Tensor], parameters: list[nn.Parameter]) -> None:
-    """Set the RNG states of the parameters' devices."""
-    torch.set_rng_state(state[0].clone())  # torch crashes on a row of a larger tensor
-    if len(state) > 1:
-        torch.cuda.set_rng_state(state[1].clone(), parameters[0].device)
+        return [stacked[i] for stacked in self.stacked]

@@ -75,7 +75,7 @@ def make_train_model(run: RunSetup, cleanup: contextlib.ExitStack, log: Callable
     model = build(base.geometry, pth.load(base.path), run.compute.ops, dtype, RECOMPUTE[config.grad_cp])
     start_file = run_dir.init_file(run.run_dir, config.method) if state else init.start
     start = pth.load(start_file) if start_file and start_file.is_file() else None
-    deferred: Later | None = {} if run.compute.sharding.weights_in_pieces else None
+    deferred: Later | None = {} if run.compute.sharding.are_weights_sharded else None
     device = hardware.local_device(run.process.local)
     initial_tensors = inject.inject_adapters(model, base.adapter, dtype, start, device, deferred)
     lisa = None

@@ -46,7 +46,7 @@ def train(run: RunSetup, cleanup: contextlib.ExitStack, log: Callable[[str], Non
     with (
         handle_failures(run, callbacks),
         context.stop.listening(),
-        watchdog.instead_of_lightnings(),
+        watchdog.replacing_lightnings_observer(),
         run.watch.explaining(),
     ):
         if not run.is_trained:

@@ -29,7 +29,7 @@ def handle_failures(run: RunSetup, callbacks: RunCallbacks) -> Iterator[None]:
         raise
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, torch.OutOfMemoryError) or isinstance(find_system_error(error), MemoryError):
-            exit_with(report.out_of_memory(dict(run.settings.values), error), EXIT_MEMORY)
+            exit_with(report.advise_on_memory(dict(run.settings.values), error), EXIT_MEMORY)
         callbacks.watchdog.caused(error)
         if isinstance(error, torch.distributed.DistError):
             words = f"Training ends: the processes cannot reach one another ({str(error).partition(chr(10))[0]})."
@@ -67,7 +67,7 @@ def report_end(
     is_complete = run.is_trained or steps == run.data.steps
     if run.config.streaming and not (is_complete or received or context.progress.ended_early):
         print(f"The stream ended after {steps} of MAX_STEPS={run.data.steps} steps.")
-    report.finish(
+    report.report_result(
         run.method,
         run.run_dir,
         callbacks.saver.newest,

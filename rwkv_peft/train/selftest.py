@@ -1,4 +1,4 @@
-"""./training.sh --selftest: everything that could compute the recurrences on this machine, beside their definition."""
+"""./training.sh --selftest: compares every kernel that works on this machine with the definition of the recurrences."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ MISSING = cpu_build.KernelUnavailable, cuda_build.KernelUnavailable, fla.KernelU
 
 
 def selftest() -> None:
-    """Print a line for every version, backend and number format. UserError if one computes something else."""
-    kind, failed = hardware.device_kind(), []
+    """Print a line for every version, backend and dtype. Raise UserError if one computes something else."""
+    kind = hardware.device_kind()
+    failed: list[str] = []
     device = hardware.local_device(0)
     print(f"{hardware.describe_device()}; torch {torch.__version__}")
     print(
@@ -27,29 +28,31 @@ def selftest() -> None:
         f"{len(kernel_check.KINDS)} kinds of inputs; forward,"
     )
     print("every gradient, states in and out: the largest difference from the float64 definition, of the norm of each")
-    for what, name, prove in asked(kind):
+    for what, name, check in list_checks(kind):
         for dtype in (torch.float32, torch.bfloat16):
-            words = f"{what} OP={name:<22}{str(dtype).removeprefix('torch.'):<9}"
+            label = f"{what} OP={name:<22}{str(dtype).removeprefix('torch.'):<9}"
             try:
                 if name == "cpu":
                     cpu_build.library()
                 elif (package := name.split()[0]) in dispatch.FOR_GPU:
                     dispatch.FOR_GPU[package].digest()
-                check = prove(device, dtype)
+                result = check(device, dtype)
             except MISSING as missing:
-                print(f"{words} missing: {missing}")
+                print(f"{label} missing: {missing}")
                 break
-            good = "passed" if check.passed else "FAILED"
-            print(f"{words} {good}  {check.error:.1e} of {check.limit:.1e} allowed ({check.what})")
-            failed += [] if check.passed else [f"OP={name} for {what} in {dtype}"]
+            verdict = "passed" if result.passed else "FAILED"
+            print(f"{label} {verdict}  {result.error:.1e} of {result.limit:.1e} allowed ({result.what})")
+            failed += [] if result.passed else [f"OP={name} for {what} in {dtype}"]
     if failed:
         raise UserError(
             f"{', '.join(failed)}: computes something else than the definition; please report the lines above."
         )
 
 
-def asked(kind: str) -> Iterator[tuple[str, str, Callable]]:
-    """What is proved, of which backend, and what proves it on a device in a format."""
+def list_checks(
+    kind: str,
+) -> Iterator[tuple[str, str, Callable[[torch.device, torch.dtype], kernel_check.KernelCheck]]]:
+    """Yield what is checked, of which backend, and the function that checks it. kind: cpu or cuda."""
     for version in dispatch.WKV:
         for name, wkv in dispatch.every_way(version, kind).items():
             if name != "reference":

@@ -23,7 +23,7 @@ from rwkv_peft.common.formatting import plural
 from rwkv_peft.config.train import TrainConfig
 from rwkv_peft.data.sampling import Plan
 from rwkv_peft.distributed import strategy
-from rwkv_peft.distributed.launch import ProcessInfo, plugins
+from rwkv_peft.distributed.launch import ProcessInfo, environment_plugins
 from rwkv_peft.distributed.rendezvous import Rendezvous, facts_of
 from rwkv_peft.distributed.sharding import Sharding
 from rwkv_peft.model.arch import NUMBERS, Geometry
@@ -206,7 +206,7 @@ def prepare_run(
     questions, base_path = read_questions(config.sample_prompts), paths.resolve_model(config.model_path)
     watch = FileWatch("this run began", RESTART_ADVICE if dry_run else RESUME_ADVICE)
     cleanup.enter_context(bus_error.handle_bus_error(watch.exit_if_truncated))
-    watch.silent = process.launched_by_us
+    watch.silent = process.spawned_by_us
     watch.add([base_path])
     if rendezvous and not process.is_main:
         resume.receive_state(rendezvous)
@@ -263,10 +263,10 @@ def prepare_run(
 def _prepare_compute(config: TrainConfig, process: ProcessInfo, geometry: Geometry) -> ComputeSetup:
     ops = dispatch.choose(config.op, geometry.version, hardware.device_kind(), geometry.head_size)
     precision = hardware.resolve_precision(config.precision)
-    trainer, sharding = strategy.trainer_arguments(
+    trainer, sharding = strategy.make_trainer_arguments(
         precision, config.gpu_count, config.nnodes, config.strategy_name, config.grad_clip
     )
-    trainer.setdefault("plugins", []).extend(plugins(process, config.processes))
+    trainer.setdefault("plugins", []).extend(environment_plugins(process, config.processes))
     return ComputeSetup(process, ops, precision, trainer, sharding)
 
 
@@ -311,7 +311,7 @@ def resolve(config: TrainConfig, base: BaseSetup, data: DataSetup, compute: Comp
     trained = {*adapter.whole(geometry), *adapter.compressed(geometry)}
     is_on_host = hardware.resolve_emb_on_cpu(
         config.emb_on_cpu,
-        not {"emb", "emb.weight"} & trained and not compute.sharding.memory_in_pieces,
+        not {"emb", "emb.weight"} & trained and not compute.sharding.is_state_sharded,
         geometry.vocab_size * geometry.n_embd * hardware.DTYPES[compute.precision].itemsize,
     )
     workers = config.num_workers if isinstance(config.num_workers, int) else int(hardware.device_kind() == "cuda")

@@ -25,7 +25,7 @@ def start_watchers(run: RunSetup, loggers: RunLoggers, cleanup: contextlib.ExitS
         if process.is_main:
             run_dir.remove_partial_files(folder, run.owns_run_dir)
 
-    parent = os.getppid() if process.launched_by_us else None
+    parent = os.getppid() if process.spawned_by_us else None
     watchdog = Watchdog(
         process.rank, config.processes, config.gpu_count, parent, remove_partial_files, _print_error, watch.look
     )

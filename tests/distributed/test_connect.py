@@ -15,8 +15,7 @@ from helpers.nodes import free_port, parties
 from helpers.training import run
 
 from rwkv_peft.common.errors import SettingErrors, UserError
-from rwkv_peft.distributed import connect as reach
-from rwkv_peft.distributed import launch, rendezvous
+from rwkv_peft.distributed import connect, launch, rendezvous
 
 SECOND = launch.ProcessInfo(1, 0, 1, 2)
 HTTP = b"HTTP/1.0 400 Bad Request\r\n\r\n"
@@ -67,7 +66,7 @@ def stranger(does, address: str = "127.0.0.1"):
 @pytest.fixture
 def soon(monkeypatch):
     monkeypatch.setattr(rendezvous, "REACH", 2.0)
-    monkeypatch.setattr(reach, "HEARD", 1.0)
+    monkeypatch.setattr(connect, "HEARD", 1.0)
 
 
 def join(port: int, address: str = "127.0.0.1", who: launch.ProcessInfo = SECOND, say=lambda _: None) -> None:
@@ -111,7 +110,7 @@ def test_a_node_that_waits_says_so_once(soon):
 
 
 def test_the_store_of_another_torch_program_is_not_taken_for_node_0(soon):
-    store = reach.connect("127.0.0.1", port := free_port(), 5, True)
+    store = connect._connect("127.0.0.1", port := free_port(), 5, True)
     with pytest.raises(
         SettingErrors, match=r"MASTER_PORT: is used by another training at 127.0.0.1, port .*start them again"
     ):
@@ -127,14 +126,14 @@ def test_a_node_0_whose_address_is_another_machines_is_reported(soon):
 
 def test_a_node_0_whose_address_leads_to_another_node_0_is_reported(soon, monkeypatch):
     """Another address of loopback stands for the other machine: only there does the other store listen."""
-    other = reach.connect("127.0.0.1", there := free_port(), 5, True)
-    other.set(reach.TOKEN, "another")
-    connect = reach.connect
+    other = connect._connect("127.0.0.1", there := free_port(), 5, True)
+    other.set(connect.TOKEN, "another")
+    real_connect = connect._connect
 
     def routed(address, port, limit, first=False):
-        return connect(address, port if first else there, limit, first)
+        return real_connect(address, port if first else there, limit, first)
 
-    monkeypatch.setattr(reach, "connect", routed)
+    monkeypatch.setattr(connect, "_connect", routed)
     with pytest.raises(SettingErrors, match="MASTER_ADDR: .* node 0 of another training answers at 127.0.0.1"):
         join(free_port(), who=launch.ProcessInfo(0, 0, 0, 2))
 

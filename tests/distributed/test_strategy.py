@@ -193,7 +193,7 @@ def test_what_cannot_be_spread_is_refused(settings, variable, words):
 @pytest.mark.parametrize("word", asked(word for word, row in STRATEGIES.items() if row.stage))
 def test_frozen_weights_stay_what_they_are_under_deepspeed(word):
     """Lightning's own plugin makes them float32: twice the memory of a base in bf16."""
-    [plugin] = strategy.trainer_arguments("bf16", 1, 1, word, 1.0)[0]["plugins"]
+    [plugin] = strategy.make_trainer_arguments("bf16", 1, 1, word, 1.0)[0]["plugins"]
     assert plugin.convert_module(torch.nn.Linear(2, 2).bfloat16()).weight.dtype == torch.bfloat16
 
 
@@ -201,4 +201,4 @@ def test_a_missing_deepspeed_is_reported_before_anything_is_loaded(monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     monkeypatch.delitem(sys.modules, "rwkv_peft.distributed.deepspeed", raising=False)
     with pytest.raises(SettingErrors, match="STRATEGY: needs a package that is missing .*requirements.txt"):
-        strategy.trainer_arguments("fp32", 1, 1, "deepspeed_stage_2", 1.0)
+        strategy.make_trainer_arguments("fp32", 1, 1, "deepspeed_stage_2", 1.0)

@@ -60,7 +60,7 @@ def test_what_is_replayed_learns_the_same_to_the_last_bit(said, version, method,
 
 
 def test_some_shapes_are_recorded_at_their_third_time_and_all_others_go_one_by_one(said, monkeypatch):
-    monkeypatch.setattr(cuda_graphs, "MOST", 2)
+    monkeypatch.setattr(cuda_graphs, "MAX_RECORDED", 2)
     three = [(0, 12, 24), (0, 10, 24), (0, 24)]
     plain, replayed = learner(), learner(said=said)
     steps(replayed, 2, 2, three[:2])
@@ -114,7 +114,7 @@ def test_a_recording_that_breaks_off_ends_the_run(said, monkeypatch):
     """What CUDA has begun cannot be taken back: going on would be wrong in ways that no one sees."""
 
     def breaks(body, x, wanted):
-        raise cuda_graphs.Broken("RuntimeError: operation not permitted")
+        raise cuda_graphs.RecordingFailed("RuntimeError: operation not permitted")
 
     monkeypatch.setattr(cuda_graphs, "record", breaks)
     with pytest.raises(UserError, match="cannot be recorded here .*not permitted.*Set CUDA_GRAPHS=0"):
@@ -153,7 +153,7 @@ def test_what_hands_on_states_or_wants_no_gradient_is_never_replayed(said):
             model.features(ids, cu_seqlens=BOUNDS, carry=False)
         _, state = model.features(ids, cu_seqlens=BOUNDS)
         model.features(ids, state, BOUNDS, carry=False)
-    assert said == [] and not model.replay.seen
+    assert said == [] and not model.replay.occurrences
 
 
 def test_a_recording_keeps_the_tables_whose_addresses_it_has():
@@ -165,7 +165,7 @@ def test_a_recording_keeps_the_tables_whose_addresses_it_has():
     assert [id(x) for x in kept] == [id(first), id(second), id(first)]
 
 
-@pytest.mark.parametrize("lengths, shapes", [(None, 1), ("8 16", 2), ("2 4 8 16 32 64", cuda_graphs.MOST)])
+@pytest.mark.parametrize("lengths, shapes", [(None, 1), ("8 16", 2), ("2 4 8 16 32 64", cuda_graphs.MAX_RECORDED)])
 def test_the_estimate_of_memory_counts_the_passes_that_recordings_keep(lengths, shapes):
     settings = {"CUDA_GRAPHS": True, "DATALOAD": "bucket" if lengths else "pad", "TRAIN_LENGTHS": lengths}
     assert recorded_shapes(settings) == shapes and recorded_shapes(settings | {"CUDA_GRAPHS": False}) == 0
@@ -182,7 +182,7 @@ def test_the_estimate_of_memory_counts_the_passes_that_recordings_keep(lengths, 
 
 
 def test_without_a_gpu_they_are_refused(ready):
-    with pytest.raises(SettingErrors, match="CUDA_GRAPHS.*is for GPUs, and none was found; use 0"):
+    with pytest.raises(SettingErrors, match="CUDA_GRAPHS.*is for GPUs, and none was result; use 0"):
         run(ready, CUDA_GRAPHS="1", GRAD_CP="0")
 
 

@@ -6,7 +6,7 @@ from helpers import tiny
 
 from rwkv_peft.adapters import inject
 from rwkv_peft.ops.loss import linear_cross_entropy
-from rwkv_peft.train.infctx import MODES, chunked_loss, cut
+from rwkv_peft.train.infctx import MODES, chunked_loss, split_chunks
 
 BOUNDS = (0, 5, 41, 42, 90)
 
@@ -65,16 +65,16 @@ def test_with_detach_the_loss_is_that_of_the_plain_run_and_gradients_end_at_boun
     torch.testing.assert_close(ours, plain)
     theirs, result = gradients(model, plain), gradients(model, ours)
     assert not all(torch.allclose(a, b) for a, b in zip(result, theirs, strict=True))
-    # what ends at a bound is what autograd gives when every chunk is a run of its own from a constant state
+    # what ends at a border is what autograd gives when every chunk is a run of its own from a constant state
     total, state = [torch.zeros_like(g) for g in result], None
-    for chunk in cut(BOUNDS, 16):
-        first = model.first_state(len(chunk.bounds) - 1)
+    for chunk in split_chunks(BOUNDS, 16):
+        first = model.first_state(len(chunk.cu_seqlens) - 1)
         if chunk.continues:
             for s, carried in zip(first, state, strict=True):
                 s.att_x, s.wkv, s.ffn_x = (
                     torch.cat([c[-1:].detach(), t[1:]]) for c, t in zip(carried.tensors(), s.tensors(), strict=True)
                 )
-        x, state = model.features(ids[:, chunk.begin : chunk.end], first, chunk.bounds)
+        x, state = model.features(ids[:, chunk.begin : chunk.end], first, chunk.cu_seqlens)
         here = [i for i, p in enumerate(positions.tolist()) if chunk.begin <= p < chunk.end]
         loss = linear_cross_entropy(x[0, positions[here] - chunk.begin], model.head_weight(), targets[here])
         total = [t + g for t, g in zip(total, gradients(model, loss), strict=True)]
@@ -121,16 +121,16 @@ def test_gradient_checkpointing_inside_chunks_changes_nothing(recompute):
 
 
 def test_chunks_tile_the_tokens_and_know_their_bounds():
-    chunks = cut((0, 5, 41, 42, 90), 21)
+    chunks = split_chunks((0, 5, 41, 42, 90), 21)
     assert [(c.begin, c.end) for c in chunks] == [(0, 5), (5, 26), (26, 42), (42, 63), (63, 84), (84, 90)]
-    assert [c.bounds for c in chunks] == [(0, 5), (0, 21), (0, 15, 16), (0, 21), (0, 21), (0, 6)]
+    assert [c.cu_seqlens for c in chunks] == [(0, 5), (0, 21), (0, 15, 16), (0, 21), (0, 21), (0, 6)]
     assert [c.continues for c in chunks] == [False, False, True, False, True, True]
-    assert [(c.begin, c.end) for c in cut((0, 3, 7, 9), 9)] == [(0, 9)]
+    assert [(c.begin, c.end) for c in split_chunks((0, 3, 7, 9), 9)] == [(0, 9)]
 
 
 def test_where_a_sequence_is_cut_does_not_depend_on_what_lies_before_it():
     """Or the gradients of detach would change with the batch size and the number of GPUs."""
     for before in (0, 1, 5, 8, 30):
         bounds = (0, before, before + 50) if before else (0, 50)
-        inside = [c.begin - before for c in cut(bounds, 8) if c.continues and c.begin > before]
+        inside = [c.begin - before for c in split_chunks(bounds, 8) if c.continues and c.begin > before]
         assert inside == [8, 16, 24, 32, 40, 48]

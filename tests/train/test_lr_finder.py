@@ -21,11 +21,11 @@ from rwkv_peft.train.callbacks import oom_check
 
 def curve(at: float, depth: float = 0.5):
     """Losses of rising rates: 3, down by `depth` until `at`, and up steeply behind it."""
-    tried = lr_finder.rates(lr_finder.LOWEST, lr_finder.HIGHEST)
+    tried = lr_finder.rising_rates(lr_finder.LOWEST, lr_finder.HIGHEST)
     losses = []
     for rate in tried:
         losses.append(3 - depth / (1 + (at / 3 / rate) ** 2) + 2 * max(0.0, math.log10(rate / at)) ** 2)
-        if lr_finder.burst(losses):
+        if lr_finder.has_diverged(losses):
             break
     return tried[: len(losses)], losses
 
@@ -41,7 +41,7 @@ def test_a_tenth_of_the_rate_with_the_lowest_loss_is_advised(at):
 def test_where_nothing_is_learnt_nothing_is_advised_and_nan_ends_it():
     tried, losses = curve(1e-3, depth=0.0)
     assert lr_finder.advise(tried, losses).take is None
-    assert lr_finder.burst([3.0, 3.0, math.nan]) and lr_finder.burst([3.0, math.inf])
+    assert lr_finder.has_diverged([3.0, 3.0, math.nan]) and lr_finder.has_diverged([3.0, math.inf])
 
 
 @pytest.mark.parametrize("strategy", ["auto", "fsdp"])
@@ -49,7 +49,7 @@ def test_what_is_tried_is_trained_as_a_run_would(ready, strategy):
     tiny.save_model(ready / "model" / "half.pth", dtype=torch.bfloat16)
     settings = {"FINETUNE_MODE": "full", "MODEL_PATH": "half.pth", "STRATEGY": strategy}
     with contextlib.ExitStack() as cleanup:
-        tried = lr_finder.trial(config(**settings), launch.ProcessInfo(0, 0, 0, 1), cleanup)
+        tried = lr_finder.make_trial(config(**settings), launch.ProcessInfo(0, 0, 0, 1), cleanup)
         tried.step([largest_batch(8, 1)], 1e-4)
     assert {p.dtype for p in tried.module.parameters() if p.requires_grad} == {torch.float32}
 
@@ -97,7 +97,7 @@ def test_the_largest_that_fits_is_detected(largest, most):
         asked.append(size)
         return size <= largest
 
-    assert lr_finder.largest(fits, most) == min(largest, most)
+    assert lr_finder.find_largest(fits, most) == min(largest, most)
     assert len(asked) <= 2 * math.log2(most) + 2 and max(asked) <= most
 
 
@@ -112,7 +112,7 @@ def test_find_batch_tries_the_heaviest_batches_until_the_gpu_is_full(ready, caps
             raise torch.OutOfMemoryError("CUDA out of memory")
         return step(self, batches, rate)
 
-    trial = lr_finder.trial
+    trial = lr_finder.make_trial
 
     def on_a_gpu(*given):
         with monkeypatch.context() as patched:
@@ -120,7 +120,7 @@ def test_find_batch_tries_the_heaviest_batches_until_the_gpu_is_full(ready, caps
             return trial(*given)
 
     monkeypatch.setattr(lr_finder.hardware, "device_kind", lambda: "cuda")
-    monkeypatch.setattr(lr_finder, "trial", on_a_gpu)
+    monkeypatch.setattr(lr_finder, "make_trial", on_a_gpu)
     monkeypatch.setattr(lr_finder.Trial, "step", full)
     train.command(config(), ["--find-batch"])
     assert "The largest that fits is MICRO_BSZ=5." in capsys.readouterr().out

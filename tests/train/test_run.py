@@ -295,7 +295,7 @@ def test_the_checkpoint_to_go_on_with_is_that_of_the_best_look_that_there_is_one
         checkpoint_of(tmp_path, name, step)
     records = [{"step": step, "loss": loss, "epoch": max(0, step - 1) // 4} for step, loss in validations.items()]
     newest = max((name for name in saved if name != "best"), key=int)
-    result = report.best_look(records, tmp_path, tmp_path / f"rwkv-{newest}.pth")
+    result = report.report_best_validation(records, tmp_path, tmp_path / f"rwkv-{newest}.pth")
     assert result.name == f"rwkv-{chosen}.pth" and words.format(tmp_path) in capsys.readouterr().out
 
 

@@ -212,7 +212,7 @@ class CheckpointSaver:
         self.context.stop.check_files(trainer)
         sharding.settle(module.model)
         trained = {"weights": sharding.weights(self.trained())}
-        with gather_to_main(trained, sharding.weights_in_pieces, trainer.is_global_zero, device) as gathered:
+        with gather_to_main(trained, sharding.are_weights_sharded, trainer.is_global_zero, device) as gathered:
             if gathered:
                 with contextlib.suppress(FileChanged):  # at the last moment: check_files raises it on all ranks
                     path = self.write(gathered["weights"], epoch, finished, trainer.global_step, name)

@@ -19,7 +19,7 @@ from rwkv_peft.common import hardware, paths
 from rwkv_peft.common.atomic_io import open_append, write_json
 from rwkv_peft.common.errors import UserError, describe_nonfatal, ignore_closed_pipe
 from rwkv_peft.common.formatting import format_duration
-from rwkv_peft.train.loss_plot import smoothing_steps
+from rwkv_peft.train.loss_plot import smoothing_window
 from rwkv_peft.train.setup import RunSetup
 
 from . import samples, validation
@@ -46,7 +46,7 @@ class Progress:
         self.steps, self.epochs, self.memory = steps, epochs, memory
         # losses; their plain mean is the smooth line of loss.png
         losses = (record["loss"] for record in before if record["loss"] is not None)
-        self.recent: deque[float] = deque(losses, maxlen=smoothing_steps(steps))
+        self.recent: deque[float] = deque(losses, maxlen=smoothing_window(steps))
         # step and second from which the time left is estimated
         self.done, self.spent = done, before[-1]["seconds"] if before else 0.0
         self.first = self.done + 1

@@ -65,7 +65,7 @@ class Samples(PeriodicCallback):
 
     def round(self, trainer, module) -> bool:
         """Answer all questions once."""
-        is_sharded, stop = module.spread.weights_in_pieces, self.context.stop
+        is_sharded, stop = module.spread.are_weights_sharded, self.context.stop
         if not (trainer.is_global_zero or is_sharded):
             return True  # (with sharded weights, no rank can answer alone: all do, and give the same answer)
         lines = [f"## step {trainer.global_step}\n"]
