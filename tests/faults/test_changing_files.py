@@ -703,7 +703,7 @@ def leave():
 path = sys.argv[1]
 with open(path, "wb") as file:
     file.write(bytes(4 * mmap.PAGESIZE))
-with open(path, "r+b") as file, bus_error.handled(leave):
+with open(path, "r+b") as file, bus_error.handle_bus_error(leave):
     content = mmap.mmap(file.fileno(), 0)
     file.truncate(0)
     for page in range(2):

@@ -78,7 +78,7 @@ def test_a_name_that_others_cannot_list_or_type_is_refused(setting, name, why):
 
 @pytest.mark.parametrize("name", GOOD)
 def test_an_unusual_name_is_a_name(name):
-    assert not names.describe_fault(name) and formatting.visible(name) == name
+    assert not names.describe_fault(name) and names.escape_invisible(name) == name
     assert config(RUN_NAME=name, WANDB=name).run_name == name
 
 
@@ -253,7 +253,7 @@ def test_a_sound_table_is_not_called_unreadable_where_memory_or_files_ran_out(tm
         raise error
 
     monkeypatch.setattr(parquet, "ParquetFile", none_left)
-    monkeypatch.setattr(tables, "limit", lambda kind: 1 << 30)  # as under ulimit -v
+    monkeypatch.setattr(tables, "resource_limit", lambda kind: 1 << 30)  # as under ulimit -v
     with pytest.raises(type(error)):
         list(tables.columnar(tmp_path / "x.parquet"))
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NoReturn
 
 import pytorch_lightning as pl
 
 from rwkv_peft.checkpoint.base_template import find_base_template
-from rwkv_peft.checkpoint.lazy_tensors import LazyTensors
 from rwkv_peft.checkpoint.prompt_format import PromptFormat
 from rwkv_peft.data.dataset import Batches, largest_batch
 from rwkv_peft.data.tokenized_files import common_form
@@ -66,17 +63,8 @@ def make_callbacks(
     if run.process.is_main:
         writer = CheckpointWriter(run, model, functools.partial(_running_facts, context, loggers))
         write_checkpoint, write_state = writer.write, writer.write_state
-        newest = _restore_missing(run, model, writer, context.log)
-    saver = CheckpointSaver(
-        context,
-        write_checkpoint,
-        model.trained,
-        config.epoch_save,
-        config.epoch_count,
-        epoch_steps,
-        config.keep_last,
-        newest,
-    )
+        newest = writer.restore_missing(context.log)
+    saver = CheckpointSaver(run, model, context, write_checkpoint, newest)
     state = TrainStateCallback(
         context,
         write_state if config.keep_last else None,
@@ -115,18 +103,6 @@ def _running_facts(context: RunContext, loggers: RunLoggers) -> dict:
     progress = context.progress
     ended = {"finished": True} if progress.ended_early else {}
     return {**ended, "tokens": progress.tokens, "in_a_row": progress.skipped_in_a_row, **loggers.state_facts()}
-
-
-def _restore_missing(
-    run: RunSetup, model: TrainModel, writer: CheckpointWriter, log: Callable[[str], None]
-) -> Path | None:
-    state, missing = run.state, run.resume.missing
-    if not (state and missing):
-        return None
-    trained = LazyTensors(run.compute.sharding.weights(model.trained()))
-    path = writer.write(trained, int(missing.stem.removeprefix("rwkv-")), True, state.step)
-    log(f"saved {path}, which was missing")
-    return path
 
 
 def _make_resume(run: RunSetup, model: TrainModel, context: RunContext) -> ResumeCallback | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rwkv_peft import __version__
 from rwkv_peft.adapters import inject
@@ -165,40 +165,38 @@ class CheckpointWriter:
                 remove_path(fresh_sidecar)
         return Path(paths.display_path(path))
 
+    def restore_missing(self, log: Callable[[str], None]) -> Path | None:
+        """Write the checkpoint of the last finished epoch, if a resumed run has lost it. Returns its path, None for none."""
+        state, missing = self.run.state, self.run.resume.missing
+        if not (state and missing):
+            return None
+        trained = LazyTensors(self.run.compute.sharding.weights(self.model.trained()))
+        path = self.write(trained, int(missing.stem.removeprefix("rwkv-")), True, state.step)
+        log(f"saved {path}, which was missing")
+        return path
+
 
 class CheckpointSaver:
     """Save checkpoints. All ranks must call its methods: they gather sharded weights.
 
     Args:
+        run: what is trained.
+        model: the model.
         context: of the run.
         write: CheckpointWriter.write; is called on rank 0 only.
-        trained: returns the trained parameters, under their names in files.
-        every: epochs between two checkpoints.
-        epochs: epochs of the run.
-        epoch_steps: optimizer steps of an epoch.
-        most_steps: checkpoints of steps that are kept.
         newest: path of the last checkpoint of an epoch.
     """
 
     def __init__(
-        self,
-        context: RunContext,
-        write: WriteCheckpoint,
-        trained: Callable[[], Mapping[str, nn.Parameter]],
-        every: int,
-        epochs: int,
-        epoch_steps: int,
-        most_steps: int,
-        newest: Path | None = None,
+        self, run: RunSetup, model: TrainModel, context: RunContext, write: WriteCheckpoint, newest: Path | None
     ):
-        self.context, self.write, self.trained = context, write, trained
-        self.every, self.epochs, self.epoch_steps, self.most_steps = every, epochs, epoch_steps, most_steps
-        self.newest = newest
+        self.model, self.context, self.write, self.newest = model, context, write, newest
+        self.config, self.epoch_steps = run.config, run.plan.optimizer_steps
         self.next_plot = 0.0  # time from which loss.png may be drawn again
 
     def is_due(self, epoch: int) -> bool:
         """Return whether the end of an epoch has a checkpoint."""
-        return (epoch + 1) % self.every == 0 or epoch + 1 == self.epochs
+        return (epoch + 1) % self.config.epoch_save == 0 or epoch + 1 == self.config.epoch_count
 
     def save(
         self, trainer: pl.Trainer, module: TrainingModule, epoch: int, finished: bool, name: str = ""
@@ -211,7 +209,7 @@ class CheckpointSaver:
         sharding, device, path = module.spread, trainer.strategy.root_device, None
         self.context.stop.check_files(trainer)
         sharding.settle(module.model)
-        trained = {"weights": sharding.weights(self.trained())}
+        trained = {"weights": sharding.weights(self.model.trained())}
         with gather_to_main(trained, sharding.are_weights_sharded, trainer.is_global_zero, device) as gathered:
             if gathered:
                 with contextlib.suppress(FileChanged):  # at the last moment: check_files raises it on all ranks
@@ -224,9 +222,9 @@ class CheckpointSaver:
         epoch = trainer.current_epoch
         if path := self.save(trainer, module, epoch, finished):
             self.newest = path
-            self.plot(epoch + 1 == self.epochs or trainer.should_stop)
+            self.plot(epoch + 1 == self.config.epoch_count or trainer.should_stop)
             words = "" if finished else ", not finished"
-            self.context.log(f"saved {path} (epoch {epoch + 1} of {self.epochs}{words})")
+            self.context.log(f"saved {path} (epoch {epoch + 1} of {self.config.epoch_count}{words})")
 
     def save_best(self, trainer: pl.Trainer, module: TrainingModule) -> None:
         """Write rwkv-best.pth."""
@@ -241,7 +239,7 @@ class CheckpointSaver:
         try:
             if path := self.save(trainer, module, epoch, finished, f"step-{step}"):
                 self.context.log(f"saved {path}")
-                run_dir.remove_old_steps(self.context.run_dir, step, self.most_steps)
+                run_dir.remove_old_steps(self.context.run_dir, step, self.config.keep_last)
                 self.plot(False)
         except FileChanged:
             raise
