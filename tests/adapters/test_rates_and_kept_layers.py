@@ -172,7 +172,7 @@ def test_the_picture_of_find_lr_advises_no_more_than_its_text(tmp_path, monkeypa
             titles.append(axes.get_title())
             lines.extend((line.get_color(), line.get_xdata()[0], line.get_label()) for line in axes.get_lines())
 
-    monkeypatch.setattr(lr_finder, "figure", watched)
+    monkeypatch.setattr(lr_finder, "open_figure", watched)
     monkeypatch.setattr(lr_finder, "advise", lambda *_: lr_finder.Advice(10.0, 1.0, False))
     for usual in (0.001, None):
         lr_finder.draw([1e-3, 1e-2, 1e-1], [3.0, 2.0, 1.0], tmp_path / "x.png", usual)

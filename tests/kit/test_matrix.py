@@ -134,7 +134,7 @@ FAULTS = {
     "a fresh adapter changes something": (PLAIN, "adapters.lora.fresh_factors", drawn, ["first step"]),
     "nothing is learnt": (PLAIN, "train.module.TrainingModule.rate_of", lambda *_: 0.0, ["learning", "untrained"]),
     "frozen weights change": (PLAIN, "adapters.inject.frozen", changed, ["frozen"]),
-    "a checkpoint is not loaded": (PLAIN, "adapters.inject.load_trained", lambda *_: None, ["attached", "merged", "goes on"]),
+    "a checkpoint is not loaded": (PLAIN, "adapters.inject.load_trained", lambda *_: None, ["attached", "merged", "resumes"]),
     "the base is not as it was in memory": (
         COMPRESSED, "quantize.linear.quantise", lambda weight, mode: quantise(weight, "int8"),
         ["first step", "frozen", "merged compressed"],

@@ -12,7 +12,7 @@ from helpers.training import run
 
 from rwkv_peft.adapters.specs import OPTIMS
 from rwkv_peft.common.errors import SettingErrors, UserError
-from rwkv_peft.config import train
+from rwkv_peft.config import train_checks
 from rwkv_peft.ops.cuda import wkv7_chunked, workspace
 from rwkv_peft.train import cuda_graphs
 from rwkv_peft.train.cuda_graphs import Recorded
@@ -182,11 +182,11 @@ def test_the_estimate_of_memory_counts_the_passes_that_recordings_keep(lengths, 
 
 
 def test_without_a_gpu_they_are_refused(ready):
-    with pytest.raises(SettingErrors, match="CUDA_GRAPHS.*is for GPUs, and none was result; use 0"):
+    with pytest.raises(SettingErrors, match="CUDA_GRAPHS.*is for GPUs, and none was found; use 0"):
         run(ready, CUDA_GRAPHS="1", GRAD_CP="0")
 
 
 def test_kernels_that_they_are_not_for_are_reported(ready, monkeypatch, capsys):
-    monkeypatch.setattr(train, "graph_problems", lambda given: [])
+    monkeypatch.setattr(train_checks, "_check_cuda_graphs", lambda given: iter(()))
     run(ready, CUDA_GRAPHS="1", GRAD_CP="0")
     assert "CUDA graphs are not used: they are for OP=cuda, and this run computes with" in capsys.readouterr().out
