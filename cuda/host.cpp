@@ -13,32 +13,32 @@ namespace of_wkv6 {
 }
 #undef FOR_TYPE
 #undef BOUNDS
-namespace of_around7 {
-#include "around7.cu"
+namespace of_wkv7_block {
+#include "wkv7_block.cu"
 }
 #undef FOR_TYPE
 #undef BOUNDS
-namespace of_mix {
-#include "mix.cu"
+namespace of_token_shift {
+#include "token_shift.cu"
 }
 #if N <= 64
 #undef FOR_TYPE
 #undef BOUNDS
-namespace of_chunk7 {
-#include "chunk7.cu"
+namespace of_wkv7_chunked {
+#include "wkv7_chunked.cu"
 }
 #undef FOR_TYPE
 #undef BOUNDS
-namespace of_single7 {
-#include "single7.cu"
+namespace of_wkv7_onepass {
+#include "wkv7_onepass.cu"
 }
-using namespace of_chunk7;
-using namespace of_single7;
+using namespace of_wkv7_chunked;
+using namespace of_wkv7_onepass;
 #endif
 using namespace of_wkv7;
 using namespace of_wkv6;
-using namespace of_around7;
-using namespace of_mix;
+using namespace of_wkv7_block;
+using namespace of_token_shift;
 
 #define KERNEL(name)                                                                                                               \
     if (!strcmp(which, #name)) return emulate::grid(name, {x, y, 1}, {threads, 1, 1}, shared, args, backwards) ? 0 : 2
@@ -56,23 +56,23 @@ extern "C" int emulated(const char *which, int x, int y, int threads, int shared
     FOR_BOTH(wkv6_forward);
     FOR_BOTH(wkv6_rows);
     FOR_BOTH(wkv6_columns);
-    FOR_BOTH(around7_before);
-    FOR_BOTH(around7_behind);
-    FOR_BOTH(around7_behindback);
-    FOR_BOTH(around7_beforeback);
-    FOR_BOTH(mix_forward);
-    FOR_BOTH(mix_backward);
-    FOR_BOTH(mix_relu);
-    FOR_BOTH(mix_reluback);
-    FOR_BOTH(mix_entropy);
+    FOR_BOTH(wkv7_block_before);
+    FOR_BOTH(wkv7_block_behind);
+    FOR_BOTH(wkv7_block_behindback);
+    FOR_BOTH(wkv7_block_beforeback);
+    FOR_BOTH(token_shift_forward);
+    FOR_BOTH(token_shift_backward);
+    FOR_BOTH(token_shift_relu);
+    FOR_BOTH(token_shift_reluback);
+    FOR_BOTH(token_shift_entropy);
 #if N <= 64
-    FOR_BOTH(chunk7_prepare);
-    FOR_BOTH(chunk7_prepareback);
-    FOR_BOTH(chunk7_pass);
-    FOR_BOTH(chunk7_passback);
-    FOR_BOTH(chunk7_gradients);
-    FOR_BOTH(single7_forward);
-    FOR_BOTH(single7_backward);
+    FOR_BOTH(wkv7_chunked_prepare);
+    FOR_BOTH(wkv7_chunked_prepareback);
+    FOR_BOTH(wkv7_chunked_pass);
+    FOR_BOTH(wkv7_chunked_passback);
+    FOR_BOTH(wkv7_chunked_gradients);
+    FOR_BOTH(wkv7_onepass_forward);
+    FOR_BOTH(wkv7_onepass_backward);
 #endif
     return 1;
 }

@@ -118,7 +118,7 @@ class Ops:
         return self.around.READS
 
     def decode_step(self, model) -> Callable | None:
-        """What takes the place of a finished model's blocks for a single token, if there is such a thing: see token7.py."""
+        """What takes the place of a finished model's blocks for a single token, if there is such a thing: see decode7.py."""
         return self.around.decode_step(model)
 
     def recomputing(self):

@@ -150,7 +150,7 @@ def fresh(tmp_path, monkeypatch):
     monkeypatch.setattr(kernel_cache, "folder", lambda: tmp_path)
     sources = tmp_path / "sources"
     sources.mkdir()
-    for file in ("mix.cpp", "rows.h", "vec.h"):
+    for file in ("token_shift.cpp", "rows.h", "vec.h"):
         shutil.copy(build.SOURCES / file, sources)
     monkeypatch.setattr(build, "SOURCES", sources)
     for cached in (build.library, build.function):
@@ -205,7 +205,7 @@ def test_first_uses_at_the_same_time_do_not_collide(fresh, tmp_path):
     slow = tmp_path / "slow"
     slow.write_text('#!/bin/sh\nfor last; do :; done\necho half > "$last"\nsleep 0.4\nexec g++ "$@"\n')
     slow.chmod(0o755)
-    command = [str(slow), "-shared", "-fPIC", str(build.SOURCES / "mix.cpp")]
+    command = [str(slow), "-shared", "-fPIC", str(build.SOURCES / "token_shift.cpp")]
     with ThreadPoolExecutor(3) as pool:
         running = [pool.submit(build.compiled, command, folder, "one") for _ in range(3)]
         while not all(one.done() for one in running):

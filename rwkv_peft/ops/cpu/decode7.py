@@ -1,4 +1,4 @@
-"""Generating with RWKV-7: one token through all blocks in one call (cpu/token7.cpp), where every weight is a plain one."""
+"""Generating with RWKV-7: one token through all blocks in one call (cpu/decode7.cpp), where every weight is a plain one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class DecodeStep7:
         att = blocks[-1].att  # the first block has no v1
         ranks = [getattr(att, name).shape[1] if hasattr(att, name) else 0 for name in RANKS]
         self.sizes = torch.tensor([len(blocks), heads, size, *ranks, len(blocks[0].ffn.key.weight)])
-        self.run = function(f"token7_{NAMES[dtype]}", 4, 0)
+        self.run = function(f"decode7_{NAMES[dtype]}", 4, 0)
 
     def __call__(self, x: Tensor, state: list[tuple[Tensor, ...]]) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
         """x: float32 [1, C], in front of the first block; state: of one sequence, the tensors of a BlockState per block.
@@ -68,7 +68,7 @@ def decode_step(model) -> DecodeStep7 | None:
 
 
 def tensors_of(block, dtype: torch.dtype) -> list[Tensor | None]:
-    """In the order of Block in cpu/token7.cpp."""
+    """In the order of Block in cpu/decode7.cpp."""
     att, ffn = block.att, block.ffn
 
     def there(module, names):

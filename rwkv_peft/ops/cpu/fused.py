@@ -1,4 +1,4 @@
-"""The block operations in C++ (cpu/mix.cpp, cpu/around7.cpp, cpu/loss.cpp): functions of block_ops.py and loss.py with gradients.
+"""The block operations in C++ (cpu/token_shift.cpp, cpu/wkv7_block.cpp, cpu/loss.cpp): functions of block_ops.py and loss.py with gradients.
 
 Each is one pass over the activations; what is cheap to recompute is not kept. Activations are float32 or bfloat16; other
 formats, and shapes without a kernel, use the definition.
@@ -54,7 +54,7 @@ def mixed(x: Tensor, before: Tensor, shares: Tensor, bounds: Tensor) -> tuple[Te
     """Return every mix of x and the token before it, without gradients."""
     out = [torch.empty_like(x) for _ in shares]
     slots = [*out, *[None] * (MOST_MIXES - len(out))]
-    kernel("mix_forward", x, 10, 3)(
+    kernel("token_shift_forward", x, 10, 3)(
         *map(pointer, (x, before, shares, bounds, *slots)), *x.shape, len(shares), torch.get_num_threads()
     )
     return tuple(out)
@@ -81,7 +81,7 @@ class Mixes(torch.autograd.Function):
         slots = [*slopes, *[None] * (MOST_MIXES - len(dout))]
         dx, dbefore = torch.empty_like(x), torch.empty_like(before)
         dshares = shares.new_zeros(threads, *shares.shape) if ctx.needs_input_grad[2] else None
-        kernel("mix_backward", x, 13, 3)(
+        kernel("token_shift_backward", x, 13, 3)(
             *map(pointer, (x, before, shares, ctx.bounds, *slots, dx, dbefore, dshares)),
             *(*x.shape, len(shares), threads),
         )

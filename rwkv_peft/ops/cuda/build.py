@@ -24,9 +24,9 @@ from rwkv_peft.common.paths import ROOT
 from rwkv_peft.ops import kernel_cache
 
 SOURCES = ROOT / "cuda"
-FILES = ("wkv7", "wkv6", "chunk7", "single7", "around7", "mix")
+FILES = ("wkv7", "wkv6", "wkv7_chunked", "wkv7_onepass", "wkv7_block", "token_shift")
 UNASKED = 48 << 10  # bytes of shared memory that a block may have without being allowed more
-HEADERS = ("device.h", "tensor.h", "part7.h")
+HEADERS = ("device.h", "tensor.h", "wkv7_parts.h")
 
 
 class KernelUnavailable(Exception):
@@ -62,7 +62,7 @@ def launcher(device: torch.device, size: int) -> Launch:
         values, kinds = packed(args)
         with torch.cuda.device(index):
             bind(index)
-            function = functions(index, name.partition("_")[0], size)(name)
+            function = functions(index, name.rsplit("_", 2)[0], size)(name)
             if shared > UNASKED:
                 allow(index, name, size, shared)
             stream = torch.cuda.current_stream().cuda_stream
@@ -96,7 +96,7 @@ def allow(index: int, name: str, size: int, shared: int) -> None:
     """Let a kernel have more shared memory than others."""
     _, driver = bindings()
     most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    function = functions(index, name.partition("_")[0], size)(name)
+    function = functions(index, name.rsplit("_", 2)[0], size)(name)
     checked(driver, driver.cuFuncSetAttribute(function, most, shared))
 
 

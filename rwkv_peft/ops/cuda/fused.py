@@ -1,4 +1,4 @@
-"""The block operations on a GPU (cuda/around7.cu, cuda/mix.cu): the functions of block_ops.py with gradients.
+"""The block operations on a GPU (cuda/wkv7_block.cu, cuda/token_shift.cu): the functions of block_ops.py with gradients.
 
 Each is one pass over the activations; gradients of parameters are made only where they are wanted, and what is cheap to
 recompute is not kept. Activations are float32 or bfloat16; other formats, and shapes without a kernel, use the definition.
@@ -24,9 +24,11 @@ READS = block_ops.READS
 decode_step, linear, fold = block_ops.decode_step, block_ops.linear, block_ops.fold
 
 MOST_MIXES = 6
-TOKENS = 32  # of a part, whose share of a parameter's gradient is a sum of its own; as in around7.cu and mix.cu
+TOKENS = (
+    32  # of a part, whose share of a parameter's gradient is a sum of its own; as in wkv7_block.cu and token_shift.cu
+)
 WARPS, THREADS = 4, 128  # of a block, as in device.h
-ENTROPY_THREADS = 512  # of a block that has a row of logits, as in mix.cu
+ENTROPY_THREADS = 512  # of a block that has a row of logits, as in token_shift.cu
 ANY = 64  # a head size, where none matters
 ELEMENTS = 8  # of a thread, in what goes over numbers one by one
 
@@ -62,7 +64,7 @@ class Mixes(torch.autograd.Function):
         out = [torch.empty_like(x) for _ in shares]
         span, _ = wkv.tables(spans, x.device)
         args = (x, before, shares, *slots(out), span, len(spans), T, C, M)
-        start("mix_forward", x, (parts(C, THREADS), parts(T, TOKENS)), args)
+        start("token_shift_forward", x, (parts(C, THREADS), parts(T, TOKENS)), args)
         ctx.save_for_backward(x, before, shares)
         ctx.spans = spans
         return tuple(out)
@@ -78,7 +80,7 @@ class Mixes(torch.autograd.Function):
         dshares = shares.new_empty(parts(T, TOKENS), M, C) if ctx.needs_input_grad[2] else None
         span, _ = wkv.tables(ctx.spans, x.device)
         args = (x, before, shares, *slots(slopes), dx, dbefore, dshares, span, len(ctx.spans), T, C, M)
-        start("mix_backward", x, (parts(C, THREADS), parts(T, TOKENS)), args)
+        start("token_shift_backward", x, (parts(C, THREADS), parts(T, TOKENS)), args)
         return dx, dbefore, None if dshares is None else dshares.sum(0), None
 
 
@@ -105,7 +107,7 @@ class SquareRelu(torch.autograd.Function):
         """Compute the outputs and save what the backward pass needs."""
         x = x.contiguous()
         y = torch.empty_like(x)
-        start("mix_relu", x, (parts(x.numel(), THREADS * ELEMENTS), 1), (x, y, *rows_of(x)))
+        start("token_shift_relu", x, (parts(x.numel(), THREADS * ELEMENTS), 1), (x, y, *rows_of(x)))
         ctx.save_for_backward(x)
         return y
 
@@ -116,7 +118,7 @@ class SquareRelu(torch.autograd.Function):
         [x] = ctx.saved_tensors
         dx = torch.empty_like(x)
         grid = parts(x.numel(), THREADS * ELEMENTS), 1
-        start("mix_reluback", x, grid, (x, dy.contiguous(), dx, *rows_of(x)))
+        start("token_shift_reluback", x, grid, (x, dy.contiguous(), dx, *rows_of(x)))
         return dx
 
 
@@ -126,7 +128,7 @@ def cross_entropy_grad(logits: Tensor, targets: Tensor, wanted: bool) -> tuple[T
         return block_ops.cross_entropy_grad(logits, targets, wanted)
     losses = logits.new_empty(len(logits), dtype=torch.float32)
     args = (logits, targets.long().contiguous(), losses, logits.shape[1], int(wanted))
-    start("mix_entropy", logits, (len(logits), 1), args, threads=ENTROPY_THREADS)
+    start("token_shift_entropy", logits, (len(logits), 1), args, threads=ENTROPY_THREADS)
     return losses.sum(), logits if wanted else None
 
 
@@ -162,7 +164,7 @@ class Wkv7Block(torch.autograd.Function):
         y, last, kept = way.forward(inputs, s0.float().contiguous(), spans, any(ctx.needs_input_grad))
         (T, H, N), out = y.shape, torch.empty(r.shape, dtype=r.dtype, device=r.device)
         args = (y, inputs[0], inputs[2], inputs[3], *own[2:], g, out, T, H)
-        start("around7_behind", out, (parts(T, WARPS), H), args, N)
+        start("wkv7_block_behind", out, (parts(T, WARPS), H), args, N)
         ctx.save_for_backward(*gates, *own, g, y, kept)
         ctx.spans, ctx.heads, ctx.way, ctx.s0_dtype, ctx.s0_shape = spans, heads, way, s0.dtype, s0.shape
         ctx.set_materialize_grads(False)
@@ -185,11 +187,11 @@ class Wkv7Block(torch.autograd.Function):
         grid = parts(T, TOKENS), H
         dy, dg = torch.empty_like(y), torch.empty_like(g)
         args = (y, r, k, v, r_k, weight, bias, g, dout, dy, dg, *sums[3:], T, H)
-        start("around7_behindback", g, grid, args, N)
+        start("wkv7_block_behindback", g, grid, args, N)
         grads, ds0 = ctx.way.backward(inputs, kept, dy, dlast, ctx.spans)
         out = [None if z is None else torch.empty_like(z) for z in gates]
         args = (*gates, k_k, k_a, r_k, *grads, g, dout, *out, *sums[:3], T, H)
-        start("around7_beforeback", g, grid, args, N)
+        start("wkv7_block_beforeback", g, grid, args, N)
         tr, tw, tk, tv, ta, tmix, tfirst = out
         own_grads = (None if total is None else total.sum(0) for total in sums)
         return tr, tw, tk, tv, ta, dg, tmix, tfirst, *own_grads, ds0.to(ctx.s0_dtype), None, None, None
@@ -204,5 +206,5 @@ def prepared(gates: Sequence[Tensor | None], own: Sequence[Tensor], heads: int) 
     w = torch.empty(shape, dtype=torch.float32, device=r.device)
     k, v, a, b = (torch.empty(shape, dtype=r.dtype, device=r.device) for _ in range(4))
     args = (*gates, *own[:2], w, k, v, a, b, T, heads)
-    start("around7_before", r, (parts(T, WARPS), heads), args, C // heads)
+    start("wkv7_block_before", r, (parts(T, WARPS), heads), args, C // heads)
     return [r.view(shape), w, k, v, a, b]

@@ -1,4 +1,4 @@
-"""WKV-7 in parts of 32 tokens on a GPU's tensor cores (cuda/chunk7.cu), with gradients: for few heads and sequences.
+"""WKV-7 in parts of 32 tokens on a GPU's tensor cores (cuda/wkv7_chunked.cu), with gradients: for few heads and sequences.
 
 Operands of products are rounded to tf32, sums are float32. Between forward and backward pass the same is kept as by the
 recurrent kernels, every 64th state; while one layer's backward pass runs, 3 kB for each token and head of size 64.
@@ -14,7 +14,7 @@ from torch import Tensor
 from . import build
 from .workspace import EVERY, NAMES, Spans, on_device, remembered
 
-PART = 32  # tokens of a part, as in chunk7.cu
+PART = 32  # tokens of a part, as in wkv7_chunked.cu
 SIZES = (16, 32, 64)  # head sizes; larger ones do not fit into shared memory
 ROWS = 16  # rows of the state that a block carries
 THREADS = 128  # of a block, as in tensor.h
@@ -65,7 +65,7 @@ def pays(r: Tensor, spans: Spans) -> bool:
 
 
 class Room:
-    """How many bytes of shared memory the kernels ask for, by their arithmetic in chunk7.cu."""
+    """How many bytes of shared memory the kernels ask for, by their arithmetic in wkv7_chunked.cu."""
 
     def __init__(self, size: int):
         line, square = size + 4, 2 * PART + 4
@@ -82,11 +82,11 @@ def forward(inputs: Sequence[Tensor], start: Tensor, spans: Spans, keep: bool) -
     launch, name, room = build.launcher(r.device, N), NAMES[r.dtype], Room(N)
     prepared = asks, adds, keys = [start.new_empty(len(part), H, 2 * PART, N) for _ in range(3)]
     end = start.new_empty(len(part), H, N)
-    launch(f"chunk7_prepare_{name}", (H, len(part)), (*inputs, *prepared, end, part, H), THREADS, room.prepare)
+    launch(f"wkv7_chunked_prepare_{name}", (H, len(part)), (*inputs, *prepared, end, part, H), THREADS, room.prepare)
     y, last = torch.empty_like(r), torch.empty_like(start)
     kept = start.new_empty(len(chunk), H, N, N) if keep else None
     args = (v, asks, adds, keys, end, start, y, last, kept, part, span, 0, H)
-    launch(f"chunk7_pass_{name}", (H * N // ROWS, len(span)), args, THREADS, room.carry)
+    launch(f"wkv7_chunked_pass_{name}", (H * N // ROWS, len(span)), args, THREADS, room.carry)
     return y, last, kept
 
 
@@ -103,13 +103,15 @@ def backward(
     end, ds0 = kept.new_empty(len(part), H, N), torch.empty_like(dlast)
     dw = torch.empty_like(w)
     dr, dk, dv, da, db = (torch.empty_like(r) for _ in range(5))
-    launch(f"chunk7_prepare_{name}", (H, len(part)), (*inputs, asks, adds, keys, end, part, H), THREADS, room.prepare)
+    launch(
+        f"wkv7_chunked_prepare_{name}", (H, len(part)), (*inputs, asks, adds, keys, end, part, H), THREADS, room.prepare
+    )
     args: tuple[build.Argument, ...] = (v, asks, adds, keys, end, kept, None, None, states, part, chunk, 1, H)
-    launch(f"chunk7_pass_{name}", (H * N // ROWS, len(chunk)), args, THREADS, room.carry)
+    launch(f"wkv7_chunked_pass_{name}", (H * N // ROWS, len(chunk)), args, THREADS, room.carry)
     args = (r, w, k, dy, a, b, asks, dadds, keys, part, H)
-    launch(f"chunk7_prepareback_{name}", (H, len(part)), args, THREADS, room.prepare)
+    launch(f"wkv7_chunked_prepareback_{name}", (H, len(part)), args, THREADS, room.prepare)
     args = (dy, asks, dadds, keys, end, dlast, dv, ds0, slopes, part, span, H)
-    launch(f"chunk7_passback_{name}", (H * N // ROWS, len(span)), args, THREADS, room.carry)
+    launch(f"wkv7_chunked_passback_{name}", (H * N // ROWS, len(span)), args, THREADS, room.carry)
     args = (*inputs, dy, adds, dadds, states, slopes, dr, dw, dk, da, db, part, H)
-    launch(f"chunk7_gradients_{name}", (H, len(part)), args, THREADS, room.gradients)
+    launch(f"wkv7_chunked_gradients_{name}", (H, len(part)), args, THREADS, room.gradients)
     return [dr, dw, dk, dv, da, db], ds0

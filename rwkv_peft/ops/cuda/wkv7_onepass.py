@@ -1,4 +1,4 @@
-"""WKV-7 in a single pass on a GPU's tensor cores (cuda/single7.cu), with gradients: for many heads and sequences.
+"""WKV-7 in a single pass on a GPU's tensor cores (cuda/wkv7_onepass.cu), with gradients: for many heads and sequences.
 
 Operands of products are rounded to tf32, sums are float32. Between forward and backward pass the same is kept as by the
 recurrent kernels, every 64th state; while one layer's backward pass runs, up to 80 kB for each head (of size 64) of each
@@ -16,7 +16,7 @@ from . import build
 from .wkv7_chunked import SHARE, THREADS, possible
 from .workspace import EVERY, NAMES, Spans, tables
 
-PART = 16  # tokens of a part, as in single7.cu
+PART = 16  # tokens of a part, as in wkv7_onepass.cu
 # both are arithmetic, not measured (cuda/README.md)
 WORTH = 16  # tokens of a sequence, in the mean, from which on parts are full enough to pay
 # capabilities of GPUs (A100; H100, H200) whose tensor cores are several times as quick in tf32 as the rest of them in float32.
@@ -39,7 +39,7 @@ def steps_of(spans: Spans) -> int:
 
 
 class Room:
-    """How many bytes of shared memory the kernels ask for, by their arithmetic in single7.cu."""
+    """How many bytes of shared memory the kernels ask for, by their arithmetic in wkv7_onepass.cu."""
 
     def __init__(self, size: int):
         line = size + 4
@@ -57,7 +57,7 @@ def forward(inputs: Sequence[Tensor], start: Tensor, spans: Spans, keep: bool) -
     kept = start.new_empty(len(chunk), H, N, N) if keep else None
     args = (*inputs, start, y, last, kept, span, H)
     launch = build.launcher(r.device, N)
-    launch(f"single7_forward_{NAMES[r.dtype]}", (H, len(span)), args, THREADS, Room(N).forward)
+    launch(f"wkv7_onepass_forward_{NAMES[r.dtype]}", (H, len(span)), args, THREADS, Room(N).forward)
     return y, last, kept
 
 
@@ -74,5 +74,5 @@ def backward(
     states, solved = (kept.new_empty(len(span), H, steps, rows, N) for rows in (N, PART))
     args = (*inputs, dy, dlast, kept, dr, dw, dk, dv, da, db, ds0, states, solved, span, steps, H)
     launch = build.launcher(r.device, N)
-    launch(f"single7_backward_{NAMES[r.dtype]}", (H, len(span)), args, THREADS, Room(N).backward)
+    launch(f"wkv7_onepass_backward_{NAMES[r.dtype]}", (H, len(span)), args, THREADS, Room(N).backward)
     return [dr, dw, dk, dv, da, db], ds0

@@ -1,6 +1,6 @@
 // WKV-7 in a single pass on tensor cores: a block takes a head of a sequence from its first token to its last, L at a time, with the
 // state in its registers, and hands nothing on through memory. For many heads and sequences, which fill a GPU by themselves; the
-// algebra is that of chunk7.cu.
+// algebra is that of wkv7_chunked.cu.
 //
 // Backwards the states between two that were kept are made again, once for EVERY tokens, and lie with what was solved for in room of
 // the block's own (states, solved: float32 [sequences, H, steps, N, N] and [.., steps, L, N]; steps: parts in EVERY tokens, or in the
@@ -10,7 +10,7 @@
 #include "tensor.h"
 
 constexpr int L = 16;
-#include "part7.h"
+#include "wkv7_parts.h"
 
 namespace {
 
@@ -191,13 +191,13 @@ __device__ inline void backward(
 
 #define BOUNDS __launch_bounds__(THREADS, 3)
 #define FOR_TYPE(T, name)                                                                                                         \
-    extern "C" __global__ void BOUNDS single7_forward_##name(                                                                     \
+    extern "C" __global__ void BOUNDS wkv7_onepass_forward_##name(                                                                     \
         const T *r, const float *w, const T *k, const T *v, const T *a, const T *b, const float *s0, T *y, float *last,           \
         float *kept, const int *span, int H                                                                                       \
     ) {                                                                                                                           \
         forward<T>(r, w, k, v, a, b, s0, y, last, kept, span, H);                                                                 \
     }                                                                                                                             \
-    extern "C" __global__ void BOUNDS single7_backward_##name(                                                                    \
+    extern "C" __global__ void BOUNDS wkv7_onepass_backward_##name(                                                                    \
         const T *r, const float *w, const T *k, const T *v, const T *a, const T *b, const T *dy, const float *dlast,              \
         const float *kept, T *dr, float *dw, T *dk, T *dv, T *da, T *db, float *ds0, float *states, float *solved,                \
         const int *span, int steps, int H                                                                                         \

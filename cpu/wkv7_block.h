@@ -1,4 +1,4 @@
-// What stands around WKV-7, for one head of one token: see around7.cpp. at: where its N numbers lie among the activations, c: among
+// What stands around WKV-7, for one head of one token: see wkv7_block.cpp. at: where its N numbers lie among the activations, c: among
 // the parameters.
 #pragma once
 #include <algorithm>

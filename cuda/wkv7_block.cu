@@ -219,25 +219,25 @@ __device__ inline void before_backward(
 
 #define BOUNDS __launch_bounds__(THREADS)
 #define FOR_TYPE(T, name)                                                                                                          \
-    extern "C" __global__ void BOUNDS around7_before_##name(                                                                      \
+    extern "C" __global__ void BOUNDS wkv7_block_before_##name(                                                                      \
         const T *r, const T *w, const T *k, const T *v, const T *a, const T *mix, const T *v_first, const float *k_k,              \
         const float *k_a, float *to_w, T *to_k, T *to_v, T *to_a, T *to_b, int tokens, int H                                       \
     ) {                                                                                                                            \
         before(Gates<T>{r, w, k, v, a, mix, v_first, k_k, k_a}, to_w, to_k, to_v, to_a, to_b, tokens, H);                          \
     }                                                                                                                              \
-    extern "C" __global__ void BOUNDS around7_behind_##name(                                                                      \
+    extern "C" __global__ void BOUNDS wkv7_block_behind_##name(                                                                      \
         const T *y, const T *r, const T *k, const T *v, const float *r_k, const float *weight, const float *bias, const T *g,      \
         T *out, int tokens, int H                                                                                                  \
     ) {                                                                                                                            \
         behind(y, r, k, v, r_k, weight, bias, g, out, tokens, H);                                                                  \
     }                                                                                                                              \
-    extern "C" __global__ void BOUNDS around7_behindback_##name(                                                                  \
+    extern "C" __global__ void BOUNDS wkv7_block_behindback_##name(                                                                  \
         const T *y, const T *r, const T *k, const T *v, const float *r_k, const float *weight, const float *bias, const T *g,      \
         const T *dout, T *dy, T *dg, float *dweight, float *dbias, int tokens, int H                                               \
     ) {                                                                                                                            \
         behind_backward(y, r, k, v, r_k, weight, bias, g, dout, dy, dg, dweight, dbias, tokens, H);                                \
     }                                                                                                                              \
-    extern "C" __global__ void __launch_bounds__(THREADS, 4) around7_beforeback_##name( /* (else sm_120 spills 4 bytes) */        \
+    extern "C" __global__ void __launch_bounds__(THREADS, 4) wkv7_block_beforeback_##name( /* (else sm_120 spills 4 bytes) */        \
         const T *r, const T *w, const T *k, const T *v, const T *a, const T *mix, const T *v_first, const float *k_k,              \
         const float *k_a, const float *r_k, const T *dr, const float *dw, const T *dk, const T *dv, const T *da, const T *db,      \
         const T *g, const T *dout, T *tr, T *tw, T *tk, T *tv, T *ta, T *tmix, T *tfirst, float *dk_k, float *dk_a, float *dr_k,   \

@@ -28,7 +28,7 @@ __device__ inline int sequence_of(const int *span, int sequences, int t) {
 // out[m] = x + (before - x) mu[m], where before stood one token earlier, or was carried in: shift [sequences, C].
 // grid (C / THREADS, parts)
 template <typename T>
-__device__ inline void mix_forward(
+__device__ inline void token_shift_forward(
     const T *x, const T *shift, const float *mu, Tensors<T> out, const int *span, int sequences, int tokens, int C, int mixes
 ) {
     const int c = blockIdx.x * THREADS + threadIdx.x, begin = blockIdx.y * TOKENS;
@@ -52,7 +52,7 @@ __device__ inline void mix_forward(
 
 // dmu: [parts, mixes, C], or null. grid (C / THREADS, parts)
 template <typename T>
-__device__ inline void mix_backward(
+__device__ inline void token_shift_backward(
     const T *x, const T *shift, const float *mu, Tensors<const T> dout, T *dx, T *dshift, float *dmu, const int *span, int sequences,
     int tokens, int C, int mixes
 ) {
@@ -142,25 +142,25 @@ __device__ inline void cross_entropy(T *logits, const long long *targets, float 
 
 #define BOUNDS __launch_bounds__(THREADS)
 #define FOR_TYPE(T, name)                                                                                                          \
-    extern "C" __global__ void BOUNDS mix_forward_##name(                                                                         \
+    extern "C" __global__ void BOUNDS token_shift_forward_##name(                                                                         \
         const T *x, const T *shift, const float *mu, T *o0, T *o1, T *o2, T *o3, T *o4, T *o5, const int *span, int sequences,     \
         int tokens, int C, int mixes                                                                                               \
     ) {                                                                                                                            \
-        mix_forward(x, shift, mu, Tensors<T>{{o0, o1, o2, o3, o4, o5}}, span, sequences, tokens, C, mixes);                        \
+        token_shift_forward(x, shift, mu, Tensors<T>{{o0, o1, o2, o3, o4, o5}}, span, sequences, tokens, C, mixes);                        \
     }                                                                                                                              \
-    extern "C" __global__ void BOUNDS mix_backward_##name(                                                                        \
+    extern "C" __global__ void BOUNDS token_shift_backward_##name(                                                                        \
         const T *x, const T *shift, const float *mu, const T *d0, const T *d1, const T *d2, const T *d3, const T *d4,              \
         const T *d5, T *dx, T *dshift, float *dmu, const int *span, int sequences, int tokens, int C, int mixes                    \
     ) {                                                                                                                            \
-        mix_backward(                                                                                                              \
+        token_shift_backward(                                                                                                              \
             x, shift, mu, Tensors<const T>{{d0, d1, d2, d3, d4, d5}}, dx, dshift, dmu, span, sequences, tokens, C, mixes           \
         );                                                                                                                         \
     }                                                                                                                              \
-    extern "C" __global__ void BOUNDS mix_relu_##name(const T *x, T *y, int rows, int C) { square_relu(x, y, (long)rows * C); }       \
-    extern "C" __global__ void BOUNDS mix_reluback_##name(const T *x, const T *dy, T *dx, int rows, int C) {                      \
+    extern "C" __global__ void BOUNDS token_shift_relu_##name(const T *x, T *y, int rows, int C) { square_relu(x, y, (long)rows * C); }       \
+    extern "C" __global__ void BOUNDS token_shift_reluback_##name(const T *x, const T *dy, T *dx, int rows, int C) {                      \
         square_relu_backward(x, dy, dx, (long)rows * C);                                                                                 \
     }                                                                                                                              \
-    extern "C" __global__ void __launch_bounds__(ENTROPY_THREADS) mix_entropy_##name(                                             \
+    extern "C" __global__ void __launch_bounds__(ENTROPY_THREADS) token_shift_entropy_##name(                                             \
         T *logits, const long long *targets, float *losses, int V, int slopes                                                      \
     ) {                                                                                                                            \
         cross_entropy(logits, targets, losses, V, slopes);                                                                         \

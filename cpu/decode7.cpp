@@ -6,7 +6,7 @@
 // multiples of 16.
 #include <vector>
 
-#include "around7.h"
+#include "wkv7_block.h"
 #include "blocks.h"
 #include "product.h"
 #include "rows.h"
@@ -175,7 +175,7 @@ void token(const Block<T> *blocks, const State *states, float *x, const Sizes &o
 
 // x [C] is what comes out of the embedding (and its norm), and becomes what goes into the last norm. sizes: those of Sizes.
 #define FOR_TYPE(T, name)                                                                                                   \
-    extern "C" int token7_##name(const void *blocks, const void *states, float *x, const int64_t *sizes, int threads) {     \
+    extern "C" int decode7_##name(const void *blocks, const void *states, float *x, const int64_t *sizes, int threads) {     \
         const Sizes of{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7]};                     \
         FOR_SIZE(of.size, token, (const Block<T> *)blocks, (const State *)states, x, of, threads)                           \
     }

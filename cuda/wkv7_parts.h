@@ -1,4 +1,4 @@
-// A part of L tokens of WKV-7 on tensor cores, with the letters of rwkv_peft/ops/torch_wkv7.py: what chunk7.cu and single7.cu have in
+// A part of L tokens of WKV-7 on tensor cores, with the letters of rwkv_peft/ops/torch_wkv7.py: what wkv7_chunked.cu and wkv7_onepass.cu have in
 // common. A file says how many tokens L are, and then includes this.
 
 namespace {

@@ -13,7 +13,7 @@
 #include "tensor.h"
 
 constexpr int L = 32;
-#include "part7.h"
+#include "wkv7_parts.h"
 
 namespace {
 
@@ -174,31 +174,31 @@ __device__ inline void gradients(
 
 #define BOUNDS __launch_bounds__(THREADS)
 #define FOR_TYPE(T, name)                                                                                                          \
-    extern "C" __global__ void BOUNDS chunk7_prepare_##name(                                                                      \
+    extern "C" __global__ void BOUNDS wkv7_chunked_prepare_##name(                                                                      \
         const T *r, const float *w, const T *k, const T *v, const T *a, const T *b, float *asks, float *adds, float *keys,         \
         float *end, const int *part, int H                                                                                         \
     ) {                                                                                                                            \
         prepare<T, false>(r, w, k, v, a, b, asks, adds, keys, end, part, H);                                                       \
     }                                                                                                                              \
-    extern "C" __global__ void BOUNDS chunk7_prepareback_##name(                                                                  \
+    extern "C" __global__ void BOUNDS wkv7_chunked_prepareback_##name(                                                                  \
         const T *r, const float *w, const T *k, const T *dy, const T *a, const T *b, float *asks, float *adds, float *keys,        \
         const int *part, int H                                                                                                     \
     ) {                                                                                                                            \
         prepare<T, true>(r, w, k, dy, a, b, asks, adds, keys, nullptr, part, H);                                                   \
     }                                                                                                                              \
-    extern "C" __global__ void BOUNDS chunk7_pass_##name(                                                                         \
+    extern "C" __global__ void BOUNDS wkv7_chunked_pass_##name(                                                                         \
         const T *v, const float *asks, float *adds, const float *keys, const float *end, const float *s0, T *y, float *last,       \
         float *states, const int *part, const int *span, int again, int H                                                          \
     ) {                                                                                                                            \
         pass<T, false>(v, asks, adds, keys, end, s0, y, last, states, part, span, again, H);                                       \
     }                                                                                                                              \
-    extern "C" __global__ void BOUNDS chunk7_passback_##name(                                                                     \
+    extern "C" __global__ void BOUNDS wkv7_chunked_passback_##name(                                                                     \
         const T *dy, const float *asks, float *adds, const float *keys, const float *end, const float *dlast, T *dv, float *ds0,   \
         float *slopes, const int *part, const int *span, int H                                                                     \
     ) {                                                                                                                            \
         pass<T, true>(dy, asks, adds, keys, end, dlast, dv, ds0, slopes, part, span, 1, H);                                        \
     }                                                                                                                              \
-    extern "C" __global__ void BOUNDS chunk7_gradients_##name(                                                                    \
+    extern "C" __global__ void BOUNDS wkv7_chunked_gradients_##name(                                                                    \
         const T *r, const float *w, const T *k, const T *v, const T *a, const T *b, const T *dy, const float *solved,              \
         const float *dsolved, const float *states, const float *slopes, T *dr, float *dw, T *dk, T *da, T *db, const int *part,    \
         int H                                                                                                                      \

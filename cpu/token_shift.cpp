@@ -22,7 +22,7 @@ inline int64_t sequence_of(const int64_t *borders, int64_t t) {
 
 // out[m] = x + (before - x) mu[m]
 template <typename T>
-void mix_forward(const T *x, const T *shift, const float *mu, T *const *out, const int64_t *borders, int64_t rows, int64_t C,
+void token_shift_forward(const T *x, const T *shift, const float *mu, T *const *out, const int64_t *borders, int64_t rows, int64_t C,
                  int64_t mixes, int threads) {
     share(rows, threads, [=](int64_t begin, int64_t end, int) {
         int64_t s = begin < end ? sequence_of(borders, begin) : 0;
@@ -38,7 +38,7 @@ void mix_forward(const T *x, const T *shift, const float *mu, T *const *out, con
 
 // dmu, if it is not null: [threads, mixes, C], zero
 template <typename T>
-void mix_backward(const T *x, const T *shift, const float *mu, const T *const *dout, T *dx, T *dshift, float *dmu,
+void token_shift_backward(const T *x, const T *shift, const float *mu, const T *const *dout, T *dx, T *dshift, float *dmu,
                   const int64_t *borders, int64_t rows, int64_t C, int64_t mixes, int threads) {
     share(rows, threads, [=](int64_t begin, int64_t end, int thread) {
         if (begin == end) return;
@@ -83,17 +83,17 @@ template <typename T> void square_relu_backward(const T *x, const T *dy, T *dx, 
 }  // namespace
 
 #define FOR_TYPE(T, name)                                                                                                   \
-    extern "C" int mix_forward_##name(const T *x, const T *shift, const float *mu, const int64_t *borders, T *o0, T *o1,    \
+    extern "C" int token_shift_forward_##name(const T *x, const T *shift, const float *mu, const int64_t *borders, T *o0, T *o1,    \
                                       T *o2, T *o3, T *o4, T *o5, int64_t rows, int64_t C, int64_t mixes, int threads) {    \
         T *const out[MOST] = {o0, o1, o2, o3, o4, o5};                                                                      \
-        mix_forward(x, shift, mu, out, borders, rows, C, mixes, threads);                                                   \
+        token_shift_forward(x, shift, mu, out, borders, rows, C, mixes, threads);                                                   \
         return 0;                                                                                                           \
     }                                                                                                                       \
-    extern "C" int mix_backward_##name(const T *x, const T *shift, const float *mu, const int64_t *borders, const T *d0,    \
+    extern "C" int token_shift_backward_##name(const T *x, const T *shift, const float *mu, const int64_t *borders, const T *d0,    \
                                        const T *d1, const T *d2, const T *d3, const T *d4, const T *d5, T *dx, T *dshift,   \
                                        float *dmu, int64_t rows, int64_t C, int64_t mixes, int threads) {                   \
         const T *const dout[MOST] = {d0, d1, d2, d3, d4, d5};                                                               \
-        mix_backward(x, shift, mu, dout, dx, dshift, dmu, borders, rows, C, mixes, threads);                                \
+        token_shift_backward(x, shift, mu, dout, dx, dshift, dmu, borders, rows, C, mixes, threads);                                \
         return 0;                                                                                                           \
     }                                                                                                                       \
     extern "C" int square_relu_##name(const T *x, T *y, int64_t numbers, int threads) {                                     \

@@ -6,7 +6,7 @@
 //
 // Activations [T, H * N] are float32 or bfloat16 (T below); what goes into the recurrence and comes out of it is float32, like
 // parameters [H * N] and their gradients, which are sums over each thread's rows: [threads, H * N], zero before.
-#include "around7.h"
+#include "wkv7_block.h"
 #include "rows.h"
 
 namespace {
