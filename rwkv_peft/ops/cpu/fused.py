@@ -1,4 +1,4 @@
-"""The block operations in C++ (cpu/token_shift.cpp, cpu/wkv7_block.cpp, cpu/loss.cpp): functions of block_ops.py and loss.py with gradients.
+"""The block operations in C++ (token_shift.cpp, wkv7_block.cpp, loss.cpp): block_ops.py and loss.py with gradients.
 
 Each is one pass over the activations; what is cheap to recompute is not kept. Activations are float32 or bfloat16; other
 formats, and shapes without a kernel, use the definition.

@@ -1,4 +1,4 @@
-"""ops/lowrank_merge.py in C++ (cpu/lowrank_merge.cpp): the weight is read once, and the sum is not written down before it is rounded."""
+"""ops/lowrank_merge.py in C++ (cpu/lowrank_merge.cpp): the weight is read once, and the sum is rounded before it is written."""
 
 from __future__ import annotations
 
