@@ -38,7 +38,7 @@ def course(*points: float, steps: int = 400, noise: float = 0.05) -> np.ndarray:
 
 def made(
     trained=(2.0, 0.8),
-    kept=(2.0, 0.9),
+    held_out=(2.0, 0.9),
     losses=(2.0, 1.0, 0.9, 0.9, 0.9),
     validations=(),
     skipped=0,
@@ -46,7 +46,7 @@ def made(
     sources=(),
     **more,
 ):
-    pair = [rows(*numbers) if numbers else None for numbers in (trained, kept)]
+    pair = [rows(*numbers) if numbers else None for numbers in (trained, held_out)]
     return RunFacts(*pair, sources, course(*losses, noise=noise), skipped, validations, 1e-4, **more)
 
 
@@ -54,32 +54,32 @@ def made(
     ("made_of", "expected", "words"),
     [
         ({}, ["fits"], "held-out rows have gained 1.0"),
-        ({"held": None}, ["unknown"], "VALID_PERCENT in make_tokenize.sh"),
+        ({"held_out": None}, ["unknown"], "VALID_PERCENT in make_tokenize.sh"),
         ({"skipped": 30}, ["too high"], "30 of its 430 steps came to no number"),
         ({"skipped": 1}, ["fits"], ""),
         ({"losses": (2.0, 1.0, 2.5, 3.0, 3.0)}, ["too high"], "and never came back"),
         ({"trained": (2.0, float("nan"))}, ["too high"], "loss nan instead of 1.9"),
-        ({"trained": None, "held": (2.0, 2.5)}, ["too high"], "held-out rows are worse than before"),
-        ({"trained": None, "held": (2.0, 2.0)}, ["too low"], "of held-out rows the loss is"),
+        ({"trained": None, "held_out": (2.0, 2.5)}, ["too high"], "held-out rows are worse than before"),
+        ({"trained": None, "held_out": (2.0, 2.0)}, ["too low"], "of held-out rows the loss is"),
         ({"losses": (2.0, 1.0, 1.6, 1.0, 1.7, 1.0, 1.6, 0.9)}, ["too high"], "it oscillates"),
-        ({"trained": (2.0, 2.6), "held": None, "losses": (2.0, 2.0)}, ["too high"], "worse than before: loss 2.6"),
+        ({"trained": (2.0, 2.6), "held_out": None, "losses": (2.0, 2.0)}, ["too high"], "worse than before: loss 2.6"),
         # noise alone is no rise
         ({"losses": (2.0, 1.0, 0.9, 0.9, 0.9), "noise": 0.6}, ["fits"], ""),
-        ({"trained": (2.0, 1.99), "held": (2.0, 1.99), "losses": (2.0, 1.99)}, ["too low"], "take ten times LR_INIT=0.0001"),
+        ({"trained": (2.0, 1.99), "held_out": (2.0, 1.99), "losses": (2.0, 1.99)}, ["too low"], "take ten times LR_INIT=0.0001"),
         ({"losses": (2.0, 1.6, 1.2, 0.8, 0.4)}, ["underfit"], "a larger EPOCH_COUNT"),
         # all have gained, and next to nothing is known
-        ({"trained": (11.2, 7.8), "held": (11.2, 8.1)}, ["underfit"], "guessed among 2,"),
-        ({"held": (2.0, 1.8)}, ["overfit"], "it has gained 0.1"),
-        ({"held": (2.0, 2.4)}, ["overfit"], "held-out rows are worse than before"),
+        ({"trained": (11.2, 7.8), "held_out": (11.2, 8.1)}, ["underfit"], "guessed among 2,"),
+        ({"held_out": (2.0, 1.8)}, ["overfit"], "it has gained 0.1"),
+        ({"held_out": (2.0, 2.4)}, ["overfit"], "held-out rows are worse than before"),
         # what is learnt by heart would go on falling for ever
-        ({"held": (2.0, 2.4), "losses": (2.0, 1.6, 1.2, 0.8, 0.4)}, ["overfit"], ""),
-        ({"looks": [(10, 1.0), (20, 0.9), (30, 1.2)]}, ["overfit"], "best, 0.900, at step 20, and is 1.200 at the end"),
-        ({"trained": (2.0, 0.02), "held": (2.0, 1.9)}, ["overfit"], "22 of 40 rows that were looked at are known by heart"),
-        ({"trained": None, "held": (2.0, 1.0)}, ["fits"], ""),
+        ({"held_out": (2.0, 2.4), "losses": (2.0, 1.6, 1.2, 0.8, 0.4)}, ["overfit"], ""),
+        ({"validations": [(10, 1.0), (20, 0.9), (30, 1.2)]}, ["overfit"], "best, 0.900, at step 20, and is 1.200 at the end"),
+        ({"trained": (2.0, 0.02), "held_out": (2.0, 1.9)}, ["overfit"], "22 of 40 rows that were looked at are known by heart"),
+        ({"trained": None, "held_out": (2.0, 1.0)}, ["fits"], ""),
         # what is not finished has not had its chance; but a rate that is too high is one already
         ({"losses": (2.0, 1.6, 1.2, 0.8, 0.4), "left": 70}, ["unfinished"], "70 of its 470 steps are left; ./training.sh"),
         ({"losses": (2.0, 1.0, 2.5, 3.0, 3.0), "left": 70}, ["unfinished", "too high"], ""),
-        ({"trained": (11.2, 7.8), "held": (11.2, 8.1), "patience": True}, ["underfit"], "--find-lr"),
+        ({"trained": (11.2, 7.8), "held_out": (11.2, 8.1), "patience": True}, ["underfit"], "--find-lr"),
     ],
 )  # fmt: skip
 def test_numbers_become_words(made_of, expected, words):
@@ -98,7 +98,7 @@ def test_noise_is_hardly_ever_called_a_rate_that_is_too_high():
 
 def test_the_file_that_was_learnt_by_heart_is_named():
     sources = [("good", rows(2.0, 1.0), rows(2.0, 1.1)), ("bad", rows(2.0, 0.1), rows(2.0, 2.0))]
-    [result] = judge(made(trained=(2.0, 0.5), held=(2.0, 1.6), sources=sources))
+    [result] = judge(made(trained=(2.0, 0.5), held_out=(2.0, 1.6), sources=sources))
     assert "Most of it in bad, whose own rows gained 1." in result.words
 
 
@@ -258,9 +258,9 @@ def test_a_verdict_says_what_became_of_the_questions(right, words):
 
 
 def test_a_rate_far_above_the_usual_is_named_where_a_high_loss_is_left():
-    [result] = judge(made(trained=(8.0, 6.9), held=None)._replace(rate=0.2, usual=0.01))
+    [result] = judge(made(trained=(8.0, 6.9), held_out=None)._replace(rate=0.2, usual=0.01))
     assert result.what == "too high" and "LR_INIT=0.2 is far above what is usual (0.01 at most)" in result.words
-    [result] = judge(made(trained=(8.0, 6.9), held=None)._replace(rate=0.01, usual=0.01))
+    [result] = judge(made(trained=(8.0, 6.9), held_out=None)._replace(rate=0.01, usual=0.01))
     assert result.what == "underfit"
 
 
@@ -298,7 +298,7 @@ def test_a_run_whose_data_are_gone_says_so(ready, capsys):
 
 
 def test_a_run_that_its_patience_has_ended_is_not_reported_to_go_on_for_longer():
-    [result] = judge(made(trained=(11.2, 7.8), held=(11.2, 8.1), patience=True))
+    [result] = judge(made(trained=(11.2, 7.8), held_out=(11.2, 8.1), patience=True))
     assert "EPOCH_COUNT" not in result.words
 
 
@@ -307,5 +307,5 @@ def test_the_verdict_names_the_run_whose_best_checkpoint_it_advises(monkeypatch,
     for width in range(60, 130, 5):
         monkeypatch.setattr(diagnose, "WIDTH", width)
         validations = [(100, 1.0), (200, 1.5), (300, 2.0)]
-        diagnose.print_findings(made(held=(2.0, 2.4), validations=validations, kept="./merge.sh 'a run' best"))
+        diagnose.print_findings(made(held_out=(2.0, 2.4), validations=validations, kept="./merge.sh 'a run' best"))
         assert "./merge.sh 'a run' best takes" in capsys.readouterr().out.replace("\n          takes", " takes")

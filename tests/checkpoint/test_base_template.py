@@ -193,21 +193,21 @@ BOT = {"prompt_type": "rwkv-g1-bot", "template": PRESETS["rwkv-g1-bot"].to_dict(
     [
         ({}, "rwkv-world", "PROMPT_TYPE=auto became rwkv-world (by the base, rwkv7-tiny.pth)"),
         ({"base": "rwkv7-g1k.pth"}, "rwkv-g1", "PROMPT_TYPE=auto became rwkv-g1 (by the base, rwkv7-g1k.pth)"),
-        ({"told": BOT}, "rwkv-g1-bot", ""),
-        ({"told": BOT, "asked": "rwkv-world"}, "rwkv-g1-bot", "PROMPT_TYPE=rwkv-g1-bot: what it was trained with."),
+        ({"reported": BOT}, "rwkv-g1-bot", ""),
+        ({"reported": BOT, "asked": "rwkv-world"}, "rwkv-g1-bot", "PROMPT_TYPE=rwkv-g1-bot: what it was trained with."),
         (
-            {"told": BOT, "asked": "rwkv-qa", "typed": True},
+            {"reported": BOT, "asked": "rwkv-qa", "typed": True},
             "rwkv-qa",
             "warning: --prompt-type rwkv-qa, but it was trained ",
         ),
-        ({"told": BOT, "asked": "rwkv-g1-bot", "typed": True}, "rwkv-g1-bot", ""),
+        ({"reported": BOT, "asked": "rwkv-g1-bot", "typed": True}, "rwkv-g1-bot", ""),
         (
             {"asked": "rwkv-world", "base": "rwkv7-g1k.pth"},
             "rwkv-world",
             "warning: PROMPT_TYPE=rwkv-world, but rwkv7-g1k.pth",
         ),
         ({"asked": "chatml", "typed": True}, "chatml", ""),
-        ({"told": {"prompt_type": "rwkv-g1-fakethink"}}, "rwkv-g1-emptythink-2025", ""),  # of an older version
+        ({"reported": {"prompt_type": "rwkv-g1-fakethink"}}, "rwkv-g1-emptythink-2025", ""),  # of an older version
     ],
 )
 def test_chat_talks_as_it_was_trained_and_warns_of_what_differs(capsys, options, name, words):
@@ -219,8 +219,8 @@ def test_a_run_whose_template_is_gone_is_refused_unless_another_is_typed(capsys)
     with pytest.raises(
         UserError, match="was trained with PROMPT_TYPE=gone.json, which data/gone.json: there is no such"
     ):
-        form_of_chat(capsys, told={"prompt_type": "gone.json"})
-    assert form_of_chat(capsys, told={"prompt_type": "gone.json"}, asked="chatml", typed=True)[0] == "chatml"
+        form_of_chat(capsys, reported={"prompt_type": "gone.json"})
+    assert form_of_chat(capsys, reported={"prompt_type": "gone.json"}, asked="chatml", typed=True)[0] == "chatml"
 
 
 def test_chat_refuses_a_question_that_holds_a_bound(capsys):

@@ -189,7 +189,7 @@ def test_a_lock_that_a_process_holds_stays(lock, capsys):
     assert lock.exists() and not capsys.readouterr().err
 
 
-def test_a_run_looks_for_a_stale_lock_before_it_builds(lock, monkeypatch):
+def test_a_stale_lock_is_removed_before_the_build(lock, monkeypatch):
     os.utime(lock, (0, 0))
     there = []
     monkeypatch.setattr(deepspeed.ops.adam, "DeepSpeedCPUAdam", lambda *_, **__: there.append(lock.exists()))

@@ -65,7 +65,7 @@ def test_with_detach_the_loss_is_that_of_the_plain_run_and_gradients_end_at_boun
     torch.testing.assert_close(ours, plain)
     theirs, result = gradients(model, plain), gradients(model, ours)
     assert not all(torch.allclose(a, b) for a, b in zip(result, theirs, strict=True))
-    # what ends at a border is what autograd gives when every chunk is a run of its own from a constant state
+    # what ends at a bound is what autograd gives when every chunk is a run of its own from a constant state
     total, state = [torch.zeros_like(g) for g in result], None
     for chunk in split_chunks(BOUNDS, 16):
         first = model.first_state(len(chunk.cu_seqlens) - 1)

@@ -200,7 +200,7 @@ def test_patience_without_data_is_refused(ready, name, words):
     assert [(p.name, words in p.message) for p in result.value.problems] == [("VAL_PATIENCE", True)]
 
 
-def test_what_was_trained_where_the_validation_was_best_is_kept_and_merged_by_its_name(pending, monkeypatch, capsys):
+def test_what_was_trained_where_the_validation_was_best_is_kept_and_merged_by_its_name(kept, monkeypatch, capsys):
     """Also by a run that is killed behind it, and continues."""
     from rwkv_peft.common import paths
     from rwkv_peft.merge.inputs import checkpoint_files
@@ -209,24 +209,24 @@ def test_what_was_trained_where_the_validation_was_best_is_kept_and_merged_by_it
         "VAL_DATA": "held", "KEEP_BEST": "1", "EPOCH_COUNT": "4", "LR_INIT": "0.4", "LR_FINAL": "0.4", "SAVE_STEPS": "1",
         "KEEP_LAST": "2", "EPOCH_STEPS": "2",
     }  # fmt: skip
-    run(pending, "whole", **settings)
-    folder = pending / "output/whole"
+    run(kept, "whole", **settings)
+    folder = kept / "output/whole"
     validations = [json.loads(line) for line in (folder / "valid.jsonl").read_text().splitlines()]
     best = min(validations, key=lambda look: look["loss"])
-    kept, epoch = (pth.load(folder / f"rwkv-{name}.pth") for name in ("best", best["epoch"]))
-    assert 0 < best["step"] < 8 and all(torch.equal(kept[name], epoch[name]) for name in kept)
+    weights, epoch = (pth.load(folder / f"rwkv-{name}.pth") for name in ("best", best["epoch"]))
+    assert 0 < best["step"] < 8 and all(torch.equal(weights[name], epoch[name]) for name in weights)
     said = capsys.readouterr().out
     assert "rwkv-best.pth holds it" in said and "next: ./merge.sh whole best " in said
     assert json.loads((folder / "rwkv-best.json").read_text())["step"] == best["step"]
-    monkeypatch.setattr(paths, "ROOT", pending)
+    monkeypatch.setattr(paths, "ROOT", kept)
     assert checkpoint_files(["best"], "whole") == [folder / "rwkv-best.pth"]
     with pytest.raises(UserError, match="has no rwkv-best.pth; KEEP_BEST=1"):
-        run(pending, "none", **settings | {"KEEP_BEST": "0"})
+        run(kept, "none", **settings | {"KEEP_BEST": "0"})
         checkpoint_files(["best"], "none")
-    interrupted(monkeypatch, pending, best["step"] + 1, "killed", **settings)
-    run(pending, "again", **settings)
-    again = pth.load(pending / "output/again/rwkv-best.pth")
-    assert all(torch.equal(kept[name], again[name]) for name in kept)
+    interrupted(monkeypatch, kept, best["step"] + 1, "killed", **settings)
+    run(kept, "again", **settings)
+    again = pth.load(kept / "output/again/rwkv-best.pth")
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
 
 
 def test_the_best_is_called_kept_when_it_is_saved(monkeypatch):
