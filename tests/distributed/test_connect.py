@@ -10,7 +10,7 @@ import threading
 import time
 
 import pytest
-from helpers.kit import ROOT
+from helpers.kit import ROOT, few
 from helpers.nodes import free_port, parties
 from helpers.training import run
 
@@ -74,8 +74,9 @@ def join(port: int, address: str = "127.0.0.1", who: launch.ProcessInfo = SECOND
         pass
 
 
-@pytest.mark.parametrize(("does", "words"), STRANGERS.values(), ids=STRANGERS)
-def test_a_stranger_where_node_0_should_be_is_named(soon, does, words):
+@pytest.mark.parametrize("name", few(STRANGERS, ("silent", "web server")))
+def test_a_stranger_where_node_0_should_be_is_named(soon, name):
+    does, words = STRANGERS[name]
     with stranger(does) as port, pytest.raises(SettingErrors, match="MASTER_PORT: another program than") as result:
         join(port)
     assert f"127.0.0.1, port {port}: {words}".replace("\\\\", "\\") in str(result.value)
@@ -95,7 +96,7 @@ def test_a_name_of_no_machine_is_named(soon):
 
 
 @pytest.mark.parametrize(
-    "name", ["a..b", "x" * 70, "10.0.0", "a b", "127.0.0.1:29500", "http://127.0.0.1", "*", "::1%"]
+    "name", few(["a..b", "x" * 70, "10.0.0", "a b", "127.0.0.1:29500", "http://127.0.0.1", "*", "::1%"], ("a..b",))
 )
 def test_what_is_no_address_ends_in_words(soon, name):
     with pytest.raises(SettingErrors, match=r"MASTER_(ADDR|PORT): "):

@@ -532,6 +532,7 @@ def test_tokenizing_what_changes_puts_no_file_in_place(project_folder, monkeypat
         return real(*arguments, **named)
 
     monkeypatch.setattr(owner, name, first)
+    monkeypatch.setattr(file_watch, "RETRY_SECONDS", 0.1)
     with pytest.raises(UserError, match=r"data/rows\.jsonl: .* Nothing was written"):
         tokenize(source, WORKERS=workers)
     assert done and {p.name for p in (project_folder / "data").iterdir()} <= {"rows.jsonl"}
@@ -545,6 +546,7 @@ def test_whatever_the_format(project_folder, monkeypatch, ending, harm):
     source = write(project_folder / "data", ".jsonl.gz" if ending == ".gz" else ending)
     real = tokenizing.progress
     monkeypatch.setattr(tokenizing, "progress", lambda *given: harm(source) or real(*given))
+    monkeypatch.setattr(file_watch, "RETRY_SECONDS", 0.1)
     with pytest.raises(UserError, match=rf"data/{re.escape(source.name)}: .* Nothing was written"):
         tokenize(source)
     assert {p.name for p in (project_folder / "data").iterdir()} <= {source.name}

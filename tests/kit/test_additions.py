@@ -139,6 +139,7 @@ def test_an_addition_takes_few_files(kind):
     assert len(ADDITIONS[kind]) <= MOST_FILES[kind]
 
 
+@pytest.mark.slow
 def test_all_five_work_together_from_rows_to_an_export(extended):
     """The plan counts the new adapter's memory; its merge is the layer that was trained."""
     plan = extended.run("training.sh", "--dry-run").stdout
@@ -183,7 +184,7 @@ def test_every_file_of_an_addition_is_tried_without():
     ]
 
 
-@pytest.mark.smoke(3)
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "file", "words"), FORGOTTEN)
 def test_what_is_forgotten_is_an_error_with_its_name(extended, kind, file, words):
     command = {"schema": ["make_tokenize.sh", "rows.jsonl"], "export": ["merge.sh", "--export", "npz", "model/new.pth"]}
