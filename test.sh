@@ -14,5 +14,6 @@ if [ "${1:-}" = --fuzz ]; then
 fi
 ./setup.sh requirements-test.txt
 case " $* " in *" -m "*) ;; *) set -- -m "not slow and not gpu" "$@" ;; esac
+unset PYTHONDONTWRITEBYTECODE  # the tests start many processes: each would compile the kit again
 # a worker per core, and every file in one of them; -n 0 behind it for a single process
 exec .venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder "$@"

@@ -263,7 +263,7 @@ def test_ten_faults_of_a_kind_are_reported_and_the_rest_counted(tmp_path, capsys
     assert "token 0 of the file is 70000" in err  # rows of a damaged index have no numbers
 
 
-@settings(max_examples=3000 if EVERYTHING else 400, deadline=None)
+@settings(max_examples=3000 if EVERYTHING else 150, deadline=None)
 @given(
     changes=st.lists(st.tuples(st.integers(0, 101), st.integers(0, 255)), min_size=1, max_size=12),
     size=st.none() | st.integers(0, 120),

@@ -34,7 +34,7 @@ class Kit:
     def __init__(self, root: Path):
         self.root = root
         for folder in ("rwkv_peft", "json2binidx"):
-            shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(ROOT / folder, root / folder)  # compiled files too: no process compiles the kit again
         for script in SCRIPTS:
             shutil.copy(ROOT / script, root)
         for folder in ("data", "model", "output", "merge"):

@@ -10,7 +10,6 @@ import sys
 import pytest
 import torch
 from helpers import tiny
-from helpers.kit import few
 from helpers.training import config
 
 from rwkv_peft.cli import train
@@ -267,7 +266,8 @@ def test_a_base_that_is_none_is_refused(ready, tmp_path, monkeypatch, name):
     assert problem.name == "MODEL_PATH" and words in problem.message
 
 
-@pytest.mark.parametrize("name", few(["evil.pth", "pickle.pth"], ["evil.pth"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["evil.pth", "pickle.pth"])
 def test_a_base_that_would_run_something_is_refused_and_runs_nothing(shared_kit, tmp_path, monkeypatch, name):
     monkeypatch.setenv("CANARY", str(tmp_path / "canary"))
     words = models(shared_kit.root / "model")[name]
@@ -355,6 +355,7 @@ def is_running(pid: str) -> bool:
         return False
 
 
+@pytest.mark.smoke(2)
 @pytest.mark.parametrize("workers", ["1", "2"])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_whatever_stops_tokenizing_leaves_nothing_and_no_one(tmp_path, number, code, workers):

@@ -33,6 +33,7 @@ PROSE = {
     r"borders?": "sequence bounds", r"mend(s|ed|ing)?": "fix", r"cure[sd]?": "fix",
 }  # fmt: skip
 SENTENCE = {re.compile(rf"\b{pattern}\b", re.IGNORECASE): term for pattern, term in PROSE.items()}
+ANY = re.compile(rf"\b(?:{'|'.join(PROSE)})\b", re.IGNORECASE)
 WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 
 Hit = tuple[int, str, str]  # line, what is there, the standard term
@@ -40,7 +41,7 @@ Hit = tuple[int, str, str]  # line, what is there, the standard term
 
 def in_sentence(line: int, text: str) -> Iterator[Hit]:
     for number, words in enumerate(text.splitlines()):
-        for pattern, term in SENTENCE.items():
+        for pattern, term in SENTENCE.items() if ANY.search(words) else ():
             yield from ((line + number, match[0], term) for match in pattern.finditer(words))
 
 

@@ -177,7 +177,7 @@ def test_the_proof_of_what_is_around_is_passed(dtype):
     assert result.passed, result
 
 
-@pytest.mark.smoke(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_model_on_the_kernels_learns_what_one_on_torch_learns(version):
     """Logits, the states behind packed sequences, and the gradient of every parameter."""

@@ -25,8 +25,9 @@ def test_blocks_are_drawn_again_every_so_many_steps_and_the_same_for_the_same_se
     assert all(drawn[3 * i] == drawn[3 * i + 1] == drawn[3 * i + 2] for i in range(30))
     assert {block for blocks in drawn for block in blocks} == {0, 1, 2, 3}
     assert all(len(set(blocks)) == 2 for blocks in drawn)
-    assert drawn == [lisa(every=3, layers=2).drawn(step) for step in range(90)]
-    assert drawn != [lisa(every=3, layers=2, seed=1).drawn(step) for step in range(90)]
+    same, other = lisa(every=3, layers=2), lisa(every=3, layers=2, seed=1)
+    assert drawn == [same.drawn(step) for step in range(90)]
+    assert drawn != [other.drawn(step) for step in range(90)]
 
 
 def trained_blocks(model, parts=("att", "ffn")):
