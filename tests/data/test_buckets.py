@@ -21,7 +21,7 @@ def planned(documents_of, accumulate=1, world=1, epoch_steps=None, **other):
     return made, made.make_plan(epoch_steps, 0, accumulate, world)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     sizes=SIZES, accumulate=st.integers(1, 3), world=st.integers(1, 3), budget=st.integers(16, 400), shuffle=st.booleans(),
     edges=st.sampled_from([(), (96,), (16, 48, 96), (32, 64, 80, 96)]), mini=st.booleans(),

@@ -35,7 +35,7 @@ def by_definition(ids, roles, mask):
     return wanted
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     sizes=SIZES, ctx_len=st.integers(1, 70), mode=st.sampled_from(MODES), mask=st.sampled_from(MASKS),
     overlong=st.sampled_from(["truncate", "truncate-left", "split"]), seed=st.integers(0, 5),

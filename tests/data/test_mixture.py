@@ -44,7 +44,7 @@ def test_what_is_no_mixture_is_refused_in_words(text, words):
         parse_mixture(text)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(WEIGHTS)
 def test_after_any_number_of_rows_every_source_is_within_one_row_of_its_share(weights):
     turns, total, drawn = MixtureSchedule(weights), sum(weights), Counter()

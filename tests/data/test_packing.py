@@ -32,7 +32,7 @@ def contents(lengths, pack) -> Counter:
     return Counter(tuple(sorted(lengths)) for lengths in result.values())
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(LENGTHS, st.integers(100, 160))
 def test_packing_by_length_is_packing_one_by_one(lengths, capacity):
     pack, packs = best_fit(sorted(Counter(lengths).items(), reverse=True), capacity)
@@ -43,7 +43,7 @@ def test_packing_by_length_is_packing_one_by_one(lengths, capacity):
     assert full == Counter(map(sum, wanted))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(LENGTHS, st.integers(1, 4), st.integers(100, 160))
 def test_keeping_equal_lengths_apart_costs_no_pack(lengths, repeats, capacity):
     lengths = lengths * repeats

@@ -21,7 +21,7 @@ def targets(sequences):
     return Counter(int(t) for tokens, _ in sequences for t in tokens[1:])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(sizes=SIZES, ctx_len=st.integers(1, 90), overlong=st.sampled_from(OVERLONG), zero=st.booleans())
 def test_exactly_the_context_fits_and_overlong_says_what_becomes_of_more(sizes, ctx_len, overlong, zero):
     ids, _ = documents(sizes, ended=float(zero))
@@ -47,7 +47,7 @@ def test_exactly_the_context_fits_and_overlong_says_what_becomes_of_more(sizes, 
             assert [piece[0] for piece in pieces[i][1:]] == [piece[-1] for piece in pieces[i][:-1]]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     sizes=SIZES, ctx_len=st.integers(1, 90), number=st.integers(0, 3), mode=st.sampled_from(MODES[:-1]),
     overlong=st.sampled_from(["truncate", "split"]), shuffle=st.booleans(),
@@ -155,7 +155,7 @@ def test_groups_are_taken_whole(sizes, random):
     assert groups == [list(range(first[i], first[i + 1])) for i in which]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     rows=st.integers(1, 60), micro=st.integers(1, 5), accumulate=st.integers(1, 4), world=st.integers(1, 3),
     epoch_steps=st.one_of(st.none(), st.integers(1, 30)),

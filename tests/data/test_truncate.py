@@ -55,7 +55,7 @@ def dialogue(contents):
 DIALOGUES = st.lists(CONTENT, min_size=2, max_size=6).map(lambda c: dialogue(c[: len(c) // 2 * 2]))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     row=DIALOGUES, most=st.integers(2, 60), policy=st.sampled_from(["truncate", "truncate-left", "split"]),
     eot=st.sampled_from(sorted(ENDINGS)), template=st.sampled_from(TEMPLATES), mask=st.sampled_from(MASKS),
@@ -67,7 +67,7 @@ def test_a_row_cut_by_max_tokens_trains_nothing_that_the_whole_row_does_not(row,
     assert trained_pairs(cut, mask) <= trained_pairs(whole, of_whole)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     row=DIALOGUES, target=st.integers(2, 20), source_length=st.integers(0, 20), eot=st.sampled_from(sorted(ENDINGS)),
     policy=st.sampled_from(["truncate", "truncate-left"]), template=st.sampled_from(TEMPLATES),
@@ -86,7 +86,7 @@ def test_an_answer_cut_by_target_length_trains_nothing_that_the_whole_one_does_n
     assert all((tokenizer.decode([a])[-1:], b) in reported for a, b in trained_pairs(cut, mask) - pairs)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     row=DIALOGUES, target=st.integers(2, 20), eot=st.sampled_from(sorted(ENDINGS)),
     template=st.sampled_from(TEMPLATES), mask=st.sampled_from(MASKS),
@@ -182,7 +182,7 @@ def test_a_plain_text_that_is_cut_has_no_end(eot):
     assert made.counts["cut off"] == 1
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     sizes=st.lists(st.integers(2, 60), min_size=1, max_size=12), ctx_len=st.integers(1, 70),
     mode=st.sampled_from(["pack", "pad", "only", "bucket", "concat"]), mask=st.sampled_from(MASKS[:-1]),

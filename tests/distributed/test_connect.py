@@ -89,6 +89,7 @@ def test_a_first_node_that_stops_behind_the_greeting_is_named(soon):
         join(port)
 
 
+@pytest.mark.slow
 def test_a_name_of_no_machine_is_named(soon):
     with pytest.raises(
         SettingErrors, match=r"MASTER_ADDR: nobody answers at no.such.machine.invalid.*no machine of this name"

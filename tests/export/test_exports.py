@@ -275,6 +275,7 @@ def unescaped(text):
     )
 
 
+@pytest.mark.slow
 def test_the_vocabulary_in_a_gguf_file_has_the_bytes_of_every_token(tmp_path):
     shape = small(layers=1, vocab=65536)
     tiny.save_model(tmp_path / "m.pth", 0, shape)

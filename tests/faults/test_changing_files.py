@@ -957,6 +957,7 @@ def test_no_tracker_writes_into_a_folder_that_has_taken_the_runs_place(run):
     assert not (canary / "tensorboard" / events.name).stat().st_size
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("another", [True, False], ids=["another in its place", "none"])
 def test_a_run_whose_folder_is_renamed_stops_and_writes_nothing_into_another(run, another):
     """The other one has what a run would tidy up: a sidecar alone, an empty log."""

@@ -95,7 +95,7 @@ def test_docs_matrix_md_is_up_to_date():
 
 
 # (shards, not cells: to know the cells, all 70,200 must be read, which would take seconds in each process that collects this)
-@pytest.mark.smoke(3)
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("shard", range(VALUE_SHARDS))
 def test_the_laws_hold_of_every_value(world, shard):
     result = {cell: wrong for cell in covering(1)[shard::VALUE_SHARDS] if (wrong := broken(cell, asked(cell)))}

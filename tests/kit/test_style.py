@@ -63,7 +63,7 @@ def defined_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 def in_python(path: Path) -> Iterator[Hit]:
     text = path.read_text(encoding="utf-8")
-    tree = ast.parse(text)
+    tree, lines = ast.parse(text), text.splitlines()
     for line, name in defined_names(tree):
         parts = [part.lower() for part in WORDS.findall(name)]
         for part, following in itertools.pairwise([*parts, ""]):
@@ -77,8 +77,8 @@ def in_python(path: Path) -> Iterator[Hit]:
             and isinstance(node.body[0].value, ast.Constant)
             and isinstance(node.body[0].value.value, str)
         ):
-            source = ast.get_source_segment(text, node.body[0]) or ""
-            yield from in_sentence(node.body[0].lineno, source)
+            first, last = node.body[0].lineno, node.body[0].end_lineno
+            yield from in_sentence(first, "\n".join(lines[first - 1 : last]))
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:
             yield from in_sentence(token.start[0], token.string)

@@ -33,7 +33,7 @@ def test_bos_puts_one_zero_before_a_row_and_changes_nothing_else(kind, eot):
     assert roles.tolist() == [Role.HEADING, *others.tolist()]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(DIALOGUES, min_size=1, max_size=5), st.sampled_from(sorted(PRESETS)), st.booleans())
 def test_many_rows_at_once_begin_as_each_row_alone_does(many, name, end_of_doc):
     pieces = [p for p in (Pieces(*PRESETS[name].render(dialogue(turns))) for turns in many) if p.texts]

@@ -224,7 +224,7 @@ def test_a_row_ends_with_its_terminator_once(eot, end, row):
 # ---- one pass, and who said what ----
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(DIALOGUES, st.sampled_from(sorted(PRESETS)), st.sampled_from(sorted(ENDINGS)))
 def test_ids_are_the_encoding_of_the_whole_text_and_a_token_is_learnt_if_its_bytes_touch_an_answer(turns, name, eot):
     pieces = Pieces(*PRESETS[name].render(dialogue(turns), ENDINGS[eot]))
@@ -242,7 +242,7 @@ def test_ids_are_the_encoding_of_the_whole_text_and_a_token_is_learnt_if_its_byt
     assert roles[-1] == pieces.roles[-1]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(DIALOGUES, min_size=1, max_size=6), st.sampled_from(sorted(PRESETS)), st.booleans())
 def test_many_rows_at_once_are_each_row_alone(many, name, end_of_doc):
     pieces = [Pieces(*PRESETS[name].render(dialogue(turns))) for turns in many]

@@ -196,7 +196,7 @@ VALUES = st.one_of(
 )
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.sampled_from(sorted(ROWS)), st.sampled_from(sorted(LEVELS)), KEYS, VALUES)
 def test_every_key_at_every_level_is_used_or_harmless_or_reported(kind, level, key, value):
     row = copy.deepcopy(ROWS[kind])
@@ -234,7 +234,7 @@ JSON = st.recursive(
 )  # fmt: skip
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.dictionaries(st.sampled_from(KNOWN), JSON, min_size=1, max_size=4), st.booleans())
 def test_whatever_a_row_holds_it_is_read_or_refused_with_a_sentence(row, padded):
     try:
@@ -659,7 +659,7 @@ WORDS = st.one_of(
 )
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     st.sampled_from(["instruction", "prompt", "question", "input"]), st.sampled_from(["output", "answer", "answers"]),
     st.fixed_dictionaries({}, optional={"input": WORDS, "context": WORDS, "id": WORDS, "title": WORDS}), WORDS, WORDS, st.booleans(),

@@ -61,7 +61,8 @@ def test_a_folder_of_every_format_gives_the_rows_of_each(data):
     assert tokenizer.encode(TEXTS[0]["text"]) + [0] in rows
 
 
-@pytest.mark.parametrize("number", ["1", "2", "3"])
+@pytest.mark.smoke(1)
+@pytest.mark.parametrize("number", ["3", "1", "2"])
 def test_any_number_of_workers_writes_the_same_bytes(data, monkeypatch, number):
     monkeypatch.setattr(reading, "BLOCK", 2000)
     rows = [*many(200), {"oops": 1}, {"text": "User: a\nAssistant: b"}]

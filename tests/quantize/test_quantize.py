@@ -226,6 +226,7 @@ def test_gradients_are_those_of_finite_differences(mode):
     torch.autograd.gradcheck(layer, torch.randn(3, 6, dtype=torch.float64, requires_grad=True))
 
 
+@pytest.mark.smoke(2)
 @pytest.mark.parametrize("mode", MODES)
 def test_no_dense_weight_is_kept_between_forward_and_backward(mode, monkeypatch):
     layer, x = QuantLinear(normal(64, 128), mode), torch.randn(3, 128, requires_grad=True)

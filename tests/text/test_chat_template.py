@@ -72,7 +72,7 @@ TURN = st.one_of(
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"a": "<b>"}}}, {"name": "你"}]
 
 
-@pytest.mark.smoke(8)
+@pytest.mark.smoke(4)
 @pytest.mark.parametrize("name", FORMS)
 @settings(max_examples=40, deadline=None)
 @given(st.lists(TURN, min_size=1, max_size=5), st.sampled_from(sorted(ENDINGS)), st.sampled_from([None, TOOLS]))

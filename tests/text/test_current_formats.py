@@ -252,7 +252,7 @@ def test_a_thought_before_it_takes_nothing_from_it():
     assert made_of(row, "rwkv-g1").endswith("</think>\n    x")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.text(max_size=60))
 def test_an_answer_that_begins_with_a_letter_is_what_it_always_was(text):
     for cleaner in (tidy_answer, clean_answer):

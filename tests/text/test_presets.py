@@ -231,7 +231,7 @@ BOT = [name for name in PRESETS if "-bot" in name]
 
 
 @pytest.mark.parametrize("name", BOT)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.lists(
         st.text(min_size=1, max_size=12).filter(lambda t: BOUND not in t and "\0" not in t and t.strip()),

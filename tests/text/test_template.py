@@ -175,7 +175,7 @@ def test_an_answer_that_is_not_to_be_learnt_has_a_role_of_its_own():
     assert roles == [Role.HEADING, U, Role.HEADING, Role.UNTRAINED, Role.HEADING, U, Role.HEADING, A]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(TURNS, st.sampled_from(sorted(PRESETS)))
 def test_pieces_make_the_text_without_gaps_and_without_empty_ones(turns, name):
     messages = tuple(Message(role, content) for role, content in turns)
@@ -185,7 +185,7 @@ def test_pieces_make_the_text_without_gaps_and_without_empty_ones(turns, name):
         assert PRESETS[name].cleaners[message.role](message.content) in "".join(texts)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(TURNS)
 def test_reading_a_world_text_back_finds_the_same_turns(turns):
     texts, roles = WORLD.render(Dialogue(tuple(Message(role, content) for role, content in turns)))
@@ -194,7 +194,7 @@ def test_reading_a_world_text_back_finds_the_same_turns(turns):
         assert spans_of_text(data) == to_spans(texts, roles)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.text(max_size=200))
 def test_cleaning_leaves_no_blank_line_and_is_done_once(text):
     assert "\n\n" not in clean(text)

@@ -38,7 +38,7 @@ def test_the_vocabulary_is_whole():
     assert token_bytes()[0] == b"" and token_bytes()[65530] == b""
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.text(max_size=300))
 def test_both_encoders_agree_and_decoding_gives_the_text_back(text):
     ids = encode(text)
