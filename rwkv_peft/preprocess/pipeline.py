@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import orjson
 
+from rwkv_peft.common.paths import is_utf8
 from rwkv_peft.text.roles import Role
 from rwkv_peft.text.template import ENDINGS, Dialogue, Ending, Template
 from rwkv_peft.text.turns import overlooked_heading, spans_of_text
@@ -29,7 +30,7 @@ from .json_repair import repair_json
 from .keys import HARMLESS_NAMES, MATERIALS, MESSAGES, PROMPTS, RESPONSES, TEXTS, squashed
 from .mapped_columns import occurs
 from .message_order import are_pairs
-from .reader import LINE_LIMIT, Block, Note, is_utf8, not_utf8, too_long
+from .reader import LINE_LIMIT, Block, Note, not_utf8, too_long
 from .schemas import INFILLING, Columns, Reader, Row, RowError, kind
 from .truncate import Cut, Limits, TooLong, cut_row, cut_turns, within_turns
 from .values import TableRow

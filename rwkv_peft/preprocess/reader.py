@@ -241,15 +241,6 @@ def not_utf8(data: bytes) -> RowError:
     return RowError("not UTF-8", "is not valid UTF-8, the encoding of the file. Save this row as UTF-8, or take it out")
 
 
-def is_utf8(text: str) -> bool:
-    """Return whether a text can be written as UTF-8."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def text_row(data: bytes) -> Row | RowError:
     """Return a line of a text file as a row."""
     try:

@@ -17,11 +17,11 @@ from typing import IO, Any
 
 from rwkv_peft.common.errors import UserError, pip_command, resource_limit
 from rwkv_peft.common.formatting import first_line, plural
-from rwkv_peft.common.paths import display_path
+from rwkv_peft.common.paths import display_path, is_utf8
 
 from . import reader as reading
 from .file_kinds import ROW_KEYS
-from .reader import Block, Note, grouped, is_utf8, not_utf8, unpacked
+from .reader import Block, Note, grouped, not_utf8, unpacked
 from .schemas import Row, RowError
 from .table_header import LOOKED_AT, Header, header_row, trimmed, value_text
 from .values import TableRow
