@@ -167,8 +167,9 @@ class TrainStateCallback(pl.Callback):
             rng_state = {name: state for one in of_ranks for name, state in one.items()}
         module = trainer.lightning_module
         assert isinstance(module, TrainingModule)
-        spread, parameters = module.spread, self.names()
+        spread = module.spread
         spread.settle(module.model)
+        parameters = self.names()  # (sharded again by now)
         tensors, others = spread.optimizer_state(trainer.optimizers[0], parameters)
         parts = {
             "weights": spread.weights(parameters),
