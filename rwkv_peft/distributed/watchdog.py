@@ -59,7 +59,7 @@ class Watchdog(pl.Callback):
         changed: Callable[[], object] = lambda: None,
     ):
         self.rank, self.world, self.per_node, self.parent = rank, world, per_node, parent
-        self.tidy, self.log, self.changed = tidy, log, changed
+        self.tidy, self.report, self.changed = tidy, log, changed  # (Lightning sets `log` of its callbacks)
         self.children: list[subprocess.Popen] = []  # started by this process, local rank 1 first
         self.reads, self.done = 0, False
         self.over = threading.Event()
@@ -180,11 +180,11 @@ class Watchdog(pl.Callback):
         self.leave()
         self.tidy()
         if words and (self.rank == 0 or words.startswith(self.name(0))):
-            self.log(
+            self.report(
                 f"\nTraining ends: {words}. ./training.sh again goes on from the last saved state, if there is one."
             )
         if why:
-            self.log(why)
+            self.report(why)
         if words.startswith(self.name(0)) and self.rank < self.per_node and self.parent == os.getppid():
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(self.parent, signal.SIGKILL)  # it has stalled

@@ -196,3 +196,25 @@ def test_deepspeed_strategy_makes_its_engine_in_one_place_and_sets_up_by_its_bas
     assert set(engine_of) <= {"_setup_model_and_optimizer", "_initialize_deepspeed_inference"}
     assert "super().setup_environment()" in inspect.getsource(DeepSpeedStrategy.setup_environment)
     assert "setup_distributed()" in inspect.getsource(DDPStrategy.setup_environment)
+
+
+def callback_classes() -> list[ast.ClassDef]:
+    """The package's classes that Lightning calls as callbacks."""
+    return [
+        node
+        for path in sorted((ROOT / "rwkv_peft").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef) and any(ast.unparse(base).endswith("Callback") for base in node.bases)
+    ]
+
+
+def test_no_callback_keeps_what_lightning_puts_under_the_same_name():
+    """`trainer.fit` sets `log` and `log_dict` of every callback."""
+    assert len(callback_classes()) > 5
+    used = {
+        (node.name, one.attr)
+        for node in callback_classes()
+        for one in ast.walk(node)
+        if isinstance(one, ast.Attribute) and ast.unparse(one.value) == "self" and one.attr in ("log", "log_dict")
+    }
+    assert not used
