@@ -640,7 +640,7 @@ MERGING = {  # when a file changes during a merge
 )  # fmt: skip
 def test_a_merge_of_what_changes_is_not_put_in_place(merged, monkeypatch, when, name, harm):
     module, function, after = MERGING[when]
-    owner = {"fold": fold, "checkpoint": pth, "deliver": deliver}[module]
+    owner = {"fold": fold, "checkpoint": pth_rewrite, "deliver": deliver}[module]
     between(monkeypatch, owner, function, lambda: harm(merged / name), after)
     with pytest.raises(file_watch.FileChanged, match=rf"{re.escape(name)}: .* Nothing was written"):
         merge_with("first")
